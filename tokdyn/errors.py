@@ -1,0 +1,27 @@
+"""The errors a user can cause. Each message says what was wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class TokdynError(Exception):
+    """Base of every error caused by input rather than by a bug; the command line prints it and exits with 2."""
+
+
+class UnsupportedModelError(TokdynError):
+    """The model is not one that the requested method can be attached to."""
+
+
+class CompositionError(TokdynError):
+    """The methods cannot be combined as listed."""
+
+
+class RecipeError(TokdynError):
+    """A recipe or a key=value setting is wrong."""
+
+
+class CheckpointError(TokdynError):
+    """A checkpoint is missing, damaged, of an unknown format or does not match the model."""
+
+
+class DataError(TokdynError):
+    """A data set is missing, empty or holds files that cannot be read."""
