@@ -1,3 +1,60 @@
-"""Dynamic token computation for diffusion transformers."""
+"""Dynamic token computation for diffusion transformers.
+
+`import tokdyn` is cheap: names are loaded when first used. The subpackages are `tokdyn.ops` (pure tensor functions),
+`tokdyn.models` (DiT and DC-DiT), `tokdyn.diffusion`, `tokdyn.data`, `tokdyn.train`, `tokdyn.sample`,
+`tokdyn.evaluate` and `tokdyn.checkpoints`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from tokdyn.errors import (
+    CheckpointError,
+    CompositionError,
+    DataError,
+    RecipeError,
+    TokdynError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from tokdyn.models import DCDiT, DiT
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CheckpointError",
+    "CompositionError",
+    "DCDiT",
+    "DataError",
+    "DiT",
+    "RecipeError",
+    "TokdynError",
+    "UnsupportedModelError",
+    "__version__",
+]
+
+_LAZY = {"DiT": "tokdyn.models", "DCDiT": "tokdyn.models"}
+_SUBMODULES = frozenset(
+    {"checkpoints", "data", "demo", "diffusion", "evaluate", "flops", "methods", "models", "ops", "recipe", "report"}
+    | {"sample", "tokens", "train"}
+)
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name or a subpackage on first use (PEP 562)."""
+    if name in _LAZY:
+        value: object = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Every public name, loaded or not."""
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,0 +1,55 @@
+# Every target sets itself up in $(VENV): a fresh machine needs Python 3.11 or newer with venv, make and a C compiler.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Tests run in $(JOBS) processes; one thread each keeps them from competing.
+test demo lint: export MPLBACKEND ?= Agg
+test: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test lint format wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train a small DC-DiT, sample it at three budgets, draw pictures (about 3 minutes on 2 cores)"
+	@echo "make test    the whole default test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make wheel   build dist/*.whl from the tracked files"
+	@echo "make clean   remove $(VENV) and everything built"
+	@echo "settings: PYTHON=$(PYTHON) VENV=$(VENV) JOBS=$(JOBS)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tokdyn needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/tokdyn demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --package cli
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,25 @@
+"""Settings shared by every test: no network, no windows, repeatable draws."""
+
+from __future__ import annotations
+
+import os
+
+# Before any test imports torch, matplotlib or a hub client.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Deadlines measure the machine and not the code; derandomised runs fail the same way for everybody.
+settings.register_profile("tokdyn", deadline=None, derandomize=True)
+settings.load_profile("tokdyn")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Starts every test from the same global random state."""
+    torch.manual_seed(0)

@@ -1,0 +1,95 @@
+"""`import tokdyn` is light, and a module imports only from layers above its own (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the bottom up. Names on one line do not import each other.
+LAYERS = [
+    ["errors"],
+    ["tokens"],
+    ["ops"],
+    ["methods"],
+    ["compose"],
+    ["models"],
+    ["adapters"],
+    ["wrap"],
+    ["checkpoints"],
+    ["upcycle", "flops"],
+    ["diffusion"],
+    ["data"],
+    ["recipe"],
+    ["train"],
+    ["sample", "evaluate", "report"],
+    ["demo"],
+    ["recipes"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+HEAVY = {
+    "accelerate", "diffusers", "matplotlib", "PIL", "rich", "safetensors", "scipy", "timm", "torch_fidelity",
+    "torchvision", "transformers", "typer", "yaml",
+}  # fmt: skip
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Absolute names that the file imports, wherever in the file it does so."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(layer, file) of every module, the package's own __init__ excepted."""
+    files = [p for p in (ROOT / "tokdyn").rglob("*.py") if p != ROOT / "tokdyn/__init__.py"]
+    inside = [(p.relative_to(ROOT / "tokdyn").with_suffix("").parts[0], p) for p in files]
+    return inside + [(top, p) for top in ("cli", "recipes") for p in (ROOT / top).rglob("*.py")]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer for layer, _ in modules()} <= set(LEVEL)
+
+
+@pytest.mark.parametrize(("layer", "path"), modules(), ids=lambda value: str(value).removeprefix(f"{ROOT}/"))
+def test_imports_point_downwards(layer: str, path: Path) -> None:
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        assert package not in {"cli", "recipes", "tests"}, (
+            f"{path} imports {name}, which is not installed under that name"
+        )
+        if package != "tokdyn" or not rest:
+            continue
+        target = rest.split(".")[0]
+        if target == layer or target not in LEVEL:  # own package, or a name that tokdyn/__init__.py defines
+            continue
+        assert LEVEL[target] < LEVEL[layer], f"{path} ({layer}) imports {name}: {target} lies above {layer}"
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after the statement."""
+    code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("statement", ["import tokdyn", "import tokdyn; tokdyn.ops; tokdyn.methods"])
+def test_import_is_light(statement: str) -> None:
+    assert not loaded_after(statement) & HEAVY
+
+
+def test_help_loads_no_model_code() -> None:
+    """`tokdyn --help` answers at once because torch is not needed to print it."""
+    loaded = loaded_after("import tokdyn.cli.main")
+    assert not loaded & {"torch", "diffusers", "matplotlib", "accelerate", "timm", "torch_fidelity"}
