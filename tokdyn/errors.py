@@ -25,3 +25,7 @@ class CheckpointError(TokdynError):
 
 class DataError(TokdynError):
     """A data set is missing, empty or holds files that cannot be read."""
+
+
+class InputError(TokdynError, ValueError):
+    """A tensor or an argument given to a function or a model has the wrong shape, type or range."""

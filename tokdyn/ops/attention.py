@@ -1,0 +1,113 @@
+"""Attention over dense and over ragged, packed rows, on the fastest exact path of the device.
+
+On CPU the best path depends on the type, on gradients and on the rows of a sample; docs/performance.md has the
+measurements behind the thresholds. CUDA uses native variable-length attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from tokdyn.tokens import Packing
+
+Backend = Literal["auto", "split", "padded", "varlen"]
+_backend: ContextVar[Backend] = ContextVar("tokdyn_attention_backend", default="auto")
+
+
+@contextmanager
+def attention_backend(backend: Backend) -> Iterator[None]:
+    """Force one path for packed rows: "split" (one call a sample), "padded" or "varlen" (CUDA); "auto" chooses."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def dense_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Self-attention of equally long samples.
+
+    Args:
+        qkv: (B, N, 3 D), queries, keys and values side by side.
+        heads: H, a divisor of D.
+
+    Returns:
+        (B, N, D).
+    """
+    batch, rows, _ = qkv.shape
+    query, key, value = qkv.view(batch, rows, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return _attend(query, key, value, None).transpose(1, 2).reshape(batch, rows, -1)
+
+
+def packed_attention(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
+    """Self-attention within each sample of packed rows.
+
+    Args:
+        qkv: (T, 3 D), queries, keys and values side by side.
+        heads: H, a divisor of D.
+        packing: which rows belong to which sample.
+
+    Returns:
+        (T, D).
+    """
+    if len(set(packing.lengths)) == 1:
+        return dense_attention(qkv.view(len(packing.lengths), packing.longest, -1), heads).reshape(len(qkv), -1)
+    backend = _backend.get()
+    if backend == "auto":
+        backend = _choose(qkv, packing)
+    if backend == "varlen":
+        return _varlen(qkv, heads, packing)
+    if backend == "padded":
+        return _padded(qkv, heads, packing)
+    parts = [dense_attention(part[None], heads)[0] for part in qkv.split(list(packing.lengths))]
+    return torch.cat(parts)
+
+
+def _choose(qkv: Tensor, packing: Packing) -> Backend:
+    """The fastest exact path for these rows."""
+    if qkv.is_cuda:
+        half = qkv.dtype in (torch.float16, torch.bfloat16)
+        return "varlen" if half and torch.cuda.get_device_capability(qkv.device) >= (8, 0) else "padded"
+    mean = packing.total / len(packing.lengths)
+    if torch.is_grad_enabled() and qkv.dtype == torch.bfloat16:
+        return "split" if mean >= 192 else "padded"
+    return "split" if mean >= 128 else "padded"
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for (B, H, N, d); on CPU, training on short rows, as two matrix products."""
+    rows = query.shape[-2]
+    if query.device.type == "cpu" and query.requires_grad and rows <= (512 if query.dtype == torch.bfloat16 else 160):
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        return scores.softmax(dim=-1) @ value
+    mask = bias if bias is None else bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _padded(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
+    """Pad to the longest sample, mask the empty keys, take the real rows back."""
+    padding = packing.padded
+    batch, longest = len(packing.lengths), packing.longest
+    padded = qkv.index_select(0, padding.gather).view(batch, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    query, key, value = padded.unbind(0)
+    out = _attend(query, key, value, padding.bias)
+    return out.transpose(1, 2).reshape(batch * longest, -1).index_select(0, padding.scatter)
+
+
+def _varlen(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
+    """PyTorch's variable-length flash attention: CUDA, fp16 or bf16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = qkv.view(len(qkv), 3, heads, -1).unbind(1)
+    offsets, longest = packing.cu_seqlens, packing.longest
+    out: Tensor = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    return out.reshape(len(qkv), -1)

@@ -1,0 +1,154 @@
+"""De-chunking: smooth the kept tokens by confidence, then give every cell the features of its nearest kept token.
+
+Source: arXiv 2603.06351, de-chunking with a spatial kernel. The dense formulation costs (kept)^2 for the smoothing and
+N * kept for the plug-back; both forms here are linear in N for a fixed kernel width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from tokdyn.errors import InputError
+from tokdyn.ops.nearest import disc, nearest_kept
+from tokdyn.ops.pack import pack
+from tokdyn.tokens import Grid, Packing, cells
+
+_REACH = {torch.float32: 6.0, torch.float64: 9.0}  # in sigmas: the Gaussian beyond is below the type's resolution
+_P_MIN = 1e-4
+_EPS = 1e-8
+
+
+def dechunk(features: Tensor, probability: Tensor, keep: Tensor, grid: Grid, sigma: float | None) -> Tensor:
+    """De-chunk packed tokens to the dense grid, in fp32 (fp64 for fp64 features), with autocast off.
+
+    With p clamped to [1e-4, 1 - 1e-4] and w_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) p_j over kept j,
+    out_i = p_i h_i + (1 - p_i) sum_j w_ij h_j / (sum_j w_ij + 1e-8); every cell takes out of its nearest kept token,
+    ties to the lowest raster index. Differentiable in features and probability.
+
+    Args:
+        features: (T, D), kept tokens packed sample after sample in raster order.
+        probability: (B, N), boundary probability.
+        keep: (B, N) bool, T true in all.
+        grid: 1 to 3 sizes, N cells.
+        sigma: kernel width in cells; None or 0 skips the smoothing.
+
+    Returns:
+        (B, N, D), the features' type.
+
+    Raises:
+        InputError: shapes that do not fit, an empty sample, or a negative sigma.
+    """
+    grid = tuple(grid)
+    if not 1 <= len(grid) <= 3:
+        raise InputError(f"the grid is {grid}, expected 1 to 3 sizes.")
+    if probability.shape != keep.shape:
+        raise InputError(f"probability is {tuple(probability.shape)} and keep {tuple(keep.shape)}; they must be equal.")
+    packing = pack(keep, grid)
+    if features.dim() != 2 or features.shape[0] != packing.total:
+        raise InputError(f"features have shape {tuple(features.shape)}, expected ({packing.total}, D): one row a token.")
+    return dechunk_packed(features, probability, keep, packing, sigma)
+
+
+def dechunk_packed(
+    features: Tensor, probability: Tensor, keep: Tensor, packing: Packing, sigma: float | None
+) -> Tensor:
+    """`dechunk` for tokens whose packing is known already; arguments as there."""
+    if sigma is not None and sigma < 0:
+        raise InputError(f"sigma is {sigma}, expected a width in cells that is not negative.")
+    with torch.autocast(features.device.type, enabled=False):
+        rows = features
+        if sigma:
+            exact = torch.float64 if features.dtype == torch.float64 else torch.float32
+            kept = probability.to(exact).flatten().index_select(0, packing.index).clamp(_P_MIN, 1 - _P_MIN)
+            form = _smooth_on_grid if features.is_cuda else _smooth_by_lists
+            rows = form(features.to(exact), kept, packing, float(sigma)).to(features.dtype)
+        batch, count = keep.shape
+        if packing.total == batch * count:
+            return rows.view(batch, count, -1)
+        rank = torch.cumsum(keep.flatten(), 0, dtype=torch.int64) - 1
+        first = torch.arange(batch, device=keep.device)[:, None] * count
+        plug = rank.index_select(0, (nearest_kept(keep, packing.grid) + first).flatten())
+        return rows.index_select(0, plug).view(batch, count, -1)
+
+
+def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:
+    """Smoothing as one weighted bag of neighbours per token; best on CPU, where compaction costs no synchronisation.
+
+    Args:
+        features: (T, D) fp32 or fp64.
+        kept: (T,) clamped probability of each token.
+        packing: the tokens' places.
+        sigma: kernel width in cells.
+
+    Returns:
+        (T, D), the features' type.
+    """
+    offsets, squares = disc(_REACH[features.dtype] * sigma, len(packing.grid))
+    token, offset, neighbour, own = _neighbours(packing, offsets)
+    kernel = torch.tensor([math.exp(-square / (2 * sigma * sigma)) for square in squares]).to(features)
+    weight = kernel.index_select(0, offset) * kept.index_select(0, neighbour)
+    total = torch.zeros_like(kept).index_add(0, token, weight) + _EPS
+    share = (1 - kept) / total
+    weight = weight * share.index_select(0, token)
+    weight = weight.index_add(0, own, kept)
+    starts = torch.bincount(token, minlength=len(kept)).cumsum(0).roll(1)
+    starts[0] = 0
+    return F.embedding_bag(neighbour, features, starts, mode="sum", per_sample_weights=weight)
+
+
+def _neighbours(packing: Packing, offsets: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs of kept tokens within reach: (token, offset number, neighbour), and where each token meets itself."""
+    grid, device = packing.grid, packing.index.device
+    margin = max(offset[-1] for offset in offsets)
+    # One margin after each axis serves both ends: stepping out on the left lands in the margin of the line before.
+    strides, size = [0] * len(grid), 1
+    for axis in reversed(range(len(grid))):
+        strides[axis], size = size, size * (grid[axis] + margin)
+    lead = margin * sum(strides)
+    rest, place = packing.cell, packing.sample * size + lead
+    for axis in reversed(range(len(grid))):
+        place = place + rest.remainder(grid[axis]) * strides[axis]
+        rest = rest.div(grid[axis], rounding_mode="floor")
+    board = torch.full((len(packing.lengths) * size + 2 * lead,), -1, dtype=torch.int32, device=device)
+    board[place] = torch.arange(packing.total, dtype=torch.int32, device=device)
+    steps = torch.tensor([sum(s * t for s, t in zip(o, strides, strict=True)) for o in offsets], device=device)
+    found = board.take(place[:, None] + steps)
+    hits = torch.nonzero(found.flatten() >= 0).squeeze(1)
+    token = hits.div(len(offsets), rounding_mode="floor")
+    offset = hits - token * len(offsets)
+    own = torch.nonzero(offset == len(offsets) // 2).squeeze(1)
+    return token, offset, found.flatten().index_select(0, hits).long(), own
+
+
+def _smooth_on_grid(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:
+    """Smoothing as a normalised separable blur on the grid: static shapes and no synchronisation; arguments as above."""
+    weighted = torch.cat([features * kept[:, None], kept[:, None]], dim=1)
+    count = cells(packing.grid)
+    board = weighted.new_zeros(len(packing.lengths) * count, weighted.shape[1]).index_copy(0, packing.index, weighted)
+    board = board.view(len(packing.lengths), *packing.grid, -1)
+    for axis in range(len(packing.grid)):
+        board = _blur(board, axis + 1, sigma)
+    blurred = board.reshape(len(packing.lengths) * count, -1).index_select(0, packing.index)
+    mean = blurred[:, :-1] / (blurred[:, -1:] + _EPS)
+    return torch.lerp(mean, features, kept[:, None])
+
+
+def _blur(board: Tensor, axis: int, sigma: float) -> Tensor:
+    """Gaussian along one axis: a band matrix on short axes, shifted sums on long ones."""
+    size = board.shape[axis]
+    if size <= 128:
+        line = torch.arange(size, device=board.device, dtype=board.dtype)
+        band = torch.exp((line[:, None] - line).square() / (-2 * sigma * sigma))
+        return torch.tensordot(band, board, dims=([1], [axis])).movedim(0, axis)
+    out = board
+    for distance in range(1, min(size, math.floor(_REACH[board.dtype] * sigma) + 1)):
+        weight = math.exp(-distance * distance / (2 * sigma * sigma))
+        pad = [0, 0] * (board.dim() - axis - 1)
+        length = size - distance
+        out = out + weight * F.pad(board.narrow(axis, 0, length), [*pad, distance, 0])
+        out = out + weight * F.pad(board.narrow(axis, distance, length), [*pad, 0, distance])
+    return out

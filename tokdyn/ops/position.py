@@ -1,0 +1,53 @@
+"""Fixed sine-cosine positions and timestep frequencies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokdyn.errors import InputError
+from tokdyn.tokens import Grid
+
+
+def sincos_position(grid: Grid, width: int) -> Tensor:
+    """Sine-cosine positions at integer cell coordinates, as in MAE and DiT (arXiv 2212.09748).
+
+    Each axis gets width / axes channels, the fastest axis (columns) first.
+
+    Args:
+        grid: sizes of the 1 to 3 axes.
+        width: D, divisible by twice the number of axes.
+
+    Returns:
+        (N, D) fp32, computed in fp64.
+
+    Raises:
+        InputError: the width does not divide.
+    """
+    if width % (2 * len(grid)):
+        raise InputError(f"the width is {width}, expected a multiple of {2 * len(grid)} for the grid {grid}.")
+    half = width // len(grid) // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in reversed(axes)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def timestep_frequencies(timestep: Tensor, width: int, shift: int = 0, period: float = 10000.0) -> Tensor:
+    """Cosines and sines of the timestep at geometric frequencies.
+
+    Args:
+        timestep: (B,), integer or real.
+        width: even number of channels.
+        shift: frequencies run to period^(-(half-1)/(half-shift)); 0 in DiT, 1 in diffusers' DiT.
+        period: longest wavelength over 2 pi, in timesteps.
+
+    Returns:
+        (B, width) fp32, cosines first.
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - shift)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(period) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

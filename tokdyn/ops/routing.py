@@ -1,0 +1,128 @@
+"""Routing: from boundary probabilities to kept sets, the straight-through gate and the ratio loss.
+
+Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351; H-Net, arXiv 2507.07955.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokdyn.errors import InputError
+
+
+def select(probability: Tensor, force_ends: bool = False) -> tuple[Tensor, Tensor]:
+    """The natural kept set: p > 0.5, strictly, and never empty.
+
+    Args:
+        probability: (B, N) boundary probability.
+        force_ends: give the first and the last cell p = 1, as the official code does.
+
+    Returns:
+        probability (B, N), with p = 1 at forced cells, and keep (B, N) bool. A sample in which nothing exceeds 0.5
+        keeps its most probable cell.
+    """
+    if force_ends:
+        ends = torch.zeros(probability.shape[1], dtype=torch.bool, device=probability.device)
+        ends[0] = ends[-1] = True
+        probability = probability.masked_fill(ends, 1.0)
+        return probability, probability > 0.5
+    keep = probability > 0.5
+    best = torch.zeros_like(keep).scatter_(1, probability.argmax(dim=1, keepdim=True), True)
+    return probability, torch.where(keep.any(dim=1, keepdim=True), keep, best)
+
+
+def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Tensor:
+    """Drop the least probable kept tokens of each sample, floor(n f) of its n, never the last one.
+
+    Ties fall in raster order, so the sets for f1 < f2 are nested. Source: arXiv 2603.06351 v2, tail dropping.
+
+    Args:
+        probability: (B, N) boundary probability.
+        keep: (B, N) bool, the natural kept set.
+        fraction: f in [0, 1], or a (B,) tensor with one per sample (Lite-CFG).
+
+    Returns:
+        (B, N) bool. At f = 0 it is `keep` itself.
+
+    Raises:
+        InputError: a float outside [0, 1], or a tensor that is not (B,).
+    """
+    batch = keep.shape[0]
+    if isinstance(fraction, Tensor):
+        if fraction.shape not in ((), (1,), (batch,)):
+            raise InputError(f"tail_drop has shape {tuple(fraction.shape)}, expected a float or ({batch},).")
+        share = fraction.to(probability).reshape(-1, 1)
+    else:
+        if not 0.0 <= fraction <= 1.0:
+            raise InputError(f"tail_drop is {fraction}, expected a fraction between 0 and 1.")
+        if fraction == 0.0:
+            return keep
+        share = torch.full((1, 1), float(fraction), dtype=probability.dtype, device=probability.device)
+    count = keep.sum(dim=1, keepdim=True)
+    dropped = torch.minimum((count * share).floor().long().clamp_(min=0), count - 1)
+    order = probability.masked_fill(~keep, float("inf")).argsort(dim=1, stable=True)
+    first = torch.arange(keep.shape[1], device=keep.device) < dropped
+    return keep & ~torch.zeros_like(keep).scatter_(1, order, first)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """features * 1 forward; backward as if features had been multiplied by the probability."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, probability: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (features,) = ctx.saved_tensors
+        return grads[0], (grads[0] * features).sum(dim=-1)
+
+
+def straight_through(features: Tensor, probability: Tensor) -> Tensor:
+    """out * STE(p): the gate is 1 forward and passes the gradient to p as if it were p (arXiv 2507.07955, eq. 7-9).
+
+    Args:
+        features: (..., D).
+        probability: (...), the probability of the decision taken: p where kept, 1 - p elsewhere.
+
+    Returns:
+        (..., D), equal to `features`.
+    """
+    out: Tensor = _StraightThrough.apply(features, probability)  # type: ignore[no-untyped-call]
+    return out
+
+
+def ratio_loss(probability: Tensor, natural_keep: Tensor, target: float, group_size: int | None = None) -> Tensor:
+    """N/(N-1) [(1-F)(1-G) + (N-1) F G], F the mean kept share and G the mean probability (arXiv 2507.07955, eq. 10).
+
+    With F held (it has no gradient) dL/dG is proportional to N F - 1, so it drives the kept share to 1/N.
+
+    Args:
+        probability: (B, N) boundary probability.
+        natural_keep: (B, N) bool, the kept set before tail drop.
+        target: N > 1, tokens per kept token.
+        group_size: samples pooled for F and G; None pools the batch. A last group may be smaller; groups count by
+            their number of samples.
+
+    Returns:
+        Scalar fp32, 1 when F = G = 1/N.
+
+    Raises:
+        InputError: target is not above 1 or group_size is not positive.
+    """
+    if target <= 1.0:
+        raise InputError(f"the target is {target}, expected more than 1 token per kept token.")
+    if group_size is not None and group_size < 1:
+        raise InputError(f"the ratio loss has groups of {group_size} samples, expected at least 1.")
+    share = natural_keep.float().mean(dim=1)
+    mean = probability.float().mean(dim=1)
+    groups = share.split(group_size or len(share))
+    loss = share.new_zeros(())
+    for group_share, group_mean in zip(groups, mean.split(group_size or len(mean)), strict=True):
+        f, g = group_share.mean(), group_mean.mean()
+        loss = loss + ((1 - f) * (1 - g) + (target - 1) * f * g) * len(group_share)
+    return loss * (target / (target - 1) / len(share))
