@@ -1,0 +1,203 @@
+"""What the network is trained to predict: noise with a learned variance, or the velocity of a straight flow.
+
+The *noise level* used throughout tokdyn is ``sigma / (alpha + sigma)`` with ``x_t = alpha x_0 + sigma noise``. It runs
+from 0 (clean) to 1 (noise), is the flow time itself for the flow objective, and gives the same number to the same
+signal-to-noise ratio under both objectives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from tokdyn.diffusion.schedule import BetaSchedule, NoiseTables, betas, noise_tables
+from tokdyn.diffusion.variational import bound_bits
+from tokdyn.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch of noisy images and what is needed to score a prediction on it.
+
+    Attributes:
+        x_t: (B, C, H, W) noisy images.
+        timestep: (B,) what the model is told: int64 in [0, T) for noise, float in [0, T] for flow.
+        noise: (B, C, H, W) the noise that was mixed in.
+        x0: (B, C, H, W) clean images.
+        level: (B,) noise level in [0, 1].
+    """
+
+    x_t: Tensor
+    timestep: Tensor
+    noise: Tensor
+    x0: Tensor
+    level: Tensor
+
+
+class Objective(BaseModel):
+    """A training objective, and the arithmetic that a sampler shares with it.
+
+    ``noise``: the network predicts the noise of a variance-preserving process (arXiv 2006.11239) and, with
+    ``learn_sigma``, where the variance of each reverse step lies between its two bounds (arXiv 2102.09672).
+    ``flow``: the network predicts ``noise - x_0`` on the straight path ``x_s = (1 - s) x_0 + s noise``; it is told
+    ``T s``. A flow has no variance to learn, so ``learn_sigma`` is False there.
+
+    Attributes:
+        kind: which of the two.
+        num_train_timesteps: T.
+        beta_schedule: noise only.
+        learn_sigma: whether the network has a second half of output channels for the variance.
+        timestep_sampling: how training draws times; ``logit_normal`` (arXiv 2403.03206) is for flow only.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["noise", "flow"] = "noise"
+    num_train_timesteps: int = Field(default=1000, ge=2)
+    beta_schedule: BetaSchedule = "linear"
+    learn_sigma: bool = True
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flow_learns_no_sigma(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "flow":
+            return {"learn_sigma": False, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Objective:
+        if self.kind == "flow" and self.learn_sigma:
+            raise ValueError("a flow objective has no variance to learn: set learn_sigma=false or kind=noise")
+        if self.kind == "noise" and self.timestep_sampling == "logit_normal":
+            raise ValueError("timestep_sampling=logit_normal is for kind=flow only: use uniform with kind=noise")
+        return self
+
+    @property
+    def betas(self) -> Tensor:
+        """(T,) float64, the betas of the noise process."""
+        return betas(self.beta_schedule, self.num_train_timesteps)
+
+    def scales(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixing weights at ``timestep`` (B,): ``x_t = alpha x_0 + sigma noise``, both (B,) float64."""
+        if self.kind == "flow":
+            time = timestep.double() / self.num_train_timesteps
+            return 1.0 - time, time
+        tables = self._tables(timestep.device)
+        return tables.alpha[timestep], tables.sigma[timestep]
+
+    def level(self, timestep: Tensor) -> Tensor:
+        """The noise level ``sigma / (alpha + sigma)`` at ``timestep`` (B,): (B,) float32 in [0, 1]."""
+        alpha, sigma = self.scales(timestep)
+        return (sigma / (alpha + sigma)).float()
+
+    def add_noise(self, x0: Tensor, generator: torch.Generator | None = None) -> Noised:
+        """Draw a timestep and noise for every image and mix them.
+
+        Args:
+            x0: (B, C, H, W) clean images or latents.
+            generator: source of both draws; the global one when None. It may live on another device than ``x0``.
+        """
+        device = x0.device if generator is None else generator.device
+        timestep = self._draw_timesteps(len(x0), device, generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
+        return self.mix(x0, noise, timestep)
+
+    def mix(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
+        """Mix given ``noise`` into ``x0``, both (B, C, H, W), at given ``timestep`` (B,)."""
+        alpha, sigma = (_column(scale, x0) for scale in self.scales(timestep))
+        return Noised(alpha * x0 + sigma * noise, timestep, noise, x0, self.level(timestep))
+
+    def loss(self, output: Tensor, noised: Noised) -> Tensor:
+        """Score a prediction.
+
+        Mean squared error over all dimensions; with a learned variance, plus the variational bound in bits per
+        dimension, weighted T / 1000, through which only the variance is trained (arXiv 2102.09672, section 3.1; the
+        weighting is that of its public code, which DiT trains with).
+
+        Args:
+            output: (B, C or 2C, H, W) what the network said about ``noised.x_t``. A flow ignores a second half.
+            noised: the batch it was shown.
+
+        Returns:
+            (B,) float32 (float64 for float64 images) loss of each sample.
+        """
+        prediction, variance = self.split(output, noised.x0.shape[1])
+        target = noised.noise if self.kind == "noise" else noised.noise - noised.x0
+        loss = (prediction - target).square().flatten(1).mean(dim=1)
+        if self.learn_sigma and variance is not None:
+            loss = loss + self._bound(prediction.detach(), variance, noised) * (self.num_train_timesteps / 1000.0)
+        return loss
+
+    def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """Split a network output (B, C or 2C, H, W) into prediction and variance, in at least float32.
+
+        Raises:
+            UnsupportedModelError: the number of channels is not what this objective needs.
+        """
+        found = output.shape[1]
+        allowed = {channels, 2 * channels} if self.kind == "flow" else {channels * (1 + self.learn_sigma)}
+        if found not in allowed:
+            raise UnsupportedModelError(
+                f"the model returned {found} channels for images of {channels}, but a {self.kind} objective with "
+                f"learn_sigma={self.learn_sigma} needs {min(allowed)}: build the model with the same learn_sigma"
+            )
+        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        return output[:, :channels], output[:, channels:] if self.learn_sigma else None
+
+    def predict_x0(self, prediction: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """The clean images (B, C, H, W) implied by a prediction (B, C, H, W) about ``x_t`` at ``timestep`` (B,)."""
+        alpha, sigma = (_column(scale, x_t) for scale in self.scales(timestep))
+        return x_t - sigma * prediction if self.kind == "flow" else (x_t - sigma * prediction) / alpha
+
+    def prediction_for(self, x0: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """The inverse of :meth:`predict_x0`: what the network would have to say to imply ``x0``."""
+        alpha, sigma = (_column(scale, x_t) for scale in self.scales(timestep))
+        return (x_t - x0) / sigma if self.kind == "flow" else (x_t - alpha * x0) / sigma
+
+    def log_variance(self, variance: Tensor, timestep: Tensor) -> Tensor:
+        """Log variance of the reverse step from the network's second half (arXiv 2102.09672, eq. 15).
+
+        Args:
+            variance: (B, C, H, W), -1 for the lower bound and 1 for the upper one.
+            timestep: (B,) int64.
+        """
+        tables = self._tables(variance.device)
+        low, high = (_column(table[timestep], variance) for table in (tables.log_min, tables.log_max))
+        share = (variance + 1.0) / 2.0
+        return share * high + (1.0 - share) * low
+
+    def _bound(self, prediction: Tensor, variance: Tensor, noised: Noised) -> Tensor:
+        tables, x0, x_t, timestep = self._tables(noised.x0.device), noised.x0, noised.x_t, noised.timestep
+        weight_x0, weight_xt, log_posterior = (
+            _column(table[timestep], x0) for table in (tables.posterior_x0, tables.posterior_xt, tables.log_min)
+        )
+        return bound_bits(
+            x0,
+            weight_x0 * x0 + weight_xt * x_t,
+            log_posterior,
+            weight_x0 * self.predict_x0(prediction, x_t, timestep) + weight_xt * x_t,
+            self.log_variance(variance, timestep),
+            timestep == 0,
+        )
+
+    def _tables(self, device: torch.device) -> NoiseTables:
+        return noise_tables(self.beta_schedule, self.num_train_timesteps, device)
+
+    def _draw_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        if self.kind == "noise":
+            return torch.randint(self.num_train_timesteps, (count,), generator=generator, device=device)
+        if self.timestep_sampling == "uniform":
+            time = torch.rand(count, generator=generator, device=device)
+        else:
+            time = torch.randn(count, generator=generator, device=device).sigmoid()
+        return time * self.num_train_timesteps
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B,) in the type of ``like`` (B, ...), shaped to multiply it."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
