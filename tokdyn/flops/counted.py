@@ -1,0 +1,151 @@
+"""Counting the FLOPs of a forward pass that runs, with torch's own counter; a multiply-add is 2 FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokdyn.errors import InputError
+from tokdyn.flops.analytic import is_chunked, model_config, model_parts
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass of a whole batch. A multiply-add is 2 FLOPs.
+
+    Attributes:
+        parts: analytic FLOPs by part; for a model without an analytic formula, the counted ones of its children.
+        counted: what torch's FlopCounterMode saw on the path that ran; None if nothing ran.
+        batch: B, images in the batch.
+        counted_parts: the counted FLOPs by child module of the model.
+    """
+
+    parts: dict[str, int]
+    counted: int | None = None
+    batch: int = 1
+    counted_parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts: FLOPs of the whole batch, multiply-add = 2."""
+        return sum(self.parts.values())
+
+    @property
+    def per_image(self) -> float:
+        """FLOPs per image, multiply-add = 2."""
+        return self.total / self.batch
+
+    def __str__(self) -> str:
+        lines = [f"{name:<12} {value / 1e9:10.3f} GFLOPs" for name, value in self.parts.items()]
+        lines.append(f"{'total':<12} {self.total / 1e9:10.3f} GFLOPs (multiply-add = 2, batch of {self.batch})")
+        if self.counted is not None:
+            lines.append(f"{'counted':<12} {self.counted / 1e9:10.3f} GFLOPs")
+        return "\n".join(lines)
+
+
+def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[str, int], Any]:
+    """Run a forward pass without gradients and count its matrix products, convolutions and attention.
+
+    Args:
+        model: any module; on the meta device nothing is computed or allocated.
+        *inputs: positional arguments of its forward.
+        **keywords: keyword arguments of its forward.
+
+    Returns:
+        FLOPs of the pass (multiply-add = 2), the FLOPs of each child module that was called, and the output.
+    """
+    mode = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
+    with torch.no_grad(), mode:
+        output = model(*inputs, **keywords)
+    counts, root = mode.get_flop_counts(), type(model).__name__
+    children = {name: sum(counts.get(f"{root}.{name}", {}).values()) for name, _ in model.named_children()}
+    return int(mode.get_total_flops()), {name: int(value) for name, value in children.items() if value}, output
+
+
+def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
+    """FLOPs of one forward pass: analytic by part, and counted on the path that runs. A multiply-add is 2 FLOPs.
+
+    For `DiT` and `DCDiT` the two agree exactly; DC-DiT's analytic cost is taken at the kept counts of this very pass.
+    Where the attention of short rows ran padded to the longest of the batch, the part "padding" is what that added.
+    Without inputs, or for a DC-DiT on the meta device (which tokens are kept depends on data), only the analytic
+    cost is given, at the model's target.
+
+    Args:
+        model: a `DiT`, a `DCDiT` or, if inputs are given, any other module.
+        *inputs: positional arguments of its forward; the first is the (B, C, H, W) input.
+        **keywords: keyword arguments of its forward, as in `flops(model, x, timestep=t, class_labels=y)`.
+
+    Returns:
+        The FLOPs of the whole batch; `.per_image` divides by B.
+
+    Raises:
+        InputError: a foreign model without inputs.
+    """
+    tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
+    batch = tensors[0].shape[0] if tensors else 1
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    try:
+        config: Mapping[str, Any] | None = model_config(model)
+    except InputError:
+        if not tensors:
+            raise
+        config = None
+    chunked = config is not None and is_chunked(config)
+    if not tensors or (chunked and meta):
+        return Flops(model_parts(model, batch=batch), batch=batch)
+    if meta:
+        inputs = tuple(_to_meta(value) for value in inputs)
+        keywords = {name: _to_meta(value) for name, value in keywords.items()}
+    total, children, output = count(model, *inputs, **keywords)
+    if config is None:
+        return Flops(children | _rest(total, children), total, batch, children)
+    if not chunked:
+        return Flops(model_parts(config, batch=batch), total, batch, children)
+    kept = output.routing.keep.sum(dim=1).tolist()
+    parts = model_parts(config, kept, device=output.routing.keep.device.type)
+    padding = 4 * config["depth"] * config["hidden_size"] * (len(kept) * max(kept) ** 2 - sum(n * n for n in kept))
+    if padding and total == sum(parts.values()) + padding:
+        parts["padding"] = padding
+    return Flops(parts, total, batch, children)
+
+
+def _rest(total: int, children: Mapping[str, int]) -> dict[str, int]:
+    """What a foreign model computes outside its children, if anything."""
+    rest = total - sum(children.values())
+    return {"rest": rest} if rest else {}
+
+
+def _to_meta(value: Any) -> Any:
+    """A tensor without its data; anything else unchanged."""
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _dense_attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Two products of dense attention: q k^T and weights v."""
+    *heads, length, width = query
+    outer = 1
+    for size in heads:
+        outer *= size
+    return 2 * outer * length * key[-2] * (width + value[-1])
+
+
+def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *_: Any, **__: Any) -> int:
+    """Attention of packed rows (T, H, d): the sum of squared lengths; the counter is the one place that reads them."""
+    lengths = offsets.diff().tolist()
+    return sum(2 * length * length * query.shape[1] * (query.shape[2] + value.shape[2]) for length in lengths)
+
+
+def _attention_formulas() -> dict[Any, Callable[..., int]]:
+    """Attention kernels that torch's counter does not know: the fused CPU kernel and packed rows on CUDA."""
+    import torch.nn.attention.varlen  # registers the operator of packed rows
+
+    _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter passes tensors, not shapes
+    return {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,
+        torch.ops.torch_attn._varlen_attn: _ragged_attention,
+    }
