@@ -1,0 +1,109 @@
+"""Splits a command's words into positional words and `key=value` settings.
+
+Three spellings mean the same: `key=value`, `--key=value` and `--key value`; dashes in a key become underscores, dots
+reach into sections (`train.lr=1e-4`). A key named in `flags` needs no value: `--maps` is `maps=true` and `--no-maps`
+is `maps=false`. The last value given for a key counts, so a script can append to the settings of another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from tokdyn.errors import RecipeError
+
+_KEY = r"[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*"
+_PAIR = re.compile(rf"({_KEY})=(.*)", re.DOTALL)
+_OPTION = re.compile(rf"--({_KEY})(?:=(.*))?", re.DOTALL)
+_BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the user typed after the name of a command.
+
+    Attributes:
+        positional: words that are not settings, in order.
+        settings: the text given for each key.
+    """
+
+    positional: tuple[str, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def take(self, required: Sequence[str] = (), optional: Sequence[str] = ()) -> tuple[str, ...]:
+        """The positional words by place; "" where an optional one was left out.
+
+        Raises:
+            RecipeError: a required word is missing, or there is one too many.
+        """
+        names = [*required, *optional]
+        if len(self.positional) > len(names):
+            after = f"after {' '.join(names)}, " if names else ""
+            raise RecipeError(
+                f"'{self.positional[len(names)]}' is one word too many: {after}settings are written key=value."
+            )
+        if len(self.positional) < len(required):
+            raise RecipeError(f"{required[len(self.positional)]} is missing; --help shows examples.")
+        return (*self.positional, *[""] * (len(names) - len(self.positional)))
+
+    def no_settings(self) -> Words:
+        """The words of a command that has no settings.
+
+        Raises:
+            RecipeError: there are settings.
+        """
+        if self.settings:
+            raise RecipeError(f"{self.overrides()[0]} has no meaning here: this command has no settings.")
+        return self
+
+    def overrides(self) -> list[str]:
+        """The settings as `key=value` strings, in the order in which they were given."""
+        return [f"{key}={value}" for key, value in self.settings.items()]
+
+
+def split(args: Sequence[str], flags: Collection[str] = ()) -> Words:
+    """Sorts the words of a command line into positional words and settings.
+
+    Args:
+        args: the words, without the command's own name.
+        flags: keys that hold a boolean and may therefore stand without a value.
+
+    Raises:
+        RecipeError: an option lacks its value, or a word is neither.
+    """
+    positional: list[str] = []
+    settings: dict[str, str] = {}
+
+    def put(key: str, value: str) -> None:
+        settings.pop(key, None)  # a repeated key moves to where it was given last
+        settings[key] = value
+
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if pair := _PAIR.fullmatch(word):
+            put(_name(pair[1]), pair[2])
+        elif option := _OPTION.fullmatch(word):
+            key, value = _name(option[1]), option[2]
+            negated = key.removeprefix("no_")
+            if value is not None:
+                put(key, value)
+            elif key in flags:
+                put(key, rest.pop(0) if rest and rest[0].lower() in _BOOLEANS else "true")
+            elif key != negated and negated in flags:
+                put(negated, "false")
+            elif rest and not rest[0].startswith("--"):
+                put(key, rest.pop(0))
+            else:
+                raise RecipeError(f"{word} needs a value; write {key}=VALUE or {word} VALUE.")
+        elif word.startswith("-") and word != "-":
+            raise RecipeError(f"{word} is not an option; settings are written key=value or --key value.")
+        else:
+            positional.append(word)
+    return Words(tuple(positional), settings)
+
+
+def _name(key: str) -> str:
+    """The key as Python spells it."""
+    return key.replace("-", "_")

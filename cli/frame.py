@@ -1,0 +1,91 @@
+"""What every command shares: how errors end it, how its usage reads, and the table of settings in its --help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import typer
+from pydantic import BaseModel
+from typer.core import TyperCommand
+
+from tokdyn.errors import TokdynError
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class Command(TyperCommand):
+    """A command that ends with one sentence on stderr when its input is wrong."""
+
+    words: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[Any] = None  # () -> the pydantic model
+    examples: ClassVar[tuple[str, ...]] = ()
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; a TokdynError becomes exit code 2, Ctrl-C 130."""
+        try:
+            return super().invoke(ctx)
+        except TokdynError as error:
+            typer.echo(f"tokdyn {self.name}: {error}", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except KeyboardInterrupt as stop:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from stop
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The usage line: positional words, settings, options."""
+        pieces = [*self.words, *(["[KEY=VALUE]..."] if self.settings else [])]
+        return [*pieces, *super().collect_usage_pieces(ctx)]
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples that can be pasted, then every setting with its type, default and meaning."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+        if self.settings:
+            from .settings import rows
+
+            with formatter.section("Settings (key=value, --key=value or --key value)"):
+                formatter.write_dl(list(rows(self.settings())))
+
+
+def command(
+    app: typer.Typer,
+    name: str,
+    *,
+    words: Iterable[str] = (),
+    settings: Callable[[], type[BaseModel]] | None = None,
+    examples: Iterable[str] = (),
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that adds a function to the app as a command.
+
+    Args:
+        app: the application or group.
+        name: what the user types.
+        words: positional words as the usage line shows them.
+        settings: returns the pydantic model whose fields are the command's settings; called only when needed, so that
+            `tokdyn --help` loads no model code.
+        examples: command lines for --help.
+    """
+    members = {
+        "words": tuple(words),
+        "settings": staticmethod(settings) if settings else None,
+        "examples": tuple(examples),
+    }
+    return app.command(name, cls=type("Command", (Command,), members), context_settings=CONTEXT)
+
+
+def group(name: str, text: str) -> typer.Typer:
+    """An empty group of commands whose help is plain text."""
+    return typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )

@@ -1,0 +1,30 @@
+"""Two ways to print a result: aligned columns for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+
+
+def as_json(value: Any) -> None:
+    """Prints the value as JSON; paths and the like become text."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> None:
+    """Prints rows under a header; columns of numbers are aligned to the right."""
+    rows = [[str(cell) for cell in row] for row in body]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    right = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(header))]
+    for row in [list(header), *rows]:
+        cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _numeric(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "", 1).removesuffix("%").lstrip("-").isdigit() or cell == "-"

@@ -1,0 +1,69 @@
+"""`tokdyn recipes ls | show | copy | check`."""
+
+from __future__ import annotations
+
+import typer
+
+from .arguments import split
+from .frame import command, group
+from .output import Json, as_json, table
+
+app = group("recipes", "The recipes that come with the package, and checking your own.")
+
+
+def _recipe() -> type:
+    from tokdyn.recipe import Recipe
+
+    return Recipe
+
+
+@command(app, "ls", examples=["tokdyn recipes ls", "tokdyn recipes ls --json"])
+def ls(ctx: typer.Context, json: Json = False) -> None:
+    """List the shipped recipes."""
+    from tokdyn import recipe
+
+    split(ctx.args).no_settings().take()
+    found = recipe.summaries()
+    if json:
+        as_json(found)
+    else:
+        table(["recipe", "what it is for"], found.items())
+
+
+@command(app, "show", words=["RECIPE"], examples=["tokdyn recipes show demo"])
+def show(ctx: typer.Context) -> None:
+    """Print a shipped recipe as it is written."""
+    from tokdyn import recipe
+
+    (name,) = split(ctx.args).no_settings().take(["RECIPE"])
+    typer.echo(recipe.show(name).rstrip())
+
+
+@command(app, "copy", words=["RECIPE", "[TO]"], examples=["tokdyn recipes copy demo my-demo.yaml"])
+def copy(ctx: typer.Context) -> None:
+    """Copy a shipped recipe to a file or folder, to edit it."""
+    from tokdyn import recipe
+
+    name, to = split(ctx.args).no_settings().take(["RECIPE"], ["TO"])
+    typer.echo(f"Wrote {recipe.copy(name, to or '.')}")
+
+
+@command(
+    app,
+    "check",
+    words=["RECIPE"],
+    settings=_recipe,
+    examples=["tokdyn recipes check my-demo.yaml", "tokdyn recipes check demo optimizer.lr=3e-4"],
+)
+def check(ctx: typer.Context) -> None:
+    """Validate a recipe and print it with every default.
+
+    The model is built too, without memory for its weights.
+    """
+    from tokdyn import recipe
+
+    from .settings import flags
+
+    given = split(ctx.args, frozenset(flags(recipe.Recipe)))
+    (name,) = given.take(["RECIPE"])
+    typer.echo(recipe.dump(recipe.check(name, given.overrides())).rstrip())

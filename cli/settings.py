@@ -1,0 +1,111 @@
+"""From words to one pydantic model, and from a pydantic model to the table of settings in --help."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from tokdyn.errors import RecipeError
+
+from .arguments import Words, split
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def flags(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Keys of the model that hold a boolean, sections included: they may be written without a value."""
+    for name, info in model.model_fields.items():
+        members = _members(info.annotation)
+        if bool in members:
+            yield prefix + name
+        for member in members:
+            if inspect.isclass(member) and issubclass(member, BaseModel):
+                yield from flags(member, f"{prefix}{name}.")
+
+
+def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) -> Settings:
+    """Builds the settings of a command from what the user typed.
+
+    Args:
+        args: the command's words.
+        model: the settings.
+        words: keys that positional words stand for, in order.
+
+    Raises:
+        RecipeError: too many words, an unknown key or a value that does not fit, in one sentence.
+    """
+    from tokdyn.recipe.explain import explain
+    from tokdyn.recipe.files import parse_overrides
+
+    given = split(args, frozenset(flags(model)))
+    placed = zip(words, given.take(optional=[word.upper() for word in words]), strict=True)
+    settings = {**{key: word for key, word in placed if word}, **given.settings}
+    try:
+        return model(**parse_overrides(Words((), settings).overrides()))
+    except ValidationError as error:
+        raise explain(model, error, "settings") from error
+
+
+def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, "type, default: meaning") of every setting, the fields of nested sections included."""
+    meanings = _attributes(model)
+    for name, info in model.model_fields.items():
+        sections = [m for m in _members(info.annotation) if inspect.isclass(m) and issubclass(m, BaseModel)]
+        if sections:
+            for section in sections:
+                yield from rows(section, f"{prefix}{name}.")
+            continue
+        meaning = info.description or meanings.get(name, "")
+        default = "required" if info.is_required() else f"default {_text(info)}"
+        yield f"{prefix}{name}", f"{meaning} [{_type(info.annotation)}, {default}]".strip()
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of a type: the type itself, or what a union and Annotated hold."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
+    return [annotation]
+
+
+def _type(annotation: Any) -> str:
+    """A type as a user reads it: `int`, `ddpm | ddim`, `float or none`."""
+    names = []
+    for member in _members(annotation):
+        origin = typing.get_origin(member)
+        if origin is typing.Literal:
+            names.append(" | ".join(str(choice) for choice in typing.get_args(member)))
+        elif origin is not None:
+            inner = ", ".join("..." if part is ... else _type(part) for part in typing.get_args(member))
+            names.append(f"{origin.__name__}[{inner}]")
+        elif member is type(None):
+            names.append("none")
+        else:
+            names.append({"str": "text", "Path": "path"}.get(member.__name__, member.__name__))
+    return " or ".join(names)
+
+
+def _text(info: FieldInfo) -> str:
+    """The default as the user would type it."""
+    value = info.get_default(call_default_factory=True, validated_data={})
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _attributes(model: type[BaseModel]) -> dict[str, str]:
+    """The meaning of each field, read from the `Attributes:` section of the class docstring."""
+    text = inspect.getdoc(model) or ""
+    _, _, section = text.partition("Attributes:\n")
+    meanings: dict[str, str] = {}
+    for entry in re.split(r"\n(?= {4}\w)", section.partition("\n\n")[0]):
+        name, colon, meaning = entry.strip().partition(":")
+        if colon:
+            meanings[re.sub(r"\s*\(.*\)$", "", name)] = " ".join(meaning.split())
+    return meanings
