@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from tokdyn.errors import RecipeError
-
 from .arguments import Words, split
 
 Settings = TypeVar("Settings", bound=BaseModel)

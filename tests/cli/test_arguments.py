@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokdyn.cli.arguments import Words, split
+
 from tokdyn.errors import RecipeError
 
 keys = st.from_regex(r"[a-z][a-z_]{0,8}[a-z](\.[a-z]{1,6})?", fullmatch=True).filter(lambda k: not k.startswith("no_"))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from tokdyn.cli.settings import flags, read, rows
+
 from tokdyn.errors import RecipeError
 
 
