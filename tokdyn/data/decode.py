@@ -1,0 +1,117 @@
+"""From the bytes of an image file to pixels of the wanted size, whatever its mode and orientation."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokdyn.errors import DataError
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {  # EXIF orientation -> what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's decoders raise on damaged files, depending on format and place of the damage.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
+    struct.error, zlib.error,
+)  # fmt: skip
+
+
+def decode(content: bytes, name: str, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+    """Decodes an image file, turns it upright, resizes and centre-crops it.
+
+    Transparent pixels lie on white, unless four channels keep the alpha. Samples of 16 bits are scaled to 8, colour
+    profiles are ignored, and of an animation the first frame is taken.
+
+    Args:
+        content: the bytes of the file.
+        name: how error messages call the file.
+        size: (rows, columns) of the result.
+        channels: 1 grey, 3 RGB, 4 RGBA.
+
+    Returns:
+        (channels, rows, columns) uint8.
+
+    Raises:
+        DataError: the file is not an image, damaged, truncated or too large to be decoded safely.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            pixels = np.asarray(fit(_upright(_convert(image, _MODES[channels]), image), size))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"{name}: the image claims more pixels than are decoded safely ({error}). If it is meant to be that "
+            "large, shrink it first; else remove it, or leave it out with on_error=skip."
+        ) from error
+    except _DAMAGE as error:
+        raise DataError(
+            f"{name}: not a readable image ({error}). Repair or remove it, or leave such files out with on_error=skip."
+        ) from error
+    return np.ascontiguousarray(pixels.reshape(*size, channels).transpose(2, 0, 1))
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes an image to cover `size` and crops the centre, as ADM (2105.05233) and DiT (2212.09748) prepare theirs.
+
+    The image is halved with a box filter while both sides stay at least the target's, then resized with a bicubic
+    filter so that one side matches and the other one covers, then cropped. For a square target this is their rule.
+
+    Args:
+        image: an image with 8 bits per channel.
+        size: (rows, columns) of the result.
+
+    Returns:
+        The image of `size`.
+    """
+    rows, columns = size
+    while image.width >= 2 * columns and image.height >= 2 * rows:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(columns / image.width, rows / image.height)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return image.crop((left, top, left + columns, top + rows))
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Converts any mode to the wanted one of 8 bits per channel, on white where it is transparent."""
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_bytes(image)
+    if mode != "RGBA" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert(mode)
+
+
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """Scales grey images of 16-bit integers (0 to 65535) or of floats (0 to 1, else 0 to 255) to bytes."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    largest = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / largest)), 0, 255).astype(np.uint8))
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    """Applies the orientation that the camera wrote into the file's EXIF block, if there is one."""
+    try:
+        orientation = source.getexif().get(_ORIENTATION_TAG)
+    except _DAMAGE:  # a damaged note beside an intact picture
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image

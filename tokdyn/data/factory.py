@@ -1,0 +1,45 @@
+"""From the data section of a recipe to a data set."""
+
+from __future__ import annotations
+
+from tokdyn.data.base import Dataset
+from tokdyn.data.config import DataConfig, rows_and_columns
+from tokdyn.data.images import ImageDataset
+from tokdyn.data.shapes import ShapesDataset
+from tokdyn.data.sources import open_source
+from tokdyn.errors import DataError
+
+_DEFAULT_SIZE = 32  # pixels, of procedural shapes
+
+
+def open_data(config: DataConfig) -> Dataset:
+    """Opens the data that a config describes.
+
+    Args:
+        config: the data section of a recipe.
+
+    Returns:
+        The data set; for small sets of images decoded and held in memory.
+
+    Raises:
+        DataError: the data are missing, empty, damaged, or do not fit the config.
+    """
+    if config.kind == "shapes":
+        size = rows_and_columns(config.size or _DEFAULT_SIZE)
+        return ShapesDataset(size, config.channels, config.num_classes, config.seed, config.length)
+    if config.path is None:
+        raise DataError(f"kind={config.kind} needs a path; give data.path the folder{_OR_ZIP[config.kind]}.")
+    if config.size is None:
+        raise DataError("kind=images needs a size in pixels, for example data.size=32 or data.size=32x48.")
+    return ImageDataset(
+        open_source(config.path),
+        rows_and_columns(config.size),
+        config.channels,
+        config.num_classes,
+        config.on_error,
+        config.in_memory,
+        config.memory_limit,
+    )
+
+
+_OR_ZIP = {"images": " or zip of images", "latents": " that `tokdyn features` wrote"}

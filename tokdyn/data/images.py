@@ -1,0 +1,193 @@
+"""Image folders and zips with one folder per class."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokdyn.data.base import Dataset, to_signed
+from tokdyn.data.decode import decode
+from tokdyn.data.progress import progress
+from tokdyn.data.sources import EXTENSIONS, Source
+from tokdyn.errors import DataError
+
+_CHUNK = 64  # images that one thread decodes before it reports progress
+_SLOW = 1e-3  # seconds per image from which threads pay: below, they mostly wait for the interpreter's lock
+_NAMED = 5  # broken files that a warning names
+
+
+class ImageDataset(Dataset):
+    """Images of a source, resized and centre-cropped, labelled by the first folder of their path.
+
+    Images that lie at the root form one class "all". Decoded images are held as bytes if they fit into the memory
+    limit; then images that cannot be read are found at once, and "skip" leaves them out. Otherwise images are decoded
+    when asked for, and "skip" puts the next readable image in the place of an unreadable one, so that the length of
+    an epoch does not depend on what has been read so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int],
+        channels: int = 3,
+        num_classes: int | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        in_memory: bool | None = None,
+        memory_limit: int = 2 * 1024**3,
+    ) -> None:
+        """Lists the files and, if they fit, decodes them.
+
+        Args:
+            source: folder or zip.
+            size: (rows, columns) in pixels.
+            channels: 1, 3 or 4.
+            num_classes: expected number of classes; 1 puts all images into one class "all".
+            on_error: what to do about images that cannot be read.
+            in_memory: hold decoded images in memory; None if they take at most `memory_limit` bytes.
+            memory_limit: in bytes.
+        """
+        self.source = source
+        self.shape = (channels, *size)
+        self.on_error = on_error
+        self.names = source.names()
+        self.class_names, self.labels = _classes(source, self.names, num_classes)
+        self._broken: dict[str, str] = {}
+        self._pixels: Tensor | None = None
+        if in_memory is None:
+            in_memory = len(self.names) * int(np.prod(self.shape)) <= memory_limit
+        if in_memory:
+            self._load()
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
+        """Reads images; see `Dataset.fetch`."""
+        wanted = self._checked(indices, len(self))
+        if self._pixels is not None:
+            used, pixels = wanted.tolist(), self._pixels[torch.from_numpy(wanted)]
+        else:
+            used, pixels = [], torch.empty(len(wanted), *self.shape, dtype=torch.uint8)
+            for place, index in enumerate(wanted.tolist()):
+                index, image = self._next_readable(index)
+                used.append(index)
+                pixels[place] = torch.from_numpy(image)
+        return to_signed(pixels, flips), torch.from_numpy(self.labels[used]), used
+
+    def identity(self) -> dict[str, object]:
+        """Describes the content: names, labels and geometry."""
+        listing = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
+        return {"kind": "images", "shape": list(self.shape), "files": sha256(listing.encode()).hexdigest()}
+
+    def _decode(self, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        name = self.names[index]
+        return decode(self.source.read(name), f"{name} in {self.source.path}", self.shape[1:], self.shape[0])
+
+    def _next_readable(self, index: int) -> tuple[int, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+        """Decodes an image, or with on_error "skip" the first one after it that can be decoded."""
+        for place in range(index, index + len(self)):
+            place %= len(self)
+            if self.names[place] in self._broken:
+                continue
+            try:
+                return place, self._decode(place)
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise
+                self._broken[self.names[place]] = str(error)
+                warnings.warn(f"{len(self._broken)} unreadable image(s) skipped so far, now: {error}", stacklevel=2)
+        raise DataError(f"None of the {len(self)} images in {self.source.path} can be read.")
+
+    def _load(self) -> None:
+        """Decodes all images into memory and leaves out the broken ones, or raises at the first of them."""
+        pixels = torch.empty(len(self.names), *self.shape, dtype=torch.uint8)
+        view = pixels.numpy()
+
+        def load(start: int) -> list[tuple[int, DataError]]:
+            failures = []
+            for index in range(start, min(start + _CHUNK, len(self.names))):
+                try:
+                    view[index] = self._decode(index)
+                except DataError as error:
+                    failures.append((index, error))
+            return failures
+
+        began = time.perf_counter()
+        broken = dict(load(0))
+        threads = os.cpu_count() or 1 if time.perf_counter() - began > _SLOW * min(_CHUNK, len(self.names)) else 1
+        starts = range(_CHUNK, len(self.names), _CHUNK)
+        with (
+            progress(f"Decoding {self.source.path.name}", len(self.names)) as advance,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+            for start, failures in zip(starts, pool.map(load, starts), strict=True):
+                broken.update(failures)
+                advance(min(_CHUNK, len(self.names) - start))
+                if broken and self.on_error == "raise":
+                    pool.shutdown(cancel_futures=True)
+                    break
+        if broken and self.on_error == "raise":
+            raise broken[min(broken)]
+        if broken:
+            self._leave_out(broken)
+            pixels = pixels[[index for index in range(len(pixels)) if index not in broken]]
+        self._pixels = pixels
+
+    def _leave_out(self, broken: dict[int, DataError]) -> None:
+        """Removes images from the list and says so; classes keep their numbers."""
+        if len(broken) == len(self.names):
+            raise DataError(f"None of the {len(self)} images in {self.source.path} can be read: {broken[0]}")
+        names = [self.names[index] for index in broken]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"{len(names)} of {len(self.names)} images in {self.source.path} cannot be read and are left out: "
+            f"{', '.join(names[:_NAMED])}{more}.",
+            stacklevel=4,
+        )
+        self._broken = {self.names[index]: str(error) for index, error in broken.items()}
+        self.labels = np.delete(self.labels, list(broken))
+        self.names = [name for index, name in enumerate(self.names) if index not in broken]
+
+
+def _classes(
+    source: Source, names: list[str], num_classes: int | None
+) -> tuple[tuple[str, ...], np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Returns the class names and the label of every file; refuses what cannot be labelled in one way only."""
+    if not names:
+        known = " ".join(sorted(EXTENSIONS))
+        raise DataError(f"{source.path} holds no images; expected files ending in one of {known}, in class folders.")
+    if num_classes == 1:
+        return ("all",), np.zeros(len(names), dtype=np.int64)
+    at_root = [name for name in names if "/" not in name]
+    if at_root and len(at_root) < len(names):
+        raise DataError(
+            f"{source.path} holds {len(at_root)} image(s) beside its class folders, such as {at_root[0]}: move them "
+            "into a class folder or away, or set num_classes=1 to put all images into one class."
+        )
+    folders = ["all" if at_root else name.split("/", 1)[0] for name in names]
+    class_names = tuple(sorted(set(folders)))
+    if num_classes is not None and num_classes != len(class_names):
+        shown = ", ".join(class_names[:_NAMED]) + (", ..." if len(class_names) > _NAMED else "")
+        raise DataError(
+            f"{source.path} holds {len(class_names)} class folder(s) ({shown}), but num_classes={num_classes}; "
+            "correct num_classes or leave it out."
+        )
+    nested = {name.split("/", 2)[1] for name in names if name.count("/") >= 2}
+    if len(class_names) == 1 and not at_root and len(nested) > 1 and all(name.count("/") >= 2 for name in names):
+        warnings.warn(
+            f"All images in {source.path} lie below the one folder {class_names[0]}, which makes one class. If its "
+            f"{len(nested)} folders are the classes, set path={source.path / class_names[0]}.",
+            stacklevel=3,
+        )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return class_names, np.array([numbers[folder] for folder in folders], dtype=np.int64)

@@ -1,0 +1,131 @@
+"""Where image files lie: a folder or a zip, listed in the same order and read by name."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from tokdyn.errors import DataError
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"}
+)
+
+
+class Source(Protocol):
+    """A set of image files."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Returns the image files as paths with forward slashes relative to the root, sorted part by part."""
+
+    def read(self, name: str) -> bytes:
+        """Returns the bytes of one file; raises a DataError that names it."""
+
+
+class FolderSource:
+    """Image files below a folder; links are followed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        """Returns the image files; see `Source`."""
+        found: list[str] = []
+        seen: set[str] = set()
+        for folder, children, files in os.walk(self.path, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above itself
+                children.clear()
+                continue
+            seen.add(real)
+            below = Path(folder).relative_to(self.path)
+            found.extend((below / name).as_posix() for name in files)
+            children[:] = [name for name in children if not _hidden(name)]
+        return _images(found)
+
+    def read(self, name: str) -> bytes:
+        """Returns the bytes of one file; see `Source`."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name} in {self.path} cannot be read: {error.strerror or error}.") from error
+
+
+class ZipSource:
+    """Image files in a zip, or in one folder of it; opened anew in every process that reads."""
+
+    def __init__(self, path: Path, inside: str = "") -> None:
+        """Opens the archive.
+
+        Args:
+            path: the zip file.
+            inside: folder in the archive that counts as the root, "" for the archive itself.
+        """
+        self.path = path
+        self.inside = f"{inside.strip('/')}/" if inside.strip("/") else ""
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+
+    def names(self) -> list[str]:
+        """Returns the image files; see `Source`."""
+        names = self._open().namelist()
+        return _images([name.removeprefix(self.inside) for name in names if name.startswith(self.inside)])
+
+    def read(self, name: str) -> bytes:
+        """Returns the bytes of one file; see `Source`."""
+        try:
+            return self._open().read(self.inside + name)
+        except (OSError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise DataError(f"{name} in {self.path} cannot be read: {error}.") from error
+
+    def _open(self) -> zipfile.ZipFile:
+        """Returns the archive as opened by this process: a file position must not be shared after a fork."""
+        if self._archive is None or self._archive[0] != os.getpid():
+            try:
+                self._archive = (os.getpid(), zipfile.ZipFile(self.path))
+            except (zipfile.BadZipFile, OSError, EOFError) as error:
+                raise DataError(
+                    f"{self.path} is not a readable zip file ({error}); give a folder of images or an intact .zip."
+                ) from error
+        return self._archive[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_archive": None}
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a folder, a zip, or a folder inside a zip (`pictures.zip/train`).
+
+    Args:
+        path: where the images are.
+
+    Returns:
+        The source of the files.
+
+    Raises:
+        DataError: there is nothing at the path, or it is neither a folder nor a zip.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return FolderSource(path)
+    for archive in (path, *path.parents):
+        if archive.is_file():
+            if not zipfile.is_zipfile(archive):
+                raise DataError(f"{archive} is neither a folder nor a zip file; give a folder of images or a .zip.")
+            return ZipSource(archive, path.relative_to(archive).as_posix() if archive != path else "")
+    raise DataError(f"There is no file or folder {path}; give data.path the folder or zip that holds the images.")
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
+
+
+def _images(names: list[str]) -> list[str]:
+    """Keeps the visible files with the extension of an image, sorted by their parts."""
+    paths = [PurePosixPath(name) for name in names if not name.endswith("/")]
+    kept = [path for path in paths if path.suffix.lower() in EXTENSIONS and not any(map(_hidden, path.parts))]
+    return [path.as_posix() for path in sorted(kept, key=lambda path: path.parts)]

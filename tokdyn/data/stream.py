@@ -1,0 +1,115 @@
+"""Batches as a pure function of (seed, step, rank), so resuming a run needs nothing but the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tokdyn.data.base import Dataset
+from tokdyn.data.hashing import Purpose, hashed, permutation
+from tokdyn.errors import DataError
+
+
+class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """An endless sequence of batches over a data set, shuffled anew in every epoch.
+
+    Samples are numbered through all epochs by one counter: sample c is place c % n of epoch c // n. Step s of all
+    ranks together takes the counters s * G to (s + 1) * G - 1 with G = batch_size * world, and each rank takes its own
+    contiguous part. No sample repeats within an epoch, batches run across the border of two epochs, and ranks
+    together see the same samples for any world size of equal G.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed: int, rank: int = 0, world: int = 1, flip: bool = False
+    ) -> None:
+        """Checks the settings.
+
+        Args:
+            dataset: the samples.
+            batch_size: samples per step and rank (B).
+            seed: of order and flips.
+            rank: number of this process, 0 to world - 1.
+            world: number of processes.
+            flip: mirror each sample with probability 1/2, drawn from (seed, counter).
+        """
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}, but a batch needs at least one sample.")
+        if not 0 <= rank < world:
+            raise DataError(f"rank {rank} is not one of the {world} processes 0 to {world - 1}.")
+        if len(dataset) == 0:
+            raise DataError("The data set is empty, so there is nothing to draw batches from.")
+        if flip:
+            dataset.require_flip()
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.flip = flip
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def counters(self, step: int) -> NDArray[np.int64]:
+        """Returns the (B,) sample counters of this rank at `step`."""
+        if step < 0:
+            raise IndexError(f"step {step} is negative")
+        start = (step * self.world + self.rank) * self.batch_size
+        return np.arange(start, start + self.batch_size, dtype=np.int64)
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Returns the (B,) sample numbers of this rank at `step`."""
+        counters = self.counters(step)
+        epochs, places = np.divmod(counters, len(self.dataset))
+        indices = np.empty_like(counters)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indices[chosen] = self._order(int(epoch))[places[chosen]]
+        return indices
+
+    def flips(self, step: int) -> NDArray[np.bool_] | None:
+        """Returns (B,) booleans, True where the sample is mirrored at `step`; None without flips."""
+        if not self.flip:
+            return None
+        return (hashed(self.seed, Purpose.FLIP, self.counters(step)) >> np.uint64(63)).astype(np.bool_)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Returns samples (B, C, H, W) and labels (B,) of this rank at `step`, any non-negative number."""
+        flips = self.flips(step)
+        return self.dataset.batch(self.indices(step).tolist(), None if flips is None else flips.tolist())
+
+    def epoch(self, step: int) -> float:
+        """Returns how many epochs all ranks together have seen before `step`."""
+        return step * self.batch_size * self.world / len(self.dataset)
+
+    def loader(self, start: int, stop: int, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Returns a loader over the batches of steps start .. stop - 1, in order.
+
+        Args:
+            start: first step.
+            stop: step after the last one.
+            workers: processes that prepare batches; the batches are the same for any number.
+        """
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            # Starting a loader draws a number: from here, and not from the global state that a resumed run restores.
+            generator=torch.Generator().manual_seed(self.seed & (2**63 - 1)),
+        )
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """Returns the order of an epoch, remembering the last two of them."""
+        if epoch not in self._orders:
+            while len(self._orders) > 1:
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = permutation(self.seed, epoch, len(self.dataset))
+        return self._orders[epoch]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_orders": {}}
