@@ -1,1 +1,7 @@
-"""See the modules of this package."""
+"""Our own models: the fixed-patch DiT and the Dynamic Chunking DiT, both diffusers models."""
+
+from tokdyn.models.base import DCDiTOutput, DiTOutput
+from tokdyn.models.dc_dit import DCDiT
+from tokdyn.models.dit import DiT
+
+__all__ = ["DCDiT", "DCDiTOutput", "DiT", "DiTOutput"]

@@ -5,6 +5,7 @@ from tokdyn.ops.dechunk import dechunk, dechunk_packed
 from tokdyn.ops.nearest import nearest_kept
 from tokdyn.ops.pack import pack, unpack
 from tokdyn.ops.position import sincos_position, timestep_frequencies
+from tokdyn.ops.precision import exact
 from tokdyn.ops.routing import ratio_loss, select, straight_through, tail_drop
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "dechunk",
     "dechunk_packed",
     "dense_attention",
+    "exact",
     "nearest_kept",
     "pack",
     "packed_attention",

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokdyn.errors import InputError
 from tokdyn.ops.nearest import disc, nearest_kept
 from tokdyn.ops.pack import pack
+from tokdyn.ops.precision import exact
 from tokdyn.tokens import Grid, Packing, cells
 
 _REACH = {torch.float32: 6.0, torch.float64: 9.0}  # in sigmas: the Gaussian beyond is below the type's resolution
@@ -62,10 +63,10 @@ def dechunk_packed(
     with torch.autocast(features.device.type, enabled=False):
         rows = features
         if sigma:
-            exact = torch.float64 if features.dtype == torch.float64 else torch.float32
-            kept = probability.to(exact).flatten().index_select(0, packing.index).clamp(_P_MIN, 1 - _P_MIN)
+            source = exact(features)
+            kept = probability.to(source).flatten().index_select(0, packing.index).clamp(_P_MIN, 1 - _P_MIN)
             form = _smooth_on_grid if features.is_cuda else _smooth_by_lists
-            rows = form(features.to(exact), kept, packing, float(sigma)).to(features.dtype)
+            rows = form(source, kept, packing, float(sigma)).to(features.dtype)
         batch, count = keep.shape
         if packing.total == batch * count:
             return rows.view(batch, count, -1)

@@ -1,0 +1,169 @@
+"""Routers: modules that give every cell of a 2-D token map a boundary logit; p = sigmoid(logit).
+
+Every router ends in one additive `bias`, so every router can be calibrated to keep 1/N of a batch (see `calibrate`).
+They compute in fp32 whatever the model's type, because decisions near p = 0.5 flip in bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+RouterName = Literal["spatial_predictability", "cosine", "random"]
+
+
+def build_router(name: RouterName, width: int, target: float) -> Router:
+    """The router of that name for tokens of the given width."""
+    if name == "spatial_predictability":
+        return SpatialPredictabilityRouter(width)
+    if name == "cosine":
+        return CosineRouter(width)
+    return RandomRouter(target)
+
+
+class Router(nn.Module):
+    """Boundary logits of a token map."""
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """The additive bias of the logit, one number."""
+        raise AttributeError(f"{type(self).__name__} has no bias")
+
+    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
+        """Logits (B, R, C) of tokens (B, D, R, C), fp32 or fp64 and channels last in memory; timestep (B,)."""
+        raise AttributeError(f"{type(self).__name__} has no forward")
+
+    @torch.no_grad()
+    def calibrate(self, logits: Tensor, target: float) -> None:
+        """Shift the bias so that 1/target of these logits are above 0.
+
+        Args:
+            logits: any shape, computed with the current bias.
+            target: N, tokens per kept token.
+        """
+        kept = max(1, round(logits.numel() / target))
+        ranked = logits.flatten().float().sort(descending=True).values
+        threshold = ranked[kept - 1 : kept + 1].mean()  # between the last kept and the first dropped
+        self.bias.sub_(threshold.to(self.bias))
+
+
+class SpatialPredictabilityRouter(Router):
+    """v2 of arXiv 2603.06351: a token is kept if its neighbourhood predicts it badly.
+
+    z = conv1x1(x); r = z - conv3x3(z); logit = conv1x1(SiLU(GroupNorm(conv3x3(r)))).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = max(1, width // 4)
+        self.proj = nn.Conv2d(width, inner, 1)
+        self.context = nn.Conv2d(inner, inner, 3, padding=1)
+        self.score = nn.Sequential(
+            nn.Conv2d(inner, inner, 3, padding=1),
+            nn.GroupNorm(math.gcd(8, inner), inner),
+            nn.SiLU(),
+            nn.Conv2d(inner, 1, 1),
+        )
+        nn.init.constant_(self.bias, -1.1)
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """The bias of the last convolution."""
+        return self.score[3].bias  # type: ignore[union-attr, return-value]
+
+    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
+        """Logits (B, R, C) of tokens (B, D, R, C)."""
+        first, norm, _, last = self.score
+        latent = _conv(self.proj, tokens)
+        surprise = _conv(first, latent - _conv(self.context, latent))  # type: ignore[arg-type]
+        normed = F.group_norm(surprise, norm.num_groups, norm.weight.to(surprise), norm.bias.to(surprise), norm.eps)  # type: ignore
+        return _conv(last, F.silu(normed)).squeeze(1)  # type: ignore[arg-type]
+
+
+class CosineRouter(Router):
+    """v1 of arXiv 2603.06351: p = (1 - cos(W_q x, mean of the neighbours' W_k x)) / 2.
+
+    No public code exists. Padding is zero: the cosine ignores the length of the mean, so a border cell is compared
+    with the mean of the neighbours it has. `bias` is added to logit(p), 0 being the formula as published.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.neighbours = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.offset = nn.Parameter(torch.zeros(1))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Identity projections and a uniform average of the eight neighbours."""
+        nn.init.eye_(self.query.weight)
+        nn.init.eye_(self.key.weight)
+        self.neighbours.weight.fill_(1 / 8)
+        self.neighbours.weight[:, :, 1, 1] = 0
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """The offset added to logit(p)."""
+        return self.offset
+
+    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
+        """Logits (B, R, C) of tokens (B, D, R, C)."""
+        rows = tokens.permute(0, 2, 3, 1)
+        query = F.normalize(F.linear(rows, self.query.weight.to(rows)), dim=-1)
+        key = F.normalize(F.linear(rows, self.key.weight.to(rows)), dim=-1).permute(0, 3, 1, 2)
+        around = F.normalize(_conv(self.neighbours, key), dim=1).permute(0, 2, 3, 1)
+        cosine = (query * around).sum(dim=-1)
+        return torch.logit((1 - cosine) / 2, eps=1e-6) + self.offset.to(cosine)
+
+
+class RandomRouter(Router):
+    """The paper's ablation: boundaries at random, 1/N of the cells in expectation; nothing is learned.
+
+    While training, each sample draws its own noise from torch's generator. In evaluation the noise is a hash of cell
+    and timestep, so a sample depends on neither its batch mates nor the generator.
+    """
+
+    def __init__(self, target: float) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.tensor([-math.log(target - 1)]), requires_grad=False)
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """Minus log(N - 1): the logit of a uniform number exceeds it with probability 1/N."""
+        return self.offset
+
+    def calibrate(self, logits: Tensor, target: float) -> None:
+        """Set the exact bias; the logits do not matter."""
+        nn.init.constant_(self.offset, -math.log(target - 1))
+
+    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
+        """Logits (B, R, C) for tokens (B, D, R, C)."""
+        batch, _, rows, columns = tokens.shape
+        if self.training:
+            seed = torch.randint(2**31, (batch, 1), device=tokens.device)
+        else:
+            seed = (timestep.double() * 64).round().long().expand(batch)[:, None]
+        cell = torch.arange(rows * columns, device=tokens.device)
+        uniform = (_hash(_hash(seed) + cell).double() + 0.5) / 2**32
+        return (torch.logit(uniform).to(tokens) + self.offset.to(tokens)).view(batch, rows, columns)
+
+
+def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution with its weights in the type of x."""
+    bias = module.bias.to(x) if module.bias is not None else None
+    return F.conv2d(x, module.weight.to(x), bias, padding=module.padding, groups=module.groups)  # type: ignore[arg-type]
+
+
+def _hash(number: Tensor) -> Tensor:
+    """32 well-mixed bits of an int64 number (Wang's multiply-xorshift, with 32-bit arithmetic)."""
+    mask = 0xFFFFFFFF
+    number = number & mask
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        number = ((number ^ (number >> shift)) * factor) & mask
+    return number ^ (number >> 16)

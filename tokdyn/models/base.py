@@ -1,0 +1,118 @@
+"""What DiT and DC-DiT share: embedders, blocks, head, positions and initialisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+from tokdyn.errors import InputError
+from tokdyn.models.blocks import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder
+from tokdyn.ops import sincos_position
+from tokdyn.tokens import Grid, Routing
+
+
+@dataclass(frozen=True)
+class DiTOutput:
+    """What a DiT returns.
+
+    Attributes:
+        sample: (B, out_channels, H, W), the predicted noise and, with learned sigma, the variance channels.
+    """
+
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class DCDiTOutput(DiTOutput):
+    """What a DC-DiT returns.
+
+    Attributes:
+        routing: what the router decided, its losses and counts.
+    """
+
+    routing: Routing
+
+
+class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Common parts; `DiT` and `DCDiT` say what lies between embedding and head."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm", "chunking"]
+
+    def _build(self, head_width: int) -> None:
+        """Make the parts that follow from the registered configuration."""
+        c = self.config
+        if c.hidden_size % c.num_heads:
+            raise InputError(f"hidden_size is {c.hidden_size}, expected a multiple of num_heads = {c.num_heads}.")
+        out_channels = c.in_channels * (2 if c.learn_sigma else 1)
+        self.register_to_config(out_channels=out_channels)
+        self.gradient_checkpointing = False
+        self.t_embedder = TimestepEmbedder(c.hidden_size, c.timestep_shift)
+        self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
+        position = sincos_position(self._grid_of(c.sample_size), c.hidden_size)
+        self.pos_embed = nn.Parameter(position[None], requires_grad=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(c.hidden_size, c.num_heads, c.mlp_ratio, c.mlp_norm_eps) for _ in range(c.depth)
+        )
+        self.final_layer = FinalLayer(head_width, c.patch_size**2 * out_channels, c.hidden_size)
+
+    def _grid_of(self, size: int | tuple[int, int] | list[int] | torch.Size) -> Grid:
+        """The token grid of an input of that many rows and columns."""
+        rows, columns = (size, size) if isinstance(size, int) else size
+        patch = self.config.patch_size
+        if rows % patch or columns % patch or min(rows, columns) < patch:
+            raise InputError(f"the input is {rows}x{columns}, expected multiples of the patch size {patch}.")
+        return rows // patch, columns // patch
+
+    def _start(self, x: Tensor, timestep: Tensor | float | None, labels: Tensor | None) -> tuple[Grid, Tensor, Tensor]:
+        """Check the inputs; the grid, the timesteps (B,) and the condition (B, D)."""
+        c = self.config
+        if x.dim() != 4 or x.shape[1] != c.in_channels:
+            raise InputError(f"the input has shape {tuple(x.shape)}, expected (B, {c.in_channels}, rows, columns).")
+        if timestep is None:
+            raise InputError("timestep is missing; pass a number or a (B,) tensor.")
+        batch = len(x)
+        if labels is None:
+            labels = torch.full((batch,), c.num_classes, device=x.device)
+        timestep = torch.as_tensor(timestep, device=x.device).reshape(-1)
+        labels = labels.to(x.device).reshape(-1)
+        for name, given in (("timestep", timestep), ("class_labels", labels)):
+            if len(given) not in (1, batch):
+                raise InputError(f"{name} has {len(given)} entries, expected 1 or {batch}, one per sample.")
+        timestep = timestep.expand(batch)
+        condition = self.t_embedder(timestep) + self.y_embedder(labels.expand(batch))
+        return self._grid_of(x.shape[-2:]), timestep, condition
+
+    def _positions(self, grid: Grid) -> Tensor:
+        """(N, D) positions of a grid: the stored table, or computed for another size."""
+        if grid == self._grid_of(self.config.sample_size):
+            return self.pos_embed[0]
+        return sincos_position(grid, self.config.hidden_size).to(self.pos_embed)
+
+    def _image(self, patches: Tensor, grid: Grid) -> Tensor:
+        """(B, N, p * p * C) head outputs to (B, C, R * p, C * p)."""
+        p = self.config.patch_size
+        batch, (rows, columns) = len(patches), grid
+        image = patches.view(batch, rows, columns, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+        return image.reshape(batch, -1, rows * p, columns * p)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """adaLN-Zero: Xavier for linear layers, small embeddings, zero modulation and head (arXiv 2212.09748)."""
+        for module in (*self.blocks.modules(), *self.t_embedder.modules(), *self.final_layer.modules()):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)

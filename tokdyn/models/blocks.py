@@ -1,0 +1,155 @@
+"""The parts of a diffusion transformer (arXiv 2212.09748), for dense (B, N, D) and packed (T, D) tokens alike."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
+from tokdyn.tokens import Packing
+
+_FREQUENCIES = 256
+_PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline passes for "no class", whatever the number of classes
+_LONG_ROWS = 192  # rows a sample from which one call a sample beats indexing the modulation by token
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal timestep frequencies through a two-layer MLP."""
+
+    def __init__(self, width: int, shift: int = 0) -> None:
+        super().__init__()
+        self.shift = shift
+        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(B,) timesteps to (B, D)."""
+        frequencies = timestep_frequencies(timestep, _FREQUENCIES, self.shift)
+        out: Tensor = self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type, union-attr]
+        return out
+
+
+class LabelEmbedder(nn.Module):
+    """One row per class and a last one for no class."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B,) labels in [0, classes] to (B, D); diffusers' null class 1000 also means no class."""
+        null = self.embedding_table.num_embeddings - 1
+        if null < _PIPELINE_NULL_CLASS:
+            labels = torch.where(labels == _PIPELINE_NULL_CLASS, null, labels)
+        out: Tensor = self.embedding_table(labels)
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """(B, N, D), or (T, D) with a packing; returns the same shape."""
+        qkv = self.qkv(x)
+        mixed = dense_attention(qkv, self.heads) if packing is None else packed_attention(qkv, self.heads, packing)
+        out: Tensor = self.proj(mixed)
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning: the modulation is computed per sample, after its Linear indexed
+    by token."""  # noqa: D205, D209
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.mlp_norm_eps = mlp_norm_eps
+
+    def forward(self, x: Tensor, condition: Tensor, packing: Packing | None = None) -> Tensor:
+        """One block.
+
+        Args:
+            x: (B, N, D), or (T, D) with a packing.
+            condition: (B, D).
+            packing: which rows of a packed x belong to which sample.
+
+        Returns:
+            The shape of x.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        x = gated_add(x, gate1, self.attn(modulated_norm(x, shift1, scale1, packing), packing), packing)
+        normed = modulated_norm(x, shift2, scale2, packing, self.mlp_norm_eps)
+        return gated_add(x, gate2, self.mlp(normed), packing)
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the projection of each token to its patch."""
+
+    def __init__(self, width: int, outputs: int, condition_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, N, width) and (B, D) to (B, N, outputs)."""
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        out: Tensor = self.linear(modulated_norm(x, shift, scale, None))
+        return out
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, packing: Packing | None, eps: float = 1e-6) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift, with (B, D) modulation per sample; x is (B, N, D), or (T, D) with a packing."""
+    if packing is None:
+        normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+        if torch.is_grad_enabled():
+            return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
+        return normed.mul_(1 + scale[:, None]).add_(shift[:, None])
+    if _by_sample(packing):
+        weight, bias = (1 + scale).to(x.dtype), shift.to(x.dtype)
+        parts = x.split(list(packing.lengths))
+        rows = zip(parts, weight.unbind(0), bias.unbind(0), strict=True)
+        return torch.cat([F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows])
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+    at = packing.sample
+    if torch.is_grad_enabled():
+        return torch.addcmul(shift.index_select(0, at), normed, (1 + scale).index_select(0, at))
+    return normed.mul_((1 + scale).index_select(0, at)).add_(shift.index_select(0, at))
+
+
+def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Tensor:
+    """X + gate y, with a (B, D) gate per sample; x and y are (B, N, D), or (T, D) with a packing."""
+    if packing is None:
+        return torch.addcmul(x, gate[:, None], y)
+    if _by_sample(packing) and not torch.is_grad_enabled() and x.dtype == y.dtype:
+        out = torch.empty_like(x)
+        lengths = list(packing.lengths)
+        for o, a, g, b in zip(out.split(lengths), x.split(lengths), gate.unbind(0), y.split(lengths), strict=True):
+            torch.addcmul(a, g.to(a.dtype), b, out=o)
+        return out
+    return torch.addcmul(x, gate.index_select(0, packing.sample), y)
+
+
+def _by_sample(packing: Packing) -> bool:
+    return packing.total >= _LONG_ROWS * len(packing.lengths) and not packing.index.is_cuda

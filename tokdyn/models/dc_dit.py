@@ -1,0 +1,170 @@
+"""The Dynamic Chunking Diffusion Transformer (arXiv 2603.06351), as a diffusers model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from tokdyn.errors import InputError
+from tokdyn.methods import Chunking
+from tokdyn.methods.routers import RouterName
+from tokdyn.models.base import DCDiTOutput, Transformer
+from tokdyn.models.scaffold import RMSNorm, Scaffold
+from tokdyn.models.sizes import dc_dit_settings
+from tokdyn.tokens import Grid
+
+
+class DCDiT(Transformer):
+    """DC-DiT: a narrow encoder and a router see every cell, the blocks only the kept tokens, a narrow decoder all again.
+
+    Args:
+        sample_size: rows and columns of the input, or one number for both.
+        patch_size: p; a cell is p x p inputs, 1 in the paper.
+        in_channels: channels of the input.
+        hidden_size: D.
+        depth: blocks.
+        num_heads: H, a divisor of D.
+        mlp_ratio: hidden width of the MLP over D.
+        num_classes: classes; one more row stands for no class.
+        learn_sigma: predict variance channels too.
+        encoder_depth: residual blocks before the router.
+        decoder_depth: residual blocks after de-chunking.
+        scaffold_width: width e of encoder and decoder, D/4 if None.
+        target: N, cells per kept token.
+        router: "spatial_predictability" (v2), "cosine" (v1) or "random" (ablation).
+        smoothing: smooth kept tokens by confidence when de-chunking.
+        smoothing_sigma: width of that kernel in cells.
+        force_ends: always keep the first and last cell; on in the official code.
+        official_init: start as the public code does: router bias -1.1, Xavier residual.
+        timestep_shift: see `ops.timestep_frequencies`.
+        mlp_norm_eps: epsilon of the norm before the MLP.
+        out_channels: follows from the others; accepted so that saved configurations load.
+    """
+
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["chunking"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 1,
+        in_channels: int = 4,
+        hidden_size: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        encoder_depth: int = 2,
+        decoder_depth: int = 2,
+        scaffold_width: int | None = None,
+        target: float = 4.0,
+        router: RouterName = "spatial_predictability",
+        smoothing: bool = True,
+        smoothing_sigma: float = 1.0,
+        force_ends: bool = False,
+        official_init: bool = False,
+        timestep_shift: int = 0,
+        mlp_norm_eps: float = 1e-6,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        width = scaffold_width or hidden_size // 4
+        if min(encoder_depth, decoder_depth) < 1:
+            raise InputError("encoder_depth and decoder_depth must be at least 1.")
+        sigma = smoothing_sigma if smoothing else None
+        chunking = Chunking(target=target, router=router, smoothing_sigma=sigma, force_ends=force_ends)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels * patch_size**2, width, 3, padding=1)})
+        self._build(head_width=width)
+        self.encoder = Scaffold(width, hidden_size, encoder_depth, hidden_size, change_first=False)
+        self.chunking = chunking.build(hidden_size)
+        self.norm = RMSNorm(hidden_size)
+        self.decoder = Scaffold(hidden_size, width, decoder_depth, hidden_size, change_first=True)
+        self._initialize()
+
+    @classmethod
+    def named(cls, name: str, **overrides: Any) -> DCDiT:
+        """The published model of that name, "S", "B", "L" or "XL", with constructor settings replaced."""
+        return cls(**{**dc_dit_settings(name), **overrides})
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        super()._initialize()
+        weight = self.x_embedder["proj"].weight
+        nn.init.xavier_uniform_(weight.view(len(weight), -1))
+        nn.init.zeros_(self.x_embedder["proj"].bias)
+        for scaffold in (self.encoder, self.decoder):
+            for layer in scaffold.layers:
+                nn.init.xavier_uniform_(layer.cond_proj[1].weight)
+                nn.init.zeros_(layer.cond_proj[1].bias)
+        if self.config.official_init:
+            nn.init.xavier_uniform_(self.chunking.residual.weight)
+        elif not weight.is_meta:
+            self._calibrate_on_noise()
+
+    def _calibrate_on_noise(self) -> None:
+        """A first calibration, so that an untrained model keeps 1/N of white noise; training repeats it on data."""
+        generator = torch.Generator().manual_seed(0)
+        rows, columns = self._grid_of(self.config.sample_size)
+        p = self.config.patch_size
+        noise = torch.randn(2, self.config.in_channels, rows * p, columns * p, generator=generator)
+        self.calibrate_router(noise.to(self.pos_embed), 500, None)
+
+    @torch.no_grad()
+    def calibrate_router(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> None:
+        """Shift the router's bias so that 1/N of this batch's cells are kept; arguments as in `forward`."""
+        grid, steps, condition = self._start(hidden_states, timestep, class_labels)
+        logits = self.chunking.logits(self._encode(hidden_states, condition), grid, steps)
+        self.chunking.router.calibrate(logits, self.config.target)
+
+    def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, in_channels, rows, columns) to dense tokens (B, N, D)."""
+        cells = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=torch.channels_last)
+        tokens: Tensor = self.encoder(self.x_embedder["proj"](cells), condition)
+        return tokens
+
+    def _decode(self, tokens: Tensor, condition: Tensor, grid: Grid) -> Tensor:
+        """Dense tokens (B, N, D) to (B, out_channels, rows, columns)."""
+        cells = tokens.view(len(tokens), *grid, -1).permute(0, 3, 1, 2)
+        return self._image(self.final_layer(self.decoder(cells, condition), condition), grid)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+        tail_drop: float | Tensor = 0.0,
+        return_dict: bool = True,
+    ) -> DCDiTOutput | tuple[Tensor]:
+        """Predict the noise.
+
+        Args:
+            hidden_states: (B, in_channels, rows, columns), multiples of the patch size.
+            timestep: a number or (B,).
+            class_labels: (B,) int64; None means no class.
+            tail_drop: fraction of the kept tokens to drop, least probable first; one number or (B,).
+            return_dict: False returns a tuple.
+
+        Returns:
+            The output, or (sample,).
+        """
+        grid, steps, condition = self._start(hidden_states, timestep, class_labels)
+        tokens = self._encode(hidden_states, condition)
+        routing = self.chunking.route(tokens, grid, steps, tail_drop)
+        rows, packing = self.chunking.chunk(tokens, routing)
+        rows = rows + self._positions(grid).index_select(0, packing.cell)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                rows = self._gradient_checkpointing_func(block, rows, condition, packing)
+            else:
+                rows = block(rows, condition, packing)
+        tokens = self.chunking.dechunk(self.norm(rows), tokens, routing, packing)
+        sample = self._decode(tokens, condition, grid)
+        return DCDiTOutput(sample, routing) if return_dict else (sample,)
+
+
+DCDiT.__module__ = "tokdyn"  # diffusers writes the module into model_index.json and finds the class there again

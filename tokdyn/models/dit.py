@@ -1,0 +1,95 @@
+"""The fixed-patch diffusion transformer (arXiv 2212.09748), as a diffusers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from tokdyn.models.base import DiTOutput, Transformer
+from tokdyn.models.sizes import dit_settings
+
+
+class DiT(Transformer):
+    """DiT: every p x p patch is a token, all blocks see all tokens.
+
+    Args:
+        sample_size: rows and columns of the input, or one number for both.
+        patch_size: p.
+        in_channels: channels of the input.
+        hidden_size: D.
+        depth: blocks.
+        num_heads: H, a divisor of D.
+        mlp_ratio: hidden width of the MLP over D.
+        num_classes: classes; one more row stands for no class.
+        learn_sigma: predict variance channels too.
+        timestep_shift: see `ops.timestep_frequencies`; 1 for weights that diffusers' DiT runs.
+        mlp_norm_eps: epsilon of the norm before the MLP; diffusers' DiT has 1e-5.
+        out_channels: follows from the others; accepted so that saved configurations load.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        timestep_shift: int = 0,
+        mlp_norm_eps: float = 1e-6,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)})
+        self._build(head_width=hidden_size)
+        self._initialize()
+
+    @classmethod
+    def named(cls, name: str, **overrides: Any) -> DiT:
+        """The published model of that name, for example "XL/2", with constructor settings replaced."""
+        return cls(**{**dit_settings(name), **overrides})
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        super()._initialize()
+        weight = self.x_embedder["proj"].weight
+        nn.init.xavier_uniform_(weight.view(len(weight), -1))
+        nn.init.zeros_(self.x_embedder["proj"].bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DiTOutput | tuple[Tensor]:
+        """Predict the noise.
+
+        Args:
+            hidden_states: (B, in_channels, rows, columns), multiples of the patch size.
+            timestep: a number or (B,).
+            class_labels: (B,) int64; None means no class.
+            return_dict: False returns a tuple.
+
+        Returns:
+            The output, or (sample,).
+        """
+        grid, _, condition = self._start(hidden_states, timestep, class_labels)
+        x = self.x_embedder["proj"](hidden_states).flatten(2).transpose(1, 2) + self._positions(grid)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, condition)
+            else:
+                x = block(x, condition)
+        sample = self._image(self.final_layer(x, condition), grid)
+        return DiTOutput(sample) if return_dict else (sample,)
+
+
+DiT.__module__ = "tokdyn"  # diffusers writes the module into model_index.json and finds the class there again

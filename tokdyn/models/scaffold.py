@@ -1,0 +1,69 @@
+"""The narrow convolutional encoder and decoder around the blocks of DC-DiT (arXiv 2603.06351)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, conv, + condition, GroupNorm, SiLU, conv, + skip.
+
+    Widths that 32 does not divide get gcd(32, width) groups.
+    """
+
+    def __init__(self, inputs: int, outputs: int, condition_width: int) -> None:
+        super().__init__()
+        inner = min(inputs, outputs)
+        self.norm1 = nn.GroupNorm(math.gcd(32, inputs), inputs)
+        self.conv1 = nn.Conv2d(inputs, inner, 3, padding=1)
+        self.cond_proj = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, inner))
+        self.norm2 = nn.GroupNorm(math.gcd(32, inner), inner)
+        self.conv2 = nn.Conv2d(inner, outputs, 3, padding=1)
+        self.skip_proj = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, inputs, R, C) and (B, D) to (B, outputs, R, C)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.cond_proj(condition)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        skip: Tensor = x if self.skip_proj is None else self.skip_proj(x)
+        return skip + h
+
+
+class Scaffold(nn.Module):
+    """A stack of residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first.
+
+    Maps stay channels-last in memory, so tokens are a view of the map.
+    """
+
+    def __init__(self, inputs: int, outputs: int, depth: int, condition_width: int, change_first: bool) -> None:
+        super().__init__()
+        change = 0 if change_first else depth - 1
+        widths = [inputs] * (change + 1) + [outputs] * (depth - change)
+        self.layers = nn.ModuleList(
+            ResidualBlock(a, b, condition_width) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.norm = RMSNorm(outputs)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, inputs, R, C) and (B, D) to tokens (B, R * C, outputs)."""
+        for layer in self.layers:
+            x = layer(x, condition)
+        return self.norm(x.permute(0, 2, 3, 1).flatten(1, 2))  # type: ignore[no-any-return]

@@ -1,0 +1,33 @@
+"""The named sizes of the papers (arXiv 2212.09748, 2603.06351) and a tiny one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokdyn.errors import InputError
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "depth": 2, "num_heads": 2},
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+PATCHES = (1, 2, 4, 8)
+
+
+def dit_settings(name: str) -> dict[str, Any]:
+    """Constructor settings of a fixed-patch DiT such as "XL/2"."""
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    if size not in SHAPES or patch not in {str(p) for p in PATCHES}:
+        known = ", ".join(f"{s}/{{{','.join(map(str, PATCHES))}}}" for s in SHAPES)
+        raise InputError(f"there is no DiT named '{name}'; known are {known}, for example 'XL/2'.")
+    return {**SHAPES[size], "patch_size": int(patch)}
+
+
+def dc_dit_settings(name: str) -> dict[str, Any]:
+    """Constructor settings of a DC-DiT such as "S"."""
+    size = name.removeprefix("DC-DiT-")
+    if size not in SHAPES:
+        raise InputError(f"there is no DC-DiT named '{name}'; known are {', '.join(SHAPES)}.")
+    return dict(SHAPES[size])
