@@ -1,0 +1,33 @@
+"""Randomness that belongs to an image: its seed alone decides its noise, whatever batch it is made in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_STEP_STREAM = 0x9E3779B97F4A7C15  # keeps the step noise of a seed apart from its initial noise
+_SEED_RANGE = 2**63
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, one stream per image, drawn on the CPU so that a seed means the same on every device.
+
+    Args:
+        seeds: B seeds.
+        shape: of one image.
+
+    Returns:
+        (B, *shape) float32 on the CPU.
+    """
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def step_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    """One generator per image for the noise of the steps.
+
+    They live where the model runs, because a copy from the host would wait for the device at every step. An image made
+    by a stochastic scheduler therefore depends on the kind of device; one made by a deterministic scheduler does not.
+    """
+    return [torch.Generator(device).manual_seed((seed + _STEP_STREAM) % _SEED_RANGE) for seed in seeds]

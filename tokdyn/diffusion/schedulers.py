@@ -1,0 +1,81 @@
+"""Opens a diffusers scheduler that runs the process a model was trained on, for any number of steps."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+from numpy.typing import NDArray
+
+from tokdyn.diffusion.objective import Objective
+from tokdyn.errors import RecipeError
+
+SchedulerName = Literal["ddpm", "ddim", "dpm", "euler"]
+
+_SCHEDULERS: Any = diffusers  # their constructors carry no types
+
+# Half the log signal-to-noise ratio from which the deterministic solvers start. The cosine schedule goes beyond it, to
+# where predicting an image means dividing by an alpha near 0; diffusers' `lambda_min_clipped` is for the same.
+_LOWEST_HALF_LOG_SNR = -5.2
+
+
+def default_scheduler(objective: Objective) -> SchedulerName:
+    """The scheduler an objective's papers sample with."""
+    return "euler" if objective.kind == "flow" else "ddpm"
+
+
+def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any:
+    """Build a diffusers scheduler with its timesteps set, all its tables on the CPU, where reading them is free.
+
+    - ``ddpm``: ancestral sampling on timesteps spread evenly from T - 1 to 0, as DiT samples (arXiv 2102.09672).
+    - ``ddim``: deterministic DDIM (arXiv 2010.02502), run as the first-order DPM-Solver++, which is the same update
+      and, unlike ``DDIMScheduler``, exact when ``steps`` does not divide T.
+    - ``dpm``: DPM-Solver++ 2M (arXiv 2211.01095).
+    - ``euler``: Euler steps of equal length along a flow.
+
+    Args:
+        name: which scheduler.
+        steps: how many times the model is called.
+        objective: what the model was trained with.
+
+    Raises:
+        RecipeError: the scheduler does not fit the objective, or the number of steps does not fit the scheduler.
+    """
+    if (name == "euler") != (objective.kind == "flow"):
+        fitting = "euler" if objective.kind == "flow" else "ddpm, ddim or dpm"
+        raise RecipeError(f"scheduler={name} cannot sample a {objective.kind} objective: use {fitting}")
+    total = objective.num_train_timesteps
+    if name == "euler":
+        flow = _SCHEDULERS.FlowMatchEulerDiscreteScheduler(num_train_timesteps=total)
+        flow.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
+        flow.set_begin_index(0)
+        return flow
+    tables: dict[str, Any] = {"num_train_timesteps": total, "trained_betas": objective.betas.tolist()}
+    if name == "ddpm":
+        if not 2 <= steps <= total:
+            raise RecipeError(
+                f"scheduler=ddpm takes 2 to {total} steps, not {steps}: change steps, or use ddim for a single one"
+            )
+        variance = "learned_range" if objective.learn_sigma else "fixed_small"
+        ancestral = _SCHEDULERS.DDPMScheduler(**tables, variance_type=variance, clip_sample=False)
+        ancestral.set_timesteps(timesteps=_spread(total - 1, steps))
+        return ancestral
+    solver = _SCHEDULERS.DPMSolverMultistepScheduler(**tables, solver_order=1 if name == "ddim" else 2)
+    solver.set_timesteps(timesteps=_trailing(solver, name, steps))
+    solver.set_begin_index(0)
+    return solver
+
+
+def _spread(last: int, steps: int) -> list[int]:
+    """``steps`` timesteps from ``last`` down to 0, both included."""
+    timesteps: NDArray[np.float64] = np.linspace(last, 0, steps).round()
+    return [int(timestep) for timestep in timesteps]
+
+
+def _trailing(solver: Any, name: str, steps: int) -> list[int]:
+    """``steps`` timesteps of equal distance that end one distance above the clean image (arXiv 2305.08891)."""
+    usable = int((solver.lambda_t >= _LOWEST_HALF_LOG_SNR).sum())
+    if not 1 <= steps <= usable:
+        raise RecipeError(f"scheduler={name} takes 1 to {usable} steps on this noise schedule, not {steps}")
+    return [int(timestep) - 1 for timestep in np.linspace(usable, 0, steps, endpoint=False).round()]
