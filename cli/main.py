@@ -8,10 +8,11 @@ import typer
 
 import tokdyn
 
-from . import recipes
+from . import models, recipes
 from .frame import group
 
 app = group("tokdyn", "Dynamic token computation for diffusion transformers: train, sample and measure DC-DiT and DiT.")
+models.register(app)
 app.add_typer(recipes.app)
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     ["recipe"],
     ["train"],
     ["sample", "evaluate", "report"],
-    ["demo"],
+    ["catalog", "demo"],
     ["recipes"],
     ["cli"],
 ]

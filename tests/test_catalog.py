@@ -1,0 +1,38 @@
+"""The list of named models agrees with the papers."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from tokdyn.catalog import CatalogSettings, catalog
+
+
+def test_sizes_and_costs_are_the_published_ones() -> None:
+    """Parameters in millions with the position table, and GFLOPs at 2 per multiply-add (arXiv 2603.06351)."""
+    found = {(entry.kind, entry.name): entry for entry in catalog(CatalogSettings())}
+    millions = {name: round(found["dcdit", name].parameters / 1e6, 2) for name in ("S", "B", "L", "XL")}
+    assert millions == {"S": 34.76, "B": 137.13, "L": 469.61, "XL": 689.59}
+    gflops = {name: round(found["dit", name].gflops, 2) for name in ("S/2", "B/2", "L/2", "XL/2", "XL/4")}
+    assert gflops == {"S/2": 12.11, "B/2": 46.01, "L/2": 161.40, "XL/2": 237.24, "XL/4": 58.09}
+
+
+def test_budget_lowers_cost_and_kept_tokens() -> None:
+    full, lean = (catalog(CatalogSettings(sample_size=16, tail_drop=drop)) for drop in (0.0, 0.5))
+    for before, after in zip(full, lean, strict=True):
+        if before.kind == "dcdit":
+            assert after.computed == before.computed / 2
+            assert after.gflops < before.gflops
+        else:
+            assert after == before
+
+
+def test_patches_that_do_not_divide_are_left_out() -> None:
+    assert {e.name for e in catalog(CatalogSettings(sample_size=18)) if e.kind == "dit"} == {
+        f"{size}/2" for size in ("tiny", "S", "B", "L", "XL")
+    }
+
+
+def test_settings_are_strict() -> None:
+    with pytest.raises(ValidationError):
+        CatalogSettings(patch=2)  # type: ignore[call-arg]

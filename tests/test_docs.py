@@ -1,0 +1,84 @@
+"""What README.md and docs/ show is true: Python blocks run, and every command line fits the real command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokdyn.cli.arguments import split
+from tokdyn.cli.main import app
+from tokdyn.cli.settings import flags, rows
+from typer.main import get_command
+
+from tokdyn import recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return [text for found, text in BLOCK.findall(page.read_text()) if found == language]
+
+
+def commands() -> list[Any]:
+    """The words of every `tokdyn ...` line in the pages, and of every example in --help."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                found[f"{page.name}: {line}"] = shlex.split(line, comments=True)
+    for path, command in leaves(get_command(app), ()):
+        for line in getattr(command, "examples", ()):
+            found[f"--help of {' '.join(path)}: {line}"] = shlex.split(line)
+    return [pytest.param(words[1:], id=name) for name, words in found.items() if words[:1] == ["tokdyn"]]
+
+
+def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that does something, with the words that lead to it."""
+    for name, child in getattr(command, "commands", {}).items():
+        yield from leaves(child, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks(page, "python"), 1):
+        exec(compile(block, f"{page.name}, Python block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command_lines_fit(words: list[str]) -> None:
+    """The command exists, has these options and settings, and takes that many words; a recipe takes its overrides."""
+    command: Any = get_command(app)
+    rest = list(words)
+    if rest in (["--help"], ["--version"]):
+        return
+    while hasattr(command, "commands"):
+        command = command.commands[rest.pop(0)]
+    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    given = split([word for word in rest if word not in options], flags(command.settings()) if command.settings else ())
+    required = [word for word in command.words if not word.startswith("[")]
+    assert len(required) <= len(given.positional) <= len(command.words)
+    if "RECIPE" in command.words and command.settings:
+        if given.positional[0] in recipe.names():
+            recipe.load(given.positional[0], given.overrides())
+        return
+    known = dict(rows(command.settings())) if command.settings else {}
+    assert set(given.settings) <= set(known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
