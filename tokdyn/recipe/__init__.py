@@ -1,0 +1,124 @@
+"""Recipes: YAML with `extends:` and key=value settings, validated by one strict model.
+
+recipe = load("cifar10/dcdit-learned", ["data.path=train.zip", "optimizer.lr=3e-4"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tokdyn.errors import RecipeError
+from tokdyn.recipe import files, shipped, yaml_text
+from tokdyn.recipe.explain import explain
+from tokdyn.recipe.schema import (
+    ChunkingSettings,
+    ComputeMatch,
+    ModelSettings,
+    OptimizerSettings,
+    PreviewSettings,
+    Recipe,
+    TrainingSettings,
+)
+
+__all__ = [
+    "ChunkingSettings",
+    "ComputeMatch",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PreviewSettings",
+    "Recipe",
+    "TrainingSettings",
+    "check",
+    "copy",
+    "dump",
+    "load",
+    "names",
+    "resolve",
+    "show",
+    "summaries",
+]
+
+names = shipped.names
+show = shipped.show
+
+
+def resolve(settings: Mapping[str, Any], source: str = "The recipe") -> Recipe:
+    """Validate settings that are already one dict.
+
+    Args:
+        settings: The sections, as nested dicts.
+        source: What to call them in an error.
+
+    Raises:
+        RecipeError: One sentence that names the key, what was expected and the nearest valid key.
+    """
+    try:
+        return Recipe.model_validate(dict(settings))
+    except ValidationError as error:
+        raise explain(Recipe, error, source) from error
+
+
+def load(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, everything it extends, and key=value settings over it.
+
+    Args:
+        name: A YAML file, a training folder (its recipe.yaml) or the name of a shipped recipe.
+        settings: Words such as "optimizer.lr=4e-4"; values are YAML and a later word wins.
+
+    Raises:
+        RecipeError: Anything that is wrong with any of it.
+    """
+    return resolve(files.deep_merge(files.read(str(name)), files.parse_overrides(settings)), f"Recipe '{name}'")
+
+
+def dump(recipe: Recipe) -> str:
+    """Write a recipe as YAML with every default spelled out; `load` gives the same recipe back."""
+    return yaml_text.dump(recipe.model_dump(mode="json"))
+
+
+def summaries() -> dict[str, str]:
+    """Map the name of each shipped recipe to its description."""
+    return {name: str(files.read(name).get("description", "")) for name in names()}
+
+
+def copy(name: str, destination: str | Path) -> Path:
+    """Copy a shipped recipe to edit it; what it extends is merged in, so that the copy stands alone.
+
+    Args:
+        name: The name of a shipped recipe.
+        destination: A file to write, or a folder to write NAME.yaml into.
+
+    Raises:
+        RecipeError: There is no such recipe, or the destination exists already.
+    """
+    source = shipped.path(name)
+    target = Path(destination).expanduser()
+    if target.is_dir() or target.suffix not in {".yaml", ".yml"}:
+        target = target / f"{Path(name).name}.yaml"
+    if target.exists():
+        raise RecipeError(f"{target} exists already; choose another place or remove it.")
+    text = source.read_text(encoding="utf-8")
+    settings = files.read(name)
+    if "extends:" in text:
+        text = f"# Copied from the shipped recipe {name}, with what it extends.\n{yaml_text.dump(settings)}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+def check(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """Validate a recipe as `load` does, and build its model without memory (on torch's meta device).
+
+    Raises:
+        RecipeError: Anything that is wrong with the recipe.
+        TokdynError: The model cannot be built as described.
+    """
+    from tokdyn.recipe.build import build_model
+
+    recipe = load(name, settings)
+    build_model(recipe, device="meta")
+    return recipe

@@ -1,0 +1,112 @@
+"""From a recipe to its model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from tokdyn.data import DataConfig
+from tokdyn.data.config import rows_and_columns
+from tokdyn.errors import InputError, RecipeError
+from tokdyn.flops import compute_matched_steps, flops_per_image
+from tokdyn.recipe.model_settings import ModelSettings
+from tokdyn.recipe.schema import Recipe
+
+Shape = tuple[int, int, int]
+_LATENT_CHANNELS = 4  # of the VAEs that the published models were trained on
+_SHAPES_SIZE = 32
+
+
+def planned_shape(data: DataConfig) -> Shape:
+    """Return (C, H, W) of the samples as far as the recipe says, without opening the data.
+
+    Args:
+        data: The data section. Latents without a size, and images without one, say too little.
+
+    Raises:
+        RecipeError: The recipe does not say how large the samples are.
+    """
+    size = data.size or (_SHAPES_SIZE if data.kind == "shapes" else None)
+    if size is None:
+        raise RecipeError(
+            f"data.size is needed to plan without reading the {data.kind}; set data.size=32, for example."
+        )
+    channels = _LATENT_CHANNELS if data.kind == "latents" else data.channels
+    return (channels, *rows_and_columns(size))
+
+
+def model_arguments(recipe: Recipe, shape: Shape, num_classes: int) -> dict[str, Any]:
+    """Return the constructor's arguments that a recipe fixes beyond the named size.
+
+    Args:
+        recipe: The recipe.
+        shape: (C, H, W) of the samples.
+        num_classes: Labels, without the null class.
+    """
+    channels, rows, columns = shape
+    return {
+        "sample_size": rows if rows == columns else (rows, columns),
+        "in_channels": channels,
+        "num_classes": num_classes,
+        "learn_sigma": recipe.objective.learn_sigma,
+        **recipe.model.overrides,
+    }
+
+
+def build_model(
+    recipe: Recipe, shape: Shape | None = None, num_classes: int | None = None, device: str | torch.device = "cpu"
+) -> Any:
+    """Build the recipe's model with fresh weights from torch's global generator.
+
+    Args:
+        recipe: The recipe.
+        shape: (C, H, W) of the samples; None takes what the recipe says.
+        num_classes: Labels; None takes what the recipe says, or 10 for procedural shapes.
+        device: Where to build it; "meta" takes no memory.
+    """
+    from tokdyn.models import DCDiT, DiT
+
+    if num_classes is None:
+        num_classes = recipe.data.num_classes or (10 if recipe.data.kind == "shapes" else None)
+    if num_classes is None:
+        raise RecipeError("data.num_classes is needed to plan without reading the data; set data.num_classes=1000.")
+    arguments = model_arguments(recipe, shape or planned_shape(recipe.data), num_classes)
+    family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
+    with torch.device(device):
+        return family.named(recipe.model.name, **arguments)
+
+
+def planned_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int | None = None) -> int:
+    """Return how many optimizer steps the run takes.
+
+    Args:
+        recipe: The recipe.
+        shape: (C, H, W) of the samples; None takes what the recipe says. Only `compute_match` needs it.
+        num_classes: Labels; as for `shape`.
+
+    Raises:
+        RecipeError: The warm-up of a compute-matched run costs more than the baseline.
+    """
+    training, match = recipe.training, recipe.compute_match
+    if training.steps is not None:
+        return training.steps
+    if training.images is not None:
+        return math.ceil(training.images / training.batch_size)
+    assert match is not None and recipe.chunking is not None  # the schema asks for exactly one of the three
+    baseline = recipe.model_copy(update={"model": ModelSettings(kind="dit", name=match.baseline), "chunking": None})
+    kept = match.kept or 1.0 / recipe.model.target
+    model = build_model(recipe, shape, num_classes, "meta")
+    reference = build_model(baseline, shape, num_classes, "meta")
+    budgets = [flops_per_image(model, kept * (1.0 - drop)) for drop in recipe.chunking.tail_drops]
+    try:
+        return compute_matched_steps(
+            match.steps,
+            recipe.chunking.budget_warmup_steps,
+            flops_per_image(reference),
+            flops_per_image(model, kept),
+            budgets,
+        )
+    except InputError as error:
+        raise RecipeError(f"compute_match: {error}") from error

@@ -1,0 +1,91 @@
+"""From a failed validation to one sentence: the key, what was expected, and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from tokdyn.errors import RecipeError
+
+_SHOWN = 4  # a fifth mistake is better met after the first four are mended
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" or, with nothing close, the list of what is valid.
+
+    Args:
+        word: What was written.
+        valid: What could have been written.
+    """
+    choices = sorted(set(valid))
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (valid: {', '.join(choices)})" if choices else ""
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """List the pydantic models that a field's type may hold, looking through unions, Annotated and containers."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [found for part in typing.get_args(annotation) for found in models_in(part)]
+
+
+def valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """List the keys that may be written at `path` below a pydantic model.
+
+    Args:
+        model: The outermost model.
+        path: Field names from the outermost model inwards; list positions and union tags are passed over.
+    """
+    here = [model]
+    for part in path:
+        fields = [candidate.model_fields[part] for candidate in here if part in candidate.model_fields]
+        inner = [found for field in fields for found in models_in(field.annotation)]
+        here = inner or here
+    return sorted({name for candidate in here for name in candidate.model_fields})
+
+
+def _sentence(model: type[BaseModel], error: Any) -> str:
+    path = [part for part in error["loc"] if isinstance(part, int) or not part.endswith(")")]
+    key = ".".join(str(part) for part in path)
+    value = error.get("input")
+    match error["type"]:
+        case "extra_forbidden":
+            return f"'{key}' is not a setting{nearest(str(path[-1]), valid_keys(model, path[:-1]))}"
+        case "missing":
+            return f"'{key}' is required; set it in the recipe or with {key}=VALUE"
+        case "value_error":
+            reason = str(error["ctx"]["error"])
+            return f"'{key}': {reason}" if key else reason
+        case "literal_error":
+            choices = error["ctx"]["expected"]
+            options = [word.strip("'") for word in choices.replace(" or ", ", ").split(", ")]
+            close = difflib.get_close_matches(str(value), options, n=1)
+            hint = f" (did you mean '{close[0]}'?)" if close else ""
+            return f"'{key}' should be {choices}, got {value!r}{hint}"
+        case _:
+            return f"'{key}': {error['msg'][0].lower()}{error['msg'][1:]}, got {value!r}"
+
+
+def explain(model: type[BaseModel], error: ValidationError, source: str) -> RecipeError:
+    """Turn a ValidationError into a RecipeError of one sentence.
+
+    Args:
+        model: The model that was validated.
+        error: What pydantic raised.
+        source: What to call the settings: a path or a recipe name.
+    """
+    # A union reports each member's complaint under the same key; the first is enough.
+    by_key: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        sentence = _sentence(model, item)
+        by_key.setdefault(sentence.split("'")[1] if "'" in sentence else sentence, sentence)
+    sentences = list(by_key.values())
+    more = f"; and {len(sentences) - _SHOWN} more" if len(sentences) > _SHOWN else ""
+    return RecipeError(f"{source}: {'; '.join(sentences[:_SHOWN])}{more}.")

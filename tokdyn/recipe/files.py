@@ -1,0 +1,98 @@
+"""From a name or path and key=value settings to one dict: `extends:`, deep merge, overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokdyn.errors import RecipeError
+from tokdyn.recipe import shipped, yaml_text
+from tokdyn.recipe.explain import nearest
+
+Settings = dict[str, Any]
+
+
+def deep_merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Settings:
+    """Lay `top` over `base`: sections are merged key by key, anything else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = deep_merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def locate(name: str, beside: Path | None = None) -> Path:
+    """Find a recipe: a path to a YAML file (relative to `beside` first) or the name of a shipped one.
+
+    Args:
+        name: A path, or a shipped name such as "cifar10/dit-flops".
+        beside: Folder that a relative path in `extends:` starts from.
+
+    Raises:
+        RecipeError: There is neither such a file nor such a shipped recipe.
+    """
+    candidates = [Path(name).expanduser()] if beside is None else [beside / name]
+    for path in candidates:
+        if path.is_file():
+            return path.resolve()
+        if path.is_dir() and (path / "recipe.yaml").is_file():
+            return (path / "recipe.yaml").resolve()
+    names = shipped.names()
+    plain = name.removesuffix(".yaml")
+    if plain in names:
+        return shipped.path(plain)
+    raise RecipeError(f"There is no recipe '{name}': neither a YAML file nor a shipped recipe{nearest(plain, names)}.")
+
+
+def read(name: str, beside: Path | None = None, _chain: tuple[Path, ...] = ()) -> Settings:
+    """Read one recipe and everything that it extends into one dict.
+
+    Args:
+        name: A path or the name of a shipped recipe.
+        beside: Folder that a relative path starts from.
+
+    Raises:
+        RecipeError: Not found, not YAML, not a mapping, or the files extend each other in a circle.
+    """
+    path = locate(name, beside)
+    if path in _chain:
+        circle = " -> ".join(link.name for link in (*_chain[_chain.index(path) :], path))
+        raise RecipeError(f"These recipes extend each other in a circle: {circle}. Remove one of the `extends:` lines.")
+    try:
+        data = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}.") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path} should hold `key: value` settings at the top, got {type(data).__name__}.")
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: 'extends' should be one path or recipe name, got {parent!r}.")
+    return deep_merge(read(parent, path.parent, (*_chain, path)), data)
+
+
+def parse_overrides(settings: Iterable[str]) -> Settings:
+    """Turn `key.sub=value` settings into a nested dict; values are YAML, a later setting wins.
+
+    Args:
+        settings: Words such as "optimizer.lr=4e-4" or "chunking.tail_drops=[0, 0.3]".
+
+    Raises:
+        RecipeError: A word without '=', an empty key, or a value that is not YAML.
+    """
+    result: Settings = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise RecipeError(f"'{setting}' is not a setting; write key=value, for example optimizer.lr=1e-4.")
+        value = yaml_text.parse(text, f"The value of '{key.strip()}'")
+        nested: Any = value
+        for part in reversed(parts):
+            nested = {part: nested}
+        result = deep_merge(result, nested)
+    return result

@@ -1,0 +1,84 @@
+"""The `model` section: a kind, a named size, and any other argument of that model's constructor."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+
+from tokdyn.recipe.explain import nearest
+
+FROM_ELSEWHERE = {
+    "sample_size": "data.size",
+    "in_channels": "data.channels",
+    "num_classes": "data.num_classes",
+    "learn_sigma": "objective.learn_sigma",
+    "out_channels": "objective.learn_sigma",
+}
+
+
+@cache
+def constructor(kind: str) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a model class, by name, with their types evaluated.
+
+    Args:
+        kind: "dit" or "dcdit".
+    """
+    from tokdyn.models import DCDiT, DiT  # imports diffusers, which takes seconds: only once a recipe is read
+
+    signature = inspect.signature({"dit": DiT, "dcdit": DCDiT}[kind].__init__, eval_str=True)
+    return {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
+
+
+class ModelSettings(BaseModel):
+    """Which network to train.
+
+    Any argument of the constructor may be added, such as `depth: 6`; it overrides the named size. Image size,
+    channels, classes and learned sigma follow from the sections `data` and `objective`.
+
+    Attributes:
+        kind: "dcdit" (dynamic chunking) or "dit" (fixed patches).
+        name: A named size: "S", "B", "L", "XL", "tiny", for a "dit" with its patch, "S/2".
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: Literal["dit", "dcdit"] = "dcdit"
+    name: str = "tiny"
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The constructor's arguments that this section sets itself."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def target(self) -> float:
+        """N: one of N tokens is kept (1.0 for a fixed-patch model)."""
+        if self.kind == "dit":
+            return 1.0
+        return float(self.overrides.get("target", constructor("dcdit")["target"].default))
+
+    @model_validator(mode="after")
+    def _check_overrides(self) -> Self:
+        arguments = constructor(self.kind)
+        settable = [name for name in arguments if name not in FROM_ELSEWHERE]
+        for key, value in self.overrides.items():
+            if key in FROM_ELSEWHERE:
+                raise ValueError(f"'{key}' follows from {FROM_ELSEWHERE[key]}; set that instead")
+            if key not in arguments:
+                raise ValueError(f"'{key}' is not an argument of {self.kind}{nearest(key, settable)}")
+            try:
+                checked = TypeAdapter(arguments[key].annotation).validate_python(value)
+            except ValidationError as error:
+                message = error.errors(include_url=False)[0]["msg"]
+                raise ValueError(f"'{key}': {message[0].lower()}{message[1:]}, got {value!r}") from error
+            cast(dict[str, Any], self.__pydantic_extra__)[key] = checked
+        self._check_name()
+        return self
+
+    def _check_name(self) -> None:
+        from tokdyn.models.sizes import dc_dit_settings, dit_settings
+
+        {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError

@@ -1,0 +1,47 @@
+"""The recipes that come with the package: list, show, copy."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from tokdyn.errors import RecipeError
+from tokdyn.recipe.explain import nearest
+
+
+@cache
+def folder() -> Path:
+    """Return the folder of shipped recipes, installed as tokdyn.recipes or beside the package in a bare checkout."""
+    checkout = Path(__file__).resolve().parents[2] / "recipes"
+    try:
+        installed = Path(str(resources.files("tokdyn.recipes")))
+    except ModuleNotFoundError:
+        installed = checkout
+    if not installed.is_dir():
+        raise RecipeError(f"The shipped recipes are missing from {installed}; install tokdyn again.")
+    return installed
+
+
+def names() -> list[str]:
+    """List the shipped recipes, such as "demo" and "cifar10/dit-flops". Files that start with '_' only hold a base."""
+    root = folder()
+    found = (path for path in root.rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in found)
+
+
+def path(name: str) -> Path:
+    """Return the file of a shipped recipe.
+
+    Raises:
+        RecipeError: There is no such recipe; names the nearest one.
+    """
+    known = names()
+    if name not in known:
+        raise RecipeError(f"There is no shipped recipe '{name}'{nearest(name, known)}.")
+    return folder() / f"{name}.yaml"
+
+
+def show(name: str) -> str:
+    """Return the text of a shipped recipe as it is written, comments included."""
+    return path(name).read_text(encoding="utf-8")

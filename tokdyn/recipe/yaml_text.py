@@ -1,0 +1,79 @@
+"""YAML in and out: floats such as 1e-4, no yes/no booleans, no duplicate keys, one error sentence with the place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from tokdyn.errors import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of the 1.2 core schema: `1e-4` is a number, `on` and `no` are strings."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the class attribute is how PyYAML is configured
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build one mapping, refusing a key that is written twice."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key}' is written twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)|\d+\.\d*|\.\d+|\.inf|\.Inf|\.INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    "-+.0123456789",
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML whose strings stay strings, and whose floats stay floats, when `_Loader` reads them again."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    flow = not any(isinstance(item, dict) for item in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _represent_list)
+
+
+def parse(text: str, source: str) -> Any:
+    """Parse YAML text.
+
+    Args:
+        text: The YAML text.
+        source: What to call it in an error: a path, or the setting it came from.
+
+    Raises:
+        RecipeError: The text is not valid YAML; names the line and column.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{source}{place} is not valid YAML: {error.problem or error.context}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not valid YAML: {error}.") from error
+
+
+def dump(data: Any) -> str:
+    """Write plain data (dicts, lists, scalars) as YAML that `parse` reads back to the same data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,289 @@
+"""The training loop: steps, log lines, checkpoints, previews, and a clean stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from tokdyn.errors import CheckpointError, TokdynError
+from tokdyn.recipe import Recipe, dump
+from tokdyn.train import metrics, schedule, state
+from tokdyn.train.allocator import keep_large_buffers
+from tokdyn.train.metrics import Row
+from tokdyn.train.preview import draw_preview
+from tokdyn.train.progress import ProgressLine, duration
+from tokdyn.train.resume import check_resumable, flatten
+from tokdyn.train.seeds import Stream, seed_everything
+from tokdyn.train.setup import Run, open_accelerator, set_up
+from tokdyn.train.signals import StopRequest
+from tokdyn.train.snapshot import save_model
+from tokdyn.train.step import Chunking, draw, micro_step
+
+_POLL = 8  # steps between the moments at which several processes agree whether to stop
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended.
+
+    Attributes:
+        folder: The run's folder.
+        step: Optimizer steps taken since the run was started.
+        steps: Steps of the whole run.
+        row: The last line of metrics; empty when no step was logged.
+    """
+
+    folder: Path
+    step: int
+    steps: int
+    row: Row
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step; if not, it was interrupted and can be resumed."""
+        return self.step >= self.steps
+
+    @property
+    def exit_code(self) -> int:
+        """0 when finished, 130 when interrupted."""
+        return 0 if self.finished else EXIT_INTERRUPTED
+
+
+def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> Result:
+    """Train a recipe, or continue where it was left.
+
+    Args:
+        recipe: What to train; a resumed run takes the same one, apart from settings that change nothing.
+        resume: Continue from the newest complete checkpoint in the recipe's folder, bit for bit.
+        console: Where progress is shown; stderr by default.
+
+    Raises:
+        CheckpointError: The folder is in use (without `resume`), or holds nothing that can be resumed (with it), or
+            the disk refused a checkpoint.
+        TokdynError: The recipe or the data are wrong, or the loss is no longer finite.
+    """
+    keep_large_buffers()
+    folder = Path(recipe.folder)
+    found = _newest_or_none(folder) if resume else _check_unused(folder)
+    accelerator = open_accelerator(recipe)
+    run = set_up(recipe, accelerator, fresh=found is None)
+    start, spent, notes = 0, 0.0, []
+    if found is not None:
+        differing = check_resumable(found.state, recipe, run.dataset.identity(), str(folder))
+        run.trainee.restore(found.folder)
+        start, spent = found.step, float(found.state["seconds"])
+        notes = [*found.skipped, f"Resumed {folder} at step {start}."]
+        if differing:
+            notes.append(f"Changed since the run was started, and able to change its rounding: {', '.join(differing)}.")
+    elif resume:
+        notes = [f"{folder} has no checkpoint yet; it starts again at step 0."]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        state.write_text(folder / "recipe.yaml", dump(recipe))
+        metrics.truncate(folder / "metrics.jsonl", start)
+    if recipe.training.trackers:
+        config = {
+            key: value for key, value in flatten(recipe.model_dump()).items() if isinstance(value, int | float | str)
+        }
+        accelerator.init_trackers("tokdyn", config=config)
+    with StopRequest() as stop, ProgressLine(run.steps, start, accelerator.is_main_process, console) as line:
+        for note in notes:
+            line.note(note)
+        result = _Loop(run, folder, spent, line, stop).go(start)
+    if recipe.training.trackers:
+        accelerator.end_training()
+    return result
+
+
+def _check_unused(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
+
+
+def _newest_or_none(folder: Path) -> state.Checkpoint | None:
+    found = state.newest(folder / "checkpoints")
+    if found is None and not (folder / "recipe.yaml").is_file():
+        raise CheckpointError(f"There is no run to resume in {folder}; start it without --resume.")
+    return found
+
+
+class _Loop:
+    """The moving parts of one call of `train`.
+
+    Args:
+        run: What to train.
+        folder: Where to write.
+        spent: Seconds of earlier calls.
+        line: Where progress is shown.
+        stop: Set when the user wants to stop.
+    """
+
+    def __init__(self, run: Run, folder: Path, spent: float, line: ProgressLine, stop: StopRequest) -> None:
+        self.run = run
+        self.folder = folder
+        self.spent = spent
+        self.line = line
+        self.stop = stop
+        self.row: Row = {}
+        self.saved = -1
+        self.began = self.last_save = self.last_log = time.monotonic()
+        self.last_logged = 0
+
+    def go(self, start: int) -> Result:
+        run, training = self.run, self.run.recipe.training
+        self.last_logged = start
+        loader = run.stream.loader(start * training.accumulation, run.steps * training.accumulation, training.workers)
+        batches = iter(loader)
+        step = start
+        while step < run.steps:
+            self._step(step, batches)
+            step += 1
+            self.line.step(step)
+            if step % training.log_every == 0 or step == run.steps:
+                self._log(step)
+            if training.sample_every and (step % training.sample_every == 0 or step == run.steps):
+                self._preview(step)
+            stopping, due = self._agree(step)
+            if stopping or due or step % training.checkpoint_every == 0 or step == run.steps:
+                self._save(step)
+            if stopping and step < run.steps:
+                self.line.note(f"Stopped at step {step}; continue with: tokdyn train {self.folder} --resume")
+                break
+        if step >= run.steps:
+            self._finish(step)
+        return Result(self.folder, step, run.steps, self.row)
+
+    def _step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        run, recipe, trainee = self.run, self.run.recipe, self.run.trainee
+        training, device = recipe.training, run.accelerator.device
+        rate = schedule.learning_rate(recipe.optimizer, step, run.steps)
+        for group in trainee.optimizer.param_groups:
+            group["lr"] = rate
+        chunking, drop = None, 0.0
+        if recipe.chunking is not None:
+            now = schedule.target(recipe.chunking, recipe.model.target, step)
+            chunking = Chunking(now, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
+        collected: list[dict[str, Tensor]] = []
+        for micro in range(training.accumulation):
+            x, labels = next(batches)
+            slot = run.slot(micro)
+            tail = 0.0
+            if recipe.chunking is not None:
+                tail = schedule.tail_drop(recipe.chunking, recipe.seed, step, slot * run.micro_batch, run.micro_batch)
+                drop += float(torch.as_tensor(tail).mean()) / training.accumulation
+            seed_everything(recipe.seed, Stream.MICRO_STEP, step, slot)
+            x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            null = trainee.model.config.num_classes
+            draws = draw(recipe.objective, x, labels, null, training.label_dropout, tail)
+            last = micro == training.accumulation - 1
+            with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
+                out = micro_step(run.wrapped, recipe.objective, draws, training.precision, chunking)
+                run.accelerator.backward(out.loss / training.accumulation)
+            collected.append(out.metrics)
+        parameters = [parameter for group in trainee.optimizer.param_groups for parameter in group["params"]]
+        norm = run.accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip or float("inf"))
+        run.stepper.step()
+        run.stepper.zero_grad(set_to_none=True)
+        trainee.ema.update(step)
+        means: dict[str, Tensor | float] = {
+            name: sum((entry[name] for entry in collected), torch.zeros((), device=device)) / training.accumulation
+            for name in collected[0]
+        }
+        if chunking is not None:
+            means["tail_drop"] = drop
+        trainee.window.add(step + 1, {**means, "grad_norm": norm})
+
+    def _check_finite(self, step: int) -> None:
+        bad = self.run.trainee.window.first_bad(self.run.accelerator)
+        if bad is None:
+            return
+        last = state.steps_of(self.folder / "checkpoints")
+        kept = f"the checkpoint of step {last[-1]} is kept" if last else "there is no checkpoint yet"
+        raise TokdynError(
+            f"The loss or its gradient is not finite since step {bad} (noticed at step {step}); {kept}. Lower "
+            "optimizer.lr, lengthen optimizer.warmup_steps or set training.precision=fp32."
+        )
+
+    def _log(self, step: int) -> None:
+        run, recipe = self.run, self.run.recipe
+        self._check_finite(step)
+        means = run.trainee.window.means(run.accelerator)
+        run.trainee.window.clear()
+        now = time.monotonic()
+        batch = recipe.training.batch_size
+        self.row = {
+            "step": step,
+            "images": step * batch,
+            "epoch": step * batch / len(run.dataset),
+            **means,
+            "lr": schedule.learning_rate(recipe.optimizer, step - 1, run.steps),
+        }
+        if recipe.chunking is not None:
+            self.row["target"] = schedule.target(recipe.chunking, recipe.model.target, step - 1)
+        self.row["images_per_second"] = (step - self.last_logged) * batch / (now - self.last_log)
+        self.row["seconds"] = self.spent + now - self.began
+        self.last_log, self.last_logged = now, step
+        if run.accelerator.is_main_process:
+            metrics.append(self.folder / "metrics.jsonl", self.row)
+        if recipe.training.trackers:
+            run.accelerator.log({key: value for key, value in self.row.items() if key != "step"}, step=step)
+        self.line.log(step, self.row)
+
+    def _agree(self, step: int) -> tuple[bool, bool]:
+        """Return whether to stop and whether a timed checkpoint is due, the same on every process."""
+        minutes = self.run.recipe.training.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self.last_save > 60.0 * minutes
+        mine = (self.stop.requested, due)
+        accelerator = self.run.accelerator
+        if accelerator.num_processes == 1:
+            return mine
+        if step % _POLL:
+            return False, False
+        flags = accelerator.reduce(torch.tensor(mine, dtype=torch.int32, device=accelerator.device), "sum")
+        stopping, timed = (flags > 0).tolist()
+        return stopping, timed
+
+    def _save(self, step: int) -> None:
+        run, recipe = self.run, self.run.recipe
+        self._check_finite(step)
+        if run.accelerator.is_main_process:
+            contents = {
+                "images": step * recipe.training.batch_size,
+                "seconds": self.spent + time.monotonic() - self.began,
+                "recipe": recipe.model_dump(mode="json"),
+                "data": run.dataset.identity(),
+                "versions": {"torch": torch.__version__},
+            }
+            root, keep = self.folder / "checkpoints", recipe.training.keep_checkpoints
+            state.save(root, step, run.trainee.save, contents, keep)
+        run.accelerator.wait_for_everyone()
+        self.last_save = time.monotonic()
+
+    def _preview(self, step: int) -> None:
+        run = self.run
+        self._check_finite(step)
+        if run.accelerator.is_main_process:
+            draw_preview(run.trainee.ema.model, run.recipe, self.folder, step, run.accelerator.device)
+        run.accelerator.wait_for_everyone()
+
+    def _finish(self, step: int) -> None:
+        run = self.run
+        if run.accelerator.is_main_process:
+
+            def write(folder: Path) -> None:
+                save_model(run.trainee.ema.model, folder, run.trainee.info)
+                (folder / "recipe.yaml").write_text(dump(run.recipe), encoding="utf-8")
+
+            state.write_folder(self.folder / "model", write)
+        run.accelerator.wait_for_everyone()
+        taken = duration(self.spent + time.monotonic() - self.began)
+        self.line.note(f"Finished {step} steps in {taken}; the model is in {self.folder / 'model'}.")

@@ -1,0 +1,182 @@
+"""Everything a run consists of, built from its recipe in one order on every device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from tokdyn.data import BatchStream, Dataset, open_data
+from tokdyn.errors import RecipeError
+from tokdyn.recipe import OptimizerSettings, Recipe
+from tokdyn.recipe.build import build_model, planned_steps
+from tokdyn.train.ema import Ema
+from tokdyn.train.metrics import Window
+from tokdyn.train.seeds import Stream, seed_everything
+from tokdyn.train.snapshot import Trainee
+from tokdyn.train.step import autocast
+
+_CALIBRATION_IMAGES = 64
+_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to take its first, or its next, step.
+
+    Attributes:
+        recipe: The recipe.
+        accelerator: Knows the device and the other processes.
+        dataset: The samples.
+        stream: Micro-batches of this process by number, step * accumulation + micro.
+        trainee: Model, average, optimizer and running means.
+        wrapped: The model as it is called: itself, or its data-parallel wrapper.
+        stepper: The optimizer as accelerate wraps it.
+        steps: Optimizer steps of the whole run.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    dataset: Dataset
+    stream: BatchStream
+    trainee: Trainee
+    wrapped: Any
+    stepper: Any
+    steps: int
+
+    @property
+    def micro_batch(self) -> int:
+        """Images per micro-batch on one device."""
+        return self.stream.batch_size
+
+    def slot(self, micro: int) -> int:
+        """Number a micro-batch within its step over all devices."""
+        return micro * self.accelerator.num_processes + self.accelerator.process_index
+
+
+def open_accelerator(recipe: Recipe) -> Accelerator:
+    """Join the other processes, if any; on CPU unless there is an accelerator.
+
+    Raises:
+        RecipeError: The launcher asks for a kind of parallelism other than one replica per device.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",  # autocast is part of the step, so that sampling and training use the same one
+        log_with=list(recipe.training.trackers) or None,
+        project_dir=recipe.folder,
+    )
+    if accelerator.distributed_type not in _DISTRIBUTED:
+        raise RecipeError(
+            f"Training runs on one device or as data-parallel replicas, not as {accelerator.distributed_type.value}; "
+            "launch it with `accelerate launch --multi_gpu` or `--multi_cpu`."
+        )
+    return accelerator
+
+
+def micro_batch_size(recipe: Recipe, processes: int) -> int:
+    """Split the global batch over devices and accumulated micro-batches.
+
+    Raises:
+        RecipeError: It does not divide.
+    """
+    training = recipe.training
+    parts = training.accumulation * processes
+    if training.batch_size % parts:
+        raise RecipeError(
+            f"training.batch_size {training.batch_size} does not divide over {processes} processes times "
+            f"accumulation {training.accumulation}; choose a multiple of {parts}."
+        )
+    return training.batch_size // parts
+
+
+def open_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Build AdamW over the trainable parameters; vectors and scalars get no weight decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=settings.implementation == "fused",
+        foreach=settings.implementation == "foreach",
+    )
+
+
+def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
+    """Set the router's bias on a first batch, the same on every device.
+
+    Args:
+        model: A DCDiT on `device`.
+        recipe: The recipe.
+        dataset: Where the batch comes from.
+        device: Where to run it.
+    """
+    count = min(_CALIBRATION_IMAGES, len(dataset))
+    x, labels = BatchStream(dataset, count, recipe.seed)[0]
+    seed_everything(recipe.seed, Stream.CALIBRATION)
+    noised = recipe.objective.add_noise(x)
+    with torch.no_grad(), autocast(device, recipe.training.precision):
+        model.calibrate_router(noised.x_t.to(device), noised.timestep.to(device), labels.to(device))
+
+
+def compile_parts(model: Any, what: str | bool) -> None:
+    """Compile parts of a model in place; names and state dict stay as they are, so checkpoints do too.
+
+    Args:
+        model: A DiT or DCDiT.
+        what: False, "scaffold", "blocks" or "all".
+    """
+    if what in ("blocks", "all"):
+        for block in model.blocks:
+            block.compile(dynamic=hasattr(model, "encoder"))  # kept tokens differ from step to step
+    if what in ("scaffold", "all") and hasattr(model, "encoder"):
+        model.encoder.compile(dynamic=False)
+        model.decoder.compile(dynamic=False)
+
+
+def model_info(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Return what tokdyn.json beside saved weights says."""
+    return {
+        "name": recipe.name,
+        "objective": recipe.objective.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json"),
+        "class_names": list(dataset.class_names),
+    }
+
+
+def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
+    """Build a run.
+
+    Args:
+        recipe: The recipe.
+        accelerator: From `open_accelerator`.
+        fresh: Calibrate the router; False when a checkpoint will be restored over it.
+    """
+    dataset = open_data(recipe.data)
+    micro_batch = micro_batch_size(recipe, accelerator.num_processes)
+    stream = BatchStream(
+        dataset, micro_batch, recipe.seed, accelerator.process_index, accelerator.num_processes, recipe.data.flip
+    )
+    steps = planned_steps(recipe, dataset.shape, dataset.num_classes)
+    seed_everything(recipe.seed, Stream.WEIGHTS)
+    model = build_model(recipe, dataset.shape, dataset.num_classes).to(accelerator.device)
+    if fresh and recipe.chunking is not None and recipe.chunking.calibrate:
+        calibrate(model, recipe, dataset, accelerator.device)
+    model.train()
+    ema = Ema(model, recipe.training.ema, recipe.training.ema_warmup)
+    if recipe.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    optimizer = open_optimizer(model, recipe.optimizer)
+    trainee = Trainee(model, ema, optimizer, Window(accelerator.device), model_info(recipe, dataset))
+    compile_parts(model, recipe.training.compile)
+    wrapped, stepper = accelerator.prepare(model, optimizer)
+    return Run(recipe, accelerator, dataset, stream, trainee, wrapped, stepper, steps)

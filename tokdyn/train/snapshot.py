@@ -1,0 +1,108 @@
+"""What a checkpoint holds: weights, averaged weights, optimizer and the running means; written and put back exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokdyn.errors import CheckpointError
+from tokdyn.train.ema import Ema
+from tokdyn.train.metrics import Window
+
+_OPTIMIZER = "optimizer/"
+_WINDOW = "window/"
+
+
+@dataclass
+class Trainee:
+    """What changes while training.
+
+    Attributes:
+        model: The network itself, not wrapped for several devices.
+        ema: Its average.
+        optimizer: torch's AdamW over the trainable parameters.
+        window: Means since the last line of metrics.
+        info: What tokdyn.json in every saved model says: objective, data, class names.
+    """
+
+    model: Any
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    window: Window
+    info: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write model/, ema/ and state.safetensors into a folder."""
+        save_model(self.model, folder / "model", self.info)
+        save_model(self.ema.model, folder / "ema", self.info)
+        tensors = {_OPTIMIZER + key: value for key, value in optimizer_tensors(self.model, self.optimizer).items()}
+        tensors |= {_WINDOW + key: value for key, value in self.window.tensors().items()}
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / "state.safetensors"
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Put back what `save` wrote, in place.
+
+        Raises:
+            CheckpointError: The checkpoint does not belong to this model.
+        """
+        load_weights(self.model, folder / "model")
+        load_weights(self.ema.model, folder / "ema")
+        try:
+            tensors = load_file(folder / "state.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / 'state.safetensors'} cannot be read: {error}.") from error
+        load_optimizer(self.model, self.optimizer, _below(tensors, _OPTIMIZER))
+        self.window.load(_below(tensors, _WINDOW))
+
+
+def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
+    """Write a diffusers model, and tokdyn.json beside it, so that sampling knows what it was trained to do."""
+    model.save_pretrained(folder)
+    (folder / "tokdyn.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Copy the weights that `save_pretrained` wrote into an existing model of the same configuration."""
+    try:
+        saved = type(model).from_pretrained(folder)
+        model.load_state_dict(saved.state_dict())
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"The weights in {folder} do not belong to this recipe's model: {error}") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimizer's state to tensors named PARAMETER/MOMENT."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{moment}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for moment, value in state.items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back; moments go to their parameter's device, the step count stays where AdamW put it."""
+    parameters = dict(model.named_parameters())
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition("/")
+        if name not in parameters:
+            raise CheckpointError(f"The checkpoint has optimizer state for {name}, which this model does not have.")
+        state.setdefault(parameters[name], {})[moment] = value
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = optimizer.state_dict()
+    saved["state"] = {index: state[parameter] for index, parameter in enumerate(order) if parameter in state}
+    optimizer.load_state_dict(saved)
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,202 @@
+"""Checkpoint folders that are either complete or recognised as not: written aside, synced, renamed, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokdyn.errors import CheckpointError
+
+_NAME = re.compile(r"^step_(\d+)$")
+_HALF = ".half_"  # prefix of folders that are being written or removed
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        folder: Where it is.
+        step: Optimizer steps taken.
+        state: The contents of its state.json.
+        skipped: One sentence for each newer checkpoint that was damaged.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint below a `checkpoints` folder."""
+    return root / f"step_{step:07d}"
+
+
+def steps_of(root: Path) -> list[int]:
+    """List the steps that have a checkpoint folder, complete or not, in rising order."""
+    if not root.is_dir():
+        return []
+    return sorted(int(match.group(1)) for entry in root.iterdir() if (match := _NAME.match(entry.name)))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new text, never half of it."""
+    half = path.with_name(f"{_HALF}{path.name}")
+    with half.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+    _sync(path.parent)
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder so that it appears complete or not at all, replacing one of the same name.
+
+    Args:
+        target: Where the folder will be.
+        write: Fills the folder it is given.
+
+    Raises:
+        CheckpointError: The disk refused; nothing of the attempt stays behind, and an older folder is untouched.
+    """
+    half = target.with_name(f"{_HALF}{target.name}")
+    try:
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        write(half)
+        for path in (*half.rglob("*"), half):
+            _sync(path)
+        if target.exists():
+            _remove(target)
+        half.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        shutil.rmtree(half, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} could not be written ({error.strerror or error}); checkpoints written before are untouched. "
+            "Make room or choose another out=FOLDER, then continue with --resume."
+        ) from error
+
+
+def _remove(folder: Path) -> None:
+    aside = folder.with_name(f"{_HALF}old_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(root: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint, point `latest` at it and remove the oldest ones.
+
+    Args:
+        root: The `checkpoints` folder.
+        step: Optimizer steps taken.
+        write: Writes the weights and the optimizer into the folder it is given.
+        state: JSON data for state.json; the sizes and hashes of all files are added.
+        keep: Checkpoints to keep, this one included.
+
+    Raises:
+        CheckpointError: The disk refused.
+    """
+
+    def write_all(folder: Path) -> None:
+        write(folder)
+        files = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        contents = {"format": FORMAT, "step": step, **state, "files": files}
+        (folder / "state.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
+
+    target = folder_of(root, step)
+    write_folder(target, write_all)
+    try:
+        write_text(root / "latest", f"{target.name}\n")
+        for old in steps_of(root)[:-keep]:
+            if old < step:
+                _remove(folder_of(root, old))
+    except OSError as error:
+        raise CheckpointError(f"{target} is saved, but {root} could not be tidied: {error}.") from error
+    return target
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read state.json and compare every file with the size and hash it lists.
+
+    Raises:
+        CheckpointError: Names the file that is missing, cut short or changed.
+    """
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        files = state["files"]
+        step = int(state["step"])
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: its state.json cannot be read.") from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {state.get('format')}, this version reads {FORMAT}; use the version of "
+            "tokdyn that wrote it."
+        )
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is missing.")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"The checkpoint {folder} is damaged: {name} has {file.stat().st_size} bytes of {size}."
+            )
+        if _digest(file) != digest:
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is not what was written.")
+    return {**state, "step": step}
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """Find the newest complete checkpoint, passing over damaged ones.
+
+    Args:
+        root: The `checkpoints` folder.
+
+    Returns:
+        The checkpoint, or None when there never was one.
+
+    Raises:
+        CheckpointError: There are checkpoints and all of them are damaged.
+    """
+    skipped: list[str] = []
+    for step in reversed(steps_of(root)):
+        folder = folder_of(root, step)
+        try:
+            return Checkpoint(folder, step, verify(folder), tuple(skipped))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    if skipped:
+        raise CheckpointError(
+            f"No checkpoint in {root} can be used. {' '.join(skipped)} Start again in another folder."
+        )
+    return None

@@ -1,0 +1,127 @@
+"""One micro-step as pure functions: what is drawn, and the loss of what was drawn."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.diffusion.objective import Noised, Objective
+from tokdyn.ops import ratio_loss
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about a micro-batch of B images.
+
+    Attributes:
+        noised: Noisy images, times and noise.
+        labels: (B,) int64 classes, some replaced by the null class.
+        tail_drop: Fraction of kept tokens to drop: 0.0, one number, or (B,).
+    """
+
+    noised: Noised
+    labels: Tensor
+    tail_drop: float | Tensor = 0.0
+
+    def slice(self, part: slice) -> Draws:
+        """Return the draws of some of the samples."""
+        tensors = {name: value[part] for name, value in vars(self.noised).items()}
+        drop = self.tail_drop[part] if isinstance(self.tail_drop, Tensor) else self.tail_drop
+        return Draws(replace(self.noised, **tensors), self.labels[part], drop)
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """What the loss of a chunking model needs beyond the draws.
+
+    Attributes:
+        target: N, one of N tokens should be kept.
+        ratio_weight: Weight of the ratio loss.
+        ratio_group: Samples that it pools; None pools the micro-batch.
+    """
+
+    target: float
+    ratio_weight: float
+    ratio_group: int | None
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The result of a micro-step.
+
+    Attributes:
+        loss: Scalar to differentiate.
+        metrics: Scalars without gradient, still on the device: "loss" (diffusion) and, for a chunking model,
+            "ratio", "probability", "kept" (fraction after tail drop) and "natural_kept" (before).
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def draw(
+    objective: Objective,
+    x: Tensor,
+    labels: Tensor,
+    null_class: int,
+    label_dropout: float,
+    tail_drop: float | Tensor = 0.0,
+) -> Draws:
+    """Draw times, noise and dropped labels from torch's global generator.
+
+    Args:
+        objective: What is learned.
+        x: (B, C, H, W) clean images.
+        labels: (B,) classes.
+        null_class: Class that stands for "no class".
+        label_dropout: Chance that a label is replaced.
+        tail_drop: Already drawn, the same on every device (see `schedule.tail_drop`).
+    """
+    noised = objective.add_noise(x)
+    dropped = torch.rand(labels.shape, device=labels.device) < label_dropout
+    if isinstance(tail_drop, Tensor):
+        tail_drop = tail_drop.to(x.device)
+    return Draws(noised, torch.where(dropped, null_class, labels), tail_drop)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the context that a forward pass runs in: bfloat16 matrix products, or none."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def micro_step(
+    model: nn.Module, objective: Objective, draws: Draws, precision: str, chunking: Chunking | None = None
+) -> StepLoss:
+    """Run the model on one micro-batch and score it.
+
+    Args:
+        model: A DiT or DCDiT, possibly wrapped for several devices.
+        objective: What is learned.
+        draws: The micro-batch.
+        precision: "bf16" or "fp32".
+        chunking: Given for a chunking model only.
+    """
+    noised = draws.noised
+    arguments: dict[str, Any] = {"timestep": noised.timestep, "class_labels": draws.labels}
+    if chunking is not None:
+        arguments["tail_drop"] = draws.tail_drop
+    with autocast(noised.x_t.device, precision):
+        output = model(noised.x_t, **arguments)
+    diffusion = objective.loss(output.sample, noised).mean()
+    metrics = {"loss": diffusion.detach()}
+    if chunking is None:
+        return StepLoss(diffusion, metrics)
+    routing = output.routing
+    ratio = ratio_loss(routing.probability, routing.natural_keep, chunking.target, chunking.ratio_group)
+    tokens = routing.keep.shape[1]
+    metrics |= {
+        "ratio": ratio.detach(),
+        "probability": routing.probability.detach().float().mean(),
+        "kept": routing.kept.float().mean() / tokens,
+        "natural_kept": routing.natural_kept.float().mean() / tokens,
+    }
+    return StepLoss(diffusion + chunking.ratio_weight * ratio, metrics)
