@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.randomness import initial_noise, step_generators
 from tokdyn.diffusion.sampling import Sampler, generate
-from tokdyn.errors import RecipeError, UnsupportedModelError
+from tokdyn.errors import InputError, RecipeError, UnsupportedModelError
 
 NOISE, PLAIN, FLOW = Objective(), Objective(learn_sigma=False), Objective(kind="flow")
 FLOW_MODEL = {"learn_sigma": False}
@@ -281,22 +281,32 @@ def test_compiled_models_are_seen_through(routed):
 
 
 @pytest.mark.parametrize(
-    ("objective", "sampler", "labels", "seeds", "words"),
+    ("objective", "sampler", "words"),
     [
-        (NOISE, {"scheduler": "euler"}, [0], [0], "euler cannot sample a noise objective: use ddpm, ddim or dpm"),
-        (FLOW, {"scheduler": "ddim"}, [0], [0], "ddim cannot sample a flow objective: use euler"),
-        (NOISE, {"steps": 1001}, [0], [0], "takes 2 to 1000 steps, not 1001"),
-        (NOISE, {"steps": 1}, [0], [0], "use ddim for a single one"),
-        (NOISE, {"steps": 1001, "scheduler": "dpm"}, [0], [0], "takes 1 to 1000 steps"),
-        (NOISE, {}, [3], [0], "class 3 does not exist: the model knows 0 to 1"),
-        (NOISE, {}, [0, 1], [0], "got 2 labels and 1 seeds"),
-        (NOISE, {}, [], [], "one of each per image"),
-        (NOISE, {}, [0], [-1], "seed -1 is negative"),
+        (NOISE, {"scheduler": "euler"}, "euler cannot sample a noise objective: use ddpm, ddim or dpm"),
+        (FLOW, {"scheduler": "ddim"}, "ddim cannot sample a flow objective: use euler"),
+        (NOISE, {"steps": 1001}, "takes 2 to 1000 steps, not 1001"),
+        (NOISE, {"steps": 1}, "use ddim for a single one"),
+        (NOISE, {"steps": 1001, "scheduler": "dpm"}, "takes 1 to 1000 steps"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(oracle, objective, sampler, labels, seeds, words):
+def test_settings_that_do_not_fit_the_objective_are_refused_in_words(oracle, objective, sampler, words):
     with pytest.raises(RecipeError, match=words):
-        generate(oracle(objective), Sampler(**sampler), objective, labels, seeds)
+        generate(oracle(objective), Sampler(**sampler), objective, [0], [0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "seeds", "words"),
+    [
+        ([3], [0], "class 3 does not exist: the model knows 0 to 1"),
+        ([0, 1], [0], "got 2 labels and 1 seeds"),
+        ([], [], "one of each per image"),
+        ([0], [-1], "seed -1 is negative"),
+    ],
+)
+def test_labels_and_seeds_that_do_not_fit_are_refused_in_words(oracle, labels, seeds, words):
+    with pytest.raises(InputError, match=words):
+        generate(oracle(NOISE), Sampler(), NOISE, labels, seeds)
 
 
 @pytest.mark.parametrize("settings", [{"tail_drop": 0.3}, {"guidance": 2.0, "uncond_tail_drop": 0.9}])

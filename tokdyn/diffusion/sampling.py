@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from tokdyn.diffusion.clock import StepClock
@@ -15,7 +16,18 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.randomness import initial_noise, step_generators
 from tokdyn.diffusion.records import Generation, KeptLedger, StepRecord, StepState
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
-from tokdyn.errors import RecipeError
+from tokdyn.errors import InputError
+
+
+def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 <= interval[0] <= interval[1] <= 1.0:
+        raise ValueError("two noise levels are needed, low then high, between 0 and 1")
+    return interval
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+GuidanceScale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class Sampler(BaseModel):
@@ -36,20 +48,13 @@ class Sampler(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scheduler: SchedulerName | None = None
-    steps: int = Field(default=250, ge=1)
-    guidance: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    steps: PositiveInt = 250
+    guidance: GuidanceScale = 1.0
     guidance_channels: GuidanceChannels = "all"
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    tail_drop: float = Field(default=0.0, ge=0.0, le=1.0)
-    uncond_tail_drop: float | None = Field(default=None, ge=0.0, le=1.0)
+    guidance_interval: Interval = (0.0, 1.0)
+    tail_drop: Share = 0.0
+    uncond_tail_drop: Share | None = None
     clip: bool = False
-
-    @field_validator("guidance_interval")
-    @classmethod
-    def _ordered(cls, interval: tuple[float, float]) -> tuple[float, float]:
-        if not 0.0 <= interval[0] <= interval[1] <= 1.0:
-            raise ValueError("guidance_interval must be two noise levels, low then high, between 0 and 1")
-        return interval
 
     def guided_at(self, level: float) -> bool:
         """Whether guidance acts at a noise level."""
@@ -85,7 +90,8 @@ def generate(
         dtype: computes the model under autocast in this type; None means in the type of its weights.
 
     Raises:
-        RecipeError: labels, seeds or sampler settings that do not fit each other or the model.
+        InputError: labels and seeds that do not fit each other or the model.
+        RecipeError: a scheduler or number of steps that does not fit the objective.
         UnsupportedModelError: tokens are to be dropped in a model that computes all of them.
     """
     model = model if device is None else model.to(device)
@@ -142,14 +148,12 @@ def _checked(
     """Seeds and labels as lists, checked before anything is computed."""
     seed_list, label_list = [int(seed) for seed in seeds], [int(label) for label in labels]
     if len(seed_list) != len(label_list) or not seed_list:
-        raise RecipeError(f"got {len(label_list)} labels and {len(seed_list)} seeds: give one of each per image")
+        raise InputError(f"got {len(label_list)} labels and {len(seed_list)} seeds: give one of each per image")
     if min(seed_list) < 0:
-        raise RecipeError(f"seed {min(seed_list)} is negative: seeds are 0 or more")
+        raise InputError(f"seed {min(seed_list)} is negative: seeds are 0 or more")
     wrong = [label for label in label_list if not 0 <= label <= classes]
     if wrong:
-        raise RecipeError(
-            f"class {wrong[0]} does not exist: the model knows 0 to {classes - 1}, and {classes} for none"
-        )
+        raise InputError(f"class {wrong[0]} does not exist: the model knows 0 to {classes - 1}, and {classes} for none")
     return seed_list, label_list
 
 
