@@ -1,0 +1,67 @@
+"""Putting tensors into a model, all of them or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from tokdyn.errors import CheckpointError, TokdynError
+from tokdyn.models import DCDiT, DiT
+from tokdyn.ops import sincos_position
+
+Model = TypeVar("Model", DiT, DCDiT)
+
+
+def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: str) -> Model:
+    """Build a model and load every tensor; only a position table may be missing, since it is fixed.
+
+    Args:
+        model_class: `DiT` or `DCDiT`.
+        settings: its keyword arguments.
+        tensors: by tokdyn's names.
+        origin: what to call the checkpoint in messages.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: the settings are impossible, or names or shapes do not match, with the first of each and how
+            many there are.
+    """
+    height, width = settings["sample_size"]
+    size = height if height == width else (height, width)
+    try:
+        with torch.device("meta"):  # shapes only: random weights would be made to be thrown away
+            model: Model = model_class(**{**settings, "sample_size": size})
+    except (TokdynError, ValidationError) as error:
+        raise CheckpointError(f"no {model_class.__name__} can be built for {origin}: {error}") from error
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(tensors) - {"pos_embed"})
+    surplus = sorted(set(tensors) - set(expected))
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(value.shape)}"
+        for name, value in sorted(expected.items())
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if missing or surplus or wrong:
+        found = (("missing", missing), ("left over", surplus), ("of another shape", wrong))
+        report = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in found if names)
+        raise CheckpointError(
+            f"{origin} does not fit a {model_class.__name__} (by tokdyn's names). {report}. Nothing was loaded."
+        )
+    own = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
+    if "pos_embed" not in own:
+        patch = settings["patch_size"]
+        own["pos_embed"] = sincos_position((height // patch, width // patch), settings["hidden_size"])[None]
+    model.load_state_dict(own, assign=True)
+    model.eval()
+    return model
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """The first few names, and dots if there are more."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

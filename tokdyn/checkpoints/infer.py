@@ -1,0 +1,146 @@
+"""Settings of a model from the shapes of its tensors, under tokdyn's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokdyn.errors import CheckpointError
+from tokdyn.ops import sincos_position
+
+ROUTERS = {"score": "spatial_predictability", "query": "cosine"}
+"""Routers by a part that only they have."""
+
+
+def dit_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
+    """Settings of a `DiT` that the shapes fix: everything but the heads, and the grid if there is no table."""
+    shared = _shared_settings(tensors, origin)
+    _, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
+    shared |= {"patch_size": patch, "in_channels": channels}
+    return shared | _output(tensors, channels * patch * patch, origin)
+
+
+def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> dict[str, Any]:
+    """Settings of a `DCDiT` that the shapes fix, at a patch size (1 in the official code).
+
+    Raises:
+        CheckpointError: a tensor is missing, or the input channels do not divide by the patch size.
+    """
+    shared = _shared_settings(tensors, origin)
+    narrow, channels, _, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
+    if channels % (patch * patch):
+        raise CheckpointError(f"{origin} embeds {channels} channels a token, which patch_size={patch} does not divide.")
+    router = {name.split(".")[2] for name in tensors if name.startswith("chunking.router.")}
+    shared |= {
+        "router": next((kind for part, kind in ROUTERS.items() if part in router), "random"),
+        "patch_size": patch,
+        "in_channels": channels // (patch * patch),
+        "scaffold_width": narrow,
+        "encoder_depth": _count(tensors, "encoder.layers."),
+        "decoder_depth": _count(tensors, "decoder.layers."),
+    }
+    return shared | _output(tensors, channels, origin)
+
+
+def grid_size(
+    tensors: Mapping[str, Tensor], patch: int, given: int | tuple[int, int] | None, origin: str
+) -> tuple[int, int]:
+    """(height, width) of the input from the position table, the given size, or both.
+
+    Args:
+        tensors: with "pos_embed" (1, N, D), or without.
+        patch: patch size.
+        given: what the caller or a config.json said.
+        origin: what to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: no table and nothing given, a table of another size or another grid than given, or an
+            unknown table of a length that is no square.
+    """
+    size = (given, given) if isinstance(given, int) else given
+    if "pos_embed" not in tensors:
+        if size is None:
+            raise CheckpointError(f"{origin} has no position table; give sample_size= (a number or (rows, columns)).")
+        return size
+    table = tensors["pos_embed"]
+    cells = _shape(tensors, "pos_embed", 3, origin)[1]
+    grid = grid_of_table(table[0])
+    if size is None:
+        if grid is None and isqrt(cells) ** 2 != cells:
+            raise CheckpointError(
+                f"{origin} has {cells} positions, which is no square; give sample_size=(rows, columns)."
+            )
+        rows, columns = grid or (isqrt(cells), isqrt(cells))
+        return rows * patch, columns * patch
+    if (size[0] // patch) * (size[1] // patch) != cells:
+        raise CheckpointError(
+            f"sample_size={given} with patch_size={patch} has {(size[0] // patch) * (size[1] // patch)} tokens, "
+            f"but {origin} has {cells} positions."
+        )
+    if grid is not None and grid != (size[0] // patch, size[1] // patch):
+        raise CheckpointError(
+            f"sample_size={given} with patch_size={patch} contradicts {origin}, whose positions are those of a grid "
+            f"of {grid[0]} x {grid[1]} tokens."
+        )
+    return size
+
+
+def grid_of_table(table: Tensor) -> tuple[int, int] | None:
+    """The grid that a sine-cosine table (N, D) was made for, or None if it is another kind of table."""
+    cells, width = table.shape
+    if width % 4 or not table.is_floating_point():
+        return None
+    table = table.float()
+    changes = (table[:, width // 2 :] - table[0, width // 2 :]).abs().amax(dim=1) > 0.1
+    columns = int(changes.nonzero()[0]) if bool(changes.any()) else cells
+    if cells % columns:
+        return None
+    grid = (cells // columns, columns)
+    # bf16 tables are exact to 2^-9 relative; tables of other grids differ by far more.
+    return grid if torch.allclose(table, sincos_position(grid, width), atol=1e-2) else None
+
+
+def _shared_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
+    width = _shape(tensors, "blocks.0.attn.qkv.weight", 2, origin)[1]
+    hidden = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, origin)[0]
+    classes = _shape(tensors, "y_embedder.embedding_table.weight", 2, origin)[0] - 1
+    ratio = hidden / width
+    # The models take int(width * ratio); the nearest larger float undoes a quotient that was rounded down.
+    ratio = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+    return {
+        "hidden_size": width,
+        "depth": _count(tensors, "blocks."),
+        "mlp_ratio": ratio,
+        "num_classes": classes,
+    }
+
+
+def _output(tensors: Mapping[str, Tensor], inputs: int, origin: str) -> dict[str, Any]:
+    """Whether the final layer also predicts the variance."""
+    outputs = _shape(tensors, "final_layer.linear.weight", 2, origin)[0]
+    if outputs not in (inputs, 2 * inputs):
+        raise CheckpointError(
+            f"{origin} predicts {outputs} values a token from {inputs}; expected {inputs} or, with learned variance, "
+            f"{2 * inputs}. If its patch size is not the one assumed, give patch_size=."
+        )
+    return {"learn_sigma": outputs == 2 * inputs}
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """One more than the largest number that follows the prefix."""
+    found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return 1 + max((int(number) for number in found if number.isdecimal()), default=-1)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, dims: int, origin: str) -> tuple[int, ...]:
+    """Shape of a tensor that sizes are read from."""
+    if name not in tensors:
+        raise CheckpointError(f"{origin} lacks {name!r} (under tokdyn's names), which the sizes are read from.")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims:
+        raise CheckpointError(f"{origin} has {name!r} of shape {shape}, expected {dims} dimensions.")
+    return shape

@@ -1,0 +1,103 @@
+"""Recognising a checkpoint by its names and building the model that it belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from tokdyn.checkpoints.files import choose, open_file
+from tokdyn.checkpoints.fill import fill, some
+from tokdyn.checkpoints.infer import dcdit_settings, dit_settings, grid_size
+from tokdyn.checkpoints.names import OFFICIAL, from_diffusers, renamed, unwrapped
+from tokdyn.checkpoints.settings import diffusers_settings, official_settings, own_settings, settle
+from tokdyn.errors import CheckpointError
+from tokdyn.models import DCDiT, DiT
+
+Kind = Literal["dc-dit", "dit", "sit", "diffusers", "tokdyn"]
+"""Formats: official DC-DiT, facebook DiT, SiT (facebook's names, to be told), diffusers DiT, tokdyn's own DCDiT."""
+
+
+def read(
+    source: str | Path | Mapping[str, Any], kind: Kind | None = None, *, ema: bool = True, **config: Any
+) -> DiT | DCDiT:
+    """Load a checkpoint of any known format; sizes come from the shapes of the tensors.
+
+    Args:
+        source: a file or folder (safetensors, sharded safetensors, torch, diffusers, tokdyn), or a state dict, which
+            may be wrapped in {"ema": ..., "model": ...} as in training files and may carry the prefixes of
+            DataParallel, torch.compile and FSDP.
+        kind: None recognises the format. "sit" reads SiT weights into a `DiT`: its names are DiT's, its time runs
+            in [0, 1] and it predicts a velocity, so it must be told.
+        ema: take the averaged weights where a checkpoint holds both.
+        **config: settings of the model that the weights leave open: `num_heads` (known for widths 384, 768, 1024 and
+            1152), `sample_size` (where there is no position table or its grid is not square), `smoothing_sigma`
+            (default 1.0, and 2.0 from 64x64 tokens on, as published), `patch_size` of a DC-DiT (default 1), ...
+
+    Returns:
+        The model in evaluation mode, fp32, on the CPU. Official DC-DiT weights come with force_ends=True, as they
+        were trained.
+
+    Raises:
+        CheckpointError: the source cannot be read, is of no known format, is incomplete, or contradicts `config`.
+    """
+    raw = choose(source, ema) if isinstance(source, Mapping) else open_file(source, ema)
+    tensors = unwrapped(raw.tensors, raw.origin)
+    found = recognise(tensors, raw.origin)
+    if kind is not None and kind not in get_args(Kind):
+        raise CheckpointError(f"kind={kind!r} is unknown; expected one of {', '.join(get_args(Kind))}.")
+    if kind is None and found == "dit" and "sit" in re.split(r"[^a-z]+", Path(raw.origin).name.lower()):
+        raise CheckpointError(f"{raw.origin} may be SiT or DiT, whose tensors have the same names; give kind=.")
+    own_class = raw.config.get("_class_name") in ("DiT", "DCDiT")
+    if kind not in (None, found) and not (found == "dit" and (kind == "sit" or (kind == "tokdyn" and own_class))):
+        raise CheckpointError(f"{raw.origin} was to be read as {kind!r}, but its tensors are those of {found!r}.")
+    if found == "diffusers":
+        return _read_dit(from_diffusers(tensors, raw.origin), diffusers_settings(raw), config, raw.origin)
+    stored = own_settings(raw) if own_class else {}
+    if found == "dit":
+        return _read_dit(tensors, stored, config, raw.origin)
+    if found == "dc-dit":
+        tensors = {renamed(name, OFFICIAL): tensor for name, tensor in tensors.items()}
+        stored = official_settings(raw)
+    return _read_dcdit(tensors, stored, config, raw.origin)
+
+
+def recognise(tensors: Mapping[str, Tensor], origin: str = "the state dict") -> Kind:
+    """The format that the names belong to ("dit" for both DiT and SiT).
+
+    Raises:
+        CheckpointError: none of the known ones.
+    """
+    if "blocks.0.attn_rate.router.weight" in tensors:
+        raise CheckpointError(f"{origin} is a DyDiT checkpoint, whose dynamic width and token gates DiT does not have.")
+    if any(name.startswith("hnet.") for name in tensors):
+        return "dc-dit"
+    if any(name.startswith("transformer_blocks.") and ".class_embedder." in name for name in tensors):
+        return "diffusers"
+    if any(name.startswith("chunking.") for name in tensors):
+        return "tokdyn"
+    if any(name.startswith("blocks.") and ".attn.qkv." in name for name in tensors):
+        return "dit"
+    raise CheckpointError(
+        f"{origin} is of no known format: it has {some(sorted(tensors))}. Known are official DC-DiT (hnet.*), facebook "
+        "DiT (blocks.*.attn.qkv), diffusers DiT (transformer_blocks.*.norm1.emb.class_embedder) and tokdyn's own."
+    )
+
+
+def _read_dit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], origin: str) -> DiT:
+    settings = settle(DiT, dit_settings(tensors, origin), stored, config, origin)
+    settings["sample_size"] = grid_size(tensors, settings["patch_size"], settings.get("sample_size"), origin)
+    model: DiT = fill(DiT, settings, tensors, origin)
+    return model
+
+
+def _read_dcdit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], origin: str) -> DCDiT:
+    patch = config.get("patch_size", stored.get("patch_size", 1))
+    settings = settle(DCDiT, dcdit_settings(tensors, origin, patch), stored, config, origin)
+    settings["sample_size"] = size = grid_size(tensors, patch, settings.get("sample_size"), origin)
+    settings.setdefault("smoothing_sigma", 2.0 if (size[0] // patch) * (size[1] // patch) >= 64 * 64 else 1.0)
+    model: DCDiT = fill(DCDiT, settings, tensors, origin)
+    return model

@@ -1,0 +1,131 @@
+"""Settings that come with a checkpoint beside its shapes, and how they and the caller's are brought together."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tokdyn.checkpoints.files import Raw
+from tokdyn.errors import CheckpointError
+from tokdyn.models import DCDiT, DiT
+
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+"""Attention heads of the published widths (S, B, L, XL); shapes cannot tell them."""
+
+FREE = frozenset({"smoothing", "smoothing_sigma", "target", "force_ends", "official_init"})
+"""Settings that no tensor depends on; the caller's may differ from the stored ones."""
+
+
+def settle(
+    model: type[DiT] | type[DCDiT],
+    fixed: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    given: Mapping[str, Any],
+    origin: str,
+) -> dict[str, Any]:
+    """Settings from the shapes, what was stored with the weights and the caller; none may contradict another.
+
+    Args:
+        model: the class to be built.
+        fixed: what the shapes say.
+        stored: what a config.json or a training file says.
+        given: what the caller says.
+        origin: what to call the checkpoint in messages.
+
+    Returns:
+        Keyword arguments of the model; `sample_size` and `smoothing_sigma` only where something said them.
+
+    Raises:
+        CheckpointError: an unknown setting, a contradiction, or a number of heads that is unknown or does not divide.
+    """
+    known = set(inspect.signature(model.__init__).parameters) - {"self"}
+    for name in given:
+        if name not in known:
+            raise CheckpointError(f"{name!r} is no setting of {model.__name__}; known are {', '.join(sorted(known))}.")
+    settings = dict(fixed)
+    for whose, layer in (("stored with", stored), ("given for", given)):
+        for name, value in layer.items():
+            if value is None:
+                continue
+            value = tuple(value) if isinstance(value, list) else value
+            free = name in FREE and name not in fixed
+            if name in settings and not free and not _same(settings[name], value):
+                raise CheckpointError(
+                    f"{name}={value!r}, {whose} {origin}, contradicts its "
+                    f"{'weights' if name in fixed else 'settings'}, where it is {settings[name]!r}."
+                )
+            settings[name] = settings[name] if name in fixed else value
+    width = settings["hidden_size"]
+    heads = settings.setdefault("num_heads", HEADS.get(width))
+    if heads is None:
+        raise CheckpointError(
+            f"the number of heads cannot be read from shapes and is not known for width {width}; give num_heads=."
+        )
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise CheckpointError(f"num_heads={heads!r} does not divide the width {width} of {origin}.")
+    return settings
+
+
+def own_settings(raw: Raw) -> dict[str, Any]:
+    """Settings in the config.json of a folder that tokdyn wrote.
+
+    Raises:
+        CheckpointError: it holds a setting that this version does not know.
+    """
+    model = {"DiT": DiT, "DCDiT": DCDiT}[raw.config["_class_name"]]
+    known = set(inspect.signature(model.__init__).parameters)
+    settings = {name: value for name, value in raw.config.items() if not name.startswith("_")}
+    settings.pop("out_channels", None)  # derived, kept in config.json for diffusers' pipelines
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise CheckpointError(f"config.json of {raw.origin} has {unknown[0]!r}, which {model.__name__} does not know.")
+    return settings
+
+
+def diffusers_settings(raw: Raw) -> dict[str, Any]:
+    """What diffusers' DiT does otherwise than facebook's, and what its config.json says.
+
+    Its timestep frequencies end one step further, and the norm before the MLP has an epsilon of its own.
+
+    Raises:
+        CheckpointError: the config.json names a variant that a `DiT` cannot compute.
+    """
+    config = raw.config if str(raw.config.get("_class_name", "")).endswith("Transformer2DModel") else {}
+    for name, expected in (
+        ("norm_type", "ada_norm_zero"),
+        ("activation_fn", "gelu-approximate"),
+        ("norm_elementwise_affine", False),
+        ("attention_bias", True),
+    ):
+        if config.get(name, expected) != expected:
+            raise CheckpointError(f"{raw.origin} has {name}={config[name]!r}; a DiT can only have {expected!r}.")
+    return {
+        "num_heads": config.get("num_attention_heads"),
+        "sample_size": config.get("sample_size"),
+        "timestep_shift": 1,
+        "mlp_norm_eps": config.get("norm_eps", 1e-5),
+    }
+
+
+def official_settings(raw: Raw) -> dict[str, Any]:
+    """What official DC-DiT weights imply, and what the settings in their training file say."""
+    heads = raw.training.lookup("model", "hnet", "num_heads")
+    target = raw.training.lookup("training", "downsample_factor")
+    return {
+        "force_ends": True,
+        "num_heads": heads[0] if isinstance(heads, list) and heads else None,
+        "smoothing_sigma": raw.training.lookup("model", "hnet", "dechunk_kernel_sigma"),
+        "target": target[0] if isinstance(target, list) and target else target,
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, up to rounding for numbers; a number and a pair of that number are the same size."""
+    if isinstance(one, tuple) or isinstance(other, tuple):
+        pair, second = (value if isinstance(value, tuple) else (value, value) for value in (one, other))
+        return pair == second
+    if isinstance(one, float) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-3)
+    return bool(one == other)
