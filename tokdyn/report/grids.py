@@ -1,0 +1,104 @@
+"""Pictures of many images: a grid with captions, row titles and column titles, exact to the pixel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tokdyn.errors import InputError
+from tokdyn.report.pixels import Pixels
+from tokdyn.report.style import INK, MUTED
+
+_CELL = 96  # smaller images are enlarged by a whole factor until they are about this wide
+_GAP = 4
+_MARGIN = 12
+
+
+def image_grid(
+    images: Pixels,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    row_titles: Sequence[str] | None = None,
+    column_titles: Sequence[str] | None = None,
+    title: str | None = None,
+    scale: int | None = None,
+) -> Pixels:
+    """Lay images out in rows.
+
+    Args:
+        images: (N, H, W, 3) uint8, row after row.
+        columns: images per row; None makes the grid about square.
+        captions: N texts below the images.
+        row_titles: one text left of each row.
+        column_titles: one text above each column.
+        title: one line above everything.
+        scale: whole factor to enlarge by, without smoothing; None enlarges small images to about 96 pixels.
+
+    Returns:
+        (rows, columns, 3) uint8.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise InputError(f"images have shape {images.shape}, expected (N, H, W, 3) with at least one image.")
+    count, height, width, _ = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    for name, texts, expected in (
+        ("captions", captions, count),
+        ("row_titles", row_titles, rows),
+        ("column_titles", column_titles, columns),
+    ):
+        if texts is not None and len(texts) != expected:
+            raise InputError(f"{len(texts)} {name} were given for a grid that has {expected}.")
+    scale = scale or max(1, round(_CELL / width))
+    cell_h, cell_w = height * scale, width * scale
+    size = max(11, min(16, cell_w // 8))
+    font, heading = _font(size), _font(size + 3, bold=True)
+    below = size + 8 if captions else 0
+    left = _MARGIN + (10 + max(_width(heading, text) for text in row_titles) if row_titles else 0)
+    title_height = size + 16 if title else 0
+    top = _MARGIN + title_height + (size + 12 if column_titles else 0)
+    page = Image.new(
+        "RGB",
+        (
+            max(left + columns * (cell_w + _GAP) - _GAP, left + _width(heading, title or "")) + _MARGIN,
+            top + rows * (cell_h + below + _GAP) - _GAP + _MARGIN,
+        ),
+        "white",
+    )
+    draw = ImageDraw.Draw(page)
+    if title:
+        draw.text((left, _MARGIN), title, INK, heading)
+    for index, pixels in enumerate(images):
+        x, y = left + index % columns * (cell_w + _GAP), top + index // columns * (cell_h + below + _GAP)
+        page.paste(Image.fromarray(pixels).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
+        if captions:
+            text = _shortened(font, captions[index], cell_w)
+            draw.text((x + cell_w / 2, y + cell_h + 4), text, MUTED, font, anchor="ma")
+    for row, text in enumerate(row_titles or ()):
+        draw.text((left - 10, top + row * (cell_h + below + _GAP) + cell_h / 2), text, INK, heading, anchor="rm")
+    for column, text in enumerate(column_titles or ()):
+        middle = left + column * (cell_w + _GAP) + cell_w / 2
+        draw.text((middle, top - 8), _shortened(font, text, cell_w), INK, font, anchor="ms")
+    return np.asarray(page)
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+
+
+def _width(font: ImageFont.FreeTypeFont, text: str) -> int:
+    return math.ceil(font.getlength(text))
+
+
+def _shortened(font: ImageFont.FreeTypeFont, text: str, width: int) -> str:
+    """The text, or as much of it as fits with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    kept = next((n for n in range(len(text), 0, -1) if font.getlength(text[:n] + "…") <= width), 0)
+    return text[:kept] + "…"

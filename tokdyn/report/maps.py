@@ -1,0 +1,188 @@
+"""Boundary maps: which tokens a model kept, where in the image and when in the trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokdyn.diffusion.records import StepState
+from tokdyn.errors import InputError
+from tokdyn.report.pixels import Pixels
+from tokdyn.report.style import INK, MUTED, figure_style, save_figure
+
+_CELL = 8  # pixels that a cell is drawn with, at least
+_LEFT = 0.22  # share of its colour that a dropped cell keeps
+_PAPER = 246  # grey level that it fades to
+_BORDER = 0.45  # how much darker the border of the kept cells is
+_TILE = 1.2  # inches
+
+Background = Literal["prediction", "noisy"]
+
+
+@dataclass(frozen=True)
+class MapFrame:
+    """One chosen step.
+
+    Attributes:
+        index: step, counted from 0.
+        level: noise level in [0, 1].
+        keep: (n, R, C) bool, the tokens kept in the conditional branch.
+        picture: (n, channels, H, W) the predicted clean images, or the noisy ones.
+    """
+
+    index: int
+    level: float
+    keep: Tensor
+    picture: Tensor
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What a trajectory kept.
+
+    Attributes:
+        frames: the chosen steps, in order.
+        often: (n, R, C) float32, the share of all steps in which each token was kept.
+    """
+
+    frames: tuple[MapFrame, ...]
+    often: Tensor
+
+
+class MapRecorder:
+    """A callback for `tokdyn.diffusion.sampling.generate` that remembers what was kept.
+
+    Everything stays on the device until `maps` is called.
+
+    Args:
+        steps: number of steps of the run.
+        images: how many images of the batch to follow, the first ones.
+        frames: how many steps to show, spread evenly, first and last included.
+        background: show kept cells on the predicted clean image, or on the noisy image that the model saw.
+    """
+
+    def __init__(self, steps: int, images: int = 4, frames: int = 6, background: Background = "prediction") -> None:
+        chosen = torch.linspace(0, steps - 1, min(frames, steps)).round().long().tolist()
+        self._chosen, self._images, self._background = set(chosen), images, background
+        self._frames: list[MapFrame] = []
+        self._total: Tensor | None = None
+        self._steps = 0
+
+    def __call__(self, step: StepState) -> None:
+        """Note one step."""
+        if step.routing is None:
+            return
+        keep = step.routing.keep[: min(self._images, len(step.x))].unflatten(1, step.routing.grid)
+        self._total = keep.float() if self._total is None else self._total + keep
+        self._steps += 1
+        if step.index in self._chosen:
+            picture = step.x0() if self._background == "prediction" else step.x
+            self._frames.append(MapFrame(step.index, step.level, keep.clone(), picture[: len(keep)].clone()))
+
+    def maps(self) -> Maps:
+        """What was noted, on the host.
+
+        Raises:
+            InputError: the model computed every token, so there is nothing to show.
+        """
+        if self._total is None:
+            raise InputError(
+                "the model computes every token, so there are no maps: leave maps off, or sample a DC-DiT."
+            )
+        frames = tuple(
+            MapFrame(frame.index, frame.level, frame.keep.cpu(), frame.picture.cpu()) for frame in self._frames
+        )
+        return Maps(frames, self._total.cpu() / self._steps)
+
+
+def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
+    """Fade the cells that were not kept and draw the border of those that were.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        keep: (R, C) bool.
+
+    Returns:
+        (H', W', 3) uint8, enlarged by a whole factor so that a cell is at least 8 pixels wide.
+    """
+    height, width = pixels.shape[:2]
+    factor = max(1, -(-_CELL * keep.shape[0] // height), -(-_CELL * keep.shape[1] // width))
+    image = pixels.repeat(factor, 0).repeat(factor, 1).astype(np.float32)
+    rows = np.arange(len(image)) * keep.shape[0] // len(image)
+    columns = np.arange(image.shape[1]) * keep.shape[1] // image.shape[1]
+    mask = keep[rows][:, columns]
+    around = np.pad(mask, 1, constant_values=True)  # the frame of the image is no border
+    inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    faded = np.where(mask[..., None], image, _LEFT * image + (1.0 - _LEFT) * _PAPER)
+    faded = np.where((mask & ~inside)[..., None], (1.0 - _BORDER) * faded, faded)
+    shaded: Pixels = faded.round().astype(np.uint8)
+    return shaded
+
+
+def draw_maps(
+    maps: Maps,
+    finals: Pixels,
+    to_pixels: Callable[[Tensor], Pixels],
+    path: Path,
+    names: Sequence[str] | None = None,
+    title: str = "Tokens kept over the trajectory",
+) -> Path:
+    """Draw one row per image: chosen steps with dropped cells faded, the final image, and how often each cell was kept.
+
+    Args:
+        maps: from a `MapRecorder`.
+        finals: (n, H, W, 3) uint8 final images.
+        to_pixels: turns predicted images, or latents, into (n, H, W, 3) uint8.
+        path: file to write.
+        names: n row titles.
+        title: of the figure.
+    """
+    count, steps = len(maps.often), len(maps.frames)
+    with figure_style():
+        engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+        figure = Figure(figsize=(_TILE * (steps + 2.3) + 0.75, (_TILE + 0.2) * count + 0.75), layout=engine)
+        axes = figure.subplots(count, steps + 2, squeeze=False)
+        for column, frame in enumerate(maps.frames):
+            pictures, keeps = to_pixels(frame.picture), frame.keep.numpy()
+            for row in range(count):
+                _show(axes[row, column], shade(pictures[row], keeps[row]), f"{keeps[row].mean():.0%}")
+            heading = f"noise level\n{frame.level:.2f}" if column == 0 else f"{frame.level:.2f}"
+            axes[0, column].set_title(heading, fontsize=9, fontweight="normal", loc="center", color=INK)
+        for row in range(count):
+            _show(axes[row, steps], finals[row], "")
+            heat = axes[row, steps + 1].imshow(maps.often[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            _bare(axes[row, steps + 1], f"{float(maps.often[row].mean()):.0%}")
+            if names is not None:
+                axes[row, 0].set_ylabel(names[row], fontsize=9.5, fontweight="bold", color=INK)
+        for column, heading in ((steps, "final image"), (steps + 1, "kept, share\nof all steps")):
+            axes[0, column].set_title(heading, fontsize=9, fontweight="normal", loc="center", color=INK)
+        bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.09, pad=0.04, ticks=[0, 0.5, 1])
+        bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize=8)
+        bar.outline.set_visible(False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        return save_figure(figure, path)
+
+
+def _show(axes: Axes, pixels: Pixels, caption: str) -> None:
+    axes.imshow(pixels)  # smoothed only where it has to be made smaller
+    _bare(axes, caption)
+
+
+def _bare(axes: Axes, caption: str) -> None:
+    """No ticks and no frame; the caption, a kept share, below."""
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel(caption, fontsize=8, color=MUTED, labelpad=1.5)

@@ -1,0 +1,164 @@
+"""Quality against cost, drawn from rows of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict
+
+from tokdyn.errors import DataError, InputError
+from tokdyn.report.style import COLOURS, INK, MARKERS, MUTED, figure_style, save_figure
+
+
+class ParetoPoint(BaseModel):
+    """One model at one setting.
+
+    Attributes:
+        series: name of the line that the point belongs to.
+        label: text beside the point.
+        cost: tokens, FLOPs or seconds per image; less is better.
+        quality: a distance or a score.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    series: str
+    label: str = ""
+    cost: float
+    quality: float
+
+
+def read_points(path: Path, cost: str, quality: str, series: str = "model", label: str = "label") -> list[ParetoPoint]:
+    """Read points from a JSON file that holds a list of objects, or an object with such a list under ``rows``.
+
+    Args:
+        path: the file.
+        cost: key of the cost; dots reach into nested objects.
+        quality: key of the quality, likewise.
+        series: key of the line's name.
+        label: key of the text beside the point; rows without it get none.
+
+    Raises:
+        DataError: the file is not such a list, or a row lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}).") from error
+    rows = content.get("rows") if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} holds no list of rows: expected [{{...}}, ...] or {{'rows': [{{...}}, ...]}}.")
+    points = []
+    for number, row in enumerate(rows):
+        found = {name: _reach(row, key) for name, key in (("cost", cost), ("quality", quality), ("series", series))}
+        for name, key in (("cost", cost), ("quality", quality)):
+            if isinstance(found[name], bool) or not isinstance(found[name], int | float):
+                raise DataError(f"{path}: row {number} has no number under '{key}'; it has {', '.join(sorted(row))}.")
+        if found["series"] is None:
+            raise DataError(f"{path}: row {number} has nothing under '{series}'; it has {', '.join(sorted(row))}.")
+        text = _reach(row, label)
+        points.append(
+            ParetoPoint(
+                series=str(found["series"]),
+                label="" if text is None else str(text),
+                cost=found["cost"],
+                quality=found["quality"],
+            )
+        )
+    return points
+
+
+def frontier(points: Sequence[ParetoPoint], higher_is_better: bool = False) -> list[ParetoPoint]:
+    """The points that no other one beats in both cost and quality, by rising cost."""
+    sign = -1.0 if higher_is_better else 1.0
+    best, chosen = math.inf, []
+    for point in sorted(points, key=lambda point: (point.cost, sign * point.quality)):
+        if sign * point.quality < best:
+            best = sign * point.quality
+            chosen.append(point)
+    return chosen
+
+
+def draw_pareto(
+    points: Sequence[ParetoPoint],
+    path: Path,
+    cost_name: str,
+    quality_name: str,
+    title: str = "Quality against cost",
+    higher_is_better: bool = False,
+    note: str = "",
+) -> Path:
+    """Draw one line per series through its points by rising cost, and the Pareto frontier behind them.
+
+    Args:
+        points: what to draw.
+        path: file to write.
+        cost_name: label of the horizontal axis, with its unit.
+        quality_name: label of the vertical axis, with its network if it is a distance.
+        title: of the figure.
+        higher_is_better: whether more quality is better.
+        note: small text below, for the machine and the budget.
+    """
+    if not points:
+        raise InputError("there are no points to draw.")
+    names = list(dict.fromkeys(point.series for point in points))
+    with figure_style():
+        figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+        axes = figure.subplots()
+        _frontier(axes, frontier(points, higher_is_better), points)
+        for index, name in enumerate(names):
+            members = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
+            axes.plot(
+                [point.cost for point in members],
+                [point.quality for point in members],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=7,
+                markeredgecolor="white",
+                label=name,
+                zorder=3,
+            )
+        _labels(axes, points)
+        axes.set_xlabel(cost_name)
+        axes.set_ylabel(f"{quality_name}\n({'higher' if higher_is_better else 'lower'} is better)")
+        axes.margins(x=0.1, y=0.12)
+        axes.set_title(title)
+        axes.legend(loc="best", fontsize=8.5)
+        if note:
+            figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=MUTED)
+        return save_figure(figure, path)
+
+
+def _frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[ParetoPoint]) -> None:
+    """A staircase: what quality can be had for at most this cost."""
+    right = max(point.cost for point in points)
+    costs, qualities = [*(point.cost for point in best), right], [*(point.quality for point in best), best[-1].quality]
+    axes.step(costs, qualities, where="post", color="#cfcfcf", linewidth=3, zorder=1, label="Pareto frontier")
+
+
+def _labels(axes: Axes, points: Sequence[ParetoPoint]) -> None:
+    for point in points:
+        axes.annotate(
+            point.label,
+            (point.cost, point.quality),
+            xytext=(7, 6),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+            zorder=4,
+        )
+
+
+def _reach(row: Mapping[str, Any], key: str) -> Any:
+    """The value under a key, or under a path of keys joined by dots; None if there is none."""
+    if key in row:
+        return row[key]
+    head, _, rest = key.partition(".")
+    inner = row.get(head)
+    return _reach(inner, rest) if rest and isinstance(inner, Mapping) else None

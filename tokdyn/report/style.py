@@ -1,0 +1,54 @@
+"""One look for every figure: colours that colour-blind readers can tell apart, quiet axes, units in the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, its yellow left out because it is hard to see on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+INK, MUTED, GRID = "#222222", "#6b6b6b", "#e3e3e3"
+DPI = 160
+
+_SETTINGS: Any = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib
+    "font.size": 9.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """The settings above, for the duration; figures are made without a window or a global state."""
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure (PNG, SVG or PDF by its suffix), making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.12, facecolor="white")
+    return path
