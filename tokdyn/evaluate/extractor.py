@@ -1,0 +1,146 @@
+"""Feature extractors: uint8 images in, features and perhaps class logits out, whoever made the network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from tokdyn.errors import CheckpointError
+
+Forward = Callable[[Tensor], object]
+
+
+class ExtractorInfo(BaseModel):
+    """What identifies an extractor: numbers are comparable only if all of this is equal.
+
+    Attributes:
+        kind: Where the network comes from.
+        name: What its numbers are called after.
+        sha256: Of the weights (Inception), of the program file (TorchScript), or of name and tensors (timm).
+        input_size: Side in pixels that images are resized to beforehand; None leaves them at their own size.
+        standard: The published Inception network, whose numbers alone are called FID, IS and KID.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["inception", "torchscript", "timm"]
+    name: str
+    sha256: str
+    input_size: int | None = None
+    standard: bool = False
+
+    def same_network(self, other: ExtractorInfo) -> bool:
+        """Whether features of both may be compared; a file that was only renamed is the same network."""
+        return (self.kind, self.sha256, self.input_size) == (other.kind, other.sha256, other.input_size)
+
+    def __str__(self) -> str:
+        size = "" if self.input_size is None else f", images at {self.input_size} pixels"
+        return f"{self.kind} extractor {self.name} (sha256 {self.sha256[:12]}{size})"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What an extractor said about B images, on the CPU.
+
+    Attributes:
+        features: (B, F) float32.
+        logits: (B, C) float32, or None for an extractor without a classifier.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network with its identity.
+
+    Attributes:
+        info: Its identity.
+        forward: Takes uint8 (B, 3, H, W) on `device`; returns features (B, F), or (features, logits (B, C)), or a
+            mapping with the keys `features` and, if it has a classifier, `logits`.
+        device: Where the network is.
+    """
+
+    info: ExtractorInfo
+    forward: Forward
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """Features and logits of uint8 images (B, 3, H, W).
+
+        Raises:
+            CheckpointError: The network cannot take such images, or returns something else than the contract says.
+        """
+        try:
+            with torch.inference_mode():
+                raw = self.forward(images.to(self.device))
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"{self.info.name} ran out of memory on {len(images)} images of {tuple(images.shape[1:])}: "
+                "lower batch_size or input_size"
+            ) from error
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            raise CheckpointError(
+                f"{self.info.name} cannot take uint8 images of shape {tuple(images.shape)} ({reason.strip()}): "
+                "set input_size to the size it expects, or use another extractor"
+            ) from error
+        return _read_outputs(raw, len(images), self.info.name)
+
+
+def _read_outputs(raw: object, count: int, name: str) -> Outputs:
+    """Checks what a network returned for `count` images against the contract of `Extractor.forward`."""
+    features: object
+    logits: object
+    if isinstance(raw, Tensor):
+        features, logits = raw, None
+    elif isinstance(raw, Mapping) and "features" in raw and set(raw) <= {"features", "logits"}:
+        features, logits = raw["features"], raw.get("logits")
+    elif isinstance(raw, (tuple, list)) and len(raw) in (1, 2):
+        features, logits = raw[0], raw[1] if len(raw) == 2 else None
+    else:
+        raise CheckpointError(
+            f"{name} returned {_describe(raw)}: an extractor returns features (B, F), or (features, logits (B, C)), or "
+            "a dict with the keys 'features' and 'logits'"
+        )
+    return Outputs(
+        _matrix(features, count, name, "features"), None if logits is None else _matrix(logits, count, name, "logits")
+    )
+
+
+def _matrix(value: object, count: int, name: str, what: str) -> Tensor:
+    """`value` as float32 (count, width) on the CPU, if that is what it is."""
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != count or value.shape[1] == 0:
+        raise CheckpointError(
+            f"{name} returned {_describe(value)} as {what} of {count} images: expected one row of numbers per image, "
+            f"({count}, width)"
+        )
+    matrix = value.detach().to("cpu", torch.float32)
+    if not torch.isfinite(matrix).all():
+        raise CheckpointError(f"{name} returned {what} that are NaN or infinite: its weights are damaged or unsuited")
+    return matrix
+
+
+def _describe(value: object) -> str:
+    """One short phrase for an unexpected output."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,221 @@
+"""The images on either side of an evaluation: a folder, a zip or an npz, at their own or at one common size."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokdyn.data.decode import decode, fit
+from tokdyn.data.sources import Source, open_source
+from tokdyn.errors import DataError
+from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
+
+Pixels = NDArray[np.uint8]
+
+_DECODED_AHEAD = 64  # images that threads decode while the extractor works
+_TURNED = range(5, 9)  # EXIF orientations that exchange rows and columns
+_ORIENTATION_TAG = 0x0112
+# What Pillow raises on damaged headers, depending on format and place of the damage.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
+    struct.error, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes of images.
+
+    Attributes:
+        values: (N,) int64.
+        num_classes: How many classes were counted to number them by the order of their names; None if they were
+            numbers from the start, and the largest possible one is not known.
+    """
+
+    values: NDArray[np.int64]
+    num_classes: int | None = None
+
+    def at(self, indices: NDArray[np.int64]) -> Labels:
+        """Of some of the images."""
+        return Labels(self.values[indices], self.num_classes)
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order, read one after the other.
+
+    Attributes:
+        path: Where they lie.
+        labels: Class of each, or None if nothing says it.
+    """
+
+    @property
+    def path(self) -> Path:
+        """See the class."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """See the class."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
+        """Yields the images (H, W, 3) at ascending positions, or the error of one that cannot be read.
+
+        Args:
+            indices: Ascending positions.
+            size: Side to resize to (short side, then centre crop, as DiT prepares its data); None keeps each as it is.
+        """
+
+    def fingerprint(self) -> str:
+        """Hash of the listing: names, sizes and, in archives, checksums; cheap, and the same on another machine."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files in a folder or zip; the first folder of a name is the class."""
+
+    source: Source
+    names: Sequence[str]
+    labels: Labels | None
+
+    @property
+    def path(self) -> Path:
+        """Of the folder or zip."""
+        return self.source.path
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self.names)
+
+    def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
+        """See `ImageSet`; decodes ahead on several threads."""
+
+        def read(index: int) -> Pixels | DataError:
+            name = self.names[index]
+            try:
+                content = self.source.read(name)
+                rows_columns = _own_size(content) if size is None else (size, size)
+                return decode(content, f"{name} in {self.path}", rows_columns, channels=3).transpose(1, 2, 0)
+            except DataError as error:
+                return error
+
+        pending: deque[Future[Pixels | DataError]] = deque()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for index in indices:
+                pending.append(pool.submit(read, index))
+                if len(pending) > _DECODED_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def fingerprint(self) -> str:
+        """See `ImageSet`."""
+        if self.path.is_dir():
+            return _hash_lines([f"{name} {(self.path / name).stat().st_size}" for name in self.names])
+        return _hash_lines([*_archive_lines(self.path), *self.names])
+
+
+@dataclass(frozen=True)
+class NpzFile:
+    """The images of an npz, with `arr_1` as labels."""
+
+    npz: NpzImages
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.npz.path
+
+    @property
+    def labels(self) -> Labels | None:
+        """See `ImageSet`."""
+        return None if self.npz.labels is None else Labels(self.npz.labels)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.npz)
+
+    def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
+        """See `ImageSet`."""
+        for image in self.npz.images(indices):
+            yield image if size is None else np.asarray(fit(Image.fromarray(image), (size, size)))
+
+    def fingerprint(self) -> str:
+        """See `ImageSet`."""
+        return _hash_lines(_archive_lines(self.path))
+
+
+def open_images(path: Path) -> ImageSet:
+    """Opens a folder, a zip or an npz of images; reads none yet.
+
+    Raises:
+        DataError: There is nothing there, or no images, or only one.
+    """
+    if not path.exists() and not any(parent.is_file() for parent in path.parents):
+        raise DataError(f"there is no {path}: give a folder of images, a .zip or an .npz")
+    images: ImageSet = NpzFile(_open_npz(path)) if path.suffix == ".npz" and path.is_file() else _open_files(path)
+    if len(images) < 2:
+        found = "one image" if len(images) else "no images"
+        raise DataError(f"{path} holds {found}: two or more are needed, and thousands for numbers to mean something")
+    return images
+
+
+def _open_npz(path: Path) -> NpzImages:
+    keys = npz_keys(path)
+    if IMAGES not in keys:
+        raise DataError(
+            f"{path} holds the arrays {', '.join(sorted(keys)) or '(none)'}: expected {IMAGES}, uint8 (N, H, W, 3), as "
+            "`tokdyn sample format=npz` writes it"
+        )
+    return open_npz_images(path)
+
+
+def _open_files(path: Path) -> ImageFiles:
+    source = open_source(path)
+    names = source.names()
+    folders = [name.split("/", 1)[0] for name in names]
+    if not names or not all("/" in name for name in names):
+        return ImageFiles(source, names, None)
+    if all(folder.isdecimal() for folder in folders):
+        return ImageFiles(source, names, Labels(np.array([int(folder) for folder in folders], dtype=np.int64)))
+    numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
+    values = np.array([numbers[folder] for folder in folders], dtype=np.int64)
+    return ImageFiles(source, names, Labels(values, len(numbers)))
+
+
+def _own_size(content: bytes) -> tuple[int, int]:
+    """(rows, columns) of an image file once it is upright; (1, 1) for a file that `decode` is about to refuse."""
+    try:
+        image = Image.open(io.BytesIO(content))
+    except (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return 1, 1
+    with image:
+        try:
+            turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
+        except _DAMAGE:  # `decode` does not turn an image whose orientation cannot be read
+            turned = False
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _archive_lines(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as archive:
+        return [f"{entry.filename} {entry.file_size} {entry.CRC}" for entry in archive.infolist()]
+
+
+def _hash_lines(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

@@ -1,0 +1,79 @@
+"""The Inception network of FID, IS and KID, as torch-fidelity ships it."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from tokdyn.errors import CheckpointError
+from tokdyn.evaluate.extractor import Extractor, ExtractorInfo, file_sha256
+
+# The weights that published numbers were measured with.
+PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+FEATURES = "2048"  # torch-fidelity's name of the pooled layer, (B, 2048)
+LOGITS = "logits_unbiased"  # (B, 1008), what IS is defined on
+
+
+def cached_weights() -> Path:
+    """Where the downloaded weights lie, or would."""
+    return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(URL_INCEPTION_V3).name)
+
+
+def open_inception(weights: Path | None, input_size: int | None, device: torch.device) -> Extractor:
+    """The network of FID; it resizes images of any size to 299 x 299 itself, as the original did (bilinear, TF 1).
+
+    Other weights than the published ones may be used, but then the numbers are not called FID, IS and KID.
+
+    Raises:
+        CheckpointError: The weights are missing and cannot be downloaded, or are not weights of this network.
+    """
+    path = _download() if weights is None else weights
+    if not path.is_file():
+        raise CheckpointError(f"there are no Inception weights at {path}: check weights=, or leave it out to download")
+    sha256 = file_sha256(path)
+    if sha256 != PUBLISHED_SHA256:
+        _check_plain_tensors(path)
+    try:
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=str(path)
+        ).to(device)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not hold the weights of torch-fidelity's Inception network") from error
+    standard = sha256 == PUBLISHED_SHA256
+    info = ExtractorInfo(
+        kind="inception",
+        name="inception" if standard else path.stem,
+        sha256=sha256,
+        input_size=input_size,
+        standard=standard,
+    )
+    return Extractor(info, network, device)
+
+
+def _download() -> Path:
+    """The cached weights, downloaded first if they are not there."""
+    path = cached_weights()
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(
+                URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED_SHA256, progress=sys.stderr.isatty()
+            )
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the Inception weights cannot be downloaded ({error}): put {URL_INCEPTION_V3} at {path}, or name a "
+                "local copy with weights=FILE, or use another network with extractor=FILE.ts or extractor=timm:NAME"
+            ) from error
+    return path
+
+
+def _check_plain_tensors(path: Path) -> None:
+    """Refuses a file that holds more than tensors: torch-fidelity unpickles what it is given."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not loaded as weights") from error

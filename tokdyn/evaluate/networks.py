@@ -1,0 +1,47 @@
+"""Opens the extractor that the settings name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tokdyn.errors import CheckpointError
+from tokdyn.evaluate.config import INCEPTION, TIMM_PREFIX, EvalConfig
+from tokdyn.evaluate.extractor import Extractor
+from tokdyn.evaluate.inception import open_inception
+from tokdyn.evaluate.torchscript import open_torchscript
+
+
+def open_extractor(config: EvalConfig) -> Extractor:
+    """Loads the network of `config.extractor` onto `config.device`.
+
+    Raises:
+        CheckpointError: It, its weights or the device cannot be had.
+    """
+    device = choose_device(config.device)
+    if config.extractor == INCEPTION:
+        return open_inception(config.weights, config.input_size, device)
+    if config.extractor.startswith(TIMM_PREFIX):
+        from tokdyn.evaluate.timm_model import open_timm  # timm takes seconds to import
+
+        return open_timm(config.extractor.removeprefix(TIMM_PREFIX), config.checkpoint, config.input_size, device)
+    return open_torchscript(Path(config.extractor).expanduser(), config.input_size, device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one.
+
+    Raises:
+        CheckpointError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"device={name} cannot be used here: give device=cpu, device=cuda or device=auto"
+        ) from error
+    return device

@@ -1,0 +1,121 @@
+"""npz archives: images read as a stream, so that 50,000 of them need not fit in memory, and small arrays."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokdyn.errors import DataError
+
+IMAGES = "arr_0"
+LABELS = "arr_1"
+
+
+def npz_keys(path: Path) -> set[str]:
+    """Names of the arrays in the file."""
+    with _opened(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def npz_array(path: Path, key: str) -> NDArray[Any]:
+    """One whole array."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            array: NDArray[Any] = arrays[key]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: the array {key} cannot be read ({error})") from error
+    return array
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """The images of an npz, in file order.
+
+    Attributes:
+        path: The file.
+        shape: (N, H, W, 3).
+        labels: (N,) int64 from `arr_1`, or None.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def images(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """The images (H, W, 3) at ascending positions, one at a time.
+
+        Raises:
+            DataError: The file ends early or is damaged.
+        """
+        size = int(np.prod(self.shape[1:]))
+        try:
+            with _opened(self.path) as archive, archive.open(f"{IMAGES}.npy") as file:
+                _read_header(file)
+                position = 0
+                for index in indices:
+                    while position < index:
+                        file.read(size)
+                        position += 1
+                    data = file.read(size)
+                    position += 1
+                    if len(data) != size:
+                        raise DataError(f"{self.path} ends before image {index} of {len(self)}: write it again")
+                    yield np.frombuffer(data, dtype=np.uint8).reshape(self.shape[1:])
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise DataError(f"{self.path} is damaged ({error}): write it again") from error
+
+
+def open_npz_images(path: Path) -> NpzImages:
+    """Checks the header and the labels; reads no image.
+
+    Raises:
+        DataError: The arrays are not those that `tokdyn sample format=npz` writes.
+    """
+    try:
+        with _opened(path) as archive, archive.open(f"{IMAGES}.npy") as file:
+            shape, fortran, dtype = _read_header(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: the array {IMAGES} cannot be read ({error}): write it again") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape[1:]:
+        raise DataError(
+            f"{path}: {IMAGES} is {dtype} of shape {shape}, expected uint8 of shape (N, H, W, 3) in C order"
+        )
+    labels = None
+    if LABELS in npz_keys(path):
+        labels = npz_array(path, LABELS)
+        if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(
+                f"{path}: {LABELS} is {labels.dtype} of shape {labels.shape}, expected one integer label for each of "
+                f"the {shape[0]} images"
+            )
+        labels = labels.astype(np.int64)
+    return NpzImages(path, (shape[0], shape[1], shape[2], shape[3]), labels)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The file as the zip archive that every npz is."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path} is not an npz archive ({error})") from error
+    with archive:
+        yield archive
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and type of the array that follows in the file."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    return shape, fortran, dtype

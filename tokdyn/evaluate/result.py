@@ -1,0 +1,102 @@
+"""What an evaluation found, under honest names, with everything needed to repeat it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from tokdyn.evaluate.config import EvalConfig
+from tokdyn.evaluate.extractor import ExtractorInfo
+
+PACKAGES = ("tokdyn", "torch", "torch-fidelity", "timm", "numpy", "pillow")
+
+
+class EvalResult(BaseModel):
+    """One evaluation.
+
+    Attributes:
+        values: The metrics by name. FID, IS and KID are measured with the published Inception network and nothing
+            else; every other number carries the name of its network in brackets.
+        spread: Standard deviation of a metric over its subsets (kernel distance) or parts (score).
+        reference_values: Numbers of the reference by itself, as a yardstick.
+        generated_images: Images measured.
+        reference_images: Images compared with; None without a reference, or if its file does not say.
+        extractor: The network.
+        used: Settings in force after any reduction for small sets.
+        warnings: What makes a number unreliable or hard to compare.
+        notes: What was reduced or left out, and why.
+        config: The settings asked for.
+        versions: Of the packages that numbers depend on.
+        machine: What it ran on.
+        seconds: Wall time of each part.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    values: dict[str, float]
+    spread: dict[str, float]
+    reference_values: dict[str, float]
+    generated_images: int
+    reference_images: int | None
+    extractor: ExtractorInfo
+    used: dict[str, int]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    config: EvalConfig
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+    seconds: dict[str, float]
+
+    def to_json(self) -> str:
+        """Indented JSON; `EvalResult.model_validate_json` reads it back."""
+        return self.model_dump_json(indent=2)
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON, making the folder if need be."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+def metric_name(metric: str, extractor: ExtractorInfo) -> str:
+    """The name a number may carry.
+
+    Args:
+        metric: `frechet_distance`, `class_score`, `kernel_distance`, `precision`, `recall` or `class_accuracy`.
+        extractor: The network it was measured with.
+    """
+    inception = {"frechet_distance": "FID", "class_score": "IS", "kernel_distance": "KID"}
+    if extractor.standard and metric in inception:
+        return inception[metric]
+    return f"{metric}[{extractor.name}]"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """The processor, how much of it was used, and the accelerator if one was."""
+    found: dict[str, str | int] = {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cpus": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        found["accelerator"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _processor() -> str:
+    """The processor's model name where Linux gives it, otherwise what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

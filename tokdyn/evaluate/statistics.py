@@ -1,0 +1,134 @@
+"""What is known of a set of images once an extractor has seen it, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics
+
+from tokdyn.errors import DataError
+from tokdyn.evaluate.extractor import ExtractorInfo
+from tokdyn.evaluate.npz import npz_array
+
+FORMAT = 1
+
+
+class Origin(BaseModel):
+    """Where statistics come from.
+
+    Attributes:
+        format: Version of the file layout.
+        extractor: The network that made the features.
+        images: How many images it saw.
+        image_size: (rows, columns) of all of them, or None if they differed.
+        source: Name of the folder or file of images.
+        fingerprint: Of the listing of that source and of the choice made from it.
+        published_moments: Whether the moments were not made from these images but came with them.
+        values: Numbers that the reference alone has, such as its class accuracy.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    extractor: ExtractorInfo
+    images: int
+    image_size: tuple[int, int] | None
+    source: str
+    fingerprint: str
+    published_moments: bool = False
+    values: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (F,) and covariance (F, F), float64."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A set of images as an extractor sees it.
+
+    Attributes:
+        moments: Mean and covariance of the features.
+        features: (N, F) float32; None if a file holds the moments only.
+        origin: None if a file does not say.
+    """
+
+    moments: Moments
+    features: Tensor | None = None
+    origin: Origin | None = None
+
+
+def moments_of(features: Tensor) -> Moments:
+    """Moments of features (N, F), N at least 2, in float64."""
+    found = fid_features_to_statistics(features.double())
+    return Moments(found["mu"], np.atleast_2d(found["sigma"]))
+
+
+def save_statistics(path: Path, features: Tensor, moments: Moments, origin: Origin) -> None:
+    """Writes features (N, F), moments and origin; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {
+        "features": features.contiguous(),
+        "mu": torch.from_numpy(moments.mean),
+        "sigma": torch.from_numpy(np.ascontiguousarray(moments.covariance)),
+    }
+    save_file(tensors, temporary, metadata={"tokdyn": origin.model_dump_json()})
+    temporary.replace(path)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Reads a file written by `save_statistics`.
+
+    Raises:
+        DataError: It is damaged, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read as cached statistics ({error}): delete it and make it again") from error
+    try:
+        origin = Origin.model_validate(json.loads(metadata["tokdyn"]))
+        features, mean, covariance = (
+            tensors["features"],
+            tensors["mu"].double().numpy(),
+            tensors["sigma"].double().numpy(),
+        )
+    except (KeyError, ValueError, ValidationError) as error:
+        raise DataError(f"{path} holds no statistics of tokdyn eval: make one with cache=FILE.safetensors") from error
+    if origin.format != FORMAT:
+        raise DataError(f"{path} has format {origin.format}, this version reads {FORMAT}: make it again with cache=")
+    width = features.shape[-1]
+    if features.shape != (origin.images, width) or mean.shape != (width,) or covariance.shape != (width, width):
+        raise DataError(f"{path} is damaged, its arrays do not fit together: delete it and make it again")
+    return Statistics(Moments(mean, covariance), features, origin)
+
+
+def load_moments(path: Path) -> Statistics:
+    """Reads `mu` and `sigma` of an npz, as other programs publish them; who made them it cannot say.
+
+    Raises:
+        DataError: The arrays are not a mean and a covariance.
+    """
+    mean, covariance = (npz_array(path, key).astype(np.float64) for key in ("mu", "sigma"))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise DataError(
+            f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}, expected (F,) and (F, F) for one F"
+        )
+    return Statistics(Moments(mean, covariance))

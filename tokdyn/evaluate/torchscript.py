@@ -1,0 +1,37 @@
+"""An extractor from a TorchScript file."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from tokdyn.errors import CheckpointError
+from tokdyn.evaluate.extractor import Extractor, ExtractorInfo, file_sha256
+
+
+def open_torchscript(path: Path, input_size: int | None, device: torch.device) -> Extractor:
+    """Loads a TorchScript network that takes uint8 (B, 3, H, W), named after its file.
+
+    A TorchScript file is a program and runs as one: load only files you trust.
+
+    Raises:
+        CheckpointError: There is no such file, or it is not TorchScript.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no extractor {path}: extractor is 'inception', 'timm:NAME' or the path of a TorchScript file"
+        )
+    try:
+        with warnings.catch_warnings():  # torch announces the end of TorchScript; files in circulation still need it
+            warnings.filterwarnings("ignore", message=r".*torch\.jit\.load", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=r".*torch\.jit\.load", category=DeprecationWarning)
+            network = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a TorchScript file: save the network with torch.jit.script or torch.jit.trace"
+        ) from error
+    network.eval()
+    info = ExtractorInfo(kind="torchscript", name=path.stem, sha256=file_sha256(path), input_size=input_size)
+    return Extractor(info, network, device)
