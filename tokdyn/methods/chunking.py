@@ -6,7 +6,7 @@ Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 

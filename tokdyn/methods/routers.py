@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 RouterName = Literal["spatial_predictability", "cosine", "random"]
@@ -73,14 +73,14 @@ class SpatialPredictabilityRouter(Router):
     @property
     def bias(self) -> nn.Parameter:
         """The bias of the last convolution."""
-        return self.score[3].bias  # type: ignore[union-attr, return-value]
+        return self.score[3].bias  # type: ignore[return-value]
 
     def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
         """Logits (B, R, C) of tokens (B, D, R, C)."""
         first, norm, _, last = self.score
         latent = _conv(self.proj, tokens)
         surprise = _conv(first, latent - _conv(self.context, latent))  # type: ignore[arg-type]
-        normed = F.group_norm(surprise, norm.num_groups, norm.weight.to(surprise), norm.bias.to(surprise), norm.eps)  # type: ignore
+        normed = F.group_norm(surprise, norm.num_groups, norm.weight.to(surprise), norm.bias.to(surprise), norm.eps)  # type: ignore[arg-type]
         return _conv(last, F.silu(normed)).squeeze(1)  # type: ignore[arg-type]
 
 
@@ -157,7 +157,7 @@ class RandomRouter(Router):
 def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution with its weights in the type of x."""
     bias = module.bias.to(x) if module.bias is not None else None
-    return F.conv2d(x, module.weight.to(x), bias, padding=module.padding, groups=module.groups)  # type: ignore[arg-type]
+    return F.conv2d(x, module.weight.to(x), bias, padding=module.padding, groups=module.groups)
 
 
 def _hash(number: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
-from tokdyn.models.blocks import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder
+from tokdyn.models.blocks import CellEmbedder, DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder
 from tokdyn.ops import sincos_position
 from tokdyn.tokens import Grid, Routing
 
@@ -39,6 +39,8 @@ class DCDiTOutput(DiTOutput):
 
 class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Common parts; `DiT` and `DCDiT` say what lies between embedding and head."""
+
+    x_embedder: CellEmbedder
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
@@ -109,10 +111,10 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.x_embedder.reset()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder.mlp") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)

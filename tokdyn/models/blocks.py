@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
@@ -12,6 +12,25 @@ from tokdyn.tokens import Packing
 _FREQUENCIES = 256
 _PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline passes for "no class", whatever the number of classes
 _LONG_ROWS = 192  # rows a sample from which one call a sample beats indexing the modulation by token
+
+
+class CellEmbedder(nn.Module):
+    """A convolution that turns inputs into tokens; filled like a linear layer."""
+
+    def __init__(self, inputs: int, width: int, kernel: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(inputs, width, kernel, stride, padding)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Xavier over the flattened kernel, zero bias."""
+        nn.init.xavier_uniform_(self.proj.weight.view(len(self.proj.weight), -1))
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, rows, columns) to (B, D, R, C)."""
+        out: Tensor = self.proj(x)
+        return out
 
 
 class TimestepEmbedder(nn.Module):
@@ -25,7 +44,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """(B,) timesteps to (B, D)."""
         frequencies = timestep_frequencies(timestep, _FREQUENCIES, self.shift)
-        out: Tensor = self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type, union-attr]
+        out: Tensor = self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
         return out
 
 
@@ -128,7 +147,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, packing: Packing | N
         return normed.mul_(1 + scale[:, None]).add_(shift[:, None])
     if _by_sample(packing):
         weight, bias = (1 + scale).to(x.dtype), shift.to(x.dtype)
-        parts = x.split(list(packing.lengths))
+        parts = x.split_with_sizes(packing.lengths)
         rows = zip(parts, weight.unbind(0), bias.unbind(0), strict=True)
         return torch.cat([F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows])
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
@@ -144,9 +163,9 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Te
         return torch.addcmul(x, gate[:, None], y)
     if _by_sample(packing) and not torch.is_grad_enabled() and x.dtype == y.dtype:
         out = torch.empty_like(x)
-        lengths = list(packing.lengths)
-        for o, a, g, b in zip(out.split(lengths), x.split(lengths), gate.unbind(0), y.split(lengths), strict=True):
-            torch.addcmul(a, g.to(a.dtype), b, out=o)
+        parts = (t.split_with_sizes(packing.lengths) for t in (out, x, y))
+        for o, a, b, g in zip(*parts, gate.to(x.dtype).unbind(0), strict=True):
+            torch.addcmul(a, g, b, out=o)
         return out
     return torch.addcmul(x, gate.index_select(0, packing.sample), y)
 

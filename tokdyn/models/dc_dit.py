@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -13,13 +13,14 @@ from tokdyn.errors import InputError
 from tokdyn.methods import Chunking
 from tokdyn.methods.routers import RouterName
 from tokdyn.models.base import DCDiTOutput, Transformer
+from tokdyn.models.blocks import CellEmbedder
 from tokdyn.models.scaffold import RMSNorm, Scaffold
 from tokdyn.models.sizes import dc_dit_settings
 from tokdyn.tokens import Grid
 
 
 class DCDiT(Transformer):
-    """DC-DiT: a narrow encoder and a router see every cell, the blocks only the kept tokens, a narrow decoder all again.
+    """DC-DiT: encoder, router and decoder are narrow and see every cell, the blocks see the kept tokens only.
 
     Args:
         sample_size: rows and columns of the input, or one number for both.
@@ -78,7 +79,7 @@ class DCDiT(Transformer):
             raise InputError("encoder_depth and decoder_depth must be at least 1.")
         sigma = smoothing_sigma if smoothing else None
         chunking = Chunking(target=target, router=router, smoothing_sigma=sigma, force_ends=force_ends)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels * patch_size**2, width, 3, padding=1)})
+        self.x_embedder = CellEmbedder(in_channels * patch_size**2, width, 3, padding=1)
         self._build(head_width=width)
         self.encoder = Scaffold(width, hidden_size, encoder_depth, hidden_size, change_first=False)
         self.chunking = chunking.build(hidden_size)
@@ -89,21 +90,18 @@ class DCDiT(Transformer):
     @classmethod
     def named(cls, name: str, **overrides: Any) -> DCDiT:
         """The published model of that name, "S", "B", "L" or "XL", with constructor settings replaced."""
-        return cls(**{**dc_dit_settings(name), **overrides})
+        model: DCDiT = cls(**{**dc_dit_settings(name), **overrides})
+        return model
 
     @torch.no_grad()
     def _initialize(self) -> None:
         super()._initialize()
-        weight = self.x_embedder["proj"].weight
-        nn.init.xavier_uniform_(weight.view(len(weight), -1))
-        nn.init.zeros_(self.x_embedder["proj"].bias)
-        for scaffold in (self.encoder, self.decoder):
-            for layer in scaffold.layers:
-                nn.init.xavier_uniform_(layer.cond_proj[1].weight)
-                nn.init.zeros_(layer.cond_proj[1].bias)
+        for name, parameter in self.named_parameters():
+            if ".cond_proj." in name:
+                (nn.init.zeros_ if name.endswith("bias") else nn.init.xavier_uniform_)(parameter)
         if self.config.official_init:
             nn.init.xavier_uniform_(self.chunking.residual.weight)
-        elif not weight.is_meta:
+        elif not self.pos_embed.is_meta:
             self._calibrate_on_noise()
 
     def _calibrate_on_noise(self) -> None:
@@ -124,7 +122,7 @@ class DCDiT(Transformer):
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, in_channels, rows, columns) to dense tokens (B, N, D)."""
         cells = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=torch.channels_last)
-        tokens: Tensor = self.encoder(self.x_embedder["proj"](cells), condition)
+        tokens: Tensor = self.encoder(self.x_embedder(cells), condition)
         return tokens
 
     def _decode(self, tokens: Tensor, condition: Tensor, grid: Grid) -> Tensor:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokdyn.models.base import DiTOutput, Transformer
+from tokdyn.models.blocks import CellEmbedder
 from tokdyn.models.sizes import dit_settings
 
 
@@ -47,21 +48,15 @@ class DiT(Transformer):
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)})
+        self.x_embedder = CellEmbedder(in_channels, hidden_size, patch_size, stride=patch_size)
         self._build(head_width=hidden_size)
         self._initialize()
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> DiT:
         """The published model of that name, for example "XL/2", with constructor settings replaced."""
-        return cls(**{**dit_settings(name), **overrides})
-
-    @torch.no_grad()
-    def _initialize(self) -> None:
-        super()._initialize()
-        weight = self.x_embedder["proj"].weight
-        nn.init.xavier_uniform_(weight.view(len(weight), -1))
-        nn.init.zeros_(self.x_embedder["proj"].bias)
+        model: DiT = cls(**{**dit_settings(name), **overrides})
+        return model
 
     def forward(
         self,
@@ -82,7 +77,7 @@ class DiT(Transformer):
             The output, or (sample,).
         """
         grid, _, condition = self._start(hidden_states, timestep, class_labels)
-        x = self.x_embedder["proj"](hidden_states).flatten(2).transpose(1, 2) + self._positions(grid)
+        x = self.x_embedder(hidden_states).flatten(2).transpose(1, 2) + self._positions(grid)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, condition)

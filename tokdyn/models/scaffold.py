@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,7 +20,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        out: Tensor = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return out
 
 
 class ResidualBlock(nn.Module):
@@ -44,11 +46,12 @@ class ResidualBlock(nn.Module):
         h = h + self.cond_proj(condition)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         skip: Tensor = x if self.skip_proj is None else self.skip_proj(x)
-        return skip + h
+        out: Tensor = skip + h
+        return out
 
 
 class Scaffold(nn.Module):
-    """A stack of residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first.
+    """Residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first.
 
     Maps stay channels-last in memory, so tokens are a view of the map.
     """
@@ -57,13 +60,12 @@ class Scaffold(nn.Module):
         super().__init__()
         change = 0 if change_first else depth - 1
         widths = [inputs] * (change + 1) + [outputs] * (depth - change)
-        self.layers = nn.ModuleList(
-            ResidualBlock(a, b, condition_width) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(ResidualBlock(a, b, condition_width) for a, b in pairwise(widths))
         self.norm = RMSNorm(outputs)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, inputs, R, C) and (B, D) to tokens (B, R * C, outputs)."""
         for layer in self.layers:
             x = layer(x, condition)
-        return self.norm(x.permute(0, 2, 3, 1).flatten(1, 2))  # type: ignore[no-any-return]
+        tokens: Tensor = self.norm(x.permute(0, 2, 3, 1).flatten(1, 2))
+        return tokens

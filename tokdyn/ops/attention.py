@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.tokens import Packing
@@ -66,7 +66,7 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
         return _varlen(qkv, heads, packing)
     if backend == "padded":
         return _padded(qkv, heads, packing)
-    parts = [dense_attention(part[None], heads)[0] for part in qkv.split(list(packing.lengths))]
+    parts = [dense_attention(part[None], heads)[0] for part in qkv.split_with_sizes(packing.lengths)]
     return torch.cat(parts)
 
 
@@ -88,7 +88,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
-        return scores.softmax(dim=-1) @ value
+        mixed: Tensor = scores.softmax(dim=-1) @ value
+        return mixed
     mask = bias if bias is None else bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
@@ -109,5 +110,6 @@ def _varlen(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
 
     query, key, value = qkv.view(len(qkv), 3, heads, -1).unbind(1)
     offsets, longest = packing.cu_seqlens, packing.longest
-    out: Tensor = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    out = varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
     return out.reshape(len(qkv), -1)

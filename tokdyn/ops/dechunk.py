@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.errors import InputError
@@ -50,7 +50,9 @@ def dechunk(features: Tensor, probability: Tensor, keep: Tensor, grid: Grid, sig
         raise InputError(f"probability is {tuple(probability.shape)} and keep {tuple(keep.shape)}; they must be equal.")
     packing = pack(keep, grid)
     if features.dim() != 2 or features.shape[0] != packing.total:
-        raise InputError(f"features have shape {tuple(features.shape)}, expected ({packing.total}, D): one row a token.")
+        raise InputError(
+            f"features have shape {tuple(features.shape)}, expected ({packing.total}, D): one row a token."
+        )
     return dechunk_packed(features, probability, keep, packing, sigma)
 
 
@@ -126,7 +128,7 @@ def _neighbours(packing: Packing, offsets: list[tuple[int, ...]]) -> tuple[Tenso
 
 
 def _smooth_on_grid(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:
-    """Smoothing as a normalised separable blur on the grid: static shapes and no synchronisation; arguments as above."""
+    """Smoothing as a normalised separable blur on the grid: static shapes, no synchronisation; arguments as above."""
     weighted = torch.cat([features * kept[:, None], kept[:, None]], dim=1)
     count = cells(packing.grid)
     board = weighted.new_zeros(len(packing.lengths) * count, weighted.shape[1]).index_copy(0, packing.index, weighted)
@@ -144,7 +146,8 @@ def _blur(board: Tensor, axis: int, sigma: float) -> Tensor:
     if size <= 128:
         line = torch.arange(size, device=board.device, dtype=board.dtype)
         band = torch.exp((line[:, None] - line).square() / (-2 * sigma * sigma))
-        return torch.tensordot(band, board, dims=([1], [axis])).movedim(0, axis)
+        blurred: Tensor = torch.tensordot(band, board, dims=([1], [axis]))
+        return blurred.movedim(0, axis)
     out = board
     for distance in range(1, min(size, math.floor(_REACH[board.dtype] * sigma) + 1)):
         weight = math.exp(-distance * distance / (2 * sigma * sigma))

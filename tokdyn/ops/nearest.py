@@ -52,12 +52,12 @@ def _along_axis(source: Tensor, axis: int, count: int) -> Tensor:
     size = source.shape[axis]
     if source.is_cuda and source.numel() * size <= _BROADCAST_LIMIT:
         line = torch.arange(size, device=source.device, dtype=source.dtype)
-        step = (line[:, None] - line).square() * count
-        return (source.unsqueeze(axis) + step.view(size, size, *[1] * (source.dim() - axis - 1))).amin(dim=axis + 1)
+        steps = (line[:, None] - line).square() * count
+        return (source.unsqueeze(axis) + steps.view(size, size, *[1] * (source.dim() - axis - 1))).amin(dim=axis + 1)
     best = source.clone()
     for distance in range(1, size):
-        step = distance * distance * count
-        if not source.is_cuda and int(best.max()) < step:  # nothing farther away can win; on CUDA this would be a sync
+        step = distance * distance * count  # nothing farther away can win below this; on CUDA asking would be a sync
+        if not source.is_cuda and int(best.max()) < step:
             break
         ahead, behind = best.narrow(axis, distance, size - distance), best.narrow(axis, 0, size - distance)
         torch.minimum(ahead, source.narrow(axis, 0, size - distance) + step, out=ahead)

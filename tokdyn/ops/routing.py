@@ -83,7 +83,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(features: Tensor, probability: Tensor) -> Tensor:
-    """out * STE(p): the gate is 1 forward and passes the gradient to p as if it were p (arXiv 2507.07955, eq. 7-9).
+    """Out * STE(p): the gate is 1 forward and passes the gradient to p as if it were p (arXiv 2507.07955, eq. 7-9).
 
     Args:
         features: (..., D).
@@ -92,7 +92,7 @@ def straight_through(features: Tensor, probability: Tensor) -> Tensor:
     Returns:
         (..., D), equal to `features`.
     """
-    out: Tensor = _StraightThrough.apply(features, probability)  # type: ignore[no-untyped-call]
+    out: Tensor = _StraightThrough.apply(features, probability)
     return out
 
 
@@ -120,9 +120,9 @@ def ratio_loss(probability: Tensor, natural_keep: Tensor, target: float, group_s
         raise InputError(f"the ratio loss has groups of {group_size} samples, expected at least 1.")
     share = natural_keep.float().mean(dim=1)
     mean = probability.float().mean(dim=1)
-    groups = share.split(group_size or len(share))
+    size = group_size or len(share)
     loss = share.new_zeros(())
-    for group_share, group_mean in zip(groups, mean.split(group_size or len(mean)), strict=True):
-        f, g = group_share.mean(), group_mean.mean()
-        loss = loss + ((1 - f) * (1 - g) + (target - 1) * f * g) * len(group_share)
+    for start in range(0, len(share), size):
+        f, g = share[start : start + size].mean(), mean[start : start + size].mean()
+        loss = loss + ((1 - f) * (1 - g) + (target - 1) * f * g) * min(size, len(share) - start)
     return loss * (target / (target - 1) / len(share))
