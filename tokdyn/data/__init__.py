@@ -4,7 +4,9 @@ from tokdyn.data.base import Dataset
 from tokdyn.data.config import DataConfig
 from tokdyn.data.detail import DetailScore, detail_score
 from tokdyn.data.factory import open_data
+from tokdyn.data.features import FeaturesConfig, FeaturesReport, write_features
 from tokdyn.data.images import ImageDataset
+from tokdyn.data.latents import LatentDataset
 from tokdyn.data.shapes import ShapesDataset
 from tokdyn.data.stream import BatchStream
 
@@ -13,8 +15,12 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "DetailScore",
+    "FeaturesConfig",
+    "FeaturesReport",
     "ImageDataset",
+    "LatentDataset",
     "ShapesDataset",
     "detail_score",
     "open_data",
+    "write_features",
 ]

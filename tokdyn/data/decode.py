@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +31,17 @@ _DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
     struct.error, zlib.error,
 )  # fmt: skip
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Pillow's remarks about files (odd tags, damaged EXIF blocks): readable files are fine, others raise.
+
+    The list of warning filters belongs to the process, so this goes around the threads that decode, not into them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def decode(content: bytes, name: str, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokdyn.data.base import Dataset
 from tokdyn.data.config import DataConfig, rows_and_columns
 from tokdyn.data.images import ImageDataset
+from tokdyn.data.latents import LatentDataset
 from tokdyn.data.shapes import ShapesDataset
 from tokdyn.data.sources import open_source
 from tokdyn.errors import DataError
@@ -29,6 +30,8 @@ def open_data(config: DataConfig) -> Dataset:
         return ShapesDataset(size, config.channels, config.num_classes, config.seed, config.length)
     if config.path is None:
         raise DataError(f"kind={config.kind} needs a path; give data.path the folder{_OR_ZIP[config.kind]}.")
+    if config.kind == "latents":
+        return _open_latents(config, config.path)
     if config.size is None:
         raise DataError("kind=images needs a size in pixels, for example data.size=32 or data.size=32x48.")
     return ImageDataset(
@@ -40,6 +43,21 @@ def open_data(config: DataConfig) -> Dataset:
         config.in_memory,
         config.memory_limit,
     )
+
+
+def _open_latents(config: DataConfig, path: str) -> LatentDataset:
+    latents = LatentDataset(path)
+    if config.size is not None and rows_and_columns(config.size) != latents.shape[1:]:
+        rows, columns = latents.shape[1:]
+        raise DataError(f"The latents in {path} are {rows}x{columns}, not of size={config.size}; leave data.size out.")
+    if config.num_classes is not None and config.num_classes != latents.num_classes:
+        raise DataError(
+            f"The latents in {path} have {latents.num_classes} classes, not num_classes={config.num_classes}; correct "
+            "data.num_classes or leave it out."
+        )
+    if config.flip:
+        latents.require_flip()
+    return latents
 
 
 _OR_ZIP = {"images": " or zip of images", "latents": " that `tokdyn features` wrote"}

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokdyn.data.base import Dataset, to_signed
-from tokdyn.data.decode import decode
-from tokdyn.data.progress import progress
+from tokdyn.data.decode import decode, quiet
+from tokdyn.data.preload import decode_all
 from tokdyn.data.sources import EXTENSIONS, Source
 from tokdyn.errors import DataError
 
-_CHUNK = 64  # images that one thread decodes before it reports progress
-_SLOW = 1e-3  # seconds per image from which threads pay: below, they mostly wait for the interpreter's lock
 _NAMED = 5  # broken files that a warning names
 
 
@@ -78,10 +74,11 @@ class ImageDataset(Dataset):
             used, pixels = wanted.tolist(), self._pixels[torch.from_numpy(wanted)]
         else:
             used, pixels = [], torch.empty(len(wanted), *self.shape, dtype=torch.uint8)
-            for place, index in enumerate(wanted.tolist()):
-                index, image = self._next_readable(index)
-                used.append(index)
-                pixels[place] = torch.from_numpy(image)
+            with quiet():
+                for place, index in enumerate(wanted.tolist()):
+                    index, image = self._next_readable(index)
+                    used.append(index)
+                    pixels[place] = torch.from_numpy(image)
         return to_signed(pixels, flips), torch.from_numpy(self.labels[used]), used
 
     def identity(self) -> dict[str, object]:
@@ -89,11 +86,11 @@ class ImageDataset(Dataset):
         listing = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
         return {"kind": "images", "shape": list(self.shape), "files": sha256(listing.encode()).hexdigest()}
 
-    def _decode(self, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def _decode(self, index: int) -> NDArray[np.uint8]:
         name = self.names[index]
         return decode(self.source.read(name), f"{name} in {self.source.path}", self.shape[1:], self.shape[0])
 
-    def _next_readable(self, index: int) -> tuple[int, np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+    def _next_readable(self, index: int) -> tuple[int, NDArray[np.uint8]]:
         """Decodes an image, or with on_error "skip" the first one after it that can be decoded."""
         for place in range(index, index + len(self)):
             place %= len(self)
@@ -110,34 +107,11 @@ class ImageDataset(Dataset):
 
     def _load(self) -> None:
         """Decodes all images into memory and leaves out the broken ones, or raises at the first of them."""
-        pixels = torch.empty(len(self.names), *self.shape, dtype=torch.uint8)
-        view = pixels.numpy()
-
-        def load(start: int) -> list[tuple[int, DataError]]:
-            failures = []
-            for index in range(start, min(start + _CHUNK, len(self.names))):
-                try:
-                    view[index] = self._decode(index)
-                except DataError as error:
-                    failures.append((index, error))
-            return failures
-
-        began = time.perf_counter()
-        broken = dict(load(0))
-        threads = os.cpu_count() or 1 if time.perf_counter() - began > _SLOW * min(_CHUNK, len(self.names)) else 1
-        starts = range(_CHUNK, len(self.names), _CHUNK)
-        with (
-            progress(f"Decoding {self.source.path.name}", len(self.names)) as advance,
-            ThreadPoolExecutor(threads) as pool,
-        ):
-            for start, failures in zip(starts, pool.map(load, starts), strict=True):
-                broken.update(failures)
-                advance(min(_CHUNK, len(self.names) - start))
-                if broken and self.on_error == "raise":
-                    pool.shutdown(cancel_futures=True)
-                    break
-        if broken and self.on_error == "raise":
-            raise broken[min(broken)]
+        with quiet():
+            title, stop = f"Decoding {self.source.path.name}", self.on_error == "raise"
+            pixels, broken = decode_all(self._decode, len(self.names), self.shape, title, stop)
+        if broken and stop:
+            raise next(iter(broken.values()))
         if broken:
             self._leave_out(broken)
             pixels = pixels[[index for index in range(len(pixels)) if index not in broken]]
@@ -159,9 +133,7 @@ class ImageDataset(Dataset):
         self.names = [name for index, name in enumerate(self.names) if index not in broken]
 
 
-def _classes(
-    source: Source, names: list[str], num_classes: int | None
-) -> tuple[tuple[str, ...], np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Returns the class names and the label of every file; refuses what cannot be labelled in one way only."""
     if not names:
         known = " ".join(sorted(EXTENSIONS))

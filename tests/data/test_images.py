@@ -1,0 +1,279 @@
+"""Image folders and zips: order, classes, errors, memory and worker processes."""
+
+import io
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tokdyn.data import BatchStream, DataConfig, Dataset, open_data
+from tokdyn.errors import DataError
+
+
+def jpeg(value: int, size: tuple[int, int] = (10, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, 255 - value, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FILES = {
+    "cat/b.png": jpeg(10),
+    "cat/a.PNG": jpeg(20, (30, 50)),
+    "cat/deep/er/x.png": jpeg(30),
+    "dog/1.png": jpeg(40),
+    "dog/10.png": jpeg(50),
+    "dog/2.png": jpeg(60),
+    "ant-hill/z.png": jpeg(70),
+    "ant/z.png": jpeg(80),
+}
+CLUTTER = {
+    "__MACOSX/cat/._b.png": b"x",
+    "cat/.hidden.png": b"x",
+    ".git/a.png": b"x",
+    "cat/notes.txt": b"x",
+    "README.md": b"x",
+    "dog/Thumbs.db": b"x",
+}
+ORDER = ["ant/z", "ant-hill/z", "cat/a", "cat/b", "cat/deep/er/x", "dog/1", "dog/10", "dog/2"]
+
+
+def folder(root: Path, files: dict[str, bytes]) -> str:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return str(root)
+
+
+def archive(path: Path, files: dict[str, bytes]) -> str:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in reversed(files.items()):
+            file.writestr(name, content)
+    return str(path)
+
+
+def images(path: str, **settings: object) -> Dataset:
+    return open_data(DataConfig(kind="images", path=path, **{"size": 8, **settings}))
+
+
+def everything(data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    return data.batch(range(len(data)))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_folder_and_zip_are_the_same(tmp_path, in_memory):
+    files = {**FILES, **CLUTTER}
+    one = images(folder(tmp_path / "f", files), in_memory=in_memory)
+    two = images(archive(tmp_path / "z.zip", files), in_memory=in_memory)
+    assert one.class_names == two.class_names == ("ant", "ant-hill", "cat", "dog")
+    assert [name.rsplit(".", 1)[0] for name in one.names] == ORDER
+    assert one.names == two.names
+    assert one.identity() == two.identity()
+    assert torch.equal(everything(one)[0], everything(two)[0])
+    assert everything(one)[1].tolist() == everything(two)[1].tolist() == [0, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_samples_are_the_pictures_in_minus_one_to_one(tmp_path):
+    data = images(folder(tmp_path, FILES))
+    assert data.shape == (3, 8, 8)
+    for index, name in enumerate(ORDER):
+        value = next(content for path, content in FILES.items() if path.startswith(f"{name}."))
+        with Image.open(io.BytesIO(value)) as image:
+            colour = np.array(image.getpixel((0, 0)))
+        sample, _ = data[index]
+        assert sample.dtype == torch.float32
+        np.testing.assert_allclose(
+            sample.numpy(), np.broadcast_to((colour / 127.5 - 1)[:, None, None], (3, 8, 8)), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "shape"), [("6x12", 1, (1, 6, 12)), ((12, 6), 4, (4, 12, 6)), (5, 3, (3, 5, 5))]
+)
+def test_any_size_and_channels(tmp_path, size, channels, shape):
+    data = images(folder(tmp_path, FILES), size=size, channels=channels)
+    assert data.shape == shape
+    assert everything(data)[0].shape == (8, *shape)
+
+
+def test_memory_and_reading_on_demand_agree(tmp_path):
+    path = folder(tmp_path, FILES)
+    flips = [True, False] * 4
+    held, read = images(path, in_memory=True), images(path, in_memory=False)
+    assert torch.equal(held.batch(range(8), flips)[0], read.batch(range(8), flips)[0])
+
+
+def test_the_memory_limit_decides(tmp_path):
+    path = folder(tmp_path, {**FILES, "dog/2.png": b"broken"})
+    limit = 8 * 3 * 8 * 8
+    assert len(images(path, memory_limit=limit - 1)) == 8  # decoded on demand, so nobody has noticed yet
+    with pytest.raises(DataError, match=r"^dog/2\.png in"):
+        images(path, memory_limit=limit)
+
+
+def test_images_at_the_root_are_one_class(tmp_path):
+    data = images(folder(tmp_path, {"b.png": jpeg(1), "a.png": jpeg(2)}))
+    assert data.class_names == ("all",)
+    assert everything(data)[1].tolist() == [0, 0]
+
+
+def test_all_images_can_be_put_into_one_class(tmp_path):
+    data = images(folder(tmp_path, {**FILES, "root.png": jpeg(1)}), num_classes=1)
+    assert data.num_classes == 1
+    assert everything(data)[1].tolist() == [0] * 9
+
+
+def test_a_folder_inside_a_zip(tmp_path):
+    path = archive(tmp_path / "z.zip", {f"pictures/{name}": content for name, content in FILES.items()})
+    with pytest.warns(UserWarning, match=r"one folder pictures.*set path=.*z\.zip/pictures"):
+        assert images(path).class_names == ("pictures",)
+    assert images(f"{path}/pictures").names == images(folder(tmp_path / "f", FILES)).names
+    with pytest.raises(DataError, match="holds no images"):
+        images(f"{path}/pict")
+
+
+def test_links_are_followed_once(tmp_path):
+    folder(tmp_path / "real", {"x.png": jpeg(1)})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path / "data")
+    assert images(str(tmp_path / "data")).names == ["cat/x.png"]
+
+
+BROKEN = {"cat/b.png": FILES["cat/b.png"][:40], "dog/10.png": b"", "dog/2.png": b"not an image"}
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_broken_files_are_raised_by_name(tmp_path, form, in_memory):
+    files = {**FILES, **BROKEN}
+    path = folder(tmp_path / "f", files) if form == "folder" else archive(tmp_path / "f.zip", files)
+    with pytest.raises(DataError, match=r"^cat/b\.png in .*f(\.zip)?: not a readable image"):
+        everything(images(path, in_memory=in_memory))
+
+
+def test_broken_files_are_left_out_of_memory(tmp_path):
+    with pytest.warns(UserWarning, match=r"3 of 8 images .* left out: cat/b\.png, dog/10\.png, dog/2\.png\.$"):
+        data = images(folder(tmp_path / "f", {**FILES, **BROKEN}), on_error="skip")
+    sound = images(folder(tmp_path / "s", {name: content for name, content in FILES.items() if name not in BROKEN}))
+    assert data.names == sound.names
+    assert torch.equal(everything(data)[0], everything(sound)[0])
+    assert torch.equal(everything(data)[1], everything(sound)[1])
+
+
+def test_many_broken_files_are_counted_and_some_are_named(tmp_path):
+    files = {f"cat/{number}.png": b"x" for number in range(7)} | {"cat/good.png": jpeg(1)}
+    with pytest.warns(UserWarning, match=r"7 of 8 .*cat/4\.png and 2 more\.$"):
+        assert len(images(folder(tmp_path, files), on_error="skip")) == 1
+
+
+def test_a_class_of_broken_files_keeps_its_number(tmp_path):
+    files = {"a/x.png": b"x", "b/x.png": jpeg(1)}
+    with pytest.warns(UserWarning, match="1 of 2"):
+        data = images(folder(tmp_path, files), on_error="skip")
+    assert data.class_names == ("a", "b")
+    assert everything(data)[1].tolist() == [1]
+
+
+def test_the_next_readable_image_stands_in_when_reading_on_demand(tmp_path):
+    data = images(folder(tmp_path, {**FILES, **BROKEN}), on_error="skip", in_memory=False)
+    assert len(data) == 8
+    with pytest.warns(UserWarning, match="unreadable") as record:
+        samples, labels, used = data.fetch(range(8))
+    assert used == [0, 1, 2, 4, 4, 5, 0, 0]
+    assert labels.tolist() == [0, 1, 2, 2, 2, 3, 0, 0]
+    assert torch.equal(samples[3], samples[4])
+    messages = [str(entry.message) for entry in record]
+    assert [message.split(" ", 1)[0] for message in messages] == ["1", "2", "3"]
+    for message, name in zip(messages, sorted(BROKEN), strict=True):
+        assert name in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(data.batch(range(8))[0], samples)  # each is reported once
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_nothing_but_broken_files_is_an_error(tmp_path, in_memory):
+    path = folder(tmp_path, {"a/1.png": b"x", "a/2.png": b"y"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="None of the 2 images"):
+            everything(images(path, on_error="skip", in_memory=in_memory))
+
+
+def test_damage_inside_a_zip_is_named(tmp_path):
+    path = Path(archive(tmp_path / "z.zip", FILES))
+    content = bytearray(path.read_bytes())
+    place = content.index(FILES["dog/1.png"])
+    content[place + 20] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^dog/1\.png in .*z\.zip cannot be read: Bad CRC-32"):
+        images(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    data = images(folder(tmp_path, FILES), in_memory=False)
+    (tmp_path / "dog" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"dog/1\.png in .* cannot be read: No such file"):
+        data[5]
+
+
+def test_wrong_paths_are_explained(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words.txt").write_text("hello")
+    (tmp_path / "cut.zip").write_bytes(Path(archive(tmp_path / "z.zip", FILES)).read_bytes()[:300])
+    archive(tmp_path / "none.zip", {"a.txt": b""})
+    for name, sentence in {
+        "nowhere": "There is no file or folder .*nowhere",
+        "empty": "empty holds no images; expected files ending in",
+        "words.txt": "neither a folder nor a zip file",
+        "cut.zip": "neither a folder nor a zip file",
+        "none.zip": "none.zip holds no images",
+    }.items():
+        with pytest.raises(DataError, match=sentence):
+            images(str(tmp_path / name))
+    with pytest.raises(DataError, match="kind=images needs a path"):
+        open_data(DataConfig(kind="images", size=8))
+    with pytest.raises(DataError, match="needs a size"):
+        open_data(DataConfig(kind="images", path=str(tmp_path)))
+
+
+def test_classes_that_do_not_fit_are_explained(tmp_path):
+    path = folder(tmp_path, FILES)
+    assert images(path, num_classes=4).num_classes == 4
+    with pytest.raises(DataError, match=r"4 class folder\(s\) \(ant, ant-hill, cat, dog\), but num_classes=5"):
+        images(path, num_classes=5)
+    folder(tmp_path, {"preview.png": jpeg(1)})
+    with pytest.raises(DataError, match=r"1 image\(s\) beside its class folders, such as preview\.png"):
+        images(path)
+
+
+def test_indices_outside_are_refused(tmp_path):
+    data = images(folder(tmp_path, FILES))
+    for index in (-1, 8):
+        with pytest.raises(IndexError, match=f"sample {index} is outside 0 .. 7"):
+            data[index]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_read_the_same_zip(tmp_path, method, in_memory):
+    data = images(archive(tmp_path / "z.zip", FILES), in_memory=in_memory)
+    stream = BatchStream(data, 3, seed=0, flip=True)
+    expected = [stream[step] for step in range(6)]  # opens the archive in this process first
+    workers = 2 if method == "fork" else 1
+    loader = DataLoader(stream, batch_size=None, sampler=range(6), num_workers=workers, multiprocessing_context=method)
+    for (samples, labels), (want, numbers) in zip(loader, expected, strict=True):
+        assert torch.equal(samples, want)
+        assert torch.equal(labels, numbers)
+
+
+def test_a_pickled_data_set_reads_on(tmp_path):
+    data = images(archive(tmp_path / "z.zip", FILES), in_memory=False)
+    first = everything(data)[0]
+    assert torch.equal(everything(pickle.loads(pickle.dumps(data)))[0], first)

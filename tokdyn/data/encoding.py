@@ -1,0 +1,116 @@
+"""From images to the latents of each shard, the same whatever the batch order and however often a run was cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tokdyn.data.base import Dataset
+from tokdyn.data.hashing import Purpose, hashed
+from tokdyn.data.shards import DTYPES
+from tokdyn.data.vae import LatentScaling, encode
+from tokdyn.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An autoencoder and how it is used.
+
+    Attributes:
+        vae: a diffusers autoencoder for images.
+        scaling: applied to its latents.
+        posterior: take the "mean" or one "sample".
+        seed: of the samples.
+        dtype: of the result: fp32, fp16 or bf16.
+    """
+
+    vae: nn.Module
+    scaling: LatentScaling
+    posterior: Literal["mean", "sample"]
+    seed: int
+    dtype: Literal["fp32", "fp16", "bf16"]
+
+    def __call__(self, images: Tensor, indices: Sequence[int], mirrored: bool) -> Tensor:
+        """Returns the latents (b, c, h, w) to store of images (b, C, H, W) with these numbers."""
+        generators = None
+        if self.posterior == "sample":
+            keys = hashed(self.seed, Purpose.POSTERIOR, np.asarray(indices), int(mirrored)) >> np.uint64(1)
+            generators = [torch.Generator().manual_seed(key) for key in keys.tolist()]
+        weight = next(self.vae.parameters())
+        images = (images.flip(-1) if mirrored else images).to(weight.device, weight.dtype)
+        latents = encode(self.vae, images, self.scaling, generators).to(DTYPES[self.dtype]).cpu()
+        if not torch.isfinite(latents).all():
+            raise DataError(f"The latents are too large for dtype={self.dtype}; set dtype=bf16 or dtype=fp32.")
+        return latents
+
+
+class Part(NamedTuple):
+    """What a shard holds: latents (n, c, h, w), labels (n,) and latents of the mirrored images (n, c, h, w) or None."""
+
+    latents: Tensor
+    labels: Tensor
+    flipped: Tensor | None
+
+
+class _Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor, list[int]]]):
+    """Consecutive images, a range of them per item."""
+
+    def __init__(self, dataset: Dataset, ranges: Sequence[range]) -> None:
+        self.dataset = dataset
+        self.ranges = ranges
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, list[int]]:
+        return self.dataset.fetch(self.ranges[item])
+
+
+def encode_parts(
+    encoder: Encoder,
+    dataset: Dataset,
+    parts: Sequence[range],
+    batch_size: int,
+    flip: bool,
+    workers: int,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, Part]]:
+    """Encodes images part by part.
+
+    Args:
+        encoder: the autoencoder.
+        dataset: the images.
+        parts: image numbers of each part.
+        batch_size: images encoded at once.
+        flip: encode the mirrored images as well.
+        workers: processes that decode images.
+        advance: called with the number of images done.
+
+    Yields:
+        Number and content of every part that holds a readable image.
+    """
+    cuts = [
+        (number, part[at : at + batch_size])
+        for number, part in enumerate(parts)
+        for at in range(0, len(part), batch_size)
+    ]
+    batches = _Batches(dataset, [cut for _, cut in cuts])
+    loader = DataLoader(batches, batch_size=None, sampler=range(len(cuts)), num_workers=workers)
+    for number, group in groupby(zip(cuts, loader, strict=True), key=lambda item: item[0][0]):
+        latents, labels, flipped = [], [], []
+        for (_, wanted), (images, own, used) in group:
+            # An unreadable image was replaced by a readable one, which has its own place already.
+            kept = [place for place, (want, use) in enumerate(zip(wanted, used, strict=True)) if want == use]
+            if kept:
+                numbers = [wanted[place] for place in kept]
+                latents.append(encoder(images[kept], numbers, mirrored=False))
+                labels.append(own[kept])
+                if flip:
+                    flipped.append(encoder(images[kept], numbers, mirrored=True))
+            advance(len(wanted))
+        if latents:
+            yield number, Part(torch.cat(latents), torch.cat(labels), torch.cat(flipped) if flip else None)

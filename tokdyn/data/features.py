@@ -1,0 +1,241 @@
+"""`tokdyn features`: encodes a data set once, so that training reads latents instead of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from torch import nn
+
+from tokdyn.data.base import Dataset
+from tokdyn.data.config import DataConfig, Size
+from tokdyn.data.encoding import Encoder, encode_parts
+from tokdyn.data.factory import open_data
+from tokdyn.data.progress import progress
+from tokdyn.data.shards import (
+    DTYPES,
+    INDEX,
+    DamagedShardError,
+    LatentIndex,
+    ShardEntry,
+    VaeIdentity,
+    open_shard,
+    read_index,
+    shard_name,
+    write_index,
+    write_shard,
+)
+from tokdyn.data.vae import LatentScaling, load_vae, scaling_of, weights_digest
+from tokdyn.errors import DataError
+
+
+class FeaturesConfig(BaseModel):
+    """Settings of `tokdyn features`.
+
+    Attributes:
+        path: folder or zip of images.
+        vae: folder or hub id of a diffusers autoencoder.
+        out: folder for the latents; the same command continues one that was cut off.
+        subfolder: folder of the autoencoder below `vae`; by default `vae` itself, then its "vae".
+        kind: "images" or "shapes".
+        size: pixels, one number or (rows, columns), also written "256x384".
+        channels: of the images.
+        num_classes: as for training.
+        on_error: "raise" stops at an unreadable image, "skip" leaves it out.
+        length: number of procedural shapes.
+        seed: of procedural shapes and of posterior samples.
+        posterior: store the "mean" of the posterior or one "sample".
+        flip: store the latents of the mirrored images as well.
+        dtype: stored type: fp32, fp16 or bf16.
+        scaling_factor: replaces the autoencoder's own.
+        shift_factor: replaces the autoencoder's own.
+        batch_size: images encoded at once.
+        shard_size: images per file.
+        workers: processes that decode images.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+        vae_dtype: in which the autoencoder runs: fp32, fp16 or bf16.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | None = None
+    vae: str | None = None
+    out: str
+    subfolder: str | None = None
+    kind: Literal["images", "shapes"] = "images"
+    size: Size = 256
+    channels: Literal[1, 3, 4] = 3
+    num_classes: PositiveInt | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    length: PositiveInt = 50_000
+    seed: int = 0
+    posterior: Literal["mean", "sample"] = "sample"
+    flip: bool = False
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    batch_size: PositiveInt = 32
+    shard_size: PositiveInt = 4096
+    workers: NonNegativeInt = 0
+    device: str = "auto"
+    vae_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    @property
+    def data(self) -> DataConfig:
+        """The images to encode; decoded when needed, because each is needed once."""
+        names = ("kind", "path", "size", "channels", "num_classes", "on_error", "length", "seed")
+        return DataConfig(**{name: getattr(self, name) for name in names}, in_memory=False)
+
+
+@dataclass(frozen=True)
+class FeaturesReport:
+    """What `write_features` did.
+
+    Attributes:
+        out: the folder.
+        count: samples in it, flipped copies not counted.
+        skipped: unreadable images left out.
+        shape: (c, h, w) of a latent.
+        shards: files.
+        resumed: files that were there already.
+        size: bytes of all files.
+    """
+
+    out: Path
+    count: int
+    skipped: int
+    shape: tuple[int, int, int]
+    shards: int
+    resumed: int
+    size: int
+
+
+def write_features(
+    config: FeaturesConfig, vae: nn.Module | None = None, dataset: Dataset | None = None
+) -> FeaturesReport:
+    """Encodes a data set and writes latents that `LatentDataset` reads.
+
+    Shards are written to a temporary file and renamed, and `index.json` comes last. If a run is cut off, the same
+    call writes the shards that are missing and ends with the same files: the noise of a posterior sample is a pure
+    function of (seed, image number, mirrored), and batches never reach across shards.
+
+    Args:
+        config: the settings.
+        vae: an autoencoder to use as it is, instead of loading `config.vae`.
+        dataset: images to encode, instead of opening `config.data`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        DataError: images or autoencoder cannot be used, or the folder holds other latents.
+    """
+    dataset = open_data(config.data) if dataset is None else dataset
+    vae, source = _autoencoder(config, vae)
+    channels = cast(Any, vae).config.get("in_channels")
+    if channels is not None and channels != dataset.shape[0]:
+        raise DataError(
+            f"{type(vae).__name__} takes images of {channels} channels, but these have {dataset.shape[0]}; set "
+            f"channels={channels} or use another autoencoder."
+        )
+    encoder = Encoder(vae, _scaling(config, vae), config.posterior, config.seed, config.dtype)
+    fingerprint = _fingerprint(config, encoder, source, dataset)
+    folder = Path(config.out).expanduser()
+    if (folder / INDEX).exists() and read_index(folder).fingerprint != fingerprint:
+        raise DataError(
+            f"{folder} holds latents of other images or settings; choose another out, or delete the folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"out={folder} cannot be made a folder ({error.strerror}); choose another out.") from error
+    starts = range(0, len(dataset), config.shard_size)
+    parts = [range(start, min(start + config.shard_size, len(dataset))) for start in starts]
+    paths = [folder / shard_name(number) for number in range(len(parts))]
+    present = {number for number, path in enumerate(paths) if _whole(path, config, fingerprint)}
+    with progress(f"Encoding to {folder.name}", len(dataset)) as advance:
+        advance(sum(len(parts[number]) for number in present))
+        missing = [number for number in range(len(parts)) if number not in present]
+        wanted = [parts[number] for number in missing]
+        settings = (config.batch_size, config.flip, config.workers)
+        for number, part in encode_parts(encoder, dataset, wanted, *settings, advance):
+            write_shard(paths[missing[number]], *part, fingerprint)
+    found = [path for path in paths if path.exists()]  # a part without any readable image has no file
+    shards = [open_shard(path, config.dtype, config.flip, fingerprint) for path in found]
+    index = LatentIndex(
+        fingerprint=fingerprint,
+        count=sum(len(shard["labels"]) for shard in shards),
+        shape=cast(tuple[int, int, int], tuple(shards[0]["latents"].shape[1:])),
+        dtype=config.dtype,
+        flipped=config.flip,
+        class_names=dataset.class_names,
+        image_size=dataset.shape[1:],
+        posterior=config.posterior,
+        seed=config.seed,
+        scaling=encoder.scaling,
+        vae=source,
+        shards=tuple(
+            ShardEntry(file=path.name, count=len(shard["labels"]), size=path.stat().st_size)
+            for path, shard in zip(found, shards, strict=True)
+        ),
+    )
+    write_index(folder, index)
+    return FeaturesReport(
+        folder, index.count, len(dataset) - index.count, index.shape, len(shards), len(present),
+        sum(entry.size for entry in index.shards),
+    )  # fmt: skip
+
+
+def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Module, VaeIdentity]:
+    """Returns the autoencoder, on its device and in evaluation mode, and its identity."""
+    loaded = None
+    if vae is None:
+        if config.vae is None:
+            raise DataError("No autoencoder is given; set vae to a folder or hub id of a diffusers autoencoder.")
+        vae, loaded = load_vae(config.vae, config.subfolder), config.vae
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        try:
+            vae = vae.to(device, DTYPES[config.vae_dtype])
+        except (RuntimeError, AssertionError) as error:  # what torch raises for devices that are not there
+            raise DataError(
+                f"device={device} cannot be used here ({error}); set device=cpu, or leave it out."
+            ) from error
+    subfolder = config.subfolder if loaded else None
+    digest = weights_digest(vae)
+    return vae.eval(), VaeIdentity(kind=type(vae).__name__, source=loaded, subfolder=subfolder, sha256=digest)
+
+
+def _scaling(config: FeaturesConfig, vae: nn.Module) -> LatentScaling:
+    """Returns the autoencoder's scaling with the replacements of the config."""
+    scaling = scaling_of(vae)
+    if config.scaling_factor is not None:
+        scaling = scaling.model_copy(update={"factor": config.scaling_factor})
+    if config.shift_factor is not None:
+        scaling = scaling.model_copy(update={"mean": (config.shift_factor,)})
+    return scaling
+
+
+def _fingerprint(config: FeaturesConfig, encoder: Encoder, source: VaeIdentity, dataset: Dataset) -> str:
+    """Returns a hash of everything that decides the stored values."""
+    decisive = {
+        "data": dataset.identity(), "vae": source.sha256, "vae_dtype": str(next(encoder.vae.parameters()).dtype),
+        "scaling": encoder.scaling.model_dump(), "posterior": config.posterior, "seed": config.seed,
+        "flip": config.flip, "dtype": config.dtype, "shard_size": config.shard_size,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _whole(path: Path, config: FeaturesConfig, fingerprint: str) -> bool:
+    """Says whether a shard is there already; a damaged one will be written again."""
+    if not path.exists():
+        return False
+    try:
+        open_shard(path, config.dtype, config.flip, fingerprint)
+    except DamagedShardError:
+        return False
+    return True

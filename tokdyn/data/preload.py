@@ -1,0 +1,62 @@
+"""Decodes a small set of images once, so that training pays for it only at the start."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokdyn.data.progress import progress
+from tokdyn.errors import DataError
+
+_CHUNK = 64  # images that a thread decodes before it reports progress
+_SLOW = 1e-3  # seconds per image from which threads pay: below, they mostly wait for the interpreter's lock
+
+
+def decode_all(
+    read: Callable[[int], NDArray[np.uint8]], count: int, shape: tuple[int, int, int], title: str, stop: bool
+) -> tuple[Tensor, dict[int, DataError]]:
+    """Decodes images into one tensor.
+
+    Args:
+        read: returns an image (C, H, W) by its number, or raises a DataError.
+        count: number of images (N).
+        shape: (C, H, W).
+        title: shown beside the progress bar.
+        stop: end early when an image cannot be read.
+
+    Returns:
+        Images (N, C, H, W) uint8, undefined where they could not be read; and why those could not, by number in
+        ascending order.
+    """
+    pixels = torch.empty(count, *shape, dtype=torch.uint8)
+    view = pixels.numpy()
+
+    def load(start: int) -> list[tuple[int, DataError]]:
+        failures = []
+        for index in range(start, min(start + _CHUNK, count)):
+            try:
+                view[index] = read(index)
+            except DataError as error:
+                failures.append((index, error))
+        return failures
+
+    began = time.perf_counter()
+    broken = dict(load(0))
+    slow = time.perf_counter() - began > _SLOW * min(_CHUNK, count)
+    starts = range(_CHUNK, count, _CHUNK)
+    with progress(title, count) as advance, ThreadPoolExecutor(os.cpu_count() if slow else 1) as pool:
+        advance(min(_CHUNK, count))
+        for start, failures in zip(starts, pool.map(load, starts), strict=True):
+            if broken and stop:
+                pool.shutdown(cancel_futures=True)
+                break
+            broken.update(failures)
+            advance(min(_CHUNK, count - start))
+    return pixels, broken

@@ -1,0 +1,212 @@
+"""The files of precomputed latents: `index.json` and safetensors shards with a checksum for every sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokdyn.data.vae import LatentScaling
+from tokdyn.errors import DataError
+
+INDEX = "index.json"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class DamagedShardError(DataError):
+    """A shard that cannot be what was written."""
+
+
+class VaeIdentity(BaseModel):
+    """Which autoencoder wrote the latents; `source` is the path or id it was loaded from, if it was loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    source: str | None
+    subfolder: str | None
+    sha256: str
+
+
+class ShardEntry(BaseModel):
+    """One shard: its file, how many samples and how many bytes it holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    count: NonNegativeInt
+    size: PositiveInt
+
+
+class LatentIndex(BaseModel):
+    """The content of `index.json`.
+
+    Attributes:
+        format: name of this layout.
+        version: of this layout.
+        fingerprint: of everything that decides the values; shards carry the same one.
+        count: samples, without flipped copies.
+        shape: (c, h, w) of a latent.
+        dtype: in which latents are stored.
+        flipped: whether the latents of mirrored images are stored as well.
+        class_names: one per label.
+        image_size: (rows, columns) of the encoded images in pixels.
+        posterior: "mean" or "sample".
+        seed: of the posterior samples.
+        scaling: already applied to the stored latents.
+        vae: the autoencoder.
+        shards: in the order of the samples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["tokdyn-latents"] = "tokdyn-latents"
+    version: Literal[1] = 1
+    fingerprint: str
+    count: PositiveInt
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    dtype: Literal["fp32", "fp16", "bf16"]
+    flipped: bool
+    class_names: tuple[str, ...]
+    image_size: tuple[PositiveInt, PositiveInt]
+    posterior: Literal["mean", "sample"]
+    seed: int
+    scaling: LatentScaling
+    vae: VaeIdentity
+    shards: tuple[ShardEntry, ...]
+
+
+def read_index(folder: Path) -> LatentIndex:
+    """Reads `index.json`; raises a DataError if it is missing, damaged or of another version."""
+    path = folder / INDEX
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}; give data.path a folder that `tokdyn features` wrote.")
+    if not path.is_file():
+        unfinished = any(folder.glob("shard_*.safetensors"))
+        advice = (
+            "run the same `tokdyn features` again to finish it" if unfinished else "write it with `tokdyn features`"
+        )
+        raise DataError(f"{folder} has no {INDEX}: {advice}.")
+    try:
+        return LatentIndex.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"
+        raise DataError(f"{path} is damaged or of another version ({reason}); write the latents again.") from error
+
+
+def write_index(folder: Path, index: LatentIndex) -> None:
+    """Writes `index.json` in one step."""
+    text = json.dumps(index.model_dump(mode="json"), indent=2) + "\n"
+    partial = folder / f"{INDEX}.tmp"
+    partial.write_text(text)
+    os.replace(partial, folder / INDEX)
+
+
+def shard_name(number: int) -> str:
+    """Returns the file name of a shard."""
+    return f"shard_{number:05d}.safetensors"
+
+
+def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | None, fingerprint: str) -> None:
+    """Writes a shard in one step, so that a shard that exists is whole.
+
+    Args:
+        path: of the file.
+        latents: (n, c, h, w).
+        labels: (n,) int64.
+        flipped: latents of the mirrored images (n, c, h, w), if wanted.
+        fingerprint: of the run.
+    """
+    tensors = {"latents": latents.contiguous(), "labels": labels.contiguous()}
+    if flipped is not None:
+        tensors["flipped"] = flipped.contiguous()
+    for name in [name for name in tensors if name != "labels"]:
+        sums = [checksum(row, int(label)) for row, label in zip(tensors[name], labels, strict=True)]
+        tensors[f"{name}_crc32"] = torch.tensor(sums, dtype=torch.int64)
+    partial = path.with_suffix(".tmp")
+    save_file(tensors, partial, {"fingerprint": fingerprint})
+    os.replace(partial, path)
+
+
+def open_shard(
+    path: Path, dtype: str, flipped: bool, fingerprint: str, shape: tuple[int, int, int] | None = None
+) -> dict[str, Tensor]:
+    """Maps a shard into memory and checks that it is what the index says.
+
+    Args:
+        path: of the file.
+        dtype: stored type.
+        flipped: whether it must hold flipped copies.
+        fingerprint: that it must carry.
+        shape: (c, h, w) of a latent; None for any.
+
+    Returns:
+        "latents" (n, c, h, w), "labels" (n,), "latents_crc32" (n,), and with flipped copies "flipped" and
+        "flipped_crc32". Values are read from the file when they are used.
+
+    Raises:
+        DataError: the shard is missing, damaged, or belongs to other latents.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            owner = (file.metadata() or {}).get("fingerprint")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; run the same `tokdyn features` again to write it.") from error
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if owner != fingerprint:
+        raise DataError(f"{path} belongs to other latents; give each run of `tokdyn features` its own folder.")
+    count = len(tensors["labels"]) if "labels" in tensors else 0
+    shape = tuple(tensors["latents"].shape[1:]) if shape is None and "latents" in tensors else shape or ()
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"labels": ((count,), torch.int64)}
+    for name in ("latents", "flipped") if flipped else ("latents",):
+        expected |= {name: ((count, *shape), DTYPES[dtype]), f"{name}_crc32": ((count,), torch.int64)}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != expected:
+        raise _damaged(path, f"it holds {_shown(found)} instead of {_shown(expected)}")
+    return tensors
+
+
+def read_rows(path: Path, tensors: Mapping[str, Tensor], name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Reads samples of a shard and compares them with their checksums.
+
+    Args:
+        path: of the file, for errors.
+        tensors: the shard.
+        name: "latents" or "flipped".
+        rows: (b,) int64 numbers of the samples.
+
+    Returns:
+        (b, c, h, w) in the stored type, and labels (b,).
+    """
+    latents, labels, sums = tensors[name][rows], tensors["labels"][rows], tensors[f"{name}_crc32"][rows].tolist()
+    for row, latent, label, expected in zip(rows.tolist(), latents, labels.tolist(), sums, strict=True):
+        if checksum(latent, label) != expected:
+            raise _damaged(path, f"sample {row} does not match its checksum")
+    return latents, labels
+
+
+def checksum(latent: Tensor, label: int) -> int:
+    """Returns a CRC-32 over the bytes of a contiguous latent and its label."""
+    return zlib.crc32(latent.reshape(-1).view(torch.uint8).numpy().data, label & 0xFFFFFFFF)
+
+
+def _damaged(path: Path, reason: str) -> DamagedShardError:
+    return DamagedShardError(f"{path} is damaged ({reason}); delete it and run the same `tokdyn features` again.")
+
+
+def _shown(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in sorted(layout.items()))

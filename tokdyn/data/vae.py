@@ -1,0 +1,156 @@
+"""Image autoencoders of diffusers behind one interface: load, encode to model-ready latents, decode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from tokdyn.errors import DataError
+
+
+class LatentScaling(BaseModel):
+    """What turns an autoencoder's latents z into model inputs x = (z - mean) / std * factor.
+
+    Attributes:
+        factor: the autoencoder's scaling factor.
+        mean: shift, one number or one per channel.
+        std: divisor, one number or one per channel.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    factor: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def apply(self, latents: Tensor) -> Tensor:
+        """Returns model inputs (B, C, h, w) from latents (B, C, h, w)."""
+        mean, std = self._columns(latents)
+        return (latents - mean) / std * self.factor
+
+    def invert(self, inputs: Tensor) -> Tensor:
+        """Returns latents (B, C, h, w) from model inputs (B, C, h, w)."""
+        mean, std = self._columns(inputs)
+        return inputs / self.factor * std + mean
+
+    def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return (like.new_tensor(self.mean)[:, None, None], like.new_tensor(self.std)[:, None, None])
+
+
+def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
+    """Loads any diffusers autoencoder for images.
+
+    Args:
+        path: folder of `save_pretrained`, of a pipeline, or an id on the hub.
+        subfolder: folder of the autoencoder below `path`; None looks at `path` itself and then at its "vae".
+
+    Returns:
+        The autoencoder in evaluation mode, in float32 on the CPU.
+
+    Raises:
+        DataError: nothing can be loaded from there, or it is not an autoencoder.
+    """
+    import diffusers
+
+    failure: Exception | None = None
+    for place in (subfolder,) if subfolder else (None, "vae"):
+        try:
+            config = diffusers.AutoencoderKL.load_config(path, subfolder=place)
+            kind = getattr(diffusers, str(config.get("_class_name")), None)
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "encode")):
+                raise DataError(
+                    f"{path} holds a {config.get('_class_name')}, which does not encode images; give vae a diffusers "
+                    "autoencoder such as AutoencoderKL or AutoencoderTiny."
+                )
+            vae: nn.Module = kind.from_pretrained(path, subfolder=place)  # type: ignore[attr-defined]
+            return vae.eval()
+        except (OSError, ValueError) as error:
+            failure = failure or error
+    raise DataError(
+        f"No autoencoder can be loaded from {path} ({failure}); give vae a folder written by save_pretrained, the "
+        "folder of a pipeline, or a hub id that can be reached from here."
+    ) from failure
+
+
+def scaling_of(vae: nn.Module) -> LatentScaling:
+    """Reads the scaling that the config of an autoencoder (or of its family) prescribes.
+
+    Per-channel statistics count only for autoencoders with a posterior: the others apply theirs when they encode.
+    """
+    config: Any = vae.config
+    factor = config.get("scaling_factor")
+    shift = config.get("shift_factor")
+    settings: dict[str, Any] = {"factor": 1.0 if factor is None else factor, "mean": (0.0 if shift is None else shift,)}
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None and hasattr(vae, "quant_conv"):
+        settings |= {"mean": tuple(mean), "std": tuple(std)}
+    return LatentScaling(**settings)
+
+
+def encode(
+    vae: nn.Module, images: Tensor, scaling: LatentScaling, generators: Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Encodes images to model inputs.
+
+    Args:
+        vae: a diffusers autoencoder for images.
+        images: (B, C, H, W) in [-1, 1], on the device and of the dtype of the autoencoder.
+        scaling: applied to the latents.
+        generators: B generators to sample the posterior with; None takes its mean.
+
+    Returns:
+        (B, c, h, w) float32.
+
+    Raises:
+        DataError: the autoencoder does not take such images or does not give finite latents (B, c, h, w).
+    """
+    try:
+        with torch.no_grad():
+            output = vae.encode(images)  # type: ignore[operator]
+    except RuntimeError as error:
+        raise DataError(
+            f"{type(vae).__name__} cannot encode images of shape {tuple(images.shape[1:])} ({error}); choose size and "
+            "channels that it takes."
+        ) from error
+    posterior = getattr(output, "latent_dist", None)
+    if posterior is not None and generators is not None:
+        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
+        latents = posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
+    elif posterior is not None:
+        latents = posterior.mean.float()
+    else:
+        latents = (output.latents if hasattr(output, "latents") else output.latent).float()
+    if latents.ndim != 4:
+        raise DataError(
+            f"{type(vae).__name__} gives latents of {latents.ndim} dimensions; only image autoencoders fit."
+        )
+    latents = scaling.apply(latents)
+    if not torch.isfinite(latents).all():
+        raise DataError(
+            f"{type(vae).__name__} gives latents that are not finite in {images.dtype}; set vae_dtype=fp32 or use an "
+            "autoencoder that is made for this precision."
+        )
+    return latents
+
+
+def decode(vae: nn.Module, inputs: Tensor, scaling: LatentScaling) -> Tensor:
+    """Decodes model inputs (B, c, h, w) to images (B, C, H, W) float32 in [-1, 1]."""
+    weight = next(vae.parameters())
+    with torch.no_grad():
+        latents = scaling.invert(inputs.to(weight.device, torch.float32)).to(weight.dtype)
+        images: Tensor = vae.decode(latents).sample  # type: ignore[operator]
+    return images.float().clamp(-1, 1)
+
+
+def weights_digest(vae: nn.Module) -> str:
+    """Returns a SHA-256 over names, shapes, types and values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
