@@ -37,8 +37,11 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
     try:
         with torch.device("meta"):  # shapes only: random weights would be made to be thrown away
             model: Model = model_class(**{**settings, "sample_size": size})
-    except (TokdynError, ValidationError) as error:
+    except TokdynError as error:
         raise CheckpointError(f"no {model_class.__name__} can be built for {origin}: {error}") from error
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise CheckpointError(f"no {model_class.__name__} can be built for {origin}: {reasons}.") from error
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors) - {"pos_embed"})
     surplus = sorted(set(tensors) - set(expected))

@@ -49,14 +49,13 @@ def read(
     found = recognise(tensors, raw.origin)
     if kind is not None and kind not in get_args(Kind):
         raise CheckpointError(f"kind={kind!r} is unknown; expected one of {', '.join(get_args(Kind))}.")
-    if kind is None and found == "dit" and "sit" in re.split(r"[^a-z]+", Path(raw.origin).name.lower()):
+    if kind is None and found == "dit" and "sit" in re.split(r"[^a-z]+", "/".join(Path(raw.origin).parts[-2:]).lower()):
         raise CheckpointError(f"{raw.origin} may be SiT or DiT, whose tensors have the same names; give kind=.")
-    own_class = raw.config.get("_class_name") in ("DiT", "DCDiT")
-    if kind not in (None, found) and not (found == "dit" and (kind == "sit" or (kind == "tokdyn" and own_class))):
+    if kind not in (None, found) and not (found == "dit" and kind in ("sit", "tokdyn")):
         raise CheckpointError(f"{raw.origin} was to be read as {kind!r}, but its tensors are those of {found!r}.")
     if found == "diffusers":
         return _read_dit(from_diffusers(tensors, raw.origin), diffusers_settings(raw), config, raw.origin)
-    stored = own_settings(raw) if own_class else {}
+    stored = own_settings(raw) if raw.config.get("_class_name") in ("DiT", "DCDiT") else {}
     if found == "dit":
         return _read_dit(tensors, stored, config, raw.origin)
     if found == "dc-dit":

@@ -57,14 +57,15 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
         **keywords: keyword arguments of its forward.
 
     Returns:
-        FLOPs of the pass (multiply-add = 2), the FLOPs of each child module that was called, and the output.
+        FLOPs of the pass (multiply-add = 2), the same by child module with "rest" for what the model computes
+        outside of them, and the output.
     """
-    mode = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
+    mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     with torch.no_grad(), mode:
         output = model(*inputs, **keywords)
-    counts, root = mode.get_flop_counts(), type(model).__name__
-    children = {name: sum(counts.get(f"{root}.{name}", {}).values()) for name, _ in model.named_children()}
-    return int(mode.get_total_flops()), {name: int(value) for name, value in children.items() if value}, output
+    total, children = int(mode.get_total_flops()), _by_child(mode, type(model).__name__)
+    rest = total - sum(children.values())
+    return total, children | ({"rest": rest} if rest else {}), output
 
 
 def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
@@ -103,7 +104,7 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
         keywords = {name: _to_meta(value) for name, value in keywords.items()}
     total, children, output = count(model, *inputs, **keywords)
     if config is None:
-        return Flops(children | _rest(total, children), total, batch, children)
+        return Flops(children, total, batch, children)
     if not chunked:
         return Flops(model_parts(config, batch=batch), total, batch, children)
     kept = output.routing.keep.sum(dim=1).tolist()
@@ -114,10 +115,15 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     return Flops(parts, total, batch, children)
 
 
-def _rest(total: int, children: Mapping[str, int]) -> dict[str, int]:
-    """What a foreign model computes outside its children, if anything."""
-    rest = total - sum(children.values())
-    return {"rest": rest} if rest else {}
+def _by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:
+    """FLOPs by child of the root module: those of its outermost modules that were called, since lists are not."""
+    counts = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items() if name.startswith(f"{root}.")}
+    children: dict[str, int] = {}
+    for name, value in counts.items():
+        parts = name.split(".")
+        if value and not any(".".join(parts[:end]) in counts for end in range(2, len(parts))):
+            children[parts[1]] = children.get(parts[1], 0) + int(value)
+    return children
 
 
 def _to_meta(value: Any) -> Any:
@@ -140,8 +146,8 @@ def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor
     return sum(2 * length * length * query.shape[1] * (query.shape[2] + value.shape[2]) for length in lengths)
 
 
-def _attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Attention kernels that torch's counter does not know: the fused CPU kernel and packed rows on CUDA."""
+def attention_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas of attention kernels that torch's counter does not know: fused on CPU, and packed rows on CUDA."""
     import torch.nn.attention.varlen  # registers the operator of packed rows
 
     _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter passes tensors, not shapes
