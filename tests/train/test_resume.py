@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokdyn.errors import CheckpointError, TokdynError
-from tokdyn.recipe import Recipe, dump, load
+from tokdyn.recipe import Recipe
 from tokdyn.train import train
 from tokdyn.train.metrics import read
 

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import files, shipped, yaml_text
 from tokdyn.recipe.explain import explain
+from tokdyn.recipe.model_settings import ModelSettings
 from tokdyn.recipe.schema import (
     ChunkingSettings,
     ComputeMatch,
-    ModelSettings,
     OptimizerSettings,
     PreviewSettings,
     Recipe,

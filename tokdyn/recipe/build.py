@@ -94,7 +94,8 @@ def planned_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int |
         return training.steps
     if training.images is not None:
         return math.ceil(training.images / training.batch_size)
-    assert match is not None and recipe.chunking is not None  # the schema asks for exactly one of the three
+    if match is None or recipe.chunking is None:
+        raise RecipeError("set training.images, training.steps or compute_match; the last is for a chunking model.")
     baseline = recipe.model_copy(update={"model": ModelSettings(kind="dit", name=match.baseline), "chunking": None})
     kept = match.kept or 1.0 / recipe.model.target
     model = build_model(recipe, shape, num_classes, "meta")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import types
+import inspect
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,8 +31,8 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
     """List the pydantic models that a field's type may hold, looking through unions, Annotated and containers."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
     return [found for part in typing.get_args(annotation) for found in models_in(part)]
 
 

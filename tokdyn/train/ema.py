@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokdyn.train.schedule import ema_decay
 
@@ -27,8 +27,8 @@ class Ema:
         followed = dict(model.named_parameters())
         copies = dict(self.model.named_parameters())
         averaged = [name for name, parameter in followed.items() if parameter.requires_grad]
-        self._from = [followed[name] for name in averaged]
-        self._to = [copies[name] for name in averaged]
+        self._from: list[Tensor] = [followed[name] for name in averaged]
+        self._to: list[Tensor] = [copies[name] for name in averaged]
         self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()

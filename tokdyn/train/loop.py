@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from tokdyn.errors import CheckpointError, TokdynError
+from tokdyn.errors import TokdynError
 from tokdyn.recipe import Recipe, dump
 from tokdyn.train import metrics, schedule, state
-from tokdyn.train.allocator import keep_large_buffers
 from tokdyn.train.metrics import Row
-from tokdyn.train.preview import draw_preview
 from tokdyn.train.progress import ProgressLine, duration
-from tokdyn.train.resume import check_resumable, flatten
 from tokdyn.train.seeds import Stream, seed_everything
-from tokdyn.train.setup import Run, open_accelerator, set_up
+from tokdyn.train.setup import Run
 from tokdyn.train.signals import StopRequest
 from tokdyn.train.snapshot import save_model
 from tokdyn.train.step import Chunking, draw, micro_step
 
-_POLL = 8  # steps between the moments at which several processes agree whether to stop
+Preview = Callable[[Any, Recipe, Path, int], object]
+"""Draws previews: called with the averaged model, the recipe, the run's folder and the step."""
+
 EXIT_INTERRUPTED = 130
+_POLL = 8  # steps between the moments at which several processes agree whether to stop
 
 
 @dataclass(frozen=True)
@@ -57,66 +57,7 @@ class Result:
         return 0 if self.finished else EXIT_INTERRUPTED
 
 
-def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> Result:
-    """Train a recipe, or continue where it was left.
-
-    Args:
-        recipe: What to train; a resumed run takes the same one, apart from settings that change nothing.
-        resume: Continue from the newest complete checkpoint in the recipe's folder, bit for bit.
-        console: Where progress is shown; stderr by default.
-
-    Raises:
-        CheckpointError: The folder is in use (without `resume`), or holds nothing that can be resumed (with it), or
-            the disk refused a checkpoint.
-        TokdynError: The recipe or the data are wrong, or the loss is no longer finite.
-    """
-    keep_large_buffers()
-    folder = Path(recipe.folder)
-    found = _newest_or_none(folder) if resume else _check_unused(folder)
-    accelerator = open_accelerator(recipe)
-    run = set_up(recipe, accelerator, fresh=found is None)
-    start, spent, notes = 0, 0.0, []
-    if found is not None:
-        differing = check_resumable(found.state, recipe, run.dataset.identity(), str(folder))
-        run.trainee.restore(found.folder)
-        start, spent = found.step, float(found.state["seconds"])
-        notes = [*found.skipped, f"Resumed {folder} at step {start}."]
-        if differing:
-            notes.append(f"Changed since the run was started, and able to change its rounding: {', '.join(differing)}.")
-    elif resume:
-        notes = [f"{folder} has no checkpoint yet; it starts again at step 0."]
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        state.write_text(folder / "recipe.yaml", dump(recipe))
-        metrics.truncate(folder / "metrics.jsonl", start)
-    if recipe.training.trackers:
-        config = {
-            key: value for key, value in flatten(recipe.model_dump()).items() if isinstance(value, int | float | str)
-        }
-        accelerator.init_trackers("tokdyn", config=config)
-    with StopRequest() as stop, ProgressLine(run.steps, start, accelerator.is_main_process, console) as line:
-        for note in notes:
-            line.note(note)
-        result = _Loop(run, folder, spent, line, stop).go(start)
-    if recipe.training.trackers:
-        accelerator.end_training()
-    return result
-
-
-def _check_unused(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
-
-
-def _newest_or_none(folder: Path) -> state.Checkpoint | None:
-    found = state.newest(folder / "checkpoints")
-    if found is None and not (folder / "recipe.yaml").is_file():
-        raise CheckpointError(f"There is no run to resume in {folder}; start it without --resume.")
-    return found
-
-
-class _Loop:
+class Loop:
     """The moving parts of one call of `train`.
 
     Args:
@@ -125,20 +66,34 @@ class _Loop:
         spent: Seconds of earlier calls.
         line: Where progress is shown.
         stop: Set when the user wants to stop.
+        preview: Draws what the averaged model makes now; None draws nothing.
     """
 
-    def __init__(self, run: Run, folder: Path, spent: float, line: ProgressLine, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        spent: float,
+        line: ProgressLine,
+        stop: StopRequest,
+        preview: Preview | None = None,
+    ) -> None:
         self.run = run
         self.folder = folder
         self.spent = spent
         self.line = line
         self.stop = stop
+        self.preview = preview
         self.row: Row = {}
-        self.saved = -1
         self.began = self.last_save = self.last_log = time.monotonic()
         self.last_logged = 0
 
     def go(self, start: int) -> Result:
+        """Take every step from `start` to the last, or to where the user stops.
+
+        Args:
+            start: Steps taken before.
+        """
         run, training = self.run, self.run.recipe.training
         self.last_logged = start
         loader = run.stream.loader(start * training.accumulation, run.steps * training.accumulation, training.workers)
@@ -151,7 +106,7 @@ class _Loop:
             if step % training.log_every == 0 or step == run.steps:
                 self._log(step)
             if training.sample_every and (step % training.sample_every == 0 or step == run.steps):
-                self._preview(step)
+                self._draw(step)
             stopping, due = self._agree(step)
             if stopping or due or step % training.checkpoint_every == 0 or step == run.steps:
                 self._save(step)
@@ -176,7 +131,7 @@ class _Loop:
         for micro in range(training.accumulation):
             x, labels = next(batches)
             slot = run.slot(micro)
-            tail = 0.0
+            tail: float | Tensor = 0.0
             if recipe.chunking is not None:
                 tail = schedule.tail_drop(recipe.chunking, recipe.seed, step, slot * run.micro_batch, run.micro_batch)
                 drop += float(torch.as_tensor(tail).mean()) / training.accumulation
@@ -268,11 +223,11 @@ class _Loop:
         run.accelerator.wait_for_everyone()
         self.last_save = time.monotonic()
 
-    def _preview(self, step: int) -> None:
+    def _draw(self, step: int) -> None:
         run = self.run
         self._check_finite(step)
-        if run.accelerator.is_main_process:
-            draw_preview(run.trainee.ema.model, run.recipe, self.folder, step, run.accelerator.device)
+        if run.accelerator.is_main_process and self.preview is not None:
+            self.preview(run.trainee.ema.model, run.recipe, self.folder, step)
         run.accelerator.wait_for_everyone()
 
     def _finish(self, step: int) -> None:

@@ -78,7 +78,7 @@ def tail_drop(settings: ChunkingSettings, seed: int, step: int, first: int, batc
 
 
 def ema_decay(decay: float, warmup: bool, step: int) -> float:
-    """Decay of the averaged weights after a step: min(decay, (1 + t) / (10 + t)), so that short runs forget their start.
+    """Decay of the averaged weights: min(decay, (1 + t) / (10 + t)), so that short runs forget their start.
 
     Args:
         decay: The final decay.

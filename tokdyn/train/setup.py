@@ -55,7 +55,7 @@ class Run:
 
     def slot(self, micro: int) -> int:
         """Number a micro-batch within its step over all devices."""
-        return micro * self.accelerator.num_processes + self.accelerator.process_index
+        return micro * self.stream.world + self.stream.rank
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:
@@ -148,7 +148,7 @@ def model_info(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "objective": recipe.objective.model_dump(mode="json"),
-        "data": recipe.data.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json", exclude={"path"}),
         "class_names": list(dataset.class_names),
     }
 

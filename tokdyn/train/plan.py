@@ -1,0 +1,216 @@
+"""`--dry-run`: what a recipe would train, what it costs and how long it takes; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokdyn.data import open_data
+from tokdyn.flops import flops_per_image
+from tokdyn.recipe import Recipe
+from tokdyn.recipe.build import Shape, build_model, planned_shape, planned_steps
+from tokdyn.train.allocator import keep_large_buffers
+from tokdyn.train.progress import duration
+from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
+from tokdyn.train.step import Chunking, draw, micro_step
+
+_FLOAT = 4  # bytes; weights, gradients, moments and average are fp32
+_TIMED = 2  # steps, after one to warm up
+_BUDGET = {"cpu": 1e12}  # FLOPs of one timed step; other devices take more
+_BUDGET_ELSEWHERE = 5e13
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to. One FLOP is one multiplication or one addition.
+
+    Attributes:
+        parameters: All of them, with the frozen position table.
+        trainable: Those that are learned.
+        tokens: Cells of the token grid.
+        kept: Tokens that the transformer blocks see on average over the training budgets.
+        flops_forward: FLOPs of one forward pass of one image without tail drop.
+        flops_training: Mean FLOPs of training on one image: three forwards, averaged over the budgets.
+        steps: Optimizer steps.
+        images: Images over all steps.
+        samples: Images in the data set; None when the data were not opened.
+        memory_fixed: Bytes for weights, gradients, AdamW's moments and the average.
+        memory_activations: Bytes saved for the backward pass of one micro-batch on one device; None if not timed.
+        seconds_per_step: Measured here on a smaller batch and scaled; None if not timed.
+        timed_images: Images in the timed batch.
+        device: Where the timing ran.
+        note: What was left out and why; empty if nothing.
+    """
+
+    parameters: int
+    trainable: int
+    tokens: int
+    kept: float
+    flops_forward: float
+    flops_training: float
+    steps: int
+    images: int
+    samples: int | None
+    memory_fixed: int
+    memory_activations: int | None
+    seconds_per_step: float | None
+    timed_images: int
+    device: str
+    note: str
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of the whole run on this machine."""
+        return None if self.seconds_per_step is None else self.seconds_per_step * self.steps
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Say it in (what, how much) pairs with units."""
+        epochs = f", {self.images / self.samples:.1f} epochs of {self.samples:,}" if self.samples else ""
+        lines = [
+            ("parameters", f"{self.parameters:,} ({self.trainable:,} trainable)"),
+            ("tokens", f"{self.tokens:,} per image, {self.kept:,.0f} in the blocks on average"),
+            ("forward", f"{self.flops_forward / 1e9:,.2f} GFLOP per image (multiply-add = 2)"),
+            ("training", f"{self.flops_training / 1e9:,.2f} GFLOP per image, mean over the budgets"),
+            ("length", f"{self.steps:,} steps, {self.images:,} images{epochs}"),
+            ("memory, fixed", f"{self.memory_fixed / 2**30:,.2f} GiB: weights, gradients, moments, average"),
+        ]
+        if self.memory_activations is not None:
+            lines.append(("memory, activations", f"{self.memory_activations / 2**30:,.2f} GiB per micro-batch"))
+        if self.seconds is not None and self.seconds_per_step is not None:
+            basis = f"{self.seconds_per_step:.2f} s per step, from steps of {self.timed_images} images on {self.device}"
+            lines.append(("time", f"about {duration(self.seconds)} ({basis})"))
+        if self.note:
+            lines.append(("note", self.note))
+        return lines
+
+
+def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
+    """Validate a recipe completely and say what it comes to.
+
+    Opens the data, builds the model and takes three small steps where memory allows.
+
+    Args:
+        recipe: The recipe. Without data.path the shape it states is used, with random images.
+        time_steps: Take the steps.
+
+    Raises:
+        TokdynError: The recipe, the data or the model are wrong.
+    """
+    dataset = None if recipe.data.path is None and recipe.data.kind != "shapes" else open_data(recipe.data)
+    shape = planned_shape(recipe.data) if dataset is None else dataset.shape
+    classes = None if dataset is None else dataset.num_classes
+    steps = planned_steps(recipe, shape, classes)
+    model = build_model(recipe, shape, classes, "meta")
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    full, mean, kept = _flops(recipe, model)
+    tokens = model.pos_embed.shape[1]
+    fixed = _FLOAT * (2 * total + 3 * trainable)
+    notes = [] if dataset is not None else [f"data.path is not set, so random {recipe.data.kind} stand in"]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
+    micro_batch = micro_batch_size(recipe, 1)
+    budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
+    count = max(1, min(micro_batch, int(budget / (3.0 * mean))))
+    seconds = activations = None
+    if time_steps and fixed < _free_memory(device):
+        x = (
+            torch.randn(count, *shape)
+            if dataset is None
+            else dataset.batch([i % len(dataset) for i in range(count)])[0]
+        )
+        per_image, saved = _measure(recipe, shape, classes, x.to(device))
+        seconds, activations = per_image * recipe.training.batch_size, round(saved * micro_batch)
+    elif time_steps:
+        notes.append(f"not timed: {fixed / 2**30:.1f} GiB do not fit into the free memory here")
+    images = steps * recipe.training.batch_size
+    return Plan(
+        parameters=total,
+        trainable=trainable,
+        tokens=tokens,
+        kept=kept * tokens,
+        flops_forward=full,
+        flops_training=3.0 * mean,
+        steps=steps,
+        images=images,
+        samples=None if dataset is None else len(dataset),
+        memory_fixed=fixed,
+        memory_activations=activations,
+        seconds_per_step=seconds,
+        timed_images=count,
+        device=str(device),
+        note="; ".join(notes),
+    )
+
+
+def _budgets(recipe: Recipe) -> list[float]:
+    """Kept fractions, assuming 1/N before tail drop, of the budgets that training draws."""
+    assumed = recipe.compute_match.kept if recipe.compute_match else None
+    kept = assumed or 1.0 / recipe.model.target
+    return [kept * (1.0 - drop) for drop in (recipe.chunking.tail_drops if recipe.chunking else (0.0,))]
+
+
+def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
+    """FLOPs per image without tail drop, their mean over the budgets, and the mean kept fraction."""
+    if recipe.chunking is None:
+        flops = flops_per_image(model)
+        return flops, flops, 1.0
+    budgets = _budgets(recipe)
+    costs = [flops_per_image(model, kept) for kept in budgets]
+    return flops_per_image(model), sum(costs) / len(costs), sum(budgets) / len(budgets)
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        return float(lines["MemAvailable"].split()[0]) * 1024.0
+    return float("inf")  # unknown here, so the steps are tried
+
+
+def _measure(recipe: Recipe, shape: Shape, classes: int | None, x: Tensor) -> tuple[float, float]:
+    """Seconds per image of whole steps, and bytes per image saved for the backward pass."""
+    keep_large_buffers()
+    model = build_model(recipe, shape, classes).to(x.device).train()
+    compile_parts(model, recipe.training.compile)
+    if recipe.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    optimizer = open_optimizer(model, recipe.optimizer)
+    owned = {parameter.data_ptr() for parameter in model.parameters()}
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    chunking, drop = None, 0.0
+    if recipe.chunking is not None:
+        chunking = Chunking(recipe.model.target, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
+        drop = sum(recipe.chunking.tail_drops) / len(recipe.chunking.tail_drops)
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step() -> float:
+        saved.clear()
+        draws = draw(recipe.objective, x, labels, model.config.num_classes, recipe.training.label_dropout, drop)
+        began = time.perf_counter()
+        out = micro_step(model, recipe.objective, draws, recipe.training.precision, chunking)
+        torch.autograd.backward(out.loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize(x.device)
+        return time.perf_counter() - began
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    activations = sum(saved.values())
+    return min(step() for _ in range(_TIMED)) / len(x), activations / len(x)

@@ -1,0 +1,86 @@
+"""One call of `train`: start in an empty folder or continue where a run was left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from tokdyn.errors import CheckpointError
+from tokdyn.recipe import Recipe, dump
+from tokdyn.train import metrics, state
+from tokdyn.train.allocator import keep_large_buffers
+from tokdyn.train.loop import Loop, Preview, Result
+from tokdyn.train.progress import ProgressLine
+from tokdyn.train.resume import check_resumable, flatten
+from tokdyn.train.setup import open_accelerator, set_up
+from tokdyn.train.signals import StopRequest
+
+
+def train(
+    recipe: Recipe, resume: bool = False, console: Console | None = None, preview: Preview | None = None
+) -> Result:
+    """Train a recipe, or continue where it was left.
+
+    Args:
+        recipe: What to train; a resumed run takes the same one, apart from settings that change nothing.
+        resume: Continue from the newest complete checkpoint in the recipe's folder, bit for bit.
+        console: Where progress is shown; stderr by default.
+        preview: Draws the previews that `training.sample_every` asks for: `tokdyn.report.preview.draw_preview`, or
+            a function of one's own.
+
+    Raises:
+        CheckpointError: The folder is in use (without `resume`), or holds nothing that can be resumed (with it), or
+            the disk refused a checkpoint.
+        TokdynError: The recipe or the data are wrong, or the loss is no longer finite.
+    """
+    keep_large_buffers()
+    folder = Path(recipe.folder)
+    found = None
+    if resume:
+        found = _newest_or_none(folder)
+    else:
+        _check_unused(folder)
+    accelerator = open_accelerator(recipe)
+    run = set_up(recipe, accelerator, fresh=found is None)
+    start, spent, notes = 0, 0.0, []
+    if found is not None:
+        differing = check_resumable(found.state, recipe, run.dataset.identity(), str(folder))
+        run.trainee.restore(found.folder)
+        start, spent = found.step, float(found.state["seconds"])
+        notes = [*found.skipped, f"Resumed {folder} at step {start}."]
+        if differing:
+            notes.append(f"Changed since the run was started, and able to change its rounding: {', '.join(differing)}.")
+    elif resume:
+        notes = [f"{folder} has no checkpoint yet; it starts again at step 0."]
+    if recipe.training.sample_every and preview is None:
+        notes.append("No previews will be drawn: training.sample_every is set, but no function to draw them is given.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        state.write_text(folder / "recipe.yaml", dump(recipe))
+        metrics.truncate(folder / "metrics.jsonl", start)
+    if recipe.training.trackers:
+        config = {
+            key: value for key, value in flatten(recipe.model_dump()).items() if isinstance(value, int | float | str)
+        }
+        accelerator.init_trackers("tokdyn", config=config)
+    with StopRequest() as stop, ProgressLine(run.steps, start, accelerator.is_main_process, console) as line:
+        for note in notes:
+            line.note(note)
+        result = Loop(run, folder, spent, line, stop, preview).go(start)
+    if recipe.training.trackers:
+        accelerator.end_training()
+    return result
+
+
+def _check_unused(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
+
+
+def _newest_or_none(folder: Path) -> state.Checkpoint | None:
+    found = state.newest(folder / "checkpoints")
+    if found is None and not (folder / "recipe.yaml").is_file():
+        raise CheckpointError(f"There is no run to resume in {folder}; start it without --resume.")
+    return found
