@@ -48,6 +48,6 @@ def timestep_frequencies(timestep: Tensor, width: int, shift: int = 0, period: f
         (B, width) fp32, cosines first.
     """
     half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - shift)
-    angle = timestep.float()[:, None] * torch.exp(-math.log(period) * exponent)
+    exponent = -math.log(period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - shift)
+    angle = timestep.float()[:, None] * torch.exp(exponent)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
