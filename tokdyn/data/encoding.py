@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -93,24 +92,25 @@ def encode_parts(
     Yields:
         Number and content of every part that holds a readable image.
     """
-    cuts = [
-        (number, part[at : at + batch_size])
-        for number, part in enumerate(parts)
-        for at in range(0, len(part), batch_size)
-    ]
-    batches = _Batches(dataset, [cut for _, cut in cuts])
-    loader = DataLoader(batches, batch_size=None, sampler=range(len(cuts)), num_workers=workers)
-    for number, group in groupby(zip(cuts, loader, strict=True), key=lambda item: item[0][0]):
-        latents, labels, flipped = [], [], []
-        for (_, wanted), (images, own, used) in group:
-            # An unreadable image was replaced by a readable one, which has its own place already.
-            kept = [place for place, (want, use) in enumerate(zip(wanted, used, strict=True)) if want == use]
-            if kept:
-                numbers = [wanted[place] for place in kept]
-                latents.append(encoder(images[kept], numbers, mirrored=False))
-                labels.append(own[kept])
-                if flip:
-                    flipped.append(encoder(images[kept], numbers, mirrored=True))
-            advance(len(wanted))
-        if latents:
-            yield number, Part(torch.cat(latents), torch.cat(labels), torch.cat(flipped) if flip else None)
+    starts = [(number, at) for number, part in enumerate(parts) for at in range(0, len(part), batch_size)]
+    batches = _Batches(dataset, [parts[number][at : at + batch_size] for number, at in starts])
+    loader = DataLoader(batches, batch_size=None, sampler=range(len(starts)), num_workers=workers)
+    done: list[Part] = []
+    for (number, at), (images, labels, used) in zip(starts, loader, strict=True):
+        wanted = parts[number][at : at + batch_size]
+        # An unreadable image was replaced by a readable one, which has its own place already.
+        kept = [place for place, (want, use) in enumerate(zip(wanted, used, strict=True)) if want == use]
+        if kept:
+            images, numbers = images[kept], [wanted[place] for place in kept]
+            plain = encoder(images, numbers, mirrored=False)
+            done.append(Part(plain, labels[kept], encoder(images, numbers, mirrored=True) if flip else None))
+        advance(len(wanted))
+        if at + batch_size >= len(parts[number]) and done:
+            yield number, _joined(done)
+            done = []
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    flipped = [part.flipped for part in parts if part.flipped is not None]
+    latents, labels = torch.cat([part.latents for part in parts]), torch.cat([part.labels for part in parts])
+    return Part(latents, labels, torch.cat(flipped) if flipped else None)
