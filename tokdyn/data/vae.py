@@ -112,6 +112,10 @@ def encode(
     try:
         with torch.no_grad():
             output = vae.encode(images)  # type: ignore[operator]
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"{len(images)} images do not fit into the memory of {images.device}; lower batch_size."
+        ) from error
     except RuntimeError as error:
         raise DataError(
             f"{type(vae).__name__} cannot encode images of shape {tuple(images.shape[1:])} ({error}); choose size and "
