@@ -1,25 +1,77 @@
-"""A model and data small enough to train in tests."""
+"""A run small enough for tests, and how to look at what it left."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
-from tokdyn.recipe import Recipe, files, resolve
+from tokdyn.recipe import Recipe, files, resolve, yaml_text
+from tokdyn.train.metrics import read
 
-TINY = {
-    "model": {"kind": "dcdit", "name": "tiny", "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2},
-    "data": {"kind": "shapes", "size": 16, "length": 64},
-    "optimizer": {"lr": 1e-3},
-    "training": {"batch_size": 4, "steps": 2, "precision": "fp32", "log_every": 1},
-}
+TINY = yaml_text.parse((Path(__file__).parent / "tiny.yaml").read_text(), "tiny.yaml")
+TIMING = {"images_per_second", "seconds"}
 
 
-def tiny(folder: Path, *settings: str) -> Recipe:
-    return resolve(files.deep_merge({**TINY, "out": str(folder)}, files.parse_overrides(settings)))
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Recipe]:
+    """tiny(folder, "key=value", ...) -> Recipe."""
+
+    def make(folder: Path, *settings: str) -> Recipe:
+        return resolve(files.deep_merge({**TINY, "out": str(folder)}, files.parse_overrides(settings)))
+
+    return make
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
+@pytest.fixture
+def console() -> Console:
+    """What was shown is in console.file.getvalue()."""
+    return Console(file=io.StringIO(), width=1000)
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Every tensor in every file below a folder, by file and name."""
+
+    def read_all(folder: Path) -> dict[str, torch.Tensor]:
+        found = {
+            f"{file.relative_to(folder)}:{name}": tensor
+            for file in sorted(folder.rglob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+        assert found, f"no tensors in {folder}"
+        return found
+
+    return read_all
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Path], list[dict[str, Any]]]:
+    """The metrics of a run without what depends on the clock."""
+
+    def read_rows(folder: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if k not in TIMING} for row in read(folder / "metrics.jsonl")]
+
+    return read_rows
+
+
+@pytest.fixture(scope="session")
+def assert_same_run(
+    contents: Callable[[Path], dict[str, torch.Tensor]], rows: Callable[[Path], list[dict[str, Any]]]
+) -> Callable[[Path, Path, int], None]:
+    """Asserts that two runs hold the same bits: weights, average, optimizer, running means, metrics."""
+
+    def check(left: Path, right: Path, step: int) -> None:
+        for part in (f"checkpoints/step_{step:07d}", "model"):
+            expected, found = contents(left / part), contents(right / part)
+            assert expected.keys() == found.keys()
+            assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+        assert rows(left) == rows(right)
+
+    return check

@@ -1,77 +1,179 @@
-"""A resumed run equals one that never stopped, bit for bit."""
+"""A resumed run equals one that never stopped, bit for bit; a changed one is refused."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from rich.console import Console
 
+from tokdyn.errors import CheckpointError, DataError
 from tokdyn.recipe import Recipe
-from tokdyn.train import train
-from tokdyn.train.metrics import read
+from tokdyn.train import EXIT_INTERRUPTED, train
 
-from .conftest import quiet, tiny
+Tiny = Callable[..., Recipe]
+Same = Callable[[Path, Path, int], None]
 
-TIMING = {"images_per_second", "seconds"}
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.relative_to(folder)}:{name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read(folder / "metrics.jsonl")]
-
-
-def assert_same_run(left: Path, right: Path, step: int) -> None:
-    for part in (f"checkpoints/step_{step:07d}", "model"):
-        expected, found = tensors(left / part), tensors(right / part)
-        assert expected.keys() == found.keys()
-        assert expected
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert rows(left) == rows(right)
+# Everything that could be lost: accumulation, budgets per sample, a curriculum, flips, a schedule, a half-full window.
+FULL = (
+    "training.steps=6",
+    "training.accumulation=2",
+    "training.log_every=4",
+    "training.checkpoint_every=3",
+    "training.precision=bf16",
+    "data.flip=true",
+    "chunking.budget_warmup_steps=1",
+    "chunking.draw=sample",
+    "chunking.curriculum=[[0, 2], [5, 4]]",
+    "optimizer.warmup_steps=4",
+    "optimizer.decay=cosine",
+)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps without a stop, with everything on: accumulation, budgets, curriculum, workers, uneven log lines."""
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert train(full(folder), console=quiet()).finished
+    assert train(tiny(folder, *FULL)).finished
     return folder
 
 
-def full(folder: Path, *settings: str) -> Recipe:
-    return tiny(
-        folder,
-        "training.steps=6",
-        "training.accumulation=2",
-        "training.log_every=4",
-        "training.checkpoint_every=3",
-        "training.precision=bf16",
-        "data.flip=true",
-        "chunking.budget_warmup_steps=1",
-        "chunking.draw=sample",
-        "chunking.curriculum=[[0, 2], [5, 4]]",
-        "optimizer.warmup_steps=4",
-        "optimizer.decay=cosine",
-        *settings,
-    )
-
-
-def test_resuming_equals_never_stopping(whole: Path, tmp_path: Path) -> None:
-    import shutil
-
+@pytest.fixture
+def half(whole: Path, tmp_path: Path) -> Path:
+    """The run as it was left after step 3, had it been killed before step 6 was saved."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoints" / "step_0000006")
     shutil.rmtree(folder / "model")
-    result = train(full(folder), resume=True, console=quiet())
+    return folder
+
+
+def test_resuming_equals_never_stopping(whole: Path, half: Path, tiny: Tiny, assert_same_run: Same) -> None:
+    result = train(tiny(half, *FULL), resume=True)
     assert result.finished
+    assert result.exit_code == 0
+    assert_same_run(whole, half, 6)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    whole: Path, tmp_path: Path, tiny: Tiny, assert_same_run: Same, console: Console
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "model")
+    damaged = folder / "checkpoints" / "step_0000006" / "state.safetensors"
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    train(tiny(folder, *FULL), resume=True, console=console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "state.safetensors has" in shown
+    assert "at step 3" in shown
     assert_same_run(whole, folder, 6)
+
+
+def test_a_finished_run_resumes_to_nothing_or_further(
+    whole: Path, tmp_path: Path, tiny: Tiny, assert_same_run: Same
+) -> None:
+    constant = (*FULL, "optimizer.decay=none")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    train(tiny(twice, *constant, "training.steps=3"))
+    assert train(tiny(twice, *constant, "training.steps=3"), resume=True).row == {}
+    assert train(tiny(twice, *constant), resume=True).finished
+    train(tiny(once, *constant))
+    for folder in (once, twice):  # a run that ended at step 3 logged there too
+        (folder / "metrics.jsonl").unlink()
+    assert_same_run(once, twice, 6)
+
+
+def spawn(folder: Path, *settings: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(folder), *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, "training ended too early"
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+ENDLESS = ("training.steps=100000", "training.checkpoint_every=2", "chunking.budget_warmup_steps=1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_a_stopped_process_resumes_exactly(
+    number: signal.Signals, tmp_path: Path, tiny: Tiny, assert_same_run: Same
+) -> None:
+    folder, reference = tmp_path / "run", tmp_path / "reference"
+    with spawn(folder, *ENDLESS) as process:
+        wait_for(folder / "checkpoints" / "step_0000004", process)
+        process.send_signal(number)
+        shown = process.communicate(timeout=60)[0]
+    if number == signal.SIGINT:
+        assert process.returncode == EXIT_INTERRUPTED
+        assert f"continue with: tokdyn train {folder} --resume" in shown
+    else:
+        assert process.returncode == -signal.SIGKILL
+    newest = max(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
+    settings = (*ENDLESS, f"training.steps={newest + 2}")
+    train(tiny(folder, *settings), resume=True)
+    train(tiny(reference, *settings))
+    assert_same_run(reference, folder, newest + 2)
+
+
+def test_changed_settings_are_refused_by_name(half: Path, tiny: Tiny) -> None:
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr \(was 0\.001\), seed \(was 0\)"):
+        train(tiny(half, *FULL, "optimizer.lr=2e-3", "seed=1", "training.log_every=2"), resume=True)
+    with pytest.raises(CheckpointError, match=r"training\.steps"):  # the cosine depends on the length
+        train(tiny(half, *FULL, "training.steps=8"), resume=True)
+
+
+def test_other_data_are_refused(half: Path, tiny: Tiny) -> None:
+    state = half / "checkpoints" / "step_0000003" / "state.json"
+    contents = json.loads(state.read_text())
+    contents["data"] = {**contents["data"], "length": 65}
+    state.write_text(json.dumps(contents))
+    with pytest.raises(CheckpointError, match="other data"):
+        train(tiny(half, *FULL), resume=True)
+
+
+def test_settings_that_only_round_differently_are_noted(half: Path, tiny: Tiny, console: Console) -> None:
+    train(tiny(half, *FULL, "training.gradient_checkpointing=true"), resume=True, console=console)
+    assert "rounding: training.gradient_checkpointing" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_folders_that_do_not_fit(tmp_path: Path, tiny: Tiny, console: Console) -> None:
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        train(tiny(tmp_path / "none"), resume=True)
+    assert not (tmp_path / "none").exists()
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="is not empty; continue it with --resume or choose another out=FOLDER"):
+        train(tiny(used))
+    (used / "recipe.yaml").touch()  # killed before the first checkpoint
+    assert train(tiny(used), resume=True, console=console).finished
+    assert "starts again at step 0" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_wrong_recipe_leaves_no_folder(tmp_path: Path, tiny: Tiny) -> None:
+    with pytest.raises(DataError):
+        train(tiny(tmp_path / "run", "data.kind=images", f"data.path={tmp_path / 'missing'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_hold_every_step_once(whole: Path, rows: Callable[[Path], list[dict[str, Any]]]) -> None:
+    found = rows(whole)
+    assert [row["step"] for row in found] == [4, 6]
+    assert [row["target"] for row in found] == pytest.approx([2 + 2 * 3 / 5, 4])
+    assert {"loss", "ratio", "kept", "natural_kept", "probability", "tail_drop", "grad_norm", "lr", "epoch"} <= set(
+        found[0]
+    )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tokdyn.errors import CheckpointError
 
 _NAME = re.compile(r"^step_(\d+)$")
@@ -88,10 +90,10 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             _remove(target)
         half.rename(target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(half, ignore_errors=True)
         raise CheckpointError(
-            f"{target} could not be written ({error.strerror or error}); checkpoints written before are untouched. "
+            f"{target} could not be written ({getattr(error, 'strerror', None) or error}); checkpoints written before are untouched. "
             "Make room or choose another out=FOLDER, then continue with --resume."
         ) from error
 

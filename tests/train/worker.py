@@ -1,0 +1,17 @@
+"""Trains in a process of its own, to be killed or to be one of several: worker.py FOLDER [--resume] key=value..."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from tokdyn.recipe import files, resolve, yaml_text
+from tokdyn.train import train
+
+if __name__ == "__main__":
+    base = yaml_text.parse((Path(__file__).parent / "tiny.yaml").read_text(), "tiny.yaml")
+    words = [word for word in sys.argv[2:] if word != "--resume"]
+    settings = files.deep_merge({**base, "out": sys.argv[1]}, files.parse_overrides(words))
+    sys.exit(train(resolve(settings), resume="--resume" in sys.argv, console=Console(file=sys.stdout)).exit_code)
