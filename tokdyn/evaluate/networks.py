@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tokdyn.errors import CheckpointError
+from tokdyn.errors import InputError
 from tokdyn.evaluate.config import INCEPTION, TIMM_PREFIX, EvalConfig
 from tokdyn.evaluate.extractor import Extractor
 from tokdyn.evaluate.inception import open_inception
@@ -17,7 +17,8 @@ def open_extractor(config: EvalConfig) -> Extractor:
     """Loads the network of `config.extractor` onto `config.device`.
 
     Raises:
-        CheckpointError: It, its weights or the device cannot be had.
+        CheckpointError: It or its weights cannot be had.
+        InputError: There is no such device here.
     """
     device = choose_device(config.device)
     if config.extractor == INCEPTION:
@@ -33,15 +34,15 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is a GPU if there is one.
 
     Raises:
-        CheckpointError: There is no such device here.
+        InputError: There is no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CheckpointError(
+        raise InputError(
             f"device={name} cannot be used here: give device=cpu, device=cuda or device=auto"
         ) from error
     return device

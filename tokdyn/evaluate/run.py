@@ -40,6 +40,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     Raises:
         DataError: Images or statistics are missing, unreadable, too few or of another network.
         CheckpointError: The extractor is missing, or does not do what an extractor does.
+        InputError: The device is not there.
     """
     started = perf_counter()
     generated = open_images(config.generated)

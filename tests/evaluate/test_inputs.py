@@ -1,0 +1,222 @@
+"""Images, labels and settings: what is read, what is refused and in which words."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from tokdyn.errors import DataError
+from tokdyn.evaluate import EvalConfig, EvalResult, evaluate
+from tokdyn.evaluate.images import open_images
+
+
+def run(**settings: Any) -> EvalResult:
+    return evaluate(EvalConfig(**{"device": "cpu", **settings}))
+
+
+def one_hot(classes: list[int]) -> Any:
+    """Images (N, 2, 2, 3) that the judge takes for these classes."""
+    images = np.zeros((len(classes), 12), dtype=np.uint8)
+    images[np.arange(len(classes)), classes] = 255
+    return images.reshape(-1, 3, 2, 2).transpose(0, 2, 3, 1).copy()
+
+
+ACCURACY = "class_accuracy[judge]"
+
+
+def test_class_accuracy_by_labels_of_an_npz(kit: Any, judge: str) -> None:
+    path = kit.npz("images", one_hot([0, 1, 2, 3, 3]), np.array([0, 1, 2, 3, 0]))
+    assert run(generated=path, extractor=judge).values[ACCURACY] == pytest.approx(0.8)
+
+
+def test_class_accuracy_by_sorted_folder_names(kit: Any, judge: str) -> None:
+    images = one_hot([0, 1, 2, 3, 1])
+    names = ["ant/1.png", "bee/1.png", "cat/1.png", "dog/1.png", "ant/2.png"]
+    path = kit.zip("images", dict(zip(names, images, strict=True)))
+    assert run(generated=path, extractor=judge).values[ACCURACY] == pytest.approx(0.8)
+
+
+def test_class_accuracy_by_numbered_folders(kit: Any, judge: str) -> None:
+    """Numbers are the classes, also if some are missing: in the order of names alone 3 would be class 1."""
+    path = kit.tree("images", dict(zip(["0/a.png", "3/a.png", "3/b.png"], one_hot([0, 3, 1]), strict=True)))
+    assert run(generated=path, extractor=judge).values[ACCURACY] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["ant/1.png", "bee/1.png"], "the images have 2 class folders, judge has 4 classes"),
+        (["0/1.png", "4/1.png"], "the labels reach from 0 to 4, judge has 4 classes"),
+        (["1.png", "2.png"], "the images have no classes, put them into class folders"),
+        (["1.png", "bee/2.png"], "the images have no classes"),
+    ],
+)
+def test_class_accuracy_needs_the_classes_of_the_judge(kit: Any, judge: str, files: list[str], words: str) -> None:
+    path = kit.tree("images", dict(zip(files, one_hot([0, 1]), strict=True)))
+    assert f"class_accuracy left out: {words}" in " ".join(run(generated=path, extractor=judge).notes)
+    with pytest.raises(DataError, match=f"class_accuracy cannot be measured: {words}"):
+        run(generated=path, extractor=judge, metrics="class_accuracy")
+
+
+def test_nothing_to_measure(kit: Any, judge: str) -> None:
+    images = kit.npz("images", kit.draw(3, 0))
+    assert set(run(generated=images, extractor=judge).values) == {"class_score[judge]"}
+    with pytest.raises(
+        DataError, match="frechet cannot be measured: there is nothing to compare with, give reference="
+    ):
+        run(generated=images, extractor=judge, metrics="frechet,score")
+    with pytest.raises(DataError, match="precision_recall cannot be measured: 3 images have no 3 neighbours"):
+        run(generated=images, reference=images, extractor=judge, metrics="precision_recall")
+
+
+def test_small_sets_are_measured_and_doubted(kit: Any, judge: str) -> None:
+    ours, theirs = kit.npz("ours", kit.draw(12, 0)), kit.npz("theirs", kit.draw(13, 1))
+    result = run(generated=ours, reference=theirs, extractor=judge)
+    assert [warning for warning in result.warnings if "unreliable" in warning] == [
+        "frechet_distance[judge] is unreliable: the covariance of 12 generated images has not full rank for 12 features"
+        ", give more than 12 images (10,000 or more for numbers to be compared)"
+    ]
+    assert result.used == {"score_splits": 1, "kid_subset_size": 6, "kid_subsets": 100, "neighbours": 3}
+    assert "kid_subset_size reduced from 1000 to 6: the smaller set has 12 images" in result.notes
+    assert "score_splits reduced from 10 to 1: 12 images" in result.notes
+
+
+def test_different_image_sizes_are_doubted(kit: Any, judge: str) -> None:
+    ours, theirs = kit.npz("ours", kit.draw(20, 0, side=4)), kit.npz("theirs", kit.draw(20, 1, side=6))
+    words = (
+        "the generated images are 4 x 4 pixels, the reference is 6 x 6 pixels: set input_size to compare at one size"
+    )
+    assert words in run(generated=ours, reference=theirs, extractor=judge).warnings
+    assert words not in run(generated=ours, reference=theirs, extractor=judge, input_size=4).warnings
+    mixed = kit.tree(
+        "mixed", {"1.png": kit.draw(1, 0)[0], "2.png": kit.draw(1, 0)[0], "grid.png": kit.draw(1, 0, side=9)[0]}
+    )
+    assert any(
+        "differ in size, perhaps other pictures" in line for line in run(generated=mixed, extractor=judge).warnings
+    )
+
+
+def test_missing_empty_and_single(kit: Any, judge: str) -> None:
+    images = kit.npz("images", kit.draw(3, 0))
+    with pytest.raises(DataError, match=r"there is no .*nowhere: give a folder of images, a \.zip or an \.npz"):
+        run(generated=kit.folder / "nowhere", extractor=judge)
+    for suffix in (".zip", ".npz", ".safetensors"):
+        with pytest.raises(DataError, match=r"there is no .*nowhere"):
+            run(generated=images, reference=kit.folder / f"nowhere{suffix}", extractor=judge)
+    with pytest.raises(DataError, match=r"empty\.zip holds no images"):
+        run(generated=kit.zip("empty", {}), extractor=judge)
+    with pytest.raises(DataError, match=r"text\.zip holds no images"):
+        run(generated=kit.zip("text", {"readme.txt": b"none here"}), extractor=judge)
+    with pytest.raises(DataError, match=r"one\.zip holds one image: two or more are needed"):
+        run(generated=kit.zip("one", {"1.png": kit.draw(1, 0)[0]}), extractor=judge)
+    with pytest.raises(DataError, match=r"none\.npz holds no images"):
+        run(generated=kit.npz("none", kit.draw(0, 0)), extractor=judge)
+    with pytest.raises(DataError, match="neither a folder nor a zip"):
+        run(generated=images, extractor=judge, reference=__file__)
+
+
+def test_broken_images_are_named_and_left_out_on_request(kit: Any, judge: str) -> None:
+    images = kit.draw(6, 0)
+    good = {f"{i}.png": image for i, image in enumerate(images)}
+    path = kit.tree("images", good | {"2.png": b"no picture", "4.png": kit.png(images[4])[:45]})
+    with pytest.raises(DataError, match=r"2\.png in .*images: not a readable image"):
+        run(generated=path, extractor=judge)
+    result = run(generated=path, extractor=judge, on_error="skip")
+    kept = kit.npz("kept", images[[0, 1, 3, 5]])
+    assert result.values == run(generated=kept, extractor=judge).values
+    assert result.generated_images == 4
+    assert sum("not a readable image" in warning for warning in result.warnings) == 2
+    with pytest.raises(DataError, match="none of the images in"):
+        run(generated=kit.tree("bad", {"1.png": b"no", "2.png": b"no"}), extractor=judge, on_error="skip")
+    with pytest.raises(DataError, match="fewer than two of the 2 images"):
+        run(generated=kit.tree("half", {"1.png": b"no", "2.png": images[0]}), extractor=judge, on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((2, 2, 2, 3), np.uint8)}, "holds the arrays images: expected arr_0"),
+        ({"arr_0": np.zeros((2, 2, 2, 3), np.float32)}, r"arr_0 is float32 of shape \(2, 2, 2, 3\), expected uint8"),
+        ({"arr_0": np.zeros((2, 3, 2, 2), np.uint8)}, r"expected uint8 of shape \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((2, 2, 2, 3), np.uint8, order="F")}, "in C order"),
+        (
+            {"arr_0": np.zeros((2, 2, 2, 3), np.uint8), "arr_1": np.zeros(3, np.int64)},
+            "expected one integer label for each of the 2 images",
+        ),
+        ({"arr_0": np.zeros((2, 2, 2, 3), np.uint8), "arr_1": np.zeros(2)}, "arr_1 is float64"),
+    ],
+)
+def test_other_arrays_are_refused(kit: Any, judge: str, arrays: dict[str, Any], words: str) -> None:
+    path = kit.folder / "images.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(DataError, match=words):
+        run(generated=path, extractor=judge)
+
+
+def test_damaged_npz(kit: Any, judge: str) -> None:
+    path = kit.npz("images", kit.draw(100, 0))
+    path.write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"images\.npz is not an npz archive"):
+        run(generated=path, extractor=judge)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", b"no array")
+    with pytest.raises(DataError, match="the array arr_0 cannot be read"):
+        run(generated=path, extractor=judge)
+    content = io.BytesIO()
+    np.save(content, kit.draw(100, 0))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", content.getvalue()[:-5])
+    with pytest.raises(DataError, match="ends before image 99 of 100"):
+        run(generated=path, extractor=judge)
+
+
+def test_images_are_upright_rgb(kit: Any) -> None:
+    """A photograph that the camera held sideways, and a grey image."""
+    photo, grey = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (6, 4)).save(photo, "jpeg", exif=exif)
+    Image.new("L", (6, 4)).save(grey, "png")
+    images = open_images(kit.zip("images", {"1.jpg": photo.getvalue(), "2.png": grey.getvalue()}))
+    assert [image.shape for image in images.images([0, 1], None)] == [(6, 4, 3), (4, 6, 3)]
+    assert [image.shape for image in images.images([0, 1], 5)] == [(5, 5, 3)] * 2
+
+
+def test_result_says_what_is_needed_to_repeat_it(kit: Any, judge: str) -> None:
+    images = kit.npz("images", kit.draw(20, 0))
+    result = run(generated=images, reference=images, extractor=judge, out=kit.folder / "out")
+    text = (kit.folder / "out" / "evaluation.json").read_text()
+    assert EvalResult.model_validate_json(text) == result
+    written = json.loads(text)
+    assert {"python", "tokdyn", "torch", "torch-fidelity"} <= written["versions"].keys()
+    assert written["machine"]["device"] == "cpu"
+    assert written["machine"]["cpus"] >= 1
+    assert len(written["extractor"]["sha256"]) == 64
+    assert 0 < written["seconds"]["total"] < 60
+    assert written["config"]["generated"] == str(images)
+    assert not {"FID", "IS", "KID"} & written["values"].keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"weights": "w.pth", "extractor": "net.ts"}, "weights= is for extractor=inception"),
+        ({"checkpoint": "w.pth"}, "checkpoint= is for extractor=timm:NAME"),
+        ({"cache": "c.pt", "reference": "r"}, r"cache= must name a \.safetensors file"),
+        ({"cache": "c.safetensors"}, "give reference= too"),
+        ({"metrics": ","}, "metrics= is empty"),
+        ({"metrics": "fid"}, "'frechet', 'score'"),
+        ({"limit": 1}, "greater than or equal to 2"),
+        ({"steps": 3}, "Extra inputs"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        EvalConfig(generated="images", **settings)
