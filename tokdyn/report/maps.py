@@ -147,7 +147,8 @@ def draw_maps(
         names: n row titles.
         title: of the figure.
     """
-    count, steps = len(maps.often), len(maps.frames)
+    often, steps = maps.often.numpy(), len(maps.frames)
+    count = len(often)
     with figure_style():
         engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
         figure = Figure(figsize=(_TILE * (steps + 2.3) + 0.75, (_TILE + 0.2) * count + 0.75), layout=engine)
@@ -160,8 +161,8 @@ def draw_maps(
             axes[0, column].set_title(heading, fontsize=9, fontweight="normal", loc="center", color=INK)
         for row in range(count):
             _show(axes[row, steps], finals[row], "")
-            heat = axes[row, steps + 1].imshow(maps.often[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-            _bare(axes[row, steps + 1], f"{float(maps.often[row].mean()):.0%}")
+            heat = axes[row, steps + 1].imshow(often[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            _bare(axes[row, steps + 1], f"{often[row].mean():.0%}")
             if names is not None:
                 axes[row, 0].set_ylabel(names[row], fontsize=9.5, fontweight="bold", color=INK)
         for column, heading in ((steps, "final image"), (steps + 1, "kept, share\nof all steps")):

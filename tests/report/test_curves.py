@@ -1,0 +1,138 @@
+"""Curves: what the records say is what is drawn, and rows of JSON become points."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokdyn.diffusion.records import KeptCounts, StepRecord
+from tokdyn.errors import DataError, InputError
+from tokdyn.report.pareto import ParetoPoint, draw_pareto, frontier, read_points
+from tokdyn.report.trajectory import draw_trajectory, trajectory
+
+
+def records(batch: int, guided: list[bool], seconds: float, routed: bool = True) -> list[StepRecord]:
+    made = []
+    for index, both in enumerate(guided):
+        cond = torch.arange(batch) + 10 + index
+        counts = KeptCounts(40, cond, cond // 5 if both else None) if routed else None
+        made.append(StepRecord(index, 900.0 - index, 0.9 - 0.1 * index, both, seconds, counts))
+    return made
+
+
+def test_batches_of_a_run_are_joined():
+    guided = [True, False, True]
+    run = trajectory("x", [records(3, guided, 0.3), records(2, guided, 0.2)], images=5)
+    np.testing.assert_allclose(run.level, [0.9, 0.8, 0.7])
+    np.testing.assert_allclose(run.milliseconds, [100.0] * 3)
+    np.testing.assert_allclose(run.cond[1], np.array([11, 12, 13, 11, 12]) / 40)
+    np.testing.assert_allclose(run.uncond[0], np.array([2, 2, 2, 2, 2]) / 40)
+    assert np.isnan(run.uncond[1]).all()
+
+
+def test_models_without_routing_have_only_times():
+    run = trajectory("x", [records(3, [True, True], 0.3, routed=False)], images=3)
+    assert run.cond is None
+    assert run.uncond is None
+
+
+def test_unguided_runs_have_one_branch():
+    assert trajectory("x", [records(3, [False, False], 0.3)], images=3).uncond is None
+
+
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("guided", [[True, False, True], [False] * 3])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_trajectories_are_drawn(tmp_path, routed, guided, count, suffix):
+    runs = [trajectory(f"tail drop {n}", [records(3, guided, 0.3, routed)], 3) for n in range(count)]
+    path = draw_trajectory(runs, tmp_path / f"t.{suffix}")
+    assert path.stat().st_size > 5000
+    if suffix == "svg":
+        text = path.read_text()
+        assert "noise level" in text
+        assert "[ms]" in text
+        assert ("tokens kept" in text) == routed
+        assert ("without class" in text) == (routed and any(guided))
+        assert ("tail drop 1" in text) == (count > 1)
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no step records"):
+        trajectory("x", [], 0)
+    with pytest.raises(InputError, match="no trajectories"):
+        draw_trajectory([], tmp_path / "t.png")
+    with pytest.raises(InputError, match="no points"):
+        draw_pareto([], tmp_path / "p.png", "cost", "quality")
+
+
+numbers = st.integers(0, 8).map(float)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12), st.booleans())
+def test_frontier_is_what_nothing_beats(values, higher):
+    points = [ParetoPoint(series="s", cost=cost, quality=quality) for cost, quality in values]
+    sign = -1 if higher else 1
+
+    def beaten(point: ParetoPoint) -> bool:
+        better = ((o.cost - point.cost, sign * (o.quality - point.quality)) for o in points)
+        return any(c <= 0 and q <= 0 and (c < 0 or q < 0) for c, q in better)
+
+    expected = {(point.cost, point.quality) for point in points if not beaten(point)}
+    found = frontier(points, higher)
+    assert [(p.cost, p.quality) for p in found] == sorted(expected)
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_points_are_read_from_rows(tmp_path):
+    rows = [
+        {"model": "DiT", "flops": 1.5, "values": {"frechet_distance[x]": 20}},
+        {"model": "DC-DiT", "flops": 1, "values": {"frechet_distance[x]": 18.5}, "label": 0.3},
+    ]
+    for content in (rows, {"machine": "m", "rows": rows}):
+        points = read_points(write(tmp_path / "r.json", content), "flops", "values.frechet_distance[x]")
+        assert points == [
+            ParetoPoint(series="DiT", cost=1.5, quality=20),
+            ParetoPoint(series="DC-DiT", label="0.3", cost=1, quality=18.5),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"a": 1}, "holds no list of rows"),
+        ([], "holds no list of rows"),
+        ([{"model": "a", "cost": "much", "fid": 1}], "row 0 has no number under 'cost'; it has cost, fid, model"),
+        ([{"model": "a", "cost": 1}], "no number under 'fid'"),
+        ([{"cost": 1, "fid": 1}], "nothing under 'model'"),
+    ],
+)
+def test_rows_that_cannot_be_drawn_are_named(tmp_path, content, words):
+    with pytest.raises(DataError, match=words):
+        read_points(write(tmp_path / "r.json", content), "cost", "fid")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        read_points(tmp_path / "none.json", "cost", "fid")
+
+
+def test_pareto_plot_names_its_series_axes_and_points(tmp_path):
+    points = [
+        ParetoPoint(series="DiT", cost=1, quality=20),
+        ParetoPoint(series="DC-DiT", label="rho 0.6", cost=1.2, quality=15),
+        ParetoPoint(series="DC-DiT", label="rho 0", cost=2, quality=12),
+    ]
+    text = draw_pareto(points, tmp_path / "p.svg", "GFLOPs per image", "FID", note="on this machine").read_text()
+    for word in ("DiT", "DC-DiT", "rho 0.6", "GFLOPs per image", "FID", "lower is better", "on this machine"):
+        assert word in text

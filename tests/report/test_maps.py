@@ -1,0 +1,95 @@
+"""Boundary maps: what is noted during sampling, and what a shaded image shows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokdyn.diffusion.objective import Objective
+from tokdyn.diffusion.records import StepState
+from tokdyn.report.maps import MapRecorder, draw_maps, shade
+from tokdyn.report.pixels import to_pixels
+
+STEPS, BATCH, GRID = 7, 3, (4, 6)
+
+
+def steps() -> list[StepState]:
+    """A run whose masks are random and whose predictions are easy to check."""
+    draw = torch.Generator().manual_seed(0)
+    states = []
+    for index in range(STEPS):
+        keep = torch.rand(2 * BATCH, 24, generator=draw) > 0.6  # both guidance branches
+        x = torch.randn(BATCH, 3, 8, 12, generator=draw)
+        level, timestep = 1 - index / STEPS, torch.full((BATCH,), 1000.0 * (1 - index / STEPS))
+        routing = SimpleNamespace(keep=keep, grid=GRID)
+        velocity = torch.randn(x.shape, generator=draw)
+        states.append(StepState(index, timestep, level, x, velocity, routing, Objective(kind="flow")))
+    return states
+
+
+def record(**settings: object) -> MapRecorder:
+    recorder = MapRecorder(STEPS, **settings)
+    for step in steps():
+        recorder(step)
+    return recorder
+
+
+def test_recorder_counts_every_step_and_shows_the_chosen_ones():
+    maps = record(images=2, frames=3).maps()
+    keeps = torch.stack([step.routing.keep[:2].view(2, *GRID) for step in steps()])
+    torch.testing.assert_close(maps.often, keeps.float().mean(0))
+    assert [frame.index for frame in maps.frames] == [0, 3, 6]
+    for frame in maps.frames:
+        assert torch.equal(frame.keep, keeps[frame.index])
+        torch.testing.assert_close(frame.picture, steps()[frame.index].x0()[:2])
+
+
+def test_recorder_shows_the_noisy_image_on_request_and_no_more_than_there_is():
+    maps = record(images=9, frames=99, background="noisy").maps()
+    assert len(maps.frames) == STEPS
+    assert maps.often.shape == (BATCH, *GRID)
+    assert torch.equal(maps.frames[2].picture, steps()[2].x)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 6), (2, 3), (64, 96)])
+def test_kept_cells_keep_their_colour_and_dropped_ones_fade(size):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 120, (*size, 3), dtype=np.uint8)
+    keep = rng.random(GRID) > 0.5
+    shaded = shade(image, keep)
+    factor = shaded.shape[0] // size[0]
+    assert min(shaded.shape[0] // GRID[0], shaded.shape[1] // GRID[1]) >= 8
+    cell = shaded.shape[0] // GRID[0]
+    for row in range(GRID[0]):
+        for column in range(GRID[1]):
+            inner = np.s_[row * cell + 1 : (row + 1) * cell - 1, column * cell + 1 : (column + 1) * cell - 1]
+            original = image.repeat(factor, 0).repeat(factor, 1)[inner]
+            assert np.array_equal(shaded[inner], original) == keep[row, column]
+            assert shaded[inner].min() > 180 or keep[row, column]
+
+
+def test_border_of_the_kept_cells_is_darker():
+    keep = np.zeros((3, 3), dtype=bool)
+    keep[1, 1] = True
+    shaded = shade(np.full((24, 24, 3), 100, dtype=np.uint8), keep)
+    assert (shaded[8, 8:16] == 55).all()
+    assert (shaded[9:15, 9:15] == 100).all()
+
+
+def test_all_kept_is_the_image_itself():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(shade(image, np.ones((4, 4), dtype=bool)), image)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_picture_is_drawn(tmp_path, images):
+    maps = record(images=images, frames=4).maps()
+    finals = to_pixels(torch.zeros(images, 3, 8, 12))
+    path = draw_maps(maps, finals, to_pixels, tmp_path / "new" / "maps.png", ["name"] * images)
+    with Image.open(path) as image:
+        assert image.width > image.height / 3
+        assert len(np.unique(np.asarray(image).reshape(-1, image.mode.count("A") + 3), axis=0)) > 20

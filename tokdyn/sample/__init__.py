@@ -1,0 +1,8 @@
+"""Sampling a trained model to pictures: `sample(SampleConfig(model="runs/x", count=16))`."""
+
+from tokdyn.sample.config import SampleConfig
+from tokdyn.sample.loading import ModelInfo, load_model
+from tokdyn.sample.result import BudgetResult, SampleResult, StepCost
+from tokdyn.sample.run import sample
+
+__all__ = ["BudgetResult", "ModelInfo", "SampleConfig", "SampleResult", "StepCost", "load_model", "sample"]

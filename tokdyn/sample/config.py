@@ -1,0 +1,103 @@
+"""What `tokdyn sample` makes and how: one strict, immutable model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+from tokdyn.diffusion.guidance import GuidanceChannels
+from tokdyn.diffusion.sampling import GuidanceScale, Interval, Sampler, Share
+from tokdyn.diffusion.schedulers import SchedulerName
+
+
+def _listed(value: Any) -> Any:
+    """Reads `0,0.3`, as a command line gives it, and a single value, as lists."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) else value
+
+
+class SampleConfig(BaseModel):
+    """Settings of one sampling run.
+
+    Attributes:
+        model: A training folder, one of its checkpoints, a folder of `save_pretrained`, or a checkpoint file.
+        out: Folder to write to; None means samples/NAME, after the model.
+        format: One PNG `grid`, a `folder` of PNGs (continued where it stopped), or an `npz` with `arr_0` uint8
+            (N, H, W, 3) and `arr_1` labels (N,).
+        count: How many images; classes are dealt out in turn.
+        classes: Numbers or names of the classes to make, `none` for no class; None makes all of them.
+        seed: Image i starts from seed + i, whatever the batch size and the budget.
+        batch_size: Images per model call, before guidance doubles it.
+        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; None takes ddpm or euler.
+        steps: Model calls per image.
+        guidance: Scale of classifier-free guidance; 1 means none.
+        guidance_channels: Guide `all` channels, or the first `three` as the public DiT and DC-DiT code does.
+        guidance_interval: Noise levels LOW,HIGH between which guidance acts; 1 is pure noise.
+        tail_drop: Fraction of the kept tokens to drop; several make the same images at several budgets.
+        uncond_tail_drop: The same for the unconditional branch (Lite-CFG); None means as tail_drop.
+        clip: Clamp predicted images to [-1, 1] at each step; None does so for pixels and not for latents.
+        vae: Autoencoder that decodes latents, a path or a hub id; None takes the one the training data were made with.
+        maps: Also draw which tokens were kept over the trajectory, and kept tokens and time against noise level.
+        map_images: Images in that picture.
+        map_steps: Steps in that picture.
+        class_folders: Put the images of format=folder into one folder per class, as evaluation reads labels.
+        columns: Images per row of the grid; None makes it about square.
+        ema: Use the averaged weights.
+        precision: `bf16` computes matrix products in bfloat16; `auto` does so on a GPU only.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    out: Path | None = None
+    format: Literal["grid", "folder", "npz"] = "grid"
+    count: PositiveInt = 16
+    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = None
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    batch_size: PositiveInt = 64
+    scheduler: SchedulerName | None = None
+    steps: PositiveInt = 250
+    guidance: GuidanceScale = 1.0
+    guidance_channels: GuidanceChannels = "all"
+    guidance_interval: Annotated[Interval, BeforeValidator(_listed)] = (0.0, 1.0)
+    tail_drop: Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_listed)] = (0.0,)
+    uncond_tail_drop: Share | None = None
+    clip: bool | None = None
+    vae: str | None = None
+    maps: bool = False
+    map_images: PositiveInt = 4
+    map_steps: PositiveInt = 6
+    class_folders: bool = False
+    columns: PositiveInt | None = None
+    ema: bool = True
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if len(set(self.tail_drop)) < len(self.tail_drop):
+            raise ValueError(f"tail_drop lists a budget twice: {', '.join(f'{drop:g}' for drop in self.tail_drop)}")
+        if self.uncond_tail_drop is not None and self.guidance == 1.0:
+            raise ValueError("uncond_tail_drop has no effect without guidance: set guidance, such as guidance=1.5")
+        if self.class_folders and self.format != "folder":
+            raise ValueError(f"class_folders is for format=folder, not for format={self.format}")
+        if self.columns is not None and self.format != "grid":
+            raise ValueError(f"columns is for format=grid, not for format={self.format}")
+        return self
+
+    def sampler(self, tail_drop: float, clip: bool) -> Sampler:
+        """The sampler of one budget."""
+        return Sampler(
+            scheduler=self.scheduler,
+            steps=self.steps,
+            guidance=self.guidance,
+            guidance_channels=self.guidance_channels,
+            guidance_interval=self.guidance_interval,
+            tail_drop=tail_drop,
+            uncond_tail_drop=self.uncond_tail_drop,
+            clip=clip,
+        )

@@ -1,0 +1,95 @@
+"""From what a model makes, pixels or latents, to pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.data.shards import LatentIndex, read_index
+from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of
+from tokdyn.errors import DataError, RecipeError
+from tokdyn.report.pixels import Pixels, to_pixels
+from tokdyn.sample.loading import ModelInfo
+
+_AT_ONCE = 16  # latents per call of the autoencoder, whose activations are large
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Turns samples into bytes.
+
+    Attributes:
+        vae: the autoencoder; None if the samples are pixels.
+        scaling: of the latents.
+    """
+
+    vae: nn.Module | None = None
+    scaling: LatentScaling | None = None
+
+    @property
+    def latents(self) -> bool:
+        """Whether the samples are latents."""
+        return self.vae is not None
+
+    def __call__(self, samples: Tensor) -> Pixels:
+        """(B, H, W, 3) uint8 from samples (B, C, h, w)."""
+        if self.vae is None or self.scaling is None:
+            return to_pixels(samples)
+        parts = [decode(self.vae, part, self.scaling).cpu() for part in torch.split(samples, _AT_ONCE)]
+        return to_pixels(torch.cat(parts))
+
+
+def open_decoder(model: Any, info: ModelInfo, vae: str | None, device: torch.device) -> Decoder:
+    """Choose how samples become pictures.
+
+    A model makes latents if it was trained on latents, if ``vae`` is given, or if nothing is known of its data and it
+    has neither 1 nor 3 channels.
+
+    Args:
+        model: the model, for its channels.
+        info: what it was trained on.
+        vae: path or hub id; None takes the autoencoder that wrote the training data.
+        device: where to decode.
+
+    Raises:
+        RecipeError: the model makes latents and no autoencoder is known, or the autoencoder does not fit.
+        DataError: the autoencoder cannot be loaded.
+    """
+    channels = model.config.in_channels
+    trained_on_latents = info.data is not None and info.data.kind == "latents"
+    if vae is None and not trained_on_latents and (info.data is not None or channels in (1, 3)):
+        return Decoder()
+    if vae is not None and info.data is not None and not trained_on_latents:
+        raise RecipeError(f"vae={vae} has no effect: the model was trained on pixels ({info.data.kind}); leave it out.")
+    index = _index(info)
+    if vae is not None:
+        autoencoder = load_vae(vae)
+    elif index is not None and index.vae.source is not None:
+        autoencoder = load_vae(index.vae.source, index.vae.subfolder)
+    else:
+        raise RecipeError(
+            f"the model makes latents of {channels} channels and nothing says which autoencoder decodes them: "
+            "give vae=PATH or vae=HUB_ID, such as vae=stabilityai/sd-vae-ft-ema"
+        )
+    settings: Any = autoencoder.config
+    if settings.get("latent_channels", channels) != channels:
+        raise RecipeError(
+            f"the model makes latents of {channels} channels, but the autoencoder decodes "
+            f"{settings['latent_channels']}: give vae= the one that the training data were made with"
+        )
+    scaling = index.scaling if index is not None else scaling_of(autoencoder)
+    return Decoder(autoencoder.to(device), scaling)
+
+
+def _index(info: ModelInfo) -> LatentIndex | None:
+    """The index of the latents that the model was trained on, if they are still there."""
+    if info.data is None or info.data.kind != "latents" or info.data.path is None:
+        return None
+    try:
+        return read_index(Path(info.data.path).expanduser())
+    except DataError:
+        return None

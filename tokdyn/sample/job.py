@@ -1,0 +1,125 @@
+"""Everything that is decided before the first image is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokdyn.diffusion.guidance import takes_tail_drop
+from tokdyn.diffusion.objective import Objective
+from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler
+from tokdyn.errors import RecipeError, UnsupportedModelError
+from tokdyn.sample.config import SampleConfig
+from tokdyn.sample.decoding import Decoder, open_decoder
+from tokdyn.sample.labels import class_name, class_numbers
+from tokdyn.sample.loading import ModelInfo, load_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sampling run that is ready to start.
+
+    Attributes:
+        config: what was asked for.
+        model: on its device.
+        objective: what the model was trained to predict.
+        info: where the model came from.
+        decoder: turns samples into bytes.
+        classes: labels that are dealt out to the images in turn.
+        scheduler: the one in force.
+        clip: whether predictions are clamped.
+        device: where the model runs.
+        dtype: type of matrix products under autocast; None means float32.
+        out: folder to write to.
+    """
+
+    config: SampleConfig
+    model: Any
+    objective: Objective
+    info: ModelInfo
+    decoder: Decoder
+    classes: tuple[int, ...]
+    scheduler: SchedulerName
+    clip: bool
+    device: torch.device
+    dtype: torch.dtype | None
+    out: Path
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of each image."""
+        return [self.classes[index % len(self.classes)] for index in range(self.config.count)]
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each image in words."""
+        return [class_name(label, self.info, self.model) for label in self.labels]
+
+    @property
+    def precision(self) -> str:
+        """As the settings name it."""
+        return "fp32" if self.dtype is None else "bf16"
+
+    def described(self) -> dict[str, Any]:
+        """The model in a few words, for sample.json."""
+        return {
+            "path": str(self.info.path),
+            "name": self.info.name,
+            "class": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "step": self.info.step,
+        }
+
+    def used(self) -> dict[str, Any]:
+        """What the settings left open, as it was decided."""
+        return {
+            "scheduler": self.scheduler,
+            "clip": self.clip,
+            "precision": self.precision,
+            "device": str(self.device),
+            "latents": self.decoder.latents,
+        }
+
+
+def prepare(config: SampleConfig) -> Job:
+    """Load the model and its autoencoder and check them against the settings.
+
+    Raises:
+        TokdynError: something is missing or does not fit.
+    """
+    device = _device(config.device)
+    model, objective, info = load_model(config.model, config.ema)
+    if config.maps and not takes_tail_drop(model):
+        raise UnsupportedModelError(
+            f"{info.path} is a {type(model).__name__}, which computes every token: there are no maps to draw, leave "
+            "maps off"
+        )
+    decoder = open_decoder(model, info, config.vae, device)
+    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return Job(
+        config=config,
+        model=model.to(device),
+        objective=objective,
+        info=info,
+        decoder=decoder,
+        classes=class_numbers(config.classes, info, model),
+        scheduler=config.scheduler or default_scheduler(objective),
+        clip=not decoder.latents if config.clip is None else config.clip,
+        device=device,
+        dtype=torch.bfloat16 if half else None,
+        out=config.out or Path("samples") / info.name,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device={name} cannot be used here ({error}): use auto or cpu") from error
+    return device

@@ -1,0 +1,52 @@
+"""Which class each image gets."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from tokdyn.errors import RecipeError
+from tokdyn.sample.loading import ModelInfo
+
+NO_CLASS = "none"
+
+
+def class_numbers(classes: Sequence[int | str] | None, info: ModelInfo, model: Any) -> tuple[int, ...]:
+    """The labels to make.
+
+    Args:
+        classes: numbers, names or "none"; None means all classes of the model.
+        info: for the names.
+        model: for the number of classes; the number after the last one means no class.
+
+    Raises:
+        RecipeError: there is no such class.
+    """
+    total = model.config.num_classes
+    if classes is None:
+        return tuple(range(total))
+    if not classes:
+        raise RecipeError("classes is empty: name some, or leave it out for all")
+    return tuple(_number(entry, info.class_names, total) for entry in classes)
+
+
+def class_name(label: int, info: ModelInfo, model: Any) -> str:
+    """The name of a class if the model came with names, else its number."""
+    if label == model.config.num_classes:
+        return "no class"
+    return info.class_names[label] if label < len(info.class_names) else str(label)
+
+
+def _number(entry: int | str, names: Sequence[str], total: int) -> int:
+    if isinstance(entry, str) and entry in names:
+        return names.index(entry)
+    if entry == NO_CLASS:
+        return total
+    if isinstance(entry, int) or entry.isdecimal():
+        if 0 <= int(entry) < total:
+            return int(entry)
+        raise RecipeError(f"class {entry} does not exist: the model knows 0 to {total - 1}, and {NO_CLASS}")
+    close = difflib.get_close_matches(entry, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names[:12]) or f'0 to {total - 1}'}"
+    raise RecipeError(f"class {entry} does not exist: {hint}")

@@ -1,0 +1,112 @@
+"""From a path to a model that can be sampled, and what it was trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tokdyn.checkpoints import read
+from tokdyn.data.config import DataConfig
+from tokdyn.diffusion.objective import Objective
+from tokdyn.errors import CheckpointError
+from tokdyn.models import DCDiT, DiT
+from tokdyn.train.state import newest
+
+_FACTS = "tokdyn.json"
+_PARTS = frozenset({"model", "ema", "checkpoints", "transformer"})  # folder names that do not name a run
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where a model came from.
+
+    Attributes:
+        path: the folder or file that was read.
+        name: of the run, or of the file.
+        step: optimizer steps it was trained for, if a checkpoint says it.
+        data: what it was trained on, if that was saved with it.
+        class_names: one per class, empty if they were not saved.
+    """
+
+    path: Path
+    name: str
+    step: int | None
+    data: DataConfig | None
+    class_names: tuple[str, ...]
+
+
+def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objective, ModelInfo]:
+    """Load a model for sampling.
+
+    Args:
+        path: a training folder (its finished model, else its newest checkpoint), a checkpoint folder, a folder of
+            `save_pretrained`, or any file that `tokdyn.checkpoints.read` knows.
+        ema: take the averaged weights where there are both.
+
+    Returns:
+        The model in evaluation mode on the CPU, what it was trained to predict, and where it came from. Without a
+        tokdyn.json beside the weights the objective is DiT's: noise over 1000 steps.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged.
+    """
+    start = Path(path).expanduser()
+    place, step = _locate(start, ema)
+    model = read(place, ema=ema)
+    facts = _facts(place)
+    try:
+        objective = Objective(**facts.get("objective", {"learn_sigma": model.config.learn_sigma}))
+        data = DataConfig(**facts["data"]) if facts.get("data") else None
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(
+            f"{place / _FACTS} does not describe an objective and data of this version; save the model again."
+        ) from error
+    info = ModelInfo(place, str(facts.get("name") or _name(start)), step, data, tuple(facts.get("class_names", ())))
+    return model, objective, info
+
+
+def _name(path: Path) -> str:
+    """What a run is called when nothing says it: its folder, or the file."""
+    if path.is_file():
+        return path.stem
+    parts = reversed(path.absolute().parts)
+    return next(part for part in parts if part not in _PARTS and not part.startswith("step_"))
+
+
+def _locate(path: Path, ema: bool) -> tuple[Path, int | None]:
+    """The folder or file with the weights, and the step of a checkpoint."""
+    which = "ema" if ema else "model"
+    if not path.is_dir() or (path / "config.json").is_file():
+        return path, None
+    if (path / "state.json").is_file():
+        step = path.name.removeprefix("step_")
+        return path / which, int(step) if step.isdecimal() else None
+    if ema and (path / "model" / "config.json").is_file():
+        return path / "model", None
+    for root in (path / "checkpoints", path):
+        checkpoint = newest(root)
+        if checkpoint is not None:
+            return checkpoint.folder / which, checkpoint.step
+    if (path / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{path} is a training folder without a {'finished model or a ' if ema else ''}checkpoint; train on first."
+        )
+    return path, None
+
+
+def _facts(place: Path) -> dict[str, Any]:
+    """What training wrote beside the weights; empty if nothing."""
+    file = (place if place.is_dir() else place.parent) / _FACTS
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); save the model again.") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file} holds a {type(facts).__name__}, expected a JSON object.")
+    return facts
