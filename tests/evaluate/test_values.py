@@ -141,6 +141,18 @@ def test_score_lies_between_one_and_the_number_of_classes(kit: Any, scale: float
     assert found.values["class_score[sure]"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_score_of_a_class_that_never_occurs(kit: Any) -> None:
+    """Logits so far apart that probabilities are exactly zero: three classes occur, so the score is 3."""
+    images = np.zeros((30, 3, 2, 2), dtype=np.uint8)
+    images.reshape(30, 12)[np.arange(30), np.arange(30) % 3] = 255
+    found = run(
+        generated=kit.npz("sure", images.transpose(0, 2, 3, 1).copy()),
+        extractor=str(kit.torchscript("sure", scale=1e4)),
+        metrics="score",
+    )
+    assert found.values["class_score[sure]"] == pytest.approx(3, rel=1e-6)
+
+
 def test_score_over_parts(kit: Any, judge: str) -> None:
     """Three parts of 100: their mean lies below the score of all, and the spread is that of three numbers."""
     images = kit.npz("images", kit.draw(300, 6))

@@ -40,6 +40,9 @@ def class_score(logits: Tensor, splits: int, seed: int) -> tuple[float, float]:
         splits: Number of parts.
         seed: Of the shuffle before the division.
     """
+    logits = logits.double()
+    # A class that no image has any probability of would give log 0; exp(-700) is as good as none.
+    logits = logits.clamp_min(logits.amax(dim=1, keepdim=True) - 700)
     found = isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=seed)
     return float(found[KEY_METRIC_ISC_MEAN]), float(found[KEY_METRIC_ISC_STD])
 
@@ -100,7 +103,12 @@ def precision_recall(
         save_cpu_ram=True,
         verbose=False,
     )
-    return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])
+    return _fraction(found[KEY_METRIC_PRECISION], len(generated)), _fraction(found[KEY_METRIC_RECALL], len(reference))
+
+
+def _fraction(value: float, count: int) -> float:
+    """The fraction of `count` that was meant, without the rounding of float32."""
+    return round(value * count) / count
 
 
 def class_accuracy(logits: Tensor, labels: NDArray[np.int64]) -> float:

@@ -42,7 +42,5 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device={name} cannot be used here: give device=cpu, device=cuda or device=auto"
-        ) from error
+        raise InputError(f"device={name} cannot be used here: give device=cpu, device=cuda or device=auto") from error
     return device

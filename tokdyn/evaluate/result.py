@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from tokdyn import __version__
 from tokdyn.evaluate.config import EvalConfig
 from tokdyn.evaluate.extractor import ExtractorInfo
 
-PACKAGES = ("tokdyn", "torch", "torch-fidelity", "timm", "numpy", "pillow")
+PACKAGES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 
 class EvalResult(BaseModel):
@@ -77,7 +78,11 @@ def metric_name(metric: str, extractor: ExtractorInfo) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        "tokdyn": __version__,
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
