@@ -1,0 +1,85 @@
+"""Everything that changes with the step is a function of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokdyn.recipe import ChunkingSettings, OptimizerSettings
+from tokdyn.train import schedule
+from tokdyn.train.seeds import Stream, generator, mix, seed_everything, splitmix64
+
+
+def test_learning_rate() -> None:
+    settings = OptimizerSettings(lr=1.0, warmup_steps=4, decay="linear", final_lr=0.5)
+    rates = [schedule.learning_rate(settings, step, 12) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.75)  # half way down to half
+    assert rates[12] == pytest.approx(0.5)
+    cosine = OptimizerSettings(lr=1.0, decay="cosine")
+    assert schedule.learning_rate(cosine, 3, 12) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule.learning_rate(OptimizerSettings(lr=0.1), 10**9, 12) == 0.1
+
+
+def test_curriculum() -> None:
+    settings = ChunkingSettings(curriculum=((10, 2.0), (20, 4.0), (40, 16.0)))
+    found = [schedule.target(settings, 16.0, step) for step in (0, 10, 15, 20, 30, 40, 99)]
+    assert found == [2.0, 2.0, 3.0, 4.0, 10.0, 16.0, 16.0]
+    held = settings.model_copy(update={"interpolation": "hold"})
+    assert [schedule.target(held, 16.0, step) for step in (0, 19, 20, 39, 40)] == [2.0, 2.0, 4.0, 4.0, 16.0]
+    assert schedule.target(ChunkingSettings(), 4.0, 7) == 4.0
+
+
+def test_budgets_are_drawn_only_after_the_warm_up() -> None:
+    settings = ChunkingSettings(budget_warmup_steps=50)
+    drawn = [schedule.tail_drop(settings, 0, step, 0, 4) for step in range(1450)]
+    assert drawn[:50] == [0.0] * 50
+    counts = Counter(float(drop) for drop in drawn[50:])
+    assert set(counts) == set(settings.tail_drops)
+    # 1400 draws of 7 values: 200 each with a standard deviation of 13; five of them.
+    assert all(abs(count - 200) < 65 for count in counts.values())
+
+
+def test_a_budget_per_step_is_the_same_on_every_device_and_one_per_sample_is_not() -> None:
+    step = ChunkingSettings(budget_warmup_steps=0)
+    assert schedule.tail_drop(step, 0, 5, 0, 4) == schedule.tail_drop(step, 0, 5, 4, 4)
+    sample = ChunkingSettings(budget_warmup_steps=0, draw="sample")
+    whole = schedule.tail_drop(sample, 0, 5, 0, 8)
+    halves = [schedule.tail_drop(sample, 0, 5, first, 4) for first in (0, 4)]
+    assert isinstance(whole, torch.Tensor)
+    assert torch.equal(whole, torch.cat([torch.as_tensor(half) for half in halves]))
+    assert len(set(whole.tolist())) > 1
+    assert schedule.tail_drop(ChunkingSettings(tail_drops=(0.0,), budget_warmup_steps=0), 0, 5, 0, 4) == 0.0
+
+
+def test_ema_decay() -> None:
+    assert schedule.ema_decay(0.9999, True, 0) == 0.1
+    assert schedule.ema_decay(0.9999, True, 90) == 0.91
+    assert schedule.ema_decay(0.9999, True, 10**7) == 0.9999
+    assert schedule.ema_decay(0.9, False, 0) == 0.9
+
+
+def test_splitmix64() -> None:
+    """First outputs of the reference generator (Vigna, prng.di.unimi.it/splitmix64.c) seeded with 1234567."""
+    golden = 0x9E3779B97F4A7C15
+    found = [splitmix64((1234567 + index * golden) & (2**64 - 1)) for index in range(3)]
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 64)), min_size=2, max_size=50, unique=True))
+def test_seeds_of_different_places_differ(places: list[tuple[int, int]]) -> None:
+    seeds = {mix(0, stream, *place) for place in places for stream in Stream}
+    assert len(seeds) == len(places) * len(Stream)
+
+
+def test_a_generator_leaves_the_global_one_alone() -> None:
+    seed_everything(0, Stream.MICRO_STEP, 1, 2)
+    expected = torch.rand(3)
+    seed_everything(0, Stream.MICRO_STEP, 1, 2)
+    torch.rand(1, generator=generator(0, Stream.PREVIEW))
+    assert torch.equal(torch.rand(3), expected)
