@@ -92,7 +92,8 @@ def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: fl
     """
     offsets, squares = disc(_REACH[features.dtype] * sigma, len(packing.grid))
     token, offset, neighbour, own = _neighbours(packing, offsets)
-    kernel = torch.tensor([math.exp(-square / (2 * sigma * sigma)) for square in squares]).to(features)
+    heights = [math.exp(-square / (2 * sigma * sigma)) for square in squares]
+    kernel = torch.tensor(heights, dtype=features.dtype, device=features.device)
     weight = kernel.index_select(0, offset) * kept.index_select(0, neighbour)
     total = torch.zeros_like(kept).index_add(0, token, weight) + _EPS
     share = (1 - kept) / total

@@ -1,0 +1,157 @@
+"""De-chunking: equal to the dense formula on any grid, and its laws."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.ops.reference import dense_dechunk
+
+from tokdyn import ops
+from tokdyn.errors import InputError
+from tokdyn.ops.dechunk import _smooth_by_lists, _smooth_on_grid
+from tokdyn.ops.nearest import nearest_kept
+
+grids = st.one_of(
+    st.tuples(st.integers(1, 40)),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7)),
+)
+shares = st.sampled_from([0.02, 0.25, 0.7, 1.0])
+seeds = st.integers(0, 10_000)
+
+
+def case(grid, share, seed, batch=3, width=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    cells = math.prod(grid)
+    keep = torch.rand(batch, cells, generator=generator) < share
+    keep[torch.arange(batch), torch.randint(cells, (batch,), generator=generator)] = True
+    probability = torch.rand(batch, cells, generator=generator, dtype=dtype)
+    return torch.randn(int(keep.sum()), width, generator=generator, dtype=dtype), probability, keep
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids, shares, seeds, st.sampled_from([0.5, 1.0, 2.0]))
+def test_equals_the_dense_formula_with_gradients(grid, share, seed, sigma):
+    features, probability, keep = case(grid, share, seed)
+    features.requires_grad_()
+    probability.requires_grad_()
+    ours = ops.dechunk(features, probability, keep, grid, sigma)
+    theirs = dense_dechunk(features, probability, keep, grid, sigma)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for mine, reference in zip(
+        torch.autograd.grad(ours.square().sum(), (features, probability)),
+        torch.autograd.grad(theirs.square().sum(), (features, probability)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(grids, shares, seeds)
+def test_both_forms_of_smoothing_agree(grid, share, seed):
+    """CUDA smooths on the grid, CPU over neighbour lists; the sums are the same."""
+    features, probability, keep = case(grid, share, seed)
+    packing = ops.pack(keep, grid)
+    kept = probability.flatten()[packing.index].clamp(1e-4, 1 - 1e-4)
+    lists = _smooth_by_lists(features, kept, packing, 1.0)
+    torch.testing.assert_close(_smooth_on_grid(features, kept, packing, 1.0), lists, rtol=0, atol=1e-12)
+
+
+def test_long_axes_blur_by_shifted_sums():
+    features, probability, keep = case((200, 3), 0.3, 1)
+    packing = ops.pack(keep, (200, 3))
+    kept = probability.flatten()[packing.index].clamp(1e-4, 1 - 1e-4)
+    lists = _smooth_by_lists(features, kept, packing, 1.0)
+    torch.testing.assert_close(_smooth_on_grid(features, kept, packing, 1.0), lists, rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids, shares, seeds)
+def test_nearest_is_idempotent_onto_the_kept_set(grid, share, seed):
+    _, _, keep = case(grid, share, seed)
+    nearest = nearest_kept(keep, grid)
+    assert keep.gather(1, nearest).all()
+    cells = torch.arange(keep.shape[1]).expand_as(nearest)
+    torch.testing.assert_close(nearest[keep], cells[keep])
+
+
+def test_nearest_breaks_ties_by_raster_index():
+    keep = torch.zeros(1, 9, dtype=torch.bool)
+    keep[0, [1, 3, 5, 7]] = True
+    assert nearest_kept(keep, (3, 3))[0, 4] == 1
+
+
+def test_nearest_on_a_grid_whose_keys_need_64_bits():
+    keep = torch.zeros(1, 300 * 300, dtype=torch.bool)
+    keep[0, [0, 300 * 300 - 1]] = True
+    nearest = nearest_kept(keep, (300, 300)).view(300, 300)
+    assert nearest[0, 299] == 0  # equally far from both corners
+    assert nearest[299, 299] == 300 * 300 - 1
+    assert nearest[10, 10] == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(grids, shares, seeds)
+def test_constants_come_back_and_outputs_stay_in_the_hull(grid, share, seed):
+    features, probability, keep = case(grid, share, seed)
+    constant = ops.dechunk(torch.full_like(features, 1.75), probability, keep, grid, 1.0)
+    torch.testing.assert_close(constant, torch.full_like(constant, 1.75), rtol=0, atol=1e-3)  # eps over p >= 1e-4
+    out = ops.dechunk(features, probability, keep, grid, 1.0)
+    for sample, rows in zip(out, features.split(keep.sum(1).tolist()), strict=True):
+        slack = 1e-3 * features.abs().max()
+        assert (sample.amax(0) <= rows.amax(0) + slack).all()
+        assert (sample.amin(0) >= rows.amin(0) - slack).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(grids, seeds)
+def test_everything_kept_with_certainty_is_the_identity(grid, seed):
+    features, _, _ = case(grid, 1.0, seed)
+    keep = torch.ones(3, math.prod(grid), dtype=torch.bool)
+    features = features[: keep.sum()] if len(features) >= keep.sum() else torch.randn(int(keep.sum()), 5).double()
+    out = ops.dechunk(features, torch.ones(keep.shape, dtype=torch.float64), keep, grid, 1.0)
+    torch.testing.assert_close(out.flatten(0, 1), features, rtol=0, atol=2e-3)  # p is clamped to 1 - 1e-4
+    plain = ops.dechunk(features, torch.rand(keep.shape), keep, grid, None)
+    assert torch.equal(plain.flatten(0, 1), features)
+
+
+@settings(deadline=None, max_examples=20)
+@given(grids, shares, seeds)
+def test_a_sample_does_not_depend_on_its_batch_mates(grid, share, seed):
+    features, probability, keep = case(grid, share, seed)
+    together = ops.dechunk(features, probability, keep, grid, 1.0)
+    lengths = keep.sum(1).tolist()
+    for b, rows in enumerate(features.split(lengths)):
+        alone = ops.dechunk(rows, probability[b : b + 1], keep[b : b + 1], grid, 1.0)
+        torch.testing.assert_close(alone[0], together[b], rtol=0, atol=1e-13)
+
+
+def test_half_precision_is_smoothed_in_fp32():
+    features, probability, keep = case((8, 8), 0.3, 3, dtype=torch.float32)
+    half = features.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = ops.dechunk(half, probability, keep, (8, 8), 1.0)
+    exact = ops.dechunk(half.float(), probability, keep, (8, 8), 1.0)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, exact.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"features": torch.zeros(3, 4)}, "one row a token"),
+        ({"probability": torch.zeros(2, 5)}, "must be equal"),
+        ({"grid": (4, 5)}, "for the grid"),
+        ({"grid": (1, 1, 4, 4)}, "1 to 3 sizes"),
+        ({"keep": torch.zeros(2, 16, dtype=torch.bool)}, "keeps no token"),
+        ({"sigma": -1.0}, "not negative"),
+    ],
+)
+def test_wrong_input_is_named(change, words):
+    keep = torch.zeros(2, 16, dtype=torch.bool)
+    keep[:, 3] = True
+    given_ = {"features": torch.zeros(2, 4), "probability": torch.zeros(2, 16), "keep": keep, "grid": (4, 4)}
+    with pytest.raises(InputError, match=words):
+        ops.dechunk(**{**given_, "sigma": 1.0, **change})
