@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +18,9 @@ from tokdyn.data.vae import decode, scaling_of
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import CheckpointError, DataError, InputError, RecipeError, UnsupportedModelError
 from tokdyn.flops import flops_per_image
+from tokdyn.report.decoding import open_decoder
 from tokdyn.report.pixels import to_pixels
-from tokdyn.sample import ModelInfo, SampleConfig, load_model, sample
-from tokdyn.sample.decoding import open_decoder
+from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.train import state
 from tokdyn.train.snapshot import save_model
 
@@ -259,9 +258,7 @@ def test_latents_are_decoded_and_not_clamped(tmp_path, vae):
 
 
 def test_decoder_undoes_the_scaling_whatever_the_batch(vae):
-    model = SimpleNamespace(config=SimpleNamespace(in_channels=4))
-    info = ModelInfo(Path(), "x", None, None, ())
-    decoder = open_decoder(model, info, str(vae), torch.device("cpu"))
+    decoder = open_decoder(4, None, str(vae), torch.device("cpu"))
     latents = torch.randn(20, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     network = AutoencoderKL.from_pretrained(vae).eval()
     with torch.no_grad():

@@ -12,8 +12,8 @@ from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler
 from tokdyn.errors import RecipeError, UnsupportedModelError
+from tokdyn.report.decoding import Decoder, open_decoder
 from tokdyn.sample.config import SampleConfig
-from tokdyn.sample.decoding import Decoder, open_decoder
 from tokdyn.sample.labels import class_name, class_numbers
 from tokdyn.sample.loading import ModelInfo, load_model
 
@@ -97,7 +97,7 @@ def prepare(config: SampleConfig) -> Job:
             f"{info.path} is a {type(model).__name__}, which computes every token: there are no maps to draw, leave "
             "maps off"
         )
-    decoder = open_decoder(model, info, config.vae, device)
+    decoder = open_decoder(model.config.in_channels, info.data, config.vae, device)
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Job(
         config=config,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.data.config import DataConfig
 from tokdyn.data.shards import LatentIndex, read_index
 from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of
 from tokdyn.errors import DataError, RecipeError
 from tokdyn.report.pixels import Pixels, to_pixels
-from tokdyn.sample.loading import ModelInfo
 
 _AT_ONCE = 16  # latents per call of the autoencoder, whose activations are large
 
@@ -43,15 +43,15 @@ class Decoder:
         return to_pixels(torch.cat(parts))
 
 
-def open_decoder(model: Any, info: ModelInfo, vae: str | None, device: torch.device) -> Decoder:
+def open_decoder(channels: int, data: DataConfig | None, vae: str | None, device: torch.device) -> Decoder:
     """Choose how samples become pictures.
 
-    A model makes latents if it was trained on latents, if ``vae`` is given, or if nothing is known of its data and it
-    has neither 1 nor 3 channels.
+    A model makes latents if it was trained on latents, if nothing is known of its data and ``vae`` is given, or if
+    nothing is known and it has neither 1 nor 3 channels.
 
     Args:
-        model: the model, for its channels.
-        info: what it was trained on.
+        channels: of the samples.
+        data: what the model was trained on, if that is known.
         vae: path or hub id; None takes the autoencoder that wrote the training data.
         device: where to decode.
 
@@ -59,13 +59,13 @@ def open_decoder(model: Any, info: ModelInfo, vae: str | None, device: torch.dev
         RecipeError: the model makes latents and no autoencoder is known, or the autoencoder does not fit.
         DataError: the autoencoder cannot be loaded.
     """
-    channels = model.config.in_channels
-    trained_on_latents = info.data is not None and info.data.kind == "latents"
-    if vae is None and not trained_on_latents and (info.data is not None or channels in (1, 3)):
+    if data is not None and data.kind != "latents":
+        if vae is not None:
+            raise RecipeError(f"vae={vae} has no effect: the model was trained on pixels ({data.kind}); leave it out.")
         return Decoder()
-    if vae is not None and info.data is not None and not trained_on_latents:
-        raise RecipeError(f"vae={vae} has no effect: the model was trained on pixels ({info.data.kind}); leave it out.")
-    index = _index(info)
+    if data is None and vae is None and channels in (1, 3):
+        return Decoder()
+    index = _index(data)
     if vae is not None:
         autoencoder = load_vae(vae)
     elif index is not None and index.vae.source is not None:
@@ -85,11 +85,11 @@ def open_decoder(model: Any, info: ModelInfo, vae: str | None, device: torch.dev
     return Decoder(autoencoder.to(device), scaling)
 
 
-def _index(info: ModelInfo) -> LatentIndex | None:
-    """The index of the latents that the model was trained on, if they are still there."""
-    if info.data is None or info.data.kind != "latents" or info.data.path is None:
+def _index(data: DataConfig | None) -> LatentIndex | None:
+    """The index of the latents that a model was trained on, if they are still there."""
+    if data is None or data.path is None:
         return None
     try:
-        return read_index(Path(info.data.path).expanduser())
+        return read_index(Path(data.path).expanduser())
     except DataError:
         return None
