@@ -51,9 +51,7 @@ def test_a_plan_checks_the_data(tmp_path: Path) -> None:
         dry_run(load("cifar10/dit-flops", ["data.size=null"]))
 
 
-@pytest.mark.parametrize(
-    ("name", "published"), [("s", 421_230), ("b", 408_071), ("l", 486_372), ("xl", 494_943)]
-)
+@pytest.mark.parametrize(("name", "published"), [("s", 421_230), ("b", 408_071), ("l", 486_372), ("xl", 494_943)])
 def test_compute_matched_lengths_are_the_published_ones(name: str, published: int) -> None:
     """arXiv 2603.06351 v2 matched FLOPs that it measured; ours assume that exactly 1/4 is kept: within 2.5%."""
     assert planned_steps(load(f"imagenet/dc-dit-{name}-256")) == pytest.approx(published, rel=0.025)

@@ -96,7 +96,7 @@ def test_damage_is_named_and_the_one_before_is_used(damage: Callable[[Path], Non
     assert "step_0000020" in found.skipped[0]
     assert named in found.skipped[0]
     damage(root / "step_0000010")
-    with pytest.raises(CheckpointError, match="No checkpoint in .* can be used"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* can be used"):
         state.newest(root)
 
 

@@ -178,7 +178,7 @@ class Recipe(Section):
         compute_match: Derive the number of steps from a baseline's compute, instead of `training.steps`.
     """
 
-    name: Annotated[str, Field(pattern=r"^[\w.+-][\w.+/-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$")] = "run"
     description: str = ""
     seed: Count = 0
     out: str | None = None

@@ -10,12 +10,14 @@ import yaml
 
 from tokdyn.errors import RecipeError
 
+_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of the 1.2 core schema: `1e-4` is a number, `on` and `no` are strings."""
+    """Safe YAML in which `1e-4` is a number, and `on`, `no`, `010`, `1:30` and `2026-01-01` are strings."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the class attribute is how PyYAML is configured
-        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
+        first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -31,6 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9]\d*)$"), "-+0123456789")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

@@ -92,9 +92,10 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(half, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{target} could not be written ({getattr(error, 'strerror', None) or error}); checkpoints written before are untouched. "
-            "Make room or choose another out=FOLDER, then continue with --resume."
+            f"{target} could not be written ({reason}); checkpoints written before are untouched. Make room, then "
+            "continue with --resume."
         ) from error
 
 
