@@ -21,12 +21,14 @@ from tokdyn.errors import (
 )
 
 if TYPE_CHECKING:
+    from tokdyn.methods import Chunking
     from tokdyn.models import DCDiT, DiT
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CheckpointError",
+    "Chunking",
     "CompositionError",
     "DCDiT",
     "DataError",
@@ -38,7 +40,12 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"DiT": "tokdyn.models", "DCDiT": "tokdyn.models"}
+_LAZY = {
+    "Chunking": "tokdyn.methods",
+    "DCDiT": "tokdyn.models",
+    "DiT": "tokdyn.models",
+    "ModelMixin": "diffusers",  # diffusers' pipelines look it up in the module of a custom class to know how to load it
+}
 _SUBMODULES = frozenset(
     {"checkpoints", "data", "demo", "diffusion", "evaluate", "flops", "methods", "models", "ops", "recipe", "report"}
     | {"sample", "tokens", "train"}
