@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
+from tokdyn.ops.device import asking_waits
 from tokdyn.tokens import Packing
 
 _FREQUENCIES = 256
@@ -171,4 +172,4 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Te
 
 
 def _by_sample(packing: Packing) -> bool:
-    return packing.total >= _LONG_ROWS * len(packing.lengths) and not packing.index.is_cuda
+    return packing.total >= _LONG_ROWS * len(packing.lengths) and not asking_waits(packing.index)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.errors import InputError
+from tokdyn.ops.device import asking_waits
 from tokdyn.ops.nearest import disc, nearest_kept
 from tokdyn.ops.pack import pack
 from tokdyn.ops.precision import exact
@@ -67,7 +68,7 @@ def dechunk_packed(
         if sigma:
             source = exact(features)
             kept = probability.to(source).flatten().index_select(0, packing.index).clamp(_P_MIN, 1 - _P_MIN)
-            form = _smooth_on_grid if features.is_cuda else _smooth_by_lists
+            form = _smooth_on_grid if asking_waits(features) else _smooth_by_lists
             rows = form(source, kept, packing, float(sigma)).to(features.dtype)
         batch, count = keep.shape
         if packing.total == batch * count:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from tokdyn.ops.device import asking_waits
 from tokdyn.tokens import Grid, cells
 
 _BROADCAST_LIMIT = 1 << 24
@@ -50,14 +51,15 @@ def _along_rows(keep: Tensor, count: int, limit: int, dtype: torch.dtype) -> Ten
 def _along_axis(source: Tensor, axis: int, count: int) -> Tensor:
     """Minimum over the cells of one axis of their key plus the squared distance along it."""
     size = source.shape[axis]
-    if source.is_cuda and source.numel() * size <= _BROADCAST_LIMIT:
+    waits = asking_waits(source)
+    if waits and source.numel() * size <= _BROADCAST_LIMIT:
         line = torch.arange(size, device=source.device, dtype=source.dtype)
         steps = (line[:, None] - line).square() * count
         return (source.unsqueeze(axis) + steps.view(size, size, *[1] * (source.dim() - axis - 1))).amin(dim=axis + 1)
     best = source.clone()
     for distance in range(1, size):
-        step = distance * distance * count  # nothing farther away can win below this; on CUDA asking would be a sync
-        if not source.is_cuda and int(best.max()) < step:
+        step = distance * distance * count  # nothing farther away can win below this
+        if not waits and int(best.max()) < step:
             break
         ahead, behind = best.narrow(axis, distance, size - distance), best.narrow(axis, 0, size - distance)
         torch.minimum(ahead, source.narrow(axis, 0, size - distance) + step, out=ahead)
