@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from tokdyn.errors import CheckpointError, DataError
-from tokdyn.recipe import Recipe
+from tokdyn.recipe import Recipe, load
 from tokdyn.train import EXIT_INTERRUPTED, train
 
 Tiny = Callable[..., Recipe]
@@ -177,3 +177,10 @@ def test_metrics_hold_every_step_once(whole: Path, rows: Callable[[Path], list[d
     assert {"loss", "ratio", "kept", "natural_kept", "probability", "tail_drop", "grad_norm", "lr", "epoch"} <= set(
         found[0]
     )
+
+
+def test_a_run_that_was_moved_resumes_where_it_is(whole: Path, half: Path, assert_same_run: Same) -> None:
+    recipe = load(half)  # its recipe.yaml names the folder it was copied from
+    assert recipe.out == str(half)
+    train(recipe, resume=True)
+    assert_same_run(whole, half, 6)

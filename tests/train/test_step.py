@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from tokdyn.diffusion.objective import Objective
-from tokdyn.errors import TokdynError
+from tokdyn.errors import RecipeError, TokdynError
 from tokdyn.recipe import OptimizerSettings, Recipe
 from tokdyn.train import metrics, state, train
 from tokdyn.train.allocator import keep_large_buffers
@@ -159,3 +159,33 @@ def test_what_is_saved_says_how_to_sample(what: str, tmp_path: Path, tiny: Tiny)
         assert "path" not in info["data"]
         assert DCDiT.from_pretrained(tmp_path / "run" / folder).config.learn_sigma == recipe.objective.learn_sigma
     assert load(tmp_path / "run") == load(tmp_path / "run" / "model" / "recipe.yaml") == recipe
+
+
+def test_a_tracker_that_is_missing_is_named(tmp_path: Path, tiny: Tiny) -> None:
+    with pytest.raises(RecipeError, match="names no-such-tracker, which is not installed here"):
+        train(tiny(tmp_path / "run", "training.trackers=[no-such-tracker]"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_starts_at_the_target_unless_the_official_start_is_asked_for(tmp_path: Path, tiny: Tiny) -> None:
+    """1/4 of 4096 cells of fresh noise: a standard deviation of 0.007, and the router sees other images than it was
+    calibrated on. The official bias of -1.1 keeps almost nothing."""
+    large = ("training.batch_size=64", "training.steps=1")
+    train(tiny(tmp_path / "run", *large))
+    (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert row["natural_kept"] == pytest.approx(0.25, abs=0.05)
+    train(tiny(tmp_path / "official", *large, "model.official_init=true"))
+    (row,) = metrics.read(tmp_path / "official" / "metrics.jsonl")
+    assert row["natural_kept"] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["scaffold", "blocks"])
+def test_compiled_parts_train_and_resume(
+    what: str, tmp_path: Path, tiny: Tiny, assert_same_run: Callable[[Path, Path, int], None]
+) -> None:
+    settings = (f"training.compile={what}", "training.precision=bf16", "chunking.budget_warmup_steps=0")
+    train(tiny(tmp_path / "whole", *settings, "training.steps=4"))
+    train(tiny(tmp_path / "parts", *settings, "training.steps=2"))
+    train(tiny(tmp_path / "parts", *settings, "training.steps=4"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)

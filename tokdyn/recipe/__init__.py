@@ -66,13 +66,17 @@ def load(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
     """Read a recipe, everything it extends, and key=value settings over it.
 
     Args:
-        name: A YAML file, a training folder (its recipe.yaml) or the name of a shipped recipe.
+        name: A YAML file, a training folder (its recipe.yaml, with `out` where the folder is now) or the name of a
+            shipped recipe.
         settings: Words such as "optimizer.lr=4e-4"; values are YAML and a later word wins.
 
     Raises:
         RecipeError: Anything that is wrong with any of it.
     """
-    return resolve(files.deep_merge(files.read(str(name)), files.parse_overrides(settings)), f"Recipe '{name}'")
+    found = files.read(str(name))
+    if (Path(name) / "metrics.jsonl").is_file() or (Path(name) / "checkpoints").is_dir():
+        found["out"] = str(name)
+    return resolve(files.deep_merge(found, files.parse_overrides(settings)), f"Recipe '{name}'")
 
 
 def dump(recipe: Recipe) -> str:

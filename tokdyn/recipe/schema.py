@@ -60,7 +60,8 @@ class ChunkingSettings(Section):
         budget_warmup_steps: Steps trained without tail drop first.
         curriculum: Points (step, N) of the target; empty keeps the model's own N throughout.
         interpolation: Between two points N is held, or moves in a straight line.
-        calibrate: Start with the router's bias set so that 1/N of the first batch is kept.
+        calibrate: Start with the router's bias set so that 1/N of a first batch is kept (not with the model's
+            `official_init`).
     """
 
     ratio_weight: Annotated[float, Field(ge=0.0)] = 0.03

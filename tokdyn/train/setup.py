@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from torch import nn
 
@@ -14,6 +15,7 @@ from tokdyn.data import BatchStream, Dataset, open_data
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import OptimizerSettings, Recipe
 from tokdyn.recipe.build import build_model, planned_steps
+from tokdyn.recipe.explain import nearest
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
 from tokdyn.train.seeds import Stream, seed_everything
@@ -62,8 +64,16 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     """Join the other processes, if any; on CPU unless there is an accelerator.
 
     Raises:
-        RecipeError: The launcher asks for a kind of parallelism other than one replica per device.
+        RecipeError: A tracker is not installed, or the launcher asks for a kind of parallelism other than one
+            replica per device.
     """
+    known = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    missing = [name for name in recipe.training.trackers if name not in known]
+    if missing:
+        raise RecipeError(
+            f"training.trackers names {missing[0]}, which is not installed here{nearest(missing[0], known)}; install "
+            "it or take it off the list."
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # autocast is part of the step, so that sampling and training use the same one
@@ -169,7 +179,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
     steps = planned_steps(recipe, dataset.shape, dataset.num_classes)
     seed_everything(recipe.seed, Stream.WEIGHTS)
     model = build_model(recipe, dataset.shape, dataset.num_classes).to(accelerator.device)
-    if fresh and recipe.chunking is not None and recipe.chunking.calibrate:
+    if fresh and recipe.chunking is not None and recipe.chunking.calibrate and not model.config.official_init:
         calibrate(model, recipe, dataset, accelerator.device)
     model.train()
     ema = Ema(model, recipe.training.ema, recipe.training.ema_warmup)
