@@ -28,7 +28,7 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except TokdynError as error:
-            typer.echo(f"tokdyn {self.name}: {error}", err=True)
+            typer.echo(f"{ctx.command_path}: {error}", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as stop:
             typer.echo("Interrupted.", err=True)

@@ -26,5 +26,13 @@ def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> None:
         typer.echo("  ".join(cells).rstrip())
 
 
+def pairs(body: Iterable[tuple[str, object]]) -> None:
+    """Prints what and how much, one pair a line."""
+    rows = list(body)
+    width = max(len(what) for what, _ in rows)
+    for what, value in rows:
+        typer.echo(f"{what:<{width}}  {value}")
+
+
 def _numeric(cell: str) -> bool:
     return cell.replace(",", "").replace(".", "", 1).removesuffix("%").lstrip("-").isdigit() or cell == "-"

@@ -1,0 +1,52 @@
+"""`tokdyn eval`."""
+
+from __future__ import annotations
+
+import typer
+
+from .frame import command
+from .output import Json, table
+from .settings import read
+
+
+def _settings() -> type:
+    from tokdyn.evaluate import EvalConfig
+
+    return EvalConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+
+    @command(
+        app,
+        "eval",
+        words=["GENERATED", "[REFERENCE]"],
+        settings=_settings,
+        examples=[
+            "tokdyn eval samples test.zip",
+            "tokdyn eval samples.npz test.zip metrics=frechet,kid limit=5000 --json",
+            "tokdyn eval samples test.zip extractor=cifar10_resnet56.ts cache=test.safetensors",
+        ],
+    )
+    def evaluate(ctx: typer.Context, json: Json = False) -> None:
+        """Measure generated images, against a reference if there is one."""
+        from tokdyn.evaluate import EvalConfig, evaluate
+
+        result = evaluate(read(ctx.args, EvalConfig, ["generated", "reference"]))
+        if json:
+            typer.echo(result.to_json())
+            return
+        table(
+            ["metric", "value", "spread", "reference"],
+            [
+                (name, _number(value), _number(result.spread.get(name)), _number(result.reference_values.get(name)))
+                for name, value in result.values.items()
+            ],
+        )
+        for line in (*result.warnings, *result.notes):
+            typer.echo(line, err=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

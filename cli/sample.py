@@ -1,0 +1,61 @@
+"""`tokdyn sample`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from .frame import command
+from .output import Json, table
+from .settings import read
+
+if TYPE_CHECKING:
+    from tokdyn.sample import BudgetResult
+
+BUDGET_COLUMNS = ("tail drop", "images", "tokens kept", "TFLOPs", "images/s")
+
+
+def _settings() -> type:
+    from tokdyn.sample import SampleConfig
+
+    return SampleConfig
+
+
+def budget_row(budget: BudgetResult) -> tuple[str, ...]:
+    """One row under BUDGET_COLUMNS."""
+    return (
+        f"{budget.tail_drop:g}",
+        f"{budget.images}",
+        "-" if budget.kept is None else f"{budget.kept:.1%}",
+        "-" if budget.tflops_per_image is None else f"{budget.tflops_per_image:.4f}",
+        "-" if budget.images_per_second is None else f"{budget.images_per_second:.2f}",
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+
+    @command(
+        app,
+        "sample",
+        words=["MODEL"],
+        settings=_settings,
+        examples=[
+            "tokdyn sample runs/demo scheduler=ddim steps=25",
+            "tokdyn sample runs/demo tail_drop=0,0.3,0.6 --maps out=budgets",
+            "tokdyn sample runs/demo guidance=1.5 uncond_tail_drop=0.9 classes=star,ring",
+            "tokdyn sample runs/demo count=5000 format=npz scheduler=dpm steps=20 --json",
+        ],
+    )
+    def sample(ctx: typer.Context, json: Json = False) -> None:
+        """Draw images from a trained model, at one or several budgets."""
+        from tokdyn.sample import SampleConfig, sample
+
+        result = sample(read(ctx.args, SampleConfig, ["model"]))
+        if json:
+            typer.echo(result.model_dump_json(indent=2))
+            return
+        table(BUDGET_COLUMNS, map(budget_row, result.budgets))
+        for path in (*result.files, *(file for budget in result.budgets for file in budget.files)):
+            typer.echo(f"  {path}")

@@ -1,0 +1,51 @@
+"""The picture that only the tour draws: what the router keeps beside the true detail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+
+from tokdyn.data.shapes import ShapesDataset
+from tokdyn.demo.router import look
+from tokdyn.diffusion.objective import Objective
+from tokdyn.report.grids import image_grid
+from tokdyn.report.maps import shade
+from tokdyn.report.pixels import to_pixels, write_png
+
+
+def draw_router(
+    model: Any,
+    objective: Objective,
+    data: ShapesDataset,
+    indices: Sequence[int],
+    levels: Sequence[float],
+    path: Path,
+    seed: int = 0,
+) -> Path:
+    """Draw images with everything but the true detail faded, then with everything but the kept tokens, per noise level.
+
+    Args:
+        model: a chunking model.
+        objective: what it was trained with.
+        data: the shapes.
+        indices: which images.
+        levels: noise levels in [0, 1].
+        path: file to write.
+        seed: of the noise.
+    """
+    rows, titles = [], []
+    for level in levels:
+        routing, noised = look(model, objective, data, indices, level, seed)
+        keep = routing.keep.cpu().view(-1, *routing.grid).numpy()
+        rows += [shade(image, mask) for image, mask in zip(to_pixels(noised.x_t), keep, strict=True)]
+        titles.append(f"kept at noise level {level:g}")
+    images, _ = data.batch(indices)
+    # Detail is known by pixel; a token holds some if any of its pixels does.
+    truth = F.adaptive_max_pool2d(data.detail_masks(indices).float(), keep.shape[1:]).bool().numpy()
+    rows[:0] = [shade(image, mask) for image, mask in zip(to_pixels(images), truth, strict=True)]
+    page = image_grid(np.stack(rows), columns=len(indices), row_titles=["true detail", *titles])
+    return write_png(page, path)

@@ -1,0 +1,66 @@
+"""Does the router keep what matters? Its choice against the ground truth of the procedural shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokdyn.data import DetailScore, ShapesDataset, detail_score
+from tokdyn.diffusion.objective import Noised, Objective
+from tokdyn.tokens import Routing
+
+
+@dataclass(frozen=True)
+class RouterScore:
+    """How well the tokens that a router keeps cover the detail of noisy images.
+
+    Attributes:
+        level: noise level in [0, 1] of the images that the router saw.
+        detail: the score of its choice.
+    """
+
+    level: float
+    detail: DetailScore
+
+
+def score_router(
+    model: Any, objective: Objective, data: ShapesDataset, indices: Sequence[int], level: float, seed: int = 0
+) -> RouterScore:
+    """Compare what a chunking model keeps with the ground truth of the shapes.
+
+    Args:
+        model: a `DCDiT` trained on such shapes.
+        objective: what it was trained with.
+        data: the shapes.
+        indices: B images to show it.
+        level: noise level in [0, 1]; the nearest one that the objective has is used.
+        seed: of the noise.
+
+    Returns:
+        The mean score of the B images.
+    """
+    routing, noised = look(model, objective, data, indices, level, seed)
+    rows, columns = routing.grid
+    masks = data.detail_masks(indices)
+    return RouterScore(float(noised.level[0]), detail_score(routing.keep.cpu(), (rows, columns), masks))
+
+
+def look(
+    model: Any, objective: Objective, data: ShapesDataset, indices: Sequence[int], level: float, seed: int
+) -> tuple[Routing, Noised]:
+    """Show noisy shapes to a chunking model; what it decided, and what it saw. Arguments as in `score_router`."""
+    device = next(model.parameters()).device
+    images, labels = data.batch(indices)
+    timesteps = torch.arange(objective.num_train_timesteps)
+    nearest = timesteps[(objective.level(timesteps) - level).abs().argmin()]
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    noised = objective.mix(images, noise, nearest.expand(len(images)))
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        out = model(noised.x_t.to(device), timestep=noised.timestep.to(device), class_labels=labels.to(device))
+    model.train(training)
+    return out.routing, noised
