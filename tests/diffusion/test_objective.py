@@ -213,3 +213,14 @@ def test_wrong_number_of_channels_is_named():
         Objective().loss(noised.noise, noised)
     with pytest.raises(UnsupportedModelError, match=r"returned 6 channels.*needs 3"):
         Objective(learn_sigma=False).loss(torch.zeros(6, 6, 4, 4), noised)
+
+
+def test_training_works_after_sampling_on_the_same_tables():
+    objective = Objective(num_train_timesteps=777)  # used by no other test, so its tables are made here
+    with torch.inference_mode():
+        objective.scales(torch.arange(3))
+    noised = objective.add_noise(images(), generator())
+    output = torch.zeros(6, 6, 4, 4, requires_grad=True)
+    objective.loss(output, noised).sum().backward()
+    assert output.grad is not None
+    assert bool(torch.isfinite(output.grad).all())

@@ -69,8 +69,12 @@ class NoiseTables:
 
 @lru_cache(maxsize=32)
 def noise_tables(kind: BetaSchedule, steps: int, device: torch.device) -> NoiseTables:
-    """All constants of the process on one device, computed once."""
-    beta = betas(kind, steps)
+    """All constants of the process on one device, computed once, fit for training even when sampling came first."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _noise_tables(betas(kind, steps), device)
+
+
+def _noise_tables(beta: Tensor, device: torch.device) -> NoiseTables:
     alpha_bar = torch.cumprod(1.0 - beta, dim=0)
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     variance = beta * (1.0 - previous) / (1.0 - alpha_bar)
