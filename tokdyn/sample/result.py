@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,8 +134,9 @@ def mean_kept(run: Trajectory) -> float | None:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """The processor or accelerator, and the version of torch."""
-    found: dict[str, str | int] = {"system": platform.platform(), "threads": torch.get_num_threads()}
+    """What the run used: architecture, cores and threads, the accelerator if there is one, and the version of torch."""
+    found: dict[str, str | int] = {"system": platform.system(), "architecture": platform.machine()}
+    found |= {"cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found["accelerator"] = torch.cuda.get_device_name(device)
     return found | {"device": str(device), "torch": torch.__version__}
