@@ -1,0 +1,220 @@
+"""The commands as a user types them, on a run that takes two steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokdyn.cli import frame
+from tokdyn.cli.main import app
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import tokdyn
+
+TINY = [
+    "model.name=tiny", "model.hidden_size=32", "model.depth=1", "model.num_heads=2", "data.size=16", "data.length=64",
+    "training.steps=2", "training.batch_size=4", "training.log_every=1", "training.sample_every=null",
+    "training.precision=fp32",
+]  # fmt: skip
+LEAVES = [
+    ["demo"], ["train"], ["features"], ["sample"], ["eval"], ["models"],
+    ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
+]  # fmt: skip
+
+
+def run(*words: str | Path, code: int = 0) -> Any:
+    """Runs a command in this process."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    shown = json.loads(run("train", "demo", *TINY, f"out={folder}", "--json").stdout)
+    assert shown["step"] == shown["steps"] == 2
+    assert shown["folder"] == str(folder)
+    return folder
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"tokdyn {tokdyn.__version__}\n"
+
+
+def test_every_command_is_known_here() -> None:
+    command: Any = get_command(app)
+    found = [[name] for name, child in command.commands.items() if not hasattr(child, "commands")]
+    found += [[name, leaf] for name, child in command.commands.items() for leaf in getattr(child, "commands", ())]
+    assert sorted(found) == sorted(LEAVES)
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_help_has_usage_and_examples(words: list[str]) -> None:
+    text = run(*words, "--help").stdout
+    assert f" {' '.join(words)} " in text.splitlines()[0]
+    assert f"tokdyn {' '.join(words)}" in text.partition("Examples:")[2]
+
+
+@pytest.mark.parametrize("words", [["demo"], ["train"], ["sample"], ["eval"], ["features"], ["models"]], ids=" ".join)
+def test_help_explains_every_setting(words: list[str]) -> None:
+    command: Any = get_command(app)
+    text = run(*words, "--help").stdout
+    for name in command.commands[words[0]].settings().model_fields:
+        assert f"\n  {name}" in text
+
+
+def test_unknown_command_and_option() -> None:
+    assert "nope" in run("nope", code=2).stderr
+    assert "-n is not an option; settings are written key=value" in run("models", "-n", "3", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "RECIPE is missing"),
+        (["train", "demoo"], "did you mean 'demo'?"),
+        (["train", "demo", "optimizer.lrr=1"], "'optimizer.lrr' is not a setting (did you mean 'lr'?)"),
+        (["train", "demo", "optimizer.lr=fast"], "'optimizer.lr'"),
+        (["sample"], "'model' is required"),
+        (["sample", "nowhere"], "nowhere"),
+        (["eval", "nowhere", "nothing", "more"], "'more' is one word too many: after GENERATED REFERENCE"),
+        (["eval", "nowhere"], "nowhere"),
+        (["features", "vae=v"], "'out' is required"),
+        (["models", "sample_size=0"], "'sample_size'"),
+        (["demo", "seed=-1"], "'seed'"),
+        (["recipes", "show", "demoo"], "did you mean 'demo'?"),
+        (["recipes", "ls", "all=true"], "all=true has no meaning here"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(words: list[str], message: str) -> None:
+    result = run(*words, code=2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_recipes(tmp_path: Path) -> None:
+    assert "demo" in json.loads(run("recipes", "ls", "--json").stdout)
+    assert "demo" in run("recipes", "ls").stdout
+    assert "kind: dcdit" in run("recipes", "show", "demo").stdout
+    copied = tmp_path / "mine.yaml"
+    run("recipes", "copy", "demo", copied)
+    assert "lr: 0.003" in run("recipes", "check", copied, "--optimizer.lr", "3e-3").stdout
+    assert "exists already" in run("recipes", "copy", "demo", copied, code=2).stderr
+
+
+def test_models() -> None:
+    entries = json.loads(run("models", "--json").stdout)
+    assert {"S/2", "S"} <= {entry["name"] for entry in entries}
+    assert "237.24" in run("models").stdout
+
+
+def test_dry_run_trains_nothing(tmp_path: Path) -> None:
+    words = ["train", "demo", *TINY, f"out={tmp_path / 'run'}", "--dry-run"]
+    plan = json.loads(run(*words, "--json").stdout)
+    assert plan["steps"] == 2
+    assert plan["seconds"] > 0
+    assert "GFLOP" in run(*words).stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_twice_needs_resume(trained: Path) -> None:
+    assert "--resume" in run("train", "demo", *TINY, f"out={trained}", code=2).stderr
+    run("train", trained, "--resume")
+
+
+def test_sample(trained: Path, tmp_path: Path) -> None:
+    words = ["sample", trained, "scheduler=ddim", "--steps", "2", "--count=3", "tail_drop=0,0.5"]
+    found = json.loads(run(*words, f"out={tmp_path}", "--maps", "--json").stdout)
+    assert [budget["tail_drop"] for budget in found["budgets"]] == [0.0, 0.5]
+    assert all(Path(file).is_file() for budget in found["budgets"] for file in budget["files"])
+    assert "tokens kept" in run(*words, f"out={tmp_path}").stdout
+
+
+def test_eval(tmp_path: Path, trained: Path) -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+    network = tmp_path / "mean.ts"
+    with warnings.catch_warnings():  # torch announces the end of TorchScript
+        warnings.simplefilter("ignore")
+        torch.jit.script(Mean()).save(str(network))
+    run("sample", trained, "steps=1", "scheduler=ddim", "count=12", "format=npz", f"out={tmp_path}")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        (tmp_path / "real" / "all").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "real" / "all" / f"{index}.png")
+    words = ["eval", tmp_path / "samples.npz", tmp_path / "real", f"extractor={network}", "metrics=frechet"]
+    assert list(json.loads(run(*words, "--json").stdout)["values"]) == ["frechet_distance[mean]"]
+    assert "frechet_distance[mean]" in run(*words).stdout
+
+
+def test_features(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    words = ["features", f"vae={tmp_path / 'vae'}", f"out={tmp_path / 'latents'}", "kind=shapes", "size=16", "length=4"]
+    assert json.loads(run(*words, "--json").stdout)["count"] == 4
+    assert "of which 1 were there already" in run(*words).stdout
+
+
+def test_demo(tmp_path: Path) -> None:
+    words = ["demo", f"out={tmp_path / 'demo'}", "training_steps=1", "sampling_steps=2", "count=2"]
+    found = json.loads(run(*words, "--json").stdout)
+    assert [budget["tail_drop"] for budget in found["samples"]["budgets"]] == [0.0, 0.3, 0.6]
+    assert all(Path(file).is_file() for file in found["pictures"])
+    again = run(*words)  # the finished run is used
+    assert "times chance" in again.stdout
+    assert "step 1/1" not in again.stderr
+    assert "other settings" in run(*words, "seed=5", code=2).stderr
+
+
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokdyn.cli.models.read", interrupted)
+    assert run("models", code=frame.EXIT_INTERRUPTED).stderr == "Interrupted.\n"
+
+
+def test_program_answers_quickly_and_keeps_its_exit_codes(tmp_path: Path) -> None:
+    """The installed program, in a process of its own and from another folder."""
+    program = [sys.executable, "-m", "tokdyn.cli.main"]
+    done = subprocess.run([*program, "recipes", "nope"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "tokdyn recipes" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["train", "demo", *TINY, "training.steps=100000", f"out={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokdyn.cli.main", *words], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"tokdyn train {folder} --resume" in rest
