@@ -141,31 +141,32 @@ class FinalLayer(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, packing: Packing | None, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift, with (B, D) modulation per sample; x is (B, N, D), or (T, D) with a packing."""
+    shift, scale = shift.to(x.dtype), (1 + scale).to(x.dtype)
     if packing is None:
         normed = F.layer_norm(x, x.shape[-1:], eps=eps)
         if torch.is_grad_enabled():
-            return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
-        return normed.mul_(1 + scale[:, None]).add_(shift[:, None])
+            return torch.addcmul(shift[:, None], normed, scale[:, None])
+        return normed.mul_(scale[:, None]).add_(shift[:, None])
     if _by_sample(packing):
-        weight, bias = (1 + scale).to(x.dtype), shift.to(x.dtype)
         parts = x.split_with_sizes(packing.lengths)
-        rows = zip(parts, weight.unbind(0), bias.unbind(0), strict=True)
+        rows = zip(parts, scale.unbind(0), shift.unbind(0), strict=True)
         return torch.cat([F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows])
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
     at = packing.sample
     if torch.is_grad_enabled():
-        return torch.addcmul(shift.index_select(0, at), normed, (1 + scale).index_select(0, at))
-    return normed.mul_((1 + scale).index_select(0, at)).add_(shift.index_select(0, at))
+        return torch.addcmul(shift.index_select(0, at), normed, scale.index_select(0, at))
+    return normed.mul_(scale.index_select(0, at)).add_(shift.index_select(0, at))
 
 
 def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Tensor:
     """X + gate y, with a (B, D) gate per sample; x and y are (B, N, D), or (T, D) with a packing."""
+    gate, y = gate.to(x.dtype), y.to(x.dtype)
     if packing is None:
         return torch.addcmul(x, gate[:, None], y)
-    if _by_sample(packing) and not torch.is_grad_enabled() and x.dtype == y.dtype:
+    if _by_sample(packing) and not torch.is_grad_enabled():
         out = torch.empty_like(x)
         parts = (t.split_with_sizes(packing.lengths) for t in (out, x, y))
-        for o, a, b, g in zip(*parts, gate.to(x.dtype).unbind(0), strict=True):
+        for o, a, b, g in zip(*parts, gate.unbind(0), strict=True):
             torch.addcmul(a, g, b, out=o)
         return out
     return torch.addcmul(x, gate.index_select(0, packing.sample), y)

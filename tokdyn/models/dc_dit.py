@@ -14,7 +14,7 @@ from tokdyn.methods import Chunking
 from tokdyn.methods.routers import RouterName
 from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
-from tokdyn.models.scaffold import RMSNorm, Scaffold
+from tokdyn.models.scaffold import RMSNorm, Scaffold, fastest_layout
 from tokdyn.models.sizes import dc_dit_settings
 from tokdyn.tokens import Grid
 
@@ -121,7 +121,8 @@ class DCDiT(Transformer):
 
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, in_channels, rows, columns) to dense tokens (B, N, D)."""
-        cells = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=torch.channels_last)
+        cells = F.pixel_unshuffle(x, self.config.patch_size)
+        cells = cells.contiguous(memory_format=fastest_layout(cells))
         tokens: Tensor = self.encoder(self.x_embedder(cells), condition)
         return tokens
 

@@ -50,11 +50,17 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class Scaffold(nn.Module):
-    """Residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first.
+def fastest_layout(x: Tensor) -> torch.memory_format:
+    """Memory layout of maps: channels-last, where tokens are a view of the map, but for training on CPU.
 
-    Maps stay channels-last in memory, so tokens are a view of the map.
+    There group normalisation of channels-last maps costs up to 20 times as much as of contiguous ones.
     """
+    training_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
+    return torch.contiguous_format if training_on_cpu else torch.channels_last
+
+
+class Scaffold(nn.Module):
+    """Residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first."""
 
     def __init__(self, inputs: int, outputs: int, depth: int, condition_width: int, change_first: bool) -> None:
         super().__init__()
@@ -65,6 +71,7 @@ class Scaffold(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, inputs, R, C) and (B, D) to tokens (B, R * C, outputs)."""
+        x = x.contiguous(memory_format=fastest_layout(x))
         for layer in self.layers:
             x = layer(x, condition)
         tokens: Tensor = self.norm(x.permute(0, 2, 3, 1).flatten(1, 2))

@@ -85,11 +85,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
     """softmax(q k^T / sqrt(d) + bias) v for (B, H, N, d); on CPU, training on short rows, as two matrix products."""
     rows = query.shape[-2]
     if query.device.type == "cpu" and query.requires_grad and rows <= (512 if query.dtype == torch.bfloat16 else 160):
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias.to(scores.dtype)
-        mixed: Tensor = scores.softmax(dim=-1) @ value
-        return mixed
+        batch, heads, rows, _ = query.shape
+        start = query.new_zeros(()) if bias is None else bias.to(query.dtype).expand(-1, heads, -1, -1).flatten(0, 1)
+        products = (query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
+        scores = torch.baddbmm(start, *products, beta=0 if bias is None else 1, alpha=query.shape[-1] ** -0.5)
+        return torch.bmm(scores.softmax(dim=-1), value.flatten(0, 1)).view(batch, heads, rows, -1)
     mask = bias if bias is None else bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
