@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
         if json:
             as_json({**asdict(result), "samples": result.samples.model_dump(mode="json")})
             return
+        typer.echo(f"\nThe model in {result.folder} was trained for {result.steps} steps.")
         typer.echo("\nWhat each budget costs (one image, all sampling steps; a multiply-add is 2 FLOPs):")
         table(BUDGET_COLUMNS, map(budget_row, result.samples.budgets))
         typer.echo("\nDoes the router keep the detail? (shapes it never saw, where the detail is known)")
@@ -41,7 +42,7 @@ def register(app: typer.Typer) -> None:
         typer.echo("\nPictures:")
         for path in result.pictures:
             typer.echo(f"  {path}")
-        typer.echo(f"\nSample more: tokdyn sample {result.folder} tail_drop=0.3 steps=25 scheduler=ddim")
+        typer.echo(f"\nSample more: tokdyn sample {result.folder} steps=25 guidance=2 tail_drop=0.3")
 
 
 def _row(score: RouterScore) -> tuple[str, ...]:

@@ -42,10 +42,10 @@ def register(app: typer.Typer) -> None:
         words=["MODEL"],
         settings=_settings,
         examples=[
-            "tokdyn sample runs/demo scheduler=ddim steps=25",
+            "tokdyn sample runs/demo steps=25 guidance=2",
             "tokdyn sample runs/demo tail_drop=0,0.3,0.6 --maps out=budgets",
             "tokdyn sample runs/demo guidance=1.5 uncond_tail_drop=0.9 classes=star,ring",
-            "tokdyn sample runs/demo count=5000 format=npz scheduler=dpm steps=20 --json",
+            "tokdyn sample runs/demo steps=25 count=5000 format=npz --json",
         ],
     )
     def sample(ctx: typer.Context, json: Json = False) -> None:

@@ -136,7 +136,7 @@ def test_training_twice_needs_resume(trained: Path) -> None:
 
 
 def test_sample(trained: Path, tmp_path: Path) -> None:
-    words = ["sample", trained, "scheduler=ddim", "--steps", "2", "--count=3", "tail_drop=0,0.5"]
+    words = ["sample", trained, "--steps", "2", "--count=3", "tail_drop=0,0.5"]
     found = json.loads(run(*words, f"out={tmp_path}", "--maps", "--json").stdout)
     assert [budget["tail_drop"] for budget in found["budgets"]] == [0.0, 0.5]
     assert all(Path(file).is_file() for budget in found["budgets"] for file in budget["files"])
@@ -152,7 +152,7 @@ def test_eval(tmp_path: Path, trained: Path) -> None:
     with warnings.catch_warnings():  # torch announces the end of TorchScript
         warnings.simplefilter("ignore")
         torch.jit.script(Mean()).save(str(network))
-    run("sample", trained, "steps=1", "scheduler=ddim", "count=12", "format=npz", f"out={tmp_path}")
+    run("sample", trained, "steps=1", "count=12", "format=npz", f"out={tmp_path}")
     rng = np.random.default_rng(0)
     for index in range(12):
         (tmp_path / "real" / "all").mkdir(parents=True, exist_ok=True)
