@@ -1,0 +1,1 @@
+"""Measurements behind the published numbers: one command each, results as JSON."""

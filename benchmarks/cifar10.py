@@ -1,0 +1,128 @@
+"""The CIFAR-10 comparison: four models at matched images, sampled at several budgets, judged by one network.
+
+Train the four recipes first (each resumes with --resume), for example
+
+    tokdyn train cifar10/dcdit-learned data.path=cifar10_train.zip out=runs/dcdit-learned
+
+then
+
+    python -m benchmarks.cifar10 runs --reference cifar10_test.zip --judge cifar10_resnet56.ts
+
+Sampling continues where it was stopped. Writes `benchmarks/results/cifar10.json` and the figures of the results page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import timing
+from tokdyn.evaluate import EvalConfig, EvalResult, evaluate
+from tokdyn.flops import flops_per_image
+from tokdyn.report.pareto import draw_pareto, read_points
+from tokdyn.sample import SampleConfig, load_model, sample
+
+RUNS = {
+    "dit-params": "DiT P=4, same parameters",
+    "dit-flops": "DiT P=4, same FLOPs",
+    "dcdit-learned": "DC-DiT N=4, learned router",
+    "dcdit-random": "DC-DiT N=4, random router",
+}
+DROPS = (0.0, 0.3, 0.6)
+
+
+def training(run: Path) -> dict[str, Any]:
+    """What the run's own log says of its training."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-10:]
+    kept = [row["natural_kept"] for row in last if "natural_kept" in row]
+    return {
+        "images": rows[-1]["images"],
+        "steps": rows[-1]["step"],
+        "seconds": rows[-1]["seconds"],
+        "loss_last_500_steps": sum(row["loss"] for row in last) / len(last),
+        "natural_kept_last_500_steps": sum(kept) / len(kept) if kept else None,
+    }
+
+
+def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Sample one run at every budget and judge the images."""
+    run, out = given.runs / name, given.work / name
+    model, _, info = load_model(run)
+    drops = DROPS if hasattr(model, "chunking") else (0.0,)
+    config = SampleConfig(
+        model=str(run),
+        out=out,
+        format="folder",
+        class_folders=True,
+        count=given.count,
+        batch_size=given.batch,
+        scheduler="dpm",
+        steps=given.steps,
+        guidance=given.guidance,
+        tail_drop=drops,
+        precision="bf16",
+    )
+    made = sample(config)
+    rows = []
+    for budget in made.budgets:
+        folder = out / f"tail_drop_{budget.tail_drop:g}" if len(drops) > 1 else out
+        result: EvalResult = evaluate(
+            EvalConfig(
+                generated=folder,
+                reference=given.reference,
+                extractor=str(given.judge),
+                cache=given.work / "reference.safetensors",
+            )
+        )
+        rows.append(
+            {
+                "run": name,
+                "model": RUNS[name],
+                "label": f"drop {budget.tail_drop:g}" if len(drops) > 1 else "",
+                "tail_drop": budget.tail_drop,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "gflops_per_forward_dense_kept": flops_per_image(model) / 1e9,
+                "kept": budget.kept,
+                "gflops_per_image": budget.tflops_per_image * 1e3 if budget.tflops_per_image else None,
+                "images": budget.images,
+                "values": result.values,
+                "spread": result.spread,
+                "reference_values": result.reference_values,
+                "training": training(run),
+                "step": info.step,
+                "extractor": result.extractor.model_dump(mode="json"),
+            }
+        )
+        print(json.dumps({key: rows[-1][key] for key in ("run", "tail_drop", "kept", "gflops_per_image", "values")}))
+    return rows
+
+
+def main() -> None:
+    """Measure the runs that are there; draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--reference", type=Path, required=True)
+    parser.add_argument("--judge", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--work", type=Path, default=Path("runs/cifar10-samples"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/results/cifar10-pareto.png"))
+    given = parser.parse_args()
+    timing.prepare()
+    rows = [row for name in RUNS if (given.runs / name / "model").is_dir() for row in measure(name, given)]
+    settings = {"count": given.count, "scheduler": "dpm", "steps": given.steps, "guidance": given.guidance, "seed": 0}
+    units = "a multiply-add is 2 FLOPs; gflops_per_image sums all steps and guidance branches"
+    timing.write(given.out, {"machine": timing.machine(), "sampling": settings, "units": units, "rows": rows})
+    judge = next(key for key in rows[0]["values"] if key.startswith("frechet_distance"))
+    given.figure.parent.mkdir(parents=True, exist_ok=True)
+    draw_pareto(read_points(given.out, "gflops_per_image", f"values.{judge}"), given.figure, "GFLOPs per image", judge)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Speed of DC-DiT's parts on this machine: de-chunking, the share outside the blocks, packed blocks against dense ones.
+
+    python -m benchmarks.flagship --out benchmarks/results/flagship-cpu.json
+
+Takes about three minutes on two cores. Exits with 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks import naive, timing
+from tokdyn import ops
+from tokdyn.models import DCDiT
+from tokdyn.models.blocks import DiTBlock
+
+BARS = {32: 5.0, 64: 10.0, 128: 30.0}
+
+
+def dechunk_case(batch: int, side: int, width: int = 384) -> tuple[torch.Tensor, ...]:
+    """Random kept tokens, a quarter of the cells."""
+    probability = torch.rand(batch, side * side)
+    keep = torch.rand(batch, side * side) < 0.25
+    features = torch.randn(int(keep.sum()), width)
+    order, real = naive.chunk_by_sorting(keep)
+    padded = torch.zeros(*order.shape, width)
+    padded[real] = features
+    return features, probability, keep, padded, order, real
+
+
+def dechunk(batch: int, side: int, rounds: int) -> dict[str, Any]:
+    """Our de-chunk against the all-pairs one, forward, fp32."""
+    features, probability, keep, padded, order, real = dechunk_case(batch, side)
+    grid = (side, side)
+    ours = ops.dechunk(features, probability, keep, grid, 1.0)
+    theirs = naive.dense_dechunk(padded, probability, order, real, keep, side)
+    with torch.no_grad():
+        times = timing.in_turn(
+            {
+                "tokdyn": lambda: ops.dechunk(features, probability, keep, grid, 1.0),
+                "dense": lambda: naive.dense_dechunk(padded, probability, order, real, keep, side),
+            },
+            rounds=rounds,
+        )
+    return {
+        "batch": batch,
+        "grid": grid,
+        "times": times,
+        "speedup": timing.ratio(times, "dense", "tokdyn"),
+        "bar": BARS[side],
+        "largest_difference": (ours - theirs).abs().max().item(),
+    }
+
+
+def dechunk_memory() -> float:
+    """Peak memory that de-chunking with gradients adds at 128x128, batch 2, in MiB (a fresh process)."""
+    features, probability, keep, *_ = dechunk_case(2, 128)
+    features.requires_grad_()
+    probability.requires_grad_()
+
+    def run() -> None:
+        ops.dechunk(features, probability, keep, (128, 128), 1.0).square().mean().backward()
+
+    return timing.peak_growth_mib(run)
+
+
+class Stopwatch:
+    """Adds up the time spent inside chosen modules of one forward."""
+
+    def __init__(self, modules: torch.nn.ModuleList) -> None:
+        import time
+
+        self.clock = time.perf_counter
+        self.total = 0.0
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: self._start())
+            module.register_forward_hook(lambda *_: self._stop())
+
+    def _start(self) -> None:
+        self.began = self.clock()
+
+    def _stop(self) -> None:
+        self.total += self.clock() - self.began
+
+
+def outside_share(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Share of a DC-DiT-S forward (batch 8, a quarter kept) spent outside the blocks."""
+    import time
+
+    torch.manual_seed(0)
+    model = DCDiT.named("S").eval()
+    x, steps, labels = torch.randn(8, 4, 32, 32), torch.randint(1000, (8,)), torch.randint(1000, (8,))
+    model.calibrate_router(x, steps, labels)
+    model, x = model.to(dtype), x.to(dtype)
+    watch = Stopwatch(model.blocks)
+    shares, totals = [], []
+    with torch.no_grad():
+        kept = model(x, steps, labels).routing.kept.float().mean().item()
+        for _ in range(rounds + 2):
+            watch.total = 0.0
+            start = time.perf_counter()
+            model(x, steps, labels)
+            totals.append(time.perf_counter() - start)
+            shares.append(1 - watch.total / totals[-1])
+    middle = sorted(shares[2:])[rounds // 2]
+    return {"kept": kept, "median_ms": sorted(totals[2:])[rounds // 2] * 1e3, "outside_share": middle, "bar": 0.25}
+
+
+def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Twelve blocks of DC-DiT-S on packed rows against the same blocks on all 1024 tokens, batch 8."""
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList(DiTBlock(384, 6, 4.0) for _ in range(12)).to(dtype).eval()
+    keep = torch.rand(8, 1024) < 0.246
+    packing = ops.pack(keep, (32, 32))
+    dense = torch.randn(8, 1024, 384).to(dtype)
+    condition = torch.randn(8, 384).to(dtype)
+    rows = dense.flatten(0, 1).index_select(0, packing.index)
+
+    def run(x: torch.Tensor, plan: Any) -> None:
+        for block in blocks:
+            x = block(x, condition, plan)
+
+    with torch.no_grad():
+        sides = {"packed": lambda: run(rows, packing), "dense": lambda: run(dense, None)}
+        times = timing.in_turn(sides, rounds=rounds)
+    linear, pairs = 24 * 384 * 384, 4 * 384
+    dense_flops = 8 * (1024 * linear + 1024**2 * pairs)
+    packed_flops = packing.total * linear + sum(n * n for n in packing.lengths) * pairs
+    speedup = timing.ratio(times, "dense", "packed")
+    return {
+        "kept": packing.total / 8,
+        "times": times,
+        "flop_ratio": dense_flops / packed_flops,
+        "speedup": speedup,
+        "realised": speedup * packed_flops / dense_flops,
+        "bar": 0.93 if dtype == torch.float32 else 0.75,
+    }
+
+
+def main() -> int:
+    """Measure everything, print it, save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="save the result as JSON")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.memory_only:
+        print(dechunk_memory())
+        return 0
+    timing.prepare()
+    result: dict[str, Any] = {"machine": timing.machine(), "unit": "milliseconds; a multiply-add is 2 FLOPs"}
+    result["dechunk"] = [
+        dechunk(b, side, max(3, given.rounds // f)) for b, side, f in ((8, 32, 1), (2, 64, 1), (2, 128, 3))
+    ]
+    child = [sys.executable, "-m", "benchmarks.flagship", "--memory-only"]
+    result["dechunk_memory_mib"] = {"grid": [128, 128], "batch": 2, "value": 0.0, "bar": 400}
+    result["dechunk_memory_mib"]["value"] = float(subprocess.run(child, check=True, capture_output=True).stdout)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        result[f"outside_{name}"] = outside_share(dtype, given.rounds)
+        result[f"packed_{name}"] = packed_blocks(dtype, given.rounds)
+    misses = []
+    for row in result["dechunk"]:
+        print(
+            f"de-chunk {row['grid']}: {row['speedup']:.1f}x, {row['largest_difference']:.1e} apart (bar {row['bar']}x)"
+        )
+        if row["speedup"] < row["bar"] or row["largest_difference"] > 1e-6:
+            misses.append(f"de-chunk {row['grid']}")
+    memory = result["dechunk_memory_mib"]
+    print(f"de-chunk 128x128 with gradients: {memory['value']:.0f} MiB (bar {memory['bar']})")
+    misses += ["de-chunk memory"] * (memory["value"] > memory["bar"])
+    for name in ("fp32", "bf16"):
+        outside, packed = result[f"outside_{name}"], result[f"packed_{name}"]
+        print(f"{name}: {outside['outside_share']:.1%} outside the blocks of DC-DiT-S, {outside['median_ms']:.0f} ms")
+        print(f"{name}: packed blocks {packed['speedup']:.2f}x, {packed['realised']:.1%} of the FLOP ratio "
+              f"{packed['flop_ratio']:.2f} (bar {packed['bar']:.0%})")  # fmt: skip
+        misses += [f"packed blocks {name}"] * (packed["realised"] < packed["bar"])
+    misses += ["share outside the blocks"] * (result["outside_fp32"]["outside_share"] > 0.25)
+    result["missed"] = misses
+    print("missed: " + ", ".join(misses) if misses else "every bar is met")
+    if given.out:
+        timing.write(given.out, result)
+    return 1 if misses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Fair timing: the allocator set, both sides in turn in one process, medians, the machine beside the numbers."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokdyn
+from tokdyn.train.allocator import keep_large_buffers
+
+
+def prepare(threads: int | None = None) -> None:
+    """Set the allocator and the threads; call once, before the first tensor."""
+    keep_large_buffers()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.manual_seed(0)
+
+
+def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int = 9, warmup: int = 2) -> dict[str, dict[str, float]]:
+    """Run every side in every round, so that a busy neighbour slows all of them alike.
+
+    Returns:
+        For each side the median, least and largest milliseconds.
+    """
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, run in sides.items():
+                start = time.perf_counter()
+                run()
+                times[name].append((time.perf_counter() - start) * 1e3)
+    finally:
+        gc.enable()
+    return {
+        name: {"median_ms": statistics.median(ms), "min_ms": min(ms), "max_ms": max(ms)} for name, ms in times.items()
+    }
+
+
+def ratio(times: Mapping[str, Mapping[str, float]], slow: str, fast: str) -> float:
+    """Median of one side over the median of the other."""
+    return times[slow]["median_ms"] / times[fast]["median_ms"]
+
+
+def peak_growth_mib(run: Callable[[], Any]) -> float:
+    """How far a call raises the peak resident memory of this process; meaningful once, in a fresh process."""
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "tokdyn": tokdyn.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def write(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Save a result as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=1) + "\n")
