@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import RecipeError, TokdynError
 from tokdyn.recipe import OptimizerSettings, Recipe
 from tokdyn.train import metrics, state, train
-from tokdyn.train.allocator import keep_large_buffers
+from tokdyn.train.allocator import bound_kernel_caches, keep_large_buffers
 from tokdyn.train.ema import Ema
 from tokdyn.train.progress import duration
 from tokdyn.train.setup import open_optimizer
@@ -189,3 +190,11 @@ def test_compiled_parts_train_and_resume(
     train(tiny(tmp_path / "parts", *settings, "training.steps=2"))
     train(tiny(tmp_path / "parts", *settings, "training.steps=4"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
+
+
+def test_kernel_caches_are_bounded_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    bound_kernel_caches()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
