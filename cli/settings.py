@@ -93,7 +93,7 @@ def _type(annotation: Any) -> str:
 
 def _text(info: FieldInfo) -> str:
     """The default as the user would type it."""
-    value = info.get_default(call_default_factory=True, validated_data={})
+    value = info.get_default(call_default_factory=True)
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
