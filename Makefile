@@ -10,12 +10,13 @@ STAMP  := $(VENV)/.installed
 test demo lint: export MPLBACKEND ?= Agg
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint format wheel clean
+.PHONY: help setup demo test bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small DC-DiT, sample it at three budgets, draw pictures (about 3 minutes on 2 cores)"
 	@echo "make test    the whole default test suite"
+	@echo "make bench   measure speed on this machine (about 3 minutes on 2 idle cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make wheel   build dist/*.whl from the tracked files"
@@ -36,6 +37,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+bench: $(STAMP)
+	mkdir -p runs/bench
+	$(BIN)/python -m benchmarks.flagship --out runs/bench/flagship.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
