@@ -48,6 +48,19 @@ def test_equals_the_dense_formula_with_gradients(grid, share, seed, sigma):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
 
 
+def test_a_lone_token_of_little_confidence_still_hears_the_others():
+    """Its own weight is 1e-4, so the Gaussian counts out to 7.3 sigmas in fp32."""
+    keep = torch.zeros(1, 32 * 32, dtype=torch.bool)
+    keep[0, [0, 7]] = True
+    probability = torch.full((1, 32 * 32), 1.0)
+    probability[0, 0] = 0.0
+    features = torch.tensor([[0.0], [1000.0]])
+    ours = ops.dechunk(features, probability, keep, (32, 32), 1.0)
+    theirs = dense_dechunk(features.double(), probability.double(), keep, (32, 32), 1.0)
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)  # 1e-7 of the features
+    assert ours[0, 0, 0] > 1e-4
+
+
 @settings(deadline=None, max_examples=30)
 @given(grids, shares, seeds)
 def test_both_forms_of_smoothing_agree(grid, share, seed):

@@ -19,7 +19,6 @@ from tokdyn.ops.pack import pack
 from tokdyn.ops.precision import exact
 from tokdyn.tokens import Grid, Packing, cells
 
-_REACH = {torch.float32: 6.0, torch.float64: 9.0}  # in sigmas: the Gaussian beyond is below the type's resolution
 _P_MIN = 1e-4
 _EPS = 1e-8
 
@@ -91,22 +90,28 @@ def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: fl
     Returns:
         (T, D), the features' type.
     """
-    offsets, squares = disc(_REACH[features.dtype] * sigma, len(packing.grid))
-    token, offset, neighbour, own = _neighbours(packing, offsets)
+    reach = _reach(features.dtype, float(kept.detach().min()))
+    offsets, squares = disc(reach * sigma, len(packing.grid))
+    token, offset, neighbour = _neighbours(packing, offsets)
     heights = [math.exp(-square / (2 * sigma * sigma)) for square in squares]
-    kernel = torch.tensor(heights, dtype=features.dtype, device=features.device)
-    weight = kernel.index_select(0, offset) * kept.index_select(0, neighbour)
-    total = torch.zeros_like(kept).index_add(0, token, weight) + _EPS
-    share = (1 - kept) / total
-    weight = weight * share.index_select(0, token)
-    weight = weight.index_add(0, own, kept)
+    kernel = torch.tensor(heights, dtype=torch.float64, device=features.device)
+    p = kept.double()  # a few numbers a token: exact weights halve the error of the sums at no cost
+    weight = kernel.index_select(0, offset) * p.index_select(0, neighbour)
+    share = (1 - p) / (torch.zeros_like(p).index_add(0, token, weight) + _EPS)
+    weight = (weight * share.index_select(0, token)).to(features.dtype)
     starts = torch.bincount(token, minlength=len(kept)).cumsum(0).roll(1)
     starts[0] = 0
-    return F.embedding_bag(neighbour, features, starts, mode="sum", per_sample_weights=weight)
+    smooth = F.embedding_bag(neighbour, features, starts, mode="sum", per_sample_weights=weight)
+    return torch.addcmul(smooth, features, kept[:, None])
 
 
-def _neighbours(packing: Packing, offsets: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pairs of kept tokens within reach: (token, offset number, neighbour), and where each token meets itself."""
+def _reach(dtype: torch.dtype, least: float) -> float:
+    """How many sigmas away a kept token still counts, if the least probability is a token's own weight."""
+    return math.sqrt(-2 * math.log(torch.finfo(dtype).eps / 4 * least))
+
+
+def _neighbours(packing: Packing, offsets: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of kept tokens within reach, itself included: (token, offset number, neighbour), each (pairs,) int64."""
     grid, device = packing.grid, packing.index.device
     margin = max(offset[-1] for offset in offsets)
     # One margin after each axis serves both ends: stepping out on the left lands in the margin of the line before.
@@ -125,8 +130,7 @@ def _neighbours(packing: Packing, offsets: list[tuple[int, ...]]) -> tuple[Tenso
     hits = torch.nonzero(found.flatten() >= 0).squeeze(1)
     token = hits.div(len(offsets), rounding_mode="floor")
     offset = hits - token * len(offsets)
-    own = torch.nonzero(offset == len(offsets) // 2).squeeze(1)
-    return token, offset, found.flatten().index_select(0, hits).long(), own
+    return token, offset, found.flatten().index_select(0, hits).long()
 
 
 def _smooth_on_grid(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:
@@ -151,7 +155,7 @@ def _blur(board: Tensor, axis: int, sigma: float) -> Tensor:
         blurred: Tensor = torch.tensordot(band, board, dims=([1], [axis]))
         return blurred.movedim(0, axis)
     out = board
-    for distance in range(1, min(size, math.floor(_REACH[board.dtype] * sigma) + 1)):
+    for distance in range(1, min(size, math.floor(_reach(board.dtype, _P_MIN) * sigma) + 1)):
         weight = math.exp(-distance * distance / (2 * sigma * sigma))
         pad = [0, 0] * (board.dim() - axis - 1)
         length = size - distance
