@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.reference import dense_dechunk
 
+from tests.ops.reference import dense_dechunk
 from tokdyn import ops
 from tokdyn.errors import InputError
 from tokdyn.ops.dechunk import _smooth_by_lists, _smooth_on_grid
