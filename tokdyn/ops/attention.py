@@ -82,9 +82,9 @@ def _choose(qkv: Tensor, packing: Packing) -> Backend:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v for (B, H, N, d); on CPU, training on short rows, as two matrix products."""
+    """softmax(q k^T / sqrt(d) + bias) v for (B, H, N, d); on CPU, training in bf16 on short rows, as two matrix products."""
     rows = query.shape[-2]
-    if query.device.type == "cpu" and query.requires_grad and rows <= (512 if query.dtype == torch.bfloat16 else 160):
+    if query.device.type == "cpu" and query.requires_grad and query.dtype == torch.bfloat16 and rows <= 512:
         batch, heads, rows, _ = query.shape
         start = query.new_zeros(()) if bias is None else bias.to(query.dtype).expand(-1, heads, -1, -1).flatten(0, 1)
         products = (query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))

@@ -90,17 +90,14 @@ def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: fl
     Returns:
         (T, D), the features' type.
     """
-    reach = _reach(features.dtype, float(kept.detach().min()))
-    offsets, squares = disc(reach * sigma, len(packing.grid))
-    token, offset, neighbour = _neighbours(packing, offsets)
-    heights = [math.exp(-square / (2 * sigma * sigma)) for square in squares]
+    reach = _reach(features.dtype, float(kept.detach().min())) * sigma
+    token, neighbour, square, starts = _neighbours(packing, reach)
+    heights = [math.exp(-distance / (2 * sigma * sigma)) for distance in range(math.floor(reach * reach) + 1)]
     kernel = torch.tensor(heights, dtype=torch.float64, device=features.device)
     p = kept.double()  # a few numbers a token: exact weights halve the error of the sums at no cost
-    weight = kernel.index_select(0, offset) * p.index_select(0, neighbour)
+    weight = kernel.index_select(0, square) * p.index_select(0, neighbour)
     share = (1 - p) / (torch.zeros_like(p).index_add(0, token, weight) + _EPS)
     weight = (weight * share.index_select(0, token)).to(features.dtype)
-    starts = torch.bincount(token, minlength=len(kept)).cumsum(0).roll(1)
-    starts[0] = 0
     smooth = F.embedding_bag(neighbour, features, starts, mode="sum", per_sample_weights=weight)
     return torch.addcmul(smooth, features, kept[:, None])
 
@@ -110,27 +107,42 @@ def _reach(dtype: torch.dtype, least: float) -> float:
     return math.sqrt(-2 * math.log(torch.finfo(dtype).eps / 4 * least))
 
 
-def _neighbours(packing: Packing, offsets: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of kept tokens within reach, itself included: (token, offset number, neighbour), each (pairs,) int64."""
-    grid, device = packing.grid, packing.index.device
-    margin = max(offset[-1] for offset in offsets)
-    # One margin after each axis serves both ends: stepping out on the left lands in the margin of the line before.
-    strides, size = [0] * len(grid), 1
-    for axis in reversed(range(len(grid))):
-        strides[axis], size = size, size * (grid[axis] + margin)
-    lead = margin * sum(strides)
-    rest, place = packing.cell, packing.sample * size + lead
-    for axis in reversed(range(len(grid))):
-        place = place + rest.remainder(grid[axis]) * strides[axis]
-        rest = rest.div(grid[axis], rounding_mode="floor")
-    board = torch.full((len(packing.lengths) * size + 2 * lead,), -1, dtype=torch.int32, device=device)
-    board[place] = torch.arange(packing.total, dtype=torch.int32, device=device)
-    steps = torch.tensor([sum(s * t for s, t in zip(o, strides, strict=True)) for o in offsets], device=device)
-    found = board.take(place[:, None] + steps)
-    hits = torch.nonzero(found.flatten() >= 0).squeeze(1)
-    token = hits.div(len(offsets), rounding_mode="floor")
-    offset = hits - token * len(offsets)
-    return token, offset, found.flatten().index_select(0, hits).long()
+def _neighbours(packing: Packing, reach: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs of kept tokens within reach, itself included: (token, neighbour, squared distance), and each token's first.
+
+    Tokens are packed in raster order, so the neighbours in one line of the grid are a run of packed rows, found from
+    the number of tokens before its ends.
+    """
+    *lead, width = packing.grid
+    index, total = packing.index, len(packing.lengths) * cells(packing.grid)
+    before = torch.zeros(total + 1, dtype=torch.int64, device=index.device)
+    before[index + 1] = 1
+    before = before.cumsum(0)
+    offsets, squares = disc(reach, len(lead))
+    line_square = torch.tensor(squares, device=index.device).long()
+    half = torch.tensor([math.isqrt(math.floor(reach * reach - square)) for square in squares], device=index.device)
+    inside = torch.ones(len(index), len(offsets), dtype=torch.bool, device=index.device)
+    line, stride = index.div(width, rounding_mode="floor")[:, None], 1
+    rest = packing.cell.div(width, rounding_mode="floor")
+    for axis in reversed(range(len(lead))):
+        step = torch.tensor([offset[axis] for offset in offsets], device=index.device)
+        there = rest.remainder(lead[axis])[:, None] + step
+        inside &= (there >= 0) & (there < lead[axis])
+        line = line + step * stride
+        rest, stride = rest.div(lead[axis], rounding_mode="floor"), stride * lead[axis]
+    column = packing.cell.remainder(width)
+    first = line * width + (column[:, None] - half).clamp_(min=0)
+    last = line * width + (column[:, None] + half).clamp_(max=width - 1)
+    start = before.take(first.clamp_(0, total))
+    run = (before.take((last + 1).clamp_(0, total)) - start).mul_(inside)
+    pairs, ends = int(run.sum()), run.flatten().cumsum(0)
+    of = torch.repeat_interleave(run.flatten(), output_size=pairs)
+    neighbour = torch.arange(pairs, device=index.device) + (start.flatten() - ends + run.flatten()).index_select(0, of)
+    starts = ends.view_as(run)[:, -1] - run.sum(dim=1)
+    token = torch.repeat_interleave(run.sum(dim=1), output_size=pairs)
+    apart = column.index_select(0, neighbour) - column.index_select(0, token)
+    square = line_square.expand_as(run).flatten().index_select(0, of) + apart * apart
+    return token, neighbour, square, starts
 
 
 def _smooth_on_grid(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:

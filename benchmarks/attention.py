@@ -1,0 +1,117 @@
+"""Which attention path is fastest for ragged rows: the measurements behind the thresholds of `tokdyn.ops.attention`.
+
+    python -m benchmarks.attention --out benchmarks/results/attention-cpu.json
+
+Eight samples, 6 heads of 64, forward and with gradients, fp32 and bf16. For samples of different length: one call a
+sample against padding to the longest. For equal ones: the fused kernel against two matrix products. "auto" is what
+tokdyn chooses by itself. Takes about a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks import timing
+from tokdyn import ops
+
+HEADS, WIDTH, SAMPLES = 6, 384, 8
+ROWS = (32, 64, 128, 192, 256, 512)
+
+
+def ragged(rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
+    """Samples of `rows` tokens, a sixth more or less: one call a sample against padding to the longest."""
+    torch.manual_seed(rows)
+    spread = max(1, rows // 6)
+    keep = torch.zeros(SAMPLES, 2 * rows, dtype=torch.bool)
+    for sample in keep:
+        sample[: rows + int(torch.randint(-spread, spread + 1, ()))] = True
+    packing = ops.pack(keep, (2 * rows,))
+    qkv = torch.randn(packing.total, 3 * WIDTH).to(dtype).requires_grad_(train)
+
+    def side(backend: Literal["auto", "split", "padded"]) -> Callable[[], None]:
+        def run() -> None:
+            with ops.attention_backend(backend):
+                step(lambda: ops.packed_attention(qkv, HEADS, packing), qkv, train)
+
+        return run
+
+    times = timing.in_turn({name: side(name) for name in ("split", "padded", "auto")}, rounds=7)
+    return row("ragged", rows, dtype, train, times)
+
+
+def equal(rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
+    """Samples of exactly `rows` tokens: the fused kernel against two matrix products."""
+    torch.manual_seed(rows)
+    qkv = torch.randn(SAMPLES, rows, 3 * WIDTH).to(dtype).requires_grad_(train)
+
+    def parts() -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = qkv.view(SAMPLES, rows, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
+
+    def fused() -> Tensor:
+        return F.scaled_dot_product_attention(*parts())
+
+    def products() -> Tensor:
+        query, key, value = parts()
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return scores.softmax(-1) @ value
+
+    sides = {"fused": fused, "products": products, "auto": lambda: ops.dense_attention(qkv, HEADS)}
+    runs = {name: partial(step, side, qkv, train) for name, side in sides.items()}
+    return row("equal", rows, dtype, train, timing.in_turn(runs, rounds=7))
+
+
+def step(run: Callable[[], Tensor], source: Tensor, train: bool) -> None:
+    """One forward, and the gradient of the source if it trains."""
+    with torch.set_grad_enabled(train):
+        out = run()
+        if train:
+            torch.autograd.grad(out.sum(), source)
+
+
+def row(kind: str, rows: int, dtype: torch.dtype, train: bool, times: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """One line of the table."""
+    medians = {name: entry["median_ms"] for name, entry in times.items()}
+    return {
+        "samples": kind,
+        "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "train": train,
+        "median_ms": medians,
+        "auto_over_best": medians["auto"] / min(medians.values()),
+    }
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="save the result as JSON")
+    given = parser.parse_args()
+    timing.prepare()
+    kinds = ((ragged, ("split", "padded", "auto")), (equal, ("fused", "products", "auto")))
+    results = []
+    for measure, names in kinds:
+        table = Table("type", "gradients", "rows", *names, title=f"{measure.__name__}: milliseconds, median of 7")
+        for dtype in (torch.float32, torch.bfloat16):
+            for train in (False, True):
+                for rows in ROWS:
+                    result = measure(rows, dtype, train)
+                    results.append(result)
+                    times = [f"{result['median_ms'][name]:.2f}" for name in names]
+                    table.add_row(result["dtype"], "yes" if train else "no", str(rows), *times)
+        Console().print(table)
+    if given.out:
+        timing.write(given.out, {"machine": timing.machine(), "rows": results})
+
+
+if __name__ == "__main__":
+    main()
