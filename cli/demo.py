@@ -34,7 +34,9 @@ def register(app: typer.Typer) -> None:
         if json:
             as_json({**asdict(result), "samples": result.samples.model_dump(mode="json")})
             return
-        typer.echo(f"\nThe model in {result.folder} was trained for {result.steps} steps.")
+        typer.echo(f"\nThe model in {result.folder} was trained for {result.steps} of {result.planned} steps.")
+        if result.steps < result.planned:
+            typer.echo("The time was up; the same command goes on from there.")
         typer.echo("\nWhat each budget costs (one image, all sampling steps; a multiply-add is 2 FLOPs):")
         table(BUDGET_COLUMNS, map(budget_row, result.samples.budgets))
         typer.echo("\nDoes the router keep the detail? (shapes it never saw, where the detail is known)")

@@ -67,3 +67,13 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not empty"):
         demo(DemoSettings(out=tmp_path))
+
+
+def test_time_limit_stops_training_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    settings = DemoSettings(out=tmp_path / "run", minutes=1e-6, training_steps=7, sampling_steps=1, count=1, scored=8)
+    stopped = demo(settings)
+    assert (stopped.steps, stopped.planned) == (5, 7)
+    assert [budget.images for budget in stopped.samples.budgets] == [1, 1, 1]
+    finished = demo(settings.model_copy(update={"minutes": 10.0}))
+    assert (finished.steps, finished.planned) == (7, 7)
+    assert demo(settings).steps == 7

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -17,12 +19,12 @@ from tokdyn.errors import CheckpointError
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import planned_steps
 from tokdyn.sample import SampleConfig, SampleResult, load_model, sample
-from tokdyn.train import dry_run, train
+from tokdyn.train import train
 
 BUDGETS = (0.0, 0.3, 0.6)
 LEVELS = (0.1, 0.3, 0.5)
-_SCORED = 256  # images that the router is scored on
-_DRAWN = 6  # of them drawn
+_DRAWN = 6  # images in the picture of the router
+_POLL = 5  # steps between looks at the clock
 
 
 class DemoSettings(BaseModel):
@@ -30,11 +32,12 @@ class DemoSettings(BaseModel):
 
     Attributes:
         out: folder for the run and its pictures.
-        minutes: time that training may take; fewer steps are taken on a machine that would need longer.
-        training_steps: optimizer steps, whatever they take; none takes those of the recipe `demo`, within `minutes`.
+        minutes: training stops after this long, finished or not; the same call later goes on from there.
+        training_steps: optimizer steps; none takes those of the recipe `demo`.
         sampling_steps: steps per image.
         guidance: scale of classifier-free guidance.
         count: images per budget; classes are dealt out in turn.
+        scored: unseen shapes that the router is scored on.
         seed: of the training and the samples.
     """
 
@@ -46,6 +49,7 @@ class DemoSettings(BaseModel):
     sampling_steps: PositiveInt = 25
     guidance: float = Field(default=2.0, ge=0.0)
     count: PositiveInt = 10
+    scored: PositiveInt = 256
     seed: int = Field(default=0, ge=0)
 
 
@@ -59,7 +63,8 @@ class DemoResult:
         samples: what sampling at each budget cost.
         router: score of the router at each noise level.
         steps: optimizer steps that the model was trained for.
-        seconds_training: wall time of the training in this call; 0 when the run was already complete.
+        planned: optimizer steps of the whole run.
+        seconds_training: wall time of the training in this call.
     """
 
     folder: Path
@@ -67,6 +72,7 @@ class DemoResult:
     samples: SampleResult
     router: tuple[RouterScore, ...]
     steps: int
+    planned: int
     seconds_training: float
 
 
@@ -78,8 +84,8 @@ def demo(settings: DemoSettings) -> DemoResult:
         KeyboardInterrupt: the training was interrupted; the same call continues it.
     """
     began = time.perf_counter()
-    recipe, trained = _train(settings)
-    seconds = time.perf_counter() - began if trained else 0.0
+    recipe, steps = _train(settings)
+    seconds = time.perf_counter() - began
     pictures = settings.out / "pictures"
     made = sample(
         SampleConfig(
@@ -96,46 +102,43 @@ def demo(settings: DemoSettings) -> DemoResult:
     model, objective, _ = load_model(settings.out)
     data = open_data(recipe.data)
     assert isinstance(data, ShapesDataset)  # the recipe says so
-    unseen = range(len(data), len(data) + _SCORED)  # beyond the epoch, so never trained on
+    unseen = range(len(data), len(data) + settings.scored)  # beyond the epoch, so never trained on
     scores = tuple(score_router(model, objective, data, unseen, level, settings.seed) for level in LEVELS)
-    path = draw_router(model, objective, data, unseen[:_DRAWN], LEVELS, pictures / "router.png", settings.seed)
+    path = draw_router(
+        model, objective, data, range(len(data), len(data) + _DRAWN), LEVELS, pictures / "router.png", settings.seed
+    )
     drawn = (*made.files, *(file for budget in made.budgets for file in budget.files), path)
-    return DemoResult(settings.out, drawn, made, scores, planned_steps(recipe), seconds)
+    return DemoResult(settings.out, drawn, made, scores, steps, planned_steps(recipe), seconds)
 
 
-def _train(settings: DemoSettings) -> tuple[Recipe, bool]:
-    """Train unless the folder holds this very run, finished; the recipe, and whether anything was trained."""
-    overrides = [f"out={settings.out}", f"seed={settings.seed}", "training.sample_every=null"]
+def _train(settings: DemoSettings) -> tuple[Recipe, int]:
+    """Train, go on with a run that was stopped, or leave a finished one alone; the recipe and the steps taken."""
+    overrides = [f"out={settings.out}", f"seed={settings.seed}", f"training.sample_every={_POLL}"]
     if settings.training_steps is not None:
         overrides.append(f"training.steps={settings.training_steps}")
     recipe = recipes.load("demo", overrides)
-    kept = settings.out / "recipe.yaml"
-    if kept.is_file():
-        stored = recipes.load(kept)
-        same_length = stored if settings.training_steps is None else recipe
-        if stored != _with_steps(recipe, same_length.training.steps):
-            raise CheckpointError(
-                f"{settings.out} holds a run with other settings; choose another out=FOLDER or remove it."
-            )
-        if (settings.out / "model").is_dir():
-            return stored, False
-        result = train(stored, resume=True)
-    else:
-        if settings.training_steps is None:
-            recipe = _with_steps(recipe, _affordable_steps(recipe, 60.0 * settings.minutes))
-        result = train(recipe)
-    if not result.finished:
+    started = (settings.out / "recipe.yaml").is_file()
+    if started and recipes.load(settings.out / "recipe.yaml") != recipe:
+        raise CheckpointError(
+            f"{settings.out} holds a run with other settings; choose another out=FOLDER or remove it."
+        )
+    if started and (settings.out / "model").is_dir():
+        return recipe, planned_steps(recipe)
+    limit = _TimeLimit(60.0 * settings.minutes)
+    result = train(recipe, resume=started, preview=limit)
+    if not result.finished and not limit.reached:
         raise KeyboardInterrupt
-    return recipe, True
+    return recipe, result.step
 
 
-def _with_steps(recipe: Recipe, steps: int | None) -> Recipe:
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
+class _TimeLimit:
+    """Stands in for drawing previews: asks training to stop, as Ctrl-C does, once the time is up."""
 
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.reached = False
 
-def _affordable_steps(recipe: Recipe, seconds: float) -> int | None:
-    """The recipe's steps, or as many as this machine takes in the time if those are fewer."""
-    per_step = dry_run(recipe).seconds_per_step
-    if per_step is None or recipe.training.steps is None:
-        return recipe.training.steps
-    return max(1, min(recipe.training.steps, int(seconds / per_step)))
+    def __call__(self, model: Any, recipe: Recipe, folder: Path, step: int) -> None:
+        if time.monotonic() > self._end and not self.reached:
+            self.reached = True
+            signal.raise_signal(signal.SIGINT)
