@@ -181,8 +181,14 @@ def test_save_load_and_copy_are_exact(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["dit", "dcdit"])
 def test_a_diffusers_pipeline_runs_saves_and_loads_it(kind, tmp_path):
     model = awake(DiT(**SMALL) if kind == "dit" else DCDiT(**SMALL))
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1,
-                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     pipeline = DiTPipeline(transformer=model, vae=vae, scheduler=DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
 

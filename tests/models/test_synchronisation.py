@@ -1,4 +1,4 @@
-"""On an accelerator a forward asks for values once: when it packs. Emulated on CPU, and measured where there is CUDA."""
+"""On an accelerator a forward asks for values once, when it packs. Emulated on CPU; counted where there is CUDA."""
 
 import sys
 import warnings

@@ -82,7 +82,7 @@ def _choose(qkv: Tensor, packing: Packing) -> Backend:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v for (B, H, N, d); on CPU, training in bf16 on short rows, as two matrix products."""
+    """softmax(q k^T / sqrt(d) + bias) v for (B, H, N, d); on CPU, training in bf16 on short rows, as two products."""
     rows = query.shape[-2]
     if query.device.type == "cpu" and query.requires_grad and query.dtype == torch.bfloat16 and rows <= 512:
         batch, heads, rows, _ = query.shape

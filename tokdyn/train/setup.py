@@ -83,7 +83,7 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise RecipeError(
             f"Training runs on one device or as data-parallel replicas, not as {accelerator.distributed_type.value}; "
-            "launch it with `accelerate launch --multi_gpu` or `--multi_cpu`."
+            "launch it with `torchrun --nproc_per_node N -m tokdyn.cli.main train RECIPE`."
         )
     return accelerator
 
