@@ -61,6 +61,24 @@ def test_a_lone_token_of_little_confidence_still_hears_the_others():
     assert ours[0, 0, 0] > 1e-4
 
 
+@pytest.mark.parametrize("sigma", [0.05, 9.0, 1e4])
+@pytest.mark.parametrize("grid", [(30,), (9, 4), (1, 25), (3, 4, 5)])
+def test_kernels_narrower_than_a_cell_and_wider_than_the_grid(grid, sigma):
+    features, probability, keep = case(grid, 0.4, 2)
+    ours = ops.dechunk(features, probability, keep, grid, sigma)
+    theirs = dense_dechunk(features, probability, keep, grid, sigma)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_what_is_not_a_number_comes_out_as_such():
+    """A diverged model shows in its loss and is no error of de-chunking."""
+    features, probability, keep = case((5, 5), 0.4, 2)
+    probability[1] = math.nan
+    out = ops.dechunk(features, probability, keep, (5, 5), 1.0)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
 @settings(deadline=None, max_examples=30)
 @given(grids, shares, seeds)
 def test_both_forms_of_smoothing_agree(grid, share, seed):
@@ -160,6 +178,14 @@ def test_half_precision_is_smoothed_in_fp32():
         ({"grid": (1, 1, 4, 4)}, "1 to 3 sizes"),
         ({"keep": torch.zeros(2, 16, dtype=torch.bool)}, "keeps no token"),
         ({"sigma": -1.0}, "not negative"),
+        ({"sigma": math.nan}, "finite width"),
+        ({"sigma": math.inf}, "finite width"),
+        ({"grid": (-4, -4)}, "at least 1 cell"),
+        ({"keep": torch.ones(2, 16, dtype=torch.int64)}, "expected torch.bool"),
+        ({"keep": torch.zeros(0, 16, dtype=torch.bool), "probability": torch.zeros(0, 16)}, "B at least 1"),
+        ({"keep": torch.ones(2, 16, dtype=torch.bool, device="meta")}, "meta device"),
+        ({"features": torch.zeros(2, 4, dtype=torch.int64)}, "expected real numbers"),
+        ({"features": torch.zeros(2, 0)}, "one row a token"),
     ],
 )
 def test_wrong_input_is_named(change, words):

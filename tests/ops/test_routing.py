@@ -72,10 +72,31 @@ def test_no_drop_is_the_same_object_and_per_sample_equals_one_by_one():
     assert together[3].sum() == 1
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.6, 0.7, 0.9, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_drops_what_a_tensor_with_it_drops_in_any_precision(fraction, dtype):
+    """0.9 in fp32 is less than nine tenths, so in fp64 it would drop 8 tokens of 10."""
+    p = 0.5 + probabilities(2, batch=1, cells=400).to(dtype) / 2
+    for n in range(1, 401):
+        keep = torch.arange(400) < n
+        number = ops.tail_drop(p, keep[None], fraction)
+        assert number.sum() == n - min(math.floor(torch.tensor(n) * torch.tensor(float(fraction))), n - 1)
+        for shape in ((), (1,)):
+            assert torch.equal(number, ops.tail_drop(p, keep[None], torch.full(shape, float(fraction))))
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, math.nan])
 def test_a_fraction_outside_its_range_is_refused(fraction):
     p, keep = ops.select(probabilities(0))
-    with pytest.raises(InputError, match="between 0 and 1"):
+    for given_ in (fraction, torch.tensor(fraction), torch.tensor([0.0, 0.2, fraction, 1.0])):
+        with pytest.raises(InputError, match="between 0 and 1"):
+            ops.tail_drop(p, keep, given_)
+
+
+@pytest.mark.parametrize("fraction", [None, "0.3", [0.1, 0.2, 0.3, 0.4], {"cond": 0.3}])
+def test_what_is_neither_a_number_nor_a_tensor_is_refused(fraction):
+    p, keep = ops.select(probabilities(0))
+    with pytest.raises(InputError, match=r"expected a number or a \(4,\) tensor"):
         ops.tail_drop(p, keep, fraction)
 
 

@@ -41,18 +41,20 @@ def dechunk(features: Tensor, probability: Tensor, keep: Tensor, grid: Grid, sig
         (B, N, D), the features' type.
 
     Raises:
-        InputError: shapes that do not fit, an empty sample, or a negative sigma.
+        InputError: shapes or types that do not fit, an empty sample, or a sigma that is no width.
     """
     grid = tuple(grid)
-    if not 1 <= len(grid) <= 3:
-        raise InputError(f"the grid is {grid}, expected 1 to 3 sizes.")
+    if not 1 <= len(grid) <= 3 or min(grid) < 1:
+        raise InputError(f"the grid is {grid}, expected 1 to 3 sizes of at least 1 cell.")
     if probability.shape != keep.shape:
         raise InputError(f"probability is {tuple(probability.shape)} and keep {tuple(keep.shape)}; they must be equal.")
     packing = pack(keep, grid)
-    if features.dim() != 2 or features.shape[0] != packing.total:
+    if features.dim() != 2 or features.shape[0] != packing.total or not features.shape[1]:
         raise InputError(
             f"features have shape {tuple(features.shape)}, expected ({packing.total}, D): one row a token."
         )
+    if not features.is_floating_point() or not probability.is_floating_point():
+        raise InputError(f"features are {features.dtype} and probability {probability.dtype}, expected real numbers.")
     return dechunk_packed(features, probability, keep, packing, sigma)
 
 
@@ -60,8 +62,8 @@ def dechunk_packed(
     features: Tensor, probability: Tensor, keep: Tensor, packing: Packing, sigma: float | None
 ) -> Tensor:
     """`dechunk` for tokens whose packing is known already; arguments as there."""
-    if sigma is not None and sigma < 0:
-        raise InputError(f"sigma is {sigma}, expected a width in cells that is not negative.")
+    if sigma is not None and not 0 <= sigma < math.inf:
+        raise InputError(f"sigma is {sigma}, expected a finite width in cells that is not negative.")
     with torch.autocast(features.device.type, enabled=False):
         rows = features
         if sigma:
@@ -90,10 +92,10 @@ def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: fl
     Returns:
         (T, D), the features' type.
     """
-    reach = _reach(features.dtype, float(kept.detach().min())) * sigma
+    reach = min(_reach(features.dtype, float(kept.detach().min())) * sigma, math.hypot(*packing.grid))
     token, neighbour, square, starts = _neighbours(packing, reach)
-    heights = [math.exp(-distance / (2 * sigma * sigma)) for distance in range(math.floor(reach * reach) + 1)]
-    kernel = torch.tensor(heights, dtype=torch.float64, device=features.device)
+    squares = torch.arange(math.floor(reach * reach) + 1, dtype=torch.float64, device=features.device)
+    kernel = squares.div_(-2 * sigma * sigma).exp_()
     p = kept.double()  # a few numbers a token: exact weights halve the error of the sums at no cost
     weight = kernel.index_select(0, square) * p.index_select(0, neighbour)
     share = (1 - p) / (torch.zeros_like(p).index_add(0, token, weight) + _EPS)
@@ -104,6 +106,7 @@ def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: fl
 
 def _reach(dtype: torch.dtype, least: float) -> float:
     """How many sigmas away a kept token still counts, if the least probability is a token's own weight."""
+    least = least if least > 0 else _P_MIN  # not a number: the result is not either, wherever we look
     return math.sqrt(-2 * math.log(torch.finfo(dtype).eps / 4 * least))
 
 
@@ -118,7 +121,7 @@ def _neighbours(packing: Packing, reach: float) -> tuple[Tensor, Tensor, Tensor,
     before = torch.zeros(total + 1, dtype=torch.int64, device=index.device)
     before[index + 1] = 1
     before = before.cumsum(0)
-    offsets, squares = disc(reach, len(lead))
+    offsets, squares = disc(reach, lead)
     line_square = torch.tensor(squares, device=index.device).long()
     half = torch.tensor([math.isqrt(math.floor(reach * reach - square)) for square in squares], device=index.device)
     inside = torch.ones(len(index), len(offsets), dtype=torch.bool, device=index.device)

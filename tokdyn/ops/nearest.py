@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,11 +68,11 @@ def _along_axis(source: Tensor, axis: int, count: int) -> Tensor:
     return best
 
 
-def disc(radius: float, axes: int) -> tuple[list[tuple[int, ...]], list[float]]:
-    """Integer offsets within a radius, in raster order, and their squared lengths."""
-    reach = range(-math.floor(radius), math.floor(radius) + 1)
+def disc(radius: float, sizes: Sequence[int]) -> tuple[list[tuple[int, ...]], list[float]]:
+    """Integer offsets within a radius that a grid of these sizes has room for, in raster order, and their squares."""
     offsets: list[tuple[int, ...]] = [()]
-    for _ in range(axes):
-        offsets = [(*offset, step) for offset in offsets for step in reach]
+    for size in sizes:
+        reach = min(math.floor(radius), size - 1)
+        offsets = [(*offset, step) for offset in offsets for step in range(-reach, reach + 1)]
     inside = [offset for offset in offsets if sum(step * step for step in offset) <= radius * radius]
     return inside, [float(sum(step * step for step in offset)) for offset in inside]

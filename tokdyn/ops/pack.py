@@ -20,10 +20,16 @@ def pack(keep: Tensor, grid: Grid) -> Packing:
         The packing; `dense.reshape(B * N, D).index_select(0, packing.index)` are the packed rows.
 
     Raises:
-        InputError: keep has another shape than (B, N) or a sample without a kept token.
+        InputError: keep is no bool tensor of shape (B, N), is empty or without data, or a sample keeps no token.
     """
-    if keep.dim() != 2 or keep.shape[1] != cells(grid):
-        raise InputError(f"keep has shape {tuple(keep.shape)}, expected (B, {cells(grid)}) for the grid {grid}.")
+    if keep.dim() != 2 or keep.shape[1] != cells(grid) or not keep.numel():
+        raise InputError(
+            f"keep has shape {tuple(keep.shape)}, expected (B, {cells(grid)}) for the grid {grid}, and B at least 1."
+        )
+    if keep.dtype != torch.bool:
+        raise InputError(f"keep is a tensor of {keep.dtype}, expected torch.bool.")
+    if keep.is_meta:
+        raise InputError("keep is on the meta device, but which tokens are kept is data; use a device that has data.")
     counts = keep.sum(dim=1)
     lengths = tuple(counts.tolist())
     if not all(lengths):

@@ -5,12 +5,14 @@ Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351; H-Net, arXiv 2
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokdyn.errors import InputError
+from tokdyn.ops.device import asking_waits
 
 
 def select(probability: Tensor, force_ends: bool = False) -> tuple[Tensor, Tensor]:
@@ -37,30 +39,36 @@ def select(probability: Tensor, force_ends: bool = False) -> tuple[Tensor, Tenso
 def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Tensor:
     """Drop the least probable kept tokens of each sample, floor(n f) of its n, never the last one.
 
-    Ties fall in raster order, so the sets for f1 < f2 are nested. Source: arXiv 2603.06351 v2, tail dropping.
+    Ties fall in raster order, so the sets for f1 < f2 are nested. n f is taken in fp32 whatever the other types, so a
+    number and a tensor that holds it drop the same tokens. Source: arXiv 2603.06351 v2, tail dropping.
 
     Args:
         probability: (B, N) boundary probability.
         keep: (B, N) bool, the natural kept set.
-        fraction: f in [0, 1], or a (B,) tensor with one per sample (Lite-CFG).
+        fraction: f in [0, 1], or a (B,) tensor with one per sample (Lite-CFG). On an accelerator the entries of a
+            tensor are clamped to [0, 1], since checking them would make the host wait.
 
     Returns:
         (B, N) bool. At f = 0 it is `keep` itself.
 
     Raises:
-        InputError: a float outside [0, 1], or a tensor that is not (B,).
+        InputError: a fraction outside [0, 1], a tensor that is not (B,), or neither a number nor a tensor.
     """
     batch = keep.shape[0]
     if isinstance(fraction, Tensor):
         if fraction.shape not in ((), (1,), (batch,)):
             raise InputError(f"tail_drop has shape {tuple(fraction.shape)}, expected a float or ({batch},).")
-        share = fraction.to(probability).reshape(-1, 1)
-    else:
+        if not asking_waits(fraction) and not bool(((fraction >= 0) & (fraction <= 1)).all()):
+            raise InputError(f"tail_drop is {fraction.tolist()}, expected fractions between 0 and 1.")
+        share = fraction.to(probability.device, torch.float32).reshape(-1, 1)
+    elif isinstance(fraction, Real):
         if not 0.0 <= fraction <= 1.0:
             raise InputError(f"tail_drop is {fraction}, expected a fraction between 0 and 1.")
         if fraction == 0.0:
             return keep
-        share = torch.full((1, 1), float(fraction), dtype=probability.dtype, device=probability.device)
+        share = torch.full((1, 1), float(fraction), dtype=torch.float32, device=probability.device)
+    else:
+        raise InputError(f"tail_drop is a {type(fraction).__name__}, expected a number or a ({batch},) tensor.")
     count = keep.sum(dim=1, keepdim=True)
     dropped = torch.minimum((count * share).floor().long().clamp_(min=0), count - 1)
     order = probability.masked_fill(~keep, float("inf")).argsort(dim=1, stable=True)
