@@ -253,11 +253,77 @@ def test_random_boundaries_repeat_in_evaluation_and_vary_in_training():
         (lambda m: m(torch.zeros(2, 4, 8, 8), torch.zeros(3)), "expected 1 or 2"),
         (lambda m: m(torch.zeros(2, 4, 8, 8), 1, torch.zeros(3).long()), "class_labels has 3 entries"),
         (lambda m: m(torch.zeros(2, 4, 8, 8), 1, tail_drop=2.0), "between 0 and 1"),
+        (lambda m: m(torch.zeros(0, 4, 8, 8), 1), "B at least 1"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), 1, torch.tensor([0, 11])), "class_labels hold 11, expected 0 to 10"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), 1, torch.tensor([0, -1])), "class_labels hold -1"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2)), "expected integers"),
+        (lambda m: m.calibrate_router(torch.zeros(2, 4, 8, 8), 1, None, target=1.0), "more than 1 cell per kept"),
     ],
 )
 def test_wrong_input_is_named(call, words):
     with pytest.raises(InputError, match=words):
         call(DCDiT(**SMALL, patch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"router": "oracle"}, "router: Input should be 'spatial_predictability', 'cosine' or 'random', not 'oracle'"),
+        ({"target": 1.0}, "target: Input should be greater than 1"),
+        ({"smoothing_sigma": -1.0}, "smoothing_sigma: Input should be greater than 0"),
+        ({"scaffold_width": 0}, "scaffold_width must be at least 1"),
+        ({"num_heads": 0}, "num_heads is 0, expected at least 1"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"depth": -1}, "depth is -1"),
+        ({"sample_size": (8, 8, 8)}, r"expected a number or \(rows, columns\)"),
+        ({"sample_size": 8.0}, r"sample_size is 8.0"),
+    ],
+)
+def test_impossible_settings_are_named(settings, words):
+    with pytest.raises(InputError, match=words):
+        DCDiT(**{**SMALL, **settings})
+
+
+@pytest.mark.parametrize("kind", [DiT, DCDiT])
+def test_steps_and_labels_may_be_numbers_lists_or_tensors(kind):
+    model = awake(kind(**SMALL))
+    x = arguments(model)[0]
+    with torch.no_grad():
+        expected = model(x, timestep=torch.tensor([7] * 4), class_labels=torch.tensor([3] * 4)).sample
+        for steps, labels in ((7, 3), (7.0, torch.tensor(3)), ([7] * 4, [3] * 4), (torch.tensor([7]), [3])):
+            assert torch.equal(model(x, timestep=steps, class_labels=labels).sample, expected)
+
+
+@pytest.mark.parametrize("kind", [DiT, DCDiT])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_built_in_another_default_type(kind, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = kind(**SMALL)
+        assert model.pos_embed.dtype == model.dtype == dtype
+        assert model(torch.randn(2, 4, 8, 8), 3).sample.dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_diverged_model_returns_what_is_no_number():
+    model = dc_dit(double=False)
+    x, t, y = arguments(model)
+    x[1] = math.nan
+    out = model(x, timestep=t, class_labels=y)
+    out.sample.sum().backward()
+    assert out.sample[1].isnan().all()
+    assert out.sample[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_calibration_to_a_share_that_is_not_the_models_own(router):
+    model = DCDiT(**{**SMALL, "sample_size": 32, "target": 16.0, "router": router}).eval()
+    x, t, y = arguments(model, batch=8)
+    for target in (2.0, None):
+        model.calibrate_router(x, t, y, target=target)
+        kept = model(x, timestep=t, class_labels=y).routing.natural_keep.float().mean().item()
+        assert kept == pytest.approx(1 / (target or 16.0), abs=0.03)  # the random router's 8192 draws: 4 sigma
 
 
 def test_names():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,6 +82,7 @@ def test_a_number_drops_what_a_tensor_with_it_drops_in_any_precision(fraction, d
         keep = torch.arange(400) < n
         number = ops.tail_drop(p, keep[None], fraction)
         assert number.sum() == n - min(math.floor(torch.tensor(n) * torch.tensor(float(fraction))), n - 1)
+        assert torch.equal(number, ops.tail_drop(p, keep[None], numpy.float32(fraction)))
         for shape in ((), (1,)):
             assert torch.equal(number, ops.tail_drop(p, keep[None], torch.full(shape, float(fraction))))
 

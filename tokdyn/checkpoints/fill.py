@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from tokdyn.errors import CheckpointError, TokdynError
@@ -39,9 +38,6 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
             model: Model = model_class(**{**settings, "sample_size": size})
     except TokdynError as error:
         raise CheckpointError(f"no {model_class.__name__} can be built for {origin}: {error}") from error
-    except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise CheckpointError(f"no {model_class.__name__} can be built for {origin}: {reasons}.") from error
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors) - {"pos_embed"})
     surplus = sorted(set(tensors) - set(expected))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -47,18 +48,28 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm", "chunking"]
 
+    def _check(self) -> None:
+        """Refuse an impossible configuration in words, before anything is built from it."""
+        c = self.config
+        for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
+            if c[name] < 1:
+                raise InputError(f"{name} is {c[name]}, expected at least 1.")
+        size = c.sample_size
+        if not isinstance(size, Integral) and (not isinstance(size, (tuple, list)) or len(size) != 2):
+            raise InputError(f"sample_size is {size!r}, expected a number or (rows, columns).")
+        if c.hidden_size % c.num_heads:
+            raise InputError(f"hidden_size is {c.hidden_size}, expected a multiple of num_heads = {c.num_heads}.")
+
     def _build(self, head_width: int) -> None:
         """Make the parts that follow from the registered configuration."""
         c = self.config
-        if c.hidden_size % c.num_heads:
-            raise InputError(f"hidden_size is {c.hidden_size}, expected a multiple of num_heads = {c.num_heads}.")
         out_channels = c.in_channels * (2 if c.learn_sigma else 1)
         self.register_to_config(out_channels=out_channels)
         self.gradient_checkpointing = False
         self.t_embedder = TimestepEmbedder(c.hidden_size, c.timestep_shift)
         self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
         position = sincos_position(self._grid_of(c.sample_size), c.hidden_size)
-        self.pos_embed = nn.Parameter(position[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(position[None].to(torch.get_default_dtype()), requires_grad=False)
         self.blocks = nn.ModuleList(
             DiTBlock(c.hidden_size, c.num_heads, c.mlp_ratio, c.mlp_norm_eps) for _ in range(c.depth)
         )
@@ -66,7 +77,7 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _grid_of(self, size: int | tuple[int, int] | list[int] | torch.Size) -> Grid:
         """The token grid of an input of that many rows and columns."""
-        rows, columns = (size, size) if isinstance(size, int) else size
+        rows, columns = size if isinstance(size, (tuple, list)) else (size, size)
         patch = self.config.patch_size
         if rows % patch or columns % patch or min(rows, columns) < patch:
             raise InputError(f"the input is {rows}x{columns}, expected multiples of the patch size {patch}.")
@@ -75,20 +86,17 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _start(self, x: Tensor, timestep: Tensor | float | None, labels: Tensor | None) -> tuple[Grid, Tensor, Tensor]:
         """Check the inputs; the grid, the timesteps (B,) and the condition (B, D)."""
         c = self.config
-        if x.dim() != 4 or x.shape[1] != c.in_channels:
-            raise InputError(f"the input has shape {tuple(x.shape)}, expected (B, {c.in_channels}, rows, columns).")
+        if x.dim() != 4 or x.shape[1] != c.in_channels or not len(x):
+            raise InputError(
+                f"the input has shape {tuple(x.shape)}, expected (B, {c.in_channels}, rows, columns), B at least 1."
+            )
         if timestep is None:
             raise InputError("timestep is missing; pass a number or a (B,) tensor.")
-        batch = len(x)
-        if labels is None:
-            labels = torch.full((batch,), c.num_classes, device=x.device)
-        timestep = torch.as_tensor(timestep, device=x.device).reshape(-1)
-        labels = labels.to(x.device).reshape(-1)
-        for name, given in (("timestep", timestep), ("class_labels", labels)):
-            if len(given) not in (1, batch):
-                raise InputError(f"{name} has {len(given)} entries, expected 1 or {batch}, one per sample.")
-        timestep = timestep.expand(batch)
-        condition = self.t_embedder(timestep) + self.y_embedder(labels.expand(batch))
+        timestep = _one_each("timestep", timestep, x)
+        labels = _one_each("class_labels", c.num_classes if labels is None else labels, x)
+        if labels.is_floating_point() or labels.is_complex():
+            raise InputError(f"class_labels are {labels.dtype}, expected integers.")
+        condition = self.t_embedder(timestep) + self.y_embedder(labels)
         return self._grid_of(x.shape[-2:]), timestep, condition
 
     def _positions(self, grid: Grid) -> Tensor:
@@ -118,3 +126,13 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 nn.init.normal_(parameter, std=0.02)
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
+
+
+def _one_each(name: str, given: Tensor | float, x: Tensor) -> Tensor:
+    """(B,) values on the device of x from one value or B; a number gets there without making the host wait."""
+    if isinstance(given, (int, float)):
+        return torch.full((len(x),), given, device=x.device)
+    values = torch.as_tensor(given, device=x.device).reshape(-1)
+    if len(values) not in (1, len(x)):
+        raise InputError(f"{name} has {len(values)} entries, expected 1 or {len(x)}, one per sample.")
+    return values.expand(len(x))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokdyn.errors import InputError
 from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
 from tokdyn.ops.device import asking_waits
 from tokdyn.tokens import Packing
@@ -61,6 +62,10 @@ class LabelEmbedder(nn.Module):
         null = self.embedding_table.num_embeddings - 1
         if null < _PIPELINE_NULL_CLASS:
             labels = torch.where(labels == _PIPELINE_NULL_CLASS, null, labels)
+        if not asking_waits(labels) and not torch.compiler.is_compiling():
+            wrong = labels[(labels < 0) | (labels > null)]
+            if len(wrong):
+                raise InputError(f"class_labels hold {int(wrong[0])}, expected 0 to {null}; {null} means no class.")
         out: Tensor = self.embedding_table(labels)
         return out
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
@@ -74,11 +75,16 @@ class DCDiT(Transformer):
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
-        width = scaffold_width or hidden_size // 4
-        if min(encoder_depth, decoder_depth) < 1:
-            raise InputError("encoder_depth and decoder_depth must be at least 1.")
+        self._check()
+        width = hidden_size // 4 if scaffold_width is None else scaffold_width
+        if min(encoder_depth, decoder_depth, width) < 1:
+            raise InputError("encoder_depth, decoder_depth and scaffold_width must be at least 1.")
         sigma = smoothing_sigma if smoothing else None
-        chunking = Chunking(target=target, router=router, smoothing_sigma=sigma, force_ends=force_ends)
+        try:
+            chunking = Chunking(target=target, router=router, smoothing_sigma=sigma, force_ends=force_ends)
+        except ValidationError as error:
+            reasons = "; ".join(f"{each['loc'][0]}: {each['msg']}, not {each['input']!r}" for each in error.errors())
+            raise InputError(f"{reasons}.") from error
         self.x_embedder = CellEmbedder(in_channels * patch_size**2, width, 3, padding=1)
         self._build(head_width=width)
         self.encoder = Scaffold(width, hidden_size, encoder_depth, hidden_size, change_first=False)
@@ -109,15 +115,31 @@ class DCDiT(Transformer):
         generator = torch.Generator().manual_seed(0)
         rows, columns = self._grid_of(self.config.sample_size)
         p = self.config.patch_size
-        noise = torch.randn(2, self.config.in_channels, rows * p, columns * p, generator=generator)
+        noise = torch.randn(2, self.config.in_channels, rows * p, columns * p, generator=generator, device="cpu")
         self.calibrate_router(noise.to(self.pos_embed), 500, None)
 
     @torch.no_grad()
-    def calibrate_router(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> None:
-        """Shift the router's bias so that 1/N of this batch's cells are kept; arguments as in `forward`."""
+    def calibrate_router(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None,
+        target: float | None = None,
+    ) -> None:
+        """Shift the router's bias so that 1/N of this batch's cells are kept.
+
+        Args:
+            hidden_states: as in `forward`.
+            timestep: as in `forward`.
+            class_labels: as in `forward`.
+            target: N, more than 1; None is the model's own. A curriculum starts with another.
+        """
+        target = self.config.target if target is None else target
+        if not target > 1.0:
+            raise InputError(f"the target is {target}, expected more than 1 cell per kept token.")
         grid, steps, condition = self._start(hidden_states, timestep, class_labels)
         logits = self.chunking.logits(self._encode(hidden_states, condition), grid, steps)
-        self.chunking.router.calibrate(logits, self.config.target)
+        self.chunking.router.calibrate(logits, target)
 
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, in_channels, rows, columns) to dense tokens (B, N, D)."""

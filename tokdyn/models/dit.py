@@ -48,6 +48,7 @@ class DiT(Transformer):
         out_channels: int | None = None,
     ) -> None:
         super().__init__()
+        self._check()
         self.x_embedder = CellEmbedder(in_channels, hidden_size, patch_size, stride=patch_size)
         self._build(head_width=hidden_size)
         self._initialize()

@@ -5,8 +5,7 @@ Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351; H-Net, arXiv 2
 
 from __future__ import annotations
 
-from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -61,14 +60,14 @@ def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Te
         if not asking_waits(fraction) and not bool(((fraction >= 0) & (fraction <= 1)).all()):
             raise InputError(f"tail_drop is {fraction.tolist()}, expected fractions between 0 and 1.")
         share = fraction.to(probability.device, torch.float32).reshape(-1, 1)
-    elif isinstance(fraction, Real):
-        if not 0.0 <= fraction <= 1.0:
+    else:
+        if not isinstance(fraction, SupportsFloat):
+            raise InputError(f"tail_drop is a {type(fraction).__name__}, expected a number or a ({batch},) tensor.")
+        if not 0.0 <= float(fraction) <= 1.0:
             raise InputError(f"tail_drop is {fraction}, expected a fraction between 0 and 1.")
         if fraction == 0.0:
             return keep
         share = torch.full((1, 1), float(fraction), dtype=torch.float32, device=probability.device)
-    else:
-        raise InputError(f"tail_drop is a {type(fraction).__name__}, expected a number or a ({batch},) tensor.")
     count = keep.sum(dim=1, keepdim=True)
     dropped = torch.minimum((count * share).floor().long().clamp_(min=0), count - 1)
     order = probability.masked_fill(~keep, float("inf")).argsort(dim=1, stable=True)
