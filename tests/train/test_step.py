@@ -180,6 +180,15 @@ def test_training_starts_at_the_target_unless_the_official_start_is_asked_for(tm
     assert row["natural_kept"] < 0.1
 
 
+def test_a_curriculum_starts_calibrated_to_its_first_target(tmp_path: Path, tiny: Tiny) -> None:
+    """A random router cannot follow, so it keeps to the model's own 1/4 (4096 cells: a standard deviation of 0.007)."""
+    large = ("training.batch_size=64", "training.steps=1", "chunking.curriculum=[[0,2.0],[100,4.0]]")
+    for router, kept in (("spatial_predictability", 0.5), ("cosine", 0.5), ("random", 0.25)):
+        train(tiny(tmp_path / router, *large, f"model.router={router}"))
+        (row,) = metrics.read(tmp_path / router / "metrics.jsonl")
+        assert row["natural_kept"] == pytest.approx(kept, abs=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["scaffold", "blocks"])
 def test_compiled_parts_train_and_resume(

@@ -16,6 +16,7 @@ from tokdyn.errors import RecipeError
 from tokdyn.recipe import OptimizerSettings, Recipe
 from tokdyn.recipe.build import build_model, planned_steps
 from tokdyn.recipe.explain import nearest
+from tokdyn.train import schedule
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
 from tokdyn.train.seeds import Stream, seed_everything
@@ -122,11 +123,13 @@ def open_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
 
 
 def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
-    """Set the router's bias on a first batch, the same on every device.
+    """Set the router's bias on a first batch, the same on every device, for the N of the first step.
+
+    A random router learns nothing, so it cannot follow a curriculum: it starts at the model's own N and stays there.
 
     Args:
         model: A DCDiT on `device`.
-        recipe: The recipe.
+        recipe: The recipe, of a chunking model.
         dataset: Where the batch comes from.
         device: Where to run it.
     """
@@ -134,8 +137,11 @@ def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device
     x, labels = BatchStream(dataset, count, recipe.seed)[0]
     seed_everything(recipe.seed, Stream.CALIBRATION)
     noised = recipe.objective.add_noise(x)
+    target = None
+    if recipe.chunking is not None and model.chunking.router.bias.requires_grad:
+        target = schedule.target(recipe.chunking, model.config.target, 0)
     with torch.no_grad(), autocast(device, recipe.training.precision):
-        model.calibrate_router(noised.x_t.to(device), noised.timestep.to(device), labels.to(device))
+        model.calibrate_router(noised.x_t.to(device), noised.timestep.to(device), labels.to(device), target)
 
 
 def compile_parts(model: Any, what: str | bool) -> None:
