@@ -101,6 +101,12 @@ def test_defaults_of_official_weights(dcdit: Callable[..., DCDiT]) -> None:
     assert not given.config["force_ends"]
 
 
+def test_own_weights_have_the_defaults_of_the_class(dcdit: Callable[..., DCDiT]) -> None:
+    """On a grid of 64x64 as everywhere; only official weights of that size were trained with a wider kernel."""
+    model = dcdit(sample_size=64, depth=1)
+    assert read(model.state_dict(), num_heads=4).config["smoothing_sigma"] == model.config["smoothing_sigma"] == 1.0
+
+
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
 def test_heads_of_published_widths(width: int, heads: int) -> None:
     with torch.device("meta"):

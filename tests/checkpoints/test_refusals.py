@@ -30,6 +30,10 @@ def official(dcdit: Callable[..., DCDiT]) -> dict[str, Tensor]:
         ({"scaffold_width": 16}, "scaffold_width=16"),
         ({"router": "cosine"}, "router='cosine'"),
         ({"patch_size": 3}, "which patch_size=3 does not divide"),
+        ({"patch_size": 0}, "patch_size=0, given for .* at least 1"),
+        ({"patch_size": "1"}, "patch_size='1', given for .* at least 1"),
+        ({"sample_size": "8"}, r"sample_size='8', given for .* should be a number or \(rows, columns\)"),
+        ({"sample_size": (8, 8, 8)}, r"sample_size=\(8, 8, 8\), given for"),
         ({"sample_size": 16}, r"sample_size=16 with patch_size=1 has 256 tokens, but .* has 64 positions"),
         ({"sample_size": (4, 16)}, "contradicts .* those of a grid of 8 x 8 tokens"),
         ({"num_heads": 5}, "num_heads=5 does not divide the width 32"),
@@ -115,6 +119,8 @@ def test_unknown_formats(official: dict[str, Tensor], dit: Callable[..., DiT]) -
         read({})
     with pytest.raises(CheckpointError, match="holds 'step' and no state dict"):
         read({"step": 3})
+    with pytest.raises(CheckpointError, match="the source is a DiT; expected a path or a state dict"):
+        read(dit())  # type: ignore[arg-type]
 
 
 def test_outputs_that_are_neither_noise_nor_noise_and_variance(dit: Callable[..., DiT]) -> None:

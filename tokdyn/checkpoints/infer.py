@@ -32,6 +32,8 @@ def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> di
     """
     shared = _shared_settings(tensors, origin)
     narrow, channels, _, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
+    if not isinstance(patch, int) or patch < 1:
+        raise CheckpointError(f"patch_size={patch!r}, given for {origin}, should be a number of at least 1.")
     if channels % (patch * patch):
         raise CheckpointError(f"{origin} embeds {channels} channels a token, which patch_size={patch} does not divide.")
     router = {name.split(".")[2] for name in tensors if name.startswith("chunking.router.")}
@@ -62,6 +64,8 @@ def grid_size(
             unknown table of a length that is no square.
     """
     size = (given, given) if isinstance(given, int) else given
+    if size is not None and not (isinstance(size, tuple) and [type(side) for side in size] == [int, int]):
+        raise CheckpointError(f"sample_size={given!r}, given for {origin}, should be a number or (rows, columns).")
     if "pos_embed" not in tensors:
         if size is None:
             raise CheckpointError(f"{origin} has no position table; give sample_size= (a number or (rows, columns)).")

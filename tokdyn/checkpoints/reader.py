@@ -35,7 +35,8 @@ def read(
         ema: take the averaged weights where a checkpoint holds both.
         **config: settings of the model that the weights leave open: `num_heads` (known for widths 384, 768, 1024 and
             1152), `sample_size` (where there is no position table or its grid is not square), `smoothing_sigma`
-            (default 1.0, and 2.0 from 64x64 tokens on, as published), `patch_size` of a DC-DiT (default 1), ...
+            (default 1.0, and 2.0 for official weights from 64x64 tokens on, as published), `patch_size` of a DC-DiT
+            (default 1), ...
 
     Returns:
         The model in evaluation mode, fp32, on the CPU. Official DC-DiT weights come with force_ends=True, as they
@@ -44,6 +45,8 @@ def read(
     Raises:
         CheckpointError: the source cannot be read, is of no known format, is incomplete, or contradicts `config`.
     """
+    if not isinstance(source, (str, Path, Mapping)):
+        raise CheckpointError(f"the source is a {type(source).__name__}; expected a path or a state dict.")
     raw = choose(source, ema) if isinstance(source, Mapping) else open_file(source, ema)
     tensors = unwrapped(raw.tensors, raw.origin)
     found = recognise(tensors, raw.origin)
@@ -61,7 +64,7 @@ def read(
     if found == "dc-dit":
         tensors = {renamed(name, OFFICIAL): tensor for name, tensor in tensors.items()}
         stored = official_settings(raw)
-    return _read_dcdit(tensors, stored, config, raw.origin)
+    return _read_dcdit(tensors, stored, config, raw.origin, official=found == "dc-dit")
 
 
 def recognise(tensors: Mapping[str, Tensor], origin: str = "the state dict") -> Kind:
@@ -93,10 +96,13 @@ def _read_dit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Map
     return model
 
 
-def _read_dcdit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], origin: str) -> DCDiT:
+def _read_dcdit(
+    tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], origin: str, official: bool
+) -> DCDiT:
     patch = config.get("patch_size", stored.get("patch_size", 1))
     settings = settle(DCDiT, dcdit_settings(tensors, origin, patch), stored, config, origin)
     settings["sample_size"] = size = grid_size(tensors, patch, settings.get("sample_size"), origin)
-    settings.setdefault("smoothing_sigma", 2.0 if (size[0] // patch) * (size[1] // patch) >= 64 * 64 else 1.0)
+    if official and "smoothing_sigma" not in settings:
+        settings["smoothing_sigma"] = 2.0 if size[0] * size[1] >= 64 * 64 * patch * patch else 1.0
     model: DCDiT = fill(DCDiT, settings, tensors, origin)
     return model
