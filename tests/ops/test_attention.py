@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokdyn import ops
+from tokdyn.errors import InputError
 from tokdyn.models.blocks import DiTBlock
+from tokdyn.ops import attention
 
 
 def packing_of(lengths):
@@ -49,6 +51,20 @@ def test_long_rows_take_the_kernel_and_agree():
     packing = packing_of(lengths)
     qkv = torch.randn(sum(lengths), 3 * 16, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(ops.packed_attention(qkv, 2, packing), loop(qkv, 2, lengths), rtol=0, atol=1e-12)
+
+
+def test_the_kernel_for_packed_rows_is_only_asked_for_what_it_has():
+    """Widths 384/6 and 1152/16 have it; 60/5 = 12 is no multiple of 8 and 512/1 is too wide."""
+    takes = attention._varlen_takes
+    assert all(takes(torch.bfloat16, width, (9, 0)) for width in (64, 72, 8, 256))
+    assert not any(takes(torch.bfloat16, width, (9, 0)) for width in (12, 512))
+    assert not takes(torch.float32, 64, (9, 0))
+    assert not takes(torch.float16, 64, (7, 5))
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(InputError, match="no attention backend 'flash'; known are auto, split"):
+        ops.attention_backend("flash").__enter__()
 
 
 @settings(deadline=None, max_examples=20)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokdyn.errors import InputError
 from tokdyn.tokens import Packing
 
 Backend = Literal["auto", "split", "padded", "varlen"]
@@ -23,7 +24,13 @@ _backend: ContextVar[Backend] = ContextVar("tokdyn_attention_backend", default="
 
 @contextmanager
 def attention_backend(backend: Backend) -> Iterator[None]:
-    """Force one path for packed rows: "split" (one call a sample), "padded" or "varlen" (CUDA); "auto" chooses."""
+    """Force one path for packed rows: "split" (one call a sample), "padded" or "varlen" (CUDA); "auto" chooses.
+
+    Raises:
+        InputError: there is no path of that name.
+    """
+    if backend not in get_args(Backend):
+        raise InputError(f"there is no attention backend {backend!r}; known are {', '.join(get_args(Backend))}.")
     token = _backend.set(backend)
     try:
         yield
@@ -61,7 +68,7 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
         return dense_attention(qkv.view(len(packing.lengths), packing.longest, -1), heads).reshape(len(qkv), -1)
     backend = _backend.get()
     if backend == "auto":
-        backend = _choose(qkv, packing)
+        backend = _choose(qkv, heads, packing)
     if backend == "varlen":
         return _varlen(qkv, heads, packing)
     if backend == "padded":
@@ -70,11 +77,11 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
     return torch.cat(parts)
 
 
-def _choose(qkv: Tensor, packing: Packing) -> Backend:
+def _choose(qkv: Tensor, heads: int, packing: Packing) -> Backend:
     """The fastest exact path for these rows."""
     if qkv.is_cuda:
-        half = qkv.dtype in (torch.float16, torch.bfloat16)
-        return "varlen" if half and torch.cuda.get_device_capability(qkv.device) >= (8, 0) else "padded"
+        capability = torch.cuda.get_device_capability(qkv.device)
+        return "varlen" if _varlen_takes(qkv.dtype, qkv.shape[1] // (3 * heads), capability) else "padded"
     mean = packing.total / len(packing.lengths)
     if torch.is_grad_enabled() and qkv.dtype == torch.bfloat16:
         return "split" if mean >= 192 else "padded"
@@ -102,6 +109,12 @@ def _padded(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
     query, key, value = padded.unbind(0)
     out = _attend(query, key, value, padding.bias)
     return out.transpose(1, 2).reshape(batch * longest, -1).index_select(0, padding.scatter)
+
+
+def _varlen_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> bool:
+    """Whether the variable-length kernel has this type and head width d = D / H, on a GPU of that capability."""
+    fits = head_width % 8 == 0 and head_width <= 256
+    return fits and dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0)
 
 
 def _varlen(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
