@@ -1,9 +1,9 @@
-"""The frozen state that flows through a model: the grid, packed tokens, and what a router decided."""
+"""The frozen state that flows through a model: the grid, where packed tokens lie, and what a router decided."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -85,25 +85,6 @@ class Padding:
             return Padding(gather, scatter, None)
         bias = torch.zeros(real.shape, device=packing.index.device).masked_fill(~real, float("-inf"))
         return Padding(gather, scatter, bias[:, None, None, :])
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Packed tokens on their way through the blocks.
-
-    Attributes:
-        features: (T, D) rows of the kept tokens.
-        packing: where the rows come from.
-        condition: (B, D) adaLN condition of each sample.
-    """
-
-    features: Tensor
-    packing: Packing
-    condition: Tensor
-
-    def with_features(self, features: Tensor) -> Tokens:
-        """The same tokens with new (T, D) features."""
-        return replace(self, features=features)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         labels = _one_each("class_labels", c.num_classes if labels is None else labels, x)
         if labels.is_floating_point() or labels.is_complex():
             raise InputError(f"class_labels are {labels.dtype}, expected integers.")
-        condition = self.t_embedder(timestep) + self.y_embedder(labels)
+        condition = self.t_embedder(timestep, x.dtype) + self.y_embedder(labels)
         return self._grid_of(x.shape[-2:]), timestep, condition
 
     def _positions(self, grid: Grid) -> Tensor:

@@ -43,10 +43,10 @@ class TimestepEmbedder(nn.Module):
         self.shift = shift
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        """(B,) timesteps to (B, D)."""
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) timesteps to (B, D); the MLP gets the frequencies in the type that the model computes in."""
         frequencies = timestep_frequencies(timestep, _FREQUENCIES, self.shift)
-        out: Tensor = self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+        out: Tensor = self.mlp(frequencies.to(dtype))
         return out
 
 
