@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import tokdyn
-from tokdyn.train.allocator import keep_large_buffers
+from tokdyn.host import keep_large_buffers
 
 
 def prepare(threads: int | None = None) -> None:

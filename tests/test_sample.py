@@ -285,7 +285,7 @@ def test_autoencoders_that_do_not_fit_are_refused(tmp_path, vae, saved):
         ({"classes": "zzz"}, RecipeError, "known are apple, bear, car, dog"),
         ({"classes": 4}, RecipeError, "class 4 does not exist: the model knows 0 to 3"),
         ({"classes": ""}, RecipeError, "classes is empty"),
-        ({"device": "toaster"}, RecipeError, "device=toaster cannot be used here"),
+        ({"device": "toaster"}, InputError, "device=toaster cannot be used here"),
         ({"scheduler": "euler"}, RecipeError, "euler cannot sample a noise objective"),
         ({"steps": 2000}, RecipeError, "takes 1 to 1000 steps"),
     ],

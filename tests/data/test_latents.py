@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tokdyn.data import BatchStream, DataConfig, FeaturesConfig, LatentDataset, ShapesDataset, open_data, write_features
 from tokdyn.data.vae import LatentScaling, decode, scaling_of
-from tokdyn.errors import DataError
+from tokdyn.errors import DataError, InputError
 
 KL = {
     "block_out_channels": (4, 8),
@@ -317,11 +317,12 @@ def test_wrong_settings_are_explained(tmp_path):
         ({"vae": str(tmp_path / "nothing")}, "No autoencoder can be loaded from"),
         ({"vae": str(tmp_path / "unet")}, "holds a UNet2DModel, which does not encode images"),
         ({"vae": str(tmp_path / "tiny"), "channels": 1}, "takes images of 3 channels, but these have 1"),
-        ({"vae": str(tmp_path / "tiny"), "device": "abacus"}, "device=abacus cannot be used here"),
         ({"vae": str(tmp_path / "tiny"), "kind": "images"}, "kind=images needs a path"),
     ):
         with pytest.raises(DataError, match=sentence):
             write_features(config(tmp_path / "out", **settings))
+    with pytest.raises(InputError, match="device=abacus cannot be used here"):
+        write_features(config(tmp_path / "out", vae=str(tmp_path / "tiny"), device="abacus"))
     with pytest.raises(DataError, match="cannot be made a folder"):
         write_features(config(tmp_path / "file"), tiny())
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import RecipeError, TokdynError
 from tokdyn.recipe import OptimizerSettings, Recipe
 from tokdyn.train import metrics, state, train
-from tokdyn.train.allocator import bound_kernel_caches, keep_large_buffers
 from tokdyn.train.ema import Ema
 from tokdyn.train.progress import duration
 from tokdyn.train.setup import open_optimizer
@@ -139,11 +137,6 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_allocator_settings_are_harmless() -> None:
-    assert keep_large_buffers() in (True, False)
-    torch.zeros(20_000_000).sum()
-
-
 @pytest.mark.parametrize("what", ["data.kind=shapes", "objective={kind: flow, timestep_sampling: logit_normal}"])
 def test_what_is_saved_says_how_to_sample(what: str, tmp_path: Path, tiny: Tiny) -> None:
     import json
@@ -199,11 +192,3 @@ def test_compiled_parts_train_and_resume(
     train(tiny(tmp_path / "parts", *settings, "training.steps=2"))
     train(tiny(tmp_path / "parts", *settings, "training.steps=4"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 4)
-
-
-def test_kernel_caches_are_bounded_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
-    bound_kernel_caches()
-    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

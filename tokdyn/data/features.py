@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import nn
 
@@ -32,6 +31,7 @@ from tokdyn.data.shards import (
 )
 from tokdyn.data.vae import LatentScaling, load_vae, scaling_of, weights_digest
 from tokdyn.errors import DataError
+from tokdyn.host import open_device, settle_memory
 
 
 class FeaturesConfig(BaseModel):
@@ -135,6 +135,7 @@ def write_features(
     Raises:
         DataError: images or autoencoder cannot be used, or the folder holds other latents.
     """
+    settle_memory()
     dataset = open_data(config.data) if dataset is None else dataset
     vae, source = _autoencoder(config, vae)
     channels = cast(Any, vae).config.get("in_channels")
@@ -197,14 +198,8 @@ def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Modu
     if vae is None:
         if config.vae is None:
             raise DataError("No autoencoder is given; set vae to a folder or hub id of a diffusers autoencoder.")
-        vae, loaded = load_vae(config.vae, config.subfolder), config.vae
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        try:
-            vae = vae.to(device, DTYPES[config.vae_dtype])
-        except (RuntimeError, AssertionError) as error:  # what torch raises for devices that are not there
-            raise DataError(
-                f"device={device} cannot be used here ({error}); set device=cpu, or leave it out."
-            ) from error
+        device = open_device(config.device)
+        vae, loaded = load_vae(config.vae, config.subfolder, DTYPES[config.vae_dtype]).to(device), config.vae
     subfolder = config.subfolder if loaded else None
     digest = weights_digest(vae)
     return vae.eval(), VaeIdentity(kind=type(vae).__name__, source=loaded, subfolder=subfolder, sha256=digest)

@@ -42,15 +42,16 @@ class LatentScaling(BaseModel):
         return (like.new_tensor(self.mean)[:, None, None], like.new_tensor(self.std)[:, None, None])
 
 
-def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
+def load_vae(path: str, subfolder: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Loads any diffusers autoencoder for images.
 
     Args:
         path: folder of `save_pretrained`, of a pipeline, or an id on the hub.
         subfolder: folder of the autoencoder below `path`; None looks at `path` itself and then at its "vae".
+        dtype: of its weights.
 
     Returns:
-        The autoencoder in evaluation mode, in float32 on the CPU.
+        The autoencoder in evaluation mode on the CPU.
 
     Raises:
         DataError: nothing can be loaded from there, or it is not an autoencoder.
@@ -67,7 +68,7 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
                     f"{path} holds a {config.get('_class_name')}, which does not encode images; give vae a diffusers "
                     "autoencoder such as AutoencoderKL or AutoencoderTiny."
                 )
-            vae: nn.Module = kind.from_pretrained(path, subfolder=place)  # type: ignore[attr-defined]
+            vae: nn.Module = kind.from_pretrained(path, subfolder=place, torch_dtype=dtype)  # type: ignore[attr-defined]
             return vae.eval()
         except (OSError, ValueError) as error:
             failure = failure or error

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from tokdyn.errors import InputError
 from tokdyn.evaluate.config import INCEPTION, TIMM_PREFIX, EvalConfig
 from tokdyn.evaluate.extractor import Extractor
 from tokdyn.evaluate.inception import open_inception
 from tokdyn.evaluate.torchscript import open_torchscript
+from tokdyn.host import open_device
 
 
 def open_extractor(config: EvalConfig) -> Extractor:
@@ -20,7 +18,7 @@ def open_extractor(config: EvalConfig) -> Extractor:
         CheckpointError: It or its weights cannot be had.
         InputError: There is no such device here.
     """
-    device = choose_device(config.device)
+    device = open_device(config.device)
     if config.extractor == INCEPTION:
         return open_inception(config.weights, config.input_size, device)
     if config.extractor.startswith(TIMM_PREFIX):
@@ -28,19 +26,3 @@ def open_extractor(config: EvalConfig) -> Extractor:
 
         return open_timm(config.extractor.removeprefix(TIMM_PREFIX), config.checkpoint, config.input_size, device)
     return open_torchscript(Path(config.extractor).expanduser(), config.input_size, device)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one.
-
-    Raises:
-        InputError: There is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device={name} cannot be used here: give device=cpu, device=cuda or device=auto") from error
-    return device

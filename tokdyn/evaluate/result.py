@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from tokdyn import __version__
@@ -83,25 +81,3 @@ def versions() -> dict[str, str]:
         "tokdyn": __version__,
         **{name: version(name) for name in PACKAGES},
     }
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """The processor, how much of it was used, and the accelerator if one was."""
-    found: dict[str, str | int] = {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cpus": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        found["accelerator"] = torch.cuda.get_device_name(device)
-    return found
-
-
-def _processor() -> str:
-    """The processor's model name where Linux gives it, otherwise what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

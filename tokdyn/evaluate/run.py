@@ -19,8 +19,9 @@ from tokdyn.evaluate.measure import doubts, measure, measure_alone
 from tokdyn.evaluate.networks import open_extractor
 from tokdyn.evaluate.plan import Facts, plan
 from tokdyn.evaluate.reference import Reference, Seen, check_extractor, measure_reference, open_reference
-from tokdyn.evaluate.result import EvalResult, machine, versions
+from tokdyn.evaluate.result import EvalResult, versions
 from tokdyn.evaluate.statistics import Statistics
+from tokdyn.host import describe, settle_memory
 
 COMPARING = {"frechet", "kid", "precision_recall"}
 RESULT_FILE = "evaluation.json"
@@ -43,6 +44,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         InputError: The device is not there.
     """
     started = perf_counter()
+    settle_memory()
     generated = open_images(config.generated)
     reference = open_reference(config)
     extractor = open_extractor(config)
@@ -75,7 +77,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         notes=(*left_out, *found.notes),
         config=config,
         versions=versions(),
-        machine=machine(extractor.device),
+        machine=describe(extractor.device),
         seconds={
             "opening": opened - started,
             "generated": looked - opened,

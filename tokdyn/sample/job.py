@@ -11,7 +11,8 @@ import torch
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler
-from tokdyn.errors import RecipeError, UnsupportedModelError
+from tokdyn.errors import UnsupportedModelError
+from tokdyn.host import open_device
 from tokdyn.report.decoding import Decoder, open_decoder
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.labels import class_name, class_numbers
@@ -90,7 +91,7 @@ def prepare(config: SampleConfig) -> Job:
     Raises:
         TokdynError: something is missing or does not fit.
     """
-    device = _device(config.device)
+    device = open_device(config.device)
     model, objective, info = load_model(config.model, config.ema)
     if config.maps and not takes_tail_drop(model):
         raise UnsupportedModelError(
@@ -112,14 +113,3 @@ def prepare(config: SampleConfig) -> Job:
         dtype=torch.bfloat16 if half else None,
         out=config.out or Path("samples") / info.name,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device={name} cannot be used here ({error}): use auto or cpu") from error
-    return device

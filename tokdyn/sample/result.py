@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from tokdyn.diffusion.records import StepRecord
@@ -131,12 +128,3 @@ def mean_kept(run: Trajectory) -> float | None:
         return None
     both = run.cond if run.uncond is None else np.concatenate([run.cond.ravel(), run.uncond.ravel()])
     return float(np.nanmean(both))
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What the run used: architecture, cores and threads, the accelerator if there is one, and the version of torch."""
-    found: dict[str, str | int] = {"system": platform.system(), "architecture": platform.machine()}
-    found |= {"cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        found["accelerator"] = torch.cuda.get_device_name(device)
-    return found | {"device": str(device), "torch": torch.__version__}

@@ -11,6 +11,7 @@ import numpy as np
 from tokdyn.data.progress import progress
 from tokdyn.diffusion.records import StepRecord, StepState
 from tokdyn.diffusion.sampling import Callback, generate
+from tokdyn.host import describe, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.maps import MapRecorder, draw_maps
 from tokdyn.report.pixels import Pixels, write_png
@@ -18,7 +19,7 @@ from tokdyn.report.trajectory import Trajectory, draw_trajectory, trajectory
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.identity import RESULT, identity, refuse_other_images
 from tokdyn.sample.job import Job, prepare
-from tokdyn.sample.result import BudgetResult, SampleResult, machine, mean_kept, step_costs
+from tokdyn.sample.result import BudgetResult, SampleResult, mean_kept, step_costs
 from tokdyn.sample.sinks import FolderSink, GridSink, NpzSink, Sink
 
 _SIDE_BY_SIDE = 8  # images in the picture that compares budgets
@@ -35,6 +36,7 @@ def sample(config: SampleConfig) -> SampleResult:
         TokdynError: a setting, the model or the folder does not fit.
     """
     began = perf_counter()
+    settle_memory()
     job = prepare(config)
     continued = identity(job) if config.format == "folder" else {}
     result = SampleResult(
@@ -45,7 +47,7 @@ def sample(config: SampleConfig) -> SampleResult:
         budgets=(),
         files=(),
         seconds=0.0,
-        machine=machine(job.device),
+        machine=describe(job.device),
     )
     if config.format == "folder":
         refuse_other_images(job.out, continued)

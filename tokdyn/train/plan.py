@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tokdyn.data import open_data
 from tokdyn.flops import flops_per_image
+from tokdyn.host import settle_memory
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import Shape, build_model, planned_shape, planned_steps
-from tokdyn.train.allocator import bound_kernel_caches, keep_large_buffers
 from tokdyn.train.progress import duration
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import Chunking, draw, micro_step
@@ -178,8 +178,7 @@ def _free_memory(device: torch.device) -> float:
 
 def _measure(recipe: Recipe, shape: Shape, classes: int | None, x: Tensor) -> tuple[float, float]:
     """Seconds per image of whole steps, and bytes per image saved for the backward pass."""
-    keep_large_buffers()
-    bound_kernel_caches()
+    settle_memory()
     model = build_model(recipe, shape, classes).to(x.device).train()
     compile_parts(model, recipe.training.compile)
     if recipe.training.gradient_checkpointing:

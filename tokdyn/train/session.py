@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from tokdyn.errors import CheckpointError
+from tokdyn.host import settle_memory
 from tokdyn.recipe import Recipe, dump
 from tokdyn.train import metrics, state
-from tokdyn.train.allocator import bound_kernel_caches, keep_large_buffers
 from tokdyn.train.loop import Loop, Preview, Result
 from tokdyn.train.progress import ProgressLine
 from tokdyn.train.resume import check_resumable, flatten
@@ -34,8 +34,7 @@ def train(
             the disk refused a checkpoint.
         TokdynError: The recipe or the data are wrong, or the loss is no longer finite.
     """
-    keep_large_buffers()
-    bound_kernel_caches()
+    settle_memory()
     folder = Path(recipe.folder)
     found = None
     if resume:
