@@ -130,6 +130,24 @@ def test_dc_dit_equals_the_counter(settings: dict[str, Any], backend: Any) -> No
     assert backend != "split" or "padding" not in found.parts
 
 
+@pytest.mark.parametrize("model", [DiT, DCDiT])
+@pytest.mark.parametrize("size", [(12, 4), (16, 16)])
+def test_inputs_of_another_size_than_the_models_own(model: type[DiT] | type[DCDiT], size: tuple[int, int]) -> None:
+    found = call(model(**{**SMALL, "patch_size": 2}).eval(), 3, size)
+    assert found.counted == found.total
+    with torch.device("meta"):
+        stored, own = (model(**{**SMALL, "patch_size": 2, "sample_size": each}) for each in (8, size))
+    assert tokdyn.flops(stored, torch.zeros(1, 4, *size), timestep=0).total == tokdyn.flops(own).total
+
+
+@pytest.mark.parametrize("model", [DiT, DCDiT])
+def test_any_order_of_arguments(model: type[DiT] | type[DCDiT]) -> None:
+    x = torch.randn(3, 4, 8, 8)
+    found = tokdyn.flops(model(**SMALL).eval(), timestep=torch.tensor([5]), hidden_states=x, return_dict=False)
+    assert found.batch == 3
+    assert found.counted == found.total
+
+
 def test_smoothing_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """The form that CUDA takes, run on CPU: a band matrix per axis."""
     dechunk = importlib.import_module("tokdyn.ops.dechunk")

@@ -71,8 +71,9 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
 def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     """FLOPs of one forward pass: analytic by part, and counted on the path that runs. A multiply-add is 2 FLOPs.
 
-    For `DiT` and `DCDiT` the two agree exactly; DC-DiT's analytic cost is taken at the kept counts of this very pass.
-    Where the attention of short rows ran padded to the longest of the batch, the part "padding" is what that added.
+    For `DiT` and `DCDiT` the two agree exactly, at any input size; DC-DiT's analytic cost is taken at the kept counts
+    of this very pass. Where the attention of short rows ran padded to the longest of the batch, the part "padding" is
+    what that added.
     Without inputs, or for a DC-DiT on the meta device (which tokens are kept depends on data), only the analytic
     cost is given, at the model's target.
 
@@ -88,6 +89,7 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
         InputError: a foreign model without inputs.
     """
     tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
+    tensors.sort(key=lambda tensor: tensor.dim() != 4)  # stable: the first (B, C, H, W), if there is one
     batch = tensors[0].shape[0] if tensors else 1
     meta = any(parameter.is_meta for parameter in model.parameters())
     try:
@@ -97,8 +99,12 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
             raise
         config = None
     chunked = config is not None and is_chunked(config)
+    if config is not None:
+        keywords.pop("return_dict", None)
+        if tensors and tensors[0].dim() == 4:
+            config = {**config, "sample_size": tuple(tensors[0].shape[-2:])}
     if not tensors or (chunked and meta):
-        return Flops(model_parts(model, batch=batch), batch=batch)
+        return Flops(model_parts(config, batch=batch), batch=batch)
     if meta:
         inputs = tuple(_to_meta(value) for value in inputs)
         keywords = {name: _to_meta(value) for name, value in keywords.items()}
