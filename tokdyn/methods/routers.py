@@ -7,6 +7,7 @@ They compute in fp32 whatever the model's type, because decisions near p = 0.5 f
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -25,17 +26,17 @@ def build_router(name: RouterName, width: int, target: float) -> Router:
     return RandomRouter(target)
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Boundary logits of a token map."""
 
     @property
+    @abstractmethod
     def bias(self) -> nn.Parameter:
         """The additive bias of the logit, one number."""
-        raise AttributeError(f"{type(self).__name__} has no bias")
 
+    @abstractmethod
     def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
-        """Logits (B, R, C) of tokens (B, D, R, C), fp32 or fp64 and channels last in memory; timestep (B,)."""
-        raise AttributeError(f"{type(self).__name__} has no forward")
+        """Logits (B, R, C) of tokens (B, D, R, C), fp32 or fp64 in any layout; timestep (B,)."""
 
     @torch.no_grad()
     def calibrate(self, logits: Tensor, target: float) -> None:

@@ -102,8 +102,10 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """A transformer block with adaLN-Zero conditioning: the modulation is computed per sample, after its Linear indexed
-    by token."""  # noqa: D205, D209
+    """A transformer block with adaLN-Zero conditioning.
+
+    The modulation is computed per sample and indexed by token after its Linear.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
