@@ -29,3 +29,7 @@ class DataError(TokdynError):
 
 class InputError(TokdynError, ValueError):
     """A tensor or an argument given to a function or a model has the wrong shape, type or range."""
+
+
+class OutputError(TokdynError):
+    """A file or folder cannot be written: it is something else, is protected, or the disk is full."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tokdyn.data import BatchStream, DataConfig, FeaturesConfig, LatentDataset, ShapesDataset, open_data, write_features
 from tokdyn.data.vae import LatentScaling, decode, scaling_of
-from tokdyn.errors import DataError, InputError
+from tokdyn.errors import DataError, InputError, OutputError
 
 KL = {
     "block_out_channels": (4, 8),
@@ -323,7 +323,7 @@ def test_wrong_settings_are_explained(tmp_path):
             write_features(config(tmp_path / "out", **settings))
     with pytest.raises(InputError, match="device=abacus cannot be used here"):
         write_features(config(tmp_path / "out", vae=str(tmp_path / "tiny"), device="abacus"))
-    with pytest.raises(DataError, match="cannot be made a folder"):
+    with pytest.raises(OutputError, match="cannot be a folder"):
         write_features(config(tmp_path / "file"), tiny())
     assert not (tmp_path / "out").exists()
 

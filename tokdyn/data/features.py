@@ -31,6 +31,7 @@ from tokdyn.data.shards import (
 )
 from tokdyn.data.vae import LatentScaling, load_vae, scaling_of, weights_digest
 from tokdyn.errors import DataError
+from tokdyn.files import require_folder
 from tokdyn.host import open_device, settle_memory
 
 
@@ -136,6 +137,8 @@ def write_features(
         DataError: images or autoencoder cannot be used, or the folder holds other latents.
     """
     settle_memory()
+    folder = Path(config.out).expanduser()
+    require_folder(folder)
     dataset = open_data(config.data) if dataset is None else dataset
     vae, source = _autoencoder(config, vae)
     channels = cast(Any, vae).config.get("in_channels")
@@ -146,15 +149,10 @@ def write_features(
         )
     encoder = Encoder(vae, _scaling(config, vae), config.posterior, config.seed, config.dtype)
     fingerprint = _fingerprint(config, encoder, source, dataset)
-    folder = Path(config.out).expanduser()
     if (folder / INDEX).exists() and read_index(folder).fingerprint != fingerprint:
         raise DataError(
             f"{folder} holds latents of other images or settings; choose another out, or delete the folder."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"out={folder} cannot be made a folder ({error.strerror}); choose another out.") from error
     starts = range(0, len(dataset), config.shard_size)
     parts = [range(start, min(start + config.shard_size, len(dataset))) for start in starts]
     paths = [folder / shard_name(number) for number in range(len(parts))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tokdyn.data.vae import LatentScaling
 from tokdyn.errors import DataError
+from tokdyn.files import replacing
 
 INDEX = "index.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -109,9 +109,8 @@ def read_index(folder: Path) -> LatentIndex:
 def write_index(folder: Path, index: LatentIndex) -> None:
     """Writes `index.json` in one step."""
     text = json.dumps(index.model_dump(mode="json"), indent=2) + "\n"
-    partial = folder / f"{INDEX}.tmp"
-    partial.write_text(text)
-    os.replace(partial, folder / INDEX)
+    with replacing(folder / INDEX) as half:
+        half.write_text(text, encoding="utf-8")
 
 
 def shard_name(number: int) -> str:
@@ -135,9 +134,8 @@ def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | N
     for name in [name for name in tensors if name != "labels"]:
         sums = [checksum(row, int(label)) for row, label in zip(tensors[name], labels, strict=True)]
         tensors[f"{name}_crc32"] = torch.tensor(sums, dtype=torch.int64)
-    partial = path.with_suffix(".tmp")
-    save_file(tensors, partial, {"fingerprint": fingerprint})
-    os.replace(partial, path)
+    with replacing(path) as half:
+        save_file(tensors, half, {"fingerprint": fingerprint})
 
 
 def open_shard(

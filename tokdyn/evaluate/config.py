@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+from tokdyn.files import UserPath
 
 Metric = Literal["frechet", "score", "kid", "precision_recall", "class_accuracy"]
 
@@ -17,9 +18,6 @@ TIMM_PREFIX = "timm:"
 def _split_commas(value: object) -> object:
     """Reads `frechet,kid`, as a command line gives it, as a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class EvalConfig(BaseModel):

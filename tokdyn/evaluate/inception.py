@@ -58,8 +58,8 @@ def _download() -> Path:
     """The cached weights, downloaded first if they are not there."""
     path = cached_weights()
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(
                 URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED_SHA256, progress=sys.stderr.isatty()
             )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from tokdyn import __version__
 from tokdyn.evaluate.config import EvalConfig
 from tokdyn.evaluate.extractor import ExtractorInfo
+from tokdyn.files import replacing
 
 PACKAGES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
@@ -57,8 +58,8 @@ class EvalResult(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes the JSON, making the folder if need be."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        with replacing(path) as half:
+            half.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def metric_name(metric: str, extractor: ExtractorInfo) -> str:

@@ -21,6 +21,7 @@ from tokdyn.evaluate.plan import Facts, plan
 from tokdyn.evaluate.reference import Reference, Seen, check_extractor, measure_reference, open_reference
 from tokdyn.evaluate.result import EvalResult, versions
 from tokdyn.evaluate.statistics import Statistics
+from tokdyn.files import require_folder
 from tokdyn.host import describe, settle_memory
 
 COMPARING = {"frechet", "kid", "precision_recall"}
@@ -45,6 +46,10 @@ def evaluate(config: EvalConfig) -> EvalResult:
     """
     started = perf_counter()
     settle_memory()
+    if config.out is not None:
+        require_folder(config.out)
+    if config.cache is not None:
+        require_folder(config.cache.parent, "cache")
     generated = open_images(config.generated)
     reference = open_reference(config)
     extractor = open_extractor(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from tokdyn.errors import DataError
 from tokdyn.evaluate.extractor import ExtractorInfo
 from tokdyn.evaluate.npz import npz_array
+from tokdyn.files import replacing
 
 FORMAT = 1
 
@@ -80,15 +80,13 @@ def moments_of(features: Tensor) -> Moments:
 
 def save_statistics(path: Path, features: Tensor, moments: Moments, origin: Origin) -> None:
     """Writes features (N, F), moments and origin; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {
         "features": features.contiguous(),
         "mu": torch.from_numpy(moments.mean),
         "sigma": torch.from_numpy(np.ascontiguousarray(moments.covariance)),
     }
-    save_file(tensors, temporary, metadata={"tokdyn": origin.model_dump_json()})
-    temporary.replace(path)
+    with replacing(path) as half:
+        save_file(tensors, half, metadata={"tokdyn": origin.model_dump_json()})
 
 
 def load_statistics(path: Path) -> Statistics:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokdyn.errors import InputError
+from tokdyn.files import replacing
 
 Pixels = NDArray[np.uint8]
 
@@ -35,8 +36,6 @@ def to_pixels(images: Tensor) -> Pixels:
 
 def write_png(pixels: Pixels, path: Path) -> Path:
     """Write (H, W, 3) uint8 so that a reader finds the whole file or none, making the folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    Image.fromarray(pixels).save(half, format="PNG")
-    half.replace(path)
+    with replacing(path) as half:
+        Image.fromarray(pixels).save(half, format="PNG")
     return path

@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from tokdyn.files import replacing
+
 # Okabe and Ito's palette, its yellow left out because it is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -49,6 +51,7 @@ def figure_style() -> Iterator[None]:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure (PNG, SVG or PDF by its suffix), making the folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.12, facecolor="white")
+    with replacing(path) as half:
+        kind = path.suffix.removeprefix(".")
+        figure.savefig(half, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.12, facecolor="white")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
@@ -10,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from tokdyn.diffusion.guidance import GuidanceChannels
 from tokdyn.diffusion.sampling import GuidanceScale, Interval, Sampler, Share
 from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.files import UserPath
 
 
 def _listed(value: Any) -> Any:
@@ -53,7 +53,7 @@ class SampleConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    out: Path | None = None
+    out: UserPath | None = None
     format: Literal["grid", "folder", "npz"] = "grid"
     count: PositiveInt = 16
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = None

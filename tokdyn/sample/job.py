@@ -12,6 +12,7 @@ from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler
 from tokdyn.errors import UnsupportedModelError
+from tokdyn.files import require_folder
 from tokdyn.host import open_device
 from tokdyn.report.decoding import Decoder, open_decoder
 from tokdyn.sample.config import SampleConfig
@@ -93,6 +94,8 @@ def prepare(config: SampleConfig) -> Job:
     """
     device = open_device(config.device)
     model, objective, info = load_model(config.model, config.ema)
+    out = config.out or Path("samples") / info.name
+    require_folder(out)
     if config.maps and not takes_tail_drop(model):
         raise UnsupportedModelError(
             f"{info.path} is a {type(model).__name__}, which computes every token: there are no maps to draw, leave "
@@ -111,5 +114,5 @@ def prepare(config: SampleConfig) -> Job:
         clip=not decoder.latents if config.clip is None else config.clip,
         device=device,
         dtype=torch.bfloat16 if half else None,
-        out=config.out or Path("samples") / info.name,
+        out=out,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from tokdyn.diffusion.records import StepRecord
+from tokdyn.files import replacing
 from tokdyn.flops import flops_per_image
 from tokdyn.report.trajectory import Trajectory
 from tokdyn.sample.config import SampleConfig
@@ -90,10 +91,8 @@ class SampleResult(_Frozen):
 
     def save(self, path: Path) -> None:
         """Write the JSON, making the folder if need be."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_name(f".{path.name}.half")
-        half.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        half.replace(path)
+        with replacing(path) as half:
+            half.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def step_costs(model: Any, records: Sequence[StepRecord], run: Trajectory) -> tuple[StepCost, ...]:

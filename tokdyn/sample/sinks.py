@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
 
+from tokdyn.files import half_of, writing
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import Pixels, write_png
 
@@ -24,6 +26,9 @@ class Sink(Protocol):
 
     def close(self) -> Path:
         """Finish; returns the file or folder that was written."""
+
+    def discard(self) -> None:
+        """Give up; nothing half-written stays."""
 
 
 class GridSink:
@@ -51,6 +56,9 @@ class GridSink:
         """See `Sink`."""
         return write_png(image_grid(np.concatenate(self.pixels), self._columns, self._captions), self._path)
 
+    def discard(self) -> None:
+        """See `Sink`; nothing is written before the end."""
+
 
 class FolderSink:
     """One PNG per image; those that exist are kept.
@@ -77,6 +85,9 @@ class FolderSink:
         """See `Sink`."""
         return self._folder
 
+    def discard(self) -> None:
+        """See `Sink`; the images that are there are whole, and stay to be continued."""
+
 
 class NpzSink:
     """`arr_0` images uint8 (N, H, W, 3) and `arr_1` labels int64 (N,), written as they come.
@@ -88,7 +99,7 @@ class NpzSink:
 
     def __init__(self, path: Path, labels: Sequence[int]) -> None:
         self._path, self._labels = path, labels
-        self._half = path.with_name(f".{path.name}.half")
+        self._half = half_of(path)
         self._archive: zipfile.ZipFile | None = None
         self._images: IO[bytes] | None = None
 
@@ -98,21 +109,32 @@ class NpzSink:
 
     def write(self, indices: Sequence[int], pixels: Pixels) -> None:
         """See `Sink`."""
-        if self._images is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._archive = zipfile.ZipFile(self._half, "w", zipfile.ZIP_STORED)
-            self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
-            shape = (len(self._labels), *pixels.shape[1:])
-            header = {"descr": np.lib.format.dtype_to_descr(pixels.dtype), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(self._images, header)
-        self._images.write(np.ascontiguousarray(pixels).data)
+        with writing(self._path):
+            if self._images is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._archive = zipfile.ZipFile(self._half, "w", zipfile.ZIP_STORED)
+                self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
+                shape = (len(self._labels), *pixels.shape[1:])
+                header = {"descr": np.lib.format.dtype_to_descr(pixels.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(self._images, header)
+            self._images.write(np.ascontiguousarray(pixels).data)
 
     def close(self) -> Path:
         """See `Sink`."""
         if self._images is not None and self._archive is not None:
-            self._images.close()
-            with self._archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(self._labels, dtype=np.int64), allow_pickle=False)
-            self._archive.close()
-            self._half.replace(self._path)
+            with writing(self._path):
+                self._images.close()
+                with self._archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(self._labels, dtype=np.int64), allow_pickle=False)
+                self._archive.close()
+                self._half.replace(self._path)
         return self._path
+
+    def discard(self) -> None:
+        """See `Sink`."""
+        for part in (self._images, self._archive):
+            if part is not None:
+                with suppress(OSError, ValueError):  # a full disk refuses this too
+                    part.close()
+        with suppress(OSError):
+            self._half.unlink()
