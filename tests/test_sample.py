@@ -16,11 +16,13 @@ from tokdyn import DCDiT, DiT
 from tokdyn.data.config import DataConfig
 from tokdyn.data.vae import decode, scaling_of
 from tokdyn.diffusion.objective import Objective
-from tokdyn.errors import CheckpointError, DataError, InputError, RecipeError, UnsupportedModelError
+from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.errors import CheckpointError, DataError, InputError, OutputError, RecipeError, UnsupportedModelError
 from tokdyn.flops import flops_per_image
 from tokdyn.report.decoding import open_decoder
 from tokdyn.report.pixels import to_pixels
 from tokdyn.sample import SampleConfig, load_model, sample
+from tokdyn.sample import run as runs
 from tokdyn.train import state
 from tokdyn.train.snapshot import save_model
 
@@ -73,10 +75,23 @@ def test_grid_holds_the_images_and_json_the_settings(saved, tmp_path):
 def test_kept_share_and_flops_are_those_of_the_steps(saved, tmp_path):
     settings = {"guidance": 2.0, "uncond_tail_drop": 0.9, "guidance_interval": (0.5, 1.0), "count": 5, "batch_size": 2}
     result = sample(SampleConfig(model=str(saved), out=tmp_path / "out", **settings, **QUICK))
-    model, budget = load_model(saved)[0], result.budgets[0]
-    for step in budget.steps:
+    model, objective, _ = load_model(saved)
+    budget = result.budgets[0]
+    made = generate(
+        model,
+        Sampler(steps=3, scheduler="ddim", guidance=2.0, uncond_tail_drop=0.9, guidance_interval=(0.5, 1.0), clip=True),
+        objective,
+        [0, 1, 2, 3, 0],
+        range(5),
+    )
+    for step, record in zip(budget.steps, made.steps, strict=True):
         assert (step.uncond_kept is None) == (not step.level >= 0.5)
-        assert step.gflops == pytest.approx(flops_per_image(model, step.kept, step.uncond_kept) / 1e9)
+        counts = [record.counts.cond, *([record.counts.uncond] if record.guided else [])]
+        assert [step.kept, step.uncond_kept][: len(counts)] == pytest.approx(
+            [float(c.double().mean()) / 48 for c in counts]
+        )
+        each = [flops_per_image(model, count / 48) for branch in counts for count in branch.tolist()]
+        assert step.gflops == pytest.approx(sum(each) / 5 / 1e9, rel=1e-6)  # the mean of the costs, image by image
         assert step.uncond_kept is None or step.uncond_kept < step.kept
     assert budget.tflops_per_image == pytest.approx(sum(step.gflops for step in budget.steps) / 1000)
     shares = [share for step in budget.steps for share in (step.kept, step.uncond_kept) if share is not None]
@@ -115,6 +130,102 @@ def test_folder_keeps_what_is_there_and_makes_what_is_missing(saved, tmp_path):
     again = sample(SampleConfig(**settings, count=5))
     assert again.budgets[0].made == 0
     assert again.budgets[0].images_per_second is None
+
+
+def test_a_continued_folder_tells_the_cost_of_all_its_images(saved, tmp_path):
+    settings = {"model": str(saved), "format": "folder", "batch_size": 2, "guidance": 2.0, **QUICK}
+    whole = sample(SampleConfig(**settings, out=tmp_path / "whole", count=7)).budgets[0]
+    assert (whole.images, whole.made, whole.measured) == (7, 7, 7)
+    sample(SampleConfig(**settings, out=tmp_path / "parts", count=2))
+    for made, count in ((5, 7), (0, 7), (0, 3)):
+        parts = sample(SampleConfig(**settings, out=tmp_path / "parts", count=count)).budgets[0]
+        assert (parts.images, parts.made, parts.measured) == (count, made, 7)
+        assert parts.kept == pytest.approx(whole.kept)
+        assert parts.tflops_per_image == pytest.approx(whole.tflops_per_image)
+        for one, other in zip(parts.steps, whole.steps, strict=True):
+            assert (one.timestep, one.level) == (other.timestep, other.level)
+            assert (one.kept, one.uncond_kept, one.gflops) == pytest.approx(
+                (other.kept, other.uncond_kept, other.gflops)
+            )
+        told = json.loads((tmp_path / "parts" / "sample.json").read_text())["budgets"][0]
+        assert told["kept"] == parts.kept
+
+
+def test_a_run_that_is_cut_off_leaves_what_its_images_cost(saved, tmp_path, monkeypatch):
+    settings = {"model": str(saved), "format": "folder", "batch_size": 2, **QUICK}
+    whole = sample(SampleConfig(**settings, out=tmp_path / "whole", count=6)).budgets[0]
+    real, calls = runs.generate, []
+
+    def interrupted(*args, **keywords):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(runs, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(SampleConfig(**settings, out=tmp_path / "cut", count=6))
+    (told,) = json.loads((tmp_path / "cut" / "sample.json").read_text())["budgets"]
+    assert (told["images"], told["made"], told["measured"]) == (4, 4, 4)
+    rest = sample(SampleConfig(**settings, out=tmp_path / "cut", count=6)).budgets[0]
+    assert (rest.images, rest.made, rest.measured) == (6, 2, 6)
+    assert rest.kept == pytest.approx(whole.kept)
+
+
+def test_an_archive_that_is_cut_off_is_not_there(saved, tmp_path, monkeypatch):
+    real, calls = runs.generate, []
+
+    def interrupted(*args, **keywords):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(runs, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(SampleConfig(model=str(saved), out=tmp_path / "out", format="npz", count=4, batch_size=2, **QUICK))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_maps_of_a_complete_folder_are_kept_or_asked_for_in_vain(saved, tmp_path):
+    settings = {"model": str(saved), "format": "folder", "count": 2, **QUICK}
+    sample(SampleConfig(**settings, out=tmp_path / "out"))
+    with pytest.raises(RecipeError, match="there already, so there is no trajectory to draw maps of"):
+        sample(SampleConfig(**settings, out=tmp_path / "out", maps=True))
+    sample(SampleConfig(**settings, out=tmp_path / "mapped", maps=True))
+    again = sample(SampleConfig(**settings, out=tmp_path / "mapped", maps=True))
+    assert again.budgets[0].files == (tmp_path / "mapped" / "images", tmp_path / "mapped" / "maps.png")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"identity": null}', "{"])
+def test_images_beside_a_broken_record_are_not_continued(saved, tmp_path, content):
+    settings = {"model": str(saved), "out": tmp_path, "format": "folder", "count": 1, **QUICK}
+    sample(SampleConfig(**settings))
+    (tmp_path / "sample.json").write_text(content)
+    with pytest.raises(RecipeError, match=r"no sample\.json that says how"):
+        sample(SampleConfig(**settings))
+
+
+def test_damaged_weights_make_no_pictures(tmp_path):
+    model = tiny(0)
+    model.final_layer.linear.bias.data.fill_(float("nan"))
+    save_model(model, tmp_path / "nan", FACTS)
+    for form in ("grid", "folder", "npz"):
+        with pytest.raises(CheckpointError, match="values that are not finite"):
+            sample(SampleConfig(model=str(tmp_path / "nan"), out=tmp_path / form, format=form, count=2, **QUICK))
+        assert not [file for file in (tmp_path / form).rglob("*") if file.suffix in (".png", ".npz", ".half")]
+
+
+def test_out_that_is_a_file_is_refused_before_anything_is_made(saved, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for form in ("grid", "folder", "npz"):
+        with pytest.raises(OutputError, match="cannot be a folder"):
+            sample(SampleConfig(model=str(saved), out=tmp_path / "file" / "deep", format=form, count=1, **QUICK))
+
+
+def test_the_home_folder_is_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert SampleConfig(model="x", out="~/pictures").out == tmp_path / "pictures"
 
 
 @pytest.mark.parametrize("change", [{"steps": 4}, {"seed": 1}, {"tail_drop": 0.5}, {"classes": "apple"}])
@@ -301,7 +412,14 @@ def test_settings_that_do_not_fit_the_model_are_refused(saved, tmp_path, setting
         ({"uncond_tail_drop": 0.9}, "no effect without guidance"),
         ({"class_folders": True}, "class_folders is for format=folder"),
         ({"columns": 3, "format": "npz"}, "columns is for format=grid"),
-        ({"tail_drop": [0.3, 0.3]}, "a budget twice"),
+        ({"tail_drop": [0.3, 0.3]}, "the budget 0.3 is listed twice"),
+        ({"tail_drop": "0.3,0.30000001"}, "the budget 0.3 is listed twice"),
+        ({"tail_drop": []}, "no budget is given"),
+        ({"guidance_interval": "0.2,0.8"}, "guidance_interval has no effect without guidance"),
+        ({"guidance_channels": "three"}, "guidance_channels has no effect without guidance"),
+        ({"map_images": 2}, "map_images has no effect without maps"),
+        ({"guidance_interval": 0.3, "guidance": 2}, "two noise levels LOW,HIGH are needed, got 0.3"),
+        ({"steps": 10**9}, "less than or equal to 100000"),
         ({"tail_drop": "0,1.5"}, "less than or equal to 1"),
         ({"guidance_interval": "0.9,0.1"}, "low then high"),
         ({"colour": 1}, "Extra inputs"),
@@ -313,7 +431,7 @@ def test_settings_without_effect_are_refused(settings, words):
 
 
 def test_settings_read_from_the_command_line():
-    config = SampleConfig(model="x", tail_drop="0, 0.3", guidance_interval="0.1,0.7", classes="cat,3", guidance=1)
+    config = SampleConfig(model="x", tail_drop="0, 0.3", guidance_interval="0.1,0.7", classes="cat,3", guidance=2)
     assert config.tail_drop == (0.0, 0.3)
     assert config.guidance_interval == (0.1, 0.7)
     assert config.classes == ("cat", "3")

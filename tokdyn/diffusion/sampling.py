@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from tokdyn.diffusion.clock import StepClock
@@ -25,6 +25,7 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
+Steps = Annotated[int, Field(ge=1, le=100_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 GuidanceScale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
@@ -48,7 +49,7 @@ class Sampler(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scheduler: SchedulerName | None = None
-    steps: PositiveInt = 250
+    steps: Steps = 250
     guidance: GuidanceScale = 1.0
     guidance_channels: GuidanceChannels = "all"
     guidance_interval: Interval = (0.0, 1.0)

@@ -1,8 +1,9 @@
 """Sampling a trained model to pictures: `sample(SampleConfig(model="runs/x", count=16))`."""
 
 from tokdyn.sample.config import SampleConfig
+from tokdyn.sample.costs import StepCost
 from tokdyn.sample.loading import ModelInfo, load_model
-from tokdyn.sample.result import BudgetResult, SampleResult, StepCost
+from tokdyn.sample.result import BudgetResult, SampleResult
 from tokdyn.sample.run import sample
 
 __all__ = ["BudgetResult", "ModelInfo", "SampleConfig", "SampleResult", "StepCost", "load_model", "sample"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from tokdyn.diffusion.guidance import GuidanceChannels
-from tokdyn.diffusion.sampling import GuidanceScale, Interval, Sampler, Share
+from tokdyn.diffusion.sampling import GuidanceScale, Interval, Sampler, Share, Steps
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
 
@@ -17,6 +17,25 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int | float) else value
+
+
+def _two(value: Any) -> Any:
+    """Reads `0.2,0.8` as two numbers."""
+    values = _listed(value)
+    if not isinstance(values, list | tuple) or len(values) != 2:
+        raise ValueError(f"two noise levels LOW,HIGH are needed, got {value}")
+    return values
+
+
+def _budgets(drops: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuses budgets that would share a folder, as its name holds six digits."""
+    if not drops:
+        raise ValueError("no budget is given: tail_drop=0 drops nothing")
+    names = [f"{drop:g}" for drop in drops]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"the budget {twice[0]} is listed twice")
+    return drops
 
 
 class SampleConfig(BaseModel):
@@ -55,16 +74,16 @@ class SampleConfig(BaseModel):
     model: str
     out: UserPath | None = None
     format: Literal["grid", "folder", "npz"] = "grid"
-    count: PositiveInt = 16
+    count: Annotated[int, Field(ge=1, le=10_000_000)] = 16
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     batch_size: PositiveInt = 64
     scheduler: SchedulerName | None = None
-    steps: PositiveInt = 250
+    steps: Steps = 250
     guidance: GuidanceScale = 1.0
     guidance_channels: GuidanceChannels = "all"
-    guidance_interval: Annotated[Interval, BeforeValidator(_listed)] = (0.0, 1.0)
-    tail_drop: Annotated[tuple[Share, ...], Field(min_length=1), BeforeValidator(_listed)] = (0.0,)
+    guidance_interval: Annotated[Interval, BeforeValidator(_two)] = (0.0, 1.0)
+    tail_drop: Annotated[tuple[Share, ...], AfterValidator(_budgets), BeforeValidator(_listed)] = (0.0,)
     uncond_tail_drop: Share | None = None
     clip: bool | None = None
     vae: str | None = None
@@ -79,15 +98,20 @@ class SampleConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
-        if len(set(self.tail_drop)) < len(self.tail_drop):
-            raise ValueError(f"tail_drop lists a budget twice: {', '.join(f'{drop:g}' for drop in self.tail_drop)}")
-        if self.uncond_tail_drop is not None and self.guidance == 1.0:
-            raise ValueError("uncond_tail_drop has no effect without guidance: set guidance, such as guidance=1.5")
+        for name in ("uncond_tail_drop", "guidance_channels", "guidance_interval"):
+            if self.guidance == 1.0 and self._changed(name):
+                raise ValueError(f"{name} has no effect without guidance: set guidance, such as guidance=1.5")
+        for name in ("map_images", "map_steps"):
+            if not self.maps and self._changed(name):
+                raise ValueError(f"{name} has no effect without maps: set maps=true")
         if self.class_folders and self.format != "folder":
             raise ValueError(f"class_folders is for format=folder, not for format={self.format}")
         if self.columns is not None and self.format != "grid":
             raise ValueError(f"columns is for format=grid, not for format={self.format}")
         return self
+
+    def _changed(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def sampler(self, tail_drop: float, clip: bool) -> Sampler:
         """The sampler of one budget."""

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tokdyn.data.vae import weights_digest
 from tokdyn.errors import RecipeError
 from tokdyn.sample.job import Job
+from tokdyn.sample.result import BudgetResult
 
 RESULT = "sample.json"
 
@@ -33,21 +36,22 @@ def identity(job: Job) -> dict[str, Any]:
     }
 
 
-def refuse_other_images(folder: Path, now: dict[str, Any]) -> None:
-    """Stop before new images are mixed with images that were made in another way.
+def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResult]:
+    """What is known of the images that a folder holds already, by tail drop; empty if it holds none.
 
     Args:
         folder: the ``out`` of the run.
         now: from `identity`.
 
     Raises:
-        RecipeError: the folder holds such images, or images of unknown origin.
+        RecipeError: images made in another way, or of unknown origin, lie there, and must not be mixed with new ones.
     """
     if not any(folder.rglob("images/**/*.png")):
-        return
+        return {}
     try:
-        earlier = json.loads((folder / RESULT).read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError) as error:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        earlier = dict(content["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"{folder} holds images, but no {RESULT} that says how they were made: choose another out"
         ) from error
@@ -56,3 +60,8 @@ def refuse_other_images(folder: Path, now: dict[str, Any]) -> None:
         raise RecipeError(
             f"{folder} holds images made with another {', another '.join(changed)}: choose another out, or remove them"
         )
+    try:
+        budgets = [BudgetResult.model_validate(budget) for budget in content["budgets"]]
+    except (ValidationError, KeyError, TypeError):  # of another version: the images are good, what they cost is lost
+        budgets = []
+    return {budget.tail_drop: budget for budget in budgets}

@@ -1,4 +1,4 @@
-"""What a sampling run did and what it cost."""
+"""What a sampling run did, as sample.json keeps it."""
 
 from __future__ import annotations
 
@@ -6,38 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from tokdyn.diffusion.records import StepRecord
 from tokdyn.files import replacing
-from tokdyn.flops import flops_per_image
-from tokdyn.report.trajectory import Trajectory
 from tokdyn.sample.config import SampleConfig
+from tokdyn.sample.costs import StepCost, joined, mean_kept
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StepCost(_Frozen):
-    """One step, mean over all images that were made.
-
-    Attributes:
-        timestep: what the model was told.
-        level: noise level in [0, 1].
-        kept: share of the tokens kept in the conditional branch; None for a model that computes every token.
-        uncond_kept: the same for the unconditional branch; None where it was not computed.
-        gflops: 1e9 FLOPs per image, both branches together; a multiply-add is 2 FLOPs.
-        milliseconds: per image.
-    """
-
-    timestep: float
-    level: float
-    kept: float | None
-    uncond_kept: float | None
-    gflops: float
-    milliseconds: float
 
 
 class BudgetResult(_Frozen):
@@ -47,23 +24,48 @@ class BudgetResult(_Frozen):
         tail_drop: of the conditional branch.
         images: how many there are now.
         made: how many of them this run made.
-        seconds: spent in the model and the scheduler.
+        measured: how many the costs below are means over. Those of a folder that was continued include the images of
+            earlier runs, as far as sample.json knows of them; an image that was made twice counts twice.
+        seconds: spent in the model and the scheduler by this run.
         images_per_second: made in those seconds.
         kept: mean share of tokens over steps, images and branches; None for a model that computes every token.
         tflops_per_image: 1e12 FLOPs, all steps and branches together; a multiply-add is 2 FLOPs.
-        steps: what each step cost; empty if every image was there already.
+        steps: what each step cost; empty if nothing was measured.
         files: what was written.
     """
 
     tail_drop: float
-    images: int
-    made: int
-    seconds: float
-    images_per_second: float | None
-    kept: float | None
-    tflops_per_image: float | None
-    steps: tuple[StepCost, ...]
-    files: tuple[Path, ...]
+    images: int = 0
+    made: int = 0
+    measured: int = 0
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    kept: float | None = None
+    tflops_per_image: float | None = None
+    steps: tuple[StepCost, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def with_batch(self, costs: Sequence[StepCost], images: int) -> BudgetResult:
+        """The same after one more batch.
+
+        Args:
+            costs: what its steps cost, from `step_costs`.
+            images: how many images it holds.
+        """
+        steps = joined(self.steps, self.measured, costs, images)
+        seconds = self.seconds + sum(cost.milliseconds for cost in costs) * images / 1e3
+        return BudgetResult(
+            tail_drop=self.tail_drop,
+            images=self.images + images,
+            made=self.made + images,
+            measured=self.measured + images,
+            seconds=seconds,
+            images_per_second=(self.made + images) / seconds,
+            kept=mean_kept(steps),
+            tflops_per_image=sum(cost.gflops for cost in steps) / 1e3,
+            steps=steps,
+            files=self.files,
+        )
 
 
 class SampleResult(_Frozen):
@@ -93,37 +95,3 @@ class SampleResult(_Frozen):
         """Write the JSON, making the folder if need be."""
         with replacing(path) as half:
             half.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-
-def step_costs(model: Any, records: Sequence[StepRecord], run: Trajectory) -> tuple[StepCost, ...]:
-    """Means over images of what each step cost.
-
-    Args:
-        model: for its FLOPs.
-        records: the steps of any batch, for timesteps and guidance.
-        run: the joined records of all batches.
-    """
-    costs = []
-    for index, record in enumerate(records):
-        kept = None if run.cond is None else float(run.cond[index].mean())
-        uncond = None if run.uncond is None or not record.guided else float(run.uncond[index].mean())
-        second = (1.0 if uncond is None else uncond) if record.guided else None
-        costs.append(
-            StepCost(
-                timestep=record.timestep,
-                level=record.level,
-                kept=kept,
-                uncond_kept=uncond,
-                gflops=flops_per_image(model, kept, second) / 1e9,
-                milliseconds=float(run.milliseconds[index]),
-            )
-        )
-    return tuple(costs)
-
-
-def mean_kept(run: Trajectory) -> float | None:
-    """Share of the tokens kept, over steps, images and branches."""
-    if run.cond is None:
-        return None
-    both = run.cond if run.uncond is None else np.concatenate([run.cond.ravel(), run.uncond.ravel()])
-    return float(np.nanmean(both))

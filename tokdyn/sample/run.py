@@ -7,21 +7,26 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tokdyn.data.progress import progress
 from tokdyn.diffusion.records import StepRecord, StepState
 from tokdyn.diffusion.sampling import Callback, generate
+from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.host import describe, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.maps import MapRecorder, draw_maps
 from tokdyn.report.pixels import Pixels, write_png
 from tokdyn.report.trajectory import Trajectory, draw_trajectory, trajectory
 from tokdyn.sample.config import SampleConfig
-from tokdyn.sample.identity import RESULT, identity, refuse_other_images
+from tokdyn.sample.costs import step_costs
+from tokdyn.sample.identity import RESULT, earlier_budgets, identity
 from tokdyn.sample.job import Job, prepare
-from tokdyn.sample.result import BudgetResult, SampleResult, mean_kept, step_costs
+from tokdyn.sample.result import BudgetResult, SampleResult
 from tokdyn.sample.sinks import FolderSink, GridSink, NpzSink, Sink
 
+_MAPS = "maps.png"
 _SIDE_BY_SIDE = 8  # images in the picture that compares budgets
 
 
@@ -38,7 +43,10 @@ def sample(config: SampleConfig) -> SampleResult:
     began = perf_counter()
     settle_memory()
     job = prepare(config)
-    continued = identity(job) if config.format == "folder" else {}
+    continued, budgets = {}, {}
+    if config.format == "folder":
+        continued = identity(job)
+        budgets = earlier_budgets(job.out, continued)
     result = SampleResult(
         settings=config,
         identity=continued,
@@ -49,28 +57,62 @@ def sample(config: SampleConfig) -> SampleResult:
         seconds=0.0,
         machine=describe(job.device),
     )
-    if config.format == "folder":
-        refuse_other_images(job.out, continued)
-        result.save(job.out / RESULT)  # so that an interrupted run can be continued
+
+    def note(budget: BudgetResult) -> None:
+        """Keep what a folder holds so far, so that a run that is cut off can be continued and its cost is known."""
+        budgets[budget.tail_drop] = budget
+        if config.format == "folder":
+            result.model_copy(update={"budgets": tuple(budgets.values())}).save(job.out / RESULT)
+
     sinks = {drop: _sink(job, _folder(job, drop)) for drop in config.tail_drop}
+    for drop, sink in sinks.items():
+        if config.maps and not sink.missing() and not (_folder(job, drop) / _MAPS).is_file():
+            raise RecipeError(
+                f"all images of {_folder(job, drop)} are there already, so there is no trajectory to draw maps of: "
+                "choose another out, or leave maps off"
+            )
     batches = sum(-(-len(sink.missing()) // config.batch_size) for sink in sinks.values())
-    budgets, runs = [], []
+    runs = []
     with progress("sampling", batches * config.steps) as advance:
         for drop, sink in sinks.items():
-            budget, run = _budget(job, drop, sink, advance)
-            budgets.append(budget)
+            start = budgets.get(drop) or BudgetResult(tail_drop=drop)
+            there = config.count - len(sink.missing())
+            start = start.model_copy(update={"images": there, "made": 0, "seconds": 0.0, "images_per_second": None})
+            note(start)
+            try:
+                budget, run = _budget(job, start, sink, advance, note)
+            except BaseException:
+                sink.discard()
+                raise
+            note(budget)
             runs += [] if run is None else [run]
-    done = {"budgets": tuple(budgets), "files": _overviews(job, runs, sinks), "seconds": perf_counter() - began}
+    done = {
+        "budgets": tuple(budgets.values()),
+        "files": _overviews(job, runs, sinks),
+        "seconds": perf_counter() - began,
+    }
     result = result.model_copy(update=done)
     result.save(job.out / RESULT)
     return result
 
 
 def _budget(
-    job: Job, drop: float, sink: Sink, advance: Callable[[int], None]
+    job: Job,
+    budget: BudgetResult,
+    sink: Sink,
+    advance: Callable[[int], None],
+    note: Callable[[BudgetResult], None],
 ) -> tuple[BudgetResult, Trajectory | None]:
-    """Make the missing images of one tail drop."""
-    config, missing = job.config, sink.missing()
+    """Make the missing images of one tail drop.
+
+    Args:
+        job: the run.
+        budget: what is known of the images that are there.
+        sink: takes the images.
+        advance: moves the progress bar by a number of steps.
+        note: is told the state after every batch.
+    """
+    config, missing, drop = job.config, sink.missing(), budget.tail_drop
     labels, names = job.labels, job.names
     sampler = config.sampler(drop, job.clip)
     recorder = MapRecorder(config.steps, config.map_images, config.map_steps)
@@ -87,31 +129,32 @@ def _budget(
             callback=_watch(recorder if config.maps and finals is None else None, advance),
             dtype=job.dtype,
         )
-        pixels = job.decoder(generation.images)
+        pixels = job.decoder(_finite(job, generation.images))
         sink.write(indices, pixels)
         batches.append(generation.steps)
         finals = pixels[: config.map_images] if finals is None else finals
+        budget = budget.with_batch(step_costs(job.model, generation.steps, len(indices)), len(indices))
+        note(budget)
     files = [sink.close()]
+    path = _folder(job, drop) / _MAPS
     if config.maps and finals is not None:
         shown = [names[index] for index in missing[: len(finals)]]
         title = f"Tokens kept over the trajectory, tail drop {drop:g}"
-        path = _folder(job, drop) / "maps.png"
-        files.append(draw_maps(recorder.maps(), finals, job.decoder, path, shown, title))
+        draw_maps(recorder.maps(), finals, job.decoder, path, shown, title)
+    if config.maps:
+        files.append(path)
     run = trajectory(f"tail drop {drop:g}", batches, len(missing)) if batches else None
-    seconds = sum(record.seconds for batch in batches for record in batch)
-    costs = () if run is None else step_costs(job.model, batches[0], run)
-    budget = BudgetResult(
-        tail_drop=drop,
-        images=config.count,
-        made=len(missing),
-        seconds=seconds,
-        images_per_second=len(missing) / seconds if batches else None,
-        kept=None if run is None else mean_kept(run),
-        tflops_per_image=sum(cost.gflops for cost in costs) / 1e3 if costs else None,
-        steps=costs,
-        files=tuple(files),
-    )
-    return budget, run
+    return budget.model_copy(update={"files": tuple(files)}), run
+
+
+def _finite(job: Job, images: Tensor) -> Tensor:
+    """The images, unless the model has lost its numbers."""
+    if not torch.isfinite(images).all():
+        raise CheckpointError(
+            f"{job.info.path} makes images of values that are not finite (precision {job.precision}): its weights are "
+            "damaged, or guidance is far too large"
+        )
+    return images
 
 
 def _overviews(job: Job, runs: list[Trajectory], sinks: dict[float, Sink]) -> tuple[Path, ...]:

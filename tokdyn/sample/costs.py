@@ -1,0 +1,97 @@
+"""What each step of a sampling run cost: tokens, FLOPs and time, as means over images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from tokdyn.diffusion.records import StepRecord
+from tokdyn.flops import flops_per_image, model_parts
+
+_AVERAGED = ("kept", "uncond_kept", "gflops", "milliseconds")
+
+
+class StepCost(BaseModel):
+    """One step, mean over all images that were made.
+
+    Attributes:
+        timestep: what the model was told.
+        level: noise level in [0, 1].
+        kept: share of the tokens kept in the conditional branch; None for a model that computes every token.
+        uncond_kept: the same for the unconditional branch; None where it was not computed.
+        gflops: 1e9 FLOPs per image, both branches together; a multiply-add is 2 FLOPs.
+        milliseconds: per image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timestep: float
+    level: float
+    kept: float | None
+    uncond_kept: float | None
+    gflops: float
+    milliseconds: float
+
+
+def step_costs(model: Any, records: Sequence[StepRecord], images: int) -> tuple[StepCost, ...]:
+    """What each step of one batch cost, mean over its images.
+
+    Args:
+        model: for its FLOPs.
+        records: the steps of the batch.
+        images: B, how many images it holds.
+    """
+    return tuple(_step_cost(model, record, images) for record in records)
+
+
+def joined(earlier: Sequence[StepCost], before: int, later: Sequence[StepCost], after: int) -> tuple[StepCost, ...]:
+    """Means over two sets of images whose steps are the same.
+
+    Args:
+        earlier: means over the first set; empty if there is none.
+        before: images in it.
+        later: means over the second set; empty if there is none.
+        after: images in it.
+    """
+    if not earlier or not later:
+        return tuple(earlier or later)
+    share = after / (before + after)
+
+    def mean(one: float | None, other: float | None) -> float | None:
+        return None if one is None or other is None else one + share * (other - one)
+
+    means = [
+        {name: mean(getattr(one, name), getattr(other, name)) for name in _AVERAGED}
+        for one, other in zip(earlier, later, strict=True)
+    ]
+    return tuple(cost.model_copy(update=update) for cost, update in zip(earlier, means, strict=True))
+
+
+def mean_kept(steps: Sequence[StepCost]) -> float | None:
+    """Share of the tokens kept, over steps, images and branches; None if nothing says it."""
+    shares = [share for step in steps for share in (step.kept, step.uncond_kept) if share is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _step_cost(model: Any, record: StepRecord, images: int) -> StepCost:
+    counts = record.counts
+    branches: list[Tensor] = []
+    if counts is not None:
+        branches = [counts.cond] if counts.uncond is None else [counts.cond, counts.uncond]
+    if branches:
+        # Attention grows with the square of an image's tokens, so the mean over images is not the cost of the mean.
+        flops = sum(sum(model_parts(model, branch.tolist()).values()) for branch in branches) / images
+    else:
+        flops = flops_per_image(model, None, 1.0 if record.guided else None)
+    shares = [float(branch.double().mean()) / counts.tokens for branch in branches] if counts is not None else []
+    return StepCost(
+        timestep=record.timestep,
+        level=record.level,
+        kept=shares[0] if shares else None,
+        uncond_kept=shares[1] if len(shares) > 1 else None,
+        gflops=flops / 1e9,
+        milliseconds=1e3 * record.seconds / images,
+    )
