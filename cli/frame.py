@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -24,11 +26,19 @@ class Command(TyperCommand):
     examples: ClassVar[tuple[str, ...]] = ()
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; a TokdynError becomes exit code 2, Ctrl-C 130."""
+        """Runs the command; a TokdynError or a refusal of the system becomes exit code 2, Ctrl-C 130."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _say
+                return super().invoke(ctx)
         except TokdynError as error:
             typer.echo(f"{ctx.command_path}: {error}", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except OSError as error:
+            if error.errno in (None, errno.EPIPE):  # no refusal, or the reader of a pipe went away: not for the user
+                raise
+            place = "" if error.filename is None else f"{error.filename}: "
+            typer.echo(f"{ctx.command_path}: {place}{error.strerror}.", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as stop:
             typer.echo("Interrupted.", err=True)
@@ -50,6 +60,11 @@ class Command(TyperCommand):
 
             with formatter.section("Settings (key=value, --key=value or --key value)"):
                 formatter.write_dl(list(rows(self.settings())))
+
+
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Prints a warning as one line, without the place in the code that a user does not know."""
+    typer.echo(f"Warning: {message}", err=True)
 
 
 def command(

@@ -13,7 +13,7 @@ from .settings import read
 if TYPE_CHECKING:
     from tokdyn.sample import BudgetResult
 
-BUDGET_COLUMNS = ("tail drop", "images", "tokens kept", "TFLOPs", "images/s")
+BUDGET_COLUMNS = ("tail drop", "images", "tokens kept", "GFLOPs", "images/s")
 
 
 def _settings() -> type:
@@ -28,9 +28,14 @@ def budget_row(budget: BudgetResult) -> tuple[str, ...]:
         f"{budget.tail_drop:g}",
         f"{budget.images}",
         "-" if budget.kept is None else f"{budget.kept:.1%}",
-        "-" if budget.tflops_per_image is None else f"{budget.tflops_per_image:.4f}",
+        "-" if budget.tflops_per_image is None else _digits(1e3 * budget.tflops_per_image),
         "-" if budget.images_per_second is None else f"{budget.images_per_second:.2f}",
     )
+
+
+def _digits(value: float) -> str:
+    """Three digits or more, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def register(app: typer.Typer) -> None:

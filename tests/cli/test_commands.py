@@ -105,6 +105,23 @@ def test_mistakes_end_in_one_sentence(words: list[str], message: str) -> None:
     assert result.stdout == ""
 
 
+def test_a_refusal_of_the_system_ends_in_one_sentence() -> None:
+    result = run("sample", "x" * 300, code=2)  # longer than a file name may be
+    assert "File name too long" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_without_code(tmp_path: Path) -> None:
+    for index in range(4):
+        path = tmp_path / "zip" / "top" / str(index) / "a.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(path)
+    words = [*TINY, "data.kind=images", f"data.path={tmp_path / 'zip'}", f"out={tmp_path / 'run'}"]
+    (line,) = run("train", "demo", *words, "--dry-run").stderr.splitlines()
+    assert line.startswith("Warning: All images in ")
+
+
 def test_recipes(tmp_path: Path) -> None:
     assert "demo" in json.loads(run("recipes", "ls", "--json").stdout)
     assert "demo" in run("recipes", "ls").stdout

@@ -175,6 +175,25 @@ def test_any_size_becomes_any_size(width, height, rows, columns):
     assert image.getcolors() == [(rows * columns, (9, 99, 199))]  # nothing but the picture is in it
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_line_of_pixels_is_cropped_before_it_fills_the_memory(turned, monkeypatch):
+    """1x60000 pixels, resized to cover 128x128, would be 128x7680000; the result is the same as of the middle part."""
+    line = np.random.default_rng(0).integers(0, 256, (1, 60_000, 3), dtype=np.uint8)
+    line = line.transpose(1, 0, 2) if turned else line
+    middle = line[29_990:30_010] if turned else line[:, 29_990:30_010]
+    real, made = Image.Image.resize, []
+
+    def resize(image, size, *settings, **named):
+        made.append(size[0] * size[1])
+        return real(image, size, *settings, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    found = np.asarray(fit(Image.fromarray(line), (128, 128)))
+    assert max(made) <= 64 * 128 * 128
+    expected = np.asarray(fit(Image.fromarray(np.ascontiguousarray(middle)), (128, 128)))
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
 def test_the_centre_is_kept_in_both_directions():
     wide = np.zeros((20, 60, 3), dtype=np.uint8)
     wide[:, 20:40] = 255
@@ -208,8 +227,17 @@ BROKEN = {
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
 def test_broken_files_are_named(content):
-    with quiet(), pytest.raises(DataError, match=r"^cats/7\.jpg: not a readable image .*on_error=skip"):
+    with quiet(), pytest.raises(DataError, match=r"^cats/7\.jpg: not a readable image .*on_error=skip") as caught:
         decode(content, "cats/7.jpg", SIZE, 3)
+    assert " object at 0x" not in str(caught.value)
+
+
+def test_an_image_may_stay_at_its_own_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with quiet():
+        assert decode(encoded(Image.fromarray(picture())), "x.png", None, 3).shape == (3, *SIZE)
+        assert decode(encoded(Image.fromarray(picture()), exif=exif), "x.png", None, 1).shape == (1, *SIZE[::-1])
 
 
 def test_decompression_bombs_give_a_sentence():

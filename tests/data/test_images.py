@@ -1,6 +1,8 @@
 """Image folders and zips: order, classes, errors, memory and worker processes."""
 
+import errno
 import io
+import os
 import pickle
 import warnings
 import zipfile
@@ -133,8 +135,50 @@ def test_a_folder_inside_a_zip(tmp_path):
     with pytest.warns(UserWarning, match=r"one folder pictures.*set path=.*z\.zip/pictures"):
         assert images(path).class_names == ("pictures",)
     assert images(f"{path}/pictures").names == images(folder(tmp_path / "f", FILES)).names
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match=r"There is no folder pict/ in .*z\.zip"):
         images(f"{path}/pict")
+
+
+def test_names_that_are_not_unicode(tmp_path):
+    """A file system holds bytes, and old ones are full of names in other encodings."""
+    path = folder(tmp_path, {"cat/a.png": jpeg(1)})
+    (tmp_path / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(jpeg(2))
+    data = images(path)
+    assert len(data) == 2
+    before = data.identity()
+    (tmp_path / "cat" / "a.png").unlink()
+    assert images(path).identity() != before
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_not_left_out(tmp_path, monkeypatch):
+    """Root may list everything, so the system's refusal is imitated where os.walk meets it."""
+    path, real = folder(tmp_path, FILES), os.scandir
+
+    def refuse(place):
+        if str(place).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for on_error in ("raise", "skip"):
+        with pytest.raises(DataError, match=r"The folder .*dog cannot be read: Permission denied"):
+            images(path, on_error=on_error)
+
+
+def test_a_name_that_the_system_refuses_is_told(tmp_path):
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        images(str(tmp_path / ("x" * 300)))
+
+
+def test_a_path_has_no_effect_on_shapes(tmp_path):
+    with pytest.raises(DataError, match="has no effect on kind=shapes"):
+        open_data(DataConfig(path=str(tmp_path)))
+
+
+def test_pixels_read_on_demand_may_be_written_to(tmp_path):
+    """Grey pixels need no reordering; torch warns about memory that it must not write to, which is an error here."""
+    data = images(folder(tmp_path, FILES), channels=1, in_memory=False)
+    assert everything(data)[0].shape == (8, 1, 8, 8)
 
 
 def test_links_are_followed_once(tmp_path):

@@ -1,6 +1,7 @@
 """Latents written by `write_features` with tiny random autoencoders, and read back."""
 
 import json
+import math
 import pickle
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from tokdyn.data import BatchStream, DataConfig, FeaturesConfig, LatentDataset, ShapesDataset, open_data, write_features
@@ -321,6 +323,9 @@ def test_wrong_settings_are_explained(tmp_path):
     ):
         with pytest.raises(DataError, match=sentence):
             write_features(config(tmp_path / "out", **settings))
+    for key, value in (("scaling_factor", 0), ("scaling_factor", math.nan), ("shift_factor", math.inf)):
+        with pytest.raises(ValidationError):
+            config(tmp_path / "out", **{key: value})
     with pytest.raises(InputError, match="device=abacus cannot be used here"):
         write_features(config(tmp_path / "out", vae=str(tmp_path / "tiny"), device="abacus"))
     with pytest.raises(OutputError, match="cannot be a folder"):
@@ -334,7 +339,8 @@ def test_latents_that_do_not_fit_the_recipe_are_explained(tmp_path):
     for settings, sentence in (
         ({"size": 8}, "are 8x12, not of size=8"),
         ({"num_classes": 3}, "have 10 classes, not num_classes=3"),
-        ({"path": str(tmp_path / "nowhere")}, "There is no folder"),
+        ({"path": str(tmp_path / "nowhere")}, "nowhere does not exist; give the path of a folder"),
+        ({"path": __file__}, "is a file; give the path of a folder"),
         ({"path": None}, "kind=latents needs a path"),
     ):
         with pytest.raises(DataError, match=sentence):

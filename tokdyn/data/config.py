@@ -8,10 +8,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 
 def _rows_and_columns(value: object) -> object:
-    """Accepts "32x48" for (32, 48), which is handy on a command line."""
-    if isinstance(value, str) and value.count("x") == 1:
-        return tuple(value.split("x"))
-    return value
+    """Accepts "32x48" for (32, 48), which is handy on a command line; refuses in words what is no size."""
+    sides = value.split("x") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    numbers = [int(side) for side in sides if type(side) is int or (isinstance(side, str) and side.isdecimal())]
+    if len(numbers) != len(sides) or len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"a number of pixels or ROWSxCOLUMNS is expected, each at least 1, got {value}")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 Size = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(_rows_and_columns)]

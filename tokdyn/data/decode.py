@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tokdyn.errors import DataError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ELONGATED = 64  # of how many times the target's pixels an image may be resized before it is cropped
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +45,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def decode(content: bytes, name: str, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+def decode(content: bytes, name: str, size: tuple[int, int] | None, channels: int) -> NDArray[np.uint8]:
     """Decodes an image file, turns it upright, resizes and centre-crops it.
 
     Transparent pixels lie on white, unless four channels keep the alpha. Samples of 16 bits are scaled to 8, colour
@@ -53,7 +54,7 @@ def decode(content: bytes, name: str, size: tuple[int, int], channels: int) -> N
     Args:
         content: the bytes of the file.
         name: how error messages call the file.
-        size: (rows, columns) of the result.
+        size: (rows, columns) of the result; None leaves the image at its own size.
         channels: 1 grey, 3 RGB, 4 RGBA.
 
     Returns:
@@ -65,17 +66,20 @@ def decode(content: bytes, name: str, size: tuple[int, int], channels: int) -> N
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            pixels = np.asarray(fit(_upright(_convert(image, _MODES[channels]), image), size))
+            picture = _upright(_convert(image, _MODES[channels]), image)
+        picture = picture if size is None else fit(picture, size)
+        pixels = np.array(picture).reshape(picture.height, picture.width, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{name}: the image claims more pixels than are decoded safely ({error}). If it is meant to be that "
             "large, shrink it first; else remove it, or leave it out with on_error=skip."
         ) from error
     except _DAMAGE as error:
+        reason = "its content is of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{name}: not a readable image ({error}). Repair or remove it, or leave such files out with on_error=skip."
+            f"{name}: not a readable image ({reason}). Repair or remove it, or leave such files out with on_error=skip."
         ) from error
-    return np.ascontiguousarray(pixels.reshape(*size, channels).transpose(2, 0, 1))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -96,9 +100,18 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(columns / image.width, rows / image.height)
     width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - columns) // 2, (height - rows) // 2
+    if width * height > _ELONGATED * rows * columns:
+        return _centre_resized(image, (width, height), (left, top, left + columns, top + rows))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + columns, top + rows))
+
+
+def _centre_resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """What cropping `image` at `box` after resizing it to `size` gives, without the pixels that would be cropped."""
+    across, down = image.width / size[0], image.height / size[1]
+    source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
+    return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC, box=source)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

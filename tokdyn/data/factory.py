@@ -26,10 +26,14 @@ def open_data(config: DataConfig) -> Dataset:
         DataError: the data are missing, empty, damaged, or do not fit the config.
     """
     if config.kind == "shapes":
+        if config.path is not None:
+            raise DataError(
+                f"path={config.path} has no effect on kind=shapes, which are drawn; set kind=images or kind=latents."
+            )
         size = rows_and_columns(config.size or _DEFAULT_SIZE)
         return ShapesDataset(size, config.channels, config.num_classes, config.seed, config.length)
     if config.path is None:
-        raise DataError(f"kind={config.kind} needs a path; give data.path the folder{_OR_ZIP[config.kind]}.")
+        raise DataError(f"kind={config.kind} needs a path, that of the folder{_OR_ZIP[config.kind]}.")
     if config.kind == "latents":
         return _open_latents(config, config.path)
     if config.size is None:

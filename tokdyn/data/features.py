@@ -6,9 +6,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 from tokdyn.data.base import Dataset
@@ -78,8 +78,8 @@ class FeaturesConfig(BaseModel):
     posterior: Literal["mean", "sample"] = "sample"
     flip: bool = False
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    scaling_factor: float | None = None
-    shift_factor: float | None = None
+    scaling_factor: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    shift_factor: FiniteFloat | None = None
     batch_size: PositiveInt = 32
     shard_size: PositiveInt = 4096
     workers: NonNegativeInt = 0

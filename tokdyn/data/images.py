@@ -84,7 +84,8 @@ class ImageDataset(Dataset):
     def identity(self) -> dict[str, object]:
         """Describes the content: names, labels and geometry."""
         listing = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
-        return {"kind": "images", "shape": list(self.shape), "files": sha256(listing.encode()).hexdigest()}
+        digest = sha256(listing.encode(errors="surrogateescape"))  # names need not be valid UTF-8
+        return {"kind": "images", "shape": list(self.shape), "files": digest.hexdigest()}
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         name = self.names[index]

@@ -89,7 +89,8 @@ def read_index(folder: Path) -> LatentIndex:
     """Reads `index.json`; raises a DataError if it is missing, damaged or of another version."""
     path = folder / INDEX
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}; give data.path a folder that `tokdyn features` wrote.")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {found}; give the path of a folder that `tokdyn features` wrote.")
     if not path.is_file():
         unfinished = any(folder.glob("shard_*.safetensors"))
         advice = (

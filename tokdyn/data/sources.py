@@ -37,7 +37,7 @@ class FolderSource:
         """Returns the image files; see `Source`."""
         found: list[str] = []
         seen: set[str] = set()
-        for folder, children, files in os.walk(self.path, followlinks=True):
+        for folder, children, files in os.walk(self.path, onerror=self._refused, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:  # a link to a folder above itself
                 children.clear()
@@ -47,6 +47,10 @@ class FolderSource:
             found.extend((below / name).as_posix() for name in files)
             children[:] = [name for name in children if not _hidden(name)]
         return _images(found)
+
+    def _refused(self, error: OSError) -> None:
+        """A folder that cannot be listed would otherwise be missing without a word."""
+        raise DataError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
 
     def read(self, name: str) -> bytes:
         """Returns the bytes of one file; see `Source`."""
@@ -73,6 +77,8 @@ class ZipSource:
     def names(self) -> list[str]:
         """Returns the image files; see `Source`."""
         names = self._open().namelist()
+        if self.inside and not any(name.startswith(self.inside) for name in names):
+            raise DataError(f"There is no folder {self.inside} in {self.path}; leave it out, or correct it.")
         return _images([name.removeprefix(self.inside) for name in names if name.startswith(self.inside)])
 
     def read(self, name: str) -> bytes:
@@ -110,14 +116,19 @@ def open_source(path: str | Path) -> Source:
         DataError: there is nothing at the path, or it is neither a folder nor a zip.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        return FolderSource(path)
-    for archive in (path, *path.parents):
-        if archive.is_file():
-            if not zipfile.is_zipfile(archive):
-                raise DataError(f"{archive} is neither a folder nor a zip file; give a folder of images or a .zip.")
-            return ZipSource(archive, path.relative_to(archive).as_posix() if archive != path else "")
-    raise DataError(f"There is no file or folder {path}; give data.path the folder or zip that holds the images.")
+    try:
+        if path.is_dir():
+            return FolderSource(path)
+        archive = next((place for place in (path, *path.parents) if place.is_file()), None)
+        if archive is not None:
+            with archive.open("rb") as file:
+                if not zipfile.is_zipfile(file):
+                    raise DataError(f"{archive} is neither a folder nor a zip file; give a folder of images or a .zip.")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if archive is not None:
+        return ZipSource(archive, path.relative_to(archive).as_posix() if archive != path else "")
+    raise DataError(f"There is no file or folder {path}; give the path of a folder or zip of images.")
 
 
 def _hidden(part: str) -> bool:

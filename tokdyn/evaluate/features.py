@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokdyn.data.decode import quiet
 from tokdyn.errors import CheckpointError, DataError
 from tokdyn.evaluate.extractor import Extractor, Outputs
 from tokdyn.evaluate.images import ImageSet, Labels, Pixels
@@ -77,19 +78,20 @@ def extract(
         advance(len(batch))
 
     sizes: set[tuple[int, ...]] = set()
-    for row, image in enumerate(images.images(indices.tolist(), extractor.info.input_size)):
-        if isinstance(image, DataError):
-            if on_error == "raise":
-                raise image
-            unreadable.append(str(image))
-            advance(1)
-            continue
-        sizes.add(image.shape)
-        waiting.setdefault(image.shape, []).append((row, image))
-        if len(waiting[image.shape]) == batch_size:
-            run(image.shape)
-        elif sum(map(len, waiting.values())) > _BATCHES_HELD * batch_size:
-            run(max(waiting, key=lambda shape: len(waiting[shape])))
+    with quiet():
+        for row, image in enumerate(images.images(indices.tolist(), extractor.info.input_size)):
+            if isinstance(image, DataError):
+                if on_error == "raise":
+                    raise image
+                unreadable.append(str(image))
+                advance(1)
+                continue
+            sizes.add(image.shape)
+            waiting.setdefault(image.shape, []).append((row, image))
+            if len(waiting[image.shape]) == batch_size:
+                run(image.shape)
+            elif sum(map(len, waiting.values())) > _BATCHES_HELD * batch_size:
+                run(max(waiting, key=lambda shape: len(waiting[shape])))
     for shape in list(waiting):
         run(shape)
     kept = rows.kept()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import struct
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,13 +24,6 @@ from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
 Pixels = NDArray[np.uint8]
 
 _DECODED_AHEAD = 64  # images that threads decode while the extractor works
-_TURNED = range(5, 9)  # EXIF orientations that exchange rows and columns
-_ORIENTATION_TAG = 0x0112
-# What Pillow raises on damaged headers, depending on format and place of the damage.
-_DAMAGE = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
-    struct.error, zlib.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,8 +99,8 @@ class ImageFiles:
             name = self.names[index]
             try:
                 content = self.source.read(name)
-                rows_columns = _own_size(content) if size is None else (size, size)
-                return decode(content, f"{name} in {self.path}", rows_columns, channels=3).transpose(1, 2, 0)
+                target = None if size is None else (size, size)
+                return decode(content, f"{name} in {self.path}", target, channels=3).transpose(1, 2, 0)
             except DataError as error:
                 return error
 
@@ -198,24 +188,10 @@ def _open_files(path: Path) -> ImageFiles:
     return ImageFiles(source, names, Labels(values, len(numbers)))
 
 
-def _own_size(content: bytes) -> tuple[int, int]:
-    """(rows, columns) of an image file once it is upright; (1, 1) for a file that `decode` is about to refuse."""
-    try:
-        image = Image.open(io.BytesIO(content))
-    except (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return 1, 1
-    with image:
-        try:
-            turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
-        except _DAMAGE:  # `decode` does not turn an image whose orientation cannot be read
-            turned = False
-        return (image.width, image.height) if turned else (image.height, image.width)
-
-
 def _archive_lines(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
         return [f"{entry.filename} {entry.file_size} {entry.CRC}" for entry in archive.infolist()]
 
 
 def _hash_lines(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokdyn.data.decode import quiet
 from tokdyn.data.progress import progress
 from tokdyn.errors import DataError
 from tokdyn.evaluate.config import EvalConfig
@@ -134,10 +135,11 @@ def _after(facts: Facts, seen: Extracted, statistics: Statistics | None) -> Fact
 def _first(images: ImageSet, indices: NDArray[np.int64], extractor: Extractor) -> Outputs:
     """The extractor's outputs for the first readable image."""
     error: DataError | None = None
-    for image in images.images(indices.tolist(), extractor.info.input_size):
-        if not isinstance(image, DataError):
-            return extractor(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].contiguous())
-        error = error or image
+    with quiet():
+        for image in images.images(indices.tolist(), extractor.info.input_size):
+            if not isinstance(image, DataError):
+                return extractor(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].contiguous())
+            error = error or image
     raise DataError(f"none of the images in {images.path} can be read: {error}")
 
 
