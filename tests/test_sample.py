@@ -23,6 +23,7 @@ from tokdyn.report.decoding import open_decoder
 from tokdyn.report.pixels import to_pixels
 from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.sample import run as runs
+from tokdyn.sample.job import prepare
 from tokdyn.train import state
 from tokdyn.train.snapshot import save_model
 
@@ -437,6 +438,13 @@ def test_settings_read_from_the_command_line():
     assert config.classes == ("cat", "3")
     assert SampleConfig(model="x", tail_drop=0.5, classes=7).classes == (7,)
     assert SampleConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_names_that_cannot_be_drawn_become_numbers(tmp_path):
+    save_model(tiny(0), tmp_path / "saved", {**FACTS, "class_names": ["犬", "caf\udce9", "car", "dog"]})
+    job = prepare(SampleConfig(model=str(tmp_path / "saved"), out=tmp_path / "out", count=4, device="cpu"))
+    assert job.names == ["0", "1", "car", "dog"]
+    assert prepare(job.config.model_copy(update={"classes": ("犬",)})).labels == [0] * 4
 
 
 def test_no_class_is_a_class_too(saved, tmp_path):

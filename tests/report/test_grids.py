@@ -51,6 +51,13 @@ def test_texts_make_room_for_themselves():
     assert (titled != 255).sum() > (plain != 255).sum()
 
 
+@pytest.mark.parametrize("name", ["日本", "caf\udce9", "$5$ \\frac", "a\nb"])
+def test_any_name_can_be_drawn(name):
+    """Folder names become captions, whatever the file system holds."""
+    page = image_grid(solid(2), 2, [name] * 2, [name], [name] * 2, name)
+    assert page.shape[0] > image_grid(solid(2), 2).shape[0]
+
+
 @pytest.mark.parametrize("texts", [{"captions": ["a"]}, {"row_titles": ["a"]}, {"column_titles": ["a"] * 4}])
 def test_wrong_number_of_texts_is_refused(texts):
     with pytest.raises(InputError, match=f"{next(iter(texts))} were given for a grid that has"):

@@ -85,6 +85,25 @@ def test_all_kept_is_the_image_itself():
     assert np.array_equal(shade(image, np.ones((4, 4), dtype=bool)), image)
 
 
+@pytest.mark.parametrize("name", ["日本", "caf\udce9", "$5$ \\frac{", "great white shark, white shark, man-eater"])
+def test_any_name_can_be_drawn(tmp_path, name):
+    """Folder names become titles of rows; matplotlib warns of missing glyphs, which is an error here."""
+    maps = record(images=1, frames=2).maps()
+    finals = to_pixels(torch.zeros(1, 3, 8, 12))
+    assert draw_maps(maps, finals, to_pixels, tmp_path / "maps.png", [name], title=name).is_file()
+
+
+def test_a_flat_picture_takes_flat_rows(tmp_path):
+    """The page grows by as much as the pictures are high: about a third for a third of the height."""
+    heights = []
+    for rows in (12, 4):
+        finals = np.zeros((3, rows, 12, 3), dtype=np.uint8)
+        path = draw_maps(record(images=3).maps(), finals, to_pixels, tmp_path / f"{rows}.png", ["a"] * 3)
+        with Image.open(path) as image:
+            heights.append(image.height)
+    assert heights[1] < 0.6 * heights[0]
+
+
 @pytest.mark.parametrize("images", [1, 3])
 def test_picture_is_drawn(tmp_path, images):
     maps = record(images=images, frames=4).maps()

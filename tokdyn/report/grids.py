@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tokdyn.errors import InputError
 from tokdyn.report.pixels import Pixels
-from tokdyn.report.style import INK, MUTED
+from tokdyn.report.style import INK, MUTED, drawable, font_file
 
 _CELL = 96  # smaller images are enlarged by a whole factor until they are about this wide
 _GAP = 4
@@ -54,6 +52,10 @@ def image_grid(
     ):
         if texts is not None and len(texts) != expected:
             raise InputError(f"{len(texts)} {name} were given for a grid that has {expected}.")
+    captions, row_titles, column_titles = (
+        texts and [drawable(text) for text in texts] for texts in (captions, row_titles, column_titles)
+    )
+    title = title and drawable(title)
     scale = scale or max(1, round(_CELL / width))
     cell_h, cell_w = height * scale, width * scale
     size = max(11, min(16, cell_w // 8))
@@ -88,8 +90,7 @@ def image_grid(
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+    return ImageFont.truetype(font_file(bold), size)
 
 
 def _width(font: ImageFont.FreeTypeFont, text: str) -> int:

@@ -18,13 +18,14 @@ from torch import Tensor
 from tokdyn.diffusion.records import StepState
 from tokdyn.errors import InputError
 from tokdyn.report.pixels import Pixels
-from tokdyn.report.style import INK, MUTED, figure_style, save_figure
+from tokdyn.report.style import INK, MUTED, drawable, figure_style, save_figure
 
 _CELL = 8  # pixels that a cell is drawn with, at least
 _LEFT = 0.22  # share of its colour that a dropped cell keeps
 _PAPER = 246  # grey level that it fades to
 _BORDER = 0.45  # how much darker the border of the kept cells is
-_TILE = 1.2  # inches
+_TILE = 1.2  # inches, the width of a picture
+_LETTERS = 12  # of a row's name to an inch
 
 Background = Literal["prediction", "noisy"]
 
@@ -151,7 +152,8 @@ def draw_maps(
     count = len(often)
     with figure_style():
         engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-        figure = Figure(figsize=(_TILE * (steps + 2.3) + 0.75, (_TILE + 0.2) * count + 0.75), layout=engine)
+        tall = _TILE * finals.shape[1] / finals.shape[2]
+        figure = Figure(figsize=(_TILE * (steps + 2.3) + 0.75, (tall + 0.2) * count + 0.75), layout=engine)
         axes = figure.subplots(count, steps + 2, squeeze=False)
         for column, frame in enumerate(maps.frames):
             pictures, keeps = to_pixels(frame.picture), frame.keep.numpy()
@@ -164,14 +166,20 @@ def draw_maps(
             heat = axes[row, steps + 1].imshow(often[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             _bare(axes[row, steps + 1], f"{often[row].mean():.0%}")
             if names is not None:
-                axes[row, 0].set_ylabel(names[row], fontsize=9.5, fontweight="bold", color=INK)
+                axes[row, 0].set_ylabel(_fitting(names[row], tall), fontsize=9.5, fontweight="bold", color=INK)
         for column, heading in ((steps, "final image"), (steps + 1, "kept, share\nof all steps")):
             axes[0, column].set_title(heading, fontsize=9, fontweight="normal", loc="center", color=INK)
         bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.09, pad=0.04, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize=8)
         bar.outline.set_visible(False)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         return save_figure(figure, path)
+
+
+def _fitting(name: str, inches: float) -> str:
+    """The name, cut with an ellipsis to what can be written along so many inches."""
+    letters = max(4, int(_LETTERS * inches))
+    return drawable(name if len(name) <= letters else name[: letters - 1] + "…")
 
 
 def _show(axes: Axes, pixels: Pixels, caption: str) -> None:

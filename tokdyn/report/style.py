@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 
 from tokdyn.files import replacing
 
@@ -18,6 +20,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e3e3e3"
 DPI = 160
+_BOX = "\u25a1"
 
 _SETTINGS: Any = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
@@ -39,7 +42,24 @@ _SETTINGS: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a class may be called $5
 }
+
+
+def font_file(bold: bool = False) -> Path:
+    """The font of every picture."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+
+
+def drawable(text: str) -> str:
+    """The text with a box in the place of every character that the font does not have."""
+    return "".join(letter if ord(letter) in _glyphs() else _BOX for letter in text)
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> frozenset[int]:
+    return frozenset(FT2Font(str(font_file())).get_charmap())
 
 
 @contextmanager

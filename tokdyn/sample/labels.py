@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokdyn.errors import RecipeError
+from tokdyn.report.style import drawable
 from tokdyn.sample.loading import ModelInfo
 
 NO_CLASS = "none"
@@ -32,10 +33,11 @@ def class_numbers(classes: Sequence[int | str] | None, info: ModelInfo, model: A
 
 
 def class_name(label: int, info: ModelInfo, model: Any) -> str:
-    """The name of a class if the model came with names, else its number."""
+    """The name of a class if the model came with names and they can be drawn, else its number."""
     if label == model.config.num_classes:
         return "no class"
-    return info.class_names[label] if label < len(info.class_names) else str(label)
+    name = info.class_names[label] if label < len(info.class_names) else str(label)
+    return name if drawable(name) == name else str(label)
 
 
 def _number(entry: int | str, names: Sequence[str], total: int) -> int:
