@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,19 @@ from pydantic import ValidationError
 
 from tokdyn import DCDiT, DiT
 from tokdyn.data.config import DataConfig
-from tokdyn.data.vae import decode, scaling_of
+from tokdyn.data.features import FeaturesConfig, write_features
+from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of, weights_digest
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.errors import CheckpointError, DataError, InputError, OutputError, RecipeError, UnsupportedModelError
 from tokdyn.flops import flops_per_image
+from tokdyn.recipe import load
 from tokdyn.report.decoding import open_decoder
 from tokdyn.report.pixels import to_pixels
 from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.sample import run as runs
 from tokdyn.sample.job import prepare
-from tokdyn.train import state
+from tokdyn.train import state, train
 from tokdyn.train.snapshot import save_model
 
 TINY = {"sample_size": (6, 8), "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 4}
@@ -277,8 +280,10 @@ def test_dit_samples_without_budgets_and_maps(tmp_path):
     assert all(step.gflops == pytest.approx(expected) for step in budget.steps)
     with pytest.raises(UnsupportedModelError, match="computes every token: there are no maps"):
         sample(SampleConfig(**settings, maps=True))
-    with pytest.raises(UnsupportedModelError, match="cannot drop any"):
-        sample(SampleConfig(**settings, tail_drop=0.5))
+    for drops in ({"tail_drop": 0.5}, {"guidance": 2.0, "uncond_tail_drop": 0.5}):
+        with pytest.raises(UnsupportedModelError, match="cannot drop any"):
+            sample(SampleConfig(**{**settings, "out": tmp_path / "none"}, format="folder", **drops))
+    assert not (tmp_path / "none").exists()
 
 
 def test_flow_models_sample_with_euler(tmp_path):
@@ -369,6 +374,45 @@ def test_latents_are_decoded_and_not_clamped(tmp_path, vae):
         sample(SampleConfig(**settings))
 
 
+@pytest.fixture
+def latent_run(tmp_path: Path, vae: Path) -> Path:
+    """A model trained for a step on latents that were written with a scaling of their own."""
+    settings = {"kind": "shapes", "size": (16, 16), "length": 8, "scaling_factor": 2.0, "shift_factor": 0.25}
+    write_features(FeaturesConfig(vae=str(vae), out=str(tmp_path / "latents"), **settings))
+    words = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "data.kind=latents", "data.size=null"]
+    words += ["training.steps=1", "training.batch_size=4", "training.sample_every=null", "optimizer.warmup_steps=0"]
+    words += ["chunking.budget_warmup_steps=0", f"data.path={tmp_path / 'latents'}", f"out={tmp_path / 'run'}"]
+    train(load("demo", words))
+    return tmp_path / "run"
+
+
+def test_a_model_of_latents_knows_its_autoencoder_and_scaling(tmp_path, latent_run, vae, monkeypatch):
+    shutil.rmtree(tmp_path / "latents")  # the model says it all
+    tmp_path.joinpath("elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    job = prepare(SampleConfig(model=str(latent_run), device="cpu"))
+    assert job.decoder.scaling == LatentScaling(factor=2.0, mean=(0.25,))
+    assert weights_digest(job.decoder.vae) == weights_digest(load_vae(str(vae)))
+    copy = tmp_path / "copy"
+    shutil.copytree(vae, copy)
+    moved = prepare(SampleConfig(model=str(latent_run), device="cpu", vae=str(copy)))
+    assert moved.decoder.scaling == job.decoder.scaling  # of the data, whoever decodes them
+    result = sample(SampleConfig(model=str(latent_run), out=tmp_path / "out", count=1, steps=1, format="npz"))
+    with np.load(result.budgets[0].files[0]) as arrays:
+        assert arrays["arr_0"].shape == (1, 16, 16, 3)
+
+
+def test_an_autoencoder_that_has_changed_is_refused(tmp_path, latent_run, vae):
+    network = AutoencoderKL.from_pretrained(vae)
+    network.decoder.conv_in.weight.data.add_(1.0)
+    network.save_pretrained(vae)
+    with pytest.raises(RecipeError, match="is no longer the autoencoder that the training data were made with"):
+        prepare(SampleConfig(model=str(latent_run), device="cpu"))
+    shutil.rmtree(vae)
+    with pytest.raises(DataError, match="No autoencoder can be loaded from"):
+        prepare(SampleConfig(model=str(latent_run), device="cpu"))
+
+
 def test_decoder_undoes_the_scaling_whatever_the_batch(vae):
     decoder = open_decoder(4, None, str(vae), torch.device("cpu"))
     latents = torch.randn(20, 4, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -403,8 +447,10 @@ def test_autoencoders_that_do_not_fit_are_refused(tmp_path, vae, saved):
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(saved, tmp_path, settings, error, words):
+    asked = {"model": str(saved), "out": tmp_path / "out", "count": 1, "format": "folder", **QUICK, **settings}
     with pytest.raises(error, match=words):
-        sample(SampleConfig(**{"model": str(saved), "out": tmp_path / "out", "count": 1, **QUICK, **settings}))
+        sample(SampleConfig(**asked))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from tokdyn.data import BatchStream, DataConfig, FeaturesConfig, LatentDataset, ShapesDataset, open_data, write_features
-from tokdyn.data.vae import LatentScaling, decode, scaling_of
+from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of, weights_digest
 from tokdyn.errors import DataError, InputError, OutputError
 
 KL = {
@@ -302,6 +302,30 @@ def test_damage_is_found_and_named(tmp_path, damage):
     harm(tmp_path)
     with pytest.raises(DataError, match=sentence):
         LatentDataset(tmp_path).batch(range(10))
+
+
+def test_a_damaged_autoencoder_is_named(tmp_path, capfd):
+    tiny().save_pretrained(tmp_path / "vae")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"words"):
+        weights.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"No autoencoder can be loaded from .*vae"):
+            write_features(config(tmp_path / "out", vae=str(tmp_path / "vae")))
+    assert not (tmp_path / "out").exists()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("vae_dtype", ["fp32", "bf16"])
+def test_the_autoencoder_is_known_by_its_weights_as_loaded(tmp_path, vae_dtype, monkeypatch, capfd):
+    tiny().save_pretrained(tmp_path / "vae")
+    capfd.readouterr()
+    monkeypatch.chdir(tmp_path)
+    write_features(config(tmp_path / "out", vae="vae", vae_dtype=vae_dtype))
+    told = LatentDataset(tmp_path / "out").index.vae
+    assert told.source == str(tmp_path / "vae")
+    assert told.sha256 == weights_digest(load_vae("vae"))
+    assert capfd.readouterr().err == ""  # diffusers has remarks about casting
 
 
 def test_wrong_settings_are_explained(tmp_path):

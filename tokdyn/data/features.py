@@ -29,7 +29,7 @@ from tokdyn.data.shards import (
     write_index,
     write_shard,
 )
-from tokdyn.data.vae import LatentScaling, load_vae, scaling_of, weights_digest
+from tokdyn.data.vae import LatentScaling, load_vae, quiet_diffusers, scaling_of, weights_digest
 from tokdyn.errors import DataError
 from tokdyn.files import require_folder
 from tokdyn.host import open_device, settle_memory
@@ -196,11 +196,14 @@ def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Modu
     if vae is None:
         if config.vae is None:
             raise DataError("No autoencoder is given; set vae to a folder or hub id of a diffusers autoencoder.")
-        device = open_device(config.device)
-        vae, loaded = load_vae(config.vae, config.subfolder, DTYPES[config.vae_dtype]).to(device), config.vae
+        device, local = open_device(config.device), Path(config.vae).expanduser()
+        vae, loaded = load_vae(config.vae, config.subfolder), str(local.resolve()) if local.is_dir() else config.vae
     subfolder = config.subfolder if loaded else None
-    digest = weights_digest(vae)
-    return vae.eval(), VaeIdentity(kind=type(vae).__name__, source=loaded, subfolder=subfolder, sha256=digest)
+    found = VaeIdentity(kind=type(vae).__name__, source=loaded, subfolder=subfolder, sha256=weights_digest(vae))
+    if loaded:
+        with quiet_diffusers():
+            vae = vae.to(device, DTYPES[config.vae_dtype])
+    return vae.eval(), found
 
 
 def _scaling(config: FeaturesConfig, vae: nn.Module) -> LatentScaling:

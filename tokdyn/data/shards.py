@@ -27,7 +27,14 @@ class DamagedShardError(DataError):
 
 
 class VaeIdentity(BaseModel):
-    """Which autoencoder wrote the latents; `source` is the path or id it was loaded from, if it was loaded."""
+    """Which autoencoder wrote the latents.
+
+    Attributes:
+        kind: its class in diffusers.
+        source: the absolute path or the hub id that it was loaded from; None if it was not loaded.
+        subfolder: of it.
+        sha256: of its weights as they were loaded.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,6 +42,15 @@ class VaeIdentity(BaseModel):
     source: str | None
     subfolder: str | None
     sha256: str
+
+
+class LatentOrigin(BaseModel):
+    """What turns latents back into pictures: the autoencoder, and the scaling that was applied to them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vae: VaeIdentity
+    scaling: LatentScaling
 
 
 class ShardEntry(BaseModel):
@@ -83,6 +99,11 @@ class LatentIndex(BaseModel):
     scaling: LatentScaling
     vae: VaeIdentity
     shards: tuple[ShardEntry, ...]
+
+    @property
+    def origin(self) -> LatentOrigin:
+        """What turns these latents back into pictures."""
+        return LatentOrigin(vae=self.vae, scaling=self.scaling)
 
 
 def read_index(folder: Path) -> LatentIndex:

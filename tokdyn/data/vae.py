@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tokdyn.errors import DataError
@@ -42,16 +46,30 @@ class LatentScaling(BaseModel):
         return (like.new_tensor(self.mean)[:, None, None], like.new_tensor(self.std)[:, None, None])
 
 
-def load_vae(path: str, subfolder: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silences what diffusers and the hub's client remark beside doing what they are told; what fails still raises."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
     """Loads any diffusers autoencoder for images.
 
     Args:
         path: folder of `save_pretrained`, of a pipeline, or an id on the hub.
         subfolder: folder of the autoencoder below `path`; None looks at `path` itself and then at its "vae".
-        dtype: of its weights.
 
     Returns:
-        The autoencoder in evaluation mode on the CPU.
+        The autoencoder in evaluation mode, in float32 on the CPU.
 
     Raises:
         DataError: nothing can be loaded from there, or it is not an autoencoder.
@@ -59,18 +77,21 @@ def load_vae(path: str, subfolder: str | None = None, dtype: torch.dtype = torch
     import diffusers
 
     failure: Exception | None = None
+    local = Path(path).expanduser()
+    where = str(local) if local.is_dir() else path
     for place in (subfolder,) if subfolder else (None, "vae"):
         try:
-            config = diffusers.AutoencoderKL.load_config(path, subfolder=place)
-            kind = getattr(diffusers, str(config.get("_class_name")), None)
-            if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "encode")):
-                raise DataError(
-                    f"{path} holds a {config.get('_class_name')}, which does not encode images; give vae a diffusers "
-                    "autoencoder such as AutoencoderKL or AutoencoderTiny."
-                )
-            vae: nn.Module = kind.from_pretrained(path, subfolder=place, torch_dtype=dtype)  # type: ignore[attr-defined]
+            with quiet_diffusers():
+                config = diffusers.AutoencoderKL.load_config(where, subfolder=place)
+                kind = getattr(diffusers, str(config.get("_class_name")), None)
+                if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "encode")):
+                    raise DataError(
+                        f"{path} holds a {config.get('_class_name')}, which does not encode images; give vae a "
+                        "diffusers autoencoder such as AutoencoderKL or AutoencoderTiny."
+                    )
+                vae: nn.Module = kind.from_pretrained(where, subfolder=place)  # type: ignore[attr-defined]
             return vae.eval()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             failure = failure or error
     raise DataError(
         f"No autoencoder can be loaded from {path} ({failure}); give vae a folder written by save_pretrained, the "

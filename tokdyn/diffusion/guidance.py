@@ -69,10 +69,7 @@ class Branches:
                 both = pair.repeat_interleave(len(labels))
             self._budget = {False: {"tail_drop": tail_drop}, True: {"tail_drop": both}}
         elif tail_drop > 0 or (guidance != 1.0 and uncond_tail_drop > 0):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} computes every token and cannot drop any: leave tail_drop and "
-                "uncond_tail_drop at 0, or sample a model with dynamic chunking"
-            )
+            raise cannot_drop(model)
 
     def __call__(self, x: Tensor, timestep: Tensor, guided: bool) -> Denoised:
         """Evaluate the model on ``x`` (B, C, H, W) at ``timestep``, a tensor without dimensions.
@@ -97,6 +94,14 @@ class Branches:
             return uncond + self._guidance * (cond - uncond)
         guided = uncond[:, :3] + self._guidance * (cond[:, :3] - uncond[:, :3])
         return torch.cat([guided, cond[:, 3:]], dim=1)
+
+
+def cannot_drop(model: nn.Module) -> UnsupportedModelError:
+    """What to say about a tail drop for a model that has none."""
+    return UnsupportedModelError(
+        f"{type(model).__name__} computes every token and cannot drop any: leave tail_drop and uncond_tail_drop at 0, "
+        "or sample a model with dynamic chunking"
+    )
 
 
 def takes_tail_drop(model: nn.Module) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.data.config import DataConfig
-from tokdyn.data.shards import LatentIndex, read_index
-from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of
+from tokdyn.data.shards import LatentOrigin, read_index
+from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of, weights_digest
 from tokdyn.errors import DataError, RecipeError
 from tokdyn.report.pixels import Pixels, to_pixels
 
@@ -43,7 +43,13 @@ class Decoder:
         return to_pixels(torch.cat(parts))
 
 
-def open_decoder(channels: int, data: DataConfig | None, vae: str | None, device: torch.device) -> Decoder:
+def open_decoder(
+    channels: int,
+    data: DataConfig | None,
+    vae: str | None,
+    device: torch.device,
+    latents: LatentOrigin | None = None,
+) -> Decoder:
     """Choose how samples become pictures.
 
     A model makes latents if it was trained on latents, if nothing is known of its data and ``vae`` is given, or if
@@ -54,6 +60,8 @@ def open_decoder(channels: int, data: DataConfig | None, vae: str | None, device
         data: what the model was trained on, if that is known.
         vae: path or hub id; None takes the autoencoder that wrote the training data.
         device: where to decode.
+        latents: what made the training data; None reads it from the folder of ``data``, if that is there. Its scaling
+            is undone, also when another autoencoder is given.
 
     Raises:
         RecipeError: the model makes latents and no autoencoder is known, or the autoencoder does not fit.
@@ -65,11 +73,16 @@ def open_decoder(channels: int, data: DataConfig | None, vae: str | None, device
         return Decoder()
     if data is None and vae is None and channels in (1, 3):
         return Decoder()
-    index = _index(data)
+    latents = latents or _origin(data)
     if vae is not None:
         autoencoder = load_vae(vae)
-    elif index is not None and index.vae.source is not None:
-        autoencoder = load_vae(index.vae.source, index.vae.subfolder)
+    elif latents is not None and latents.vae.source is not None:
+        autoencoder = load_vae(latents.vae.source, latents.vae.subfolder)
+        if weights_digest(autoencoder) != latents.vae.sha256:
+            raise RecipeError(
+                f"{latents.vae.source} is no longer the autoencoder that the training data were made with: give "
+                "vae=PATH where that one is now"
+            )
     else:
         raise RecipeError(
             f"the model makes latents of {channels} channels and nothing says which autoencoder decodes them: "
@@ -81,15 +94,15 @@ def open_decoder(channels: int, data: DataConfig | None, vae: str | None, device
             f"the model makes latents of {channels} channels, but the autoencoder decodes "
             f"{settings['latent_channels']}: give vae= the one that the training data were made with"
         )
-    scaling = index.scaling if index is not None else scaling_of(autoencoder)
+    scaling = latents.scaling if latents is not None else scaling_of(autoencoder)
     return Decoder(autoencoder.to(device), scaling)
 
 
-def _index(data: DataConfig | None) -> LatentIndex | None:
-    """The index of the latents that a model was trained on, if they are still there."""
+def _origin(data: DataConfig | None) -> LatentOrigin | None:
+    """What made the latents that a model was trained on, if they are still there."""
     if data is None or data.path is None:
         return None
     try:
-        return read_index(Path(data.path).expanduser())
+        return read_index(Path(data.path).expanduser()).origin
     except DataError:
         return None

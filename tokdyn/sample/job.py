@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tokdyn.diffusion.guidance import takes_tail_drop
+from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler
+from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.files import require_folder
 from tokdyn.host import open_device
@@ -101,7 +101,11 @@ def prepare(config: SampleConfig) -> Job:
             f"{info.path} is a {type(model).__name__}, which computes every token: there are no maps to draw, leave "
             "maps off"
         )
-    decoder = open_decoder(model.config.in_channels, info.data, config.vae, device)
+    if not takes_tail_drop(model) and (any(config.tail_drop) or config.uncond_tail_drop):
+        raise cannot_drop(model)
+    scheduler = config.scheduler or default_scheduler(objective)
+    open_scheduler(scheduler, config.steps, objective)  # says what does not fit
+    decoder = open_decoder(model.config.in_channels, info.data, config.vae, device, info.latents)
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Job(
         config=config,
@@ -110,7 +114,7 @@ def prepare(config: SampleConfig) -> Job:
         info=info,
         decoder=decoder,
         classes=class_numbers(config.classes, info, model),
-        scheduler=config.scheduler or default_scheduler(objective),
+        scheduler=scheduler,
         clip=not decoder.latents if config.clip is None else config.clip,
         device=device,
         dtype=torch.bfloat16 if half else None,

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from tokdyn.checkpoints import read
 from tokdyn.data.config import DataConfig
+from tokdyn.data.shards import LatentOrigin
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
@@ -29,6 +30,7 @@ class ModelInfo:
         name: of the run, or of the file.
         step: optimizer steps it was trained for, if a checkpoint says it.
         data: what it was trained on, if that was saved with it.
+        latents: what turns its latents into pictures, if it was trained on latents and that was saved with it.
         class_names: one per class, empty if they were not saved.
     """
 
@@ -36,6 +38,7 @@ class ModelInfo:
     name: str
     step: int | None
     data: DataConfig | None
+    latents: LatentOrigin | None
     class_names: tuple[str, ...]
 
 
@@ -61,11 +64,13 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
     try:
         objective = Objective(**facts.get("objective", {"learn_sigma": model.config.learn_sigma}))
         data = DataConfig(**facts["data"]) if facts.get("data") else None
+        latents = LatentOrigin(**facts["latents"]) if facts.get("latents") else None
     except (ValidationError, TypeError) as error:
         raise CheckpointError(
             f"{place / _FACTS} does not describe an objective and data of this version; save the model again."
         ) from error
-    info = ModelInfo(place, str(facts.get("name") or _name(start)), step, data, tuple(facts.get("class_names", ())))
+    name, class_names = str(facts.get("name") or _name(start)), tuple(facts.get("class_names", ()))
+    info = ModelInfo(place, name, step, data, latents, class_names)
     return model, objective, info
 
 

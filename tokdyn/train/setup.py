@@ -11,7 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from torch import nn
 
-from tokdyn.data import BatchStream, Dataset, open_data
+from tokdyn.data import BatchStream, Dataset, LatentDataset, open_data
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import OptimizerSettings, Recipe
 from tokdyn.recipe.build import build_model, planned_steps
@@ -165,6 +165,7 @@ def model_info(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
         "name": recipe.name,
         "objective": recipe.objective.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json", exclude={"path"}),
+        "latents": dataset.index.origin.model_dump(mode="json") if isinstance(dataset, LatentDataset) else None,
         "class_names": list(dataset.class_names),
     }
 
