@@ -178,6 +178,10 @@ def test_eval(tmp_path: Path, trained: Path) -> None:
     words = ["eval", tmp_path / "samples.npz", tmp_path / "real", f"extractor={network}", "metrics=frechet"]
     assert list(json.loads(run(*words, "--json").stdout)["values"]) == ["frechet_distance[mean]"]
     assert "frechet_distance[mean]" in run(*words).stdout
+    many = tmp_path / "many"
+    run("sample", trained, "steps=1", "count=3", "format=folder", "--maps", "tail_drop=0,0.5", f"out={many}")
+    words = ["eval", many / "tail_drop_0.5", tmp_path / "real", f"extractor={network}", "metrics=frechet", "--json"]
+    assert json.loads(run(*words).stdout)["generated_images"] == 3  # the maps beside them are no samples
 
 
 def test_features(tmp_path: Path) -> None:

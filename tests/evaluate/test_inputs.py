@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from typing import Any
 
@@ -101,6 +102,46 @@ def test_different_image_sizes_are_doubted(kit: Any, judge: str) -> None:
     assert any(
         "differ in size, perhaps other pictures" in line for line in run(generated=mixed, extractor=judge).warnings
     )
+
+
+def test_the_folder_of_a_sampling_run_means_its_single_images(kit: Any, judge: str) -> None:
+    """Pictures about the run lie beside them, and the folder `images` is no class."""
+    files = dict(zip([f"images/{name}" for name in ("0/a.png", "1/b.png", "3/c.png")], one_hot([0, 1, 3]), strict=True))
+    beside = {"sample.json": b"{}", "maps.png": kit.draw(1, 0, side=9)[0]}
+    path = kit.tree("run", {**files, **beside})
+    found = run(generated=path, extractor=judge)
+    assert found.generated_images == 3
+    assert found.values[ACCURACY] == 1.0
+    budgets = {f"tail_drop_{drop}/{name}": image for drop in (0, 0.3) for name, image in files.items()}
+    path = kit.tree("budgets", {**budgets, **beside, "tail_drop_0/maps.png": kit.draw(1, 0, side=9)[0]})
+    assert run(generated=path / "tail_drop_0", extractor=judge).generated_images == 3
+    with pytest.raises(DataError, match=r"images of 2 budgets: choose one of tail_drop_0, tail_drop_0\.3 in it"):
+        run(generated=path, extractor=judge)
+    grids = kit.tree("grids", {f"tail_drop_{drop}/grid.png": kit.draw(1, 0)[0] for drop in (0, 0.3)} | beside)
+    for place in (grids, grids / "tail_drop_0", kit.tree("grid", {"grid.png": kit.draw(1, 0)[0], **beside})):
+        with pytest.raises(DataError, match="no single images: sample with format=folder or format=npz"):
+            run(generated=place, extractor=judge)
+    kit.tree("packed", beside)
+    kit.npz("packed/samples", kit.draw(4, 0))
+    assert run(generated=kit.folder / "packed", extractor=judge).generated_images == 4
+
+
+def test_statistics_that_are_not_numbers_are_refused(kit: Any, judge: str) -> None:
+    images = kit.npz("images", kit.draw(20, 0))
+    for name, value in (("mu", np.full(12, np.nan)), ("sigma", np.full((12, 12), np.inf))):
+        moments = {"mu": np.zeros(12), "sigma": np.eye(12), name: value}
+        np.savez(kit.folder / "moments.npz", **moments)
+        with pytest.raises(DataError, match=r"moments\.npz holds a mean or covariance that is NaN or infinite"):
+            run(generated=images, reference=kit.folder / "moments.npz", extractor=judge, metrics="frechet")
+
+
+def test_names_that_are_not_unicode(kit: Any, judge: str) -> None:
+    kit.tree("images", {"a.png": kit.draw(1, 0)[0], os.fsdecode(b"caf\xe9.png"): kit.draw(1, 1)[0]})
+    found = run(
+        generated=kit.folder / "images", reference=kit.folder / "images", extractor=judge,
+        cache=kit.folder / "cache.safetensors", out=kit.folder / "out",
+    )  # fmt: skip
+    assert found.generated_images == 2
 
 
 def test_missing_empty_and_single(kit: Any, judge: str) -> None:

@@ -23,6 +23,7 @@ from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
 
 Pixels = NDArray[np.uint8]
 
+_RECORD, _BUDGET = "sample.json", "tail_drop_"  # how `tokdyn sample` names things
 _DECODED_AHEAD = 64  # images that threads decode while the extractor works
 
 
@@ -151,18 +152,35 @@ class NpzFile:
 
 
 def open_images(path: Path) -> ImageSet:
-    """Opens a folder, a zip or an npz of images; reads none yet.
+    """Opens a folder, a zip or an npz of images, or the folder of a sampling run; reads no image yet.
 
     Raises:
         DataError: There is nothing there, or no images, or only one.
     """
     if not path.exists() and not any(parent.is_file() for parent in path.parents):
         raise DataError(f"there is no {path}: give a folder of images, a .zip or an .npz")
+    path = _images_of_run(path)
     images: ImageSet = NpzFile(_open_npz(path)) if path.suffix == ".npz" and path.is_file() else _open_files(path)
     if len(images) < 2:
         found = "one image" if len(images) else "no images"
         raise DataError(f"{path} holds {found}: two or more are needed, and thousands for numbers to mean something")
     return images
+
+
+def _images_of_run(path: Path) -> Path:
+    """The single images, if `path` is what `tokdyn sample` wrote: the pictures beside them must not be measured."""
+    record = next((place / _RECORD for place in (path, path.parent) if (place / _RECORD).is_file()), None)
+    if record is None or not path.is_dir() or (record.parent != path and not path.name.startswith(_BUDGET)):
+        return path
+    for place in (path / "images", path / "samples.npz"):
+        if place.exists():
+            return place
+    budgets = sorted(place.name for place in path.glob(f"{_BUDGET}*"))
+    if any((path / name / kind).exists() for name in budgets for kind in ("images", "samples.npz")):
+        raise DataError(f"{path} holds the images of {len(budgets)} budgets: choose one of {', '.join(budgets)} in it")
+    raise DataError(
+        f"{path} holds pictures about a sampling run, and no single images: sample with format=folder or format=npz"
+    )
 
 
 def _open_npz(path: Path) -> NpzImages:

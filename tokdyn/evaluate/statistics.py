@@ -115,7 +115,7 @@ def load_statistics(path: Path) -> Statistics:
     width = features.shape[-1]
     if features.shape != (origin.images, width) or mean.shape != (width,) or covariance.shape != (width, width):
         raise DataError(f"{path} is damaged, its arrays do not fit together: delete it and make it again")
-    return Statistics(Moments(mean, covariance), features, origin)
+    return Statistics(_finite(path, mean, covariance), features, origin)
 
 
 def load_moments(path: Path) -> Statistics:
@@ -129,4 +129,11 @@ def load_moments(path: Path) -> Statistics:
         raise DataError(
             f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}, expected (F,) and (F, F) for one F"
         )
-    return Statistics(Moments(mean, covariance))
+    return Statistics(_finite(path, mean, covariance))
+
+
+def _finite(path: Path, mean: NDArray[np.float64], covariance: NDArray[np.float64]) -> Moments:
+    """The moments, if they are numbers."""
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise DataError(f"{path} holds a mean or covariance that is NaN or infinite: make the statistics again")
+    return Moments(mean, covariance)
