@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +16,8 @@ from pydantic.fields import FieldInfo
 from .arguments import Words, split
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+_NOTHING = frozenset({"", "null", "~"})  # as in YAML
 
 
 def flags(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -45,10 +48,18 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
     given = split(args, frozenset(flags(model)))
     placed = zip(words, given.take(optional=[word.upper() for word in words]), strict=True)
     settings = {**{key: word for key, word in placed if word}, **given.settings}
+    texts = {key: text for key, text in settings.items() if key in _texts(model) and text not in _NOTHING}
+    values = {key: text for key, text in settings.items() if key not in texts}
     try:
-        return model(**parse_overrides(Words((), settings).overrides()))
+        return model(**parse_overrides(Words((), values).overrides()), **texts)
     except ValidationError as error:
         raise explain(model, error, "settings") from error
+
+
+def _texts(model: type[BaseModel]) -> set[str]:
+    """Keys that hold nothing but text or a path, which is taken as it was typed."""
+    plain = {str, Path, type(None)}
+    return {name for name, info in model.model_fields.items() if set(_members(info.annotation)) <= plain}
 
 
 def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -75,7 +86,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _type(annotation: Any) -> str:
-    """A type as a user reads it: `int`, `ddpm | ddim`, `float or none`."""
+    """A type as a user reads it: `int`, `ddpm | ddim`, `float or null`."""
     names = []
     for member in _members(annotation):
         origin = typing.get_origin(member)
@@ -85,7 +96,7 @@ def _type(annotation: Any) -> str:
             inner = ", ".join("..." if part is ... else _type(part) for part in typing.get_args(member))
             names.append(f"{origin.__name__}[{inner}]")
         elif member is type(None):
-            names.append("none")
+            names.append("null")
         else:
             names.append({"str": "text", "Path": "path"}.get(member.__name__, member.__name__))
     return " or ".join(names)
@@ -94,7 +105,7 @@ def _type(annotation: Any) -> str:
 def _text(info: FieldInfo) -> str:
     """The default as the user would type it."""
     value = info.get_default(call_default_factory=True)
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _attributes(model: type[BaseModel]) -> dict[str, str]:

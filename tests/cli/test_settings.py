@@ -54,7 +54,7 @@ def test_rows_name_every_setting() -> None:
         "scheduler": "Which one (noise: ddpm, ddim): as in diffusers. [ddpm | ddim, default ddpm]",
         "maps": "[bool, default false]",
         "interval": "[tuple[float, float], default (0.0, 1.0)]",
-        "limit": "At most so many. [int or none, default none]",
+        "limit": "At most so many. [int or null, default null]",
         "inner.rate": "Learning rate, per step. [float, default 0.0001]",
         "inner.compile": "Whether to compile. [bool, default false]",
     }
@@ -66,6 +66,21 @@ def test_read_builds_the_model() -> None:
     assert settings == Outer(
         folder=Path("runs/a"), maps=True, scheduler="ddim", interval=(0.1, 0.5), inner=Inner(rate=3e-4, compile=True)
     )
+
+
+@pytest.mark.parametrize(
+    "path", ["photos #1", "a: b", "2024", "1e3", "true", "[set] b", "{x}", "- a", "'it'", "*", "%d"]
+)
+def test_paths_are_taken_as_typed(path: str) -> None:
+    assert read([path], Outer, ["folder"]).folder == Path(path)
+    assert read([f"folder={path}"], Outer, ["folder"]).folder == Path(path)
+
+
+@pytest.mark.parametrize("word", ["null", "~", ""])
+def test_nothing_can_be_said(word: str) -> None:
+    assert read(["x", f"limit={word}"], Outer, ["folder"]).limit is None
+    with pytest.raises(RecipeError, match="'folder'"):
+        read([f"folder={word}"], Outer, ["folder"])
 
 
 def test_positional_word_and_key_are_one_setting() -> None:

@@ -90,7 +90,7 @@ def parse_overrides(settings: Iterable[str]) -> Settings:
         parts = key.strip().split(".")
         if not equals or not all(parts):
             raise RecipeError(f"'{setting}' is not a setting; write key=value, for example optimizer.lr=1e-4.")
-        value = yaml_text.parse(text, f"The value of '{key.strip()}'")
+        value = yaml_text.parse_value(text, f"The value of '{key.strip()}'")
         nested: Any = value
         for part in reversed(parts):
             nested = {part: nested}

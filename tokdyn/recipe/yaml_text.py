@@ -77,6 +77,29 @@ def parse(text: str, source: str) -> Any:
         raise RecipeError(f"{source} is not valid YAML: {error}.") from error
 
 
+def parse_value(text: str, source: str) -> Any:
+    """Parse the value of one setting on a command line.
+
+    It is YAML, but text stays as it was typed: in a path, ` #` starts no comment and `: ` no mapping.
+
+    Args:
+        text: The value.
+        source: What to call it in an error.
+
+    Raises:
+        RecipeError: A list, mapping or quoted text that is not valid YAML.
+    """
+    plain = text.strip()
+    if plain.startswith(("[", "{", "'", '"')):
+        return parse(text, source)
+    try:
+        value = parse(plain, source)
+    except RecipeError:
+        return plain
+    kept = isinstance(value, int | float) or (value is None and plain.lower() in ("", "null", "~"))
+    return value if kept else plain
+
+
 def dump(data: Any) -> str:
     """Write plain data (dicts, lists, scalars) as YAML that `parse` reads back to the same data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
