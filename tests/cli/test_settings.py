@@ -68,9 +68,7 @@ def test_read_builds_the_model() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "path", ["photos #1", "a: b", "2024", "1e3", "true", "[set] b", "{x}", "- a", "'it'", "*", "%d"]
-)
+@pytest.mark.parametrize("path", ["photos #1", "a: b", "2024", "1e3", "true", "[set] b", "{x}", "'it'", "*", "%d"])
 def test_paths_are_taken_as_typed(path: str) -> None:
     assert read([path], Outer, ["folder"]).folder == Path(path)
     assert read([f"folder={path}"], Outer, ["folder"]).folder == Path(path)
