@@ -228,6 +228,12 @@ def test_other_values_are_yaml(text: str, value: Any) -> None:
     assert files.parse_overrides([f"x={text}"]) == {"x": value}
 
 
+def test_the_home_folder_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the tilde in `out=~/run` alone."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert recipe.load("demo", ["out=~/run"]).folder == "/home/someone/run"
+
+
 keys = st.from_regex(r"[a-z]{1,3}", fullmatch=True)
 
 

@@ -347,9 +347,39 @@ def test_what_cannot_be_loaded_is_named(tmp_path, saved):
     (saved / "tokdyn.json").write_text('{"objective": {"kind": "magic"}}')
     with pytest.raises(CheckpointError, match="does not describe an objective"):
         load_model(saved)
+    for names in (5, "abcd", list("abcde")):
+        (saved / "tokdyn.json").write_text(json.dumps({"class_names": names}))
+        with pytest.raises(CheckpointError, match="does not list the 4 classes of the model"):
+            load_model(saved)
     (saved / "tokdyn.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokdyn\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tokdyn\.json is not readable JSON"):
         load_model(saved)
+    (saved / "tokdyn.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds a list, expected a JSON object"):
+        load_model(saved)
+
+
+def test_a_name_that_looks_like_a_number_is_a_name(tmp_path):
+    """Folders called 1 to 4 are common; `classes=1` and `classes=1,2` must agree."""
+    save_model(tiny(0), tmp_path / "saved", {**FACTS, "class_names": ["1", "2", "3", "4"]})
+    for given, expected in (("1", (0,)), (1, (0,)), ("1,2", (0, 1)), ([4], (3,)), ("0", (0,)), ("none", (4,))):
+        job = prepare(SampleConfig(model=str(tmp_path / "saved"), classes=given, device="cpu"))
+        assert job.classes == expected
+
+
+def test_the_name_of_a_run_does_not_lead_out_of_samples(tmp_path):
+    for name in ("../../elsewhere", "/elsewhere", "elsewhere"):
+        save_model(tiny(0), tmp_path / "saved", {**FACTS, "name": name})
+        assert prepare(SampleConfig(model=str(tmp_path / "saved"), device="cpu")).out == Path("samples/elsewhere")
+
+
+def test_too_large_a_batch_is_named(saved, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runs, "generate", full)
+    with pytest.raises(InputError, match="2 images do not fit into the memory of cpu; lower batch_size"):
+        sample(SampleConfig(model=str(saved), out=tmp_path / "out", count=4, batch_size=2, **QUICK))
 
 
 @pytest.fixture

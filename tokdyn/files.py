@@ -1,20 +1,36 @@
-"""Files that are there whole or not at all, and folders that are checked before long work begins."""
+"""Files that are there whole or not at all, folders that are checked before long work begins, JSON objects."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator
 from safetensors import SafetensorError
 
-from tokdyn.errors import OutputError
+from tokdyn.errors import CheckpointError, OutputError
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 """A path in a settings model; `~` is the home folder, also where the shell leaves it alone."""
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
+    return content
 
 
 @contextmanager

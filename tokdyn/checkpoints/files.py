@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tokdyn.checkpoints.pickles import Record, load_pickled
 from tokdyn.errors import CheckpointError
+from tokdyn.files import json_object
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 EMA_NAMES = ("ema", "ema_state_dict", "model_ema")
@@ -56,7 +56,7 @@ def open_file(path: str | Path, ema: bool = True) -> Raw:
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint file or folder.")
     if path.is_dir():
         path = _weights_in(path, ema)
-    config = _json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    config = json_object(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     if path.name.endswith(".index.json"):
         return Raw(_sharded(path), config, origin=str(path))
     if path.suffix == ".safetensors":
@@ -124,7 +124,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _sharded(index: Path) -> dict[str, Tensor]:
     """All tensors of a sharded checkpoint; every shard lies beside its index."""
-    places = _json(index).get("weight_map")
+    places = json_object(index).get("weight_map")
     if not isinstance(places, Mapping) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to shards.")
     tensors: dict[str, Tensor] = {}
@@ -137,13 +137,3 @@ def _sharded(index: Path) -> dict[str, Tensor]:
     if missing:
         raise CheckpointError(f"the shards of {index} lack {len(missing)} tensors, {missing[0]!r} the first of them.")
     return tensors
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
-    return content

@@ -16,6 +16,7 @@ from tokdyn.data.shapes import ShapesDataset
 from tokdyn.demo.pictures import draw_router
 from tokdyn.demo.router import RouterScore, score_router
 from tokdyn.errors import CheckpointError
+from tokdyn.files import UserPath
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import planned_steps
 from tokdyn.sample import SampleConfig, SampleResult, load_model, sample
@@ -43,7 +44,7 @@ class DemoSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    out: Path = Path("runs/demo")
+    out: UserPath = Path("runs/demo")
     minutes: float = Field(default=2.5, gt=0.0)
     training_steps: PositiveInt | None = None
     sampling_steps: PositiveInt = 25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -221,4 +222,4 @@ class Recipe(Section):
     @property
     def folder(self) -> str:
         """The folder that the run writes to."""
-        return self.out or f"runs/{self.name}"
+        return str(Path(self.out).expanduser()) if self.out else f"runs/{self.name}"

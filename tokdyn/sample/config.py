@@ -47,7 +47,7 @@ class SampleConfig(BaseModel):
         format: One PNG `grid`, a `folder` of PNGs (continued where it stopped), or an `npz` with `arr_0` uint8
             (N, H, W, 3) and `arr_1` labels (N,).
         count: How many images; classes are dealt out in turn.
-        classes: Numbers or names of the classes to make, `none` for no class; None makes all of them.
+        classes: Names or numbers of the classes to make, `none` for no class; None makes all of them.
         seed: Image i starts from seed + i, whatever the batch size and the budget.
         batch_size: Images per model call, before guidance doubles it.
         scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; None takes ddpm or euler.

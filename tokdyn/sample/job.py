@@ -94,7 +94,7 @@ def prepare(config: SampleConfig) -> Job:
     """
     device = open_device(config.device)
     model, objective, info = load_model(config.model, config.ema)
-    out = config.out or Path("samples") / info.name
+    out = config.out or Path("samples", *(part for part in Path(info.name).parts if part not in ("..", "/")))
     require_folder(out)
     if config.maps and not takes_tail_drop(model):
         raise UnsupportedModelError(

@@ -17,7 +17,7 @@ def class_numbers(classes: Sequence[int | str] | None, info: ModelInfo, model: A
     """The labels to make.
 
     Args:
-        classes: numbers, names or "none"; None means all classes of the model.
+        classes: names, numbers or "none"; a name that looks like a number is a name. None means all classes.
         info: for the names.
         model: for the number of classes; the number after the last one means no class.
 
@@ -41,8 +41,8 @@ def class_name(label: int, info: ModelInfo, model: Any) -> str:
 
 
 def _number(entry: int | str, names: Sequence[str], total: int) -> int:
-    if isinstance(entry, str) and entry in names:
-        return names.index(entry)
+    if str(entry) in names:  # also a number, so that 1 means the same alone and in a list
+        return names.index(str(entry))
     if entry == NO_CLASS:
         return total
     if isinstance(entry, int) or entry.isdecimal():

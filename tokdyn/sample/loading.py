@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tokdyn.data.config import DataConfig
 from tokdyn.data.shards import LatentOrigin
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import CheckpointError
+from tokdyn.files import json_object
 from tokdyn.models import DCDiT, DiT
 from tokdyn.train.state import newest
 
@@ -69,8 +69,12 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         raise CheckpointError(
             f"{place / _FACTS} does not describe an objective and data of this version; save the model again."
         ) from error
-    name, class_names = str(facts.get("name") or _name(start)), tuple(facts.get("class_names", ()))
-    info = ModelInfo(place, name, step, data, latents, class_names)
+    name, names = str(facts.get("name") or _name(start)), facts.get("class_names") or ()
+    if not isinstance(names, list | tuple) or len(names) > model.config.num_classes:
+        raise CheckpointError(
+            f"{place / _FACTS} does not list the {model.config.num_classes} classes of the model; save the model again."
+        )
+    info = ModelInfo(place, name, step, data, latents, tuple(map(str, names)))
     return model, objective, info
 
 
@@ -106,12 +110,4 @@ def _locate(path: Path, ema: bool) -> tuple[Path, int | None]:
 def _facts(place: Path) -> dict[str, Any]:
     """What training wrote beside the weights; empty if nothing."""
     file = (place if place.is_dir() else place.parent) / _FACTS
-    if not file.is_file():
-        return {}
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); save the model again.") from error
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{file} holds a {type(facts).__name__}, expected a JSON object.")
-    return facts
+    return json_object(file) if file.is_file() else {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokdyn.data.progress import progress
 from tokdyn.diffusion.records import StepRecord, StepState
 from tokdyn.diffusion.sampling import Callback, generate
-from tokdyn.errors import CheckpointError, RecipeError
+from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.host import describe, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.maps import MapRecorder, draw_maps
@@ -120,16 +120,21 @@ def _budget(
     batches: list[list[StepRecord]] = []
     for start in range(0, len(missing), config.batch_size):
         indices = missing[start : start + config.batch_size]
-        generation = generate(
-            job.model,
-            sampler,
-            job.objective,
-            [labels[index] for index in indices],
-            [config.seed + index for index in indices],
-            callback=_watch(recorder if config.maps and finals is None else None, advance),
-            dtype=job.dtype,
-        )
-        pixels = job.decoder(_finite(job, generation.images))
+        try:
+            generation = generate(
+                job.model,
+                sampler,
+                job.objective,
+                [labels[index] for index in indices],
+                [config.seed + index for index in indices],
+                callback=_watch(recorder if config.maps and finals is None else None, advance),
+                dtype=job.dtype,
+            )
+            pixels = job.decoder(_finite(job, generation.images))
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{len(indices)} images do not fit into the memory of {job.device}; lower batch_size."
+            ) from error
         sink.write(indices, pixels)
         batches.append(generation.steps)
         finals = pixels[: config.map_images] if finals is None else finals
