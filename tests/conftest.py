@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 # Before any test imports torch, matplotlib or a hub client.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +19,24 @@ from hypothesis import settings
 # Deadlines measure the machine and not the code; derandomised runs fail the same way for everybody.
 settings.register_profile("tokdyn", deadline=None, derandomize=True)
 settings.load_profile("tokdyn")
+
+
+@pytest.fixture
+def largest_file() -> Callable[[int], AbstractContextManager[None]]:
+    """`with largest_file(bytes):` the system refuses to write a longer file, as a full disk would."""
+
+    import resource  # POSIX only
+
+    @contextmanager
+    def refuse(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return refuse
 
 
 @pytest.fixture(autouse=True)

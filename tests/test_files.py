@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +20,9 @@ from tokdyn.report.pixels import write_png
 from tokdyn.report.style import save_figure
 from tokdyn.sample.sinks import NpzSink
 
+Limit = Callable[[int], AbstractContextManager[None]]
+
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)  # does not compress
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write a longer file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def figure(path: Path) -> None:
@@ -70,7 +60,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_named_and_leaves_what_was_there(name: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_leaves_what_was_there(name: str, tmp_path: Path, largest_file: Limit) -> None:
     path = tmp_path / "new" / name
     with largest_file(2000), pytest.raises(OutputError, match=rf"{name} cannot be written \(.*[Ff]ile too large"):
         WRITERS[name](path)

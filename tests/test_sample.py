@@ -155,18 +155,23 @@ def test_a_continued_folder_tells_the_cost_of_all_its_images(saved, tmp_path):
         assert told["kept"] == parts.kept
 
 
-def test_a_run_that_is_cut_off_leaves_what_its_images_cost(saved, tmp_path, monkeypatch):
-    settings = {"model": str(saved), "format": "folder", "batch_size": 2, **QUICK}
-    whole = sample(SampleConfig(**settings, out=tmp_path / "whole", count=6)).budgets[0]
+def interrupt(monkeypatch, batches: int) -> None:
+    """Presses Ctrl-C once, after so many batches."""
     real, calls = runs.generate, []
 
-    def interrupted(*args, **keywords):
+    def generated(*args, **keywords):
         calls.append(None)
-        if len(calls) == 3:
+        if len(calls) == batches + 1:
             raise KeyboardInterrupt
         return real(*args, **keywords)
 
-    monkeypatch.setattr(runs, "generate", interrupted)
+    monkeypatch.setattr(runs, "generate", generated)
+
+
+def test_a_run_that_is_cut_off_leaves_what_its_images_cost(saved, tmp_path, monkeypatch):
+    settings = {"model": str(saved), "format": "folder", "batch_size": 2, **QUICK}
+    whole = sample(SampleConfig(**settings, out=tmp_path / "whole", count=6)).budgets[0]
+    interrupt(monkeypatch, batches=2)
     with pytest.raises(KeyboardInterrupt):
         sample(SampleConfig(**settings, out=tmp_path / "cut", count=6))
     (told,) = json.loads((tmp_path / "cut" / "sample.json").read_text())["budgets"]
@@ -177,15 +182,7 @@ def test_a_run_that_is_cut_off_leaves_what_its_images_cost(saved, tmp_path, monk
 
 
 def test_an_archive_that_is_cut_off_is_not_there(saved, tmp_path, monkeypatch):
-    real, calls = runs.generate, []
-
-    def interrupted(*args, **keywords):
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **keywords)
-
-    monkeypatch.setattr(runs, "generate", interrupted)
+    interrupt(monkeypatch, batches=1)
     with pytest.raises(KeyboardInterrupt):
         sample(SampleConfig(model=str(saved), out=tmp_path / "out", format="npz", count=4, batch_size=2, **QUICK))
     assert list((tmp_path / "out").iterdir()) == []

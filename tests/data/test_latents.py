@@ -304,6 +304,14 @@ def test_damage_is_found_and_named(tmp_path, damage):
         LatentDataset(tmp_path).batch(range(10))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to see what is mapped")
+def test_shards_are_mapped_and_not_loaded(tmp_path):
+    write_features(config(tmp_path), tiny())
+    data = LatentDataset(tmp_path)
+    assert str(tmp_path / "shard_00000.safetensors") in Path("/proc/self/maps").read_text()
+    assert data[0][0].shape == data.shape
+
+
 def test_a_damaged_autoencoder_is_named(tmp_path, capfd):
     tiny().save_pretrained(tmp_path / "vae")
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ from safetensors.torch import save_file
 from tokdyn.errors import CheckpointError
 from tokdyn.recipe import Recipe
 from tokdyn.train import state, train
+
+Limit = Callable[[int], AbstractContextManager[None]]
 
 
 def fill(folder: Path) -> None:
@@ -118,18 +119,7 @@ def test_a_half_written_folder_is_no_checkpoint_and_is_replaced(root: Path) -> N
     assert not half.exists()
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write a longer file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_fails_midway_leaves_the_old_checkpoint(root: Path) -> None:
+def test_a_disk_that_fails_midway_leaves_the_old_checkpoint(root: Path, largest_file: Limit) -> None:
     with largest_file(2000), pytest.raises(CheckpointError, match="written before are untouched"):
         state.save(root, 30, fill, {}, keep=1)
     assert names(root) == ["latest", "step_0000010", "step_0000020"]
@@ -149,7 +139,9 @@ def test_an_error_of_the_system_is_told(root: Path) -> None:
         state.save(root, 30, full, {}, keep=1)
 
 
-def test_training_on_a_full_disk_stops_with_the_last_checkpoint(tmp_path: Path, tiny: Callable[..., Recipe]) -> None:
+def test_training_on_a_full_disk_stops_with_the_last_checkpoint(
+    tmp_path: Path, tiny: Callable[..., Recipe], largest_file: Limit
+) -> None:
     folder = tmp_path / "run"
     settings = ("training.checkpoint_every=1", "training.keep_checkpoints=3")
     train(tiny(folder, *settings, "training.steps=1"))
