@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.ops.reference import dense_dechunk
 from tokdyn import ops
 from tokdyn.errors import InputError
-from tokdyn.ops.dechunk import _smooth_by_lists, _smooth_on_grid
+from tokdyn.ops.dechunk import _neighbours, _smooth_by_lists, _smooth_on_grid
 from tokdyn.ops.nearest import nearest_kept
 
 grids = st.one_of(
@@ -88,6 +88,16 @@ def test_both_forms_of_smoothing_agree(grid, share, seed):
     kept = probability.flatten()[packing.index].clamp(1e-4, 1 - 1e-4)
     lists = _smooth_by_lists(features, kept, packing, 1.0)
     torch.testing.assert_close(_smooth_on_grid(features, kept, packing, 1.0), lists, rtol=0, atol=1e-12)
+
+
+def test_the_work_of_smoothing_grows_with_the_number_of_tokens():
+    """Sixteen times the cells have sixteen times the pairs; all pairs of tokens would be 256 times as many."""
+    found = []
+    for side in (64, 256):
+        _, _, keep = case((side, side), 0.25, 4, batch=1)
+        packing = ops.pack(keep, (side, side))
+        found.append(len(_neighbours(packing, torch.full((packing.total,), 6.0), 1.0)[0]) / packing.total)
+    assert found[1] == pytest.approx(found[0], rel=0.25)  # the border of the small grid cuts discs
 
 
 def test_long_axes_blur_by_shifted_sums():

@@ -69,7 +69,8 @@ def dechunk_packed(
         if sigma:
             source = exact(features)
             kept = probability.to(source).flatten().index_select(0, packing.index).clamp(_P_MIN, 1 - _P_MIN)
-            form = _smooth_on_grid if asking_waits(features) else _smooth_by_lists
+            crowded = len(packing.grid) == 3  # a ball holds so many neighbours that lists of them lose
+            form = _smooth_on_grid if crowded or asking_waits(features) else _smooth_by_lists
             rows = form(source, kept, packing, float(sigma)).to(features.dtype)
         batch, count = keep.shape
         if packing.total == batch * count:
@@ -81,7 +82,7 @@ def dechunk_packed(
 
 
 def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:
-    """Smoothing as one weighted bag of neighbours per token; best on CPU, where compaction costs no synchronisation.
+    """Smoothing as one weighted bag of neighbours per token: on CPU, where their number is known at once.
 
     Args:
         features: (T, D) fp32 or fp64.
@@ -92,39 +93,41 @@ def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: fl
     Returns:
         (T, D), the features' type.
     """
-    reach = min(_reach(features.dtype, float(kept.detach().min())) * sigma, math.hypot(*packing.grid))
-    token, neighbour, square, starts = _neighbours(packing, reach)
-    squares = torch.arange(math.floor(reach * reach) + 1, dtype=torch.float64, device=features.device)
-    kernel = squares.div_(-2 * sigma * sigma).exp_()
     p = kept.double()  # a few numbers a token: exact weights halve the error of the sums at no cost
-    weight = kernel.index_select(0, square) * p.index_select(0, neighbour)
+    token, neighbour, kernel, starts = _neighbours(packing, _reach(features.dtype, p.detach(), sigma), sigma)
+    weight = kernel * p.index_select(0, neighbour)
     share = (1 - p) / (torch.zeros_like(p).index_add(0, token, weight) + _EPS)
     weight = (weight * share.index_select(0, token)).to(features.dtype)
     smooth = F.embedding_bag(neighbour, features, starts, mode="sum", per_sample_weights=weight)
     return torch.addcmul(smooth, features, kept[:, None])
 
 
-def _reach(dtype: torch.dtype, least: float) -> float:
-    """How many sigmas away a kept token still counts, if the least probability is a token's own weight."""
-    least = least if least > 0 else _P_MIN  # not a number: the result is not either, wherever we look
-    return math.sqrt(-2 * math.log(torch.finfo(dtype).eps / 4 * least))
+def _reach(dtype: torch.dtype, p: Tensor, sigma: float) -> Tensor:
+    """(T,) cells from which on a kept token of weight 1 no longer counts beside a token's own weight p."""
+    least = p.nan_to_num(_P_MIN).clamp(min=_P_MIN)  # not a number: the result is not either, wherever we look
+    return (least * (torch.finfo(dtype).eps / 4)).log_().mul_(-2 * sigma * sigma).sqrt_()
 
 
-def _neighbours(packing: Packing, reach: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pairs of kept tokens within reach, itself included: (token, neighbour, squared distance), and each token's first.
+def _neighbours(packing: Packing, reach: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs of kept tokens within the first one's reach, each token paired with itself too.
 
     Tokens are packed in raster order, so the neighbours in one line of the grid are a run of packed rows, found from
     the number of tokens before its ends.
+
+    Returns:
+        token, neighbour and kernel (fp64) of every pair, sorted by token; each token's first pair.
     """
     *lead, width = packing.grid
     index, total = packing.index, len(packing.lengths) * cells(packing.grid)
+    farthest = min(float(reach.max()), math.hypot(*packing.grid))
     before = torch.zeros(total + 1, dtype=torch.int64, device=index.device)
     before[index + 1] = 1
     before = before.cumsum(0)
-    offsets, squares = disc(reach, lead)
-    line_square = torch.tensor(squares, device=index.device).long()
-    half = torch.tensor([math.isqrt(math.floor(reach * reach - square)) for square in squares], device=index.device)
-    inside = torch.ones(len(index), len(offsets), dtype=torch.bool, device=index.device)
+    offsets, squares = disc(farthest, lead)
+    apart = torch.tensor(squares, dtype=torch.float64, device=index.device)
+    left = (reach * reach)[:, None] - apart
+    half = left.clamp(min=0).sqrt_().clamp_(max=width).long()
+    inside = left >= 0
     line, stride = index.div(width, rounding_mode="floor")[:, None], 1
     rest = packing.cell.div(width, rounding_mode="floor")
     for axis in reversed(range(len(lead))):
@@ -134,18 +137,24 @@ def _neighbours(packing: Packing, reach: float) -> tuple[Tensor, Tensor, Tensor,
         line = line + step * stride
         rest, stride = rest.div(lead[axis], rounding_mode="floor"), stride * lead[axis]
     column = packing.cell.remainder(width)
-    first = line * width + (column[:, None] - half).clamp_(min=0)
-    last = line * width + (column[:, None] + half).clamp_(max=width - 1)
+    first = (column[:, None] - half).clamp_(min=0).add_(line * width)
+    last = (column[:, None] + half).clamp_(max=width - 1).add_(line * width + 1)
     start = before.take(first.clamp_(0, total))
-    run = (before.take((last + 1).clamp_(0, total)) - start).mul_(inside)
-    pairs, ends = int(run.sum()), run.flatten().cumsum(0)
+    run = before.take(last.clamp_(0, total)).sub_(start).mul_(inside)
+    ends = run.flatten().cumsum(0)
+    shift = start.flatten().sub_(ends).add_(run.flatten())  # from a pair to its neighbour
+    ends = ends.view_as(run)
+    stops = ends[:, -1]
+    starts = F.pad(stops[:-1], (1, 0))
+    pairs = int(stops[-1])
     of = torch.repeat_interleave(run.flatten(), output_size=pairs)
-    neighbour = torch.arange(pairs, device=index.device) + (start.flatten() - ends + run.flatten()).index_select(0, of)
-    starts = ends.view_as(run)[:, -1] - run.sum(dim=1)
-    token = torch.repeat_interleave(run.sum(dim=1), output_size=pairs)
-    apart = column.index_select(0, neighbour) - column.index_select(0, token)
-    square = line_square.expand_as(run).flatten().index_select(0, of) + apart * apart
-    return token, neighbour, square, starts
+    neighbour = torch.arange(pairs, device=index.device).add_(shift.index_select(0, of))
+    token = torch.repeat_interleave(stops - starts, output_size=pairs)
+    steps = torch.arange(-width, width, dtype=torch.float64, device=index.device)
+    table = ((apart[:, None] + steps * steps) / (-2 * sigma * sigma)).exp_()
+    entry = torch.arange(len(offsets), device=index.device) * len(steps) + width - column[:, None]
+    entry = entry.flatten().index_select(0, of).add_(column.index_select(0, neighbour))
+    return token, neighbour, table.flatten().index_select(0, entry), starts
 
 
 def _smooth_on_grid(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:
@@ -170,7 +179,8 @@ def _blur(board: Tensor, axis: int, sigma: float) -> Tensor:
         blurred: Tensor = torch.tensordot(band, board, dims=([1], [axis]))
         return blurred.movedim(0, axis)
     out = board
-    for distance in range(1, min(size, math.floor(_reach(board.dtype, _P_MIN) * sigma) + 1)):
+    reach = int(_reach(board.dtype, board.new_tensor(_P_MIN, dtype=torch.float64), sigma))
+    for distance in range(1, min(size, reach + 1)):
         weight = math.exp(-distance * distance / (2 * sigma * sigma))
         pad = [0, 0] * (board.dim() - axis - 1)
         length = size - distance
