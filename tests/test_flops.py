@@ -32,7 +32,8 @@ def meta(model: type[DiT] | type[DCDiT], name: str, **settings: Any) -> Any:
 
 def call(model: nn.Module, batch: int = 3, size: tuple[int, int] = (8, 8), **keywords: Any) -> Flops:
     channels = model.config["in_channels"]
-    x, timestep, labels = torch.randn(batch, channels, *size), torch.arange(batch), torch.arange(batch) % 2
+    x = torch.randn(batch, channels, *size, dtype=next(model.parameters()).dtype)
+    timestep, labels = torch.arange(batch), torch.arange(batch) % 2
     return tokdyn.flops(model, x, timestep=timestep, class_labels=labels, **keywords)
 
 
@@ -128,6 +129,18 @@ def test_dc_dit_equals_the_counter(settings: dict[str, Any], backend: Any) -> No
         found = call(model, 3, (size, size) if isinstance(size, int) else size, tail_drop=torch.tensor([0.0, 0.5, 0.9]))
     assert found.counted == found.total
     assert backend != "split" or "padding" not in found.parts
+
+
+@pytest.mark.parametrize("model", [DiT, DCDiT])
+@pytest.mark.parametrize("backend", ["auto", "split", "padded"])
+@pytest.mark.parametrize("side", [8, 10])
+def test_keys_padded_in_bf16_are_told(model: type[DiT] | type[DCDiT], backend: Any, side: int) -> None:
+    """On CPU, 25 rows cost as much as 32 in bf16: what runs is counted, and named."""
+    small = model(**{**SMALL, "patch_size": 2, "sample_size": side}).eval().to(torch.bfloat16)
+    with attention_backend(backend):
+        found = call(small, 3, (side, side))
+    assert found.counted == found.total
+    assert (model is DiT and side == 8) or found.parts["padding"] > 0
 
 
 @pytest.mark.parametrize("model", [DiT, DCDiT])

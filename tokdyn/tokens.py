@@ -14,6 +14,15 @@ Grid = tuple[int, ...]
 """Sizes of a token grid, slowest axis first: (columns,), (rows, columns) or (frames, rows, columns)."""
 
 
+TILE = 16
+"""Rows that attention kernels take at once: padded rows are a multiple of it, which costs less than an odd end."""
+
+
+def aligned(rows: int) -> int:
+    """The next multiple of `TILE`."""
+    return -(-rows // TILE) * TILE
+
+
 def cells(grid: Grid) -> int:
     """Number of cells of a grid, which is the number of tokens N of a dense sequence."""
     return math.prod(grid)
@@ -51,23 +60,25 @@ class Packing:
 
     @cached_property
     def padded(self) -> Padding:
-        """The index maps between packed rows and a padded (B, M, D) tensor, made once for all blocks."""
+        """The index maps between packed rows and a padded (B, R, D) tensor, made once for all blocks."""
         return Padding.of(self)
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Index maps between packed (T, D) and padded (B, M, D) rows.
+    """Index maps between packed (T, D) and padded (B, R, D) rows.
 
     Attributes:
-        gather: (B*M,) int64, packed row of each padded slot; empty slots repeat a row of their own sample.
+        rows: R, the rows of the longest sample, aligned to `TILE`.
+        gather: (B*R,) int64, packed row of each padded slot; empty slots repeat a row of their own sample.
         scatter: (T,) int64, padded slot of each packed row.
-        bias: (B, 1, 1, M) fp32, 0 for real keys and -inf for empty slots; None if there are none.
+        bias: (B, 1, 1, R) fp32, 0 for real keys and -inf for empty slots.
     """
 
+    rows: int
     gather: Tensor
     scatter: Tensor
-    bias: Tensor | None
+    bias: Tensor
 
     @staticmethod
     def of(packing: Packing) -> Padding:
@@ -76,15 +87,14 @@ class Padding:
 
         starts = packing.cu_seqlens[:-1].to(packing.index.dtype)
         lengths = packing.cu_seqlens.diff().to(packing.index.dtype)
-        slot = torch.arange(packing.longest, device=packing.index.device)
-        real = slot < lengths[:, None]
+        rows = aligned(packing.longest)
+        slot = torch.arange(rows, device=packing.index.device)
+        empty = slot >= lengths[:, None]
         gather = (starts[:, None] + torch.minimum(slot, (lengths - 1)[:, None])).flatten()
         row = torch.arange(packing.total, device=packing.index.device)
-        scatter = row - starts.index_select(0, packing.sample) + packing.sample * packing.longest
-        if len(set(packing.lengths)) == 1:
-            return Padding(gather, scatter, None)
-        bias = torch.zeros(real.shape, device=packing.index.device).masked_fill(~real, float("-inf"))
-        return Padding(gather, scatter, bias[:, None, None, :])
+        scatter = row - starts.index_select(0, packing.sample) + packing.sample * rows
+        bias = torch.zeros(empty.shape, device=packing.index.device).masked_fill(empty, float("-inf"))
+        return Padding(rows, gather, scatter, bias[:, None, None, :])
 
 
 @dataclass(frozen=True)

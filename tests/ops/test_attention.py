@@ -53,6 +53,28 @@ def test_long_rows_take_the_kernel_and_agree():
     torch.testing.assert_close(ops.packed_attention(qkv, 2, packing), loop(qkv, 2, lengths), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["auto", "split", "padded"])
+def test_keys_filled_up_in_bf16_change_nothing(backend):
+    lengths = [16, 250, 7]
+    qkv = torch.randn(sum(lengths), 3 * 16).bfloat16()
+    with ops.attention_backend(backend), torch.no_grad():
+        out = ops.packed_attention(qkv, 2, packing_of(lengths))
+    torch.testing.assert_close(out.float(), loop(qkv.float(), 2, lengths), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "path"),
+    [
+        ([60, 64, 70], torch.float32, "padded"),  # calls cost more than some empty rows
+        ([250, 260, 270], torch.float32, "split"),
+        ([250, 260, 270], torch.bfloat16, "padded"),
+        ([20, 30, 500], torch.bfloat16, "split"),  # two samples of nearly empty rows
+    ],
+)
+def test_rows_are_padded_where_that_costs_less_than_calls(lengths, dtype, path):
+    assert attention._choose(torch.zeros(sum(lengths), 48, dtype=dtype), 2, packing_of(lengths)) == path
+
+
 def test_the_kernel_for_packed_rows_is_only_asked_for_what_it_has():
     """Widths 384/6 and 1152/16 have it; 60/5 = 12 is no multiple of 8 and 512/1 is too wide."""
     takes = attention._varlen_takes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.errors import InputError
-from tokdyn.flops.analytic import is_chunked, model_config, model_parts
+from tokdyn.flops.analytic import grid_of, is_chunked, model_config, model_parts
+from tokdyn.tokens import aligned, cells
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     """FLOPs of one forward pass: analytic by part, and counted on the path that runs. A multiply-add is 2 FLOPs.
 
     For `DiT` and `DCDiT` the two agree exactly, at any input size; DC-DiT's analytic cost is taken at the kept counts
-    of this very pass. Where the attention of short rows ran padded to the longest of the batch, the part "padding" is
-    what that added.
+    of this very pass. Where attention ran on padded rows (tokdyn.ops.attention), the part "padding" is what that
+    added.
     Without inputs, or for a DC-DiT on the meta device (which tokens are kept depends on data), only the analytic
     cost is given, at the model's target.
 
@@ -111,14 +112,23 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     total, children, output = count(model, *inputs, **keywords)
     if config is None:
         return Flops(children, total, batch, children)
-    if not chunked:
-        return Flops(model_parts(config, batch=batch), total, batch, children)
-    kept = output.routing.keep.sum(dim=1).tolist()
-    parts = model_parts(config, kept, device=output.routing.keep.device.type)
-    padding = 4 * config["depth"] * config["hidden_size"] * (len(kept) * max(kept) ** 2 - sum(n * n for n in kept))
-    if padding and total == sum(parts.values()) + padding:
+    if chunked:
+        rows = output.routing.keep.sum(dim=1).tolist()
+        parts = model_parts(config, rows, device=output.routing.keep.device.type)
+    else:
+        rows = [cells(grid_of(config))] * batch
+        parts = model_parts(config, batch=batch)
+    padding = total - sum(parts.values())
+    if padding in _paddings(config, rows):
         parts["padding"] = padding
     return Flops(parts, total, batch, children)
+
+
+def _paddings(config: Mapping[str, Any], rows: Sequence[int]) -> set[int]:
+    """What attention computes beyond its rows where it pads: all samples to one length, or the keys of each."""
+    exact = sum(n * n for n in rows)
+    together, keys = len(rows) * aligned(max(rows)) ** 2, sum(n * aligned(n) for n in rows)
+    return {4 * config["depth"] * config["hidden_size"] * (pairs - exact) for pairs in (together, keys)} - {0}
 
 
 def _by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:

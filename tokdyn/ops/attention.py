@@ -1,7 +1,7 @@
 """Attention over dense and over ragged, packed rows, on the fastest exact path of the device.
 
-On CPU the best path depends on the type, on gradients and on the rows of a sample; docs/performance.md has the
-measurements behind the thresholds. CUDA uses native variable-length attention.
+On CPU the best path depends on the type, on gradients and on the rows of the samples; docs/performance.md has the
+measurements behind the choice. CUDA uses native variable-length attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.tokens import Packing
+from tokdyn.ops.pack import join
+from tokdyn.tokens import Packing, aligned
+
+_CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs on CPU, in pairs of query and key
 
 Backend = Literal["auto", "split", "padded", "varlen"]
 _backend: ContextVar[Backend] = ContextVar("tokdyn_attention_backend", default="auto")
@@ -73,8 +76,7 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
         return _varlen(qkv, heads, packing)
     if backend == "padded":
         return _padded(qkv, heads, packing)
-    parts = [dense_attention(part[None], heads)[0] for part in qkv.split_with_sizes(packing.lengths)]
-    return torch.cat(parts)
+    return _split(qkv, heads, packing)
 
 
 def _choose(qkv: Tensor, heads: int, packing: Packing) -> Backend:
@@ -82,10 +84,9 @@ def _choose(qkv: Tensor, heads: int, packing: Packing) -> Backend:
     if qkv.is_cuda:
         capability = torch.cuda.get_device_capability(qkv.device)
         return "varlen" if _varlen_takes(qkv.dtype, qkv.shape[1] // (3 * heads), capability) else "padded"
-    mean = packing.total / len(packing.lengths)
-    if torch.is_grad_enabled() and qkv.dtype == torch.bfloat16:
-        return "split" if mean >= 192 else "padded"
-    return "split" if mean >= 128 else "padded"
+    call = _CALL_BF16 if qkv.dtype == torch.bfloat16 else _CALL
+    together = len(packing.lengths) * aligned(packing.longest) ** 2
+    return "padded" if together <= sum(n * aligned(n) + call for n in packing.lengths) else "split"
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,18 +98,38 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
         products = (query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
         scores = torch.baddbmm(start, *products, beta=0 if bias is None else 1, alpha=query.shape[-1] ** -0.5)
         return torch.bmm(scores.softmax(dim=-1), value.flatten(0, 1)).view(batch, heads, rows, -1)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        key, value, bias = _aligned_keys(key, value, bias)
     mask = bias if bias is None else bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+def _aligned_keys(key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, H, N, d) keys and values and masked rows of zeros up to a multiple of the kernel's tile."""
+    rows = key.shape[-2]
+    missing = aligned(rows) - rows
+    if not missing:
+        return key, value, bias
+    bias = key.new_zeros(1, 1, 1, rows) if bias is None else bias
+    key, value = (F.pad(x, (0, 0, 0, missing)) for x in (key, value))
+    return key, value, F.pad(bias, (0, missing), value=-torch.inf)
+
+
 def _padded(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
-    """Pad to the longest sample, mask the empty keys, take the real rows back."""
+    """Pad to a little over the longest sample, mask the empty keys, take the real rows back."""
     padding = packing.padded
-    batch, longest = len(packing.lengths), packing.longest
-    padded = qkv.index_select(0, padding.gather).view(batch, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    batch, rows = len(packing.lengths), padding.rows
+    padded = qkv.index_select(0, padding.gather).view(batch, rows, 3, heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = padded.unbind(0)
     out = _attend(query, key, value, padding.bias)
-    return out.transpose(1, 2).reshape(batch * longest, -1).index_select(0, padding.scatter)
+    return out.transpose(1, 2).reshape(batch * rows, -1).index_select(0, padding.scatter)
+
+
+def _split(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
+    """One call a sample."""
+    rows = qkv.view(1, len(qkv), 3, heads, -1).permute(2, 0, 3, 1, 4).split_with_sizes(packing.lengths, dim=3)
+    mixed = (_attend(part[0], part[1], part[2], None).transpose(1, 2).flatten(2)[0] for part in rows)
+    return join(mixed, qkv[:, : qkv.shape[1] // 3], packing)
 
 
 def _varlen_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> bool:
