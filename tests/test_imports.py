@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. Names on one line do not import each other.
 LAYERS = [
     ["errors"],
-    ["files", "host"],
+    ["files", "host", "progress"],
     ["tokens"],
     ["ops"],
     ["methods"],

@@ -94,6 +94,7 @@ def test_settings_are_yaml_and_the_last_wins() -> None:
     assert found.training.ema == 0.99
     assert build("data={size: 16x24}").data.size == (16, 24)
     assert build("training.steps=null", "training.images=7").training.images == 7
+    assert build("out=2024", "data.path=7").folder == "2024"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,8 @@ def test_more_errors_of_sections() -> None:
         recipe.resolve({"data": {}, "training": {"steps": 1}})
     with pytest.raises(RecipeError, match="'chunking' has no effect; write chunking=null"):
         build("model.kind=dit", "model.name=S/2", "chunking.calibrate=false")
+    with pytest.raises(RecipeError, match="random router learns nothing, so the curriculum has no effect"):
+        build("model.router=random", "chunking.curriculum=[[0, 2], [5, 4]]")
     with pytest.raises(RecipeError, match="and 2 more"):
         build(*(f"k{index}=1" for index in range(6)))
 

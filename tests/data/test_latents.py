@@ -59,6 +59,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("side", [19, 21])
+def test_a_size_that_the_autoencoder_would_cut_is_refused(tmp_path, side):
+    with pytest.raises(DataError, match=f"{side} pixels into .* choose a size that 2 divides"):
+        write_features(config(tmp_path, size=side), kl())
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("vae", [kl(), tiny(), kl(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])])
 def test_latents_are_what_the_autoencoder_gives(tmp_path, vae):
     report = write_features(config(tmp_path, posterior="mean", flip=True), vae)

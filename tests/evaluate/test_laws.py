@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokdyn.data.progress import progress
 from tokdyn.evaluate import EvalConfig, evaluate
 from tokdyn.evaluate.features import choose, extract
 from tokdyn.evaluate.images import open_images
@@ -24,6 +23,7 @@ from tokdyn.evaluate.metrics import (
 )
 from tokdyn.evaluate.networks import open_extractor
 from tokdyn.evaluate.statistics import moments_of
+from tokdyn.progress import progress
 
 CPU = torch.device("cpu")
 SEEDS = st.integers(0, 2**32 - 1)

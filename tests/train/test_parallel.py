@@ -19,7 +19,7 @@ from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import build_model
 from tokdyn.train import train
 from tokdyn.train.seeds import Stream, seed_everything
-from tokdyn.train.step import Chunking, draw, micro_step
+from tokdyn.train.step import RatioTerm, draw, micro_step
 
 Tiny = Callable[..., Recipe]
 WORKER = Path(__file__).parent / "worker.py"
@@ -73,7 +73,7 @@ def gradients(model: Any, recipe: Recipe, parts: int, kind: str) -> dict[str, Te
     tail = torch.linspace(0.0, 0.7, 8) if kind == "dcdit" else 0.0
     draws = draw(recipe.objective, x, labels, null_class=10, label_dropout=0.3, tail_drop=tail)
     # Groups of 2 divide every part, so pooling does not depend on how the batch is cut.
-    chunking = Chunking(target=4.0, ratio_weight=0.03, ratio_group=2) if kind == "dcdit" else None
+    chunking = RatioTerm(target=4.0, ratio_weight=0.03, ratio_group=2) if kind == "dcdit" else None
     model.zero_grad(set_to_none=True)
     size = 8 // parts
     for part in range(parts):

@@ -40,7 +40,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["shapes", "images", "latents"] = "shapes"
-    path: str | None = None
+    path: str | None = Field(default=None, coerce_numbers_to_str=True)
     size: Size | None = None
     channels: Literal[1, 3, 4] = 3
     flip: bool = False

@@ -15,7 +15,6 @@ from tokdyn.data.base import Dataset
 from tokdyn.data.config import DataConfig, Size
 from tokdyn.data.encoding import Encoder, encode_parts
 from tokdyn.data.factory import open_data
-from tokdyn.data.progress import progress
 from tokdyn.data.shards import (
     DTYPES,
     INDEX,
@@ -33,6 +32,7 @@ from tokdyn.data.vae import LatentScaling, load_vae, quiet_diffusers, scaling_of
 from tokdyn.errors import DataError
 from tokdyn.files import require_folder
 from tokdyn.host import open_device, settle_memory
+from tokdyn.progress import progress
 
 
 class FeaturesConfig(BaseModel):

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokdyn.data.progress import progress
 from tokdyn.errors import DataError
+from tokdyn.progress import progress
 
 _CHUNK = 64  # images that a thread decodes before it reports progress
 _SLOW = 1e-3  # seconds per image from which threads pay: below, they mostly wait for the interpreter's lock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -155,6 +156,14 @@ def encode(
         raise DataError(
             f"{type(vae).__name__} gives latents of {latents.ndim} dimensions; only image autoencoders fit."
         )
+    for axis in (2, 3):
+        size, cells = images.shape[axis], latents.shape[axis]
+        factor = 2 ** round(math.log2(size / cells))
+        if cells * factor != size:
+            raise DataError(
+                f"{type(vae).__name__} turns {size} pixels into {cells} latents of {factor} pixels, which is "
+                f"{cells * factor}; choose a size that {factor} divides."
+            )
     latents = scaling.apply(latents)
     if not torch.isfinite(latents).all():
         raise DataError(

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from tokdyn.data.decode import quiet
-from tokdyn.data.progress import progress
 from tokdyn.errors import DataError
 from tokdyn.evaluate.config import EvalConfig
 from tokdyn.evaluate.extractor import Extractor, Outputs
@@ -24,6 +23,7 @@ from tokdyn.evaluate.result import EvalResult, versions
 from tokdyn.evaluate.statistics import Statistics
 from tokdyn.files import require_folder
 from tokdyn.host import describe, settle_memory
+from tokdyn.progress import progress
 
 COMPARING = {"frechet", "kid", "precision_recall"}
 RESULT_FILE = "evaluation.json"

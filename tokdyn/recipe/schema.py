@@ -183,7 +183,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$")] = "run"
     description: str = ""
     seed: Count = 0
-    out: str | None = None
+    out: str | None = Field(default=None, coerce_numbers_to_str=True)
     model: ModelSettings
     data: DataConfig
     objective: Objective = Field(default_factory=Objective)
@@ -211,6 +211,10 @@ class Recipe(Section):
             raise ValueError(
                 f"the curriculum ends at N = {self.chunking.curriculum[-1][1]:g} but model.target is "
                 f"{self.model.target:g}; make them equal"
+            )
+        if self.chunking and self.chunking.curriculum and getattr(self.model, "router", None) == "random":
+            raise ValueError(
+                "a random router learns nothing, so the curriculum has no effect; write chunking.curriculum=[]"
             )
         lengths = (self.training.images, self.training.steps, self.compute_match)
         if sum(length is not None for length in lengths) != 1:

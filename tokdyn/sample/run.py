@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokdyn.data.progress import progress
 from tokdyn.diffusion.records import StepRecord, StepState
 from tokdyn.diffusion.sampling import Callback, generate
 from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.host import describe, settle_memory
+from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
 from tokdyn.report.maps import MapRecorder, draw_maps
 from tokdyn.report.pixels import Pixels, write_png

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from tokdyn.errors import TokdynError
+from tokdyn.progress import duration
 from tokdyn.recipe import Recipe, dump
 from tokdyn.train import metrics, schedule, state
 from tokdyn.train.metrics import Row
-from tokdyn.train.progress import ProgressLine, duration
+from tokdyn.train.progress import ProgressLine
 from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.setup import Run
 from tokdyn.train.signals import StopRequest
 from tokdyn.train.snapshot import save_model
-from tokdyn.train.step import Chunking, draw, micro_step
+from tokdyn.train.step import RatioTerm, draw, micro_step
 
 Preview = Callable[[Any, Recipe, Path, int], object]
 """Draws previews: called with the averaged model, the recipe, the run's folder and the step."""
@@ -126,7 +127,7 @@ class Loop:
         chunking, drop = None, 0.0
         if recipe.chunking is not None:
             now = schedule.target(recipe.chunking, recipe.model.target, step)
-            chunking = Chunking(now, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
+            chunking = RatioTerm(now, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
         collected: list[dict[str, Tensor]] = []
         for micro in range(training.accumulation):
             x, labels = next(batches)

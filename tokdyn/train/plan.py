@@ -13,11 +13,11 @@ from torch import Tensor
 from tokdyn.data import open_data
 from tokdyn.flops import flops_per_image
 from tokdyn.host import settle_memory
+from tokdyn.progress import duration
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import Shape, build_model, planned_shape, planned_steps
-from tokdyn.train.progress import duration
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
-from tokdyn.train.step import Chunking, draw, micro_step
+from tokdyn.train.step import RatioTerm, draw, micro_step
 
 _FLOAT = 4  # bytes; weights, gradients, moments and average are fp32
 _TIMED = 2  # steps, after one to warm up
@@ -188,7 +188,7 @@ def _measure(recipe: Recipe, shape: Shape, classes: int | None, x: Tensor) -> tu
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     chunking, drop = None, 0.0
     if recipe.chunking is not None:
-        chunking = Chunking(recipe.model.target, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
+        chunking = RatioTerm(recipe.model.target, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
         drop = sum(recipe.chunking.tail_drops) / len(recipe.chunking.tail_drops)
     saved: dict[int, int] = {}
 

@@ -10,16 +10,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from tokdyn.progress import duration
+
 _SHOWN = {"loss": "loss {:.4f}", "kept": "kept {:.1%}", "images_per_second": "{:.1f} images/s"}
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as 45s, 12m05s, 3h07m or 2d04h."""
-    whole = round(seconds)
-    for unit, size, inner, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // part:02d}{inner}"
-    return f"{whole}s"
 
 
 class ProgressLine:

@@ -125,8 +125,6 @@ def open_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
 def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
     """Set the router's bias on a first batch, the same on every device, for the N of the first step.
 
-    A random router learns nothing, so it cannot follow a curriculum: it starts at the model's own N and stays there.
-
     Args:
         model: A DCDiT on `device`.
         recipe: The recipe, of a chunking model.
@@ -137,9 +135,8 @@ def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device
     x, labels = BatchStream(dataset, count, recipe.seed)[0]
     seed_everything(recipe.seed, Stream.CALIBRATION)
     noised = recipe.objective.add_noise(x)
-    target = None
-    if recipe.chunking is not None and model.chunking.router.bias.requires_grad:
-        target = schedule.target(recipe.chunking, model.config.target, 0)
+    assert recipe.chunking is not None  # every recipe of a chunking model has the section
+    target = schedule.target(recipe.chunking, model.config.target, 0)
     with torch.no_grad(), autocast(device, recipe.training.precision):
         model.calibrate_router(noised.x_t.to(device), noised.timestep.to(device), labels.to(device), target)
 

@@ -35,8 +35,8 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Chunking:
-    """What the loss of a chunking model needs beyond the draws.
+class RatioTerm:
+    """The ratio loss of a chunking model.
 
     Attributes:
         target: N, one of N tokens should be kept.
@@ -94,7 +94,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def micro_step(
-    model: nn.Module, objective: Objective, draws: Draws, precision: str, chunking: Chunking | None = None
+    model: nn.Module, objective: Objective, draws: Draws, precision: str, chunking: RatioTerm | None = None
 ) -> StepLoss:
     """Run the model on one micro-batch and score it.
 
