@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokdyn.ops.precision import full_convolutions
+
 RouterName = Literal["spatial_predictability", "cosine", "random"]
 
 
@@ -158,7 +160,8 @@ class RandomRouter(Router):
 def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution with its weights in the type of x."""
     bias = module.bias.to(x) if module.bias is not None else None
-    return F.conv2d(x, module.weight.to(x), bias, padding=module.padding, groups=module.groups)
+    with full_convolutions(x.device):
+        return F.conv2d(x, module.weight.to(x), bias, padding=module.padding, groups=module.groups)
 
 
 def _hash(number: Tensor) -> Tensor:
