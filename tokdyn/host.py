@@ -15,6 +15,7 @@ _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 _LARGEST = 2**31 - 1  # mallopt takes an int
+_NEVER = -1  # a threshold of 2 GB would be reached, and every further operation would pay for fresh memory
 
 # oneDNN, and torch's own layer above it, keep 1024 kernels each, one per shape, with their scratch memory.
 _KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
@@ -40,7 +41,7 @@ def keep_large_buffers() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     # Older versions refuse thresholds over 32 MB, but can be told to map nothing.
     reuses = mallopt(_M_MMAP_THRESHOLD, _LARGEST) or mallopt(_M_MMAP_MAX, 0)
-    return bool(reuses) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST))
+    return bool(reuses) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
 def bound_kernel_caches() -> None:
