@@ -8,13 +8,15 @@ then
 
     python -m benchmarks.cifar10 runs --reference cifar10_test.zip --judge cifar10_resnet56.ts
 
-Sampling continues where it was stopped. Writes `benchmarks/results/cifar10.json` and the figures of the results page.
+Sampling continues where it was stopped. Writes `benchmarks/results/cifar10.json`, the pictures of the results page, and
+prints its table (`--table FILE` prints it again from the JSON).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,7 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "gflops_per_forward_dense_kept": flops_per_image(model) / 1e9,
                 "kept": budget.kept,
+                "images_per_second": budget.images_per_second,
                 "gflops_per_image": budget.tflops_per_image * 1e3 if budget.tflops_per_image else None,
                 "images": budget.images,
                 "values": result.values,
@@ -100,28 +103,81 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def pictures(name: str, given: argparse.Namespace) -> None:
+    """Grids of the same 20 images from every run at every budget, and which tokens the routers kept."""
+    out = given.work / "pictures" / name
+    config = SampleConfig(
+        model=str(given.runs / name),
+        out=out,
+        count=20,
+        columns=10,
+        scheduler="dpm",
+        steps=given.steps,
+        guidance=given.guidance,
+        tail_drop=DROPS if name.startswith("dcdit") else (0.0,),
+        maps=name.startswith("dcdit"),
+    )
+    sample(config)
+    for made in sorted(out.rglob("*.png")):
+        parts = made.relative_to(given.work / "pictures").with_suffix("").parts
+        shutil.copyfile(made, given.figures / f"cifar10-{'-'.join(parts)}.png")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of the results page, in Markdown."""
+    rows = result["rows"]
+    judge = rows[0]["extractor"]["name"]
+    head = ["model", "parameters", "tail drop", "kept", "GFLOPs per image", f"frechet_distance[{judge}]"]
+    lines = [[*head, f"class_score[{judge}]"], ["---"] * 7]
+    for row in rows:
+        values = {key.split("[")[0]: value for key, value in row["values"].items()}
+        lines.append(
+            [
+                row["model"],
+                f"{row['parameters'] / 1e6:.2f} M",
+                f"{row['tail_drop']:g}" if row["kept"] else "",
+                f"{row['kept']:.1%}" if row["kept"] else "",
+                f"{row['gflops_per_image']:.1f}",
+                f"{values['frechet_distance']:.2f}",
+                f"{values['class_score']:.2f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def main() -> None:
     """Measure the runs that are there; draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("--reference", type=Path, required=True)
-    parser.add_argument("--judge", type=Path, required=True)
+    parser.add_argument("runs", type=Path, nargs="?")
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--judge", type=Path)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10-samples"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/results/cifar10-pareto.png"))
+    parser.add_argument("--figures", type=Path, default=Path("docs/results"))
+    parser.add_argument("--table", type=Path, help="only print the table of an earlier result")
     given = parser.parse_args()
+    if given.table:
+        print(table(json.loads(given.table.read_text())))
+        return
+    if not (given.runs and given.reference and given.judge):
+        parser.error("give the folder of the runs, --reference and --judge")
     timing.prepare()
+    given.figures.mkdir(parents=True, exist_ok=True)
     rows = [row for name in RUNS if (given.runs / name / "model").is_dir() for row in measure(name, given)]
     settings = {"count": given.count, "scheduler": "dpm", "steps": given.steps, "guidance": given.guidance, "seed": 0}
     units = "a multiply-add is 2 FLOPs; gflops_per_image sums all steps and guidance branches"
-    timing.write(given.out, {"machine": timing.machine(), "sampling": settings, "units": units, "rows": rows})
+    result = {"machine": timing.machine(), "sampling": settings, "units": units, "rows": rows}
+    timing.write(given.out, result)
+    print(table(result))
     judge = next(key for key in rows[0]["values"] if key.startswith("frechet_distance"))
-    given.figure.parent.mkdir(parents=True, exist_ok=True)
-    draw_pareto(read_points(given.out, "gflops_per_image", f"values.{judge}"), given.figure, "GFLOPs per image", judge)
+    points = read_points(given.out, "gflops_per_image", f"values.{judge}")
+    draw_pareto(points, given.figures / "cifar10-pareto.png", "GFLOPs per image", judge)
+    for name in dict.fromkeys(row["run"] for row in rows):
+        pictures(name, given)
 
 
 if __name__ == "__main__":
