@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokdyn.ops.hashing import mix
 from tokdyn.ops.precision import full_convolutions
 
 RouterName = Literal["spatial_predictability", "cosine", "random"]
@@ -153,7 +154,7 @@ class RandomRouter(Router):
         else:
             seed = (timestep.double() * 64).round().long().expand(batch)[:, None]
         cell = torch.arange(rows * columns, device=tokens.device)
-        uniform = (_hash(_hash(seed) + cell).double() + 0.5) / 2**32
+        uniform = (mix(mix(seed) + cell).double() + 0.5) / 2**32
         return (torch.logit(uniform).to(tokens) + self.offset.to(tokens)).view(batch, rows, columns)
 
 
@@ -162,12 +163,3 @@ def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
     bias = module.bias.to(x) if module.bias is not None else None
     with full_convolutions(x.device):
         return F.conv2d(x, module.weight.to(x), bias, padding=module.padding, groups=module.groups)
-
-
-def _hash(number: Tensor) -> Tensor:
-    """32 well-mixed bits of an int64 number (Wang's multiply-xorshift, with 32-bit arithmetic)."""
-    mask = 0xFFFFFFFF
-    number = number & mask
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        number = ((number ^ (number >> shift)) * factor) & mask
-    return number ^ (number >> 16)

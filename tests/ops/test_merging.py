@@ -1,0 +1,139 @@
+"""Token merging: equal to a loop over tokens, a projection, and blind to batch mates."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokdyn import ops
+from tokdyn.errors import InputError
+from tokdyn.ops.merging import destinations, match, merge, merged_away, unmerge
+
+grids = st.one_of(
+    st.tuples(st.integers(1, 30)),
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
+)
+shares = st.sampled_from([0.2, 0.6, 1.0])
+ratios = st.sampled_from([0.0, 0.1, 0.5, 0.9])
+seeds = st.integers(0, 1000)
+
+
+def case(grid, share, seed, batch=3, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(batch, math.prod(grid), generator=generator) < share
+    keep[:, 0] = True
+    packing = ops.pack(keep, grid)
+    return packing, torch.randn(packing.total, width, generator=generator, dtype=torch.float64)
+
+
+def plan_of(packing, x, ratio, **choices):
+    into = destinations(packing.cell, packing.sample, len(packing.lengths), packing.grid, **choices)
+    return into, match(x, packing.lengths, into, ratio)
+
+
+def loop(packing, x, ratio, bucket=2):
+    """ToMe for diffusion, token by token: what every row becomes."""
+    out, first = x.clone(), 0
+    for length in packing.lengths:
+        rows, places = x[first : first + length], packing.cell[first : first + length]
+        corners = {}
+        for row, cell in enumerate(places.tolist()):
+            rest, corner = cell, []
+            for size in reversed(packing.grid):
+                corner.append(rest % size // bucket)
+                rest //= size
+            corners.setdefault(tuple(corner), row)
+        into = sorted(corners.values())
+        sources = [row for row in range(length) if row not in into]
+        buckets = math.prod(-(-size // bucket) for size in packing.grid)
+        unit = rows / rows.norm(dim=1, keepdim=True)
+        best = [(float((unit[into] @ unit[s]).max()), s, into[int((unit[into] @ unit[s]).argmax())]) for s in sources]
+        groups = {row: [row] for row in into}
+        for _, source, target in sorted(best, reverse=True)[: min(int(length * ratio), max(0, length - buckets))]:
+            groups[target].append(source)
+        for group in groups.values():
+            out[[first + row for row in group]] = rows[group].mean(0)
+        first += length
+    return out
+
+
+@given(grids, shares, ratios, seeds)
+def test_equals_the_loop(grid, share, ratio, seed):
+    packing, x = case(grid, share, seed)
+    _, plan = plan_of(packing, x, ratio)
+    torch.testing.assert_close(unmerge(merge(x, plan), plan), loop(packing, x, ratio), rtol=0, atol=1e-12)
+
+
+@given(grids, shares, ratios, seeds, st.sampled_from(["raster", "seed", "importance"]))
+def test_merging_is_a_projection_that_keeps_means_and_sizes(grid, share, ratio, seed, how):
+    packing, x = case(grid, share, seed)
+    choices = {"raster": {}, "seed": {"seed": seed, "step": 3}, "importance": {"importance": x[:, 0]}}[how]
+    into, plan = plan_of(packing, x, ratio, **choices)
+    once = unmerge(merge(x, plan), plan)
+    torch.testing.assert_close(unmerge(merge(once, plan), plan), once, rtol=0, atol=1e-12)
+    assert plan.lengths == tuple(n - merged_away(n, into.table.shape[1], ratio) for n in packing.lengths)
+    sums = [part.sum().item() for part in plan.size.split(plan.lengths)]
+    assert sums == list(packing.lengths)
+    for before, after in zip(x.split(packing.lengths), once.split(packing.lengths), strict=True):
+        torch.testing.assert_close(after.mean(0), before.mean(0), rtol=0, atol=1e-12)
+    assert torch.equal(plan.slot[plan.keep], torch.arange(len(plan.keep)))  # the kept rows stand for themselves
+    assert not into.mask[plan.source].any()
+    assert (plan.slot[plan.source] == plan.slot[into.table[into.table >= 0]][:, None]).any(0).all()
+
+
+@given(grids, shares, seeds)
+def test_a_sample_does_not_depend_on_its_batch_mates(grid, share, seed):
+    packing, x = case(grid, share, seed)
+    _, plan = plan_of(packing, x, 0.5, seed=1)
+    together = unmerge(merge(x, plan), plan)
+    keep = torch.zeros(3, math.prod(grid), dtype=torch.bool)
+    keep.view(-1)[packing.index] = True
+    for b, rows in enumerate(x.split(packing.lengths)):
+        _, alone = plan_of(ops.pack(keep[b : b + 1], grid), rows, 0.5, seed=1)
+        torch.testing.assert_close(
+            unmerge(merge(rows, alone), alone), together.split(packing.lengths)[b], rtol=0, atol=1e-12
+        )
+
+
+def test_sizes_weigh_rows_as_if_they_were_there_several_times():
+    packing, x = case((6, 6), 1.0, 5)
+    size = torch.randint(1, 4, (packing.total,)).double()
+    into = destinations(packing.cell, packing.sample, 3, packing.grid)
+    plan = match(x, packing.lengths, into, 0.5, size)
+    merged = merge(x, plan, size)
+    for row in range(len(merged)):
+        members = plan.slot == row
+        expected = (x[members] * size[members, None]).sum(0) / size[members].sum()
+        torch.testing.assert_close(merged[row], expected)
+        assert plan.size[row] == size[members].sum()
+
+
+def test_destinations_change_with_the_step_and_not_with_the_sample():
+    packing, _ = case((8, 8), 1.0, 0)
+    tables = [destinations(packing.cell, packing.sample, 3, (8, 8), seed=4, step=step).table for step in (0, 1)]
+    assert not torch.equal(tables[0], tables[1])
+    assert torch.equal(tables[0][1] - 64, tables[0][0])
+
+
+def test_a_zero_token_does_not_disturb_the_matching():
+    packing, x = case((4, 4), 1.0, 1)
+    x[5] = 0
+    _, plan = plan_of(packing, x, 0.5)
+    assert unmerge(merge(x, plan), plan).isfinite().all()
+
+
+def test_gradients_reach_every_row():
+    packing, x = case((4, 4), 0.6, 2)
+    x.requires_grad_()
+    _, plan = plan_of(packing, x.detach(), 0.5)
+    assert torch.autograd.gradcheck(lambda rows: unmerge(merge(rows, plan), plan), x)
+
+
+@pytest.mark.parametrize(("bucket", "ratio", "words"), [(0, 0.5, "positive number of cells"), (2, 1.0, r"in \[0, 1\)")])
+def test_wrong_settings_are_named(bucket, ratio, words):
+    packing, x = case((4, 4), 1.0, 0)
+    with pytest.raises(InputError, match=words):
+        plan_of(packing, x, ratio, bucket=bucket)
