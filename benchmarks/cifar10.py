@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10-samples"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
     parser.add_argument("--figures", type=Path, default=Path("docs/results"))
+    parser.add_argument("--threads", type=int, help="processor threads; all by default")
     parser.add_argument("--table", type=Path, help="only print the table of an earlier result")
     given = parser.parse_args()
     if given.table:
@@ -165,7 +166,7 @@ def main() -> None:
         return
     if not (given.runs and given.reference and given.judge):
         parser.error("give the folder of the runs, --reference and --judge")
-    timing.prepare()
+    timing.prepare(given.threads)
     given.figures.mkdir(parents=True, exist_ok=True)
     rows = [row for name in RUNS if (given.runs / name / "model").is_dir() for row in measure(name, given)]
     settings = {"count": given.count, "scheduler": "dpm", "steps": given.steps, "guidance": given.guidance, "seed": 0}
