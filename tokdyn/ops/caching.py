@@ -1,0 +1,89 @@
+"""Deciding when the output of the blocks may be reused from an earlier step, and how.
+
+Source: TeaCache (arXiv 2411.19108): the relative change of the modulated input, through a polynomial, adds up until it
+reaches a threshold; then the blocks run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokdyn.errors import InputError
+
+
+def relative_change(now: Tensor, before: Tensor) -> Tensor:
+    """|now - before|_1 / |before|_1 of every sample.
+
+    Args:
+        now: (B, ...).
+        before: the same shape, an earlier step.
+
+    Returns:
+        (B,) fp32. 0 where both are zero, infinite where only `before` is.
+    """
+    difference = (now.float() - before.float()).abs().flatten(1).sum(1)
+    length = before.float().abs().flatten(1).sum(1)
+    return torch.where(difference == 0, 0.0, difference / length)
+
+
+def rescale(change: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """The polynomial of a change, never below zero.
+
+    Args:
+        change: (B,).
+        coefficients: highest degree first, as published for TeaCache; (1, 0) leaves the change as it is.
+    """
+    out = torch.zeros_like(change)
+    for coefficient in coefficients:
+        out = out * change + coefficient
+    return out.clamp(min=0)
+
+
+def accumulate(total: Tensor, change: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Whether each sample may reuse its last output, and what it has accumulated after that decision.
+
+    Args:
+        total: (B,) accumulated since the last computed step.
+        change: (B,) rescaled change of this step.
+        threshold: reuse below it; 0 or less never reuses, infinity always does.
+
+    Returns:
+        (B,) bool, and the new (B,) total: 0 where the blocks run. What is not a number is computed.
+    """
+    total = total + change
+    reuse = (total < threshold) & torch.full_like(total, threshold > 0, dtype=torch.bool)
+    return reuse, torch.where(reuse, total, 0.0)
+
+
+def extrapolate(last: Tensor, before: Tensor, steps: float) -> Tensor:
+    """Go on in a straight line: the last computed value plus `steps` times its change over one computed interval."""
+    return torch.lerp(before, last, 1.0 + steps)
+
+
+def fit_rescaling(changes: Tensor, effects: Tensor, degree: int = 4) -> tuple[float, ...]:
+    """The polynomial that predicts how much the output changes from how much the input does (least squares).
+
+    Args:
+        changes: (n,) relative changes of the modulated input.
+        effects: (n,) relative changes of the output of the blocks in the same steps.
+        degree: of the polynomial; lowered where there are too few different changes for it.
+
+    Returns:
+        Coefficients, highest degree first.
+
+    Raises:
+        InputError: no pair of finite numbers.
+    """
+    x, y = changes.double().flatten(), effects.double().flatten()
+    good = x.isfinite() & y.isfinite()
+    x, y = x[good], y[good]
+    if not len(x):
+        raise InputError("no step gave a finite change; a cache needs at least two different steps to be calibrated.")
+    degree = min(degree, len(set(x.tolist())) - 1)
+    scale = x.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # well-conditioned powers
+    powers = torch.stack([(x / scale) ** k for k in range(degree, -1, -1)], dim=1)
+    solution = torch.linalg.lstsq(powers, y[:, None], driver="gelsd").solution[:, 0]
+    return tuple(float(c / scale ** (degree - k)) for k, c in enumerate(solution))
