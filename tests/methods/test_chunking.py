@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.ops.reference import dense_dechunk
+from tokdyn.errors import InputError
 from tokdyn.methods import Chunking
 
 
@@ -30,7 +31,7 @@ def test_settings_are_frozen_strict_and_survive_json():
     with pytest.raises(ValidationError, match="frozen"):
         config.target = 4.0
     for wrong in ({"targets": 4}, {"target": 1.0}, {"router": "learned"}, {"smoothing_sigma": -1.0}):
-        with pytest.raises(ValidationError):
+        with pytest.raises(InputError, match=f"^Chunking.*{next(iter(wrong))}.*\\.$"):
             Chunking(**wrong)
 
 

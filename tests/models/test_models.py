@@ -281,9 +281,9 @@ def test_wrong_input_is_named(call, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"router": "oracle"}, "router: Input should be 'spatial_predictability', 'cosine' or 'random', not 'oracle'"),
-        ({"target": 1.0}, "target: Input should be greater than 1"),
-        ({"smoothing_sigma": -1.0}, "smoothing_sigma: Input should be greater than 0"),
+        ({"router": "oracle"}, "router: input should be 'spatial_predictability', 'cosine' or 'random', got 'oracle'"),
+        ({"target": 1.0}, "target: input should be greater than 1"),
+        ({"smoothing_sigma": -1.0}, "smoothing_sigma: input should be greater than 0"),
         ({"scaffold_width": 0}, "scaffold_width must be at least 1"),
         ({"num_heads": 0}, "num_heads is 0, expected at least 1"),
         ({"patch_size": 0}, "patch_size is 0"),

@@ -2,5 +2,19 @@
 
 from tokdyn.methods.base import Method
 from tokdyn.methods.chunking import Chunking, ChunkingModule
+from tokdyn.methods.depth_skip import DepthSkip
+from tokdyn.methods.dynamic_width import DynamicWidth
+from tokdyn.methods.feature_cache import FeatureCache
+from tokdyn.methods.token_drop import TokenDrop
+from tokdyn.methods.token_merge import TokenMerge
 
-__all__ = ["Chunking", "ChunkingModule", "Method"]
+__all__ = [
+    "Chunking",
+    "ChunkingModule",
+    "DepthSkip",
+    "DynamicWidth",
+    "FeatureCache",
+    "Method",
+    "TokenDrop",
+    "TokenMerge",
+]

@@ -1,11 +1,100 @@
-"""What every method's configuration shares."""
+"""What every method's configuration shares, and what it says of itself to the rules of composition."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokdyn.errors import InputError
+
+Phase = Literal["train", "sample"]
+Span = tuple[int, int]
+"""First and last block of a stretch, both included; negative numbers count from the end, -1 is the last block."""
+
+
+class Stage(IntEnum):
+    """Where a method acts, outermost first. The order is fixed; within a stage it is the order of the user's list."""
+
+    STACK = 1
+    SPAN = 2
+    BLOCK = 3
+    BRANCH = 4
+    KERNEL = 5
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the rules need to know of a method with its settings.
+
+    Attributes:
+        stage: where it acts.
+        tokens: what those inside it see: the full grid, a subset of the cells, or merged tokens.
+        needs_grid: it works only on all cells of the grid.
+        moving: the set of tokens changes from step to step, with the data or at random.
+        remembers: it keeps something from one step to the next.
+        phases: when it acts; a method that acts in one only has no effect in the other.
+        owns: things that only one method may decide; blocks in which, None for all.
+        span: the blocks it encloses, counted from the front; None is all.
+        learns: what its loss holds at a target; two losses on one quantity would fight.
+    """
+
+    stage: Stage
+    tokens: Literal["full", "subset", "merged"] = "full"
+    needs_grid: bool = False
+    moving: bool = False
+    remembers: bool = False
+    phases: frozenset[Phase] = frozenset({"train", "sample"})
+    owns: dict[str, frozenset[int] | None] = field(default_factory=dict)
+    span: Span | None = None
+    learns: Literal["tokens", "FLOPs"] | None = None
 
 
 class Method(BaseModel):
     """An immutable, strict configuration: one object serves Python, YAML, JSON and the command line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise InputError(_sentence(type(self), error)) from error
+
+    def traits(self, depth: int) -> Traits:
+        """What the rules of composition need to know.
+
+        Args:
+            depth: blocks of the model.
+        """
+        raise NotImplementedError
+
+
+def _sentence(method: type[BaseModel], error: ValidationError) -> str:
+    """The first thing that is wrong with the settings."""
+    found = error.errors()[0]
+    if isinstance(cause := found.get("ctx", {}).get("error"), InputError):
+        return f"{method.__name__}: {cause}"
+    setting = str(found["loc"][0])
+    if found["type"] == "extra_forbidden":
+        known = ", ".join(method.model_fields)
+        return f"{method.__name__} has no setting {setting!r}; known are {known}."
+    reason = found["msg"][0].lower() + found["msg"][1:]
+    return f"{method.__name__}: {setting}: {reason}, got {found['input']!r}."
+
+
+def resolve(span: Span, depth: int) -> Span:
+    """A span with its ends counted from the front.
+
+    Raises:
+        InputError: an end outside the model, or the last block before the first.
+    """
+    first, last = (end + depth if end < 0 else end for end in span)
+    if not 0 <= first <= last < depth:
+        raise InputError(
+            f"blocks {span} are not a stretch of a model of {depth} blocks; give the first and the last block, "
+            f"from 0 to {depth - 1}, or from the end with negative numbers."
+        )
+    return first, last

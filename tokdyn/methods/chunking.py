@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokdyn.methods.base import Method
+from tokdyn.methods.base import Method, Stage, Traits
 from tokdyn.methods.routers import RouterName, build_router
 from tokdyn.ops import dechunk_packed, exact, pack, ratio_loss, select, straight_through, tail_drop
 from tokdyn.tokens import Grid, Packing, Routing
@@ -30,6 +30,10 @@ class Chunking(Method):
     router: RouterName = "spatial_predictability"
     smoothing_sigma: float | None = Field(default=1.0, gt=0.0)
     force_ends: bool = False
+
+    def traits(self, depth: int) -> Traits:
+        """It owns the token grid; what the blocks see depends on the image."""
+        return Traits(Stage.STACK, tokens="subset", moving=True, owns={"token grid": None}, learns="tokens")
 
     def build(self, width: int) -> ChunkingModule:
         """The trainable parts for tokens of the given width."""

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
@@ -80,11 +79,7 @@ class DCDiT(Transformer):
         if min(encoder_depth, decoder_depth, width) < 1:
             raise InputError("encoder_depth, decoder_depth and scaffold_width must be at least 1.")
         sigma = smoothing_sigma if smoothing else None
-        try:
-            chunking = Chunking(target=target, router=router, smoothing_sigma=sigma, force_ends=force_ends)
-        except ValidationError as error:
-            reasons = "; ".join(f"{each['loc'][0]}: {each['msg']}, not {each['input']!r}" for each in error.errors())
-            raise InputError(f"{reasons}.") from error
+        chunking = Chunking(target=target, router=router, smoothing_sigma=sigma, force_ends=force_ends)
         self.x_embedder = CellEmbedder(in_channels * patch_size**2, width, 3, padding=1)
         self._build(head_width=width)
         self.encoder = Scaffold(width, hidden_size, encoder_depth, hidden_size, change_first=False)

@@ -1,0 +1,60 @@
+"""Skipping blocks, depending on the noise level: by hand, by calibration, or learned."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from tokdyn.errors import InputError
+from tokdyn.methods.base import Method, Stage, Traits
+
+Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
+
+
+class DepthSkip(Method):
+    """Settings of depth skipping; a skipped block returns what it was given.
+
+    Attributes:
+        blocks: skip these blocks; negative numbers count from the end.
+        levels: the noise levels between which `blocks` are skipped; 1 is pure noise.
+        table: what a calibration found: rows (low, high, blocks) of noise levels and the blocks skipped there.
+        learned: train one gate for each block and noise level.
+        target: share of the blocks' FLOPs that learned gates end up with.
+        fingerprint: what the table was calibrated on; another model is warned about.
+    """
+
+    blocks: tuple[int, ...] = ()
+    levels: tuple[float, float] = (0.0, 1.0)
+    table: Rows = ()
+    learned: bool = False
+    target: float = Field(default=0.7, gt=0.0, le=1.0)
+    fingerprint: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> DepthSkip:
+        if bool(self.blocks) + bool(self.table) + self.learned > 1:
+            raise InputError("give one of blocks, table and learned=True; they all decide which blocks are skipped.")
+        for low, high in (self.levels, *((low, high) for low, high, _ in self.table)):
+            if not 0.0 <= low < high <= 1.0:
+                raise InputError(f"the noise levels {low:g} to {high:g} are no stretch within 0 to 1.")
+        return self
+
+    def rows(self, depth: int) -> Rows:
+        """The table in force, with blocks counted from the front.
+
+        Raises:
+            InputError: a block that the model does not have.
+        """
+        rows = self.table or ((*self.levels, self.blocks),)
+        for block in (block for _, _, blocks in rows for block in blocks):
+            if not -depth <= block < depth:
+                raise InputError(f"there is no block {block} in a model of {depth} blocks; they are 0 to {depth - 1}.")
+        return tuple((low, high, tuple(sorted({block % depth for block in blocks}))) for low, high, blocks in rows)
+
+    def skipped(self, level: float, depth: int) -> frozenset[int]:
+        """The blocks that are skipped at a noise level, without learned gates."""
+        return frozenset(block for low, high, blocks in self.rows(depth) if low <= level <= high for block in blocks)
+
+    def traits(self, depth: int) -> Traits:
+        """It decides for the blocks it may skip."""
+        where = None if self.learned else frozenset(block for _, _, blocks in self.rows(depth) for block in blocks)
+        return Traits(Stage.BLOCK, owns={"skipping": where}, learns="FLOPs" if self.learned else None)

@@ -1,0 +1,51 @@
+"""Reusing what the blocks did in an earlier step when their input has hardly changed.
+
+Source: TeaCache, arXiv 2411.19108; the first-block variant is ParaAttention's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tokdyn.errors import InputError
+from tokdyn.methods.base import Method, Stage, Traits
+
+
+class FeatureCache(Method):
+    """Settings of feature caching. Acts in sampling only; a calibration fits the polynomial, nothing is trained.
+
+    Attributes:
+        threshold: accumulated change below which a step reuses the last output; 0 or less never does.
+        indicator: what is compared from step to step: the modulated "input" of the first block, or the residual of the
+            "first_block", which then runs in every step.
+        coefficients: polynomial of the change, highest degree first; (1, 0) takes the change as it is.
+        steps: compute exactly these steps, counted from 0, and no others; the indicator is not used then.
+        extrapolate: continue the last two computed outputs in a straight line instead of repeating the last.
+        fingerprint: what the polynomial was calibrated on; another model or sampler is warned about.
+    """
+
+    threshold: float = Field(default=0.1, ge=-1.0)
+    indicator: Literal["input", "first_block"] = "input"
+    coefficients: tuple[float, ...] = (1.0, 0.0)
+    steps: tuple[int, ...] | None = None
+    extrapolate: bool = False
+    fingerprint: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> FeatureCache:
+        if not self.coefficients:
+            raise InputError("coefficients are empty; (1, 0) takes the change as it is.")
+        if self.steps is not None and (0 not in self.steps or sorted(set(self.steps)) != [*self.steps]):
+            raise InputError(f"steps are {self.steps}; give the computed steps in rising order, 0 among them.")
+        return self
+
+    def traits(self, depth: int) -> Traits:
+        """Memory of the whole stack from step to step, while sampling."""
+        return Traits(
+            Stage.STACK,
+            remembers=True,
+            phases=frozenset({"sample"}),
+            owns={"residual of the stack": None},
+        )

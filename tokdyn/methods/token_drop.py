@@ -1,0 +1,27 @@
+"""Training on some of the tokens: a random part of them passes by a span of blocks.
+
+Source: TREAD, arXiv 2501.04765.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
+
+
+class TokenDrop(Method):
+    """Settings of token dropping. Acts in training only; nothing is trained.
+
+    Attributes:
+        rate: share of the tokens that passes by the span, in [0, 1).
+        blocks: first and last block of the span; None is the paper's stretch, blocks 2 to 8 of 12, in proportion.
+    """
+
+    rate: float = Field(default=0.5, ge=0.0, lt=1.0)
+    blocks: Span | None = None
+
+    def traits(self, depth: int) -> Traits:
+        """A random subset inside a span, while training."""
+        span = (depth // 6, max(depth // 6, 2 * depth // 3)) if self.blocks is None else resolve(self.blocks, depth)
+        return Traits(Stage.SPAN, tokens="subset", moving=True, phases=frozenset({"train"}), span=span)

@@ -1,0 +1,59 @@
+"""Token merging around attention, the MLP, or both: similar tokens share one computation.
+
+Source: ToMe for diffusion, arXiv 2303.17604; size-weighted attention from ToMe, arXiv 2210.09461.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
+from tokdyn.ops.schedules import Curve, check_curve
+
+
+class TokenMerge(Method):
+    """Settings of token merging. Nothing is trained.
+
+    Attributes:
+        ratio: share of the tokens that is merged away, in [0, 1), or points (noise level, share). On a full grid with
+            buckets of 2x2 cells at most 0.75 can be.
+        where: which branch of a block sees merged tokens.
+        partition: "bucket" works on any set of tokens; "grid" insists on the full grid.
+        bucket: cells along each axis that share a destination.
+        weighted: let attention count a merged token as often as the tokens it stands for (only around attention).
+        seed: choose destinations at random, from this seed, the noise level and the cell; None takes the first cell of
+            each bucket.
+        important: let the token with the longest features be the destination of its bucket.
+        blocks: first and last block in which tokens are merged; None is all.
+    """
+
+    ratio: Curve = 0.5
+    where: Literal["attention", "mlp", "both"] = "attention"
+    partition: Literal["bucket", "grid"] = "bucket"
+    bucket: int = Field(default=2, ge=2)
+    weighted: bool = False
+    seed: int | None = None
+    important: bool = False
+    blocks: Span | None = None
+
+    @field_validator("ratio")
+    @classmethod
+    def _shares(cls, ratio: Curve) -> Curve:
+        check_curve(ratio, 0.0, 0.999)
+        return ratio
+
+    def traits(self, depth: int) -> Traits:
+        """It merges within a branch, and needs the full grid only if it is told to."""
+        where = None
+        if self.blocks is not None:
+            first, last = resolve(self.blocks, depth)
+            where = frozenset(range(first, last + 1))
+        branches = ("attention", "mlp") if self.where == "both" else (self.where,)
+        return Traits(
+            Stage.BRANCH,
+            tokens="merged",
+            needs_grid=self.partition == "grid",
+            owns={f"merging around {branch}": where for branch in branches},
+        )
