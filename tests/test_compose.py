@@ -61,6 +61,10 @@ def test_what_goes_together_is_ordered_by_stage(methods):
         ([DepthSkip(blocks=(3, 4)), DepthSkip(blocks=(4, 5))], r"two DepthSkip decide the skipping of block 4; give"),
         ([DepthSkip(learned=True), DepthSkip(blocks=(5,))], r"two DepthSkip decide the skipping of block 5"),
         (
+            [FeatureCache(indicator="first_block"), Chunking()],
+            r"FeatureCache begins behind the first block, but Chunking begins with it; use .* indicator='input'",
+        ),
+        (
             [TokenDrop(), FeatureCache()],
             r"TokenDrop acts only in training and FeatureCache only in sampling; wrap with",
         ),

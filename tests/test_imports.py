@@ -23,7 +23,7 @@ LAYERS = [
     ["compose"],
     ["models"],
     ["adapters"],
-    ["wrap"],
+    ["attach"],
     ["checkpoints"],
     ["upcycle", "flops"],
     ["diffusion"],

@@ -113,6 +113,11 @@ def _unstable(outer: Placed, inner: Placed, depth: int) -> None:
 
 def _nest(outer: Placed, inner: Placed, depth: int) -> None:
     """NEST: two spans lie one in the other or apart."""
+    if outer.traits.stage == inner.traits.stage == Stage.STACK and not _blocks(outer, depth) >= _blocks(inner, depth):
+        raise CompositionError(
+            f"{outer.name} begins behind the first block, but {inner.name} begins with it; use {outer.name} with "
+            "indicator='input'."
+        )
     if outer.traits.stage != Stage.SPAN or inner.traits.stage != Stage.SPAN:
         return
     a, b = _blocks(outer, depth), _blocks(inner, depth)

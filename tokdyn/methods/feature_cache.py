@@ -22,14 +22,16 @@ class FeatureCache(Method):
             "first_block", which then runs in every step.
         coefficients: polynomial of the change, highest degree first; (1, 0) takes the change as it is.
         steps: compute exactly these steps, counted from 0, and no others; the indicator is not used then.
+        num_steps: steps of the sampler; with it, the last step is always computed.
         extrapolate: continue the last two computed outputs in a straight line instead of repeating the last.
         fingerprint: what the polynomial was calibrated on; another model or sampler is warned about.
     """
 
-    threshold: float = Field(default=0.1, ge=-1.0)
+    threshold: float = 0.1
     indicator: Literal["input", "first_block"] = "input"
     coefficients: tuple[float, ...] = (1.0, 0.0)
     steps: tuple[int, ...] | None = None
+    num_steps: int | None = Field(default=None, ge=1)
     extrapolate: bool = False
     fingerprint: str | None = None
 
@@ -45,6 +47,7 @@ class FeatureCache(Method):
         """Memory of the whole stack from step to step, while sampling."""
         return Traits(
             Stage.STACK,
+            span=(1, depth - 1) if self.indicator == "first_block" else None,
             remembers=True,
             phases=frozenset({"sample"}),
             owns={"residual of the stack": None},

@@ -58,7 +58,7 @@ def accumulate(total: Tensor, change: Tensor, threshold: float) -> tuple[Tensor,
     return reuse, torch.where(reuse, total, 0.0)
 
 
-def extrapolate(last: Tensor, before: Tensor, steps: float) -> Tensor:
+def extrapolate(last: Tensor, before: Tensor, steps: float | Tensor) -> Tensor:
     """Go on in a straight line: the last computed value plus `steps` times its change over one computed interval."""
     return torch.lerp(before, last, 1.0 + steps)
 

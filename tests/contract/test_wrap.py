@@ -1,0 +1,173 @@
+"""The laws of wrapping, for every method on every adapter."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+
+from tests.contract.models import TINY, sample
+from tokdyn.adapters import ADAPTERS
+from tokdyn.attach.api import disabled, stats, unwrap, wrap
+from tokdyn.errors import InputError, UnsupportedModelError
+from tokdyn.methods import DepthSkip, FeatureCache, TokenDrop, TokenMerge
+
+ACTIVE = {
+    "merge": [TokenMerge(ratio=0.5)],
+    "merge-both": [TokenMerge(ratio=0.4, where="both", seed=3)],
+    "merge-important": [TokenMerge(ratio=0.3, where="mlp", important=True)],
+    "drop": [TokenDrop(rate=0.5)],
+    "drop-nested": [TokenDrop(rate=0.5, blocks=(0, 3)), TokenDrop(rate=0.5, blocks=(1, 2))],
+    "skip": [DepthSkip(blocks=(1, -1))],
+    "cache": [FeatureCache(threshold=0.5)],
+    "cache-first": [FeatureCache(threshold=0.5, indicator="first_block", extrapolate=True)],
+    "stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,))],
+    "stack-train": [TokenDrop(rate=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(3,))],
+}
+NEUTRAL = {
+    "nothing": [],
+    "merge": [TokenMerge(ratio=0.0)],
+    "drop": [TokenDrop(rate=0.0)],
+    "skip": [DepthSkip()],
+    "skip-elsewhere": [DepthSkip(blocks=(1,), levels=(0.8, 1.0))],
+    "cache": [FeatureCache(threshold=0.0)],
+    "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
+}
+MODELS = sorted(TINY)
+every = pytest.mark.parametrize(("name", "methods"), [*product(MODELS, ACTIVE)])
+neutral = pytest.mark.parametrize(("name", "methods"), [*product(MODELS, NEUTRAL)])
+
+
+def call(model, batch=2, **changes):
+    return sample(model(**{**TINY[TINY_OF[type(model).__name__]].inputs(batch), **changes}))
+
+
+TINY_OF = {name: name for name in TINY}
+
+
+def test_every_adapter_has_a_tiny_model():
+    assert {type(tiny.build()).__name__ for tiny in TINY.values()} <= {c for a in ADAPTERS for c in a.classes}
+
+
+@neutral
+@torch.no_grad()
+def test_rate_zero_is_bit_exact(name, methods):
+    model = TINY[name].build()
+    plain = call(model)
+    assert torch.equal(call(wrap(model, NEUTRAL[methods])), plain)
+    assert torch.equal(call(model), plain)
+
+
+@every
+def test_disabled_and_unwrapped_are_bit_exact_and_nothing_is_left(name, methods):
+    model = TINY[name].build()
+    kind, keys, attributes = type(model), list(model.state_dict()), set(vars(model))
+    with torch.no_grad():
+        plain = call(model)
+        assert wrap(model, ACTIVE[methods]) is model
+        assert isinstance(model, kind)
+        assert type(model).__name__ == kind.__name__
+        assert list(model.state_dict()) == keys
+        call(model)
+        with disabled(model):
+            assert torch.equal(call(model), plain)
+        assert unwrap(model) is model
+        assert torch.equal(call(model), plain)
+    assert type(model) is kind
+    assert set(vars(model)) == attributes
+    assert all(not hasattr(type(part), "_tokdyn_base") for part in model.modules())
+
+
+@every
+def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
+    model = wrap(TINY[name].build(), ACTIVE[methods])
+    if "drop" in methods or "train" in methods:
+        model.train()
+        assert not torch.equal(call(model), call(model))  # random subsets
+        return
+    with torch.no_grad():
+        together = call(model, 3)
+        alone = TINY[name].inputs(3)
+        for i in range(3):
+            one = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in alone.items()}
+            fresh = wrap(TINY[name].build(), ACTIVE[methods])
+            torch.testing.assert_close(sample(fresh(**one)), together[i : i + 1], rtol=0, atol=2e-6)
+        changed = not torch.equal(together, call(TINY[name].build(), 3))
+    assert changed == (methods not in ("cache", "cache-first"))  # a first step is always computed
+
+
+@every
+@torch.no_grad()
+def test_instances_and_copies_are_independent(name, methods):
+    first, second = TINY[name].build(), TINY[name].build()
+    plain = call(second)
+    wrap(first, ACTIVE[methods])
+    before = call(first)
+    assert torch.equal(call(second), plain)
+    twin = copy.deepcopy(first)
+    for parameter in twin.parameters():
+        parameter.mul_(1.1)
+    call(twin)
+    unwrap(first)
+    assert torch.equal(call(first), plain)
+    scaled = copy.deepcopy(second)
+    for parameter in scaled.parameters():
+        parameter.mul_(1.1)
+    with disabled(twin):
+        assert torch.equal(call(twin), call(scaled))
+    assert before.isfinite().all()
+
+
+def gradients(model, seeds, checkpointing):
+    """One backward after as many forwards as there are seeds; losses that differ between them."""
+    model.train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    outputs = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        outputs.append(call(model, timestep=torch.full((2,), 100 + seed)).square().mean() * (seed + 1))
+    sum(outputs).backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@every
+@pytest.mark.parametrize("seeds", [(5,), (5, 6)])
+def test_gradients_are_the_same_with_checkpointing(name, methods, seeds):
+    plain = gradients(wrap(TINY[name].build(), ACTIVE[methods]), seeds, False)
+    saved = gradients(wrap(TINY[name].build(), ACTIVE[methods]), seeds, True)
+    assert len(plain) == len(saved)
+    for one, other in zip(plain, saved, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_cache_that_always_reuses_computes_the_first_step_and_repeats_its_effect(name):
+    model = wrap(TINY[name].build(), [FeatureCache(threshold=float("inf"), num_steps=4)])
+    for step, t in enumerate((900, 600, 300, 10)):
+        call(model, timestep=torch.full((2,), t))
+        assert stats(model)["calls"][-1].cached == (step in (1, 2))
+    call(model, timestep=torch.full((2,), 900))
+    assert not stats(model)["calls"][-1].cached  # a new trajectory
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_statistics_say_what_ran(name):
+    model = wrap(TINY[name].build(), [DepthSkip(blocks=(1,)), TokenDrop()])
+    call(model)
+    (record,) = stats(model)["calls"]
+    assert record.blocks == [0, 2, 3]
+    assert record.level == pytest.approx(0.5)
+    assert len(set(record.tokens)) == 1
+
+
+def test_what_cannot_be_wrapped_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"no adapter knows Linear; docs/adapters\.md"):
+        wrap(torch.nn.Linear(2, 2), [])
+    model = wrap(TINY["DiT"].build(), [])
+    with pytest.raises(InputError, match="wrapped already"):
+        wrap(model, [])
+    with pytest.raises(InputError, match="is not wrapped"):
+        unwrap(unwrap(model))

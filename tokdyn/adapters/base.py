@@ -1,0 +1,86 @@
+"""What an adapter says of a family of models: where its blocks are, and what goes in and out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tokdyn.tokens import Grid
+
+Arguments = Mapping[str, Any]
+"""The arguments of one call of the model, by name."""
+
+
+@dataclass(frozen=True)
+class Follow:
+    """An argument of a block with one entry for each token, which must stay with its token.
+
+    Attributes:
+        name: of the argument; None and tensors that hold one entry for all tokens are left as they are.
+        axis: of the tokens. A tuple or list of tensors is followed in each of them.
+        batched: axis 0 is the batch. A tensor without a batch becomes one with it once samples keep different tokens.
+        joint: the text tokens have entries too, in the order that `Stack.joint` says.
+    """
+
+    name: str
+    axis: int = 1
+    batched: bool = True
+    joint: bool = False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of blocks that are called one after the other on the same tokens.
+
+    Attributes:
+        path: attribute of the model that holds the list.
+        tokens: argument of a block that holds the image tokens.
+        text: argument of a block that holds text tokens, if it has one of its own.
+        returns: what a block returns, in order.
+        image: where image tokens lie in `tokens`, beside text in the same tensor.
+        joint: where image tokens lie in what spans both, such as rotary tables and masks.
+        follow: what must stay with its token.
+        attention: attribute of a block that holds self-attention over the image tokens, in order of preference.
+        mlp: the same for the MLP.
+        modulated: (B, ...) what attention of a block gets, from the block and its arguments by name; the indicator of
+            feature caches. None takes the tokens that the block gets.
+    """
+
+    path: str
+    tokens: str = "hidden_states"
+    text: str | None = None
+    returns: tuple[Literal["tokens", "text"], ...] = ("tokens",)
+    image: Literal["all", "first", "last"] = "all"
+    joint: Literal["first", "last"] = "last"
+    follow: tuple[Follow, ...] = ()
+    attention: tuple[str, ...] = ("attn1", "attn")
+    mlp: tuple[str, ...] = ("ff", "mlp")
+    modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """A family of models.
+
+    Attributes:
+        name: of the family.
+        classes: names of the classes it is for; subclasses count.
+        stacks: in the order in which they run.
+        grid: the token grid of a call.
+        level: (B,) or () noise level of a call, 1 is pure noise.
+        refuse: arguments of the model that cannot be used together with fewer tokens, and why.
+        dense: blocks look at neighbouring cells, so that tokens cannot be left out of them.
+        fits: whether a model of such a class name really is one; None takes the name's word.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    stacks: tuple[Stack, ...]
+    grid: Callable[[nn.Module, Arguments], Grid]
+    level: Callable[[nn.Module, Arguments], Tensor | float]
+    refuse: Mapping[str, str]
+    dense: bool = False
+    fits: Callable[[nn.Module], bool] | None = None

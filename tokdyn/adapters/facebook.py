@@ -1,0 +1,37 @@
+"""The layout of the public DiT, `block(x, c)`: DiT, fast-DiT, SiT and tokdyn's own."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
+from tokdyn.tokens import Grid
+
+
+def _grid(model: nn.Module, call: Arguments) -> Grid:
+    latents = next(value for value in call.values() if isinstance(value, Tensor) and value.dim() == 4)
+    weight: Tensor = model.x_embedder.proj.weight  # type: ignore[union-attr, assignment]
+    return latents.shape[-2] // weight.shape[-2], latents.shape[-1] // weight.shape[-1]
+
+
+def _level(model: nn.Module, call: Arguments) -> Tensor | float:
+    """Timesteps to 1000, or SiT's times to 1, in which 1 is the image."""
+    value: Tensor | float = next(call[name] for name in ("timestep", "t", "timesteps") if name in call)
+    if "SiT" in {base.__name__ for base in type(model).__mro__}:
+        return 1.0 - value
+    return value / 1000.0
+
+
+def _fits(model: nn.Module) -> bool:
+    return all(hasattr(model, name) for name in ("x_embedder", "t_embedder", "blocks", "final_layer"))
+
+
+FACEBOOK = ModelAdapter(
+    name="DiT (public layout)",
+    classes=("DiT", "SiT"),
+    stacks=(Stack("blocks", tokens="x", attention=("attn",), mlp=("mlp",)),),
+    grid=_grid,
+    level=_level,
+    refuse={},
+    fits=_fits,
+)

@@ -1,0 +1,36 @@
+"""Readers of grids and noise levels that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters.base import Arguments
+from tokdyn.tokens import Grid
+
+
+def patches(name: str = "hidden_states", patch: str = "patch_size") -> Callable[[nn.Module, Arguments], Grid]:
+    """The grid of (B, C, H, W) latents in an argument, cut into the patches of the model's configuration."""
+
+    def grid(model: nn.Module, call: Arguments) -> Grid:
+        size = model.config[patch]  # type: ignore[index]
+        rows, columns = call[name].shape[-2:]
+        return rows // size, columns // size
+
+    return grid
+
+
+def timestep(
+    name: str = "timestep", scale: float = 1000.0, backwards: bool = False
+) -> Callable[[nn.Module, Arguments], Any]:
+    """The noise level of a timestep argument that runs from 0 to `scale`, or back."""
+
+    def level(model: nn.Module, call: Arguments) -> Tensor | float:
+        value = call[name]
+        part = (value.float() if isinstance(value, torch.Tensor) else float(value)) / scale
+        return 1.0 - part if backwards else part
+
+    return level

@@ -1,0 +1,31 @@
+"""Models of diffusers whose positions are added at the embedding: DiT and PixArt."""
+
+from __future__ import annotations
+
+from tokdyn.adapters.base import Follow, ModelAdapter, Stack
+from tokdyn.adapters.latents import patches, timestep
+
+DIT = ModelAdapter(
+    name="DiT",
+    classes=("DiTTransformer2DModel",),
+    stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",)),),
+    grid=patches(),
+    level=timestep(),
+    refuse={},
+)
+
+PIXART = ModelAdapter(
+    name="PixArt",
+    classes=("PixArtTransformer2DModel",),
+    stacks=(
+        Stack(
+            "transformer_blocks",
+            attention=("attn1",),
+            mlp=("ff",),
+            follow=(Follow("attention_mask", axis=2),),
+        ),
+    ),
+    grid=patches(),
+    level=timestep(),
+    refuse={},
+)

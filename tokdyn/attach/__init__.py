@@ -1,0 +1,1 @@
+"""Attaching methods to a model that was built without them."""

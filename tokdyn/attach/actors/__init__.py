@@ -1,0 +1,1 @@
+"""Methods at work: one file for each, which knows the method and the run but no model."""

@@ -1,0 +1,71 @@
+"""TokenMerge at work: a branch sees merged tokens, and every token gets the result of the one it was merged into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokdyn.attach.roles import Role
+from tokdyn.attach.run import Run
+from tokdyn.attach.tokens import follow, join, split
+from tokdyn.methods import TokenMerge
+from tokdyn.ops.merging import Merging, destinations, match, merge, unmerge
+from tokdyn.ops.schedules import at
+from tokdyn.tokens import cells
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Around attention, MLP or both, in some or all blocks."""
+
+    method: TokenMerge
+    first: int
+    last: int
+
+    def around(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any]) -> Any:
+        """Merge, compute, unmerge."""
+        ratio = at(self.method.ratio, max(run.level))
+        wanted = self.method.where in (role.kind, "both")
+        if not wanted or not self.first <= role.block <= self.last or int(run.count * ratio) == 0:
+            return call(**named)
+        name = role.names[0]
+        text, x = split(named[name], run.count, role.stack.image)
+        plan = self._plan(run, x, ratio)
+        if len(plan.source) == 0:
+            return call(**named)
+        batch, count, width = x.shape
+        merged = merge(x.reshape(-1, width), plan).view(batch, -1, width)
+        named = {**named, name: join(text, merged, role.stack.image)}
+        kept = plan.keep.view(batch, -1) - torch.arange(batch, device=x.device)[:, None] * count
+        for how in role.stack.follow:
+            if named.get(how.name) is not None:
+                named[how.name] = follow(named[how.name], how, role.stack, kept, count)
+        out = call(**named)
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        text, y = split(first, merged.shape[1], role.stack.image)
+        y = unmerge(y.reshape(-1, y.shape[-1]), plan).view(batch, count, -1)
+        whole = join(text, y, role.stack.image)
+        return (whole, *rest) if isinstance(out, tuple) else whole
+
+    def _plan(self, run: Run, x: Tensor, ratio: float) -> Merging:
+        """Which tokens merge, from the input of the branch."""
+        batch, count, width = x.shape
+        everything = torch.arange(cells(run.grid), device=x.device).expand(batch, -1)
+        cell = (everything if run.index is None else run.index).reshape(-1)
+        sample = torch.arange(batch, device=x.device).repeat_interleave(count)
+        rows = x.detach().reshape(-1, width)
+        into = destinations(
+            cell,
+            sample,
+            batch,
+            run.grid,
+            self.method.bucket,
+            self.method.seed,
+            round(run.level[0] * 1000),
+            rows.float().norm(dim=1) if self.method.important else None,
+        )
+        return match(rows, [count] * batch, into, ratio)

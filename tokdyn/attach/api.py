@@ -1,0 +1,247 @@
+"""wrap, unwrap, disabled, stats: what a user calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters import adapter_for
+from tokdyn.adapters.base import ModelAdapter
+from tokdyn.attach import instance
+from tokdyn.attach.actors.depth_skip import Skipping
+from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
+from tokdyn.attach.actors.token_drop import Dropping
+from tokdyn.attach.actors.token_merge import Merge
+from tokdyn.attach.roles import Role, argument_names, blocks_of, find_roles
+from tokdyn.attach.run import Actors, Bracket, Branch, Gate, Record, Run
+from tokdyn.compose import Placed, compose
+from tokdyn.errors import InputError, UnsupportedModelError
+from tokdyn.methods import DepthSkip, FeatureCache, Method, TokenDrop, TokenMerge
+from tokdyn.methods.base import resolve
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Attachment(nn.Module):
+    """What a wrapped model carries: its methods, their trainable parts, their memory. Registered as `model.tokdyn`."""
+
+    def __init__(self, adapter: ModelAdapter, methods: Sequence[Method], names: tuple[str, ...], depth: int) -> None:
+        super().__init__()
+        self.adapter, self.methods, self.names = adapter, tuple(methods), names
+        self.placed = compose(methods, depth)
+        self.actors = _actors(self.placed, depth)
+        self.enabled = True
+        self.records: list[Record] = []
+        self._roles: dict[int, Role] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the roles: they know the parts of this model, not those of a copy."""
+        return {**self.__dict__, "_roles": {}}
+
+    def roles(self, model: nn.Module) -> dict[int, Role]:
+        """Roles of the model's parts; a copy of the model finds its own."""
+        if not self._roles:
+            self._roles = find_roles(model, self.adapter, branches=bool(self.actors.branches))
+        return self._roles
+
+    def clear(self) -> None:
+        """Forget the trajectory and its statistics."""
+        self.records = []
+        for bracket in self.actors.brackets:
+            if isinstance(bracket, Cache):
+                bracket.memory.clear()
+
+
+def _actors(placed: Sequence[Placed], depth: int) -> Actors:
+    """The methods at work, outermost first."""
+    brackets: list[Bracket] = []
+    gates: list[Gate] = []
+    branches: list[Branch] = []
+    for each in placed:
+        method = each.method
+        if isinstance(method, FeatureCache):
+            if method.indicator == "first_block":
+                brackets += [FirstBlock(), Cache(method, 1, depth - 1)]
+            else:
+                brackets.append(Cache(method, 0, depth - 1))
+        elif isinstance(method, TokenDrop):
+            assert each.traits.span is not None
+            brackets.append(Dropping(method, *each.traits.span))
+        elif isinstance(method, DepthSkip):
+            gates.append(Skipping(method, depth))
+        elif isinstance(method, TokenMerge):
+            first, last = (0, depth - 1) if method.blocks is None else resolve(method.blocks, depth)
+            branches.append(Merge(method, first, last))
+        else:
+            raise UnsupportedModelError(f"{each.name} cannot be attached to models yet.")
+    return Actors(tuple(brackets), tuple(gates), tuple(branches))
+
+
+def wrap(model: Model, methods: Sequence[Method]) -> Model:
+    """Attach methods to a model, in place. `unwrap` takes them off again, exactly.
+
+    Args:
+        model: a diffusion transformer of diffusers, of the public DiT layout, or of tokdyn.
+        methods: in any order; where each acts follows from what it is, see docs/design.md.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CompositionError: two methods that do not go together.
+        UnsupportedModelError: a model that no adapter knows, or that a method does not fit.
+        InputError: the model is wrapped already, or settings do not fit its blocks.
+    """
+    if attachment_of(model) is not None:
+        raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
+    adapter = adapter_for(model)
+    blocks = blocks_of(model, adapter)
+    attachment = Attachment(adapter, methods, argument_names(model), len(blocks))
+    roles = attachment.roles(model)
+    model.tokdyn = attachment
+    instance.attach(model, _call_model)
+    for part in model.modules():
+        if id(part) in roles:
+            instance.attach(part, _call_block if roles[id(part)].kind == "block" else _call_branch)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Take all methods off. The class, the state dict and the outputs are what they were.
+
+    Raises:
+        InputError: the model is not wrapped.
+    """
+    _attached(model)
+    del model.tokdyn
+    for part in model.modules():
+        instance.detach(part)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context the model computes as if it had never been wrapped."""
+    attachment = _attached(model)
+    before, attachment.enabled = attachment.enabled, False
+    try:
+        yield
+    finally:
+        attachment.enabled = before
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What a model carries if it is wrapped."""
+    found = model.__dict__.get("_modules", {}).get("tokdyn")
+    return found if isinstance(found, Attachment) else None
+
+
+def _attached(model: nn.Module) -> Attachment:
+    found = attachment_of(model)
+    if found is None:
+        raise InputError(f"this {type(model).__name__} is not wrapped; call tokdyn.wrap(model, methods) first.")
+    return found
+
+
+def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of the model: a run of its own."""
+    attachment = attachment_of(model)
+    if attachment is None or not attachment.enabled or not attachment.methods:
+        before = instance.enter(None)
+        try:
+            return plain(model, *args, **kwargs)
+        finally:
+            instance.enter(before)
+    adapter = attachment.adapter
+    named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
+    for name, reason in adapter.refuse.items():
+        if named.get(name) is not None:
+            raise InputError(f"{name} cannot be used with a wrapped {type(model).__name__}: {reason}.")
+    level = _levels(adapter.level(model, named))
+    run = Run(model, adapter, attachment.roles(model), attachment.actors, adapter.grid(model, named), level)
+    before = instance.enter(run)
+    bound = _bind_checkpointing(model, run)
+    try:
+        out = plain(model, *args, **kwargs)
+    finally:
+        instance.enter(before)
+        for part, function in bound:
+            part._gradient_checkpointing_func = function
+    attachment.records = [*attachment.records, run.record]
+    return out
+
+
+def _levels(level: Tensor | float) -> tuple[float, ...]:
+    """Noise levels on the host."""
+    values = level.flatten().tolist() if isinstance(level, torch.Tensor) else [float(level)]
+    return tuple(values)
+
+
+def _call_block(block: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of a block by its model."""
+    run: Run | None = instance.current()
+    if run is None or id(block) not in run.roles:
+        return plain(block, *args, **kwargs)
+
+    def call(*a: Any, **k: Any) -> Any:
+        return plain(block, *a, **k)
+
+    return run.block(block, run.roles[id(block)], call, args, kwargs)
+
+
+def _call_branch(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of an attention or MLP by its block."""
+    run: Run | None = instance.current()
+    if run is None or id(part) not in run.roles:
+        return plain(part, *args, **kwargs)
+
+    def call(*a: Any, **k: Any) -> Any:
+        return plain(part, *a, **k)
+
+    return run.branch(run.roles[id(part)], call, args, kwargs)
+
+
+def _bind_checkpointing(model: nn.Module, run: Run) -> list[tuple[nn.Module, Any]]:
+    """Let gradient checkpointing compute blocks again in the run that they belong to; returns what was there.
+
+    Brackets and gates act outside of what is computed again, so nothing is drawn, decided or counted twice.
+    """
+    bound = []
+    for part in model.modules():
+        function = part.__dict__.get("_gradient_checkpointing_func")
+        if function is not None:
+            bound.append((part, function))
+            part._gradient_checkpointing_func = _checkpointing(function, run)
+    return bound
+
+
+def _checkpointing(function: Any, run: Run) -> Any:
+    def checkpoint(block: nn.Module, *args: Any) -> Any:
+        if id(block) not in run.roles:
+            return function(block, *args)
+
+        def saving(*a: Any) -> Any:
+            index = run.index  # of this block, for the time when it is computed again
+
+            def plain(*again: Any) -> Any:
+                before, (now, run.index) = instance.enter(run), (run.index, index)
+                try:
+                    return instance.base_class(block).__call__(block, *again)
+                finally:
+                    run.index = now
+                    instance.enter(before)
+
+            return function(plain, *a)
+
+        return run.block(block, run.roles[id(block)], saving, args, {})
+
+    return checkpoint
+
+
+def stats(model: nn.Module) -> Mapping[str, Any]:
+    """What happened in the calls since the trajectory began."""
+    return {"calls": list(_attached(model).records)}

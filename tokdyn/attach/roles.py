@@ -1,0 +1,63 @@
+"""Which part of the model each attached module is, found once when a model is wrapped and again in a copy of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from tokdyn.adapters.base import ModelAdapter, Stack
+from tokdyn.attach.instance import base_class
+
+
+@dataclass(frozen=True)
+class Role:
+    """One attached module.
+
+    Attributes:
+        kind: what it is.
+        block: its block, counted over all stacks.
+        stack: where its block is.
+        names: arguments of its forward, in order.
+        last: it is the last block of its stack.
+    """
+
+    kind: Literal["block", "attention", "mlp"]
+    block: int
+    stack: Stack
+    names: tuple[str, ...]
+    last: bool = False
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, without self."""
+    forward: Any = base_class(module).__dict__.get("forward") or type(module).forward
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def blocks_of(model: nn.Module, adapter: ModelAdapter) -> list[tuple[Stack, nn.Module]]:
+    """Every block with its stack, in the order in which they run."""
+    return [(stack, block) for stack in adapter.stacks for block in getattr(model, stack.path)]
+
+
+def find_roles(model: nn.Module, adapter: ModelAdapter, branches: bool) -> dict[int, Role]:
+    """The role of every block, and with `branches` of its attention and MLP, by the id of the module."""
+    roles: dict[int, Role] = {}
+    number = 0
+    for stack in adapter.stacks:
+        blocks = list(getattr(model, stack.path))
+        for place, block in enumerate(blocks):
+            roles[id(block)] = Role("block", number, stack, argument_names(block), last=place == len(blocks) - 1)
+            for kind, names in (("attention", stack.attention), ("mlp", stack.mlp)) if branches else ():
+                part = next((getattr(block, name) for name in names if hasattr(block, name)), None)
+                if part is not None:
+                    roles[id(part)] = Role(kind, number, stack, argument_names(part))  # type: ignore[arg-type]
+            number += 1
+    return roles

@@ -1,0 +1,180 @@
+"""One call of a wrapped model: where it is, which tokens there are, and what each method does about it.
+
+Everything that belongs to a call lives in its `Run` and goes away with it. What must outlast it is the `Memory` of the
+caches, and the record that `tokdyn.stats` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters.base import ModelAdapter, Stack
+from tokdyn.attach.roles import Role
+from tokdyn.attach.tokens import follow, join, split
+from tokdyn.tokens import Grid, cells
+
+
+class Bracket(Protocol):
+    """A method around the blocks `first` to `last`."""
+
+    @property
+    def first(self) -> int: ...  # noqa: D102
+
+    @property
+    def last(self) -> int: ...  # noqa: D102
+
+    def open(self, run: Run, x: Tensor) -> Tensor:
+        """What the blocks see instead of the tokens x (B, N, D)."""
+
+    def close(self, run: Run, x: Tensor) -> Tensor:
+        """The tokens (B, N, D) after the blocks."""
+
+
+class Gate(Protocol):
+    """A method that decides whether a block runs."""
+
+    def skips(self, run: Run, block: int) -> bool:
+        """Whether the block returns what it was given."""
+
+
+class Branch(Protocol):
+    """A method around the attention or the MLP of a block."""
+
+    def around(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any]) -> Any:
+        """The result of the branch; `call` takes its arguments by name."""
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The methods of a model, by how they act; outermost first."""
+
+    brackets: tuple[Bracket, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    branches: tuple[Branch, ...] = ()
+
+
+@dataclass
+class Record:
+    """What happened in one call; see `tokdyn.stats`."""
+
+    level: float | None = None
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    cached: bool = False
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Run:
+    """One call.
+
+    Attributes:
+        model: the wrapped model.
+        adapter: what is known of it.
+        roles: of its parts.
+        actors: the methods.
+        grid: cells of the full grid.
+        level: (B,) noise level of every sample, on the host.
+        training: gradients are wanted.
+        index: (B, M) cells whose tokens are there, None while all are.
+        kept: what a bracket keeps from its opening to its closing, by its id.
+        part: the block that is being called.
+        stack: where it is.
+        named: its arguments by name.
+        idle: a bracket asked the blocks to pass everything through.
+        record: what has happened so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        roles: dict[int, Role],
+        actors: Actors,
+        grid: Grid,
+        level: Sequence[float],
+    ) -> None:
+        self.model, self.adapter, self.roles, self.actors = model, adapter, roles, actors
+        self.grid, self.level = grid, level
+        self.training = model.training and torch.is_grad_enabled()
+        self.index: Tensor | None = None
+        self.idle = False
+        self.kept: dict[Any, Any] = {}
+        self.part: nn.Module = model
+        self.stack = adapter.stacks[0]
+        self.named: dict[str, Any] = {}
+        self.record = Record(level=sum(level) / len(level))
+        self._followed: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    @property
+    def count(self) -> int:
+        """Image tokens of a sample that are there now."""
+        return cells(self.grid) if self.index is None else self.index.shape[1]
+
+    def block(
+        self, part: nn.Module, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call one block, or do not; `call` is the block as it was."""
+        named = role.named(args, kwargs)
+        self.part, self.stack, self.named = part, role.stack, named
+        text, x = split(named[role.stack.tokens], self.count, role.stack.image)
+        opening = [bracket for bracket in self.actors.brackets if bracket.first == role.block]
+        for bracket in opening:
+            x = bracket.open(self, x)
+        if opening:
+            named[role.stack.tokens] = join(text, x, role.stack.image)
+        if self.idle or any(gate.skips(self, role.block) for gate in self.actors.gates):
+            results = {"tokens": named[role.stack.tokens], "text": named.get(role.stack.text or "")}
+        else:
+            self.record.blocks.append(role.block)
+            self.record.tokens.append(self.count)
+            if self.index is not None:
+                self._cut(role.stack, named)
+            out = call(*(named[name] for name in role.names[: len(args)]), **{k: named[k] for k in kwargs})
+            parts = out if isinstance(out, tuple) else (out,)
+            results = dict(zip(role.stack.returns, parts, strict=False))
+        closing = [bracket for bracket in reversed(self.actors.brackets) if bracket.last == role.block]
+        if closing:
+            text, x = split(results["tokens"], self.count, role.stack.image)
+            for bracket in closing:
+                x = bracket.close(self, x)
+            results["tokens"] = join(text, x, role.stack.image)
+        if len(role.stack.returns) == 1:
+            return results["tokens"]
+        return tuple(results[name] for name in role.stack.returns)
+
+    def branch(self, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the attention or the MLP of a block through what is around it."""
+        if not self.actors.branches:
+            return call(*args, **kwargs)
+        named = role.named(args, kwargs)
+
+        def inner(**arguments: Any) -> Any:
+            return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
+
+        for each in reversed(self.actors.branches):
+            inner = _through(each, self, role, inner)
+        return inner(**named)
+
+    def _cut(self, stack: Stack, named: dict[str, Any]) -> None:
+        """Leave only the entries of the tokens that are there, in every argument that has one for each token."""
+        assert self.index is not None
+        for how in stack.follow:
+            value = named.get(how.name)
+            if value is None:
+                continue
+            key = (id(value), id(self.index))
+            if key not in self._followed:  # the values are kept, so that an id stays theirs
+                self._followed[key] = (value, follow(value, how, stack, self.index, cells(self.grid)))
+            named[how.name] = self._followed[key][1]
+
+
+def _through(branch: Branch, run: Run, role: Role, call: Callable[..., Any]) -> Callable[..., Any]:
+    def through(**named: Any) -> Any:
+        return branch.around(run, role, call, named)
+
+    return through

@@ -1,0 +1,61 @@
+"""Keeping what belongs to a token with its token, in tensors of all the shapes that models use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokdyn.adapters.base import Follow, Stack
+from tokdyn.ops.dropping import take
+
+
+def split(x: Tensor, count: int, image: str) -> tuple[Tensor | None, Tensor]:
+    """The text tokens, if there are any, and the image tokens of (B, S, D); `count` is the number of image tokens."""
+    text = x.shape[1] - count
+    if not text:
+        return None, x
+    if image == "first":
+        return x[:, count:], x[:, :count]
+    return x[:, :text], x[:, text:]
+
+
+def join(text: Tensor | None, x: Tensor, image: str) -> Tensor:
+    """The inverse of `split`."""
+    if text is None:
+        return x
+    return torch.cat([x, text] if image == "first" else [text, x], dim=1)
+
+
+def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> Any:
+    """The entries of the kept tokens of one argument.
+
+    Args:
+        value: None, a tensor or a tuple or list of tensors.
+        how: where its tokens are.
+        stack: says where image tokens lie beside text.
+        index: (B, M) kept cells, rising.
+        count: N, image tokens that `value` has entries for.
+
+    Returns:
+        The same structure, with M entries for the image tokens.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(follow(part, how, stack, index, count) for part in value)
+    if not isinstance(value, Tensor) or value.dim() <= how.axis or value.shape[how.axis] < count:
+        return value
+    axis = how.axis
+    if not how.batched:
+        value, axis = value.unsqueeze(0), axis + 1
+    moved = value.movedim(axis, 1)
+    if len(moved) != len(index):
+        moved = moved.expand(len(index), *moved.shape[1:])
+    text = moved.shape[1] - count
+    place = index
+    if text:
+        offset = text if stack.joint == "last" else 0
+        words = torch.arange(text, device=index.device) + (0 if stack.joint == "last" else count)
+        parts = [words.expand(len(index), -1), index + offset]
+        place = torch.cat(parts if stack.joint == "last" else parts[::-1], dim=1)
+    return take(moved.contiguous(), place).movedim(1, axis)
