@@ -58,6 +58,76 @@ def pixart() -> nn.Module:
     )  # fmt: skip
 
 
+def sd3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
+            pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0, 1),
+        )
+    )  # fmt: skip
+
+
+def flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        )
+    )  # fmt: skip
+
+
+def wan() -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+            text_dim=12, freq_dim=32, ffn_dim=48, num_layers=4, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        )
+    )  # fmt: skip
+
+
+def ltx() -> nn.Module:
+    from diffusers import LTXVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        LTXVideoTransformer3DModel(
+            in_channels=4, out_channels=4, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=16,
+            cross_attention_dim=32, num_layers=4, caption_channels=12,
+        )
+    )  # fmt: skip
+
+
+def sana() -> nn.Module:
+    from diffusers import SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        SanaTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=4,
+            num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=12,
+            sample_size=4, patch_size=1, mlp_ratio=2.5,
+        )
+    )  # fmt: skip
+
+
+def ids(rows: int, columns: int) -> Tensor:
+    """(N, 3) position ids of Flux."""
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    return torch.cat([torch.zeros(len(places), 1), places], dim=1)
+
+
 def own() -> nn.Module:
     from tokdyn import DiT
 
@@ -93,6 +163,56 @@ TINY = {
             "encoder_hidden_states": latents(b, 6, 12),
             "timestep": torch.full((b,), 500),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+    ),
+    "SD3Transformer2DModel": Tiny(
+        sd3,
+        lambda b: {
+            "hidden_states": latents(b, 4, 8, 12),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "pooled_projections": latents(b, 10),
+            "timestep": torch.full((b,), 500.0),
+        },
+    ),
+    "FluxTransformer2DModel": Tiny(
+        flux,
+        lambda b: {
+            "hidden_states": latents(b, 20, 4),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "pooled_projections": latents(b, 10),
+            "timestep": torch.full((b,), 0.5),
+            "img_ids": ids(4, 5),
+            "txt_ids": torch.zeros(6, 3),
+            "guidance": torch.full((b,), 3.5),
+        },
+    ),
+    "WanTransformer3DModel": Tiny(
+        wan,
+        lambda b: {
+            "hidden_states": latents(b, 4, 2, 8, 6),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "timestep": torch.full((b,), 500),
+        },
+    ),
+    "LTXVideoTransformer3DModel": Tiny(
+        ltx,
+        lambda b: {
+            "hidden_states": latents(b, 24, 4),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "encoder_attention_mask": torch.ones(b, 6),
+            "timestep": torch.full((b,), 500.0),
+            "num_frames": 2,
+            "height": 3,
+            "width": 4,
+        },
+    ),
+    "SanaTransformer2DModel": Tiny(
+        sana,
+        lambda b: {
+            "hidden_states": latents(b, 4, 4, 6),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "encoder_attention_mask": torch.ones(b, 6),
+            "timestep": torch.full((b,), 500.0),
         },
     ),
     "DiT": Tiny(

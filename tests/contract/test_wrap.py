@@ -34,15 +34,22 @@ NEUTRAL = {
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }
 MODELS = sorted(TINY)
-every = pytest.mark.parametrize(("name", "methods"), [*product(MODELS, ACTIVE)])
-neutral = pytest.mark.parametrize(("name", "methods"), [*product(MODELS, NEUTRAL)])
+DENSE = {"merge", "skip", "cache", "cache-first", "stack"}  # for models whose blocks look at neighbouring cells
+PAIRS = [(name, methods) for name, methods in product(MODELS, ACTIVE) if name[:4] != "Sana" or methods in DENSE]
+every = pytest.mark.parametrize(("name", "methods"), PAIRS)
+neutral = pytest.mark.parametrize(
+    ("name", "methods"), [pair for pair in product(MODELS, NEUTRAL) if pair != ("SanaTransformer2DModel", "drop")]
+)
+
+
+def noise(model, level):
+    """A timestep of so many thousandths of noise, as the model counts."""
+    given = TINY[type(model).__name__].inputs(2)["timestep"]
+    return torch.full_like(given, level / 1000 if given[0] < 1 else level)
 
 
 def call(model, batch=2, **changes):
-    return sample(model(**{**TINY[TINY_OF[type(model).__name__]].inputs(batch), **changes}))
-
-
-TINY_OF = {name: name for name in TINY}
+    return sample(model(**{**TINY[type(model).__name__].inputs(batch), **changes}))
 
 
 def test_every_adapter_has_a_tiny_model():
@@ -87,9 +94,9 @@ def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
         return
     with torch.no_grad():
         together = call(model, 3)
-        alone = TINY[name].inputs(3)
+        alone, batched = TINY[name].inputs(3), TINY[name].inputs(3).keys() - {"img_ids", "txt_ids"}
         for i in range(3):
-            one = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in alone.items()}
+            one = {k: v[i : i + 1] if k in batched and torch.is_tensor(v) else v for k, v in alone.items()}
             fresh = wrap(TINY[name].build(), ACTIVE[methods])
             torch.testing.assert_close(sample(fresh(**one)), together[i : i + 1], rtol=0, atol=2e-6)
         changed = not torch.equal(together, call(TINY[name].build(), 3))
@@ -126,7 +133,7 @@ def gradients(model, seeds, checkpointing):
     outputs = []
     for seed in seeds:
         torch.manual_seed(seed)
-        outputs.append(call(model, timestep=torch.full((2,), 100 + seed)).square().mean() * (seed + 1))
+        outputs.append(call(model, timestep=noise(model, 100 + seed)).square().mean() * (seed + 1))
     sum(outputs).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -146,16 +153,16 @@ def test_gradients_are_the_same_with_checkpointing(name, methods, seeds):
 def test_a_cache_that_always_reuses_computes_the_first_step_and_repeats_its_effect(name):
     model = wrap(TINY[name].build(), [FeatureCache(threshold=float("inf"), num_steps=4)])
     for step, t in enumerate((900, 600, 300, 10)):
-        call(model, timestep=torch.full((2,), t))
+        call(model, timestep=noise(model, t))
         assert stats(model)["calls"][-1].cached == (step in (1, 2))
-    call(model, timestep=torch.full((2,), 900))
+    call(model, timestep=noise(model, 900))
     assert not stats(model)["calls"][-1].cached  # a new trajectory
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_statistics_say_what_ran(name):
-    model = wrap(TINY[name].build(), [DepthSkip(blocks=(1,)), TokenDrop()])
+    model = wrap(TINY[name].build(), [DepthSkip(blocks=(1,)), TokenMerge()])
     call(model)
     (record,) = stats(model)["calls"]
     assert record.blocks == [0, 2, 3]

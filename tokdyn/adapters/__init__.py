@@ -6,10 +6,13 @@ from torch import nn
 
 from tokdyn.adapters.base import Follow, ModelAdapter, Stack
 from tokdyn.adapters.facebook import FACEBOOK
+from tokdyn.adapters.mmdit import FLUX, SD3
+from tokdyn.adapters.sana import SANA
 from tokdyn.adapters.sincos import DIT, PIXART
+from tokdyn.adapters.video import LTX, WAN
 from tokdyn.errors import UnsupportedModelError
 
-ADAPTERS: tuple[ModelAdapter, ...] = (DIT, PIXART, FACEBOOK)
+ADAPTERS: tuple[ModelAdapter, ...] = (DIT, PIXART, SD3, FLUX, WAN, LTX, SANA, FACEBOOK)
 
 __all__ = ["ADAPTERS", "Follow", "ModelAdapter", "Stack", "adapter_for"]
 

@@ -22,13 +22,13 @@ class Follow:
         name: of the argument; None and tensors that hold one entry for all tokens are left as they are.
         axis: of the tokens. A tuple or list of tensors is followed in each of them.
         batched: axis 0 is the batch. A tensor without a batch becomes one with it once samples keep different tokens.
-        joint: the text tokens have entries too, in the order that `Stack.joint` says.
+        dims: only a tensor of so many axes has an entry for each token.
     """
 
     name: str
     axis: int = 1
     batched: bool = True
-    joint: bool = False
+    dims: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Stack:
         text: argument of a block that holds text tokens, if it has one of its own.
         returns: what a block returns, in order.
         image: where image tokens lie in `tokens`, beside text in the same tensor.
+        inside: where image tokens lie in what attention gets, if text joins them within the block.
         joint: where image tokens lie in what spans both, such as rotary tables and masks.
         follow: what must stay with its token.
         attention: attribute of a block that holds self-attention over the image tokens, in order of preference.
@@ -54,6 +55,7 @@ class Stack:
     text: str | None = None
     returns: tuple[Literal["tokens", "text"], ...] = ("tokens",)
     image: Literal["all", "first", "last"] = "all"
+    inside: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")

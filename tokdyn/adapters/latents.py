@@ -34,3 +34,14 @@ def timestep(
         return 1.0 - part if backwards else part
 
     return level
+
+
+CONTROL = "its residuals are one for each cell and are added where fewer tokens may be; leave the control out"
+IP_ADAPTER = "image prompts and other attention arguments may hold an entry for each cell; leave them out"
+
+
+def grid_of_ids(ids: Tensor) -> Grid:
+    """(frames,) rows and columns of position ids (N, axes) whose last two axes are rows and columns in raster order."""
+    sizes = (ids[:, -3:].amax(0) - ids[:, -3:].amin(0) + 1).tolist()
+    grid = tuple(int(size) for size in sizes)
+    return grid[1:] if grid[0] == 1 else grid

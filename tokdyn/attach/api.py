@@ -34,6 +34,7 @@ class Attachment(nn.Module):
         self.adapter, self.methods, self.names = adapter, tuple(methods), names
         self.placed = compose(methods, depth)
         self.actors = _actors(self.placed, depth)
+        self.reduces = any(each.traits.tokens != "full" for each in self.placed)
         self.enabled = True
         self.records: list[Record] = []
         self._roles: dict[int, Role] = {}
@@ -99,8 +100,8 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
     adapter = adapter_for(model)
-    blocks = blocks_of(model, adapter)
-    attachment = Attachment(adapter, methods, argument_names(model), len(blocks))
+    attachment = Attachment(adapter, methods, argument_names(model), len(blocks_of(model, adapter)))
+    _check_dense(model, attachment)
     roles = attachment.roles(model)
     model.tokdyn = attachment
     instance.attach(model, _call_model)
@@ -108,6 +109,19 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
         if id(part) in roles:
             instance.attach(part, _call_block if roles[id(part)].kind == "block" else _call_branch)
     return model
+
+
+def _check_dense(model: nn.Module, attachment: Attachment) -> None:
+    """Refuse to leave tokens out of blocks that look at neighbouring cells."""
+    if not attachment.adapter.dense:
+        return
+    for each in attachment.placed:
+        method = each.method
+        if each.traits.tokens == "subset" or (isinstance(method, TokenMerge) and method.where != "attention"):
+            raise UnsupportedModelError(
+                f"{each.name} leaves out tokens, but the blocks of {type(model).__name__} look at neighbouring cells; "
+                "use TokenMerge(where='attention'), DepthSkip or FeatureCache."
+            )
 
 
 def unwrap(model: Model) -> Model:
@@ -158,11 +172,10 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
             instance.enter(before)
     adapter = attachment.adapter
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
-    for name, reason in adapter.refuse.items():
-        if named.get(name) is not None:
-            raise InputError(f"{name} cannot be used with a wrapped {type(model).__name__}: {reason}.")
+    if attachment.reduces:
+        _refuse(model, adapter, named)
     level = _levels(adapter.level(model, named))
-    run = Run(model, adapter, attachment.roles(model), attachment.actors, adapter.grid(model, named), level)
+    run = Run(model, adapter, attachment.roles(model), attachment.actors, lambda: adapter.grid(model, named), level)
     before = instance.enter(run)
     bound = _bind_checkpointing(model, run)
     try:
@@ -173,6 +186,16 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
             part._gradient_checkpointing_func = function
     attachment.records = [*attachment.records, run.record]
     return out
+
+
+def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
+    """Refuse arguments that hold something for every cell where there may be fewer tokens."""
+    for name, reason in adapter.refuse.items():
+        value = named.get(name)
+        if isinstance(value, Mapping):  # attention arguments: a LoRA scale is welcome
+            value = next((key for key in value if key.startswith("ip_")), None)
+        if value is not None:
+            raise InputError(f"{name} cannot be used with fewer tokens in {type(model).__name__}: {reason}.")
 
 
 def _levels(level: Tensor | float) -> tuple[float, ...]:

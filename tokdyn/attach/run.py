@@ -77,7 +77,6 @@ class Run:
         adapter: what is known of it.
         roles: of its parts.
         actors: the methods.
-        grid: cells of the full grid.
         level: (B,) noise level of every sample, on the host.
         training: gradients are wanted.
         index: (B, M) cells whose tokens are there, None while all are.
@@ -95,11 +94,12 @@ class Run:
         adapter: ModelAdapter,
         roles: dict[int, Role],
         actors: Actors,
-        grid: Grid,
+        grid: Callable[[], Grid],
         level: Sequence[float],
     ) -> None:
         self.model, self.adapter, self.roles, self.actors = model, adapter, roles, actors
-        self.grid, self.level = grid, level
+        self.level, self._read_grid = level, grid
+        self._grid: Grid | None = None
         self.training = model.training and torch.is_grad_enabled()
         self.index: Tensor | None = None
         self.idle = False
@@ -109,6 +109,13 @@ class Run:
         self.named: dict[str, Any] = {}
         self.record = Record(level=sum(level) / len(level))
         self._followed: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    @property
+    def grid(self) -> Grid:
+        """Cells of the full grid, read from the arguments of the model when a method asks for it."""
+        if self._grid is None:
+            self._grid = self._read_grid()
+        return self._grid
 
     @property
     def count(self) -> int:
@@ -121,7 +128,7 @@ class Run:
         """Call one block, or do not; `call` is the block as it was."""
         named = role.named(args, kwargs)
         self.part, self.stack, self.named = part, role.stack, named
-        text, x = split(named[role.stack.tokens], self.count, role.stack.image)
+        text, x = self._split(named[role.stack.tokens], role.stack)
         opening = [bracket for bracket in self.actors.brackets if bracket.first == role.block]
         for bracket in opening:
             x = bracket.open(self, x)
@@ -131,7 +138,7 @@ class Run:
             results = {"tokens": named[role.stack.tokens], "text": named.get(role.stack.text or "")}
         else:
             self.record.blocks.append(role.block)
-            self.record.tokens.append(self.count)
+            self.record.tokens.append(x.shape[1])
             if self.index is not None:
                 self._cut(role.stack, named)
             out = call(*(named[name] for name in role.names[: len(args)]), **{k: named[k] for k in kwargs})
@@ -139,7 +146,7 @@ class Run:
             results = dict(zip(role.stack.returns, parts, strict=False))
         closing = [bracket for bracket in reversed(self.actors.brackets) if bracket.last == role.block]
         if closing:
-            text, x = split(results["tokens"], self.count, role.stack.image)
+            text, x = self._split(results["tokens"], role.stack)
             for bracket in closing:
                 x = bracket.close(self, x)
             results["tokens"] = join(text, x, role.stack.image)
@@ -159,6 +166,10 @@ class Run:
         for each in reversed(self.actors.branches):
             inner = _through(each, self, role, inner)
         return inner(**named)
+
+    def _split(self, x: Tensor, stack: Stack) -> tuple[Tensor | None, Tensor]:
+        """Text and image tokens of what a block gets or returns."""
+        return split(x, None if stack.image == "all" else self.count, stack.image)
 
     def _cut(self, stack: Stack, named: dict[str, Any]) -> None:
         """Leave only the entries of the tokens that are there, in every argument that has one for each token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from tokdyn.adapters.base import Follow, Stack
 from tokdyn.ops.dropping import take
 
 
-def split(x: Tensor, count: int, image: str) -> tuple[Tensor | None, Tensor]:
+def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tensor]:
     """The text tokens, if there are any, and the image tokens of (B, S, D); `count` is the number of image tokens."""
+    if image == "all" or count is None:
+        return None, x
     text = x.shape[1] - count
     if not text:
         return None, x
@@ -43,7 +46,9 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
     """
     if isinstance(value, (tuple, list)):
         return type(value)(follow(part, how, stack, index, count) for part in value)
-    if not isinstance(value, Tensor) or value.dim() <= how.axis or value.shape[how.axis] < count:
+    if isinstance(value, PerSample):  # cut before, by what is around this
+        return PerSample.of(follow(value.table, replace(how, axis=how.axis + 1, batched=True), stack, index, count))
+    if not isinstance(value, Tensor) or value.dim() != (how.dims or value.dim()) or value.shape[how.axis] < count:
         return value
     axis = how.axis
     if not how.batched:
@@ -58,4 +63,34 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
         words = torch.arange(text, device=index.device) + (0 if stack.joint == "last" else count)
         parts = [words.expand(len(index), -1), index + offset]
         place = torch.cat(parts if stack.joint == "last" else parts[::-1], dim=1)
-    return take(moved.contiguous(), place).movedim(1, axis)
+    taken = take(moved.contiguous(), place).movedim(1, axis)
+    return taken if how.batched else PerSample.of(taken)
+
+
+class PerSample:
+    """A table (B, S, ...) in the place of one (S, ...) that models write without a batch.
+
+    It answers the ways in which rotary embeddings are read: `table[None, None]`, `table[None, :, None]`,
+    `table.unsqueeze(1)` and `table.to(device)`.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    @staticmethod
+    def of(table: Tensor) -> Tensor | PerSample:
+        """The table of a single sample needs no batch."""
+        return table[0] if len(table) == 1 else PerSample(table)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        keys = key if isinstance(key, tuple) else (key,)
+        assert keys[0] is None, "a rotary table is read in a way that is not known"
+        return self.table[(slice(None), *keys[1:])]
+
+    def unsqueeze(self, axis: int) -> Tensor:
+        """A new axis, counted as if there were no batch."""
+        return self.table.unsqueeze(axis + 1 if axis >= 0 else axis)
+
+    def to(self, *args: Any, **kwargs: Any) -> PerSample:
+        """The same on another device or in another type."""
+        return PerSample(self.table.to(*args, **kwargs))

@@ -33,22 +33,23 @@ class Merge:
         if not wanted or not self.first <= role.block <= self.last or int(run.count * ratio) == 0:
             return call(**named)
         name = role.names[0]
-        text, x = split(named[name], run.count, role.stack.image)
+        place = role.stack.inside or role.stack.image
+        text, x = split(named[name], None if place == "all" else run.count, place)
         plan = self._plan(run, x, ratio)
         if len(plan.source) == 0:
             return call(**named)
         batch, count, width = x.shape
         merged = merge(x.reshape(-1, width), plan).view(batch, -1, width)
-        named = {**named, name: join(text, merged, role.stack.image)}
+        named = {**named, name: join(text, merged, place)}
         kept = plan.keep.view(batch, -1) - torch.arange(batch, device=x.device)[:, None] * count
         for how in role.stack.follow:
             if named.get(how.name) is not None:
                 named[how.name] = follow(named[how.name], how, role.stack, kept, count)
         out = call(**named)
         first, *rest = out if isinstance(out, tuple) else (out,)
-        text, y = split(first, merged.shape[1], role.stack.image)
+        text, y = split(first, merged.shape[1], place)
         y = unmerge(y.reshape(-1, y.shape[-1]), plan).view(batch, count, -1)
-        whole = join(text, y, role.stack.image)
+        whole = join(text, y, place)
         return (whole, *rest) if isinstance(out, tuple) else whole
 
     def _plan(self, run: Run, x: Tensor, ratio: float) -> Merging:

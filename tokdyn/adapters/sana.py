@@ -1,0 +1,16 @@
+"""Sana: linear attention, and a convolution over neighbouring cells in the MLP of every block."""
+
+from __future__ import annotations
+
+from tokdyn.adapters.base import ModelAdapter, Stack
+from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
+
+SANA = ModelAdapter(
+    name="Sana",
+    classes=("SanaTransformer2DModel",),
+    stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",)),),
+    grid=patches(),
+    level=timestep(),
+    refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
+    dense=True,
+)
