@@ -17,10 +17,25 @@ class Tiny:
     Attributes:
         build: makes the model.
         inputs: keyword arguments for a batch of that size.
+        clock: name of the timestep, its value at pure noise and at the image.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
+    clock: tuple[str, float, float] = ("timestep", 1000.0, 0.0)
+
+    def at(self, batch: int, level: float) -> dict[str, Tensor]:
+        """The timestep argument at a noise level."""
+        name, noise, image = self.clock
+        value = image + (noise - image) * level
+        given = self.inputs(batch)[name]
+        return {name: torch.full_like(given, round(value) if not given.is_floating_point() else value)}
+
+
+def one_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
+    """The arguments of one sample of a batch."""
+    shared = {"img_ids", "txt_ids", "image_rotary_emb", "added_cond_kwargs", "num_frames", "height", "width"}
+    return {name: value if name in shared else value[i : i + 1] for name, value in inputs.items()}
 
 
 def randomized(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -122,6 +137,97 @@ def sana() -> nn.Module:
     )  # fmt: skip
 
 
+def zimage() -> nn.Module:
+    from diffusers import ZImageTransformer2DModel
+
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=4, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, norm_eps=1e-5, qk_norm=True, cap_feat_dim=12, rope_theta=256.0, t_scale=1000.0,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    with torch.no_grad():  # these two are left empty
+        model.x_pad_token.fill_(0.1)
+        model.cap_pad_token.fill_(0.2)
+    return randomized(model)
+
+
+def qwen() -> nn.Module:
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
+        )
+    )  # fmt: skip
+
+
+def flux2() -> nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        Flux2Transformer2DModel(
+            patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=12, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+        )
+    )  # fmt: skip
+
+
+def hunyuan() -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+            text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8),
+        )
+    )  # fmt: skip
+
+
+def cogvideox() -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        CogVideoXTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+            text_embed_dim=12, num_layers=4, sample_width=6, sample_height=8, sample_frames=5, patch_size=2,
+            temporal_compression_ratio=4, max_text_seq_length=6, use_rotary_positional_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def lumina2() -> nn.Module:
+    from diffusers import Lumina2Transformer2DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        Lumina2Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=4, num_refiner_layers=1,
+            num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), axes_lens=(64, 32, 32),
+            cap_feat_dim=12,
+        )
+    )  # fmt: skip
+
+
+def auraflow() -> nn.Module:
+    from diffusers import AuraFlowTransformer2DModel
+
+    torch.manual_seed(0)
+    return randomized(
+        AuraFlowTransformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=32,
+            out_channels=4, pos_embed_max_size=64,
+        )
+    )  # fmt: skip
+
+
 def ids(rows: int, columns: int) -> Tensor:
     """(N, 3) position ids of Flux."""
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
@@ -185,6 +291,78 @@ TINY = {
             "txt_ids": torch.zeros(6, 3),
             "guidance": torch.full((b,), 3.5),
         },
+        clock=("timestep", 1.0, 0.0),
+    ),
+    "ZImageTransformer2DModel": Tiny(
+        zimage,
+        lambda b: {
+            "x": list(latents(b, 4, 1, 8, 12)),
+            "t": torch.full((b,), 0.5),
+            "cap_feats": list(latents(b, 6, 12)),
+        },
+        clock=("t", 0.0, 1.0),
+    ),
+    "QwenImageTransformer2DModel": Tiny(
+        qwen,
+        lambda b: {
+            "hidden_states": latents(b, 20, 16),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "encoder_hidden_states_mask": torch.ones(b, 6, dtype=torch.bool),
+            "timestep": torch.full((b,), 0.5),
+            "img_shapes": [[(1, 4, 5)]] * b,
+        },
+        clock=("timestep", 1.0, 0.0),
+    ),
+    "Flux2Transformer2DModel": Tiny(
+        flux2,
+        lambda b: {
+            "hidden_states": latents(b, 20, 4),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "timestep": torch.full((b,), 0.5),
+            "img_ids": torch.cat([ids(4, 5), torch.zeros(20, 1)], dim=1),
+            "txt_ids": torch.zeros(6, 4),
+            "guidance": torch.full((b,), 3.5),
+        },
+        clock=("timestep", 1.0, 0.0),
+    ),
+    "HunyuanVideoTransformer3DModel": Tiny(
+        hunyuan,
+        lambda b: {
+            "hidden_states": latents(b, 4, 2, 8, 6),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "encoder_attention_mask": torch.ones(b, 6, dtype=torch.long),
+            "pooled_projections": latents(b, 10),
+            "timestep": torch.full((b,), 500),
+            "guidance": torch.full((b,), 6000.0),
+        },
+    ),
+    "CogVideoXTransformer3DModel": Tiny(
+        cogvideox,
+        lambda b: {
+            "hidden_states": latents(b, 2, 4, 8, 6),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "timestep": torch.full((b,), 500),
+            "image_rotary_emb": (latents(24, 16), latents(24, 16)),
+        },
+    ),
+    "Lumina2Transformer2DModel": Tiny(
+        lumina2,
+        lambda b: {
+            "hidden_states": latents(b, 4, 8, 12),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "encoder_attention_mask": torch.ones(b, 6, dtype=torch.bool),
+            "timestep": torch.full((b,), 0.5),
+        },
+        clock=("timestep", 0.0, 1.0),
+    ),
+    "AuraFlowTransformer2DModel": Tiny(
+        auraflow,
+        lambda b: {
+            "hidden_states": latents(b, 4, 8, 12),
+            "encoder_hidden_states": latents(b, 6, 12),
+            "timestep": torch.full((b,), 0.5),
+        },
+        clock=("timestep", 1.0, 0.0),
     ),
     "WanTransformer3DModel": Tiny(
         wan,

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from tests.contract.models import TINY, sample
+from tests.contract.models import TINY, one_of, sample
 from tokdyn.adapters import ADAPTERS
 from tokdyn.attach.api import disabled, stats, unwrap, wrap
 from tokdyn.errors import InputError, UnsupportedModelError
@@ -42,14 +42,12 @@ neutral = pytest.mark.parametrize(
 )
 
 
-def noise(model, level):
-    """A timestep of so many thousandths of noise, as the model counts."""
-    given = TINY[type(model).__name__].inputs(2)["timestep"]
-    return torch.full_like(given, level / 1000 if given[0] < 1 else level)
+def tiny_of(model):
+    return TINY[type(model).__name__]
 
 
 def call(model, batch=2, **changes):
-    return sample(model(**{**TINY[type(model).__name__].inputs(batch), **changes}))
+    return sample(model(**{**tiny_of(model).inputs(batch), **changes}))
 
 
 def test_every_adapter_has_a_tiny_model():
@@ -94,9 +92,8 @@ def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
         return
     with torch.no_grad():
         together = call(model, 3)
-        alone, batched = TINY[name].inputs(3), TINY[name].inputs(3).keys() - {"img_ids", "txt_ids"}
         for i in range(3):
-            one = {k: v[i : i + 1] if k in batched and torch.is_tensor(v) else v for k, v in alone.items()}
+            one = one_of(TINY[name].inputs(3), i)
             fresh = wrap(TINY[name].build(), ACTIVE[methods])
             torch.testing.assert_close(sample(fresh(**one)), together[i : i + 1], rtol=0, atol=2e-6)
         changed = not torch.equal(together, call(TINY[name].build(), 3))
@@ -133,7 +130,7 @@ def gradients(model, seeds, checkpointing):
     outputs = []
     for seed in seeds:
         torch.manual_seed(seed)
-        outputs.append(call(model, timestep=noise(model, 100 + seed)).square().mean() * (seed + 1))
+        outputs.append(call(model, **tiny_of(model).at(2, 0.1 + seed / 1000)).square().mean() * (seed + 1))
     sum(outputs).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -153,9 +150,9 @@ def test_gradients_are_the_same_with_checkpointing(name, methods, seeds):
 def test_a_cache_that_always_reuses_computes_the_first_step_and_repeats_its_effect(name):
     model = wrap(TINY[name].build(), [FeatureCache(threshold=float("inf"), num_steps=4)])
     for step, t in enumerate((900, 600, 300, 10)):
-        call(model, timestep=noise(model, t))
+        call(model, **tiny_of(model).at(2, t / 1000))
         assert stats(model)["calls"][-1].cached == (step in (1, 2))
-    call(model, timestep=noise(model, 900))
+    call(model, **tiny_of(model).at(2, 0.9))
     assert not stats(model)["calls"][-1].cached  # a new trajectory
 
 

@@ -6,13 +6,17 @@ from torch import nn
 
 from tokdyn.adapters.base import Follow, ModelAdapter, Stack
 from tokdyn.adapters.facebook import FACEBOOK
-from tokdyn.adapters.mmdit import FLUX, SD3
+from tokdyn.adapters.mmdit import AURAFLOW, FLUX, FLUX2, QWEN, SD3
 from tokdyn.adapters.sana import SANA
 from tokdyn.adapters.sincos import DIT, PIXART
-from tokdyn.adapters.video import LTX, WAN
+from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
+from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, WAN
 from tokdyn.errors import UnsupportedModelError
 
-ADAPTERS: tuple[ModelAdapter, ...] = (DIT, PIXART, SD3, FLUX, WAN, LTX, SANA, FACEBOOK)
+ADAPTERS: tuple[ModelAdapter, ...] = (
+    FACEBOOK, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
+    QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW,
+)  # fmt: skip
 
 __all__ = ["ADAPTERS", "Follow", "ModelAdapter", "Stack", "adapter_for"]
 

@@ -23,12 +23,14 @@ class Follow:
         axis: of the tokens. A tuple or list of tensors is followed in each of them.
         batched: axis 0 is the batch. A tensor without a batch becomes one with it once samples keep different tokens.
         dims: only a tensor of so many axes has an entry for each token.
+        item: only this one of a tuple of tensors has; None is all of them.
     """
 
     name: str
     axis: int = 1
     batched: bool = True
     dims: int | None = None
+    item: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Stack:
         returns: what a block returns, in order.
         image: where image tokens lie in `tokens`, beside text in the same tensor.
         inside: where image tokens lie in what attention gets, if text joins them within the block.
+        inside_mlp: the same for the MLP.
         joint: where image tokens lie in what spans both, such as rotary tables and masks.
         follow: what must stay with its token.
         attention: attribute of a block that holds self-attention over the image tokens, in order of preference.
@@ -56,6 +59,7 @@ class Stack:
     returns: tuple[Literal["tokens", "text"], ...] = ("tokens",)
     image: Literal["all", "first", "last"] = "all"
     inside: Literal["first", "last"] | None = None
+    inside_mlp: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")

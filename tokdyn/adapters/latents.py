@@ -41,7 +41,7 @@ IP_ADAPTER = "image prompts and other attention arguments may hold an entry for 
 
 
 def grid_of_ids(ids: Tensor) -> Grid:
-    """(frames,) rows and columns of position ids (N, axes) whose last two axes are rows and columns in raster order."""
-    sizes = (ids[:, -3:].amax(0) - ids[:, -3:].amin(0) + 1).tolist()
+    """(frames,) rows and columns of position ids (N, axes) that begin with frame, row and column, in raster order."""
+    sizes = (ids[:, :3].amax(0) - ids[:, :3].amin(0) + 1).tolist()
     grid = tuple(int(size) for size in sizes)
     return grid[1:] if grid[0] == 1 else grid

@@ -1,4 +1,4 @@
-"""Models of diffusers in which text and image tokens attend to each other: SD3 and Flux."""
+"""Models of diffusers in which text and image attend to each other: SD3, AuraFlow, Qwen-Image, Flux and Flux 2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, grid_of_ids, patches, timestep
+from tokdyn.errors import InputError
 
 SD3 = ModelAdapter(
     name="SD3",
@@ -61,4 +62,68 @@ FLUX = ModelAdapter(
         "controlnet_single_block_samples": CONTROL,
         "joint_attention_kwargs": IP_ADAPTER,
     },
+)
+
+
+FLUX2 = ModelAdapter(
+    name="Flux 2",
+    classes=("Flux2Transformer2DModel",),
+    stacks=(
+        FLUX.stacks[0],
+        Stack("single_transformer_blocks", image="last", follow=_ROTARY, attention=("attn",), mlp=()),
+    ),
+    grid=_flux_grid,
+    level=timestep(scale=1.0),
+    refuse={
+        "kv_cache": "keys and values of earlier calls are there for every cell; leave the cache out",
+        "joint_attention_kwargs": IP_ADAPTER,
+    },
+)
+
+AURAFLOW = ModelAdapter(
+    name="AuraFlow",
+    classes=("AuraFlowTransformer2DModel",),
+    stacks=(
+        Stack(
+            "joint_transformer_blocks",
+            text="encoder_hidden_states",
+            returns=("text", "tokens"),
+            attention=("attn",),
+            mlp=("ff",),
+        ),
+        Stack("single_transformer_blocks", image="last", attention=("attn",), mlp=("ff",)),
+    ),
+    grid=patches(),
+    level=timestep(scale=1.0),
+    refuse={"attention_kwargs": IP_ADAPTER},
+)
+
+
+def _qwen_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
+    shapes = call["img_shapes"]
+    first = shapes[0]
+    if isinstance(first, list):  # one list of images for each sample
+        if len(first) > 1:
+            raise InputError("a wrapped QwenImageTransformer2DModel takes one image a sample; leave the others out.")
+        first = first[0]
+    frames, rows, columns = first
+    return (rows, columns) if frames == 1 else (frames, rows, columns)
+
+
+QWEN = ModelAdapter(
+    name="Qwen-Image",
+    classes=("QwenImageTransformer2DModel",),
+    stacks=(
+        Stack(
+            "transformer_blocks",
+            text="encoder_hidden_states",
+            returns=("text", "tokens"),
+            follow=(Follow("image_rotary_emb", axis=0, batched=False, item=0), Follow("modulate_index")),
+            attention=("attn",),
+            mlp=("img_mlp",),
+        ),
+    ),
+    grid=_qwen_grid,
+    level=timestep(scale=1.0),
+    refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
 )

@@ -1,4 +1,4 @@
-"""Video models of diffusers with cross-attention to text: Wan and LTX."""
+"""Video models of diffusers: Wan, LTX-Video, HunyuanVideo and CogVideoX."""
 
 from __future__ import annotations
 
@@ -42,6 +42,63 @@ LTX = ModelAdapter(
         ),
     ),
     grid=lambda model, call: (call["num_frames"], call["height"], call["width"]),
+    level=timestep(),
+    refuse={"attention_kwargs": IP_ADAPTER},
+)
+
+
+def _hunyuan_grid(model: nn.Module, call: Arguments) -> Grid:
+    frames, rows, columns = call["hidden_states"].shape[-3:]
+    across, along = model.config["patch_size"], model.config["patch_size_t"]  # type: ignore[index]
+    return frames // along, rows // across, columns // across
+
+
+HUNYUAN = ModelAdapter(
+    name="HunyuanVideo",
+    classes=("HunyuanVideoTransformer3DModel",),
+    stacks=tuple(
+        Stack(
+            path,
+            text="encoder_hidden_states",
+            returns=("tokens", "text"),
+            joint="first",
+            follow=(
+                Follow("attention_mask", axis=3),
+                Follow("freqs_cis", axis=0, batched=False),  # what double blocks call it
+                Follow("image_rotary_emb", axis=0, batched=False),
+            ),
+            attention=("attn",),
+            mlp=mlp,
+        )
+        for path, mlp in (("transformer_blocks", ("ff",)), ("single_transformer_blocks", ()))
+    ),
+    grid=_hunyuan_grid,
+    level=timestep(),
+    refuse={"attention_kwargs": IP_ADAPTER},
+)
+
+
+def _cogvideo_grid(model: nn.Module, call: Arguments) -> Grid:
+    frames, _, rows, columns = call["hidden_states"].shape[-4:]
+    across, along = model.config["patch_size"], model.config["patch_size_t"] or 1  # type: ignore[index]
+    return -(-frames // along), rows // across, columns // across
+
+
+COGVIDEOX = ModelAdapter(
+    name="CogVideoX",
+    classes=("CogVideoXTransformer3DModel",),
+    stacks=(
+        Stack(
+            "transformer_blocks",
+            text="encoder_hidden_states",
+            returns=("tokens", "text"),
+            follow=(Follow("image_rotary_emb", axis=0, batched=False),),
+            inside_mlp="last",
+            attention=("attn1",),
+            mlp=("ff",),
+        ),
+    ),
+    grid=_cogvideo_grid,
     level=timestep(),
     refuse={"attention_kwargs": IP_ADAPTER},
 )

@@ -45,7 +45,10 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
         The same structure, with M entries for the image tokens.
     """
     if isinstance(value, (tuple, list)):
-        return type(value)(follow(part, how, stack, index, count) for part in value)
+        chosen = range(len(value)) if how.item is None else (how.item,)
+        return type(value)(
+            follow(part, how, stack, index, count) if place in chosen else part for place, part in enumerate(value)
+        )
     if isinstance(value, PerSample):  # cut before, by what is around this
         return PerSample.of(follow(value.table, replace(how, axis=how.axis + 1, batched=True), stack, index, count))
     if not isinstance(value, Tensor) or value.dim() != (how.dims or value.dim()) or value.shape[how.axis] < count:

@@ -33,14 +33,15 @@ class Merge:
         if not wanted or not self.first <= role.block <= self.last or int(run.count * ratio) == 0:
             return call(**named)
         name = role.names[0]
-        place = role.stack.inside or role.stack.image
+        place = (role.stack.inside if role.kind == "attention" else role.stack.inside_mlp) or role.stack.image
         text, x = split(named[name], None if place == "all" else run.count, place)
         plan = self._plan(run, x, ratio)
         if len(plan.source) == 0:
             return call(**named)
         batch, count, width = x.shape
         merged = merge(x.reshape(-1, width), plan).view(batch, -1, width)
-        named = {**named, name: join(text, merged, place)}
+        before, after = named[name], join(text, merged, place)  # some give attention the same tokens as keys again
+        named = {key: after if value is before else value for key, value in named.items()}
         kept = plan.keep.view(batch, -1) - torch.arange(batch, device=x.device)[:, None] * count
         for how in role.stack.follow:
             if named.get(how.name) is not None:
