@@ -8,8 +8,9 @@ then
 
     python -m benchmarks.cifar10 runs --reference cifar10_test.zip --judge cifar10_resnet56.ts
 
-Sampling continues where it was stopped. Writes `benchmarks/results/cifar10.json`, the pictures of the results page, and
-prints its table (`--table FILE` prints it again from the JSON).
+Continues where it was stopped, and measures a run again once it has been trained further. Writes
+`benchmarks/results/cifar10.json` and the pictures of the results page, and prints its table (`--table FILE` prints it
+again from the JSON).
 """
 
 from __future__ import annotations
@@ -168,11 +169,19 @@ def main() -> None:
         parser.error("give the folder of the runs, --reference and --judge")
     timing.prepare(given.threads)
     given.figures.mkdir(parents=True, exist_ok=True)
-    rows = [row for name in RUNS if (given.runs / name / "model").is_dir() for row in measure(name, given)]
     settings = {"count": given.count, "scheduler": "dpm", "steps": given.steps, "guidance": given.guidance, "seed": 0}
     units = "a multiply-add is 2 FLOPs; gflops_per_image sums all steps and guidance branches"
-    result = {"machine": timing.machine(), "sampling": settings, "units": units, "rows": rows}
-    timing.write(given.out, result)
+    result: dict[str, Any] = {"machine": timing.machine(), "sampling": settings, "units": units, "rows": []}
+    earlier: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"sampling": None}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS if (given.runs / name / "model").is_dir()}
+    if earlier["sampling"] == settings:
+        found |= {name: [row for row in earlier["rows"] if row["run"] == name] for name in found}
+    for name, known in found.items():
+        if not known or known[0]["training"] != training(given.runs / name):
+            found[name] = measure(name, given)
+        result["rows"] = [row for each in found.values() for row in each]
+        timing.write(given.out, result)
+    rows = result["rows"]
     print(table(result))
     judge = next(key for key in rows[0]["values"] if key.startswith("frechet_distance"))
     points = read_points(given.out, "gflops_per_image", f"values.{judge}")

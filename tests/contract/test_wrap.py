@@ -22,6 +22,7 @@ ACTIVE = {
     "cache": [FeatureCache(threshold=0.5)],
     "cache-first": [FeatureCache(threshold=0.5, indicator="first_block", extrapolate=True)],
     "stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,))],
+    "curves": [TokenMerge(ratio=((0.0, 0.2), (1.0, 0.6))), DepthSkip(table=((0.0, 0.5, (1,)), (0.5, 1.0, (2,))))],
     "stack-train": [TokenDrop(rate=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(3,))],
 }
 NEUTRAL = {
@@ -34,7 +35,14 @@ NEUTRAL = {
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }
 MODELS = sorted(TINY)
-DENSE = {"merge", "skip", "cache", "cache-first", "stack"}  # for models whose blocks look at neighbouring cells
+DENSE = {
+    "merge",
+    "skip",
+    "cache",
+    "cache-first",
+    "stack",
+    "curves",
+}  # for models whose blocks look at neighbouring cells
 PAIRS = [(name, methods) for name, methods in product(MODELS, ACTIVE) if name[:4] != "Sana" or methods in DENSE]
 every = pytest.mark.parametrize(("name", "methods"), PAIRS)
 neutral = pytest.mark.parametrize(
@@ -122,6 +130,19 @@ def test_instances_and_copies_are_independent(name, methods):
     assert before.isfinite().all()
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_samples_at_different_noise_levels_do_not_depend_on_each_other(name):
+    methods = [TokenMerge(ratio=((0.2, 0.2), (0.8, 0.6))), DepthSkip(table=((0.0, 0.5, (1,)), (0.5, 1.0, (2, 3))))]
+    model, tiny = wrap(TINY[name].build(), methods), TINY[name]
+    levels = (0.3, 0.7, 0.3)
+    clock = {key: torch.cat([tiny.at(1, level)[key] for level in levels]) for key in tiny.at(1, 0.5)}
+    together = call(model, 3, **clock)
+    for i, level in enumerate(levels):
+        alone = sample(model(**{**one_of(tiny.inputs(3), i), **tiny.at(1, level)}))
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-6)
+
+
 def gradients(model, seeds, checkpointing):
     """One backward after as many forwards as there are seeds; losses that differ between them."""
     model.train()
@@ -130,7 +151,9 @@ def gradients(model, seeds, checkpointing):
     outputs = []
     for seed in seeds:
         torch.manual_seed(seed)
-        outputs.append(call(model, **tiny_of(model).at(2, 0.1 + seed / 1000)).square().mean() * (seed + 1))
+        low, high = (tiny_of(model).at(1, level + seed / 1000) for level in (0.1, 0.6))
+        clock = {key: torch.cat([low[key], high[key]]) for key in low}
+        outputs.append(call(model, **clock).square().mean() * (seed + 1))
     sum(outputs).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 

@@ -248,14 +248,15 @@ def _checkpointing(function: Any, run: Run) -> Any:
             return function(block, *args)
 
         def saving(*a: Any) -> Any:
-            index = run.index  # of this block, for the time when it is computed again
+            here = run.index, run.level  # of this block, for the time when it is computed again
 
             def plain(*again: Any) -> Any:
-                before, (now, run.index) = instance.enter(run), (run.index, index)
+                before, now = instance.enter(run), (run.index, run.level)
+                run.index, run.level = here
                 try:
                     return instance.base_class(block).__call__(block, *again)
                 finally:
-                    run.index = now
+                    run.index, run.level = now
                     instance.enter(before)
 
             return function(plain, *a)

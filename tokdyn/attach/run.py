@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.attach.roles import Role
-from tokdyn.attach.tokens import follow, join, split
+from tokdyn.attach.tokens import follow, join, of_samples, split
 from tokdyn.tokens import Grid, cells
 
 
@@ -38,8 +38,8 @@ class Bracket(Protocol):
 class Gate(Protocol):
     """A method that decides whether a block runs."""
 
-    def skips(self, run: Run, block: int) -> bool:
-        """Whether the block returns what it was given."""
+    def skips(self, level: float, block: int) -> bool:
+        """Whether the block returns what it was given, at this noise level."""
 
 
 class Branch(Protocol):
@@ -134,16 +134,25 @@ class Run:
             x = bracket.open(self, x)
         if opening:
             named[role.stack.tokens] = join(text, x, role.stack.image)
-        if self.idle or any(gate.skips(self, role.block) for gate in self.actors.gates):
-            results = {"tokens": named[role.stack.tokens], "text": named.get(role.stack.text or "")}
+        given = {"tokens": named[role.stack.tokens], "text": named.get(role.stack.text or "")}
+        running = self._running(role.block)
+        if not running:
+            results = given
         else:
             self.record.blocks.append(role.block)
             self.record.tokens.append(x.shape[1])
             if self.index is not None:
                 self._cut(role.stack, named)
-            out = call(*(named[name] for name in role.names[: len(args)]), **{k: named[k] for k in kwargs})
+
+            def inner(arguments: dict[str, Any]) -> Any:
+                return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
+
+            out = inner(named) if len(running) == len(self.level) else self.part_of(running, role.stack, named, inner)
             parts = out if isinstance(out, tuple) else (out,)
             results = dict(zip(role.stack.returns, parts, strict=False))
+            if len(running) < len(self.level):
+                rows = torch.tensor(running, device=x.device)
+                results = {k: _put(given[k], rows, v) for k, v in results.items()}
         closing = [bracket for bracket in reversed(self.actors.brackets) if bracket.last == role.block]
         if closing:
             text, x = self._split(results["tokens"], role.stack)
@@ -167,6 +176,27 @@ class Run:
             inner = _through(each, self, role, inner)
         return inner(**named)
 
+    def _running(self, block: int) -> list[int]:
+        """The samples that a block is computed for."""
+        if self.idle:
+            return []
+        gates = self.actors.gates
+        skipped = {level: any(gate.skips(level, block) for gate in gates) for level in set(self.level)}
+        return [i for i, level in enumerate(self.level) if not skipped[level]]
+
+    def part_of(
+        self, samples: Sequence[int], stack: Stack, named: dict[str, Any], call: Callable[[dict[str, Any]], Any]
+    ) -> Any:
+        """Call something on some of the samples alone; while it runs, they are all there is."""
+        level, index = self.level, self.index
+        rows = torch.tensor(samples, device=named[stack.tokens if stack.tokens in named else next(iter(named))].device)
+        self.level = [level[i] for i in samples]
+        self.index = None if index is None else index.index_select(0, rows)
+        try:
+            return call(of_samples(named, rows, len(level), stack))
+        finally:
+            self.level, self.index = level, index
+
     def _split(self, x: Tensor, stack: Stack) -> tuple[Tensor | None, Tensor]:
         """Text and image tokens of what a block gets or returns."""
         return split(x, None if stack.image == "all" else self.count, stack.image)
@@ -182,6 +212,11 @@ class Run:
             if key not in self._followed:  # the values are kept, so that an id stays theirs
                 self._followed[key] = (value, follow(value, how, stack, self.index, cells(self.grid)))
             named[how.name] = self._followed[key][1]
+
+
+def _put(whole: Any, rows: Tensor, part: Any) -> Any:
+    """The results of some samples in place of what was there."""
+    return part if whole is None or part is None else whole.index_copy(0, rows, part.to(whole.dtype))
 
 
 def _through(branch: Branch, run: Run, role: Role, call: Callable[..., Any]) -> Callable[..., Any]:

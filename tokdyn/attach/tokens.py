@@ -70,6 +70,33 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
     return taken if how.batched else PerSample.of(taken)
 
 
+def of_samples(named: dict[str, Any], rows: Tensor, batch: int, stack: Stack) -> dict[str, Any]:
+    """The arguments of some of the samples of a batch; what is not batched is shared by all.
+
+    Args:
+        named: arguments by name.
+        rows: (b,) int64, the samples.
+        batch: B.
+        stack: says which arguments have no batch.
+    """
+    shared = {how.name for how in stack.follow if not how.batched}
+    chosen: dict[int, Any] = {}  # one object under two names stays one
+    for name, value in named.items():
+        if id(value) not in chosen:
+            chosen[id(value)] = _rows(value, rows, batch, name in shared)
+    return {name: chosen[id(value)] for name, value in named.items()}
+
+
+def _rows(value: Any, rows: Tensor, batch: int, shared: bool) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows(part, rows, batch, shared) for part in value)
+    if isinstance(value, PerSample):
+        return PerSample.of(value.table.index_select(0, rows))
+    if isinstance(value, Tensor) and not shared and value.dim() and value.shape[0] == batch:
+        return value.index_select(0, rows)
+    return value
+
+
 class PerSample:
     """A table (B, S, ...) in the place of one (S, ...) that models write without a batch.
 

@@ -28,9 +28,25 @@ class Merge:
 
     def around(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any]) -> Any:
         """Merge, compute, unmerge."""
-        ratio = at(self.method.ratio, max(run.level))
-        wanted = self.method.where in (role.kind, "both")
-        if not wanted or not self.first <= role.block <= self.last or int(run.count * ratio) == 0:
+        if self.method.where not in (role.kind, "both") or not self.first <= role.block <= self.last:
+            return call(**named)
+        ratios = [at(self.method.ratio, level) for level in run.level]
+        if len(set(ratios)) == 1:
+            return self._merged(run, role, call, named, ratios[0])
+        groups = [[i for i, found in enumerate(ratios) if found == ratio] for ratio in dict.fromkeys(ratios)]
+
+        def group(arguments: dict[str, Any]) -> Any:
+            return self.around(run, role, call, arguments)
+
+        parts = [run.part_of(samples, role.stack, named, group) for samples in groups]
+        order = torch.tensor([i for samples in groups for i in samples]).argsort()
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(each).index_select(0, order.to(each[0].device)) for each in zip(*parts, strict=True))
+        return torch.cat(parts).index_select(0, order.to(parts[0].device))
+
+    def _merged(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any], ratio: float) -> Any:
+        """The branch for samples that merge equally much."""
+        if int(run.count * ratio) == 0:
             return call(**named)
         name = role.names[0]
         place = (role.stack.inside if role.kind == "attention" else role.stack.inside_mlp) or role.stack.image
