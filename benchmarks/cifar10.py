@@ -89,7 +89,6 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "gflops_per_forward_dense_kept": flops_per_image(model) / 1e9,
                 "kept": budget.kept,
-                "images_per_second": budget.images_per_second,
                 "gflops_per_image": budget.tflops_per_image * 1e3 if budget.tflops_per_image else None,
                 "images": budget.images,
                 "values": result.values,
@@ -115,7 +114,7 @@ def pictures(name: str, given: argparse.Namespace) -> None:
         scheduler="dpm",
         steps=given.steps,
         guidance=given.guidance,
-        tail_drop=DROPS if name.startswith("dcdit") else (0.0,),
+        tail_drop=DROPS if name == "dcdit-learned" else (0.0,),
         maps=name.startswith("dcdit"),
     )
     sample(config)

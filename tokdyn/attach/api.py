@@ -104,7 +104,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     _check_dense(model, attachment)
     roles = attachment.roles(model)
     model.tokdyn = attachment
-    instance.attach(model, _call_model)
+    instance.attach(model, _call_model, _reset_stateful_cache, save_pretrained)
     for part in model.modules():
         if id(part) in roles:
             instance.attach(part, _call_block if roles[id(part)].kind == "block" else _call_branch)
@@ -130,7 +130,7 @@ def unwrap(model: Model) -> Model:
     Raises:
         InputError: the model is not wrapped.
     """
-    _attached(model)
+    attached(model)
     del model.tokdyn
     for part in model.modules():
         instance.detach(part)
@@ -140,7 +140,7 @@ def unwrap(model: Model) -> Model:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes as if it had never been wrapped."""
-    attachment = _attached(model)
+    attachment = attached(model)
     before, attachment.enabled = attachment.enabled, False
     try:
         yield
@@ -154,7 +154,12 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return found if isinstance(found, Attachment) else None
 
 
-def _attached(model: nn.Module) -> Attachment:
+def attached(model: nn.Module) -> Attachment:
+    """What a model carries.
+
+    Raises:
+        InputError: it is not wrapped.
+    """
     found = attachment_of(model)
     if found is None:
         raise InputError(f"this {type(model).__name__} is not wrapped; call tokdyn.wrap(model, methods) first.")
@@ -174,8 +179,14 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
     if attachment.reduces:
         _refuse(model, adapter, named)
-    level = _levels(adapter.level(model, named))
-    run = Run(model, adapter, attachment.roles(model), attachment.actors, lambda: adapter.grid(model, named), level)
+    run = Run(
+        model,
+        adapter,
+        attachment.roles(model),
+        attachment.actors,
+        lambda: adapter.grid(model, named),
+        lambda: _levels(adapter.level(model, named)),
+    )
     before = instance.enter(run)
     bound = _bind_checkpointing(model, run)
     try:
@@ -184,8 +195,25 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
         instance.enter(before)
         for part, function in bound:
             part._gradient_checkpointing_func = function
+    run.record.level = adapter.level(model, named)
     attachment.records = [*attachment.records, run.record]
     return out
+
+
+def _reset_stateful_cache(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
+    """What diffusers' pipelines call when they have made their images."""
+    attached(model).clear()
+    if hidden is not None:
+        hidden(model, *args, **kwargs)
+
+
+def save_pretrained(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model as it was before it was wrapped; `tokdyn.save` writes the methods."""
+    attachment = model._modules.pop("tokdyn")
+    try:
+        return hidden(model, *args, **kwargs)
+    finally:
+        model._modules["tokdyn"] = attachment
 
 
 def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
@@ -268,4 +296,4 @@ def _checkpointing(function: Any, run: Run) -> Any:
 
 def stats(model: nn.Module) -> Mapping[str, Any]:
     """What happened in the calls since the trajectory began."""
-    return {"calls": list(_attached(model).records)}
+    return {"calls": list(attached(model).records)}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 Call = Callable[..., Any]
-_CLASSES: dict[tuple[type, Call], type] = {}
+_CLASSES: dict[tuple[Any, ...], type] = {}
 _LOCAL = threading.local()
 
 
@@ -29,17 +29,18 @@ def enter(run: Any) -> Any:
     return before
 
 
-def attach(module: nn.Module, call: Call) -> None:
+def attach(module: nn.Module, call: Call, *methods: Call) -> None:
     """Let calls of this one module go through `call(module, plain, args, kwargs)`, where `plain` is the call as it was.
 
-    Attaching twice is a bug.
+    Args:
+        module: attaching twice is a bug.
+        call: a function of a module.
+        methods: more functions that the object gets, under their names; each is given the function it hides, or None,
+            after the object itself.
     """
     base = type(module)
     assert not hasattr(base, "_tokdyn_base"), f"{base.__name__} is attached already"
-    key = (base, call)
-    if key not in _CLASSES:
-        _CLASSES[key] = _subclass(base, call)
-    module.__class__ = _CLASSES[key]
+    module.__class__ = _class_for(base, call, *methods)
 
 
 def detach(module: nn.Module) -> None:
@@ -55,14 +56,23 @@ def base_class(module: nn.Module) -> type:
     return base
 
 
-def _subclass(base: type, call: Call) -> type:
+def _class_for(base: type, call: Call, *methods: Call) -> type:
+    key = (base, call, *methods)
+    if key not in _CLASSES:
+        _CLASSES[key] = _subclass(base, call, *methods)
+    return _CLASSES[key]
+
+
+def _subclass(base: type, call: Call, *methods: Call) -> type:
+    plain = base.__call__  # found here: torch.compile does not look into some classes
+
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return call(self, base.__call__, args, kwargs)
+        return call(self, plain, args, kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        return _new, (base, call), self.__dict__
+        return _new, (base, call, *methods), self.__dict__
 
-    names = {
+    names: dict[str, Any] = {
         "__call__": __call__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
@@ -70,13 +80,19 @@ def _subclass(base: type, call: Call) -> type:
         "__doc__": base.__doc__,
         "_tokdyn_base": base,
     }
+    for method in methods:
+        names[method.__name__] = _hiding(method, getattr(base, method.__name__, None))
     return type(base.__name__, (base,), names)
 
 
-def _new(base: type, call: Call) -> Any:
+def _hiding(method: Call, hidden: Call | None) -> Call:
+    def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return method(self, hidden, *args, **kwargs)
+
+    return bound
+
+
+def _new(base: type, call: Call, *methods: Call) -> Any:
     """An object for copy and pickle to fill; both find classes by name, and this one has the name of its base."""
-    key = (base, call)
-    if key not in _CLASSES:
-        _CLASSES[key] = _subclass(base, call)
-    made: Any = _CLASSES[key]
+    made: Any = _class_for(base, call, *methods)
     return made.__new__(made)

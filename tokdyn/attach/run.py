@@ -41,6 +41,9 @@ class Gate(Protocol):
     def skips(self, level: float, block: int) -> bool:
         """Whether the block returns what it was given, at this noise level."""
 
+    def always(self, block: int) -> bool | None:
+        """The same where it does not depend on the level, None where it does."""
+
 
 class Branch(Protocol):
     """A method around the attention or the MLP of a block."""
@@ -62,7 +65,7 @@ class Actors:
 class Record:
     """What happened in one call; see `tokdyn.stats`."""
 
-    level: float | None = None
+    level: Tensor | float = 0.0
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     cached: bool = False
@@ -77,7 +80,6 @@ class Run:
         adapter: what is known of it.
         roles: of its parts.
         actors: the methods.
-        level: (B,) noise level of every sample, on the host.
         training: gradients are wanted.
         index: (B, M) cells whose tokens are there, None while all are.
         kept: what a bracket keeps from its opening to its closing, by its id.
@@ -95,10 +97,11 @@ class Run:
         roles: dict[int, Role],
         actors: Actors,
         grid: Callable[[], Grid],
-        level: Sequence[float],
+        level: Callable[[], Sequence[float]],
     ) -> None:
         self.model, self.adapter, self.roles, self.actors = model, adapter, roles, actors
-        self.level, self._read_grid = level, grid
+        self._read_level, self._read_grid = level, grid
+        self._level: Sequence[float] | None = None
         self._grid: Grid | None = None
         self.training = model.training and torch.is_grad_enabled()
         self.index: Tensor | None = None
@@ -107,8 +110,19 @@ class Run:
         self.part: nn.Module = model
         self.stack = adapter.stacks[0]
         self.named: dict[str, Any] = {}
-        self.record = Record(level=sum(level) / len(level))
+        self.record = Record()
         self._followed: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    @property
+    def level(self) -> Sequence[float]:
+        """Noise level of every sample, read when a method asks for it: on an accelerator the host waits for it."""
+        if self._level is None:
+            self._level = self._read_level()
+        return self._level
+
+    @level.setter
+    def level(self, level: Sequence[float]) -> None:
+        self._level = level
 
     @property
     def grid(self) -> Grid:
@@ -136,7 +150,7 @@ class Run:
             named[role.stack.tokens] = join(text, x, role.stack.image)
         given = {"tokens": named[role.stack.tokens], "text": named.get(role.stack.text or "")}
         running = self._running(role.block)
-        if not running:
+        if running == []:
             results = given
         else:
             self.record.blocks.append(role.block)
@@ -147,10 +161,10 @@ class Run:
             def inner(arguments: dict[str, Any]) -> Any:
                 return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
 
-            out = inner(named) if len(running) == len(self.level) else self.part_of(running, role.stack, named, inner)
+            out = inner(named) if running is None else self.part_of(running, role.stack, named, inner)
             parts = out if isinstance(out, tuple) else (out,)
             results = dict(zip(role.stack.returns, parts, strict=False))
-            if len(running) < len(self.level):
+            if running is not None:
                 rows = torch.tensor(running, device=x.device)
                 results = {k: _put(given[k], rows, v) for k, v in results.items()}
         closing = [bracket for bracket in reversed(self.actors.brackets) if bracket.last == role.block]
@@ -176,13 +190,16 @@ class Run:
             inner = _through(each, self, role, inner)
         return inner(**named)
 
-    def _running(self, block: int) -> list[int]:
-        """The samples that a block is computed for."""
-        if self.idle:
+    def _running(self, block: int) -> list[int] | None:
+        """The samples that a block is computed for, None for all."""
+        gates = [gate for gate in self.actors.gates if gate.always(block) is not False]
+        if self.idle or any(gate.always(block) for gate in gates):
             return []
-        gates = self.actors.gates
+        if not gates:
+            return None
         skipped = {level: any(gate.skips(level, block) for gate in gates) for level in set(self.level)}
-        return [i for i, level in enumerate(self.level) if not skipped[level]]
+        running = [i for i, level in enumerate(self.level) if not skipped[level]]
+        return None if len(running) == len(self.level) else running
 
     def part_of(
         self, samples: Sequence[int], stack: Stack, named: dict[str, Any], call: Callable[[dict[str, Any]], Any]

@@ -8,7 +8,12 @@ from tokdyn.methods.feature_cache import FeatureCache
 from tokdyn.methods.token_drop import TokenDrop
 from tokdyn.methods.token_merge import TokenMerge
 
+METHODS: dict[str, type[Method]] = {
+    each.__name__: each for each in (Chunking, TokenMerge, TokenDrop, DepthSkip, DynamicWidth, FeatureCache)
+}
+
 __all__ = [
+    "METHODS",
     "Chunking",
     "ChunkingModule",
     "DepthSkip",

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tokdyn.errors import InputError
 from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
 from tokdyn.ops.device import asking_waits
-from tokdyn.ops.pack import join
 from tokdyn.tokens import Packing
 
 _FREQUENCIES = 256
@@ -157,7 +156,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, packing: Packing | N
         return normed.mul_(scale[:, None]).add_(shift[:, None])
     if _by_sample(packing):
         rows = zip(x.split_with_sizes(packing.lengths), scale.unbind(0), shift.unbind(0), strict=True)
-        return join((F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows), x, packing)
+        return torch.cat([F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows])
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
     at = packing.sample
     if torch.is_grad_enabled():

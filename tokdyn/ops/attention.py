@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.ops.pack import join
 from tokdyn.tokens import Packing, aligned
 
 _CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs on CPU, in pairs of query and key
@@ -128,8 +127,7 @@ def _padded(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
 def _split(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
     """One call a sample."""
     rows = qkv.view(1, len(qkv), 3, heads, -1).permute(2, 0, 3, 1, 4).split_with_sizes(packing.lengths, dim=3)
-    mixed = (_attend(part[0], part[1], part[2], None).transpose(1, 2).flatten(2)[0] for part in rows)
-    return join(mixed, qkv[:, : qkv.shape[1] // 3], packing)
+    return torch.cat([_attend(part[0], part[1], part[2], None).transpose(1, 2).flatten(2)[0] for part in rows])
 
 
 def _varlen_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -55,22 +53,3 @@ def unpack(rows: Tensor, packing: Packing) -> Tensor:
     count, width = len(packing.lengths), cells(packing.grid)
     dense = rows.new_zeros(count * width, rows.shape[1]).index_copy(0, packing.index, rows)
     return dense.view(count, width, rows.shape[1])
-
-
-def join(parts: Iterable[Tensor], like: Tensor, packing: Packing) -> Tensor:
-    """Concatenate the results of one call a sample; without gradients each is put in place while it is still in cache.
-
-    Args:
-        parts: the (M, D) rows of every sample, made one by one.
-        like: (T, D), says the shape, type and device.
-        packing: which rows belong to which sample.
-
-    Returns:
-        (T, D).
-    """
-    if torch.is_grad_enabled():
-        return torch.cat(list(parts))
-    out = like.new_empty(like.shape)
-    for rows, part in zip(out.split_with_sizes(packing.lengths), parts, strict=True):
-        rows.copy_(part)
-    return out

@@ -30,6 +30,8 @@ class Merge:
         """Merge, compute, unmerge."""
         if self.method.where not in (role.kind, "both") or not self.first <= role.block <= self.last:
             return call(**named)
+        if isinstance(self.method.ratio, float):
+            return self._merged(run, role, call, named, self.method.ratio)
         ratios = [at(self.method.ratio, level) for level in run.level]
         if len(set(ratios)) == 1:
             return self._merged(run, role, call, named, ratios[0])
@@ -83,7 +85,7 @@ class Merge:
             run.grid,
             self.method.bucket,
             self.method.seed,
-            round(run.level[0] * 1000),
+            0 if self.method.seed is None else round(run.level[0] * 1000),
             rows.float().norm(dim=1) if self.method.important else None,
         )
         return match(rows, [count] * batch, into, ratio)

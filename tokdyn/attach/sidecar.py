@@ -1,0 +1,97 @@
+"""The methods of a wrapped model in two small files beside its weights, or anywhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+import tokdyn
+from tokdyn.attach.api import attached, wrap
+from tokdyn.errors import CheckpointError, InputError
+from tokdyn.files import json_object, replacing
+from tokdyn.methods import METHODS, Method
+
+CONFIG, WEIGHTS = "tokdyn_config.json", "tokdyn.safetensors"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write the methods of a wrapped model and their trained parts; the model itself is not written.
+
+    Args:
+        model: a wrapped model.
+        folder: made if need be.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the model is not wrapped.
+        OutputError: the folder cannot be written to.
+    """
+    from safetensors.torch import save_file
+
+    attachment, where = attached(model), Path(folder).expanduser()
+    methods = [{"method": type(each).__name__, **each.model_dump(mode="json")} for each in attachment.methods]
+    content = {"tokdyn": tokdyn.__version__, "model": type(model).__name__, "methods": methods}
+    weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}
+    if weights:
+        with replacing(where / WEIGHTS) as half:
+            save_file(weights, half)
+    with replacing(where / CONFIG) as half:
+        half.write_text(json.dumps(content, indent=1) + "\n")
+    return where
+
+
+def load(model: Model, folder: str | Path) -> Model:
+    """Wrap a model with the methods that `save` wrote.
+
+    Args:
+        model: not wrapped; of the class that the methods were saved from.
+        folder: from `save`.
+
+    Returns:
+        The same object, wrapped.
+
+    Raises:
+        CheckpointError: files are missing, damaged, of another class or of methods that this version does not know.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    where = Path(folder).expanduser()
+    content = json_object(where / CONFIG)
+    if content.get("model") != type(model).__name__:
+        raise CheckpointError(
+            f"{where / CONFIG} holds methods for a {content.get('model')}, but this is a {type(model).__name__}."
+        )
+    wrap(model, [_method(each, where / CONFIG) for each in content.get("methods", [])])
+    expected = set(attached(model).state_dict())
+    try:
+        weights = load_file(where / WEIGHTS) if expected else {}
+        attached(model).load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        from tokdyn.attach.api import unwrap
+
+        unwrap(model)
+        raise CheckpointError(f"{where / WEIGHTS} does not fit the methods beside it ({error}).") from error
+    return model
+
+
+def _method(settings: Any, path: Path) -> Method:
+    """A configuration from what was written of it."""
+    name = settings.get("method") if isinstance(settings, dict) else None
+    if name not in METHODS:
+        raise CheckpointError(f"{path} names a method {name!r}; this version knows {', '.join(METHODS)}.")
+    try:
+        return METHODS[name](**{key: _frozen(value) for key, value in settings.items() if key != "method"})
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as the tuples that they were."""
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
