@@ -179,6 +179,23 @@ def test_a_cache_that_always_reuses_computes_the_first_step_and_repeats_its_effe
     assert not stats(model)["calls"][-1].cached  # a new trajectory
 
 
+MODULATED = [name for name in MODELS if any(name in a.classes and a.stacks[0].modulated for a in ADAPTERS)]
+
+
+@pytest.mark.parametrize("name", MODULATED)
+@torch.no_grad()
+def test_the_indicator_of_a_cache_is_what_attention_gets(name):
+    model, seen = TINY[name].build(), []
+    stack = next(a for a in ADAPTERS if name in a.classes).stacks[0]
+    attention = getattr(getattr(model, stack.path)[0], stack.attention[0])
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True
+    )
+    wrap(model, [FeatureCache(threshold=0.5)])
+    call(model)
+    torch.testing.assert_close(model.tokdyn.actors.brackets[0].memory.branches[0].seen, seen[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_statistics_say_what_ran(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
 from tokdyn.tokens import Grid
 
@@ -29,7 +30,7 @@ def _fits(model: nn.Module) -> bool:
 FACEBOOK = ModelAdapter(
     name="DiT (public layout)",
     classes=("DiT", "SiT"),
-    stacks=(Stack("blocks", tokens="x", attention=("attn",), mlp=("mlp",)),),
+    stacks=(Stack("blocks", tokens="x", attention=("attn",), mlp=("mlp",), modulated=modulation.public_layout),),
     grid=_grid,
     level=_level,
     refuse={},

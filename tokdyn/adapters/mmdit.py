@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
+from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, grid_of_ids, patches, timestep
 from tokdyn.errors import InputError
@@ -18,6 +21,7 @@ SD3 = ModelAdapter(
             returns=("text", "tokens"),
             attention=("attn",),
             mlp=("ff",),
+            modulated=modulation.embedding,
         ),
     ),
     grid=patches(),
@@ -44,6 +48,7 @@ FLUX = ModelAdapter(
             follow=_ROTARY,
             attention=("attn",),
             mlp=("ff",),
+            modulated=modulation.embedding,
         ),
         Stack(
             "single_transformer_blocks",
@@ -69,7 +74,7 @@ FLUX2 = ModelAdapter(
     name="Flux 2",
     classes=("Flux2Transformer2DModel",),
     stacks=(
-        FLUX.stacks[0],
+        replace(FLUX.stacks[0], modulated=None),  # its modulation comes from the model
         Stack("single_transformer_blocks", image="last", follow=_ROTARY, attention=("attn",), mlp=()),
     ),
     grid=_flux_grid,

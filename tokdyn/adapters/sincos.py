@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import patches, timestep
 
 DIT = ModelAdapter(
     name="DiT",
     classes=("DiTTransformer2DModel",),
-    stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",)),),
+    stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",), modulated=modulation.class_labels),),
     grid=patches(),
     level=timestep(),
     refuse={},
@@ -23,6 +24,7 @@ PIXART = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             follow=(Follow("attention_mask", axis=2),),
+            modulated=modulation.shift_table,
         ),
     ),
     grid=patches(),
