@@ -48,92 +48,72 @@ def randomized(model: nn.Module, seed: int = 1) -> nn.Module:
     return model.eval()
 
 
-def dit() -> nn.Module:
-    from diffusers import DiTTransformer2DModel
+def of_diffusers(name: str, **config: Any) -> nn.Module:
+    """A model of diffusers with random weights."""
+    import diffusers
 
     torch.manual_seed(0)
-    return randomized(
-        DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, sample_size=8,
-            patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
-        )
+    return randomized(getattr(diffusers, name)(**config))
+
+
+def dit() -> nn.Module:
+    return of_diffusers(
+        "DiTTransformer2DModel",
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
     )  # fmt: skip
 
 
 def pixart() -> nn.Module:
-    from diffusers import PixArtTransformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        PixArtTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, sample_size=8,
-            patch_size=2, norm_type="ada_norm_single", cross_attention_dim=16, caption_channels=12,
-            use_additional_conditions=False, interpolation_scale=1,
-        )
+    return of_diffusers(
+        "PixArtTransformer2DModel",
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, sample_size=8,
+        patch_size=2, norm_type="ada_norm_single", cross_attention_dim=16, caption_channels=12,
+        use_additional_conditions=False, interpolation_scale=1,
     )  # fmt: skip
 
 
 def sd3() -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
-            pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0, 1),
-        )
+    return of_diffusers(
+        "SD3Transformer2DModel",
+        sample_size=8, patch_size=2, in_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=12, qk_norm="rms_norm", dual_attention_layers=(0, 1),
     )  # fmt: skip
 
 
 def flux() -> nn.Module:
-    from diffusers import FluxTransformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        FluxTransformer2DModel(
-            patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True,
-            axes_dims_rope=(4, 4, 8),
-        )
+    return of_diffusers(
+        "FluxTransformer2DModel",
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
 
 
 def wan() -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
-            text_dim=12, freq_dim=32, ffn_dim=48, num_layers=4, cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-        )
+    return of_diffusers(
+        "WanTransformer3DModel",
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        text_dim=12, freq_dim=32, ffn_dim=48, num_layers=4, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
     )  # fmt: skip
 
 
 def ltx() -> nn.Module:
-    from diffusers import LTXVideoTransformer3DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        LTXVideoTransformer3DModel(
-            in_channels=4, out_channels=4, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=16,
-            cross_attention_dim=32, num_layers=4, caption_channels=12,
-        )
+    return of_diffusers(
+        "LTXVideoTransformer3DModel",
+        in_channels=4, out_channels=4, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=16,
+        cross_attention_dim=32, num_layers=4, caption_channels=12,
     )  # fmt: skip
 
 
 def sana() -> nn.Module:
-    from diffusers import SanaTransformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        SanaTransformer2DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=4,
-            num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=12,
-            sample_size=4, patch_size=1, mlp_ratio=2.5,
-        )
+    return of_diffusers(
+        "SanaTransformer2DModel",
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=12,
+        sample_size=4, patch_size=1, mlp_ratio=2.5,
     )  # fmt: skip
 
 
@@ -153,78 +133,54 @@ def zimage() -> nn.Module:
 
 
 def qwen() -> nn.Module:
-    from diffusers import QwenImageTransformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        QwenImageTransformer2DModel(
-            patch_size=2, in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
-        )
+    return of_diffusers(
+        "QwenImageTransformer2DModel",
+        patch_size=2, in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
 
 
 def flux2() -> nn.Module:
-    from diffusers import Flux2Transformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        Flux2Transformer2DModel(
-            patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=12, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
-        )
+    return of_diffusers(
+        "Flux2Transformer2DModel",
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=12, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
     )  # fmt: skip
 
 
 def hunyuan() -> nn.Module:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-            num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
-            text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8),
-        )
+    return of_diffusers(
+        "HunyuanVideoTransformer3DModel",
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8),
     )  # fmt: skip
 
 
 def cogvideox() -> nn.Module:
-    from diffusers import CogVideoXTransformer3DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-            text_embed_dim=12, num_layers=4, sample_width=6, sample_height=8, sample_frames=5, patch_size=2,
-            temporal_compression_ratio=4, max_text_seq_length=6, use_rotary_positional_embeddings=True,
-        )
+    return of_diffusers(
+        "CogVideoXTransformer3DModel",
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=12, num_layers=4, sample_width=6, sample_height=8, sample_frames=5, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=6, use_rotary_positional_embeddings=True,
     )  # fmt: skip
 
 
 def lumina2() -> nn.Module:
-    from diffusers import Lumina2Transformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        Lumina2Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=4, num_refiner_layers=1,
-            num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), axes_lens=(64, 32, 32),
-            cap_feat_dim=12,
-        )
+    return of_diffusers(
+        "Lumina2Transformer2DModel",
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=4, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), axes_lens=(64, 32, 32),
+        cap_feat_dim=12,
     )  # fmt: skip
 
 
 def auraflow() -> nn.Module:
-    from diffusers import AuraFlowTransformer2DModel
-
-    torch.manual_seed(0)
-    return randomized(
-        AuraFlowTransformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2,
-            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=32,
-            out_channels=4, pos_embed_max_size=64,
-        )
+    return of_diffusers(
+        "AuraFlowTransformer2DModel",
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=32,
+        out_channels=4, pos_embed_max_size=64,
     )  # fmt: skip
 
 

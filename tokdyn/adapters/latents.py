@@ -12,15 +12,11 @@ from tokdyn.adapters.base import Arguments
 from tokdyn.tokens import Grid
 
 
-def patches(name: str = "hidden_states", patch: str = "patch_size") -> Callable[[nn.Module, Arguments], Grid]:
-    """The grid of (B, C, H, W) latents in an argument, cut into the patches of the model's configuration."""
-
-    def grid(model: nn.Module, call: Arguments) -> Grid:
-        size = model.config[patch]  # type: ignore[index]
-        rows, columns = call[name].shape[-2:]
-        return rows // size, columns // size
-
-    return grid
+def patches(model: nn.Module, call: Arguments) -> Grid:
+    """The grid of (B, C, H, W) latents, cut into the patches of the model's configuration."""
+    size = model.config["patch_size"]  # type: ignore[index]
+    rows, columns = call["hidden_states"].shape[-2:]
+    return rows // size, columns // size
 
 
 def timestep(

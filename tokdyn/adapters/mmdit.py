@@ -24,7 +24,7 @@ SD3 = ModelAdapter(
             modulated=modulation.embedding,
         ),
     ),
-    grid=patches(),
+    grid=patches,
     level=timestep(),
     refuse={"block_controlnet_hidden_states": CONTROL, "joint_attention_kwargs": IP_ADAPTER},
 )
@@ -98,7 +98,7 @@ AURAFLOW = ModelAdapter(
         ),
         Stack("single_transformer_blocks", image="last", attention=("attn",), mlp=("ff",)),
     ),
-    grid=patches(),
+    grid=patches,
     level=timestep(scale=1.0),
     refuse={"attention_kwargs": IP_ADAPTER},
 )

@@ -9,7 +9,7 @@ SANA = ModelAdapter(
     name="Sana",
     classes=("SanaTransformer2DModel",),
     stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",)),),
-    grid=patches(),
+    grid=patches,
     level=timestep(),
     refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
     dense=True,

@@ -10,7 +10,7 @@ DIT = ModelAdapter(
     name="DiT",
     classes=("DiTTransformer2DModel",),
     stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",), modulated=modulation.class_labels),),
-    grid=patches(),
+    grid=patches,
     level=timestep(),
     refuse={},
 )
@@ -27,7 +27,7 @@ PIXART = ModelAdapter(
             modulated=modulation.shift_table,
         ),
     ),
-    grid=patches(),
+    grid=patches,
     level=timestep(),
     refuse={},
 )

@@ -52,7 +52,7 @@ def _lumina_grid(model: nn.Module, call: Arguments) -> Grid:
             "the prompts differ in length, so image tokens begin at different places in Lumina2Transformer2DModel; "
             "call a wrapped model with one prompt, or prompts of one length, at a time."
         )
-    return patches()(model, call)
+    return patches(model, call)
 
 
 LUMINA2 = ModelAdapter(

@@ -16,7 +16,7 @@ from tokdyn.attach.actors.depth_skip import Skipping
 from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
 from tokdyn.attach.actors.token_drop import Dropping
 from tokdyn.attach.actors.token_merge import Merge
-from tokdyn.attach.roles import Role, argument_names, blocks_of, find_roles
+from tokdyn.attach.roles import Role, argument_names, find_roles
 from tokdyn.attach.run import Actors, Bracket, Branch, Gate, Record, Run
 from tokdyn.compose import Placed, compose
 from tokdyn.errors import InputError, UnsupportedModelError
@@ -24,6 +24,7 @@ from tokdyn.methods import DepthSkip, FeatureCache, Method, TokenDrop, TokenMerg
 from tokdyn.methods.base import resolve
 
 Model = TypeVar("Model", bound=nn.Module)
+_RECORDS = 1000  # calls that are remembered: more than a trajectory has, and no more while training
 
 
 class Attachment(nn.Module):
@@ -100,14 +101,16 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
     adapter = adapter_for(model)
-    attachment = Attachment(adapter, methods, argument_names(model), len(blocks_of(model, adapter)))
+    attachment = Attachment(
+        adapter, methods, argument_names(model), sum(len(getattr(model, stack.path)) for stack in adapter.stacks)
+    )
     _check_dense(model, attachment)
     roles = attachment.roles(model)
     model.tokdyn = attachment
     instance.attach(model, _call_model, _reset_stateful_cache, save_pretrained)
     for part in model.modules():
         if id(part) in roles:
-            instance.attach(part, _call_block if roles[id(part)].kind == "block" else _call_branch)
+            instance.attach(part, _call_part)
     return model
 
 
@@ -179,13 +182,14 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
     if attachment.reduces:
         _refuse(model, adapter, named)
+    level = adapter.level(model, named)
     run = Run(
         model,
         adapter,
         attachment.roles(model),
         attachment.actors,
         lambda: adapter.grid(model, named),
-        lambda: _levels(adapter.level(model, named)),
+        lambda: _levels(level),
     )
     before = instance.enter(run)
     bound = _bind_checkpointing(model, run)
@@ -195,8 +199,8 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
         instance.enter(before)
         for part, function in bound:
             part._gradient_checkpointing_func = function
-    run.record.level = adapter.level(model, named)
-    attachment.records = [*attachment.records, run.record]
+    run.record.level = level
+    attachment.records = [*attachment.records[1 - _RECORDS :], run.record]
     return out
 
 
@@ -232,28 +236,19 @@ def _levels(level: Tensor | float) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _call_block(block: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of a block by its model."""
-    run: Run | None = instance.current()
-    if run is None or id(block) not in run.roles:
-        return plain(block, *args, **kwargs)
-
-    def call(*a: Any, **k: Any) -> Any:
-        return plain(block, *a, **k)
-
-    return run.block(block, run.roles[id(block)], call, args, kwargs)
-
-
-def _call_branch(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of an attention or MLP by its block."""
+def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of a block by its model, or of an attention or MLP by its block."""
     run: Run | None = instance.current()
     if run is None or id(part) not in run.roles:
         return plain(part, *args, **kwargs)
+    role = run.roles[id(part)]
 
     def call(*a: Any, **k: Any) -> Any:
         return plain(part, *a, **k)
 
-    return run.branch(run.roles[id(part)], call, args, kwargs)
+    if role.kind == "block":
+        return run.block(part, role, call, args, kwargs)
+    return run.branch(role, call, args, kwargs)
 
 
 def _bind_checkpointing(model: nn.Module, run: Run) -> list[tuple[nn.Module, Any]]:
@@ -295,5 +290,5 @@ def _checkpointing(function: Any, run: Run) -> Any:
 
 
 def stats(model: nn.Module) -> Mapping[str, Any]:
-    """What happened in the calls since the trajectory began."""
+    """What happened in the calls since the trajectory began, the last thousand at most."""
     return {"calls": list(attached(model).records)}

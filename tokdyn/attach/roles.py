@@ -22,14 +22,12 @@ class Role:
         block: its block, counted over all stacks.
         stack: where its block is.
         names: arguments of its forward, in order.
-        last: it is the last block of its stack.
     """
 
     kind: Literal["block", "attention", "mlp"]
     block: int
     stack: Stack
     names: tuple[str, ...]
-    last: bool = False
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -42,19 +40,13 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def blocks_of(model: nn.Module, adapter: ModelAdapter) -> list[tuple[Stack, nn.Module]]:
-    """Every block with its stack, in the order in which they run."""
-    return [(stack, block) for stack in adapter.stacks for block in getattr(model, stack.path)]
-
-
 def find_roles(model: nn.Module, adapter: ModelAdapter, branches: bool) -> dict[int, Role]:
     """The role of every block, and with `branches` of its attention and MLP, by the id of the module."""
     roles: dict[int, Role] = {}
     number = 0
     for stack in adapter.stacks:
-        blocks = list(getattr(model, stack.path))
-        for place, block in enumerate(blocks):
-            roles[id(block)] = Role("block", number, stack, argument_names(block), last=place == len(blocks) - 1)
+        for block in getattr(model, stack.path):
+            roles[id(block)] = Role("block", number, stack, argument_names(block))
             for kind, names in (("attention", stack.attention), ("mlp", stack.mlp)) if branches else ():
                 part = next((getattr(block, name) for name in names if hasattr(block, name)), None)
                 if part is not None:

@@ -1,6 +1,6 @@
 """Token merging around attention, the MLP, or both: similar tokens share one computation.
 
-Source: ToMe for diffusion, arXiv 2303.17604; size-weighted attention from ToMe, arXiv 2210.09461.
+Source: ToMe for diffusion, arXiv 2303.17604.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ class TokenMerge(Method):
         where: which branch of a block sees merged tokens.
         partition: "bucket" works on any set of tokens; "grid" insists on the full grid.
         bucket: cells along each axis that share a destination.
-        weighted: let attention count a merged token as often as the tokens it stands for (only around attention).
         seed: choose destinations at random, from this seed, the noise level and the cell; None takes the first cell of
             each bucket.
         important: let the token with the longest features be the destination of its bucket.
@@ -33,7 +32,6 @@ class TokenMerge(Method):
     where: Literal["attention", "mlp", "both"] = "attention"
     partition: Literal["bucket", "grid"] = "bucket"
     bucket: int = Field(default=2, ge=2)
-    weighted: bool = False
     seed: int | None = None
     important: bool = False
     blocks: Span | None = None
