@@ -173,6 +173,8 @@ def main() -> None:
     result: dict[str, Any] = {"machine": timing.machine(), "sampling": settings, "units": units, "rows": []}
     earlier: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"sampling": None}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS if (given.runs / name / "model").is_dir()}
+    if not found:
+        parser.error(f"{given.runs} holds no finished run; expected folders named {', '.join(RUNS)}")
     if earlier["sampling"] == settings:
         found |= {name: [row for row in earlier["rows"] if row["run"] == name] for name in found}
     for name, known in found.items():
