@@ -22,7 +22,10 @@ from tokdyn.errors import (
 )
 
 if TYPE_CHECKING:
-    from tokdyn.methods import Chunking
+    from tokdyn.attach.api import disabled, unwrap, wrap
+    from tokdyn.attach.controls import calibrate_router, dropping, losses, set_tail_drop, stats
+    from tokdyn.attach.sidecar import load, save
+    from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
     from tokdyn.models import DCDiT, DiT
 
 __version__ = "0.1.0.dev0"
@@ -33,23 +36,56 @@ __all__ = [
     "CompositionError",
     "DCDiT",
     "DataError",
+    "DepthSkip",
     "DiT",
+    "DynamicWidth",
+    "FeatureCache",
     "InputError",
     "OutputError",
     "RecipeError",
     "TokdynError",
+    "TokenDrop",
+    "TokenMerge",
     "UnsupportedModelError",
     "__version__",
+    "calibrate_router",
+    "disabled",
+    "dropping",
+    "load",
+    "losses",
+    "save",
+    "set_tail_drop",
+    "stats",
+    "unwrap",
+    "wrap",
 ]
 
 _LAZY = {
-    "Chunking": "tokdyn.methods",
+    **dict.fromkeys(("disabled", "unwrap", "wrap"), "tokdyn.attach.api"),
+    **dict.fromkeys(("calibrate_router", "dropping", "losses", "set_tail_drop", "stats"), "tokdyn.attach.controls"),
+    **dict.fromkeys(("load", "save"), "tokdyn.attach.sidecar"),
+    **dict.fromkeys(
+        ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge"), "tokdyn.methods"
+    ),
     "DCDiT": "tokdyn.models",
     "DiT": "tokdyn.models",
     "ModelMixin": "diffusers",  # diffusers' pipelines look it up in the module of a custom class to know how to load it
 }
 _SUBMODULES = frozenset(
-    {"checkpoints", "data", "demo", "diffusion", "evaluate", "flops", "methods", "models", "ops", "recipe", "report"}
+    {
+        "adapters",
+        "checkpoints",
+        "data",
+        "demo",
+        "diffusion",
+        "evaluate",
+        "flops",
+        "methods",
+        "models",
+        "ops",
+        "recipe",
+        "report",
+    }
     | {"sample", "tokens", "train"}
 )
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.contract.models import TINY, sample
-from tokdyn.attach.api import stats, unwrap, wrap
+from tokdyn.attach.api import unwrap, wrap
+from tokdyn.attach.controls import stats
 from tokdyn.attach.sidecar import load, save
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.methods import DepthSkip, FeatureCache, TokenMerge
@@ -51,7 +52,7 @@ def test_a_pipeline_forgets_the_trajectory_when_it_is_done():
     pipeline = DiTPipeline(model, vae, DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     seen = []
-    model.register_forward_hook(lambda *_: seen.append(model.tokdyn.actors.brackets[0].memory.place))
+    model.register_forward_hook(lambda *_: seen.append(model.tokdyn.trajectory.number))
     images = [
         pipeline(
             class_labels=[1, 2], num_inference_steps=6, generator=torch.Generator().manual_seed(3), output_type="np"

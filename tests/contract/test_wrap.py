@@ -8,7 +8,8 @@ import torch
 
 from tests.contract.models import TINY, one_of, sample
 from tokdyn.adapters import ADAPTERS
-from tokdyn.attach.api import disabled, stats, unwrap, wrap
+from tokdyn.attach.api import disabled, unwrap, wrap
+from tokdyn.attach.controls import stats
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import DepthSkip, FeatureCache, TokenDrop, TokenMerge
 

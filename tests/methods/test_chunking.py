@@ -6,11 +6,11 @@ from pydantic import ValidationError
 
 from tests.ops.reference import dense_dechunk
 from tokdyn.errors import InputError
-from tokdyn.methods import Chunking
+from tokdyn.methods import Chunking, ChunkingModule
 
 
 def module(width=8, **settings):
-    chunking = Chunking(**settings).build(width).double()
+    chunking = ChunkingModule(Chunking(**settings), width).double()
     chunking.router.calibrate(chunking.logits(*inputs(width)), 4.0)
     return chunking
 
@@ -25,19 +25,19 @@ def inputs(width=8):
 
 
 def test_settings_are_frozen_strict_and_survive_json():
-    config = Chunking(target=16, router="cosine", smoothing_sigma=None)
+    config = Chunking(target=16, router="cosine", sigma=None)
     assert Chunking.model_validate_json(config.model_dump_json()) == config
-    assert hash(config) == hash(Chunking(target=16.0, router="cosine", smoothing_sigma=None))
+    assert hash(config) == hash(Chunking(target=16.0, router="cosine", sigma=None))
     with pytest.raises(ValidationError, match="frozen"):
         config.target = 4.0
-    for wrong in ({"targets": 4}, {"target": 1.0}, {"router": "learned"}, {"smoothing_sigma": -1.0}):
+    for wrong in ({"targets": 4}, {"target": 0.5}, {"router": "learned"}, {"sigma": -1.0}):
         with pytest.raises(InputError, match=f"^Chunking.*{next(iter(wrong))}.*\\.$"):
             Chunking(**wrong)
 
 
 @pytest.mark.parametrize("sigma", [None, 1.0, 2.5])
 def test_the_grid_comes_back_as_the_dense_formula_says(sigma):
-    chunking = module(smoothing_sigma=sigma)
+    chunking = module(sigma=sigma)
     tokens, grid, steps = inputs()
     routing = chunking.route(tokens, grid, steps, drop=torch.tensor([0.0, 0.4, 1.0]))
     rows, packing = chunking.chunk(tokens, routing)
@@ -55,7 +55,7 @@ def test_the_grid_comes_back_as_the_dense_formula_says(sigma):
 
 def test_the_gate_hands_the_gradient_to_the_decision_that_was_taken():
     """d loss / d p is out * d loss / d y where the natural decision was to keep, and minus that where it was not."""
-    chunking = module(smoothing_sigma=None)
+    chunking = module(sigma=None)
     tokens, grid, steps = inputs()
     routing = chunking.route(tokens, grid, steps, drop=0.5)
     routing.probability.retain_grad()

@@ -67,6 +67,18 @@ class Stack:
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
 
 
+def configured_width(model: nn.Module) -> int:
+    """D of a model of diffusers: heads times their size."""
+    config: Any = model.config
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+def configured_heads(model: nn.Module) -> int:
+    """H of a model of diffusers."""
+    config: Any = model.config
+    return int(config["num_attention_heads"])
+
+
 @dataclass(frozen=True)
 class ModelAdapter:
     """A family of models.
@@ -78,6 +90,10 @@ class ModelAdapter:
         grid: the token grid of a call.
         level: (B,) or () noise level of a call, 1 is pure noise.
         refuse: arguments of the model that cannot be used together with fewer tokens, and why.
+        width: D, channels of an image token between blocks.
+        heads: H, attention heads of a block.
+        guidance: how pipelines ask for the two branches of guidance: as halves of one batch, the conditional or the
+            unconditional one first, or in two calls, the conditional one first.
         dense: blocks look at neighbouring cells, so that tokens cannot be left out of them.
         fits: whether a model of such a class name really is one; None takes the name's word.
     """
@@ -88,5 +104,8 @@ class ModelAdapter:
     grid: Callable[[nn.Module, Arguments], Grid]
     level: Callable[[nn.Module, Arguments], Tensor | float]
     refuse: Mapping[str, str]
+    width: Callable[[nn.Module], int] = configured_width
+    heads: Callable[[nn.Module], int] = configured_heads
+    guidance: Literal["cond_first", "uncond_first", "calls"] = "uncond_first"
     dense: bool = False
     fits: Callable[[nn.Module], bool] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
@@ -27,6 +29,17 @@ def _fits(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in ("x_embedder", "t_embedder", "blocks", "final_layer"))
 
 
+def _width(model: nn.Module) -> int:
+    weight: Tensor = model.x_embedder.proj.weight  # type: ignore[union-attr, assignment]
+    return len(weight)
+
+
+def _heads(model: nn.Module) -> int:
+    blocks: Any = model.blocks
+    attention = blocks[0].attn
+    return int(getattr(attention, "num_heads", None) or attention.heads)
+
+
 FACEBOOK = ModelAdapter(
     name="DiT (public layout)",
     classes=("DiT", "SiT"),
@@ -34,5 +47,8 @@ FACEBOOK = ModelAdapter(
     grid=_grid,
     level=_level,
     refuse={},
+    width=_width,
+    heads=_heads,
+    guidance="cond_first",
     fits=_fits,
 )

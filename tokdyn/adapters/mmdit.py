@@ -67,6 +67,7 @@ FLUX = ModelAdapter(
         "controlnet_single_block_samples": CONTROL,
         "joint_attention_kwargs": IP_ADAPTER,
     },
+    guidance="calls",
 )
 
 
@@ -83,6 +84,7 @@ FLUX2 = ModelAdapter(
         "kv_cache": "keys and values of earlier calls are there for every cell; leave the cache out",
         "joint_attention_kwargs": IP_ADAPTER,
     },
+    guidance="calls",
 )
 
 AURAFLOW = ModelAdapter(
@@ -131,4 +133,5 @@ QWEN = ModelAdapter(
     grid=_qwen_grid,
     level=timestep(scale=1.0),
     refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
+    guidance="calls",
 )

@@ -13,6 +13,7 @@ DIT = ModelAdapter(
     grid=patches,
     level=timestep(),
     refuse={},
+    guidance="cond_first",
 )
 
 PIXART = ModelAdapter(

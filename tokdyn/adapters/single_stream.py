@@ -41,6 +41,9 @@ ZIMAGE = ModelAdapter(
     grid=_zimage_grid,
     level=timestep("t", scale=1.0, backwards=True),
     refuse={"controlnet_block_samples": CONTROL, "siglip_feats": IP_ADAPTER, "image_noise_mask": IP_ADAPTER},
+    width=lambda model: int(model.config["dim"]),  # type: ignore[index]
+    heads=lambda model: int(model.config["n_heads"]),  # type: ignore[index]
+    guidance="cond_first",
 )
 
 
@@ -70,4 +73,6 @@ LUMINA2 = ModelAdapter(
     grid=_lumina_grid,
     level=timestep(scale=1.0, backwards=True),
     refuse={"attention_kwargs": IP_ADAPTER},
+    width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
+    guidance="calls",
 )

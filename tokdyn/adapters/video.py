@@ -28,6 +28,7 @@ WAN = ModelAdapter(
     grid=_wan_grid,
     level=timestep(),
     refuse={"attention_kwargs": IP_ADAPTER},
+    guidance="calls",
 )
 
 LTX = ModelAdapter(
@@ -75,6 +76,7 @@ HUNYUAN = ModelAdapter(
     grid=_hunyuan_grid,
     level=timestep(),
     refuse={"attention_kwargs": IP_ADAPTER},
+    guidance="calls",
 )
 
 

@@ -1,75 +1,29 @@
 """One call of a wrapped model: where it is, which tokens there are, and what each method does about it.
 
-Everything that belongs to a call lives in its `Run` and goes away with it. What must outlast it is the `Memory` of the
-caches, and the record that `tokdyn.stats` shows.
+Everything that belongs to a call lives in its `Run` and goes away with it. What must outlast it is in the attachment:
+the memory of caches, the records that `tokdyn.stats` shows, and the losses of the last call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokdyn.adapters.base import ModelAdapter, Stack
+from tokdyn.adapters.base import Stack
+from tokdyn.attach.actors.base import Branch
+from tokdyn.attach.groups import Group, grouped, put, shortened
+from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.roles import Role
 from tokdyn.attach.tokens import follow, join, of_samples, split
+from tokdyn.attach.trajectory import Turn
+from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, cells
 
-
-class Bracket(Protocol):
-    """A method around the blocks `first` to `last`."""
-
-    @property
-    def first(self) -> int: ...  # noqa: D102
-
-    @property
-    def last(self) -> int: ...  # noqa: D102
-
-    def open(self, run: Run, x: Tensor) -> Tensor:
-        """What the blocks see instead of the tokens x (B, N, D)."""
-
-    def close(self, run: Run, x: Tensor) -> Tensor:
-        """The tokens (B, N, D) after the blocks."""
-
-
-class Gate(Protocol):
-    """A method that decides whether a block runs."""
-
-    def skips(self, level: float, block: int) -> bool:
-        """Whether the block returns what it was given, at this noise level."""
-
-    def always(self, block: int) -> bool | None:
-        """The same where it does not depend on the level, None where it does."""
-
-
-class Branch(Protocol):
-    """A method around the attention or the MLP of a block."""
-
-    def around(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any]) -> Any:
-        """The result of the branch; `call` takes its arguments by name."""
-
-
-@dataclass(frozen=True)
-class Actors:
-    """The methods of a model, by how they act; outermost first."""
-
-    brackets: tuple[Bracket, ...] = ()
-    gates: tuple[Gate, ...] = ()
-    branches: tuple[Branch, ...] = ()
-
-
-@dataclass
-class Record:
-    """What happened in one call; see `tokdyn.stats`."""
-
-    level: Tensor | float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    cached: bool = False
-    losses: dict[str, Tensor] = field(default_factory=dict)
+if TYPE_CHECKING:
+    from tokdyn.attach.attachment import Attachment
 
 
 class Run:
@@ -77,105 +31,111 @@ class Run:
 
     Attributes:
         model: the wrapped model.
-        adapter: what is known of it.
-        roles: of its parts.
-        actors: the methods.
+        attachment: what it carries.
+        arguments: of the call, by name.
         training: gradients are wanted.
+        batch: B, of what is being computed.
         index: (B, M) cells whose tokens are there, None while all are.
-        kept: what a bracket keeps from its opening to its closing, by its id.
+        lengths: tokens of each sample that count, where they differ; the rest of its M hold nothing.
+        reused: samples for which a cache asked the blocks to pass everything through.
+        kept: what a method keeps for later in the call, by its id.
         part: the block that is being called.
         stack: where it is.
         named: its arguments by name.
-        idle: a bracket asked the blocks to pass everything through.
+        losses: auxiliary losses so far.
         record: what has happened so far.
+        call: what is happening in the block that is being computed.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: ModelAdapter,
-        roles: dict[int, Role],
-        actors: Actors,
-        grid: Callable[[], Grid],
-        level: Callable[[], Sequence[float]],
-    ) -> None:
-        self.model, self.adapter, self.roles, self.actors = model, adapter, roles, actors
-        self._read_level, self._read_grid = level, grid
-        self._level: Sequence[float] | None = None
-        self._grid: Grid | None = None
+    def __init__(self, model: nn.Module, attachment: Attachment, arguments: Mapping[str, Any]) -> None:
+        self.model, self.attachment, self.arguments = model, attachment, arguments
+        self.adapter, self.actors = attachment.adapter, attachment.actors
+        self.roles = attachment.roles(model)
         self.training = model.training and torch.is_grad_enabled()
+        self.batch = 0
         self.index: Tensor | None = None
-        self.idle = False
+        self.lengths: tuple[int, ...] | None = None
+        self.reused: frozenset[int] = frozenset()
         self.kept: dict[Any, Any] = {}
         self.part: nn.Module = model
-        self.stack = adapter.stacks[0]
+        self.stack = self.adapter.stacks[0]
         self.named: dict[str, Any] = {}
-        self.record = Record()
-        self._followed: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.record = Record(self.adapter.level(model, arguments), branch=attachment.branch)
+        self.call = BlockCall(0, 0, 0)
+        self._level: tuple[float, ...] | None = None
+        self._grid: Grid | None = None
+        self._turn: Turn | None = None
+        self._followed: dict[Hashable, tuple[Any, Any]] = {}
 
     @property
-    def level(self) -> Sequence[float]:
+    def level(self) -> tuple[float, ...]:
         """Noise level of every sample, read when a method asks for it: on an accelerator the host waits for it."""
         if self._level is None:
-            self._level = self._read_level()
+            self._level = self.per_sample(self._clock().tolist(), "the timestep")
         return self._level
 
-    @level.setter
-    def level(self, level: Sequence[float]) -> None:
-        self._level = level
+    def clock(self, device: torch.device | str) -> Tensor:
+        """(B,) or (1,) fp32 noise levels on a device; of tokens at different levels (B, N), the highest counts."""
+        if self._level is not None:
+            return torch.tensor(self._level, device=device)
+        return self._clock().to(device)
+
+    def _clock(self) -> Tensor:
+        """`clock` of the whole batch, where it was given."""
+        level = self.record.level
+        found = level.float() if isinstance(level, torch.Tensor) else torch.tensor(float(level))
+        return found.flatten(1).amax(1) if found.dim() > 1 else found.reshape(-1)
+
+    @property
+    def turn(self) -> Turn:
+        """Which step of which branch this call is. A method that asks must ask in every call."""
+        if self._turn is None:
+            self._turn = self.attachment.trajectory.turn(self.level, self.record.branch)
+        return self._turn
 
     @property
     def grid(self) -> Grid:
         """Cells of the full grid, read from the arguments of the model when a method asks for it."""
         if self._grid is None:
-            self._grid = self._read_grid()
+            self._grid = self.adapter.grid(self.model, self.arguments)
         return self._grid
 
     @property
     def count(self) -> int:
-        """Image tokens of a sample that are there now."""
+        """Image tokens of a sample that there is room for now."""
         return cells(self.grid) if self.index is None else self.index.shape[1]
 
     def block(
         self, part: nn.Module, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call one block, or do not; `call` is the block as it was."""
-        named = role.named(args, kwargs)
-        self.part, self.stack, self.named = part, role.stack, named
-        text, x = self._split(named[role.stack.tokens], role.stack)
+        stack, named = role.stack, role.named(args, kwargs)
+        self.part, self.stack, self.named = part, stack, named
+        text, x = self._split(named[stack.tokens], stack)
+        self.batch = len(x)
+        if not self.record.batch:
+            self.record.batch, self.record.cells = len(x), x.shape[1]
         opening = [bracket for bracket in self.actors.brackets if bracket.first == role.block]
         for bracket in opening:
             x = bracket.open(self, x)
         if opening:
-            named[role.stack.tokens] = join(text, x, role.stack.image)
-        given = {"tokens": named[role.stack.tokens], "text": named.get(role.stack.text or "")}
-        running = self._running(role.block)
-        if running == []:
-            results = given
-        else:
-            self.record.blocks.append(role.block)
-            self.record.tokens.append(x.shape[1])
-            if self.index is not None:
-                self._cut(role.stack, named)
+            named[stack.tokens] = join(text, x, stack.image)
+        given = {"tokens": named[stack.tokens], "text": named.get(stack.text or "")}
 
-            def inner(arguments: dict[str, Any]) -> Any:
-                return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
+        def inner(arguments: dict[str, Any]) -> Any:
+            return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
 
-            out = inner(named) if running is None else self.part_of(running, role.stack, named, inner)
-            parts = out if isinstance(out, tuple) else (out,)
-            results = dict(zip(role.stack.returns, parts, strict=False))
-            if running is not None:
-                rows = torch.tensor(running, device=x.device)
-                results = {k: _put(given[k], rows, v) for k, v in results.items()}
+        results = self._weighted(role.block, given, self._computed(part, role, inner, given))
         closing = [bracket for bracket in reversed(self.actors.brackets) if bracket.last == role.block]
         if closing:
-            text, x = self._split(results["tokens"], role.stack)
+            text, x = self._split(results["tokens"], stack)
             for bracket in closing:
                 x = bracket.close(self, x)
-            results["tokens"] = join(text, x, role.stack.image)
-        if len(role.stack.returns) == 1:
+            results["tokens"] = join(text, x, stack.image)
+        if len(stack.returns) == 1:
             return results["tokens"]
-        return tuple(results[name] for name in role.stack.returns)
+        return tuple(results[name] for name in stack.returns)
 
     def branch(self, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the attention or the MLP of a block through what is around it."""
@@ -190,50 +150,135 @@ class Run:
             inner = _through(each, self, role, inner)
         return inner(**named)
 
-    def _running(self, block: int) -> list[int] | None:
-        """The samples that a block is computed for, None for all."""
-        gates = [gate for gate in self.actors.gates if gate.always(block) is not False]
-        if self.idle or any(gate.always(block) for gate in gates):
-            return []
-        if not gates:
-            return None
-        skipped = {level: any(gate.skips(level, block) for gate in gates) for level in set(self.level)}
-        running = [i for i, level in enumerate(self.level) if not skipped[level]]
-        return None if len(running) == len(self.level) else running
+    def _computed(
+        self, part: nn.Module, role: Role, inner: Callable[[dict[str, Any]], Any], given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the block makes of the tokens, for the samples that it runs for."""
+        gates = [gate for gate in self.actors.gates if gate.always(self, role.block) is not False]
+        if any(gate.always(self, role.block) for gate in gates):
+            return dict(given)
+        skipped = [False] * self.batch
+        for gate in gates:
+            skipped = [one or other for one, other in zip(skipped, gate.skips(self, role.block), strict=True)]
+        keys = [kernel.key(self, role.block) for kernel in self.actors.kernels]
+        parting = [key for key in keys if key is not None]
+        if not (any(skipped) or self.reused or self.lengths or parting):
+            return self._part(part, role, inner, None)
+        lengths = self.lengths or (self.count,) * self.batch
+        running = [i for i in range(self.batch) if not skipped[i] and i not in self.reused]
+        joined = [(lengths[i], *(key[i] for key in parting)) for i in range(self.batch)]
+        results = dict(given)
+        for key, samples in grouped(joined, running):
+            length = lengths[samples[0]]
+            if len(samples) == self.batch and length == self.count:
+                return self._part(part, role, inner, None)
+            rows = torch.tensor(samples, device=given["tokens"].device)
+            cut = None if self.index is None else self.index.index_select(0, rows)[:, :length]
+            found = self._part(part, role, inner, Group(samples, rows, cut, (key, samples)))
+            for name, value in found.items():
+                image = role.stack.image if name == "tokens" else None
+                results[name] = put(results[name], rows, value, image, self.count, length)
+        return results
+
+    def _part(
+        self, part: nn.Module, role: Role, inner: Callable[[dict[str, Any]], Any], group: Group | None
+    ) -> dict[str, Any]:
+        """The block computed for one group of samples, or for all."""
+        for kernel in self.actors.kernels:
+            inner = kernel.around(self, part, role, inner)
+        samples = self.batch if group is None else len(group.samples)
+        named = self._named(role.stack, group)
+        tokens = named[role.stack.tokens]
+        image = self.count if group is None or group.index is None else group.index.shape[1]
+        beside = named.get(role.stack.text or "")
+        text = tokens.shape[1] - image + (0 if beside is None else beside.shape[1])
+        self.call = BlockCall(role.block, samples, image, text)
+        self.record.calls.append(self.call)
+        out = inner(named) if group is None else self._among(group.samples, group.index, lambda: inner(named))
+        return dict(zip(role.stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
+
+    def _named(self, stack: Stack, group: Group | None) -> dict[str, Any]:
+        """The arguments of the block for a group, each with entries for the tokens that are there alone."""
+        named, index = dict(self.named), self.index if group is None else group.index
+        following = {how.name for how in stack.follow}
+        if group is not None:
+            rest = {name: value for name, value in named.items() if name not in following}
+            named |= of_samples(rest, group.rows, self.batch, stack)
+            if index is not None:
+                named[stack.tokens] = shortened(named[stack.tokens], self.count, index.shape[1], stack.image)
+        for how in stack.follow:
+            value = self.named.get(how.name)
+            if value is None or (group is None and index is None):
+                continue
+            key = (id(value), None if group is None else group.key, id(self.index))
+            if key not in self._followed:  # the value is kept, so that its id stays its own
+                part = (
+                    value if group is None else of_samples({how.name: value}, group.rows, self.batch, stack)[how.name]
+                )
+                cut = part if index is None else follow(part, how, stack, index, cells(self.grid))
+                self._followed[key] = ((value, self.index), cut)
+            named[how.name] = self._followed[key][1]
+        return named
+
+    def here(self) -> tuple[Any, ...]:
+        """Which samples and tokens there are, to come back to with `go`."""
+        return self.batch, self._level, self.index, self.lengths, self.call
+
+    def go(self, place: tuple[Any, ...]) -> None:
+        """Be where `here` was."""
+        self.batch, self._level, self.index, self.lengths, self.call = place
+
+    def _among(self, samples: Sequence[int], index: Tensor | None, call: Callable[[], Any]) -> Any:
+        """Call something while some of the samples are all there is."""
+        here = self.here()
+        if self._level is not None or len(self._clock()) > 1:
+            self._level = tuple(self.level[i] for i in samples)
+        self.batch, self.index, self.lengths = len(samples), index, None
+        try:
+            return call()
+        finally:
+            self.go(here)
 
     def part_of(
         self, samples: Sequence[int], stack: Stack, named: dict[str, Any], call: Callable[[dict[str, Any]], Any]
     ) -> Any:
-        """Call something on some of the samples alone; while it runs, they are all there is."""
-        level, index = self.level, self.index
+        """Call a part of a block on some of the samples alone; while it runs, they are all there is."""
         rows = torch.tensor(samples, device=named[stack.tokens if stack.tokens in named else next(iter(named))].device)
-        self.level = [level[i] for i in samples]
-        self.index = None if index is None else index.index_select(0, rows)
-        try:
-            return call(of_samples(named, rows, len(level), stack))
-        finally:
-            self.level, self.index = level, index
+        index = None if self.index is None else self.index.index_select(0, rows)
+        given = of_samples(named, rows, self.batch, stack)
+        return self._among(samples, index, lambda: call(given))
+
+    def _weighted(self, block: int, given: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+        """The effect of the block, as far as learned gates let it through."""
+        for gate in self.actors.gates:
+            weight = gate.weight(self, block)
+            if weight is None:
+                continue
+            share = weight.view(-1, 1, 1)
+            for name, value in results.items():
+                if value is not None and given.get(name) is not None:
+                    results[name] = torch.lerp(given[name], value, share.to(value.dtype))
+        return results
 
     def _split(self, x: Tensor, stack: Stack) -> tuple[Tensor | None, Tensor]:
         """Text and image tokens of what a block gets or returns."""
         return split(x, None if stack.image == "all" else self.count, stack.image)
 
-    def _cut(self, stack: Stack, named: dict[str, Any]) -> None:
-        """Leave only the entries of the tokens that are there, in every argument that has one for each token."""
-        assert self.index is not None
-        for how in stack.follow:
-            value = named.get(how.name)
-            if value is None:
-                continue
-            key = (id(value), id(self.index))
-            if key not in self._followed:  # the values are kept, so that an id stays theirs
-                self._followed[key] = (value, follow(value, how, stack, self.index, cells(self.grid)))
-            named[how.name] = self._followed[key][1]
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add to an auxiliary loss of this call."""
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
 
+    def per_sample(self, values: Sequence[float], what: str) -> tuple[float, ...]:
+        """One value for all samples, or one for each, as one for each.
 
-def _put(whole: Any, rows: Tensor, part: Any) -> Any:
-    """The results of some samples in place of what was there."""
-    return part if whole is None or part is None else whole.index_copy(0, rows, part.to(whole.dtype))
+        Raises:
+            InputError: as many as neither.
+        """
+        if len(values) == 1:
+            return tuple(values) * self.batch
+        if len(values) != self.batch:
+            raise InputError(f"{what} has {len(values)} entries, but the batch holds {self.batch} samples.")
+        return tuple(values)
 
 
 def _through(branch: Branch, run: Run, role: Role, call: Callable[..., Any]) -> Callable[..., Any]:

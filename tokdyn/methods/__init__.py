@@ -1,8 +1,8 @@
 """Token-reduction methods: each an immutable configuration, its modules, its cost and its losses."""
 
-from tokdyn.methods.base import Method
+from tokdyn.methods.base import Method, Sizes
 from tokdyn.methods.chunking import Chunking, ChunkingModule
-from tokdyn.methods.depth_skip import DepthSkip
+from tokdyn.methods.depth_skip import DepthSkip, SkipGates
 from tokdyn.methods.dynamic_width import DynamicWidth
 from tokdyn.methods.feature_cache import FeatureCache
 from tokdyn.methods.token_drop import TokenDrop
@@ -20,6 +20,8 @@ __all__ = [
     "DynamicWidth",
     "FeatureCache",
     "Method",
+    "Sizes",
+    "SkipGates",
     "TokenDrop",
     "TokenMerge",
 ]

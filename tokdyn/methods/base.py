@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
 
 from tokdyn.errors import InputError
 
@@ -52,6 +53,26 @@ class Traits:
     learns: Literal["tokens", "FLOPs"] | None = None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a method needs to know of a model to build its parts.
+
+    Attributes:
+        width: D.
+        heads: H.
+        weights: numbers in the weights of each block; the cost of its matrix products is proportional to it.
+    """
+
+    width: int
+    heads: int
+    weights: tuple[int, ...]
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the model."""
+        return len(self.weights)
+
+
 class Method(BaseModel):
     """An immutable, strict configuration: one object serves Python, YAML, JSON and the command line."""
 
@@ -62,6 +83,10 @@ class Method(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise InputError(_sentence(type(self), error)) from error
+
+    def build(self, sizes: Sizes) -> nn.Module | None:
+        """The trainable parts for a model of these sizes; None if there are none."""
+        return None
 
     def traits(self, depth: int) -> Traits:
         """What the rules of composition need to know.

@@ -5,39 +5,58 @@ Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from tokdyn.methods.base import Method, Stage, Traits
+from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.routers import RouterName, build_router
 from tokdyn.ops import dechunk_packed, exact, pack, ratio_loss, select, straight_through, tail_drop
+from tokdyn.ops.schedules import Curve, check_curve
 from tokdyn.tokens import Grid, Packing, Routing
 
 
 class Chunking(Method):
     """Settings of learned chunking.
 
+    In a model that was built without it, the same number of tokens is kept of every sample, the most probable ones, so
+    that every attention kernel works and nothing is masked; `ragged` keeps those that the router asks for.
+
     Attributes:
-        target: N, tokens per kept token that the ratio loss holds.
+        target: N, tokens per kept token that the ratio loss holds; 1 keeps all and changes nothing.
         router: how boundary probabilities are computed.
-        smoothing_sigma: width of the de-chunking kernel in cells; None skips the smoothing.
+        sigma: width of the de-chunking kernel in cells; None skips the smoothing.
+        tail_drop: share of the kept tokens to drop, least probable first, or points (noise level, share);
+            `tokdyn.set_tail_drop` sets it from call to call.
+        ragged: keep the tokens with p > 0.5, as many as there are; samples of different length are computed apart.
         force_ends: always keep the first and the last cell, as the official code does.
+        loss_weight: of the ratio loss.
     """
 
-    target: float = Field(default=4.0, gt=1.0)
+    target: float = Field(default=4.0, ge=1.0)
     router: RouterName = "spatial_predictability"
-    smoothing_sigma: float | None = Field(default=1.0, gt=0.0)
+    sigma: float | None = Field(default=1.0, gt=0.0)
+    tail_drop: Curve = 0.0
+    ragged: bool = False
     force_ends: bool = False
+    loss_weight: float = Field(default=0.03, ge=0.0)
+
+    @field_validator("tail_drop")
+    @classmethod
+    def _shares(cls, tail_drop: Curve) -> Curve:
+        check_curve(tail_drop, 0.0, 1.0)
+        return tail_drop
 
     def traits(self, depth: int) -> Traits:
         """It owns the token grid; what the blocks see depends on the image."""
         return Traits(Stage.STACK, tokens="subset", moving=True, owns={"token grid": None}, learns="tokens")
 
-    def build(self, width: int) -> ChunkingModule:
-        """The trainable parts for tokens of the given width."""
-        return ChunkingModule(self, width)
+    def build(self, sizes: Sizes) -> ChunkingModule | None:
+        """The router and the residual projection, unless all tokens are kept."""
+        return None if self.target == 1.0 else ChunkingModule(self, sizes.width)
 
 
 class ChunkingModule(nn.Module):
@@ -55,11 +74,13 @@ class ChunkingModule(nn.Module):
         nn.init.zeros_(self.residual.bias)
 
     def logits(self, tokens: Tensor, grid: Grid, timestep: Tensor) -> Tensor:
-        """Boundary logits (B, N) of dense tokens (B, N, D) on a (rows, columns) grid."""
+        """Boundary logits (B, N) of dense tokens (B, N, D) on a grid; frames of a video are looked at one by one."""
         with torch.autocast(tokens.device.type, enabled=False):
-            rows = exact(tokens).view(len(tokens), *grid, -1).permute(0, 3, 1, 2)
-            out: Tensor = self.router(rows, timestep)
-            return out.flatten(1)
+            *frames, rows, columns = (1, *grid) if len(grid) == 1 else grid
+            count = math.prod(frames)
+            maps = exact(tokens).reshape(len(tokens) * count, rows, columns, -1).permute(0, 3, 1, 2)
+            out: Tensor = self.router(maps, timestep, count)
+            return out.reshape(len(tokens), -1)
 
     def route(self, tokens: Tensor, grid: Grid, timestep: Tensor, drop: float | Tensor = 0.0) -> Routing:
         """Decide which tokens the blocks see.
@@ -100,7 +121,7 @@ class ChunkingModule(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             source = exact(tokens)
             residual = F.linear(source, self.residual.weight.to(source), self.residual.bias.to(source))
-            sigma = self.config.smoothing_sigma
+            sigma = self.config.sigma
             out = exact(dechunk_packed(rows, routing.probability, routing.keep, packing, sigma))
             if torch.is_grad_enabled():
                 p = routing.probability

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from tokdyn.errors import InputError
-from tokdyn.methods.base import Method, Stage, Traits
+from tokdyn.methods.base import Method, Sizes, Stage, Traits
+from tokdyn.ops import timestep_frequencies
 
 Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
 
@@ -13,12 +16,17 @@ Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
 class DepthSkip(Method):
     """Settings of depth skipping; a skipped block returns what it was given.
 
+    Learned gates start open. Training draws each gate with Gumbel noise and passes its gradient through a sigmoid; the
+    loss 2 (r - target)^2, r the share of the blocks' FLOPs that ran on average, is in `tokdyn.losses`. In evaluation a
+    gate is open or shut by the noise level alone, and what is shut is not computed.
+
     Attributes:
         blocks: skip these blocks; negative numbers count from the end.
         levels: the noise levels between which `blocks` are skipped; 1 is pure noise.
         table: what a calibration found: rows (low, high, blocks) of noise levels and the blocks skipped there.
         learned: train one gate for each block and noise level.
         target: share of the blocks' FLOPs that learned gates end up with.
+        loss_weight: of the FLOPs loss of learned gates.
         fingerprint: what the table was calibrated on; another model is warned about.
     """
 
@@ -27,6 +35,7 @@ class DepthSkip(Method):
     table: Rows = ()
     learned: bool = False
     target: float = Field(default=0.7, gt=0.0, le=1.0)
+    loss_weight: float = Field(default=1.0, ge=0.0)
     fingerprint: str | None = None
 
     @model_validator(mode="after")
@@ -54,7 +63,31 @@ class DepthSkip(Method):
         """The blocks that are skipped at a noise level, without learned gates."""
         return frozenset(block for low, high, blocks in self.rows(depth) if low <= level <= high for block in blocks)
 
+    def build(self, sizes: Sizes) -> SkipGates | None:
+        """The gates, if they are learned."""
+        return SkipGates(sizes.depth) if self.learned else None
+
     def traits(self, depth: int) -> Traits:
         """It decides for the blocks it may skip."""
         where = None if self.learned else frozenset(block for _, _, blocks in self.rows(depth) for block in blocks)
         return Traits(Stage.BLOCK, owns={"skipping": where}, learns="FLOPs" if self.learned else None)
+
+
+class SkipGates(nn.Module):
+    """One gate for each block: a linear function of the sines and cosines of the noise level."""
+
+    FREQUENCIES = 256
+    OPEN = 5.0  # a gate that starts so is drawn shut once in 150 times
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(self.FREQUENCIES, depth)
+        nn.init.zeros_(self.score.weight)
+        nn.init.constant_(self.score.bias, self.OPEN)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """Logits (B, depth) at noise levels (B,)."""
+        frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
+        with torch.autocast(level.device.type, enabled=False):
+            weight, bias = self.score.weight, self.score.bias
+            return nn.functional.linear(frequencies.to(weight), weight, bias)

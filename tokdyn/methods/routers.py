@@ -38,8 +38,8 @@ class Router(nn.Module, ABC):
         """The additive bias of the logit, one number."""
 
     @abstractmethod
-    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
-        """Logits (B, R, C) of tokens (B, D, R, C), fp32 or fp64 in any layout; timestep (B,)."""
+    def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
+        """Logits (B F, R, C) of the F frames of tokens (B F, D, R, C), fp32 or fp64 in any layout; timestep (B,)."""
 
     @torch.no_grad()
     def calibrate(self, logits: Tensor, target: float) -> None:
@@ -79,8 +79,8 @@ class SpatialPredictabilityRouter(Router):
         """The bias of the last convolution."""
         return self.score[3].bias  # type: ignore[return-value]
 
-    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
-        """Logits (B, R, C) of tokens (B, D, R, C)."""
+    def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
+        """Logits (B F, R, C) of tokens (B F, D, R, C)."""
         first, norm, _, last = self.score
         latent = _conv(self.proj, tokens)
         surprise = _conv(first, latent - _conv(self.context, latent))  # type: ignore[arg-type]
@@ -116,8 +116,8 @@ class CosineRouter(Router):
         """The offset added to logit(p)."""
         return self.offset
 
-    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
-        """Logits (B, R, C) of tokens (B, D, R, C)."""
+    def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
+        """Logits (B F, R, C) of tokens (B F, D, R, C)."""
         rows = tokens.permute(0, 2, 3, 1)
         query = F.normalize(F.linear(rows, self.query.weight.to(rows)), dim=-1)
         key = F.normalize(F.linear(rows, self.key.weight.to(rows)), dim=-1).permute(0, 3, 1, 2)
@@ -146,16 +146,17 @@ class RandomRouter(Router):
         """Set the exact bias; the logits do not matter."""
         nn.init.constant_(self.offset, -math.log(target - 1))
 
-    def forward(self, tokens: Tensor, timestep: Tensor) -> Tensor:
-        """Logits (B, R, C) for tokens (B, D, R, C)."""
-        batch, _, rows, columns = tokens.shape
+    def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
+        """Logits (B F, R, C) for tokens (B F, D, R, C)."""
+        _, _, rows, columns = tokens.shape
+        batch = len(tokens) // frames
         if self.training:
             seed = torch.randint(2**31, (batch, 1), device=tokens.device)
         else:
             seed = (timestep.double() * 64).round().long().expand(batch)[:, None]
-        cell = torch.arange(rows * columns, device=tokens.device)
+        cell = torch.arange(frames * rows * columns, device=tokens.device)
         uniform = (mix(mix(seed) + cell).double() + 0.5) / 2**32
-        return (torch.logit(uniform).to(tokens) + self.offset.to(tokens)).view(batch, rows, columns)
+        return (torch.logit(uniform).to(tokens) + self.offset.to(tokens)).view(-1, rows, columns)
 
 
 def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:

@@ -13,13 +13,17 @@ from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
 class TokenDrop(Method):
     """Settings of token dropping. Acts in training only; nothing is trained.
 
+    With `tokdyn.dropping` it acts in sampling too, for guidance by a prediction that saw fewer tokens.
+
     Attributes:
         rate: share of the tokens that passes by the span, in [0, 1).
         blocks: first and last block of the span; None is the paper's stretch, blocks 2 to 8 of 12, in proportion.
+        seed: of the subsets in sampling, which follow from it, the noise level and the cell.
     """
 
     rate: float = Field(default=0.5, ge=0.0, lt=1.0)
     blocks: Span | None = None
+    seed: int = 0
 
     def traits(self, depth: int) -> Traits:
         """A random subset inside a span, while training."""

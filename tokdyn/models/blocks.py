@@ -62,7 +62,7 @@ class LabelEmbedder(nn.Module):
         null = self.embedding_table.num_embeddings - 1
         if null < _PIPELINE_NULL_CLASS:
             labels = torch.where(labels == _PIPELINE_NULL_CLASS, null, labels)
-        if not asking_waits(labels) and not torch.compiler.is_compiling():
+        if not asking_waits(labels):
             wrong = labels[(labels < 0) | (labels > null)]
             if len(wrong):
                 raise InputError(f"class_labels hold {int(wrong[0])}, expected 0 to {null}; {null} means no class.")

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
-from tokdyn.methods import Chunking
+from tokdyn.methods import Chunking, ChunkingModule
 from tokdyn.methods.routers import RouterName
 from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
@@ -79,11 +79,15 @@ class DCDiT(Transformer):
         if min(encoder_depth, decoder_depth, width) < 1:
             raise InputError("encoder_depth, decoder_depth and scaffold_width must be at least 1.")
         sigma = smoothing_sigma if smoothing else None
-        chunking = Chunking(target=target, router=router, smoothing_sigma=sigma, force_ends=force_ends)
+        if not target > 1.0:
+            raise InputError(f"target: input should be greater than 1 cell a token, got {target}; a DiT keeps all.")
+        if not smoothing_sigma > 0.0:
+            raise InputError(f"smoothing_sigma: input should be greater than 0 cells, got {smoothing_sigma}.")
+        chunking = Chunking(target=target, router=router, sigma=sigma, force_ends=force_ends)
         self.x_embedder = CellEmbedder(in_channels * patch_size**2, width, 3, padding=1)
         self._build(head_width=width)
         self.encoder = Scaffold(width, hidden_size, encoder_depth, hidden_size, change_first=False)
-        self.chunking = chunking.build(hidden_size)
+        self.chunking = ChunkingModule(chunking, hidden_size)
         self.norm = RMSNorm(hidden_size)
         self.decoder = Scaffold(hidden_size, width, decoder_depth, hidden_size, change_first=True)
         self._initialize()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,30 @@ def random_subset(
     Returns:
         (B, K) int64 with K of `kept_count`.
     """
-    kept = kept_count(count, rate)
-    order = torch.rand(batch, count, device=device, generator=generator).argsort(dim=1)
-    return order[:, :kept].sort(dim=1).values
+    noise = torch.rand(batch, count, device=device, generator=generator)
+    return subset(noise, (count,) * batch, (kept_count(count, rate),) * batch)
+
+
+def subset(noise: Tensor, lengths: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """The tokens with the smallest numbers of each sample, in rising order.
+
+    Args:
+        noise: (B, N).
+        lengths: how many of a sample's N are tokens.
+        kept: how many of them to take.
+
+    Returns:
+        (B, K) int64, K the most that any sample keeps; a sample that keeps fewer has others behind its own.
+    """
+    count, longest = noise.shape[1], max(kept)
+    if min(lengths) < count:
+        real = torch.arange(count, device=noise.device) < torch.tensor(lengths, device=noise.device)[:, None]
+        noise = noise.masked_fill(~real, torch.inf)
+    order = noise.argsort(dim=1, stable=True)[:, :longest]
+    if min(kept) == longest:
+        return order.sort(dim=1).values
+    surplus = torch.arange(longest, device=noise.device) >= torch.tensor(kept, device=noise.device)[:, None]
+    return (order + surplus * count).sort(dim=1).values.remainder(count)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -46,9 +69,32 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(batch * count, *x.shape[2:]).index_select(0, flat).view(*index.shape, *x.shape[2:])
 
 
-def put_back(kept: Tensor, full: Tensor, index: Tensor) -> Tensor:
-    """The full tokens with those at the index replaced: those that were dropped pass by the span unchanged."""
+def put_back(kept: Tensor, full: Tensor, index: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """The full tokens with those at the index replaced: those that were dropped pass by the span unchanged.
+
+    Args:
+        kept: (B, K, ...).
+        full: (B, N, ...).
+        index: (B, K) int64.
+        lengths: how many of a sample's K count; None is all.
+    """
     batch, count = full.shape[:2]
     flat = (index + torch.arange(batch, device=index.device)[:, None] * count).flatten()
-    rows = full.reshape(batch * count, *full.shape[2:])
-    return rows.index_copy(0, flat, kept.to(full.dtype).flatten(0, 1)).view_as(full)
+    rows, new = full.reshape(batch * count, *full.shape[2:]), kept.to(full.dtype).flatten(0, 1)
+    if lengths is not None and min(lengths) < index.shape[1]:
+        longest = index.shape[1]
+        there = [row * longest + at for row, length in enumerate(lengths) for at in range(length)]
+        chosen = torch.tensor(there, device=index.device)
+        flat, new = flat.index_select(0, chosen), new.index_select(0, chosen)
+    return rows.index_copy(0, flat, new).view_as(full)
+
+
+def drop_guidance(strong: Tensor, weak: Tensor, scale: float = 1.5) -> Tensor:
+    """Weak + scale (strong - weak): two predictions of one model, the weak one with more tokens dropped (TREAD).
+
+    Args:
+        strong: prediction with few tokens dropped, any shape.
+        weak: the same with many.
+        scale: 1 is the strong one.
+    """
+    return torch.lerp(weak, strong, scale)

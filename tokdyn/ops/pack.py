@@ -40,6 +40,28 @@ def pack(keep: Tensor, grid: Grid) -> Packing:
     return Packing(lengths, index, sample, index - sample * keep.shape[1], cu_seqlens, grid)
 
 
+def pack_index(index: Tensor, lengths: tuple[int, ...], grid: Grid) -> Packing:
+    """Plan the packing of tokens whose number is known: nothing is asked of an accelerator.
+
+    Args:
+        index: (B, M) int64, the cells of each sample, rising as far as they count.
+        lengths: how many of its M entries count, at least one for each sample.
+        grid: the token grid, N cells.
+
+    Returns:
+        The packing.
+    """
+    batch, longest = index.shape
+    count, device = cells(grid), index.device
+    sample = torch.arange(batch, device=device)[:, None].expand(batch, longest)
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    cell, sample = index.reshape(-1), sample.reshape(-1)
+    if set(lengths) != {longest}:
+        there = torch.tensor([row * longest + at for row, n in enumerate(lengths) for at in range(n)], device=device)
+        cell, sample = cell.index_select(0, there), sample.index_select(0, there)
+    return Packing(lengths, sample * count + cell, sample, cell, offsets, grid)
+
+
 def unpack(rows: Tensor, packing: Packing) -> Tensor:
     """Put packed rows back on the dense grid, zero elsewhere.
 

@@ -75,6 +75,25 @@ def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Te
     return keep & ~torch.zeros_like(keep).scatter_(1, order, first)
 
 
+def most_probable(probability: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The cells of the highest probability of each sample, ties to the lowest raster index; nested in the counts.
+
+    Args:
+        probability: (B, N).
+        counts: cells wanted of each sample, known on the host, from 1 to N.
+
+    Returns:
+        (B, M) int64 with M the largest count: the wanted cells in raster order, behind them others that fill the row.
+    """
+    cell = probability.shape[1]
+    order = probability.argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
+    if len(set(counts)) == 1:
+        return order.sort(dim=1).values
+    limit = torch.tensor(counts, device=order.device)[:, None]
+    surplus = torch.arange(order.shape[1], device=order.device) >= limit
+    return (order + surplus * cell).sort(dim=1).values.remainder(cell)
+
+
 class _StraightThrough(torch.autograd.Function):
     """features * 1 forward; backward as if features had been multiplied by the probability."""
 

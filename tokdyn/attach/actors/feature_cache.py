@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.attach.run import Run
+from tokdyn.attach.trajectory import Turn
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, extrapolate, relative_change, rescale
 
@@ -18,7 +19,6 @@ class Branch:
     """What is remembered of one guidance branch.
 
     Attributes:
-        step: of the trajectory, from 0.
         seen: (B, ...) indicator of the step before.
         total: (B,) accumulated change.
         effect: (B, N, D) what the blocks added when they last ran, for each sample.
@@ -26,7 +26,6 @@ class Branch:
         before: effect and level of the time before that.
     """
 
-    step: int
     seen: Tensor
     total: Tensor
     effect: Tensor | None = None
@@ -36,35 +35,22 @@ class Branch:
 
 @dataclass
 class Memory:
-    """The branches of the trajectory that is being sampled.
+    """The branches of the trajectory that is being sampled, by the name or place of each."""
 
-    Calls at one noise level are branches, in the order in which they come. A noise level above the last one begins a
-    new trajectory.
-    """
-
-    branches: list[Branch] = field(default_factory=list)
-    level: tuple[float, ...] = ()
-    place: int = -1
+    trajectory: int = -1
+    branches: dict[str | int, Branch] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget the trajectory."""
-        self.branches, self.level, self.place = [], (), -1
+        self.branches = {}
 
-    def turn(self, level: tuple[float, ...], shape: torch.Size) -> Branch | None:
-        """The branch of this call, None if it is its first step."""
-        if level == self.level:
-            self.place += 1
-        else:
-            if len(level) != len(self.level) or level[0] > self.level[0]:
-                self.clear()
-            self.level, self.place = level, 0
-        if self.place < len(self.branches) and self.branches[self.place].seen.shape == shape:
-            return self.branches[self.place]
-        return None
-
-    def put(self, branch: Branch) -> None:
-        """Remember a branch in the place of this call."""
-        self.branches[self.place : self.place + 1] = [branch]
+    def of(self, turn: Turn, shape: torch.Size) -> Branch | None:
+        """What is known of this branch; None if this is its first step, or its shape is another now."""
+        if turn.trajectory != self.trajectory:
+            self.clear()
+            self.trajectory = turn.trajectory
+        found = self.branches.get(turn.branch)
+        return found if found is not None and found.seen.shape == shape else None
 
 
 @dataclass
@@ -85,23 +71,21 @@ class Cache:
         return self.method.steps is None and not self.method.threshold > 0
 
     def open(self, run: Run, x: Tensor) -> Tensor:
-        """Decide for every sample whether it reuses; if all do, the blocks pass everything through."""
+        """Decide for every sample whether it reuses; blocks pass through the tokens of those that do."""
         if run.training or self.never:
             return x
         indicator = self._indicator(run, x)
-        branch = self.memory.turn(tuple(run.level), indicator.shape)
-        batch = len(x)
+        branch = self.memory.of(run.turn, indicator.shape)
         if branch is None:
-            branch = Branch(0, indicator, torch.zeros(batch, device=x.device))
-            self.memory.put(branch)
-            reuse = torch.zeros(batch, dtype=torch.bool, device=x.device)
+            branch = Branch(indicator, torch.zeros(len(x), device=x.device))
+            self.memory.branches[run.turn.branch] = branch
+            reused = [False] * len(x)
         else:
-            branch.step += 1
-            reuse = self._decide(branch, indicator)
+            reused = self._decide(branch, indicator, run.turn.step)
             branch.seen = indicator
-        run.idle = bool(reuse.all())
-        run.record.cached = run.idle
-        run.kept[id(self)] = (x, reuse, branch)
+        run.reused = frozenset(i for i, reuse in enumerate(reused) if reuse)
+        run.record.reused = len(run.reused)
+        run.kept[id(self)] = (x, reused, branch)
         return x
 
     def _indicator(self, run: Run, x: Tensor) -> Tensor:
@@ -111,37 +95,42 @@ class Cache:
         modulated = run.stack.modulated
         return (x if modulated is None else modulated(run.part, run.named)).detach()
 
-    def _decide(self, branch: Branch, indicator: Tensor) -> Tensor:
-        """(B,) bool; the accumulated change goes on."""
-        last = self.method.num_steps is not None and branch.step >= self.method.num_steps - 1
+    def _decide(self, branch: Branch, indicator: Tensor, step: int) -> list[bool]:
+        """Whether each sample reuses; the accumulated change goes on."""
+        last = self.method.num_steps is not None and step >= self.method.num_steps - 1
         if self.method.steps is not None:
-            computed = branch.step in self.method.steps
-            return torch.full_like(branch.total, not (computed or last), dtype=torch.bool)
+            return [not (step in self.method.steps or last)] * len(indicator)
         change = rescale(relative_change(indicator, branch.seen), self.method.coefficients)
         reuse, branch.total = accumulate(branch.total, change, math.nan if last else self.method.threshold)
-        return reuse
+        decided: list[bool] = reuse.tolist()
+        return decided
 
     def close(self, run: Run, x: Tensor) -> Tensor:
         """Add the remembered effect where it is reused, remember the new one elsewhere."""
         if id(self) not in run.kept:
             return x
-        start, reuse, branch = run.kept.pop(id(self))
-        run.idle = False
+        start, reused, branch = run.kept.pop(id(self))
+        run.reused = frozenset()
         level = torch.tensor(run.level, device=x.device)
         if branch.effect is None:
             branch.effect, branch.level = (x - start).detach(), level
             return x
-        chosen = reuse.view(-1, 1, 1)
-        effect = self._effect(branch, level)
-        out = torch.where(chosen, start + effect, x)
-        fresh = torch.where(chosen, branch.effect, (x - start).detach())
-        if not reuse.all():
-            earlier = (branch.effect, branch.level) if branch.before is None else branch.before
-            branch.before = (
-                torch.where(chosen, earlier[0], branch.effect),
-                torch.where(reuse, earlier[1], branch.level),
-            )
-            branch.effect, branch.level = fresh, torch.where(reuse, branch.level, level)
+        assert branch.level is not None
+        if all(reused):
+            repeated: Tensor = start + self._effect(branch, level)
+            return repeated
+        if any(reused):
+            chosen = torch.tensor(reused, device=x.device)
+            wide = chosen.view(-1, 1, 1)
+            out = torch.where(wide, start + self._effect(branch, level), x)
+            effect = torch.where(wide, branch.effect, (x - start).detach())
+            when = torch.where(chosen, branch.level, level)
+            earlier = branch.before or (branch.effect, branch.level)
+            before = torch.where(wide, earlier[0], branch.effect), torch.where(chosen, earlier[1], branch.level)
+        else:
+            out, effect, when, before = x, (x - start).detach(), level, (branch.effect, branch.level)
+        branch.effect, branch.level = effect, when
+        branch.before = before if self.method.extrapolate else None
         return out
 
     def _effect(self, branch: Branch, level: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ class Merge:
         for how in role.stack.follow:
             if named.get(how.name) is not None:
                 named[how.name] = follow(named[how.name], how, role.stack, kept, count)
+        if role.kind == "attention":
+            run.call.attention = merged.shape[1]
+        else:
+            run.call.mlp = merged.shape[1]
         out = call(**named)
         first, *rest = out if isinstance(out, tuple) else (out,)
         text, y = split(first, merged.shape[1], place)

@@ -1,0 +1,155 @@
+"""What a wrapped model carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters.base import ModelAdapter
+from tokdyn.attach.actors.base import Actors, Bracket, Branch, Gate, Kernel
+from tokdyn.attach.actors.chunking import Chunk
+from tokdyn.attach.actors.depth_skip import LearnedSkipping, Skipping
+from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
+from tokdyn.attach.actors.token_drop import Dropping
+from tokdyn.attach.actors.token_merge import Merge
+from tokdyn.attach.record import Record
+from tokdyn.attach.roles import Role, argument_names, find_roles
+from tokdyn.attach.trajectory import Trajectory
+from tokdyn.compose import Placed, compose
+from tokdyn.errors import UnsupportedModelError
+from tokdyn.methods import Chunking, DepthSkip, FeatureCache, Method, Sizes, TokenDrop, TokenMerge
+from tokdyn.methods.base import resolve
+
+
+class Attachment(nn.Module):
+    """Methods, their trainable parts and their memory. Registered as `model.tokdyn`.
+
+    Attributes:
+        adapter: what is known of the model.
+        methods: as the user listed them.
+        placed: the same, outermost first.
+        sizes: of the model.
+        parts: trainable parts of the methods, by their place in the user's list.
+        actors: the methods at work.
+        enabled: whether they are.
+        reduces: whether blocks may see other tokens than the full grid.
+        records: of the calls since the trajectory began.
+        trajectory: where sampling is.
+        losses: auxiliary losses of the last call that computed gradients.
+        tail_drop: what `tokdyn.set_tail_drop` set; None leaves it to the methods.
+        drop_rate: what `tokdyn.dropping` set: TokenDrop acts in sampling too, at this rate.
+        calibrating: routers adapt their bias to what they see.
+        branch: name of the guidance branch that the pipeline is in, where it says so.
+    """
+
+    def __init__(self, model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> None:
+        super().__init__()
+        self.adapter, self.methods, self.names = adapter, tuple(methods), argument_names(model)
+        self.sizes = sizes_of(model, adapter)
+        self.placed = compose(methods, self.sizes.depth)
+        self.parts = nn.ModuleDict()
+        like = next(iter(model.parameters()), torch.zeros(()))
+        for each in sorted(self.placed, key=lambda placed: placed.index):
+            built = each.method.build(self.sizes)
+            if built is not None:
+                self.parts[str(each.index)] = built.to(like.device)
+        self.actors = _actors(self.placed, self.parts, self.sizes)
+        self.reduces = any(each.traits.tokens != "full" for each in self.placed)
+        self.enabled = True
+        self.records: list[Record] = []
+        self.trajectory = Trajectory()
+        self.losses: dict[str, Tensor] = {}
+        self.tail_drop: tuple[float, ...] | dict[str, float] | None = None
+        self.drop_rate: float | None = None
+        self.calibrating = False
+        self.branch: str | None = None
+        self._roles: dict[int, Role] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the roles, which know the parts of this model and not those of a copy, and without graphs."""
+        return {**self.__dict__, "_roles": {}, "losses": {}}
+
+    def roles(self, model: nn.Module) -> dict[int, Role]:
+        """Roles of the model's parts; a copy of the model finds its own."""
+        if not self._roles:
+            self._roles = find_roles(model, self.adapter, branches=bool(self.actors.branches))
+        return self._roles
+
+    def has(self, method: type[Method]) -> bool:
+        """Whether a method of that kind is attached."""
+        return any(isinstance(each, method) for each in self.methods)
+
+    def clear(self) -> None:
+        """Forget the trajectory and its statistics."""
+        self.records = []
+        self.trajectory.clear()
+        for bracket in self.actors.brackets:
+            if isinstance(bracket, Cache):
+                bracket.memory.clear()
+
+
+def sizes_of(model: nn.Module, adapter: ModelAdapter) -> Sizes:
+    """What methods need to know of a model to build their parts."""
+    blocks = [block for stack in adapter.stacks for block in getattr(model, stack.path)]
+    weights = tuple(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return Sizes(adapter.width(model), adapter.heads(model), weights)
+
+
+def _actors(placed: Sequence[Placed], parts: nn.ModuleDict, sizes: Sizes) -> Actors:
+    """The methods at work, outermost first."""
+    found: dict[str, list[Any]] = {"brackets": [], "gates": [], "branches": [], "kernels": []}
+    for each in placed:
+        part = dict(parts).get(str(each.index))
+        make = _MAKERS.get(type(each.method))
+        if make is None:
+            raise UnsupportedModelError(f"{each.name} cannot be attached to models yet.")
+        for kind, actor in make(each, part, sizes):
+            found[kind].append(actor)
+    brackets: list[Bracket] = found["brackets"]
+    gates: list[Gate] = found["gates"]
+    branches: list[Branch] = found["branches"]
+    kernels: list[Kernel] = found["kernels"]
+    return Actors(tuple(brackets), tuple(gates), tuple(branches), tuple(kernels))
+
+
+Made = list[tuple[str, Any]]
+
+
+def _cache(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
+    assert isinstance(each.method, FeatureCache)
+    if each.method.indicator == "first_block":
+        return [("brackets", FirstBlock()), ("brackets", Cache(each.method, 1, sizes.depth - 1))]
+    return [("brackets", Cache(each.method, 0, sizes.depth - 1))]
+
+
+def _chunk(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
+    return [("brackets", Chunk(each.method, part, 0, sizes.depth - 1))]  # type: ignore[arg-type]
+
+
+def _drop(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
+    assert each.traits.span is not None
+    return [("brackets", Dropping(each.method, *each.traits.span))]  # type: ignore[arg-type]
+
+
+def _skip(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
+    if part is not None:
+        return [("gates", LearnedSkipping(each.method, part, sizes))]  # type: ignore[arg-type]
+    return [("gates", Skipping(each.method, sizes.depth))]  # type: ignore[arg-type]
+
+
+def _merge(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
+    assert isinstance(each.method, TokenMerge)
+    first, last = (0, sizes.depth - 1) if each.method.blocks is None else resolve(each.method.blocks, sizes.depth)
+    return [("branches", Merge(each.method, first, last))]
+
+
+_MAKERS: dict[type[Method], Callable[[Placed, nn.Module | None, Sizes], Made]] = {
+    FeatureCache: _cache,
+    Chunking: _chunk,
+    TokenDrop: _drop,
+    DepthSkip: _skip,
+    TokenMerge: _merge,
+}

@@ -1,0 +1,56 @@
+"""Gradient checkpointing of a wrapped model: blocks are computed again in the run that they belong to.
+
+Brackets and gates act outside of what is computed again, so nothing is drawn, decided or counted twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokdyn.attach import instance
+from tokdyn.attach.run import Run
+
+_NAME = "_gradient_checkpointing_func"
+
+
+def bind(model: nn.Module, run: Run) -> list[tuple[nn.Module, Any]]:
+    """Let checkpointing know the run while its model is called; returns what was there, for `release`."""
+    bound = []
+    for part in model.modules():
+        function = part.__dict__.get(_NAME)
+        if function is not None:
+            bound.append((part, function))
+            part.__dict__[_NAME] = _checkpointing(function, run)
+    return bound
+
+
+def release(bound: list[tuple[nn.Module, Any]]) -> None:
+    """Put back what `bind` replaced."""
+    for part, function in bound:
+        part.__dict__[_NAME] = function
+
+
+def _checkpointing(function: Any, run: Run) -> Any:
+    def checkpoint(block: nn.Module, *args: Any) -> Any:
+        if id(block) not in run.roles:
+            return function(block, *args)
+
+        def saving(*a: Any) -> Any:
+            here = run.here()  # of this block, for the time when it is computed again
+
+            def plain(*again: Any) -> Any:
+                before, now = instance.enter(run), run.here()
+                run.go(here)
+                try:
+                    return instance.base_class(block).__call__(block, *again)
+                finally:
+                    run.go(now)
+                    instance.enter(before)
+
+            return function(plain, *a)
+
+        return run.block(block, run.roles[id(block)], saving, args, {})
+
+    return checkpoint

@@ -1,0 +1,113 @@
+"""What changes from call to call in a wrapped model: budgets, losses, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.attach.api import attached
+from tokdyn.errors import InputError
+from tokdyn.methods import Chunking, TokenDrop
+
+
+def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] | None) -> None:
+    """Set the share of the kept tokens that learned chunking drops in the calls to come.
+
+    Args:
+        model: wrapped with Chunking.
+        value: a share in [0, 1] for all samples, a (B,) tensor with one for each, or {"cond": .., "uncond": ..} with
+            one for each branch of guidance (Lite-CFG, arXiv 2603.06351 v2); None goes back to the method's own setting.
+
+    Raises:
+        InputError: the model has no Chunking, or the value is none of these.
+    """
+    attachment = attached(model)
+    if not attachment.has(Chunking):
+        raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no kept tokens to drop.")
+    if value is None:
+        attachment.tail_drop = None
+        return
+    if isinstance(value, Mapping):
+        if set(value) != {"cond", "uncond"}:
+            raise InputError(f"tail_drop has the branches {sorted(value)}, expected 'cond' and 'uncond'.")
+        attachment.tail_drop = {name: _share(share) for name, share in value.items()}
+        return
+    if isinstance(value, torch.Tensor) and value.dim() > 1:
+        raise InputError(f"tail_drop has shape {tuple(value.shape)}, expected one number or one for each sample (B,).")
+    given = value.flatten().tolist() if isinstance(value, torch.Tensor) else [value]
+    attachment.tail_drop = tuple(_share(share) for share in given)
+
+
+def _share(value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise InputError(f"tail_drop is {value}, expected a share between 0 and 1.")
+    return share
+
+
+def losses(model: nn.Module) -> dict[str, Tensor]:
+    """Auxiliary losses of the last call in training, weighted as the methods say, by the name of the method.
+
+    Add their sum to the loss of the model. Read them before the next call: two forwards before one backward have losses
+    of their own.
+
+    Raises:
+        InputError: the model is not wrapped.
+    """
+    return dict(attached(model).losses)
+
+
+@contextmanager
+def dropping(model: nn.Module, rate: float) -> Iterator[None]:
+    """Within this context TokenDrop acts at this rate, in sampling too: for guidance by a prediction that saw less.
+
+    `ops.dropping.drop_guidance` combines the two predictions (TREAD, arXiv 2501.04765: rates 0.3 and 0.7, scale 1.5).
+
+    Raises:
+        InputError: the model has no TokenDrop, or the rate is no share below 1.
+    """
+    attachment = attached(model)
+    if not attachment.has(TokenDrop):
+        raise InputError(f"this {type(model).__name__} is wrapped without TokenDrop, so no tokens can be dropped.")
+    if not 0.0 <= rate < 1.0:
+        raise InputError(f"the rate is {rate}, expected a share of the tokens in [0, 1).")
+    before, attachment.drop_rate = attachment.drop_rate, rate
+    try:
+        yield
+    finally:
+        attachment.drop_rate = before
+
+
+@torch.no_grad()
+def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
+    """Shift the bias of Chunking's router so that it asks for 1/N of the tokens of one batch.
+
+    Args:
+        model: wrapped with Chunking.
+        *inputs: of a call of the model.
+        **arguments: of the same.
+
+    Raises:
+        InputError: the model has no Chunking.
+    """
+    attachment = attached(model)
+    if not attachment.has(Chunking):
+        raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no router.")
+    records = attachment.records
+    attachment.calibrating = True
+    try:
+        model(*inputs, **arguments)
+    finally:
+        attachment.calibrating, attachment.records = False, records
+
+
+def stats(model: nn.Module) -> Mapping[str, Any]:
+    """What happened in the calls since the trajectory began, the last thousand at most."""
+    return {"calls": list(attached(model).records)}
