@@ -9,9 +9,9 @@ import torch
 from tests.contract.models import TINY, one_of, sample
 from tokdyn.adapters import ADAPTERS
 from tokdyn.attach.api import disabled, unwrap, wrap
-from tokdyn.attach.controls import stats
+from tokdyn.attach.controls import calibrate_router, stats
 from tokdyn.errors import InputError, UnsupportedModelError
-from tokdyn.methods import DepthSkip, FeatureCache, TokenDrop, TokenMerge
+from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
 
 ACTIVE = {
     "merge": [TokenMerge(ratio=0.5)],
@@ -24,6 +24,11 @@ ACTIVE = {
     "cache-first": [FeatureCache(threshold=0.5, indicator="first_block", extrapolate=True)],
     "stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,))],
     "curves": [TokenMerge(ratio=((0.0, 0.2), (1.0, 0.6))), DepthSkip(table=((0.0, 0.5, (1,)), (0.5, 1.0, (2,))))],
+    "chunk": [Chunking(target=3)],
+    "chunk-ragged": [Chunking(target=2, ragged=True, tail_drop=((0.0, 0.3), (1.0, 0.1)), router="cosine")],
+    "chunk-stack": [FeatureCache(threshold=0.5), Chunking(target=2), TokenMerge(ratio=0.3), DepthSkip(blocks=(2,))],
+    "chunk-ragged-train": [Chunking(target=2, ragged=True), TokenDrop(rate=0.5), TokenMerge(ratio=0.3)],
+    "gates": [DepthSkip(learned=True)],
     "stack-train": [TokenDrop(rate=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(3,))],
 }
 NEUTRAL = {
@@ -33,6 +38,8 @@ NEUTRAL = {
     "skip": [DepthSkip()],
     "skip-elsewhere": [DepthSkip(blocks=(1,), levels=(0.8, 1.0))],
     "cache": [FeatureCache(threshold=0.0)],
+    "chunk": [Chunking(target=1.0)],
+    "gates": [DepthSkip(learned=True)],
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }
 MODELS = sorted(TINY)
@@ -43,12 +50,22 @@ DENSE = {
     "cache-first",
     "stack",
     "curves",
+    "gates",
 }  # for models whose blocks look at neighbouring cells
 PAIRS = [(name, methods) for name, methods in product(MODELS, ACTIVE) if name[:4] != "Sana" or methods in DENSE]
 every = pytest.mark.parametrize(("name", "methods"), PAIRS)
 neutral = pytest.mark.parametrize(
-    ("name", "methods"), [pair for pair in product(MODELS, NEUTRAL) if pair != ("SanaTransformer2DModel", "drop")]
+    ("name", "methods"),
+    [pair for pair in product(MODELS, NEUTRAL) if pair[0][:4] != "Sana" or pair[1] not in ("drop", "chunk")],
 )
+
+
+def attach(model, methods):
+    """Wrap with methods of the table; a router that decides how many tokens are kept is calibrated."""
+    wrap(model, ACTIVE[methods])
+    if "ragged" in methods:
+        calibrate_router(model, **tiny_of(model).inputs(4))
+    return model
 
 
 def tiny_of(model):
@@ -78,15 +95,16 @@ def test_disabled_and_unwrapped_are_bit_exact_and_nothing_is_left(name, methods)
     kind, keys, attributes = type(model), list(model.state_dict()), set(vars(model))
     with torch.no_grad():
         plain = call(model)
-        assert wrap(model, ACTIVE[methods]) is model
+        assert attach(model, methods) is model
         assert isinstance(model, kind)
         assert type(model).__name__ == kind.__name__
-        assert list(model.state_dict()) == keys
+        assert [key for key in model.state_dict() if not key.startswith("tokdyn.")] == keys
         call(model)
         with disabled(model):
             assert torch.equal(call(model), plain)
         assert unwrap(model) is model
         assert torch.equal(call(model), plain)
+        assert list(model.state_dict()) == keys
     assert type(model) is kind
     assert set(vars(model)) == attributes
     assert all(not hasattr(type(part), "_tokdyn_base") for part in model.modules())
@@ -94,7 +112,7 @@ def test_disabled_and_unwrapped_are_bit_exact_and_nothing_is_left(name, methods)
 
 @every
 def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
-    model = wrap(TINY[name].build(), ACTIVE[methods])
+    model = attach(TINY[name].build(), methods)
     if "drop" in methods or "train" in methods:
         model.train()
         assert not torch.equal(call(model), call(model))  # random subsets
@@ -103,10 +121,10 @@ def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
         together = call(model, 3)
         for i in range(3):
             one = one_of(TINY[name].inputs(3), i)
-            fresh = wrap(TINY[name].build(), ACTIVE[methods])
+            fresh = attach(TINY[name].build(), methods)
             torch.testing.assert_close(sample(fresh(**one)), together[i : i + 1], rtol=0, atol=2e-6)
         changed = not torch.equal(together, call(TINY[name].build(), 3))
-    assert changed == (methods not in ("cache", "cache-first"))  # a first step is always computed
+    assert changed == (methods not in ("cache", "cache-first", "gates"))  # a first step is computed, gates start open
 
 
 @every
@@ -114,7 +132,7 @@ def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
 def test_instances_and_copies_are_independent(name, methods):
     first, second = TINY[name].build(), TINY[name].build()
     plain = call(second)
-    wrap(first, ACTIVE[methods])
+    attach(first, methods)
     before = call(first)
     assert torch.equal(call(second), plain)
     twin = copy.deepcopy(first)
@@ -162,8 +180,8 @@ def gradients(model, seeds, checkpointing):
 @every
 @pytest.mark.parametrize("seeds", [(5,), (5, 6)])
 def test_gradients_are_the_same_with_checkpointing(name, methods, seeds):
-    plain = gradients(wrap(TINY[name].build(), ACTIVE[methods]), seeds, False)
-    saved = gradients(wrap(TINY[name].build(), ACTIVE[methods]), seeds, True)
+    plain = gradients(attach(TINY[name].build(), methods), seeds, False)
+    saved = gradients(attach(TINY[name].build(), methods), seeds, True)
     assert len(plain) == len(saved)
     for one, other in zip(plain, saved, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

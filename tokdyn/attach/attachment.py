@@ -67,6 +67,7 @@ class Attachment(nn.Module):
         self.calibrating = False
         self.branch: str | None = None
         self._roles: dict[int, Role] = {}
+        self.train(model.training)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the roles, which know the parts of this model and not those of a copy, and without graphs."""
