@@ -5,11 +5,12 @@ import torch
 
 from tests.contract.models import TINY, sample
 from tokdyn.attach.api import wrap
-from tokdyn.methods import DepthSkip, TokenMerge
+from tokdyn.methods import Chunking, DepthSkip, TokenMerge
 
 STACKS = {
     "nothing": [],
     "merge": [TokenMerge()],
+    "chunk": [Chunking(target=3), TokenMerge(ratio=0.3)],
     "both": [TokenMerge(where="both"), DepthSkip(blocks=(1,))],
 }
 
@@ -28,7 +29,7 @@ def test_one_graph(name, methods):
         compiled(TINY[name].build(), inputs)
     except torch._dynamo.exc.TorchDynamoException:
         pytest.skip("the plain model is not one graph")
-    if name == "SanaTransformer2DModel" and methods == "both":
+    if name == "SanaTransformer2DModel" and methods in ("both", "chunk"):
         pytest.skip("its MLP looks at neighbouring cells")
     if name.startswith("Flux") and methods != "nothing":
         pytest.skip("the grid is read from position ids, which are data")
