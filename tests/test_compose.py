@@ -19,6 +19,8 @@ def names(methods):
     [
         [Chunking(), TokenMerge()],
         [Chunking(), FREE],
+        [TokenDrop(blocks=(2, 8)), TokenMerge(partition="grid", blocks=(9, 11))],
+        [FeatureCache(indicator="first_block"), FREE],
         [Chunking(), DynamicWidth()],
         [FeatureCache(), Chunking()],
         [Chunking(), TokenDrop()],
@@ -59,6 +61,10 @@ def test_what_goes_together_is_ordered_by_stage(methods):
             r"two TokenMerge decide the merging around mlp of blocks 0, 1; give them different blocks",
         ),
         ([DepthSkip(blocks=(3, 4)), DepthSkip(blocks=(4, 5))], r"two DepthSkip decide the skipping of block 4; give"),
+        (
+            [FeatureCache(indicator="first_block"), DepthSkip(blocks=(0, 3))],
+            r"FeatureCache and DepthSkip decide the skipping of block 0; give them different blocks",
+        ),
         ([DepthSkip(learned=True), DepthSkip(blocks=(5,))], r"two DepthSkip decide the skipping of block 5"),
         (
             [FeatureCache(indicator="first_block"), Chunking()],

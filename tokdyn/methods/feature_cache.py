@@ -44,11 +44,13 @@ class FeatureCache(Method):
         return self
 
     def traits(self, depth: int) -> Traits:
-        """Memory of the whole stack from step to step, while sampling."""
+        """Memory of the whole stack from step to step, while sampling; an indicator must be computed in every step."""
+        first = self.indicator == "first_block"
+        owns: dict[str, frozenset[int] | None] = {"residual of the stack": None}
         return Traits(
             Stage.STACK,
-            span=(1, depth - 1) if self.indicator == "first_block" else None,
+            span=(1, depth - 1) if first else None,
             remembers=True,
             phases=frozenset({"sample"}),
-            owns={"residual of the stack": None},
+            owns=owns | ({"skipping": frozenset({0})} if first else {}),
         )

@@ -44,14 +44,13 @@ class TokenMerge(Method):
 
     def traits(self, depth: int) -> Traits:
         """It merges within a branch, and needs the full grid only if it is told to."""
-        where = None
-        if self.blocks is not None:
-            first, last = resolve(self.blocks, depth)
-            where = frozenset(range(first, last + 1))
+        span = None if self.blocks is None else resolve(self.blocks, depth)
+        where = None if span is None else frozenset(range(span[0], span[1] + 1))
         branches = ("attention", "mlp") if self.where == "both" else (self.where,)
         return Traits(
             Stage.BRANCH,
             tokens="merged",
             needs_grid=self.partition == "grid",
+            span=span,
             owns={f"merging around {branch}": where for branch in branches},
         )
