@@ -199,6 +199,16 @@ def own() -> nn.Module:
     )
 
 
+def own_chunked() -> nn.Module:
+    from tokdyn import DCDiT
+
+    torch.manual_seed(0)
+    model = DCDiT(sample_size=(6, 8), in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=10, target=2.0)
+    randomized(model)
+    model.calibrate_router(latents(4, 4, 6, 8), 500, classes(4))
+    return model
+
+
 def latents(batch: int, *shape: int) -> Tensor:
     """(B, ...) white noise whose samples do not depend on how many there are."""
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(batch)]
@@ -347,6 +357,14 @@ TINY = {
             "encoder_hidden_states": latents(b, 6, 12),
             "encoder_attention_mask": torch.ones(b, 6),
             "timestep": torch.full((b,), 500.0),
+        },
+    ),
+    "DCDiT": Tiny(
+        own_chunked,
+        lambda b: {
+            "hidden_states": latents(b, 4, 6, 8),
+            "timestep": torch.full((b,), 500),
+            "class_labels": classes(b),
         },
     ),
     "DiT": Tiny(

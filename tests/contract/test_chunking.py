@@ -79,7 +79,7 @@ def test_guidance_branches_have_budgets(name):
         model(**twice(single))
         first, second = kept(model)[:2], kept(model)[2:]
         full, lean = (first, second) if how == "cond_first" else (second, first)
-        with pytest.raises(InputError, match="the batch holds 3 samples, which are no two halves"):
+        with pytest.raises(InputError, match="the batch holds 3 samples, which are not two halves"):
             model(**TINY[name].inputs(3))
     assert full == (round(model.tokdyn.records[-1].cells / 3),) * 2
     assert lean == (full[0] - int(full[0] * 0.9),) * 2

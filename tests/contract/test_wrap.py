@@ -9,8 +9,8 @@ import torch
 from tests.contract.models import TINY, one_of, sample
 from tokdyn.adapters import ADAPTERS
 from tokdyn.attach.api import disabled, unwrap, wrap
-from tokdyn.attach.controls import calibrate_router, stats
-from tokdyn.errors import InputError, UnsupportedModelError
+from tokdyn.attach.controls import calibrate_router, set_tail_drop, stats
+from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
 
 ACTIVE = {
@@ -52,11 +52,17 @@ DENSE = {
     "curves",
     "gates",
 }  # for models whose blocks look at neighbouring cells
-PAIRS = [(name, methods) for name, methods in product(MODELS, ACTIVE) if name[:4] != "Sana" or methods in DENSE]
+OUTSIDE = {key for key in ACTIVE if "chunk" in key} | {"cache-first"}  # what a model that chunks itself refuses
+PAIRS = [
+    (name, methods)
+    for name, methods in product(MODELS, ACTIVE)
+    if not (name[:4] == "Sana" and methods not in DENSE) and not (name == "DCDiT" and methods in OUTSIDE)
+]
+UNFIT = {("Sana", "drop"), ("Sana", "chunk"), ("DCDi", "chunk")}
 every = pytest.mark.parametrize(("name", "methods"), PAIRS)
 neutral = pytest.mark.parametrize(
     ("name", "methods"),
-    [pair for pair in product(MODELS, NEUTRAL) if pair[0][:4] != "Sana" or pair[1] not in ("drop", "chunk")],
+    [pair for pair in product(MODELS, NEUTRAL) if (pair[0][:4], pair[1]) not in UNFIT],
 )
 
 
@@ -224,6 +230,40 @@ def test_statistics_say_what_ran(name):
     assert record.blocks == [0, 2, 3]
     assert torch.as_tensor(record.level).flatten()[0].item() == pytest.approx(0.5)
     assert len(set(record.tokens)) == 1
+
+
+def test_a_model_that_chunks_itself_keeps_its_rules():
+    for methods, words in (
+        ([Chunking(target=2)], "two Chunking decide the token grid"),
+        ([TokenMerge(partition="grid")], "inside Chunking there is a subset"),
+        ([FeatureCache(indicator="first_block")], "FeatureCache begins behind the first block, but Chunking"),
+    ):
+        with pytest.raises(CompositionError, match=words):
+            wrap(TINY["DCDiT"].build(), methods)
+
+
+@torch.no_grad()
+def test_budgets_and_caches_around_the_chunking_of_dc_dit():
+    """Some samples of a batch repeat their change while others are computed: each as if it were alone."""
+    tiny = TINY["DCDiT"]
+    model, inputs = wrap(tiny.build(), [FeatureCache(threshold=0.5), DepthSkip(blocks=(1,))]), tiny.inputs(3)
+    alone = [wrap(tiny.build(), [FeatureCache(threshold=0.5), DepthSkip(blocks=(1,))]) for _ in range(3)]
+    inputs["hidden_states"][1] *= 3
+    seen = set()
+    for level in (0.9, 0.7, 0.6, 0.55, 0.2):
+        inputs["hidden_states"] = inputs["hidden_states"] * torch.tensor([1.0, -1.0, 1.02]).view(3, 1, 1, 1)
+        output = model(**{**inputs, **tiny.at(3, level)})
+        seen.add(model.tokdyn.records[-1].reused)
+        for i in range(3):
+            one = alone[i](**{**one_of(inputs, i), **tiny.at(1, level)})
+            torch.testing.assert_close(one.sample, output.sample[i : i + 1], rtol=0, atol=2e-6)
+            assert torch.equal(one.routing.keep[0], output.routing.keep[i])
+    assert seen & {1, 2}
+    budgets = wrap(tiny.build(), [DepthSkip(blocks=(1,))])
+    set_tail_drop(budgets, {"cond": 0.0, "uncond": 0.5})
+    twin = {name: torch.cat([value, value]) for name, value in tiny.inputs(1).items()}
+    full, lean = budgets(**twin).routing.kept.tolist()
+    assert lean == full - int(full * 0.5)
 
 
 def test_what_cannot_be_wrapped_is_refused():

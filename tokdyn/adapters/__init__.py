@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tokdyn.adapters.base import Follow, ModelAdapter, Stack
-from tokdyn.adapters.facebook import FACEBOOK
+from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
 from tokdyn.adapters.mmdit import AURAFLOW, FLUX, FLUX2, QWEN, SD3
 from tokdyn.adapters.sana import SANA
 from tokdyn.adapters.sincos import DIT, PIXART
@@ -14,7 +14,7 @@ from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, WAN
 from tokdyn.errors import UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
-    FACEBOOK, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
+    FACEBOOK, DC_DIT, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW,
 )  # fmt: skip
 

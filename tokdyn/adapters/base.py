@@ -49,6 +49,8 @@ class Stack:
         follow: what must stay with its token.
         attention: attribute of a block that holds self-attention over the image tokens, in order of preference.
         mlp: the same for the MLP.
+        packing: argument of a block that says which rows of packed tokens (T, D) belong to which sample; None if tokens
+            are (B, N, D).
         modulated: (B, ...) what attention of a block gets, from the block and its arguments by name; the indicator of
             feature caches. None takes the tokens that the block gets.
     """
@@ -64,6 +66,7 @@ class Stack:
     follow: tuple[Follow, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")
     mlp: tuple[str, ...] = ("ff", "mlp")
+    packing: str | None = None
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
 
 
@@ -94,6 +97,7 @@ class ModelAdapter:
         heads: H, attention heads of a block.
         guidance: how pipelines ask for the two branches of guidance: as halves of one batch, the conditional or the
             unconditional one first, or in two calls, the conditional one first.
+        chunked: the model chunks its tokens itself, so that its blocks see a subset that changes with the image.
         dense: blocks look at neighbouring cells, so that tokens cannot be left out of them.
         fits: whether a model of such a class name really is one; None takes the name's word.
     """
@@ -107,5 +111,6 @@ class ModelAdapter:
     width: Callable[[nn.Module], int] = configured_width
     heads: Callable[[nn.Module], int] = configured_heads
     guidance: Literal["cond_first", "uncond_first", "calls"] = "uncond_first"
+    chunked: bool = False
     dense: bool = False
     fits: Callable[[nn.Module], bool] | None = None

@@ -1,4 +1,4 @@
-"""The layout of the public DiT, `block(x, c)`: DiT, fast-DiT, SiT and tokdyn's own."""
+"""The layout of the public DiT, `block(x, c)`: DiT, fast-DiT, SiT and tokdyn's own DiT and DC-DiT."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
+from tokdyn.adapters.latents import patches, timestep
 from tokdyn.tokens import Grid
 
 
@@ -51,4 +52,17 @@ FACEBOOK = ModelAdapter(
     heads=_heads,
     guidance="cond_first",
     fits=_fits,
+)
+
+DC_DIT = ModelAdapter(
+    name="DC-DiT",
+    classes=("DCDiT",),
+    stacks=(Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",)),),
+    grid=patches,
+    level=timestep(),
+    refuse={},
+    width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
+    heads=_heads,
+    guidance="cond_first",
+    chunked=True,
 )

@@ -11,6 +11,7 @@ from torch import nn
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach import checkpointing, instance
+from tokdyn.attach.around import _chunked
 from tokdyn.attach.attachment import Attachment
 from tokdyn.attach.run import Run
 from tokdyn.errors import InputError, UnsupportedModelError
@@ -44,7 +45,8 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     _check_dense(model, attachment)
     roles = attachment.roles(model)
     model.tokdyn = attachment
-    instance.attach(model, _call_model, _reset_stateful_cache, save_pretrained, cache_context)
+    more = (_chunked,) if attachment.adapter.chunked else ()
+    instance.attach(model, _call_model, forward, _reset_stateful_cache, save_pretrained, cache_context, *more)
     for part in model.modules():
         if id(part) in roles:
             instance.attach(part, _call_part)
@@ -129,6 +131,14 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
     attachment.losses = run.losses
     attachment.records = [*attachment.records[1 - _RECORDS :], run.record]
     return out
+
+
+def forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward; called directly, as guidance in the public DiT does, it is a call of the model too."""
+    run = instance.current()
+    if run is not None and run.model is model:
+        return hidden(model, *args, **kwargs)
+    return _call_model(model, hidden, args, kwargs)
 
 
 def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

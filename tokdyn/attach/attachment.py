@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Attachment(nn.Module):
         sizes: of the model.
         parts: trainable parts of the methods, by their place in the user's list.
         actors: the methods at work.
+        caches: feature caches around the chunking that a model does itself.
         enabled: whether they are.
         reduces: whether blocks may see other tokens than the full grid.
         records: of the calls since the trajectory began.
@@ -49,7 +51,9 @@ class Attachment(nn.Module):
         super().__init__()
         self.adapter, self.methods, self.names = adapter, tuple(methods), argument_names(model)
         self.sizes = sizes_of(model, adapter)
-        self.placed = compose(methods, self.sizes.depth)
+        own = (Chunking(),) if adapter.chunked else ()
+        placed = compose((*methods, *own), self.sizes.depth)
+        self.placed = tuple(each for each in placed if each.index < len(methods))
         self.parts = nn.ModuleDict()
         like = next(iter(model.parameters()), torch.zeros(()))
         for each in sorted(self.placed, key=lambda placed: placed.index):
@@ -57,6 +61,9 @@ class Attachment(nn.Module):
             if built is not None:
                 self.parts[str(each.index)] = built.to(like.device)
         self.actors = _actors(self.placed, self.parts, self.sizes)
+        self.caches = tuple(each for each in self.actors.brackets if isinstance(each, Cache) and adapter.chunked)
+        inside = tuple(each for each in self.actors.brackets if each not in self.caches)
+        self.actors = replace(self.actors, brackets=inside)
         self.reduces = any(each.traits.tokens != "full" for each in self.placed)
         self.enabled = True
         self.records: list[Record] = []
@@ -87,7 +94,7 @@ class Attachment(nn.Module):
         """Forget the trajectory and its statistics."""
         self.records = []
         self.trajectory.clear()
-        for bracket in self.actors.brackets:
+        for bracket in (*self.caches, *self.actors.brackets):
             if isinstance(bracket, Cache):
                 bracket.memory.clear()
 

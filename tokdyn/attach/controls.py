@@ -26,7 +26,7 @@ def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] 
         InputError: the model has no Chunking, or the value is none of these.
     """
     attachment = attached(model)
-    if not attachment.has(Chunking):
+    if not (attachment.has(Chunking) or attachment.adapter.chunked):
         raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no kept tokens to drop.")
     if value is None:
         attachment.tail_drop = None

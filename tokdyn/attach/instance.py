@@ -6,6 +6,7 @@ class are not touched, and a deep copy computes with its own weights. docs/desig
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +90,7 @@ def _hiding(method: Call, hidden: Call | None) -> Call:
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return method(self, hidden, *args, **kwargs)
 
-    return bound
+    return bound if hidden is None else functools.wraps(hidden)(bound)
 
 
 def _new(base: type, call: Call, *methods: Call) -> Any:

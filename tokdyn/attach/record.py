@@ -14,7 +14,8 @@ class BlockCall:
     Attributes:
         block: its number, counted over all stacks.
         samples: b, samples it was computed for.
-        tokens: image tokens of each that it saw.
+        tokens: image tokens of each that it saw; of the one with the most where they differ.
+        rows: image tokens of each sample, where packed rows let them differ.
         text: tokens of each that lay beside them in the same sequence or came in a stream of their own.
         attention: image tokens of each that attention saw; None if it saw what the block did.
         mlp: the same for the MLP.
@@ -26,6 +27,7 @@ class BlockCall:
     text: int = 0
     attention: int | None = None
     mlp: int | None = None
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass

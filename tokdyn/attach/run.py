@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tokdyn.adapters.base import Stack
 from tokdyn.attach.actors.base import Branch
 from tokdyn.attach.groups import Group, grouped, put, shortened
+from tokdyn.attach.packed import packed_block
 from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.roles import Role
 from tokdyn.attach.tokens import follow, join, of_samples, split
 from tokdyn.attach.trajectory import Turn
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid, cells
+from tokdyn.tokens import Grid, Packing, cells
 
 if TYPE_CHECKING:
     from tokdyn.attach.attachment import Attachment
@@ -37,6 +38,7 @@ class Run:
         batch: B, of what is being computed.
         index: (B, M) cells whose tokens are there, None while all are.
         lengths: tokens of each sample that count, where they differ; the rest of its M hold nothing.
+        packing: where packed rows lie, in models whose blocks get those.
         reused: samples for which a cache asked the blocks to pass everything through.
         kept: what a method keeps for later in the call, by its id.
         part: the block that is being called.
@@ -55,6 +57,7 @@ class Run:
         self.batch = 0
         self.index: Tensor | None = None
         self.lengths: tuple[int, ...] | None = None
+        self.packing: Packing | None = None
         self.reused: frozenset[int] = frozenset()
         self.kept: dict[Any, Any] = {}
         self.part: nn.Module = model
@@ -110,6 +113,8 @@ class Run:
         self, part: nn.Module, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call one block, or do not; `call` is the block as it was."""
+        if role.stack.packing is not None:
+            return packed_block(self, part, role, call, args, kwargs)
         stack, named = role.stack, role.named(args, kwargs)
         self.part, self.stack, self.named = part, stack, named
         text, x = self._split(named[stack.tokens], stack)
@@ -154,21 +159,13 @@ class Run:
         self, part: nn.Module, role: Role, inner: Callable[[dict[str, Any]], Any], given: dict[str, Any]
     ) -> dict[str, Any]:
         """What the block makes of the tokens, for the samples that it runs for."""
-        gates = [gate for gate in self.actors.gates if gate.always(self, role.block) is not False]
-        if any(gate.always(self, role.block) for gate in gates):
-            return dict(given)
-        skipped = [False] * self.batch
-        for gate in gates:
-            skipped = [one or other for one, other in zip(skipped, gate.skips(self, role.block), strict=True)]
-        keys = [kernel.key(self, role.block) for kernel in self.actors.kernels]
-        parting = [key for key in keys if key is not None]
-        if not (any(skipped) or self.reused or self.lengths or parting):
+        plan = self.running(role.block)
+        if plan is None and not self.lengths:
             return self._part(part, role, inner, None)
+        running, keys = plan or (list(range(self.batch)), [()] * self.batch)
         lengths = self.lengths or (self.count,) * self.batch
-        running = [i for i in range(self.batch) if not skipped[i] and i not in self.reused]
-        joined = [(lengths[i], *(key[i] for key in parting)) for i in range(self.batch)]
         results = dict(given)
-        for key, samples in grouped(joined, running):
+        for key, samples in grouped([(length, *key) for length, key in zip(lengths, keys, strict=True)], running):
             length = lengths[samples[0]]
             if len(samples) == self.batch and length == self.count:
                 return self._part(part, role, inner, None)
@@ -179,6 +176,25 @@ class Run:
                 image = role.stack.image if name == "tokens" else None
                 results[name] = put(results[name], rows, value, image, self.count, length)
         return results
+
+    def running(self, block: int) -> tuple[list[int], list[tuple[Hashable, ...]]] | None:
+        """The samples that a block runs for, and for every sample what those computed together must share.
+
+        Returns:
+            None where the block runs for all samples together.
+        """
+        gates = [gate for gate in self.actors.gates if gate.always(self, block) is not False]
+        if any(gate.always(self, block) for gate in gates):
+            return [], [()] * self.batch
+        skipped = [False] * self.batch
+        for gate in gates:
+            skipped = [one or other for one, other in zip(skipped, gate.skips(self, block), strict=True)]
+        found = [kernel.key(self, block) for kernel in self.actors.kernels]
+        parting = [key for key in found if key is not None]
+        if not (any(skipped) or self.reused or parting):
+            return None
+        running = [i for i in range(self.batch) if not skipped[i] and i not in self.reused]
+        return running, [tuple(key[i] for key in parting) for i in range(self.batch)]
 
     def _part(
         self, part: nn.Module, role: Role, inner: Callable[[dict[str, Any]], Any], group: Group | None
@@ -194,7 +210,7 @@ class Run:
         text = tokens.shape[1] - image + (0 if beside is None else beside.shape[1])
         self.call = BlockCall(role.block, samples, image, text)
         self.record.calls.append(self.call)
-        out = inner(named) if group is None else self._among(group.samples, group.index, lambda: inner(named))
+        out = inner(named) if group is None else self.among(group.samples, group.index, lambda: inner(named))
         return dict(zip(role.stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
 
     def _named(self, stack: Stack, group: Group | None) -> dict[str, Any]:
@@ -222,18 +238,20 @@ class Run:
 
     def here(self) -> tuple[Any, ...]:
         """Which samples and tokens there are, to come back to with `go`."""
-        return self.batch, self._level, self.index, self.lengths, self.call
+        return self.batch, self._level, self.index, self.lengths, self.packing, self.call
 
     def go(self, place: tuple[Any, ...]) -> None:
         """Be where `here` was."""
-        self.batch, self._level, self.index, self.lengths, self.call = place
+        self.batch, self._level, self.index, self.lengths, self.packing, self.call = place
 
-    def _among(self, samples: Sequence[int], index: Tensor | None, call: Callable[[], Any]) -> Any:
+    def among(
+        self, samples: Sequence[int], index: Tensor | None, call: Callable[[], Any], packing: Packing | None = None
+    ) -> Any:
         """Call something while some of the samples are all there is."""
         here = self.here()
         if self._level is not None or len(self._clock()) > 1:
             self._level = tuple(self.level[i] for i in samples)
-        self.batch, self.index, self.lengths = len(samples), index, None
+        self.batch, self.index, self.lengths, self.packing = len(samples), index, None, packing
         try:
             return call()
         finally:
@@ -246,7 +264,7 @@ class Run:
         rows = torch.tensor(samples, device=named[stack.tokens if stack.tokens in named else next(iter(named))].device)
         index = None if self.index is None else self.index.index_select(0, rows)
         given = of_samples(named, rows, self.batch, stack)
-        return self._among(samples, index, lambda: call(given))
+        return self.among(samples, index, lambda: call(given))
 
     def _weighted(self, block: int, given: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """The effect of the block, as far as learned gates let it through."""

@@ -16,7 +16,7 @@ from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
 from tokdyn.models.scaffold import RMSNorm, Scaffold, fastest_layout
 from tokdyn.models.sizes import dc_dit_settings
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, Routing
 
 
 class DCDiT(Transformer):
@@ -173,7 +173,14 @@ class DCDiT(Transformer):
             The output, or (sample,).
         """
         grid, steps, condition = self._start(hidden_states, timestep, class_labels)
-        tokens = self._encode(hidden_states, condition)
+        tokens, routing = self._chunked(self._encode(hidden_states, condition), grid, steps, condition, tail_drop)
+        sample = self._decode(tokens, condition, grid)
+        return DCDiTOutput(sample, routing) if return_dict else (sample,)
+
+    def _chunked(
+        self, tokens: Tensor, grid: Grid, steps: Tensor, condition: Tensor, tail_drop: float | Tensor
+    ) -> tuple[Tensor, Routing]:
+        """What lies between encoder and decoder: (B, N, D) to (B, N, D), and what the router decided."""
         routing = self.chunking.route(tokens, grid, steps, tail_drop)
         rows, packing = self.chunking.chunk(tokens, routing)
         rows = rows + self._positions(grid).index_select(0, packing.cell)
@@ -182,9 +189,7 @@ class DCDiT(Transformer):
                 rows = self._gradient_checkpointing_func(block, rows, condition, packing)
             else:
                 rows = block(rows, condition, packing)
-        tokens = self.chunking.dechunk(self.norm(rows), tokens, routing, packing)
-        sample = self._decode(tokens, condition, grid)
-        return DCDiTOutput(sample, routing) if return_dict else (sample,)
+        return self.chunking.dechunk(self.norm(rows), tokens, routing, packing), routing
 
 
 DCDiT.__module__ = "tokdyn"  # diffusers writes the module into model_index.json and finds the class there again

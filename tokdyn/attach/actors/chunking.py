@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokdyn.attach.actors.budgets import drops
 from tokdyn.attach.run import Run
-from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, ChunkingModule
 from tokdyn.ops import ratio_loss, select
 from tokdyn.ops.dropping import take
 from tokdyn.ops.pack import pack_index
 from tokdyn.ops.routing import most_probable, tail_drop
-from tokdyn.ops.schedules import at
 from tokdyn.tokens import Routing
 
 _SLACK = 1e-6  # a share of 0.29 in fp32 is a little less than that, and 100 tokens should still lose 29
@@ -45,11 +44,13 @@ class Chunk:
             logits = logits + (self.module.router.bias - before).to(logits)
         probability, natural = select(torch.sigmoid(logits), self.method.force_ends)
         if self.method.ragged:
-            keep = tail_drop(probability, natural, torch.tensor(self._drops(run), device=x.device))
+            keep = tail_drop(probability, natural, torch.tensor(drops(run, self.method.tail_drop), device=x.device))
             lengths = tuple(keep.sum(dim=1).tolist())
         else:
             kept = max(1, round(x.shape[1] / self.method.target))
-            lengths = tuple(kept - min(int(kept * (drop + _SLACK)), kept - 1) for drop in self._drops(run))
+            lengths = tuple(
+                kept - min(int(kept * (drop + _SLACK)), kept - 1) for drop in drops(run, self.method.tail_drop)
+            )
         index = most_probable(probability, lengths)
         if run.training:
             run.add_loss("Chunking", self.method.loss_weight * ratio_loss(probability, natural, self.method.target))
@@ -75,23 +76,3 @@ class Chunk:
         seen = Routing(routing.probability, keep, routing.natural_keep, routing.grid)
         whole: Tensor = start + self.module.dechunk(change, start, seen, packing)
         return whole
-
-    def _drops(self, run: Run) -> tuple[float, ...]:
-        """Tail drop of every sample."""
-        given = run.attachment.tail_drop
-        if given is None:
-            curve = self.method.tail_drop
-            return (curve,) * run.batch if isinstance(curve, float) else tuple(at(curve, level) for level in run.level)
-        if not isinstance(given, dict):
-            return run.per_sample(given, "tail_drop")
-        cond, uncond = given["cond"], given["uncond"]
-        if run.adapter.guidance == "calls":
-            return (uncond if run.turn.unconditional else cond,) * run.batch
-        if run.batch % 2:
-            raise InputError(
-                f"tail_drop has a value for each guidance branch, but the batch holds {run.batch} samples, which are "
-                "no two halves; call the model with both branches, or set one number."
-            )
-        half = run.batch // 2
-        first, second = (cond, uncond) if run.adapter.guidance == "cond_first" else (uncond, cond)
-        return (first,) * half + (second,) * half

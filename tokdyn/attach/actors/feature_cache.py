@@ -12,6 +12,7 @@ from tokdyn.attach.run import Run
 from tokdyn.attach.trajectory import Turn
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, extrapolate, relative_change, rescale
+from tokdyn.tokens import Routing
 
 
 @dataclass
@@ -35,14 +36,21 @@ class Branch:
 
 @dataclass
 class Memory:
-    """The branches of the trajectory that is being sampled, by the name or place of each."""
+    """The branches of the trajectory that is being sampled, by the name or place of each.
+
+    Attributes:
+        trajectory: its number.
+        branches: what is remembered of each.
+        routing: what the router of a model that chunks its tokens itself decided last.
+    """
 
     trajectory: int = -1
     branches: dict[str | int, Branch] = field(default_factory=dict)
+    routing: dict[str | int, Routing] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget the trajectory."""
-        self.branches = {}
+        self.branches, self.routing = {}, {}
 
     def of(self, turn: Turn, shape: torch.Size) -> Branch | None:
         """What is known of this branch; None if this is its first step, or its shape is another now."""
