@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _WEIGHTS = 8
-_UNKNOWN = "----"  # a weight that is on the meta device, or quantised
+_UNKNOWN = "----"  # a weight that cannot be read at little cost
 _TOLERANCE = 2**-6  # relative; bf16 rounds by up to 2^-8, once here and once in a cast
 _LEVEL = 0.0025  # half-precision timesteps
 
@@ -83,7 +83,8 @@ def _weights(model: nn.Module) -> list[str]:
     found = [_UNKNOWN] * count
     by_device: dict[torch.device, list[int]] = {}
     for place, value in enumerate(chosen):
-        if value.is_floating_point() and value.element_size() > 1 and not value.is_meta:
+        plain = type(value.data) is Tensor and not value.is_meta  # neither quantised nor cut over devices
+        if plain and value.is_floating_point() and value.element_size() > 1:
             by_device.setdefault(value.device, []).append(place)
     for places in by_device.values():  # one transfer from each device
         picked = torch.stack([_one(chosen[place]).bfloat16() for place in places])

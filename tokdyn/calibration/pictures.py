@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from tokdyn.calibration.caching import CacheCalibration
 from tokdyn.calibration.skipping import SkipCalibration
@@ -21,6 +21,7 @@ from tokdyn.report.style import COLOURS, INK, MUTED, figure_style, save_figure
 
 _FEW = 24  # rows or columns that have room for a label each
 _SHADES = LinearSegmentedColormap.from_list("influence", ["#f4f8fb", "#9cc4de", COLOURS[0], "#00263d"])
+_LEVELS = LinearSegmentedColormap.from_list("noise level", ["#a9d3ea", COLOURS[0], "#001a2b"])
 
 
 def draw_skipping(found: SkipCalibration, path: Path, title: str) -> Path:
@@ -30,7 +31,7 @@ def draw_skipping(found: SkipCalibration, path: Path, title: str) -> Path:
     low = max(float(influence[influence > 0].min(initial=1.0)), 1e-6)
     high = max(float(influence.max()), 2 * low)
     with figure_style():
-        size = (min(14.0, 2.6 + 0.36 * blocks), min(9.0, 1.9 + 0.34 * levels))
+        size = (min(14.0, max(6.4, 2.6 + 0.36 * blocks)), min(9.0, max(3.4, 2.0 + 0.34 * levels)))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         axes.grid(False)
@@ -50,11 +51,19 @@ def draw_skipping(found: SkipCalibration, path: Path, title: str) -> Path:
         axes.set_xlabel("block")
         axes.set_ylabel("noise level  (1 is pure noise)")
         axes.set_title(title)
-        bar = figure.colorbar(shown, ax=axes, pad=0.015, aspect=30)
-        bar.set_label("influence  (1 - mean cosine of input and output)", fontsize=8.5)
+        bar = figure.colorbar(shown, ax=axes, pad=0.015, aspect=30, format=FuncFormatter(_digits))
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        bar.ax.minorticks_off()
+        bar.ax.tick_params(labelsize=8, length=2)
+        bar.set_label("influence", fontsize=8.5)
         bar.outline.set_visible(False)
         figure.supxlabel(_told_skipping(found), x=0.01, ha="left", fontsize=8, color=MUTED)
         return save_figure(figure, path)
+
+
+def _digits(value: float, place: int | None = None) -> str:
+    """A number without an exponent."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def _cross(axes: Axes, column: float, row: float) -> None:
@@ -68,10 +77,14 @@ def _cross(axes: Axes, column: float, row: float) -> None:
 def _told_skipping(found: SkipCalibration) -> str:
     cells = sum(len(row) for row in found.skips)
     whole = found.measured.influence.numel()
-    text = f"Crossed out: skipped, {cells} of {whole} cells. {found.flops:.1%} of the FLOPs left"
+    text = (
+        "Influence: 1 - mean cosine between the input and the output of a block.\n"
+        f"Crossed out: {cells} of {whole} cells that are skipped; {found.flops:.1%} of the FLOPs are left."
+    )
     if found.error is None:
-        return f"{text}."
-    return f"{text}; relative error of the output {max(found.error):.3f} at most, by level."
+        return text
+    low, high = found.measured.bins.rows()[max(range(len(found.error)), key=found.error.__getitem__)]
+    return f"{text}\nThe output is off by {max(found.error):.3f} of its norm at levels {low:.2f} to {high:.2f}, elsewhere by less."
 
 
 def draw_caching(found: CacheCalibration, path: Path, title: str) -> Path:
@@ -82,19 +95,22 @@ def draw_caching(found: CacheCalibration, path: Path, title: str) -> Path:
         _scatter(figure, left, found)
         _timeline(right, found)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+        told = f"The blocks run in {found.computed:.1%} of the steps; {found.flops:.1%} of the FLOPs are left."
+        figure.supxlabel(told, x=0.01, ha="left", fontsize=8, color=MUTED)
         return save_figure(figure, path)
 
 
 def _scatter(figure: Figure, axes: Axes, found: CacheCalibration) -> None:
     """Every pair of neighbouring steps, by noise level, and the polynomial."""
     changes, effects, levels = _points(found)
-    dots = axes.scatter(changes, effects, c=levels, cmap=_SHADES, vmin=-0.25, vmax=1.0, s=13, linewidths=0, alpha=0.8)
+    dots = axes.scatter(changes, effects, c=levels, cmap=_LEVELS, vmin=0.0, vmax=1.0, s=14, linewidths=0, alpha=0.85)
     x = torch.linspace(float(changes.min()), float(changes.max()), 300, dtype=torch.float64)
     axes.plot(x.numpy(), rescale(x, found.method.coefficients).numpy(), color=COLOURS[1], linewidth=2.2)
     axes.set_xlabel("relative change of the indicator")
     axes.set_ylabel("relative change of the blocks' output")
     axes.set_title(
-        f"degree {len(found.method.coefficients) - 1}, explains {found.fit:.0%} of the variance", fontsize=9.5
+        f"polynomial of degree {len(found.method.coefficients) - 1}: explains {found.fit:.0%} of the variance",
+        fontsize=9.5,
     )
     axes.set_ylim(0, None)
     axes.margins(x=0.03)
@@ -121,11 +137,7 @@ def _timeline(axes: Axes, found: CacheCalibration) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("noise level  (1 is pure noise, 0 the clean image)")
     axes.set_ylabel("sample of the batch")
-    axes.set_title(
-        f"threshold {found.method.threshold:.4g}: blocks run in {found.computed:.0%} of the steps (large dots), "
-        f"{found.flops:.0%} of the FLOPs",
-        fontsize=9.5,
-    )
+    axes.set_title(f"threshold {found.method.threshold:.4g}: large dots are steps whose blocks run", fontsize=9.5)
 
 
 def _points(found: CacheCalibration) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
