@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
         words=["MODEL"],
         settings=_settings,
         examples=[
-            "tokdyn calibrate runs/cifar10/dit-flops method=skip flops=0.7 steps=25",
+            "tokdyn calibrate runs/demo method=skip flops=0.7 steps=25",
             "tokdyn calibrate DiT-XL-2-256 method=skip flops=0.7 steps=50 guidance=4 protected=0,-1 --sequential",
             "tokdyn calibrate DiT-XL-2-256 method=cache cache_steps=0.5 steps=50 guidance=4 out=calibrated/xl",
         ],

@@ -32,7 +32,7 @@ def test_the_counted_flops_meet_the_target_within_one_cell(name):
     assert float(found.measured.cost.sum() + found.measured.other.sum()) == pytest.approx(plain, rel=1e-12)
 
 
-@every
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"DCDiT"}))
 @torch.no_grad()
 def test_influence_is_that_of_the_image_tokens(name):
     """Compared with what a wrapped model shows a bracket around each block alone."""
@@ -60,6 +60,25 @@ def test_influence_is_that_of_the_image_tokens(name):
     for call in reversed(calls):  # rows rise with the noise level
         model(**call)
     torch.testing.assert_close(found.measured.influence, torch.stack(seen).view(2, 4), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_influence_on_packed_rows_is_a_mean_over_each_sample():
+    model, calls = TINY["DCDiT"].build(), trajectory("DCDiT", (0.6,), branches=1, batch=3)
+    calls[0]["tail_drop"] = torch.tensor([0.0, 0.5, 0.8])
+    found = calibrate_skipping(model, calls, tokdyn.DepthSkip(), flops=0.95, levels=1)
+    expected = []
+
+    def hook(block, args, kwargs, out):
+        x, packing = args[0], [*args, *kwargs.values()][2]
+        parts = zip(x.split(packing.lengths), out.split(packing.lengths), strict=True)
+        assert len(set(packing.lengths)) > 1
+        expected.append(torch.cat([block_influence(a[None], b[None]) for a, b in parts]).double().mean())
+
+    for block in model.blocks:
+        block.register_forward_hook(hook, with_kwargs=True)
+    model(**calls[0])
+    torch.testing.assert_close(found.measured.influence[0], torch.stack(expected), rtol=0, atol=1e-6)
 
 
 @every

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokdyn.attach.fingerprint import fingerprint
-from tokdyn.attach.trajectory import Trajectory, Turn
+from tokdyn.calibration.observer import Observer, observing
 from tokdyn.calibration.recording import Call, listed
-from tokdyn.calibration.replay import Costs, Look, Replay, evaluating
+from tokdyn.calibration.replay import Replay, Spent, evaluating
 from tokdyn.calibration.threshold import Step, choose_threshold, share_of
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
@@ -64,11 +65,9 @@ def calibrate_cache(
         raise InputError("give flops or steps as the target for the threshold, not both.")
     replay, found = Replay(model), listed(calls)
     with evaluating(model):
-        measured = measure(replay, found, method.indicator)
-    changes, effects = (
-        torch.cat([getattr(s, name) for s in measured if s.change is not None] or [torch.zeros(0)])
-        for name in ("change", "effect")
-    )
+        measured = measure(replay, found, method)
+    pairs = [(step.change, step.effect) for step in measured if step.change is not None and step.effect is not None]
+    changes, effects = (torch.cat(column) for column in zip(*pairs, strict=True))
     coefficients = fit_rescaling(changes, effects, degree)
     settings = method.model_dump() | {"coefficients": coefficients}
     if flops is not None or steps is not None:
@@ -78,23 +77,21 @@ def calibrate_cache(
     return CacheCalibration(made, measured, _explained(changes, effects, coefficients), share.flops, share.computed)
 
 
-def measure(replay: Replay, calls: Sequence[Call], indicator: str) -> tuple[Step, ...]:
+def measure(replay: Replay, calls: Sequence[Call], method: FeatureCache) -> tuple[Step, ...]:
     """Call the model with all calls, and compare indicator and output of the blocks with those of the step before."""
-    trajectory = Trajectory()
     last: dict[Any, tuple[int, Tensor, Tensor]] = {}
     steps = []
-    with progress("measuring", len(calls)) as advance:
+    with observing(replay.model, method) as observer, progress("measuring", len(calls)) as advance:
         for call in calls:
-            told, output, costs = _look(replay, call, indicator)
-            levels = replay.levels(call, len(output))
-            turn = trajectory.turn(levels, None)
+            costs = replay.counted(call, partial(_costs, replay, call, observer))
+            turn, levels, told, output = observer.seen()
             change, effect = None, None
             number, told_before, output_before = last.get(turn.branch, (-1, told, output))
             if number == turn.trajectory and told_before.shape == told.shape:
                 change = relative_change(told, told_before).cpu()
                 effect = relative_change(output, output_before).cpu()
             last[turn.branch] = (turn.trajectory, told, output)
-            steps.append(_step(turn, levels, change, effect, costs, first=indicator == "first_block"))
+            steps.append(Step(turn, levels, change, effect, *costs))
             advance(1)
     if all(step.change is None for step in steps):
         raise InputError(
@@ -103,37 +100,11 @@ def measure(replay: Replay, calls: Sequence[Call], indicator: str) -> tuple[Step
     return tuple(steps)
 
 
-def _look(replay: Replay, call: Call, indicator: str) -> tuple[Tensor, Tensor, Costs]:
-    """What the cache compares, the image tokens after the last block, and FLOPs of the call."""
-    told: list[Tensor] = []
-    output: list[Tensor] = []
-
-    def entering(look: Look) -> None:
-        if look.block == 0:
-            modulated = None if indicator == "first_block" else look.role.stack.modulated
-            told.append(look.x if modulated is None else modulated(look.part, look.named))
-
-    def leaving(look: Look) -> None:
-        if look.block == 0 and indicator == "first_block":
-            told[0] = look.x - told[0]
-        if look.block == replay.depth - 1:
-            output.append(look.x)
-
-    costs = replay.watched(call, entering, leaving)
-    if not told or not output:
-        raise InputError(
-            f"the first or the last block of {type(replay.model).__name__} did not run in a recorded call; a cache "
-            "needs both."
-        )
-    return told[0], output[0], costs
-
-
-def _step(
-    turn: Turn, levels: tuple[float, ...], change: Tensor | None, effect: Tensor | None, costs: Costs, first: bool
-) -> Step:
-    always = costs.blocks[0] if first else 0
-    stack = sum(costs.blocks) - always
-    return Step(turn, levels, change, effect, stack, costs.total - stack + costs.looking, costs.total)
+def _costs(replay: Replay, call: Call, observer: Observer, spent: Spent) -> tuple[int, int, int]:
+    """FLOPs of what a cache can pass by, of everything else, and of the model without a cache."""
+    observer.spent = spent
+    replay(call)
+    return observer.inside, spent() - observer.inside, spent() - observer.looking
 
 
 def _grid(steps: Sequence[Step]) -> tuple[float, ...]:

@@ -79,12 +79,15 @@ def _told_skipping(found: SkipCalibration) -> str:
     whole = found.measured.influence.numel()
     text = (
         "Influence: 1 - mean cosine between the input and the output of a block.\n"
-        f"Crossed out: {cells} of {whole} cells that are skipped; {found.flops:.1%} of the FLOPs are left."
+        f"Crossed out: skipped, {cells} of {whole} cells; {found.flops:.1%} of the FLOPs are left."
     )
     if found.error is None:
         return text
-    low, high = found.measured.bins.rows()[max(range(len(found.error)), key=found.error.__getitem__)]
-    return f"{text}\nThe output is off by {max(found.error):.3f} of its norm at levels {low:.2f} to {high:.2f}, elsewhere by less."
+    worst = max(range(len(found.error)), key=found.error.__getitem__)
+    low, high = found.measured.bins.rows()[worst]
+    return (
+        f"{text}\nThe output is off most, by {found.error[worst]:.3f} of its norm, at levels {low:.2f} to {high:.2f}."
+    )
 
 
 def draw_caching(found: CacheCalibration, path: Path, title: str) -> Path:

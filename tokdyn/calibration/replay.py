@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from tokdyn.attach.tokens import split
 from tokdyn.calibration.recording import Call, moved
 from tokdyn.errors import InputError
 from tokdyn.flops.counted import attention_formulas
-from tokdyn.tokens import cells
+from tokdyn.tokens import Packing, cells
+
+Counts = TypeVar("Counts")
+Spent = Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -27,35 +30,16 @@ class Look:
 
     Attributes:
         block: its number, counted over all stacks.
-        role: what it is.
-        part: the module.
-        named: its arguments by name.
-        x: (B, N, D) image tokens that it got, or returned.
+        x: image tokens that it got, or returned: (B, N, D), or packed rows (T, D).
+        packing: which sample each packed row belongs to, else None.
     """
 
     block: int
-    role: Role
-    part: nn.Module
-    named: dict[str, Any]
     x: Tensor
+    packing: Packing | None
 
 
 Watch = Callable[[Look], None]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs of one call; a multiply-add is 2 FLOPs.
-
-    Attributes:
-        blocks: of each block, 0 for one that was not called.
-        looking: of what was computed by watching.
-        total: of the call, without what was computed by watching.
-    """
-
-    blocks: tuple[int, ...]
-    looking: int
-    total: int
 
 
 class Replay:
@@ -76,7 +60,7 @@ class Replay:
                 "tokdyn.unwrap on it first, and wrap it with the result."
             )
         self.model, self.adapter = model, adapter_for(model)
-        self._costs: dict[Any, Costs] = {}
+        self._known: dict[Any, Any] = {}
 
     @property
     def depth(self) -> int:
@@ -95,57 +79,40 @@ class Replay:
             values = level.float().flatten(1).amax(1)
         return tuple(values.tolist() * (batch if len(values) == 1 else 1))
 
-    def watched(self, call: Call, before: Watch, after: Watch) -> Costs:
-        """Call the model and look at every block; costs are counted once for all calls of the same shapes."""
+    def counted(self, call: Call, run: Callable[[Spent], Counts]) -> Counts:
+        """Count FLOPs while something runs, once for all calls of the same shapes unless the data decide what runs.
+
+        Args:
+            call: what it runs on.
+            run: is given a function that says how many FLOPs were spent so far, and returns what it made of them. It
+                is called even where its counts are known.
+        """
         shapes = _shapes(call)
-        counting = shapes not in self._costs
-        counter = FlopCounterMode(display=False, custom_mapping=attention_formulas()) if counting else None
-        blocks, looking, began = [0] * self.depth, 0, [0]
-
-        def spent() -> int:
-            return 0 if counter is None else int(counter.get_total_flops())
-
-        def first(look: Look) -> None:
-            nonlocal looking
-            start = spent()
-            before(look)
-            began[0] = spent()
-            looking += began[0] - start
-
-        def last(look: Look) -> None:
-            nonlocal looking
-            start = spent()
-            blocks[look.block] += start - began[0]
-            after(look)
-            looking += spent() - start
-
-        named = self._arguments(call)
-        with self._hooks(named, first, last), nullcontext() if counter is None else counter:
-            self.model(**named)
-        if counter is not None:
-            self._costs[shapes] = Costs(tuple(blocks), looking, spent() - looking)
-        return self._costs[shapes]
-
-    def _arguments(self, call: Call) -> Call:
-        """The arguments where the model is, None where it does not say."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        return call if device.type == "meta" else {name: moved(value, device) for name, value in call.items()}
+        if shapes in self._known and not self.adapter.chunked:
+            run(lambda: 0)
+        else:
+            counter = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+            with counter:
+                self._known[shapes] = run(lambda: int(counter.get_total_flops()))
+        found: Counts = self._known[shapes]
+        return found
 
     @contextmanager
-    def _hooks(self, named: Call, before: Watch, after: Watch) -> Iterator[None]:
+    def watching(self, call: Call, before: Watch, after: Watch) -> Iterator[None]:
+        """Within this context `before` and `after` see every block of a call with these arguments."""
         count: list[int] = []  # image tokens of a sample, read if text lies beside them
 
         def image(x: Tensor, role: Role) -> Tensor:
             if role.stack.image == "all":
                 return x
             if not count:
-                count.append(cells(self.adapter.grid(self.model, named)))
+                count.append(cells(self.adapter.grid(self.model, call)))
             return split(x, count[0], role.stack.image)[1]
 
         def entering(role: Role) -> Callable[..., None]:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 given = role.named(args, kwargs)
-                before(Look(role.block, role, part, given, image(given[role.stack.tokens], role)))
+                before(Look(role.block, image(given[role.stack.tokens], role), given.get(role.stack.packing or "")))
 
             return hook
 
@@ -153,7 +120,7 @@ class Replay:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
                 parts = out if isinstance(out, tuple) else (out,)
                 x = dict(zip(role.stack.returns, parts, strict=False))["tokens"]
-                after(Look(role.block, role, part, role.named(args, kwargs), image(x, role)))
+                after(Look(role.block, image(x, role), role.named(args, kwargs).get(role.stack.packing or "")))
 
             return hook
 
@@ -165,6 +132,11 @@ class Replay:
                     stack.callback(part.register_forward_pre_hook(entering(role), with_kwargs=True).remove)
                     stack.callback(part.register_forward_hook(leaving(role), with_kwargs=True).remove)
             yield
+
+    def _arguments(self, call: Call) -> Call:
+        """The arguments where the model is, where it says where that is."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return call if device.type == "meta" else {name: moved(value, device) for name, value in call.items()}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokdyn.attach.fingerprint import fingerprint
 from tokdyn.calibration.levels import Bins, bins_of
 from tokdyn.calibration.recording import Call, listed
-from tokdyn.calibration.replay import Look, Replay, evaluating
+from tokdyn.calibration.replay import Look, Replay, Spent, evaluating
 from tokdyn.calibration.sequential import Trial, sequential_skips
 from tokdyn.errors import InputError
 from tokdyn.methods import DepthSkip
@@ -136,16 +136,25 @@ def measure(replay: Replay, calls: Sequence[Call], levels: int | Sequence[float]
 
 def _look(replay: Replay, call: Call) -> tuple[tuple[float, ...], Tensor, Tensor, float]:
     """Levels, (B, blocks) influence with NaN for blocks that did not run, (blocks,) FLOPs, FLOPs of the rest."""
-    before: dict[int, Tensor] = {}
     found: dict[int, Tensor] = {}
 
-    def entering(look: Look) -> None:
-        before[look.block] = look.x
+    def run(spent: Spent) -> tuple[Tensor, float]:
+        before: dict[int, tuple[Tensor, int]] = {}
+        blocks = torch.zeros(replay.depth, dtype=torch.float64)
 
-    def leaving(look: Look) -> None:
-        found[look.block] = block_influence(before.pop(look.block), look.x)
+        def entering(look: Look) -> None:
+            before[look.block] = look.x, spent()
 
-    costs = replay.watched(call, entering, leaving)
+        def leaving(look: Look) -> None:
+            x, began = before.pop(look.block)
+            blocks[look.block] += spent() - began
+            found[look.block] = _influence(x, look)
+
+        with replay.watching(call, entering, leaving):
+            replay(call)
+        return blocks, spent() - float(blocks.sum())
+
+    blocks, rest = replay.counted(call, run)
     if not found:
         raise InputError(
             f"no block of {type(replay.model).__name__} ran in a recorded call; record calls of this model."
@@ -153,8 +162,16 @@ def _look(replay: Replay, call: Call) -> tuple[tuple[float, ...], Tensor, Tensor
     first = next(iter(found.values()))
     nothing = torch.full_like(first, float("nan"))
     influence = torch.stack([found.get(block, nothing).to(first.device) for block in range(replay.depth)], dim=1)
-    blocks = torch.tensor(costs.blocks, dtype=torch.float64)
-    return replay.levels(call, len(first)), influence, blocks, costs.total - float(blocks.sum())
+    return replay.levels(call, len(first)), influence, blocks, rest
+
+
+def _influence(before: Tensor, after: Look) -> Tensor:
+    """(B,) influence; the mean over the rows of each sample where they are packed."""
+    if after.packing is None:
+        return block_influence(before, after.x)
+    rows = block_influence(before[:, None], after.x[:, None])
+    lengths = torch.tensor(after.packing.lengths, device=rows.device)
+    return rows.new_zeros(len(lengths)).index_add_(0, after.packing.sample, rows) / lengths
 
 
 def _counted(protected: Sequence[int], depth: int) -> tuple[int, ...]:
