@@ -33,8 +33,7 @@ def test_the_model_says_the_same_when_it_is_called_again(name, wrapped):
     for call, output in zip(calls, outputs, strict=True):
         assert torch.equal(sample(model(**call)), output)
     assert len(calls) == 4  # nothing is recorded any more
-    assert not model._forward_pre_hooks
-    assert not model._forward_pre_hooks_with_kwargs
+    assert "forward" not in vars(model)
     if wrapped:
         tokdyn.unwrap(model)
     assert set(vars(model)) == attributes
@@ -60,14 +59,35 @@ def test_a_failing_run_keeps_what_it_had_and_stops_recording():
 
     def draw():
         with tokdyn.recording(model) as kept:
+            calls.append(kept)
             model(**inputs)
-            calls.extend(kept)
             model()
 
     with pytest.raises(TypeError, match="missing"):
         draw()
+    assert len(calls[0]) == 2  # the one that failed was a call too
+    assert "forward" not in vars(model)
+
+
+@torch.no_grad()
+def test_forward_called_directly_and_forwards_that_offloading_replaced_are_recorded():
+    from accelerate import cpu_offload
+
+    inputs = TINY["DiT"].inputs(1)
+    model = TINY["DiT"].build()
+    with tokdyn.recording(model) as calls:
+        model.forward(**inputs)  # as forward_with_cfg of the public DiT does
+        model(**inputs)
+    assert [list(call) for call in calls] == [list(inputs)] * 2
+    plain = sample(model(**inputs))
+    cpu_offload(model, execution_device="cpu")
+    replaced = vars(model)["forward"]
+    with tokdyn.recording(model) as calls:
+        assert torch.equal(sample(model(**inputs)), plain)
     assert len(calls) == 1
-    assert not model._forward_pre_hooks
+    assert vars(model)["forward"] is replaced
+    method = tokdyn.calibrate(model, calls, tokdyn.DepthSkip(), flops=0.7)
+    assert any(blocks for _, _, blocks in method.table)
 
 
 def test_a_pipeline_is_recorded_and_its_calls_calibrate():

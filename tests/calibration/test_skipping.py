@@ -158,6 +158,14 @@ def test_the_measured_error_is_that_of_the_wrapped_model():
     assert found.error == pytest.approx((float(torch.cat(shares).mean()) ** 0.5,), rel=1e-5)  # fp32 against fp64
 
 
+def test_a_fresh_model_that_says_zero_has_finite_errors():
+    torch.manual_seed(0)
+    model = tokdyn.DiT(sample_size=8, patch_size=2, in_channels=4, hidden_size=16, depth=4, num_heads=2, num_classes=10)
+    found = calibrate_skipping(model, trajectory("DiT"), tokdyn.DepthSkip(), 0.7, levels=2, sequential=True)
+    assert found.error == (0.0, 0.0)
+    assert found.flops <= 0.7
+
+
 def test_the_table_covers_all_levels_and_keeps_branches_together():
     model = TINY["DiT"].build()
     calls = trajectory("DiT")

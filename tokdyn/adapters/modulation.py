@@ -79,8 +79,11 @@ def of_the_image(block: nn.Module, named: Arguments) -> Tensor:
 
 
 def of_the_model(block: nn.Module, named: Arguments) -> Tensor:
-    """Of Flux 2, where the model computes one modulation for all blocks."""
-    shift, scale = named["temb_mod_img"].chunk(6, dim=-1)[:2]
+    """Of Flux 2, where the model computes one modulation for all blocks; diffusers 0.36 splits it beforehand."""
+    if "temb_mod_img" in named:
+        shift, scale = named["temb_mod_img"].chunk(6, dim=-1)[:2]
+    else:
+        shift, scale = named["temb_mod_params_img"][0][:2]
     if shift.dim() == 2:
         shift, scale = shift[:, None], scale[:, None]
     out: Tensor = block.norm1(named["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import tokdyn
 from tokdyn.attach.api import unwrap, wrap
@@ -125,6 +126,11 @@ def _of_skipping(found: SkipCalibration) -> dict[str, Any]:
     }
 
 
+def _number(value: Tensor) -> float | None:
+    """A number that JSON knows: a change from nothing is infinite."""
+    return float(value) if value.isfinite() else None
+
+
 def _of_caching(found: CacheCalibration) -> dict[str, Any]:
     points = [
         {
@@ -133,8 +139,8 @@ def _of_caching(found: CacheCalibration) -> dict[str, Any]:
             "step": step.turn.step,
             "sample": sample,
             "level": step.levels[sample],
-            "change": float(step.change[sample]),
-            "effect": float(step.effect[sample]),
+            "change": _number(step.change[sample]),
+            "effect": _number(step.effect[sample]),
         }
         for step in found.steps
         if step.change is not None and step.effect is not None

@@ -35,6 +35,13 @@ class Bins:
         return list(pairwise(self.edges))
 
 
+def _between(low: float, high: float) -> float:
+    """The middle, with few digits where they are enough."""
+    middle = (low + high) / 2
+    short = round(middle, 6)
+    return short if low < short < high else middle
+
+
 def bins_of(seen: Sequence[float], levels: int | Sequence[float] | None) -> Bins:
     """Stretches with about equally many of the steps in each, their edges halfway between steps.
 
@@ -52,7 +59,7 @@ def bins_of(seen: Sequence[float], levels: int | Sequence[float] | None) -> Bins
             raise InputError(f"levels is {wanted}; give the number of rows of noise levels, at least 1.")
         count = min(wanted, len(steps))
         cuts = [round(len(steps) * row / count) for row in range(1, count)]
-        inner = [(steps[cut - 1] + steps[cut]) / 2 for cut in cuts]
+        inner = [_between(steps[cut - 1], steps[cut]) for cut in cuts]
         return Bins((0.0, *inner, 1.0))
     inner = [float(edge) for edge in levels if 0.0 < edge < 1.0]
     edges = (0.0, *inner, 1.0)

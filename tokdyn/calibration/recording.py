@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ Call = dict[str, Any]
 
 @contextmanager
 def recording(model: nn.Module, host: bool = False) -> Iterator[list[Call]]:
-    """Within this context every call of the model leaves its arguments, in order.
+    """Within this context every call of the model, or of its forward, leaves its arguments, in order.
 
     Args:
         model: wrapped or not; of a pipeline give the transformer, as in `recording(pipe.transformer)`.
@@ -39,17 +40,27 @@ def recording(model: nn.Module, host: bool = False) -> Iterator[list[Call]]:
     names = argument_names(model)
     calls: list[Call] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         before = calls[-1] if calls else {}
         with torch.inference_mode(False), torch.no_grad():  # what is kept can be used in any mode
             calls.append({name: _copied(value, before.get(name), host) for name, value in named.items()})
 
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    plain, own = model.forward, model.__dict__.get("forward")  # its own where offloading put one
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        keep(args, kwargs)
+        return plain(*args, **kwargs)
+
+    model.forward = forward
     try:
         yield calls
     finally:
-        handle.remove()
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def listed(calls: Iterable[Mapping[str, Any]]) -> list[Call]:

@@ -43,7 +43,8 @@ class Trial:
                 place = (rows == row).nonzero().flatten().to(full.device)
                 if len(place):
                     y, y0 = (each.index_select(0, place).float().flatten(1) for each in (self._predict(call), full))
-                    found.append(((y - y0).square().sum(1) / y0.square().sum(1)).sum())
+                    length = y0.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)  # a fresh model says zero
+                    found.append(((y - y0).square().sum(1) / length).sum())
         return float(torch.stack(found).double().sum())
 
     def relative(self, skips: Skips) -> tuple[float, ...]:
