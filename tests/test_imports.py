@@ -32,7 +32,7 @@ LAYERS = [
     ["train"],
     ["report"],
     ["sample", "evaluate"],
-    ["catalog", "demo"],
+    ["catalog", "demo", "calibration"],
     ["recipes"],
     ["cli"],
 ]

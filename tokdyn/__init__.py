@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokdyn.attach.api import disabled, unwrap, wrap
     from tokdyn.attach.controls import calibrate_router, dropping, losses, set_tail_drop, stats
     from tokdyn.attach.sidecar import load, save
+    from tokdyn.calibration import calibrate, recording
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
     from tokdyn.models import DCDiT, DiT
 
@@ -48,11 +49,13 @@ __all__ = [
     "TokenMerge",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "calibrate_router",
     "disabled",
     "dropping",
     "load",
     "losses",
+    "recording",
     "save",
     "set_tail_drop",
     "stats",
@@ -67,6 +70,7 @@ _LAZY = {
     **dict.fromkeys(
         ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge"), "tokdyn.methods"
     ),
+    **dict.fromkeys(("calibrate", "recording"), "tokdyn.calibration"),
     "DCDiT": "tokdyn.models",
     "DiT": "tokdyn.models",
     "ModelMixin": "diffusers",  # diffusers' pipelines look it up in the module of a custom class to know how to load it
@@ -74,6 +78,7 @@ _LAZY = {
 _SUBMODULES = frozenset(
     {
         "adapters",
+        "calibration",
         "checkpoints",
         "data",
         "demo",

@@ -28,7 +28,7 @@ TINY = [
     "training.precision=fp32",
 ]  # fmt: skip
 LEAVES = [
-    ["demo"], ["train"], ["features"], ["sample"], ["eval"], ["models"],
+    ["demo"], ["train"], ["features"], ["sample"], ["calibrate"], ["eval"], ["models"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 
@@ -67,7 +67,9 @@ def test_help_has_usage_and_examples(words: list[str]) -> None:
     assert f"tokdyn {' '.join(words)}" in text.partition("Examples:")[2]
 
 
-@pytest.mark.parametrize("words", [["demo"], ["train"], ["sample"], ["eval"], ["features"], ["models"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["demo"], ["train"], ["sample"], ["calibrate"], ["eval"], ["features"], ["models"]], ids=" ".join
+)
 def test_help_explains_every_setting(words: list[str]) -> None:
     command: Any = get_command(app)
     text = run(*words, "--help").stdout
@@ -89,6 +91,9 @@ def test_unknown_command_and_option() -> None:
         (["train", "demo", "optimizer.lr=fast"], "'optimizer.lr'"),
         (["sample"], "'model' is required"),
         (["sample", "nowhere"], "nowhere"),
+        (["calibrate", "runs/x"], "'method' is required"),
+        (["calibrate", "runs/x", "method=skip"], "method=skip needs a target: set flops, such as flops=0.7"),
+        (["calibrate", "nowhere", "method=cache"], "nowhere"),
         (["eval", "nowhere", "nothing", "more"], "'more' is one word too many: after GENERATED REFERENCE"),
         (["eval", "nowhere"], "nowhere"),
         (["features", "vae=v"], "'out' is required"),

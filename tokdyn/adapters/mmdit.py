@@ -75,7 +75,7 @@ FLUX2 = ModelAdapter(
     name="Flux 2",
     classes=("Flux2Transformer2DModel",),
     stacks=(
-        replace(FLUX.stacks[0], modulated=None),  # its modulation comes from the model
+        replace(FLUX.stacks[0], modulated=modulation.of_the_model),
         Stack("single_transformer_blocks", image="last", follow=_ROTARY, attention=("attn",), mlp=()),
     ),
     grid=_flux_grid,
@@ -97,6 +97,7 @@ AURAFLOW = ModelAdapter(
             returns=("text", "tokens"),
             attention=("attn",),
             mlp=("ff",),
+            modulated=modulation.embedding,
         ),
         Stack("single_transformer_blocks", image="last", attention=("attn",), mlp=("ff",)),
     ),
@@ -128,6 +129,7 @@ QWEN = ModelAdapter(
             follow=(Follow("image_rotary_emb", axis=0, batched=False, item=0), Follow("modulate_index")),
             attention=("attn",),
             mlp=("img_mlp",),
+            modulated=modulation.of_the_image,
         ),
     ),
     grid=_qwen_grid,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from tokdyn.adapters import modulation
 from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
 
 SANA = ModelAdapter(
     name="Sana",
     classes=("SanaTransformer2DModel",),
-    stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",)),),
+    stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",), modulated=modulation.shift_table),),
     grid=patches,
     level=timestep(),
     refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},

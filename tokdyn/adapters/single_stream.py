@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
 from tokdyn.errors import InputError
@@ -36,6 +37,7 @@ ZIMAGE = ModelAdapter(
             follow=(Follow("attn_mask"), Follow("attention_mask"), Follow("freqs_cis")),
             attention=("attention",),
             mlp=("feed_forward",),
+            modulated=modulation.scale_alone,
         ),
     ),
     grid=_zimage_grid,
@@ -68,6 +70,7 @@ LUMINA2 = ModelAdapter(
             follow=(Follow("attention_mask"), Follow("image_rotary_emb")),
             attention=("attn",),
             mlp=("feed_forward",),
+            modulated=modulation.embedding,
         ),
     ),
     grid=_lumina_grid,

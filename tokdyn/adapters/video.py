@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import IP_ADAPTER, timestep
 from tokdyn.tokens import Grid
@@ -23,6 +24,7 @@ WAN = ModelAdapter(
             follow=(Follow("rotary_emb"), Follow("temb", dims=4)),
             attention=("attn1",),
             mlp=("ffn",),
+            modulated=modulation.shift_table_per_token,
         ),
     ),
     grid=_wan_grid,
@@ -40,6 +42,7 @@ LTX = ModelAdapter(
             follow=(Follow("image_rotary_emb"), Follow("temb", dims=3)),
             attention=("attn1",),
             mlp=("ff",),
+            modulated=modulation.shift_table_per_token,
         ),
     ),
     grid=lambda model, call: (call["num_frames"], call["height"], call["width"]),
@@ -70,8 +73,12 @@ HUNYUAN = ModelAdapter(
             ),
             attention=("attn",),
             mlp=mlp,
+            modulated=modulated,
         )
-        for path, mlp in (("transformer_blocks", ("ff",)), ("single_transformer_blocks", ()))
+        for path, mlp, modulated in (
+            ("transformer_blocks", ("ff",), modulation.embedding),
+            ("single_transformer_blocks", (), None),
+        )
     ),
     grid=_hunyuan_grid,
     level=timestep(),
@@ -98,6 +105,7 @@ COGVIDEOX = ModelAdapter(
             inside_mlp="last",
             attention=("attn1",),
             mlp=("ff",),
+            modulated=modulation.with_text,
         ),
     ),
     grid=_cogvideo_grid,

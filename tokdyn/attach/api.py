@@ -13,6 +13,7 @@ from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach import checkpointing, instance
 from tokdyn.attach.around import _chunked
 from tokdyn.attach.attachment import Attachment
+from tokdyn.attach.calibrated import warn_of_another_model
 from tokdyn.attach.run import Run
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import Method, TokenMerge
@@ -43,6 +44,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
             raise InputError(f"{each!r} is no method; give a list of methods, such as [tokdyn.TokenMerge(ratio=0.5)].")
     attachment = Attachment(model, adapter_for(model), methods)
     _check_dense(model, attachment)
+    warn_of_another_model(model, methods)
     roles = attachment.roles(model)
     model.tokdyn = attachment
     more = (_chunked,) if attachment.adapter.chunked else ()
@@ -128,6 +130,8 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
     finally:
         instance.enter(before)
         checkpointing.release(bound)
+    if attachment.watch is not None and not run.training:
+        attachment.watch.see(run.turn, run.level[0])
     attachment.losses = run.losses
     attachment.records = [*attachment.records[1 - _RECORDS :], run.record]
     return out

@@ -16,6 +16,7 @@ from tokdyn.attach.actors.depth_skip import LearnedSkipping, Skipping
 from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
 from tokdyn.attach.actors.token_drop import Dropping
 from tokdyn.attach.actors.token_merge import Merge
+from tokdyn.attach.calibrated import SamplerWatch
 from tokdyn.attach.record import Record
 from tokdyn.attach.roles import Role, argument_names, find_roles
 from tokdyn.attach.trajectory import Trajectory
@@ -40,6 +41,7 @@ class Attachment(nn.Module):
         reduces: whether blocks may see other tokens than the full grid.
         records: of the calls since the trajectory began.
         trajectory: where sampling is.
+        watch: over the sampler, where a method was calibrated for one.
         losses: auxiliary losses of the last call that computed gradients.
         tail_drop: what `tokdyn.set_tail_drop` set; None leaves it to the methods.
         drop_rate: what `tokdyn.dropping` set: TokenDrop acts in sampling too, at this rate.
@@ -68,6 +70,7 @@ class Attachment(nn.Module):
         self.enabled = True
         self.records: list[Record] = []
         self.trajectory = Trajectory()
+        self.watch = SamplerWatch.of(self.methods)
         self.losses: dict[str, Tensor] = {}
         self.tail_drop: tuple[float, ...] | dict[str, float] | None = None
         self.drop_rate: float | None = None
@@ -94,6 +97,8 @@ class Attachment(nn.Module):
         """Forget the trajectory and its statistics."""
         self.records = []
         self.trajectory.clear()
+        if self.watch is not None:
+            self.watch.end()
         for bracket in (*self.caches, *self.actors.brackets):
             if isinstance(bracket, Cache):
                 bracket.memory.clear()

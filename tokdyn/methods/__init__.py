@@ -4,7 +4,7 @@ from tokdyn.methods.base import Method, Sizes
 from tokdyn.methods.chunking import Chunking, ChunkingModule
 from tokdyn.methods.depth_skip import DepthSkip, SkipGates
 from tokdyn.methods.dynamic_width import DynamicWidth
-from tokdyn.methods.feature_cache import FeatureCache
+from tokdyn.methods.feature_cache import TEACACHE_FLUX, FeatureCache
 from tokdyn.methods.token_drop import TokenDrop
 from tokdyn.methods.token_merge import TokenMerge
 
@@ -14,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "METHODS",
+    "TEACACHE_FLUX",
     "Chunking",
     "ChunkingModule",
     "DepthSkip",

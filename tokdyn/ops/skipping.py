@@ -25,7 +25,11 @@ def block_influence(before: Tensor, after: Tensor) -> Tensor:
 
 
 def choose_skips(
-    influence: Tensor, cost: Sequence[float], other: float, flops: float, protected: Sequence[int] = ()
+    influence: Tensor,
+    cost: Sequence[float] | Tensor,
+    other: float | Tensor,
+    flops: float,
+    protected: Sequence[int] = (),
 ) -> tuple[tuple[int, ...], ...]:
     """The blocks to skip at each noise level, for a share of the FLOPs of all levels together.
 
@@ -33,8 +37,8 @@ def choose_skips(
 
     Args:
         influence: (levels, blocks).
-        cost: FLOPs of each block.
-        other: FLOPs of everything that is not a block.
+        cost: FLOPs of each block, (blocks,) or (levels, blocks) where levels differ; what is free runs.
+        other: FLOPs of everything that is not a block, one number or (levels,).
         flops: FLOPs to end up with, as a share of what running everything costs, in (0, 1].
         protected: blocks that always run.
 
@@ -45,27 +49,47 @@ def choose_skips(
         InputError: the target is out of reach, or the numbers do not fit.
     """
     levels, blocks = influence.shape
-    if len(cost) != blocks or not 0.0 < flops <= 1.0:
+    costs = torch.as_tensor(cost, dtype=torch.float64, device="cpu")
+    if costs.shape[-1:] != (blocks,) or not 0.0 < flops <= 1.0:
         raise InputError(
-            f"there are {len(cost)} costs for {blocks} blocks and the target is {flops}; expected one cost for each "
-            "block and a share of the FLOPs in (0, 1]."
+            f"there are {costs.shape[-1]} costs for {blocks} blocks and the target is {flops}; expected one cost for "
+            "each block and a share of the FLOPs in (0, 1]."
         )
-    whole = levels * (other + sum(cost))
-    least = levels * (other + sum(cost[block] for block in protected))
+    table = costs.expand(levels, blocks).tolist()
+    spent, goal = skip_budget(costs.expand(levels, blocks), other, flops, protected)
+    free = [block for block in range(blocks) if block not in set(protected)]
+    cells = [(level, block) for level in range(levels) for block in free if table[level][block] > 0]
+    skipped: list[list[int]] = [[] for _ in range(levels)]
+    for level, block in sorted(cells, key=lambda cell: (float(influence[cell]) / table[cell[0]][cell[1]], *cell)):
+        if spent <= goal:
+            break
+        skipped[level].append(block)
+        spent -= table[level][block]
+    return tuple(tuple(sorted(row)) for row in skipped)
+
+
+def skip_budget(
+    cost: Tensor, other: float | Tensor, flops: float, protected: Sequence[int] = ()
+) -> tuple[float, float]:
+    """FLOPs of running everything, and FLOPs to come down to.
+
+    Args:
+        cost: (levels, blocks) fp64.
+        other: FLOPs of everything that is not a block, one number or (levels,).
+        flops: share to end up with.
+        protected: blocks that always run.
+
+    Raises:
+        InputError: what always runs costs more than that.
+    """
+    rest = torch.as_tensor(other, dtype=torch.float64, device="cpu").expand(len(cost)).sum()
+    whole = float(rest + cost.sum())
+    least = float(rest + cost[:, sorted(set(protected))].sum())
     if flops * whole < least:
         raise InputError(
             f"{flops:g} of the FLOPs cannot be reached: what always runs costs {least / whole:.3g}; ask for more."
         )
-    free = [block for block in range(blocks) if block not in set(protected)]
-    rows = [(float(influence[level, block]) / cost[block], level, block) for level in range(levels) for block in free]
-    skipped: list[list[int]] = [[] for _ in range(levels)]
-    spent = float(whole)
-    for _, level, block in sorted(rows):
-        if spent <= flops * whole:
-            break
-        skipped[level].append(block)
-        spent -= cost[block]
-    return tuple(tuple(sorted(row)) for row in skipped)
+    return whole, flops * whole
 
 
 def gate(logit: Tensor, training: bool, temperature: float = 5.0, noise: Tensor | None = None) -> Tensor:

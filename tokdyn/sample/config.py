@@ -58,6 +58,7 @@ class SampleConfig(BaseModel):
         tail_drop: Fraction of the kept tokens to drop; several make the same images at several budgets.
         uncond_tail_drop: The same for the unconditional branch (Lite-CFG); None means as tail_drop.
         clip: Clamp predicted images to [-1, 1] at each step; None does so for pixels and not for latents.
+        methods: Folder with methods that act while sampling, from `tokdyn calibrate` or `tokdyn.save`.
         vae: Autoencoder that decodes latents, a path or a hub id; None takes the one the training data were made with.
         maps: Also draw which tokens were kept over the trajectory, and kept tokens and time against noise level.
         map_images: Images in that picture.
@@ -86,6 +87,7 @@ class SampleConfig(BaseModel):
     tail_drop: Annotated[tuple[Share, ...], AfterValidator(_budgets), BeforeValidator(_listed)] = (0.0,)
     uncond_tail_drop: Share | None = None
     clip: bool | None = None
+    methods: UserPath | None = None
     vae: str | None = None
     maps: bool = False
     map_images: PositiveInt = 4

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from tokdyn.attach.api import attachment_of
 from tokdyn.diffusion.records import StepRecord
 from tokdyn.flops import flops_per_image, model_parts
 
@@ -22,7 +23,8 @@ class StepCost(BaseModel):
         level: noise level in [0, 1].
         kept: share of the tokens kept in the conditional branch; None for a model that computes every token.
         uncond_kept: the same for the unconditional branch; None where it was not computed.
-        gflops: 1e9 FLOPs per image, both branches together; a multiply-add is 2 FLOPs.
+        gflops: 1e9 FLOPs per image, both branches together; a multiply-add is 2 FLOPs. None where methods act on the
+            model: these are the costs of the model alone.
         milliseconds: per image.
     """
 
@@ -32,7 +34,7 @@ class StepCost(BaseModel):
     level: float
     kept: float | None
     uncond_kept: float | None
-    gflops: float
+    gflops: float | None
     milliseconds: float
 
 
@@ -81,7 +83,10 @@ def _step_cost(model: Any, record: StepRecord, images: int) -> StepCost:
     branches: list[Tensor] = []
     if counts is not None:
         branches = [counts.cond] if counts.uncond is None else [counts.cond, counts.uncond]
-    if branches:
+    flops: float | None
+    if attachment_of(model) is not None:
+        flops = None
+    elif branches:
         # Attention grows with the square of an image's tokens, so the mean over images is not the cost of the mean.
         flops = sum(sum(model_parts(model, branch.tolist()).values()) for branch in branches) / images
     else:
@@ -92,6 +97,6 @@ def _step_cost(model: Any, record: StepRecord, images: int) -> StepCost:
         level=record.level,
         kept=shares[0] if shares else None,
         uncond_kept=shares[1] if len(shares) > 1 else None,
-        gflops=flops / 1e9,
+        gflops=None if flops is None else flops / 1e9,
         milliseconds=1e3 * record.seconds / images,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tokdyn.attach.api import attachment_of
 from tokdyn.data.vae import weights_digest
 from tokdyn.errors import RecipeError
 from tokdyn.sample.job import Job
@@ -32,8 +33,17 @@ def identity(job: Job) -> dict[str, Any]:
         "device": job.device.type if job.scheduler == "ddpm" else "any",  # see tokdyn.diffusion.randomness
         "objective": job.objective.model_dump(mode="json"),
         "weights": weights_digest(job.model),
+        "methods": _methods(job),
         "vae": None if job.decoder.vae is None else weights_digest(job.decoder.vae),
     }
+
+
+def _methods(job: Job) -> list[dict[str, Any]] | None:
+    """The methods that act on the model; the weights above include theirs."""
+    carried = attachment_of(job.model)
+    if carried is None:
+        return None
+    return [{"method": type(each).__name__, **each.model_dump(mode="json")} for each in carried.methods]
 
 
 def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResult]:

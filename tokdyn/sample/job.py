@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokdyn.attach.sidecar import load
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
@@ -106,10 +107,13 @@ def prepare(config: SampleConfig) -> Job:
     scheduler = config.scheduler or default_scheduler(objective)
     open_scheduler(scheduler, config.steps, objective)  # says what does not fit
     decoder = open_decoder(model.config.in_channels, info.data, config.vae, device, info.latents)
+    model.to(device)
+    if config.methods is not None:
+        load(model, config.methods)
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Job(
         config=config,
-        model=model.to(device),
+        model=model,
         objective=objective,
         info=info,
         decoder=decoder,

@@ -29,7 +29,7 @@ class BudgetResult(_Frozen):
         seconds: spent in the model and the scheduler by this run.
         images_per_second: made in those seconds.
         kept: mean share of tokens over steps, images and branches; None for a model that computes every token.
-        tflops_per_image: 1e12 FLOPs, all steps and branches together; a multiply-add is 2 FLOPs.
+        tflops_per_image: 1e12 FLOPs, all steps and branches together; a multiply-add is 2 FLOPs. None if methods act.
         steps: what each step cost; empty if nothing was measured.
         files: what was written.
     """
@@ -53,6 +53,7 @@ class BudgetResult(_Frozen):
             images: how many images it holds.
         """
         steps = joined(self.steps, self.measured, costs, images)
+        known = [cost.gflops for cost in steps if cost.gflops is not None]
         seconds = self.seconds + sum(cost.milliseconds for cost in costs) * images / 1e3
         return BudgetResult(
             tail_drop=self.tail_drop,
@@ -62,7 +63,7 @@ class BudgetResult(_Frozen):
             seconds=seconds,
             images_per_second=(self.made + images) / seconds,
             kept=mean_kept(steps),
-            tflops_per_image=sum(cost.gflops for cost in steps) / 1e3,
+            tflops_per_image=None if len(known) < len(steps) else sum(known) / 1e3,
             steps=steps,
             files=self.files,
         )

@@ -1,0 +1,63 @@
+"""`tokdyn calibrate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from .frame import command
+from .output import Json, as_json, pairs, table
+from .settings import read
+
+
+def _settings() -> type:
+    from tokdyn.calibration.config import CalibrateConfig
+
+    return CalibrateConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+
+    @command(
+        app,
+        "calibrate",
+        words=["MODEL"],
+        settings=_settings,
+        examples=[
+            "tokdyn calibrate runs/demo method=skip flops=0.7 steps=25",
+            "tokdyn calibrate DiT-XL-2-256 method=skip flops=0.7 steps=50 guidance=4 protected=0,-1 --sequential",
+            "tokdyn calibrate DiT-XL-2-256 method=cache cache_steps=0.5 steps=50 guidance=4 out=calibrated/xl",
+        ],
+    )
+    def calibrate(ctx: typer.Context, json: Json = False) -> None:
+        """Measure on sampled images which blocks to skip, or when to reuse them."""
+        from tokdyn.calibration.command import run
+        from tokdyn.calibration.config import CalibrateConfig
+
+        result = run(read(ctx.args, CalibrateConfig, ["model"]))
+        if json:
+            as_json({"folder": result.folder, **result.report})
+            return
+        report = result.report
+        if report["settings"]["method"] == "skip":
+            table(["noise level", "skipped blocks", "error of the output"], map(_row, reversed(report["levels"])))
+        else:
+            method = report["method"]
+            pairs(
+                [
+                    ("polynomial", ", ".join(f"{c:.4g}" for c in method["coefficients"])),
+                    ("explains", f"{report['explained_variance']:.1%} of the variance"),
+                    ("threshold", f"{method['threshold']:.4g}"),
+                    ("blocks run in", f"{report['computed_steps']:.1%} of the steps"),
+                ]
+            )
+        typer.echo(f"\n{report['flops']:.1%} of the FLOPs are left (a multiply-add is 2 FLOPs). In {result.folder}:")
+        for name in ("tokdyn_config.json", "calibration.json", "calibration.png"):
+            typer.echo(f"  {result.folder / name}")
+
+
+def _row(level: dict[str, Any]) -> tuple[str, str, str]:
+    blocks = ", ".join(map(str, level["skipped"])) or "-"
+    return f"{level['low']:.2f} to {level['high']:.2f}", blocks, f"{level['relative_error']:.4f}"

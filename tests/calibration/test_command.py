@@ -1,0 +1,203 @@
+"""`tokdyn calibrate`: what it writes, what can be done with it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from PIL import Image
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
+
+import tokdyn
+from tests.contract.models import TINY, randomized
+from tokdyn.calibration.config import CalibrateConfig
+from tokdyn.calibration.trajectories import open_subject, trajectories
+from tokdyn.data.config import DataConfig
+from tokdyn.flops import count
+from tokdyn.sample import SampleConfig, load_model, sample
+from tokdyn.train.snapshot import save_model
+
+FACTS = {
+    "name": "tiny/run",
+    "objective": {"kind": "flow"},
+    "data": DataConfig(kind="shapes", num_classes=4).model_dump(mode="json"),
+    "class_names": ["apple", "bear", "car", "dog"],
+}
+QUICK = ("steps=6", "count=3", "batch_size=2", "device=cpu")
+
+
+def tiny(kind=tokdyn.DiT):
+    torch.manual_seed(0)
+    settings = {"sample_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 4}
+    return randomized(kind(**settings, patch_size=2, learn_sigma=False))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_model(tiny(), tmp_path / "saved", FACTS)
+    return tmp_path / "saved"
+
+
+def run(*words: str | Path, code: int = 0):
+    """The command in this process, without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = CliRunner().invoke(app, ["calibrate", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def report(*words: str | Path):
+    return json.loads(run(*words, "--json").stdout)
+
+
+def is_picture(path: Path) -> bool:
+    """A PNG with ink on it."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("L"))
+    return min(pixels.shape) > 300 and pixels.std() > 10
+
+
+def test_skip_writes_methods_report_and_picture(saved, tmp_path):
+    out = tmp_path / "out"
+    found = report(saved, "method=skip", "flops=0.7", "guidance=2", "levels=3", f"out={out}", *QUICK)
+    assert sorted(path.name for path in out.iterdir()) == ["calibration.json", "calibration.png", "tokdyn_config.json"]
+    assert is_picture(out / "calibration.png")
+    assert {**json.loads((out / "calibration.json").read_text()), "folder": str(out)} == found
+    assert found["calls"] == 2 * 6
+    assert found["model"] == {"name": "tiny/run", "class": "DiT"}
+    rows = found["levels"]
+    assert [len(row["influence"]) for row in rows] == [4, 4, 4]
+    assert all(row["relative_error"] > 0 for row in rows if row["skipped"])
+    spent = sum(
+        row["other_flops"] + sum(c for block, c in enumerate(row["block_flops"]) if block not in row["skipped"])
+        for row in rows
+    )
+    whole = sum(row["other_flops"] + sum(row["block_flops"]) for row in rows)
+    assert found["flops"] == pytest.approx(spent / whole)
+    model = tokdyn.load(load_model(saved)[0], out)
+    assert model.tokdyn.methods[0].table == tuple((r["low"], r["high"], tuple(r["skipped"])) for r in rows)
+
+
+def test_the_share_holds_for_the_trajectories_that_were_drawn(saved, tmp_path):
+    out = tmp_path / "out"
+    found = report(saved, "method=skip", "flops=0.6", "guidance=2", f"out={out}", *QUICK)
+    config = CalibrateConfig(model=str(saved), method="skip", flops=0.6, guidance=2, steps=6, count=3, batch_size=2)
+    subject = open_subject(config, torch.device("cpu"))
+    calls = trajectories(config, subject)
+    plain = sum(count(subject.model, **call)[0] for call in calls)
+    tokdyn.load(subject.model, out)
+    assert sum(count(subject.model, **call)[0] for call in calls) / plain == pytest.approx(found["flops"])
+
+
+def test_cache_writes_points_and_polynomial(saved, tmp_path):
+    out = tmp_path / "out"
+    found = report(saved, "method=cache", "cache_steps=0.5", "guidance=2", "degree=2", f"out={out}", *QUICK)
+    assert is_picture(out / "calibration.png")
+    assert found["computed_steps"] <= 0.5
+    assert len(found["method"]["coefficients"]) == 3
+    assert len(found["points"]) == 2 * 3 * 5  # branches, images, steps that have one before them
+    assert {point["trajectory"] for point in found["points"]} == {1, 2}
+    assert all(point["change"] > 0 and point["effect"] > 0 for point in found["points"])
+
+
+@pytest.mark.parametrize("method", [("method=skip", "flops=0.7", "--sequential"), ("method=cache", "flops=0.7")])
+def test_what_was_calibrated_can_be_sampled_with(saved, tmp_path, method):
+    out = tmp_path / "out"
+    run(saved, *method, f"out={out}", *QUICK)
+    settings = {"model": str(saved), "steps": 6, "count": 3, "device": "cpu"}
+    plain = sample(SampleConfig(**settings, out=tmp_path / "plain", format="folder"))
+    made = sample(SampleConfig(**settings, out=tmp_path / "made", methods=out, format="folder"))
+    assert plain.budgets[0].tflops_per_image > 0
+    assert made.budgets[0].tflops_per_image is None  # nobody counts what methods leave yet
+    assert made.identity["methods"] == json.loads((out / "tokdyn_config.json").read_text())["methods"]
+    assert plain.identity["methods"] is None
+    files = [sorted((tmp_path / name / "images").iterdir()) for name in ("plain", "made")]
+    assert any(one.read_bytes() != other.read_bytes() for one, other in zip(*files, strict=True))
+    with pytest.raises(tokdyn.RecipeError, match="made with another methods"):
+        sample(SampleConfig(**settings, out=tmp_path / "made", format="folder"))
+
+
+def test_dc_dit_is_calibrated_too(tmp_path):
+    save_model(tiny(tokdyn.DCDiT), tmp_path / "saved", FACTS)
+    found = report(tmp_path / "saved", "method=skip", "flops=0.9", f"out={tmp_path / 'skip'}", *QUICK)
+    assert 0.8 < found["flops"] <= 0.9
+    found = report(tmp_path / "saved", "method=cache", "flops=0.7", f"out={tmp_path / 'cache'}", *QUICK)
+    assert found["flops"] <= 0.7
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        latent_channels=4, norm_num_groups=4, sample_size=8,
+    )  # fmt: skip
+    DiTPipeline(TINY["DiTTransformer2DModel"].build(), vae, DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_a_pipeline_of_diffusers_is_calibrated(pipeline, tmp_path):
+    out = tmp_path / "out"
+    found = report(pipeline, "method=skip", "flops=0.7", "guidance=4", "classes=7,1", f"out={out}", *QUICK)
+    assert found["model"] == {"name": "pipeline", "class": "DiTTransformer2DModel"}
+    assert found["scheduler"] == "DDIMScheduler"
+    assert found["calls"] == 2 * 6
+    pipe = DiTPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    tokdyn.load(pipe.transformer, out)  # equal fingerprints: a warning would be an error
+    pipe(class_labels=[1], num_inference_steps=6, output_type="np")
+
+
+def test_the_default_folder_and_the_table(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = run(saved, "method=skip", "flops=0.7", *QUICK).stdout
+    assert "skipped blocks" in text
+    assert "of the FLOPs are left" in text
+    assert (tmp_path / "calibrated" / "tiny" / "run" / "skip" / "tokdyn_config.json").is_file()
+    text = run(saved, "method=cache", *QUICK).stdout
+    assert "threshold      0.1" in text
+    assert "of the variance" in text
+
+
+def test_equal_settings_give_equal_files(saved, tmp_path):
+    for name in ("one", "two"):
+        run(saved, "method=skip", "flops=0.7", f"out={tmp_path / name}", *QUICK)
+    one, two = ((tmp_path / name / "tokdyn_config.json").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=skip", "flops=0.01"], "0.01 of the FLOPs cannot be reached"),
+        (["method=skip", "flops=0.7", "degree=2"], "degree has no effect with method=skip"),
+        (["method=cache", "protected=0"], "protected has no effect with method=cache"),
+        (["method=cache", "flops=0.5", "cache_steps=0.5"], "flops and cache_steps both decide the threshold"),
+        (["method=cache", "scheduler=ddim"], "scheduler=ddim cannot sample a flow objective"),
+        (["method=cache", "classes=cat"], "class cat does not exist"),
+        (["method=cache", "steps=1"], "hold no two steps of one trajectory"),
+        (["method=cache", "out={saved}/config.json"], "cannot be a folder"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(saved, words, message):
+    result = run(saved, *QUICK, *(word.format(saved=saved) for word in words), code=2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_pipelines_of_other_kinds_and_their_settings_are_refused(pipeline, tmp_path):
+    assert "samples with its own; leave it out" in run(pipeline, "method=cache", "scheduler=ddim", code=2).stderr
+    assert "the numbers 0 to 999" in run(pipeline, "method=cache", "classes=1000", code=2).stderr
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (pipeline / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    message = run(pipeline, "method=cache", code=2).stderr
+    assert "is a FluxPipeline" in message
+    assert "tokdyn.recording(pipe.transformer)" in message

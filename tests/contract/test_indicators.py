@@ -1,0 +1,59 @@
+"""The indicator of feature caches in variants of models that modulate some tokens apart from the others."""
+
+import pytest
+import torch
+
+import tokdyn
+from tests.contract.models import TINY, of_diffusers
+from tokdyn.adapters import adapter_for
+
+
+def wan():
+    """Wan 2.2 from an image: the tokens of the first frame are clean."""
+    inputs = TINY["WanTransformer3DModel"].inputs(2)
+    frames = torch.tensor([0.0] * 12 + [500.0] * 12)  # 2 frames of 4 x 3 tokens
+    return TINY["WanTransformer3DModel"].build(), {**inputs, "timestep": frames.expand(2, -1)}
+
+
+def qwen():
+    """Qwen-Image-Edit: tokens of reference images have a timestep of their own."""
+    model = of_diffusers(
+        "QwenImageTransformer2DModel",
+        patch_size=2, in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 6, 6), zero_cond_t=True,
+    )  # fmt: skip
+    return model, TINY["QwenImageTransformer2DModel"].inputs(2)
+
+
+def hunyuan():
+    """HunyuanVideo from an image: the first frame is modulated by a timestep of zero."""
+    model = of_diffusers(
+        "HunyuanVideoTransformer3DModel",
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8), image_condition_type="token_replace",
+    )  # fmt: skip
+    return model, TINY["HunyuanVideoTransformer3DModel"].inputs(2)
+
+
+@pytest.mark.parametrize("variant", [wan, qwen, hunyuan], ids=lambda variant: variant.__name__)
+@torch.no_grad()
+def test_the_indicator_is_what_attention_gets(variant):
+    (model, inputs), seen = variant(), []
+    stack = adapter_for(model).stacks[0]
+    attention = getattr(getattr(model, stack.path)[0], stack.attention[0])
+    attention.register_forward_pre_hook(lambda _, a, k: seen.append([*a, *k.values()][0]), with_kwargs=True)
+    tokdyn.wrap(model, [tokdyn.FeatureCache(threshold=0.5)])
+    model(**inputs)
+    told = model.tokdyn.actors.brackets[0].memory.branches[0].seen
+    torch.testing.assert_close(told, seen[0], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_model_with_clean_tokens_is_calibrated_by_its_noisy_ones():
+    model, inputs = wan()
+    with tokdyn.recording(model) as calls:
+        for level in (0.9, 0.5, 0.1):
+            model(**{**inputs, "timestep": inputs["timestep"] * 2 * level})
+    method = tokdyn.calibrate(model, calls, tokdyn.DepthSkip(), flops=0.8, levels=3)
+    assert [row[:2] for row in method.table] == [(0.0, 0.3), (0.3, 0.7), (0.7, 1.0)]

@@ -1,0 +1,169 @@
+"""Calling a model again with recorded arguments, and looking into its blocks while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokdyn.adapters import adapter_for
+from tokdyn.attach.api import attachment_of
+from tokdyn.attach.roles import Role, find_roles
+from tokdyn.attach.tokens import split
+from tokdyn.calibration.recording import Call, moved
+from tokdyn.errors import InputError
+from tokdyn.flops.counted import attention_formulas
+from tokdyn.tokens import Packing, cells
+
+Counts = TypeVar("Counts")
+Spent = Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A block at one call, before or after it ran.
+
+    Attributes:
+        block: its number, counted over all stacks.
+        x: image tokens that it got, or returned: (B, N, D), or packed rows (T, D).
+        packing: which sample each packed row belongs to, else None.
+    """
+
+    block: int
+    x: Tensor
+    packing: Packing | None
+
+
+Watch = Callable[[Look], None]
+
+
+class Replay:
+    """A model and how to call it.
+
+    Args:
+        model: not wrapped.
+
+    Raises:
+        UnsupportedModelError: no adapter knows it.
+        InputError: it is wrapped.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if attachment_of(model) is not None:
+            raise InputError(
+                f"this {type(model).__name__} is wrapped, and a calibration measures a model without methods; call "
+                "tokdyn.unwrap on it first, and wrap it with the result."
+            )
+        self.model, self.adapter = model, adapter_for(model)
+        self._known: dict[Any, Any] = {}
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the model."""
+        return sum(len(getattr(self.model, stack.path)) for stack in self.adapter.stacks)
+
+    def __call__(self, call: Call) -> Any:
+        """What the model returns."""
+        return self.model(**self._arguments(call))
+
+    def levels(self, call: Call, batch: int) -> tuple[float, ...]:
+        """Noise level of every sample, as wrapped models read it."""
+        level = self.adapter.level(self.model, call)
+        values = level.float().flatten() if isinstance(level, Tensor) else torch.tensor([float(level)])
+        if isinstance(level, Tensor) and level.dim() > 1:  # tokens at different levels: the highest counts
+            values = level.float().flatten(1).amax(1)
+        return tuple(values.tolist() * (batch if len(values) == 1 else 1))
+
+    def counted(self, call: Call, run: Callable[[Spent], Counts]) -> Counts:
+        """Count FLOPs while something runs, once for all calls of the same shapes unless the data decide what runs.
+
+        Args:
+            call: what it runs on.
+            run: is given a function that says how many FLOPs were spent so far, and returns what it made of them. It
+                is called even where its counts are known.
+        """
+        shapes = _shapes(call)
+        if shapes in self._known and not self.adapter.chunked:
+            run(lambda: 0)
+        else:
+            counter = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+            with counter:
+                self._known[shapes] = run(lambda: int(counter.get_total_flops()))
+        found: Counts = self._known[shapes]
+        return found
+
+    @contextmanager
+    def watching(self, call: Call, before: Watch, after: Watch) -> Iterator[None]:
+        """Within this context `before` and `after` see every block of a call with these arguments."""
+        count: list[int] = []  # image tokens of a sample, read if text lies beside them
+
+        def image(x: Tensor, role: Role) -> Tensor:
+            if role.stack.image == "all":
+                return x
+            if not count:
+                count.append(cells(self.adapter.grid(self.model, call)))
+            return split(x, count[0], role.stack.image)[1]
+
+        def entering(role: Role) -> Callable[..., None]:
+            def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                given = role.named(args, kwargs)
+                before(Look(role.block, image(given[role.stack.tokens], role), given.get(role.stack.packing or "")))
+
+            return hook
+
+        def leaving(role: Role) -> Callable[..., None]:
+            def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+                parts = out if isinstance(out, tuple) else (out,)
+                x = dict(zip(role.stack.returns, parts, strict=False))["tokens"]
+                after(Look(role.block, image(x, role), role.named(args, kwargs).get(role.stack.packing or "")))
+
+            return hook
+
+        roles = find_roles(self.model, self.adapter, branches=False)
+        with ExitStack() as stack:
+            for part in self.model.modules():
+                if id(part) in roles:
+                    role = roles[id(part)]
+                    stack.callback(part.register_forward_pre_hook(entering(role), with_kwargs=True).remove)
+                    stack.callback(part.register_forward_hook(leaving(role), with_kwargs=True).remove)
+            yield
+
+    def _arguments(self, call: Call) -> Call:
+        """The arguments where the model is, where it says where that is."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return call if device.type == "meta" else {name: moved(value, device) for name, value in call.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every part gets back the mode that it had."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def prediction(output: Any) -> Tensor:
+    """(B, ...) what a model predicts, of whatever it returns."""
+    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    return torch.stack(list(found)) if isinstance(found, Sequence) else found
+
+
+def _shapes(value: Any) -> Any:
+    """What decides how much a call costs."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return tuple((name, _shapes(part)) for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_shapes(part) for part in value)
+    return value if isinstance(value, int | float | str | None) else type(value).__name__

@@ -1,0 +1,101 @@
+"""Choosing blocks to skip one after the other, by what skipping them does to the output of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tokdyn.attach.api import unwrap, wrap
+from tokdyn.calibration.levels import Bins
+from tokdyn.calibration.recording import Call
+from tokdyn.calibration.replay import Replay, prediction
+from tokdyn.methods import DepthSkip
+from tokdyn.ops.skipping import skip_budget
+from tokdyn.progress import progress
+
+Skips = tuple[tuple[int, ...], ...]
+
+
+class Trial:
+    """Tries out what a model predicts without some of its blocks.
+
+    Args:
+        replay: the model.
+        calls: recorded.
+        bins: rows of noise levels.
+        rows: for each call the row of each of its samples.
+    """
+
+    def __init__(self, replay: Replay, calls: Sequence[Call], bins: Bins, rows: Sequence[Sequence[int]]) -> None:
+        self._replay, self._bins = replay, bins
+        self._calls, self._rows = calls, [torch.tensor(row) for row in rows]
+        self._full = [self._predict(call) for call in calls]
+
+    def error(self, row: int, blocks: Sequence[int]) -> float:
+        """Sum over the samples of a row of |y - y0|^2 / |y0|^2, where y misses these blocks and y0 misses none."""
+        found = []
+        with self._skipping(blocks):
+            for call, rows, full in zip(self._calls, self._rows, self._full, strict=True):
+                place = (rows == row).nonzero().flatten().to(full.device)
+                if len(place):
+                    y, y0 = (each.index_select(0, place).float().flatten(1) for each in (self._predict(call), full))
+                    length = y0.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)  # a fresh model says zero
+                    found.append(((y - y0).square().sum(1) / length).sum())
+        return float(torch.stack(found).double().sum())
+
+    def relative(self, skips: Skips) -> tuple[float, ...]:
+        """|y - y0| / |y0| of every row, as a root mean square over its samples."""
+        samples = torch.cat(self._rows).bincount(minlength=len(skips)).tolist()
+        return tuple((self.error(row, blocks) / samples[row]) ** 0.5 for row, blocks in enumerate(skips))
+
+    def _predict(self, call: Call) -> Tensor:
+        return prediction(self._replay(call))
+
+    @contextmanager
+    def _skipping(self, blocks: Sequence[int]) -> Iterator[None]:
+        wrap(self._replay.model, [DepthSkip(blocks=tuple(blocks))])
+        try:
+            yield
+        finally:
+            unwrap(self._replay.model)
+
+
+def sequential_skips(
+    trial: Trial, cost: Tensor, other: Tensor, flops: float, protected: Sequence[int], start: Skips
+) -> Skips:
+    """Skip what adds least to the error per FLOP, measure again with it skipped, and so on to the target.
+
+    Args:
+        trial: measures.
+        cost: (levels, blocks) FLOPs of the blocks.
+        other: (levels,) FLOPs of the rest.
+        flops: target, as a share.
+        protected: blocks that always run.
+        start: another choice for the same target, which is returned if its error is lower: taking the best next block
+            every time is no guarantee for the best set.
+    """
+    spent, goal = skip_budget(cost, other, flops, protected)
+    levels, depth = cost.shape
+    table = cost.tolist()
+    chosen: list[tuple[int, ...]] = [()] * levels
+    error = [0.0] * levels
+    tried: dict[tuple[int, int], float] = {}
+    cells = [(row, block) for row in range(levels) for block in range(depth) if table[row][block] > 0]
+    cells = [cell for cell in cells if cell[1] not in protected]
+    choices = math.ceil((spent - goal) * len(cells) / sum(table[row][block] for row, block in cells)) if cells else 0
+    with progress("choosing", len(cells) + choices * len(cells) // levels) as advance:
+        while spent > goal:
+            for row, block in cells:
+                if (row, block) not in tried and block not in chosen[row]:
+                    tried[row, block] = trial.error(row, (*chosen[row], block))
+                    advance(1)
+            row, block = min(tried, key=lambda cell: (tried[cell] - error[cell[0]]) / table[cell[0]][cell[1]])
+            chosen[row], error[row] = tuple(sorted((*chosen[row], block))), tried[row, block]
+            tried = {cell: value for cell, value in tried.items() if cell[0] != row}
+            spent -= table[row][block]
+    other_error = sum(trial.error(row, blocks) for row, blocks in enumerate(start))
+    return start if other_error < sum(error) else tuple(chosen)

@@ -1,0 +1,141 @@
+"""What a cache with a given threshold would do on recorded steps, and the threshold that does what is wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokdyn.attach.trajectory import Turn
+from tokdyn.errors import InputError
+from tokdyn.methods import FeatureCache
+from tokdyn.ops.caching import accumulate, rescale
+
+_CANDIDATES = 4096
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recorded call, as a cache sees it.
+
+    Attributes:
+        turn: which step of which branch it is.
+        levels: noise level of every sample.
+        change: (B,) relative change of the indicator since the step before, None in a first step.
+        effect: (B,) relative change of the image tokens after the last block.
+        stack: FLOPs of the blocks that a cache can pass by; a multiply-add is 2 FLOPs.
+        other: FLOPs of everything else, the indicator included.
+        plain: FLOPs of the model without a cache.
+    """
+
+    turn: Turn
+    levels: tuple[float, ...]
+    change: Tensor | None
+    effect: Tensor | None
+    stack: int
+    other: int
+    plain: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is left of recorded calls.
+
+    Attributes:
+        flops: share of the FLOPs.
+        computed: share of the steps, sample by sample.
+    """
+
+    flops: float
+    computed: float
+
+
+def simulate(steps: Sequence[Step], method: FeatureCache) -> Iterator[Tensor]:
+    """(B,) bool for every step: the samples that would reuse the last output, decided as the cache decides."""
+    totals: dict[Any, Tensor] = {}
+    for step in steps:
+        if step.change is None:
+            totals[step.turn.branch] = torch.zeros(len(step.levels))
+            yield torch.zeros(len(step.levels), dtype=torch.bool)
+            continue
+        last = method.num_steps is not None and step.turn.step >= method.num_steps - 1
+        change = rescale(step.change, method.coefficients)
+        threshold = math.nan if last else method.threshold
+        reuse, totals[step.turn.branch] = accumulate(totals[step.turn.branch], change, threshold)
+        yield reuse
+
+
+def share_of(steps: Sequence[Step], method: FeatureCache) -> Share:
+    """What a cache leaves of recorded steps."""
+    spent, plain, computed, samples = 0.0, 0, 0, 0
+    for step, reuse in zip(steps, simulate(steps, method), strict=True):
+        ran = len(reuse) - int(reuse.sum())
+        spent += step.other + step.stack * ran / len(reuse)
+        plain += step.plain
+        computed += ran
+        samples += len(reuse)
+    return Share(spent / plain, computed / samples)
+
+
+def choose_threshold(
+    steps: Sequence[Step], method: FeatureCache, flops: float | None = None, computed: float | None = None
+) -> float:
+    """The lowest threshold found with which a cache computes no more than a share of recorded steps.
+
+    Args:
+        steps: recorded.
+        method: the cache; its threshold does not matter.
+        flops: the share of the FLOPs that may be spent.
+        computed: or the share of the steps whose blocks may run.
+
+    Raises:
+        InputError: the target is no share, or out of reach.
+    """
+    name, target = ("steps", computed) if flops is None else ("flops", flops)
+    assert target is not None
+    if not 0.0 < target < 1.0:
+        raise InputError(f"{name} is {target:g}; give the share to come down to, between 0 and 1.")
+
+    def share(threshold: float) -> float:
+        found = share_of(steps, method.model_copy(update={"threshold": threshold}))
+        return found.computed if flops is None else found.flops
+
+    candidates = _candidates(steps, method.coefficients)
+    least = share(candidates[-1])
+    if least > target:
+        raise InputError(
+            f"{name}={target:g} cannot be reached: reusing whatever may be reused leaves {least:.3g}; ask for more."
+        )
+    low, high = -1, len(candidates) - 1  # more than the target at low, no more at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if share(candidates[middle]) <= target:
+            high = middle
+        else:
+            low = middle
+    short = float(f"{candidates[high]:.4g}")
+    return short if share(short) == share(candidates[high]) else candidates[high]
+
+
+def _candidates(steps: Sequence[Step], coefficients: Sequence[float]) -> list[float]:
+    """Rising thresholds that lie between the sums of changes that a cache can come to."""
+    runs: dict[Any, list[list[Tensor]]] = {}
+    for step in steps:
+        if step.change is None:
+            runs.setdefault(step.turn.branch, []).append([])
+        else:
+            runs[step.turn.branch][-1].append(rescale(step.change, coefficients))
+    sums = [torch.zeros(1)]
+    for run in (run for branch in runs.values() for run in branch if run):
+        changes = torch.stack(run)  # (steps, B)
+        sums += [changes[start:].cumsum(0).flatten() for start in range(len(changes))]
+    values = torch.cat(sums).double()
+    values = torch.unique(values[values.isfinite()])  # rising
+    if len(values) > _CANDIDATES:
+        values = values[torch.linspace(0, len(values) - 1, _CANDIDATES).round().long()]
+    between = (values[1:] + values[:-1]) / 2
+    return [*between.tolist(), float(values[-1]) * 1.001 + 1e-6]

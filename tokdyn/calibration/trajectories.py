@@ -1,0 +1,167 @@
+"""Drawing a few images with a model from disk, and keeping what it was called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokdyn.calibration.config import CalibrateConfig
+from tokdyn.calibration.recording import Call, recording
+from tokdyn.data.vae import quiet_diffusers
+from tokdyn.diffusion.objective import Objective
+from tokdyn.diffusion.records import StepState
+from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.errors import CheckpointError, RecipeError
+from tokdyn.files import json_object
+from tokdyn.progress import progress
+from tokdyn.sample.labels import class_numbers
+from tokdyn.sample.loading import ModelInfo, load_model
+
+_PIPELINE = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and how to draw a batch of images with it.
+
+    Attributes:
+        model: on its device.
+        name: of the run, the folder or the file.
+        scheduler: what draws.
+        classes: labels that are dealt out to the images in turn.
+        draw: draws one image for each label and seed; told what to call after every step.
+    """
+
+    model: nn.Module
+    name: str
+    scheduler: str
+    classes: tuple[int, ...]
+    draw: Callable[[list[int], list[int], Callable[[], None]], None]
+
+
+def open_subject(config: CalibrateConfig, device: torch.device) -> Subject:
+    """Load what is to be calibrated.
+
+    Raises:
+        TokdynError: there is no model, or the settings do not fit it.
+    """
+    path = Path(config.model).expanduser()
+    return _pipeline(config, path, device) if (path / _PIPELINE).is_file() else _own(config, device)
+
+
+def trajectories(config: CalibrateConfig, subject: Subject) -> list[Call]:
+    """The calls of the model while it draws the images."""
+    kept: list[Call] = []
+    batches = -(-config.count // config.batch_size)
+    with progress("sampling", batches * config.steps) as advance:
+        for start in range(0, config.count, config.batch_size):
+            images = range(start, min(start + config.batch_size, config.count))
+            labels = [subject.classes[image % len(subject.classes)] for image in images]
+            with recording(subject.model, host=True) as calls:
+                subject.draw(labels, [config.seed + image for image in images], lambda: advance(1))
+            kept += calls
+    return kept
+
+
+def _own(config: CalibrateConfig, device: torch.device) -> Subject:
+    """A model of tokdyn, sampled as `tokdyn sample` does."""
+    model, objective, info = load_model(config.model, config.ema)
+    model.to(device)
+    sampler = Sampler(
+        scheduler=config.scheduler, steps=config.steps, guidance=config.guidance, clip=_of_pixels(model, info)
+    )
+
+    def draw(labels: list[int], seeds: list[int], step: Callable[[], None]) -> None:
+        def told(_: StepState) -> None:
+            step()
+
+        generate(model, sampler, objective, labels, seeds, callback=told)
+
+    return Subject(model, info.name, _scheduler(config, objective), class_numbers(config.classes, info, model), draw)
+
+
+def _scheduler(config: CalibrateConfig, objective: Objective) -> str:
+    """The scheduler in force; says what does not fit before anything is drawn."""
+    from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
+
+    name = config.scheduler or default_scheduler(objective)
+    open_scheduler(name, config.steps, objective)
+    return name
+
+
+def _of_pixels(model: Any, info: ModelInfo) -> bool:
+    """Whether predictions of the clean image can be clamped to [-1, 1]."""
+    if info.data is not None:
+        return info.data.kind != "latents"
+    return info.latents is None and model.config.in_channels in (1, 3)
+
+
+def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subject:
+    """A DiTPipeline of diffusers, with the scheduler it came with."""
+    import diffusers
+
+    kind = str(json_object(path / _PIPELINE).get("_class_name"))
+    if kind != "DiTPipeline":
+        raise CheckpointError(
+            f"{path} is a {kind}, and this command draws with a DiTPipeline only; record your own calls in Python with "
+            "tokdyn.recording(pipe.transformer) and give them to tokdyn.calibrate, see docs/calibration.md."
+        )
+    if config.scheduler is not None:
+        raise RecipeError(f"scheduler={config.scheduler} has no effect: a pipeline samples with its own; leave it out")
+    try:
+        with quiet_diffusers():
+            pipeline: Any = diffusers.DiTPipeline.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be loaded as a DiTPipeline ({error}).") from error
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    model = pipeline.transformer.eval()
+    total = int(model.config.num_embeds_ada_norm)
+
+    def draw(labels: list[int], seeds: list[int], step: Callable[[], None]) -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with _after_each(model, step):
+            pipeline(
+                class_labels=labels,
+                guidance_scale=config.guidance,
+                num_inference_steps=config.steps,
+                generator=generators,
+                output_type="pt",
+            )
+
+    return Subject(model, path.resolve().name, type(pipeline.scheduler).__name__, _numbers(config, total), draw)
+
+
+def _numbers(config: CalibrateConfig, total: int) -> tuple[int, ...]:
+    """Classes of a pipeline, by number; all of them in turn if none are given."""
+    if config.classes is None:
+        return tuple(range(total))
+    wrong = [label for label in config.classes if not (isinstance(label, int) or label.isdecimal())]
+    numbers = [int(label) for label in config.classes if label not in wrong]
+    wrong += [str(number) for number in numbers if not 0 <= number < total]
+    if wrong or not numbers:
+        raise RecipeError(
+            f"class {wrong[0] if wrong else 'list'} does not exist: the classes of a pipeline are the numbers 0 to "
+            f"{total - 1}"
+        )
+    return tuple(numbers)
+
+
+@contextmanager
+def _after_each(model: nn.Module, step: Callable[[], None]) -> Iterator[None]:
+    """Call something after every call of a model."""
+
+    def hook(*_: Any) -> None:
+        step()
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
