@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CPU = getattr(torch.cpu, "get_capabilities", dict)()
+_CPU_HALVES = {
+    torch.bfloat16: any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")),
+    torch.float16: bool(_CPU.get("amx_fp16")),
+}
+
 
 def asking_waits(x: Tensor) -> bool:
     """Whether reading a value of this tensor makes the host wait for a queue of work, as on every accelerator.
@@ -12,3 +18,8 @@ def asking_waits(x: Tensor) -> bool:
     While a graph is being compiled there are no values to read, which comes to the same.
     """
     return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def halves_multiply_slowly(x: Tensor) -> bool:
+    """Whether matrix products of this tensor are faster in fp32: half precision on a CPU without instructions for it."""
+    return x.device.type == "cpu" and not _CPU_HALVES.get(x.dtype, True)

@@ -13,7 +13,8 @@ from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
 from tokdyn.attach.tokens import follow, join, split
 from tokdyn.methods import TokenMerge
-from tokdyn.ops.merging import Merging, destinations, match, merge, unmerge
+from tokdyn.ops.destinations import destinations
+from tokdyn.ops.merging import Merging, match, merge, unmerge
 from tokdyn.ops.schedules import at
 from tokdyn.tokens import cells
 
