@@ -19,6 +19,7 @@ SD3 = ModelAdapter(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
+            joint="first",
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.embedding,

@@ -43,6 +43,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
             raise InputError(f"{each!r} is no method; give a list of methods, such as [tokdyn.TokenMerge(ratio=0.5)].")
     attachment = Attachment(model, adapter_for(model), methods)
     _check_dense(model, attachment)
+    _check_weighted(model, attachment)
     roles = attachment.roles(model)
     model.tokdyn = attachment
     more = (_chunked,) if attachment.adapter.chunked else ()
@@ -64,6 +65,15 @@ def _check_dense(model: nn.Module, attachment: Attachment) -> None:
                 f"{each.name} leaves out tokens, but the blocks of {type(model).__name__} look at neighbouring cells; "
                 "use TokenMerge(where='attention'), DepthSkip or FeatureCache."
             )
+
+
+def _check_weighted(model: nn.Module, attachment: Attachment) -> None:
+    """Refuse to weigh the keys of attention that has no softmax."""
+    if not attachment.adapter.softmax and any(isinstance(e, TokenMerge) and e.weighted for e in attachment.methods):
+        raise UnsupportedModelError(
+            f"TokenMerge(weighted=True) weighs the keys of softmax attention, but {type(model).__name__} has linear "
+            "attention; leave weighted out."
+        )
 
 
 def unwrap(model: Model) -> Model:

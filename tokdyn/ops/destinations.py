@@ -53,7 +53,7 @@ def destinations(
         bucket: cells of a bucket along every axis, or along each.
         seed: None takes the first row of a bucket in raster order; a number takes the one with the smallest hash of
             seed, step and cell, the same for every sample of that step.
-        step: a number, or (B,) one for each sample, that changes the hash from step to step.
+        step: a number, or (B,) or (1,) of them, that changes the hash from step to step.
         importance: (T,) takes the most important row of each bucket instead, the first one of equals.
 
     Returns:
@@ -69,7 +69,7 @@ def destinations(
         top = importance.new_full((batch * count,), -math.inf).scatter_reduce(0, place, importance, "amax")
         key = torch.where(importance >= top.index_select(0, place), rows, len(cell))
     elif seed is not None:
-        if isinstance(step, Tensor):
+        if isinstance(step, Tensor) and step.numel() > 1:
             step = step.index_select(0, sample)
         key = mix(mix(mix(torch.tensor(seed, device=cell.device)) + step) + cell) * cells(grid) + cell
     else:
@@ -112,7 +112,7 @@ def grid_destinations(
     first = torch.arange(batch, device=device)[:, None]
     if seed is None:
         table = _corners(grid, _widths(grid, bucket), device)[None]
-    elif isinstance(step, Tensor):
+    elif isinstance(step, Tensor) and step.numel() > 1:
         return destinations(cell.repeat(batch), first.expand(-1, count).flatten(), batch, grid, bucket, seed, step)
     else:
         table = destinations(cell, torch.zeros_like(cell), 1, grid, bucket, seed, step).table

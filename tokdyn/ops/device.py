@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-_CPU = getattr(torch.cpu, "get_capabilities", dict)()
+_CPU: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 _CPU_HALVES = {
     torch.bfloat16: any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")),
     torch.float16: bool(_CPU.get("amx_fp16")),
@@ -21,5 +24,5 @@ def asking_waits(x: Tensor) -> bool:
 
 
 def halves_multiply_slowly(x: Tensor) -> bool:
-    """Whether matrix products of this tensor are faster in fp32: half precision on a CPU without instructions for it."""
+    """Whether matrix products are faster in fp32: half precision on a CPU that has no instructions for it."""
     return x.device.type == "cpu" and not _CPU_HALVES.get(x.dtype, True)

@@ -43,6 +43,36 @@ class Merging:
     size: Tensor
     lengths: tuple[int, ...]
 
+    def sample(self, place: int) -> Merging:
+        """The plan of one sample, where all are equally long."""
+        batch, left = len(self.lengths), self.lengths[place]
+        rows = len(self.slot) // batch
+
+        def own(x: Tensor, unit: int) -> Tensor:
+            return x.view(batch, -1)[place] - place * unit
+
+        return Merging(
+            own(self.slot, left), own(self.keep, rows), own(self.source, rows), own(self.order, rows),
+            own(self.start, rows), self.size.view(batch, -1)[place], (left,),
+        )  # fmt: skip
+
+
+def joined(plans: Sequence[Merging]) -> Merging:
+    """One plan for the samples of several plans, one after the other."""
+    rows, left = [0], [0]
+    for plan in plans:
+        rows.append(rows[-1] + len(plan.slot))
+        left.append(left[-1] + len(plan.keep))
+
+    def together(name: str, first: Sequence[int]) -> Tensor:
+        return torch.cat([getattr(plan, name) + add for plan, add in zip(plans, first, strict=False)])
+
+    return Merging(
+        together("slot", left), together("keep", rows), together("source", rows), together("order", rows),
+        together("start", rows), torch.cat([plan.size for plan in plans]),
+        tuple(length for plan in plans for length in plan.lengths),
+    )  # fmt: skip
+
 
 def merged_away(length: int, buckets: int, ratio: float) -> int:
     """Rows of a sample that are merged into others: the ratio of its rows, but never one of possible destinations."""
