@@ -100,6 +100,7 @@ class ModelAdapter:
         chunked: the model chunks its tokens itself, so that its blocks see a subset that changes with the image.
         dense: blocks look at neighbouring cells, so that tokens cannot be left out of them.
         softmax: attention is softmax attention, so that its keys can be weighted.
+        read_ahead: arguments whose values, not only their shapes, the grid depends on.
         fits: whether a model of such a class name really is one; None takes the name's word.
     """
 
@@ -115,4 +116,5 @@ class ModelAdapter:
     chunked: bool = False
     dense: bool = False
     softmax: bool = True
+    read_ahead: tuple[str, ...] = ()
     fits: Callable[[nn.Module], bool] | None = None

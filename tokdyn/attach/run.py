@@ -49,7 +49,9 @@ class Run:
         call: what is happening in the block that is being computed.
     """
 
-    def __init__(self, model: nn.Module, attachment: Attachment, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, attachment: Attachment, arguments: Mapping[str, Any], grid: Grid | None = None
+    ) -> None:
         self.model, self.attachment, self.arguments = model, attachment, arguments
         self.adapter, self.actors = attachment.adapter, attachment.actors
         self.roles = attachment.roles(model)
@@ -67,7 +69,7 @@ class Run:
         self.record = Record(self.adapter.level(model, arguments), branch=attachment.branch)
         self.call = BlockCall(0, 0, 0)
         self._level: tuple[float, ...] | None = None
-        self._grid: Grid | None = None
+        self._grid = grid
         self._turn: Turn | None = None
         self._followed: dict[Hashable, tuple[Any, Any]] = {}
 
@@ -109,6 +111,10 @@ class Run:
         """B, of what is being computed."""
         return len(self.samples)
 
+    @batch.setter
+    def batch(self, batch: int) -> None:
+        self.samples = tuple(range(batch))
+
     @property
     def count(self) -> int:
         """Image tokens of a sample that there is room for now."""
@@ -123,7 +129,7 @@ class Run:
         stack, named = role.stack, role.named(args, kwargs)
         self.part, self.stack, self.named = part, stack, named
         text, x = self._split(named[stack.tokens], stack)
-        self.samples = tuple(range(len(x)))
+        self.batch = len(x)
         if not self.record.batch:
             self.record.batch, self.record.cells = len(x), x.shape[1]
         opening = [bracket for bracket in self.actors.brackets if bracket.first == role.block]
