@@ -16,6 +16,7 @@ from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMe
 ACTIVE = {
     "merge": [TokenMerge(ratio=0.5)],
     "merge-both": [TokenMerge(ratio=0.4, where="both", seed=3)],
+    "merge-weighted": [TokenMerge(ratio=0.5, seed=1, weighted=True, reuse=2)],
     "merge-important": [TokenMerge(ratio=0.3, where="mlp", important=True)],
     "drop": [TokenDrop(rate=0.5)],
     "drop-nested": [TokenDrop(rate=0.5, blocks=(0, 3)), TokenDrop(rate=0.5, blocks=(1, 2))],

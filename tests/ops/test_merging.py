@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tokdyn import ops
 from tokdyn.errors import InputError
-from tokdyn.ops.merging import destinations, match, merge, merged_away, unmerge
+from tokdyn.ops.destinations import destinations
+from tokdyn.ops.merging import match, merge, merged_away, unmerge
 
 grids = st.one_of(
     st.tuples(st.integers(1, 30)),

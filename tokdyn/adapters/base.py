@@ -99,6 +99,8 @@ class ModelAdapter:
             unconditional one first, or in two calls, the conditional one first.
         chunked: the model chunks its tokens itself, so that its blocks see a subset that changes with the image.
         dense: blocks look at neighbouring cells, so that tokens cannot be left out of them.
+        softmax: attention is softmax attention, so that its keys can be weighted.
+        read_ahead: arguments whose values, not only their shapes, the grid depends on.
         fits: whether a model of such a class name really is one; None takes the name's word.
     """
 
@@ -113,4 +115,6 @@ class ModelAdapter:
     guidance: Literal["cond_first", "uncond_first", "calls"] = "uncond_first"
     chunked: bool = False
     dense: bool = False
+    softmax: bool = True
+    read_ahead: tuple[str, ...] = ()
     fits: Callable[[nn.Module], bool] | None = None

@@ -38,6 +38,18 @@ IP_ADAPTER = "image prompts and other attention arguments may hold an entry for 
 
 def grid_of_ids(ids: Tensor) -> Grid:
     """(frames,) rows and columns of position ids (N, axes) that begin with frame, row and column, in raster order."""
-    sizes = (ids[:, :3].amax(0) - ids[:, :3].amin(0) + 1).tolist()
-    grid = tuple(int(size) for size in sizes)
-    return grid[1:] if grid[0] == 1 else grid
+    found: Grid = _known_extent(ids)
+    if torch.compiler.is_compiling():  # in the middle of a larger graph, which was made for this grid
+        same = (_extent(ids) == torch.tensor(found, device=ids.device)).all()
+        torch._assert_async(same, "the graph was made for another token grid; let torch.compile have the model alone.")
+    return found[1:] if found[0] == 1 else found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _known_extent(ids: Tensor) -> Grid:
+    return tuple(int(size) for size in _extent(ids).tolist())
+
+
+def _extent(ids: Tensor) -> Tensor:
+    """(3,) cells from the first to the last frame, row and column."""
+    return ids[:, :3].amax(0) - ids[:, :3].amin(0) + 1

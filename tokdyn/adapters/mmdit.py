@@ -19,6 +19,7 @@ SD3 = ModelAdapter(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
+            joint="first",
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.embedding,
@@ -61,6 +62,7 @@ FLUX = ModelAdapter(
         ),
     ),
     grid=_flux_grid,
+    read_ahead=("img_ids",),
     level=timestep(scale=1.0),
     refuse={
         "controlnet_block_samples": CONTROL,
@@ -79,6 +81,7 @@ FLUX2 = ModelAdapter(
         Stack("single_transformer_blocks", image="last", follow=_ROTARY, attention=("attn",), mlp=()),
     ),
     grid=_flux_grid,
+    read_ahead=("img_ids",),
     level=timestep(scale=1.0),
     refuse={
         "kv_cache": "keys and values of earlier calls are there for every cell; leave the cache out",

@@ -14,4 +14,5 @@ SANA = ModelAdapter(
     level=timestep(),
     refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
     dense=True,
+    softmax=False,
 )

@@ -74,6 +74,7 @@ LUMINA2 = ModelAdapter(
         ),
     ),
     grid=_lumina_grid,
+    read_ahead=("encoder_attention_mask",),
     level=timestep(scale=1.0, backwards=True),
     refuse={"attention_kwargs": IP_ADAPTER},
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]

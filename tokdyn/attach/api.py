@@ -17,6 +17,7 @@ from tokdyn.attach.calibrated import warn_of_another_model
 from tokdyn.attach.run import Run
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import Method, TokenMerge
+from tokdyn.tokens import Grid
 
 Model = TypeVar("Model", bound=nn.Module)
 _RECORDS = 1000  # calls that are remembered: more than a trajectory has, and no more while training
@@ -44,11 +45,14 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
             raise InputError(f"{each!r} is no method; give a list of methods, such as [tokdyn.TokenMerge(ratio=0.5)].")
     attachment = Attachment(model, adapter_for(model), methods)
     _check_dense(model, attachment)
+    _check_weighted(model, attachment)
     warn_of_another_model(model, methods)
     roles = attachment.roles(model)
     model.tokdyn = attachment
     more = (_chunked,) if attachment.adapter.chunked else ()
-    instance.attach(model, _call_model, forward, _reset_stateful_cache, save_pretrained, cache_context, *more)
+    before = _grid_ahead if attachment.adapter.read_ahead else None
+    functions = (forward, _reset_stateful_cache, save_pretrained, cache_context, *more)
+    instance.attach(model, _call_model, *functions, before=before)
     for part in model.modules():
         if id(part) in roles:
             instance.attach(part, _call_part)
@@ -66,6 +70,15 @@ def _check_dense(model: nn.Module, attachment: Attachment) -> None:
                 f"{each.name} leaves out tokens, but the blocks of {type(model).__name__} look at neighbouring cells; "
                 "use TokenMerge(where='attention'), DepthSkip or FeatureCache."
             )
+
+
+def _check_weighted(model: nn.Module, attachment: Attachment) -> None:
+    """Refuse to weigh the keys of attention that has no softmax."""
+    if not attachment.adapter.softmax and any(isinstance(e, TokenMerge) and e.weighted for e in attachment.methods):
+        raise UnsupportedModelError(
+            f"TokenMerge(weighted=True) weighs the keys of softmax attention, but {type(model).__name__} has linear "
+            "attention; leave weighted out."
+        )
 
 
 def unwrap(model: Model) -> Model:
@@ -110,8 +123,20 @@ def attached(model: nn.Module) -> Attachment:
     return found
 
 
-def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of the model: a run of its own."""
+def _grid_ahead(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
+    """The token grid of a call, where it depends on values that no graph of torch.compile can look at."""
+    attachment = attachment_of(model)
+    if attachment is None or not attachment.enabled or not attachment.methods:
+        return None
+    named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
+    known = all(named.get(name) is not None for name in attachment.adapter.read_ahead)
+    return attachment.adapter.grid(model, named) if known else None
+
+
+def _call_model(
+    model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid | None = None
+) -> Any:
+    """A call of the model: a run of its own, on a grid that may be known already."""
     attachment = attachment_of(model)
     if attachment is None or not attachment.enabled or not attachment.methods:
         before = instance.enter(None)
@@ -122,7 +147,7 @@ def _call_model(model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dic
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
     if attachment.reduces:
         _refuse(model, attachment.adapter, named)
-    run = Run(model, attachment, named)
+    run = Run(model, attachment, named, grid)
     before = instance.enter(run)
     bound = checkpointing.bind(model, run)
     try:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 Call = Callable[..., Any]
@@ -30,7 +31,7 @@ def enter(run: Any) -> Any:
     return before
 
 
-def attach(module: nn.Module, call: Call, *methods: Call) -> None:
+def attach(module: nn.Module, call: Call, *methods: Call, before: Call | None = None) -> None:
     """Let calls of this one module go through `call(module, plain, args, kwargs)`, where `plain` is the call as it was.
 
     Args:
@@ -38,10 +39,13 @@ def attach(module: nn.Module, call: Call, *methods: Call) -> None:
         call: a function of a module.
         methods: more functions that the object gets, under their names; each is given the function it hides, or None,
             after the object itself.
+        before: `before(module, args, kwargs)` is called first, and `call` gets its result as one more argument. It is
+            not part of what torch.compile makes a graph of: the graph takes the result as a constant, and another one
+            makes another graph. In the middle of a larger graph there is no before, and the result is None.
     """
     base = type(module)
     assert not hasattr(base, "_tokdyn_base"), f"{base.__name__} is attached already"
-    module.__class__ = _class_for(base, call, *methods)
+    module.__class__ = _class_for(base, call, methods, before)
 
 
 def detach(module: nn.Module) -> None:
@@ -57,21 +61,19 @@ def base_class(module: nn.Module) -> type:
     return base
 
 
-def _class_for(base: type, call: Call, *methods: Call) -> type:
-    key = (base, call, *methods)
+def _class_for(base: type, call: Call, methods: tuple[Call, ...], before: Call | None) -> type:
+    key = (base, call, methods, before)
     if key not in _CLASSES:
-        _CLASSES[key] = _subclass(base, call, *methods)
+        _CLASSES[key] = _subclass(base, call, methods, before)
     return _CLASSES[key]
 
 
-def _subclass(base: type, call: Call, *methods: Call) -> type:
+def _subclass(base: type, call: Call, methods: tuple[Call, ...], before: Call | None) -> type:
     plain = base.__call__  # found here: torch.compile does not look into some classes
-
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return call(self, plain, args, kwargs)
+    __call__ = _calling(plain, call) if before is None else _calling_after(plain, call, before)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        return _new, (base, call, *methods), self.__dict__
+        return _new, (base, call, methods, before), self.__dict__
 
     names: dict[str, Any] = {
         "__call__": __call__,
@@ -86,6 +88,26 @@ def _subclass(base: type, call: Call, *methods: Call) -> type:
     return type(base.__name__, (base,), names)
 
 
+def _calling(plain: Call, call: Call) -> Call:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(self, plain, args, kwargs)
+
+    return __call__
+
+
+def _calling_after(plain: Call, call: Call, before: Call) -> Call:
+    from torch._dynamo.eval_frame import skip_code
+
+    apart: Call = torch.compiler.disable(before)  # type: ignore[no-untyped-call]
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        ahead = None if torch.compiler.is_compiling() else apart(self, args, kwargs)
+        return call(self, plain, args, kwargs, ahead)
+
+    skip_code(__call__.__code__)  # the graph begins with `call`
+    return __call__
+
+
 def _hiding(method: Call, hidden: Call | None) -> Call:
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return method(self, hidden, *args, **kwargs)
@@ -93,7 +115,7 @@ def _hiding(method: Call, hidden: Call | None) -> Call:
     return bound if hidden is None else functools.wraps(hidden)(bound)
 
 
-def _new(base: type, call: Call, *methods: Call) -> Any:
+def _new(base: type, call: Call, methods: tuple[Call, ...], before: Call | None) -> Any:
     """An object for copy and pickle to fill; both find classes by name, and this one has the name of its base."""
-    made: Any = _class_for(base, call, *methods)
+    made: Any = _class_for(base, call, methods, before)
     return made.__new__(made)

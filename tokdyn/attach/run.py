@@ -35,7 +35,7 @@ class Run:
         attachment: what it carries.
         arguments: of the call, by name.
         training: gradients are wanted.
-        batch: B, of what is being computed.
+        samples: of the batch that are being computed.
         index: (B, M) cells whose tokens are there, None while all are.
         lengths: tokens of each sample that count, where they differ; the rest of its M hold nothing.
         packing: where packed rows lie, in models whose blocks get those.
@@ -49,12 +49,14 @@ class Run:
         call: what is happening in the block that is being computed.
     """
 
-    def __init__(self, model: nn.Module, attachment: Attachment, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, attachment: Attachment, arguments: Mapping[str, Any], grid: Grid | None = None
+    ) -> None:
         self.model, self.attachment, self.arguments = model, attachment, arguments
         self.adapter, self.actors = attachment.adapter, attachment.actors
         self.roles = attachment.roles(model)
         self.training = model.training and torch.is_grad_enabled()
-        self.batch = 0
+        self.samples: tuple[int, ...] = ()
         self.index: Tensor | None = None
         self.lengths: tuple[int, ...] | None = None
         self.packing: Packing | None = None
@@ -67,7 +69,7 @@ class Run:
         self.record = Record(self.adapter.level(model, arguments), branch=attachment.branch)
         self.call = BlockCall(0, 0, 0)
         self._level: tuple[float, ...] | None = None
-        self._grid: Grid | None = None
+        self._grid = grid
         self._turn: Turn | None = None
         self._followed: dict[Hashable, tuple[Any, Any]] = {}
 
@@ -103,6 +105,15 @@ class Run:
         if self._grid is None:
             self._grid = self.adapter.grid(self.model, self.arguments)
         return self._grid
+
+    @property
+    def batch(self) -> int:
+        """B, of what is being computed."""
+        return len(self.samples)
+
+    @batch.setter
+    def batch(self, batch: int) -> None:
+        self.samples = tuple(range(batch))
 
     @property
     def count(self) -> int:
@@ -149,7 +160,8 @@ class Run:
         named = role.named(args, kwargs)
 
         def inner(**arguments: Any) -> Any:
-            return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
+            given = [arguments.pop(name) for name in role.names[: len(args)]]
+            return call(*given, **arguments)
 
         for each in reversed(self.actors.branches):
             inner = _through(each, self, role, inner)
@@ -238,11 +250,11 @@ class Run:
 
     def here(self) -> tuple[Any, ...]:
         """Which samples and tokens there are, to come back to with `go`."""
-        return self.batch, self._level, self.index, self.lengths, self.packing, self.call
+        return self.samples, self._level, self.index, self.lengths, self.packing, self.call
 
     def go(self, place: tuple[Any, ...]) -> None:
         """Be where `here` was."""
-        self.batch, self._level, self.index, self.lengths, self.packing, self.call = place
+        self.samples, self._level, self.index, self.lengths, self.packing, self.call = place
 
     def among(
         self, samples: Sequence[int], index: Tensor | None, call: Callable[[], Any], packing: Packing | None = None
@@ -251,7 +263,8 @@ class Run:
         here = self.here()
         if self._level is not None or len(self._clock()) > 1:
             self._level = tuple(self.level[i] for i in samples)
-        self.batch, self.index, self.lengths, self.packing = len(samples), index, None, packing
+        self.samples = tuple(self.samples[i] for i in samples)
+        self.index, self.lengths, self.packing = index, None, packing
         try:
             return call()
         finally:

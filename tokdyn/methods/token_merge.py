@@ -1,14 +1,15 @@
 """Token merging around attention, the MLP, or both: similar tokens share one computation.
 
-Source: ToMe for diffusion, arXiv 2303.17604.
+Source: ToMe for diffusion, arXiv 2303.17604; weighting by size from ToMe, arXiv 2210.09461.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from tokdyn.errors import InputError
 from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
 from tokdyn.ops.schedules import Curve, check_curve
 
@@ -26,6 +27,8 @@ class TokenMerge(Method):
             each bucket.
         important: let the token with the longest features be the destination of its bucket.
         blocks: first and last block in which tokens are merged; None is all.
+        weighted: let a merged token count in attention as often as it stands for tokens (arXiv 2210.09461).
+        reuse: blocks in a row that share one matching, which the first of them makes.
     """
 
     ratio: Curve = 0.5
@@ -35,12 +38,20 @@ class TokenMerge(Method):
     seed: int | None = None
     important: bool = False
     blocks: Span | None = None
+    weighted: bool = False
+    reuse: int = Field(default=1, ge=1)
 
     @field_validator("ratio")
     @classmethod
     def _shares(cls, ratio: Curve) -> Curve:
         check_curve(ratio, 0.0, 0.999)
         return ratio
+
+    @model_validator(mode="after")
+    def _with_effect(self) -> Self:
+        if self.weighted and self.where == "mlp":
+            raise InputError("weighted counts keys of attention, but where='mlp' merges around the MLP; leave one out.")
+        return self
 
     def traits(self, depth: int) -> Traits:
         """It merges within a branch, and needs the full grid only if it is told to."""

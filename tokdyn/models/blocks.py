@@ -79,10 +79,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """(B, N, D), or (T, D) with a packing; returns the same shape."""
+    def forward(self, x: Tensor, packing: Packing | None = None, key_bias: Tensor | None = None) -> Tensor:
+        """One layer.
+
+        Args:
+            x: (B, N, D), or (T, D) with a packing.
+            packing: which rows of a packed x belong to which sample.
+            key_bias: (B, N), added to the logits of each key; not with a packing.
+
+        Returns:
+            The shape of x.
+        """
         qkv = self.qkv(x)
-        mixed = dense_attention(qkv, self.heads) if packing is None else packed_attention(qkv, self.heads, packing)
+        if packing is None:
+            mixed = dense_attention(qkv, self.heads, key_bias)
+        else:
+            assert key_bias is None, "packed rows have no bias"
+            mixed = packed_attention(qkv, self.heads, packing)
         out: Tensor = self.proj(mixed)
         return out
 

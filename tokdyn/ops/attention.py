@@ -40,19 +40,21 @@ def attention_backend(backend: Backend) -> Iterator[None]:
         _backend.reset(token)
 
 
-def dense_attention(qkv: Tensor, heads: int) -> Tensor:
+def dense_attention(qkv: Tensor, heads: int, key_bias: Tensor | None = None) -> Tensor:
     """Self-attention of equally long samples.
 
     Args:
         qkv: (B, N, 3 D), queries, keys and values side by side.
         heads: H, a divisor of D.
+        key_bias: (B, N), added to the logits of each key.
 
     Returns:
         (B, N, D).
     """
     batch, rows, _ = qkv.shape
     query, key, value = qkv.view(batch, rows, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return _attend(query, key, value, None).transpose(1, 2).reshape(batch, rows, -1)
+    bias = None if key_bias is None else key_bias[:, None, None]
+    return _attend(query, key, value, bias).transpose(1, 2).reshape(batch, rows, -1)
 
 
 def packed_attention(qkv: Tensor, heads: int, packing: Packing) -> Tensor:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_CPU: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+_CPU_HALVES = {
+    torch.bfloat16: any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")),
+    torch.float16: bool(_CPU.get("amx_fp16")),
+}
 
 
 def asking_waits(x: Tensor) -> bool:
@@ -12,3 +21,8 @@ def asking_waits(x: Tensor) -> bool:
     While a graph is being compiled there are no values to read, which comes to the same.
     """
     return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def halves_multiply_slowly(x: Tensor) -> bool:
+    """Whether matrix products are faster in fp32: half precision on a CPU that has no instructions for it."""
+    return x.device.type == "cpu" and not _CPU_HALVES.get(x.dtype, True)

@@ -1,7 +1,6 @@
 """Token merging: similar tokens are averaged before an operation and get its result back after it.
 
-Source: ToMe for diffusion (arXiv 2303.17604), with buckets of cells in place of the 2x2 cells of a full grid, so that
-it works on any set of tokens; on a full grid the two are the same. A sample does not depend on its batch mates.
+Source: ToMe for diffusion (arXiv 2303.17604), on any set of tokens. A sample does not depend on its batch mates.
 """
 
 from __future__ import annotations
@@ -15,24 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.ops.hashing import mix
+from tokdyn.ops.destinations import Destinations
+from tokdyn.ops.device import halves_multiply_slowly
 from tokdyn.ops.precision import exact
-from tokdyn.tokens import Grid, cells
 
-
-@dataclass(frozen=True)
-class Destinations:
-    """The rows that others may be merged into, at most one for each of K buckets.
-
-    Attributes:
-        table: (B, K) int64, the row of each bucket's destination, -1 where the bucket holds no row.
-        mask: (T,) bool, which rows they are.
-        full: every cell of the grid has a row, so that no bucket is empty.
-    """
-
-    table: Tensor
-    mask: Tensor
-    full: bool
+_GROUP, _MANY = 64, 512  # scores whose largest is found at once on CPU, and from how many scores it pays
 
 
 @dataclass(frozen=True)
@@ -43,6 +29,8 @@ class Merging:
         slot: (T,) int64, the merged row of every row, in [0, M).
         keep: (M,) int64, the row that each merged row lies at: unmerged rows and destinations, in their own order.
         source: (T - M,) int64, the rows that were merged into others.
+        order: (T,) int64, all rows, so that those of one merged row are neighbours.
+        start: (M,) int64, where in that order the rows of each merged row begin.
         size: (M,) fp32, how many rows, or how much of the given sizes, each merged row stands for.
         lengths: merged rows of each sample, M in all.
     """
@@ -50,65 +38,40 @@ class Merging:
     slot: Tensor
     keep: Tensor
     source: Tensor
+    order: Tensor
+    start: Tensor
     size: Tensor
     lengths: tuple[int, ...]
 
+    def sample(self, place: int) -> Merging:
+        """The plan of one sample, where all are equally long."""
+        batch, left = len(self.lengths), self.lengths[place]
+        rows = len(self.slot) // batch
 
-def destinations(
-    cell: Tensor,
-    sample: Tensor,
-    batch: int,
-    grid: Grid,
-    bucket: int | Sequence[int] = 2,
-    seed: int | None = None,
-    step: int = 0,
-    importance: Tensor | None = None,
-) -> Destinations:
-    """One destination in every bucket of neighbouring cells that holds a token.
+        def own(x: Tensor, unit: int) -> Tensor:
+            return x.view(batch, -1)[place] - place * unit
 
-    Args:
-        cell: (T,) int64, raster index of each row in its own grid.
-        sample: (T,) int64, the sample that each row belongs to.
-        batch: B.
-        grid: 1 to 3 sizes.
-        bucket: cells of a bucket along every axis, or along each.
-        seed: None takes the first row of a bucket in raster order; a number takes the one with the smallest hash of
-            seed, step and cell, the same for every sample.
-        step: a number that changes the hash from step to step.
-        importance: (T,) takes the most important row of each bucket instead, the first one of equals.
+        return Merging(
+            own(self.slot, left), own(self.keep, rows), own(self.source, rows), own(self.order, rows),
+            own(self.start, rows), self.size.view(batch, -1)[place], (left,),
+        )  # fmt: skip
 
-    Returns:
-        The destinations of K buckets a sample.
 
-    Raises:
-        InputError: a bucket without cells, or one size for each axis was expected.
-    """
-    sizes = [bucket] * len(grid) if isinstance(bucket, int) else list(bucket)
-    if len(sizes) != len(grid) or min(sizes) < 1:
-        raise InputError(f"the bucket is {bucket}, expected a positive number of cells for each axis of {grid}.")
-    place, rest = torch.zeros_like(cell), cell
-    count, stride = 1, 1
-    for size, width in zip(reversed(grid), reversed(sizes), strict=True):
-        place += rest.remainder(size).div(width, rounding_mode="floor") * stride
-        rest = rest.div(size, rounding_mode="floor")
-        stride *= -(-size // width)
-        count = stride
-    place += sample * count
-    rows = torch.arange(len(cell), device=cell.device)
-    if importance is not None:
-        top = importance.new_full((batch * count,), -math.inf).scatter_reduce(0, place, importance, "amax")
-        key = torch.where(importance >= top.index_select(0, place), rows, len(cell))
-    elif seed is not None:
-        key = mix(mix(mix(torch.tensor(seed, device=cell.device)) + step) + cell) * cells(grid) + cell
-    else:
-        key = rows
-    none = torch.iinfo(torch.int64).max
-    least = key.new_full((batch * count,), none).scatter_reduce(0, place, key, "amin")
-    chosen = key == least.index_select(0, place)
-    if importance is not None:
-        chosen &= key < len(cell)
-    table = rows.new_full((batch * count,), -1).scatter_reduce(0, place, torch.where(chosen, rows, -1), "amax")
-    return Destinations(table.view(batch, count), chosen, full=len(cell) == batch * cells(grid))
+def joined(plans: Sequence[Merging]) -> Merging:
+    """One plan for the samples of several plans, one after the other."""
+    rows, left = [0], [0]
+    for plan in plans:
+        rows.append(rows[-1] + len(plan.slot))
+        left.append(left[-1] + len(plan.keep))
+
+    def together(name: str, first: Sequence[int]) -> Tensor:
+        return torch.cat([getattr(plan, name) + add for plan, add in zip(plans, first, strict=False)])
+
+    return Merging(
+        together("slot", left), together("keep", rows), together("source", rows), together("order", rows),
+        together("start", rows), torch.cat([plan.size for plan in plans]),
+        tuple(length for plan in plans for length in plan.lengths),
+    )  # fmt: skip
 
 
 def merged_away(length: int, buckets: int, ratio: float) -> int:
@@ -126,7 +89,7 @@ def match(
     """Merge the rows that are most similar to their most similar destination (cosine).
 
     Args:
-        metric: (T, D), what is compared; rows sample after sample.
+        metric: (T, D), what is compared; rows sample after sample. No gradient comes back to it.
         lengths: rows of each sample.
         into: from `destinations`.
         ratio: share of a sample's rows to merge away, in [0, 1); at most what is no destination.
@@ -139,60 +102,100 @@ def match(
         raise InputError(f"the ratio is {ratio}, expected a share of the tokens in [0, 1).")
     buckets = into.table.shape[1]
     away = [merged_away(length, buckets, ratio) for length in lengths]
+    left = tuple(length - gone for length, gone in zip(lengths, away, strict=True))
     rows = torch.arange(len(metric), device=metric.device)
-    target = rows
-    source = rows[:0]
+    source = place = rows[:0]
     if any(away):
-        metric = F.normalize(metric, dim=-1)
+        metric = metric.detach()
+        metric = metric.float() if halves_multiply_slowly(metric) else metric
         if len(set(lengths)) == 1:
             source, place = _match_equal(metric, lengths[0], into, away[0])
         else:
             source, place = _match_ragged(metric, lengths, into, away)
-        target = rows.index_copy(0, source, place)
     kept = torch.ones_like(into.mask).index_fill(0, source, False)
-    slot = (kept.cumsum(0) - 1).index_select(0, target)
-    left = tuple(length - gone for length, gone in zip(lengths, away, strict=True))
     keep = torch.nonzero_static(kept, size=sum(left)).squeeze(1)
+    slot = (kept.cumsum(0) - 1).index_select(0, rows.index_copy(0, source, place))
+    # Sources come sorted by destination: behind each merged row's own row, and behind those of all rows before it.
+    behind = slot.index_select(0, source) + rows[: len(source)] + 1
+    start = torch.nonzero_static(torch.ones_like(kept).index_fill(0, behind, False), size=sum(left)).squeeze(1)
+    order = torch.empty_like(rows).index_copy(0, behind, source).index_copy(0, start, keep)
     weight = torch.ones_like(rows, dtype=torch.float32) if size is None else exact(size)
     total = weight.index_select(0, keep).index_add(0, slot.index_select(0, source), weight.index_select(0, source))
-    return Merging(slot, keep, source, total, left)
+    return Merging(slot, keep, source, order, start, total, left)
 
 
 def _match_equal(metric: Tensor, length: int, into: Destinations, away: int) -> tuple[Tensor, Tensor]:
-    """The merged rows and where they go, for samples of equal length."""
-    table, (batch, buckets) = into.table, into.table.shape
-    places = metric.index_select(0, table.clamp(min=0).flatten()).view(batch, buckets, -1)
-    if into.full:  # destinations are not compared with each other
-        candidates = torch.nonzero_static(~into.mask, size=batch * (length - buckets)).view(batch, -1)
-        metric = metric.index_select(0, candidates.flatten())
-    else:
+    """The merged rows and where they go, sorted by where they go, for samples of equal length."""
+    batch, buckets = into.table.shape
+    table = _filled(into.table)
+    places, inverse = _unit(metric, table)
+    if into.others is None:
         candidates = torch.arange(batch * length, device=metric.device).view(batch, length)
-    scores = metric.view(batch, candidates.shape[1], -1) @ places.transpose(1, 2)
-    if not into.full:
-        scores = scores.masked_fill((table < 0)[:, None] | into.mask.view(batch, length, 1), -math.inf)
-    best, column = scores.max(dim=-1)
+    else:
+        candidates = into.others
+        metric = metric.index_select(0, candidates.flatten())
+        inverse = inverse.index_select(0, candidates.flatten())
+    best, column = _largest(metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT)
+    best = best * inverse.view_as(best)
+    if into.others is None:  # destinations stay
+        best = best.masked_fill(into.mask.view_as(best), -math.inf)
     top = best.topk(away, dim=-1, sorted=False).indices
-    source = candidates.gather(1, top)
-    return source.flatten(), table.gather(1, column.gather(1, top)).flatten()
+    place, order = table.gather(1, column.gather(1, top)).sort(dim=1)
+    return candidates.gather(1, top.gather(1, order)).flatten(), place.flatten()
 
 
 def _match_ragged(
     metric: Tensor, lengths: Sequence[int], into: Destinations, away: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """The same for samples of different length, one after the other."""
+    table = _filled(into.table)
+    places, inverse = _unit(metric, table)
     sources, targets, first = [], [], 0
-    for rows, mask, places, gone in zip(
-        metric.split_with_sizes(list(lengths)), into.mask.split_with_sizes(list(lengths)), into.table, away, strict=True
-    ):
+    split = list(lengths)
+    for rows, scale, mask, unit, place, gone in zip(
+        metric.split_with_sizes(split), inverse.split_with_sizes(split), into.mask.split_with_sizes(split),
+        places.split_with_sizes([table.shape[1]] * len(table)), table, away, strict=True,
+    ):  # fmt: skip
         if gone:
-            scores = rows @ metric.index_select(0, places.clamp(min=0)).T
-            scores = scores.masked_fill(places < 0, -math.inf).masked_fill(mask[:, None], -math.inf)
-            best, column = scores.max(dim=-1)
+            best, column = _largest(rows @ unit.mT)
+            best = (best * scale).masked_fill(mask, -math.inf)
             top = best.topk(gone, sorted=False).indices
-            sources.append(top + first)
-            targets.append(places.index_select(0, column.index_select(0, top)))
+            target, order = place.index_select(0, column.index_select(0, top)).sort()
+            sources.append(top.index_select(0, order) + first)
+            targets.append(target)
         first += len(rows)
     return torch.cat(sources), torch.cat(targets)
+
+
+def _filled(table: Tensor) -> Tensor:
+    """The table with another destination of the sample in the place of those that are missing: nobody sees it twice."""
+    return torch.where(table < 0, table.amax(dim=1, keepdim=True).clamp(min=0), table)
+
+
+def _unit(metric: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """(B * K, D) destinations of length one, and (T,) one over the length of every row.
+
+    Only the destinations are scaled: which one is most similar does not depend on the length of the row itself.
+    """
+    inverse = torch.linalg.vector_norm(metric, dim=-1).clamp(min=1e-12).reciprocal()
+    index = table.flatten()
+    return metric.index_select(0, index) * inverse.index_select(0, index)[:, None], inverse
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of (..., K) scores and where it is.
+
+    The maximum with its place is slow on CPU and the maximum alone is not: take it over groups, then look into one.
+    """
+    many = scores.shape[-1]
+    if scores.device.type != "cpu" or torch.compiler.is_compiling() or many < _MANY or many % _GROUP:
+        best, place = scores.max(dim=-1)
+        return best, place
+    groups = scores.reshape(-1, many // _GROUP, _GROUP)
+    best, group = groups.amax(dim=-1).max(dim=-1)
+    first = torch.arange(len(groups), device=scores.device) * (many // _GROUP)
+    inside = groups.flatten(0, 1).index_select(0, first + group).max(dim=-1).indices
+    return best.view(scores.shape[:-1]), (inside + group * _GROUP).view(scores.shape[:-1])
 
 
 def merge(x: Tensor, plan: Merging, size: Tensor | None = None) -> Tensor:
@@ -206,10 +209,10 @@ def merge(x: Tensor, plan: Merging, size: Tensor | None = None) -> Tensor:
     Returns:
         (M, D), the type of x.
     """
-    into = plan.slot.index_select(0, plan.source)
-    if size is not None:
-        x = x * size.to(x)[:, None]
-    total = x.index_select(0, plan.keep).index_add(0, into, x.index_select(0, plan.source))
+    if size is None:
+        return F.embedding_bag(plan.order, x, plan.start, mode="mean")
+    weight = size.to(x).index_select(0, plan.order)
+    total = F.embedding_bag(plan.order, x, plan.start, mode="sum", per_sample_weights=weight)
     return total / plan.size.to(x)[:, None]
 
 

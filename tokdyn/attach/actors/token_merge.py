@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokdyn.attach.actors.matching import plan_of
 from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
 from tokdyn.attach.tokens import follow, join, split
+from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import TokenMerge
-from tokdyn.ops.merging import Merging, destinations, match, merge, unmerge
+from tokdyn.ops.merging import Merging, merge, unmerge
 from tokdyn.ops.schedules import at
-from tokdyn.tokens import cells
+from tokdyn.ops.weighting import KeyBias, size_bias
+
+_BIAS = "key_bias"  # attention with an argument of this name adds it to the logits of its keys itself
 
 
 @dataclass(frozen=True)
@@ -50,46 +54,62 @@ class Merge:
         """The branch for samples that merge equally much."""
         if int(run.count * ratio) == 0:
             return call(**named)
-        name = role.names[0]
-        place = (role.stack.inside if role.kind == "attention" else role.stack.inside_mlp) or role.stack.image
-        text, x = split(named[name], None if place == "all" else run.count, place)
-        plan = self._plan(run, x, ratio)
-        if len(plan.source) == 0:
-            return call(**named)
+        stack, before = role.stack, named[role.names[0]]
+        place = (stack.inside if role.kind == "attention" else stack.inside_mlp) or stack.image
+        text, x = split(before, None if place == "all" else run.count, place)
         batch, count, width = x.shape
-        merged = merge(x.reshape(-1, width), plan).view(batch, -1, width)
-        before, after = named[name], join(text, merged, place)  # some give attention the same tokens as keys again
-        named = {key: after if value is before else value for key, value in named.items()}
+        rows = x.reshape(-1, width)
+        plan = plan_of(self.method, self.first, run, role, rows, ratio)
+        if plan is None:
+            return call(**named)
+        after = join(text, merge(rows, plan).view(batch, -1, width), place)
+        given = {key: after if value is before else value for key, value in named.items()}  # keys may be given again
         kept = plan.keep.view(batch, -1) - torch.arange(batch, device=x.device)[:, None] * count
-        for how in role.stack.follow:
-            if named.get(how.name) is not None:
-                named[how.name] = follow(named[how.name], how, role.stack, kept, count)
+        for how in stack.follow:
+            if given.get(how.name) is not None:
+                given[how.name] = follow(given[how.name], how, stack, kept, count)
+        left = kept.shape[1]
         if role.kind == "attention":
-            run.call.attention = merged.shape[1]
+            run.call.attention = left
         else:
-            run.call.mlp = merged.shape[1]
-        out = call(**named)
+            run.call.mlp = left
+        if self.method.weighted and role.kind == "attention":
+            out = _weighted(role, call, given, plan, text, place)
+        else:
+            out = call(**given)
         first, *rest = out if isinstance(out, tuple) else (out,)
-        text, y = split(first, merged.shape[1], place)
-        y = unmerge(y.reshape(-1, y.shape[-1]), plan).view(batch, count, -1)
-        whole = join(text, y, place)
+        text, y = split(first, left, place)
+        whole = join(text, unmerge(y.reshape(-1, y.shape[-1]), plan).view(batch, count, -1), place)
         return (whole, *rest) if isinstance(out, tuple) else whole
 
-    def _plan(self, run: Run, x: Tensor, ratio: float) -> Merging:
-        """Which tokens merge, from the input of the branch."""
-        batch, count, width = x.shape
-        everything = torch.arange(cells(run.grid), device=x.device).expand(batch, -1)
-        cell = (everything if run.index is None else run.index).reshape(-1)
-        sample = torch.arange(batch, device=x.device).repeat_interleave(count)
-        rows = x.detach().reshape(-1, width)
-        into = destinations(
-            cell,
-            sample,
-            batch,
-            run.grid,
-            self.method.bucket,
-            self.method.seed,
-            0 if self.method.seed is None else round(run.level[0] * 1000),
-            rows.float().norm(dim=1) if self.method.important else None,
+
+def _weighted(
+    role: Role, call: Callable[..., Any], named: dict[str, Any], plan: Merging, text: Tensor | None, place: str
+) -> Any:
+    """Attention in which a merged token counts as often as it stands for tokens.
+
+    Args:
+        role: of the attention.
+        call: the attention.
+        named: its arguments.
+        plan: what was merged.
+        text: tokens that lie beside those of the image in the same tensor.
+        place: where image tokens lie in it.
+    """
+    beside = text
+    if text is None:  # it may join them only now
+        beside, place = named.get(role.stack.text or ""), role.stack.joint
+    words = beside.shape[1] if isinstance(beside, Tensor) else 0
+    bias = size_bias(plan.size.view(len(plan.lengths), -1), words, place)
+    if _BIAS in role.names:
+        return call(**named, **{_BIAS: bias})
+    mode = KeyBias(bias)
+    with mode:
+        out = call(**named)
+    if not mode.met:
+        raise UnsupportedModelError(
+            f"TokenMerge(weighted=True) weighs the keys of softmax attention, but attention of block {role.block} does "
+            f"not call torch.nn.functional.scaled_dot_product_attention on its {bias.shape[1]} tokens; leave weighted "
+            "out, or let the model attend with PyTorch's own function."
         )
-        return match(rows, [count] * batch, into, ratio)
+    return out
