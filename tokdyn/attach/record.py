@@ -16,6 +16,8 @@ class BlockCall:
         samples: b, samples it was computed for.
         tokens: image tokens of each that it saw; of the one with the most where they differ.
         rows: image tokens of each sample, where packed rows let them differ.
+        attention_rows: those of them that attention saw after merging.
+        mlp_rows_each: those that the MLP saw.
         text: tokens of each that lay beside them in the same sequence or came in a stream of their own.
         attention: image tokens of each that attention saw; None if it saw what the block did.
         mlp: the same for the MLP.
@@ -28,6 +30,8 @@ class BlockCall:
     attention: int | None = None
     mlp: int | None = None
     rows: tuple[int, ...] | None = None
+    attention_rows: tuple[int, ...] | None = None
+    mlp_rows_each: tuple[int, ...] | None = None
 
 
 @dataclass

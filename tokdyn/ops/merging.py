@@ -83,7 +83,7 @@ def match(
     metric: Tensor,
     lengths: Sequence[int],
     into: Destinations,
-    ratio: float,
+    ratio: float | Sequence[float],
     size: Tensor | None = None,
 ) -> Merging:
     """Merge the rows that are most similar to their most similar destination (cosine).
@@ -92,23 +92,25 @@ def match(
         metric: (T, D), what is compared; rows sample after sample. No gradient comes back to it.
         lengths: rows of each sample.
         into: from `destinations`.
-        ratio: share of a sample's rows to merge away, in [0, 1); at most what is no destination.
+        ratio: share of a sample's rows to merge away, in [0, 1), or one for each; at most what is no destination.
         size: (T,) how many tokens each row stands for already; None is one each.
 
     Returns:
         The plan. It needs no host synchronisation.
     """
-    if not 0.0 <= ratio < 1.0:
-        raise InputError(f"the ratio is {ratio}, expected a share of the tokens in [0, 1).")
+    ratios = [ratio] * len(lengths) if isinstance(ratio, (int, float)) else list(ratio)
+    for each in ratios:
+        if not 0.0 <= each < 1.0:
+            raise InputError(f"the ratio is {each}, expected a share of the tokens in [0, 1).")
     buckets = into.table.shape[1]
-    away = [merged_away(length, buckets, ratio) for length in lengths]
+    away = [merged_away(length, buckets, each) for length, each in zip(lengths, ratios, strict=True)]
     left = tuple(length - gone for length, gone in zip(lengths, away, strict=True))
     rows = torch.arange(len(metric), device=metric.device)
     source = place = rows[:0]
     if any(away):
         metric = metric.detach()
         metric = metric.float() if halves_multiply_slowly(metric) else metric
-        if len(set(lengths)) == 1:
+        if len(set(zip(lengths, away, strict=True))) == 1:
             source, place = _match_equal(metric, lengths[0], into, away[0])
         else:
             source, place = _match_ragged(metric, lengths, into, away)

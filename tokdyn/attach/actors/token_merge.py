@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.attach.actors.matching import plan_of
+from tokdyn.attach.actors.packed_merge import packed_merge
 from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
 from tokdyn.attach.tokens import follow, join, split
@@ -34,6 +35,8 @@ class Merge:
         """Merge, compute, unmerge."""
         if self.method.where not in (role.kind, "both") or not self.first <= role.block <= self.last:
             return call(**named)
+        if run.packing is not None:
+            return packed_merge(self.method, run, role, call, named)
         if isinstance(self.method.ratio, float):
             return self._merged(run, role, call, named, self.method.ratio)
         ratios = [at(self.method.ratio, level) for level in run.level]
