@@ -53,7 +53,7 @@ DENSE = {
     "curves",
     "gates",
 }  # for models whose blocks look at neighbouring cells
-OUTSIDE = {key for key in ACTIVE if "chunk" in key} | {"cache-first"}  # what a model that chunks itself refuses
+OUTSIDE = {key for key in ACTIVE if "chunk" in key} | {"cache-first", "merge-weighted"}  # what a model that chunks itself refuses
 PAIRS = [
     (name, methods)
     for name, methods in product(MODELS, ACTIVE)
