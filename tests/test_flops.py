@@ -17,7 +17,7 @@ import tokdyn
 from tokdyn import checkpoints
 from tokdyn.errors import InputError
 from tokdyn.flops import Flops, compute_matched_steps, count, flops_per_image, kept_tokens, model_parts
-from tokdyn.flops.counted import attention_formulas
+from tokdyn.flops.counting import attention_formulas
 from tokdyn.models import DCDiT, DiT
 from tokdyn.ops import attention_backend
 

@@ -23,8 +23,9 @@ from tokdyn.errors import (
 
 if TYPE_CHECKING:
     from tokdyn.attach.api import disabled, unwrap, wrap
-    from tokdyn.attach.controls import calibrate_router, dropping, losses, set_tail_drop, stats
+    from tokdyn.attach.controls import calibrate_router, dropping, losses, reset, set_tail_drop
     from tokdyn.attach.sidecar import load, save
+    from tokdyn.attach.stats import stats
     from tokdyn.calibration import calibrate, recording
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
     from tokdyn.models import DCDiT, DiT
@@ -56,6 +57,7 @@ __all__ = [
     "load",
     "losses",
     "recording",
+    "reset",
     "save",
     "set_tail_drop",
     "stats",
@@ -65,8 +67,9 @@ __all__ = [
 
 _LAZY = {
     **dict.fromkeys(("disabled", "unwrap", "wrap"), "tokdyn.attach.api"),
-    **dict.fromkeys(("calibrate_router", "dropping", "losses", "set_tail_drop", "stats"), "tokdyn.attach.controls"),
+    **dict.fromkeys(("calibrate_router", "dropping", "losses", "reset", "set_tail_drop"), "tokdyn.attach.controls"),
     **dict.fromkeys(("load", "save"), "tokdyn.attach.sidecar"),
+    "stats": "tokdyn.attach.stats",
     **dict.fromkeys(
         ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge"), "tokdyn.methods"
     ),

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+import tokdyn
 from tests.contract.models import TINY, sample
 from tokdyn.attach.api import unwrap, wrap
-from tokdyn.attach.controls import stats
 from tokdyn.attach.sidecar import load, save
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.methods import DepthSkip, FeatureCache, TokenMerge
@@ -61,7 +61,13 @@ def test_a_pipeline_forgets_the_trajectory_when_it_is_done():
     ]
     assert (images[0] == images[1]).all()
     assert len(seen) == 12
-    assert stats(model)["calls"] == []  # reset at the end of each call
+    assert not model.tokdyn.trajectory._steps  # reset at the end of each call
+    assert not model.tokdyn.memories[0].memory.branches
+    run = tokdyn.stats(model)  # of the images that were just made
+    assert [call.step for call in run.calls] == list(range(6))
+    assert run.cached == 4
+    tokdyn.reset(model)
+    assert tokdyn.stats(model).calls == ()
 
 
 @pytest.mark.parametrize(

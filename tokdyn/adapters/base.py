@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tokdyn.adapters.products import USUAL, Products
 from tokdyn.tokens import Grid
 
 Arguments = Mapping[str, Any]
@@ -53,6 +54,7 @@ class Stack:
             are (B, N, D).
         modulated: (B, ...) what attention of a block gets, from the block and its arguments by name; the indicator of
             feature caches. None takes the tokens that the block gets.
+        products: what the cost of a block follows from. None: not known, so that FLOPs are counted and not computed.
     """
 
     path: str
@@ -68,6 +70,7 @@ class Stack:
     mlp: tuple[str, ...] = ("ff", "mlp")
     packing: str | None = None
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
+    products: Products | None = USUAL
 
 
 def configured_width(model: nn.Module) -> int:

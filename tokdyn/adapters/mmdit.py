@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, grid_of_ids, patches, timestep
+from tokdyn.adapters.products import Products
 from tokdyn.errors import InputError
 
 SD3 = ModelAdapter(
@@ -23,6 +24,7 @@ SD3 = ModelAdapter(
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.embedding,
+            products=Products(beside=("attn2",)),
         ),
     ),
     grid=patches,
@@ -59,6 +61,7 @@ FLUX = ModelAdapter(
             follow=_ROTARY,
             attention=("attn",),
             mlp=(),
+            products=Products(joint=("proj_*",)),
         ),
     ),
     grid=_flux_grid,

@@ -5,11 +5,20 @@ from __future__ import annotations
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
+from tokdyn.adapters.products import Products
 
 SANA = ModelAdapter(
     name="Sana",
     classes=("SanaTransformer2DModel",),
-    stacks=(Stack("transformer_blocks", attention=("attn1",), mlp=("ff",), modulated=modulation.shift_table),),
+    stacks=(
+        Stack(
+            "transformer_blocks",
+            attention=("attn1",),
+            mlp=("ff",),
+            modulated=modulation.shift_table,
+            products=Products(cross=("attn2",), linear=True),
+        ),
+    ),
     grid=patches,
     level=timestep(),
     refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},

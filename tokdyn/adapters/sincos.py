@@ -5,6 +5,7 @@ from __future__ import annotations
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import patches, timestep
+from tokdyn.adapters.products import Products
 
 DIT = ModelAdapter(
     name="DiT",
@@ -26,6 +27,7 @@ PIXART = ModelAdapter(
             mlp=("ff",),
             follow=(Follow("attention_mask", axis=2),),
             modulated=modulation.shift_table,
+            products=Products(cross=("attn2",)),
         ),
     ),
     grid=patches,

@@ -7,6 +7,7 @@ from torch import nn
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import IP_ADAPTER, timestep
+from tokdyn.adapters.products import Products
 from tokdyn.tokens import Grid
 
 
@@ -25,6 +26,7 @@ WAN = ModelAdapter(
             attention=("attn1",),
             mlp=("ffn",),
             modulated=modulation.shift_table_per_token,
+            products=Products(cross=("attn2",), words=512),
         ),
     ),
     grid=_wan_grid,
@@ -43,6 +45,7 @@ LTX = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.shift_table_per_token,
+            products=Products(cross=("attn2",)),
         ),
     ),
     grid=lambda model, call: (call["num_frames"], call["height"], call["width"]),
@@ -74,10 +77,11 @@ HUNYUAN = ModelAdapter(
             attention=("attn",),
             mlp=mlp,
             modulated=modulated,
+            products=Products(joint=joint),
         )
-        for path, mlp, modulated in (
-            ("transformer_blocks", ("ff",), modulation.embedding),
-            ("single_transformer_blocks", (), None),
+        for path, mlp, modulated, joint in (
+            ("transformer_blocks", ("ff",), modulation.embedding, ()),
+            ("single_transformer_blocks", (), None, ("*",)),
         )
     ),
     grid=_hunyuan_grid,
@@ -106,6 +110,7 @@ COGVIDEOX = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.with_text,
+            products=Products(joint=("attn1.*",)),
         ),
     ),
     grid=_cogvideo_grid,

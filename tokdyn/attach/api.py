@@ -20,7 +20,6 @@ from tokdyn.methods import Method, TokenMerge
 from tokdyn.tokens import Grid
 
 Model = TypeVar("Model", bound=nn.Module)
-_RECORDS = 1000  # calls that are remembered: more than a trajectory has, and no more while training
 
 
 def wrap(model: Model, methods: Sequence[Method]) -> Model:
@@ -133,7 +132,7 @@ def attached(model: nn.Module) -> Attachment:
 def _grid_ahead(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
     """The token grid of a call, where it depends on values that no graph of torch.compile can look at."""
     attachment = attachment_of(model)
-    if attachment is None or not attachment.enabled or not attachment.methods:
+    if attachment is None or attachment.meter or not (attachment.enabled and attachment.methods):
         return None
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
     known = all(named.get(name) is not None for name in attachment.adapter.read_ahead)
@@ -145,7 +144,7 @@ def _call_model(
 ) -> Any:
     """A call of the model: a run of its own, on a grid that may be known already."""
     attachment = attachment_of(model)
-    if attachment is None or not attachment.enabled or not attachment.methods:
+    if attachment is None or not (attachment.meter or (attachment.enabled and attachment.methods)):
         before = instance.enter(None)
         try:
             return plain(model, *args, **kwargs)
@@ -154,7 +153,7 @@ def _call_model(
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
     if attachment.reduces:
         _refuse(model, attachment.adapter, named)
-    run = Run(model, attachment, named, grid)
+    run = Run(model, attachment, named if attachment.meter is None else attachment.meter.arguments, grid)
     before = instance.enter(run)
     bound = checkpointing.bind(model, run)
     try:
@@ -165,7 +164,7 @@ def _call_model(
     if attachment.watch is not None and not run.training:
         attachment.watch.see(run.turn, run.level[0])
     attachment.losses = run.losses
-    attachment.records = [*attachment.records[1 - _RECORDS :], run.record]
+    attachment.remember(run.finish())
     return out
 
 
@@ -188,7 +187,12 @@ def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[
         return plain(part, *a, **k)
 
     if role.kind == "block":
-        return run.block(part, role, call, args, kwargs)
+        meter = run.attachment.meter
+        before = 0 if meter is None else meter.counted()
+        out = run.block(part, role, call, args, kwargs)
+        if meter is not None:
+            run.record.inside += meter.counted() - before
+        return out
     return run.branch(role, call, args, kwargs)
 
 
@@ -204,7 +208,7 @@ def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -
 
 def _reset_stateful_cache(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
     """What diffusers' pipelines call when they have made their images."""
-    attached(model).clear()
+    attached(model).end()
     if hidden is not None:
         hidden(model, *args, **kwargs)
 

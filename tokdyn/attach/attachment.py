@@ -20,10 +20,13 @@ from tokdyn.attach.calibrated import SamplerWatch
 from tokdyn.attach.record import Record
 from tokdyn.attach.roles import Role, argument_names, find_roles
 from tokdyn.attach.trajectory import Trajectory
+from tokdyn.attach.unnoticed import Meter
 from tokdyn.compose import Placed, compose
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, FeatureCache, Method, Sizes, TokenDrop, TokenMerge
 from tokdyn.methods.base import resolve
+
+_CALLS = 512  # that are remembered: 250 steps of two branches of guidance
 
 
 class Attachment(nn.Module):
@@ -39,7 +42,9 @@ class Attachment(nn.Module):
         caches: feature caches around the chunking that a model does itself.
         enabled: whether they are.
         reduces: whether blocks may see other tokens than the full grid.
-        records: of the calls since the trajectory began.
+        history: the last calls, an empty record where a pipeline had made its images and before the first call. Length
+            and types never change, so that a compiled model is not compiled again because of it.
+        meter: set while `tokdyn.flops` counts.
         trajectory: where sampling is.
         watch: over the sampler, where a method was calibrated for one.
         losses: auxiliary losses of the last call that computed gradients.
@@ -68,7 +73,8 @@ class Attachment(nn.Module):
         self.actors = replace(self.actors, brackets=inside)
         self.reduces = any(each.traits.tokens != "full" for each in self.placed)
         self.enabled = True
-        self.records: list[Record] = []
+        self.history: list[Record] = [Record()] * _CALLS
+        self.meter: Meter | None = None
         self.trajectory = Trajectory()
         self.watch = SamplerWatch.of(self.methods)
         self.losses: dict[str, Tensor] = {}
@@ -81,7 +87,7 @@ class Attachment(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the roles, which know the parts of this model and not those of a copy, and without graphs."""
-        return {**self.__dict__, "_roles": {}, "losses": {}}
+        return {**self.__dict__, "_roles": {}, "losses": {}, "history": [Record()] * _CALLS}
 
     def roles(self, model: nn.Module) -> dict[int, Role]:
         """Roles of the model's parts; a copy of the model finds its own."""
@@ -93,15 +99,33 @@ class Attachment(nn.Module):
         """Whether a method of that kind is attached."""
         return any(isinstance(each, method) for each in self.methods)
 
-    def clear(self) -> None:
-        """Forget the trajectory and its statistics."""
-        self.records = []
+    @property
+    def records(self) -> list[Record]:
+        """The calls that are remembered."""
+        return [record for record in self.history if record.batch]
+
+    def remember(self, record: Record) -> None:
+        """Add a call to the history, or an empty record where one run ends and another begins."""
+        self.history = [*self.history[1:], record]
+
+    def end(self) -> None:
+        """Forget the trajectory; its statistics stay until the next one begins."""
+        self.remember(Record())
         self.trajectory.clear()
         if self.watch is not None:
             self.watch.end()
-        for bracket in (*self.caches, *self.actors.brackets):
-            if isinstance(bracket, Cache):
-                bracket.memory.clear()
+        for cache in self.memories:
+            cache.memory.clear()
+
+    def clear(self) -> None:
+        """Forget the trajectory and its statistics."""
+        self.end()
+        self.history = [Record()] * _CALLS
+
+    @property
+    def memories(self) -> list[Cache]:
+        """The caches, wherever they act."""
+        return [each for each in (*self.caches, *self.actors.brackets) if isinstance(each, Cache)]
 
 
 def sizes_of(model: nn.Module, adapter: ModelAdapter) -> Sizes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.attach.api import attached
+from tokdyn.attach.unnoticed import unnoticed
 from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, TokenDrop
 
@@ -100,14 +101,20 @@ def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
     attachment = attached(model)
     if not attachment.has(Chunking):
         raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no router.")
-    records = attachment.records
     attachment.calibrating = True
     try:
-        model(*inputs, **arguments)
+        with unnoticed(attachment):
+            model(*inputs, **arguments)
     finally:
-        attachment.calibrating, attachment.records = False, records
+        attachment.calibrating = False
 
 
-def stats(model: nn.Module) -> Mapping[str, Any]:
-    """What happened in the calls since the trajectory began, the last thousand at most."""
-    return {"calls": list(attached(model).records)}
+def reset(model: nn.Module) -> None:
+    """Forget the trajectory, what caches remember of it, and its statistics: the next call begins a new one.
+
+    Pipelines of diffusers do the same when they have made their images, except that the statistics stay to be read.
+
+    Raises:
+        InputError: the model is not wrapped.
+    """
+    attached(model).clear()

@@ -16,12 +16,19 @@ from torch import nn
 
 Call = Callable[..., Any]
 _CLASSES: dict[tuple[Any, ...], type] = {}
-_LOCAL = threading.local()
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:  # in every thread, so that compiled code need not ask whether it is there
+        self.run: Any = None
+
+
+_LOCAL = _Local()
 
 
 def current() -> Any:
     """The run that this thread is in, or None."""
-    return getattr(_LOCAL, "run", None)
+    return _LOCAL.run
 
 
 def enter(run: Any) -> Any:

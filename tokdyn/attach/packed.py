@@ -88,7 +88,8 @@ def _part(
     stack = role.stack
     assert stack.packing is not None
     named = {**run.named, stack.tokens: rows, stack.packing: packing}
-    run.call = BlockCall(role.block, len(packing.lengths), packing.longest, rows=packing.lengths)
+    ragged = packing.lengths if len(set(packing.lengths)) > 1 else None
+    run.call = BlockCall(role.block, len(packing.lengths), packing.longest, rows=ragged, which=run.which(samples))
     run.record.calls.append(run.call)
     if samples is None:
         out: Tensor = inner(named)

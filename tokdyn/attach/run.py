@@ -47,6 +47,7 @@ class Run:
         losses: auxiliary losses so far.
         record: what has happened so far.
         call: what is happening in the block that is being computed.
+        over: the model has returned.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Run:
         self.stack = self.adapter.stacks[0]
         self.named: dict[str, Any] = {}
         self.losses: dict[str, Tensor] = {}
-        self.record = Record(self.adapter.level(model, arguments), branch=attachment.branch)
+        self.record = Record(self.adapter.level(model, arguments), training=self.training, branch=attachment.branch)
         self.call = BlockCall(0, 0, 0)
+        self.over = False
         self._level: tuple[float, ...] | None = None
         self._grid = grid
         self._turn: Turn | None = None
@@ -77,20 +79,14 @@ class Run:
     def level(self) -> tuple[float, ...]:
         """Noise level of every sample, read when a method asks for it: on an accelerator the host waits for it."""
         if self._level is None:
-            self._level = self.per_sample(self._clock().tolist(), "the timestep")
+            self._level = self.per_sample(self.record.clock.tolist(), "the timestep")
         return self._level
 
     def clock(self, device: torch.device | str) -> Tensor:
-        """(B,) or (1,) fp32 noise levels on a device; of tokens at different levels (B, N), the highest counts."""
+        """(B,) or (1,) fp32 noise levels on a device; see `Record.clock`."""
         if self._level is not None:
             return torch.tensor(self._level, device=device)
-        return self._clock().to(device)
-
-    def _clock(self) -> Tensor:
-        """`clock` of the whole batch, where it was given."""
-        level = self.record.level
-        found = level.float() if isinstance(level, torch.Tensor) else torch.tensor(float(level))
-        return found.flatten(1).amax(1) if found.dim() > 1 else found.reshape(-1)
+        return self.record.clock.to(device)
 
     @property
     def turn(self) -> Turn:
@@ -132,9 +128,11 @@ class Run:
         self.batch = len(x)
         if not self.record.batch:
             self.record.batch, self.record.cells = len(x), x.shape[1]
+            self.record.text, self.record.context = _others(named, stack, x.shape[1])
         opening = [bracket for bracket in self.actors.brackets if bracket.first == role.block]
         for bracket in opening:
-            x = bracket.open(self, x)
+            if len(self.reused) < self.batch:  # otherwise nothing is computed within
+                x = bracket.open(self, x)
         if opening:
             named[stack.tokens] = join(text, x, stack.image)
         given = {"tokens": named[stack.tokens], "text": named.get(stack.text or "")}
@@ -216,11 +214,9 @@ class Run:
             inner = kernel.around(self, part, role, inner)
         samples = self.batch if group is None else len(group.samples)
         named = self._named(role.stack, group)
-        tokens = named[role.stack.tokens]
         image = self.count if group is None or group.index is None else group.index.shape[1]
-        beside = named.get(role.stack.text or "")
-        text = tokens.shape[1] - image + (0 if beside is None else beside.shape[1])
-        self.call = BlockCall(role.block, samples, image, text)
+        which = self.which(None if group is None else group.samples)
+        self.call = BlockCall(role.block, samples, image, *_others(named, role.stack, image), which=which)
         self.record.calls.append(self.call)
         out = inner(named) if group is None else self.among(group.samples, group.index, lambda: inner(named))
         return dict(zip(role.stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
@@ -255,13 +251,21 @@ class Run:
     def go(self, place: tuple[Any, ...]) -> None:
         """Be where `here` was."""
         self.samples, self._level, self.index, self.lengths, self.packing, self.call = place
+        if self.over:  # what is computed again is noted nowhere
+            self.call = BlockCall(0, 0, 0)
+
+    def finish(self) -> Record:
+        """What has happened. Blocks that are computed again for a backward pass add nothing to it."""
+        done = self.record
+        self.record, self.over = Record(done.level, done.batch, done.cells, branch=done.branch), True
+        return done
 
     def among(
         self, samples: Sequence[int], index: Tensor | None, call: Callable[[], Any], packing: Packing | None = None
     ) -> Any:
         """Call something while some of the samples are all there is."""
         here = self.here()
-        if self._level is not None or len(self._clock()) > 1:
+        if self._level is not None or len(self.record.clock) > 1:
             self._level = tuple(self.level[i] for i in samples)
         self.samples = tuple(self.samples[i] for i in samples)
         self.index, self.lengths, self.packing = index, None, packing
@@ -269,6 +273,11 @@ class Run:
             return call()
         finally:
             self.go(here)
+
+    def which(self, places: Sequence[int] | None) -> tuple[int, ...] | None:
+        """The samples of the call at some places, or all places, of what is being computed; None if they are all."""
+        found = self.samples if places is None else tuple(self.samples[place] for place in places)
+        return None if len(found) == self.record.batch else found
 
     def part_of(
         self, samples: Sequence[int], stack: Stack, named: dict[str, Any], call: Callable[[dict[str, Any]], Any]
@@ -310,6 +319,15 @@ class Run:
         if len(values) != self.batch:
             raise InputError(f"{what} has {len(values)} entries, but the batch holds {self.batch} samples.")
         return tuple(values)
+
+
+def _others(named: Mapping[str, Any], stack: Stack, image: int) -> tuple[int, int]:
+    """How many tokens a block gets besides image tokens: of text, and of an encoder that it attends to apart."""
+    text, context = named.get(stack.text or ""), None
+    if stack.products is not None and stack.products.cross:
+        context = named.get(stack.products.context)
+    beside = named[stack.tokens].shape[1] - image
+    return beside + (0 if text is None else text.shape[1]), 0 if context is None else context.shape[1]
 
 
 def _through(branch: Branch, run: Run, role: Role, call: Callable[..., Any]) -> Callable[..., Any]:

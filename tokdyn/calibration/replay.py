@@ -17,7 +17,7 @@ from tokdyn.attach.roles import Role, find_roles
 from tokdyn.attach.tokens import split
 from tokdyn.calibration.recording import Call, moved
 from tokdyn.errors import InputError
-from tokdyn.flops.counted import attention_formulas
+from tokdyn.flops.counting import attention_formulas
 from tokdyn.tokens import Packing, cells
 
 Counts = TypeVar("Counts")

@@ -14,7 +14,8 @@ from typing import Any
 
 from tokdyn.flops.analytic import flops_per_image, kept_tokens, model_parts
 from tokdyn.flops.budget import compute_matched_steps
-from tokdyn.flops.counted import Flops, count, flops
+from tokdyn.flops.counted import Flops, flops
+from tokdyn.flops.counting import count
 
 __all__ = ["Flops", "compute_matched_steps", "count", "flops", "flops_per_image", "kept_tokens", "model_parts"]
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokdyn.errors import InputError
+from tokdyn.methods.costs import residual_flops, router_flops, smoothing_flops
 
-BAND = 128
-"""Longest axis that is smoothed by a matrix product (tokdyn.ops.dechunk)."""
 FREQUENCIES = 256
 """Sine and cosine channels of the timestep embedding in both models."""
 
@@ -112,10 +111,11 @@ def model_parts(
     encoder = [(narrow, narrow)] * (config["encoder_depth"] - 1) + [(narrow, width)]
     decoder = [(width, narrow)] + [(narrow, narrow)] * (config["decoder_depth"] - 1)
     parts["encoder"] = batch * sum(_convolutional(cells, width, *pair) for pair in encoder)
-    parts["router"] = batch * _router(str(config["router"]), cells, width)
-    parts["residual"] = batch * 2 * cells * width * width
+    parts["router"] = batch * router_flops(config["router"], cells, width)
+    parts["residual"] = batch * residual_flops(cells, width)
     parts |= _blocks(config, counts)
-    parts["dechunk"] = 0 if device == "cpu" else batch * _blur(config)
+    smoothed = config["smoothing"] and device != "cpu"
+    parts["dechunk"] = batch * smoothing_flops((rows, columns), width) if smoothed else 0
     parts["decoder"] = batch * sum(_convolutional(cells, width, *pair) for pair in decoder)
     parts["head"] = batch * (2 * cells * narrow * outputs + 4 * width * narrow)
     return {name: round(value) for name, value in parts.items()}
@@ -160,22 +160,3 @@ def _convolutional(cells: int, condition: int, wide_in: int, wide_out: int) -> i
     inner = min(wide_in, wide_out)
     skip = 2 * cells * wide_in * wide_out if wide_in != wide_out else 0
     return 18 * cells * inner * (wide_in + wide_out) + 2 * condition * inner + skip
-
-
-def _blur(config: Mapping[str, Any]) -> int:
-    """Smoothing on the grid of one image: a square band matrix per axis, on the features and the weights."""
-    rows, columns = grid_of(config)
-    if not config["smoothing"]:
-        return 0
-    axes = [size for size in (rows, columns) if size <= BAND]
-    return 2 * rows * columns * (int(config["hidden_size"]) + 1) * sum(axes)
-
-
-def _router(kind: str, cells: int, width: int) -> int:
-    """The router on one image."""
-    if kind == "random":
-        return 0
-    if kind == "cosine":
-        return 2 * cells * width * (2 * width + 9)
-    inner = width // 4
-    return 2 * cells * inner * (width + 18 * inner + 1)

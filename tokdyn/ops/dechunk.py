@@ -19,6 +19,8 @@ from tokdyn.ops.pack import pack
 from tokdyn.ops.precision import exact
 from tokdyn.tokens import Grid, Packing, cells
 
+BAND = 128
+"""Longest axis that is smoothed by a matrix product."""
 _P_MIN = 1e-4
 _EPS = 1e-8
 
@@ -69,8 +71,7 @@ def dechunk_packed(
         if sigma:
             source = exact(features)
             kept = probability.to(source).flatten().index_select(0, packing.index).clamp(_P_MIN, 1 - _P_MIN)
-            crowded = len(packing.grid) == 3  # a ball holds so many neighbours that lists of them lose
-            form = _smooth_on_grid if crowded or asking_waits(features) else _smooth_by_lists
+            form = _smooth_on_grid if smooths_on_grid(features, packing.grid) else _smooth_by_lists
             rows = form(source, kept, packing, float(sigma)).to(features.dtype)
         batch, count = keep.shape
         if packing.total == batch * count:
@@ -79,6 +80,11 @@ def dechunk_packed(
         first = torch.arange(batch, device=keep.device)[:, None] * count
         plug = rank.index_select(0, (nearest_kept(keep, packing.grid) + first).flatten())
         return rows.index_select(0, plug).view(batch, count, -1)
+
+
+def smooths_on_grid(features: Tensor, grid: Grid) -> bool:
+    """Whether smoothing takes its dense form: in 3-D a ball holds so many neighbours that lists of them lose."""
+    return len(grid) == 3 or asking_waits(features)
 
 
 def _smooth_by_lists(features: Tensor, kept: Tensor, packing: Packing, sigma: float) -> Tensor:
@@ -173,7 +179,7 @@ def _smooth_on_grid(features: Tensor, kept: Tensor, packing: Packing, sigma: flo
 def _blur(board: Tensor, axis: int, sigma: float) -> Tensor:
     """Gaussian along one axis: a band matrix on short axes, shifted sums on long ones."""
     size = board.shape[axis]
-    if size <= 128:
+    if size <= BAND:
         line = torch.arange(size, device=board.device, dtype=board.dtype)
         band = torch.exp((line[:, None] - line).square() / (-2 * sigma * sigma))
         blurred: Tensor = torch.tensordot(band, board, dims=([1], [axis]))

@@ -23,6 +23,7 @@ def drops(run: Run, default: Curve) -> tuple[float, ...]:
     cond, uncond = given["cond"], given["uncond"]
     if run.adapter.guidance == "calls":
         return (uncond if run.turn.unconditional else cond,) * run.batch
+    run.record.guided = True
     if run.batch % 2:
         raise InputError(
             f"tail_drop has a value for each guidance branch, but the batch holds {run.batch} samples, which are not "

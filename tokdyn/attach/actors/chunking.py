@@ -10,7 +10,9 @@ from torch import Tensor
 from tokdyn.attach.actors.budgets import drops
 from tokdyn.attach.run import Run
 from tokdyn.methods import Chunking, ChunkingModule
+from tokdyn.methods.costs import residual_flops, router_flops, smoothing_flops
 from tokdyn.ops import ratio_loss, select
+from tokdyn.ops.dechunk import smooths_on_grid
 from tokdyn.ops.dropping import take
 from tokdyn.ops.pack import pack_index
 from tokdyn.ops.routing import most_probable, tail_drop
@@ -37,6 +39,8 @@ class Chunk:
         """Keep the most probable tokens of each sample: (B, N, D) to (B, M, D)."""
         if self.method.target == 1.0:
             return x
+        batch, count, width = x.shape
+        run.record.spend("Chunking router", batch * router_flops(self.method.router, count, width))
         logits = self.module.logits(x, run.grid, 1000.0 * run.clock(x.device).expand(len(x)))
         if run.attachment.calibrating:
             before = self.module.router.bias.detach().clone()
@@ -47,7 +51,7 @@ class Chunk:
             keep = tail_drop(probability, natural, torch.tensor(drops(run, self.method.tail_drop), device=x.device))
             lengths = tuple(keep.sum(dim=1).tolist())
         else:
-            kept = max(1, round(x.shape[1] / self.method.target))
+            kept = max(1, round(count / self.method.target))
             lengths = tuple(
                 kept - min(int(kept * (drop + _SLACK)), kept - 1) for drop in drops(run, self.method.tail_drop)
             )
@@ -73,6 +77,10 @@ class Chunk:
             rows = [row * longest + place for row, length in enumerate(lengths) for place in range(length)]
             change = change.index_select(0, torch.tensor(rows, device=x.device))
         keep = torch.zeros_like(routing.keep).flatten().index_fill(0, packing.index, True).view_as(routing.keep)
+        batch, count, width = start.shape
+        run.record.spend("Chunking residual", batch * residual_flops(count, width))
+        if self.method.sigma and smooths_on_grid(change, routing.grid):
+            run.record.spend("Chunking de-chunk", batch * smoothing_flops(routing.grid, width))
         seen = Routing(routing.probability, keep, routing.natural_keep, routing.grid)
         whole: Tensor = start + self.module.dechunk(change, start, seen, packing)
         return whole

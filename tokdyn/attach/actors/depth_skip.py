@@ -49,7 +49,7 @@ class LearnedSkipping:
     def skips(self, run: Run, block: int) -> Sequence[bool]:
         """What the gates say at the noise level of each sample; they are asked once in a call."""
         if id(self) not in run.kept:
-            shut = self.module(run.clock(self.module.score.weight.device)) <= 0
+            shut = self._logits(run) <= 0
             run.kept[id(self)] = [run.per_sample(column, "the timestep") for column in shut.T.tolist()]
         skipped: Sequence[bool] = run.kept[id(self)][block]
         return skipped
@@ -59,11 +59,17 @@ class LearnedSkipping:
         if not run.training:
             return None
         if id(self) not in run.kept:
-            logits = self.module(run.clock(self.module.score.weight.device))
-            drawn = gate(logits.expand(run.batch, -1), training=True)
+            drawn = gate(self._logits(run).expand(run.batch, -1), training=True)
             cost = drawn.new_tensor(self.sizes.weights) / sum(self.sizes.weights)
             ran = (drawn * cost).sum(dim=1).mean()
             run.add_loss("DepthSkip", self.method.loss_weight * 2.0 * (ran - self.method.target) ** 2)
             run.kept[id(self)] = drawn
         weight: Tensor = run.kept[id(self)][:, block]
         return weight
+
+    def _logits(self, run: Run) -> Tensor:
+        """(B, depth) or (1, depth) what the gates are open by."""
+        clock, score = run.clock(self.module.score.weight.device), self.module.score
+        run.record.spend("DepthSkip gates", 2 * len(clock) * score.in_features * score.out_features)
+        logits: Tensor = self.module(clock)
+        return logits

@@ -92,7 +92,7 @@ class Cache:
             reused = self._decide(branch, indicator, run.turn.step)
             branch.seen = indicator
         run.reused = frozenset(i for i, reuse in enumerate(reused) if reuse)
-        run.record.reused = len(run.reused)
+        run.record.reused = run.reused
         run.kept[id(self)] = (x, reused, branch)
         return x
 
@@ -101,7 +101,10 @@ class Cache:
             done: Tensor = run.kept.pop("first block")
             return done
         modulated = run.stack.modulated
-        return (x if modulated is None else modulated(run.part, run.named)).detach()
+        if modulated is None:
+            return x.detach()
+        run.record.compared = len(x)
+        return modulated(run.part, run.named).detach()
 
     def _decide(self, branch: Branch, indicator: Tensor, step: int) -> list[bool]:
         """Whether each sample reuses; the accumulated change goes on."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
 from tokdyn.methods import TokenMerge
+from tokdyn.methods.costs import matching_flops
 from tokdyn.ops.destinations import Destinations, destinations, grid_destinations
 from tokdyn.ops.merging import Merging, joined, match, merged_away
 
@@ -51,8 +52,11 @@ def _matched(method: TokenMerge, run: Run, role: Role, rows: Tensor, ratio: floa
     """A matching of the rows as they are now."""
     count = len(rows) // run.batch
     into = _important(method, run, rows) if method.important else _fixed(method, run, role, rows.device)
-    if merged_away(count, into.table.shape[1], ratio) == 0:
+    buckets = into.table.shape[1]
+    if merged_away(count, buckets, ratio) == 0:
         return None
+    compared = matching_flops(count, buckets, into.others is not None, rows.shape[1])
+    run.record.spend("TokenMerge matching", run.batch * compared)
     return match(rows, [count] * run.batch, into, ratio)
 
 

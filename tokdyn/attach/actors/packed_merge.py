@@ -27,10 +27,8 @@ def packed_merge(method: TokenMerge, run: Run, role: Role, call: Callable[..., A
     if plan is None:
         return call(**named)
     given = {**named, name: merge(rows, plan)}
-    if role.kind == "attention":
-        run.call.attention_rows = plan.lengths
-    else:
-        run.call.mlp_rows_each = plan.lengths
+    seen = run.call.attention if role.kind == "attention" else run.call.mlp
+    seen.extend((1, length) for length in plan.lengths)
     if role.stack.packing in given:
         given[role.stack.packing] = _left(packing, plan)
     return unmerge(call(**given), plan)

@@ -73,9 +73,9 @@ class Merge:
                 given[how.name] = follow(given[how.name], how, stack, kept, count)
         left = kept.shape[1]
         if role.kind == "attention":
-            run.call.attention = left
+            run.call.attention.append((batch, left))
         else:
-            run.call.mlp = left
+            run.call.mlp.append((batch, left))
         if self.method.weighted and role.kind == "attention":
             out = _weighted(role, call, given, plan, text, place)
         else:

@@ -1,0 +1,76 @@
+"""Counting the FLOPs of a forward pass that runs, with torch's own counter; a multiply-add is 2 FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[str, int], Any]:
+    """Run a forward pass without gradients and count its matrix products, convolutions and attention.
+
+    Args:
+        model: any module; on the meta device nothing is computed or allocated.
+        *inputs: positional arguments of its forward.
+        **keywords: keyword arguments of its forward.
+
+    Returns:
+        FLOPs of the pass (multiply-add = 2), the same by child module with "rest" for what the model computes
+        outside of them, and the output.
+    """
+    mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    with torch.no_grad(), mode:
+        output = model(*inputs, **keywords)
+    total, children = int(mode.get_total_flops()), by_child(mode, type(model).__name__)
+    rest = total - sum(children.values())
+    return total, children | ({"rest": rest} if rest else {}), output
+
+
+def by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:
+    """FLOPs by child of the root module: those of its outermost modules that were called, since lists are not."""
+    counts = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items() if name.startswith(f"{root}.")}
+    children: dict[str, int] = {}
+    for name, value in counts.items():
+        parts = name.split(".")
+        if value and not any(".".join(parts[:end]) in counts for end in range(2, len(parts))):
+            children[parts[1]] = children.get(parts[1], 0) + int(value)
+    return children
+
+
+def to_meta(value: Any) -> Any:
+    """Tensors without their data, also within lists, tuples and mappings; anything else unchanged."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_meta(each) for each in value)
+    if isinstance(value, dict):
+        return {name: to_meta(each) for name, each in value.items()}
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _dense_attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Two products of dense attention: q k^T and weights v."""
+    *heads, length, width = query
+    outer = 1
+    for size in heads:
+        outer *= size
+    return 2 * outer * length * key[-2] * (width + value[-1])
+
+
+def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *_: Any, **__: Any) -> int:
+    """Attention of packed rows (T, H, d): the sum of squared lengths; the counter is the one place that reads them."""
+    lengths = offsets.diff().tolist()
+    return sum(2 * length * length * query.shape[1] * (query.shape[2] + value.shape[2]) for length in lengths)
+
+
+def attention_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas of attention kernels that torch's counter does not know: fused on CPU, and packed rows on CUDA."""
+    import torch.nn.attention.varlen  # registers the operator of packed rows
+
+    _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter passes tensors, not shapes
+    return {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,
+        torch.ops.torch_attn._varlen_attn: _ragged_attention,
+    }
