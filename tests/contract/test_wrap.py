@@ -54,7 +54,7 @@ DENSE = {
     "curves",
     "gates",
 }  # for models whose blocks look at neighbouring cells
-OUTSIDE = {key for key in ACTIVE if "chunk" in key} | {"cache-first", "merge-weighted"}  # refused where a model chunks
+OUTSIDE = {key for key in ACTIVE if "chunk" in key} | {"cache-first"}  # refused where a model chunks
 PAIRS = [
     (name, methods)
     for name, methods in product(MODELS, ACTIVE)

@@ -72,15 +72,8 @@ def _check_dense(model: nn.Module, attachment: Attachment) -> None:
 
 
 def _check_weighted(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse to weigh the keys of attention that has no softmax, or whose rows are packed."""
-    if not any(isinstance(each, TokenMerge) and each.weighted for each in attachment.methods):
-        return
-    if attachment.adapter.chunked:
-        raise UnsupportedModelError(
-            f"TokenMerge(weighted=True) cannot weigh keys in the packed attention of {type(model).__name__}; "
-            "leave weighted out."
-        )
-    if not attachment.adapter.softmax:
+    """Refuse to weigh the keys of attention that has no softmax."""
+    if not attachment.adapter.softmax and any(isinstance(e, TokenMerge) and e.weighted for e in attachment.methods):
         raise UnsupportedModelError(
             f"TokenMerge(weighted=True) weighs the keys of softmax attention, but {type(model).__name__} has linear "
             "attention; leave weighted out."

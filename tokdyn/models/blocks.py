@@ -85,7 +85,7 @@ class Attention(nn.Module):
         Args:
             x: (B, N, D), or (T, D) with a packing.
             packing: which rows of a packed x belong to which sample.
-            key_bias: (B, N), added to the logits of each key; not with a packing.
+            key_bias: (B, N) or (T,), added to the logits of each key.
 
         Returns:
             The shape of x.
@@ -94,8 +94,7 @@ class Attention(nn.Module):
         if packing is None:
             mixed = dense_attention(qkv, self.heads, key_bias)
         else:
-            assert key_bias is None, "packed rows have no bias"
-            mixed = packed_attention(qkv, self.heads, packing)
+            mixed = packed_attention(qkv, self.heads, packing, key_bias)
         out: Tensor = self.proj(mixed)
         return out
 

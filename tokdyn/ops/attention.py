@@ -6,7 +6,7 @@ measurements behind the choice. CUDA uses native variable-length attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, get_args
@@ -57,27 +57,36 @@ def dense_attention(qkv: Tensor, heads: int, key_bias: Tensor | None = None) -> 
     return _attend(query, key, value, bias).transpose(1, 2).reshape(batch, rows, -1)
 
 
-def packed_attention(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
+def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None = None) -> Tensor:
     """Self-attention within each sample of packed rows.
 
     Args:
         qkv: (T, 3 D), queries, keys and values side by side.
         heads: H, a divisor of D.
         packing: which rows belong to which sample.
+        key_bias: (T,), added to the logits of each key.
 
     Returns:
         (T, D).
+
+    Raises:
+        InputError: a bias on the path "varlen", which takes none.
     """
+    batch = len(packing.lengths)
     if len(set(packing.lengths)) == 1:
-        return dense_attention(qkv.view(len(packing.lengths), packing.longest, -1), heads).reshape(len(qkv), -1)
+        bias = None if key_bias is None else key_bias.view(batch, -1)
+        return dense_attention(qkv.view(batch, packing.longest, -1), heads, bias).reshape(len(qkv), -1)
     backend = _backend.get()
     if backend == "auto":
         backend = _choose(qkv, heads, packing)
+        backend = "padded" if backend == "varlen" and key_bias is not None else backend
     if backend == "varlen":
+        if key_bias is not None:
+            raise InputError("variable-length attention takes no bias of the keys; use another attention backend.")
         return _varlen(qkv, heads, packing)
     if backend == "padded":
-        return _padded(qkv, heads, packing)
-    return _split(qkv, heads, packing)
+        return _padded(qkv, heads, packing, key_bias)
+    return _split(qkv, heads, packing, key_bias)
 
 
 def _choose(qkv: Tensor, heads: int, packing: Packing) -> Backend:
@@ -116,20 +125,27 @@ def _aligned_keys(key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tens
     return key, value, F.pad(bias, (0, missing), value=-torch.inf)
 
 
-def _padded(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
+def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """Pad to a little over the longest sample, mask the empty keys, take the real rows back."""
     padding = packing.padded
     batch, rows = len(packing.lengths), padding.rows
     padded = qkv.index_select(0, padding.gather).view(batch, rows, 3, heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = padded.unbind(0)
-    out = _attend(query, key, value, padding.bias)
+    bias = padding.bias
+    if key_bias is not None:
+        bias = bias + key_bias.index_select(0, padding.gather).view_as(bias)
+    out = _attend(query, key, value, bias)
     return out.transpose(1, 2).reshape(batch * rows, -1).index_select(0, padding.scatter)
 
 
-def _split(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
+def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """One call a sample."""
     rows = qkv.view(1, len(qkv), 3, heads, -1).permute(2, 0, 3, 1, 4).split_with_sizes(packing.lengths, dim=3)
-    return torch.cat([_attend(part[0], part[1], part[2], None).transpose(1, 2).flatten(2)[0] for part in rows])
+    biases: Sequence[Tensor | None] = [None] * len(rows)
+    if key_bias is not None:
+        biases = key_bias.view(1, 1, 1, -1).split_with_sizes(packing.lengths, dim=3)
+    parts = [_attend(part[0], part[1], part[2], bias) for part, bias in zip(rows, biases, strict=True)]
+    return torch.cat([part.transpose(1, 2).flatten(2)[0] for part in parts])
 
 
 def _varlen_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> bool:

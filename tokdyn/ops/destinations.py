@@ -32,6 +32,11 @@ class Destinations:
     mask: Tensor
     others: Tensor | None
 
+    @property
+    def full(self) -> bool:
+        """Every cell of the grid has a row."""
+        return self.others is not None
+
 
 def destinations(
     cell: Tensor,

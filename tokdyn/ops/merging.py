@@ -33,6 +33,7 @@ class Merging:
         start: (M,) int64, where in that order the rows of each merged row begin.
         size: (M,) fp32, how many rows, or how much of the given sizes, each merged row stands for.
         lengths: merged rows of each sample, M in all.
+        before: rows of each sample, T in all.
     """
 
     slot: Tensor
@@ -42,19 +43,26 @@ class Merging:
     start: Tensor
     size: Tensor
     lengths: tuple[int, ...]
+    before: tuple[int, ...]
 
     def sample(self, place: int) -> Merging:
-        """The plan of one sample, where all are equally long."""
-        batch, left = len(self.lengths), self.lengths[place]
-        rows = len(self.slot) // batch
+        """The plan of one sample."""
+        row, left = sum(self.before[:place]), sum(self.lengths[:place])
+        rows, merged = self.before[place], self.lengths[place]
 
-        def own(x: Tensor, unit: int) -> Tensor:
-            return x.view(batch, -1)[place] - place * unit
+        def own(x: Tensor, first: int, count: int) -> Tensor:
+            return x[first : first + count]
 
         return Merging(
-            own(self.slot, left), own(self.keep, rows), own(self.source, rows), own(self.order, rows),
-            own(self.start, rows), self.size.view(batch, -1)[place], (left,),
-        )  # fmt: skip
+            own(self.slot, row, rows) - left,
+            own(self.keep, left, merged) - row,
+            own(self.source, row - left, rows - merged) - row,
+            own(self.order, row, rows) - row,
+            own(self.start, left, merged) - row,
+            own(self.size, left, merged),
+            (merged,),
+            (rows,),
+        )
 
 
 def joined(plans: Sequence[Merging]) -> Merging:
@@ -68,10 +76,15 @@ def joined(plans: Sequence[Merging]) -> Merging:
         return torch.cat([getattr(plan, name) + add for plan, add in zip(plans, first, strict=False)])
 
     return Merging(
-        together("slot", left), together("keep", rows), together("source", rows), together("order", rows),
-        together("start", rows), torch.cat([plan.size for plan in plans]),
+        together("slot", left),
+        together("keep", rows),
+        together("source", rows),
+        together("order", rows),
+        together("start", rows),
+        torch.cat([plan.size for plan in plans]),
         tuple(length for plan in plans for length in plan.lengths),
-    )  # fmt: skip
+        tuple(length for plan in plans for length in plan.before),
+    )
 
 
 def merged_away(length: int, buckets: int, ratio: float) -> int:
@@ -123,7 +136,7 @@ def match(
     order = torch.empty_like(rows).index_copy(0, behind, source).index_copy(0, start, keep)
     weight = torch.ones_like(rows, dtype=torch.float32) if size is None else exact(size)
     total = weight.index_select(0, keep).index_add(0, slot.index_select(0, source), weight.index_select(0, source))
-    return Merging(slot, keep, source, order, start, total, left)
+    return Merging(slot, keep, source, order, start, total, left, tuple(lengths))
 
 
 def _match_equal(metric: Tensor, length: int, into: Destinations, away: int) -> tuple[Tensor, Tensor]:

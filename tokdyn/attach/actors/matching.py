@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from tokdyn.ops.destinations import Destinations, destinations, grid_destination
 from tokdyn.ops.merging import Merging, joined, match, merged_away
 
 
-def plan_of(method: TokenMerge, first: int, run: Run, role: Role, rows: Tensor, ratio: float) -> Merging | None:
+def plan_of(
+    method: TokenMerge, first: int, run: Run, role: Role, rows: Tensor, ratio: float | Sequence[float]
+) -> Merging | None:
     """What the samples that are being computed merge.
 
     Args:
@@ -24,8 +25,8 @@ def plan_of(method: TokenMerge, first: int, run: Run, role: Role, rows: Tensor, 
         first: the first block in which tokens are merged.
         run: the call.
         role: of the branch.
-        rows: (B * N, D), its input.
-        ratio: share of the tokens to merge away.
+        rows: (T, D), its input.
+        ratio: share of the tokens to merge away, or one for each sample.
 
     Returns:
         The plan; None if there is nothing to merge.
@@ -48,16 +49,19 @@ def plan_of(method: TokenMerge, first: int, run: Run, role: Role, rows: Tensor, 
     return joined([plan.sample(place) for plan, place in plans])
 
 
-def _matched(method: TokenMerge, run: Run, role: Role, rows: Tensor, ratio: float) -> Merging | None:
+def _matched(method: TokenMerge, run: Run, role: Role, rows: Tensor, ratio: float | Sequence[float]) -> Merging | None:
     """A matching of the rows as they are now."""
-    count = len(rows) // run.batch
+    lengths = (len(rows) // run.batch,) * run.batch if run.packing is None else run.packing.lengths
     into = _important(method, run, rows) if method.important else _fixed(method, run, role, rows.device)
+    ratios = [ratio] * run.batch if isinstance(ratio, float) else ratio
     buckets = into.table.shape[1]
-    if merged_away(count, buckets, ratio) == 0:
+    away = [merged_away(count, buckets, each) for count, each in zip(lengths, ratios, strict=True)]
+    if not any(away):
         return None
-    compared = matching_flops(count, buckets, into.others is not None, rows.shape[1])
-    run.record.spend("TokenMerge matching", run.batch * compared)
-    return match(rows, [count] * run.batch, into, ratio)
+    alike = into.others is not None and len(set(away)) == 1
+    for count in (count for count, gone in zip(lengths, away, strict=True) if gone):
+        run.record.spend("TokenMerge matching", matching_flops(count, buckets, alike, rows.shape[1]))
+    return match(rows, lengths, into, ratio)
 
 
 def _fixed(method: TokenMerge, run: Run, role: Role, device: torch.device) -> Destinations:
@@ -66,33 +70,35 @@ def _fixed(method: TokenMerge, run: Run, role: Role, device: torch.device) -> De
     if key in run.kept:
         found: Destinations = run.kept[key]
         return found
-    step = torch.zeros((), dtype=torch.int64) if method.seed is None else (run.clock(device) * 1000).round().long()
-    chosen: dict[str, Any] = {"bucket": method.bucket, "seed": method.seed, "step": step}
-    if run.index is None:
-        made = grid_destinations(run.batch, run.grid, device, **chosen)
+    step: int | Tensor = 0
+    if method.seed is not None:
+        step = (run.clock(device) * 1000).round().long()
+    if run.index is None and run.packing is None:
+        made = grid_destinations(run.batch, run.grid, device, method.bucket, method.seed, step)
     else:
-        made = destinations(*_cells(run, run.index), run.batch, run.grid, **chosen)
+        made = destinations(*_cells(run, device), run.batch, run.grid, method.bucket, method.seed, step)
     run.kept[key] = made
     return made
 
 
 def _important(method: TokenMerge, run: Run, rows: Tensor) -> Destinations:
     """The longest row of every bucket."""
+    length = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return destinations(*_cells(run, rows.device), run.batch, run.grid, method.bucket, importance=length)
+
+
+def _cells(run: Run, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(T,) the cell and the sample of every row."""
+    if run.packing is not None:
+        return run.packing.cell, run.packing.sample
     index = run.index
     if index is None:
-        index = torch.arange(run.count, device=rows.device).expand(run.batch, -1)
-    length = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    return destinations(*_cells(run, index), run.batch, run.grid, method.bucket, importance=length)
-
-
-def _cells(run: Run, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(B * M,) the cell and the sample of every row."""
-    sample = torch.arange(run.batch, device=index.device)
-    return index.reshape(-1), sample.repeat_interleave(index.shape[1])
+        index = torch.arange(run.count, device=device).expand(run.batch, -1)
+    return index.reshape(-1), torch.arange(run.batch, device=device).repeat_interleave(index.shape[1])
 
 
 def _enclosing(run: Run, role: Role) -> Hashable:
     """What decided which tokens there are: the brackets around a block."""
-    if run.index is None:
+    if run.index is None and run.packing is None:
         return ()
     return tuple(id(each) for each in run.actors.brackets if each.first <= role.block <= each.last)

@@ -36,7 +36,7 @@ class Merge:
         if self.method.where not in (role.kind, "both") or not self.first <= role.block <= self.last:
             return call(**named)
         if run.packing is not None:
-            return packed_merge(self.method, run, role, call, named)
+            return packed_merge(self.method, self.first, run, role, call, named)
         if isinstance(self.method.ratio, float):
             return self._merged(run, role, call, named, self.method.ratio)
         ratios = [at(self.method.ratio, level) for level in run.level]

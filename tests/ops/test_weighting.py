@@ -1,0 +1,97 @@
+"""Size-weighted attention: a key of size s counts like s equal keys, on every path and with every mask."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokdyn import ops
+from tokdyn.errors import InputError
+from tokdyn.ops.weighting import KeyBias, size_bias, size_weighted_attention
+
+SIZES = torch.tensor([[1, 3, 2, 1, 5], [2, 1, 1, 4, 4]])  # both samples stand for 12 tokens
+
+
+def repeated(x, dim=2):
+    """Keys or values as if none had been merged."""
+    return torch.stack([row.repeat_interleave(size, dim=dim - 1) for row, size in zip(x, SIZES, strict=True)])
+
+
+def heads(*shape):
+    return torch.randn(2, 3, *shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_sizes_count_like_repetitions(kind):
+    query, key, value = heads(4, 8), heads(5, 8), heads(5, 8)
+    mask = {"none": None, "bool": torch.rand(2, 1, 4, 5) < 0.7, "additive": torch.randn(2, 1, 1, 5).double()}[kind]
+    if kind == "bool":
+        mask[..., 0] = True  # a row that sees nothing has no attention
+    whole = None if mask is None else repeated(mask.expand(2, 3, 4, 5), dim=4 - 1)
+    expected = F.scaled_dot_product_attention(query, repeated(key), repeated(value), attn_mask=whole)
+    found = size_weighted_attention(query, key, value, SIZES.double(), mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("image", ["first", "last"])
+def test_text_stands_for_itself(image):
+    bias = size_bias(SIZES.double(), 2, image)
+    ones, sizes = torch.ones(2, 2).double(), SIZES.double()
+    assert torch.equal(bias.exp().round(), torch.cat([sizes, ones] if image == "first" else [ones, sizes], dim=1))
+
+
+def test_code_that_takes_no_bias_gets_it():
+    """Only self-attention over as many tokens: neither another length, nor another batch, nor a causal one."""
+    query, key, value = heads(5, 8), heads(5, 8), heads(5, 8)
+    mode = KeyBias(SIZES.double().log())
+    with mode:
+        found = F.scaled_dot_product_attention(query, key, value=value)
+        others = [
+            F.scaled_dot_product_attention(query[:, :, :4], key, value),
+            F.scaled_dot_product_attention(query[:1], key[:1], value[:1]),
+            F.scaled_dot_product_attention(query, key, value, is_causal=True),
+            torch.softmax(query @ key.mT, -1) @ value,
+        ]
+    assert mode.calls == 1
+    torch.testing.assert_close(found, size_weighted_attention(query, key, value, SIZES.double()), rtol=0, atol=0)
+    plain = [
+        F.scaled_dot_product_attention(query[:, :, :4], key, value),
+        F.scaled_dot_product_attention(query[:1], key[:1], value[:1]),
+        F.scaled_dot_product_attention(query, key, value, is_causal=True),
+        torch.softmax(query @ key.mT, -1) @ value,
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(others, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_own_attention_takes_a_bias(dtype, grad):
+    """Padded keys and two matrix products are paths of their own in bf16."""
+    qkv = torch.randn(2, 5, 24, dtype=torch.float64)
+    whole = torch.stack([row.repeat_interleave(size, dim=0) for row, size in zip(qkv, SIZES, strict=True)])
+    expected = ops.dense_attention(whole, 2)
+    first = torch.cat([torch.zeros(2, 1, dtype=torch.int64), SIZES.cumsum(1)[:, :-1]], dim=1)
+    expected = expected.gather(1, first[..., None].expand(-1, -1, 8))
+    with torch.set_grad_enabled(grad):
+        found = ops.dense_attention(qkv.to(dtype).requires_grad_(grad), 2, SIZES.double().log())
+    tolerance = 1e-12 if dtype == torch.float64 else 0.03  # bf16 has 8 bits: 2^-8 of values up to 3, a few times over
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["auto", "split", "padded"])
+@pytest.mark.parametrize("lengths", [(4, 7, 2), (5, 5)])
+def test_packed_attention_takes_a_bias(backend, lengths):
+    keep = torch.arange(8) < torch.tensor(lengths)[:, None]
+    packing = ops.pack(keep, (8,))
+    qkv = torch.randn(packing.total, 24, dtype=torch.float64)
+    size = torch.randint(1, 5, (packing.total,))
+    with ops.attention_backend(backend):
+        found = ops.packed_attention(qkv, 2, packing, size.double().log())
+    parts = zip(qkv.split(lengths), size.split(lengths), strict=True)
+    expected = torch.cat([ops.dense_attention(rows[None], 2, own.double().log()[None])[0] for rows, own in parts])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_path_without_bias_is_refused():
+    packing = ops.pack(torch.arange(4) < torch.tensor([[3], [4]]), (4,))
+    with ops.attention_backend("varlen"), pytest.raises(InputError, match="takes no bias of the keys"):
+        ops.packed_attention(torch.randn(7, 24), 2, packing, torch.zeros(7))
