@@ -153,7 +153,7 @@ def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[
     role = run.roles[id(part)]
 
     def call(*a: Any, **k: Any) -> Any:
-        return plain(part, *a, **k)
+        return run.weights.around(part, lambda: plain(part, *a, **k))
 
     if role.kind == "block":
         return run.block(part, role, call, args, kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokdyn.adapters.base import Stack
 from tokdyn.attach.actors.base import Branch
 from tokdyn.attach.groups import Group, grouped, put, shortened
+from tokdyn.attach.offload import Weights
 from tokdyn.attach.packed import packed_block
 from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.roles import Role
@@ -47,6 +48,7 @@ class Run:
         losses: auxiliary losses so far.
         record: what has happened so far.
         call: what is happening in the block that is being computed.
+        weights: where those of the blocks are.
     """
 
     def __init__(self, model: nn.Module, attachment: Attachment, arguments: Mapping[str, Any]) -> None:
@@ -66,6 +68,7 @@ class Run:
         self.losses: dict[str, Tensor] = {}
         self.record = Record(self.adapter.level(model, arguments), branch=attachment.branch)
         self.call = BlockCall(0, 0, 0)
+        self.weights = Weights()
         self._level: tuple[float, ...] | None = None
         self._grid: Grid | None = None
         self._turn: Turn | None = None
@@ -89,6 +92,12 @@ class Run:
         level = self.record.level
         found = level.float() if isinstance(level, torch.Tensor) else torch.tensor(float(level))
         return found.flatten(1).amax(1) if found.dim() > 1 else found.reshape(-1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block that is called computes."""
+        device: torch.device = self.named[self.stack.tokens].device
+        return device
 
     @property
     def turn(self) -> Turn:
@@ -185,6 +194,7 @@ class Run:
         """
         gates = [gate for gate in self.actors.gates if gate.always(self, block) is not False]
         if any(gate.always(self, block) for gate in gates):
+            self.weights.skipped(self.part)
             return [], [()] * self.batch
         skipped = [False] * self.batch
         for gate in gates:
@@ -194,6 +204,8 @@ class Run:
         if not (any(skipped) or self.reused or parting):
             return None
         running = [i for i in range(self.batch) if not skipped[i] and i not in self.reused]
+        if not running:
+            self.weights.skipped(self.part)
         return running, [tuple(key[i] for key in parting) for i in range(self.batch)]
 
     def _part(

@@ -49,7 +49,7 @@ class LearnedSkipping:
     def skips(self, run: Run, block: int) -> Sequence[bool]:
         """What the gates say at the noise level of each sample; they are asked once in a call."""
         if id(self) not in run.kept:
-            shut = self.module(run.clock(self.module.score.weight.device)) <= 0
+            shut = self.module(run.clock(run.device)) <= 0
             run.kept[id(self)] = [run.per_sample(column, "the timestep") for column in shut.T.tolist()]
         skipped: Sequence[bool] = run.kept[id(self)][block]
         return skipped
@@ -59,7 +59,7 @@ class LearnedSkipping:
         if not run.training:
             return None
         if id(self) not in run.kept:
-            logits = self.module(run.clock(self.module.score.weight.device))
+            logits = self.module(run.clock(run.device))
             drawn = gate(logits.expand(run.batch, -1), training=True)
             cost = drawn.new_tensor(self.sizes.weights) / sum(self.sizes.weights)
             ran = (drawn * cost).sum(dim=1).mean()

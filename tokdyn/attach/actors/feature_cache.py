@@ -101,7 +101,10 @@ class Cache:
             done: Tensor = run.kept.pop("first block")
             return done
         modulated = run.stack.modulated
-        return (x if modulated is None else modulated(run.part, run.named)).detach()
+        if modulated is None:
+            return x.detach()
+        with run.weights.present(run.part):
+            return modulated(run.part, run.named).detach()
 
     def _decide(self, branch: Branch, indicator: Tensor, step: int) -> list[bool]:
         """Whether each sample reuses; the accumulated change goes on."""
