@@ -120,7 +120,7 @@ class ChunkingModule(nn.Module):
         """
         with torch.autocast(tokens.device.type, enabled=False):
             source = exact(tokens)
-            residual = self.residual(source)
+            residual: Tensor = self.residual(source)
             sigma = self.config.sigma
             out = exact(dechunk_packed(rows, routing.probability, routing.keep, packing, sigma))
             if torch.is_grad_enabled():

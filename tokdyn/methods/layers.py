@@ -26,7 +26,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) to (B, E, H, W)."""
         with full_convolutions(input.device):
-            return self._conv_forward(input, self.weight.to(input), _like(self.bias, input))
+            out: Tensor = self._conv_forward(input, self.weight.to(input), _like(self.bias, input))
+            return out
 
 
 class GroupNorm(nn.GroupNorm):
