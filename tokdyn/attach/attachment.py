@@ -89,6 +89,10 @@ class Attachment(nn.Module):
             self._roles = find_roles(model, self.adapter, branches=bool(self.actors.branches))
         return self._roles
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of the model that carries this, in the order in which they run."""
+        return [block for stack in self.adapter.stacks for block in getattr(model, stack.path)]
+
     def has(self, method: type[Method]) -> bool:
         """Whether a method of that kind is attached."""
         return any(isinstance(each, method) for each in self.methods)
