@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from tokdyn.adapters import adapter_for
@@ -15,6 +16,7 @@ from tokdyn.attach.around import _chunked
 from tokdyn.attach.attachment import Attachment
 from tokdyn.attach.calibrated import warn_of_another_model
 from tokdyn.attach.run import Run
+from tokdyn.attach.targets import check_cut, check_model, check_parts_before, check_target, check_top, inside
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import Method, TokenMerge
 from tokdyn.tokens import Grid
@@ -37,6 +39,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
         UnsupportedModelError: a model that no adapter knows, or that a method does not fit.
         InputError: the model is wrapped already, or settings do not fit its blocks.
     """
+    check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
     for each in methods:
@@ -46,6 +49,8 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     _check_dense(model, attachment)
     _check_weighted(model, attachment)
     warn_of_another_model(model, methods)
+    check_cut(model, attachment)
+    check_parts_before(model, attachment)
     roles = attachment.roles(model)
     model.tokdyn = attachment
     more = (_chunked,) if attachment.adapter.chunked else ()
@@ -84,11 +89,15 @@ def unwrap(model: Model) -> Model:
     """Take all methods off. The class, the state dict and the outputs are what they were.
 
     Raises:
-        InputError: the model is not wrapped.
+        InputError: the model is not wrapped, or somebody else has changed its class since.
     """
+    if attachment_of(model) is None and attachment_of(inside(model)) is not None:
+        raise InputError(f"what is wrapped is the model in this {type(model).__name__}; unwrap that.")
     attached(model)
+    modules = list(model.modules())
+    check_top(model, modules)
     del model.tokdyn
-    for part in model.modules():
+    for part in modules:
         instance.detach(part)
     return model
 
@@ -111,12 +120,13 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 
 def attached(model: nn.Module) -> Attachment:
-    """What a model carries.
+    """What a model carries, or the model in a container such as DistributedDataParallel.
 
     Raises:
         InputError: it is not wrapped.
     """
-    found = attachment_of(model)
+    check_model(model)
+    found = attachment_of(inside(model))
     if found is None:
         raise InputError(f"this {type(model).__name__} is not wrapped; call tokdyn.wrap(model, methods) first.")
     return found
@@ -146,11 +156,16 @@ def _call_model(
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
     if attachment.reduces:
         _refuse(model, attachment.adapter, named)
+    if not torch.compiler.is_compiling():
+        check_cut(model, attachment)
     run = Run(model, attachment, named if attachment.meter is None else attachment.meter.arguments, grid)
     before = instance.enter(run)
     bound = checkpointing.bind(model, run)
     try:
         out = plain(model, *args, **kwargs)
+    except BaseException:
+        attachment.trajectory.clear()  # a step that is tried again is no second branch
+        raise
     finally:
         instance.enter(before)
         checkpointing.release(bound)
@@ -177,7 +192,7 @@ def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[
     role = run.roles[id(part)]
 
     def call(*a: Any, **k: Any) -> Any:
-        return plain(part, *a, **k)
+        return run.weights.around(part, lambda: plain(part, *a, **k))
 
     if role.kind == "block":
         meter = run.attachment.meter

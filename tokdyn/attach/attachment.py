@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import ModelAdapter
@@ -17,6 +16,7 @@ from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
 from tokdyn.attach.actors.token_drop import Dropping
 from tokdyn.attach.actors.token_merge import Merge
 from tokdyn.attach.calibrated import SamplerWatch
+from tokdyn.attach.offload import home
 from tokdyn.attach.record import Record
 from tokdyn.attach.roles import Role, argument_names, find_roles
 from tokdyn.attach.trajectory import Trajectory
@@ -62,11 +62,11 @@ class Attachment(nn.Module):
         placed = compose((*methods, *own), self.sizes.depth)
         self.placed = tuple(each for each in placed if each.index < len(methods))
         self.parts = nn.ModuleDict()
-        like = next(iter(model.parameters()), torch.zeros(()))
+        device = home(model)
         for each in sorted(self.placed, key=lambda placed: placed.index):
             built = each.method.build(self.sizes)
             if built is not None:
-                self.parts[str(each.index)] = built.to(like.device)
+                self.parts[str(each.index)] = built.to(device)
         self.actors = _actors(self.placed, self.parts, self.sizes)
         self.caches = tuple(each for each in self.actors.brackets if isinstance(each, Cache) and adapter.chunked)
         inside = tuple(each for each in self.actors.brackets if each not in self.caches)
@@ -94,6 +94,10 @@ class Attachment(nn.Module):
         if not self._roles:
             self._roles = find_roles(model, self.adapter, branches=bool(self.actors.branches))
         return self._roles
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of the model that carries this, in the order in which they run."""
+        return [block for stack in self.adapter.stacks for block in getattr(model, stack.path)]
 
     def has(self, method: type[Method]) -> bool:
         """Whether a method of that kind is attached."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokdyn.adapters.base import Stack
 from tokdyn.attach.actors.base import Branch
 from tokdyn.attach.groups import Group, grouped, put, shortened
+from tokdyn.attach.offload import Weights
 from tokdyn.attach.packed import packed_block
 from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.roles import Role
@@ -48,6 +49,7 @@ class Run:
         record: what has happened so far.
         call: what is happening in the block that is being computed.
         over: the model has returned.
+        weights: where those of the blocks are.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Run:
         self.record = Record(self.adapter.level(model, arguments), training=self.training, branch=attachment.branch)
         self.call = BlockCall(0, 0, 0)
         self.over = False
+        self.weights = Weights()
         self._level: tuple[float, ...] | None = None
         self._grid = grid
         self._turn: Turn | None = None
@@ -87,6 +90,12 @@ class Run:
         if self._level is not None:
             return torch.tensor(self._level, device=device)
         return self.record.clock.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block that is called computes."""
+        device: torch.device = self.named[self.stack.tokens].device
+        return device
 
     @property
     def turn(self) -> Turn:
@@ -195,6 +204,7 @@ class Run:
         """
         gates = [gate for gate in self.actors.gates if gate.always(self, block) is not False]
         if any(gate.always(self, block) for gate in gates):
+            self.weights.skipped(self.part)
             return [], [()] * self.batch
         skipped = [False] * self.batch
         for gate in gates:
@@ -204,6 +214,8 @@ class Run:
         if not (any(skipped) or self.reused or parting):
             return None
         running = [i for i in range(self.batch) if not skipped[i] and i not in self.reused]
+        if not running:
+            self.weights.skipped(self.part)
         return running, [tuple(key[i] for key in parting) for i in range(self.batch)]
 
     def _part(

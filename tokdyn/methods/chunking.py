@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
+from tokdyn.methods.layers import Linear
 from tokdyn.methods.routers import RouterName, build_router
 from tokdyn.ops import dechunk_packed, exact, pack, ratio_loss, select, straight_through, tail_drop
 from tokdyn.ops.schedules import Curve, check_curve
@@ -69,7 +69,7 @@ class ChunkingModule(nn.Module):
         super().__init__()
         self.config = config
         self.router = build_router(config.router, width, config.target)
-        self.residual = nn.Linear(width, width)
+        self.residual = Linear(width, width)
         nn.init.zeros_(self.residual.weight)
         nn.init.zeros_(self.residual.bias)
 
@@ -120,7 +120,7 @@ class ChunkingModule(nn.Module):
         """
         with torch.autocast(tokens.device.type, enabled=False):
             source = exact(tokens)
-            residual = F.linear(source, self.residual.weight.to(source), self.residual.bias.to(source))
+            residual: Tensor = self.residual(source)
             sigma = self.config.sigma
             out = exact(dechunk_packed(rows, routing.probability, routing.keep, packing, sigma))
             if torch.is_grad_enabled():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokdyn.errors import InputError
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
+from tokdyn.methods.layers import Linear
 from tokdyn.ops import timestep_frequencies
 
 Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
@@ -81,7 +82,7 @@ class SkipGates(nn.Module):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        self.score = nn.Linear(self.FREQUENCIES, depth)
+        self.score = Linear(self.FREQUENCIES, depth)
         nn.init.zeros_(self.score.weight)
         nn.init.constant_(self.score.bias, self.OPEN)
 
@@ -89,5 +90,5 @@ class SkipGates(nn.Module):
         """Logits (B, depth) at noise levels (B,)."""
         frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
         with torch.autocast(level.device.type, enabled=False):
-            weight, bias = self.score.weight, self.score.bias
-            return nn.functional.linear(frequencies.to(weight), weight, bias)
+            logits: Tensor = self.score(frequencies)
+            return logits

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokdyn.methods.layers import Conv2d, GroupNorm, Linear
 from tokdyn.ops.hashing import mix
-from tokdyn.ops.precision import full_convolutions
 
 RouterName = Literal["spatial_predictability", "cosine", "random"]
 
@@ -64,13 +64,13 @@ class SpatialPredictabilityRouter(Router):
     def __init__(self, width: int) -> None:
         super().__init__()
         inner = max(1, width // 4)
-        self.proj = nn.Conv2d(width, inner, 1)
-        self.context = nn.Conv2d(inner, inner, 3, padding=1)
+        self.proj = Conv2d(width, inner, 1)
+        self.context = Conv2d(inner, inner, 3, padding=1)
         self.score = nn.Sequential(
-            nn.Conv2d(inner, inner, 3, padding=1),
-            nn.GroupNorm(math.gcd(8, inner), inner),
+            Conv2d(inner, inner, 3, padding=1),
+            GroupNorm(math.gcd(8, inner), inner),
             nn.SiLU(),
-            nn.Conv2d(inner, 1, 1),
+            Conv2d(inner, 1, 1),
         )
         nn.init.constant_(self.bias, -1.1)
 
@@ -81,11 +81,9 @@ class SpatialPredictabilityRouter(Router):
 
     def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
         """Logits (B F, R, C) of tokens (B F, D, R, C)."""
-        first, norm, _, last = self.score
-        latent = _conv(self.proj, tokens)
-        surprise = _conv(first, latent - _conv(self.context, latent))  # type: ignore[arg-type]
-        normed = F.group_norm(surprise, norm.num_groups, norm.weight.to(surprise), norm.bias.to(surprise), norm.eps)  # type: ignore[arg-type]
-        return _conv(last, F.silu(normed)).squeeze(1)  # type: ignore[arg-type]
+        latent = self.proj(tokens)
+        logits: Tensor = self.score(latent - self.context(latent))
+        return logits.squeeze(1)
 
 
 class CosineRouter(Router):
@@ -97,9 +95,9 @@ class CosineRouter(Router):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.neighbours = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.query = Linear(width, width, bias=False)
+        self.key = Linear(width, width, bias=False)
+        self.neighbours = Conv2d(width, width, 3, padding=1, groups=width, bias=False)
         self.offset = nn.Parameter(torch.zeros(1))
         self.reset()
 
@@ -119,9 +117,9 @@ class CosineRouter(Router):
     def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
         """Logits (B F, R, C) of tokens (B F, D, R, C)."""
         rows = tokens.permute(0, 2, 3, 1)
-        query = F.normalize(F.linear(rows, self.query.weight.to(rows)), dim=-1)
-        key = F.normalize(F.linear(rows, self.key.weight.to(rows)), dim=-1).permute(0, 3, 1, 2)
-        around = F.normalize(_conv(self.neighbours, key), dim=1).permute(0, 2, 3, 1)
+        query = F.normalize(self.query(rows), dim=-1)
+        key = F.normalize(self.key(rows), dim=-1).permute(0, 3, 1, 2)
+        around = F.normalize(self.neighbours(key), dim=1).permute(0, 2, 3, 1)
         cosine = (query * around).sum(dim=-1)
         return torch.logit((1 - cosine) / 2, eps=1e-6) + self.offset.to(cosine)
 
@@ -157,10 +155,3 @@ class RandomRouter(Router):
         cell = torch.arange(frames * rows * columns, device=tokens.device)
         uniform = (mix(mix(seed) + cell).double() + 0.5) / 2**32
         return (torch.logit(uniform).to(tokens) + self.offset.to(tokens)).view(-1, rows, columns)
-
-
-def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution with its weights in the type of x."""
-    bias = module.bias.to(x) if module.bias is not None else None
-    with full_convolutions(x.device):
-        return F.conv2d(x, module.weight.to(x), bias, padding=module.padding, groups=module.groups)

@@ -69,7 +69,7 @@ class LearnedSkipping:
 
     def _logits(self, run: Run) -> Tensor:
         """(B, depth) or (1, depth) what the gates are open by."""
-        clock, score = run.clock(self.module.score.weight.device), self.module.score
+        clock, score = run.clock(run.device), self.module.score
         run.record.spend("DepthSkip gates", 2 * len(clock) * score.in_features * score.out_features)
         logits: Tensor = self.module(clock)
         return logits

@@ -104,7 +104,8 @@ class Cache:
         if modulated is None:
             return x.detach()
         run.record.compared = len(x)
-        return modulated(run.part, run.named).detach()
+        with run.weights.present(run.part):
+            return modulated(run.part, run.named).detach()
 
     def _decide(self, branch: Branch, indicator: Tensor, step: int) -> list[bool]:
         """Whether each sample reuses; the accumulated change goes on."""

@@ -1,0 +1,164 @@
+"""What is given to `wrap`: the model itself, and not what somebody put around it or cut it into.
+
+Containers that call the model they hold are looked through where something is only read; to wrap, the order matters,
+and the refusals say which one works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tokdyn.errors import InputError, UnsupportedModelError
+from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method
+
+if TYPE_CHECKING:
+    from tokdyn.attach.attachment import Attachment
+
+_HOLDERS = {  # class of a container: the attribute of the model in it, and what to do after wrapping that
+    "OptimizedModule": ("_orig_mod", "torch.compile"),
+    "DistributedDataParallel": ("module", "DistributedDataParallel"),
+    "DataParallel": ("module", "DistributedDataParallel"),
+    "FullyShardedDataParallel": ("module", "fully_shard"),
+    "AveragedModel": ("module", "AveragedModel"),
+    "PeftModel": ("get_base_model()", None),
+}
+_DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def held(model: Any) -> Any:
+    """The model that a container holds; None if it is no container."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in _HOLDERS:
+            path = _HOLDERS[kind.__name__][0]
+            return model.get_base_model() if path.endswith("()") else getattr(model, path)
+    return None
+
+
+def inside(model: Any) -> Any:
+    """The model itself, out of all containers."""
+    while (found := held(model)) is not None:
+        model = found
+    return model
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        UnsupportedModelError: a pipeline, or something else.
+    """
+    if isinstance(model, nn.Module):
+        return
+    names = [f"pipe.{name}" for name in _DENOISERS if isinstance(getattr(model, name, None), nn.Module)]
+    cure = f"give the model in it, {' or '.join(names)}" if names else "give a torch.nn.Module"
+    raise UnsupportedModelError(f"{type(model).__name__} is no model; {cure}.")
+
+
+def check_target(model: Any) -> None:
+    """Refuse what is not the model itself.
+
+    Raises:
+        UnsupportedModelError: no model, or a container of one such as DistributedDataParallel.
+    """
+    check_model(model)
+    if held(model) is None:
+        return
+    path, maker = next(_HOLDERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _HOLDERS)
+    after = "" if maker is None else f", then {maker} on the result"
+    raise UnsupportedModelError(
+        f"{type(model).__name__} holds the model; call tokdyn.wrap on the model in it, model.{path}{after}."
+    )
+
+
+def check_cut(model: nn.Module, attachment: Attachment) -> None:
+    """Refuse methods on a model that is cut over processes, where they would part ways or lack what others hold.
+
+    Raises:
+        InputError: names the method and why.
+    """
+    names = [type(each).__name__ for each in attachment.methods]
+    reducing = [each.name for each in attachment.placed if each.traits.tokens != "full"]
+    looking = reducing + [type(each).__name__ for each in attachment.methods if _compares(each)]
+    if looking and _tokens_are_cut(model, attachment):
+        raise InputError(
+            f"{looking[0]} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
+            "over devices, since none of them sees the whole grid; leave the context parallelism or the method out."
+        )
+    if not names or not _sharded(model, attachment):
+        return
+    parting = _parts_ways(attachment)
+    if parting is not None:
+        raise InputError(
+            f"{parting} decides by what each process sees which blocks it runs, but the blocks of this "
+            f"{type(model).__name__} are sharded, and all processes have to run the same ones; use "
+            "DistributedDataParallel, or settings that are the same at all noise levels."
+        )
+
+
+def check_parts_before(model: nn.Module, attachment: Attachment) -> None:
+    """Refuse parts that are trained beside a model that is sharded already.
+
+    Raises:
+        InputError: names what to call first.
+    """
+    if _sharded(model, attachment) and len(attachment.parts):
+        raise InputError(
+            f"this {type(model).__name__} is sharded already, and the trained parts of methods would differ between "
+            "processes; call tokdyn.wrap on the model first and fully_shard on the result."
+        )
+
+
+def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Refuse to take off what others have been put on top of.
+
+    Raises:
+        InputError: names who.
+    """
+    for part in modules:
+        kind = type(part)
+        if hasattr(kind, "_tokdyn_base") and "_tokdyn_base" not in vars(kind):
+            raise InputError(
+                f"this {type(model).__name__} cannot be unwrapped, because its parts were given the class "
+                f"{kind.__name__} after it was wrapped; use tokdyn.disabled, or load the weights into a new model."
+            )
+
+
+def _compares(method: Method) -> bool:
+    return isinstance(method, FeatureCache) and method.steps is None and method.threshold > 0
+
+
+def _parts_ways(attachment: Attachment) -> str | None:
+    """A method that may run other blocks, or run them another number of times, in one process than in another."""
+    for method in attachment.methods:
+        name = type(method).__name__
+        if _compares(method) or isinstance(method, DynamicWidth):
+            return name
+        if isinstance(method, DepthSkip) and (
+            method.learned or any(row[:2] != (0.0, 1.0) for row in method.rows(attachment.sizes.depth) if row[2])
+        ):
+            return name
+        several = attachment.tail_drop is not None and (
+            isinstance(attachment.tail_drop, dict) or len(set(attachment.tail_drop)) > 1
+        )
+        if isinstance(method, Chunking) and (method.ragged or several or not isinstance(method.tail_drop, float)):
+            return name
+    return None
+
+
+def _sharded(model: nn.Module, attachment: Attachment) -> bool:
+    """Whether FSDP has cut the weights (torch.distributed.fsdp.fully_shard)."""
+    places = (model, next(iter(attachment.blocks(model))))
+    return any(kind.__name__ == "FSDPModule" for place in places for kind in type(place).__mro__)
+
+
+def _tokens_are_cut(model: nn.Module, attachment: Attachment) -> bool:
+    """Whether diffusers splits the tokens over devices."""
+    config = getattr(model, "_parallel_config", None)
+    if getattr(config, "context_parallel_config", None) is not None:
+        return True
+    places: tuple[Any, ...] = (model, next(iter(attachment.blocks(model))))
+    registries = [place._diffusers_hook for place in places if hasattr(place, "_diffusers_hook")]
+    return any(name.startswith("cp_") for registry in registries for name in registry.hooks)
