@@ -27,15 +27,23 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn models", "tokdyn models sample_size=64 target=16 --json"],
     )
     def models(ctx: typer.Context, json: Json = False) -> None:
-        """List the named models, their parameters and FLOPs."""
-        from tokdyn.catalog import CatalogSettings, catalog
+        """List the named models with parameters and FLOPs, and the families that methods can be attached to."""
+        from tokdyn.catalog import CatalogSettings, catalog, families
 
-        entries = catalog(read(ctx.args, CatalogSettings))
+        entries, known = catalog(read(ctx.args, CatalogSettings)), families()
         if json:
-            as_json([asdict(entry) for entry in entries])
+            as_json([asdict(entry) for entry in (*entries, *known)])
             return
         table(
             ["kind", "name", "parameters", "tokens", "computed", "GFLOPs"],
             [(e.kind, e.name, f"{e.parameters:,}", e.tokens, f"{e.computed:.0f}", f"{e.gflops:.2f}") for e in entries],
         )
-        typer.echo("GFLOPs: one forward pass on one image; a multiply-add counts as 2 FLOPs.")
+        typer.echo("GFLOPs: one forward pass on one image; a multiply-add counts as 2 FLOPs.\n")
+        table(["family", *known[0].methods], [(family.name, *family.methods.values()) for family in known])
+        typer.echo("\nClasses, and what is refused and why:")
+        for family in known:
+            typer.echo(f"  {family.name}: {', '.join(family.classes)}")
+            for reason in dict.fromkeys(family.refused.values()):
+                settings = [written for written, found in family.refused.items() if found == reason]
+                typer.echo(f"    not {', '.join(settings)}: {reason}")
+        typer.echo("Other models: DepthSkip and FeatureCache, where their structure can be read; see docs/adapters.md.")

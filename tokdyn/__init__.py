@@ -22,6 +22,7 @@ from tokdyn.errors import (
 )
 
 if TYPE_CHECKING:
+    from tokdyn.adapters import register_adapter
     from tokdyn.attach.api import disabled, unwrap, wrap
     from tokdyn.attach.controls import calibrate_router, dropping, losses, reset, set_tail_drop
     from tokdyn.attach.sidecar import load, save
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "losses",
     "recording",
+    "register_adapter",
     "reset",
     "save",
     "set_tail_drop",
@@ -66,6 +68,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "register_adapter": "tokdyn.adapters",
     **dict.fromkeys(("disabled", "unwrap", "wrap"), "tokdyn.attach.api"),
     **dict.fromkeys(("calibrate_router", "dropping", "losses", "reset", "set_tail_drop"), "tokdyn.attach.controls"),
     **dict.fromkeys(("load", "save"), "tokdyn.attach.sidecar"),

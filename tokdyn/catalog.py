@@ -1,13 +1,18 @@
-"""The named models with their size and cost, as `tokdyn models` lists them."""
+"""What there is: named models with their size and cost, families of models, methods, and what works on what."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from tokdyn.adapters import known_adapters
+from tokdyn.attach.support import EXAMPLES, support
 from tokdyn.flops import flops_per_image
+from tokdyn.methods import METHODS
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import SHAPES
 
@@ -83,3 +88,69 @@ def catalog(settings: CatalogSettings) -> list[CatalogEntry]:
 def _entry(name: str, kind: str, model: torch.nn.Module, cells: int, computed: float, flops: float) -> CatalogEntry:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return CatalogEntry(name, kind, parameters, cells, computed, flops / 1e9)
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """A family of models that methods can be attached to.
+
+    Attributes:
+        name: of its adapter.
+        kind: "family".
+        classes: names of its classes.
+        methods: for each method "yes", "partly" or "no".
+        refused: settings that are refused, as one writes them, and why.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    methods: dict[str, str]
+    refused: dict[str, str]
+
+
+def families() -> list[FamilyEntry]:
+    """The families that adapters are declared for, with what works on each, read from the adapters."""
+    matrix = support()
+    entries = []
+    for adapter in known_adapters():
+        found = [each for each in matrix if each.family == adapter.name]
+        refused = {settings: reason for each in found for settings, reason in each.refused.items()}
+        works: dict[str, str] = {each.method: each.works for each in found}
+        entries.append(FamilyEntry(adapter.name, "family", adapter.classes, works, refused))
+    return entries
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method.
+
+    Attributes:
+        name: of its class.
+        what: it does, in one line.
+        acts: when it acts.
+        stage: where it acts, from the whole stack of blocks down to the kernel.
+        settings: its settings and their defaults.
+        families: for each family "yes", "partly" or "no".
+    """
+
+    name: str
+    what: str
+    acts: tuple[str, ...]
+    stage: str
+    settings: dict[str, Any]
+    families: dict[str, str]
+
+
+def methods() -> list[MethodEntry]:
+    """All methods, with the families that they work on."""
+    matrix = support()
+    entries = []
+    for name, method in METHODS.items():
+        traits = EXAMPLES[method][0].traits(depth=28)
+        what = (sys.modules[method.__module__].__doc__ or "").splitlines()[0]
+        acts = tuple(word for phase, word in (("train", "training"), ("sample", "sampling")) if phase in traits.phases)
+        settings = {key: info.get_default(call_default_factory=True) for key, info in method.model_fields.items()}
+        works: dict[str, str] = {each.family: each.works for each in matrix if each.method == name}
+        entries.append(MethodEntry(name, what, acts, traits.stage.name.lower(), settings, works))
+    return entries

@@ -7,13 +7,14 @@ import torch
 
 import tokdyn
 from tests.calibration.calls import LEVELS, trajectory
-from tests.contract.models import TINY, sample
+from tests.contract.foreign import INFERRED
+from tests.contract.models import CLOCKED, TINY, sample
 from tokdyn.calibration import calibrate_skipping
 from tokdyn.calibration.levels import bins_of
 from tokdyn.flops import count
 from tokdyn.ops.skipping import block_influence
 
-every = pytest.mark.parametrize("name", sorted(TINY))
+every = pytest.mark.parametrize("name", CLOCKED)
 
 
 def spent(model, calls):
@@ -32,7 +33,7 @@ def test_the_counted_flops_meet_the_target_within_one_cell(name):
     assert float(found.measured.cost.sum() + found.measured.other.sum()) == pytest.approx(plain, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(set(TINY) - {"DCDiT"}))
+@pytest.mark.parametrize("name", sorted({*CLOCKED} - {"DCDiT"}))
 @torch.no_grad()
 def test_influence_is_that_of_the_image_tokens(name):
     """Compared with what a wrapped model shows a bracket around each block alone."""
@@ -257,3 +258,12 @@ def test_calls_and_models_that_do_not_fit_are_named():
         tokdyn.calibrate(tokdyn.wrap(model, []), trajectory("DiT"), skip, flops=0.7)
     with pytest.raises(tokdyn.UnsupportedModelError, match="no adapter knows Linear"):
         tokdyn.calibrate(torch.nn.Linear(2, 2), [{"input": torch.zeros(2)}], skip, flops=0.7)
+
+
+def test_what_has_no_noise_level_or_no_declared_adapter_is_refused():
+    for tiny, words in (
+        (TINY["VisionTransformer"], "VisionTransformer cannot be calibrated on: it has no noise level"),
+        (INFERRED["PRXTransformer2DModel"].tiny, "cannot be calibrated on: no adapter is declared for it"),
+    ):
+        with pytest.raises(tokdyn.UnsupportedModelError, match=words):
+            tokdyn.calibrate(tiny.build(), [tiny.inputs(1)], tokdyn.DepthSkip(), flops=0.7)

@@ -28,7 +28,7 @@ TINY = [
     "training.precision=fp32",
 ]  # fmt: skip
 LEAVES = [
-    ["demo"], ["train"], ["features"], ["sample"], ["calibrate"], ["eval"], ["models"],
+    ["demo"], ["train"], ["features"], ["sample"], ["calibrate"], ["eval"], ["models"], ["methods"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 

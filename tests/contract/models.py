@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.contract.kit import Tiny, classes, ids, latents, of_diffusers, one_of, randomized, sample, works
+from tests.contract.siblings import SIBLINGS
 
-@dataclass(frozen=True)
-class Tiny:
-    """How to build a model and what to call it with.
-
-    Attributes:
-        build: makes the model.
-        inputs: keyword arguments for a batch of that size.
-        clock: name of the timestep, its value at pure noise and at the image.
-    """
-
-    build: Callable[[], nn.Module]
-    inputs: Callable[[int], dict[str, Any]]
-    clock: tuple[str, float, float] = ("timestep", 1000.0, 0.0)
-
-    def at(self, batch: int, level: float) -> dict[str, Tensor]:
-        """The timestep argument at a noise level."""
-        name, noise, image = self.clock
-        value = image + (noise - image) * level
-        given = self.inputs(batch)[name]
-        return {name: torch.full_like(given, round(value) if not given.is_floating_point() else value)}
-
-
-def one_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
-    """The arguments of one sample of a batch."""
-    shared = {"img_ids", "txt_ids", "image_rotary_emb", "added_cond_kwargs", "num_frames", "height", "width"}
-    return {name: value if name in shared else value[i : i + 1] for name, value in inputs.items()}
-
-
-def randomized(model: nn.Module, seed: int = 1) -> nn.Module:
-    """The model in evaluation mode, with every constant parameter replaced by small random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.std(correction=0) == 0:
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
-    return model.eval()
-
-
-def of_diffusers(name: str, **config: Any) -> nn.Module:
-    """A model of diffusers with random weights."""
-    import diffusers
-
-    torch.manual_seed(0)
-    return randomized(getattr(diffusers, name)(**config))
+__all__ = ["CLOCKED", "TINY", "one_of", "sample", "works"]
 
 
 def dit() -> nn.Module:
@@ -184,10 +141,16 @@ def auraflow() -> nn.Module:
     )  # fmt: skip
 
 
-def ids(rows: int, columns: int) -> Tensor:
-    """(N, 3) position ids of Flux."""
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    return torch.cat([torch.zeros(len(places), 1), places], dim=1)
+def timm_vit(**config: Any) -> nn.Module:
+    """A classifier of timm on images of 32x48 with a class token, two register tokens and 96 patches."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    settings = {"img_size": (32, 48), "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 8}
+    model = VisionTransformer(**{**settings, "reg_tokens": 2, **config})
+    with torch.no_grad():  # a class token near zero would make layer norm of no use for comparisons
+        model.head.weight.mul_(50)
+    return randomized(model)
 
 
 def own() -> nn.Module:
@@ -207,16 +170,6 @@ def own_chunked() -> nn.Module:
     randomized(model)
     model.calibrate_router(latents(4, 4, 6, 8), 500, classes(4))
     return model
-
-
-def latents(batch: int, *shape: int) -> Tensor:
-    """(B, ...) white noise whose samples do not depend on how many there are."""
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(batch)]
-    return torch.stack(rows)
-
-
-def classes(batch: int) -> Tensor:
-    return torch.arange(batch) % 10
 
 
 TINY = {
@@ -359,6 +312,8 @@ TINY = {
             "timestep": torch.full((b,), 500.0),
         },
     ),
+    "VisionTransformer": Tiny(timm_vit, lambda b: {"x": latents(b, 3, 32, 48)}, clock=None),
+    **SIBLINGS,
     "DCDiT": Tiny(
         own_chunked,
         lambda b: {
@@ -377,8 +332,5 @@ TINY = {
     ),
 }
 
-
-def sample(output: Any) -> Tensor:
-    """(B, ...) what a model predicts."""
-    found = output[0] if isinstance(output, tuple) else output.sample
-    return found if isinstance(found, Tensor) else torch.stack(list(found))
+CLOCKED = sorted(name for name, tiny in TINY.items() if tiny.clock is not None)
+"""Those with a noise level."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.models import TINY, of_diffusers
+from tests.contract.models import CLOCKED, TINY, of_diffusers
 from tokdyn.attach.fingerprint import different, fingerprint, other_sampler
 
 LEVELS = (0.9, 0.6, 0.3)
@@ -36,7 +36,7 @@ def said(action):
     return [str(each.message) for each in found if issubclass(each.category, UserWarning)]
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize("name", CLOCKED)
 def test_a_model_knows_its_own_fingerprint(name):
     model = TINY[name].build()
     mark = fingerprint(model, LEVELS)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from tokdyn.adapters.products import USUAL, Products
+from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
 Arguments = Mapping[str, Any]
@@ -39,10 +40,10 @@ class Stack:
     """A list of blocks that are called one after the other on the same tokens.
 
     Attributes:
-        path: attribute of the model that holds the list.
+        path: attribute of the model that holds the list; dots lead into parts of the model.
         tokens: argument of a block that holds the image tokens.
         text: argument of a block that holds text tokens, if it has one of its own.
-        returns: what a block returns, in order.
+        returns: what a block returns, in order; () is learned when the first block runs.
         image: where image tokens lie in `tokens`, beside text in the same tensor.
         inside: where image tokens lie in what attention gets, if text joins them within the block.
         inside_mlp: the same for the MLP.
@@ -72,17 +73,28 @@ class Stack:
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
     products: Products | None = USUAL
 
+    def __post_init__(self) -> None:
+        if self.returns and "tokens" not in self.returns:
+            raise InputError(f"the blocks in {self.path!r} return {self.returns}; 'tokens' has to be among it.")
+        if "text" in self.returns and self.text is None:
+            raise InputError(
+                f"the blocks in {self.path!r} return text, but take none; give text= the name of the argument."
+            )
+
 
 def configured_width(model: nn.Module) -> int:
-    """D of a model of diffusers: heads times their size."""
-    config: Any = model.config
-    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    """D of a model of diffusers: heads times their size; 0 if its configuration does not say."""
+    return configured_heads(model) * _configured(model, "attention_head_dim")
 
 
 def configured_heads(model: nn.Module) -> int:
-    """H of a model of diffusers."""
-    config: Any = model.config
-    return int(config["num_attention_heads"])
+    """H of a model of diffusers; 0 if its configuration does not say."""
+    return _configured(model, "num_attention_heads")
+
+
+def _configured(model: nn.Module, name: str) -> int:
+    config: Any = getattr(model, "config", None)
+    return int(config.get(name) or 0) if isinstance(config, Mapping) else 0
 
 
 @dataclass(frozen=True)
@@ -93,26 +105,29 @@ class ModelAdapter:
         name: of the family.
         classes: names of the classes it is for; subclasses count.
         stacks: in the order in which they run.
-        grid: the token grid of a call.
-        level: (B,) or () noise level of a call, 1 is pure noise.
+        grid: the token grid of a call; None: not known, so that no method can leave out or merge tokens.
+        level: (B,) or () noise level of a call, 1 is pure noise; None: there is none, as in a classifier.
         refuse: arguments of the model that cannot be used together with fewer tokens, and why.
-        width: D, channels of an image token between blocks.
-        heads: H, attention heads of a block.
+        width: D, channels of an image token between blocks; 0 is not known.
+        heads: H, attention heads of a block; 0 is not known.
         guidance: how pipelines ask for the two branches of guidance: as halves of one batch, the conditional or the
             unconditional one first, or in two calls, the conditional one first.
         chunked: the model chunks its tokens itself, so that its blocks see a subset that changes with the image.
         dense: blocks look at neighbouring cells, so that tokens cannot be left out of them.
         softmax: attention is softmax attention, so that its keys can be weighted.
         read_ahead: arguments whose values, not only their shapes, the grid depends on.
+        whole: why tokens cannot be left out or merged in a model that was built as this one; None: they can.
         fits: whether a model of such a class name really is one; None takes the name's word.
+        entries: methods of the model that run its blocks and may be called in place of the model itself.
+        inferred: read off the model's structure; the first call checks it against what the model does.
     """
 
     name: str
     classes: tuple[str, ...]
     stacks: tuple[Stack, ...]
-    grid: Callable[[nn.Module, Arguments], Grid]
-    level: Callable[[nn.Module, Arguments], Tensor | float]
-    refuse: Mapping[str, str]
+    grid: Callable[[nn.Module, Arguments], Grid] | None
+    level: Callable[[nn.Module, Arguments], Tensor | float] | None
+    refuse: Mapping[str, str] = field(default_factory=dict)
     width: Callable[[nn.Module], int] = configured_width
     heads: Callable[[nn.Module], int] = configured_heads
     guidance: Literal["cond_first", "uncond_first", "calls"] = "uncond_first"
@@ -120,4 +135,13 @@ class ModelAdapter:
     dense: bool = False
     softmax: bool = True
     read_ahead: tuple[str, ...] = ()
+    whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None
+    entries: tuple[str, ...] = ()
+    inferred: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (("classes", str), ("stacks", Stack)):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not value or not all(isinstance(each, kind) for each in value):
+                raise InputError(f"{name} of the adapter {self.name!r} is {value!r}; give a tuple of {kind.__name__}.")

@@ -1,4 +1,4 @@
-"""Models of diffusers in which text and image attend to each other: SD3, AuraFlow, Qwen-Image, Flux and Flux 2."""
+"""Models of diffusers in which text and image attend to each other: SD3, AuraFlow, Qwen-Image, Flux and its kin."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
 
 FLUX = ModelAdapter(
     name="Flux",
-    classes=("FluxTransformer2DModel",),
+    classes=("FluxTransformer2DModel", "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel"),
     stacks=(
         Stack(
             "transformer_blocks",
@@ -75,6 +75,26 @@ FLUX = ModelAdapter(
     guidance="calls",
 )
 
+
+_CHROMA_FOLLOW = (
+    *_ROTARY,
+    Follow("attention_mask", dims=2),  # what blocks get; attention gets it for every pair of tokens
+    Follow("attention_mask", axis=2, dims=4),
+    Follow("attention_mask", axis=3, dims=4),
+)
+
+CHROMA = ModelAdapter(
+    name="Chroma",
+    classes=("ChromaTransformer2DModel",),
+    stacks=(
+        replace(FLUX.stacks[0], follow=_CHROMA_FOLLOW, modulated=None),  # its modulation is of text and image
+        Stack("single_transformer_blocks", image="last", follow=_CHROMA_FOLLOW, attention=("attn",), mlp=()),
+    ),
+    grid=_flux_grid,
+    level=timestep(scale=1.0),
+    refuse=FLUX.refuse,
+    guidance="calls",
+)
 
 FLUX2 = ModelAdapter(
     name="Flux 2",

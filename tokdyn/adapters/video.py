@@ -1,6 +1,8 @@
-"""Video models of diffusers: Wan, LTX-Video, HunyuanVideo and CogVideoX."""
+"""Video models of diffusers: Wan, SkyReels, LTX-Video, HunyuanVideo and CogVideoX."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import nn
 
@@ -18,7 +20,7 @@ def _wan_grid(model: nn.Module, call: Arguments) -> Grid:
 
 WAN = ModelAdapter(
     name="Wan",
-    classes=("WanTransformer3DModel",),
+    classes=("WanTransformer3DModel", "ChronoEditTransformer3DModel"),
     stacks=(
         Stack(
             "blocks",
@@ -33,6 +35,24 @@ WAN = ModelAdapter(
     level=timestep(),
     refuse={"attention_kwargs": IP_ADAPTER},
     guidance="calls",
+)
+
+
+def _frame_by_frame(model: nn.Module) -> str | None:
+    if model.config["num_frame_per_block"] == 1:  # type: ignore[index]
+        return None
+    return (
+        "num_frame_per_block lets frames see the ones before them alone, by a mask with an entry for every pair of "
+        "cells; build it with num_frame_per_block=1, or use DepthSkip or FeatureCache"
+    )
+
+
+SKYREELS = replace(
+    WAN,
+    name="SkyReels V2",
+    classes=("SkyReelsV2Transformer3DModel",),
+    stacks=(replace(WAN.stacks[0], follow=(Follow("rotary_emb"), Follow("temb", axis=2, dims=4))),),
+    whole=_frame_by_frame,
 )
 
 LTX = ModelAdapter(
@@ -58,6 +78,15 @@ def _hunyuan_grid(model: nn.Module, call: Arguments) -> Grid:
     frames, rows, columns = call["hidden_states"].shape[-3:]
     across, along = model.config["patch_size"], model.config["patch_size_t"]  # type: ignore[index]
     return frames // along, rows // across, columns // across
+
+
+def _first_frame(model: nn.Module) -> str | None:
+    if model.config["image_condition_type"] != "token_replace":  # type: ignore[index]
+        return None
+    return (
+        "image_condition_type='token_replace' modulates the tokens of the first frame by their place; use DepthSkip or "
+        "FeatureCache"
+    )
 
 
 HUNYUAN = ModelAdapter(
@@ -88,6 +117,7 @@ HUNYUAN = ModelAdapter(
     level=timestep(),
     refuse={"attention_kwargs": IP_ADAPTER},
     guidance="calls",
+    whole=_first_frame,
 )
 
 

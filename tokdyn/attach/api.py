@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +15,14 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach import checkpointing, instance
 from tokdyn.attach.around import _chunked
-from tokdyn.attach.attachment import Attachment
+from tokdyn.attach.attachment import Attachment, sizes_of
 from tokdyn.attach.calibrated import warn_of_another_model
+from tokdyn.attach.recompute import go_on, recall, remember
 from tokdyn.attach.run import Run
+from tokdyn.attach.support import check, check_parts
 from tokdyn.attach.targets import check_cut, check_model, check_parts_before, check_target, check_top, inside
-from tokdyn.errors import InputError, UnsupportedModelError
-from tokdyn.methods import Method, TokenMerge
+from tokdyn.errors import InputError
+from tokdyn.methods import Method
 from tokdyn.tokens import Grid
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,44 +49,23 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     for each in methods:
         if not isinstance(each, Method):
             raise InputError(f"{each!r} is no method; give a list of methods, such as [tokdyn.TokenMerge(ratio=0.5)].")
-    attachment = Attachment(model, adapter_for(model), methods)
-    _check_dense(model, attachment)
-    _check_weighted(model, attachment)
+    adapter = adapter_for(model)
+    check(model, adapter, methods, sizes_of(model, adapter))
+    attachment = Attachment(model, adapter, methods)
     warn_of_another_model(model, methods)
     check_cut(model, attachment)
     check_parts_before(model, attachment)
     roles = attachment.roles(model)
+    check_parts(model, methods, roles.values(), attachment.sizes.depth)
     model.tokdyn = attachment
-    more = (_chunked,) if attachment.adapter.chunked else ()
-    before = _grid_ahead if attachment.adapter.read_ahead else None
+    more = (_chunked,) if adapter.chunked else tuple(Entry(name) for name in adapter.entries if hasattr(model, name))
+    before = _grid_ahead if adapter.read_ahead else None
     functions = (forward, _reset_stateful_cache, save_pretrained, cache_context, *more)
     instance.attach(model, _call_model, *functions, before=before)
     for part in model.modules():
         if id(part) in roles:
             instance.attach(part, _call_part)
     return model
-
-
-def _check_dense(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse to leave tokens out of blocks that look at neighbouring cells."""
-    if not attachment.adapter.dense:
-        return
-    for each in attachment.placed:
-        method = each.method
-        if each.traits.tokens == "subset" or (isinstance(method, TokenMerge) and method.where != "attention"):
-            raise UnsupportedModelError(
-                f"{each.name} leaves out tokens, but the blocks of {type(model).__name__} look at neighbouring cells; "
-                "use TokenMerge(where='attention'), DepthSkip or FeatureCache."
-            )
-
-
-def _check_weighted(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse to weigh the keys of attention that has no softmax."""
-    if not attachment.adapter.softmax and any(isinstance(e, TokenMerge) and e.weighted for e in attachment.methods):
-        raise UnsupportedModelError(
-            f"TokenMerge(weighted=True) weighs the keys of softmax attention, but {type(model).__name__} has linear "
-            "attention; leave weighted out."
-        )
 
 
 def unwrap(model: Model) -> Model:
@@ -115,7 +98,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """What a model carries if it is wrapped."""
-    found = model.__dict__.get("_modules", {}).get("tokdyn")
+    found = getattr(model, "__dict__", {}).get("_modules", {}).get("tokdyn")
     return found if isinstance(found, Attachment) else None
 
 
@@ -132,6 +115,24 @@ def attached(model: nn.Module) -> Attachment:
     return found
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A method of a model, such as `forward_features`, that runs its blocks: as good as a call of the model."""
+
+    name: str
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(self, model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        """A run of its own, unless the model calls it itself."""
+        run: Run | None = instance.current()
+        if run is not None and run.model is model:
+            return hidden(model, *args, **kwargs)
+        return _call_model(model, hidden, args, kwargs, names=tuple(inspect.signature(hidden).parameters)[1:])
+
+
 def _grid_ahead(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
     """The token grid of a call, where it depends on values that no graph of torch.compile can look at."""
     attachment = attachment_of(model)
@@ -139,13 +140,19 @@ def _grid_ahead(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
     known = all(named.get(name) is not None for name in attachment.adapter.read_ahead)
-    return attachment.adapter.grid(model, named) if known else None
+    read = attachment.adapter.grid
+    return None if read is None or not known else read(model, named)
 
 
 def _call_model(
-    model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Grid | None = None
+    model: nn.Module,
+    plain: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grid: Grid | None = None,
+    names: tuple[str, ...] | None = None,
 ) -> Any:
-    """A call of the model: a run of its own, on a grid that may be known already."""
+    """A call of the model, or of an entry with arguments of those names: a run, on a grid that may be known already."""
     attachment = attachment_of(model)
     if attachment is None or not (attachment.meter or (attachment.enabled and attachment.methods)):
         before = instance.enter(None)
@@ -153,7 +160,7 @@ def _call_model(
             return plain(model, *args, **kwargs)
         finally:
             instance.enter(before)
-    named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
+    named = {**dict(zip(names or attachment.names, args, strict=False)), **kwargs}
     if attachment.reduces:
         _refuse(model, attachment.adapter, named)
     if not torch.compiler.is_compiling():
@@ -163,14 +170,17 @@ def _call_model(
     bound = checkpointing.bind(model, run)
     try:
         out = plain(model, *args, **kwargs)
+        if run.guard is not None:
+            run.guard.end()
+        if attachment.watch is not None and not run.training:
+            attachment.watch.see(run.turn, run.level[0])
     except BaseException:
         attachment.trajectory.clear()  # a step that is tried again is no second branch
         raise
     finally:
+        run.release()
         instance.enter(before)
         checkpointing.release(bound)
-    if attachment.watch is not None and not run.training:
-        attachment.watch.see(run.turn, run.level[0])
     attachment.losses = run.losses
     attachment.remember(run.finish())
     return out
@@ -187,6 +197,8 @@ def forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
 def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of a block by its model, or of an attention or MLP by its block."""
     run: Run | None = instance.current()
+    again = recall(part, args, kwargs) if run is None else None
+    run = run or again
     if run is None or id(part) not in run.roles:
         return plain(part, *args, **kwargs)
     role = run.roles[id(part)]
@@ -194,14 +206,23 @@ def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[
     def call(*a: Any, **k: Any) -> Any:
         return run.weights.around(part, lambda: plain(part, *a, **k))
 
-    if role.kind == "block":
+    if role.kind != "block":
+        return run.branch(role, call, args, kwargs)
+    if again is None:
+        remember(run, part, role, args, kwargs)
         meter = run.attachment.meter
         before = 0 if meter is None else meter.counted()
         out = run.block(part, role, call, args, kwargs)
         if meter is not None:
             run.record.inside += meter.counted() - before
         return out
-    return run.branch(role, call, args, kwargs)
+    instance.enter(again)
+    try:
+        out = again.block(part, role, call, args, kwargs)
+    finally:
+        instance.enter(None)
+    go_on(again, role, out)
+    return out
 
 
 def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
@@ -210,7 +231,7 @@ def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -
         value = named.get(name)
         if isinstance(value, Mapping):  # attention arguments: a LoRA scale is welcome
             value = next((key for key in value if key.startswith("ip_")), None)
-        if value is not None:
+        if value is not None and value is not False:
             raise InputError(f"{name} cannot be used with fewer tokens in {type(model).__name__}: {reason}.")
 
 

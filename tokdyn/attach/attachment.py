@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach.actors.base import Actors, Bracket, Branch, Gate, Kernel
@@ -16,9 +17,11 @@ from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
 from tokdyn.attach.actors.token_drop import Dropping
 from tokdyn.attach.actors.token_merge import Merge
 from tokdyn.attach.calibrated import SamplerWatch
+from tokdyn.attach.learning import Guard, samples
 from tokdyn.attach.offload import home
 from tokdyn.attach.record import Record
-from tokdyn.attach.roles import Role, argument_names, find_roles
+from tokdyn.attach.roles import Role, argument_names, blocks_of, find_roles
+from tokdyn.attach.support import own_methods
 from tokdyn.attach.trajectory import Trajectory
 from tokdyn.attach.unnoticed import Meter
 from tokdyn.compose import Placed, compose
@@ -52,14 +55,14 @@ class Attachment(nn.Module):
         drop_rate: what `tokdyn.dropping` set: TokenDrop acts in sampling too, at this rate.
         calibrating: routers adapt their bias to what they see.
         branch: name of the guidance branch that the pipeline is in, where it says so.
+        passed: tokens that blocks were given, and the run as it was then; see `tokdyn.attach.recompute`.
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> None:
         super().__init__()
         self.adapter, self.methods, self.names = adapter, tuple(methods), argument_names(model)
         self.sizes = sizes_of(model, adapter)
-        own = (Chunking(),) if adapter.chunked else ()
-        placed = compose((*methods, *own), self.sizes.depth)
+        placed = compose((*methods, *own_methods(adapter)), self.sizes.depth)
         self.placed = tuple(each for each in placed if each.index < len(methods))
         self.parts = nn.ModuleDict()
         device = home(model)
@@ -82,12 +85,14 @@ class Attachment(nn.Module):
         self.drop_rate: float | None = None
         self.calibrating = False
         self.branch: str | None = None
+        self.passed: Any = WeakTensorKeyDictionary()
         self._roles: dict[int, Role] = {}
         self.train(model.training)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the roles, which know the parts of this model and not those of a copy, and without graphs."""
-        return {**self.__dict__, "_roles": {}, "losses": {}, "history": [Record()] * _CALLS}
+        fresh = {"_roles": {}, "losses": {}, "history": [Record()] * _CALLS, "passed": WeakTensorKeyDictionary()}
+        return {**self.__dict__, **fresh}
 
     def roles(self, model: nn.Module) -> dict[int, Role]:
         """Roles of the model's parts; a copy of the model finds its own."""
@@ -97,7 +102,11 @@ class Attachment(nn.Module):
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The blocks of the model that carries this, in the order in which they run."""
-        return [block for stack in self.adapter.stacks for block in getattr(model, stack.path)]
+        return [block for stack in self.adapter.stacks for block in blocks_of(model, stack)]
+
+    def guard(self, model: nn.Module, arguments: Mapping[str, Any]) -> Guard:
+        """The checks of a call of a model whose adapter was inferred."""
+        return Guard(type(model).__name__, self.sizes.depth, samples(arguments), caches=bool(self.actors.brackets))
 
     def has(self, method: type[Method]) -> bool:
         """Whether a method of that kind is attached."""
@@ -134,7 +143,7 @@ class Attachment(nn.Module):
 
 def sizes_of(model: nn.Module, adapter: ModelAdapter) -> Sizes:
     """What methods need to know of a model to build their parts."""
-    blocks = [block for stack in adapter.stacks for block in getattr(model, stack.path)]
+    blocks = [block for stack in adapter.stacks for block in blocks_of(model, stack)]
     weights = tuple(sum(p.numel() for p in block.parameters()) for block in blocks)
     return Sizes(adapter.width(model), adapter.heads(model), weights)
 

@@ -78,7 +78,7 @@ class Record:
     """One call of the model.
 
     Attributes:
-        level: noise level of each sample, as the model was given it; 1 is pure noise.
+        level: noise level of each sample, as the model was given it; 1 is pure noise, None where there is none.
         batch: B.
         cells: N, image tokens of a sample.
         text: tokens of each beside them.
@@ -94,7 +94,7 @@ class Record:
         inside: FLOPs that were counted from the first block to the last, while `tokdyn.flops` counts.
     """
 
-    level: Tensor | float = 0.0
+    level: Tensor | float | None = None
     batch: int = 0
     cells: int = 0
     text: int = 0
@@ -116,7 +116,8 @@ class Record:
     @property
     def clock(self) -> Tensor:
         """(B,) or (1,) fp32 noise levels; of tokens at different levels (B, N), the highest counts."""
-        found = self.level.float() if isinstance(self.level, torch.Tensor) else torch.tensor(float(self.level))
+        level = self.level
+        found = level.float() if isinstance(level, torch.Tensor) else torch.tensor(float(level or 0.0))
         return found.flatten(1).amax(1) if found.dim() > 1 else found.reshape(-1)
 
     @property

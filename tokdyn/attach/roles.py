@@ -11,6 +11,7 @@ from torch import nn
 
 from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.attach.instance import base_class
+from tokdyn.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,47 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def blocks_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    """The blocks of a stack.
+
+    Raises:
+        UnsupportedModelError: the model has none in that place.
+    """
+    try:
+        found = model.get_submodule(stack.path)
+    except AttributeError:
+        found = nn.Identity()
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)):
+        raise UnsupportedModelError(
+            f"the adapter of {type(model).__name__} says that its blocks are in {stack.path!r}, and there is no list "
+            "of modules there; correct the adapter."
+        )
+    return list(found)
+
+
+def _checked(block: nn.Module, stack: Stack) -> tuple[str, ...]:
+    """Names of a block's arguments.
+
+    Raises:
+        UnsupportedModelError: those that the adapter speaks of are not among them.
+    """
+    names = argument_names(block)
+    for name in (stack.tokens, stack.text):
+        if name is not None and name not in names:
+            raise UnsupportedModelError(
+                f"the adapter says that the blocks in {stack.path!r} hold tokens in {name!r}, but "
+                f"{type(block).__name__} takes {', '.join(names)}; correct the adapter."
+            )
+    return names
+
+
 def find_roles(model: nn.Module, adapter: ModelAdapter, branches: bool) -> dict[int, Role]:
     """The role of every block, and with `branches` of its attention and MLP, by the id of the module."""
     roles: dict[int, Role] = {}
     number = 0
     for stack in adapter.stacks:
-        for block in getattr(model, stack.path):
-            roles[id(block)] = Role("block", number, stack, argument_names(block))
+        for block in blocks_of(model, stack):
+            roles[id(block)] = Role("block", number, stack, _checked(block, stack))
             for kind, names in (("attention", stack.attention), ("mlp", stack.mlp)) if branches else ():
                 part = next((getattr(block, name) for name in names if hasattr(block, name)), None)
                 if part is not None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from tokdyn.adapters.base import Stack
 from tokdyn.attach.actors.base import Branch
 from tokdyn.attach.groups import Group, grouped, put, shortened
+from tokdyn.attach.instance import base_class
 from tokdyn.attach.offload import Weights
+from tokdyn.attach.once import Once
 from tokdyn.attach.packed import packed_block
 from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.roles import Role
@@ -35,7 +37,8 @@ class Run:
         model: the wrapped model.
         attachment: what it carries.
         arguments: of the call, by name.
-        training: gradients are wanted.
+        gradients: they are wanted.
+        training: the model is training, and gradients are wanted.
         samples: of the batch that are being computed.
         index: (B, M) cells whose tokens are there, None while all are.
         lengths: tokens of each sample that count, where they differ; the rest of its M hold nothing.
@@ -50,6 +53,7 @@ class Run:
         call: what is happening in the block that is being computed.
         over: the model has returned.
         weights: where those of the blocks are.
+        guard: checks of a model whose adapter was inferred, None for others.
     """
 
     def __init__(
@@ -58,7 +62,8 @@ class Run:
         self.model, self.attachment, self.arguments = model, attachment, arguments
         self.adapter, self.actors = attachment.adapter, attachment.actors
         self.roles = attachment.roles(model)
-        self.training = model.training and torch.is_grad_enabled()
+        self.gradients = torch.is_grad_enabled()
+        self.training = model.training and self.gradients
         self.samples: tuple[int, ...] = ()
         self.index: Tensor | None = None
         self.lengths: tuple[int, ...] | None = None
@@ -69,13 +74,17 @@ class Run:
         self.stack = self.adapter.stacks[0]
         self.named: dict[str, Any] = {}
         self.losses: dict[str, Tensor] = {}
-        self.record = Record(self.adapter.level(model, arguments), training=self.training, branch=attachment.branch)
+        level = None if self.adapter.level is None else self.adapter.level(model, arguments)
+        self.record = Record(level, training=self.training, branch=attachment.branch)
+        self.guard = attachment.guard(model, arguments) if self.adapter.inferred else None
         self.call = BlockCall(0, 0, 0)
         self.over = False
         self.weights = Weights()
         self._level: tuple[float, ...] | None = None
-        self._grid = grid
-        self._turn: Turn | None = None
+        self._grid: Once[Grid] = Once(self._read_grid)
+        if grid is not None:
+            self._grid.put(grid)
+        self._turn: Once[Turn] = Once(self._read_turn)
         self._followed: dict[Hashable, tuple[Any, Any]] = {}
 
     @property
@@ -100,16 +109,34 @@ class Run:
     @property
     def turn(self) -> Turn:
         """Which step of which branch this call is. A method that asks must ask in every call."""
-        if self._turn is None:
-            self._turn = self.attachment.trajectory.turn(self.level, self.record.branch)
-        return self._turn
+        return self._turn.value
+
+    def _read_turn(self) -> Turn:
+        return self.attachment.trajectory.turn(self.level, self.record.branch)
 
     @property
     def grid(self) -> Grid:
         """Cells of the full grid, read from the arguments of the model when a method asks for it."""
-        if self._grid is None:
-            self._grid = self.adapter.grid(self.model, self.arguments)
-        return self._grid
+        return self._grid.value
+
+    def _read_grid(self) -> Grid:
+        assert self.adapter.grid is not None, "methods that need a grid were refused"
+        return self._checked(self.adapter.grid(self.model, self.arguments))
+
+    def _checked(self, grid: Grid) -> Grid:
+        """The grid, which has to be that of the image tokens, where their number is known."""
+        if self.record.cells not in (0, cells(grid)):
+            raise InputError(
+                f"the token grid of this {type(self.model).__name__} is {' x '.join(map(str, grid))}, but its blocks "
+                f"get {self.record.cells} image tokens; leave out what adds or takes away tokens, such as images."
+            )
+        return grid
+
+    def release(self) -> None:
+        """Let go of the arguments: what comes back to this run later must not keep them alive."""
+        self.named, self.arguments, self.part = {}, {}, self.model
+        self._grid.close()
+        self._turn.close()
 
     @property
     def batch(self) -> int:
@@ -131,13 +158,20 @@ class Run:
         """Call one block, or do not; `call` is the block as it was."""
         if role.stack.packing is not None:
             return packed_block(self, part, role, call, args, kwargs)
-        stack, named = role.stack, role.named(args, kwargs)
+        named = role.named(args, kwargs)
+        if self.guard is not None:
+            role = self.guard.begin(self.roles, part, named, lambda: base_class(part).__call__(part, *args, **kwargs))
+        if self.adapter.grid is None:
+            self._grid.put((named[role.stack.tokens].shape[1],))
+        stack = role.stack
         self.part, self.stack, self.named = part, stack, named
         text, x = self._split(named[stack.tokens], stack)
         self.batch = len(x)
         if not self.record.batch:
             self.record.batch, self.record.cells = len(x), x.shape[1]
             self.record.text, self.record.context = _others(named, stack, x.shape[1])
+            if self._grid.known:
+                self._checked(self.grid)
         opening = [bracket for bracket in self.actors.brackets if bracket.first == role.block]
         for bracket in opening:
             if len(self.reused) < self.batch:  # otherwise nothing is computed within
@@ -156,6 +190,8 @@ class Run:
             for bracket in closing:
                 x = bracket.close(self, x)
             results["tokens"] = join(text, x, stack.image)
+        if self.guard is not None:
+            self.guard.before = (stack.path, results["tokens"])
         if len(stack.returns) == 1:
             return results["tokens"]
         return tuple(results[name] for name in stack.returns)
@@ -184,6 +220,11 @@ class Run:
         running, keys = plan or (list(range(self.batch)), [()] * self.batch)
         lengths = self.lengths or (self.count,) * self.batch
         results = dict(given)
+        if self.guard is not None and running:  # which arguments have a batch is not known: compute all, keep some
+            rows = torch.tensor(running, device=given["tokens"].device)
+            for name, value in self._part(part, role, inner, None).items():
+                results[name] = put(results[name], rows, None if value is None else value.index_select(0, rows))
+            return results
         for key, samples in grouped([(length, *key) for length, key in zip(lengths, keys, strict=True)], running):
             length = lengths[samples[0]]
             if len(samples) == self.batch and length == self.count:
@@ -231,6 +272,8 @@ class Run:
         self.call = BlockCall(role.block, samples, image, *_others(named, role.stack, image), which=which)
         self.record.calls.append(self.call)
         out = inner(named) if group is None else self.among(group.samples, group.index, lambda: inner(named))
+        if self.guard is not None:
+            self.guard.after(role.stack, named[role.stack.tokens], out)
         return dict(zip(role.stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
 
     def _named(self, stack: Stack, group: Group | None) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class CallStats(_Costs):
     Attributes:
         step: from 0.
         branch: of guidance, by its name where that is known, otherwise by its place among the calls of the step.
-        level: noise level, 1 is pure noise; the mean over the samples.
+        level: noise level, 1 is pure noise; the mean over the samples, None where there is none.
         samples: in the batch, or its half.
         cells: N, image tokens of a sample.
         blocks: those that ran for at least one sample.
@@ -95,7 +95,7 @@ class CallStats(_Costs):
 
     step: int
     branch: str | int
-    level: float
+    level: float | None
     samples: int
     cells: int
     blocks: tuple[int, ...]
@@ -136,12 +136,12 @@ class StepStats(_Sum):
 
     Attributes:
         step: from 0.
-        level: noise level.
+        level: noise level, None where there is none.
         calls: one for each branch of guidance.
     """
 
     step: int
-    level: float
+    level: float | None
     calls: tuple[CallStats, ...]
 
 
@@ -210,6 +210,9 @@ def _turns(history: Sequence[Record], adapter: ModelAdapter) -> list[tuple[Recor
     for record in runs[-1] if runs else ():
         level = tuple(record.clock.tolist())
         level = level * record.batch if len(level) == 1 else level
+        if record.level is None:  # every call is a step
+            placed.append((record, len(placed), record.branch or 0, level))
+            continue
         if record.training or training:
             trajectory.clear()
         turn = trajectory.turn(level, record.branch)
@@ -257,7 +260,7 @@ def _call(
     return CallStats(
         step=step,
         branch=branch,
-        level=sum(level[i] for i in samples) / len(samples) if samples else 0.0,
+        level=None if record.level is None else sum(level[i] for i in samples) / len(samples) if samples else 0.0,
         samples=len(samples),
         cells=record.cells,
         blocks=tuple(most),

@@ -32,7 +32,7 @@ def _row(call: CallStats, size: float) -> tuple[str, ...]:
     return (
         str(call.step),
         str(call.branch),
-        f"{call.level:.3f}",
+        "-" if call.level is None else f"{call.level:.3f}",
         _kept(call.kept),
         _number(call.attention_tokens),
         _number(call.mlp_tokens),

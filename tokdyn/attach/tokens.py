@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters.base import Follow, Stack
+from tokdyn.errors import InputError
 from tokdyn.ops.dropping import take
 
 
@@ -17,6 +18,10 @@ def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tens
     if image == "all" or count is None:
         return None, x
     text = x.shape[1] - count
+    if text < 0:
+        raise InputError(
+            f"the grid has {count} cells, but a block gets {x.shape[1]} tokens, so the adapter does not fit the call."
+        )
     if not text:
         return None, x
     if image == "first":

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
 from tokdyn.attach.api import attachment_of
-from tokdyn.attach.roles import Role, find_roles
+from tokdyn.attach.roles import Role, blocks_of, find_roles
 from tokdyn.attach.tokens import split
 from tokdyn.calibration.recording import Call, moved
-from tokdyn.errors import InputError
+from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.flops.counting import attention_formulas
 from tokdyn.tokens import Packing, cells
 
@@ -49,7 +49,7 @@ class Replay:
         model: not wrapped.
 
     Raises:
-        UnsupportedModelError: no adapter knows it.
+        UnsupportedModelError: no adapter is declared for it, or it has no noise level.
         InputError: it is wrapped.
     """
 
@@ -60,12 +60,15 @@ class Replay:
                 "tokdyn.unwrap on it first, and wrap it with the result."
             )
         self.model, self.adapter = model, adapter_for(model)
+        if self.adapter.inferred or self.adapter.level is None:
+            lacks = "no adapter is declared for it" if self.adapter.inferred else "it has no noise level"
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be calibrated on: {lacks} (docs/adapters.md).")
         self._known: dict[Any, Any] = {}
 
     @property
     def depth(self) -> int:
         """Blocks of the model."""
-        return sum(len(getattr(self.model, stack.path)) for stack in self.adapter.stacks)
+        return sum(len(blocks_of(self.model, stack)) for stack in self.adapter.stacks)
 
     def __call__(self, call: Call) -> Any:
         """What the model returns."""
@@ -73,6 +76,7 @@ class Replay:
 
     def levels(self, call: Call, batch: int) -> tuple[float, ...]:
         """Noise level of every sample, as wrapped models read it."""
+        assert self.adapter.level is not None
         level = self.adapter.level(self.model, call)
         values = level.float().flatten() if isinstance(level, Tensor) else torch.tensor([float(level)])
         if isinstance(level, Tensor) and level.dim() > 1:  # tokens at different levels: the highest counts
@@ -103,7 +107,7 @@ class Replay:
         count: list[int] = []  # image tokens of a sample, read if text lies beside them
 
         def image(x: Tensor, role: Role) -> Tensor:
-            if role.stack.image == "all":
+            if role.stack.image == "all" or self.adapter.grid is None:
                 return x
             if not count:
                 count.append(cells(self.adapter.grid(self.model, call)))

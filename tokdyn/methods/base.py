@@ -36,6 +36,7 @@ class Traits:
         needs_grid: it works only on all cells of the grid.
         moving: the set of tokens changes from step to step, with the data or at random.
         remembers: it keeps something from one step to the next.
+        needs_level: it acts by the noise level.
         phases: when it acts; a method that acts in one only has no effect in the other.
         owns: things that only one method may decide; blocks in which, None for all.
         span: the blocks it encloses, counted from the front; None is all.
@@ -47,6 +48,7 @@ class Traits:
     needs_grid: bool = False
     moving: bool = False
     remembers: bool = False
+    needs_level: bool = False
     phases: frozenset[Phase] = frozenset({"train", "sample"})
     owns: dict[str, frozenset[int] | None] = field(default_factory=dict)
     span: Span | None = None

@@ -52,7 +52,14 @@ class Chunking(Method):
 
     def traits(self, depth: int) -> Traits:
         """It owns the token grid; what the blocks see depends on the image."""
-        return Traits(Stage.STACK, tokens="subset", moving=True, owns={"token grid": None}, learns="tokens")
+        return Traits(
+            Stage.STACK,
+            tokens="subset",
+            moving=True,
+            needs_level=True,  # routers are told the noise level
+            owns={"token grid": None},
+            learns="tokens",
+        )
 
     def build(self, sizes: Sizes) -> ChunkingModule | None:
         """The router and the residual projection, unless all tokens are kept."""

@@ -70,8 +70,13 @@ class DepthSkip(Method):
 
     def traits(self, depth: int) -> Traits:
         """It decides for the blocks it may skip."""
-        where = None if self.learned else frozenset(block for _, _, blocks in self.rows(depth) for block in blocks)
-        return Traits(Stage.BLOCK, owns={"skipping": where}, learns="FLOPs" if self.learned else None)
+        rows = self.rows(depth)
+        return Traits(
+            Stage.BLOCK,
+            needs_level=self.learned or any(blocks and (low, high) != (0.0, 1.0) for low, high, blocks in rows),
+            owns={"skipping": None if self.learned else frozenset(block for _, _, blocks in rows for block in blocks)},
+            learns="FLOPs" if self.learned else None,
+        )
 
 
 class SkipGates(nn.Module):

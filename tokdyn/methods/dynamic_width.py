@@ -37,4 +37,9 @@ class DynamicWidth(Method):
     def traits(self, depth: int) -> Traits:
         """It owns the masks and learns to meet a FLOPs target."""
         owned = {"attention heads": self.heads, "MLP channels": self.channels, "tokens of the MLP": self.tokens}
-        return Traits(Stage.KERNEL, owns={thing: None for thing, chosen in owned.items() if chosen}, learns="FLOPs")
+        return Traits(
+            Stage.KERNEL,
+            needs_level=self.heads or self.channels,
+            owns={thing: None for thing, chosen in owned.items() if chosen},
+            learns="FLOPs",
+        )

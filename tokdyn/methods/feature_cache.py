@@ -57,6 +57,7 @@ class FeatureCache(Method):
             Stage.STACK,
             span=(1, depth - 1) if first else None,
             remembers=True,
+            needs_level=True,
             phases=frozenset({"sample"}),
             owns=owns | ({"skipping": frozenset({0})} if first else {}),
         )

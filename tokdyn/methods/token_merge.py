@@ -63,5 +63,6 @@ class TokenMerge(Method):
             tokens="merged",
             needs_grid=self.partition == "grid",
             span=span,
+            needs_level=not isinstance(self.ratio, float),
             owns={f"merging around {branch}": where for branch in branches},
         )

@@ -1,0 +1,45 @@
+"""`tokdyn methods`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import typer
+
+from .arguments import split
+from .frame import command
+from .output import Json, as_json, pairs
+from .settings import rows
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+
+    @command(
+        app,
+        "methods",
+        words=["[METHOD]"],
+        examples=["tokdyn methods", "tokdyn methods TokenMerge", "tokdyn methods --json"],
+    )
+    def methods(ctx: typer.Context, json: Json = False) -> None:
+        """List the methods: what they do, when and where they act, their settings, and the models they work on."""
+        from tokdyn.catalog import methods as catalog
+        from tokdyn.errors import InputError
+        from tokdyn.methods import METHODS
+
+        (wanted,) = split(ctx.args).no_settings().take(optional=["METHOD"])
+        entries = [entry for entry in catalog() if wanted in ("", entry.name)]
+        if not entries:
+            raise InputError(f"there is no method {wanted!r}; there are {', '.join(METHODS)}.")
+        if json:
+            as_json([asdict(entry) for entry in entries])
+            return
+        for entry in entries:
+            lines = [("acts", f"in {' and '.join(entry.acts)}, on the {entry.stage}")]
+            for how, title in (("yes", "works on"), ("partly", "partly on"), ("no", "not on")):
+                names = [name for name, found in entry.families.items() if found == how]
+                lines += [(title, ", ".join(names))] if names else []
+            typer.echo(f"{entry.name}: {entry.what}")
+            pairs((f"  {key}", text) for key, text in [*lines, *rows(METHODS[entry.name])])
+            typer.echo()
+        typer.echo("What is refused and why: tokdyn models. Other models: docs/adapters.md.")

@@ -1,0 +1,365 @@
+"""Small models as users write them, without an adapter: what is inferred, and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tokdyn
+from tests.contract.kit import latents
+from tests.contract.test_recompute import Attention
+from tokdyn import DepthSkip, FeatureCache, TokenMerge, UnsupportedModelError
+from tokdyn.adapters.infer import GuessedLevel, infer
+from tokdyn.attach.api import wrap
+from tokdyn.attach.learning import flow
+
+D = 16
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = Attention(D), nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def forward(self, x, c=None):
+        x = x + self.attn(F.layer_norm(x if c is None else x + c[:, None], (D,)))
+        return x + self.mlp(x)
+
+
+class Model(nn.Module):
+    """Embeds (B, 4, R, C), runs its blocks with the timestep, and predicts the noise."""
+
+    def __init__(self, depth=4):
+        super().__init__()
+        self.embed, self.clock, self.head = nn.Conv2d(4, D, 2, stride=2), nn.Linear(1, D), nn.Linear(D, 16)
+        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
+
+    def forward(self, x, t):
+        rows = self.run(self.embed(x).flatten(2).mT, self.clock(t[:, None].float() / 1000))
+        return F.pixel_shuffle(self.head(rows).mT.unflatten(2, (x.shape[2] // 2, -1)), 2)
+
+    def run(self, x, c):
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+class Nested(Model):
+    """Blocks in a part of a part, and a list of something else beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"trunk": nn.Module()})
+        self.backbone["trunk"].layers, self.blocks = self.blocks, nn.ModuleList([nn.Linear(D, D) for _ in range(9)])
+
+    def run(self, x, c):
+        for block in self.backbone["trunk"].layers:
+            x = block(x, c)
+        return x
+
+
+class Torch(Model):
+    """torch's own encoder."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(D, 2, 2 * D, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def run(self, x, c):
+        return self.blocks(x + c[:, None])
+
+
+class Long(Block):
+    def __init__(self, skip=True):
+        super().__init__()
+        self.join = nn.Linear(2 * D, D) if skip else None
+
+    def forward(self, x, skip=None):
+        return super().forward(x if self.join is None else self.join(torch.cat([x, skip], dim=-1)))
+
+
+class UShaped(Model):
+    """U-ViT: long skip connections, and one block in the middle that is in neither list."""
+
+    def __init__(self):
+        super().__init__()
+        del self.blocks
+        self.in_blocks, self.mid = nn.ModuleList([Long(False) for _ in range(2)]), Block()
+        self.out_blocks = nn.ModuleList([Long() for _ in range(2)])
+
+    def run(self, x, c):
+        kept = []
+        for block in self.in_blocks:
+            x = block(x)
+            kept.append(x)
+        x = self.mid(x, c)
+        for block in self.out_blocks:
+            x = block(x, kept.pop())
+        return x
+
+
+class Text(Block):
+    """Returns text first."""
+
+    def forward(self, x, context):
+        x = super().forward(torch.cat([context, x], dim=1))
+        return x[:, : context.shape[1]], x[:, context.shape[1] :]
+
+
+class Words(Model):
+    """A list of text blocks, a list of double blocks, a list of blocks on text and image together."""
+
+    def __init__(self, words=5):
+        super().__init__()
+        self.context = nn.Parameter(torch.randn(1, words, D))
+        self.text_blocks = nn.ModuleList([Block() for _ in range(3)])
+        blocks = self.blocks
+        del self.blocks
+        self.pairs, self.blocks = nn.ModuleList([Text() for _ in range(2)]), blocks
+
+    def run(self, x, c):
+        context = self.context.expand(len(x), -1, -1)
+        for block in self.text_blocks:
+            context = block(context)
+        for block in self.pairs:
+            context, x = block(x, context)
+        return super().run(torch.cat([x, context], dim=1), c)[:, : x.shape[1]]
+
+
+def build(kind, **config):
+    torch.manual_seed(0)
+    return kind(**config).eval()
+
+
+def inputs(level=0.5, batch=2):
+    return latents(batch, 4, 8, 12), torch.full((batch,), round(1000 * level))
+
+
+GOOD = {Model: "blocks", Nested: "backbone.trunk.layers", Torch: "blocks.layers", UShaped: "in_blocks", Words: "pairs"}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@torch.no_grad()
+def test_blocks_are_found_and_skipped(kind):
+    model = build(kind)
+    assert infer(model).stacks[0].path == GOOD[kind]
+    assert infer(model).level.name == "t"
+    plain = model(*inputs())
+    first = model.get_submodule(GOOD[kind])[0]
+    wrap(model, [DepthSkip(blocks=(0,))])
+    skipped = model(*inputs())
+    tokdyn.unwrap(model)
+    given = (lambda x, context: (context, x)) if kind is Words else (lambda x, *args, **kwargs: x)
+    first.forward = given
+    assert torch.equal(model(*inputs()), skipped)
+    assert not torch.equal(skipped, plain)
+
+
+@pytest.mark.parametrize("kind", [Model, Nested, Torch, Words])
+@torch.no_grad()
+def test_effects_are_cached(kind):
+    model = wrap(build(kind), [FeatureCache(threshold=float("inf"))])
+    for level in (0.9, 0.6):
+        model(*inputs(level))
+    assert [record.cached for record in tokdyn.stats(model).calls] == [False, True]
+    assert tokdyn.stats(model).calls[0].cells == 24
+    assert tokdyn.stats(model).calls[0].blocks == tuple(range(6 if kind is Words else 4))
+
+
+@torch.no_grad()
+def test_a_cache_over_lists_with_something_between_is_refused():
+    model = wrap(build(UShaped), [FeatureCache()])
+    with pytest.raises(UnsupportedModelError, match=r"the blocks in 'out_blocks' get a tensor .* are not the tokens"):
+        model(*inputs())
+
+
+@torch.no_grad()
+def test_equal_numbers_of_words_and_patches_cannot_be_told_apart():
+    model = wrap(build(Words, words=24), [DepthSkip(blocks=(0,))])
+    with pytest.raises(UnsupportedModelError, match=r"two tensors of the shape .* another number of text tokens"):
+        model(*inputs())
+    skipped = wrap(build(Words, words=23), [DepthSkip(blocks=(0,))])
+    skipped(*inputs())
+    assert tokdyn.stats(skipped).calls[0].blocks == (1, 2, 3, 4, 5)
+
+
+class Twice(Model):
+    def run(self, x, c):
+        return super().run(super().run(x, c), c)
+
+
+class Half(Model):
+    def run(self, x, c):
+        for block in list(self.blocks)[:2]:
+            x = block(x, c)
+        return x
+
+
+class Smaller(Model):
+    """Neighbouring tokens are joined on the way."""
+
+    def run(self, x, c):
+        for block in self.blocks:
+            x = block(x, c)[:, ::2]
+        return x.repeat_interleave(16, dim=1)[:, :24]
+
+
+class Three(Block):
+    def forward(self, x, c):
+        return x, c, super().forward(x, c)
+
+
+class Many(Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Three() for _ in range(4)])
+
+    def run(self, x, c):
+        for block in self.blocks:
+            x = block(x, c)[2]
+        return x
+
+
+class Maps(Block):
+    def forward(self, x):
+        return super().forward(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+
+
+class OnMaps(Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Maps() for _ in range(4)])
+
+    def run(self, x, c):
+        x = x.mT.unflatten(2, (4, 6))
+        for block in self.blocks:
+            x = block(x)
+        return x.flatten(2).mT
+
+
+class Other(Block):
+    """Text blocks under a name that does not tell: their tokens do not go into the image blocks."""
+
+
+class Hidden(Model):
+    def __init__(self):
+        super().__init__()
+        blocks = self.blocks
+        del self.blocks
+        self.words = nn.Parameter(torch.randn(1, 5, D))
+        self.more, self.blocks = nn.ModuleList([Other() for _ in range(2)]), blocks
+
+    def run(self, x, c):
+        words = self.words.expand(len(x), -1, -1)
+        for block in self.more:
+            words = block(words)
+        return super().run(x + words.mean(dim=1, keepdim=True), c)
+
+
+BAD = {
+    Twice: "block 0, of 'blocks', came where block 4 was expected",
+    Half: "2 of its 4 blocks were called",
+    Smaller: r"its blocks turn a tensor \(2, 24, 16\) into a tensor \(2, 12, 16\)",
+    Many: "its blocks return a tuple of 3",
+    OnMaps: r"its blocks get a tensor \(2, 16, 4, 6\) as 'x', not tokens",
+    Hidden: r"the blocks in 'blocks' get a tensor \(2, 24, 16\), which are not the tokens a tensor \(2, 5, 16\)",
+}
+
+
+@pytest.mark.parametrize("method", [DepthSkip(blocks=(1,)), FeatureCache()], ids=["skip", "cache"])
+@pytest.mark.parametrize("kind", BAD)
+@torch.no_grad()
+def test_what_does_not_hold_is_refused(kind, method):
+    model = build(kind)
+    plain = model(*inputs())
+    wrap(model, [method])
+    with pytest.raises(UnsupportedModelError, match=f"no adapter knows {kind.__name__}.*({BAD[kind]}).*docs/adapters"):
+        model(*inputs())
+    assert torch.equal(tokdyn.unwrap(model)(*inputs()), plain)
+
+
+class Late(Model):
+    """The timestep has a name that says nothing."""
+
+    def forward(self, x, step):
+        return super().forward(x, step)
+
+
+def test_without_a_known_name_for_the_noise_level_what_needs_it_is_refused():
+    for method in (FeatureCache(), DepthSkip(blocks=(0,), levels=(0.5, 1.0)), DepthSkip(learned=True)):
+        with pytest.raises(UnsupportedModelError, match="none of the model's arguments is called timestep, timesteps"):
+            wrap(build(Late), [method])
+    wrap(build(Late), [DepthSkip(blocks=(0,))])(*inputs())
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Linear(2, 2), "two or more blocks of one class, each with weights of its own, and there is none"),
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "there is none"),
+        (nn.ModuleList([Block(), Long()]), "there is none"),
+        ("a name", "a str is no model; tokdyn.wrap takes a torch.nn.Module"),
+    ],
+)
+def test_what_is_no_transformer_is_refused(model, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        wrap(model, [])
+
+
+def test_what_holds_a_known_model_is_not_taken_for_one():
+    inner = tokdyn.DiT(sample_size=8, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    with pytest.raises(UnsupportedModelError, match="this Wrapper holds a DiT in its 'module'; wrap that one"):
+        wrap(Wrapper(inner), [])
+    pipeline = type("Pipeline", (), {"transformer": inner})()
+    with pytest.raises(UnsupportedModelError, match="a Pipeline is no model; wrap its 'transformer'"):
+        wrap(pipeline, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "expected"),
+    [
+        ("timestep", [torch.tensor([900, 0])], [0.9, 0.0]),
+        ("timestep", [torch.tensor([900.0, 0.5]), torch.tensor([1.0])], [0.001]),
+        ("t", [torch.tensor([0.9, 0.5])], [0.9, 0.5]),
+        ("t", [0.25], [0.25]),
+        ("t", [500], [0.5]),
+        ("sigma", [torch.tensor([0.5])], [0.5]),
+        ("sigma", [torch.tensor([3.0]), torch.tensor([1.0])], [0.5]),
+    ],
+)
+def test_the_guess_of_the_noise_level(name, calls, expected):
+    level = GuessedLevel(name)
+    for value in calls:
+        found = level(nn.Identity(), {name: value})
+    torch.testing.assert_close(found.reshape(-1), torch.tensor(expected))
+
+
+def test_how_tokens_flow_from_list_to_list():
+    image, text = torch.randn(2, 6, 4), torch.randn(2, 3, 4)
+    assert flow(image, image) == "all"
+    assert flow(image, image + 1) == "changed"
+    assert flow(image, torch.cat([image, text], dim=1)) == "first"
+    assert flow(image, torch.cat([text, image], dim=1)) == "last"
+    assert flow(image, torch.cat([text, image + 1], dim=1)) == "none"
+    assert flow(image, text) == "none"
+
+
+@torch.no_grad()
+def test_a_model_that_ran_once_is_one_graph():
+    model = wrap(build(Model), [DepthSkip(blocks=(1,))])
+    expected = model(*inputs())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs()), expected)
+
+
+def test_merging_names_the_way_out():
+    with pytest.raises(UnsupportedModelError, match=r"TokenMerge does not fit Model: .*docs/adapters\.md"):
+        wrap(build(Model), [TokenMerge()])

@@ -1,0 +1,70 @@
+"""Classes that a declaration is for beside the one that it was written for."""
+
+import pytest
+import torch
+
+import tokdyn
+from tests.contract.kit import of_diffusers, one_of, sample
+from tests.contract.siblings import TWINS, WAN, wan_inputs
+from tokdyn import Chunking, DepthSkip, TokenDrop, TokenMerge
+
+METHODS = {
+    "merge": [TokenMerge(ratio=0.4, where="both", seed=3), DepthSkip(blocks=(2,))],
+    "chunk": [Chunking(target=2), TokenMerge(ratio=0.3)],
+}
+every = pytest.mark.parametrize("name", sorted(TWINS))
+
+
+@every
+@pytest.mark.parametrize("methods", METHODS)
+@torch.no_grad()
+def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
+    tiny = TWINS[name]
+    model = tiny.build()
+    plain = sample(model(**tiny.inputs(3)))
+    together = sample(tokdyn.wrap(model, METHODS[methods])(**tiny.inputs(3)))
+    assert not torch.equal(together, plain)
+    for i in range(3):
+        alone = sample(model(**one_of(tiny.inputs(3), i)))
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-6)
+    assert torch.equal(sample(tokdyn.unwrap(model)(**tiny.inputs(3))), plain)
+
+
+@every
+def test_gradients_of_dropped_tokens_are_the_same_with_checkpointing(name):
+    found = []
+    for checkpointing in (False, True):
+        model = tokdyn.wrap(TWINS[name].build().train(), [TokenDrop(rate=0.5, blocks=(0, 2)), TokenMerge(ratio=0.3)])
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        sample(model(**TWINS[name].inputs(2))).square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+def test_models_whose_build_needs_all_tokens_are_refused():
+    model = of_diffusers("SkyReelsV2Transformer3DModel", **WAN, num_frame_per_block=2)
+    with pytest.raises(tokdyn.UnsupportedModelError, match="num_frame_per_block lets frames see the ones before"):
+        tokdyn.wrap(model, [TokenMerge()])
+    assert sample(tokdyn.wrap(model, [DepthSkip(blocks=(1,))])(**wan_inputs(1))).isfinite().all()
+    model = of_diffusers(
+        "HunyuanVideoTransformer3DModel",
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+        num_single_layers=2, num_refiner_layers=1, text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8),
+        image_condition_type="token_replace",
+    )  # fmt: skip
+    with pytest.raises(tokdyn.UnsupportedModelError, match="modulates the tokens of the first frame by their place"):
+        tokdyn.wrap(model, [TokenDrop()])
+
+
+def test_a_grid_that_is_not_that_of_the_tokens_is_refused():
+    """Position ids of one image, tokens of two."""
+    tiny = TWINS["LongCatImageTransformer2DModel"]
+    model, inputs = tokdyn.wrap(tiny.build(), [TokenMerge()]), tiny.inputs(1)
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], inputs["img_ids"][:4] + torch.tensor([1.0, 0.0, 0.0])])
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], inputs["hidden_states"][:, :4]], dim=1)
+    with pytest.raises(tokdyn.InputError, match="is 2 x 4 x 5, but its blocks get 24 image tokens"):
+        model(**inputs)

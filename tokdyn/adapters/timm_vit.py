@@ -1,0 +1,52 @@
+"""timm's VisionTransformer: an image classifier, the case in which token merging was published (arXiv 2210.09461).
+
+Class, distillation and register tokens lie before the tokens of the image and are neither merged nor dropped. There is
+no noise level.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
+from tokdyn.errors import InputError
+from tokdyn.tokens import Grid
+
+
+def _grid(model: nn.Module, call: Arguments) -> Grid:
+    if model.training and not isinstance(model.patch_drop, nn.Identity):
+        raise InputError(
+            f"patch_drop_rate drops patches of this {type(model).__name__} at random while training, so its tokens are "
+            "no grid; build it with patch_drop_rate=0 and use TokenDrop, or call model.eval()."
+        )
+    rows, columns = model.patch_embed.dynamic_feat_size(call["x"].shape[-2:])  # type: ignore[union-attr, operator]
+    return rows, columns
+
+
+def _fits(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size") and all(
+        hasattr(model, name) for name in ("blocks", "num_prefix_tokens", "patch_drop")
+    )
+
+
+def _heads(model: nn.Module) -> int:
+    blocks: Any = model.blocks
+    return int(getattr(getattr(blocks[0], "attn", blocks[0]), "num_heads", 0))
+
+
+_MASK = "it has an entry for every pair of tokens; leave it out"
+
+TIMM_VIT = ModelAdapter(
+    name="timm ViT",
+    classes=("VisionTransformer",),
+    stacks=(Stack("blocks", tokens="x", image="last", attention=("attn",), mlp=("mlp",)),),
+    grid=_grid,
+    level=None,
+    refuse={"attn_mask": _MASK, "is_causal": "merged tokens have no order; leave it out"},
+    width=lambda model: int(model.embed_dim),  # type: ignore[arg-type]
+    heads=_heads,
+    fits=_fits,
+    entries=("forward_features", "forward_intermediates"),
+)

@@ -1,0 +1,210 @@
+"""Which method works on which family of models, and why not: what `wrap` refuses, and the matrix that is printed of it.
+
+There is one source: `unsupported`. `wrap` asks it about the user's settings, `support` about settings that stand for
+all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from tokdyn.adapters import ModelAdapter, known_adapters
+from tokdyn.attach.roles import Role
+from tokdyn.compose import compose
+from tokdyn.errors import CompositionError, UnsupportedModelError
+from tokdyn.methods import METHODS, Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, TokenDrop, TokenMerge
+from tokdyn.methods.base import Sizes, Stage, Traits, resolve
+
+_DEPTH = 28  # of a model that stands for all
+_CURVE = ((0.0, 0.0), (1.0, 0.5))
+_PARTS = {"attention": "attention", "mlp": "MLP"}
+EXAMPLES: dict[type[Method], tuple[Method, ...]] = {
+    Chunking: (Chunking(),),
+    TokenMerge: (
+        TokenMerge(),
+        TokenMerge(where="mlp"),
+        TokenMerge(where="both"),
+        TokenMerge(ratio=_CURVE),
+        TokenMerge(weighted=True),
+    ),
+    TokenDrop: (TokenDrop(),),
+    DepthSkip: (DepthSkip(blocks=(1,)), DepthSkip(blocks=(1,), levels=(0.5, 1.0)), DepthSkip(learned=True)),
+    DynamicWidth: (DynamicWidth(), DynamicWidth(tokens=False), DynamicWidth(heads=False, channels=False)),
+    FeatureCache: (FeatureCache(), FeatureCache(indicator="first_block")),
+}
+"""Settings of each method that differ in what they ask of a model; the first are the usual ones."""
+
+
+def unsupported(adapter: ModelAdapter, method: Method, depth: int = _DEPTH) -> str | None:
+    """Why a method with these settings cannot be attached to models of a family; None if it can.
+
+    Args:
+        adapter: of the family.
+        method: the settings.
+        depth: blocks of the model.
+    """
+    return _misfit(adapter, method, depth) or _clash(adapter, method, depth)
+
+
+def _misfit(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
+    """What of the method does not fit the models."""
+    traits = method.traits(depth)
+    return next((reason for rule in _RULES if (reason := rule(adapter, method, traits))), None)
+
+
+def _clash(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
+    """What does not go together with the chunking that the models do themselves; `wrap` leaves it to `compose`."""
+    try:
+        compose((method, *own_methods(adapter)), depth)
+    except CompositionError as error:
+        return str(error).removesuffix(".")
+    return None
+
+
+def own_methods(adapter: ModelAdapter) -> tuple[Method, ...]:
+    """What the models of a family do without being wrapped."""
+    return (Chunking(),) if adapter.chunked else ()
+
+
+def check(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method], sizes: Sizes) -> None:
+    """Refuse methods that cannot be attached to a model.
+
+    Raises:
+        UnsupportedModelError: names the method, the model and why.
+    """
+    whole = None if adapter.whole is None else adapter.whole(model)
+    for method in methods:
+        reason = _misfit(adapter, method, sizes.depth)
+        if reason is None and method.traits(sizes.depth).tokens != "full":
+            reason = whole
+        if reason is None and isinstance(method, (Chunking, DynamicWidth)) and not (sizes.width and sizes.heads):
+            reason = f"it needs to know the width and the heads; give the adapter {adapter.name!r} width= and heads="
+        if reason is not None:
+            raise UnsupportedModelError(f"{type(method).__name__} does not fit {type(model).__name__}: {reason}.")
+
+
+def check_parts(model: nn.Module, methods: Sequence[Method], roles: Iterable[Role], depth: int) -> None:
+    """Refuse merging around parts that none of the blocks in question has.
+
+    Raises:
+        UnsupportedModelError: the method would have no effect.
+    """
+    there = {(role.kind, role.block) for role in roles}
+    for method in methods:
+        if not isinstance(method, TokenMerge):
+            continue
+        first, last = (0, depth - 1) if method.blocks is None else resolve(method.blocks, depth)
+        for kind, name in _PARTS.items():
+            if method.where in (kind, "both") and not any((kind, block) in there for block in range(first, last + 1)):
+                raise UnsupportedModelError(
+                    f"TokenMerge does not fit {type(model).__name__}: none of its blocks {first} to {last} has an "
+                    f"{name} of its own to merge around; choose other blocks, or another where."
+                )
+
+
+def _unknown(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Fewer tokens, or narrower blocks, need a declared adapter."""
+    if adapter.grid is not None or (traits.tokens == "full" and traits.stage != Stage.KERNEL):
+        return None
+    if not adapter.inferred:
+        return f"its adapter {adapter.name!r} has no grid=; give it one, or use DepthSkip or FeatureCache"
+    return (
+        "no adapter knows it, and where its tokens lie on the grid and what else has an entry for each of them cannot "
+        "be inferred; write an adapter as docs/adapters.md shows and call tokdyn.register_adapter on it, or use "
+        "DepthSkip or FeatureCache"
+    )
+
+
+def _dense(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Tokens cannot be left out of blocks that look at neighbouring cells."""
+    only_attention = isinstance(method, TokenMerge) and method.where == "attention"
+    if not adapter.dense or only_attention or traits.tokens == "full":
+        return None
+    return (
+        "it leaves out tokens, but the blocks look at neighbouring cells; use TokenMerge(where='attention'), DepthSkip "
+        "or FeatureCache"
+    )
+
+
+def _level(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """What depends on the noise level needs one."""
+    if adapter.level is not None or not traits.needs_level:
+        return None
+    if adapter.inferred:
+        return (
+            "it depends on the noise level, but none of the model's arguments is called timestep, timesteps, t, time, "
+            "sigma or noise_level; write an adapter as docs/adapters.md shows"
+        )
+    return "it depends on the noise level, and these models have none; use settings that do not"
+
+
+def _branch(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Merging needs the parts that it acts around."""
+    if not isinstance(method, TokenMerge):
+        return None
+    missing = [
+        name
+        for kind, name in _PARTS.items()
+        if method.where in (kind, "both") and not any(getattr(stack, kind) for stack in adapter.stacks)
+    ]
+    return f"the blocks have no {' and no '.join(missing)} of their own to merge around" if missing else None
+
+
+def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Keys can be weighed in softmax attention whose rows are not packed."""
+    if not isinstance(method, TokenMerge) or not method.weighted:
+        return None
+    if adapter.chunked:
+        return "weighted=True cannot weigh keys in packed attention; leave weighted out"
+    return None if adapter.softmax else "weighted=True weighs the keys of softmax attention, and this one is linear"
+
+
+def _not_yet(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    return "it cannot be attached to models yet" if isinstance(method, DynamicWidth) else None
+
+
+_RULES: tuple[Callable[[ModelAdapter, Method, Traits], str | None], ...] = (
+    _unknown, _not_yet, _dense, _level, _branch, _weighted,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Support:
+    """How far one method works on one family.
+
+    Attributes:
+        family: name of the adapter.
+        method: name of the method.
+        works: with all settings, with some, or with none.
+        refused: for each kind of settings that is refused, as one writes it, why; the name of the method for all.
+    """
+
+    family: str
+    method: str
+    works: Literal["yes", "partly", "no"]
+    refused: dict[str, str]
+
+
+def support() -> list[Support]:
+    """The matrix of families and methods, read from the adapters."""
+    return [_support(adapter, method) for adapter in known_adapters() for method in METHODS.values()]
+
+
+def _support(adapter: ModelAdapter, method: type[Method]) -> Support:
+    examples = EXAMPLES[method]
+    reasons = {_written(each): unsupported(adapter, each) for each in examples}
+    refused = {settings: reason for settings, reason in reasons.items() if reason is not None}
+    works: Any = "yes" if not refused else "no" if len(refused) == len(reasons) else "partly"
+    if works == "no" and len(set(refused.values())) == 1:
+        refused = {method.__name__: next(iter(refused.values()))}
+    return Support(adapter.name, method.__name__, works, refused)
+
+
+def _written(method: Method) -> str:
+    """The call that makes it: only what differs from the defaults."""
+    given = ", ".join(f"{name}={getattr(method, name)!r}" for name in sorted(method.model_fields_set))
+    return f"{type(method).__name__}({given})"
