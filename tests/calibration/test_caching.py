@@ -24,7 +24,7 @@ def reused(model, calls):
     found = []
     for call in calls:
         spent = count(model, **call)[0]
-        found.append((tokdyn.stats(model)["calls"][-1].reused, spent))
+        found.append((tokdyn.stats(model).calls[-1].reused, spent))
     return found
 
 
@@ -165,7 +165,7 @@ def test_a_calibrated_cache_is_closer_than_an_even_one_that_computes_as_much():
     for method in (found.method, even):
         tokdyn.wrap(model, [method])
         away = [(sample(model(**call)) - right).norm() / right.norm() for call, right in zip(calls, plain, strict=True)]
-        assert sum(not record.cached for record in tokdyn.stats(model)["calls"]) == computed
+        assert sum(not record.cached for record in tokdyn.stats(model).calls) == computed
         error.append(float(torch.stack(away).square().mean()))
         tokdyn.unwrap(model)
     assert error[0] < error[1]
