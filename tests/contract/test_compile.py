@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from tests.contract.models import TINY, sample
+from tests.contract.widths import random_gates
 from tokdyn.attach.api import wrap
-from tokdyn.methods import Chunking, DepthSkip, TokenMerge
+from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, TokenMerge
 
 STACKS = {
     "nothing": [],
     "merge": [TokenMerge()],
     "chunk": [Chunking(target=3), TokenMerge(ratio=0.3)],
+    "width": [DynamicWidth()],
     "both": [TokenMerge(where="both"), DepthSkip(blocks=(1,))],
 }
 
@@ -29,10 +31,12 @@ def test_one_graph(name, methods):
         compiled(TINY[name].build(), inputs)
     except torch._dynamo.exc.TorchDynamoException:
         pytest.skip("the plain model is not one graph")
-    if name == "SanaTransformer2DModel" and methods in ("both", "chunk"):
+    if name == "SanaTransformer2DModel" and methods in ("both", "chunk", "width"):
         pytest.skip("its MLP looks at neighbouring cells")
     if name.startswith("Flux") and methods != "nothing":
         pytest.skip("the grid is read from position ids, which are data")
     model = wrap(TINY[name].build(), STACKS[methods])
+    if methods == "width":
+        random_gates(model)
     expected = sample(model(**inputs))
     torch.testing.assert_close(compiled(model, inputs), expected, rtol=0, atol=1e-6)

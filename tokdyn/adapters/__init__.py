@@ -11,6 +11,7 @@ from tokdyn.adapters.sana import SANA
 from tokdyn.adapters.sincos import DIT, PIXART
 from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, WAN
+from tokdyn.adapters.width import Cut, Width
 from tokdyn.errors import UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
@@ -18,7 +19,7 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW,
 )  # fmt: skip
 
-__all__ = ["ADAPTERS", "Follow", "ModelAdapter", "Stack", "adapter_for"]
+__all__ = ["ADAPTERS", "Cut", "Follow", "ModelAdapter", "Stack", "Width", "adapter_for"]
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

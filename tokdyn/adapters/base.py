@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tokdyn.adapters.products import USUAL, Products
+from tokdyn.adapters.width import Width
 from tokdyn.tokens import Grid
 
 Arguments = Mapping[str, Any]
@@ -55,6 +56,7 @@ class Stack:
         modulated: (B, ...) what attention of a block gets, from the block and its arguments by name; the indicator of
             feature caches. None takes the tokens that the block gets.
         products: what the cost of a block follows from. None: not known, so that FLOPs are counted and not computed.
+        width: layers that can be computed for some heads and MLP channels alone; None if there are none.
     """
 
     path: str
@@ -71,6 +73,7 @@ class Stack:
     packing: str | None = None
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
     products: Products | None = USUAL
+    width: Width | None = None
 
 
 def configured_width(model: nn.Module) -> int:
