@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters import ModelAdapter, known_adapters
+from tokdyn.attach.layout import unfit
 from tokdyn.attach.roles import Role
 from tokdyn.compose import compose
 from tokdyn.errors import CompositionError, UnsupportedModelError
@@ -155,20 +156,22 @@ def _branch(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None
 
 
 def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Keys can be weighed in softmax attention whose rows are not packed."""
+    """Keys can be weighed in softmax attention."""
     if not isinstance(method, TokenMerge) or not method.weighted:
         return None
-    if adapter.chunked:
-        return "weighted=True cannot weigh keys in packed attention; leave weighted out"
     return None if adapter.softmax else "weighted=True weighs the keys of softmax attention, and this one is linear"
 
 
-def _not_yet(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    return "it cannot be attached to models yet" if isinstance(method, DynamicWidth) else None
+def _narrow(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Narrower blocks need layers that the adapter says how to cut."""
+    if not isinstance(method, DynamicWidth) or method.target == 1.0:
+        return None
+    reasons = ((stack.path, unfit(stack, method, adapter.dense)) for stack in adapter.stacks)
+    return next((f"the blocks in {path!r} {reason}" for path, reason in reasons if reason is not None), None)
 
 
 _RULES: tuple[Callable[[ModelAdapter, Method, Traits], str | None], ...] = (
-    _unknown, _not_yet, _dense, _level, _branch, _weighted,
+    _unknown, _narrow, _dense, _level, _branch, _weighted,
 )  # fmt: skip
 
 
