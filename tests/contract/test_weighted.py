@@ -66,6 +66,31 @@ def test_merged_duplicates_count_as_often_as_they_were_there(name):
     assert (outputs[1] - plain).abs().max() > 1e-4
 
 
+@torch.no_grad()
+def test_packed_duplicates_count_as_often_as_they_were_there():
+    """DC-DiT keeps another number of tokens of every sample; those of a bucket are made equal."""
+    inputs = TINY["DCDiT"].inputs(3)
+    outputs, lengths = [], set()
+
+    def hook(block, args):
+        x, condition, packing = args
+        lengths.update(packing.lengths)
+        bucket = first_of_bucket(packing.grid)[packing.cell] + packing.sample * cells(packing.grid)
+        first = torch.stack([(bucket == own).nonzero()[0, 0] for own in bucket])
+        return x[first], condition, packing
+
+    for weighted in (True, False):
+        model = wrap(TINY["DCDiT"].build(), [TokenMerge(ratio=0.3, weighted=weighted, reuse=2)])
+        for block in model.blocks:
+            block.register_forward_pre_hook(hook)
+        with disabled(model):
+            plain = sample(model(**inputs))
+        outputs.append(sample(model(**inputs)))
+    assert len(lengths) > 1
+    torch.testing.assert_close(outputs[0], plain, rtol=1e-5, atol=2e-6)
+    assert (outputs[1] - plain).abs().max() > 1e-4
+
+
 def test_what_has_no_softmax_is_refused_when_it_is_wrapped():
     model = TINY["SanaTransformer2DModel"].build()
     with pytest.raises(UnsupportedModelError, match="linear attention; leave weighted out"):
