@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from tokdyn.errors import InputError
 from tokdyn.flops.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.flops.attached import call_flops, known
 from tokdyn.flops.counting import count, to_meta
-from tokdyn.tokens import aligned, cells
+from tokdyn.flops.padding import paddings
+from tokdyn.tokens import cells
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,8 @@ def _own(
         rows = [cells(grid_of(config))] * batch
         parts = model_parts(config, batch=batch)
     padding = total - sum(parts.values())
-    if padding in _paddings(config, rows):
+    width, heads = config["hidden_size"], config["num_heads"]
+    device = next(model.parameters()).device
+    if padding in paddings([(4 * config["depth"] * width, rows)], device, width // heads):
         parts["padding"] = padding
     return Flops(parts, total, batch, children)
-
-
-def _paddings(config: Mapping[str, Any], rows: Sequence[int]) -> set[int]:
-    """What attention computes beyond its rows where it pads: all samples to one length, or the keys of each."""
-    exact = sum(n * n for n in rows)
-    together, keys = len(rows) * aligned(max(rows)) ** 2, sum(n * aligned(n) for n in rows)
-    return {4 * config["depth"] * config["hidden_size"] * (pairs - exact) for pairs in (together, keys)} - {0}
