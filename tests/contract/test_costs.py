@@ -14,8 +14,6 @@ from tokdyn.adapters import adapter_for
 from tokdyn.attach.costs import PARTS
 
 MODELS = sorted(TINY)
-MERGING = {key for key, methods in ACTIVE.items() if any(isinstance(each, TokenMerge) for each in methods)}
-FITTING = [pair for pair in PAIRS if not (pair[0] == "DCDiT" and pair[1] in MERGING)]
 LEVELS = (0.3, 0.7, 0.3)
 
 
@@ -45,7 +43,7 @@ def test_plain_models(name):
     assert {"projections", "attention", "mlp"} <= set(found.parts)
 
 
-@pytest.mark.parametrize(("name", "methods"), FITTING)
+@pytest.mark.parametrize(("name", "methods"), PAIRS)
 def test_computed_equals_counted(name, methods):
     model = wrapped(name, ACTIVE[methods])
     plain = tokdyn.flops(TINY[name].build(), **TINY[name].inputs(3))

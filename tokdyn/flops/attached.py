@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -141,6 +142,6 @@ def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[i
             return set()
         pair = 4 * call.heads * attention.proj.in_features
         groups = [[tokens] * samples for samples, tokens in call.groups(call.attention)]
-        calls += [(pair, rows) for rows in ([sum(groups, [])] if packed else groups)]
+        calls += [(pair, rows) for rows in ([list(chain(*groups))] if packed else groups)]
     width, heads = attachment.sizes.width, attachment.sizes.heads
     return paddings(calls, next(model.parameters()).device, width // heads)

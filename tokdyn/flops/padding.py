@@ -11,7 +11,7 @@ from tokdyn.ops.attention import computed_pairs
 
 
 def paddings(calls: Sequence[tuple[float, Sequence[int]]], device: torch.device, head_width: int) -> set[int]:
-    """FLOPs of padded rows, a number for each type, and each path of training and weighing, that it may be; those above 0.
+    """What padded rows may have cost, in FLOPs above 0: it depends on the type, and on whether gradients were wanted.
 
     Args:
         calls: of attention: FLOPs of one pair of query and key, and the rows of the samples.
