@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import tokdyn
+from tests.contract.foreign import INFERRED
 from tests.contract.models import TINY, latents, of_diffusers, sample
+from tests.contract.siblings import TWINS
 from tests.contract.test_chunking import twice
 from tests.contract.test_wrap import ACTIVE, PAIRS
 from tokdyn import Chunking, CompositionError, DepthSkip, FeatureCache, InputError, TokenDrop, TokenMerge
@@ -88,6 +90,41 @@ def test_cached_steps_and_no_trace(name):
     assert cached.cached
     if name != "DCDiT":  # whose chunking around the blocks is left out too
         assert second.total - outside == cached.flops == cached.method_flops
+
+
+SIBLINGS = {
+    "plain": [],
+    "chunk": [Chunking(target=2), TokenMerge(ratio=0.3)],
+    "merge": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.4, where="both"), DepthSkip(blocks=(2,))],
+}
+
+
+@pytest.mark.parametrize("name", sorted(TWINS))
+@pytest.mark.parametrize("methods", SIBLINGS)
+def test_classes_of_another_name(name, methods):
+    model, inputs = TWINS[name].build(), TWINS[name].inputs(2)
+    if SIBLINGS[methods]:
+        tokdyn.wrap(model, SIBLINGS[methods])
+    found = tokdyn.flops(model, **inputs)
+    assert found.total == found.counted
+    assert found.dense is not None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast")  # diffusers' own
+@pytest.mark.parametrize("name", sorted(INFERRED))
+@torch.no_grad()
+def test_models_that_no_adapter_knows_are_counted(name):
+    """Nobody said what their blocks multiply: statistics say so, and FLOPs are what was counted."""
+    model, inputs = INFERRED[name].tiny.build(), INFERRED[name].tiny.inputs(2)
+    plain = tokdyn.flops(model, **inputs)
+    found = tokdyn.flops(tokdyn.wrap(model, [DepthSkip(blocks=(1,))]), **inputs)
+    assert found.total == found.counted < plain.counted
+    assert found.dense is None
+    model(**inputs)
+    run = tokdyn.stats(model)
+    assert run.flops is None
+    assert run.share is None
+    assert "FLOPs are not known" in str(run)
 
 
 EACH = {

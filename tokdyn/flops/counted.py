@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokdyn.attach.api import attachment_of
 from tokdyn.attach.table import unit_of
+from tokdyn.attach.unnoticed import unnoticed
 from tokdyn.errors import InputError
 from tokdyn.flops.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.flops.attached import call_flops, known
@@ -106,7 +109,11 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
         return Flops(call.parts, call.counted, call.batch, call.children, call.dense)
     if any(parameter.is_meta for parameter in model.parameters()):
         inputs, keywords = to_meta(inputs), to_meta(keywords)
-    total, children, _ = count(model, *inputs, **keywords)
+    with nullcontext() if attachment is None else unnoticed(attachment):
+        if wrapped and attachment is not None and attachment.adapter.inferred:  # what it learns first is not counted
+            with torch.no_grad():
+                model(*inputs, **keywords)
+        total, children, _ = count(model, *inputs, **keywords)
     return Flops(children, total, batch, children)
 
 
