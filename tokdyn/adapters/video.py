@@ -140,7 +140,6 @@ COGVIDEOX = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.with_text,
-            products=Products(joint=("attn1.*",)),
         ),
     ),
     grid=_cogvideo_grid,
