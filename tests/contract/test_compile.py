@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
+import tokdyn
 from tests.contract.models import TINY, sample, works
 from tests.contract.widths import random_gates
 from tokdyn.attach.api import wrap
@@ -40,3 +42,23 @@ def test_one_graph(name, methods):
         random_gates(model)
     expected = sample(model(**inputs))
     torch.testing.assert_close(compiled(model, inputs), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DiT", "PixArtTransformer2DModel"])
+@torch.no_grad()
+def test_calls_are_remembered_without_compiling_again(name):
+    """Statistics grow with every call, and what a graph reads must not."""
+    torch._dynamo.reset()
+    model = wrap(TINY[name].build(), STACKS["chunk"])
+    counter = torch._dynamo.testing.CompileCounter()
+    fast = torch.compile(model, fullgraph=True, backend=counter)
+    for level in (0.9, 0.7, 0.5, 0.3):
+        fast(**{**TINY[name].inputs(2), **TINY[name].at(2, level)})
+    assert counter.frame_count == 1
+    run = tokdyn.stats(model)
+    assert [call.level for call in run.calls] == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    assert len({call.flops for call in run.calls}) == 1
+    model._reset_stateful_cache()
+    fast(**{**TINY[name].inputs(2), **TINY[name].at(2, 0.2)})
+    assert counter.frame_count == 1
+    assert len(tokdyn.stats(model).calls) == 1

@@ -12,13 +12,14 @@ Patterns = tuple[str, ...]
 class Products:
     """Which linear layers and convolutions of a block run over something else than its image tokens.
 
-    What `Stack` says already is not said again: where `image`, `inside` or `inside_mlp` put text into one sequence with
-    the image tokens, the layers there run over both.
+    What is clear already is not said again: where `image`, `inside` or `inside_mlp` of the `Stack` put text into one
+    sequence with the image tokens, the layers there run over both, and so do those of attention if a block gets text
+    apart but attention has no layers for it.
 
     Attributes:
         sample: layers with one row for each sample, such as adaLN.
         text: layers over the text tokens of a stream of their own.
-        joint: layers over image and text tokens in one sequence, beyond what `Stack` says.
+        joint: more layers over image and text tokens in one sequence.
         mlp: layers outside of the attributes in `Stack.mlp` that belong to the MLP.
         cross: attributes of a block that hold attention of the image tokens to those of an encoder.
         context: argument of a block that holds the encoder's tokens.
@@ -28,7 +29,7 @@ class Products:
         indicator: layers that `Stack.modulated` runs.
     """
 
-    sample: Patterns = ("norm*", "adaLN_modulation.*", "*_mod.*")
+    sample: Patterns = ("norm*", "*modulation*", "*_mod.*")
     text: Patterns = ("*.add_*", "*.to_add_out*", "*.to_added_*", "*_context.*", "txt_*")
     joint: Patterns = ()
     mlp: Patterns = ("ff*", "*mlp*", "proj_out*")

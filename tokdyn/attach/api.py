@@ -213,12 +213,7 @@ def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[
         return run.branch(role, call, args, kwargs)
     if again is None:
         remember(run, part, role, args, kwargs)
-        meter = run.attachment.meter
-        before = 0 if meter is None else meter.counted()
-        out = run.block(part, role, call, args, kwargs)
-        if meter is not None:
-            run.record.inside += meter.counted() - before
-        return out
+        return run.block(part, role, call, args, kwargs)
     instance.enter(again)
     try:
         out = again.block(part, role, call, args, kwargs)

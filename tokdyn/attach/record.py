@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,21 @@ class BlockCall:
             return None
         place = sample if self.which is None else self.which.index(sample)
         return self.tokens if self.rows is None else self.rows[place]
+
+    def among(self, samples: range) -> tuple[BlockCall, int]:
+        """What was computed for some samples of the batch, to be shared evenly by its own, and for how many of them."""
+        which = range(self.samples) if self.which is None else self.which
+        places = [place for place, sample in enumerate(which) if sample in samples]
+        if self.rows is None or not places:
+            return self, len(places)
+        rows = tuple(self.rows[place] for place in places)
+        attention, mlp = (
+            [merged[place] for place in places] if len(merged) == self.samples else merged
+            for merged in (self.attention, self.mlp)
+        )
+        seen = None if self.mlp_rows is None else round(int(self.mlp_rows) * len(places) / self.samples)
+        part = replace(self, samples=len(places), tokens=max(rows), rows=rows, which=None, mlp_rows=seen)
+        return replace(part, attention=attention, mlp=mlp), len(places)
 
     def seen(self, merged: list[tuple[int, int]], rows: int | Tensor | None = None) -> float:
         """Image tokens that a branch saw of a sample, on average.

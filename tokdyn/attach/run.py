@@ -163,6 +163,17 @@ class Run:
         self, part: nn.Module, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call one block, or do not; `call` is the block as it was."""
+        meter = self.attachment.meter
+        if meter is None:
+            return self._block(part, role, call, args, kwargs)
+        before = meter.counted()
+        out = self._block(part, role, call, args, kwargs)
+        self.record.inside += meter.counted() - before
+        return out
+
+    def _block(
+        self, part: nn.Module, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if role.stack.packing is not None:
             return packed_block(self, part, role, call, args, kwargs)
         named = role.named(args, kwargs)

@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach.api import attached
 from tokdyn.attach.costs import Costs
 from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.structure import structures
 from tokdyn.attach.table import as_text
-from tokdyn.attach.trajectory import Trajectory
+from tokdyn.attach.turns import halves_of, turns
 
 
 class _Costs(ABC):
@@ -195,46 +194,13 @@ def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
     found = structures(model, attachment.adapter)
     costs, depth = None if found is None else Costs(found), attachment.sizes.depth
     calls: list[CallStats] = []
-    for record, step, branch, level in _turns(attachment.history, attachment.adapter):
-        halves = record.guided if guided is None else guided
-        for name, samples in _branches(record, branch, attachment.adapter, halves):
+    run = turns(attachment.history, attachment.adapter)
+    if guided is None:  # a call that repeats everything asks for no budgets
+        guided = any(record.guided for record, *_ in run)
+    for record, step, branch, level in run:
+        for name, samples in halves_of(record, branch, attachment.adapter, guided):
             calls.append(_call(record, step, name, level, samples, costs, depth))
     return RunStats(type(model).__name__, tuple(calls))
-
-
-def _turns(history: Sequence[Record], adapter: ModelAdapter) -> list[tuple[Record, int, str | int, tuple[float, ...]]]:
-    """The calls of the last run, each with its step, its branch and the noise levels of its samples."""
-    runs = [list(run) for there, run in groupby(history, key=lambda record: record.batch > 0) if there]
-    placed: list[tuple[Record, int, str | int, tuple[float, ...]]] = []
-    trajectory, number, training = Trajectory(), 0, False
-    for record in runs[-1] if runs else ():
-        level = tuple(record.clock.tolist())
-        level = level * record.batch if len(level) == 1 else level
-        if record.level is None:  # every call is a step
-            placed.append((record, len(placed), record.branch or 0, level))
-            continue
-        if record.training or training:
-            trajectory.clear()
-        turn = trajectory.turn(level, record.branch)
-        if turn.trajectory != number:
-            placed, number, step = [], turn.trajectory, -1
-        step += turn.place == 0
-        placed.append((record, step, turn.branch if record.branch is not None else turn.place, level))
-        training = record.training
-    branches = {branch for _, _, branch, _ in placed}
-    if branches == {0, 1} and adapter.guidance == "calls":
-        names: tuple[str, str] = ("cond", "uncond")
-        placed = [(record, step, names[int(branch)], level) for record, step, branch, level in placed]
-    return placed
-
-
-def _branches(record: Record, branch: str | int, adapter: ModelAdapter, halves: bool) -> list[tuple[str | int, range]]:
-    """The branches of guidance in a call, and their samples."""
-    if not halves or record.batch % 2 or adapter.guidance == "calls":
-        return [(branch, range(record.batch))]
-    half = record.batch // 2
-    names = ("cond", "uncond") if adapter.guidance == "cond_first" else ("uncond", "cond")
-    return [(names[0], range(half)), (names[1], range(half, record.batch))]
 
 
 def _call(
@@ -247,7 +213,7 @@ def _call(
     depth: int,
 ) -> CallStats:
     """What some samples of a call saw and cost."""
-    ran = [(call, count) for call in record.calls if (count := _count(call, samples))]
+    ran = [(part, count) for call in record.calls for part, count in [call.among(samples)] if count]
     most: dict[int, int] = {}
     for call, _ in ran:
         most[call.block] = max(call.tokens, most.get(call.block, 0))
@@ -274,11 +240,6 @@ def _call(
         methods=methods,
         dense=dense,
     )
-
-
-def _count(call: BlockCall, samples: range) -> int:
-    """How many of the samples a block was computed for."""
-    return len(samples) if call.which is None else sum(i in samples for i in call.which)
 
 
 def _least(calls: Sequence[BlockCall], sample: int) -> int | None:

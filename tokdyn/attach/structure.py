@@ -159,9 +159,19 @@ def _place(name: str, block: nn.Module, stack: Stack, products: Products) -> tup
         part = "mlp" if _matches(name, products.mlp) else "other"
     if _matches(name, products.text):
         return part, "text", owner
-    inside = {"attention": stack.inside, "mlp": stack.inside_mlp, "block": None}[owner]
-    joint = stack.image != "all" or inside is not None or _matches(name, products.joint)
+    joint = stack.image != "all" or _matches(name, products.joint)
+    if owner == "attention":
+        joint |= stack.inside is not None or (stack.text is not None and not _has_text(block, top, products))
+    elif owner == "mlp":
+        joint |= stack.inside_mlp is not None
     return part, "joint" if joint else "image", owner
+
+
+def _has_text(block: nn.Module, attention: str, products: Products) -> bool:
+    """Whether attention has layers for the text tokens."""
+    return any(
+        _matches(f"{attention}.{name}", products.text) for name, _ in block.get_submodule(attention).named_modules()
+    )
 
 
 def _cross(name: str, attention: Any) -> Rows:

@@ -13,6 +13,7 @@ from tokdyn.methods.costs import residual_flops, router_flops, smoothing_flops
 
 FREQUENCIES = 256
 """Sine and cosine channels of the timestep embedding in both models."""
+_SETTINGS = {"hidden_size", "depth", "patch_size", "in_channels", "mlp_ratio", "learn_sigma", "num_classes"}
 
 
 def model_config(model: Any) -> Mapping[str, Any]:
@@ -25,7 +26,7 @@ def model_config(model: Any) -> Mapping[str, Any]:
         InputError: no settings of one of the two models were found.
     """
     config = model if isinstance(model, Mapping) else getattr(model, "config", None)
-    if not isinstance(config, Mapping) or not {"hidden_size", "depth", "patch_size"} <= set(config):
+    if not isinstance(config, Mapping) or not set(config) >= _SETTINGS:
         raise InputError(
             f"analytic FLOPs are known for tokdyn.models.DiT and DCDiT, not for {type(model).__name__}; "
             "use tokdyn.flops.count(model, *inputs) to count a forward pass."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from tokdyn.attach.structure import structures
 from tokdyn.attach.unnoticed import Meter, unnoticed
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.flops.counting import attention_formulas, by_child, to_meta
+from tokdyn.flops.padding import paddings
 from tokdyn.models.blocks import Attention
-from tokdyn.tokens import aligned
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
     """
     names = argument_names(model)
     arguments = {**dict(zip(names, inputs, strict=False)), **keywords}
-    if any(parameter.is_meta for parameter in model.parameters()):
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    if meta:
         inputs, keywords = to_meta(inputs), to_meta(keywords)
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     with _metered(model, Meter(mode.get_total_flops, arguments)) as attachment, unnoticed(attachment):
@@ -69,9 +70,11 @@ def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
         try:
             with torch.set_grad_enabled(learning), mode:
                 model(*inputs, **keywords)
-        except NotImplementedError as error:
+        except RuntimeError as error:
+            if not meta:
+                raise
             raise InputError(
-                f"this {type(model).__name__} has no data to decide by ({error}); move it off the meta device."
+                f"what this {type(model).__name__} computes depends on its data ({error}); move it off the meta device."
             ) from error
         record = attachment.records[-1]
         return _call(model, attachment, record, int(mode.get_total_flops()), by_child(mode, type(model).__name__))
@@ -108,7 +111,7 @@ def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, 
     rest = total - record.inside - sum(outside.values())
     blocks, methods = costs.spent(record), costs.methods(record)
     inside = record.inside - sum(blocks.values()) - sum(methods.values())
-    if inside and inside == _padding(model, attachment, record):
+    if inside in _paddings(model, attachment, record):
         blocks["padding"] = inside
     names = list(children)
     first = next((place for place, name in enumerate(names) if name in holders), len(names))
@@ -124,14 +127,21 @@ def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, 
     )
 
 
-def _padding(model: nn.Module, attachment: Attachment, record: Record) -> int:
-    """What attention of tokdyn's own blocks computes beyond its keys, where it pads them for a kernel."""
-    blocks = [block for stack in attachment.adapter.stacks for block in model.get_submodule(stack.path)]  # type: ignore[attr-defined]
-    found: Counter[int] = Counter()
+def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[int]:
+    """What attention of tokdyn's own blocks may have computed beyond its rows."""
+    blocks = [
+        (block, stack.packing is not None)
+        for stack in attachment.adapter.stacks
+        for block in model.get_submodule(stack.path)  # type: ignore[attr-defined]
+    ]
+    calls: list[tuple[float, Sequence[int]]] = []
     for call in record.calls:
-        attention = getattr(blocks[call.block], "attn", None)
-        if isinstance(attention, Attention):
-            for samples, tokens in call.groups(call.attention):
-                beyond = tokens * (aligned(tokens) - tokens)
-                found[call.block] += round(call.heads * 4 * samples * beyond * attention.proj.in_features)
-    return found.total()
+        block, packed = blocks[call.block]
+        attention = getattr(block, "attn", None)
+        if not isinstance(attention, Attention):
+            return set()
+        pair = 4 * call.heads * attention.proj.in_features
+        groups = [[tokens] * samples for samples, tokens in call.groups(call.attention)]
+        calls += [(pair, rows) for rows in ([list(chain(*groups))] if packed else groups)]
+    width, heads = attachment.sizes.width, attachment.sizes.heads
+    return paddings(calls, next(model.parameters()).device, width // heads)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokdyn.attach.api import attachment_of
 from tokdyn.attach.table import unit_of
+from tokdyn.attach.unnoticed import unnoticed
 from tokdyn.errors import InputError
 from tokdyn.flops.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.flops.attached import call_flops, known
 from tokdyn.flops.counting import count, to_meta
-from tokdyn.tokens import aligned, cells
+from tokdyn.flops.padding import paddings
+from tokdyn.tokens import cells
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,11 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
         return Flops(call.parts, call.counted, call.batch, call.children, call.dense)
     if any(parameter.is_meta for parameter in model.parameters()):
         inputs, keywords = to_meta(inputs), to_meta(keywords)
-    total, children, _ = count(model, *inputs, **keywords)
+    with nullcontext() if attachment is None else unnoticed(attachment):
+        if wrapped and attachment is not None and attachment.adapter.inferred:  # what it learns first is not counted
+            with torch.no_grad():
+                model(*inputs, **keywords)
+        total, children, _ = count(model, *inputs, **keywords)
     return Flops(children, total, batch, children)
 
 
@@ -134,13 +142,8 @@ def _own(
         rows = [cells(grid_of(config))] * batch
         parts = model_parts(config, batch=batch)
     padding = total - sum(parts.values())
-    if padding in _paddings(config, rows):
+    width, heads = config["hidden_size"], config["num_heads"]
+    device = next(model.parameters()).device
+    if padding in paddings([(4 * config["depth"] * width, rows)], device, width // heads):
         parts["padding"] = padding
     return Flops(parts, total, batch, children)
-
-
-def _paddings(config: Mapping[str, Any], rows: Sequence[int]) -> set[int]:
-    """What attention computes beyond its rows where it pads: all samples to one length, or the keys of each."""
-    exact = sum(n * n for n in rows)
-    together, keys = len(rows) * aligned(max(rows)) ** 2, sum(n * aligned(n) for n in rows)
-    return {4 * config["depth"] * config["hidden_size"] * (pairs - exact) for pairs in (together, keys)} - {0}

@@ -19,6 +19,7 @@ from tokdyn.errors import InputError
 from tokdyn.tokens import Packing, aligned
 
 _CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs on CPU, in pairs of query and key
+_SHORT = 512  # rows up to which training in bf16 on CPU takes two products
 
 Backend = Literal["auto", "split", "padded", "varlen"]
 _backend: ContextVar[Backend] = ContextVar("tokdyn_attention_backend", default="auto")
@@ -78,7 +79,7 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor
         return dense_attention(qkv.view(batch, packing.longest, -1), heads, bias).reshape(len(qkv), -1)
     backend = _backend.get()
     if backend == "auto":
-        backend = _choose(qkv, heads, packing)
+        backend = _choose(packing.lengths, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
         backend = "padded" if backend == "varlen" and key_bias is not None else backend
     if backend == "varlen":
         if key_bias is not None:
@@ -89,20 +90,51 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor
     return _split(qkv, heads, packing, key_bias)
 
 
-def _choose(qkv: Tensor, heads: int, packing: Packing) -> Backend:
-    """The fastest exact path for these rows."""
-    if qkv.is_cuda:
-        capability = torch.cuda.get_device_capability(qkv.device)
-        return "varlen" if _varlen_takes(qkv.dtype, qkv.shape[1] // (3 * heads), capability) else "padded"
-    call = _CALL_BF16 if qkv.dtype == torch.bfloat16 else _CALL
-    together = len(packing.lengths) * aligned(packing.longest) ** 2
-    return "padded" if together <= sum(n * aligned(n) + call for n in packing.lengths) else "split"
+def computed_pairs(
+    lengths: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    learning: bool = False,
+    biased: bool = False,
+) -> int:
+    """Pairs of query and key that attention computes, with those of rows that are only there to fill up a kernel.
+
+    Args:
+        lengths: rows of the samples that are computed together.
+        device: of the rows.
+        dtype: of the rows.
+        head_width: d = D / H.
+        learning: gradients are wanted.
+        biased: with a bias of the keys.
+    """
+    backend = _backend.get()
+    if len(set(lengths)) > 1:
+        if backend == "auto":
+            backend = _choose(lengths, device, dtype, head_width)
+            backend = "padded" if backend == "varlen" and biased else backend
+        if backend == "padded":
+            return len(lengths) * aligned(max(lengths)) ** 2
+        if backend == "varlen":
+            return sum(rows * rows for rows in lengths)
+    half = device.type == "cpu" and dtype == torch.bfloat16
+    return sum(rows * (aligned(rows) if half and not (learning and rows <= _SHORT) else rows) for rows in lengths)
+
+
+def _choose(lengths: Sequence[int], device: torch.device, dtype: torch.dtype, head_width: int) -> Backend:
+    """The fastest exact path for samples of these lengths."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "varlen" if _varlen_takes(dtype, head_width, capability) else "padded"
+    call = _CALL_BF16 if dtype == torch.bfloat16 else _CALL
+    together = len(lengths) * aligned(max(lengths)) ** 2
+    return "padded" if together <= sum(n * aligned(n) + call for n in lengths) else "split"
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for (B, H, N, d); on CPU, training in bf16 on short rows, as two products."""
     rows = query.shape[-2]
-    if query.device.type == "cpu" and query.requires_grad and query.dtype == torch.bfloat16 and rows <= 512:
+    if query.device.type == "cpu" and query.requires_grad and query.dtype == torch.bfloat16 and rows <= _SHORT:
         batch, heads, rows, _ = query.shape
         start = query.new_zeros(()) if bias is None else bias.to(query.dtype).expand(-1, heads, -1, -1).flatten(0, 1)
         products = (query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
