@@ -11,8 +11,8 @@ class Trajectory:
     """Places calls in the trajectory that is being sampled.
 
     Calls at one noise level are branches of one step, by the name that the pipeline gave them or in the order in which
-    they come. A noise level above the last one begins a new trajectory, and so does a name that comes again at the first
-    level of all: the trajectory before was broken off there.
+    they come. A noise level above the last one begins a new trajectory, and so does a name that comes again at the
+    first level of all: the trajectory before was broken off there.
 
     Attributes:
         number: trajectories that have begun; memory of another one is worthless.
