@@ -127,7 +127,7 @@ def test_a_model_inside_a_peft_model(name: str) -> None:
     outside = get_peft_model(equip(TINY[name].build(), "stack"), configuration(name))
     with_it = trajectory(outside, name)
     assert not torch.equal(with_it, base)
-    assert len(tokdyn.stats(outside)["calls"]) == 2
+    assert len(tokdyn.stats(outside).calls) == 2
     with outside.disable_adapter():
         assert torch.equal(trajectory(outside, name), base)
     torch.manual_seed(5)
