@@ -59,9 +59,11 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     roles = attachment.roles(model)
     check_parts(model, methods, roles.values(), attachment.sizes.depth)
     model.tokdyn = attachment
-    more = (_chunked,) if adapter.chunked else tuple(Entry(name) for name in adapter.entries if hasattr(model, name))
+    more: tuple[Any, ...] = tuple(Entry(name) for name in adapter.entries if hasattr(model, name))
+    more = (_chunked,) if adapter.chunked else more
     before = _grid_ahead if adapter.read_ahead else None
-    functions = (forward, _reset_stateful_cache, save_pretrained, cache_context, *more)
+    own = (each for each in (save_pretrained, enable_layerwise_casting) if hasattr(model, each.__name__))
+    functions = (forward, _reset_stateful_cache, cache_context, *own, *more)
     instance.attach(model, _call_model, *functions, before=before)
     for part in model.modules():
         if id(part) in roles:
@@ -242,9 +244,22 @@ def _reset_stateful_cache(model: nn.Module, hidden: Any, *args: Any, **kwargs: A
 
 def save_pretrained(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
     """The model as it was before it was wrapped; `tokdyn.save` writes the methods."""
+    with _bare(model):
+        return hidden(model, *args, **kwargs)
+
+
+def enable_layerwise_casting(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
+    """Casts the weights of the model, and not those that decide about tokens and blocks."""
+    with _bare(model):
+        hidden(model, *args, **kwargs)
+
+
+@contextmanager
+def _bare(model: nn.Module) -> Iterator[None]:
+    """The model without what it carries."""
     attachment = model._modules.pop("tokdyn")
     try:
-        return hidden(model, *args, **kwargs)
+        yield
     finally:
         model._modules["tokdyn"] = attachment
 

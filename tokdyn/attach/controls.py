@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.attach.api import attached
+from tokdyn.attach.offload import away
+from tokdyn.attach.targets import inside
 from tokdyn.attach.unnoticed import unnoticed
 from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, TokenDrop
@@ -96,11 +98,18 @@ def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
         **arguments: of the same.
 
     Raises:
-        InputError: the model has no Chunking.
+        InputError: the model has no Chunking, or what is changed now would be lost or differ between processes.
     """
     attachment = attached(model)
     if not attachment.has(Chunking):
         raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no router.")
+    if model is not inside(model):
+        raise InputError(
+            f"{type(model).__name__} holds the model, and processes would calibrate it on batches of their own; "
+            f"calibrate the router of the model before, on one process or on all."
+        )
+    if away(model, attachment, writing=True):
+        raise InputError("the weights of the methods are offloaded; calibrate the router before offloading the model.")
     attachment.calibrating = True
     try:
         with unnoticed(attachment):

@@ -28,6 +28,27 @@ def home(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def away(model: nn.Module, part: nn.Module, writing: bool = False) -> bool:
+    """Whether the weights of a part are not in its parameters between calls of the model.
+
+    Args:
+        model: that the part is in.
+        part: to look at.
+        writing: ask whether what is written into them now would be lost.
+    """
+    own = {id(parameter) for parameter in part.parameters()}
+    if any(parameter.is_meta for parameter in part.parameters()):
+        return True
+    for module in model.modules():
+        group = _group(module)
+        if group is None or not (group.offload_to_disk_path or (writing and group.stream)):
+            continue
+        members = [parameter for each in group.modules for parameter in each.parameters()]
+        if own & {id(parameter) for parameter in (*members, *group.parameters)}:
+            return True
+    return False
+
+
 class Weights:
     """Which offloaded groups of blocks are on the computing device, during one call of a model.
 

@@ -10,6 +10,8 @@ from torch import nn
 
 import tokdyn
 from tokdyn.attach.api import attached, wrap
+from tokdyn.attach.offload import away
+from tokdyn.attach.targets import inside
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import json_object, replacing
 from tokdyn.methods import METHODS, Method
@@ -29,12 +31,15 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        InputError: the model is not wrapped.
+        InputError: the model is not wrapped, or the weights of the methods are offloaded.
         OutputError: the folder cannot be written to.
     """
     from safetensors.torch import save_file
 
     attachment, where = attached(model), Path(folder).expanduser()
+    model = inside(model)
+    if away(model, attachment):
+        raise InputError("the weights of the methods are offloaded; save them before offloading the model.")
     methods = [{"method": type(each).__name__, **each.model_dump(mode="json")} for each in attachment.methods]
     content = {"tokdyn": tokdyn.__version__, "model": type(model).__name__, "methods": methods}
     weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}

@@ -16,6 +16,7 @@ from tokdyn.attach.costs import Costs
 from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.structure import structures
 from tokdyn.attach.table import as_text
+from tokdyn.attach.targets import inside
 from tokdyn.attach.turns import halves_of, turns
 
 
@@ -190,7 +191,7 @@ def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
     Raises:
         InputError: the model is not wrapped.
     """
-    attachment = attached(model)
+    attachment, model = attached(model), inside(model)
     found = structures(model, attachment.adapter)
     costs, depth = None if found is None else Costs(found), attachment.sizes.depth
     calls: list[CallStats] = []

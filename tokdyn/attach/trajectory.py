@@ -11,28 +11,35 @@ class Trajectory:
     """Places calls in the trajectory that is being sampled.
 
     Calls at one noise level are branches of one step, by the name that the pipeline gave them or in the order in which
-    they come. A noise level above the last one begins a new trajectory.
+    they come. A noise level above the last one begins a new trajectory, and so does a name that comes again at the
+    first level of all: the trajectory before was broken off there.
 
     Attributes:
         number: trajectories that have begun; memory of another one is worthless.
     """
 
     number: int = 0
+    _first: tuple[float, ...] = ()
     _level: tuple[float, ...] = ()
     _places: int = 0
     _steps: dict[Any, int] = field(default_factory=dict)
 
     def clear(self) -> None:
         """The next call begins a trajectory."""
+        self._begin(())
+
+    def _begin(self, level: tuple[float, ...]) -> None:
         self.number += 1
-        self._level, self._places, self._steps = (), 0, {}
+        self._first, self._level, self._places, self._steps = level, level, 0, {}
 
     def turn(self, level: tuple[float, ...], branch: str | None) -> Turn:
         """The place of a call at these noise levels of its samples."""
         if level != self._level:
             if len(level) != len(self._level) or level[0] > self._level[0]:
-                self.clear()
+                self._begin(level)
             self._level, self._places = level, 0
+        elif level == self._first and branch is not None and branch in self._steps:
+            self._begin(level)
         place = self._places if branch is None else branch
         self._places += 1
         self._steps[place] = self._steps.get(place, -1) + 1

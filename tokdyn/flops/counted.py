@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokdyn.attach.api import attachment_of
 from tokdyn.attach.table import unit_of
+from tokdyn.attach.targets import inside
 from tokdyn.attach.unnoticed import unnoticed
 from tokdyn.errors import InputError
 from tokdyn.flops.analytic import grid_of, is_chunked, model_config, model_parts
@@ -87,6 +88,7 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     Raises:
         InputError: a foreign or a wrapped model without inputs, or one on the meta device that decides by its data.
     """
+    model = inside(model)
     tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
     tensors.sort(key=lambda tensor: tensor.dim() != 4)  # stable: the first (B, C, H, W), if there is one
     batch = tensors[0].shape[0] if tensors else 1
