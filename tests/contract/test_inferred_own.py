@@ -305,7 +305,7 @@ class Wrapper(nn.Module):
         (nn.Linear(2, 2), "two or more blocks of one class, each with weights of its own, and there is none"),
         (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "there is none"),
         (nn.ModuleList([Block(), Long()]), "there is none"),
-        ("a name", "a str is no model; tokdyn.wrap takes a torch.nn.Module"),
+        ("a name", "str is no model; give a torch.nn.Module"),
     ],
 )
 def test_what_is_no_transformer_is_refused(model, words):
@@ -318,7 +318,7 @@ def test_what_holds_a_known_model_is_not_taken_for_one():
     with pytest.raises(UnsupportedModelError, match="this Wrapper holds a DiT in its 'module'; wrap that one"):
         wrap(Wrapper(inner), [])
     pipeline = type("Pipeline", (), {"transformer": inner})()
-    with pytest.raises(UnsupportedModelError, match="a Pipeline is no model; wrap its 'transformer'"):
+    with pytest.raises(UnsupportedModelError, match=r"Pipeline is no model; give the model in it, pipe\.transformer"):
         wrap(pipeline, [])
 
 

@@ -72,8 +72,6 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     Raises:
         UnsupportedModelError: there is none, and none can be inferred.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(_no_module(model))
     adapter = declared_adapter(model)
     if adapter is not None:
         return adapter
@@ -102,11 +100,3 @@ def _refusal(model: nn.Module) -> str | None:
     if any("ControlNet" in name for name in names):
         return "a ControlNet hands what each of its blocks returns to another model; wrap that one"
     return next((REFUSED[name] for name in names if name in REFUSED), None)
-
-
-def _no_module(thing: object) -> str:
-    """What to wrap in place of something that is not a model, such as a pipeline."""
-    for name in ("transformer", "unet", "model"):
-        if isinstance(getattr(thing, name, None), nn.Module):
-            return f"a {type(thing).__name__} is no model; wrap its {name!r}."
-    return f"a {type(thing).__name__} is no model; tokdyn.wrap takes a torch.nn.Module."

@@ -157,9 +157,9 @@ def _branch(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None
 
 def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     """Keys can be weighed in softmax attention."""
-    if not isinstance(method, TokenMerge) or not method.weighted:
+    if adapter.softmax or not isinstance(method, TokenMerge) or not method.weighted:
         return None
-    return None if adapter.softmax else "weighted=True weighs the keys of softmax attention, and this one is linear"
+    return "weighted=True weighs the keys of softmax attention, and this is linear attention; leave weighted out"
 
 
 def _narrow(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
