@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from tests.contract.models import TINY, sample, works
+from tests.contract.widths import random_gates
 from tokdyn.attach.api import wrap
-from tokdyn.methods import Chunking, DepthSkip, TokenMerge
+from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, TokenMerge
 
 STACKS = {
     "nothing": [],
     "merge": [TokenMerge()],
     "chunk": [Chunking(target=3), TokenMerge(ratio=0.3)],
+    "width": [DynamicWidth()],
     "both": [TokenMerge(where="both"), DepthSkip(blocks=(1,))],
 }
 
@@ -34,5 +36,7 @@ def test_one_graph(name, methods):
     if "img_ids" in inputs and methods != "nothing":
         pytest.skip("the grid is read from position ids, which are data")
     model = wrap(TINY[name].build(), STACKS[methods])
+    if methods == "width":
+        random_gates(model)
     expected = sample(model(**inputs))
     torch.testing.assert_close(compiled(model, inputs), expected, rtol=0, atol=1e-6)

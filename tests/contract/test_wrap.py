@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from tests.contract.models import CLOCKED, TINY, one_of, sample, works
+from tests.contract.widths import random_gates
 from tokdyn.adapters import ADAPTERS
 from tokdyn.attach.api import disabled, unwrap, wrap
 from tokdyn.attach.controls import calibrate_router, set_tail_drop
 from tokdyn.attach.stats import stats
 from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
-from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
+from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
 
 ACTIVE = {
     "merge": [TokenMerge(ratio=0.5)],
@@ -31,6 +32,10 @@ ACTIVE = {
     "chunk-stack": [FeatureCache(threshold=0.5), Chunking(target=2), TokenMerge(ratio=0.3), DepthSkip(blocks=(2,))],
     "chunk-ragged-train": [Chunking(target=2, ragged=True), TokenDrop(rate=0.5), TokenMerge(ratio=0.3)],
     "gates": [DepthSkip(learned=True)],
+    "width": [DynamicWidth()],
+    "width-heads": [DynamicWidth(channels=False, tokens=False)],
+    "width-stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,)), DynamicWidth()],
+    "chunk-width": [Chunking(target=2), DynamicWidth()],
     "stack-train": [TokenDrop(rate=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(3,))],
 }
 NEUTRAL = {
@@ -42,6 +47,9 @@ NEUTRAL = {
     "cache": [FeatureCache(threshold=0.0)],
     "chunk": [Chunking(target=1.0)],
     "gates": [DepthSkip(learned=True)],
+    "width": [DynamicWidth()],
+    "width-heads": [DynamicWidth(channels=False, tokens=False)],
+    "width-none": [DynamicWidth(target=1.0)],
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }
 MODELS = sorted(TINY)
@@ -58,7 +66,7 @@ def attach(model, methods):
     wrap(model, ACTIVE[methods])
     if "ragged" in methods:
         calibrate_router(model, **tiny_of(model).inputs(4))
-    return model
+    return random_gates(model) if "width" in methods else model
 
 
 def tiny_of(model):

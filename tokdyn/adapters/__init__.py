@@ -8,13 +8,16 @@ from tokdyn.adapters.registry import (
     known_adapters,
     register_adapter,
 )
+from tokdyn.adapters.width import Cut, Width
 
 __all__ = [
     "ADAPTERS",
     "Arguments",
+    "Cut",
     "Follow",
     "ModelAdapter",
     "Stack",
+    "Width",
     "adapter_for",
     "declared_adapter",
     "known_adapters",

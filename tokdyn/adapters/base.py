@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tokdyn.adapters.products import USUAL, Products
+from tokdyn.adapters.width import Width
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
@@ -56,6 +57,7 @@ class Stack:
         modulated: (B, ...) what attention of a block gets, from the block and its arguments by name; the indicator of
             feature caches. None takes the tokens that the block gets.
         products: what the cost of a block follows from. None: not known, so that FLOPs are counted and not computed.
+        width: layers that can be computed for some heads and MLP channels alone; None if there are none.
     """
 
     path: str
@@ -72,6 +74,7 @@ class Stack:
     packing: str | None = None
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
     products: Products | None = USUAL
+    width: Width | None = None
 
     def __post_init__(self) -> None:
         if self.returns and "tokens" not in self.returns:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
 from tokdyn.adapters.latents import patches, timestep
+from tokdyn.adapters.width import Cut, Width, mlp
 from tokdyn.tokens import Grid
 
 
@@ -41,10 +42,43 @@ def _heads(model: nn.Module) -> int:
     return int(getattr(attention, "num_heads", None) or attention.heads)
 
 
+def _known(block: nn.Module) -> bool:
+    """Whether attention is tokdyn's, or timm's with a width of its own and nothing behind it but the projection.
+
+    Others may take the number of channels from what they get, as older ones of timm do.
+    """
+    from tokdyn.models.blocks import Attention
+
+    attention: Any = block.attn
+    if isinstance(attention, Attention):
+        return True
+    plain = getattr(attention, "gate", None) is None and isinstance(getattr(attention, "norm", None), nn.Identity)
+    return plain and {"num_heads", "head_dim", "attn_dim"} <= set(vars(attention))
+
+
+WIDTH = Width(
+    cuts=(Cut("attn.qkv", out=("heads",)), Cut("attn.proj", into=("heads",)), *mlp("mlp.fc2", "mlp.fc1")),
+    inner="attn.proj.in_features",
+    hidden="mlp.fc2.in_features",
+    attention=("attn",),
+    counts=("heads", "num_heads"),
+    inners=("attn_dim",),
+    known=_known,
+)
+
 FACEBOOK = ModelAdapter(
     name="DiT (public layout)",
     classes=("DiT", "SiT"),
-    stacks=(Stack("blocks", tokens="x", attention=("attn",), mlp=("mlp",), modulated=modulation.public_layout),),
+    stacks=(
+        Stack(
+            "blocks",
+            tokens="x",
+            attention=("attn",),
+            mlp=("mlp",),
+            modulated=modulation.public_layout,
+            width=WIDTH,
+        ),
+    ),
     grid=_grid,
     level=_level,
     refuse={},
@@ -57,7 +91,7 @@ FACEBOOK = ModelAdapter(
 DC_DIT = ModelAdapter(
     name="DC-DiT",
     classes=("DCDiT",),
-    stacks=(Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",)),),
+    stacks=(Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",), width=WIDTH),),
     grid=patches,
     level=timestep(),
     refuse={},

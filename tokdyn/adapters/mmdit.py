@@ -10,7 +10,15 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, grid_of_ids, patches, timestep
 from tokdyn.adapters.products import Products
+from tokdyn.adapters.width import Cut, Width, attention_and_mlp, mlp, processed, projections
 from tokdyn.errors import InputError
+
+_SD3_WIDTH = replace(
+    attention_and_mlp("attn", "ff", "JointAttnProcessor2_0"),
+    cuts=(*projections("attn"), *projections("attn2"), *mlp("ff.net.2", "ff.net.0.proj")),
+    attention=("attn", "attn2"),  # where there is a second attention, it has the same heads
+    known=processed(("attn", "attn2"), "JointAttnProcessor2_0"),
+)
 
 SD3 = ModelAdapter(
     name="SD3",
@@ -25,6 +33,7 @@ SD3 = ModelAdapter(
             mlp=("ff",),
             modulated=modulation.embedding,
             products=Products(beside=("attn2",)),
+            width=_SD3_WIDTH,
         ),
     ),
     grid=patches,
@@ -39,6 +48,19 @@ def _flux_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
 
 
 _ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
+_FLUX_PROCESSORS = ("FluxAttnProcessor", "OvisImageAttnProcessor", "LongCatImageAttnProcessor")
+_FLUX_SINGLE = Width(
+    cuts=(
+        *projections("attn", out=False),
+        Cut("proj_mlp", out=("channels",)),
+        Cut("proj_out", into=("heads", "channels")),
+    ),
+    inner="attn.to_q.out_features",
+    hidden="proj_out.in_features",
+    attention=("attn",),
+    hiddens=("mlp_hidden_dim",),
+    known=processed("attn", *_FLUX_PROCESSORS),
+)
 
 FLUX = ModelAdapter(
     name="Flux",
@@ -52,16 +74,19 @@ FLUX = ModelAdapter(
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.embedding,
+            width=attention_and_mlp("attn", "ff", *_FLUX_PROCESSORS),
         ),
         Stack(
             "single_transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             inside="last",
+            inside_mlp="last",
             follow=_ROTARY,
             attention=("attn",),
             mlp=(),
             products=Products(joint=("proj_*",)),
+            width=_FLUX_SINGLE,
         ),
     ),
     grid=_flux_grid,
@@ -76,6 +101,25 @@ FLUX = ModelAdapter(
 )
 
 
+_FLUX2_DOUBLE = Width(
+    cuts=(*projections("attn"), *mlp("ff.linear_out", "ff.linear_in")),
+    inner="attn.to_out.0.in_features",
+    hidden="ff.linear_out.in_features",
+    attention=("attn",),
+    known=processed("attn", "Flux2AttnProcessor", "Flux2KVAttnProcessor"),
+)
+_FLUX2_SINGLE = Width(
+    cuts=(
+        Cut("attn.to_qkv_mlp_proj", out=("heads", "heads", "heads", "channels", "channels")),
+        Cut("attn.to_out", into=("heads", "channels")),
+    ),
+    inner="attn.inner_dim",
+    hidden="attn.mlp_hidden_dim",
+    attention=("attn",),
+    hiddens=("mlp_hidden_dim",),
+    known=processed("attn", "Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor"),
+)
+
 _CHROMA_FOLLOW = (
     *_ROTARY,
     Follow("attention_mask", dims=2),  # what blocks get; attention gets it for every pair of tokens
@@ -88,7 +132,14 @@ CHROMA = ModelAdapter(
     classes=("ChromaTransformer2DModel",),
     stacks=(
         replace(FLUX.stacks[0], follow=_CHROMA_FOLLOW, modulated=None),  # its modulation is of text and image
-        Stack("single_transformer_blocks", image="last", follow=_CHROMA_FOLLOW, attention=("attn",), mlp=()),
+        Stack(
+            "single_transformer_blocks",
+            image="last",
+            follow=_CHROMA_FOLLOW,
+            attention=("attn",),
+            mlp=(),
+            width=_FLUX_SINGLE,
+        ),
     ),
     grid=_flux_grid,
     level=timestep(scale=1.0),
@@ -100,8 +151,15 @@ FLUX2 = ModelAdapter(
     name="Flux 2",
     classes=("Flux2Transformer2DModel",),
     stacks=(
-        replace(FLUX.stacks[0], modulated=modulation.of_the_model),
-        Stack("single_transformer_blocks", image="last", follow=_ROTARY, attention=("attn",), mlp=()),
+        replace(FLUX.stacks[0], modulated=modulation.of_the_model, width=_FLUX2_DOUBLE),
+        Stack(
+            "single_transformer_blocks",
+            image="last",
+            follow=_ROTARY,
+            attention=("attn",),
+            mlp=(),
+            width=_FLUX2_SINGLE,
+        ),
     ),
     grid=_flux_grid,
     read_ahead=("img_ids",),
@@ -111,6 +169,14 @@ FLUX2 = ModelAdapter(
         "joint_attention_kwargs": IP_ADAPTER,
     },
     guidance="calls",
+)
+
+_AURAFLOW_WIDTH = Width(
+    cuts=(*projections("attn"), *mlp("ff.out_projection", "ff.linear_1", "ff.linear_2")),
+    inner="attn.to_out.0.in_features",
+    hidden="ff.out_projection.in_features",
+    attention=("attn",),
+    known=processed("attn", "AuraFlowAttnProcessor2_0"),
 )
 
 AURAFLOW = ModelAdapter(
@@ -124,8 +190,15 @@ AURAFLOW = ModelAdapter(
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.embedding,
+            width=_AURAFLOW_WIDTH,
         ),
-        Stack("single_transformer_blocks", image="last", attention=("attn",), mlp=("ff",)),
+        Stack(
+            "single_transformer_blocks",
+            image="last",
+            attention=("attn",),
+            mlp=("ff",),
+            width=_AURAFLOW_WIDTH,
+        ),
     ),
     grid=patches,
     level=timestep(scale=1.0),
@@ -156,6 +229,7 @@ QWEN = ModelAdapter(
             attention=("attn",),
             mlp=("img_mlp",),
             modulated=modulation.of_the_image,
+            width=attention_and_mlp("attn", "img_mlp", "QwenDoubleStreamAttnProcessor2_0"),
         ),
     ),
     grid=_qwen_grid,

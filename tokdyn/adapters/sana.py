@@ -6,6 +6,7 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
 from tokdyn.adapters.products import Products
+from tokdyn.adapters.width import Width, processed, projections
 
 SANA = ModelAdapter(
     name="Sana",
@@ -17,6 +18,13 @@ SANA = ModelAdapter(
             mlp=("ff",),
             modulated=modulation.shift_table,
             products=Products(cross=("attn2",), linear=True),
+            width=Width(
+                cuts=projections("attn1"),
+                inner="attn1.to_out.0.in_features",
+                hidden=None,  # channels of its MLP go through convolutions
+                attention=("attn1",),
+                known=processed("attn1", "SanaLinearAttnProcessor2_0"),
+            ),
         ),
     ),
     grid=patches,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
+from tokdyn.adapters.width import Width, mlp, processed, projections
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
@@ -38,6 +39,13 @@ ZIMAGE = ModelAdapter(
             attention=("attention",),
             mlp=("feed_forward",),
             modulated=modulation.scale_alone,
+            width=Width(
+                cuts=(*projections("attention"), *mlp("feed_forward.w2", "feed_forward.w1", "feed_forward.w3")),
+                inner="attention.to_out.0.in_features",
+                hidden="feed_forward.w2.in_features",
+                attention=("attention",),
+                known=processed("attention", "ZSingleStreamAttnProcessor"),
+            ),
         ),
     ),
     grid=_zimage_grid,
@@ -71,6 +79,16 @@ LUMINA2 = ModelAdapter(
             attention=("attn",),
             mlp=("feed_forward",),
             modulated=modulation.embedding,
+            width=Width(
+                cuts=(
+                    *projections("attn"),
+                    *mlp("feed_forward.linear_2", "feed_forward.linear_1", "feed_forward.linear_3"),
+                ),
+                inner="attn.to_out.0.in_features",
+                hidden="feed_forward.linear_2.in_features",
+                attention=("attn",),
+                known=processed("attn", "Lumina2AttnProcessor2_0"),
+            ),
         ),
     ),
     grid=_lumina_grid,

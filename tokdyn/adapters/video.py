@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import IP_ADAPTER, timestep
 from tokdyn.adapters.products import Products
+from tokdyn.adapters.width import Cut, Width, attention_and_mlp, processed, projections
 from tokdyn.tokens import Grid
 
 
@@ -29,6 +31,7 @@ WAN = ModelAdapter(
             mlp=("ffn",),
             modulated=modulation.shift_table_per_token,
             products=Products(cross=("attn2",), words=512),
+            width=attention_and_mlp("attn1", "ffn", "WanAttnProcessor", "SkyReelsV2AttnProcessor"),
         ),
     ),
     grid=_wan_grid,
@@ -66,6 +69,7 @@ LTX = ModelAdapter(
             mlp=("ff",),
             modulated=modulation.shift_table_per_token,
             products=Products(cross=("attn2",)),
+            width=attention_and_mlp("attn1", "ff", "LTXVideoAttnProcessor", tables=("image_rotary_emb",)),
         ),
     ),
     grid=lambda model, call: (call["num_frames"], call["height"], call["width"]),
@@ -89,6 +93,30 @@ def _first_frame(model: nn.Module) -> str | None:
     )
 
 
+_HUNYUAN_SINGLE = Width(
+    cuts=(
+        *projections("attn", out=False),
+        Cut("proj_mlp", out=("channels",)),
+        Cut("proj_out", into=("heads", "channels")),
+    ),
+    inner="attn.to_q.out_features",
+    hidden="proj_out.in_features",
+    attention=("attn",),
+    known=processed("attn", "HunyuanVideoAttnProcessor2_0"),
+)
+
+_HUNYUAN_STACKS: tuple[tuple[str, tuple[str, ...], Literal["first"] | None, Any, tuple[str, ...], Width], ...] = (
+    (
+        "transformer_blocks",
+        ("ff",),
+        None,
+        modulation.embedding,
+        (),
+        attention_and_mlp("attn", "ff", "HunyuanVideoAttnProcessor2_0"),
+    ),
+    ("single_transformer_blocks", (), "first", None, ("*",), _HUNYUAN_SINGLE),
+)
+
 HUNYUAN = ModelAdapter(
     name="HunyuanVideo",
     classes=("HunyuanVideoTransformer3DModel",),
@@ -104,14 +132,13 @@ HUNYUAN = ModelAdapter(
                 Follow("image_rotary_emb", axis=0, batched=False),
             ),
             attention=("attn",),
-            mlp=mlp,
+            mlp=parts,
+            inside_mlp=inside,
             modulated=modulated,
             products=Products(joint=joint),
+            width=width,
         )
-        for path, mlp, modulated, joint in (
-            ("transformer_blocks", ("ff",), modulation.embedding, ()),
-            ("single_transformer_blocks", (), None, ("*",)),
-        )
+        for path, parts, inside, modulated, joint, width in _HUNYUAN_STACKS
     ),
     grid=_hunyuan_grid,
     level=timestep(),
@@ -141,6 +168,7 @@ COGVIDEOX = ModelAdapter(
             mlp=("ff",),
             modulated=modulation.with_text,
             products=Products(joint=("attn1.*",)),
+            width=attention_and_mlp("attn1", "ff", "CogVideoXAttnProcessor2_0"),
         ),
     ),
     grid=_cogvideo_grid,

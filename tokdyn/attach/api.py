@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -195,17 +196,19 @@ def forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of a block by its model, or of an attention or MLP by its block."""
+    """A call of a block by its model, or of an attention, an MLP or a layer by its block."""
     run: Run | None = instance.current()
     again = recall(part, args, kwargs) if run is None else None
     run = run or again
-    if run is None or id(part) not in run.roles:
+    role = None if run is None else vars(part).get("_tokdyn_role") or run.roles.get(id(part))
+    if run is None or role is None:
         return plain(part, *args, **kwargs)
-    role = run.roles[id(part)]
 
     def call(*a: Any, **k: Any) -> Any:
         return run.weights.around(part, lambda: plain(part, *a, **k))
 
+    if role.kind == "layer":
+        return run.layer(part, role, partial(call, **kwargs), args)
     if role.kind != "block":
         return run.branch(role, call, args, kwargs)
     if again is None:

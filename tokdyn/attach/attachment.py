@@ -13,10 +13,12 @@ from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach.actors.base import Actors, Bracket, Branch, Gate, Kernel
 from tokdyn.attach.actors.chunking import Chunk
 from tokdyn.attach.actors.depth_skip import LearnedSkipping, Skipping
+from tokdyn.attach.actors.dynamic_width import Choosing, Narrowing
 from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
 from tokdyn.attach.actors.token_drop import Dropping
 from tokdyn.attach.actors.token_merge import Merge
 from tokdyn.attach.calibrated import SamplerWatch
+from tokdyn.attach.layout import layouts_of
 from tokdyn.attach.learning import Guard, samples
 from tokdyn.attach.offload import home
 from tokdyn.attach.record import Record
@@ -26,7 +28,7 @@ from tokdyn.attach.trajectory import Trajectory
 from tokdyn.attach.unnoticed import Meter
 from tokdyn.compose import Placed, compose
 from tokdyn.errors import UnsupportedModelError
-from tokdyn.methods import Chunking, DepthSkip, FeatureCache, Method, Sizes, TokenDrop, TokenMerge
+from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, Sizes, TokenDrop, TokenMerge
 from tokdyn.methods.base import resolve
 
 _CALLS = 512  # that are remembered: 250 steps of two branches of guidance
@@ -40,6 +42,7 @@ class Attachment(nn.Module):
         methods: as the user listed them.
         placed: the same, outermost first.
         sizes: of the model.
+        layouts: of the blocks, where a method computes parts of their layers.
         parts: trainable parts of the methods, by their place in the user's list.
         actors: the methods at work.
         caches: feature caches around the chunking that a model does itself.
@@ -64,6 +67,7 @@ class Attachment(nn.Module):
         self.sizes = sizes_of(model, adapter)
         placed = compose((*methods, *own_methods(adapter)), self.sizes.depth)
         self.placed = tuple(each for each in placed if each.index < len(methods))
+        self.layouts = layouts_of(model, adapter, methods)
         self.parts = nn.ModuleDict()
         device = home(model)
         for each in sorted(self.placed, key=lambda placed: placed.index):
@@ -97,7 +101,7 @@ class Attachment(nn.Module):
     def roles(self, model: nn.Module) -> dict[int, Role]:
         """Roles of the model's parts; a copy of the model finds its own."""
         if not self._roles:
-            self._roles = find_roles(model, self.adapter, branches=bool(self.actors.branches))
+            self._roles = find_roles(model, self.adapter, bool(self.actors.branches), self.layouts)
         return self._roles
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -107,6 +111,12 @@ class Attachment(nn.Module):
     def guard(self, model: nn.Module, arguments: Mapping[str, Any]) -> Guard:
         """The checks of a call of a model whose adapter was inferred."""
         return Guard(type(model).__name__, self.sizes.depth, samples(arguments), caches=bool(self.actors.brackets))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The model goes to another device or type: slices of its weights are of no more use."""
+        for kernel in self.actors.kernels:
+            kernel.forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def has(self, method: type[Method]) -> bool:
         """Whether a method of that kind is attached."""
@@ -196,10 +206,19 @@ def _merge(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
     return [("branches", Merge(each.method, first, last))]
 
 
+def _narrow(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
+    if part is None:  # everything stays on
+        return []
+    narrowing = Narrowing(each.method, part, sizes.depth - 1)  # type: ignore[arg-type]
+    choosing: Made = [("branches", Choosing(narrowing))] if narrowing.method.tokens else []
+    return [("brackets", narrowing), ("kernels", narrowing), *choosing]
+
+
 _MAKERS: dict[type[Method], Callable[[Placed, nn.Module | None, Sizes], Made]] = {
     FeatureCache: _cache,
     Chunking: _chunk,
     TokenDrop: _drop,
     DepthSkip: _skip,
+    DynamicWidth: _narrow,
     TokenMerge: _merge,
 }

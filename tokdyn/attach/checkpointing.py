@@ -1,6 +1,8 @@
 """Gradient checkpointing of a wrapped model: blocks are computed again in the run that they belong to.
 
-Brackets and gates act outside of what is computed again, so nothing is drawn, decided or counted twice.
+Brackets and gates act outside of what is computed again, so nothing is drawn, decided or counted twice. What a block
+uses of their tensors goes in as arguments, and what they want to know of its inside comes out as results, so that both
+have their gradients however the block is computed again.
 """
 
 from __future__ import annotations
@@ -39,17 +41,27 @@ def _checkpointing(function: Any, run: Run) -> Any:
 
         def saving(*a: Any) -> Any:
             here = run.here()  # of this block, for the time when it is computed again
+            names, given = list(run.given), list(run.given.values())
+            keys: list[Any] = []
+            several = False
 
             def plain(*again: Any) -> Any:
+                nonlocal several
                 before, now = instance.enter(run), run.here()
                 run.go(here)
+                run.given, run.found = dict(zip(names, again[len(a) :], strict=True)), {}
                 try:
-                    return instance.base_class(block).__call__(block, *again)
+                    out = instance.base_class(block).__call__(block, *again[: len(a)])
+                    several, keys[:] = isinstance(out, tuple), list(run.found)
+                    return (*(out if several else (out,)), *run.found.values())
                 finally:
                     run.go(now)
                     instance.enter(before)
 
-            return function(plain, *a)
+            out = function(plain, *a, *given)
+            own = len(out) - len(keys)
+            run.found.update(zip(keys, out[own:], strict=True))
+            return out[:own] if several else out[0]
 
         return run.block(block, run.roles[id(block)], saving, args, {})
 

@@ -55,6 +55,17 @@ def attach(module: nn.Module, call: Call, *methods: Call, before: Call | None = 
     module.__class__ = _class_for(base, call, methods, before)
 
 
+def is_attached(module: nn.Module) -> bool:
+    """Whether calls of this module go through something."""
+    return hasattr(type(module), "_tokdyn_base")
+
+
+def attach_like(module: nn.Module, other: nn.Module) -> None:
+    """Let calls of a module go through what those of another go through, unless they do already."""
+    if not is_attached(module):
+        attach(module, vars(type(other))["_tokdyn_call"].__func__)
+
+
 def detach(module: nn.Module) -> None:
     """Give a module its own class back."""
     base = getattr(type(module), "_tokdyn_base", None)
@@ -89,6 +100,7 @@ def _subclass(base: type, call: Call, methods: tuple[Call, ...], before: Call | 
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_tokdyn_base": base,
+        "_tokdyn_call": staticmethod(call),
     }
     for method in methods:
         names[method.__name__] = _hiding(method, getattr(base, method.__name__, None))

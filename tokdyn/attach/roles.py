@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.attach.instance import base_class
+from tokdyn.attach.layout import Layer, Layout, reach
 from tokdyn.errors import UnsupportedModelError
 
 
@@ -23,12 +24,14 @@ class Role:
         block: its block, counted over all stacks.
         stack: where its block is.
         names: arguments of its forward, in order.
+        layer: what a layer's outputs and inputs belong to; None for other parts.
     """
 
-    kind: Literal["block", "attention", "mlp"]
+    kind: Literal["block", "attention", "mlp", "layer"]
     block: int
     stack: Stack
     names: tuple[str, ...]
+    layer: Layer | None = None
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -75,8 +78,17 @@ def _checked(block: nn.Module, stack: Stack) -> tuple[str, ...]:
     return names
 
 
-def find_roles(model: nn.Module, adapter: ModelAdapter, branches: bool) -> dict[int, Role]:
-    """The role of every block, and with `branches` of its attention and MLP, by the id of the module."""
+def find_roles(
+    model: nn.Module, adapter: ModelAdapter, branches: bool, layouts: Sequence[Layout] = ()
+) -> dict[int, Role]:
+    """The role of every block, by the id of the module.
+
+    Args:
+        model: any.
+        adapter: of the model.
+        branches: find attention and MLP of the blocks too.
+        layouts: of the blocks, to find their layers too.
+    """
     roles: dict[int, Role] = {}
     number = 0
     for stack in adapter.stacks:
@@ -86,5 +98,17 @@ def find_roles(model: nn.Module, adapter: ModelAdapter, branches: bool) -> dict[
                 part = next((getattr(block, name) for name in names if hasattr(block, name)), None)
                 if part is not None:
                     roles[id(part)] = Role(kind, number, stack, argument_names(part))  # type: ignore[arg-type]
+            if layouts:
+                roles |= layer_roles(block, roles[id(block)], layouts[number])
             number += 1
     return roles
+
+
+def layer_roles(block: nn.Module, role: Role, layout: Layout) -> dict[int, Role]:
+    """The roles of the layers of a block whose inputs or outputs may be set to zero, as they are now."""
+    found = {}
+    for layer in layout.layers:
+        part = reach(block, layer.names)
+        if part is not None and (layer.into or (layout.parallel and "channels" in layer.out)):
+            found[id(part)] = Role("layer", role.block, role.stack, (), layer)
+    return found

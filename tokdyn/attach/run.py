@@ -7,6 +7,7 @@ the memory of caches, the records that `tokdyn.stats` shows, and the losses of t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,9 @@ class Run:
         over: the model has returned.
         weights: where those of the blocks are.
         guard: checks of a model whose adapter was inferred, None for others.
+        given: tensors from outside that the inside of a block may use. Checkpointing hands them in.
+        whose: the samples that these have entries for.
+        found: tensors from the inside of a block for what is around it, by samples. Checkpointing hands them out.
     """
 
     def __init__(
@@ -80,6 +84,9 @@ class Run:
         self.call = BlockCall(0, 0, 0)
         self.over = False
         self.weights = Weights()
+        self.given: dict[str, Tensor] = {}
+        self.whose: tuple[int, ...] = ()
+        self.found: dict[tuple[int, ...], Tensor] = {}
         self._level: tuple[float, ...] | None = None
         self._grid: Once[Grid] = Once(self._read_grid)
         if grid is not None:
@@ -210,6 +217,12 @@ class Run:
             inner = _through(each, self, role, inner)
         return inner(**named)
 
+    def layer(self, part: nn.Module, role: Role, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call a layer of a block through what changes its inputs or outputs."""
+        for kernel in self.actors.kernels:
+            call = partial(kernel.layer, self, part, role, call)
+        return call(*args)
+
     def _computed(
         self, part: nn.Module, role: Role, inner: Callable[[dict[str, Any]], Any], given: dict[str, Any]
     ) -> dict[str, Any]:
@@ -301,11 +314,13 @@ class Run:
 
     def here(self) -> tuple[Any, ...]:
         """Which samples and tokens there are, to come back to with `go`."""
-        return self.samples, self._level, self.index, self.lengths, self.packing, self.call
+        here = self.samples, self._level, self.index, self.lengths, self.packing, self.call
+        return (*here, self.given, self.whose, self.found)
 
     def go(self, place: tuple[Any, ...]) -> None:
         """Be where `here` was."""
-        self.samples, self._level, self.index, self.lengths, self.packing, self.call = place
+        self.samples, self._level, self.index, self.lengths, self.packing, self.call, *rest = place
+        self.given, self.whose, self.found = rest
         if self.over:  # what is computed again is noted nowhere
             self.call = BlockCall(0, 0, 0)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters import ModelAdapter, known_adapters
+from tokdyn.attach.layout import unfit
 from tokdyn.attach.roles import Role
 from tokdyn.compose import compose
 from tokdyn.errors import CompositionError, UnsupportedModelError
@@ -33,7 +34,12 @@ EXAMPLES: dict[type[Method], tuple[Method, ...]] = {
     ),
     TokenDrop: (TokenDrop(),),
     DepthSkip: (DepthSkip(blocks=(1,)), DepthSkip(blocks=(1,), levels=(0.5, 1.0)), DepthSkip(learned=True)),
-    DynamicWidth: (DynamicWidth(), DynamicWidth(tokens=False), DynamicWidth(heads=False, channels=False)),
+    DynamicWidth: (
+        DynamicWidth(),
+        DynamicWidth(tokens=False),
+        DynamicWidth(channels=False, tokens=False),
+        DynamicWidth(heads=False, channels=False),
+    ),
     FeatureCache: (FeatureCache(), FeatureCache(indicator="first_block")),
 }
 """Settings of each method that differ in what they ask of a model; the first are the usual ones."""
@@ -163,12 +169,19 @@ def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | No
     return None if adapter.softmax else "weighted=True weighs the keys of softmax attention, and this one is linear"
 
 
-def _not_yet(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    return "it cannot be attached to models yet" if isinstance(method, DynamicWidth) else None
+def _width(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Blocks can be narrowed where the adapter says what belongs to which head and channel."""
+    if not isinstance(method, DynamicWidth) or method.target == 1.0:
+        return None
+    for stack in adapter.stacks:
+        reason = unfit(stack, method, adapter.dense)
+        if reason is not None:
+            return f"the blocks in {stack.path!r} {reason}"
+    return None
 
 
 _RULES: tuple[Callable[[ModelAdapter, Method, Traits], str | None], ...] = (
-    _unknown, _not_yet, _dense, _level, _branch, _weighted,
+    _unknown, _width, _dense, _level, _branch, _weighted,
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from tokdyn.methods.base import Method, Sizes
 from tokdyn.methods.chunking import Chunking, ChunkingModule
 from tokdyn.methods.depth_skip import DepthSkip, SkipGates
-from tokdyn.methods.dynamic_width import DynamicWidth
+from tokdyn.methods.dynamic_width import DynamicWidth, WidthGates
 from tokdyn.methods.feature_cache import TEACACHE_FLUX, FeatureCache
 from tokdyn.methods.token_drop import TokenDrop
 from tokdyn.methods.token_merge import TokenMerge
@@ -25,4 +25,5 @@ __all__ = [
     "SkipGates",
     "TokenDrop",
     "TokenMerge",
+    "WidthGates",
 ]

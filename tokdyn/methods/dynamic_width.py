@@ -1,25 +1,35 @@
-"""Heads and MLP channels that depend on the timestep, and MLP tokens that depend on the image.
+"""Heads and MLP channels that depend on the noise level, and MLP tokens that depend on the image.
 
 Source: DyDiT, arXiv 2410.03456.
 """
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from tokdyn.errors import InputError
-from tokdyn.methods.base import Method, Stage, Traits
+from tokdyn.methods.base import Method, Sizes, Stage, Traits
+from tokdyn.ops import timestep_frequencies
 
 
 class DynamicWidth(Method):
-    """Settings of dynamic width; routers are trained with the model, at inference what is off is not computed.
+    """Settings of dynamic width: gates are trained with the model, and in sampling what is off is not computed.
+
+    Every block has gates for its attention heads and for as many groups of MLP channels. They depend on the noise level
+    alone; the first of each is always on. A small network in every block decides for each image token whether the MLP
+    sees it. All gates start open. Training draws them with Gumbel noise and passes their gradient through a sigmoid;
+    `tokdyn.losses` holds 2 (r - target)^2, r the share of the FLOPs of attention and MLP that ran on average.
 
     Attributes:
-        target: share of the blocks' FLOPs that training ends up with.
-        heads: let the timestep choose attention heads.
-        channels: let the timestep choose groups of MLP channels, as many groups as heads.
+        target: share of the FLOPs of attention and MLP that training ends up with; at 1 everything stays on.
+        heads: let the noise level choose attention heads.
+        channels: let the noise level choose groups of MLP channels.
         tokens: let each token choose whether the MLP sees it.
         temperature: of the sigmoid through which gates get their gradient.
+        warmup: calls in training over which the target falls from 1 to `target`.
+        loss_weight: of the FLOPs loss.
     """
 
     target: float = Field(default=0.7, gt=0.0, le=1.0)
@@ -27,12 +37,18 @@ class DynamicWidth(Method):
     channels: bool = True
     tokens: bool = True
     temperature: float = Field(default=5.0, gt=0.0)
+    warmup: int = Field(default=0, ge=0)
+    loss_weight: float = Field(default=1.0, ge=0.0)
 
     @model_validator(mode="after")
     def _does_something(self) -> DynamicWidth:
         if not (self.heads or self.channels or self.tokens):
             raise InputError("heads, channels and tokens are all off, so DynamicWidth has no effect; set one of them.")
         return self
+
+    def build(self, sizes: Sizes) -> WidthGates | None:
+        """The gates; None where everything stays on."""
+        return None if self.target == 1.0 else WidthGates(self, sizes)
 
     def traits(self, depth: int) -> Traits:
         """It owns the masks and learns to meet a FLOPs target."""
@@ -43,3 +59,87 @@ class DynamicWidth(Method):
             owns={thing: None for thing, chosen in owned.items() if chosen},
             learns="FLOPs",
         )
+
+
+class WidthGates(nn.Module):
+    """Gates of heads and channel groups, linear in the sines and cosines of the noise level, and of tokens.
+
+    Attributes:
+        heads: makes (B, depth (H - 1)) logits; None where heads are not chosen, or there is one only.
+        channels: the same for groups of MLP channels.
+        tokens: for each block a network that makes a logit of every token; None where tokens are not chosen.
+        calls: how often it was called in training.
+    """
+
+    FREQUENCIES = 256
+    OPEN = 15.0  # beyond the noise, which ends at 13.8: at the start nothing is drawn shut
+    OPEN_TOKENS = 35.0
+    SQUEEZE = 16  # D over the hidden width of the networks for tokens
+
+    def __init__(self, method: DynamicWidth, sizes: Sizes) -> None:
+        super().__init__()
+        self.depth, self.gates = sizes.depth, sizes.heads - 1
+        if not self.gates and not method.tokens:
+            raise InputError(
+                "DynamicWidth(tokens=False) has nothing to choose in a model with a single attention head; use "
+                "tokens=True."
+            )
+        self.heads = self._by_level() if method.heads and self.gates else None
+        self.channels = self._by_level() if method.channels and self.gates else None
+        self.tokens = None
+        if method.tokens:
+            hidden = max(1, sizes.width // self.SQUEEZE)
+            self.tokens = nn.ModuleList(_token_gate(sizes.width, hidden, self.OPEN_TOKENS) for _ in sizes.weights)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def _by_level(self) -> nn.Linear:
+        gates = nn.Linear(self.FREQUENCIES, self.depth * self.gates)
+        nn.init.zeros_(gates.weight)
+        nn.init.constant_(gates.bias, self.OPEN)
+        return gates
+
+    def forward(self, level: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, depth, H - 1) of heads and of channel groups, without the first of each, at levels (B,)."""
+        frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
+        return self._logits(self.heads, frequencies), self._logits(self.channels, frequencies)
+
+    def _logits(self, gates: nn.Linear | None, frequencies: Tensor) -> Tensor | None:
+        if gates is None:
+            return None
+        with torch.autocast(frequencies.device.type, enabled=False):
+            logits: Tensor = gates(_fit(frequencies, gates.weight))
+        return logits.view(-1, self.depth, self.gates).to(frequencies.device)
+
+    def token_logits(self, block: int, x: Tensor) -> Tensor:
+        """Logits (B, N) of the tokens (B, N, D) that the MLP of a block gets."""
+        assert self.tokens is not None
+        first = self.tokens[block][0]  # type: ignore[index]
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self.tokens[block](_fit(x, first.weight))
+        return logits.squeeze(-1).to(x.device)
+
+    @property
+    def token_flops(self) -> int:
+        """Of the network that decides about a token; a multiply-add is 2."""
+        first = self.tokens[0][0] if self.tokens is not None else None  # type: ignore[index]
+        return 0 if first is None else 2 * first.out_features * (first.in_features + 1)
+
+    def target(self, method: DynamicWidth) -> Tensor | float:
+        """What the share of the FLOPs is held at now."""
+        if not method.warmup:
+            return method.target
+        return 1.0 - (1.0 - method.target) * (self.calls / method.warmup).clamp(max=1.0)
+
+
+def _fit(x: Tensor, weight: Tensor) -> Tensor:
+    """In the type of a weight and where it is, unless hooks bring it to its inputs."""
+    return x.to(weight.dtype) if weight.is_meta else x.to(weight)
+
+
+def _token_gate(width: int, hidden: int, bias: float) -> nn.Sequential:
+    """Open for any token: the last layer starts at its bias alone."""
+    last = nn.Linear(hidden, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, bias)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), last)

@@ -99,7 +99,7 @@ def gate(logit: Tensor, training: bool, temperature: float = 5.0, noise: Tensor 
         logit: any shape.
         training: adds Gumbel noise and keeps the gradient; otherwise the decision is logit > 0.
         temperature: of the sigmoid that gradients see.
-        noise: difference of two Gumbel numbers, the logit's shape; drawn from torch's generator if None.
+        noise: see `gumbel_difference`; drawn if None.
 
     Returns:
         0 or 1, the type and shape of logit.
@@ -107,8 +107,12 @@ def gate(logit: Tensor, training: bool, temperature: float = 5.0, noise: Tensor 
     if not training:
         return (logit > 0).to(logit.dtype)
     if noise is None:
-        uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
-        noise = torch.logit(uniform)  # distributed as the difference of two Gumbel numbers
+        noise = gumbel_difference(logit)
     soft = torch.sigmoid((logit + noise) / temperature)
     hard = (logit + noise > 0).to(logit.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order the value is exact
+
+
+def gumbel_difference(like: Tensor) -> Tensor:
+    """Differences of two Gumbel numbers, which are logistic, in a tensor's shape and type, from torch's generator."""
+    return torch.logit(torch.rand_like(like).clamp(1e-6, 1 - 1e-6))

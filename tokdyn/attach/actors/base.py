@@ -55,6 +55,12 @@ class Kernel(Protocol):
     def around(self, run: Run, part: nn.Module, role: Role, inner: Inner) -> Inner:
         """The computation of the block for samples of one key; `inner` is the block as it was."""
 
+    def layer(self, run: Run, part: nn.Module, role: Role, call: Callable[..., Any], x: Tensor, *args: Any) -> Tensor:
+        """The result of a layer of the block that stands in `Stack.width`; `call` is the layer as it was."""
+
+    def forget(self) -> None:
+        """Let go what was made of the model's weights."""
+
 
 class Branch(Protocol):
     """A method around the attention or the MLP of a block."""

@@ -1,0 +1,178 @@
+"""Dynamic width: what is off is really not computed, and equals masks exactly, in every family."""
+
+import pytest
+import torch
+
+import tokdyn
+from tests.contract.models import TINY, one_of, sample
+from tests.contract.widths import (
+    ALL,
+    HEADS_ONLY,
+    NAMES,
+    blocks_of,
+    calls,
+    clock,
+    hold,
+    in_double,
+    widths_of,
+    wrapped,
+)
+from tokdyn import DynamicWidth, InputError, UnsupportedModelError
+from tokdyn.ops.width import spread
+
+
+def what_is_on(model, level=0.5):
+    """(depth, H) for heads and for groups of channels."""
+    logits = widths_of(model)[0](torch.tensor([level]))
+    open_ = torch.ones(len(model.tokdyn.layouts), len(model.tokdyn.layouts[0].sizes["heads"]), dtype=torch.bool)
+    return [open_ if each is None else torch.cat([open_[:, :1], each[0] > 0], dim=1) for each in logits]
+
+
+def zeroed(model, heads, channels, layouts):
+    """The model with the weights that lead out of heads and channels that are off set to zero."""
+    for number, (block, layout) in enumerate(zip(blocks_of(model), layouts, strict=True)):
+        on = {"heads": heads[number : number + 1], "channels": channels[number : number + 1]}
+        for layer in layout.layers:
+            if layer.into:
+                mask = torch.cat([spread(on[kind], layout.sizes[kind]) for kind in layer.into], dim=1)
+                block.get_submodule(".".join(layer.names)).weight.mul_(mask)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_slices_equal_masks_and_weights_set_to_zero(name):
+    inputs = in_double(ALL[name].inputs(2))
+    model = wrapped(name, ALL[name].build().double(), tokens=False)
+    sliced = sample(model(**inputs))
+    assert any(call.heads < 1 for call in calls(model))
+    assert name in HEADS_ONLY or any(call.channels < 1 for call in calls(model))
+    masked = sample(hold(wrapped(name, ALL[name].build().double(), tokens=False))(**inputs))
+    zero = sample(zeroed(ALL[name].build().double(), *what_is_on(model), model.tokdyn.layouts)(**inputs))
+    torch.testing.assert_close(sliced, masked, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sliced, zero, rtol=0, atol=1e-12)
+    assert not torch.equal(sliced, sample(ALL[name].build().double()(**inputs)))
+
+
+def choosing_by_hand(model, gates, adapter):
+    """The model with hooks that set the results of MLPs to zero for tokens that are off."""
+    number = 0
+    for stack in adapter.stacks:
+        place = stack.inside_mlp or stack.image
+        for block in getattr(model, stack.path):
+            part = next((getattr(block, name) for name in stack.mlp if hasattr(block, name)), None)
+            entry = part or getattr(block, "proj_mlp", None) or block.attn.to_qkv_mlp_proj
+            first = 3 * block.attn.inner_dim if type(block).__name__ == "Flux2SingleTransformerBlock" else 0
+
+            def hook(module, args, out, number=number, place=place, first=first):
+                x = args[0]
+                off = gates.token_logits(number, x) <= 0
+                words = x.shape[1] - IMAGE[type(model).__name__] if place != "all" else 0
+                if place == "first":
+                    off[:, x.shape[1] - words :] = False
+                else:
+                    off[:, :words] = False
+                out = out.clone()
+                out[..., first:][off] = 0
+                return out
+
+            entry.register_forward_hook(hook)
+            number += 1
+    return model
+
+
+IMAGE = {
+    "FluxTransformer2DModel": 20, "Flux2Transformer2DModel": 20, "HunyuanVideoTransformer3DModel": 24,
+    "CogVideoXTransformer3DModel": 24, "ZImageTransformer2DModel": 24, "Lumina2Transformer2DModel": 24,
+    "AuraFlowTransformer2DModel": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in HEADS_ONLY | {"DCDiT"}])
+@torch.no_grad()
+def test_tokens_that_are_off_get_nothing_from_the_mlp(name):
+    inputs = in_double(ALL[name].inputs(3))
+    model = wrapped(name, ALL[name].build().double(), heads=False, channels=False)
+    found = sample(model(**inputs))
+    rows = [call.mlp_rows for call in calls(model)]
+    assert any(0 < each < call.samples * call.tokens for each, call in zip(rows, calls(model), strict=True))
+    by_hand = choosing_by_hand(ALL[name].build().double(), widths_of(model)[0], model.tokdyn.adapter)
+    torch.testing.assert_close(found, sample(by_hand(**inputs)), rtol=0, atol=1e-12)
+    masked = sample(hold(wrapped(name, ALL[name].build().double()))(**inputs))
+    sliced = sample(wrapped(name, ALL[name].build().double())(**inputs))
+    torch.testing.assert_close(sliced, masked, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_samples_at_different_levels_do_not_depend_on_each_other(name):
+    model, inputs, levels = wrapped(name), ALL[name].inputs(3), (0.25, 0.75, 0.25)
+    together = sample(model(**{**inputs, **clock(name, *levels)}))
+    assert {call.samples for call in calls(model)} > {3} or {1, 2} <= {call.samples for call in calls(model)}
+    for i, level in enumerate(levels):
+        alone = sample(model(**{**one_of(inputs, i), **clock(name, level)}))
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("settings", [{"tokens": False}, {}])
+@torch.no_grad()
+def test_flops_that_are_counted_fall_and_are_those_that_are_computed(name, settings):
+    model, inputs = wrapped(name, **settings), ALL[name].inputs(2)
+    with tokdyn.disabled(model):
+        whole = tokdyn.flops(model, **inputs)
+    spent = tokdyn.flops(model, **inputs)
+    gates = spent.parts["DynamicWidth gates"]
+    assert whole.counted == whole.total
+    if name != "DCDiT":  # its attention pads rows for a kernel, more of them the fewer heads there are
+        assert spent.counted == spent.total
+    assert spent.counted - gates < 0.95 * whole.counted
+    model(**inputs)
+    call = tokdyn.stats(model).calls[-1]
+    assert call.heads < 1
+    assert (call.channels < 1) == (name not in HEADS_ONLY)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in HEADS_ONLY | {"DCDiT"}])
+@torch.no_grad()
+def test_the_loss_charges_what_is_saved(name):
+    """A share of heads or channels saves that share of the FLOPs that training charges for them."""
+    model, inputs = wrapped(name, tokens=False), ALL[name].inputs(2)
+    with tokdyn.disabled(model):
+        whole = tokdyn.flops(model, **inputs).counted
+    found = tokdyn.flops(model, **inputs)
+    model(**inputs)
+    saved = 0.0
+    for call in calls(model):
+        attention, mlp = model.tokdyn.layouts[call.block].flops(call.tokens, call.text)
+        saved += call.samples * ((1 - call.heads) * attention + (1 - call.channels) * mlp)
+    really = whole - found.counted + found.parts["DynamicWidth gates"]
+    if name in ("shared-keys", "Lumina2Transformer2DModel"):  # keys and values are needed if one of two heads is on
+        assert 0.8 * saved < really <= saved
+    else:
+        assert really == saved
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("SanaTransformer2DModel", {}, r"SanaTransformer2DModel: .*use DynamicWidth\(channels=False, tokens=False\)"),
+        (
+            "SanaTransformer2DModel",
+            {"tokens": False},
+            r"have an MLP whose channels cannot be cut; use DynamicWidth\(channels=False, tokens=False\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_attached(name, settings, sentence):
+    model = TINY[name].build()
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        tokdyn.wrap(model, [DynamicWidth(**settings)])
+    assert not hasattr(model, "tokdyn")
+
+
+def test_a_model_with_one_head_has_nothing_to_choose():
+    model = tokdyn.DiT(sample_size=8, hidden_size=16, depth=2, num_heads=1)
+    with pytest.raises(InputError, match="single attention head; use tokens=True"):
+        tokdyn.wrap(model, [DynamicWidth(tokens=False)])
+    tokdyn.wrap(model, [DynamicWidth()])
