@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tokdyn
-from tests.contract.models import TINY, Tiny, latents, of_diffusers, randomized, works
+from tests.contract.models import TINY, Tiny, latents, of_diffusers, randomized
 from tokdyn import DynamicWidth
 from tokdyn.adapters import adapter_for
 
@@ -142,8 +142,7 @@ class PublicDiT(nn.Module):
         return (self.final_layer(x),)
 
 
-CUT = {name: tiny for name, tiny in TINY.items() if works(name, [DynamicWidth(channels=False, tokens=False)])}
-ALL = {**CUT, **more_heads()}
+ALL = {**TINY, **more_heads()}
 HEADS_ONLY = {"SanaTransformer2DModel", "linear-with-norm"}
 NAMES = sorted(ALL)
 

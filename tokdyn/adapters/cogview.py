@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tokdyn.adapters.base import Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import IP_ADAPTER, patches, timestep
+from tokdyn.adapters.products import Products
+from tokdyn.adapters.width import attention_and_mlp
 
 COGVIEW4 = ModelAdapter(
     name="CogView4",
@@ -16,6 +18,8 @@ COGVIEW4 = ModelAdapter(
             follow=(Follow("image_rotary_emb", axis=0, batched=False),),
             attention=("attn1",),
             mlp=(),  # one MLP is called on image and text in turn
+            products=Products(joint=("attn1.*", "ff.*")),
+            width=attention_and_mlp("attn1", "ff", "CogView4AttnProcessor"),
         ),
     ),
     grid=patches,
@@ -38,6 +42,8 @@ COGVIEW3 = ModelAdapter(
             inside_mlp="last",
             attention=("attn1",),
             mlp=("ff",),
+            products=Products(joint=("attn1.*",)),
+            width=attention_and_mlp("attn1", "ff", "CogVideoXAttnProcessor2_0"),
         ),
     ),
     grid=patches,

@@ -56,7 +56,7 @@ def _known(block: nn.Module) -> bool:
     return plain and {"num_heads", "head_dim", "attn_dim"} <= set(vars(attention))
 
 
-_WIDTH = Width(
+WIDTH = Width(
     cuts=(Cut("attn.qkv", out=("heads",)), Cut("attn.proj", into=("heads",)), *mlp("mlp.fc2", "mlp.fc1")),
     inner="attn.proj.in_features",
     hidden="mlp.fc2.in_features",
@@ -76,7 +76,7 @@ FACEBOOK = ModelAdapter(
             attention=("attn",),
             mlp=("mlp",),
             modulated=modulation.public_layout,
-            width=_WIDTH,
+            width=WIDTH,
         ),
     ),
     grid=_grid,
@@ -91,7 +91,7 @@ FACEBOOK = ModelAdapter(
 DC_DIT = ModelAdapter(
     name="DC-DiT",
     classes=("DCDiT",),
-    stacks=(Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",), width=_WIDTH),),
+    stacks=(Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",), width=WIDTH),),
     grid=patches,
     level=timestep(),
     refuse={},

@@ -48,6 +48,7 @@ def _flux_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
 
 
 _ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
+_FLUX_PROCESSORS = ("FluxAttnProcessor", "OvisImageAttnProcessor", "LongCatImageAttnProcessor")
 _FLUX_SINGLE = Width(
     cuts=(
         *projections("attn", out=False),
@@ -57,7 +58,8 @@ _FLUX_SINGLE = Width(
     inner="attn.to_q.out_features",
     hidden="proj_out.in_features",
     attention=("attn",),
-    known=processed("attn", "FluxAttnProcessor"),
+    hiddens=("mlp_hidden_dim",),
+    known=processed("attn", *_FLUX_PROCESSORS),
 )
 
 FLUX = ModelAdapter(
@@ -72,7 +74,7 @@ FLUX = ModelAdapter(
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.embedding,
-            width=attention_and_mlp("attn", "ff", "FluxAttnProcessor"),
+            width=attention_and_mlp("attn", "ff", *_FLUX_PROCESSORS),
         ),
         Stack(
             "single_transformer_blocks",
@@ -99,6 +101,25 @@ FLUX = ModelAdapter(
 )
 
 
+_FLUX2_DOUBLE = Width(
+    cuts=(*projections("attn"), *mlp("ff.linear_out", "ff.linear_in")),
+    inner="attn.to_out.0.in_features",
+    hidden="ff.linear_out.in_features",
+    attention=("attn",),
+    known=processed("attn", "Flux2AttnProcessor", "Flux2KVAttnProcessor"),
+)
+_FLUX2_SINGLE = Width(
+    cuts=(
+        Cut("attn.to_qkv_mlp_proj", out=("heads", "heads", "heads", "channels", "channels")),
+        Cut("attn.to_out", into=("heads", "channels")),
+    ),
+    inner="attn.inner_dim",
+    hidden="attn.mlp_hidden_dim",
+    attention=("attn",),
+    hiddens=("mlp_hidden_dim",),
+    known=processed("attn", "Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor"),
+)
+
 _CHROMA_FOLLOW = (
     *_ROTARY,
     Follow("attention_mask", dims=2),  # what blocks get; attention gets it for every pair of tokens
@@ -111,7 +132,14 @@ CHROMA = ModelAdapter(
     classes=("ChromaTransformer2DModel",),
     stacks=(
         replace(FLUX.stacks[0], follow=_CHROMA_FOLLOW, modulated=None),  # its modulation is of text and image
-        Stack("single_transformer_blocks", image="last", follow=_CHROMA_FOLLOW, attention=("attn",), mlp=()),
+        Stack(
+            "single_transformer_blocks",
+            image="last",
+            follow=_CHROMA_FOLLOW,
+            attention=("attn",),
+            mlp=(),
+            width=_FLUX_SINGLE,
+        ),
     ),
     grid=_flux_grid,
     level=timestep(scale=1.0),

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
+from tokdyn.adapters.facebook import WIDTH
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
@@ -41,7 +42,7 @@ _MASK = "it has an entry for every pair of tokens; leave it out"
 TIMM_VIT = ModelAdapter(
     name="timm ViT",
     classes=("VisionTransformer",),
-    stacks=(Stack("blocks", tokens="x", image="last", attention=("attn",), mlp=("mlp",)),),
+    stacks=(Stack("blocks", tokens="x", image="last", attention=("attn",), mlp=("mlp",), width=WIDTH),),
     grid=_grid,
     level=None,
     refuse={"attn_mask": _MASK, "is_causal": "merged tokens have no order; leave it out"},

@@ -167,6 +167,7 @@ COGVIDEOX = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.with_text,
+            products=Products(joint=("attn1.*",)),
             width=attention_and_mlp("attn1", "ff", "CogVideoXAttnProcessor2_0"),
         ),
     ),

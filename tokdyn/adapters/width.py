@@ -23,14 +23,12 @@ class Cut:
         into: what its inputs belong to, in order; heads come before channels in both.
         norm: path of a norm that its outputs go through. A norm over all heads needs them all, so the layer is left
             whole and what comes out of the norm is selected.
-        text: it runs over text tokens in a stream of their own.
     """
 
     path: str
     out: tuple[Kind, ...] = ()
     into: tuple[Kind, ...] = ()
     norm: str | None = None
-    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Width:
         attention: paths of the modules whose attributes say how many heads there are.
         counts: attributes of these that hold a number of heads; those that a module lacks are passed over.
         inners: the same for the channels of all heads together.
-        hiddens: the same for the channels of the MLP.
+        hiddens: the same for the channels of the MLP; the block may have them too.
         tables: arguments of the block whose last axis holds the channels of all heads.
         known: whether the block computes with what these attributes say; elsewhere all heads are computed and the
             results of some are set to zero. None takes it for granted.
@@ -61,6 +59,11 @@ class Width:
     tables: tuple[str, ...] = ()
     known: Callable[[nn.Module], bool] | None = None
 
+    @property
+    def parallel(self) -> bool:
+        """One layer leads out of the heads and of the channels of the MLP."""
+        return any(len(set(cut.into)) > 1 for cut in self.cuts)
+
 
 def projections(attention: str, out: bool = True) -> tuple[Cut, ...]:
     """The layers of attention in diffusers, those of text that joins in included.
@@ -74,10 +77,10 @@ def projections(attention: str, out: bool = True) -> tuple[Cut, ...]:
         Cut(f"{attention}.to_q", out=heads, norm=f"{attention}.norm_q"),
         Cut(f"{attention}.to_k", out=heads, norm=f"{attention}.norm_k"),
         Cut(f"{attention}.to_v", out=heads),
-        Cut(f"{attention}.add_q_proj", out=heads, norm=f"{attention}.norm_added_q", text=True),
-        Cut(f"{attention}.add_k_proj", out=heads, norm=f"{attention}.norm_added_k", text=True),
-        Cut(f"{attention}.add_v_proj", out=heads, text=True),
-        Cut(f"{attention}.to_add_out", into=heads, text=True),
+        Cut(f"{attention}.add_q_proj", out=heads, norm=f"{attention}.norm_added_q"),
+        Cut(f"{attention}.add_k_proj", out=heads, norm=f"{attention}.norm_added_k"),
+        Cut(f"{attention}.add_v_proj", out=heads),
+        Cut(f"{attention}.to_add_out", into=heads),
     ]
     return (*found, Cut(f"{attention}.to_out.0", into=heads)) if out else tuple(found)
 

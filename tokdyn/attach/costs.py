@@ -28,11 +28,11 @@ def block_flops(structure: Structure, call: BlockCall) -> Counter[str]:
     seen = {"block": call.groups([]), "attention": call.groups(call.attention), "mlp": call.groups(call.mlp)}
     found: Counter[str] = Counter()
     for layers in structure.layers:
-        share = {"attention": call.heads, "mlp": call.channels, "block": 1.0}[layers.owner]
-        rows = _rows(layers, structure, call, seen[layers.owner])
-        found[layers.part] += round(share * layers.flops * rows)
+        found[layers.part] += layers.flops * _rows(layers, structure, call, seen[layers.owner])
+    for name, flops in call.saved.items():
+        found[dict(structure.parts)[name]] -= flops
     for pairs in structure.pairs:
-        share = call.heads if pairs.owner == "attention" else 1.0
+        share = call.heads if pairs.kind != "context" else 1.0
         found[pairs.part] += round(share * sum(n * _pair_flops(pairs, rows, call) for n, rows in seen[pairs.owner]))
     return found
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.adapters.width import Cut, Kind, Width
+from tokdyn.attach.structure import Rows, rows_of
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import DynamicWidth, Method
 from tokdyn.ops.width import group_sizes
 
 Names = tuple[str, ...]
 """Where a module is, from the block."""
+
+
+class On(NamedTuple):
+    """Which of the heads, and of the groups of MLP channels, are on; at least one of each that there are."""
+
+    heads: tuple[bool, ...]
+    channels: tuple[bool, ...]
+
+    def of(self, kind: Kind) -> tuple[bool, ...]:
+        """One of them."""
+        return self.heads if kind == "heads" else self.channels
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Layer:
         split: how many outputs or inputs belong to heads, where those of channels come behind them; 0 elsewhere.
         shared: how many heads share each of those that its outputs hold.
         norm: a norm over all heads that comes after it and needs all its outputs.
-        text: it runs over text tokens in a stream of their own.
+        rows: over which tokens it runs: those of the image, of text in a stream of its own, or both in one sequence.
         numbers: in its weight, by what decides whether they are needed.
     """
 
@@ -39,7 +51,7 @@ class Layer:
     split: int
     shared: int
     norm: Names | None
-    text: bool
+    rows: Rows
     numbers: dict[Kind, int]
 
 
@@ -52,15 +64,13 @@ class Layout:
         sizes: channels of each attention head, and of each group of MLP channels.
         layers: those that it has.
         beside: attentions over the image tokens alone, beside the first.
-        joint: its layers run over image and text tokens in one sequence.
-        parallel: its MLP is no module of its own.
+        parallel: one layer leads out of the heads and the channels of the MLP, which is no module of its own.
     """
 
     width: Width
     sizes: dict[Kind, tuple[int, ...]]
     layers: tuple[Layer, ...]
     beside: int
-    joint: bool
     parallel: bool
 
     def total(self, kind: Kind) -> int:
@@ -69,12 +79,12 @@ class Layout:
 
     def flops(self, image: int, text: int) -> tuple[int, int]:
         """FLOPs of attention and of the MLP for one sample, as far as gates decide; a multiply-add is 2."""
-        rows = image + text if self.joint else image
+        rows = {"image": image, "text": text, "joint": image + text}
         pairs = (image + text) ** 2 + self.beside * image**2
         spent: dict[Kind, int] = {"heads": 4 * pairs * self.total("heads"), "channels": 0}
         for layer in self.layers:
             for kind, numbers in layer.numbers.items():
-                spent[kind] += 2 * numbers * (text if layer.text else rows)
+                spent[kind] += 2 * numbers * rows[layer.rows]
         return spent["heads"], spent["channels"]
 
 
@@ -90,7 +100,8 @@ def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method
     found = []
     for stack in adapter.stacks:
         reason = unfit(stack, method, adapter.dense)
-        for block in model.get_submodule(stack.path).children() if reason is None else ():
+        blocks: Any = model.get_submodule(stack.path)
+        for block in blocks if reason is None else ():
             layout = layout_of(block, stack, adapter.heads(model))
             reason = unfit(stack, method, adapter.dense, layout is not None, bool(layout and layout.sizes["channels"]))
             if layout is None or reason is not None:
@@ -122,6 +133,8 @@ def unfit(
     cure = f"use DynamicWidth({', '.join(f'{name}=False' for name in settings)})"
     if method.tokens and dense:
         return f"look at neighbouring cells, so that no token can be kept from the MLP; {cure}"
+    if method.tokens and not (stack.mlp or stack.width.parallel):
+        return "call their MLP on image and text in turn; use DynamicWidth(tokens=False)"
     if method.channels and not channels:
         return f"have an MLP whose channels cannot be cut; {cure}"
     return None
@@ -148,7 +161,7 @@ def layout_of(block: nn.Module, stack: Stack, heads: int) -> Layout | None:
         module: Any = reach(block, tuple(cut.path.split(".")))
         if module is None or not all(totals[kind] for kind in (*cut.out, *cut.into)):
             continue
-        layer = _layer(block, module, cut, totals, heads)
+        layer = _layer(block, module, cut, totals, heads, rows_of(cut.path, block, stack))
         if layer is None:
             return None
         layers.append(layer)
@@ -156,9 +169,8 @@ def layout_of(block: nn.Module, stack: Stack, heads: int) -> Layout | None:
         "heads": (inner // heads,) * heads,
         "channels": group_sizes(hidden, heads) if hidden else (),
     }
-    joint = bool(stack.inside or stack.inside_mlp) or stack.image != "all"
     attentions = sum(reach(block, tuple(path.split("."))) is not None for path in width.attention)
-    return Layout(width, sizes, tuple(layers), attentions - 1, joint, parallel=not stack.mlp)
+    return Layout(width, sizes, tuple(layers), attentions - 1, width.parallel)
 
 
 def reach(block: nn.Module, names: Names) -> nn.Module | None:
@@ -169,7 +181,7 @@ def reach(block: nn.Module, names: Names) -> nn.Module | None:
     return found
 
 
-def _layer(block: nn.Module, module: Any, cut: Cut, totals: dict[Kind, int], heads: int) -> Layer | None:
+def _layer(block: nn.Module, module: Any, cut: Cut, totals: dict[Kind, int], heads: int, rows: Rows) -> Layer | None:
     """A layer with its sizes; None if they do not add up."""
     outputs, inputs = int(module.out_features), int(module.in_features)
     out, into = _filled(cut.out, outputs, totals), _filled(cut.into, inputs, totals)
@@ -188,7 +200,7 @@ def _layer(block: nn.Module, module: Any, cut: Cut, totals: dict[Kind, int], hea
     mixed = next((kinds for kinds in (out, into) if len(set(kinds)) > 1), ())
     split = mixed.count("heads") * totals["heads"]
     names = tuple(cut.path.split("."))
-    return Layer(names, out, into, split, shared, norm if across else None, cut.text, numbers)
+    return Layer(names, out, into, split, shared, norm if across else None, rows, numbers)
 
 
 def _filled(kinds: tuple[Kind, ...], size: int, totals: dict[Kind, int]) -> tuple[Kind, ...]:

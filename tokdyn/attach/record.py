@@ -26,6 +26,8 @@ class BlockCall:
         channels: share of the channels of the MLP that were.
         mlp_rows: image tokens that the MLP saw of all samples together, where each chose its own; None if none did.
         which: the samples it was computed for, by their places in the batch; None for all.
+        saved: FLOPs of all samples that layers did without, by where they are in the block; beside fewer tokens for the
+            MLP as a whole, and the products of attention.
     """
 
     block: int
@@ -40,6 +42,11 @@ class BlockCall:
     mlp_rows: int | Tensor | None = None
     rows: tuple[int, ...] | None = None
     which: tuple[int, ...] | None = None
+    saved: dict[str, int] = field(default_factory=dict)
+
+    def save(self, layer: str, flops: int) -> None:
+        """Note what a layer did without; a multiply-add is 2."""
+        self.saved[layer] = self.saved.get(layer, 0) + flops
 
     def groups(self, merged: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Samples, and how many image tokens of each a branch saw; `merged` is `attention` or `mlp`."""
@@ -85,7 +92,8 @@ class BlockCall:
         """Equal for computations that cost the same in equal blocks."""
         merged = tuple(self.attention), tuple(self.mlp)
         rows = None if self.mlp_rows is None else int(self.mlp_rows)
-        return self.samples, self.tokens, self.rows, self.text, self.context, merged, self.heads, self.channels, rows
+        saved = tuple(self.saved.items())
+        return self.samples, self.tokens, self.rows, self.text, self.context, merged, self.heads, rows, saved
 
 
 @dataclass

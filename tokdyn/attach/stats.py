@@ -87,6 +87,8 @@ class CallStats(_Costs):
         attention_tokens: image tokens of a sample that attention saw, the mean over what ran; fewer where they were
             merged. None where nothing ran.
         mlp_tokens: the same of the MLP.
+        heads: share of the attention heads that were computed, the mean over what ran; None where nothing ran.
+        channels: the same of the channels of the MLP.
         reused: samples for which a cache repeated what the blocks did before.
         parts: FLOPs of the blocks by part; None where the adapter does not know what they multiply.
         methods: FLOPs of what the methods computed on top.
@@ -104,6 +106,8 @@ class CallStats(_Costs):
     kept: tuple[int | None, ...]
     attention_tokens: float | None
     mlp_tokens: float | None
+    heads: float | None
+    channels: float | None
     reused: int
     parts: dict[str, int] | None
     methods: dict[str, int] | None
@@ -236,6 +240,8 @@ def _call(
         kept=tuple(_least(record.calls, i) for i in samples),
         attention_tokens=_mean([(call.seen(call.attention), count) for call, count in ran]),
         mlp_tokens=_mean([(call.seen(call.mlp, call.mlp_rows), count) for call, count in ran]),
+        heads=_mean([(call.heads, count) for call, count in ran]),
+        channels=_mean([(call.channels, count) for call, count in ran]),
         reused=len(record.reused.intersection(samples)),
         parts=parts,
         methods=methods,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tokdyn.adapters.base import ModelAdapter, Stack
-from tokdyn.adapters.products import Patterns, Products
+from tokdyn.adapters.products import USUAL, Patterns, Products
 
 Rows = Literal["image", "text", "joint", "context", "words", "pictures", "sample"]
 Owner = Literal["attention", "mlp", "block"]
@@ -73,12 +73,14 @@ class Structure:
         pairs: products of attention.
         indicator: FLOPs for one sample of what a feature cache compares, multiply-add = 2.
         words: see `Products`.
+        parts: what the cost of each layer is listed under, by where it is in the block.
     """
 
     layers: tuple[Layers, ...]
     pairs: tuple[Pairs, ...]
     indicator: int = 0
     words: int | None = None
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 def structures(model: nn.Module, adapter: ModelAdapter) -> tuple[Structure, ...] | None:
@@ -100,15 +102,18 @@ def structure(block: nn.Module, stack: Stack) -> Structure | None:
         return None
     flops: defaultdict[tuple[str, Rows, Owner], int] = defaultdict(int)
     indicator = 0
+    parts = []
     for name, cost in _layers(block):
-        flops[_place(name, block, stack, products)] += cost
+        place = _place(name, block, stack, products)
+        flops[place] += cost
+        parts.append((name, place[0]))
         if stack.modulated is not None and _matches(name, products.indicator):
             indicator += cost
     pairs = list(_pairs(block, stack, products))
     if None in pairs:
         return None
     layers = tuple(Layers(*place, cost) for place, cost in flops.items())
-    return Structure(layers, tuple(each for each in pairs if each), indicator, products.words)
+    return Structure(layers, tuple(each for each in pairs if each), indicator, products.words, tuple(parts))
 
 
 def _layers(block: nn.Module) -> Iterator[tuple[str, int]]:
@@ -120,6 +125,11 @@ def _layers(block: nn.Module) -> Iterator[tuple[str, int]]:
         if not _replaced(name, parts) and _adapter_runs(name, parts):
             numbers = part.in_features * part.out_features if isinstance(part, nn.Linear) else part.weight.numel()
             yield name, 2 * numbers
+
+
+def rows_of(name: str, block: nn.Module, stack: Stack) -> Rows:
+    """The rows that a layer of a block runs over."""
+    return _place(name, block, stack, stack.products or USUAL)[1]
 
 
 def _replaced(name: str, parts: dict[str, nn.Module]) -> bool:

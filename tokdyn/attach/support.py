@@ -34,7 +34,12 @@ EXAMPLES: dict[type[Method], tuple[Method, ...]] = {
     ),
     TokenDrop: (TokenDrop(),),
     DepthSkip: (DepthSkip(blocks=(1,)), DepthSkip(blocks=(1,), levels=(0.5, 1.0)), DepthSkip(learned=True)),
-    DynamicWidth: (DynamicWidth(), DynamicWidth(tokens=False), DynamicWidth(heads=False, channels=False)),
+    DynamicWidth: (
+        DynamicWidth(),
+        DynamicWidth(tokens=False),
+        DynamicWidth(channels=False, tokens=False),
+        DynamicWidth(heads=False, channels=False),
+    ),
     FeatureCache: (FeatureCache(), FeatureCache(indicator="first_block")),
 }
 """Settings of each method that differ in what they ask of a model; the first are the usual ones."""
@@ -162,16 +167,19 @@ def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | No
     return "weighted=True weighs the keys of softmax attention, and this is linear attention; leave weighted out"
 
 
-def _narrow(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Narrower blocks need layers that the adapter says how to cut."""
+def _width(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Blocks can be narrowed where the adapter says what belongs to which head and channel."""
     if not isinstance(method, DynamicWidth) or method.target == 1.0:
         return None
-    reasons = ((stack.path, unfit(stack, method, adapter.dense)) for stack in adapter.stacks)
-    return next((f"the blocks in {path!r} {reason}" for path, reason in reasons if reason is not None), None)
+    for stack in adapter.stacks:
+        reason = unfit(stack, method, adapter.dense)
+        if reason is not None:
+            return f"the blocks in {stack.path!r} {reason}"
+    return None
 
 
 _RULES: tuple[Callable[[ModelAdapter, Method, Traits], str | None], ...] = (
-    _unknown, _narrow, _dense, _level, _branch, _weighted,
+    _unknown, _width, _dense, _level, _branch, _weighted,
 )  # fmt: skip
 
 

@@ -119,6 +119,12 @@ class WidthGates(nn.Module):
             logits: Tensor = self.tokens[block](_fit(x, first.weight))
         return logits.squeeze(-1).to(x.device)
 
+    @property
+    def token_flops(self) -> int:
+        """Of the network that decides about a token; a multiply-add is 2."""
+        first = self.tokens[0][0] if self.tokens is not None else None  # type: ignore[index]
+        return 0 if first is None else 2 * first.out_features * (first.in_features + 1)
+
     def target(self, method: DynamicWidth) -> Tensor | float:
         """What the share of the FLOPs is held at now."""
         if not method.warmup:

@@ -15,22 +15,15 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.actors.base import Inner
-from tokdyn.attach.actors.width_rows import (
-    chosen,
-    into_mlp,
-    of_samples_here,
-    out_of_mlp,
-    sample_of_rows,
-    selected,
-)
-from tokdyn.attach.instance import attach_like, is_attached
-from tokdyn.attach.layout import Layer, Layout, reach
-from tokdyn.attach.roles import Role, layer_roles
+from tokdyn.attach.actors.width_layers import columns, factor, know_layers, note_saved
+from tokdyn.attach.actors.width_rows import chosen, into_mlp, out_of_mlp, selected
+from tokdyn.attach.layout import Layout, On
+from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
-from tokdyn.attach.slicing import On, Slices
+from tokdyn.attach.slicing import Slices
 from tokdyn.methods import DynamicWidth, WidthGates
 from tokdyn.ops.skipping import gate, gumbel_difference
-from tokdyn.ops.width import flops_loss, flops_share, spread
+from tokdyn.ops.width import flops_loss, flops_share
 
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
 
@@ -70,8 +63,14 @@ class Narrowing:
 
     def open(self, run: Run, x: Tensor) -> Tensor:
         """Ask the gates."""
-        if run.training or torch.compiler.is_compiling():
-            logits = self.module(run.clock(x.device))
+        if self.module.heads is None and self.module.channels is None:  # the noise level is of no matter
+            nothing: list[On | None] = [None] * len(run.attachment.layouts)
+            masked = run.training or torch.compiler.is_compiling()
+            widths = Widths(run.batch, {}) if masked else Widths(run.batch, on=[nothing] * run.batch)
+        elif run.training or torch.compiler.is_compiling():
+            clock = run.clock(x.device)
+            logits = self.module(clock)
+            self._spend(run, len(clock))
             drawn = {kind: self._drawn(run, each) for kind, each in zip(KINDS, logits, strict=True) if each is not None}
             widths = Widths(run.batch, drawn)
             if run.training:
@@ -93,6 +92,7 @@ class Narrowing:
         levels = list(dict.fromkeys(run.level))
         logits = self.module(torch.tensor(levels, device=device))
         heads, channels = (None if each is None else (each > 0).tolist() for each in logits)
+        self._spend(run, len(levels))
         known: dict[float, list[On | None]] = {}
         for row, level in enumerate(levels):
             known[level] = []
@@ -104,6 +104,12 @@ class Narrowing:
                 )
                 known[level].append(None if all(on.heads) and all(on.channels) else on)
         return [known[level] for level in run.level]
+
+    def _spend(self, run: Run, levels: int) -> None:
+        """Note what the gates of heads and channels cost."""
+        for gates in (self.module.heads, self.module.channels):
+            if gates is not None:
+                run.record.spend("DynamicWidth gates", 2 * levels * gates.in_features * gates.out_features)
 
     def key(self, run: Run, block: int) -> Sequence[Hashable] | None:
         """What is on for every sample."""
@@ -177,8 +183,10 @@ class Narrowing:
         if taken.columns is not None:
             for name in layout.width.tables:
                 if named.get(name) is not None:
-                    named = {**named, name: _columns(named[name], taken.columns)}
-        return narrow(**named)
+                    named = {**named, name: columns(named[name], taken.columns)}
+        out = narrow(**named)
+        note_saved(run, layout, taken)
+        return out
 
     def layer(self, run: Run, part: nn.Module, role: Role, call: Callable[..., Any], x: Tensor, *args: Any) -> Tensor:
         """A layer whose inputs are masked, or that sees the rows of the tokens that are on."""
@@ -188,9 +196,9 @@ class Narrowing:
             return call(x, *args)  # type: ignore[no-any-return]
         if layer.out:
             return into_mlp(self.module, self.method.temperature, run, part, role, call, x, *args)
-        factor = _factor(run, layer, layout, x)
-        if factor is not None:
-            x = x * factor
+        mask = factor(run, layer, layout, x)
+        if mask is not None:
+            x = x * mask
         if layer.split:
             return out_of_mlp(run, part, layer, call, x, *args)
         out: Tensor = call(x, *args)
@@ -202,17 +210,18 @@ class Narrowing:
         if run.training and widths.masks is not None:
             loss = flops_loss(self._share(run, widths, x.device), self.module.target(self.method))
             run.add_loss("DynamicWidth", self.method.loss_weight * loss)
-            self.module.calls += 1
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:  # else it is computed again
+                self.module.calls += 1
         return x
 
     def _share(self, run: Run, widths: Widths, device: torch.device) -> Tensor:
         """(B,) share of the FLOPs that ran, of the blocks that did."""
         layouts = run.attachment.layouts
         depth = len(layouts)
-        spent = torch.zeros(2, widths.batch, depth)
+        spent = [[[0.0] * depth for _ in range(widths.batch)] for _ in range(2)]
         for block, sample, flops in widths.ran:
-            spent[0, sample, block], spent[1, sample, block] = flops
-        attention, mlp = spent.to(device)
+            spent[0][sample][block], spent[1][sample][block] = flops
+        attention, mlp = torch.tensor(spent, device=device)
         ones = torch.ones(widths.batch, depth, device=device)
         assert widths.masks is not None
         heads = widths.masks["heads"].mean(dim=2) if "heads" in widths.masks else ones
@@ -242,53 +251,3 @@ class Choosing:
             factor = chosen(self.narrowing.module, run, role, named[name], self.narrowing.method.temperature)
             return call(**named) * factor[..., None].to(named[name].dtype)
         return selected(self.narrowing.module, run, role, named[name], lambda x: call(**{**named, name: x}))
-
-
-def know_layers(run: Run, part: nn.Module, role: Role, layout: Layout, rows: bool = False) -> None:
-    """Make sure that calls of a block's layers are seen, also of those that were put there after wrapping.
-
-    Args:
-        run: of the call.
-        part: the block.
-        role: of the block.
-        layout: of the block.
-        rows: only tokens are chosen, so that only a block whose MLP is no module of its own is asked.
-    """
-    if rows and not layout.parallel:
-        return
-    for key, found in layer_roles(part, role, layout).items():
-        assert found.layer is not None
-        module = reach(part, found.layer.names)
-        assert module is not None
-        known = run.roles.get(key)  # of a layer that is gone, if its id is used again
-        if known is not None and known.layer is found.layer and is_attached(module):
-            continue
-        for inside in module.modules():  # an adapter layer took the place of a layer that it holds now
-            run.roles.pop(id(inside), None)
-        attach_like(module, part)
-        run.roles[key] = found
-
-
-def _factor(run: Run, layer: Layer, layout: Layout, x: Tensor) -> Tensor | None:
-    """0 or 1 for the inputs of a layer, (1 or B, 1, C), or (1 or T, C) of packed rows; None if there are no masks."""
-    masks = [run.given.get(kind) for kind in layer.into]
-    samples = max((len(mask) for mask in masks if mask is not None), default=0)
-    if not samples:
-        return None
-    parts = [
-        x.new_ones(samples, layout.total(kind)) if mask is None else spread(mask, layout.sizes[kind]).to(x.dtype)
-        for kind, mask in zip(layer.into, masks, strict=True)
-    ]
-    whole = torch.cat(parts, dim=1)
-    if samples > 1:
-        whole = of_samples_here(run, whole)
-    if run.packing is None:
-        return whole[:, None]
-    return whole.index_select(0, sample_of_rows(run, layer.into[0], x)) if samples > 1 else whole
-
-
-def _columns(table: Any, columns: Tensor) -> Any:
-    """A table, or several, with some of the channels."""
-    if isinstance(table, (tuple, list)):
-        return type(table)(_columns(each, columns) for each in table)
-    return table.index_select(-1, columns.to(table.device))

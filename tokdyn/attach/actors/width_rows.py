@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.layout import Layer
+from tokdyn.attach.narrow import readable
 from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
-from tokdyn.attach.slicing import readable
 from tokdyn.attach.tokens import split
 from tokdyn.methods import WidthGates
 from tokdyn.ops.skipping import gate
@@ -30,9 +30,12 @@ def _place(role: Role) -> str:
 def _logits(module: WidthGates, run: Run, role: Role, x: Tensor) -> tuple[Tensor, int]:
     """(B, M) logits of the image tokens in x, (T,) of packed rows, and the number of text tokens beside them."""
     if run.packing is not None:
-        return module.token_logits(role.block, x), 0
-    place = _place(role)
-    text, image = split(x, None if place == "all" else run.count, place)
+        text, image = None, x
+    else:
+        place = _place(role)
+        text, image = split(x, None if place == "all" else run.count, place)
+    rows = image.numel() // image.shape[-1]
+    run.record.spend("DynamicWidth gates", rows * module.token_flops)
     return module.token_logits(role.block, image), 0 if text is None else text.shape[1]
 
 
@@ -120,10 +123,12 @@ def into_mlp(
     if rows is None:
         return call(x, *args)  # type: ignore[no-any-return]
     run.given[_ROWS] = rows
+    if layer.split and not readable(part):
+        return call(x, *args)  # type: ignore[no-any-return]
+    if isinstance(part, nn.Linear):
+        _save(run, layer, x, rows, (part.out_features - layer.split) * x.shape[-1])
     if not layer.split:
         return _put(x, rows, lambda some: call(some, *args))
-    if not readable(part):
-        return call(x, *args)  # type: ignore[no-any-return]
     (weight, rest), (bias, over) = _parted(part, layer.split, 0)
     out = _put(x, rows, lambda some: F.linear(some, rest, over))
     return torch.cat([F.linear(x, weight, bias), out], dim=-1)
@@ -137,6 +142,7 @@ def out_of_mlp(run: Run, part: nn.Module, layer: Layer, call: Callable[..., Any]
         flat = x.flatten(0, 1)
         out = F.linear(flat[:, : layer.split], weight, bias)
         seen = F.linear(flat.index_select(0, rows)[:, layer.split :], rest)
+        _save(run, layer, x, rows, rest.numel())
         return out.index_add(0, rows, seen.to(out.dtype)).view(*x.shape[:2], -1)
     if rows is not None:
         mask = x.new_zeros(x.shape[0] * x.shape[1]).index_fill(0, rows, 1.0).view(x.shape[:2])
@@ -144,6 +150,11 @@ def out_of_mlp(run: Run, part: nn.Module, layer: Layer, call: Callable[..., Any]
         heads, channels = x[..., : layer.split], x[..., layer.split :]
         x = torch.cat([heads, channels * mask[..., None].to(x.dtype)], dim=-1)
     return call(x, *args)  # type: ignore[no-any-return]
+
+
+def _save(run: Run, layer: Layer, x: Tensor, rows: Tensor, numbers: int) -> None:
+    """Note what so many numbers of a weight did without: the tokens that are off."""
+    run.call.save(".".join(layer.names), 2 * numbers * (x.numel() // x.shape[-1] - len(rows)))
 
 
 def _parted(layer: Any, split: int, axis: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
