@@ -7,8 +7,10 @@ import tokdyn
 from tests.contract.models import TINY, one_of, sample
 from tests.contract.widths import (
     ALL,
-    HEADS_ONLY,
     NAMES,
+    WITH_CHANNELS,
+    WITH_HEADS,
+    WITH_TOKENS,
     blocks_of,
     calls,
     clock,
@@ -39,14 +41,14 @@ def zeroed(model, heads, channels, layouts):
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_HEADS)
 @torch.no_grad()
 def test_slices_equal_masks_and_weights_set_to_zero(name):
     inputs = in_double(ALL[name].inputs(2))
     model = wrapped(name, ALL[name].build().double(), tokens=False)
     sliced = sample(model(**inputs))
     assert any(call.heads < 1 for call in calls(model))
-    assert name in HEADS_ONLY or any(call.channels < 1 for call in calls(model))
+    assert name not in WITH_CHANNELS or any(call.channels < 1 for call in calls(model))
     masked = sample(hold(wrapped(name, ALL[name].build().double(), tokens=False))(**inputs))
     zero = sample(zeroed(ALL[name].build().double(), *what_is_on(model), model.tokdyn.layouts)(**inputs))
     torch.testing.assert_close(sliced, masked, rtol=0, atol=1e-12)
@@ -54,7 +56,7 @@ def test_slices_equal_masks_and_weights_set_to_zero(name):
     assert not torch.equal(sliced, sample(ALL[name].build().double()(**inputs)))
 
 
-def choosing_by_hand(model, gates, adapter):
+def choosing_by_hand(model, gates, adapter, cells):
     """The model with hooks that set the results of MLPs to zero for tokens that are off."""
     number = 0
     for stack in adapter.stacks:
@@ -67,7 +69,7 @@ def choosing_by_hand(model, gates, adapter):
             def hook(module, args, out, number=number, place=place, first=first):
                 x = args[0]
                 off = gates.token_logits(number, x) <= 0
-                words = x.shape[1] - IMAGE[type(model).__name__] if place != "all" else 0
+                words = x.shape[1] - cells if place != "all" else 0
                 if place == "first":
                     off[:, x.shape[1] - words :] = False
                 else:
@@ -81,14 +83,7 @@ def choosing_by_hand(model, gates, adapter):
     return model
 
 
-IMAGE = {
-    "FluxTransformer2DModel": 20, "Flux2Transformer2DModel": 20, "HunyuanVideoTransformer3DModel": 24,
-    "CogVideoXTransformer3DModel": 24, "ZImageTransformer2DModel": 24, "Lumina2Transformer2DModel": 24,
-    "AuraFlowTransformer2DModel": 24,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in HEADS_ONLY | {"DCDiT"}])
+@pytest.mark.parametrize("name", [name for name in WITH_TOKENS if name != "DCDiT"])
 @torch.no_grad()
 def test_tokens_that_are_off_get_nothing_from_the_mlp(name):
     inputs = in_double(ALL[name].inputs(3))
@@ -96,14 +91,16 @@ def test_tokens_that_are_off_get_nothing_from_the_mlp(name):
     found = sample(model(**inputs))
     rows = [call.mlp_rows for call in calls(model)]
     assert any(0 < each < call.samples * call.tokens for each, call in zip(rows, calls(model), strict=True))
-    by_hand = choosing_by_hand(ALL[name].build().double(), widths_of(model)[0], model.tokdyn.adapter)
+    by_hand = choosing_by_hand(
+        ALL[name].build().double(), widths_of(model)[0], model.tokdyn.adapter, model.tokdyn.records[-1].cells
+    )
     torch.testing.assert_close(found, sample(by_hand(**inputs)), rtol=0, atol=1e-12)
     masked = sample(hold(wrapped(name, ALL[name].build().double()))(**inputs))
     sliced = sample(wrapped(name, ALL[name].build().double())(**inputs))
     torch.testing.assert_close(sliced, masked, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_HEADS)
 @torch.no_grad()
 def test_samples_at_different_levels_do_not_depend_on_each_other(name):
     model, inputs, levels = wrapped(name), ALL[name].inputs(3), (0.25, 0.75, 0.25)
@@ -115,10 +112,10 @@ def test_samples_at_different_levels_do_not_depend_on_each_other(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("settings", [{"tokens": False}, {}])
+@pytest.mark.parametrize("tokens", [False, True])
 @torch.no_grad()
-def test_flops_that_are_counted_fall_and_are_those_that_are_computed(name, settings):
-    model, inputs = wrapped(name, **settings), ALL[name].inputs(2)
+def test_flops_that_are_counted_fall_and_are_those_that_are_computed(name, tokens):
+    model, inputs = wrapped(name, tokens=tokens), ALL[name].inputs(2)
     with tokdyn.disabled(model):
         whole = tokdyn.flops(model, **inputs)
     spent = tokdyn.flops(model, **inputs)
@@ -129,11 +126,11 @@ def test_flops_that_are_counted_fall_and_are_those_that_are_computed(name, setti
     assert spent.counted - gates < 0.95 * whole.counted
     model(**inputs)
     call = tokdyn.stats(model).calls[-1]
-    assert call.heads < 1
-    assert (call.channels < 1) == (name not in HEADS_ONLY)
+    assert (call.heads < 1) == (name in WITH_HEADS)
+    assert (call.channels < 1) == (name in WITH_CHANNELS)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in HEADS_ONLY | {"DCDiT"}])
+@pytest.mark.parametrize("name", [name for name in WITH_CHANNELS if name != "DCDiT"])
 @torch.no_grad()
 def test_the_loss_charges_what_is_saved(name):
     """A share of heads or channels saves that share of the FLOPs that training charges for them."""

@@ -81,7 +81,8 @@ def share_of(model):
     spent, whole, layouts = 0.0, 0.0, model.tokdyn.layouts
     for call in calls(model):
         attention, mlp = layouts[call.block].flops(call.tokens, call.text)
-        words = call.text if layouts[call.block].joint else 0
+        joint = any(layer.rows == "joint" and "channels" in layer.numbers for layer in layouts[call.block].layers)
+        words = call.text if joint else 0
         rows = (call.mlp_rows + call.samples * words) / (call.samples * (call.tokens + words))
         spent += attention * call.heads + mlp * call.channels * rows
         whole += attention + mlp

@@ -34,6 +34,7 @@ ACTIVE = {
     "gates": [DepthSkip(learned=True)],
     "width": [DynamicWidth()],
     "width-heads": [DynamicWidth(channels=False, tokens=False)],
+    "width-tokens": [DynamicWidth(heads=False, channels=False)],
     "width-stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,)), DynamicWidth()],
     "chunk-width": [Chunking(target=2), DynamicWidth()],
     "stack-train": [TokenDrop(rate=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(3,))],
@@ -49,6 +50,7 @@ NEUTRAL = {
     "gates": [DepthSkip(learned=True)],
     "width": [DynamicWidth()],
     "width-heads": [DynamicWidth(channels=False, tokens=False)],
+    "width-tokens": [DynamicWidth(heads=False, channels=False)],
     "width-none": [DynamicWidth(target=1.0)],
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import tokdyn
-from tests.contract.models import TINY, Tiny, latents, of_diffusers, randomized
+from tests.contract.kit import Tiny, latents, of_diffusers, randomized
+from tests.contract.models import TINY
+from tests.contract.siblings import TWINS
 from tokdyn import DynamicWidth
 from tokdyn.adapters import adapter_for
 
@@ -142,15 +144,24 @@ class PublicDiT(nn.Module):
         return (self.final_layer(x),)
 
 
-ALL = {**TINY, **more_heads()}
-HEADS_ONLY = {"SanaTransformer2DModel", "linear-with-norm"}
+ALL = {**TINY, **TWINS, **more_heads()}
+_HEADS, _TOKENS = {"channels": False, "tokens": False}, {"heads": False, "channels": False}
+ONLY: dict[str, dict[str, bool]] = {
+    "SanaTransformer2DModel": _HEADS,
+    "linear-with-norm": _HEADS,
+    "VisionTransformer": _TOKENS,
+    "CogView4Transformer2DModel": {"tokens": False},
+}
+"""Models that take some settings only."""
 NAMES = sorted(ALL)
+WITH_HEADS = [name for name in NAMES if ONLY.get(name) != _TOKENS]
+WITH_CHANNELS = [name for name in WITH_HEADS if ONLY.get(name) != _HEADS]
+WITH_TOKENS = [name for name in NAMES if ONLY.get(name, _TOKENS) == _TOKENS]
 
 
 def method(name: str, **settings: Any) -> DynamicWidth:
     """Settings that the model takes."""
-    only = {"channels": False, "tokens": False} if name in HEADS_ONLY else {}
-    return DynamicWidth(**{**settings, **only})
+    return DynamicWidth(**{**settings, **ONLY.get(name, {})})
 
 
 def wrapped(name: str, model: nn.Module | None = None, **settings: Any) -> nn.Module:

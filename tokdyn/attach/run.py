@@ -57,6 +57,7 @@ class Run:
         guard: checks of a model whose adapter was inferred, None for others.
         given: tensors from outside that the inside of a block may use. Checkpointing hands them in.
         whose: the samples that these have entries for.
+        words: text tokens of each in one sequence with those of the image, where layers run over both.
         found: tensors from the inside of a block for what is around it, by samples. Checkpointing hands them out.
     """
 
@@ -86,6 +87,7 @@ class Run:
         self.weights = Weights()
         self.given: dict[str, Tensor] = {}
         self.whose: tuple[int, ...] = ()
+        self.words = 0
         self.found: dict[tuple[int, ...], Tensor] = {}
         self._level: tuple[float, ...] | None = None
         self._grid: Once[Grid] = Once(self._read_grid)
@@ -326,12 +328,12 @@ class Run:
     def here(self) -> tuple[Any, ...]:
         """Which samples and tokens there are, to come back to with `go`."""
         here = self.samples, self._level, self.index, self.lengths, self.packing, self.call
-        return (*here, self.given, self.whose, self.found)
+        return (*here, self.given, self.whose, self.words, self.found)
 
     def go(self, place: tuple[Any, ...]) -> None:
         """Be where `here` was."""
         self.samples, self._level, self.index, self.lengths, self.packing, self.call, *rest = place
-        self.given, self.whose, self.found = rest
+        self.given, self.whose, self.words, self.found = rest
         if self.over:  # what is computed again is noted nowhere
             self.call = BlockCall(0, 0, 0)
 

@@ -7,7 +7,7 @@ samples with the same gates are computed together on sliced weights, and the MLP
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,9 +28,9 @@ from tokdyn.ops.width import flops_loss, flops_share
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Widths:
-    """What was decided in a call, and what came of it.
+    """What was decided in a call, and what came of it so far.
 
     Attributes:
         batch: B.
@@ -43,8 +43,8 @@ class Widths:
     batch: int
     masks: dict[Kind, Tensor] | None = None
     on: list[list[On | None]] = field(default_factory=list)
-    ran: list[tuple[int, int, tuple[int, int]]] = field(default_factory=list)
-    shares: list[tuple[int, tuple[int, ...], Tensor]] = field(default_factory=list)
+    ran: tuple[tuple[int, int, tuple[int, int]], ...] = ()
+    shares: tuple[tuple[int, tuple[int, ...], Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,15 @@ class Narrowing:
         layout = run.attachment.layouts[role.block]
 
         def compute(named: dict[str, Any]) -> Any:
-            before = run.given, run.whose, run.found
-            run.given, run.whose, run.found = {}, run.samples, {}
+            before = run.given, run.whose, run.words, run.found
+            run.given, run.whose, run.words, run.found = {}, run.samples, run.call.text, {}
             try:
                 if widths.masks is None:
                     on = widths.on[run.samples[0]][role.block]
                     return self._narrow(run, part, role, layout, on, inner, named)
                 return self._masked(run, part, role, layout, widths, inner, named)
             finally:
-                run.given, run.whose, run.found = before
+                run.given, run.whose, run.words, run.found = before
 
         return compute
 
@@ -156,11 +156,13 @@ class Narrowing:
         know_layers(run, part, role, layout)
         out = inner(named)
         lengths = run.call.rows or (run.call.tokens,) * len(samples)
-        widths.ran += [
+        ran = tuple(
             (role.block, sample, layout.flops(length, run.call.text))
             for sample, length in zip(samples, lengths, strict=True)
-        ]
-        widths.shares += [(role.block, some, share) for some, share in run.found.items()]
+        )
+        shares = tuple((role.block, some, share) for some, share in run.found.items())
+        now: Widths = run.kept[id(self)]
+        run.kept[id(self)] = replace(now, ran=now.ran + ran, shares=now.shares + shares)
         return out
 
     def _narrow(
@@ -221,7 +223,7 @@ class Narrowing:
         spent = [[[0.0] * depth for _ in range(widths.batch)] for _ in range(2)]
         for block, sample, flops in widths.ran:
             spent[0][sample][block], spent[1][sample][block] = flops
-        attention, mlp = torch.tensor(spent, device=device)
+        attention, mlp = torch.tensor(spent, dtype=torch.float32, device=device)
         ones = torch.ones(widths.batch, depth, device=device)
         assert widths.masks is not None
         heads = widths.masks["heads"].mean(dim=2) if "heads" in widths.masks else ones

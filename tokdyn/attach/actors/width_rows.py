@@ -33,7 +33,7 @@ def _logits(module: WidthGates, run: Run, role: Role, x: Tensor) -> tuple[Tensor
         text, image = None, x
     else:
         place = _place(role)
-        text, image = split(x, None if place == "all" else run.count, place)
+        text, image = split(x, None if place == "all" else x.shape[1] - run.words, place)
     rows = image.numel() // image.shape[-1]
     run.record.spend("DynamicWidth gates", rows * module.token_flops)
     return module.token_logits(role.block, image), 0 if text is None else text.shape[1]
