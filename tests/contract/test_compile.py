@@ -13,6 +13,7 @@ from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, TokenMerge
 STACKS = {
     "nothing": [],
     "merge": [TokenMerge()],
+    "weighted": [TokenMerge(seed=3, weighted=True, reuse=2)],
     "chunk": [Chunking(target=3), TokenMerge(ratio=0.3)],
     "width": [DynamicWidth()],
     "both": [TokenMerge(where="both"), DepthSkip(blocks=(1,))],
@@ -35,8 +36,6 @@ def test_one_graph(name, methods):
         pytest.skip("the plain model is not one graph")
     if not works(name, STACKS[methods]):
         pytest.skip("refused")
-    if "img_ids" in inputs and methods != "nothing":
-        pytest.skip("the grid is read from position ids, which are data")
     model = wrap(TINY[name].build(), STACKS[methods])
     if methods == "width":
         random_gates(model)
