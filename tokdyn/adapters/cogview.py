@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokdyn.adapters.base import Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import IP_ADAPTER, patches, timestep
+from tokdyn.adapters.products import Products
 
 COGVIEW4 = ModelAdapter(
     name="CogView4",
@@ -16,6 +17,7 @@ COGVIEW4 = ModelAdapter(
             follow=(Follow("image_rotary_emb", axis=0, batched=False),),
             attention=("attn1",),
             mlp=(),  # one MLP is called on image and text in turn
+            products=Products(joint=("ff.*",)),
         ),
     ),
     grid=patches,
