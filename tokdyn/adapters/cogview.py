@@ -18,7 +18,7 @@ COGVIEW4 = ModelAdapter(
             follow=(Follow("image_rotary_emb", axis=0, batched=False),),
             attention=("attn1",),
             mlp=(),  # one MLP is called on image and text in turn
-            products=Products(joint=("attn1.*", "ff.*")),
+            products=Products(joint=("ff.*",)),
             width=attention_and_mlp("attn1", "ff", "CogView4AttnProcessor"),
         ),
     ),
