@@ -27,7 +27,6 @@ FIXED = [Chunking(target=2, loss_weight=0.0), TokenMerge(ratio=0.3), DepthSkip(b
 RANDOM = [Chunking(target=2), TokenDrop(rate=0.5), DepthSkip(learned=True)]
 TRAINING = [Chunking(target=2), TokenDrop(rate=0.5), TokenMerge(ratio=0.3), DepthSkip(learned=True)]
 DENSE = {"skip", "levels", "gates", "cache", "cache-first"}  # for models whose blocks look at neighbouring cells
-PACKED = {"DCDiT"}  # chunks and packs itself
 MODELS = sorted(TINY)
 FEW = ["DiT", "FluxTransformer2DModel", "PixArtTransformer2DModel", "WanTransformer3DModel"]
 LEVELS = (0.9, 0.4)
@@ -35,7 +34,9 @@ LEVELS = (0.9, 0.4)
 
 def fits(name: str, stack: str) -> bool:
     """Whether a stack of the table can be attached to a model of that name."""
-    return stack in DENSE or not (name.startswith("Sana") or name in PACKED)
+    if name == "DCDiT":  # it chunks its tokens itself, from the first block on
+        return stack in DENSE - {"cache-first"}
+    return stack in DENSE or not name.startswith("Sana")
 
 
 def equip(model: nn.Module, stack: str | list[tokdyn.methods.Method]) -> nn.Module:
