@@ -144,6 +144,29 @@ def test_images_that_become_videos_have_words_of_the_image_beside_the_text() -> 
     torch.testing.assert_close(sample(model(**one_of(inputs, 1))), together[1:], rtol=0, atol=2e-6)
 
 
+MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
+WORDS = ["ZImage", "QwenImage", "HunyuanVideo", "LTXVideo", "PixArt"]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if kind(name) in WORDS])
+@pytest.mark.parametrize("stack", ["levels", "stack"])
+@torch.no_grad()
+def test_prompts_may_differ_in_length(name: str, stack: str) -> None:
+    inputs = TINY[name].inputs(3)
+    if kind(name) == "ZImage":
+        inputs["cap_feats"] = [latents(1, words, 12)[0] for words in (6, 40, 3)]
+    else:
+        mask = torch.ones(3, 6)
+        mask[1, 4:] = mask[2, 2:] = 0
+        key = next((key for key in MASKS if key in inputs), MASKS[0])
+        inputs[key] = mask.to(inputs[key].dtype) if key in inputs else mask
+    model = equip(TINY[name].build(), stack)
+    together = sample(model(**inputs))
+    for i in range(3):
+        tokdyn.reset(model)
+        torch.testing.assert_close(sample(model(**one_of(inputs, i))), together[i : i + 1], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_ways_to_call_are_the_same(name: str) -> None:
     model, inputs = equip(TINY[name].build(), stack_of(name)), TINY[name].inputs(2)
