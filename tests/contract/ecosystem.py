@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import tokdyn
-from tests.contract.models import TINY, sample
+from tests.contract.models import TINY, one_of, sample
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
 
 SAMPLING = {
@@ -20,9 +22,11 @@ SAMPLING = {
     "chunk-cosine": [Chunking(target=2, router="cosine", sigma=None)],
     "stack": [FeatureCache(threshold=0.5), Chunking(target=2), TokenMerge(ratio=0.3), DepthSkip(blocks=(2,))],
 }
+FIXED = [Chunking(target=2, loss_weight=0.0), TokenMerge(ratio=0.3), DepthSkip(blocks=(1,))]
+"""Trained without anything random, and without a loss that is no mean over samples."""
+RANDOM = [Chunking(target=2), TokenDrop(rate=0.5), DepthSkip(learned=True)]
 TRAINING = [Chunking(target=2), TokenDrop(rate=0.5), TokenMerge(ratio=0.3), DepthSkip(learned=True)]
 DENSE = {"skip", "levels", "gates", "cache", "cache-first"}  # for models whose blocks look at neighbouring cells
-PACKED = {"DCDiT"}  # chunks and packs itself
 MODELS = sorted(TINY)
 FEW = ["DiT", "FluxTransformer2DModel", "PixArtTransformer2DModel", "WanTransformer3DModel"]
 LEVELS = (0.9, 0.4)
@@ -30,7 +34,9 @@ LEVELS = (0.9, 0.4)
 
 def fits(name: str, stack: str) -> bool:
     """Whether a stack of the table can be attached to a model of that name."""
-    return stack in DENSE or not (name.startswith("Sana") or name in PACKED)
+    if name == "DCDiT":  # it chunks its tokens itself, from the first block on
+        return stack in DENSE - {"cache-first"}
+    return stack in DENSE or not name.startswith("Sana")
 
 
 def equip(model: nn.Module, stack: str | list[tokdyn.methods.Method]) -> nn.Module:
@@ -58,3 +64,23 @@ def predict(model: nn.Module, name: str, level: float = 0.5, batch: int = 2) -> 
 def trajectory(model: nn.Module, name: str) -> Tensor:
     """(S, B, ...) what a model predicts at falling noise levels."""
     return torch.stack([predict(model, name, level) for level in LEVELS])
+
+
+def half(name: str, rank: int) -> dict[str, Any]:
+    """One half of a batch of four."""
+    return next(part for place, part in enumerate(halves(name)) if place == rank)
+
+
+def halves(name: str) -> list[dict[str, Any]]:
+    """The two halves of a batch of four."""
+    pairs = [[one_of(TINY[name].inputs(4), place + i) for i in range(2)] for place in (0, 2)]
+    return [
+        {key: torch.cat([first[key], second[key]]) if isinstance(first[key], Tensor) else first[key] for key in first}
+        for first, second in pairs
+    ]
+
+
+def step_loss(model: nn.Module, name: str, inputs: dict[str, Any]) -> Tensor:
+    """A loss that is a mean over samples, and those of the methods."""
+    loss: Tensor = sample(model(**inputs)).square().mean()
+    return loss + sum(tokdyn.losses(model).values())

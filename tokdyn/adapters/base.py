@@ -148,3 +148,16 @@ class ModelAdapter:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not value or not all(isinstance(each, kind) for each in value):
                 raise InputError(f"{name} of the adapter {self.name!r} is {value!r}; give a tuple of {kind.__name__}.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """An adapter of tokdyn is copied and pickled by its name, since functions in it have none."""
+        from tokdyn.adapters import ADAPTERS
+
+        return (_own, (self.name,)) if any(each is self for each in ADAPTERS) else super().__reduce_ex__(protocol)
+
+
+def _own(name: str) -> ModelAdapter:
+    """The adapter of that name."""
+    from tokdyn.adapters import ADAPTERS
+
+    return next(each for each in ADAPTERS if each.name == name)

@@ -45,8 +45,9 @@ def packed_block(
     for gate in run.actors.gates:
         weight = gate.weight(run, role.block)
         if weight is not None:
-            share = weight.index_select(0, packing.sample)[:, None].to(rows.dtype)
-            results["tokens"] = torch.lerp(rows, results["tokens"], share)
+            whole = results["tokens"]
+            share = weight.index_select(0, packing.sample)[:, None].to(whole.dtype)
+            results["tokens"] = torch.lerp(rows.to(whole.dtype), whole, share)
     closing = [bracket for bracket in reversed(run.actors.brackets) if bracket.last == role.block]
     if closing:
         x = _pad(run, results["tokens"], packing)

@@ -380,7 +380,7 @@ class Run:
             share = weight.view(-1, 1, 1)
             for name, value in results.items():
                 if value is not None and given.get(name) is not None:
-                    results[name] = torch.lerp(given[name], value, share.to(value.dtype))
+                    results[name] = torch.lerp(given[name].to(value.dtype), value, share.to(value.dtype))
         return results
 
     def _split(self, x: Tensor, stack: Stack) -> tuple[Tensor | None, Tensor]:

@@ -6,6 +6,7 @@ hung on them by others is heard: hooks that bring offloaded weights back, LoRA, 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,11 +32,12 @@ class Conv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the type of its input."""
+    """Group normalisation in the type of its input; a group of a single value becomes the bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, ...) to the same."""
-        return F.group_norm(input, self.num_groups, _like(self.weight, input), _like(self.bias, input), self.eps)
+        weight, bias = _like(self.weight, input), _like(self.bias, input)
+        return torch.group_norm(input, self.num_groups, weight, bias, self.eps)  # without the check of F.group_norm
 
 
 def _like(value: Tensor | None, x: Tensor) -> Tensor | None:
