@@ -1,5 +1,7 @@
 """Dynamic width: what is off is really not computed, and equals masks exactly, in every family."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -111,8 +113,7 @@ def test_samples_at_different_levels_do_not_depend_on_each_other(name):
         torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize(("name", "tokens"), [*product(NAMES, [True]), *product(WITH_CHANNELS, [False])])
 @torch.no_grad()
 def test_flops_that_are_counted_fall_and_are_those_that_are_computed(name, tokens):
     model, inputs = wrapped(name, tokens=tokens), ALL[name].inputs(2)
