@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tokdyn
-from tests.contract.kit import latents
+from tests.contract.kit import latents, randomized
 from tests.contract.models import timm_vit
-from tokdyn import Chunking, DepthSkip, FeatureCache, InputError, TokenDrop, TokenMerge
+from tests.contract.widths import PublicDiT, random_gates
+from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, InputError, TokenDrop, TokenMerge
 
 
 class Attention(nn.Module):
@@ -125,6 +126,45 @@ def test_gradients_are_those_without_it(how, methods, seeds):
     assert plain.keys() == saved.keys()
     for name, one in plain.items():
         torch.testing.assert_close(saved[name], one, rtol=1e-5, atol=1e-7, msg=name)
+
+
+class Public(PublicDiT):
+    how = None
+
+    def forward(self, x, t):
+        condition, x = self.t_embedder(t[:, None] / 1000), self.x_embedder(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, condition, use_reentrant=False) if self.how else block(x, condition)
+        return (self.final_layer(x),)
+
+
+WIDTHS = {
+    "all": [DynamicWidth()],
+    "by level": [DynamicWidth(tokens=False)],
+    "by token": [DynamicWidth(heads=False, channels=False)],
+    "chunk": [Chunking(target=2), DynamicWidth()],
+}
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+@pytest.mark.parametrize("methods", WIDTHS)
+def test_gradients_of_dynamic_width(methods, seeds):
+    found = []
+    for how in (None, "each"):
+        torch.manual_seed(0)
+        model = randomized(type("DiT", (Public,), {"how": how})()).train()
+        torch.manual_seed(1)
+        random_gates(tokdyn.wrap(model, WIDTHS[methods]))
+        loss = 0.0
+        for seed in seeds:
+            torch.manual_seed(seed)
+            (output,) = model(latents(2, 4, 8, 8), torch.tensor([200.0 + seed, 700.0]))
+            loss = loss + output.square().mean() * seed + sum(tokdyn.losses(model).values())
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        torch.testing.assert_close(found[1][name], one, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_several_blocks_at_a_time():

@@ -142,6 +142,7 @@ CHROMA = ModelAdapter(
         ),
     ),
     grid=_flux_grid,
+    read_ahead=FLUX.read_ahead,
     level=timestep(scale=1.0),
     refuse=FLUX.refuse,
     guidance="calls",
