@@ -11,7 +11,8 @@ from tests.contract.models import TINY, latents, of_diffusers, sample, works
 from tests.contract.siblings import TWINS
 from tests.contract.test_chunking import twice
 from tests.contract.test_wrap import ACTIVE, PAIRS
-from tokdyn import Chunking, CompositionError, DepthSkip, FeatureCache, InputError, TokenDrop, TokenMerge
+from tests.contract.widths import random_gates
+from tokdyn import Chunking, CompositionError, DepthSkip, DynamicWidth, FeatureCache, InputError, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
 from tokdyn.attach.costs import PARTS
 
@@ -27,6 +28,8 @@ def at_levels(name, levels=LEVELS):
 
 def wrapped(name, methods):
     model = tokdyn.wrap(TINY[name].build(), methods)
+    if any(isinstance(each, DynamicWidth) for each in methods):
+        random_gates(model)
     return model.train() if any(isinstance(each, TokenDrop) for each in methods) else model
 
 
@@ -134,6 +137,7 @@ EACH = {
     "DepthSkip": DepthSkip(blocks=(0, 2)),
     "gates": DepthSkip(learned=True),
     "FeatureCache": FeatureCache(threshold=0.5),
+    "DynamicWidth": DynamicWidth(),
 }
 
 
