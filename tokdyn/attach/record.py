@@ -74,7 +74,8 @@ class BlockCall:
             for merged in (self.attention, self.mlp)
         )
         seen = None if self.mlp_rows is None else round(int(self.mlp_rows) * len(places) / self.samples)
-        part = replace(self, samples=len(places), tokens=max(rows), rows=rows, which=None, mlp_rows=seen)
+        saved = {layer: round(flops * len(places) / self.samples) for layer, flops in self.saved.items()}
+        part = replace(self, samples=len(places), tokens=max(rows), rows=rows, which=None, mlp_rows=seen, saved=saved)
         return replace(part, attention=attention, mlp=mlp), len(places)
 
     def seen(self, merged: list[tuple[int, int]], rows: int | Tensor | None = None) -> float:

@@ -51,12 +51,16 @@ def note_saved(run: Run, layout: Layout, taken: Slice) -> None:
     }
     if call.mlp_rows is not None:
         rows["mlp"] = int(call.mlp_rows)
+    beside = () if run.stack.products is None else run.stack.products.beside  # sees no merged tokens
     attentions = {path.partition(".")[0] for path in layout.width.attention}
     for layer in layout.layers:
         numbers = taken.without.get(layer.names)
         if not numbers:
             continue
-        inside = "attention" if layer.names[0] in attentions else "block" if layout.parallel else "mlp"
+        if layer.names[0] in attentions:
+            inside = "block" if layer.names[0] in beside else "attention"
+        else:
+            inside = "block" if layout.parallel else "mlp"
         seen = {"text": text, "image": rows[inside], "joint": rows[inside] + text}[layer.rows]
         call.save(".".join(layer.names), 2 * numbers * seen)
 
