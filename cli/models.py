@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import typer
 
@@ -32,7 +33,8 @@ def register(app: typer.Typer) -> None:
 
         entries, known = catalog(read(ctx.args, CatalogSettings)), families()
         if json:
-            as_json([asdict(entry) for entry in (*entries, *known)])
+            listed: list[Any] = [*entries, *known]
+            as_json([asdict(entry) for entry in listed])
             return
         table(
             ["kind", "name", "parameters", "tokens", "computed", "GFLOPs"],

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import tokdyn
-from tests.contract.models import TINY, one_of, sample
-from tokdyn import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
+from tests.contract.models import TINY, one_of, sample, works
+from tests.contract.widths import random_gates
+from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
 
 SAMPLING = {
     "merge": [TokenMerge(ratio=0.5, where="both")],
@@ -20,13 +21,14 @@ SAMPLING = {
     "cache-first": [FeatureCache(threshold=0.5, indicator="first_block")],
     "chunk": [Chunking(target=2)],
     "chunk-cosine": [Chunking(target=2, router="cosine", sigma=None)],
+    "width": [DynamicWidth()],
     "stack": [FeatureCache(threshold=0.5), Chunking(target=2), TokenMerge(ratio=0.3), DepthSkip(blocks=(2,))],
+    "width-stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.3), DepthSkip(blocks=(2,)), DynamicWidth()],
 }
 FIXED = [Chunking(target=2, loss_weight=0.0), TokenMerge(ratio=0.3), DepthSkip(blocks=(1,))]
 """Trained without anything random, and without a loss that is no mean over samples."""
 RANDOM = [Chunking(target=2), TokenDrop(rate=0.5), DepthSkip(learned=True)]
 TRAINING = [Chunking(target=2), TokenDrop(rate=0.5), TokenMerge(ratio=0.3), DepthSkip(learned=True)]
-DENSE = {"skip", "levels", "gates", "cache", "cache-first"}  # for models whose blocks look at neighbouring cells
 MODELS = sorted(TINY)
 FEW = ["DiT", "FluxTransformer2DModel", "PixArtTransformer2DModel", "WanTransformer3DModel"]
 LEVELS = (0.9, 0.4)
@@ -34,9 +36,12 @@ LEVELS = (0.9, 0.4)
 
 def fits(name: str, stack: str) -> bool:
     """Whether a stack of the table can be attached to a model of that name."""
-    if name == "DCDiT":  # it chunks its tokens itself, from the first block on
-        return stack in DENSE - {"cache-first"}
-    return stack in DENSE or not name.startswith("Sana")
+    return works(name, SAMPLING[stack])
+
+
+def stack_of(name: str) -> str:
+    """The name of a stack that a model can have: the largest one."""
+    return next(stack for stack in ("stack", "cache", "skip") if fits(name, stack))
 
 
 def equip(model: nn.Module, stack: str | list[tokdyn.methods.Method]) -> nn.Module:
@@ -51,7 +56,7 @@ def equip(model: nn.Module, stack: str | list[tokdyn.methods.Method]) -> nn.Modu
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
             elif name.endswith("score.bias"):
                 parameter.zero_()
-    return model
+    return random_gates(model)
 
 
 def predict(model: nn.Module, name: str, level: float = 0.5, batch: int = 2) -> Tensor:

@@ -26,18 +26,14 @@ from accelerate.hooks import (
 from torch import nn
 
 import tokdyn
-from tests.contract.ecosystem import FEW, LEVELS, MODELS, SAMPLING, equip, fits, predict, trajectory
+from tests.contract.ecosystem import FEW, LEVELS, MODELS, SAMPLING, equip, predict, stack_of, trajectory
 from tests.contract.models import TINY
 from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, DepthSkip, FeatureCache
 
 CPU = torch.device("cpu")
 PIXART = "PixArtTransformer2DModel"
-EVERYWHERE = [
-    (name, "stack" if fits(name, "stack") else "cache", ("two", "cpu_offload"))
-    for name in MODELS
-    if not name.startswith("Aura")
-]
+EVERYWHERE = [(name, stack_of(name), ("two", "cpu_offload")) for name in MODELS if not name.startswith("Aura")]
 CASES = [
     *EVERYWHERE,
     *((PIXART, stack, ("two", "leaf", "cpu_offload")) for stack in SAMPLING if stack != "stack"),

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import tokdyn
-from tests.contract.ecosystem import MODELS, TRAINING, equip, fits, predict, trajectory
+from tests.contract.ecosystem import MODELS, TRAINING, equip, predict, stack_of, trajectory
 from tests.contract.models import TINY
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, TokenMerge
@@ -33,10 +33,6 @@ def adapted(model: nn.Module, name: str) -> nn.Module:
     torch.manual_seed(5)
     model.add_adapter(configuration(name), "style")
     return model
-
-
-def stack_of(name: str) -> str:
-    return "stack" if fits(name, "stack") else "cache"
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

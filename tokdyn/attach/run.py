@@ -270,7 +270,7 @@ class Run:
             None where the block runs for all samples together.
         """
         gates = [gate for gate in self.actors.gates if gate.always(self, block) is not False]
-        if any(gate.always(self, block) for gate in gates):
+        if len(self.reused) == self.batch or any(gate.always(self, block) for gate in gates):
             self.weights.skipped(self.part)
             return [], [()] * self.batch
         skipped = [False] * self.batch
