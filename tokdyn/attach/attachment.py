@@ -95,8 +95,12 @@ class Attachment(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the roles, which know the parts of this model and not those of a copy, and without graphs."""
-        fresh = {"_roles": {}, "losses": {}, "history": [Record()] * _CALLS, "passed": WeakTensorKeyDictionary()}
+        fresh = {"_roles": {}, "losses": {}, "history": [Record()] * _CALLS, "passed": None}
         return {**self.__dict__, **fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What cannot be pickled is made anew."""
+        super().__setstate__({**state, "passed": WeakTensorKeyDictionary()})  # type: ignore[no-untyped-call]
 
     def roles(self, model: nn.Module) -> dict[int, Role]:
         """Roles of the model's parts; a copy of the model finds its own."""
