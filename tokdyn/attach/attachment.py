@@ -95,7 +95,7 @@ class Attachment(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the roles, which know the parts of this model and not those of a copy, and without graphs."""
-        fresh = {"_roles": {}, "losses": {}, "history": [Record()] * _CALLS, "passed": None}
+        fresh: dict[str, Any] = {"_roles": {}, "losses": {}, "history": [Record()] * _CALLS, "passed": None}
         return {**self.__dict__, **fresh}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
