@@ -27,7 +27,7 @@ def through_blocks(model, **how):
 
 
 @pytest.mark.parametrize("through", [through_torch, through_module, through_blocks])
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "SD3Transformer2DModel", "DiT"])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "SD3Transformer2DModel"])
 @torch.no_grad()
 def test_later_calls_use_the_same_graph(name, through):
     """At other noise levels, with other destinations, and whatever the statistics hold by then."""
@@ -50,16 +50,22 @@ def positions(name, rows, columns):
     return places if name == "FluxTransformer2DModel" else torch.cat([places, torch.zeros(len(places), 1)], dim=1)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("through", [through_torch, through_module])
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+@pytest.mark.parametrize(
+    ("name", "through", "backend"),
+    [
+        ("FluxTransformer2DModel", through_torch, "eager"),
+        ("FluxTransformer2DModel", through_module, "aot_eager"),
+        ("Flux2Transformer2DModel", through_torch, "aot_eager"),
+        ("Flux2Transformer2DModel", through_module, "eager"),
+    ],
+)
 @torch.no_grad()
 def test_a_grid_that_position_ids_say_is_noticed(name, through, backend):
     """Equal shapes, other aspect ratios: a graph for one grid is not used for another."""
     torch._dynamo.reset()
     model, plain = wrap(TINY[name].build(), [TokenMerge()]), wrap(TINY[name].build(), [TokenMerge()])
     run, outputs = through(model, fullgraph=True, backend=backend), []
-    for grid in ((4, 5), (5, 4), (4, 5), (2, 10), (10, 2)):
+    for grid in ((4, 5), (5, 4), (4, 5)):
         inputs = {**TINY[name].inputs(2), "img_ids": positions(name, *grid)}
         outputs.append(sample(run(**inputs)))
         torch.testing.assert_close(outputs[-1], sample(plain(**inputs)), rtol=0, atol=1e-6)
