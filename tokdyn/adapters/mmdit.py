@@ -10,7 +10,7 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, grid_of_ids, patches, timestep
 from tokdyn.adapters.products import Products
-from tokdyn.adapters.width import Cut, Width, attention_and_mlp, mlp, processed, projections
+from tokdyn.adapters.width import Cut, Width, attention_and_mlp, attention_beside_mlp, mlp, processed, projections
 from tokdyn.errors import InputError
 
 _SD3_WIDTH = replace(
@@ -49,18 +49,7 @@ def _flux_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
 
 _ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
 _FLUX_PROCESSORS = ("FluxAttnProcessor", "OvisImageAttnProcessor", "LongCatImageAttnProcessor")
-_FLUX_SINGLE = Width(
-    cuts=(
-        *projections("attn", out=False),
-        Cut("proj_mlp", out=("channels",)),
-        Cut("proj_out", into=("heads", "channels")),
-    ),
-    inner="attn.to_q.out_features",
-    hidden="proj_out.in_features",
-    attention=("attn",),
-    hiddens=("mlp_hidden_dim",),
-    known=processed("attn", *_FLUX_PROCESSORS),
-)
+_FLUX_SINGLE = attention_beside_mlp("attn", *_FLUX_PROCESSORS, hiddens=("mlp_hidden_dim",))
 
 FLUX = ModelAdapter(
     name="Flux",
@@ -98,26 +87,6 @@ FLUX = ModelAdapter(
         "joint_attention_kwargs": IP_ADAPTER,
     },
     guidance="calls",
-)
-
-
-_FLUX2_DOUBLE = Width(
-    cuts=(*projections("attn"), *mlp("ff.linear_out", "ff.linear_in")),
-    inner="attn.to_out.0.in_features",
-    hidden="ff.linear_out.in_features",
-    attention=("attn",),
-    known=processed("attn", "Flux2AttnProcessor", "Flux2KVAttnProcessor"),
-)
-_FLUX2_SINGLE = Width(
-    cuts=(
-        Cut("attn.to_qkv_mlp_proj", out=("heads", "heads", "heads", "channels", "channels")),
-        Cut("attn.to_out", into=("heads", "channels")),
-    ),
-    inner="attn.inner_dim",
-    hidden="attn.mlp_hidden_dim",
-    attention=("attn",),
-    hiddens=("mlp_hidden_dim",),
-    known=processed("attn", "Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor"),
 )
 
 _CHROMA_FOLLOW = (

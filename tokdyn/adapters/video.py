@@ -11,7 +11,7 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
 from tokdyn.adapters.latents import IP_ADAPTER, timestep
 from tokdyn.adapters.products import Products
-from tokdyn.adapters.width import Cut, Width, attention_and_mlp, processed, projections
+from tokdyn.adapters.width import Width, attention_and_mlp, attention_beside_mlp
 from tokdyn.tokens import Grid
 
 
@@ -93,17 +93,7 @@ def _first_frame(model: nn.Module) -> str | None:
     )
 
 
-_HUNYUAN_SINGLE = Width(
-    cuts=(
-        *projections("attn", out=False),
-        Cut("proj_mlp", out=("channels",)),
-        Cut("proj_out", into=("heads", "channels")),
-    ),
-    inner="attn.to_q.out_features",
-    hidden="proj_out.in_features",
-    attention=("attn",),
-    known=processed("attn", "HunyuanVideoAttnProcessor2_0"),
-)
+_HUNYUAN_SINGLE = attention_beside_mlp("attn", "HunyuanVideoAttnProcessor2_0")
 
 _HUNYUAN_STACKS: tuple[tuple[str, tuple[str, ...], Literal["first"] | None, Any, tuple[str, ...], Width], ...] = (
     (

@@ -125,3 +125,25 @@ def attention_and_mlp(attention: str, feed_forward: str, *processors: str, table
         tables=tables,
         known=processed(attention, *processors),
     )
+
+
+def attention_beside_mlp(attention: str, *processors: str, hiddens: tuple[str, ...] = ()) -> Width:
+    """A block of diffusers whose `proj_out` leads out of attention and of the channels of `proj_mlp` together.
+
+    Args:
+        attention: attribute of the block.
+        *processors: names of the processors of attention.
+        hiddens: see `Width`.
+    """
+    return Width(
+        cuts=(
+            *projections(attention, out=False),
+            Cut("proj_mlp", out=("channels",)),
+            Cut("proj_out", into=("heads", "channels")),
+        ),
+        inner=f"{attention}.to_q.out_features",
+        hidden="proj_out.in_features",
+        attention=(attention,),
+        hiddens=hiddens,
+        known=processed(attention, *processors),
+    )
