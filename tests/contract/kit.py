@@ -13,6 +13,9 @@ from tokdyn.adapters import ADAPTERS
 from tokdyn.attach.support import unsupported
 from tokdyn.methods import Method
 
+SHARED = {"img_ids", "txt_ids", "image_rotary_emb", "added_cond_kwargs", "num_frames", "height", "width"}
+"""Arguments that have no batch."""
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -40,8 +43,7 @@ class Tiny:
 
 def one_of(inputs: dict[str, Any], i: int) -> dict[str, Any]:
     """The arguments of one sample of a batch."""
-    shared = {"img_ids", "txt_ids", "image_rotary_emb", "added_cond_kwargs", "num_frames", "height", "width"}
-    return {name: value if name in shared else value[i : i + 1] for name, value in inputs.items()}
+    return {name: value if name in SHARED else value[i : i + 1] for name, value in inputs.items()}
 
 
 def randomized(model: nn.Module, seed: int = 1) -> nn.Module:

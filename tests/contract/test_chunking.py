@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tokdyn
+from tests.contract.kit import SHARED
 from tests.contract.models import TINY, one_of, sample, works
 from tokdyn import Chunking, InputError, TokenMerge
 from tokdyn.adapters import adapter_for
@@ -26,9 +27,8 @@ def kept(model):
 
 def twice(inputs):
     """The conditional and the unconditional half of a batch: here the same, so that only budgets tell them apart."""
-    shared = {"img_ids", "txt_ids", "image_rotary_emb", "added_cond_kwargs", "num_frames", "height", "width"}
     return {
-        name: value if name in shared else value + value if isinstance(value, list) else torch.cat([value, value])
+        name: value if name in SHARED else value + value if isinstance(value, list) else torch.cat([value, value])
         for name, value in inputs.items()
     }
 

@@ -5,10 +5,6 @@ Both are started once; they run a native model and one of diffusers under Distri
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from torch import Tensor
 import tokdyn
 from tests.contract.ecosystem import FIXED, RANDOM, equip, half, halves, step_loss
 from tests.contract.models import TINY, sample
+from tests.processes import launch
 from tokdyn.methods import DepthSkip, FeatureCache, TokenMerge
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
@@ -29,25 +26,7 @@ NAMES = {"DiT": "DiT", "diffusers": "PixArtTransformer2DModel"}
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes wrote."""
     folder = tmp_path_factory.mktemp("parallel")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = {
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)],
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    launch(WORKER, str(folder), timeout=240)
     results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     results[0]["folder"] = folder
     return results

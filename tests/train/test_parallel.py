@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import processes
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import build_model
@@ -26,26 +23,8 @@ WORKER = Path(__file__).parent / "worker.py"
 
 
 def launch(folder: Path, *settings: str) -> None:
-    """Two processes on this machine, talking through gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = {
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *settings],
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    """Two processes train."""
+    processes.launch(WORKER, str(folder), *settings)
 
 
 def test_two_processes_equal_one(

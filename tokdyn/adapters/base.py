@@ -149,6 +149,11 @@ class ModelAdapter:
             if not isinstance(value, tuple) or not value or not all(isinstance(each, kind) for each in value):
                 raise InputError(f"{name} of the adapter {self.name!r} is {value!r}; give a tuple of {kind.__name__}.")
 
+    @property
+    def halves(self) -> tuple[str, str]:
+        """The branches of guidance in the halves of one batch."""
+        return ("cond", "uncond") if self.guidance == "cond_first" else ("uncond", "cond")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """An adapter of tokdyn is copied and pickled by its name, since functions in it have none."""
         from tokdyn.adapters import ADAPTERS

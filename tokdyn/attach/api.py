@@ -170,7 +170,7 @@ def _call_model(
         check_cut(model, attachment)
     run = Run(model, attachment, named if attachment.meter is None else attachment.meter.arguments, grid)
     before = instance.enter(run)
-    bound = checkpointing.bind(model, run)
+    bound = checkpointing.bind(model, run) if run.gradients else []
     try:
         out = plain(model, *args, **kwargs)
         if run.guard is not None:

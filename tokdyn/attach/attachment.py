@@ -27,7 +27,6 @@ from tokdyn.attach.support import own_methods
 from tokdyn.attach.trajectory import Trajectory
 from tokdyn.attach.unnoticed import Meter
 from tokdyn.compose import Placed, compose
-from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, Sizes, TokenDrop, TokenMerge
 from tokdyn.methods.base import resolve
 
@@ -167,10 +166,7 @@ def _actors(placed: Sequence[Placed], parts: nn.ModuleDict, sizes: Sizes) -> Act
     found: dict[str, list[Any]] = {"brackets": [], "gates": [], "branches": [], "kernels": []}
     for each in placed:
         part = dict(parts).get(str(each.index))
-        make = _MAKERS.get(type(each.method))
-        if make is None:
-            raise UnsupportedModelError(f"{each.name} cannot be attached to models yet.")
-        for kind, actor in make(each, part, sizes):
+        for kind, actor in _MAKERS[type(each.method)](each, part, sizes):
             found[kind].append(actor)
     brackets: list[Bracket] = found["brackets"]
     gates: list[Gate] = found["gates"]

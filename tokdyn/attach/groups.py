@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tokdyn.attach.tokens import join, split
+from tokdyn.adapters.base import Stack
+from tokdyn.attach.tokens import follow, join, of_samples, split
+from tokdyn.tokens import cells
+
+if TYPE_CHECKING:
+    from tokdyn.attach.run import Run
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,28 @@ def grouped(keys: Sequence[Hashable], samples: Sequence[int]) -> list[tuple[Hash
     for sample in samples:
         found.setdefault(keys[sample], []).append(sample)
     return [(key, tuple(members)) for key, members in found.items()]
+
+
+def arguments_of(run: Run, stack: Stack, group: Group | None) -> dict[str, Any]:
+    """The arguments of a block for a group, or for all, each with entries for the tokens that are there alone."""
+    named, index = dict(run.named), run.index if group is None else group.index
+    following = {how.name for how in stack.follow}
+    if group is not None:
+        rest = {name: value for name, value in named.items() if name not in following}
+        named |= of_samples(rest, group.rows, run.batch, stack)
+        if index is not None:
+            named[stack.tokens] = shortened(named[stack.tokens], run.count, index.shape[1], stack.image)
+    for how in stack.follow:
+        value = run.named.get(how.name)
+        if value is None or (group is None and index is None):
+            continue
+        key = (id(value), None if group is None else group.key, id(run.index))
+        if key not in run.followed:  # the value is kept, so that its id stays its own
+            part = value if group is None else of_samples({how.name: value}, group.rows, run.batch, stack)[how.name]
+            cut = part if index is None else follow(part, how, stack, index, cells(run.grid))
+            run.followed[key] = ((value, run.index), cut)
+        named[how.name] = run.followed[key][1]
+    return named
 
 
 def shortened(x: Tensor, count: int, length: int, image: str) -> Tensor:

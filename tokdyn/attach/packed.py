@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokdyn.attach.groups import grouped
 from tokdyn.attach.record import BlockCall
 from tokdyn.attach.roles import Role
-from tokdyn.ops.pack import pack_index
+from tokdyn.ops.pack import pack_index, packing_of
 from tokdyn.tokens import Packing, cells
 
 if TYPE_CHECKING:
@@ -37,24 +37,19 @@ def packed_block(
             x = bracket.open(run, x)
         rows, packing = _pack(run, x, packing)
     run.packing, run.named = packing, {**named, stack.tokens: rows, stack.packing: packing}
-
-    def inner(arguments: dict[str, Any]) -> Any:
-        return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
-
-    results = {"tokens": _computed(run, part, role, inner, rows, packing)}
+    out = _computed(run, part, role, role.by_name(call, args, kwargs), rows, packing)
     for gate in run.actors.gates:
         weight = gate.weight(run, role.block)
         if weight is not None:
-            whole = results["tokens"]
-            share = weight.index_select(0, packing.sample)[:, None].to(whole.dtype)
-            results["tokens"] = torch.lerp(rows.to(whole.dtype), whole, share)
+            share = weight.index_select(0, packing.sample)[:, None].to(out.dtype)
+            out = torch.lerp(rows.to(out.dtype), out, share)
     closing = [bracket for bracket in reversed(run.actors.brackets) if bracket.last == role.block]
     if closing:
-        x = _pad(run, results["tokens"], packing)
+        x = _pad(run, out, packing)
         for bracket in closing:
             x = bracket.close(run, x)
-        results["tokens"], run.packing = _pack(run, x, packing)
-    return results["tokens"]
+        out, run.packing = _pack(run, x, packing)
+    return out
 
 
 def _computed(
@@ -108,8 +103,7 @@ def _of(packing: Packing, samples: tuple[int, ...], chosen: Tensor) -> Packing:
     lengths = tuple(packing.lengths[i] for i in samples)
     cell = packing.cell.index_select(0, chosen)
     sample = torch.repeat_interleave(torch.tensor(lengths, device=cell.device), output_size=len(cell))
-    offsets = torch.tensor([0, *lengths], device=cell.device).cumsum(0).to(torch.int32)
-    return Packing(lengths, sample * cells(packing.grid) + cell, sample, cell, offsets, packing.grid)
+    return packing_of(lengths, sample, cell, packing.grid)
 
 
 def _pad(run: Run, rows: Tensor, packing: Packing) -> Tensor:

@@ -90,5 +90,5 @@ def _twin(run: Run, old: Any, new: Any) -> Run:
     twin = copy.copy(run)
     twin.record = Record(record.level, record.batch, record.cells, branch=record.branch)
     twin.kept = {key: put(kept) for key, kept in run.kept.items()}
-    twin.losses, twin.named, twin.arguments, twin._followed, twin.guard = {}, {}, {}, {}, None
+    twin.losses, twin.named, twin.arguments, twin.followed, twin.guard = {}, {}, {}, {}, None
     return twin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,16 @@ class Role:
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def by_name(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[dict[str, Any]], Any]:
+        """The call as one that takes all arguments by name, and hands them on as they were given here."""
+
+        def calling(named: dict[str, Any]) -> Any:
+            return call(*(named[name] for name in self.names[: len(args)]), **{key: named[key] for key in kwargs})
+
+        return calling
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.base import Stack
 from tokdyn.attach.actors.base import Branch
-from tokdyn.attach.groups import Group, grouped, put, shortened
+from tokdyn.attach.groups import Group, arguments_of, grouped, put
 from tokdyn.attach.instance import base_class
 from tokdyn.attach.offload import Weights
 from tokdyn.attach.once import Once
 from tokdyn.attach.packed import packed_block
 from tokdyn.attach.record import BlockCall, Record
 from tokdyn.attach.roles import Role
-from tokdyn.attach.tokens import follow, join, of_samples, split
+from tokdyn.attach.tokens import join, of_samples, split
 from tokdyn.attach.trajectory import Turn
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, Packing, cells
@@ -49,6 +49,7 @@ class Run:
         part: the block that is being called.
         stack: where it is.
         named: its arguments by name.
+        followed: arguments that were cut to the tokens of a group, beside what they were cut from.
         losses: auxiliary losses so far.
         record: what has happened so far.
         call: what is happening in the block that is being computed.
@@ -94,7 +95,7 @@ class Run:
         if grid is not None:
             self._grid.put(grid)
         self._turn: Once[Turn] = Once(self._read_turn)
-        self._followed: dict[Hashable, tuple[Any, Any]] = {}
+        self.followed: dict[Hashable, tuple[Any, Any]] = {}
 
     @property
     def level(self) -> tuple[float, ...]:
@@ -200,9 +201,7 @@ class Run:
             named[stack.tokens] = join(text, x, stack.image)
         given = {"tokens": named[stack.tokens], "text": named.get(stack.text or "")}
 
-        def inner(arguments: dict[str, Any]) -> Any:
-            return call(*(arguments[name] for name in role.names[: len(args)]), **{k: arguments[k] for k in kwargs})
-
+        inner = role.by_name(call, args, kwargs)
         results = self._weighted(role.block, given, self._computed(part, role, inner, given))
         closing = [bracket for bracket in reversed(self.actors.brackets) if bracket.last == role.block]
         if closing:
@@ -292,7 +291,7 @@ class Run:
         for kernel in self.actors.kernels:
             inner = kernel.around(self, part, role, inner)
         samples = self.batch if group is None else len(group.samples)
-        named = self._named(role.stack, group)
+        named = arguments_of(self, role.stack, group)
         image = self.count if group is None or group.index is None else group.index.shape[1]
         which = self.which(None if group is None else group.samples)
         self.call = BlockCall(role.block, samples, image, *_others(named, role.stack, image), which=which)
@@ -301,29 +300,6 @@ class Run:
         if self.guard is not None:
             self.guard.after(role.stack, named[role.stack.tokens], out)
         return dict(zip(role.stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
-
-    def _named(self, stack: Stack, group: Group | None) -> dict[str, Any]:
-        """The arguments of the block for a group, each with entries for the tokens that are there alone."""
-        named, index = dict(self.named), self.index if group is None else group.index
-        following = {how.name for how in stack.follow}
-        if group is not None:
-            rest = {name: value for name, value in named.items() if name not in following}
-            named |= of_samples(rest, group.rows, self.batch, stack)
-            if index is not None:
-                named[stack.tokens] = shortened(named[stack.tokens], self.count, index.shape[1], stack.image)
-        for how in stack.follow:
-            value = self.named.get(how.name)
-            if value is None or (group is None and index is None):
-                continue
-            key = (id(value), None if group is None else group.key, id(self.index))
-            if key not in self._followed:  # the value is kept, so that its id stays its own
-                part = (
-                    value if group is None else of_samples({how.name: value}, group.rows, self.batch, stack)[how.name]
-                )
-                cut = part if index is None else follow(part, how, stack, index, cells(self.grid))
-                self._followed[key] = ((value, self.index), cut)
-            named[how.name] = self._followed[key][1]
-        return named
 
     def here(self) -> tuple[Any, ...]:
         """Which samples and tokens there are, to come back to with `go`."""

@@ -127,7 +127,7 @@ def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 def _compares(method: Method) -> bool:
-    return isinstance(method, FeatureCache) and method.steps is None and method.threshold > 0
+    return isinstance(method, FeatureCache) and method.compares
 
 
 def _parts_ways(attachment: Attachment) -> str | None:

@@ -41,5 +41,5 @@ def halves_of(record: Record, branch: str | int, adapter: ModelAdapter, halves: 
     if not halves or record.batch % 2 or adapter.guidance == "calls":
         return [(branch, range(record.batch))]
     half = record.batch // 2
-    names = ("cond", "uncond") if adapter.guidance == "cond_first" else ("uncond", "cond")
-    return [(names[0], range(half)), (names[1], range(half, record.batch))]
+    first, second = adapter.halves
+    return [(first, range(half)), (second, range(half, record.batch))]

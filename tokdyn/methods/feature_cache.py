@@ -49,6 +49,11 @@ class FeatureCache(Method):
             raise InputError(f"steps are {self.steps}; give the computed steps in rising order, 0 among them.")
         return self
 
+    @property
+    def compares(self) -> bool:
+        """Whether the change of the indicator decides; otherwise steps are set, or none is ever reused."""
+        return self.steps is None and self.threshold > 0
+
     def traits(self, depth: int) -> Traits:
         """Memory of the whole stack from step to step, while sampling; an indicator must be computed in every step."""
         first = self.indicator == "first_block"

@@ -52,14 +52,26 @@ def pack_index(index: Tensor, lengths: tuple[int, ...], grid: Grid) -> Packing:
         The packing.
     """
     batch, longest = index.shape
-    count, device = cells(grid), index.device
+    device = index.device
     sample = torch.arange(batch, device=device)[:, None].expand(batch, longest)
-    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     cell, sample = index.reshape(-1), sample.reshape(-1)
     if set(lengths) != {longest}:
         there = torch.tensor([row * longest + at for row, n in enumerate(lengths) for at in range(n)], device=device)
         cell, sample = cell.index_select(0, there), sample.index_select(0, there)
-    return Packing(lengths, sample * count + cell, sample, cell, offsets, grid)
+    return packing_of(lengths, sample, cell, grid)
+
+
+def packing_of(lengths: tuple[int, ...], sample: Tensor, cell: Tensor, grid: Grid) -> Packing:
+    """The packing of tokens that lie sample after sample.
+
+    Args:
+        lengths: tokens of each sample, T in all.
+        sample: (T,) int64, the sample of each.
+        cell: (T,) int64, its raster index in the grid.
+        grid: N cells.
+    """
+    offsets = torch.tensor([0, *lengths], device=cell.device).cumsum(0).to(torch.int32)
+    return Packing(lengths, sample * cells(grid) + cell, sample, cell, offsets, grid)
 
 
 def unpack(rows: Tensor, packing: Packing) -> Tensor:

@@ -20,9 +20,8 @@ def drops(run: Run, default: Curve) -> tuple[float, ...]:
         return tuple(at(default, level) for level in run.level)
     if not isinstance(given, dict):
         return run.per_sample(given, "tail_drop")
-    cond, uncond = given["cond"], given["uncond"]
     if run.adapter.guidance == "calls":
-        return (uncond if run.turn.unconditional else cond,) * run.batch
+        return (given["uncond" if run.turn.unconditional else "cond"],) * run.batch
     run.record.guided = True
     if run.batch % 2:
         raise InputError(
@@ -30,5 +29,5 @@ def drops(run: Run, default: Curve) -> tuple[float, ...]:
             "two halves; call the model with both branches, or set one number."
         )
     half = run.batch // 2
-    first, second = (cond, uncond) if run.adapter.guidance == "cond_first" else (uncond, cond)
+    first, second = (given[name] for name in run.adapter.halves)
     return (first,) * half + (second,) * half

@@ -76,7 +76,7 @@ class Cache:
     @property
     def never(self) -> bool:
         """No step is ever reused."""
-        return self.method.steps is None and not self.method.threshold > 0
+        return self.method.steps is None and not self.method.compares
 
     def open(self, run: Run, x: Tensor) -> Tensor:
         """Decide for every sample whether it reuses; blocks pass through the tokens of those that do."""

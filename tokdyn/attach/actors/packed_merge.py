@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokdyn.attach.actors.matching import plan_of
@@ -13,6 +12,7 @@ from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
 from tokdyn.methods import TokenMerge
 from tokdyn.ops.merging import Merging, merge, unmerge
+from tokdyn.ops.pack import packing_of
 from tokdyn.ops.schedules import at
 from tokdyn.tokens import Packing
 
@@ -53,6 +53,5 @@ def packed_merge(
 
 def _left(packing: Packing, plan: Merging) -> Packing:
     """Where the merged rows lie: each at the cell of the row that it kept."""
-    offsets = torch.tensor([0, *plan.lengths], device=plan.keep.device).cumsum(0).to(torch.int32)
-    index, sample, cell = (x.index_select(0, plan.keep) for x in (packing.index, packing.sample, packing.cell))
-    return Packing(plan.lengths, index, sample, cell, offsets, packing.grid)
+    sample, cell = (x.index_select(0, plan.keep) for x in (packing.sample, packing.cell))
+    return packing_of(plan.lengths, sample, cell, packing.grid)
