@@ -115,7 +115,7 @@ def test_what_was_calibrated_can_be_sampled_with(saved, tmp_path, method):
     plain = sample(SampleConfig(**settings, out=tmp_path / "plain", format="folder"))
     made = sample(SampleConfig(**settings, out=tmp_path / "made", methods=out, format="folder"))
     assert plain.budgets[0].tflops_per_image > 0
-    assert made.budgets[0].tflops_per_image is None  # nobody counts what methods leave yet
+    assert 0 < made.budgets[0].tflops_per_image < plain.budgets[0].tflops_per_image
     assert made.identity["methods"] == json.loads((out / "tokdyn_config.json").read_text())["methods"]
     assert plain.identity["methods"] is None
     files = [sorted((tmp_path / name / "images").iterdir()) for name in ("plain", "made")]

@@ -145,3 +145,14 @@ def test_a_refusal_changes_nothing(name: str) -> None:
     with pytest.raises(InputError, match="is wrapped already"):
         tokdyn.wrap(model, [DepthSkip()])
     assert torch.equal(predict(tokdyn.unwrap(model), name), predict(TINY[name].build(), name))
+
+
+def test_blocks_that_a_call_leaves_out_are_not_those_where_methods_begin_or_end() -> None:
+    name = "SD3Transformer2DModel"
+    model = equip(TINY[name].build(), [FeatureCache(threshold=0.1)])
+    with pytest.raises(InputError, match=r"^skip_layers leaves out block 0, where a method on this SD3Transformer2D"):
+        model(**TINY[name].inputs(2), skip_layers=[0])
+    model = equip(TINY[name].build(), [DepthSkip(blocks=(1,)), TokenMerge(ratio=0.5)])
+    out = model(**TINY[name].inputs(2), skip_layers=[0])[0]
+    assert torch.isfinite(out).all()
+    assert tokdyn.stats(model).calls[-1].blocks == tuple(range(2, model.tokdyn.sizes.depth))

@@ -65,10 +65,17 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     own = (each for each in (save_pretrained, enable_layerwise_casting) if hasattr(model, each.__name__))
     functions = (forward, _reset_stateful_cache, cache_context, *own, *more)
     instance.attach(model, _call_model, *functions, before=before)
+    if methods:
+        attach_parts(model, attachment)
+    return model
+
+
+def attach_parts(model: nn.Module, attachment: Attachment) -> None:
+    """Let the calls of the blocks, and of what methods need in them, go through the run of the model's call."""
+    roles = attachment.roles(model)
     for part in model.modules():
         if id(part) in roles:
             instance.attach(part, _call_part)
-    return model
 
 
 def unwrap(model: Model) -> Model:
@@ -166,6 +173,12 @@ def _call_model(
     named = {**dict(zip(names or attachment.names, args, strict=False)), **kwargs}
     if attachment.reduces:
         _refuse(model, attachment.adapter, named)
+    edges = attachment.actors.edges.intersection(named.get("skip_layers") or ())
+    if edges:
+        raise InputError(
+            f"skip_layers leaves out block {min(edges)}, where a method on this {type(model).__name__} begins or ends; "
+            "leave out other blocks, or skip that one with tokdyn.DepthSkip."
+        )
     if not torch.compiler.is_compiling():
         check_cut(model, attachment)
     run = Run(model, attachment, named if attachment.meter is None else attachment.meter.arguments, grid)
@@ -205,10 +218,7 @@ def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[
     role = None if run is None else vars(part).get("_tokdyn_role") or run.roles.get(id(part))
     if run is None or role is None:
         return plain(part, *args, **kwargs)
-
-    def call(*a: Any, **k: Any) -> Any:
-        return run.weights.around(part, lambda: plain(part, *a, **k))
-
+    call = run.weights.around(part, plain)
     if role.kind == "layer":
         return run.layer(part, role, partial(call, **kwargs), args)
     if role.kind != "block":

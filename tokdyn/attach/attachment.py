@@ -111,6 +111,10 @@ class Attachment(nn.Module):
         """The blocks of the model that carries this, in the order in which they run."""
         return [block for stack in self.adapter.stacks for block in blocks_of(model, stack)]
 
+    def first_block(self, model: nn.Module) -> nn.Module:
+        """The first of them."""
+        return next(iter(model.get_submodule(self.adapter.stacks[0].path).children()))
+
     def guard(self, model: nn.Module, arguments: Mapping[str, Any]) -> Guard:
         """The checks of a call of a model whose adapter was inferred."""
         return Guard(type(model).__name__, self.sizes.depth, samples(arguments), caches=bool(self.actors.brackets))
@@ -181,7 +185,7 @@ Made = list[tuple[str, Any]]
 def _cache(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
     assert isinstance(each.method, FeatureCache)
     if each.method.indicator == "first_block":
-        return [("brackets", FirstBlock()), ("brackets", Cache(each.method, 1, sizes.depth - 1))]
+        return [("brackets", FirstBlock(each.method.compares)), ("brackets", Cache(each.method, 1, sizes.depth - 1))]
     return [("brackets", Cache(each.method, 0, sizes.depth - 1))]
 
 

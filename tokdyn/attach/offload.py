@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Weights:
     def present(self, block: nn.Module) -> Iterator[None]:
         """Within this context the weights of a block that is about to run, or to be skipped, can be used."""
         self._bring(_group(block))
-        hook: Any = getattr(block, "_hf_hook", None)
+        hook: Any = vars(block).get("_hf_hook")
         if hook is None:
             yield
             return
@@ -73,18 +74,19 @@ class Weights:
         finally:
             hook.post_forward(block, None)
 
-    def around(self, block: nn.Module, call: Callable[..., Any]) -> Any:
-        """Run a block."""
+    def around(self, block: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call of a block, which is `call` with the block before its arguments."""
         group = _group(block)
-        if group is None:
-            return call()
+        return partial(call, block) if group is None else partial(self._around, group, block, call)
+
+    def _around(self, group: Any, block: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if group.onload_leader not in (None, block):
             self._bring(group)
         self._there.add(id(group))
         following = _hook(block).next_group  # which this block brings along while it computes
         if following is not None and not following.onload_self:
             self._there.add(id(following))
-        out = call()
+        out = call(block, *args, **kwargs)
         if group.offload_leader is block:
             self._there.discard(id(group))
         return out
@@ -106,7 +108,7 @@ class Weights:
 
 
 def _hook(module: nn.Module) -> Any:
-    registry: Any = getattr(module, "_diffusers_hook", None)
+    registry: Any = vars(module).get("_diffusers_hook")
     return None if registry is None else registry.get_hook("group_offloading")
 
 

@@ -34,8 +34,9 @@ def remember(run: Run, part: nn.Module, role: Role, args: tuple[Any, ...], kwarg
 
     A cache decides anew whenever it is asked, so what it did while sampling cannot be done again.
     """
-    caches = not run.training and run.attachment.has(FeatureCache)
-    if not run.gradients or caches or torch.compiler.is_compiling():
+    if not run.gradients or torch.compiler.is_compiling():
+        return
+    if not run.training and run.attachment.has(FeatureCache):
         return
     if not torch.is_grad_enabled():
         _HIDDEN.add(part)

@@ -186,34 +186,63 @@ class Run:
             self._grid.put((named[role.stack.tokens].shape[1],))
         stack = role.stack
         self.part, self.stack, self.named = part, stack, named
-        text, x = self._split(named[stack.tokens], stack)
-        self.batch = len(x)
+        batch = len(named[stack.tokens])
+        if len(self.samples) != batch:
+            self.batch = batch
         if not self.record.batch:
-            self.record.batch, self.record.cells = len(x), x.shape[1]
-            self.record.text, self.record.context = _others(named, stack, x.shape[1])
-            if self._grid.known:
-                self._checked(self.grid)
-        opening = [bracket for bracket in self.actors.brackets if bracket.first == role.block]
-        for bracket in opening:
-            if len(self.reused) < self.batch:  # otherwise nothing is computed within
-                x = bracket.open(self, x)
-        if opening:
-            named[stack.tokens] = join(text, x, stack.image)
+            self._begin(named, stack)
+        edge = role.block in self.actors.edges
+        if edge:
+            named[stack.tokens] = self._opened(role, named[stack.tokens])
+        alone = self._alone(batch)
+        if alone and not (edge or self.reused):
+            return self._called(named, role, partial(call, *args, **kwargs))
         given = {"tokens": named[stack.tokens], "text": named.get(stack.text or "")}
-
         inner = role.by_name(call, args, kwargs)
-        results = self._weighted(role.block, given, self._computed(part, role, inner, given))
-        closing = [bracket for bracket in reversed(self.actors.brackets) if bracket.last == role.block]
-        if closing:
-            text, x = self._split(results["tokens"], stack)
-            for bracket in closing:
-                x = bracket.close(self, x)
-            results["tokens"] = join(text, x, stack.image)
+        if not alone:
+            results = self._weighted(role.block, given, self._computed(part, role, inner, given))
+        elif self.reused:
+            self.weights.skipped(part)
+            results = given
+        else:
+            results = _results(stack, self._called(named, role, partial(inner, named)))
+        if edge:
+            results["tokens"] = self._closed(role, results["tokens"])
         if self.guard is not None:
             self.guard.before = (stack.path, results["tokens"])
-        if len(stack.returns) == 1:
-            return results["tokens"]
-        return tuple(results[name] for name in stack.returns)
+        return results["tokens"] if len(stack.returns) == 1 else tuple(results[name] for name in stack.returns)
+
+    def _begin(self, named: Mapping[str, Any], stack: Stack) -> None:
+        """Note what the first block is given."""
+        x = self._split(named[stack.tokens], stack)[1]
+        self.record.batch, self.record.cells = len(x), x.shape[1]
+        self.record.text, self.record.context = _others(named, stack, x.shape[1])
+        if self._grid.known:
+            self._checked(self.grid)
+
+    def _opened(self, role: Role, tokens: Tensor) -> Tensor:
+        """Tokens of a block after the brackets that open before it."""
+        text, x = self._split(tokens, role.stack)
+        for bracket in self.actors.brackets:
+            if bracket.first == role.block and len(self.reused) < self.batch:  # otherwise nothing is computed within
+                x = bracket.open(self, x)
+        return join(text, x, role.stack.image)
+
+    def _closed(self, role: Role, tokens: Tensor) -> Tensor:
+        """Tokens of a block after the brackets that close behind it."""
+        text, x = self._split(tokens, role.stack)
+        for bracket in reversed(self.actors.brackets):
+            if bracket.last == role.block:
+                x = bracket.close(self, x)
+        return join(text, x, role.stack.image)
+
+    def _alone(self, batch: int) -> bool:
+        """Whether nothing acts on the block itself, and it is called or passed by for all samples together."""
+        if self.actors.gates or self.actors.kernels or self.guard is not None or self.lengths:
+            return False
+        if self.index is not None and self.stack.follow:
+            return False
+        return len(self.reused) in (0, batch)
 
     def branch(self, role: Role, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the attention or the MLP of a block through what is around it."""
@@ -290,16 +319,24 @@ class Run:
         """The block computed for one group of samples, or for all."""
         for kernel in self.actors.kernels:
             inner = kernel.around(self, part, role, inner)
-        samples = self.batch if group is None else len(group.samples)
         named = arguments_of(self, role.stack, group)
+        if group is None:
+            out = self._called(named, role, lambda: inner(named))
+        else:
+            run = partial(self.among, group.samples, group.index, lambda: inner(named))
+            out = self._called(named, role, run, group)
+        if self.guard is not None:
+            self.guard.after(role.stack, named[role.stack.tokens], out)
+        return _results(role.stack, out)
+
+    def _called(self, named: Mapping[str, Any], role: Role, call: Callable[[], Any], group: Group | None = None) -> Any:
+        """Call a block with these arguments for a group of samples, or for all, and put it on record."""
         image = self.count if group is None or group.index is None else group.index.shape[1]
+        samples = self.batch if group is None else len(group.samples)
         which = self.which(None if group is None else group.samples)
         self.call = BlockCall(role.block, samples, image, *_others(named, role.stack, image), which=which)
         self.record.calls.append(self.call)
-        out = inner(named) if group is None else self.among(group.samples, group.index, lambda: inner(named))
-        if self.guard is not None:
-            self.guard.after(role.stack, named[role.stack.tokens], out)
-        return dict(zip(role.stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
+        return call()
 
     def here(self) -> tuple[Any, ...]:
         """Which samples and tokens there are, to come back to with `go`."""
@@ -378,6 +415,11 @@ class Run:
         if len(values) != self.batch:
             raise InputError(f"{what} has {len(values)} entries, but the batch holds {self.batch} samples.")
         return tuple(values)
+
+
+def _results(stack: Stack, out: Any) -> dict[str, Any]:
+    """What a block returned, by name."""
+    return dict(zip(stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
 
 
 def _others(named: Mapping[str, Any], stack: Stack, image: int) -> tuple[int, int]:

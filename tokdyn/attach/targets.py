@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed
 from torch import nn
 
 from tokdyn.errors import InputError, UnsupportedModelError
@@ -79,15 +80,15 @@ def check_cut(model: nn.Module, attachment: Attachment) -> None:
     Raises:
         InputError: names the method and why.
     """
-    names = [type(each).__name__ for each in attachment.methods]
-    reducing = [each.name for each in attachment.placed if each.traits.tokens != "full"]
-    looking = reducing + [type(each).__name__ for each in attachment.methods if _compares(each)]
-    if looking and _tokens_are_cut(model, attachment):
+    if not attachment.methods:
+        return
+    looking = _looking(attachment) if _tokens_are_cut(model, attachment) else []
+    if looking:
         raise InputError(
             f"{looking[0]} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
             "over devices, since none of them sees the whole grid; leave the context parallelism or the method out."
         )
-    if not names or not _sharded(model, attachment):
+    if not _sharded(model, attachment):
         return
     parting = _parts_ways(attachment)
     if parting is not None:
@@ -126,6 +127,12 @@ def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             )
 
 
+def _looking(attachment: Attachment) -> list[str]:
+    """The methods that have to see all tokens."""
+    reducing = [each.name for each in attachment.placed if each.traits.tokens != "full"]
+    return reducing + [type(each).__name__ for each in attachment.methods if _compares(each)]
+
+
 def _compares(method: Method) -> bool:
     return isinstance(method, FeatureCache) and method.compares
 
@@ -150,15 +157,17 @@ def _parts_ways(attachment: Attachment) -> str | None:
 
 def _sharded(model: nn.Module, attachment: Attachment) -> bool:
     """Whether FSDP has cut the weights (torch.distributed.fsdp.fully_shard)."""
-    places = (model, next(iter(attachment.blocks(model))))
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    places = (model, attachment.first_block(model))
     return any(kind.__name__ == "FSDPModule" for place in places for kind in type(place).__mro__)
 
 
 def _tokens_are_cut(model: nn.Module, attachment: Attachment) -> bool:
     """Whether diffusers splits the tokens over devices."""
-    config = getattr(model, "_parallel_config", None)
+    config = vars(model).get("_parallel_config")
     if getattr(config, "context_parallel_config", None) is not None:
         return True
-    places: tuple[Any, ...] = (model, next(iter(attachment.blocks(model))))
-    registries = [place._diffusers_hook for place in places if hasattr(place, "_diffusers_hook")]
+    places: tuple[Any, ...] = (model, attachment.first_block(model))
+    registries = [vars(place)["_diffusers_hook"] for place in places if "_diffusers_hook" in vars(place)]
     return any(name.startswith("cp_") for registry in registries for name in registry.hooks)

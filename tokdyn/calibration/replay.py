@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
 from tokdyn.attach.api import attachment_of
+from tokdyn.attach.record import Record
 from tokdyn.attach.roles import Role, blocks_of, find_roles
 from tokdyn.attach.tokens import split
 from tokdyn.calibration.recording import Call, moved
@@ -77,11 +78,8 @@ class Replay:
     def levels(self, call: Call, batch: int) -> tuple[float, ...]:
         """Noise level of every sample, as wrapped models read it."""
         assert self.adapter.level is not None
-        level = self.adapter.level(self.model, call)
-        values = level.float().flatten() if isinstance(level, Tensor) else torch.tensor([float(level)])
-        if isinstance(level, Tensor) and level.dim() > 1:  # tokens at different levels: the highest counts
-            values = level.float().flatten(1).amax(1)
-        return tuple(values.tolist() * (batch if len(values) == 1 else 1))
+        values = Record(self.adapter.level(self.model, call)).clock.tolist()
+        return tuple(values * (batch if len(values) == 1 else 1))
 
     def counted(self, call: Call, run: Callable[[Spent], Counts]) -> Counts:
         """Count FLOPs while something runs, once for all calls of the same shapes unless the data decide what runs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -132,6 +132,9 @@ def generate(
             x = scheduler.step(prediction, scheduler.timesteps[index], x, return_dict=False, **extra)[0]
             ledger.add(denoised.routing)
             clock.mark()
+    forget: Any = getattr(model, "_reset_stateful_cache", None)
+    if forget is not None:  # as diffusers' pipelines do when they have made their images
+        forget()
     columns = scheduler.timesteps.double().tolist(), levels, guided, clock.seconds(), ledger.split(guided, len(x))
     records = [StepRecord(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
     return Generation(x.float().clone(), records)

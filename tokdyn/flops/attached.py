@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.api import attachment_of, unwrap, wrap
+from tokdyn.attach.api import attach_parts, attachment_of, unwrap, wrap
 from tokdyn.attach.attachment import Attachment
 from tokdyn.attach.costs import Costs
+from tokdyn.attach.instance import detach
 from tokdyn.attach.record import Record
-from tokdyn.attach.roles import argument_names
+from tokdyn.attach.roles import argument_names, blocks_of
 from tokdyn.attach.structure import structures
 from tokdyn.attach.unnoticed import Meter, unnoticed
 from tokdyn.errors import InputError, UnsupportedModelError
@@ -90,6 +91,9 @@ def _metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
         model.tokdyn = Attachment(model, attachment.adapter, [])
     now = attachment_of(model)
     assert now is not None
+    bare = attachment is None or not attachment.methods  # nothing goes through a run yet
+    if bare:
+        attach_parts(model, now)
     now.meter = meter
     try:
         yield now
@@ -99,6 +103,8 @@ def _metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
             unwrap(model)
         else:
             model.tokdyn = attachment
+            for part in now.blocks(model) if bare else []:
+                detach(part)
 
 
 def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, children: dict[str, int]) -> Call:
@@ -130,9 +136,7 @@ def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, 
 def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[int]:
     """What attention of tokdyn's own blocks may have computed beyond its rows."""
     blocks = [
-        (block, stack.packing is not None)
-        for stack in attachment.adapter.stacks
-        for block in model.get_submodule(stack.path)  # type: ignore[attr-defined]
+        (block, stack.packing is not None) for stack in attachment.adapter.stacks for block in blocks_of(model, stack)
     ]
     calls: list[tuple[float, Sequence[int]]] = []
     for call in record.calls:

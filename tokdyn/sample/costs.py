@@ -9,9 +9,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tokdyn.attach.api import attachment_of
+from tokdyn.attach.costs import PARTS
+from tokdyn.attach.stats import StepStats, stats
 from tokdyn.diffusion.records import StepRecord
 from tokdyn.flops import flops_per_image, model_parts
 
+_CHUNKING = ("router", "residual", "dechunk")  # what a cache around the chunking of a DC-DiT passes by
 _AVERAGED = ("kept", "uncond_kept", "gflops", "milliseconds")
 
 
@@ -21,10 +24,11 @@ class StepCost(BaseModel):
     Attributes:
         timestep: what the model was told.
         level: noise level in [0, 1].
-        kept: share of the tokens kept in the conditional branch; None for a model that computes every token.
+        kept: share of the tokens kept in the conditional branch, of a wrapped model the smallest share that a block
+            saw; None for a model that computes every token, and where no block ran.
         uncond_kept: the same for the unconditional branch; None where it was not computed.
-        gflops: 1e9 FLOPs per image, both branches together; a multiply-add is 2 FLOPs. None where methods act on the
-            model: these are the costs of the model alone.
+        gflops: 1e9 FLOPs per image, both branches together, and what methods on the model spend and save; a
+            multiply-add is 2 FLOPs. None where methods act in more calls than `tokdyn.stats` remembers.
         milliseconds: per image.
     """
 
@@ -46,7 +50,12 @@ def step_costs(model: Any, records: Sequence[StepRecord], images: int) -> tuple[
         records: the steps of the batch.
         images: B, how many images it holds.
     """
-    return tuple(_step_cost(model, record, images) for record in records)
+    if attachment_of(model) is None:
+        return tuple(_step_cost(model, record, images) for record in records)
+    steps: tuple[StepStats | None, ...] = stats(model).steps
+    if len(steps) != len(records):  # it does not remember them all
+        steps = (None,) * len(records)
+    return tuple(_wrapped(model, record, images, step) for record, step in zip(records, steps, strict=True))
 
 
 def joined(earlier: Sequence[StepCost], before: int, later: Sequence[StepCost], after: int) -> tuple[StepCost, ...]:
@@ -83,15 +92,37 @@ def _step_cost(model: Any, record: StepRecord, images: int) -> StepCost:
     branches: list[Tensor] = []
     if counts is not None:
         branches = [counts.cond] if counts.uncond is None else [counts.cond, counts.uncond]
-    flops: float | None
-    if attachment_of(model) is not None:
-        flops = None
-    elif branches:
+    if branches:
         # Attention grows with the square of an image's tokens, so the mean over images is not the cost of the mean.
         flops = sum(sum(model_parts(model, branch.tolist()).values()) for branch in branches) / images
     else:
         flops = flops_per_image(model, None, 1.0 if record.guided else None)
-    shares = [float(branch.double().mean()) / counts.tokens for branch in branches] if counts is not None else []
+    return _cost(record, images, [float(b.double().mean()) / counts.tokens for b in branches] if counts else [], flops)
+
+
+def _wrapped(model: Any, record: StepRecord, images: int, step: StepStats | None) -> StepCost:
+    """Of a model that methods act on: what its blocks and the methods did, and the rest of the model as it is."""
+    if step is None:
+        return _cost(record, images, [], None)
+    outside = {name: flops for name, flops in model_parts(model).items() if name not in PARTS}
+    passed_by = sum(flops for name, flops in outside.items() if name in _CHUNKING)
+    flops = sum(
+        (call.flops or 0) + call.samples * sum(outside.values()) - call.reused * passed_by for call in step.calls
+    )
+    least = [count for call in step.calls for count in call.kept]
+    cells = step.calls[0].cells
+    halves = [least[:images], least[images:]] if record.guided else [least]
+    shares = [_share(half, cells) for half in halves]
+    return _cost(record, images, shares if any(share != 1.0 for share in shares) else [], flops / images)
+
+
+def _share(kept: Sequence[int | None], cells: int) -> float | None:
+    """The mean share of the cells, over the images that were computed."""
+    computed = [count for count in kept if count is not None]
+    return sum(computed) / (cells * len(computed)) if computed else None
+
+
+def _cost(record: StepRecord, images: int, shares: Sequence[float | None], flops: float | None) -> StepCost:
     return StepCost(
         timestep=record.timestep,
         level=record.level,

@@ -29,7 +29,8 @@ class BudgetResult(_Frozen):
         seconds: spent in the model and the scheduler by this run.
         images_per_second: made in those seconds.
         kept: mean share of tokens over steps, images and branches; None for a model that computes every token.
-        tflops_per_image: 1e12 FLOPs, all steps and branches together; a multiply-add is 2 FLOPs. None if methods act.
+        tflops_per_image: 1e12 FLOPs, all steps and branches together, methods included; a multiply-add is 2 FLOPs.
+            None where they are not known for all steps.
         steps: what each step cost; empty if nothing was measured.
         files: what was written.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -71,9 +71,18 @@ class Branch(Protocol):
 
 @dataclass(frozen=True)
 class Actors:
-    """The methods of a model, by how they act; outermost first."""
+    """The methods of a model, by how they act; outermost first.
+
+    Attributes:
+        edges: blocks at which a bracket opens or closes.
+    """
 
     brackets: tuple[Bracket, ...] = ()
     gates: tuple[Gate, ...] = ()
     branches: tuple[Branch, ...] = ()
     kernels: tuple[Kernel, ...] = ()
+    edges: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        edges = frozenset(block for each in self.brackets for block in (each.first, each.last))
+        object.__setattr__(self, "edges", edges)
