@@ -22,6 +22,7 @@ def _chunked(
     steps: Tensor,
     condition: Tensor,
     tail_drop: float | Tensor,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
     """Takes the place of `DCDiT._chunked`: samples whose change is repeated are not computed.
 
@@ -29,7 +30,7 @@ def _chunked(
     """
     run: Run | None = instance.current()
     if run is None or run.model is not model:
-        out: tuple[Tensor, Routing] = hidden(model, tokens, grid, steps, condition, tail_drop)
+        out: tuple[Tensor, Routing] = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
         return out
     run.batch = run.record.batch = len(tokens)
     run.record.cells = tokens.shape[1]
@@ -39,7 +40,7 @@ def _chunked(
         tokens = cache.open(run, tokens)
     reused, run.reused = run.reused, frozenset()
     if not reused:
-        result, routing = hidden(model, tokens, grid, steps, condition, tail_drop)
+        result, routing = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
     else:
         (cache,) = run.attachment.caches
         result, routing = tokens, cache.memory.routing[run.turn.branch]
@@ -48,7 +49,8 @@ def _chunked(
             rows = torch.tensor(running, device=tokens.device)
             drop = tail_drop.index_select(0, rows) if isinstance(tail_drop, Tensor) and tail_drop.dim() else tail_drop
             parts = (tokens.index_select(0, rows), grid, steps.index_select(0, rows), condition.index_select(0, rows))
-            some, found = run.among(running, None, lambda: hidden(model, *parts, drop))
+            rest = (drop, None if plan is None else plan.index_select(0, rows))
+            some, found = run.among(running, None, lambda: hidden(model, *parts, *rest))
             result = tokens.index_copy(0, rows, some.to(tokens.dtype))
             routing = _mixed(routing, found, rows)
     for cache in reversed(run.attachment.caches):

@@ -27,7 +27,8 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
         CheckpointError: the official code has no such model.
     """
     config = model.config
-    for name, only in (("router", "spatial_predictability"), ("patch_size", 1), *FACEBOOK.items()):
+    own = {"router": "spatial_predictability", "patch_size": 1, "position_scale": 1.0, "condition_adaptor": False}
+    for name, only in {**own, **FACEBOOK}.items():
         if config[name] != only:
             raise CheckpointError(f"the official DC-DiT has {name}={only!r} only, and this model has {config[name]!r}.")
     names = reverse(OFFICIAL)

@@ -55,7 +55,8 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
     own = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
     if "pos_embed" not in own:
         patch = settings["patch_size"]
-        own["pos_embed"] = sincos_position((height // patch, width // patch), settings["hidden_size"])[None]
+        scale = settings.get("position_scale", 1.0)
+        own["pos_embed"] = sincos_position((height // patch, width // patch), settings["hidden_size"], scale)[None]
     model.load_state_dict(own, assign=True)
     model.eval()
     return model

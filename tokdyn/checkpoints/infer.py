@@ -44,6 +44,7 @@ def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> di
         "scaffold_width": narrow,
         "encoder_depth": _count(tensors, "encoder.layers."),
         "decoder_depth": _count(tensors, "decoder.layers."),
+        "condition_adaptor": "adaptor.weight" in tensors,
     }
     return shared | _output(tensors, channels, origin)
 

@@ -89,7 +89,9 @@ class ChunkingModule(nn.Module):
             out: Tensor = self.router(maps, timestep, count)
             return out.reshape(len(tokens), -1)
 
-    def route(self, tokens: Tensor, grid: Grid, timestep: Tensor, drop: float | Tensor = 0.0) -> Routing:
+    def route(
+        self, tokens: Tensor, grid: Grid, timestep: Tensor, drop: float | Tensor = 0.0, plan: Tensor | None = None
+    ) -> Routing:
         """Decide which tokens the blocks see.
 
         Args:
@@ -97,12 +99,15 @@ class ChunkingModule(nn.Module):
             grid: (rows, columns).
             timestep: (B,).
             drop: tail drop, one fraction or (B,).
+            plan: (B, N) bool, for samples where any is set the tokens to keep before tail drop. Probabilities, and the
+                losses on them, stay the router's own.
 
         Returns:
             The decision, with the ratio loss over the whole batch.
         """
         probability, natural = select(torch.sigmoid(self.logits(tokens, grid, timestep)), self.config.force_ends)
-        keep = tail_drop(probability, natural, drop)
+        chosen = natural if plan is None else torch.where(plan.any(dim=1, keepdim=True), plan, natural)
+        keep = tail_drop(probability, chosen, drop)
         loss = ratio_loss(probability, natural, self.config.target)
         return Routing(probability, keep, natural, grid, {"ratio": loss})
 

@@ -68,7 +68,7 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.gradient_checkpointing = False
         self.t_embedder = TimestepEmbedder(c.hidden_size, c.timestep_shift)
         self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
-        position = sincos_position(self._grid_of(c.sample_size), c.hidden_size)
+        position = sincos_position(self._grid_of(c.sample_size), c.hidden_size, c.get("position_scale", 1.0))
         self.pos_embed = nn.Parameter(position[None].to(torch.get_default_dtype()), requires_grad=False)
         self.blocks = nn.ModuleList(
             DiTBlock(c.hidden_size, c.num_heads, c.mlp_ratio, c.mlp_norm_eps) for _ in range(c.depth)
@@ -103,7 +103,8 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """(N, D) positions of a grid: the stored table, or computed for another size."""
         if grid == self._grid_of(self.config.sample_size):
             return self.pos_embed[0]
-        return sincos_position(grid, self.config.hidden_size).to(self.pos_embed)
+        scale = self.config.get("position_scale", 1.0)
+        return sincos_position(grid, self.config.hidden_size, scale).to(self.pos_embed)
 
     def _image(self, patches: Tensor, grid: Grid) -> Tensor:
         """(B, N, p * p * C) head outputs to (B, C, R * p, C * p)."""

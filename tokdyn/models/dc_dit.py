@@ -41,6 +41,10 @@ class DCDiT(Transformer):
         smoothing_sigma: width of that kernel in cells.
         force_ends: always keep the first and last cell; on in the official code.
         official_init: start as the public code does: router bias -1.1, Xavier residual.
+        position_scale: what a step from cell to cell adds to a coordinate of the positions; p over the patch size of the
+            DiT that the blocks come from, so that they find the positions that they know.
+        condition_adaptor: a LayerNorm between the condition of the blocks and that of encoder, decoder and head, for
+            embedders that are frozen (section on upcycling).
         timestep_shift: see `ops.timestep_frequencies`.
         mlp_norm_eps: epsilon of the norm before the MLP.
         out_channels: follows from the others; accepted so that saved configurations load.
@@ -69,6 +73,8 @@ class DCDiT(Transformer):
         smoothing_sigma: float = 1.0,
         force_ends: bool = False,
         official_init: bool = False,
+        position_scale: float = 1.0,
+        condition_adaptor: bool = False,
         timestep_shift: int = 0,
         mlp_norm_eps: float = 1e-6,
         out_channels: int | None = None,
@@ -83,6 +89,8 @@ class DCDiT(Transformer):
             raise InputError(f"target: input should be greater than 1 cell a token, got {target}; a DiT keeps all.")
         if not smoothing_sigma > 0.0:
             raise InputError(f"smoothing_sigma: input should be greater than 0 cells, got {smoothing_sigma}.")
+        if not position_scale > 0.0:
+            raise InputError(f"position_scale: input should be greater than 0, got {position_scale}.")
         chunking = Chunking(target=target, router=router, sigma=sigma, force_ends=force_ends)
         self.x_embedder = CellEmbedder(in_channels * patch_size**2, width, 3, padding=1)
         self._build(head_width=width)
@@ -90,6 +98,7 @@ class DCDiT(Transformer):
         self.chunking = ChunkingModule(chunking, hidden_size)
         self.norm = RMSNorm(hidden_size)
         self.decoder = Scaffold(hidden_size, width, decoder_depth, hidden_size, change_first=True)
+        self.adaptor = nn.LayerNorm(hidden_size) if condition_adaptor else nn.Identity()
         self._initialize()
 
     @classmethod
@@ -144,12 +153,13 @@ class DCDiT(Transformer):
         """(B, in_channels, rows, columns) to dense tokens (B, N, D)."""
         cells = F.pixel_unshuffle(x, self.config.patch_size)
         cells = cells.contiguous(memory_format=fastest_layout(cells))
-        tokens: Tensor = self.encoder(self.x_embedder(cells), condition)
+        tokens: Tensor = self.encoder(self.x_embedder(cells), self.adaptor(condition))
         return tokens
 
     def _decode(self, tokens: Tensor, condition: Tensor, grid: Grid) -> Tensor:
         """Dense tokens (B, N, D) to (B, out_channels, rows, columns)."""
         cells = tokens.view(len(tokens), *grid, -1).permute(0, 3, 1, 2)
+        condition = self.adaptor(condition)
         return self._image(self.final_layer(self.decoder(cells, condition), condition), grid)
 
     def forward(
@@ -159,6 +169,7 @@ class DCDiT(Transformer):
         class_labels: Tensor | None = None,
         tail_drop: float | Tensor = 0.0,
         return_dict: bool = True,
+        plan: Tensor | None = None,
     ) -> DCDiTOutput | tuple[Tensor]:
         """Predict the noise.
 
@@ -168,20 +179,29 @@ class DCDiT(Transformer):
             class_labels: (B,) int64; None means no class.
             tail_drop: fraction of the kept tokens to drop, least probable first; one number or (B,).
             return_dict: False returns a tuple.
+            plan: (B, N) bool, the tokens to keep of samples where any is set, in place of those that the router asks
+                for; None leaves all to the router.
 
         Returns:
             The output, or (sample,).
         """
         grid, steps, condition = self._start(hidden_states, timestep, class_labels)
-        tokens, routing = self._chunked(self._encode(hidden_states, condition), grid, steps, condition, tail_drop)
+        tokens = self._encode(hidden_states, condition)
+        tokens, routing = self._chunked(tokens, grid, steps, condition, tail_drop, plan)
         sample = self._decode(tokens, condition, grid)
         return DCDiTOutput(sample, routing) if return_dict else (sample,)
 
     def _chunked(
-        self, tokens: Tensor, grid: Grid, steps: Tensor, condition: Tensor, tail_drop: float | Tensor
+        self,
+        tokens: Tensor,
+        grid: Grid,
+        steps: Tensor,
+        condition: Tensor,
+        tail_drop: float | Tensor,
+        plan: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """What lies between encoder and decoder: (B, N, D) to (B, N, D), and what the router decided."""
-        routing = self.chunking.route(tokens, grid, steps, tail_drop)
+        routing = self.chunking.route(tokens, grid, steps, tail_drop, plan)
         rows, packing = self.chunking.chunk(tokens, routing)
         rows = rows + self._positions(grid).index_select(0, packing.cell)
         for block in self.blocks:

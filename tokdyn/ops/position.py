@@ -11,14 +11,16 @@ from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
 
-def sincos_position(grid: Grid, width: int) -> Tensor:
-    """Sine-cosine positions at integer cell coordinates, as in MAE and DiT (arXiv 2212.09748).
+def sincos_position(grid: Grid, width: int, scale: float = 1.0) -> Tensor:
+    """Sine-cosine positions at cell coordinates, as in MAE and DiT (arXiv 2212.09748).
 
     Each axis gets width / axes channels, the fastest axis (columns) first.
 
     Args:
         grid: sizes of the 1 to 3 axes.
         width: D, divisible by twice the number of axes.
+        scale: what a step from cell to cell adds to a coordinate. At 1/2 every second cell of a grid has the positions
+            of a grid half as fine.
 
     Returns:
         (N, D) fp32, computed in fp64.
@@ -30,7 +32,7 @@ def sincos_position(grid: Grid, width: int) -> Tensor:
         raise InputError(f"the width is {width}, expected a multiple of {2 * len(grid)} for the grid {grid}.")
     half = width // len(grid) // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    axes = torch.meshgrid(*(scale * torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in reversed(axes)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 

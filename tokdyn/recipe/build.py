@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokdyn.data import DataConfig
 from tokdyn.data.config import rows_and_columns
-from tokdyn.errors import InputError, RecipeError
+from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.flops import compute_matched_steps, flops_per_image
-from tokdyn.recipe.model_settings import ModelSettings
+from tokdyn.recipe.model_settings import FROM_ELSEWHERE, ModelSettings
 from tokdyn.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from tokdyn.models import DiT
 
 Shape = tuple[int, int, int]
 _LATENT_CHANNELS = 4  # of the VAEs that the published models were trained on
@@ -55,8 +58,44 @@ def model_arguments(recipe: Recipe, shape: Shape, num_classes: int) -> dict[str,
     }
 
 
+def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
+    """Read the pretrained model that an upcycling recipe begins with.
+
+    Args:
+        recipe: With a section `upcycle`.
+        shape: (C, H, W) of the samples.
+        num_classes: Labels, without the null class.
+
+    Raises:
+        CheckpointError: It cannot be read, or is no DiT.
+        RecipeError: It was made for other samples, classes or another objective than the recipe's.
+    """
+    from tokdyn.checkpoints import read
+    from tokdyn.models import DiT
+
+    assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
+    base = read(recipe.upcycle.base, ema=recipe.upcycle.ema)
+    if not isinstance(base, DiT):
+        raise CheckpointError(f"upcycle.base {recipe.upcycle.base} is a DC-DiT already; train it on with `tokdyn train`.")
+    expected = model_arguments(recipe, shape, num_classes)
+    for name, where in FROM_ELSEWHERE.items():
+        if name == "out_channels":
+            continue
+        there, here = base.config[name], expected[name]
+        if (tuple(there) if isinstance(there, list) else there) != here:
+            raise RecipeError(
+                f"the base {recipe.upcycle.base} has {name}={there}, and the recipe {here}; set {where} to what the base "
+                "was trained with, or choose another base."
+            )
+    return base
+
+
 def build_model(
-    recipe: Recipe, shape: Shape | None = None, num_classes: int | None = None, device: str | torch.device = "cpu"
+    recipe: Recipe,
+    shape: Shape | None = None,
+    num_classes: int | None = None,
+    device: str | torch.device = "cpu",
+    base: DiT | None = None,
 ) -> Any:
     """Build the recipe's model with fresh weights from torch's global generator.
 
@@ -65,6 +104,7 @@ def build_model(
         shape: (C, H, W) of the samples; None takes what the recipe says.
         num_classes: Labels; None takes what the recipe says, or 10 for procedural shapes.
         device: Where to build it; "meta" takes no memory.
+        base: What an upcycled model begins with; None reads it.
     """
     from tokdyn.models import DCDiT, DiT
 
@@ -72,7 +112,13 @@ def build_model(
         num_classes = recipe.data.num_classes or (10 if recipe.data.kind == "shapes" else None)
     if num_classes is None:
         raise RecipeError("data.num_classes is needed to plan without reading the data; set data.num_classes=1000.")
-    arguments = model_arguments(recipe, shape or planned_shape(recipe.data), num_classes)
+    shape = shape or planned_shape(recipe.data)
+    if recipe.upcycle is not None:
+        from tokdyn.upcycle.dc import to_dc
+
+        base = base or open_base(recipe, shape, num_classes)
+        return to_dc(base.to(device), **recipe.model.overrides)
+    arguments = model_arguments(recipe, shape, num_classes)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
     with torch.device(device):
         return family.named(recipe.model.name, **arguments)

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_
 
 from tokdyn.recipe.explain import nearest
 
+BASE = "base"
+"""Name of a model that takes its sizes from the pretrained model that it begins with."""
 FROM_ELSEWHERE = {
     "sample_size": "data.size",
     "in_channels": "data.channels",
@@ -40,7 +42,7 @@ class ModelSettings(BaseModel):
 
     Attributes:
         kind: "dcdit" (dynamic chunking) or "dit" (fixed patches).
-        name: A named size: "S", "B", "L", "XL", "tiny", for a "dit" with its patch, "S/2".
+        name: A named size: "S", "B", "L", "XL", "tiny", for a "dit" with its patch, "S/2"; or "base", see `upcycle`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -79,6 +81,8 @@ class ModelSettings(BaseModel):
         return self
 
     def _check_name(self) -> None:
+        if self.name == BASE:
+            return
         from tokdyn.models.sizes import dc_dit_settings, dit_settings
 
         {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError

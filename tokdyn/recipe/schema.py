@@ -6,23 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tokdyn.data import DataConfig
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Sampler
-from tokdyn.recipe.model_settings import ModelSettings
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused and nothing can be changed after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+from tokdyn.recipe.model_settings import BASE, ModelSettings
+from tokdyn.recipe.section import Count, Fraction, Positive, Section
+from tokdyn.recipe.upcycling import UpcycleSettings
 
 class OptimizerSettings(Section):
     """AdamW and its learning rate.
@@ -178,6 +169,7 @@ class Recipe(Section):
         training: Length, precision, logging and checkpoints.
         preview: What to draw during the run.
         compute_match: Derive the number of steps from a baseline's compute, instead of `training.steps`.
+        upcycle: Begin with the blocks of a pretrained DiT; `model.name` is "base" then.
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$")] = "run"
@@ -192,6 +184,7 @@ class Recipe(Section):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     preview: PreviewSettings = Field(default_factory=PreviewSettings)
     compute_match: ComputeMatch | None = None
+    upcycle: UpcycleSettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -216,6 +209,12 @@ class Recipe(Section):
             raise ValueError(
                 "a random router learns nothing, so the curriculum has no effect; write chunking.curriculum=[]"
             )
+        if (self.model.name == BASE) != (self.upcycle is not None):
+            raise ValueError(
+                "model.name=base takes the sizes of the model that upcycle.base names; set both, or neither"
+            )
+        if self.upcycle is not None and (self.model.kind != "dcdit" or self.compute_match is not None):
+            raise ValueError("upcycling makes a 'dcdit', with training.steps or training.images, from a base")
         lengths = (self.training.images, self.training.steps, self.compute_match)
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("set exactly one of training.images, training.steps and compute_match")

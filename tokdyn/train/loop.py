@@ -23,6 +23,7 @@ from tokdyn.train.setup import Run
 from tokdyn.train.signals import StopRequest
 from tokdyn.train.snapshot import save_model
 from tokdyn.train.step import RatioTerm, draw, micro_step
+from tokdyn.train.upcycling import Guidance, hold, learning_rate
 
 Preview = Callable[[Any, Recipe, Path, int], object]
 """Draws previews: called with the averaged model, the recipe, the run's folder and the step."""
@@ -121,7 +122,7 @@ class Loop:
     def _step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         run, recipe, trainee = self.run, self.run.recipe, self.run.trainee
         training, device = recipe.training, run.accelerator.device
-        rate = schedule.learning_rate(recipe.optimizer, step, run.steps)
+        rate = learning_rate(recipe, step, run.steps)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         chunking, drop = None, 0.0
@@ -140,11 +141,17 @@ class Loop:
             x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             null = trainee.model.config.num_classes
             draws = draw(recipe.objective, x, labels, null, training.label_dropout, tail)
+            guidance = None
+            if recipe.upcycle is not None:
+                first = slot * run.micro_batch
+                guidance = Guidance.at(recipe.upcycle, recipe.seed, step, first, run.micro_batch)
             last = micro == training.accumulation - 1
             with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-                out = micro_step(run.wrapped, recipe.objective, draws, training.precision, chunking)
+                out = micro_step(run.wrapped, recipe.objective, draws, training.precision, chunking, guidance)
                 run.accelerator.backward(out.loss / training.accumulation)
             collected.append(out.metrics)
+        if recipe.upcycle is not None:
+            hold(trainee.model, recipe.upcycle.phase(step)[0])
         parameters = [parameter for group in trainee.optimizer.param_groups for parameter in group["params"]]
         norm = run.accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip or float("inf"))
         run.stepper.step()
@@ -181,7 +188,7 @@ class Loop:
             "images": step * batch,
             "epoch": step * batch / len(run.dataset),
             **means,
-            "lr": schedule.learning_rate(recipe.optimizer, step - 1, run.steps),
+            "lr": learning_rate(recipe, step - 1, run.steps),
         }
         if recipe.chunking is not None:
             self.row["target"] = schedule.target(recipe.chunking, recipe.model.target, step - 1)
@@ -217,6 +224,7 @@ class Loop:
                 "seconds": self.spent + time.monotonic() - self.began,
                 "recipe": recipe.model_dump(mode="json"),
                 "data": run.dataset.identity(),
+                "base": run.base,
                 "versions": {"torch": torch.__version__},
             }
             root, keep = self.folder / "checkpoints", recipe.training.keep_checkpoints

@@ -12,6 +12,7 @@ HARMLESS = (
     "description",
     "out",
     "data.path",
+    "upcycle.base",
     "data.in_memory",
     "data.memory_limit",
     "preview",
@@ -23,7 +24,7 @@ HARMLESS = (
     "training.sample_every",
     "training.trackers",
 )
-"""Do not touch what is computed; `data.path` because the content is compared by itself."""
+"""Do not touch what is computed; `data.path` and `upcycle.base` because the content is compared by itself."""
 
 ROUNDING = (
     "training.accumulation",
@@ -57,7 +58,9 @@ def _is_one_of(key: str, group: tuple[str, ...]) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in group)
 
 
-def check_resumable(stored: dict[str, Any], recipe: Recipe, data: dict[str, Any], folder: str) -> list[str]:
+def check_resumable(
+    stored: dict[str, Any], recipe: Recipe, data: dict[str, Any], folder: str, base: dict[str, str] | None = None
+) -> list[str]:
     """Refuse to resume with settings that would make it another run.
 
     Args:
@@ -65,6 +68,7 @@ def check_resumable(stored: dict[str, Any], recipe: Recipe, data: dict[str, Any]
         recipe: What the run is resumed with.
         data: The identity of the data that is open now.
         folder: The run, for the error.
+        base: The identity of what an upcycled model begins with.
 
     Returns:
         Keys that changed and let the rest of the run differ by rounding.
@@ -82,6 +86,11 @@ def check_resumable(stored: dict[str, Any], recipe: Recipe, data: dict[str, Any]
         raise CheckpointError(
             f"{folder} was started with other settings: {listed}. Set them back to resume it, or choose another "
             "out=FOLDER to start anew."
+        )
+    if (stored.get("base") or {}).get("sha256") != (base or {}).get("sha256"):
+        raise CheckpointError(
+            f"{folder} began with other weights than upcycle.base {base and base['base']} holds now; name the base that "
+            "it began with to resume it."
         )
     if stored["data"] != data:
         raise CheckpointError(

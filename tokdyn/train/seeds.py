@@ -17,6 +17,7 @@ class Stream(IntEnum):
     BUDGET = 2
     CALIBRATION = 3
     PREVIEW = 4
+    PLAN = 5
 
 
 def splitmix64(value: int) -> int:

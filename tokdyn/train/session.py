@@ -45,7 +45,7 @@ def train(
     run = set_up(recipe, accelerator, fresh=found is None)
     start, spent, notes = 0, 0.0, []
     if found is not None:
-        differing = check_resumable(found.state, recipe, run.dataset.identity(), str(folder))
+        differing = check_resumable(found.state, recipe, run.dataset.identity(), str(folder), run.base)
         run.trainee.restore(found.folder)
         start, spent = found.step, float(found.state["seconds"])
         notes = [*found.skipped, f"Resumed {folder} at step {start}."]

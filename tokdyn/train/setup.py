@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from tokdyn.data import BatchStream, Dataset, LatentDataset, open_data
+from tokdyn.data.vae import weights_digest
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import OptimizerSettings, Recipe
-from tokdyn.recipe.build import build_model, planned_steps
+from tokdyn.recipe.build import build_model, open_base, planned_steps
 from tokdyn.recipe.explain import nearest
 from tokdyn.train import schedule
 from tokdyn.train.ema import Ema
@@ -22,6 +23,8 @@ from tokdyn.train.metrics import Window
 from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
+from tokdyn.train.upcycling import always_frozen, freeze
+from tokdyn.upcycle.distill import Distillation
 
 _CALIBRATION_IMAGES = 64
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -40,6 +43,7 @@ class Run:
         wrapped: The model as it is called: itself, or its data-parallel wrapper.
         stepper: The optimizer as accelerate wraps it.
         steps: Optimizer steps of the whole run.
+        base: Name and SHA-256 of the weights of what an upcycled model begins with.
     """
 
     recipe: Recipe
@@ -50,6 +54,7 @@ class Run:
     wrapped: Any
     stepper: Any
     steps: int
+    base: dict[str, str] | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -80,6 +85,8 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="no",  # autocast is part of the step, so that sampling and training use the same one
         log_with=list(recipe.training.trackers) or None,
         project_dir=recipe.folder,
+        # which parts of an upcycled model have gradients changes from phase to phase
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if recipe.upcycle else None,
     )
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise RecipeError(
@@ -156,7 +163,7 @@ def compile_parts(model: Any, what: str | bool) -> None:
         model.decoder.compile(dynamic=False)
 
 
-def model_info(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+def model_info(recipe: Recipe, dataset: Dataset, base: dict[str, str] | None = None) -> dict[str, Any]:
     """Return what tokdyn.json beside saved weights says."""
     return {
         "name": recipe.name,
@@ -164,6 +171,7 @@ def model_info(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
         "data": recipe.data.model_dump(mode="json", exclude={"path"}),
         "latents": dataset.index.origin.model_dump(mode="json") if isinstance(dataset, LatentDataset) else None,
         "class_names": list(dataset.class_names),
+        **({} if base is None else {"upcycled": base}),
     }
 
 
@@ -181,16 +189,22 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
         dataset, micro_batch, recipe.seed, accelerator.process_index, accelerator.num_processes, recipe.data.flip
     )
     steps = planned_steps(recipe, dataset.shape, dataset.num_classes)
+    base = None if recipe.upcycle is None else open_base(recipe, dataset.shape, dataset.num_classes)
     seed_everything(recipe.seed, Stream.WEIGHTS)
-    model = build_model(recipe, dataset.shape, dataset.num_classes).to(accelerator.device)
+    model = build_model(recipe, dataset.shape, dataset.num_classes, base=base).to(accelerator.device)
     if fresh and recipe.chunking is not None and recipe.chunking.calibrate and not model.config.official_init:
         calibrate(model, recipe, dataset, accelerator.device)
     model.train()
+    called, identity = model, None
+    if recipe.upcycle is not None and base is not None:
+        identity = {"base": recipe.upcycle.base, "sha256": weights_digest(base)}
+        freeze(model, always_frozen(recipe.upcycle))
+        called = Distillation(model, base.to(accelerator.device) if recipe.upcycle.compares else None)
     ema = Ema(model, recipe.training.ema, recipe.training.ema_warmup)
     if recipe.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = open_optimizer(model, recipe.optimizer)
-    trainee = Trainee(model, ema, optimizer, Window(accelerator.device), model_info(recipe, dataset))
+    trainee = Trainee(model, ema, optimizer, Window(accelerator.device), model_info(recipe, dataset, identity))
     compile_parts(model, recipe.training.compile)
-    wrapped, stepper = accelerator.prepare(model, optimizer)
-    return Run(recipe, accelerator, dataset, stream, trainee, wrapped, stepper, steps)
+    wrapped, stepper = accelerator.prepare(called, optimizer)
+    return Run(recipe, accelerator, dataset, stream, trainee, wrapped, stepper, steps, identity)

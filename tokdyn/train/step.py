@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokdyn.diffusion.objective import Noised, Objective
 from tokdyn.ops import ratio_loss
+from tokdyn.train.upcycling import Guidance
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class StepLoss:
 
     Attributes:
         loss: Scalar to differentiate.
-        metrics: Scalars without gradient, still on the device: "loss" (diffusion) and, for a chunking model,
-            "ratio", "probability", "kept" (fraction after tail drop) and "natural_kept" (before).
+        metrics: Scalars without gradient, still on the device: "loss" (diffusion); for a chunking model "ratio",
+            "probability", "kept" (fraction after tail drop) and "natural_kept" (before); beside a base "teacher" and
+            "output".
     """
 
     loss: Tensor
@@ -94,7 +96,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def micro_step(
-    model: nn.Module, objective: Objective, draws: Draws, precision: str, chunking: RatioTerm | None = None
+    model: nn.Module,
+    objective: Objective,
+    draws: Draws,
+    precision: str,
+    chunking: RatioTerm | None = None,
+    guidance: Guidance | None = None,
 ) -> StepLoss:
     """Run the model on one micro-batch and score it.
 
@@ -104,17 +111,28 @@ def micro_step(
         draws: The micro-batch.
         precision: "bf16" or "fp32".
         chunking: Given for a chunking model only.
+        guidance: Given for a `tokdyn.upcycle.Distillation` only.
     """
     noised = draws.noised
     arguments: dict[str, Any] = {"timestep": noised.timestep, "class_labels": draws.labels}
     if chunking is not None:
         arguments["tail_drop"] = draws.tail_drop
+    compared: dict[str, Tensor] = {}
     with autocast(noised.x_t.device, precision):
-        output = model(noised.x_t, **arguments)
+        if guidance is None:
+            output = model(noised.x_t, **arguments)
+        else:
+            phase, planned = guidance.phase, guidance.planned.to(noised.x_t.device)
+            output, compared = model(phase.teacher > 0, phase.output > 0, planned, noised.x_t, **arguments)
     diffusion = objective.loss(output.sample, noised).mean()
     metrics = {"loss": diffusion.detach()}
+    loss = diffusion
+    if guidance is not None:
+        metrics |= {name: value.detach() for name, value in compared.items()}
+        loss = guidance.phase.diffusion * diffusion
+        loss = sum((getattr(guidance.phase, name) * value for name, value in compared.items()), loss)
     if chunking is None:
-        return StepLoss(diffusion, metrics)
+        return StepLoss(loss, metrics)
     routing = output.routing
     ratio = ratio_loss(routing.probability, routing.natural_keep, chunking.target, chunking.ratio_group)
     tokens = routing.keep.shape[1]
@@ -124,4 +142,4 @@ def micro_step(
         "kept": routing.kept.float().mean() / tokens,
         "natural_kept": routing.natural_kept.float().mean() / tokens,
     }
-    return StepLoss(diffusion + chunking.ratio_weight * ratio, metrics)
+    return StepLoss(loss + chunking.ratio_weight * ratio, metrics)

@@ -1,0 +1,88 @@
+"""What upcycling adds to a step: which samples follow the fixed plan, what is frozen, and the losses on the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.recipe import Recipe
+from tokdyn.recipe.upcycling import Part, PhaseSettings, UpcycleSettings
+from tokdyn.train import schedule
+from tokdyn.train.seeds import Stream, generator
+from tokdyn.upcycle.dc import EMBEDDERS
+
+_PARTS: dict[Part, tuple[str, ...]] = {
+    "embedders": EMBEDDERS,
+    "blocks": ("blocks.",),
+    "router": ("chunking.router.",),
+}
+
+
+def part_of(name: str) -> Part:
+    """The part of a DC-DiT that a parameter belongs to, by its name."""
+    return next((part for part, prefixes in _PARTS.items() if name.startswith(prefixes)), "scaffold")
+
+
+def always_frozen(settings: UpcycleSettings) -> frozenset[Part]:
+    """Parts that learn in no phase."""
+    return frozenset.intersection(*(frozenset(phase.frozen) for phase in settings.phases))
+
+
+def freeze(model: nn.Module, parts: Iterable[Part]) -> None:
+    """Let everything learn but those parts and what is fixed by nature, such as the table of positions."""
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            parameter.requires_grad_(part_of(name) not in parts)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Learning rate of a step, with the factor of its phase.
+
+    Args:
+        recipe: The recipe.
+        step: Steps already taken.
+        steps: Steps of the whole run.
+    """
+    rate = schedule.learning_rate(recipe.optimizer, step, steps)
+    return rate if recipe.upcycle is None else rate * recipe.upcycle.phase(step)[0].lr
+
+
+def hold(model: nn.Module, phase: PhaseSettings) -> None:
+    """Drop the gradients of what a phase leaves alone, so that the optimizer passes it by."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) in phase.frozen:
+            parameter.grad = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a micro-step takes from the base.
+
+    Attributes:
+        phase: With the weights of the losses.
+        planned: (B,) bool, samples that keep the tokens of the fixed plan.
+    """
+
+    phase: PhaseSettings
+    planned: Tensor
+
+    @staticmethod
+    def at(settings: UpcycleSettings, seed: int, step: int, first: int, batch: int) -> Guidance:
+        """The guidance of a micro-batch, a function of where it is in the run.
+
+        Args:
+            settings: The phases.
+            seed: The recipe's seed.
+            step: Steps already taken.
+            first: Number, within the step, of the micro-batch's first sample.
+            batch: Samples in it.
+        """
+        phase, passed = settings.phase(step)
+        share = {"fixed": 1.0, "learned": 0.0, "handover": 1.0 - passed}[phase.plan]
+        if share in (0.0, 1.0):
+            return Guidance(phase, torch.full((batch,), bool(share)))
+        drawn = [torch.rand((), generator=generator(seed, Stream.PLAN, step, first + i)) for i in range(batch)]
+        return Guidance(phase, torch.stack(drawn) < share)

@@ -1,0 +1,1 @@
+"""Upcycling: a DC-DiT from a pretrained DiT."""
