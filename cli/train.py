@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from .arguments import split
 from .frame import command
 from .output import Json, as_json, pairs
 from .settings import flags
+
+if TYPE_CHECKING:
+    from tokdyn.recipe import Recipe
 
 
 def _settings() -> type:
@@ -47,20 +50,24 @@ def register(app: typer.Typer) -> None:
 
         given = split(ctx.args, frozenset(flags(recipe.Recipe)))
         (name,) = given.take(["RECIPE"])
-        loaded = recipe.load(name, given.overrides())
-        if dry_run:
-            from tokdyn.train import dry_run as plan
+        carry_out(recipe.load(name, given.overrides()), resume, dry_run, json)
 
-            planned = plan(loaded)
-            if json:
-                as_json({**asdict(planned), "seconds": planned.seconds})
-            else:
-                pairs(planned.lines())
-            return
-        from tokdyn.report.preview import draw_preview
-        from tokdyn.train import train as run
 
-        result = run(loaded, resume=resume, preview=draw_preview)
+def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
+    """Plans or trains a recipe, prints what came of it, and ends the command with the exit code of the run."""
+    if dry_run:
+        from tokdyn.train import dry_run as plan
+
+        planned = plan(recipe)
         if json:
-            as_json({"folder": result.folder, "step": result.step, "steps": result.steps, "metrics": result.row})
-        raise typer.Exit(result.exit_code)
+            as_json({**asdict(planned), "seconds": planned.seconds})
+        else:
+            pairs(planned.lines())
+        return
+    from tokdyn.report.preview import draw_preview
+    from tokdyn.train import train as run
+
+    result = run(recipe, resume=resume, preview=draw_preview)
+    if json:
+        as_json({"folder": result.folder, "step": result.step, "steps": result.steps, "metrics": result.row})
+    raise typer.Exit(result.exit_code)

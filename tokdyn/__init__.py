@@ -97,7 +97,7 @@ _SUBMODULES = frozenset(
         "recipe",
         "report",
     }
-    | {"sample", "tokens", "train"}
+    | {"sample", "tokens", "train", "upcycle"}
 )
 
 

@@ -28,7 +28,7 @@ TINY = [
     "training.precision=fp32",
 ]  # fmt: skip
 LEAVES = [
-    ["demo"], ["train"], ["features"], ["sample"], ["calibrate"], ["eval"], ["models"], ["methods"],
+    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["eval"], ["models"], ["methods"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 
@@ -68,7 +68,9 @@ def test_help_has_usage_and_examples(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["demo"], ["train"], ["sample"], ["calibrate"], ["eval"], ["features"], ["models"]], ids=" ".join
+    "words",
+    [["demo"], ["train"], ["upcycle"], ["sample"], ["calibrate"], ["eval"], ["features"], ["models"]],
+    ids=" ".join,
 )
 def test_help_explains_every_setting(words: list[str]) -> None:
     command: Any = get_command(app)

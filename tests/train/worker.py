@@ -1,4 +1,7 @@
-"""Trains in a process of its own, to be killed or to be one of several: worker.py FOLDER [--resume] key=value..."""
+"""Trains in a process of its own, to be killed or to be one of several: worker.py FOLDER [--resume] key=value...
+
+The recipe is tiny.yaml, or the file of a word recipe=FILE.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from tokdyn.recipe import files, resolve, yaml_text
 from tokdyn.train import train
 
 if __name__ == "__main__":
-    base = yaml_text.parse((Path(__file__).parent / "tiny.yaml").read_text(), "tiny.yaml")
-    words = [word for word in sys.argv[2:] if word != "--resume"]
+    files_named = [word.removeprefix("recipe=") for word in sys.argv[2:] if word.startswith("recipe=")]
+    named = Path(*files_named) if files_named else Path(__file__).parent / "tiny.yaml"
+    base = yaml_text.parse(named.read_text(), named.name)
+    words = [word for word in sys.argv[2:] if word != "--resume" and not word.startswith("recipe=")]
     settings = files.deep_merge({**base, "out": sys.argv[1]}, files.parse_overrides(words))
     sys.exit(train(resolve(settings), resume="--resume" in sys.argv, console=Console(file=sys.stdout)).exit_code)

@@ -41,10 +41,10 @@ class DCDiT(Transformer):
         smoothing_sigma: width of that kernel in cells.
         force_ends: always keep the first and last cell; on in the official code.
         official_init: start as the public code does: router bias -1.1, Xavier residual.
-        position_scale: what a step from cell to cell adds to a coordinate of the positions; p over the patch size of the
-            DiT that the blocks come from, so that they find the positions that they know.
-        condition_adaptor: a LayerNorm between the condition of the blocks and that of encoder, decoder and head, for
-            embedders that are frozen (section on upcycling).
+        position_scale: what a step from cell to cell adds to a coordinate of the positions. p over the patch size of
+            the DiT that the blocks come from lets them find the positions that they know.
+        condition_adaptor: a LayerNorm between the condition of the blocks and that of encoder, decoder and head, which
+            lets these learn while the embedders are frozen (arXiv 2603.06351, upcycling).
         timestep_shift: see `ops.timestep_frequencies`.
         mlp_norm_eps: epsilon of the norm before the MLP.
         out_channels: follows from the others; accepted so that saved configurations load.

@@ -74,9 +74,11 @@ def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
     from tokdyn.models import DiT
 
     assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
-    base = read(recipe.upcycle.base, ema=recipe.upcycle.ema)
+    base: Any = read(recipe.upcycle.base, ema=recipe.upcycle.ema)
     if not isinstance(base, DiT):
-        raise CheckpointError(f"upcycle.base {recipe.upcycle.base} is a DC-DiT already; train it on with `tokdyn train`.")
+        raise CheckpointError(
+            f"upcycle.base {recipe.upcycle.base} is a DC-DiT already; train it on with `tokdyn train`."
+        )
     expected = model_arguments(recipe, shape, num_classes)
     for name, where in FROM_ELSEWHERE.items():
         if name == "out_channels":
@@ -84,10 +86,11 @@ def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
         there, here = base.config[name], expected[name]
         if (tuple(there) if isinstance(there, list) else there) != here:
             raise RecipeError(
-                f"the base {recipe.upcycle.base} has {name}={there}, and the recipe {here}; set {where} to what the base "
-                "was trained with, or choose another base."
+                f"the base {recipe.upcycle.base} has {name}={there}, and the recipe {here}; set {where} to what the "
+                "base was trained with, or choose another base."
             )
-    return base
+    found: DiT = base
+    return found
 
 
 def build_model(

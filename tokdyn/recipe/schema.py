@@ -15,6 +15,7 @@ from tokdyn.recipe.model_settings import BASE, ModelSettings
 from tokdyn.recipe.section import Count, Fraction, Positive, Section
 from tokdyn.recipe.upcycling import UpcycleSettings
 
+
 class OptimizerSettings(Section):
     """AdamW and its learning rate.
 

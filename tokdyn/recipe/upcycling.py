@@ -69,7 +69,9 @@ class UpcycleSettings(Section):
             if phase.steps is None:
                 raise ValueError(f"phase {phase.name!r} has no steps; only the last one may last until the end")
         if self.phases[-1].steps is not None:
-            raise ValueError(f"phase {self.phases[-1].name!r} is the last one; leave its steps out, it lasts to the end")
+            raise ValueError(
+                f"phase {self.phases[-1].name!r} is the last one; leave its steps out, it lasts to the end"
+            )
         return self
 
     def phase(self, step: int) -> tuple[PhaseSettings, float]:

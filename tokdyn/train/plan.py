@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,15 @@ from tokdyn.flops import flops_per_image
 from tokdyn.host import settle_memory
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe
-from tokdyn.recipe.build import Shape, build_model, planned_shape, planned_steps
+from tokdyn.recipe.build import Shape, build_model, open_base, planned_shape, planned_steps
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import RatioTerm, draw, micro_step
+from tokdyn.train.upcycling import Guidance, always_frozen, freeze
+from tokdyn.upcycle.distill import Distillation
+from tokdyn.upcycle.report import UpcycleReport, report
+
+if TYPE_CHECKING:
+    from tokdyn.models import DiT
 
 _FLOAT = 4  # bytes; weights, gradients, moments and average are fp32
 _TIMED = 2  # steps, after one to warm up
@@ -45,6 +51,7 @@ class Plan:
         timed_images: Images in the timed batch.
         device: Where the timing ran.
         note: What was left out and why; empty if nothing.
+        upcycled: What an upcycled model takes from its base.
     """
 
     parameters: int
@@ -62,6 +69,7 @@ class Plan:
     timed_images: int
     device: str
     note: str
+    upcycled: UpcycleReport | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -76,6 +84,7 @@ class Plan:
             ("tokens", f"{self.tokens:,} per image, {self.kept:,.0f} in the blocks on average"),
             ("forward", f"{self.flops_forward / 1e9:,.2f} GFLOP per image (multiply-add = 2)"),
             ("training", f"{self.flops_training / 1e9:,.2f} GFLOP per image, mean over the budgets"),
+            *([] if self.upcycled is None else self.upcycled.lines()[:4]),
             ("length", f"{self.steps:,} steps, {self.images:,} images{epochs}"),
             ("memory, fixed", f"{self.memory_fixed / 2**30:,.2f} GiB: weights, gradients, moments, average"),
         ]
@@ -104,8 +113,11 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
     dataset = None if recipe.data.path is None and recipe.data.kind != "shapes" else open_data(recipe.data)
     shape = planned_shape(recipe.data) if dataset is None else dataset.shape
     classes = None if dataset is None else dataset.num_classes
+    base = None if recipe.upcycle is None else open_base(recipe, shape, classes or recipe.data.num_classes or 0)
     steps = planned_steps(recipe, shape, classes)
-    model = build_model(recipe, shape, classes, "meta")
+    model = build_model(recipe, shape, classes, "meta" if base is None else "cpu", base)
+    if recipe.upcycle is not None:
+        freeze(model, always_frozen(recipe.upcycle))
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
@@ -125,7 +137,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
             if dataset is None
             else dataset.batch([i % len(dataset) for i in range(count)])[0]
         )
-        per_image, saved = _measure(recipe, shape, classes, x.to(device))
+        per_image, saved = _measure(recipe, shape, classes, x.to(device), base)
         seconds, activations = per_image * recipe.training.batch_size, round(saved * micro_batch)
     elif time_steps:
         notes.append(f"not timed: {fixed / 2**30:.1f} GiB do not fit into the free memory here")
@@ -146,6 +158,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
         timed_images=count,
         device=str(device),
         note="; ".join(notes),
+        upcycled=None if base is None else report(base, model),
     )
 
 
@@ -176,10 +189,17 @@ def _free_memory(device: torch.device) -> float:
     return float("inf")  # unknown here, so the steps are tried
 
 
-def _measure(recipe: Recipe, shape: Shape, classes: int | None, x: Tensor) -> tuple[float, float]:
-    """Seconds per image of whole steps, and bytes per image saved for the backward pass."""
+def _measure(
+    recipe: Recipe, shape: Shape, classes: int | None, x: Tensor, base: DiT | None = None
+) -> tuple[float, float]:
+    """Seconds per image of whole steps of the first phase, and bytes per image saved for the backward pass."""
     settle_memory()
-    model = build_model(recipe, shape, classes).to(x.device).train()
+    model = build_model(recipe, shape, classes, base=base).to(x.device).train()
+    called, guidance = model, None
+    if recipe.upcycle is not None and base is not None:
+        freeze(model, always_frozen(recipe.upcycle))
+        called = Distillation(model, base.to(x.device) if recipe.upcycle.compares else None)
+        guidance = Guidance.at(recipe.upcycle, recipe.seed, 0, 0, len(x))
     compile_parts(model, recipe.training.compile)
     if recipe.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -202,7 +222,7 @@ def _measure(recipe: Recipe, shape: Shape, classes: int | None, x: Tensor) -> tu
         saved.clear()
         draws = draw(recipe.objective, x, labels, model.config.num_classes, recipe.training.label_dropout, drop)
         began = time.perf_counter()
-        out = micro_step(model, recipe.objective, draws, recipe.training.precision, chunking)
+        out = micro_step(called, recipe.objective, draws, recipe.training.precision, chunking, guidance)
         torch.autograd.backward(out.loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

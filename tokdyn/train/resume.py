@@ -89,8 +89,8 @@ def check_resumable(
         )
     if (stored.get("base") or {}).get("sha256") != (base or {}).get("sha256"):
         raise CheckpointError(
-            f"{folder} began with other weights than upcycle.base {base and base['base']} holds now; name the base that "
-            "it began with to resume it."
+            f"{folder} began with other weights than upcycle.base {base and base['base']} holds now; name the base "
+            "that it began with to resume it."
         )
     if stored["data"] != data:
         raise CheckpointError(

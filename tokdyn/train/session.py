@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -60,6 +61,12 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         state.write_text(folder / "recipe.yaml", dump(recipe))
         metrics.truncate(folder / "metrics.jsonl", start)
+        if run.upcycled is not None:
+            if start == 0:
+                notes += [f"{what:<12} {text}" for what, text in run.upcycled.lines()]
+            state.write_text(
+                folder / "upcycle.json", json.dumps({**(run.base or {}), **run.upcycled.as_dict()}, indent=1)
+            )
     if recipe.training.trackers:
         config = {
             key: value for key, value in flatten(recipe.model_dump()).items() if isinstance(value, int | float | str)

@@ -25,6 +25,7 @@ from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
 from tokdyn.train.upcycling import always_frozen, freeze
 from tokdyn.upcycle.distill import Distillation
+from tokdyn.upcycle.report import UpcycleReport, report
 
 _CALIBRATION_IMAGES = 64
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -44,6 +45,7 @@ class Run:
         stepper: The optimizer as accelerate wraps it.
         steps: Optimizer steps of the whole run.
         base: Name and SHA-256 of the weights of what an upcycled model begins with.
+        upcycled: What it took from there.
     """
 
     recipe: Recipe
@@ -55,6 +57,7 @@ class Run:
     stepper: Any
     steps: int
     base: dict[str, str] | None = None
+    upcycled: UpcycleReport | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -195,10 +198,11 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
     if fresh and recipe.chunking is not None and recipe.chunking.calibrate and not model.config.official_init:
         calibrate(model, recipe, dataset, accelerator.device)
     model.train()
-    called, identity = model, None
+    called, identity, upcycled = model, None, None
     if recipe.upcycle is not None and base is not None:
         identity = {"base": recipe.upcycle.base, "sha256": weights_digest(base)}
         freeze(model, always_frozen(recipe.upcycle))
+        upcycled = report(base, model)
         called = Distillation(model, base.to(accelerator.device) if recipe.upcycle.compares else None)
     ema = Ema(model, recipe.training.ema, recipe.training.ema_warmup)
     if recipe.training.gradient_checkpointing:
@@ -207,4 +211,4 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
     trainee = Trainee(model, ema, optimizer, Window(accelerator.device), model_info(recipe, dataset, identity))
     compile_parts(model, recipe.training.compile)
     wrapped, stepper = accelerator.prepare(called, optimizer)
-    return Run(recipe, accelerator, dataset, stream, trainee, wrapped, stepper, steps, identity)
+    return Run(recipe, accelerator, dataset, stream, trainee, wrapped, stepper, steps, identity, upcycled)

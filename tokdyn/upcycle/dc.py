@@ -82,7 +82,10 @@ def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **setti
         if name.startswith(EMBEDDERS):
             parameter.requires_grad_(False)
     like = next(base.parameters())
-    result: DCDiT = student.to(like.device, like.dtype).train()
+    student = student.to(like.device)
+    if like.dtype != next(student.parameters()).dtype:
+        student = student.to(like.dtype)
+    result: DCDiT = student.train()
     return result
 
 
@@ -92,9 +95,11 @@ def stride(student: DCDiT) -> int:
     Raises:
         InputError: it does not come from a base.
     """
-    scale = student.config.position_scale
+    scale = float(student.config.position_scale)
     if scale >= 1.0:
-        raise InputError("this DC-DiT was not made from a DiT: its position_scale is 1, so no cell is the corner of a patch.")
+        raise InputError(
+            "this DC-DiT was not made from a DiT: its position_scale is 1, so no cell is the corner of a patch."
+        )
     return round(1.0 / scale)
 
 

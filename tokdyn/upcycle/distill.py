@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
-from tokdyn.models import DCDiT, DiT
+from tokdyn.models import DiT
 from tokdyn.tokens import Grid, Packing
 from tokdyn.upcycle.dc import corner_plan, patch_of, stride
 
@@ -132,5 +132,3 @@ def _outputs(blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[list[tuple
     finally:
         for handle in handles:
             handle.remove()
-
-

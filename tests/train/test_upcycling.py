@@ -1,0 +1,234 @@
+"""Upcycling runs: phases, what is frozen, resuming bit for bit, several processes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import processes
+from tokdyn.checkpoints import read
+from tokdyn.errors import CheckpointError, RecipeError
+from tokdyn.recipe import Recipe, dump, resolve
+from tokdyn.recipe.upcycled import facts_of, upcycling
+from tokdyn.recipe.upcycling import DISTILLED, UpcycleSettings
+from tokdyn.sample import load_model
+from tokdyn.train import dry_run, train
+from tokdyn.train.upcycling import Guidance, hold, learning_rate, part_of
+
+WORKER = Path(__file__).parent / "worker.py"
+SMALL = {
+    "data": {"kind": "shapes", "size": 16, "length": 64},
+    "optimizer": {"lr": 1e-3},
+    "training": {"batch_size": 4, "precision": "fp32", "log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 9},
+}
+PHASES = [
+    {"name": "blocks only", "steps": 2, "plan": "fixed", "teacher": 1.0, "diffusion": 0.0},
+    {
+        "name": "handover",
+        "steps": 3,
+        "plan": "handover",
+        "teacher": 0.5,
+        "output": 0.5,
+        "frozen": ["embedders", "blocks"],
+    },
+    {"name": "finetune", "frozen": [], "lr": 0.5},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DiT that was trained for two steps."""
+    folder = tmp_path_factory.mktemp("base") / "dit"
+    model = {"kind": "dit", "name": "tiny/4", "hidden_size": 32, "depth": 2, "num_heads": 2}
+    settings = {**SMALL, "model": model, "training": {**SMALL["training"], "steps": 2}, "out": str(folder)}
+    assert train(resolve(settings)).finished
+    return folder
+
+
+def recipe(base: Path, out: Path, **changes: Any) -> Recipe:
+    training = {**SMALL["training"], "steps": 8, **changes.pop("training", {})}
+    upcycle = {"base": str(base), "phases": PHASES, **changes.pop("upcycle", {})}
+    chunking = changes.pop("chunking", {"budget_warmup_steps": 4, "draw": "sample"})
+    model = {"kind": "dcdit", "name": "base", **changes.pop("model", {})}
+    whole = {**SMALL, "model": model, "training": training, "upcycle": upcycle, "chunking": chunking}
+    return resolve({**whole, "out": str(out), **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("upcycled") / "run"
+    assert train(recipe(base, folder)).finished
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_phase_has_its_losses_and_its_learning_rate(whole: Path) -> None:
+    rows = rows_of(whole)
+    assert [set(row) & {"teacher", "output"} for row in rows] == [{"teacher"}] * 2 + [{"teacher", "output"}] * 3 + [
+        set()
+    ] * 3
+    assert [row["lr"] for row in rows] == [1e-3] * 5 + [5e-4] * 3
+    assert [row["kept"] for row in rows[:2]] == [0.25, 0.25]  # one cell of each patch
+    assert all(row["tail_drop"] == 0 for row in rows[:4])
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resuming_equals_never_stopping(
+    base: Path, whole: Path, tmp_path: Path, step: int, assert_same_run: Callable[..., None]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "model")
+    for later in (folder / "checkpoints").glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(base, moved)  # the base may lie in another place, but not be another
+    assert train(recipe(moved, folder), resume=True).finished
+    assert_same_run(whole, folder, 8)
+
+
+def test_another_base_is_refused(base: Path, whole: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(whole, folder)
+    shutil.copytree(base, other)
+    model = read(other)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.add_(1.0)
+    model.save_pretrained(other / "model")
+    shutil.rmtree(folder / "checkpoints" / "step_0000008")
+    with pytest.raises(CheckpointError, match="began with other weights than"):
+        train(recipe(other / "model", folder), resume=True)
+
+
+def test_what_a_phase_leaves_alone_does_not_move(base: Path, tmp_path: Path) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    keep = {"checkpoint_every": 1, "keep_checkpoints": 9}
+    train(recipe(base, ended, training=keep))
+    states = [read(ended / "checkpoints" / f"step_{step:07d}" / "model").state_dict() for step in range(1, 9)]
+    first = read(base).state_dict()
+
+    def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+        names = [name for name in after if name in before and before[name].shape == after[name].shape]
+        return {part_of(name) for name in names if not torch.equal(before[name], after[name])}
+
+    assert "embedders" not in moved(first, states[4])  # frozen in both phases
+    assert moved(states[0], states[1]) == {"blocks", "scaffold", "router"}
+    assert moved(states[1], states[4]) == {"scaffold", "router"}
+    assert moved(states[5], states[7]) == {"embedders", "blocks", "scaffold", "router"}
+    decoder = [name for name in states[0] if name.startswith(("decoder.", "final_layer."))]
+    assert all(
+        torch.equal(states[0][name], states[1][name]) for name in decoder
+    )  # no loss reaches it in the first phase
+    assert not begun.exists()
+
+
+def test_the_report_and_the_base_stand_beside_the_weights(base: Path, whole: Path) -> None:
+    said = json.loads((whole / "upcycle.json").read_text())
+    assert said["base"] == str(base)
+    assert said["frozen"]["names"] == []  # the last phase trains everything
+    facts = json.loads((whole / "model" / "tokdyn.json").read_text())
+    assert facts["upcycled"] == {"base": str(base), "sha256": said["sha256"]}
+    model, objective, _ = load_model(whole)
+    assert objective.kind == "noise"
+    assert model.config.position_scale == 0.5
+
+
+def test_two_processes_equal_one(
+    base: Path, tmp_path: Path, contents: Callable[[Path], dict[str, torch.Tensor]]
+) -> None:
+    """Parts without gradients differ from phase to phase; only the order of additions differs (fp32)."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    made = recipe(base, one, training={"accumulation": 2}, upcycle={"phases": PHASES})
+    train(made)
+    (tmp_path / "recipe.yaml").write_text(dump(made))
+    processes.launch(WORKER, str(two), f"recipe={tmp_path / 'recipe.yaml'}", "training.accumulation=1")
+    expected, found = contents(one / "model"), contents(two / "model")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_phases_are_functions_of_the_step() -> None:
+    settings = UpcycleSettings(base="x", phases=PHASES)
+    assert [settings.phase(step)[0].name for step in (0, 1, 2, 4, 5, 500)] == [
+        "blocks only", "blocks only", "handover", "handover", "finetune", "finetune",
+    ]  # fmt: skip
+    assert settings.phase(3)[1] == pytest.approx(1 / 3)
+    share = [Guidance.at(settings, 0, step, 0, 600).planned.float().mean().item() for step in range(6)]
+    assert share == pytest.approx([1, 1, 1, 2 / 3, 1 / 3, 0], abs=0.06)  # 3 sigma of 600 draws
+    once, again = (Guidance.at(settings, 0, 3, 4, 8).planned for _ in range(2))
+    assert torch.equal(once, again)
+    assert torch.equal(Guidance.at(settings, 0, 3, 0, 12).planned[4:], once)  # wherever the batch is cut
+    assert sum(phase.steps or 0 for phase in DISTILLED) == 5500
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"name": "tiny"}}, "model.name=base takes the sizes of the model that upcycle.base names"),
+        ({"model": {"kind": "dit"}, "chunking": None}, "upcycling makes a 'dcdit'"),
+        ({"upcycle": {"phases": [{"name": "a"}, {"name": "b"}]}}, "'a' has no steps"),
+        ({"upcycle": {"phases": [{"name": "a", "steps": 3}]}}, "'a' is the last one; leave its steps out"),
+        ({"upcycle": {"phases": [{"name": "a", "diffusion": 0}]}}, "'a' has no loss"),
+        ({"upcycle": {"phases": [{"name": "a", "plan": "some"}]}}, "plan"),
+    ],
+)
+def test_recipes_that_do_not_fit(base: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe(base, tmp_path, **changes)
+    assert words in str(caught.value)
+
+
+def test_bases_that_do_not_fit(base: Path, whole: Path, tmp_path: Path) -> None:
+    for settings, words in (
+        (recipe(base, tmp_path / "a", data={**SMALL["data"], "size": 32}), "has sample_size=16, and the recipe 32"),
+        (recipe(base, tmp_path / "a", objective={"kind": "flow"}), "learn_sigma=True, and the recipe False"),
+        (recipe(base, tmp_path / "a", model={"depth": 3}), "depth follows from the base"),
+        (recipe(whole, tmp_path / "a"), "is a DC-DiT already"),
+        (recipe(tmp_path / "nowhere", tmp_path / "a"), "nowhere"),
+    ):
+        with pytest.raises((RecipeError, CheckpointError, ValueError), match=words):
+            train(settings)
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_dry_run_says_what_is_copied(base: Path, tmp_path: Path) -> None:
+    plan = dry_run(recipe(base, tmp_path / "run"))
+    assert plan.upcycled is not None
+    assert plan.upcycled.flops_before > 0
+    assert plan.trainable < plan.parameters
+    assert plan.seconds_per_step
+    assert "copied" in dict(plan.lines())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_takes_data_and_objective_from_the_base(base: Path) -> None:
+    made = upcycling(str(base), "shapes/upcycle", ["training.steps=5"])
+    assert (made.data.size, made.data.length) == (16, 64)
+    assert made.objective.kind == "noise"
+    assert made.training.steps == 5
+    assert upcycling(str(base), settings=["data.size=8", "data.kind=shapes"]).data.size == 8
+    assert facts_of("nowhere") == {}
+    with pytest.raises(RecipeError, match="'demo' has no section upcycle"):
+        upcycling(None, "demo")
+
+
+def test_gradients_are_dropped_and_rates_multiplied(base: Path, tmp_path: Path) -> None:
+    made = recipe(base, tmp_path)
+    assert made.upcycle is not None
+    assert learning_rate(made, 6, 8) == 0.5 * learning_rate(made, 0, 8)
+    model = torch.nn.ModuleDict({"blocks": torch.nn.Linear(1, 1), "decoder": torch.nn.Linear(1, 1)})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    hold(model, made.upcycle.phases[1])
+    assert [parameter.grad is None for parameter in model.parameters()] == [True, True, False, False]
