@@ -158,6 +158,45 @@ def test_two_processes_equal_one(
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["dit", "dcdit"])
+def test_methods_train_with_the_model_and_are_saved_beside_it(
+    base: Path, tmp_path: Path, kind: str, assert_same_run: Callable[..., None]
+) -> None:
+    """DyDiT's losses on a DiT, and inside a DC-DiT; a resumed run is the same, and what was saved samples alike."""
+    phases = [
+        {"name": "beside the base", "steps": 2, "plan": "fixed", "teacher": 1.0, "complete": 1.0},
+        {"name": "gates", "frozen": ["blocks", "embedders", "scaffold", "router"], "lr": 100.0},
+    ]
+    methods = [{"method": "DynamicWidth", "target": 0.5, "warmup": 2}]
+    changes = {"model": {"kind": kind}, "upcycle": {"phases": phases, "methods": methods}}
+    changes |= {"chunking": None} if kind == "dit" else {}
+    made = recipe(base, tmp_path / "run", **changes)
+    train(made)
+    rows = rows_of(tmp_path / "run")
+    extra = [{"teacher", "complete", "DynamicWidth"} & set(row) for row in rows]
+    assert extra == [{"teacher", "complete", "DynamicWidth"}] * 2 + [{"DynamicWidth"}] * 6
+    assert [row["lr"] for row in rows] == [1e-3] * 2 + [pytest.approx(0.1)] * 6
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    shutil.rmtree(again / "model")
+    for step in (6, 8):
+        shutil.rmtree(again / "checkpoints" / f"step_{step:07d}")
+    assert train(
+        recipe(base, again, **{**changes, "model": {"kind": kind}, "upcycle": {"phases": phases, "methods": methods}}),
+        resume=True,
+    ).finished
+    assert_same_run(tmp_path / "run", again, 8)
+    model, *_ = load_model(tmp_path / "run")
+    assert [type(each).__name__ for each in model.tokdyn.methods] == ["DynamicWidth"]
+    bare = read(tmp_path / "run" / "model")
+    assert not hasattr(bare, "tokdyn")
+    assert any("methods" in str(path) for path in (tmp_path / "run" / "model").rglob("*.safetensors"))
+    from tokdyn.sample import SampleConfig, sample
+
+    budget = sample(SampleConfig(model=str(again), out=tmp_path / "out", count=2, steps=2, device="cpu")).budgets[0]
+    assert budget.tflops_per_image > 0
+
+
 def test_phases_are_functions_of_the_step() -> None:
     settings = UpcycleSettings(base="x", phases=PHASES)
     assert [settings.phase(step)[0].name for step in (0, 1, 2, 4, 5, 500)] == [
@@ -176,7 +215,10 @@ def test_phases_are_functions_of_the_step() -> None:
     ("changes", "words"),
     [
         ({"model": {"name": "tiny"}}, "model.name=base takes the sizes of the model that upcycle.base names"),
-        ({"model": {"kind": "dit"}, "chunking": None}, "upcycling makes a 'dcdit'"),
+        ({"model": {"kind": "dit"}, "chunking": None}, "a 'dit' from a base is that base"),
+        ({"upcycle": {"methods": [{"method": "DynamicWidth", "target": 2}]}}, "DynamicWidth: target"),
+        ({"upcycle": {"methods": [{"method": "FeatureCache"}]}}, "method"),
+        ({"upcycle": {"phases": [{"name": "a", "complete": 1}]}}, "complete compares the model without its methods"),
         ({"upcycle": {"phases": [{"name": "a"}, {"name": "b"}]}}, "'a' has no steps"),
         ({"upcycle": {"phases": [{"name": "a", "steps": 3}]}}, "'a' is the last one; leave its steps out"),
         ({"upcycle": {"phases": [{"name": "a", "diffusion": 0}]}}, "'a' has no loss"),

@@ -15,7 +15,7 @@ from tokdyn.errors import CheckpointError, InputError
 from tokdyn.ops import sincos_position
 from tokdyn.upcycle import Distillation, report
 from tokdyn.upcycle.dc import corner_plan, patch_of, stride
-from tokdyn.upcycle.distill import normalised_mse
+from tokdyn.upcycle.distill import Asked, normalised_mse
 
 
 def base(patch: int = 4, **settings: object) -> DiT:
@@ -110,14 +110,14 @@ def test_the_base_agrees_with_itself() -> None:
 
     both = Distillation(student, teacher)
     planned = torch.ones(3, dtype=torch.bool)
-    _, losses = both(True, True, planned, x, steps, labels)
+    *_, losses = both(Asked(blocks=True, output=True), planned, x, steps, labels)
     assert losses["teacher"] > 0.1
     assert losses["output"] > 0
     student._encode = encode
-    _, losses = both(True, False, planned, x, steps, labels)
+    *_, losses = both(Asked(blocks=True), planned, x, steps, labels)
     assert losses["teacher"].item() < 1e-9  # fp32
     assert set(losses) == {"teacher"}
-    assert both(False, False, planned, x, steps, labels)[1] == {}
+    assert both(Asked(), planned, x, steps, labels)[2] == {}
 
 
 def test_gradients_reach_the_student_alone() -> None:
@@ -128,7 +128,7 @@ def test_gradients_reach_the_student_alone() -> None:
     assert {name for name, _ in both.named_parameters()} == {
         f"student.{name}" for name, _ in student.named_parameters()
     }
-    _, losses = both(True, False, torch.ones(3, dtype=torch.bool), x, steps, labels)
+    *_, losses = both(Asked(blocks=True), torch.ones(3, dtype=torch.bool), x, steps, labels)
     losses["teacher"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert student.encoder.norm.weight.grad.abs().sum() > 0
@@ -136,7 +136,7 @@ def test_gradients_reach_the_student_alone() -> None:
     twin = tokdyn.upcycle(teacher, "dc").train()
     twin.load_state_dict(student.state_dict())
     twin.enable_gradient_checkpointing()
-    again = Distillation(twin, teacher)(True, False, torch.ones(3, dtype=torch.bool), x, steps, labels)[1]
+    again = Distillation(twin, teacher)(Asked(blocks=True), torch.ones(3, dtype=torch.bool), x, steps, labels)[2]
     again["teacher"].backward()
     for one, other in zip(student.parameters(), twin.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
@@ -161,7 +161,8 @@ def test_cells_of_any_base(patch: int, settings: dict[str, float], cell: int) ->
     student = tokdyn.upcycle(base(patch), "dc", **settings).eval()
     assert student.config.patch_size == cell
     x, steps, labels = inputs(student)
-    out, losses = Distillation(student, base(patch))(True, True, torch.ones(3, dtype=torch.bool), x, steps, labels)
+    planned = torch.ones(3, dtype=torch.bool)
+    out, _, losses = Distillation(student, base(patch))(Asked(True, True), planned, x, steps, labels)
     assert out.sample.shape == (3, 6, 16, 16)
     assert out.routing.kept.tolist() == [(16 // patch) ** 2] * 3
     assert torch.isfinite(torch.stack(list(losses.values()))).all()

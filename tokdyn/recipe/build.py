@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +118,14 @@ def build_model(
         raise RecipeError("data.num_classes is needed to plan without reading the data; set data.num_classes=1000.")
     shape = shape or planned_shape(recipe.data)
     if recipe.upcycle is not None:
+        from tokdyn.attach.api import wrap
         from tokdyn.upcycle.dc import to_dc
 
         base = base or open_base(recipe, shape, num_classes)
-        return to_dc(base.to(device), **recipe.model.overrides)
+        chunked = recipe.model.kind == "dcdit"
+        model = to_dc(base, **recipe.model.overrides) if chunked else copy.deepcopy(base).train()
+        methods = [each.build() for each in recipe.upcycle.methods]
+        return (wrap(model, methods) if methods else model).to(device)
     arguments = model_arguments(recipe, shape, num_classes)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
     with torch.device(device):

@@ -214,14 +214,22 @@ class Recipe(Section):
             raise ValueError(
                 "model.name=base takes the sizes of the model that upcycle.base names; set both, or neither"
             )
-        if self.upcycle is not None and (self.model.kind != "dcdit" or self.compute_match is not None):
-            raise ValueError("upcycling makes a 'dcdit', with training.steps or training.images, from a base")
+        if self.upcycle is not None:
+            self._upcycles(self.upcycle)
         lengths = (self.training.images, self.training.steps, self.compute_match)
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("set exactly one of training.images, training.steps and compute_match")
         if self.compute_match and self.model.kind == "dit":
             raise ValueError("compute_match is for a chunking model; give a 'dit' its training.steps")
         return self
+
+    def _upcycles(self, settings: UpcycleSettings) -> None:
+        if self.compute_match is not None:
+            raise ValueError("give an upcycled model its training.steps, compute_match is for one from scratch")
+        if self.model.kind == "dit" and not settings.methods:
+            raise ValueError("a 'dit' from a base is that base; attach upcycle.methods, or make it a 'dcdit'")
+        if self.model.kind == "dit" and self.model.overrides:
+            raise ValueError(f"{next(iter(self.model.overrides))!r} follows from the base of a 'dit'; leave it out")
 
     @property
     def folder(self) -> str:

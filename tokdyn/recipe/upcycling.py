@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tokdyn.methods import METHODS, Method
 from tokdyn.recipe.section import Positive, Section, Weight
 
-Part = Literal["embedders", "blocks", "router", "scaffold"]
+Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
+
+
+class AttachedMethod(BaseModel):
+    """A method that is attached to the model while it trains, with its settings beside its name.
+
+    Attributes:
+        method: "DynamicWidth", and what else has something to learn.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: Literal["DynamicWidth", "DepthSkip", "TokenDrop"]
+
+    @model_validator(mode="after")
+    def _builds(self) -> Self:
+        self.build()  # an InputError is a ValueError
+        return self
+
+    def build(self) -> Method:
+        """The method."""
+        given = {name: _frozen(value) for name, value in (self.__pydantic_extra__ or {}).items()}
+        return METHODS[self.method](**given)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as the tuples that methods have."""
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
 
 
 class PhaseSettings(Section):
@@ -22,7 +50,10 @@ class PhaseSettings(Section):
         teacher: Weight of the error between the blocks' outputs and those of the frozen base, over their variance.
         output: Weight of the error between the predictions of both, over the base's variance.
         diffusion: Weight of the ordinary loss.
-        frozen: What does not learn: "embedders" (of timestep and class), "blocks", "router", "scaffold" (the rest).
+        complete: Weight of the same loss of the model with its methods off, on the same noisy images: what DyDiT
+            (arXiv 2410.03456) keeps the whole network trained with.
+        frozen: What does not learn: "embedders" (of timestep and class), "blocks", "router", "methods" (the trained
+            parts of attached ones), "scaffold" (the rest).
         lr: The learning rate is multiplied by this.
     """
 
@@ -32,12 +63,13 @@ class PhaseSettings(Section):
     teacher: Weight = 0.0
     output: Weight = 0.0
     diffusion: Weight = 1.0
+    complete: Weight = 0.0
     frozen: tuple[Part, ...] = ("embedders",)
     lr: Annotated[float, Field(gt=0.0)] = 1.0
 
     @model_validator(mode="after")
     def _learns(self) -> Self:
-        if not (self.teacher or self.output or self.diffusion):
+        if not (self.teacher or self.output or self.diffusion or self.complete):
             raise ValueError(f"phase {self.name!r} has no loss; give it a weight for teacher, output or diffusion")
         return self
 
@@ -56,11 +88,13 @@ class UpcycleSettings(Section):
     Attributes:
         base: A named base, a file or a folder; see `tokdyn models`.
         ema: Take the averaged weights of a base that holds both.
+        methods: Attached to the model while it trains, outermost first, and saved beside it.
         phases: In order; the last one lasts until the end of the run.
     """
 
     base: Annotated[str, Field(min_length=1)]
     ema: bool = True
+    methods: tuple[AttachedMethod, ...] = ()
     phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] = DISTILLED
 
     @model_validator(mode="after")
@@ -68,6 +102,8 @@ class UpcycleSettings(Section):
         for phase in self.phases[:-1]:
             if phase.steps is None:
                 raise ValueError(f"phase {phase.name!r} has no steps; only the last one may last until the end")
+        if any(phase.complete for phase in self.phases) and not self.methods:
+            raise ValueError("complete compares the model without its methods, and there are none; leave it out")
         if self.phases[-1].steps is not None:
             raise ValueError(
                 f"phase {self.phases[-1].name!r} is the last one; leave its steps out, it lasts to the end"

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tokdyn.attach.sidecar import load
 from tokdyn.checkpoints import read
 from tokdyn.data.config import DataConfig
 from tokdyn.data.shards import LatentOrigin
@@ -15,6 +16,7 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 from tokdyn.models import DCDiT, DiT
+from tokdyn.train.snapshot import METHODS
 from tokdyn.train.state import newest
 
 _FACTS = "tokdyn.json"
@@ -51,7 +53,7 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         ema: take the averaged weights where there are both.
 
     Returns:
-        The model in evaluation mode on the CPU, what it was trained to predict, and where it came from. Without a
+        The model in evaluation mode on the CPU, with the methods that it was trained with, what it was trained to predict, and where it came from. Without a
         tokdyn.json beside the weights the objective is DiT's: noise over 1000 steps.
 
     Raises:
@@ -60,6 +62,8 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
     start = Path(path).expanduser()
     place, step = _locate(start, ema)
     model = read(place, ema=ema)
+    if (place / METHODS).is_dir():
+        load(model, place / METHODS)
     facts = _facts(place)
     try:
         objective = Objective(**facts.get("objective", {"learn_sigma": model.config.learn_sigma}))

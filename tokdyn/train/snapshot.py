@@ -12,10 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokdyn.attach.api import attachment_of
+from tokdyn.attach.instance import base_class
+from tokdyn.attach.sidecar import load, save
 from tokdyn.errors import CheckpointError
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
 
+METHODS = "methods"
+"""Folder beside the weights of a model for the methods that it was trained with."""
 _OPTIMIZER = "optimizer/"
 _WINDOW = "window/"
 
@@ -65,15 +70,22 @@ class Trainee:
 
 
 def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
-    """Write a diffusers model, and tokdyn.json beside it, so that sampling knows what it was trained to do."""
+    """Write a diffusers model, and tokdyn.json beside it, so that sampling knows what it was trained to do.
+
+    Methods that are attached to it go into a folder of their own below.
+    """
     model.save_pretrained(folder)
+    if attachment_of(model) is not None:
+        save(model, folder / METHODS)
     (folder / "tokdyn.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
 
 
 def load_weights(model: Any, folder: Path) -> None:
     """Copy the weights that `save_pretrained` wrote into an existing model of the same configuration."""
     try:
-        saved = type(model).from_pretrained(folder)
+        saved = base_class(model).from_pretrained(folder)  # type: ignore[attr-defined]
+        if attachment_of(model) is not None:
+            load(saved, folder / METHODS)
         model.load_state_dict(saved.state_dict())
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {folder} do not belong to this recipe's model: {error}") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokdyn.diffusion.objective import Noised, Objective
 from tokdyn.ops import ratio_loss
 from tokdyn.train.upcycling import Guidance
+from tokdyn.upcycle.distill import Asked
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class StepLoss:
     Attributes:
         loss: Scalar to differentiate.
         metrics: Scalars without gradient, still on the device: "loss" (diffusion); for a chunking model "ratio",
-            "probability", "kept" (fraction after tail drop) and "natural_kept" (before); beside a base "teacher" and
-            "output".
+            "probability", "kept" (fraction after tail drop) and "natural_kept" (before); of an upcycled model
+            "teacher", "output", "complete" and the losses of its methods.
     """
 
     loss: Tensor
@@ -118,19 +119,23 @@ def micro_step(
     if chunking is not None:
         arguments["tail_drop"] = draws.tail_drop
     compared: dict[str, Tensor] = {}
+    complete: Tensor | None = None
     with autocast(noised.x_t.device, precision):
         if guidance is None:
             output = model(noised.x_t, **arguments)
         else:
             phase, planned = guidance.phase, guidance.planned.to(noised.x_t.device)
-            output, compared = model(phase.teacher > 0, phase.output > 0, planned, noised.x_t, **arguments)
+            asked = Asked(phase.teacher > 0, phase.output > 0, phase.complete > 0)
+            output, complete, compared = model(asked, planned, noised.x_t, **arguments)
     diffusion = objective.loss(output.sample, noised).mean()
     metrics = {"loss": diffusion.detach()}
     loss = diffusion
     if guidance is not None:
+        if complete is not None:
+            compared["complete"] = objective.loss(complete, noised).mean()
         metrics |= {name: value.detach() for name, value in compared.items()}
         loss = guidance.phase.diffusion * diffusion
-        loss = sum((getattr(guidance.phase, name) * value for name, value in compared.items()), loss)
+        loss = sum((guidance.weight(name) * value for name, value in compared.items()), loss)
     if chunking is None:
         return StepLoss(loss, metrics)
     routing = output.routing

@@ -18,11 +18,12 @@ _PARTS: dict[Part, tuple[str, ...]] = {
     "embedders": EMBEDDERS,
     "blocks": ("blocks.",),
     "router": ("chunking.router.",),
+    "methods": ("tokdyn.",),
 }
 
 
 def part_of(name: str) -> Part:
-    """The part of a DC-DiT that a parameter belongs to, by its name."""
+    """The part of a model that a parameter belongs to, by its name."""
     return next((part for part, prefixes in _PARTS.items() if name.startswith(prefixes)), "scaffold")
 
 
@@ -68,6 +69,10 @@ class Guidance:
 
     phase: PhaseSettings
     planned: Tensor
+
+    def weight(self, name: str) -> float:
+        """Weight of a loss; those of methods have theirs in them."""
+        return float(getattr(self.phase, name, 1.0))
 
     @staticmethod
     def at(settings: UpcycleSettings, seed: int, step: int, first: int, batch: int) -> Guidance:
