@@ -27,15 +27,19 @@ def register(app: typer.Typer) -> None:
         settings=_settings,
         examples=[
             "tokdyn upcycle --recipe shapes/upcycle out=runs/upcycled",
-            "tokdyn upcycle --base runs/dit/model data.path=train.zip training.steps=2000 training.batch_size=64",
-            "tokdyn upcycle --base DiT-XL/2 data.path=latents model.target=4 --dry-run",
+            "tokdyn upcycle --base runs/dit --method dc data.path=train.zip training.steps=2000 training.batch_size=64",
+            "tokdyn upcycle --base DiT-XL/2 --method dc --method dydit --method cache data.path=latents --dry-run",
             "tokdyn upcycle out=runs/upcycled --resume",
         ],
     )
     def upcycle(
         ctx: typer.Context,
         base: Annotated[str | None, typer.Option(help="Pretrained model; by default that of the recipe.")] = None,
-        recipe: Annotated[str, typer.Option(help="A recipe with a section upcycle.")] = "upcycle/dc",
+        method: Annotated[
+            list[str] | None,
+            typer.Option(help="dc, dydit (trained), cache, skip=SHARE, merge=RATIO (attached afterwards); repeat it."),
+        ] = None,
+        recipe: Annotated[str | None, typer.Option(help="A recipe with a section upcycle.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
         dry_run: Annotated[
             bool, typer.Option("--dry-run", help="Print what is copied, parameters, FLOPs and time; train nothing.")
@@ -50,4 +54,5 @@ def register(app: typer.Typer) -> None:
 
         given = split(ctx.args, frozenset(flags(Recipe)))
         given.take()
-        carry_out(upcycling(base, recipe, given.overrides()), resume, dry_run, json)
+        made = upcycling(base, recipe, given.overrides(), method or ())
+        carry_out(made, resume, dry_run, json)

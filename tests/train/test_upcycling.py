@@ -181,10 +181,7 @@ def test_methods_train_with_the_model_and_are_saved_beside_it(
     shutil.rmtree(again / "model")
     for step in (6, 8):
         shutil.rmtree(again / "checkpoints" / f"step_{step:07d}")
-    assert train(
-        recipe(base, again, **{**changes, "model": {"kind": kind}, "upcycle": {"phases": phases, "methods": methods}}),
-        resume=True,
-    ).finished
+    assert train(made.model_copy(update={"out": str(again)}), resume=True).finished
     assert_same_run(tmp_path / "run", again, 8)
     model, *_ = load_model(tmp_path / "run")
     assert [type(each).__name__ for each in model.tokdyn.methods] == ["DynamicWidth"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tokdyn
-from tokdyn.attach.api import unwrap, wrap
+from tokdyn.attach.api import attachment_of, unwrap, wrap
 from tokdyn.attach.sidecar import save
 from tokdyn.calibration.caching import CacheCalibration, calibrate_cache
 from tokdyn.calibration.config import CalibrateConfig
@@ -32,10 +32,12 @@ class CalibrateResult:
     Attributes:
         folder: with the methods, for `tokdyn.load`, the report and the picture.
         report: what calibration.json holds.
+        method: the calibrated one.
     """
 
     folder: Path
     report: dict[str, Any]
+    method: DepthSkip | FeatureCache
 
 
 def run(config: CalibrateConfig) -> CalibrateResult:
@@ -47,6 +49,9 @@ def run(config: CalibrateConfig) -> CalibrateResult:
     settle_memory()
     device = open_device(config.device)
     subject = open_subject(config, device)
+    trained = attachment_of(subject.model)
+    if trained is not None:  # what is measured is the model at full width
+        unwrap(subject.model)
     out = config.out or Path("calibrated", *(part for part in Path(subject.name).parts if part not in ("..", "/")))
     out = out if config.out else out / config.method
     require_folder(out)
@@ -83,7 +88,7 @@ def run(config: CalibrateConfig) -> CalibrateResult:
         draw_skipping(found, out / PICTURE, f"Which blocks matter when: {subject.name}")
     else:
         draw_caching(found, out / PICTURE, f"When the blocks need to run: {subject.name}")
-    return CalibrateResult(out, report)
+    return CalibrateResult(out, report, found.method)
 
 
 def _report(

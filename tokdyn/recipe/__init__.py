@@ -121,8 +121,8 @@ def check(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
         RecipeError: Anything that is wrong with the recipe.
         TokdynError: The model cannot be built as described.
     """
-    from tokdyn.recipe.build import build_model
+    from tokdyn.recipe.build import build_model, planned_base
 
     recipe = load(name, settings)
-    build_model(recipe, device="meta")
+    build_model(recipe, device="meta", base=None if recipe.upcycle is None else planned_base(recipe))
     return recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from tokdyn.data import DataConfig
 from tokdyn.data.config import rows_and_columns
 from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.flops import compute_matched_steps, flops_per_image
+from tokdyn.models.sizes import SHAPES
 from tokdyn.recipe.model_settings import FROM_ELSEWHERE, ModelSettings
 from tokdyn.recipe.schema import Recipe
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, int, int]
 _LATENT_CHANNELS = 4  # of the VAEs that the published models were trained on
 _SHAPES_SIZE = 32
+_SHAPES_CLASSES = 10
 
 
 def planned_shape(data: DataConfig) -> Shape:
@@ -50,12 +53,13 @@ def model_arguments(recipe: Recipe, shape: Shape, num_classes: int) -> dict[str,
         num_classes: Labels, without the null class.
     """
     channels, rows, columns = shape
+    own = {} if recipe.upcycle is not None else recipe.model.overrides  # those are of what the base becomes
     return {
         "sample_size": rows if rows == columns else (rows, columns),
         "in_channels": channels,
         "num_classes": num_classes,
         "learn_sigma": recipe.objective.learn_sigma,
-        **recipe.model.overrides,
+        **own,
     }
 
 
@@ -94,6 +98,20 @@ def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
     return found
 
 
+def planned_base(recipe: Recipe) -> DiT:
+    """The base of an upcycling recipe without its weights, where its name says how it is built; else it is read."""
+    from tokdyn.models import DiT
+
+    assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
+    shape, classes = planned_shape(recipe.data), recipe.data.num_classes or _SHAPES_CLASSES
+    size, _, patch = recipe.upcycle.base.removeprefix("DiT-").partition("/")
+    if size not in SHAPES or not patch.isdecimal() or Path(recipe.upcycle.base).exists():
+        return open_base(recipe, shape, classes)
+    with torch.device("meta"):
+        base: DiT = DiT.named(recipe.upcycle.base, **model_arguments(recipe, shape, classes))
+    return base
+
+
 def build_model(
     recipe: Recipe,
     shape: Shape | None = None,
@@ -113,7 +131,7 @@ def build_model(
     from tokdyn.models import DCDiT, DiT
 
     if num_classes is None:
-        num_classes = recipe.data.num_classes or (10 if recipe.data.kind == "shapes" else None)
+        num_classes = recipe.data.num_classes or (_SHAPES_CLASSES if recipe.data.kind == "shapes" else None)
     if num_classes is None:
         raise RecipeError("data.num_classes is needed to plan without reading the data; set data.num_classes=1000.")
     shape = shape or planned_shape(recipe.data)
@@ -122,10 +140,11 @@ def build_model(
         from tokdyn.upcycle.dc import to_dc
 
         base = base or open_base(recipe, shape, num_classes)
-        chunked = recipe.model.kind == "dcdit"
-        model = to_dc(base, **recipe.model.overrides) if chunked else copy.deepcopy(base).train()
-        methods = [each.build() for each in recipe.upcycle.methods]
-        return (wrap(model, methods) if methods else model).to(device)
+        with torch.device(device):
+            chunked = recipe.model.kind == "dcdit"
+            model = to_dc(base, **recipe.model.overrides) if chunked else copy.deepcopy(base).train()
+            methods = [each.build() for each in recipe.upcycle.methods]
+            return (wrap(model, methods) if methods else model).to(device)
     arguments = model_arguments(recipe, shape, num_classes)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
     with torch.device(device):

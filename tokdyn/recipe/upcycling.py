@@ -74,6 +74,34 @@ class PhaseSettings(Section):
         return self
 
 
+class AfterSettings(Section):
+    """A method that is put on the model when its training is over.
+
+    Attributes:
+        method: "cache" and "skip" are calibrated on images that the model draws, "merge" is attached as it is.
+        flops: Share of the FLOPs that a calibration comes down to; skip needs one, null leaves a cache its threshold.
+        ratio: Of merge, the share of the tokens that are merged.
+        steps: Model calls per image of the calibration, as in sampling later.
+        guidance: The same for the scale of guidance.
+        count: Images that are drawn.
+    """
+
+    method: Literal["cache", "skip", "merge"]
+    flops: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    steps: Positive = 50
+    guidance: Annotated[float, Field(ge=1.0)] = 1.0
+    count: Positive = 8
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if self.method == "skip" and self.flops is None:
+            raise ValueError("skip needs a share of the FLOPs to come down to, such as flops=0.7")
+        if self.method == "merge" and self.flops is not None:
+            raise ValueError("merge has a ratio and no flops; leave them out")
+        return self
+
+
 DISTILLED = (
     PhaseSettings(name="distill", steps=5000, plan="fixed", teacher=1.0),
     PhaseSettings(name="handover", steps=500, plan="handover", teacher=1.0),
@@ -89,12 +117,14 @@ class UpcycleSettings(Section):
         base: A named base, a file or a folder; see `tokdyn models`.
         ema: Take the averaged weights of a base that holds both.
         methods: Attached to the model while it trains, outermost first, and saved beside it.
+        after: Put on the model when it is trained, and written to `methods` in its folder.
         phases: In order; the last one lasts until the end of the run.
     """
 
     base: Annotated[str, Field(min_length=1)]
     ema: bool = True
     methods: tuple[AttachedMethod, ...] = ()
+    after: tuple[AfterSettings, ...] = ()
     phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] = DISTILLED
 
     @model_validator(mode="after")

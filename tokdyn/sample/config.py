@@ -58,7 +58,8 @@ class SampleConfig(BaseModel):
         tail_drop: Fraction of the kept tokens to drop; several make the same images at several budgets.
         uncond_tail_drop: The same for the unconditional branch (Lite-CFG); None means as tail_drop.
         clip: Clamp predicted images to [-1, 1] at each step; None does so for pixels and not for latents.
-        methods: Folder with methods that act while sampling, from `tokdyn calibrate` or `tokdyn.save`.
+        methods: Folder with methods that act while sampling, from `tokdyn calibrate`, `tokdyn upcycle` or
+            `tokdyn.save`, in place of those that the model was trained with.
         vae: Autoencoder that decodes latents, a path or a hub id; None takes the one the training data were made with.
         maps: Also draw which tokens were kept over the trajectory, and kept tokens and time against noise level.
         map_images: Images in that picture.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokdyn.attach.api import attachment_of, unwrap
 from tokdyn.attach.sidecar import load
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
@@ -109,6 +110,8 @@ def prepare(config: SampleConfig) -> Job:
     decoder = open_decoder(model.config.in_channels, info.data, config.vae, device, info.latents)
     model.to(device)
     if config.methods is not None:
+        if attachment_of(model) is not None:  # the folder holds those that it was trained with too, or means others
+            unwrap(model)
         load(model, config.methods)
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Job(

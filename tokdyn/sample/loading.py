@@ -53,8 +53,9 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         ema: take the averaged weights where there are both.
 
     Returns:
-        The model in evaluation mode on the CPU, with the methods that it was trained with, what it was trained to predict, and where it came from. Without a
-        tokdyn.json beside the weights the objective is DiT's: noise over 1000 steps.
+        The model in evaluation mode on the CPU, with the methods that it was trained with; what it was trained to
+        predict; and where it came from. Without a tokdyn.json beside the weights the objective is DiT's: noise over
+        1000 steps.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.

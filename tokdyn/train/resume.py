@@ -13,6 +13,7 @@ HARMLESS = (
     "out",
     "data.path",
     "upcycle.base",
+    "upcycle.after",
     "data.in_memory",
     "data.memory_limit",
     "preview",
