@@ -66,8 +66,15 @@ def test_command_lines_fit(words: list[str]) -> None:
         return
     while hasattr(command, "commands"):
         command = command.commands[rest.pop(0)]
-    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-    given = split([word for word in rest if word not in options], flags(command.settings()) if command.settings else ())
+    options = {option: parameter for parameter in command.params for option in parameter.opts} | {"--help": None}
+    words, rest = rest, []
+    while words:
+        word = words.pop(0)
+        if word not in options:
+            rest.append(word)
+        elif options[word] is not None and not options[word].is_flag:
+            words.pop(0)  # its value
+    given = split(rest, flags(command.settings()) if command.settings else ())
     required = [word for word in command.words if not word.startswith("[")]
     assert len(required) <= len(given.positional) <= len(command.words)
     if "RECIPE" in command.words and command.settings:
