@@ -8,8 +8,8 @@ import typer
 
 from .arguments import split
 from .frame import command
-from .output import Json
-from .settings import flags
+from .output import Json, as_json, pairs
+from .settings import flags, read
 
 
 def _settings() -> type:
@@ -46,13 +46,39 @@ def register(app: typer.Typer) -> None:
         ] = False,
         json: Json = False,
     ) -> None:
-        """Make a DC-DiT from a pretrained DiT and train it: distilled against the DiT first, then on its own."""
+        """Make a DC-DiT from a pretrained DiT and train it: distilled against the DiT first, then on its own.
+
+        The transformer of a text-to-image pipeline of diffusers gets a chunking and learns to answer with fewer tokens
+        as it does with all, on images that it draws: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
+        """
+        from tokdyn.calibration.pipelines import is_pipeline
         from tokdyn.recipe import Recipe
         from tokdyn.recipe.upcycled import upcycling
 
         from .train import carry_out
 
+        if is_pipeline(base):
+            _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
+            return
         given = split(ctx.args, frozenset(flags(Recipe)))
         given.take()
         made = upcycling(base, recipe, given.overrides(), method or ())
         carry_out(made, resume, dry_run, json)
+
+
+def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> None:
+    """Upcycles the transformer of a pipeline and says what came of it."""
+    from tokdyn.calibration.pipelines import PipelineConfig, upcycle_pipeline
+
+    result = upcycle_pipeline(read([*args, f"base={base}"], PipelineConfig), methods, resume)
+    if json:
+        as_json({"folder": result.folder, **result.report})
+        return
+    error = result.report["error"]
+    pairs(
+        [
+            ("error", f"{error['first']:.3f} before, {error['last']:.3f} after (of the prediction, over its variance)"),
+            ("blocks", f"{result.report['share_of_block_flops']:.1%} of their FLOPs (a multiply-add is 2)"),
+        ]
+    )
+    typer.echo(f"\nIn {result.folder}: methods for tokdyn.load, and images.png, before and after.")

@@ -1,0 +1,100 @@
+"""`tokdyn upcycle` on a text-to-image pipeline in a folder, text encoder and all, with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
+
+import tokdyn
+from tests.contract.models import TINY
+from tests.contract.pipelines import vae
+from tokdyn.calibration.pipelines import PipelineConfig, is_pipeline, upcycle_pipeline
+from tokdyn.errors import InputError
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PixArt that reads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", "a", "red", "blue", "square"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    reads = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    model = TINY["PixArtTransformer2DModel"].build()
+    torch.manual_seed(0)
+    width = model.config.caption_channels
+    config = transformers.T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    encoder = transformers.T5EncoderModel(config).eval()
+    pipe = diffusers.PixArtSigmaPipeline(reads, encoder, vae(), model, diffusers.DDIMScheduler())
+    folder = tmp_path_factory.mktemp("pipe") / "pixart"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+QUICK = ["steps=60", "lr=3e-3", "sampling_steps=3", "height=16", "width=16", "target=2", "device=cpu"]
+
+
+def run(*words: Any, code: int = 0) -> tuple[str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+def test_a_pipeline_is_upcycled_by_one_command(pipeline: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square\n\na blue square\n")
+    out = tmp_path / "out"
+    told, _ = run("upcycle", "--base", pipeline, "--method", "dc", *QUICK, f"prompts={prompts}", f"out={out}", "--json")
+    report = json.loads(told)
+    assert report["calls"] == 2 * 3
+    assert report["error"]["last"] < report["error"]["first"]
+    assert 0 < report["share_of_block_flops"] < 1
+    with Image.open(out / "images.png") as image:
+        assert np.asarray(image).std() > 0
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    tokdyn.load(pipe.transformer, out / "methods")
+    made = pipe(
+        "a red square", num_inference_steps=2, height=16, width=16, output_type="np", use_resolution_binning=False
+    ).images
+    assert made.shape == (1, 16, 16, 3)
+    assert tokdyn.stats(pipe.transformer).share < 1
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 60
+    assert "is not empty" in run("upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", f"out={out}", code=2)[1]
+    again, _ = run(
+        "upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", f"out={out}", "steps=62", "--resume", "--json"
+    )
+    assert json.loads(again)["error"]["first"] == report["error"]["first"]
+
+
+def test_what_does_not_fit_is_said(pipeline: Path, tmp_path: Path) -> None:
+    assert is_pipeline(str(pipeline))
+    assert not is_pipeline(None)
+    assert not is_pipeline(str(pipeline / "transformer"))
+    base = ["upcycle", "--base", pipeline, f"out={tmp_path / 'out'}"]
+    for words, message in (
+        (["height=16"], "give both height and width"),
+        (["prompts=nowhere.txt"], "there is no file nowhere.txt"),
+        (["target=1"], "target"),
+        (["speed=3"], "'speed'"),
+    ):
+        assert message in run(*base, *words, code=2)[1]
+    with pytest.raises(InputError, match="'cache' is not trained into a model"):
+        upcycle_pipeline(
+            PipelineConfig(base=str(pipeline), out=tmp_path / "out", sampling_steps=1, height=16, width=16), ["cache"]
+        )
