@@ -110,7 +110,7 @@ class Distillation(nn.Module):
         wanted: list[tuple[Tensor, Any]] = []
         said = None
         if asked.blocks or asked.output:
-            with torch.no_grad(), _outputs(self.teacher.blocks if asked.blocks else []) as wanted:
+            with torch.inference_mode(), _outputs(self.teacher.blocks if asked.blocks else []) as wanted:
                 said = self.teacher(*inputs).sample
         with _outputs(self.student.blocks if asked.blocks else []) as found:
             result = self.student(*inputs, **more)

@@ -1,0 +1,131 @@
+"""Diffusion loss on images that training never saw, by noise level, with noise that is the same for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokdyn.data import Dataset
+from tokdyn.diffusion.guidance import takes_tail_drop
+from tokdyn.diffusion.objective import Objective
+from tokdyn.errors import InputError
+from tokdyn.progress import progress
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss of a model on images it was not trained on.
+
+    Attributes:
+        loss: mean over images and noise levels of the error of the prediction alone, without the variational bound.
+        spread: standard error of that mean over the images.
+        levels: middle of each bin of noise levels, 0 is clean.
+        by_level: mean in each bin; None where no draw fell.
+        kept: mean share of tokens kept, None for a model that computes all.
+        images: that were used.
+    """
+
+    loss: float
+    spread: float
+    levels: tuple[float, ...]
+    by_level: tuple[float | None, ...]
+    kept: float | None
+    images: int
+
+
+def held_out_loss(
+    model: Any,
+    objective: Objective,
+    dataset: Dataset,
+    *,
+    images: int = 2000,
+    repeats: int = 1,
+    batch_size: int = 100,
+    tail_drop: float = 0.0,
+    bins: int = 10,
+    seed: int = 0,
+) -> HeldOutLoss:
+    """Score the predictions of a model at times and noise that depend on the seed and the image alone.
+
+    Times are stratified: image i of M gets the ((i + u) / M)-th part of the range, so that means of few images are
+    comparable.
+
+    Args:
+        model: a `DiT` or `DCDiT`, wrapped or not; it computes in evaluation mode on the device of its weights.
+        objective: what it was trained to predict.
+        dataset: held out.
+        images: M, taken evenly from the dataset.
+        repeats: times and noises for each image.
+        batch_size: of the calls.
+        tail_drop: of a chunking model.
+        bins: of noise levels.
+        seed: of times and noise.
+
+    Raises:
+        InputError: fewer than two images.
+    """
+    count = min(images, len(dataset))
+    if count < 2:
+        raise InputError(f"a held-out loss needs at least 2 images, got {count}.")
+    chosen = [index * len(dataset) // count for index in range(count)]
+    device = next(model.parameters()).device
+    more = {"tail_drop": tail_drop} if takes_tail_drop(model) else {}
+    losses, levels, kept, training = [], [], [], model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), progress("held-out loss", repeats * -(-count // batch_size)) as advance:
+            for repeat in range(repeats):
+                generator = torch.Generator().manual_seed(seed + repeat)
+                order = torch.randperm(count, generator=generator)
+                times = (order + torch.rand(count, generator=generator)) / count
+                for start in range(0, count, batch_size):
+                    part = chosen[start : start + batch_size]
+                    x, labels = dataset.batch(part)
+                    noise = torch.stack([_noise(seed + repeat, index, x.shape[1:]) for index in part])
+                    told = _times(objective, times[start : start + batch_size])
+                    noised = objective.mix(x.to(device), noise.to(device), told.to(device))
+                    out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **more)
+                    losses.append(_error(objective, out.sample, noised).cpu())
+                    levels.append(noised.level.cpu())
+                    if getattr(out, "routing", None) is not None:
+                        kept.append((out.routing.kept.float() / out.routing.keep.shape[1]).cpu())
+                    advance(1)
+    finally:
+        model.train(training)
+    return _result(torch.cat(losses), torch.cat(levels), torch.cat(kept) if kept else None, bins, count, repeats)
+
+
+def _noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed((seed << 32) + index))
+
+
+def _times(objective: Objective, share: Tensor) -> Tensor:
+    """Timesteps at shares of the range."""
+    told = share * objective.num_train_timesteps
+    return told if objective.kind == "flow" else told.long().clamp(max=objective.num_train_timesteps - 1)
+
+
+def _error(objective: Objective, output: Tensor, noised: Any) -> Tensor:
+    """(B,) mean squared error of the prediction."""
+    prediction, _ = objective.split(output, noised.x0.shape[1])
+    target = noised.noise if objective.kind == "noise" else noised.noise - noised.x0
+    error: Tensor = (prediction - target).square().flatten(1).mean(dim=1)
+    return error
+
+
+def _result(losses: Tensor, levels: Tensor, kept: Tensor | None, bins: int, count: int, repeats: int) -> HeldOutLoss:
+    each = losses.view(repeats, count).mean(dim=0)
+    place = (levels * bins).long().clamp(0, bins - 1)
+    means = [losses[place == number] for number in range(bins)]
+    return HeldOutLoss(
+        loss=losses.mean().item(),
+        spread=(each.std() / count**0.5).item(),
+        levels=tuple((number + 0.5) / bins for number in range(bins)),
+        by_level=tuple(part.mean().item() if len(part) else None for part in means),
+        kept=None if kept is None else kept.mean().item(),
+        images=count,
+    )
