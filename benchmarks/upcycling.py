@@ -75,7 +75,7 @@ class Study:
             ]
         return [
             "train",
-            "cifar10/dcdit-upcycled",
+            "upcycle/cifar10",
             f"upcycle.base={given.base}",
             f"upcycle.phases={json.dumps(phases)}",
             *settings,
