@@ -1,0 +1,109 @@
+"""What distillation against the base adds to a training step: `python -m benchmarks.distillation --out results.json`.
+
+A DC-DiT upcycled from a DiT-S with patches of 4 on 32x32 inputs. The bars: a step with the base takes no longer than a
+step without it and the forward of the base together (5% is left to noise), and what is kept for the backward pass grows
+by no more than one output of every block (1% is left to scalars).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokdyn
+from benchmarks.timing import in_turn, machine, prepare, write
+from tokdyn import DiT
+from tokdyn.diffusion.objective import Objective
+from tokdyn.recipe.upcycling import PhaseSettings
+from tokdyn.train.step import RatioTerm, draw, micro_step
+from tokdyn.train.upcycling import Guidance
+from tokdyn.upcycle import Distillation
+
+SLACK = 1.05
+
+
+def step(model: Distillation, phase: PhaseSettings, batch: int) -> Callable[[], None]:
+    """A forward and a backward pass on random images, the same in every call."""
+    torch.manual_seed(0)
+    draws = draw(Objective(), torch.randn(batch, 4, 32, 32), torch.arange(batch), 1000, 0.1)
+    guidance = Guidance(phase, torch.ones(batch, dtype=torch.bool))
+
+    def run() -> None:
+        out = micro_step(model, Objective(), draws, "fp32", RatioTerm(4.0, 0.03, None), guidance)
+        torch.autograd.backward(out.loss)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return run
+
+
+def kept(run: Callable[[], None], owned: set[int]) -> int:
+    """Bytes kept for the backward pass, weights left out."""
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(seen.values())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write JSON if asked; exit code 1 where a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args(argv)
+    prepare(options.threads)
+    torch.manual_seed(0)
+    base = DiT.named("S/4", sample_size=32)
+    student = tokdyn.upcycle(base, "dc", target=4)
+    both = Distillation(student, base)
+    x, labels = torch.randn(options.batch, 4, 32, 32), torch.arange(options.batch)
+    times = torch.full((options.batch,), 500)
+
+    @torch.inference_mode()
+    def teacher() -> Any:
+        return base(x, times, labels)
+
+    plain = step(both, PhaseSettings(name="plain", plan="fixed"), options.batch)
+    distilled = step(both, PhaseSettings(name="distilled", plan="fixed", teacher=1.0), options.batch)
+    found = in_turn({"plain step": plain, "distilled step": distilled, "base": teacher}, options.rounds)
+    ms = {name: each["median_ms"] for name, each in found.items()}
+    owned = {tensor.data_ptr() for model in (base, student) for tensor in model.state_dict().values()}
+    memory = {"plain": kept(plain, owned), "distilled": kept(distilled, owned)}
+    tokens = options.batch * 64
+    outputs = len(student.blocks) * tokens * student.config.hidden_size * 4
+    result = {
+        "machine": machine(),
+        "batch": options.batch,
+        "times": found,
+        "over_plain_and_base": ms["distilled step"] / (ms["plain step"] + ms["base"]),
+        "kept_bytes": memory,
+        "block_outputs_bytes": outputs,
+        "kept_more": (memory["distilled"] - memory["plain"]) / outputs,
+    }
+    steps = (
+        f"{ms['plain step']:.0f} ms, with the base {ms['distilled step']:.0f} ms, the base alone {ms['base']:.0f} ms"
+    )
+    sizes = f"{memory['plain'] / 2**20:.0f} MiB, with the base {memory['distilled'] / 2**20:.0f} MiB"
+    print(f"a step takes {steps}: {result['over_plain_and_base']:.3f} of the sum (bar {SLACK})")
+    print(f"kept for the backward pass: {sizes}, {result['kept_more']:.2f} outputs of every block more (bar 1)")
+    if options.out:
+        write(options.out, result)
+    if result["over_plain_and_base"] > SLACK or result["kept_more"] > 1.01:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
