@@ -228,6 +228,18 @@ def test_recipes_that_do_not_fit(base: Path, tmp_path: Path, changes: dict[str, 
     assert words in str(caught.value)
 
 
+def test_a_flow_is_upcycled_too(tmp_path: Path) -> None:
+    model = {"kind": "dit", "name": "tiny/4", "hidden_size": 32, "depth": 1, "num_heads": 2}
+    training = {**SMALL["training"], "steps": 2}
+    base = {**SMALL, "model": model, "training": training, "objective": {"kind": "flow"}, "out": str(tmp_path / "flow")}
+    train(resolve(base))
+    words = ["training.steps=4", "training.batch_size=4", "training.precision=fp32", f"out={tmp_path / 'run'}"]
+    made = upcycling(str(tmp_path / "flow"), "shapes/upcycle", [*words, f"upcycle.phases={json.dumps(PHASES)}"])
+    assert made.objective.kind == "flow"
+    assert train(made).finished
+    assert load_model(tmp_path / "run")[1].kind == "flow"
+
+
 def test_bases_that_do_not_fit(base: Path, whole: Path, tmp_path: Path) -> None:
     for settings, words in (
         (recipe(base, tmp_path / "a", data={**SMALL["data"], "size": 32}), "has sample_size=16, and the recipe 32"),
