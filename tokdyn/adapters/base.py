@@ -52,6 +52,7 @@ class Stack:
         follow: what must stay with its token.
         attention: attribute of a block that holds self-attention over the image tokens, in order of preference.
         mlp: the same for the MLP.
+        stream: attribute of a block, an identity that the tokens pass between attention and the norm ahead of the MLP.
         packing: argument of a block that says which rows of packed tokens (T, D) belong to which sample; None if tokens
             are (B, N, D).
         modulated: (B, ...) what attention of a block gets, from the block and its arguments by name; the indicator of
@@ -71,6 +72,7 @@ class Stack:
     follow: tuple[Follow, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")
     mlp: tuple[str, ...] = ("ff", "mlp")
+    stream: str | None = None
     packing: str | None = None
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
     products: Products | None = USUAL

@@ -75,6 +75,7 @@ FACEBOOK = ModelAdapter(
             tokens="x",
             attention=("attn",),
             mlp=("mlp",),
+            stream="stream",
             modulated=modulation.public_layout,
             width=WIDTH,
         ),
@@ -91,7 +92,9 @@ FACEBOOK = ModelAdapter(
 DC_DIT = ModelAdapter(
     name="DC-DiT",
     classes=("DCDiT",),
-    stacks=(Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",), width=WIDTH),),
+    stacks=(
+        Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",), stream="stream", width=WIDTH),
+    ),
     grid=patches,
     level=timestep(),
     refuse={},

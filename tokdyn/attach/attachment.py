@@ -104,7 +104,8 @@ class Attachment(nn.Module):
     def roles(self, model: nn.Module) -> dict[int, Role]:
         """Roles of the model's parts; a copy of the model finds its own."""
         if not self._roles:
-            self._roles = find_roles(model, self.adapter, bool(self.actors.branches), self.layouts)
+            stream = any(isinstance(each, DynamicWidth) and each.token_input == "stream" for each in self.methods)
+            self._roles = find_roles(model, self.adapter, bool(self.actors.branches), self.layouts, stream)
         return self._roles
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:

@@ -135,6 +135,8 @@ def unfit(
         return f"look at neighbouring cells, so that no token can be kept from the MLP; {cure}"
     if method.tokens and not (stack.mlp or stack.width.parallel):
         return "call their MLP on image and text in turn; use DynamicWidth(tokens=False)"
+    if method.tokens and method.token_input == "stream" and stack.stream is None:
+        return "do not show their tokens before norm and modulation; use DynamicWidth(token_input='mlp')"
     if method.channels and not channels:
         return f"have an MLP whose channels cannot be cut; {cure}"
     return None

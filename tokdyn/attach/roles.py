@@ -27,7 +27,7 @@ class Role:
         layer: what a layer's outputs and inputs belong to; None for other parts.
     """
 
-    kind: Literal["block", "attention", "mlp", "layer"]
+    kind: Literal["block", "attention", "mlp", "stream", "layer"]
     block: int
     stack: Stack
     names: tuple[str, ...]
@@ -89,7 +89,7 @@ def _checked(block: nn.Module, stack: Stack) -> tuple[str, ...]:
 
 
 def find_roles(
-    model: nn.Module, adapter: ModelAdapter, branches: bool, layouts: Sequence[Layout] = ()
+    model: nn.Module, adapter: ModelAdapter, branches: bool, layouts: Sequence[Layout] = (), stream: bool = False
 ) -> dict[int, Role]:
     """The role of every block, by the id of the module.
 
@@ -98,13 +98,17 @@ def find_roles(
         adapter: of the model.
         branches: find attention and MLP of the blocks too.
         layouts: of the blocks, to find their layers too.
+        stream: find where their tokens pass between attention and MLP too.
     """
     roles: dict[int, Role] = {}
     number = 0
     for stack in adapter.stacks:
         for block in blocks_of(model, stack):
             roles[id(block)] = Role("block", number, stack, _checked(block, stack))
-            for kind, names in (("attention", stack.attention), ("mlp", stack.mlp)) if branches else ():
+            parts = [("attention", stack.attention), ("mlp", stack.mlp)]
+            if stream and stack.stream is not None:
+                parts.append(("stream", (stack.stream,)))
+            for kind, names in parts if branches else ():
                 part = next((getattr(block, name) for name in names if hasattr(block, name)), None)
                 if part is not None:
                     roles[id(part)] = Role(kind, number, stack, argument_names(part))  # type: ignore[arg-type]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from tokdyn.checkpoints.infer import grid_of_table
@@ -9,7 +12,8 @@ from tokdyn.checkpoints.names import OFFICIAL, as_diffusers, renamed, reverse
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 
-FACEBOOK = {"timestep_shift": 0, "mlp_norm_eps": 1e-6}
+CLOCK = {"timestep_map": (1.0, 0.0)}
+FACEBOOK = {"timestep_shift": 0, "mlp_norm_eps": 1e-6, **CLOCK}
 """Settings of facebook's DiT, and of official DC-DiT, that diffusers' DiT has otherwise."""
 
 
@@ -26,11 +30,8 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the official code has no such model.
     """
-    config = model.config
     own = {"router": "spatial_predictability", "patch_size": 1, "position_scale": 1.0, "condition_adaptor": False}
-    for name, only in {**own, **FACEBOOK}.items():
-        if config[name] != only:
-            raise CheckpointError(f"the official DC-DiT has {name}={only!r} only, and this model has {config[name]!r}.")
+    _only("the official DC-DiT", {**own, **FACEBOOK}, model)
     names = reverse(OFFICIAL)
     return {renamed(name, names): tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -41,11 +42,7 @@ def to_facebook(model: DiT) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the model computes what diffusers' DiT does, and facebook's would compute something else.
     """
-    for name, only in FACEBOOK.items():
-        if model.config[name] != only:
-            raise CheckpointError(
-                f"facebook's DiT has {name}={only!r} only, and this model has {model.config[name]!r}."
-            )
+    _only("facebook's DiT", FACEBOOK, model)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -63,6 +60,10 @@ def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
     Raises:
         CheckpointError: diffusers would compute something else.
     """
+    _only("diffusers' DiT", CLOCK, model)
+    hidden = model.blocks[0].mlp.fc1.out_features
+    if hidden != 4 * model.config.hidden_size:
+        raise CheckpointError(f"diffusers' DiT has mlp_ratio=4 only, and this model has {model.config.mlp_ratio:g}.")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     grid = grid_of_table(tensors["pos_embed"][0])
     if grid is None or grid[0] != grid[1]:
@@ -73,3 +74,11 @@ def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
             "approximate=True writes the weights all the same."
         )
     return as_diffusers(tensors, model.config["depth"])
+
+
+def _only(whose: str, settings: Mapping[str, Any], model: DiT | DCDiT) -> None:
+    """Refuse a model with other settings than the only ones that another code has."""
+    for name, only in settings.items():
+        value = model.config[name]
+        if (tuple(value) if isinstance(value, list) else value) != only:
+            raise CheckpointError(f"{whose} has {name}={only!r} only, and this model has {value!r}.")

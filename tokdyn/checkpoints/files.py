@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,6 +17,10 @@ from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+METHODS = "tokdyn.safetensors"  # weights of the methods that a model was wrapped with
+NOTES = "_tokdyn"
+"""Where settings are noted that a foreign layout has no place for: a key of diffusers' config.json, which skips private
+ones, and of the header of a safetensors file."""
 EMA_NAMES = ("ema", "ema_state_dict", "model_ema")
 MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module")
 
@@ -28,6 +33,7 @@ class Raw:
         tensors: by name.
         config: config.json beside the weights, empty if there is none.
         training: the settings object inside a training file.
+        notes: settings of the model that `tokdyn convert` wrote into the file, which its layout has no place for.
         origin: what to call the checkpoint in messages.
     """
 
@@ -35,6 +41,7 @@ class Raw:
     config: Mapping[str, Any] = field(default_factory=dict)
     training: Record = field(default_factory=Record)
     origin: str = "the state dict"
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_file(path: str | Path, ema: bool = True) -> Raw:
@@ -60,7 +67,7 @@ def open_file(path: str | Path, ema: bool = True) -> Raw:
     if path.name.endswith(".index.json"):
         return Raw(_sharded(path), config, origin=str(path))
     if path.suffix == ".safetensors":
-        return Raw(_safetensors(path), config, origin=str(path))
+        return Raw(_safetensors(path), config, origin=str(path), notes=_notes(path))
     if path.suffix in PICKLED:
         return choose(load_pickled(path), ema, str(path), config)
     raise CheckpointError(f"{path} has an unknown ending; expected .safetensors, .index.json or {', '.join(PICKLED)}.")
@@ -100,7 +107,7 @@ def _weights_in(folder: Path, ema: bool) -> Path:
     if (folder / "model_index.json").is_file() and (folder / "transformer").is_dir():
         folder = folder / "transformer"
     found = [p for p in sorted(folder.iterdir()) if p.name.endswith(".safetensors.index.json")]
-    found = found or [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors"]
+    found = found or [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" and p.name != METHODS]
     found = found or [p for p in sorted(folder.iterdir()) if p.suffix in PICKLED]
     inner = [folder / name for name in (("ema", "model") if ema else ("model", "ema")) if (folder / name).is_dir()]
     if inner and not (folder / "config.json").is_file():
@@ -120,6 +127,19 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}).") from error
     return tensors
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """The settings in the header of a file, empty if there are none."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(NOTES, "{}")
+    try:
+        notes = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a header whose {NOTES} is no JSON ({error}).") from error
+    if not isinstance(notes, dict):
+        raise CheckpointError(f"{path} has a header whose {NOTES} is a {type(notes).__name__}, expected an object.")
+    return notes
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:

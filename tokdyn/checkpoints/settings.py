@@ -7,14 +7,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tokdyn.checkpoints.files import Raw
+from tokdyn.checkpoints.files import NOTES, Raw
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads of the published widths (S, B, L, XL); shapes cannot tell them."""
 
-FREE = frozenset({"smoothing", "smoothing_sigma", "target", "force_ends", "official_init"})
+FREE = frozenset(
+    {"smoothing", "smoothing_sigma", "target", "force_ends", "official_init", "timestep_shift", "mlp_norm_eps"}
+)
 """Settings that no tensor depends on; the caller's may differ from the stored ones."""
 
 
@@ -87,7 +89,8 @@ def own_settings(raw: Raw) -> dict[str, Any]:
 def diffusers_settings(raw: Raw) -> dict[str, Any]:
     """What diffusers' DiT does otherwise than facebook's, and what its config.json says.
 
-    Its timestep frequencies end one step further, and the norm before the MLP has an epsilon of its own.
+    Its timestep frequencies end one step further, and the norm before the MLP has an epsilon of its own. A folder that
+    tokdyn wrote says what the model was that it was written from.
 
     Raises:
         CheckpointError: the config.json names a variant that a `DiT` cannot compute.
@@ -106,7 +109,21 @@ def diffusers_settings(raw: Raw) -> dict[str, Any]:
         "sample_size": config.get("sample_size"),
         "timestep_shift": 1,
         "mlp_norm_eps": config.get("norm_eps", 1e-5),
+        **noted(DiT, config.get(NOTES, {}), raw.origin),
     }
+
+
+def noted(model: type[DiT] | type[DCDiT], notes: Any, origin: str) -> dict[str, Any]:
+    """Settings that `tokdyn convert` noted where another layout has no place for them.
+
+    Raises:
+        CheckpointError: they are none, or this version does not know one of them.
+    """
+    known = set(inspect.signature(model.__init__).parameters)
+    unknown = [notes] if not isinstance(notes, Mapping) else sorted(set(notes) - known)
+    if unknown:
+        raise CheckpointError(f"{origin} notes {unknown[0]!r} under {NOTES}, which {model.__name__} does not know.")
+    return dict(notes)
 
 
 def official_settings(raw: Raw) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Source: DyDiT, arXiv 2410.03456.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -27,6 +29,10 @@ class DynamicWidth(Method):
         heads: let the noise level choose attention heads.
         channels: let the noise level choose groups of MLP channels.
         tokens: let each token choose whether the MLP sees it.
+        token_input: what the gates of tokens see: what the MLP gets, or, as in the public code of DyDiT, the tokens before
+            norm and modulation, in models whose adapter says where those are (tokdyn's own).
+        embedding: width of a two-layer network between the noise level and its gates, as in the paper, where it is the
+            model's own timestep embedding; None lets gates be linear in the sines and cosines of the level.
         temperature: of the sigmoid through which gates get their gradient.
         warmup: calls in training over which the target falls from 1 to `target`.
         loss_weight: of the FLOPs loss.
@@ -36,6 +42,8 @@ class DynamicWidth(Method):
     heads: bool = True
     channels: bool = True
     tokens: bool = True
+    token_input: Literal["mlp", "stream"] = "mlp"
+    embedding: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=5.0, gt=0.0)
     warmup: int = Field(default=0, ge=0)
     loss_weight: float = Field(default=1.0, ge=0.0)
@@ -65,6 +73,7 @@ class WidthGates(nn.Module):
     """Gates of heads and channel groups, linear in the sines and cosines of the noise level, and of tokens.
 
     Attributes:
+        embedding: a network that the noise level goes through first; None where there is none.
         heads: makes (B, depth (H - 1)) logits; None where heads are not chosen, or there is one only.
         channels: the same for groups of MLP channels.
         tokens: for each block a network that makes a logit of every token; None where tokens are not chosen.
@@ -84,8 +93,11 @@ class WidthGates(nn.Module):
                 "DynamicWidth(tokens=False) has nothing to choose in a model with a single attention head; use "
                 "tokens=True."
             )
-        self.heads = self._by_level() if method.heads and self.gates else None
-        self.channels = self._by_level() if method.channels and self.gates else None
+        by_level = (method.heads or method.channels) and self.gates > 0
+        width = method.embedding if by_level else None
+        self.embedding = None if width is None else _embedding(self.FREQUENCIES, width)
+        self.heads = self._by_level(width) if method.heads and self.gates else None
+        self.channels = self._by_level(width) if method.channels and self.gates else None
         self.tokens = None
         if method.tokens:
             hidden = max(1, sizes.width // self.SQUEEZE)
@@ -93,8 +105,8 @@ class WidthGates(nn.Module):
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
-    def _by_level(self) -> nn.Linear:
-        gates = nn.Linear(self.FREQUENCIES, self.depth * self.gates)
+    def _by_level(self, width: int | None) -> nn.Linear:
+        gates = nn.Linear(width or self.FREQUENCIES, self.depth * self.gates)
         nn.init.zeros_(gates.weight)
         nn.init.constant_(gates.bias, self.OPEN)
         return gates
@@ -102,7 +114,17 @@ class WidthGates(nn.Module):
     def forward(self, level: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, depth, H - 1) of heads and of channel groups, without the first of each, at levels (B,)."""
         frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
+        if self.embedding is not None:
+            with torch.autocast(frequencies.device.type, enabled=False):
+                frequencies = self.embedding(_fit(frequencies, self.embedding[0].weight))
         return self._logits(self.heads, frequencies), self._logits(self.channels, frequencies)
+
+    @property
+    def level_flops(self) -> int:
+        """Of the decisions about heads and channels at one noise level; a multiply-add is 2."""
+        layers = [each for each in (self.heads, self.channels) if each is not None]
+        layers += [] if self.embedding is None else [each for each in self.embedding if isinstance(each, nn.Linear)]
+        return sum(2 * each.in_features * each.out_features for each in layers)
 
     def _logits(self, gates: nn.Linear | None, frequencies: Tensor) -> Tensor | None:
         if gates is None:
@@ -135,6 +157,11 @@ class WidthGates(nn.Module):
 def _fit(x: Tensor, weight: Tensor) -> Tensor:
     """In the type of a weight and where it is, unless hooks bring it to its inputs."""
     return x.to(weight.dtype) if weight.is_meta else x.to(weight)
+
+
+def _embedding(inputs: int, width: int) -> nn.Sequential:
+    """As a model embeds its timestep."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def _token_gate(width: int, hidden: int, bias: float) -> nn.Sequential:

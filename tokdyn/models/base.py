@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Integral
 from typing import ClassVar
@@ -57,6 +58,14 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         size = c.sample_size
         if not isinstance(size, Integral) and (not isinstance(size, (tuple, list)) or len(size) != 2):
             raise InputError(f"sample_size is {size!r}, expected a number or (rows, columns).")
+        clock = c.timestep_map
+        if (
+            not isinstance(clock, (tuple, list))
+            or len(clock) != 2
+            or not all(map(math.isfinite, clock))
+            or not clock[0]
+        ):
+            raise InputError(f"timestep_map is {clock!r}, expected (scale, offset) with a scale that is not 0.")
         if c.hidden_size % c.num_heads:
             raise InputError(f"hidden_size is {c.hidden_size}, expected a multiple of num_heads = {c.num_heads}.")
 
@@ -66,7 +75,7 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         out_channels = c.in_channels * (2 if c.learn_sigma else 1)
         self.register_to_config(out_channels=out_channels)
         self.gradient_checkpointing = False
-        self.t_embedder = TimestepEmbedder(c.hidden_size, c.timestep_shift)
+        self.t_embedder = TimestepEmbedder(c.hidden_size, c.timestep_shift, *c.timestep_map)
         self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
         position = sincos_position(self._grid_of(c.sample_size), c.hidden_size, c.get("position_scale", 1.0))
         self.pos_embed = nn.Parameter(position[None].to(torch.get_default_dtype()), requires_grad=False)

@@ -36,15 +36,20 @@ class CellEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal timestep frequencies through a two-layer MLP."""
+    """Sinusoidal timestep frequencies through a two-layer MLP.
 
-    def __init__(self, width: int, shift: int = 0) -> None:
+    It sees scale * timestep + offset, so that weights that were trained to another clock can be told tokdyn's.
+    """
+
+    def __init__(self, width: int, shift: int = 0, scale: float = 1.0, offset: float = 0.0) -> None:
         super().__init__()
-        self.shift = shift
+        self.shift, self.scale, self.offset = shift, scale, offset
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """(B,) timesteps to (B, D); the MLP gets the frequencies in the type that the model computes in."""
+        if (self.scale, self.offset) != (1.0, 0.0):
+            timestep = self.scale * timestep.float() + self.offset
         frequencies = timestep_frequencies(timestep, _FREQUENCIES, self.shift)
         out: Tensor = self.mlp(frequencies.to(dtype))
         return out
@@ -125,6 +130,7 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.mlp_norm_eps = mlp_norm_eps
+        self.stream = nn.Identity()  # a place where methods see the tokens before norm and modulation
 
     def forward(self, x: Tensor, condition: Tensor, packing: Packing | None = None) -> Tensor:
         """One block.
@@ -138,7 +144,7 @@ class DiTBlock(nn.Module):
             The shape of x.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
-        x = gated_add(x, gate1, self.attn(modulated_norm(x, shift1, scale1, packing), packing), packing)
+        x = self.stream(gated_add(x, gate1, self.attn(modulated_norm(x, shift1, scale1, packing), packing), packing))
         normed = modulated_norm(x, shift2, scale2, packing, self.mlp_norm_eps)
         return gated_add(x, gate2, self.mlp(normed), packing)
 

@@ -46,6 +46,7 @@ class DCDiT(Transformer):
         condition_adaptor: a LayerNorm between the condition of the blocks and that of encoder, decoder and head, which
             lets these learn while the embedders are frozen (arXiv 2603.06351, upcycling).
         timestep_shift: see `ops.timestep_frequencies`.
+        timestep_map: (scale, offset); the embedder sees scale * timestep + offset.
         mlp_norm_eps: epsilon of the norm before the MLP.
         out_channels: follows from the others; accepted so that saved configurations load.
     """
@@ -76,6 +77,7 @@ class DCDiT(Transformer):
         position_scale: float = 1.0,
         condition_adaptor: bool = False,
         timestep_shift: int = 0,
+        timestep_map: tuple[float, float] = (1.0, 0.0),
         mlp_norm_eps: float = 1e-6,
         out_channels: int | None = None,
     ) -> None:

@@ -27,6 +27,7 @@ class DiT(Transformer):
         num_classes: classes; one more row stands for no class.
         learn_sigma: predict variance channels too.
         timestep_shift: see `ops.timestep_frequencies`; 1 for weights that diffusers' DiT runs.
+        timestep_map: (scale, offset); the weights know scale * timestep + offset, as SiT's, whose time is 1 at the image.
         mlp_norm_eps: epsilon of the norm before the MLP; diffusers' DiT has 1e-5.
         out_channels: follows from the others; accepted so that saved configurations load.
     """
@@ -44,6 +45,7 @@ class DiT(Transformer):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         timestep_shift: int = 0,
+        timestep_map: tuple[float, float] = (1.0, 0.0),
         mlp_norm_eps: float = 1e-6,
         out_channels: int | None = None,
     ) -> None:

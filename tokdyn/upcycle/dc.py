@@ -17,7 +17,7 @@ COPIED = ("blocks.", "t_embedder.", "y_embedder.")
 EMBEDDERS = ("t_embedder.", "y_embedder.")
 _FROM_BASE = (
     "sample_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes", "learn_sigma",
-    "timestep_shift", "mlp_norm_eps",
+    "timestep_shift", "timestep_map", "mlp_norm_eps",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def dc_settings(base: DiT, target: float = 4.0, patch_size: int | None = None, *
     shared = {name: base.config[name] for name in _FROM_BASE}
     size = shared["sample_size"]
     shared["sample_size"] = tuple(size) if isinstance(size, list) else size
+    shared["timestep_map"] = tuple(shared["timestep_map"])
     scale = patch_size / whole  # a patch of the base is one step of its positions
     own = {"target": target, "patch_size": patch_size, "position_scale": scale, "condition_adaptor": True}
     return {**shared, **own, **settings}

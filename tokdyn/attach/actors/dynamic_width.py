@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.actors.base import Inner
 from tokdyn.attach.actors.width_layers import columns, factor, know_layers, note_saved
-from tokdyn.attach.actors.width_rows import chosen, into_mlp, out_of_mlp, selected
+from tokdyn.attach.actors.width_rows import STREAM, chosen, into_mlp, out_of_mlp, selected
 from tokdyn.attach.layout import Layout, On
 from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
@@ -107,9 +107,7 @@ class Narrowing:
 
     def _spend(self, run: Run, levels: int) -> None:
         """Note what the gates of heads and channels cost."""
-        for gates in (self.module.heads, self.module.channels):
-            if gates is not None:
-                run.record.spend("DynamicWidth gates", 2 * levels * gates.in_features * gates.out_features)
+        run.record.spend("DynamicWidth gates", levels * self.module.level_flops)
 
     def key(self, run: Run, block: int) -> Sequence[Hashable] | None:
         """What is on for every sample."""
@@ -242,12 +240,17 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class Choosing:
-    """Around the MLP of a block: only the tokens that are on go in."""
+    """Around the MLP of a block: only the tokens that are on go in.
+
+    Where gates see the tokens before norm and modulation, it also notes those as they pass.
+    """
 
     narrowing: Narrowing
 
     def around(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any]) -> Any:
         """The MLP of the tokens that are on, and 0 for the others."""
+        if role.kind == "stream" and self.narrowing.method.token_input == "stream":
+            run.given[STREAM] = next(iter(named.values()))
         if role.kind != "mlp":
             return call(**named)
         name = role.names[0]

@@ -33,7 +33,11 @@ class Merge:
 
     def around(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any]) -> Any:
         """Merge, compute, unmerge."""
-        if self.method.where not in (role.kind, "both") or not self.first <= role.block <= self.last:
+        if (
+            role.kind == "stream"
+            or self.method.where not in (role.kind, "both")
+            or not self.first <= role.block <= self.last
+        ):
             return call(**named)
         if run.packing is not None:
             return packed_merge(self.method, self.first, run, role, call, named)

@@ -1,0 +1,108 @@
+"""DyDiT (arXiv 2410.03456): a DiT whose blocks hold gates, read as a `DiT` wrapped with `DynamicWidth`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.attach.api import attached, wrap
+from tokdyn.checkpoints.fill import some
+from tokdyn.errors import CheckpointError
+from tokdyn.methods import DynamicWidth, WidthGates
+from tokdyn.models import DiT
+from tokdyn.ops.width import group_sizes
+
+_GATE = re.compile(r"blocks\.(\d+)\.(attn_rate|mlp_rate|token_selection)\.")
+_LEVEL = {"heads": "attn_rate.router", "channels": "mlp_rate.router"}
+_TOKENS = "token_selection.mlp_head"
+
+
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the DiT, and those of the gates."""
+    gates = {name: tensor for name, tensor in tensors.items() if _GATE.match(name)}
+    return {name: tensor for name, tensor in tensors.items() if name not in gates}, gates
+
+
+def with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str) -> DiT:
+    """Wrap a DiT with the gates of a DyDiT; in evaluation it computes what that does, and skips what is off.
+
+    DyDiT's gates of heads and channels see the model's timestep embedding. Here they have a copy of it, so that they
+    stay what they are if the model is trained on. Those of tokens see the tokens before norm and modulation.
+
+    Args:
+        model: the DiT in it.
+        gates: tensors by DyDiT's names.
+        target: share of the FLOPs that it was trained to.
+        origin: what to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape, or its groups of channels are not ours.
+    """
+    config = model.config
+    width, heads, depth = config.hidden_size, config.num_heads, config.depth
+    _check(gates, _shapes(width, heads, depth), origin)
+    hidden = model.blocks[0].mlp.fc1.out_features
+    if hidden % heads or len(set(group_sizes(hidden, heads))) > 1:
+        raise CheckpointError(
+            f"{origin} has {hidden} MLP channels in {heads} groups, which tokdyn makes of sizes "
+            f"{', '.join(map(str, group_sizes(hidden, heads)))} and DyDiT of equal ones; it cannot be read."
+        )
+    if not isinstance(target, (int, float)) or not 0.0 < target < 1.0:
+        raise CheckpointError(
+            f"target={target!r}, given for {origin}, should be the share of the FLOPs it was trained to, between 0 and 1."
+        )
+    wrap(model, [DynamicWidth(target=target, token_input="stream", embedding=width)])
+    part: Any = attached(model).parts["0"]
+    _fill(part, model, {name: tensor.detach().float() for name, tensor in gates.items()}, depth)
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def _fill(part: WidthGates, model: DiT, gates: Mapping[str, Tensor], depth: int) -> None:
+    embedding: Any = part.embedding
+    for layer in ("0", "2"):
+        embedding[int(layer)].load_state_dict(model.t_embedder.mlp.get_submodule(layer).state_dict())
+    for kind, place in _LEVEL.items():
+        layer_of: nn.Linear = getattr(part, kind)
+        for name, own in layer_of.named_parameters():
+            own.copy_(torch.cat([gates[f"blocks.{block}.{place}.{name}"] for block in range(depth)]))
+    tokens: Any = part.tokens
+    for block in range(depth):
+        for name, own in tokens[block].named_parameters():
+            own.copy_(gates[f"blocks.{block}.{_TOKENS}.{name}"])
+
+
+def _shapes(width: int, heads: int, depth: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the gates consist of, by DyDiT's names."""
+    inner = width // WidthGates.SQUEEZE
+    block: dict[str, tuple[int, ...]] = {
+        f"{_TOKENS}.0.weight": (inner, width),
+        f"{_TOKENS}.0.bias": (inner,),
+        f"{_TOKENS}.2.weight": (1, inner),
+        f"{_TOKENS}.2.bias": (1,),
+    }
+    for place in _LEVEL.values():
+        block |= {f"{place}.weight": (heads - 1, width), f"{place}.bias": (heads - 1,)}
+    return {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+
+
+def _check(gates: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
+    """Refuse gates that are not complete."""
+    wrong = [
+        f"{name} {tuple(gates[name].shape)} for {shape}"
+        for name, shape in shapes.items()
+        if name in gates and tuple(gates[name].shape) != shape
+    ]
+    found = (
+        ("missing", sorted(set(shapes) - set(gates))),
+        ("left over", sorted(set(gates) - set(shapes))),
+        ("of another shape", wrong),
+    )
+    report = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in found if names)
+    if report:
+        raise CheckpointError(f"{origin} does not hold the gates of a DyDiT. {report}. Nothing was loaded.")
