@@ -61,8 +61,7 @@ def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
         CheckpointError: diffusers would compute something else.
     """
     _only("diffusers' DiT", CLOCK, model)
-    hidden = model.blocks[0].mlp.fc1.out_features
-    if hidden != 4 * model.config.hidden_size:
+    if len(model.state_dict()["blocks.0.mlp.fc1.bias"]) != 4 * model.config.hidden_size:
         raise CheckpointError(f"diffusers' DiT has mlp_ratio=4 only, and this model has {model.config.mlp_ratio:g}.")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     grid = grid_of_table(tensors["pos_embed"][0])

@@ -45,7 +45,7 @@ def with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str
     config = model.config
     width, heads, depth = config.hidden_size, config.num_heads, config.depth
     _check(gates, _shapes(width, heads, depth), origin)
-    hidden = model.blocks[0].mlp.fc1.out_features
+    hidden = len(model.state_dict()["blocks.0.mlp.fc1.bias"])
     if hidden % heads or len(set(group_sizes(hidden, heads))) > 1:
         raise CheckpointError(
             f"{origin} has {hidden} MLP channels in {heads} groups, which tokdyn makes of sizes "
@@ -53,7 +53,8 @@ def with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str
         )
     if not isinstance(target, (int, float)) or not 0.0 < target < 1.0:
         raise CheckpointError(
-            f"target={target!r}, given for {origin}, should be the share of the FLOPs it was trained to, between 0 and 1."
+            f"target={target!r}, given for {origin}, should be the share of the FLOPs that it was trained to, "
+            "between 0 and 1."
         )
     wrap(model, [DynamicWidth(target=target, token_input="stream", embedding=width)])
     part: Any = attached(model).parts["0"]

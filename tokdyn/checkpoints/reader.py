@@ -32,7 +32,7 @@ def read(
             may be wrapped in {"ema": ..., "model": ...} as in training files and may carry the prefixes of
             DataParallel, torch.compile and FSDP.
         kind: None recognises the format. SiT (arXiv 2401.08740) must be told as "sit": its names are DiT's, but its
-            time runs from 0, noise, to 1, and it predicts image - noise. It becomes a `DiT` for tokdyn's flow objective.
+            time runs from 0, noise, to 1, and it predicts image - noise. It becomes a `DiT` for the flow objective.
         ema: take the averaged weights where a checkpoint holds both.
         **config: settings of the model that the weights leave open: `num_heads` (known for widths 384, 768, 1024 and
             1152), `sample_size` (where there is no position table or its grid is not square), `smoothing_sigma`
@@ -65,7 +65,9 @@ def read(
         raise CheckpointError(f"{raw.origin} was written by tokdyn, which knows its time already; leave kind out.")
     if found == "diffusers":
         return _read_dit(from_diffusers(tensors, raw.origin), diffusers_settings(raw), config, raw.origin)
-    stored = own_settings(raw) if own else noted(DCDiT if found in ("dc-dit", "tokdyn") else DiT, raw.notes, raw.origin)
+    family = DCDiT if found in ("dc-dit", "tokdyn") else DiT
+    family = DCDiT if found in ("dc-dit", "tokdyn") else DiT
+    stored = own_settings(raw) if own else noted(family, raw.notes, raw.origin)
     if kind == "sit":
         tensors = {name: -value if name.startswith("final_layer.linear.") else value for name, value in tensors.items()}
         stored = {**stored, "timestep_map": _SIT_CLOCK}

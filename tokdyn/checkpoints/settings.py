@@ -90,7 +90,7 @@ def diffusers_settings(raw: Raw) -> dict[str, Any]:
     """What diffusers' DiT does otherwise than facebook's, and what its config.json says.
 
     Its timestep frequencies end one step further, and the norm before the MLP has an epsilon of its own. A folder that
-    tokdyn wrote says what the model was that it was written from.
+    tokdyn wrote says what the model was that it was written from, until diffusers has loaded and saved it.
 
     Raises:
         CheckpointError: the config.json names a variant that a `DiT` cannot compute.
@@ -109,7 +109,7 @@ def diffusers_settings(raw: Raw) -> dict[str, Any]:
         "sample_size": config.get("sample_size"),
         "timestep_shift": 1,
         "mlp_norm_eps": config.get("norm_eps", 1e-5),
-        **noted(DiT, config.get(NOTES, {}), raw.origin),
+        **noted(DiT, {} if "_name_or_path" in config else config.get(NOTES, {}), raw.origin),
     }
 
 

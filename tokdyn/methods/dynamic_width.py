@@ -29,8 +29,8 @@ class DynamicWidth(Method):
         heads: let the noise level choose attention heads.
         channels: let the noise level choose groups of MLP channels.
         tokens: let each token choose whether the MLP sees it.
-        token_input: what the gates of tokens see: what the MLP gets, or, as in the public code of DyDiT, the tokens before
-            norm and modulation, in models whose adapter says where those are (tokdyn's own).
+        token_input: what the gates of tokens see: what the MLP gets, or, as in the public code of DyDiT, the tokens
+            before norm and modulation, in models whose adapter says where those are (tokdyn's own).
         embedding: width of a two-layer network between the noise level and its gates, as in the paper, where it is the
             model's own timestep embedding; None lets gates be linear in the sines and cosines of the level.
         temperature: of the sigmoid through which gates get their gradient.
@@ -116,7 +116,8 @@ class WidthGates(nn.Module):
         frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
         if self.embedding is not None:
             with torch.autocast(frequencies.device.type, enabled=False):
-                frequencies = self.embedding(_fit(frequencies, self.embedding[0].weight))
+                first: nn.Linear = self.embedding[0]  # type: ignore[assignment]
+                frequencies = self.embedding(_fit(frequencies, first.weight))
         return self._logits(self.heads, frequencies), self._logits(self.channels, frequencies)
 
     @property

@@ -27,7 +27,7 @@ class DiT(Transformer):
         num_classes: classes; one more row stands for no class.
         learn_sigma: predict variance channels too.
         timestep_shift: see `ops.timestep_frequencies`; 1 for weights that diffusers' DiT runs.
-        timestep_map: (scale, offset); the weights know scale * timestep + offset, as SiT's, whose time is 1 at the image.
+        timestep_map: (scale, offset); the embedder sees scale * timestep + offset, for weights with another clock.
         mlp_norm_eps: epsilon of the norm before the MLP; diffusers' DiT has 1e-5.
         out_channels: follows from the others; accepted so that saved configurations load.
     """

@@ -1,0 +1,205 @@
+"""What is written is read back exactly, from layout to layout, and loads in the code that it was written for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+import tokdyn
+from tokdyn.checkpoints import read
+from tokdyn.checkpoints.write import Layout, write
+from tokdyn.errors import CheckpointError, OutputError
+from tokdyn.models import DCDiT, DiT
+
+Make = Callable[..., Any]
+PLACES: dict[Layout, str] = {
+    "diffusers": "diffusers", "tokdyn": "own", "official": "dcdit.safetensors", "facebook": "dit.safetensors",
+}  # fmt: skip
+DIT: tuple[Layout, ...] = ("diffusers", "tokdyn", "facebook")
+DCDIT: tuple[Layout, ...] = ("tokdyn", "official")
+
+
+def chain(model: Any, layouts: tuple[Layout, ...], folder: Path) -> Any:
+    """The model after it was written and read in one layout after the other."""
+    for number, layout in enumerate(layouts):
+        place = folder / str(number) / PLACES[layout]
+        model = read(write(model, place, layout).place)
+    return model
+
+
+@pytest.mark.parametrize("first", DIT)
+@pytest.mark.parametrize("second", DIT)
+@pytest.mark.parametrize("settings", [{}, {"learn_sigma": False, "in_channels": 3, "num_classes": 1}], ids=str)
+def test_a_dit_through_two_layouts(
+    dit: Make, same: Make, tmp_path: Path, first: Layout, second: Layout, settings: dict[str, Any]
+) -> None:
+    model = dit(**settings)
+    found = chain(model, (first, second), tmp_path)
+    assert isinstance(found, DiT)
+    assert same(model, found, channels=model.config.in_channels)
+    assert _settings(found) == _settings(model)
+
+
+@pytest.mark.parametrize("layout", [("diffusers", "tokdyn", "diffusers"), ("tokdyn", "diffusers")], ids=str)
+def test_a_dit_with_the_function_of_diffusers(
+    dit: Make, same: Make, tmp_path: Path, layout: tuple[Layout, ...]
+) -> None:
+    model = dit(timestep_shift=1, mlp_norm_eps=1e-5)
+    found = chain(model, layout, tmp_path)
+    assert same(model, found)
+    assert _settings(found) == _settings(model)
+
+
+@pytest.mark.parametrize("first", DCDIT)
+@pytest.mark.parametrize("second", DCDIT)
+@pytest.mark.parametrize("settings", [{}, {"force_ends": False, "target": 9.0, "smoothing_sigma": 3.0}], ids=str)
+def test_a_dcdit_through_two_layouts(
+    dcdit: Make, same: Make, tmp_path: Path, first: Layout, second: Layout, settings: dict[str, Any]
+) -> None:
+    model = dcdit(**settings)
+    found = chain(model, (first, second), tmp_path)
+    assert isinstance(found, DCDiT)
+    assert same(model, found)
+    assert _settings(found) == _settings(model) | {"scaffold_width": 8}  # what the shapes say for None
+
+
+def test_diffusers_loads_what_was_written(dit: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """fp32; the two codes add in another order."""
+    model = dit(timestep_shift=1, mlp_norm_eps=1e-5)
+    written = write(model, tmp_path / "there", "diffusers")
+    stock = DiTTransformer2DModel.from_pretrained(written.place).eval()
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 5])
+    with torch.no_grad():
+        found = stock(x, timestep=t, class_labels=y).sample
+        torch.testing.assert_close(model(x, timestep=t, class_labels=y).sample, found, atol=1e-5, rtol=1e-5)
+    assert written.notes == ()
+
+
+def test_facebook_and_diffusers_layouts_give_equal_outputs_with_either_function(dit: Make, tmp_path: Path) -> None:
+    """One set of weights in both layouts: read as facebook's DiT or as diffusers' DiT, both layouts agree."""
+    model = dit()
+    facebook = write(model, tmp_path / "dit.safetensors", "facebook").place
+    written = write(model, tmp_path / "there", "diffusers")
+    assert "slightly other timestep frequencies" in written.notes[0]
+    stock = DiTTransformer2DModel.from_pretrained(written.place).eval()  # skips the note in config.json
+    assert "_tokdyn" in json.loads((written.place / "config.json").read_text())
+    plain = tmp_path / "stock"  # diffusers hands the note on, but what it saved is a model of its own
+    stock.save_pretrained(plain)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 5])
+
+    def out(found: Any) -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = found(x, timestep=t, class_labels=y).sample
+        return result
+
+    own = {"timestep_shift": 0, "mlp_norm_eps": 1e-6}
+    theirs = {"timestep_shift": 1, "mlp_norm_eps": 1e-6}  # norm_eps as it was written
+    expected = out(read(facebook))
+    for folder in (written.place, plain):
+        torch.testing.assert_close(out(read(folder, **own)), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out(read(folder, **theirs)), out(stock), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out(read(facebook, **theirs)), out(stock), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out(read(written.place)), expected)  # as the note says
+    torch.testing.assert_close(out(read(plain)), out(stock), atol=1e-5, rtol=1e-5)  # as diffusers computes
+    assert not torch.allclose(expected, out(stock), atol=1e-4)  # the two functions do differ
+
+
+def test_half_precision(dit: Make, tmp_path: Path) -> None:
+    model = dit()
+    for layout in DIT:
+        written = write(model, tmp_path / layout / PLACES[layout], layout, torch.bfloat16)
+        found = read(written.place).state_dict()
+        assert all(torch.equal(found[name], value.bfloat16().float()) for name, value in _trained(model))
+        assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_wrapped_model_keeps_its_methods_in_a_folder_of_tokdyn(dit: Make, same: Make, tmp_path: Path) -> None:
+    model = tokdyn.wrap(dit(), [tokdyn.TokenMerge(ratio=0.5), tokdyn.DynamicWidth(target=0.5)])
+    written = write(model, tmp_path / "own", "tokdyn", facts={"name": "here"})
+    names = {"config.json", "diffusion_pytorch_model.safetensors", "tokdyn.json", "tokdyn.safetensors"}
+    assert {path.name for path in written.files} == names | {"tokdyn_config.json"}
+    again = read(written.place)
+    tokdyn.load(again, written.place)
+    assert same(model, again)
+    with pytest.raises(CheckpointError, match="facebook layout has no place for the methods"):
+        write(model, tmp_path / "x.safetensors", "facebook")
+
+
+@pytest.mark.parametrize(
+    ("settings", "to", "message"),
+    [
+        ({"timestep_shift": 1}, "facebook", "timestep_shift=0 only"),
+        ({"timestep_map": (-0.001, 1.0)}, "facebook", r"timestep_map=\(1.0, 0.0\) only"),
+        ({"timestep_map": (-0.001, 1.0)}, "diffusers", r"timestep_map=\(1.0, 0.0\) only"),
+        ({"mlp_ratio": 2.0}, "diffusers", "mlp_ratio=4 only, and this model has 2"),
+        ({"sample_size": (8, 16)}, "diffusers", "square grid only"),
+        ({}, "official", "the official layout is for a DCDiT, and this is a DiT"),
+    ],
+    ids=str,
+)
+def test_what_a_layout_cannot_hold(dit: Make, tmp_path: Path, settings: Any, to: Layout, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        write(dit(**settings), tmp_path / PLACES[to], to)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "to", "message"),
+    [
+        ({"router": "cosine"}, "official", "router='spatial_predictability' only"),
+        ({"patch_size": 2}, "official", "patch_size=1 only"),
+        ({"position_scale": 0.5}, "official", "position_scale=1.0 only"),
+        ({"condition_adaptor": True}, "official", "condition_adaptor=False only"),
+        ({}, "facebook", "the facebook layout is for a DiT, and this is a DCDiT"),
+        ({}, "diffusers", "the diffusers layout is for a DiT, and this is a DCDiT"),
+    ],
+    ids=str,
+)
+def test_what_a_layout_cannot_hold_of_a_dcdit(
+    dcdit: Make, tmp_path: Path, settings: Any, to: Layout, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        write(dcdit(**settings), tmp_path / PLACES[to], to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_official_code_does_some_things_always(dcdit: Make, tmp_path: Path) -> None:
+    written = write(dcdit(force_ends=False, smoothing=False), tmp_path / "x.safetensors", "official")
+    assert [note.split()[4] for note in written.notes] == ["keeps", "smooths"]
+    assert write(dcdit(), tmp_path / "y.safetensors", "official").notes == ()
+
+
+def test_places(dit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file.safetensors").write_text("")
+    with pytest.raises(OutputError, match="there is there already and is not written over"):
+        write(dit(), tmp_path / "there", "tokdyn")
+    with pytest.raises(OutputError, match="is there already"):
+        write(dit(), tmp_path / "file.safetensors", "facebook")
+    with pytest.raises(OutputError, match=r"give it the ending \.safetensors"):
+        write(dit(), tmp_path / "file.pt", "facebook")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write(dit(), tmp_path / "file.safetensors" / "below", "diffusers")
+    monkeypatch.setattr("tokdyn.checkpoints.write.save_file", _full)
+    with pytest.raises(OutputError, match="No space left"):
+        write(dit(), tmp_path / "new", "diffusers")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.safetensors", "there"]  # nothing half written
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    plain = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+
+
+def _trained(model: Any) -> list[tuple[str, torch.Tensor]]:
+    return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
