@@ -25,6 +25,7 @@ LAYERS = [
     ["adapters"],
     ["attach"],
     ["checkpoints"],
+    ["bases"],
     ["flops"],
     ["upcycle"],
     ["diffusion"],

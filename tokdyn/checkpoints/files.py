@@ -102,6 +102,15 @@ def choose(content: Any, ema: bool, origin: str = "the state dict", config: Mapp
     raise CheckpointError(f"{origin} holds a {type(content).__name__}; expected a mapping from names to tensors.")
 
 
+def weight_files(path: str | Path, ema: bool = True) -> list[Path]:
+    """The files that `open_file` takes tensors from: one, or the shards that an index names."""
+    path = Path(path).expanduser()
+    file = _weights_in(path, ema) if path.is_dir() else path
+    if not file.name.endswith(".index.json"):
+        return [file]
+    return [file.parent / name for name in sorted(set(map(str, json_object(file).get("weight_map", {}).values())))]
+
+
 def _weights_in(folder: Path, ema: bool) -> Path:
     """The one file with weights in a folder."""
     if (folder / "model_index.json").is_file() and (folder / "transformer").is_dir():

@@ -99,7 +99,8 @@ def recognise(tensors: Mapping[str, Tensor], origin: str = "the state dict") -> 
         return "dit"
     raise CheckpointError(
         f"{origin} is of no known format: it has {some(sorted(tensors))}. Known are official DC-DiT (hnet.*), facebook "
-        "DiT (blocks.*.attn.qkv), DyDiT (blocks.*.attn_rate), diffusers DiT (transformer_blocks.*.norm1.emb.class_embedder) and tokdyn's own."
+        "DiT (blocks.*.attn.qkv), DyDiT (blocks.*.attn_rate), diffusers DiT "
+        "(transformer_blocks.*.norm1.emb.class_embedder) and tokdyn's own."
     )
 
 

@@ -1,0 +1,112 @@
+"""The table of named bases: what each is, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tokdyn.checkpoints import Kind
+from tokdyn.files import json_object
+from tokdyn.methods import DynamicWidth
+from tokdyn.methods.base import Sizes
+from tokdyn.models import DCDiT, DiT
+
+Objective = Literal["noise", "flow"]
+Source = Literal["url", "hub", "shipped"]
+"""A public file; a repository of the Hugging Face hub; a folder inside the package."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One base.
+
+    Attributes:
+        name: as the user writes it.
+        kind: its format.
+        objective: what it was trained to predict.
+        source: where `place` is.
+        place: a URL, OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER of the hub, or the name of a folder in the package.
+        build: makes the model, with weights of no meaning.
+        file: what a public file is called in the cache.
+        sha256: of a public file, where it is published; None trusts the first download.
+    """
+
+    name: str
+    kind: Kind
+    objective: Objective
+    source: Source
+    place: str
+    build: Callable[[], nn.Module]
+    file: str = ""
+    sha256: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, the frozen position table included, and gates where there are any."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build().parameters())
+
+
+def _dit(size: int = 32) -> Callable[[], nn.Module]:
+    return lambda: DiT.named("XL/2", sample_size=size)
+
+
+def _dc_dit(name: str) -> Callable[[], nn.Module]:
+    return lambda: DCDiT.named(name)
+
+
+def _dydit() -> nn.Module:
+    """DiT-XL/2 and the gates that it is read with."""
+    model = DiT.named("XL/2")
+    width, heads = model.config.hidden_size, model.config.num_heads
+    gates = DynamicWidth(token_input="stream", embedding=width).build(Sizes(width, heads, (0,) * model.config.depth))
+    assert gates is not None
+    return nn.ModuleList([model, gates])
+
+
+_FACEBOOK = "https://dl.fbaipublicfiles.com/DiT/models"
+_SIT = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt"
+_AMD = "amd/DynamicChunkingDiT"
+_DYDIT = "heisejiasuo/DyDiT:new_release_2025_03_26"
+_PUBLISHED = (
+    Row("DiT-XL/2", "dit", "noise", "url", f"{_FACEBOOK}/DiT-XL-2-256x256.pt", _dit(), "DiT-XL-2-256x256.pt"),
+    Row("DiT-XL/2-512", "dit", "noise", "url", f"{_FACEBOOK}/DiT-XL-2-512x512.pt", _dit(64), "DiT-XL-2-512x512.pt"),
+    Row(
+        "SiT-XL/2", "sit", "flow", "url", f"{_SIT}?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0", _dit(), "SiT-XL-2-256x256.pt"
+    ),
+    Row("DC-DiT-S", "dc-dit", "noise", "hub", f"{_AMD}:S-256", _dc_dit("S")),
+    Row("DC-DiT-XL", "dc-dit", "noise", "hub", f"{_AMD}:XL-256", _dc_dit("XL")),
+    Row("DyDiT-XL/2-0.7", "dydit", "noise", "hub", f"{_DYDIT}/new_dydit0.7.pt", _dydit),
+    Row("DyDiT-XL/2-0.5", "dydit", "noise", "hub", f"{_DYDIT}/new_dydit0.5.pt", _dydit),
+    Row("facebook/DiT-XL-2-256", "diffusers", "noise", "hub", "facebook/DiT-XL-2-256:transformer", _dit()),
+    Row("facebook/DiT-XL-2-512", "diffusers", "noise", "hub", "facebook/DiT-XL-2-512:transformer", _dit(64)),
+)
+_SHIPPED = ("shapes",)
+TARGETS = {"DyDiT-XL/2-0.7": 0.7, "DyDiT-XL/2-0.5": 0.5}
+"""Shares of the FLOPs that bases were trained to, where their tensors do not say it."""
+
+
+def rows() -> dict[str, Row]:
+    """All bases by name; shipped ones as far as this installation has them."""
+    shipped = [_shipped(name) for name in _SHIPPED if (shipped_folder(name) / "config.json").is_file()]
+    return {row.name: row for row in (*shipped, *_PUBLISHED)}
+
+
+def shipped_folder(name: str) -> Path:
+    """Where a base lies inside the package."""
+    return Path(str(files("tokdyn.bases") / name))
+
+
+def _shipped(name: str) -> Row:
+    folder = shipped_folder(name)
+    config = json_object(folder / "config.json")
+    family = {"DiT": DiT, "DCDiT": DCDiT}[config["_class_name"]]
+    facts = json_object(folder / "tokdyn.json") if (folder / "tokdyn.json").is_file() else {}
+    objective: Objective = "flow" if facts.get("objective", {}).get("kind") == "flow" else "noise"
+    return Row(name, "tokdyn", objective, "shipped", name, lambda: family.from_config(config))
