@@ -28,12 +28,12 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn models", "tokdyn models sample_size=64 target=16 --json"],
     )
     def models(ctx: typer.Context, json: Json = False) -> None:
-        """List the named models with parameters and FLOPs, and the families that methods can be attached to."""
-        from tokdyn.catalog import CatalogSettings, catalog, families
+        """List named models with their cost, pretrained ones, and the families that methods can be attached to."""
+        from tokdyn.catalog import CatalogSettings, bases, catalog, families
 
-        entries, known = catalog(read(ctx.args, CatalogSettings)), families()
+        entries, pretrained, known = catalog(read(ctx.args, CatalogSettings)), bases(), families()
         if json:
-            listed: list[Any] = [*entries, *known]
+            listed: list[Any] = [*entries, *pretrained, *known]
             as_json([asdict(entry) for entry in listed])
             return
         table(
@@ -41,6 +41,14 @@ def register(app: typer.Typer) -> None:
             [(e.kind, e.name, f"{e.parameters:,}", e.tokens, f"{e.computed:.0f}", f"{e.gflops:.2f}") for e in entries],
         )
         typer.echo("GFLOPs: one forward pass on one image; a multiply-add counts as 2 FLOPs.\n")
+        table(
+            ["pretrained", "format", "objective", "parameters", "in cache", "from"],
+            [
+                (e.name, e.format, e.objective, f"{e.parameters:,}", "yes" if e.cached else "no", _short(e.source))
+                for e in pretrained
+            ],
+        )
+        typer.echo("What they are, and where they are kept: docs/bases.md.\n")
         table(["family", *known[0].methods], [(family.name, *family.methods.values()) for family in known])
         typer.echo("\nClasses, and what is refused and why:")
         for family in known:
@@ -49,3 +57,8 @@ def register(app: typer.Typer) -> None:
                 settings = [written for written, found in family.refused.items() if found == reason]
                 typer.echo(f"    not {', '.join(settings)}: {reason}")
         typer.echo("Other models: DepthSkip and FeatureCache, where their structure can be read; see docs/adapters.md.")
+
+
+def _short(source: str) -> str:
+    """An address without its query."""
+    return source.partition("?")[0]

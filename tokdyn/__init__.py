@@ -2,7 +2,7 @@
 
 `import tokdyn` is cheap: names are loaded when first used. The subpackages are `tokdyn.ops` (pure tensor functions),
 `tokdyn.models` (DiT and DC-DiT), `tokdyn.diffusion`, `tokdyn.data`, `tokdyn.train`, `tokdyn.sample`,
-`tokdyn.evaluate` and `tokdyn.checkpoints`.
+`tokdyn.evaluate`, `tokdyn.checkpoints` and `tokdyn.bases`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ _LAZY = {
 _SUBMODULES = frozenset(
     {
         "adapters",
+        "bases",
         "calibration",
         "checkpoints",
         "data",

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from tokdyn.adapters import known_adapters
 from tokdyn.attach.support import EXAMPLES, support
+from tokdyn.bases import rows
+from tokdyn.bases.opening import in_cache
 from tokdyn.flops import flops_per_image
 from tokdyn.methods import METHODS
 from tokdyn.models import DCDiT, DiT
@@ -88,6 +90,45 @@ def catalog(settings: CatalogSettings) -> list[CatalogEntry]:
 def _entry(name: str, kind: str, model: torch.nn.Module, cells: int, computed: float, flops: float) -> CatalogEntry:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return CatalogEntry(name, kind, parameters, cells, computed, flops / 1e9)
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """A pretrained model to begin with.
+
+    Attributes:
+        name: as `tokdyn.bases.open_base` takes it.
+        kind: "base".
+        format: of its file.
+        objective: "noise" or "flow".
+        parameters: number of parameters, as tokdyn reads it.
+        source: where it comes from: an address, an id of the hub, or "shipped".
+        cached: it can be opened without a network.
+    """
+
+    name: str
+    kind: str
+    format: str
+    objective: str
+    parameters: int
+    source: str
+    cached: bool
+
+
+def bases() -> list[BaseEntry]:
+    """The pretrained models that have a name."""
+    return [
+        BaseEntry(
+            row.name,
+            "base",
+            row.kind,
+            row.objective,
+            row.parameters,
+            "shipped" if row.source == "shipped" else row.place,
+            in_cache(row),
+        )
+        for row in rows().values()
+    ]
 
 
 @dataclass(frozen=True)

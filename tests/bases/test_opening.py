@@ -137,7 +137,7 @@ def test_offline_without_a_cache_there_are_three_ways_out(name: str, tmp_path: P
     if row.source == "shipped":
         return
     place = str(tmp_path / "cache" / row.file) if row.source == "url" else str(tmp_path / "hub")
-    with pytest.raises(CheckpointError, match="give --base PATH .* ships with tokdyn") as found:
+    with pytest.raises(CheckpointError, match=r"give --base PATH .* ships with tokdyn") as found:
         read_base(name)
     assert place in str(found.value)
     assert "\n" not in str(found.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ TINY = [
     "training.precision=fp32",
 ]  # fmt: skip
 LEAVES = [
-    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["eval"], ["models"], ["methods"],
+    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["eval"], ["convert"], ["models"],
+    ["methods"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 
@@ -69,7 +71,7 @@ def test_help_has_usage_and_examples(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["demo"], ["train"], ["upcycle"], ["sample"], ["calibrate"], ["eval"], ["features"], ["models"]],
+    [["demo"], ["train"], ["upcycle"], ["sample"], ["calibrate"], ["eval"], ["features"], ["convert"], ["models"]],
     ids=" ".join,
 )
 def test_help_explains_every_setting(words: list[str]) -> None:
@@ -100,6 +102,10 @@ def test_unknown_command_and_option() -> None:
         (["eval", "nowhere"], "nowhere"),
         (["features", "vae=v"], "'out' is required"),
         (["models", "sample_size=0"], "'sample_size'"),
+        (["convert", "x.pt", "y"], "'to' is required"),
+        (["convert", "nowhere.pt", "y", "--to", "diffusers"], "there is no base 'nowhere.pt'"),
+        (["convert", "x.pt", "y", "--to", "onnx"], "'to'"),
+        (["convert", "x.pt", "y", "z", "--to", "tokdyn"], "'z' is one word too many"),
         (["demo", "seed=-1"], "'seed'"),
         (["recipes", "show", "demoo"], "did you mean 'demo'?"),
         (["recipes", "ls", "all=true"], "all=true has no meaning here"),
@@ -142,7 +148,12 @@ def test_recipes(tmp_path: Path) -> None:
 def test_models() -> None:
     entries = json.loads(run("models", "--json").stdout)
     assert {"S/2", "S"} <= {entry["name"] for entry in entries}
-    assert "237.24" in run("models").stdout
+    pretrained = {entry["name"]: entry for entry in entries if entry["kind"] == "base"}
+    assert {"DiT-XL/2", "SiT-XL/2", "DC-DiT-S", "DyDiT-XL/2-0.7", "facebook/DiT-XL-2-512"} <= set(pretrained)
+    assert (pretrained["SiT-XL/2"]["objective"], pretrained["SiT-XL/2"]["parameters"]) == ("flow", 675_129_632)
+    shown = run("models").stdout
+    assert "237.24" in shown
+    assert re.search(r"DC-DiT-XL +dc-dit +noise +689,589,513 +(yes|no) +amd/DynamicChunkingDiT:XL-256\n", shown)
 
 
 def test_dry_run_trains_nothing(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
     Returns:
         The model in evaluation mode on the CPU, with the methods that it was trained with; what it was trained to
         predict; and where it came from. Without a tokdyn.json beside the weights the objective is DiT's: noise over
-        1000 steps.
+        1000 steps; a flow for weights of SiT.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
@@ -67,7 +67,7 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         load(model, place / METHODS)
     facts = _facts(place)
     try:
-        objective = Objective(**facts.get("objective", {"learn_sigma": model.config.learn_sigma}))
+        objective = Objective(**facts.get("objective", _usual(model)))
         data = DataConfig(**facts["data"]) if facts.get("data") else None
         latents = LatentOrigin(**facts["latents"]) if facts.get("latents") else None
     except (ValidationError, TypeError) as error:
@@ -81,6 +81,13 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         )
     info = ModelInfo(place, name, step, data, latents, tuple(map(str, names)))
     return model, objective, info
+
+
+def _usual(model: DiT | DCDiT) -> dict[str, Any]:
+    """The objective of a model of which nothing is written; only flows have a clock of their own."""
+    if tuple(model.config.timestep_map) != (1.0, 0.0):
+        return {"kind": "flow"}
+    return {"learn_sigma": model.config.learn_sigma}
 
 
 def _name(path: Path) -> str:

@@ -1,0 +1,78 @@
+"""`tokdyn convert` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
+
+from tokdyn.checkpoints import read, to_facebook
+from tokdyn.models import DiT
+from tokdyn.sample.loading import load_model
+
+
+def run(*words: str | Path, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["convert", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = DiT(sample_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape) * parameter.requires_grad
+    torch.save({"ema": to_facebook(model)}, tmp_path / "dit.pt")
+    return tmp_path / "dit.pt"
+
+
+def test_there_and_back(file: Path, tmp_path: Path) -> None:
+    first = run(file, tmp_path / "there", "--to", "diffusers", "num_heads=4")
+    assert "slightly other timestep frequencies" in first.stderr
+    assert isinstance(DiTTransformer2DModel.from_pretrained(tmp_path / "there"), DiTTransformer2DModel)
+    run(tmp_path / "there", tmp_path / "own", "to=tokdyn")
+    run(tmp_path / "own", tmp_path / "back.safetensors", "--to=facebook")
+    original, back = (read(path, num_heads=4).state_dict() for path in (file, tmp_path / "back.safetensors"))
+    assert all(torch.equal(original[name], back[name]) for name in original)
+    assert not (tmp_path / "own" / "tokdyn.json").exists()  # nothing is known of its training
+
+
+def test_json(file: Path, tmp_path: Path) -> None:
+    shown = json.loads(
+        run(file, tmp_path / "own", "--to", "tokdyn", "--kind", "sit", "num_heads=4", "dtype=bf16", "--json").stdout
+    )
+    assert (shown["model"], shown["layout"], shown["objective"]) == ("DiT", "tokdyn", "flow")
+    assert {Path(name).name for name in shown["files"]} == {
+        "config.json", "diffusion_pytorch_model.safetensors", "tokdyn.json",
+    }  # fmt: skip
+    model, objective, _ = load_model(tmp_path / "own")  # as sampling loads it
+    assert objective.kind == "flow"
+    assert tuple(model.config.timestep_map) == (-0.001, 1.0)
+    assert torch.equal(model.x_embedder.proj.weight, model.x_embedder.proj.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["out", "--to", "diffusers"], "num_heads"),
+        (["dit.pt", "--to", "tokdyn", "num_heads=4"], "is there already and is not written over"),
+        (["out", "--to", "facebook", "num_heads=4"], "give it the ending .safetensors"),
+        (["out.safetensors", "--to", "official", "num_heads=4"], "is for a DCDiT, and this is a DiT"),
+        (["out", "--to", "diffusers", "--kind", "sit", "num_heads=4"], "timestep_map=(1.0, 0.0) only"),
+        (["out", "--to", "diffusers", "--kind", "dc-dit", "num_heads=4"], "was to be read as 'dc-dit'"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(file: Path, words: list[str], message: str) -> None:
+    place, *rest = words
+    result = run(file, file.parent / place, *rest, code=2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert [path.name for path in file.parent.iterdir()] == ["dit.pt"]
