@@ -243,9 +243,9 @@ def test_a_flow_is_upcycled_too(tmp_path: Path) -> None:
 def test_bases_that_do_not_fit(base: Path, whole: Path, tmp_path: Path) -> None:
     for settings, words in (
         (recipe(base, tmp_path / "a", data={**SMALL["data"], "size": 32}), "has sample_size=16, and the recipe 32"),
-        (recipe(base, tmp_path / "a", objective={"kind": "flow"}), "learn_sigma=True, and the recipe False"),
+        (recipe(base, tmp_path / "a", objective={"kind": "flow"}), "objective.kind=noise, and the recipe has flow"),
         (recipe(base, tmp_path / "a", model={"depth": 3}), "depth follows from the base"),
-        (recipe(whole, tmp_path / "a"), "is a DC-DiT already"),
+        (recipe(whole, tmp_path / "a"), "is no DiT but a DCDiT"),
         (recipe(tmp_path / "nowhere", tmp_path / "a"), "nowhere"),
     ):
         with pytest.raises((RecipeError, CheckpointError, ValueError), match=words):

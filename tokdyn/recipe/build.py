@@ -13,7 +13,6 @@ from tokdyn.data import DataConfig
 from tokdyn.data.config import rows_and_columns
 from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.flops import compute_matched_steps, flops_per_image
-from tokdyn.models.sizes import SHAPES
 from tokdyn.recipe.model_settings import FROM_ELSEWHERE, ModelSettings
 from tokdyn.recipe.schema import Recipe
 
@@ -75,41 +74,56 @@ def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
         CheckpointError: It cannot be read, or is no DiT.
         RecipeError: It was made for other samples, classes or another objective than the recipe's.
     """
-    from tokdyn.checkpoints import read
-    from tokdyn.models import DiT
+    from tokdyn.bases import read_base
 
     assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
-    base: Any = read(recipe.upcycle.base, ema=recipe.upcycle.ema)
-    if not isinstance(base, DiT):
-        raise CheckpointError(
-            f"upcycle.base {recipe.upcycle.base} is a DC-DiT already; train it on with `tokdyn train`."
+    base = read_base(recipe.upcycle.base, ema=recipe.upcycle.ema)
+    if base.objective != recipe.objective.kind:
+        raise RecipeError(
+            f"the base {base.origin} was trained with objective.kind={base.objective}, and the recipe has "
+            f"{recipe.objective.kind}; make them equal."
         )
-    expected = model_arguments(recipe, shape, num_classes)
-    for name, where in FROM_ELSEWHERE.items():
-        if name == "out_channels":
-            continue
-        there, here = base.config[name], expected[name]
-        if (tuple(there) if isinstance(there, list) else there) != here:
-            raise RecipeError(
-                f"the base {recipe.upcycle.base} has {name}={there}, and the recipe {here}; set {where} to what the "
-                "base was trained with, or choose another base."
-            )
-    found: DiT = base
-    return found
+    return _fitting(base.model, recipe, shape, num_classes)
 
 
 def planned_base(recipe: Recipe) -> DiT:
-    """The base of an upcycling recipe without its weights, where its name says how it is built; else it is read."""
-    from tokdyn.models import DiT
+    """The base of an upcycling recipe without its weights, where it is a known one; else it is read."""
+    from tokdyn.bases import rows
 
     assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
     shape, classes = planned_shape(recipe.data), recipe.data.num_classes or _SHAPES_CLASSES
-    size, _, patch = recipe.upcycle.base.removeprefix("DiT-").partition("/")
-    if size not in SHAPES or not patch.isdecimal() or Path(recipe.upcycle.base).exists():
+    row = None if Path(recipe.upcycle.base).exists() else rows().get(recipe.upcycle.base)
+    if row is None:
         return open_base(recipe, shape, classes)
     with torch.device("meta"):
-        base: DiT = DiT.named(recipe.upcycle.base, **model_arguments(recipe, shape, classes))
-    return base
+        return _fitting(row.build(), recipe, shape, classes)
+
+
+def _fitting(base: Any, recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
+    """A base that the recipe can begin with."""
+    from tokdyn.models import DiT
+
+    assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
+    name = recipe.upcycle.base
+    if not isinstance(base, DiT):
+        raise CheckpointError(f"upcycle.base {name} is no DiT but a {type(base).__name__}; train that on as it is.")
+    if hasattr(base, "tokdyn"):
+        raise CheckpointError(
+            f"upcycle.base {name} has methods of its own (DyDiT); begin with the DiT that it came from."
+        )
+    expected = model_arguments(recipe, shape, num_classes)
+    free = {"out_channels"} | (
+        {"learn_sigma"} if recipe.objective.kind == "flow" else set()
+    )  # a flow ignores a second half
+    for key, where in FROM_ELSEWHERE.items():
+        there = base.config[key]
+        if key not in free and (tuple(there) if isinstance(there, list) else there) != expected[key]:
+            raise RecipeError(
+                f"the base {name} has {key}={there}, and the recipe {expected[key]}; set {where} to what the base was "
+                "trained with, or choose another base."
+            )
+    found: DiT = base
+    return found
 
 
 def build_model(

@@ -14,17 +14,23 @@ FACTS = "tokdyn.json"
 
 
 def facts_of(base: str) -> dict[str, Any]:
-    """What a run of tokdyn wrote beside the weights of a base: objective, data, class names; empty for others.
+    """What is known of how a base was trained: objective, data, class names; empty for a base that nobody knows.
 
     Args:
-        base: a file or a folder.
+        base: as the user writes it; nothing is downloaded.
     """
+    from tokdyn.bases import rows
+    from tokdyn.bases.table import shipped_folder
+
     path = Path(base).expanduser()
+    row = None if path.exists() else rows().get(base)
+    if row is not None and row.source == "shipped":
+        path = shipped_folder(row.place)
     folder = path if path.is_dir() else path.parent
     for place in (folder, folder / "ema", folder / "model"):
         if path.exists() and (place / FACTS).is_file():
             return json_object(place / FACTS)
-    return {}
+    return {} if row is None else {"objective": {"kind": row.objective}}
 
 
 def split_methods(methods: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:

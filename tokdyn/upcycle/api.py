@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tokdyn.attach.api import attachment_of, wrap
-from tokdyn.checkpoints import read
+from tokdyn.bases import open_base
 from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, DynamicWidth, Method
 from tokdyn.models import DCDiT, DiT
@@ -33,7 +33,7 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
     `DynamicWidth` (arXiv 2410.03456), whose gates start open.
 
     Args:
-        base: a model, or the path of one that `tokdyn.checkpoints.read` knows.
+        base: a model, or what `tokdyn models` lists, the path of a checkpoint, or an id of the hub.
         method: "dc", "dydit", or both in one list.
         **settings: of the methods: target, patch_size, router, encoder_depth, ... of ``dc``; those that begin with
             ``width_`` are settings of `DynamicWidth`, as in width_target=0.7.
@@ -55,7 +55,7 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
             )
     if not names or len(set(names)) < len(names):
         raise InputError(f"the methods are {names}; name at least one, each once.")
-    model = base if isinstance(base, nn.Module) else read(base)
+    model = base if isinstance(base, nn.Module) else open_base(base)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped; call tokdyn.unwrap on it first.")
     width = {key.removeprefix("width_"): value for key, value in settings.items() if key.startswith("width_")}
