@@ -106,8 +106,8 @@ def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method
         for block in blocks if reason is None else ():
             layout = layout_of(block, stack, adapter.heads(model))
             reason = unfit(stack, method, adapter.dense, layout is not None, bool(layout and layout.sizes["channels"]))
-            if method.tokens and method.token_input == "stream" and not hasattr(block, stack.stream or ""):
-                reason = _UNSEEN  # another model of that layout
+            if reason is None and method.tokens and method.token_input == "stream":
+                reason = None if hasattr(block, stack.stream or "") else _UNSEEN  # of another model of that layout
             if layout is None or reason is not None:
                 break
             found.append(layout)

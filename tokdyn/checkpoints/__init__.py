@@ -3,7 +3,7 @@
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
 from tokdyn.checkpoints.files import Raw, open_file
 from tokdyn.checkpoints.reader import Kind, read
-from tokdyn.checkpoints.write import Layout, Written, write
+from tokdyn.checkpoints.writer import Layout, Written, write
 
 __all__ = [
     "Kind",
