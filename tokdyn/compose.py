@@ -142,8 +142,19 @@ def _budget(outer: Placed, inner: Placed, depth: int) -> None:
         )
 
 
+def _aligned(outer: Placed, inner: Placed, depth: int) -> None:
+    """TRAIT: who decides about the tokens of a branch by those of its block cannot have them merged on the way."""
+    for one, other in ((outer, inner), (inner, outer)):
+        if one.traits.aligned is not None and f"merging around {one.traits.aligned}" in other.traits.owns:
+            raise CompositionError(
+                f"{one.name} decides about the tokens of the {one.traits.aligned} by those of the block "
+                f"(token_input='stream'), but {other.name} merges them on the way there; use {other.name} with "
+                "where='attention'."
+            )
+
+
 def _both(outer: Placed, inner: Placed) -> str:
     return f"two {outer.name}" if outer.name == inner.name else f"{outer.name} and {inner.name}"
 
 
-_RULES: tuple[Callable[[Placed, Placed, int], None], ...] = (_phase, _own, _trait, _unstable, _nest, _budget)
+_RULES: tuple[Callable[[Placed, Placed, int], None], ...] = (_phase, _own, _trait, _unstable, _nest, _budget, _aligned)

@@ -23,7 +23,7 @@ from tokdyn.bases import open_base, read_base, rows, table
 from tokdyn.bases.download import cache_folder, digest
 from tokdyn.bases.opening import in_cache, locate
 from tokdyn.checkpoints import read, to_facebook, to_official
-from tokdyn.checkpoints.write import write
+from tokdyn.checkpoints.writer import write
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 

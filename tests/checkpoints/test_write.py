@@ -13,7 +13,7 @@ from diffusers import DiTTransformer2DModel
 
 import tokdyn
 from tokdyn.checkpoints import read
-from tokdyn.checkpoints.write import Layout, write
+from tokdyn.checkpoints.writer import Layout, write
 from tokdyn.errors import CheckpointError, OutputError
 from tokdyn.models import DCDiT, DiT
 
@@ -186,7 +186,7 @@ def test_places(dit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         write(dit(), tmp_path / "file.pt", "facebook")
     with pytest.raises(OutputError, match="cannot be written"):
         write(dit(), tmp_path / "file.safetensors" / "below", "diffusers")
-    monkeypatch.setattr("tokdyn.checkpoints.write.save_file", _full)
+    monkeypatch.setattr("tokdyn.checkpoints.writer.save_file", _full)
     with pytest.raises(OutputError, match="No space left"):
         write(dit(), tmp_path / "new", "diffusers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.safetensors", "there"]  # nothing half written

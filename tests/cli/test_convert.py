@@ -12,6 +12,7 @@ from diffusers import DiTTransformer2DModel
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
+from tokdyn.bases import open_base
 from tokdyn.checkpoints import read, to_facebook
 from tokdyn.models import DiT
 from tokdyn.sample.loading import load_model
@@ -56,6 +57,38 @@ def test_json(file: Path, tmp_path: Path) -> None:
     assert objective.kind == "flow"
     assert tuple(model.config.timestep_map) == (-0.001, 1.0)
     assert torch.equal(model.x_embedder.proj.weight, model.x_embedder.proj.weight.bfloat16().float())
+
+
+def test_a_dydit_keeps_its_gates_and_is_sampled_with_them(tmp_path: Path) -> None:
+    weights = to_facebook(DiT(sample_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5, in_channels=3))
+    draw = torch.Generator().manual_seed(1)
+    weights = {name: value + 0.1 * torch.randn(value.shape, generator=draw) for name, value in weights.items()}
+    for block in range(2):
+        for name, outputs, inputs in (
+            ("attn_rate.router", 3, 32), ("mlp_rate.router", 3, 32), ("token_selection.mlp_head.0", 2, 32),
+            ("token_selection.mlp_head.2", 1, 2),
+        ):  # fmt: skip
+            weights[f"blocks.{block}.{name}.weight"] = torch.randn(outputs, inputs, generator=draw)
+            weights[f"blocks.{block}.{name}.bias"] = torch.zeros(outputs)
+    torch.save({"ema": weights}, tmp_path / "dydit.pt")
+    shown = json.loads(run(tmp_path / "dydit.pt", tmp_path / "own", "--to", "tokdyn", "num_heads=4", "--json").stdout)
+    assert shown["methods"] == ["DynamicWidth"]
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 3])
+    with torch.no_grad():
+        expected = read(tmp_path / "dydit.pt", num_heads=4)(x, timestep=t, class_labels=y).sample
+        assert torch.equal(open_base(tmp_path / "own")(x, timestep=t, class_labels=y).sample, expected)
+    words = [
+        "sample",
+        tmp_path / "own",
+        f"methods={tmp_path / 'own'}",
+        f"out={tmp_path / 'images'}",
+        "steps=2",
+        "count=2",
+    ]
+    done = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert done.exit_code == 0, done.output
+    refused = run(tmp_path / "dydit.pt", tmp_path / "x", "--to", "diffusers", "num_heads=4", code=2)
+    assert "has no place for the methods" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import DynamicWidth, Method
 from tokdyn.ops.width import group_sizes
 
+_UNSEEN = "do not show their tokens before norm and modulation; use DynamicWidth(token_input='mlp')"
+
 Names = tuple[str, ...]
 """Where a module is, from the block."""
 
@@ -104,6 +106,8 @@ def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method
         for block in blocks if reason is None else ():
             layout = layout_of(block, stack, adapter.heads(model))
             reason = unfit(stack, method, adapter.dense, layout is not None, bool(layout and layout.sizes["channels"]))
+            if reason is None and method.tokens and method.token_input == "stream":
+                reason = None if hasattr(block, stack.stream or "") else _UNSEEN  # of another model of that layout
             if layout is None or reason is not None:
                 break
             found.append(layout)
@@ -136,7 +140,7 @@ def unfit(
     if method.tokens and not (stack.mlp or stack.width.parallel):
         return "call their MLP on image and text in turn; use DynamicWidth(tokens=False)"
     if method.tokens and method.token_input == "stream" and stack.stream is None:
-        return "do not show their tokens before norm and modulation; use DynamicWidth(token_input='mlp')"
+        return _UNSEEN
     if method.channels and not channels:
         return f"have an MLP whose channels cannot be cut; {cure}"
     return None

@@ -13,7 +13,7 @@ from tokdyn.attach.api import attachment_of
 from tokdyn.bases.opening import Base, read_base
 from tokdyn.bases.table import Objective, rows
 from tokdyn.checkpoints import Kind
-from tokdyn.checkpoints.write import Layout, write
+from tokdyn.checkpoints.writer import Layout, write
 from tokdyn.files import UserPath
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
@@ -75,6 +76,13 @@ def fetch(url: str, place: Path, sha256: str | None = None) -> str:
 
 def digest(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
+    now = path.stat()
+    return _digest(path.absolute(), now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Read once as long as the file does not change: weights of gigabytes take seconds."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -147,7 +155,7 @@ def _go_on(url: str, part: Path, name: str) -> tuple[int, int | None]:
             # A weak tag says that two versions mean the same, not that their bytes are equal.
             _tag(part).write_text(json.dumps("" if tag.startswith("W/") else tag))
             file = part.open("ab" if have else "wb")
-        with file, progress(name, -(-(total or 0) // _CHUNK)) as advance:
+        with file, progress(f"{name}, MiB", -(-(total or 0) // _CHUNK)) as advance:
             return have + _copied(answer, file, part, advance, have), total
 
 

@@ -1,7 +1,19 @@
-"""Reading and writing checkpoints: official DC-DiT, facebook DiT, diffusers DiT and our own folders."""
+"""Reading and writing checkpoints: official DC-DiT, facebook DiT, SiT, DyDiT, diffusers DiT and our own folders."""
 
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
 from tokdyn.checkpoints.files import Raw, open_file
 from tokdyn.checkpoints.reader import Kind, read
+from tokdyn.checkpoints.writer import Layout, Written, write
 
-__all__ = ["Kind", "Raw", "open_file", "read", "to_diffusers", "to_facebook", "to_official"]
+__all__ = [
+    "Kind",
+    "Layout",
+    "Raw",
+    "Written",
+    "open_file",
+    "read",
+    "to_diffusers",
+    "to_facebook",
+    "to_official",
+    "write",
+]

@@ -41,6 +41,7 @@ class Traits:
         owns: things that only one method may decide; blocks in which, None for all.
         span: the blocks it encloses, counted from the front; None is all.
         learns: what its loss holds at a target; two losses on one quantity would fight.
+        aligned: a branch whose tokens it decides about by those of the block, so that they have to be the same.
     """
 
     stage: Stage
@@ -53,6 +54,7 @@ class Traits:
     owns: dict[str, frozenset[int] | None] = field(default_factory=dict)
     span: Span | None = None
     learns: Literal["tokens", "FLOPs"] | None = None
+    aligned: Literal["attention", "mlp"] | None = None
 
 
 @dataclass(frozen=True)

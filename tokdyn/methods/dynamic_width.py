@@ -66,6 +66,7 @@ class DynamicWidth(Method):
             needs_level=self.heads or self.channels,
             owns={thing: None for thing, chosen in owned.items() if chosen},
             learns="FLOPs",
+            aligned="mlp" if self.tokens and self.token_input == "stream" else None,
         )
 
 

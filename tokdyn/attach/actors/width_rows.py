@@ -15,7 +15,6 @@ from tokdyn.attach.narrow import readable
 from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
 from tokdyn.attach.tokens import split
-from tokdyn.errors import InputError
 from tokdyn.methods import WidthGates
 from tokdyn.ops.skipping import gate
 from tokdyn.ops.width import with_text
@@ -33,11 +32,7 @@ def _place(role: Role) -> str:
 def _logits(module: WidthGates, run: Run, role: Role, x: Tensor) -> tuple[Tensor, int]:
     """(B, M) logits of the image tokens in x, (T,) of packed rows, and the number of text tokens beside them."""
     if role.stack.stream is not None and (stream := run.given.pop(STREAM, None)) is not None:
-        if stream.shape != x.shape:
-            raise InputError(
-                f"the MLP of block {role.block} gets tokens {tuple(x.shape)}, but its gates see {tuple(stream.shape)}: "
-                "token_input='stream' does not go with methods that change the tokens between norm and MLP."
-            )
+        assert stream.shape == x.shape, "methods that merge tokens on the way were refused"
         x = stream
     if run.packing is not None:
         text, image = None, x
