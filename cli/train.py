@@ -70,9 +70,9 @@ def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
     result = run(recipe, resume=resume, preview=draw_preview)
     done = {"folder": result.folder, "step": result.step, "steps": result.steps, "metrics": result.row}
     if result.finished and recipe.upcycle is not None and recipe.upcycle.after:
-        from tokdyn.calibration.afterwards import attach_after
+        from tokdyn.calibration.afterwards import finish
 
-        done["methods"] = attach_after(result.folder, recipe.upcycle.after, result.folder / "methods")
+        done["methods"] = finish(result.folder, recipe.upcycle.after)
         typer.echo(f"Methods for `tokdyn sample {result.folder} methods={done['methods']}`.", err=True)
     if json:
         as_json(done)

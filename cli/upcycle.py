@@ -52,17 +52,25 @@ def register(app: typer.Typer) -> None:
         as it does with all, on images that it draws: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
         """
         from tokdyn.calibration.pipelines import is_pipeline
-        from tokdyn.recipe import Recipe
+        from tokdyn.errors import RecipeError
+        from tokdyn.recipe import Recipe, load
         from tokdyn.recipe.upcycled import upcycling
 
         from .train import carry_out
 
         if is_pipeline(base):
+            if dry_run or recipe is not None:
+                raise RecipeError(
+                    f"{base} is a pipeline, which no recipe trains: leave {'--dry-run' if dry_run else '--recipe'} out."
+                )
             _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
             return
         given = split(ctx.args, frozenset(flags(Recipe)))
         given.take()
-        made = upcycling(base, recipe, given.overrides(), method or ())
+        if resume and base is None and recipe is None and not method and "out" in given.settings:
+            made = load(given.settings["out"], given.overrides())  # as it was begun
+        else:
+            made = upcycling(base, recipe, given.overrides(), method or ())
         carry_out(made, resume, dry_run, json)
 
 

@@ -107,6 +107,7 @@ class Routing:
         natural_keep: (B, N) bool, the tokens with p > 0.5, before tail drop.
         grid: the token grid, N cells.
         losses: auxiliary losses by name, scalars; "ratio" is the ratio loss over the whole batch at the model's target.
+        decided: (B, N) bool, the tokens that were chosen before tail drop, where that was not the router's p > 0.5.
     """
 
     probability: Tensor
@@ -114,6 +115,7 @@ class Routing:
     natural_keep: Tensor
     grid: Grid
     losses: dict[str, Tensor] = field(default_factory=dict)
+    decided: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:

@@ -80,6 +80,16 @@ def test_a_pipeline_is_upcycled_by_one_command(pipeline: Path, tmp_path: Path) -
         "upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", f"out={out}", "steps=62", "--resume", "--json"
     )
     assert json.loads(again)["error"]["first"] == report["error"]["first"]
+    other = tmp_path / "other"
+    twice, _ = run("upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", f"out={other}", "--json")
+    assert json.loads(twice)["error"] == report["error"]
+    for words, message in (
+        ([f"out={other}", "target=3", "--resume"], "begun with other settings: target"),
+        (["--dry-run"], "leave --dry-run out"),
+        (["--recipe", "demo"], "leave --recipe out"),
+        (["trained=all", "precision=bf16"], "needs precision=fp32"),
+    ):
+        assert message in run("upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", *words, code=2)[1]
 
 
 def test_what_does_not_fit_is_said(pipeline: Path, tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ def test_a_stack_is_one_command(base: Path, tmp_path: Path) -> None:
     """DC-DiT with dynamic width inside and a calibrated cache outside, trained, attached and sampled with."""
     out = tmp_path / "run"
     stack = ["--method", "dc", "--method", "dydit", "--method", "cache", "--method", "merge=0.2"]
-    after = "upcycle.after=[{method: cache, steps: 6, count: 2}, {method: merge, ratio: 0.2}]"
-    told, notes = run("upcycle", "--base", base, *stack, *STEPS, *TINY[2:], PHASES, after, f"out={out}", "--json")
+    told, notes = run("upcycle", "--base", base, *stack, *STEPS, *TINY[2:], PHASES, f"out={out}", "--json")
     done = json.loads(told)
+    again, _ = run("upcycle", f"out={out}", "training.steps=5", "--resume", "--json")  # as it was begun
+    assert json.loads(again)["step"] == 5
     assert done["step"] == 4
     assert done["methods"] == str(out / "methods")
     assert "copied" in notes
@@ -55,7 +56,7 @@ def test_a_stack_is_one_command(base: Path, tmp_path: Path) -> None:
     tokdyn.unwrap(model)
     tokdyn.load(model, out / "methods")
     assert all(bool((model.tokdyn.parts["2"].state_dict()[name] == value).all()) for name, value in trained.items())
-    sampled = ["steps=6", "count=2", "device=cpu", f"methods={out / 'methods'}", f"out={tmp_path / 'images'}"]
+    sampled = ["steps=50", "count=2", "device=cpu", f"methods={out / 'methods'}", f"out={tmp_path / 'images'}"]
     run("sample", out, *sampled)
     assert json.loads((tmp_path / "images" / "sample.json").read_text())["budgets"][0]["tflops_per_image"] > 0
 

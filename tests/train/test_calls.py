@@ -14,7 +14,7 @@ import tokdyn
 from tests.contract.models import TINY
 from tests.contract.pipelines import PIPES, build, images
 from tokdyn import Chunking, FeatureCache
-from tokdyn.errors import CheckpointError, InputError
+from tokdyn.errors import CheckpointError, InputError, TokdynError
 from tokdyn.train.calls import CallSettings, distil
 
 QUICK = CallSettings(steps=40, lr=3e-3, checkpoint_every=20)
@@ -72,6 +72,26 @@ def test_resuming_equals_never_stopping(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "half")
     with pytest.raises(CheckpointError, match="holds no run"):
         distil(fresh(), calls, tmp_path / "half", settings, resume=True)
+
+
+def test_losses_that_are_not_finite_stop_it(tmp_path: Path) -> None:
+    student = tokdyn.upcycle(TINY["FluxTransformer2DModel"].build(), "dc", target=2)
+    calls = [TINY["FluxTransformer2DModel"].inputs(1)]
+    with pytest.raises(TokdynError, match=r"not finite in step \d+; lower lr"):
+        distil(student, calls, tmp_path / "run", CallSettings(steps=50, lr=1e18, clip=1e18))
+    assert not (tmp_path / "run" / "methods").exists()
+
+
+def test_a_run_that_was_cut_off_between_two_files_goes_on(tmp_path: Path) -> None:
+    """Metrics are written before the state, so there are never too few of them."""
+    calls = [TINY["FluxTransformer2DModel"].inputs(1)]
+    student = tokdyn.upcycle(TINY["FluxTransformer2DModel"].build(), "dc", target=2)
+    distil(student, calls, tmp_path / "run", CallSettings(steps=2))
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3.0, "output": 1.0}\n')
+    rows = distil(student, calls, tmp_path / "run", CallSettings(steps=3), resume=True).rows
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["output"] != 1.0
 
 
 def test_what_cannot_learn_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ PHASES = [
 ]
 
 
+ALL = ["embedders", "blocks", "router", "methods", "scaffold"]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DiT that was trained for two steps."""
@@ -215,6 +218,7 @@ def test_phases_are_functions_of_the_step() -> None:
         ({"model": {"kind": "dit"}, "chunking": None}, "a 'dit' from a base is that base"),
         ({"upcycle": {"methods": [{"method": "DynamicWidth", "target": 2}]}}, "DynamicWidth: target"),
         ({"upcycle": {"methods": [{"method": "FeatureCache"}]}}, "method"),
+        ({"upcycle": {"after": [{"method": "cache"}, {"method": "cache"}]}}, "listed twice"),
         ({"upcycle": {"phases": [{"name": "a", "complete": 1}]}}, "complete compares the model without its methods"),
         ({"upcycle": {"phases": [{"name": "a"}, {"name": "b"}]}}, "'a' has no steps"),
         ({"upcycle": {"phases": [{"name": "a", "steps": 3}]}}, "'a' is the last one; leave its steps out"),
@@ -233,7 +237,7 @@ def test_a_flow_is_upcycled_too(tmp_path: Path) -> None:
     training = {**SMALL["training"], "steps": 2}
     base = {**SMALL, "model": model, "training": training, "objective": {"kind": "flow"}, "out": str(tmp_path / "flow")}
     train(resolve(base))
-    words = ["training.steps=4", "training.batch_size=4", "training.precision=fp32", f"out={tmp_path / 'run'}"]
+    words = ["training.steps=7", "training.batch_size=4", "training.precision=fp32", f"out={tmp_path / 'run'}"]
     made = upcycling(str(tmp_path / "flow"), "shapes/upcycle", [*words, f"upcycle.phases={json.dumps(PHASES)}"])
     assert made.objective.kind == "flow"
     assert train(made).finished
@@ -247,6 +251,9 @@ def test_bases_that_do_not_fit(base: Path, whole: Path, tmp_path: Path) -> None:
         (recipe(base, tmp_path / "a", model={"depth": 3}), "depth follows from the base"),
         (recipe(whole, tmp_path / "a"), "is no DiT but a DCDiT"),
         (recipe(tmp_path / "nowhere", tmp_path / "a"), "nowhere"),
+        (recipe(base, tmp_path / "a", training={"steps": 5}), "'finetune' take 5 steps and the run has 5"),
+        (recipe(base, tmp_path / "a", model={"position_scale": 0.3}), "position_scale follows from"),
+        (recipe(base, tmp_path / "a", upcycle={"phases": [{"name": "a", "frozen": ALL}]}), "nothing learns"),
     ):
         with pytest.raises((RecipeError, CheckpointError, ValueError), match=words):
             train(settings)
@@ -261,6 +268,26 @@ def test_a_dry_run_says_what_is_copied(base: Path, tmp_path: Path) -> None:
     assert plan.seconds_per_step
     assert "copied" in dict(plan.lines())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_length_has_phases_in_proportion(base: Path, tmp_path: Path) -> None:
+    made = upcycling(str(base), None, ["training.steps=2000"], ["dc", "dydit"])
+    assert made.upcycle is not None
+    assert made.chunking is not None
+    assert [phase.steps for phase in made.upcycle.phases] == [200, 20, None]  # of 5,000 and 500 in 50,000
+    assert made.chunking.budget_warmup_steps == 220
+    assert made.upcycle.methods[0].build().warmup == 420
+    assert upcycling(str(base), None, ["training.images=25600"]).upcycle.phases[0].steps == 10  # 100 steps of 256
+    listed = upcycling(str(base), None, ["training.steps=2000", "upcycle.phases=[{name: a, steps: 7}, {name: b}]"])
+    assert listed.upcycle.phases[0].steps == 7
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        f"model: {{name: base}}\nupcycle: {{base: {base}}}\ndata: {{kind: shapes, size: 16, length: 999}}\n"
+        "training: {steps: 9000}\n"
+    )
+    assert upcycling(None, str(own)).data.length == 999  # a user's file says what it means
+    with pytest.raises(RecipeError, match="both say what is attached"):
+        upcycling(str(base), None, ["upcycle.after=[]"], ["cache"])
 
 
 def test_the_recipe_takes_data_and_objective_from_the_base(base: Path) -> None:

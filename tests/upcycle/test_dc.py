@@ -95,6 +95,24 @@ def test_a_planned_sample_keeps_the_plan_and_others_what_the_router_asks_for() -
     assert not (dropped.keep & ~out.keep).any()
 
 
+def test_the_router_learns_from_the_decision_that_was_taken() -> None:
+    """The straight-through term raises p where a token is kept and lowers it where none is, whoever decided."""
+    student = tokdyn.upcycle(base(), "dc")
+    module = student.chunking
+    torch.manual_seed(0)
+    tokens, plan = torch.randn(1, 64, 32), corner_plan((8, 8), 2)[None]
+    logits = torch.randn(1, 64, requires_grad=True)
+    module.logits = lambda *_: logits
+    module.config = module.config.model_copy(update={"sigma": None})  # nothing else hangs on p then
+    routing = module.route(tokens, (8, 8), torch.tensor([500]), 0.0, plan)
+    _, packing = module.chunk(tokens, routing)
+    out = module.dechunk(torch.ones(packing.total, 32), tokens, routing, packing)
+    out.sum().backward()
+    assert routing.natural_keep.logical_xor(plan).any()
+    assert (logits.grad[plan] > 0).all()
+    assert (logits.grad[~plan] < 0).all()
+
+
 def test_the_base_agrees_with_itself() -> None:
     """A student whose blocks get the very tokens of the base makes no error, and random ones do."""
     teacher = base().eval()
@@ -174,6 +192,11 @@ def test_cells_of_any_base(patch: int, settings: dict[str, float], cell: int) ->
         (lambda: base(1), {}, "patch_size is 1 and the base has patches of 1"),
         (lambda: base(4), {"patch_size": 3}, "patch_size is 3 and the base has patches of 4"),
         (lambda: base(4), {"depth": 3}, "depth follows from the base, where it is 2"),
+        (lambda: base(4), {"position_scale": 2.0}, "position_scale follows from the patch sizes"),
+        (lambda: base(4), {"foo": 1}, "foo is no setting of a DC-DiT"),
+        (lambda: base(4), {"target": 0}, "target is 0, expected more than 1"),
+        (lambda: base(4), {"target": "4"}, "target is '4', expected more than 1"),
+        (lambda: base(4), {"method": 3}, "method 3 is unknown"),
         (lambda: base(4), {"method": "dcc"}, "method 'dcc' is unknown; known are dc and dydit"),
         (lambda: base(4), {"method": "cache"}, "'cache' is not trained into a model; call tokdyn.calibrate"),
         (lambda: base(4), {"method": []}, "name at least one"),

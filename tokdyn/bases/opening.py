@@ -70,8 +70,9 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
             config = {"target": TARGETS[row.name], **config}
     model = read(path, None if kind == "tokdyn" else kind, ema=ema, **config)
     files = weight_files(path, ema)
-    if (files[0].parent / CONFIG).is_file():
-        load(model, files[0].parent)
+    for place in (files[0].parent, files[0].parent / "methods"):  # as `save` and a training run write them
+        if (place / CONFIG).is_file():
+            load(model, place)
     facts = _facts(files[0].parent)
     return Base(model, _objective(model, row, facts, files[0].parent), str(name), path, _sha256(files), facts)
 

@@ -17,6 +17,25 @@ from tokdyn.recipe.upcycling import AfterSettings
 from tokdyn.sample.loading import load_model
 
 
+def finish(folder: Path, after: Sequence[AfterSettings]) -> Path:
+    """Attach what a recipe asks for when its run is over; of several processes the first does it for all.
+
+    Args:
+        folder: of the run.
+        after: see `attach_after`.
+
+    Returns:
+        The folder with the methods.
+    """
+    from accelerate import PartialState
+
+    state, out = PartialState(), folder / "methods"
+    if state.is_main_process:
+        attach_after(folder, after, out)
+    state.wait_for_everyone()
+    return out
+
+
 def attach_after(model: str | Path, after: Sequence[AfterSettings], out: Path) -> Path:
     """Calibrate methods on a trained model and write them together with those that it was trained with.
 

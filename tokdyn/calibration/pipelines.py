@@ -21,9 +21,10 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
 from tokdyn.train.calls import CallSettings, distil, fresh
-from tokdyn.upcycle.api import upcycle
+from tokdyn.train.seeds import Stream, seed_everything
+from tokdyn.upcycle.api import check_method, upcycle
 
-INDEX, REPORT, PICTURE = "model_index.json", "upcycle.json", "images.png"
+INDEX, REPORT, PICTURE, BEGUN = "model_index.json", "upcycle.json", "images.png", "settings.json"
 _OWN = ("DiTTransformer2DModel", "DiT", "DCDiT")  # of class-conditional pipelines, which recipes train
 
 
@@ -43,7 +44,7 @@ class PipelineConfig(BaseModel):
     """Settings of `tokdyn upcycle` for a pipeline of diffusers.
 
     Attributes:
-        base: Folder or hub id of the pipeline.
+        base: Folder of the pipeline.
         out: Folder to write to; None means upcycled/NAME, after the pipeline.
         prompts: What to draw, or a .txt file with a prompt in every line.
         target: N of the chunking, cells per kept token.
@@ -86,6 +87,8 @@ class PipelineConfig(BaseModel):
     def _both_sides(self) -> Self:
         if (self.height is None) != (self.width is None):
             raise ValueError("give both height and width, or neither")
+        if self.trained == "all" and self.precision == "bf16":
+            raise ValueError("trained=all needs precision=fp32: small steps are lost in bf16 weights")
         return self
 
     @property
@@ -130,20 +133,30 @@ def upcycle_pipeline(config: PipelineConfig, methods: list[str], resume: bool = 
         TokdynError: the pipeline cannot be read, or its transformer does not take the methods.
     """
     settle_memory()
+    for name in methods:
+        check_method(name)
     device = open_device(config.device)
     out = config.out or Path("upcycled") / Path(config.base).name
     require_folder(out)
+    own = {**config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "out", "device"}), "methods": methods}
     if not resume:
         fresh(out)  # before images are drawn in vain
+    elif (out / BEGUN).is_file():
+        changed = [name for name, value in json_object(out / BEGUN).items() if own.get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"{out} was begun with other settings: {', '.join(changed)}; set them back to resume it."
+            )
     pipe = _open(config, device)
     with recording(pipe.transformer) as calls:
         before = _draw(pipe, config, device)
     arguments = {"target": config.target} if "dc" in methods else {}
+    seed_everything(config.seed, Stream.WEIGHTS)
     student = upcycle(pipe.transformer, methods, **arguments)
     teacher = pipe.transformer if config.trained == "all" else None
     if teacher is None:
         pipe.transformer = None  # one copy is enough
-    result = distil(student, calls, out, config.distillation, teacher=teacher, resume=resume)
+    result = distil(student, calls, out, config.distillation, teacher=teacher, resume=resume, facts=own)
     pipe.transformer = student.eval()
     after = _draw(pipe, config, device)
     titles = ["all tokens", "upcycled"]

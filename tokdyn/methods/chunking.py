@@ -109,7 +109,8 @@ class ChunkingModule(nn.Module):
         chosen = natural if plan is None else torch.where(plan.any(dim=1, keepdim=True), plan, natural)
         keep = tail_drop(probability, chosen, drop)
         loss = ratio_loss(probability, natural, self.config.target)
-        return Routing(probability, keep, natural, grid, {"ratio": loss})
+        decided = None if plan is None else chosen
+        return Routing(probability, keep, natural, grid, {"ratio": loss}, decided)
 
     def chunk(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Packing]:
         """Pack the kept tokens: (B, N, D) to (T, D) and the packing."""
@@ -119,7 +120,8 @@ class ChunkingModule(nn.Module):
     def dechunk(self, rows: Tensor, tokens: Tensor, routing: Routing, packing: Packing) -> Tensor:
         """Spread the blocks' output over the grid and add the residual.
 
-        y = out * STE(p_sel) + W_res tokens, in fp32, p_sel = p where p > 0.5 and 1 - p elsewhere.
+        y = out * STE(p_sel) + W_res tokens, in fp32, p_sel = p where a token was chosen (p > 0.5, or by a
+        plan) and 1 - p elsewhere.
 
         Args:
             rows: (T, D), output of the blocks.
@@ -137,6 +139,7 @@ class ChunkingModule(nn.Module):
             out = exact(dechunk_packed(rows, routing.probability, routing.keep, packing, sigma))
             if torch.is_grad_enabled():
                 p = routing.probability
-                chosen = torch.where(routing.natural_keep, p, 1 - p)
+                decided = routing.natural_keep if routing.decided is None else routing.decided
+                chosen = torch.where(decided, p, 1 - p)
                 out = straight_through(out, chosen)
             return (out + residual).to(tokens.dtype)

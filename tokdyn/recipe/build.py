@@ -177,10 +177,15 @@ def planned_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int |
         RecipeError: The warm-up of a compute-matched run costs more than the baseline.
     """
     training, match = recipe.training, recipe.compute_match
-    if training.steps is not None:
-        return training.steps
-    if training.images is not None:
-        return math.ceil(training.images / training.batch_size)
+    if training.steps is not None or training.images is not None:
+        steps = training.steps or math.ceil((training.images or 0) / training.batch_size)
+        fixed = sum(phase.steps or 0 for phase in recipe.upcycle.phases) if recipe.upcycle else 0
+        if recipe.upcycle is not None and fixed >= steps:
+            raise RecipeError(
+                f"the phases before {recipe.upcycle.phases[-1].name!r} take {fixed} steps and the run has {steps}, so "
+                "it never begins; shorten upcycle.phases or lengthen the run."
+            )
+        return steps
     if match is None or recipe.chunking is None:
         raise RecipeError("set training.images, training.steps or compute_match; the last is for a chunking model.")
     baseline = recipe.model_copy(update={"model": ModelSettings(kind="dit", name=match.baseline), "chunking": None})

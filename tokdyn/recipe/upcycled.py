@@ -9,8 +9,10 @@ from typing import Any
 from tokdyn.errors import RecipeError
 from tokdyn.files import json_object
 from tokdyn.recipe import Recipe, files, resolve
+from tokdyn.recipe.upcycling import DISTILLED
 
 FACTS = "tokdyn.json"
+DEFAULTS = [phase.model_dump() for phase in DISTILLED]
 
 
 def facts_of(base: str) -> dict[str, Any]:
@@ -94,6 +96,8 @@ def upcycling(
         raise RecipeError(f"The recipe '{name}' has no section upcycle; choose one of the recipes upcycle/...")
     given = files.parse_overrides(settings)
     if after:
+        if "after" in given.get("upcycle", {}):
+            raise RecipeError("upcycle.after and --method both say what is attached afterwards; give one of them.")
         found = files.deep_merge(found, {"upcycle": {"after": after}})
     if base is not None:
         found = files.deep_merge(found, {"upcycle": {"base": base}})
@@ -104,4 +108,46 @@ def upcycling(
         known["objective"] = facts["objective"]
     if isinstance(facts.get("data"), dict):
         known["data"] = {key: value for key, value in facts["data"].items() if key != "path"}
-    return resolve(files.deep_merge(files.deep_merge(found, known), given), f"Recipe '{name}'")
+    own = Path(name).exists()  # a user's file says what it means, a shipped recipe what is usual
+    found = files.deep_merge(known, found) if own else files.deep_merge(found, known)
+    return resolve(_in_proportion(found, given), f"Recipe '{name}'")
+
+
+def _in_proportion(found: files.Settings, given: files.Settings) -> files.Settings:
+    """The recipe with the settings over it; a run of another length gets phases and warm-ups in proportion."""
+    whole = files.deep_merge(found, given)
+    training, asked = found.get("training", {}), given.get("training", {})
+    if not {"steps", "images", "batch_size"} & set(asked):
+        return whole
+    if asked.get("steps") is not None or asked.get("images") is not None:
+        lengths = {"steps": asked.get("steps"), "images": asked.get("images")}
+        whole = {**whole, "training": {**whole["training"], **lengths}}
+    before, after = _steps(training), _steps(whole["training"])
+    if not before or not after:
+        return whole
+
+    def scaled(steps: Any) -> Any:
+        return max(1, round(steps * after / before)) if isinstance(steps, int) and steps else steps
+
+    upcycle, own = dict(whole["upcycle"]), given.get("upcycle", {})
+    if "phases" not in own and isinstance(upcycle.get("phases") or DEFAULTS, list):
+        listed = upcycle.get("phases") or DEFAULTS
+        upcycle["phases"] = [{**phase, "steps": scaled(phase.get("steps"))} for phase in listed]
+    if "methods" not in own and isinstance(upcycle.get("methods"), list):
+        upcycle["methods"] = [
+            {**each, "warmup": scaled(each["warmup"])} if "warmup" in each else each for each in upcycle["methods"]
+        ]
+    whole = {**whole, "upcycle": upcycle}
+    chunking = whole.get("chunking")
+    name = "budget_warmup_steps"
+    if isinstance(chunking, dict) and name in chunking and name not in given.get("chunking", {}):
+        whole["chunking"] = {**chunking, name: scaled(chunking[name])}
+    return whole
+
+
+def _steps(training: Any) -> int | None:
+    """Steps of a run, None where its length is not given as numbers."""
+    steps, images, batch = training.get("steps"), training.get("images"), training.get("batch_size", 256)
+    if isinstance(steps, int):
+        return steps
+    return -(-images // batch) if isinstance(images, int) and isinstance(batch, int) and batch > 0 else None

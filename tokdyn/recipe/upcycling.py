@@ -16,12 +16,12 @@ class AttachedMethod(BaseModel):
     """A method that is attached to the model while it trains, with its settings beside its name.
 
     Attributes:
-        method: "DynamicWidth", and what else has something to learn.
+        method: "DynamicWidth".
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    method: Literal["DynamicWidth", "DepthSkip", "TokenDrop"]
+    method: Literal["DynamicWidth"]
 
     @model_validator(mode="after")
     def _builds(self) -> Self:
@@ -132,6 +132,10 @@ class UpcycleSettings(Section):
         for phase in self.phases[:-1]:
             if phase.steps is None:
                 raise ValueError(f"phase {phase.name!r} has no steps; only the last one may last until the end")
+        for listed in (self.methods, self.after):
+            names = [each.method for each in listed]
+            if len(set(names)) < len(names):
+                raise ValueError(f"the methods {', '.join(names)} are listed twice; name each once")
         if any(phase.complete for phase in self.phases) and not self.methods:
             raise ValueError("complete compares the model without its methods, and there are none; leave it out")
         if self.phases[-1].steps is not None:

@@ -7,6 +7,7 @@ pipeline that draws images, and the model learns to answer them with fewer token
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tokdyn.attach.api import attached, disabled
 from tokdyn.attach.controls import losses
 from tokdyn.attach.sidecar import save
-from tokdyn.errors import CheckpointError, InputError
+from tokdyn.errors import CheckpointError, InputError, TokdynError
 from tokdyn.files import replacing
 from tokdyn.progress import progress
 from tokdyn.recipe.section import Count, Positive, Section
@@ -76,6 +77,7 @@ def distil(
     *,
     teacher: nn.Module | None = None,
     resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> CallResult:
     """Let a wrapped transformer answer recorded calls as its original does.
 
@@ -86,6 +88,7 @@ def distil(
         settings: None takes the defaults.
         teacher: the original, frozen; None takes the student without its methods, while only these learn.
         resume: continue from the last checkpoint in the folder, bit for bit.
+        facts: written to settings.json in the folder.
 
     Returns:
         The folder and the metrics of all steps.
@@ -110,6 +113,9 @@ def distil(
     mode = student.training
     optimizer = torch.optim.AdamW(learning, lr=settings.lr, weight_decay=0.0)
     rows = _restored(where, student, optimizer, settings) if resume else fresh(where)
+    if facts is not None:
+        with replacing(where / "settings.json") as half:
+            half.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     student.train()
     try:
         with progress("distilling", settings.steps - len(rows)) as advance:
@@ -151,7 +157,11 @@ def _step(
         torch.autograd.backward(sum(found.values(), torch.zeros((), device=wanted.device)) / settings.calls)
         for name, value in found.items():
             means[name] = means.get(name, 0.0) + value.item() / settings.calls
-    nn.utils.clip_grad_norm_(learning, settings.clip)
+    norm = nn.utils.clip_grad_norm_(learning, settings.clip)
+    if not (torch.isfinite(norm) and math.isfinite(means["output"])):
+        raise TokdynError(
+            f"the loss or its gradient is not finite in step {step + 1}; lower lr or lengthen warmup_steps."
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"step": float(step + 1), **means}
@@ -172,7 +182,7 @@ def _error(found: Tensor, wanted: Tensor) -> Tensor:
 def fresh(folder: Path) -> list[dict[str, float]]:
     """The metrics of a run that begins in a folder: none, and nothing else may be there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty; continue it with resume=True, or choose another folder.")
+        raise CheckpointError(f"{folder} is not empty; resume what it holds, or choose another folder.")
     return []
 
 
@@ -187,15 +197,15 @@ def _checkpoint(
     settings: CallSettings,
     rows: Sequence[dict[str, float]],
 ) -> None:
-    """Weights, optimizer and metrics; the step that they belong to is written last and in them."""
+    """Metrics first, of which a restart takes as many as the state says, then the state."""
+    with replacing(folder / METRICS) as half:
+        half.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = _weights(student, settings)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(model, optimizer).items()}
     with replacing(folder / STATE) as half:
         content = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         save_file(content, half, {"step": str(len(rows)), "settings": settings.model_dump_json()})
-    with replacing(folder / METRICS) as half:
-        half.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _restored(

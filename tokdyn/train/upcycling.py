@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokdyn.errors import RecipeError
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.upcycling import Part, PhaseSettings, UpcycleSettings
 from tokdyn.train import schedule
@@ -37,6 +38,8 @@ def freeze(model: nn.Module, parts: Iterable[Part]) -> None:
     for name, parameter in model.named_parameters():
         if name != "pos_embed":
             parameter.requires_grad_(part_of(name) not in parts)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(f"nothing learns: {', '.join(sorted(parts))} are frozen in all phases; let one go.")
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

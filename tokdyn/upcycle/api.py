@@ -24,6 +24,19 @@ CALIBRATED = {
 """Methods that are not trained into a model, and what to do instead."""
 
 
+def check_method(name: Any) -> None:
+    """Refuse what is not trained into a model.
+
+    Raises:
+        InputError: names the method and what to do.
+    """
+    if name in CALIBRATED:
+        raise InputError(f"{name!r} is not trained into a model; {CALIBRATED[name]}.")
+    if name not in ("dc", "dydit"):
+        more = ", ".join(CALIBRATED)
+        raise InputError(f"method {name!r} is unknown; known are dc and dydit, and {more} without training.")
+
+
 def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **settings: Any) -> Any:
     """Make the model that training goes on with from a pretrained one, which is left as it is.
 
@@ -45,14 +58,9 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
         InputError: an unknown method, or one that is not trained; settings that do not fit.
         UnsupportedModelError: no adapter knows the model.
     """
-    names = [method] if isinstance(method, str) else list(method)
+    names = list(method) if isinstance(method, list | tuple) else [method]
     for name in names:
-        if name in CALIBRATED:
-            raise InputError(f"{name!r} is not trained into a model; {CALIBRATED[name]}.")
-        if name not in ("dc", "dydit"):
-            raise InputError(
-                f"method {name!r} is unknown; known are dc and dydit, and {', '.join(CALIBRATED)} without training."
-            )
+        check_method(name)
     if not names or len(set(names)) < len(names):
         raise InputError(f"the methods are {names}; name at least one, each once.")
     model = base if isinstance(base, nn.Module) else open_base(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -19,6 +20,10 @@ _FROM_BASE = (
     "sample_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes", "learn_sigma",
     "timestep_shift", "timestep_map", "mlp_norm_eps",
 )  # fmt: skip
+_OPEN = (
+    "target", "patch_size", "router", "encoder_depth", "decoder_depth", "scaffold_width", "smoothing",
+    "smoothing_sigma", "force_ends", "condition_adaptor",
+)  # fmt: skip
 
 
 def dc_settings(base: DiT, target: float = 4.0, patch_size: int | None = None, **settings: Any) -> dict[str, Any]:
@@ -34,9 +39,16 @@ def dc_settings(base: DiT, target: float = 4.0, patch_size: int | None = None, *
     Raises:
         InputError: a setting that follows from the base, or a patch size that does not divide p or is p.
     """
+    if not isinstance(target, int | float) or not target > 1.0:
+        raise InputError(f"target is {target!r}, expected more than 1 cell per kept token.")
+    known = inspect.signature(DCDiT.__init__).parameters
     for name in settings:
         if name in _FROM_BASE:
             raise InputError(f"{name} follows from the base, where it is {base.config[name]!r}; leave it out.")
+        if name == "position_scale":
+            raise InputError("position_scale follows from the patch sizes of both models; leave it out.")
+        if name not in known:
+            raise InputError(f"{name} is no setting of a DC-DiT; {', '.join(_OPEN)} are what a base leaves open.")
     whole = base.config.patch_size
     if patch_size is None:
         asked = whole / math.sqrt(target)

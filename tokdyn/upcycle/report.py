@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokdyn.errors import InputError
 from tokdyn.flops import flops_per_image
 from tokdyn.models import DCDiT, DiT
 from tokdyn.tokens import cells
@@ -96,7 +97,12 @@ def report(base: DiT, student: Any) -> UpcycleReport:
     Args:
         base: the pretrained model.
         student: from `tokdyn.upcycle`.
+
+    Raises:
+        InputError: the base is no `DiT`.
     """
+    if not (isinstance(base, DiT) and isinstance(student, DiT | DCDiT)):
+        raise InputError(f"a report compares a DiT with what was made of it, not a {type(base).__name__}.")
     before, after = dict(base.state_dict()), dict(student.state_dict())
     equal = [name for name in after if name in before and _equal(before[name], after[name])]
     new = [name for name in after if name not in equal and name != _FIXED]
