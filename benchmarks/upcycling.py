@@ -58,7 +58,7 @@ class Study:
         """The command that trains it."""
         steps = round(given.images * self.share / BATCH)
         distil, handover = steps // 5, steps // 20
-        warmup = distil + handover if self.kind == "distilled" else steps // 8
+        warmup = distil + handover  # steps without tail drop, the same for all kinds
         settings = [
             f"data.path={given.data}", f"out={given.runs / self.name}", f"seed={self.seed}",
             f"training.images={steps * BATCH}", f"training.precision={given.precision}", "training.sample_every=null",

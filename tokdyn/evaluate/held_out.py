@@ -51,15 +51,15 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Score the predictions of a model at times and noise that depend on the seed and the image alone.
 
-    Times are stratified: image i of M gets the ((i + u) / M)-th part of the range, so that means of few images are
-    comparable.
+    Times are stratified: of M images each gets a time in another M-th of the range, dealt out at random, so that means of
+    few images are comparable.
 
     Args:
         model: a `DiT` or `DCDiT`, wrapped or not; it computes in evaluation mode on the device of its weights.
         objective: what it was trained to predict.
         dataset: held out.
         images: M, taken evenly from the dataset.
-        repeats: times and noises for each image.
+        repeats: times and noises for each image; repeat r is what the seed + r gives.
         batch_size: of the calls.
         tail_drop: of a chunking model.
         bins: of noise levels.
