@@ -51,8 +51,8 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Score the predictions of a model at times and noise that depend on the seed and the image alone.
 
-    Times are stratified: of M images each gets a time in another M-th of the range, dealt out at random, so that means of
-    few images are comparable.
+    Times are stratified: of M images each gets a time in another M-th of the range, dealt out at random, so that means
+    of few images are comparable.
 
     Args:
         model: a `DiT` or `DCDiT`, wrapped or not; it computes in evaluation mode on the device of its weights.
