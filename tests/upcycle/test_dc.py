@@ -237,3 +237,19 @@ def test_a_pipeline_runs_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
     pipe.set_progress_bar_config(disable=True)
     image = pipe([1, 2], num_inference_steps=2, guidance_scale=1.5, output_type="np").images
     assert image.shape == (2, 16, 16, 3)
+
+
+def test_the_encoder_starts_as_the_patch_embedding() -> None:
+    """Up to the norm at its end: the corner token of every patch points where the base's token points."""
+    teacher = base(2, in_channels=4, hidden_size=64)  # 16 pixels to a patch, 16 channels in the scaffold
+    student = tokdyn.upcycle(teacher, "dc").eval()
+    torch.manual_seed(2)
+    x = torch.randn(2, 4, 16, 16)
+    with torch.no_grad():
+        wanted = teacher.x_embedder(x).flatten(2).transpose(1, 2)
+        found = student._encode(x, torch.zeros(2, 64))[:, corner_plan((16, 16), 2)]
+    cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=-1)
+    assert cosine.min() > 1 - 1e-5
+    assert found.norm().item() == pytest.approx(wanted.norm().item(), rel=0.1)
+    narrow = tokdyn.upcycle(teacher, "dc", scaffold_width=8)  # too narrow for a copy of all pixels
+    assert narrow.encoder.layers[-1].conv2.weight.abs().sum() > 0

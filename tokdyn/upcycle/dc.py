@@ -71,8 +71,9 @@ def dc_settings(base: DiT, target: float = 4.0, patch_size: int | None = None, *
 def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **settings: Any) -> DCDiT:
     """A DC-DiT with the blocks and the embedders of a DiT; the embedders are frozen.
 
-    The rest starts as in any `DCDiT`, from torch's global generator. Tokens have the positions of the base: the cell at
-    the upper left corner of one of its patches stands where that patch stood.
+    The encoder starts as the patch embedding of the base where cells are half its patches and the scaffold is wide
+    enough; the rest starts as in any `DCDiT`, from torch's global generator. Tokens have the positions of the base: the
+    cell at the upper left corner of one of its patches stands where that patch stood.
 
     Args:
         base: not changed; nothing is shared with it.
@@ -91,6 +92,7 @@ def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **setti
     for name, parameter in base.named_parameters():
         if name.startswith(COPIED):
             own[name].copy_(parameter)
+    _embed_as(student, base)
     for name, parameter in student.named_parameters():
         if name.startswith(EMBEDDERS):
             parameter.requires_grad_(False)
@@ -100,6 +102,42 @@ def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **setti
         student = student.to(like.dtype)
     result: DCDiT = student.train()
     return result
+
+
+def _embed_as(student: DCDiT, base: DiT) -> None:
+    """Let the encoder start as the patch embedding of the base, up to its norm.
+
+    A patch of 2x2 cells lies in the 3x3 window of its corner cell. The first convolution copies its pixels, one to a
+    channel, the residual branches add nothing yet, and the last skip projection is the embedding of the base. The norm
+    at the end divides by the root mean square of a token, and its weight is the one that white noise has on average.
+    """
+    cell, patch = student.config.patch_size, base.config.patch_size
+    pixels = base.config.in_channels * patch * patch
+    convolution: Any = student.x_embedder.proj
+    layers: Any = student.encoder.layers
+    skip = layers[-1].skip_proj
+    if patch != 2 * cell or convolution.out_channels < pixels or skip is None:
+        return
+    whole: Any = base.x_embedder.proj
+    embedding, bias = whole.weight, whole.bias
+    convolution.weight[:pixels].zero_()
+    convolution.bias[:pixels].zero_()
+    skip.weight.zero_()
+    place = 0
+    for channel in range(base.config.in_channels):
+        for row in range(patch):
+            for column in range(patch):
+                inside = (row % cell) * cell + column % cell  # as pixel_unshuffle orders what is in a cell
+                source = channel * cell * cell + inside
+                convolution.weight[place, source, 1 + row // cell, 1 + column // cell] = 1.0
+                skip.weight[:, place, 0, 0] = embedding[:, channel, row, column]
+                place += 1
+    skip.bias.copy_(bias)
+    for layer in layers:
+        layer.conv2.weight.zero_()
+        layer.conv2.bias.zero_()
+    power = embedding.square().sum(dim=(1, 2, 3)) + bias.square()
+    student.encoder.norm.weight.fill_(power.mean().sqrt())
 
 
 def stride(student: DCDiT) -> int:
