@@ -130,8 +130,8 @@ def _in_proportion(found: files.Settings, given: files.Settings) -> files.Settin
         return max(1, round(steps * after / before)) if isinstance(steps, int) and steps else steps
 
     upcycle, own = dict(whole["upcycle"]), given.get("upcycle", {})
-    if "phases" not in own and isinstance(upcycle.get("phases") or DEFAULTS, list):
-        listed = upcycle.get("phases") or DEFAULTS
+    listed = upcycle.get("phases") or DEFAULTS
+    if "phases" not in own and isinstance(listed, list):
         upcycle["phases"] = [{**phase, "steps": scaled(phase.get("steps"))} for phase in listed]
     if "methods" not in own and isinstance(upcycle.get("methods"), list):
         upcycle["methods"] = [
