@@ -4,9 +4,11 @@
     python -m benchmarks.upcycling train runs/cifar10 --data cifar10_train.zip
     python -m benchmarks.upcycling measure runs/cifar10 --held-out cifar10_test.zip --judge cifar10_resnet56.ts
 
-`train` makes the runs one after the other in each of two processes, and continues those that were stopped; `measure`
-writes the held-out loss of every run, and the Frechet distance of its images where a judge is given, to
-`benchmarks/results/upcycling.json`, and prints the table (`table FILE` prints it again).
+The learning rate stays where it is after its warm-up, so a run at half of the base's images is also the runs at a
+quarter and an eighth of them: the first seed goes on to the half and is measured on the way, the others end at an
+eighth. `train` makes the runs one after the other in each of two processes, and continues those that were stopped;
+`measure` writes the held-out loss of every run, and the Frechet distance of its images where a judge is given, to
+`benchmarks/results/upcycling.json`, draws the curves and prints the table (`table FILE` prints it again).
 """
 
 from __future__ import annotations
@@ -22,17 +24,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks import timing
+from tokdyn import recipe as recipes
 from tokdyn.data import DataConfig, open_data
 from tokdyn.evaluate import EvalConfig, evaluate
 from tokdyn.evaluate.held_out import held_out_loss
 from tokdyn.flops import flops_per_image
+from tokdyn.report.style import COLOURS, MARKERS, MUTED, figure_style, save_figure
 from tokdyn.sample import SampleConfig, load_model, sample
 
 BATCH = 64
 SHARES = (0.125, 0.25, 0.5)
-KINDS = {"scratch": "from scratch", "upcycled": "upcycled", "distilled": "upcycled, distilled"}
+KINDS = {
+    "scratch": "from scratch",
+    "upcycled": "upcycled, diffusion loss alone",
+    "blocks": "upcycled, blocks distilled",
+    "distilled": "upcycled, blocks and predictions distilled",
+}
+LONG = ("scratch", "upcycled", "distilled")
 DROPS = (0.0, 0.3, 0.6)
+CURVE = ("images", "seconds", "loss", "teacher", "output", "natural_kept", "tail_drop")
 
 
 @dataclass(frozen=True)
@@ -41,53 +54,60 @@ class Study:
 
     Attributes:
         kind: of `KINDS`.
-        share: of the base's images.
         seed: of weights, data order and noise.
     """
 
     kind: str
-    share: float
     seed: int
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.kind}-{self.share:g}-{self.seed}"
+        return f"{self.kind}-{self.seed}"
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the base's images, at which it is measured."""
+        return SHARES if self.seed == 0 and self.kind in LONG else SHARES[:1]
+
+    def steps(self, share: float, images: int) -> int:
+        """Optimizer steps at a share of the base's images."""
+        return round(images * share / BATCH)
 
     def words(self, given: argparse.Namespace) -> list[str]:
         """The command that trains it."""
-        steps = round(given.images * self.share / BATCH)
-        distil, handover = steps // 5, steps // 20
-        warmup = distil + handover  # steps without tail drop, the same for all kinds
+        shortest = self.steps(SHARES[0], given.images)
         settings = [
             f"data.path={given.data}", f"out={given.runs / self.name}", f"seed={self.seed}",
-            f"training.images={steps * BATCH}", f"training.precision={given.precision}", "training.sample_every=null",
-            f"optimizer.warmup_steps={max(20, steps // 20)}", f"chunking.budget_warmup_steps={warmup}",
+            f"training.images={self.steps(self.shares[-1], given.images) * BATCH}",
+            f"training.precision={given.precision}", "training.sample_every=null",
+            f"training.checkpoint_every={shortest}", "training.keep_checkpoints=100",
         ]  # fmt: skip
+        recipe = recipes.load("upcycle/cifar10", ["data.path=.", "upcycle.base=."])
+        assert recipe.upcycle is not None
+        assert recipe.chunking is not None
+        settings += [  # the same at every length
+            f"optimizer.warmup_steps={recipe.optimizer.warmup_steps}",
+            f"chunking.budget_warmup_steps={recipe.chunking.budget_warmup_steps}",
+        ]
         if self.kind == "scratch":
             return ["train", "cifar10/dcdit-learned", *settings]
-        phases: list[dict[str, Any]] = [{"name": "finetune"}]
-        if self.kind == "distilled":
-            phases = [
-                {"name": "distill", "steps": distil, "plan": "fixed", "teacher": 1.0},
-                {"name": "handover", "steps": handover, "plan": "handover", "teacher": 1.0},
-                *phases,
-            ]
-        return [
-            "train",
-            "upcycle/cifar10",
-            f"upcycle.base={given.base}",
-            f"upcycle.phases={json.dumps(phases)}",
-            *settings,
-        ]
+        phases = [phase.model_dump(mode="json", exclude_unset=True) for phase in recipe.upcycle.phases]
+        if self.kind != "distilled":
+            phases = [{key: value for key, value in phase.items() if key != "output"} for phase in phases]
+        chosen = json.dumps(phases[-1:] if self.kind == "upcycled" else phases)
+        return ["train", "upcycle/cifar10", f"upcycle.base={given.base}", f"upcycle.phases={chosen}", *settings]
+
+    def at(self, share: float, given: argparse.Namespace) -> Path:
+        """The checkpoint at a share of the base's images."""
+        return Path(given.runs / self.name / "checkpoints" / f"step_{self.steps(share, given.images):07d}")
 
 
 def studies(seeds: int) -> Iterator[Study]:
-    """The runs, the shortest first; several seeds of these."""
-    for share in SHARES:
-        for seed in range(seeds if share == SHARES[0] else 1):
-            for kind in KINDS:
-                yield Study(kind, share, seed)
+    """The runs, the longest first."""
+    for seed in range(seeds):
+        for kind in KINDS:
+            yield Study(kind, seed)
 
 
 def train(given: argparse.Namespace) -> None:
@@ -115,48 +135,55 @@ def measure(given: argparse.Namespace) -> None:
     timing.prepare(given.threads)
     held_out = open_data(DataConfig(kind="images", path=given.held_out, size=32, num_classes=10))
     known: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
-    rows = []
-    places = [(None, given.base), *((study, given.runs / study.name) for study in studies(given.seeds))]
-    for study, folder in places:
-        if not (folder / "model").is_dir():
+    rows: list[dict[str, Any]] = []
+    result = {"machine": timing.machine(), "units": "a multiply-add is 2 FLOPs", "rows": rows}
+    places: list[tuple[Study | None, float, Path]] = [(None, 1.0, given.base)]
+    places += [(study, share, study.at(share, given)) for study in studies(given.seeds) for share in study.shares]
+    for study, share, folder in places:
+        if not folder.is_dir():
             continue
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        row = next((row for row in known if row["run"] == folder.name and row["images"] == log[-1]["images"]), None)
-        row = row or _row(study, folder, log, held_out, given)
+        name = study.name if study else "base"
+        row = next((row for row in known if row["run"] == name and row["share"] == share), None)
+        row = row or _row(study, share, folder, held_out, given)
         if given.judge and "frechet" not in row:
-            row["frechet"] = _frechet(folder, given)
+            row["frechet"] = _frechet(f"{name}-{share:g}", folder, given)
         rows.append(row)
-        timing.write(given.out, {"machine": timing.machine(), "units": "a multiply-add is 2 FLOPs", "rows": rows})
+        timing.write(given.out, result)
+    result["curves"] = {
+        folder.name: [
+            {key: row[key] for key in CURVE if key in row}
+            for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        ]
+        for folder in [given.base, *(given.runs / study.name for study in studies(given.seeds))]
+        if folder.is_dir()
+    }
+    timing.write(given.out, result)
     print(table(rows))
+    draw(result, given.figures / "cifar10-upcycling.png")
 
 
-def _row(
-    study: Study | None, folder: Path, log: list[dict[str, Any]], held_out: Any, given: argparse.Namespace
-) -> dict[str, Any]:
+def _row(study: Study | None, share: float, folder: Path, held_out: Any, given: argparse.Namespace) -> dict[str, Any]:
     model, objective, _ = load_model(folder)
     drops = DROPS if study else (0.0,)
     losses = {
         f"{drop:g}": asdict(held_out_loss(model, objective, held_out, images=given.count, tail_drop=drop))
         for drop in drops
     }
-    curve = [{key: row[key] for key in ("images", "loss", "teacher", "natural_kept") if key in row} for row in log[::4]]
     return {
-        "run": folder.name,
+        "run": study.name if study else "base",
         "kind": study.kind if study else "base",
-        "share": study.share if study else 1.0,
+        "share": share,
         "seed": study.seed if study else 0,
-        "images": log[-1]["images"],
-        "seconds": log[-1]["seconds"],
+        "images": round(share * given.images),
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflops_per_forward": flops_per_image(model, losses["0"]["kept"]) / 1e9,
         "held_out": losses,
-        "curve": curve,
     }
 
 
-def _frechet(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+def _frechet(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Frechet distance of sampled images at tail drop 0."""
-    out = given.work / folder.name
+    out = given.work / name
     config = SampleConfig(
         model=str(folder), out=out, format="folder", class_folders=True, count=given.images_to_judge, batch_size=100,
         scheduler="dpm", steps=20, precision="fp32",
@@ -191,6 +218,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Training loss over the images of every run, and the held-out loss where it was measured."""
+    with figure_style():
+        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        trained, scored = figure.subplots(1, 2)
+        for kind, colour, marker in zip(KINDS, COLOURS, MARKERS, strict=False):
+            for name, curve in result["curves"].items():
+                if name.startswith(kind):
+                    images, losses = ([row[key] for row in curve if row["loss"] < 0.2] for key in ("images", "loss"))
+                    label = KINDS[kind] if name.endswith("-0") else None
+                    trained.plot(images, losses, color=colour, linewidth=1.2, label=label)
+            rows = [row for row in result["rows"] if row["kind"] == kind]
+            losses = [row["held_out"]["0"]["loss"] for row in rows]
+            first = [(row["images"], loss) for row, loss in zip(rows, losses, strict=True) if row["seed"] == 0]
+            scored.plot(*zip(*first, strict=True), color=colour, linewidth=1.2)
+            scored.scatter([row["images"] for row in rows], losses, color=colour, marker=marker, label=KINDS[kind])
+        for row in result["rows"]:
+            if row["kind"] == "base":
+                label = f"DiT, the base, {row['images']:,} images"
+                scored.axhline(row["held_out"]["0"]["loss"], color=MUTED, linestyle=":", label=label)
+        trained.set_title("while training, tail drops drawn")
+        scored.set_title("held out, no tail drop")
+        for axes in (trained, scored):
+            axes.set_xlabel("images")
+            axes.set_ylabel("diffusion loss")
+            axes.legend()
+        save_figure(figure, path)
+
+
 def main() -> None:
     """Train, measure or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,13 +257,14 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--judge", type=Path)
     parser.add_argument("--images", type=int, default=256000, help="of the base; the others get shares of it")
-    parser.add_argument("--seeds", type=int, default=2, help="of the shortest runs")
+    parser.add_argument("--seeds", type=int, default=2, help="of the runs to an eighth")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--count", type=int, default=5000, help="held-out images for the loss")
     parser.add_argument("--images-to-judge", type=int, default=5000)
     parser.add_argument("--work", type=Path, default=Path("runs/upcycling-samples"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/upcycling.json"))
+    parser.add_argument("--figures", type=Path, default=Path("docs/results"))
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
     given = parser.parse_args()
     given.base = given.base or given.runs / "dit-base"

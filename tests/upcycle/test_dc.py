@@ -253,3 +253,12 @@ def test_the_encoder_starts_as_the_patch_embedding() -> None:
     assert found.norm().item() == pytest.approx(wanted.norm().item(), rel=0.1)
     narrow = tokdyn.upcycle(teacher, "dc", scaffold_width=8)  # too narrow for a copy of all pixels
     assert narrow.encoder.layers[-1].conv2.weight.abs().sum() > 0
+
+
+def test_an_untrained_one_keeps_what_it_aims_at() -> None:
+    """The router is calibrated for the encoder that it gets, not for a random one."""
+    student = tokdyn.upcycle(base(4, hidden_size=192, sample_size=32), "dc").eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        routing = student(torch.randn(8, 3, 32, 32), 500, None).routing
+    assert routing.kept.float().mean().item() == pytest.approx(64, rel=0.06)

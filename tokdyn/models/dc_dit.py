@@ -118,14 +118,14 @@ class DCDiT(Transformer):
         if self.config.official_init:
             nn.init.xavier_uniform_(self.chunking.residual.weight)
         elif not self.pos_embed.is_meta:
-            self._calibrate_on_noise()
+            self.calibrate_on_noise()
 
-    def _calibrate_on_noise(self) -> None:
+    def calibrate_on_noise(self) -> None:
         """A first calibration, so that an untrained model keeps 1/N of white noise; training repeats it on data."""
         generator = torch.Generator().manual_seed(0)
         rows, columns = self._grid_of(self.config.sample_size)
         p = self.config.patch_size
-        noise = torch.randn(2, self.config.in_channels, rows * p, columns * p, generator=generator, device="cpu")
+        noise = torch.randn(8, self.config.in_channels, rows * p, columns * p, generator=generator, device="cpu")
         self.calibrate_router(noise.to(self.pos_embed), 500, None)
 
     @torch.no_grad()

@@ -93,6 +93,8 @@ def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **setti
         if name.startswith(COPIED):
             own[name].copy_(parameter)
     _embed_as(student, base)
+    if not (student.config.official_init or student.pos_embed.is_meta):
+        student.calibrate_on_noise()  # again, now for this encoder
     for name, parameter in student.named_parameters():
         if name.startswith(EMBEDDERS):
             parameter.requires_grad_(False)
