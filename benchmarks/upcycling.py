@@ -42,8 +42,9 @@ KINDS = {
     "upcycled": "upcycled, diffusion loss alone",
     "blocks": "upcycled, blocks distilled",
     "distilled": "upcycled, blocks and predictions distilled",
+    "width": "the same, with dynamic width",
 }
-LONG = ("scratch", "upcycled", "distilled")
+MARKS = {"scratch": SHARES, "upcycled": SHARES, "blocks": SHARES[:1], "distilled": SHARES, "width": SHARES[1:2]}
 DROPS = (0.0, 0.3, 0.6)
 CURVE = ("images", "seconds", "loss", "teacher", "output", "natural_kept", "tail_drop")
 
@@ -68,7 +69,7 @@ class Study:
     @property
     def shares(self) -> tuple[float, ...]:
         """Of the base's images, at which it is measured."""
-        return SHARES if self.seed == 0 and self.kind in LONG else SHARES[:1]
+        return MARKS[self.kind] if self.seed == 0 else MARKS[self.kind][:1]
 
     def steps(self, share: float, images: int) -> int:
         """Optimizer steps at a share of the base's images."""
@@ -83,7 +84,8 @@ class Study:
             f"training.precision={given.precision}", "training.sample_every=null",
             f"training.checkpoint_every={shortest}", "training.keep_checkpoints=100",
         ]  # fmt: skip
-        recipe = recipes.load("upcycle/cifar10", ["data.path=.", "upcycle.base=."])
+        name = "upcycle/cifar10-width" if self.kind == "width" else "upcycle/cifar10"
+        recipe = recipes.load(name, ["data.path=.", "upcycle.base=."])
         assert recipe.upcycle is not None
         assert recipe.chunking is not None
         settings += [  # the same at every length
@@ -93,10 +95,10 @@ class Study:
         if self.kind == "scratch":
             return ["train", "cifar10/dcdit-learned", *settings]
         phases = [phase.model_dump(mode="json", exclude_unset=True) for phase in recipe.upcycle.phases]
-        if self.kind != "distilled":
+        if self.kind in ("upcycled", "blocks"):
             phases = [{key: value for key, value in phase.items() if key != "output"} for phase in phases]
         chosen = json.dumps(phases[-1:] if self.kind == "upcycled" else phases)
-        return ["train", "upcycle/cifar10", f"upcycle.base={given.base}", f"upcycle.phases={chosen}", *settings]
+        return ["train", name, f"upcycle.base={given.base}", f"upcycle.phases={chosen}", *settings]
 
     def at(self, share: float, given: argparse.Namespace) -> Path:
         """The checkpoint at a share of the base's images."""
@@ -107,7 +109,8 @@ def studies(seeds: int) -> Iterator[Study]:
     """The runs, the longest first."""
     for seed in range(seeds):
         for kind in KINDS:
-            yield Study(kind, seed)
+            if seed == 0 or kind != "width":
+                yield Study(kind, seed)
 
 
 def train(given: argparse.Namespace) -> None:
