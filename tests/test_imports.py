@@ -35,6 +35,7 @@ LAYERS = [
     ["report"],
     ["sample", "evaluate"],
     ["catalog", "demo", "calibration"],
+    ["bench"],
     ["recipes"],
     ["cli"],
 ]

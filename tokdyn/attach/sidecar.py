@@ -14,7 +14,8 @@ from tokdyn.attach.offload import away
 from tokdyn.attach.targets import inside
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import json_object, replacing
-from tokdyn.methods import METHODS, Method
+from tokdyn.methods import Method
+from tokdyn.methods.written import from_written, written
 
 CONFIG, WEIGHTS = "tokdyn_config.json", "tokdyn.safetensors"
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +41,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     model = inside(model)
     if away(model, attachment):
         raise InputError("the weights of the methods are offloaded; save them before offloading the model.")
-    methods = [{"method": type(each).__name__, **each.model_dump(mode="json")} for each in attachment.methods]
+    methods = [written(each) for each in attachment.methods]
     content = {"tokdyn": tokdyn.__version__, "model": type(model).__name__, "methods": methods}
     weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}
     if weights:
@@ -88,15 +89,7 @@ def load(model: Model, folder: str | Path) -> Model:
 
 def _method(settings: Any, path: Path) -> Method:
     """A configuration from what was written of it."""
-    name = settings.get("method") if isinstance(settings, dict) else None
-    if name not in METHODS:
-        raise CheckpointError(f"{path} names a method {name!r}; this version knows {', '.join(METHODS)}.")
     try:
-        return METHODS[name](**{key: _frozen(value) for key, value in settings.items() if key != "method"})
+        return from_written(settings)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _frozen(value: Any) -> Any:
-    """Lists as the tuples that they were."""
-    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value

@@ -61,7 +61,7 @@ def _sentence(model: type[BaseModel], error: Any) -> str:
         case "missing":
             return f"'{key}' is required; set it in the recipe or with {key}=VALUE"
         case "value_error":
-            reason = str(error["ctx"]["error"])
+            reason = str(error["ctx"]["error"]).removesuffix(".")
             return f"'{key}': {reason}" if key else reason
         case "literal_error":
             choices = error["ctx"]["expected"]

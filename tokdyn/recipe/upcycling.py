@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tokdyn.methods import METHODS, Method
+from tokdyn.methods import Method
+from tokdyn.methods.written import from_written
 from tokdyn.recipe.section import Positive, Section, Weight
 
 Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
@@ -30,13 +31,7 @@ class AttachedMethod(BaseModel):
 
     def build(self) -> Method:
         """The method."""
-        given = {name: _frozen(value) for name, value in (self.__pydantic_extra__ or {}).items()}
-        return METHODS[self.method](**given)
-
-
-def _frozen(value: Any) -> Any:
-    """Lists as the tuples that methods have."""
-    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
+        return from_written({"method": self.method, **(self.__pydantic_extra__ or {})})
 
 
 class PhaseSettings(Section):

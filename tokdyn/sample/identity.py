@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tokdyn.attach.api import attachment_of
 from tokdyn.data.vae import weights_digest
 from tokdyn.errors import RecipeError
+from tokdyn.methods.written import written
 from tokdyn.sample.job import Job
 from tokdyn.sample.result import BudgetResult
 
@@ -43,7 +44,7 @@ def _methods(job: Job) -> list[dict[str, Any]] | None:
     carried = attachment_of(job.model)
     if carried is None:
         return None
-    return [{"method": type(each).__name__, **each.model_dump(mode="json")} for each in carried.methods]
+    return [written(each) for each in carried.methods]
 
 
 def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResult]:

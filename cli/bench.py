@@ -1,0 +1,7 @@
+"""`tokdyn bench flops | speed | quality`: one file per command."""
+
+from __future__ import annotations
+
+from .frame import group
+
+app = group("bench", "What models and stacks of methods cost, how fast they are and what they do to the images.")
