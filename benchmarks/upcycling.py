@@ -41,10 +41,18 @@ KINDS = {
     "scratch": "from scratch",
     "upcycled": "upcycled, diffusion loss alone",
     "blocks": "upcycled, blocks distilled",
+    "predictions": "upcycled, predictions distilled",
     "distilled": "upcycled, blocks and predictions distilled",
     "width": "the same, with dynamic width",
 }
-MARKS = {"scratch": SHARES, "upcycled": SHARES, "blocks": SHARES[:1], "distilled": SHARES, "width": SHARES[1:2]}
+MARKS = {
+    "scratch": SHARES,
+    "upcycled": SHARES,
+    "blocks": SHARES[:1],
+    "predictions": SHARES[:1],
+    "distilled": SHARES,
+    "width": SHARES[1:2],
+}
 DROPS = (0.0, 0.3, 0.6)
 CURVE = ("images", "seconds", "loss", "teacher", "output", "natural_kept", "tail_drop")
 
@@ -97,7 +105,7 @@ class Study:
         phases = [phase.model_dump(mode="json", exclude_unset=True) for phase in recipe.upcycle.phases]
         if self.kind in ("upcycled", "blocks"):
             phases = [{key: value for key, value in phase.items() if key != "output"} for phase in phases]
-        chosen = json.dumps(phases[-1:] if self.kind == "upcycled" else phases)
+        chosen = json.dumps(phases[-1:] if self.kind in ("upcycled", "predictions") else phases)
         return ["train", name, f"upcycle.base={given.base}", f"upcycle.phases={chosen}", *settings]
 
     def at(self, share: float, given: argparse.Namespace) -> Path:
