@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import timing
 from tokdyn import ops
+from tokdyn.bench import timing
 
 HEADS, WIDTH, SAMPLES = 6, 384, 8
 ROWS = (32, 64, 128, 192, 256, 512)

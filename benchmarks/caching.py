@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import tokdyn
-from benchmarks.timing import in_turn, machine, prepare, ratio, write
 from tokdyn import DepthSkip, FeatureCache
+from tokdyn.bench.timing import in_turn, machine, prepare, ratio, write
 
 STEPS = 10
 COMPUTED = (0, 1, 4, 7, 9)  # the last one always is

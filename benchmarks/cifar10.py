@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks import timing
+from tokdyn.bench import timing
 from tokdyn.evaluate import EvalConfig, EvalResult, evaluate
 from tokdyn.flops import flops_per_image
 from tokdyn.report.pareto import draw_pareto, read_points

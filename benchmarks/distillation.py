@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import tokdyn
-from benchmarks.timing import in_turn, machine, prepare, write
 from tokdyn import DiT
+from tokdyn.bench.timing import in_turn, machine, prepare, write
 from tokdyn.diffusion.objective import Objective
 from tokdyn.recipe.upcycling import PhaseSettings
 from tokdyn.train.step import RatioTerm, draw, micro_step

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import naive, timing
+from benchmarks import naive
 from tokdyn import ops
+from tokdyn.bench import timing
 from tokdyn.models import DCDiT
 from tokdyn.models.blocks import DiTBlock
 

@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokdyn
-from benchmarks import timing
 from tokdyn import TokenMerge
+from tokdyn.bench import timing
 from tokdyn.ops.destinations import grid_destinations
 from tokdyn.ops.merging import match, merge, unmerge
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import timing
 from tokdyn import recipe as recipes
+from tokdyn.bench import timing
 from tokdyn.data import DataConfig, open_data
 from tokdyn.evaluate import EvalConfig, evaluate
 from tokdyn.evaluate.held_out import held_out_loss

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokdyn
-from benchmarks import timing
 from tokdyn import DynamicWidth
+from tokdyn.bench import timing
 from tokdyn.flops import count
 
 BAR = 0.8  # share of the FLOP ratio

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import tokdyn
-from tokdyn.host import keep_large_buffers
+from tokdyn.host import describe, keep_large_buffers
 
 
 def prepare(threads: int | None = None) -> None:
@@ -72,13 +72,8 @@ def _status(field: str) -> int:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
     return {
-        "processor": model,
+        "processor": describe(torch.device("cpu"))["processor"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -1,0 +1,56 @@
+"""`tokdyn bench quality`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .frame import command
+from .output import Json, table
+from .settings import read
+
+
+def _settings() -> type:
+    from tokdyn.bench.quality import QualityConfig
+
+    return QualityConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+
+    @command(
+        app,
+        "quality",
+        words=["[MODEL]"],
+        settings=_settings,
+        examples=[
+            'tokdyn bench quality runs/demo --stack "{name: plain}" --stack "{name: dropped, tail_drop: 0.5}"',
+            "tokdyn bench quality runs/dc --stack stacks.yaml extractor=judge.ts reference=test.zip guidance=1.5",
+            "tokdyn bench quality --stack stacks.yaml held_out=test.zip rounds=9 out=quality/night --json",
+        ],
+    )
+    def quality(
+        ctx: typer.Context,
+        stack: Annotated[
+            list[str] | None,
+            typer.Option(help="A YAML file with a list of stacks, or one as YAML; others are held to the first."),
+        ] = None,
+        json: Json = False,
+    ) -> None:
+        """Measure what stacks of methods do to the images, what they cost, and how long they take."""
+        from tokdyn.bench.page import columns, write_page
+        from tokdyn.bench.quality import QualityConfig, bench_quality
+        from tokdyn.bench.stacks import read_stacks
+
+        config = read(ctx.args, QualityConfig, ["model"])
+        result = bench_quality(config, read_stacks(stack or ["{name: plain}"]))
+        files = write_page(config, result)
+        if json:
+            typer.echo(files[0].read_text(encoding="utf-8").rstrip())
+            return
+        found = columns(result.rows)
+        table(list(found), zip(*found.values(), strict=True))
+        for file in files:
+            typer.echo(f"  {file}")

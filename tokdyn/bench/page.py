@@ -1,0 +1,124 @@
+"""A result of `tokdyn bench quality` to look at: a table and pictures on one page, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokdyn.bench.quality import QualityConfig, QualityResult, QualityRow, points_of
+from tokdyn.errors import DataError
+from tokdyn.evaluate.images import open_images
+from tokdyn.files import replacing
+from tokdyn.report.grids import image_grid
+from tokdyn.report.pareto import draw_pareto
+from tokdyn.report.pixels import write_png
+
+UNITS = "a multiply-add is 2 FLOPs"
+_SHOWN = 8  # images of each stack
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
+    "th:first-child,td:first-child{text-align:left}tr.front td{font-weight:600}img{max-width:100%}"
+)
+
+
+def columns(rows: Sequence[QualityRow]) -> dict[str, list[str]]:
+    """The columns of the table that hold anything, each with one text per row."""
+    values = list(dict.fromkeys(name for row in rows for name in row.values or ()))
+    formats: dict[str, tuple[str, Any]] = {
+        "stack": ("", lambda row: row.name),
+        "kept": (".1%", lambda row: row.kept),
+        "GFLOPs per image": (".1f", lambda row: row.tflops_per_image and 1e3 * row.tflops_per_image),
+        "saved": (".1%", lambda row: row.flops_saved),
+        "ms per image": (".1f", lambda row: row.milliseconds),
+        "time saved": (".1%", lambda row: row.time_saved),
+        "held-out loss": (".5f", lambda row: row.held_out),
+        "PSNR, dB": (".1f", lambda row: row.psnr),
+        "SSIM": (".3f", lambda row: row.ssim),
+        "feature distance": (".3f", lambda row: row.feature_distance),
+        **{name: (".2f", lambda row, name=name: (row.values or {}).get(name)) for name in values},
+        "front": ("", lambda row: "yes" if row.front else ""),
+    }
+    table = {}
+    for name, (form, get) in formats.items():
+        found = [get(row) for row in rows]
+        if any(value not in (None, "") for value in found):
+            table[name] = ["" if value is None else format(value, form) for value in found]
+    return table
+
+
+def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]:
+    """Write quality.json, quality.html, samples.png and, where stacks can be ranked, pareto.png into the folder.
+
+    Returns:
+        The files.
+    """
+    out, rows = config.out, result.rows
+    files = [out / "quality.json", out / "quality.html", out / "samples.png"]
+    content = {
+        "machine": result.machine,
+        "units": UNITS,
+        "settings": config.model_dump(mode="json"),
+        "quality": result.quality,
+        "rows": [_plain(asdict(row)) for row in rows],
+    }
+    with replacing(files[0]) as half:
+        half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    shown = [_first_images(place) for place in result.places]
+    count = min(len(images) for images in shown)
+    grid = image_grid(np.concatenate([images[:count] for images in shown]), count, row_titles=[r.name for r in rows])
+    write_png(grid, files[2])
+    points = [] if result.quality is None else points_of(rows, result.quality)
+    if len(points) > 1 and result.quality is not None:
+        note = f"{config.count:,} images, {config.steps} steps, guidance {config.guidance:g}; {UNITS}"
+        files.append(draw_pareto(points, out / "pareto.png", "TFLOPs per image", result.quality, note=note))
+    with replacing(files[1]) as half:
+        half.write_text(_html(config, result, len(files) > 3), encoding="utf-8")
+    return tuple(files)
+
+
+def _first_images(place: Path) -> Any:
+    """(B, H, W, 3) uint8, evenly over the classes."""
+    images = open_images(place)
+    chosen = [number * len(images) // _SHOWN for number in range(min(_SHOWN, len(images)))]
+    found = [image for image in images.images(sorted(set(chosen)), None) if not isinstance(image, DataError)]
+    return np.stack(found)
+
+
+def _html(config: QualityConfig, result: QualityResult, ranked: bool) -> str:
+    table = columns(result.rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in table)
+    body = "".join(
+        f"<tr{' class=front' if row.front else ''}>"
+        + "".join(f"<td>{escape(texts[number])}</td>" for texts in table.values())
+        + "</tr>\n"
+        for number, row in enumerate(result.rows)
+    )
+    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    pictures = ["samples.png", *(["pareto.png"] if ranked else [])]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Quality of stacks</title>'
+        f"<style>{_STYLE}</style>\n<h1>Quality of stacks</h1><p>{config.count:,} images of each "
+        f"from the same seeds, {config.steps} steps, "
+        f"guidance {config.guidance:g}. Savings, PSNR, SSIM and feature distance are against the first row; "
+        f"{UNITS}.</p>\n"
+        f"<table><tr>{head}</tr>\n{body}</table>\n"
+        + "".join(f'<p><img src="{name}" alt="{name}"></p>\n' for name in pictures)
+        + f"<p>{escape(machine)}</p></html>\n"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: infinite numbers become text."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
