@@ -14,7 +14,7 @@ from tokdyn.attach.stats import StepStats, stats
 from tokdyn.diffusion.records import StepRecord
 from tokdyn.flops import flops_per_image, model_parts
 
-_CHUNKING = ("router", "residual", "dechunk")  # what a cache around the chunking of a DC-DiT passes by
+CHUNKING = ("router", "residual", "dechunk")  # what a cache around the chunking of a DC-DiT passes by
 _AVERAGED = ("kept", "uncond_kept", "gflops", "milliseconds")
 
 
@@ -105,7 +105,7 @@ def _wrapped(model: Any, record: StepRecord, images: int, step: StepStats | None
     if step is None:
         return _cost(record, images, [], None)
     outside = {name: flops for name, flops in model_parts(model).items() if name not in PARTS}
-    passed_by = sum(flops for name, flops in outside.items() if name in _CHUNKING)
+    passed_by = sum(flops for name, flops in outside.items() if name in CHUNKING)
     flops = sum(
         (call.flops or 0) + call.samples * sum(outside.values()) - call.reused * passed_by for call in step.calls
     )
