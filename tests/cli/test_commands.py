@@ -30,7 +30,7 @@ TINY = [
 ]  # fmt: skip
 LEAVES = [
     ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["eval"], ["convert"], ["models"],
-    ["methods"], ["bench", "flops"], ["bench", "quality"],
+    ["methods"], ["bench", "flops"], ["bench", "speed"], ["bench", "quality"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 

@@ -1,0 +1,93 @@
+"""Times of stacks as a table, as JSON and as curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from tokdyn.bench import timing
+from tokdyn.bench.speed import SpeedConfig, SpeedRow, growth
+from tokdyn.errors import InputError
+from tokdyn.report.style import COLOURS, MARKERS, figure_style, save_figure
+
+
+def columns(rows: Sequence[SpeedRow]) -> dict[str, list[str]]:
+    """The columns of the table, each with one text per row; settings that are the same everywhere are left out."""
+    settings = {
+        name: [_text(getattr(row.case, name)) for row in rows]
+        for name in ("mode", "precision", "compile", "size", "kept", "batch")
+    }
+    table = {
+        "stack": [row.stack for row in rows],
+        **{name: texts for name, texts in settings.items() if len(set(texts)) > 1},
+        "tokens": [str(row.tokens) for row in rows],
+        "ms": [f"{row.milliseconds:.2f}" for row in rows],
+        "spread": [f"{row.spread:.0%}" for row in rows],
+        "images/s": [f"{row.images_per_second:.1f}" for row in rows],
+        "GFLOPs": [f"{row.gflops:.2f}" for row in rows],
+        "GFLOP/s": [f"{row.gflops_per_second:.0f}" for row in rows],
+        "speed-up": [f"{row.speedup:.2f}" for row in rows],
+        "of the FLOPs": [f"{row.realised:.2f}" for row in rows],
+        "peak, MiB": ["-" if row.peak_mib is None else f"{row.peak_mib:.0f}" for row in rows],
+    }
+    alone = len({row.stack for row in rows}) == 1
+    hidden = {"speed-up", "of the FLOPs"} if alone else set()
+    return {name: texts for name, texts in table.items() if name not in hidden and any(text != "-" for text in texts)}
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
+    """All of it, ready for JSON: machine, settings, rows, and how time grows with tokens and batch."""
+    return {
+        "machine": timing.machine(),
+        "units": "milliseconds per call or training step; a multiply-add is 2 FLOPs",
+        "settings": config.model_dump(mode="json"),
+        "rows": [asdict(row) for row in rows],
+        "growth": {"tokens": growth(rows, "tokens"), "batch": growth(rows, "batch")},
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """As JSON."""
+    return json.dumps(found, indent=1)
+
+
+def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
+    """Draw time against tokens, or against the batch where all have the same tokens; both axes logarithmic.
+
+    Raises:
+        InputError: there is one size and one batch, so there is no curve.
+    """
+    along = "tokens" if len({row.tokens for row in rows}) > 1 else "batch"
+    if along == "batch" and len({row.case.batch for row in rows}) < 2:
+        raise InputError("there is no curve to draw: give several sizes or batches, such as size=16,32,64.")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        words = [row.stack, row.case.mode, row.case.precision]
+        words += [] if row.case.compile == "none" else [f"compile={row.case.compile}"]
+        words += [] if row.case.kept is None else [f"kept {row.case.kept:g}"]
+        words += [f"batch {row.case.batch}"] if along == "tokens" else []
+        x = row.tokens if along == "tokens" else row.case.batch
+        lines.setdefault(", ".join(words), []).append((x, row.milliseconds))
+    with figure_style():
+        figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, points) in enumerate(lines.items()):
+            xs, ys = zip(*sorted(points), strict=True)
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            axes.plot(xs, ys, color=colour, marker=marker, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens of an image" if along == "tokens" else "images in a batch")
+        axes.set_ylabel("milliseconds")
+        axes.set_title("Time of a call")
+        axes.legend(fontsize=8.5)
+        return save_figure(figure, path)
