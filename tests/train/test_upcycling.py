@@ -270,6 +270,21 @@ def test_a_dry_run_says_what_is_copied(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_counts_the_base_and_the_complete_pass(base: Path, tmp_path: Path) -> None:
+    """The base computes in 5 of 8 steps, the whole model once more in the other 3."""
+    width = {"methods": [{"method": "DynamicWidth", "target": 0.6}]}
+    alone = dry_run(recipe(base, tmp_path / "run", upcycle={"phases": [{"name": "finetune"}]}), time_steps=False)
+    phases = [*PHASES[:2], {**PHASES[2], "complete": 1.0}]
+    plan = dry_run(recipe(base, tmp_path / "run", upcycle={"phases": phases, **width}), time_steps=False)
+    assert plan.upcycled is not None
+    added = 5 / 8 * plan.upcycled.flops_before + 3 / 8 * 3 * plan.flops_forward
+    assert plan.flops_training == pytest.approx(alone.flops_training + added)
+    assert plan.upcycled.width == 0.6
+    assert "trained to 60% of its blocks'" in str(plan.upcycled)
+    assert alone.upcycled is not None
+    assert alone.upcycled.width is None
+
+
 def test_a_run_of_another_length_has_phases_in_proportion(base: Path, tmp_path: Path) -> None:
     made = upcycling(str(base), None, ["training.steps=2000"], ["dc", "dydit"])
     assert made.upcycle is not None

@@ -151,6 +151,19 @@ class UpcycleSettings(Section):
             step -= phase.steps
         raise AssertionError("the last phase has no end")
 
+    def shares(self, steps: int) -> list[tuple[PhaseSettings, float]]:
+        """The phases that a run comes to, each with its share of the steps.
+
+        Args:
+            steps: of the run.
+        """
+        shares, left = [], steps
+        for phase in self.phases:
+            taken = left if phase.steps is None else min(phase.steps, left)
+            shares.append((phase, taken / steps))
+            left -= taken
+        return shares
+
     @property
     def compares(self) -> bool:
         """Whether any phase looks at the base."""

@@ -41,7 +41,8 @@ class Plan:
         tokens: Cells of the token grid.
         kept: Tokens that the transformer blocks see on average over the training budgets.
         flops_forward: FLOPs of one forward pass of one image without tail drop.
-        flops_training: Mean FLOPs of training on one image: three forwards, averaged over the budgets.
+        flops_training: Mean FLOPs of training on one image: three forwards, averaged over the budgets; of an upcycled
+            model with the forward of the base and the complete pass in the phases that have them.
         steps: Optimizer steps.
         images: Images over all steps.
         samples: Images in the data set; None when the data were not opened.
@@ -76,6 +77,10 @@ class Plan:
         """Estimated time of the whole run on this machine."""
         return None if self.seconds_per_step is None else self.seconds_per_step * self.steps
 
+    @property
+    def _mean_over(self) -> str:
+        return "the budgets" if self.upcycled is None else "the budgets and phases, with what the base computes"
+
     def lines(self) -> list[tuple[str, str]]:
         """Say it in (what, how much) pairs with units."""
         epochs = f", {self.images / self.samples:.1f} epochs of {self.samples:,}" if self.samples else ""
@@ -83,7 +88,7 @@ class Plan:
             ("parameters", f"{self.parameters:,} ({self.trainable:,} trainable)"),
             ("tokens", f"{self.tokens:,} per image, {self.kept:,.0f} in the blocks on average"),
             ("forward", f"{self.flops_forward / 1e9:,.2f} GFLOP per image (multiply-add = 2)"),
-            ("training", f"{self.flops_training / 1e9:,.2f} GFLOP per image, mean over the budgets"),
+            ("training", f"{self.flops_training / 1e9:,.2f} GFLOP per image, mean over {self._mean_over}"),
             *([] if self.upcycled is None else self.upcycled.lines()[:4]),
             ("length", f"{self.steps:,} steps, {self.images:,} images{epochs}"),
             ("memory, fixed", f"{self.memory_fixed / 2**30:,.2f} GiB: weights, gradients, moments, average"),
@@ -148,7 +153,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
         tokens=tokens,
         kept=kept * tokens,
         flops_forward=full,
-        flops_training=3.0 * mean,
+        flops_training=3.0 * mean + _guidance(recipe, steps, base, full),
         steps=steps,
         images=images,
         samples=None if dataset is None else len(dataset),
@@ -177,6 +182,17 @@ def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
     budgets = _budgets(recipe)
     costs = [flops_per_image(model, kept) for kept in budgets]
     return flops_per_image(model), sum(costs) / len(costs), sum(budgets) / len(budgets)
+
+
+def _guidance(recipe: Recipe, steps: int, base: DiT | None, full: float) -> float:
+    """FLOPs per image that the phases of upcycling add, mean over the steps."""
+    if recipe.upcycle is None or base is None:
+        return 0.0
+    teacher = flops_per_image(base)
+    return sum(
+        share * (teacher * bool(phase.teacher or phase.output) + 3.0 * full * bool(phase.complete))
+        for phase, share in recipe.upcycle.shares(steps)
+    )
 
 
 def _free_memory(device: torch.device) -> float:

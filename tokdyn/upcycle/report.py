@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from tokdyn.attach.api import attachment_of
 from tokdyn.errors import InputError
 from tokdyn.flops import flops_per_image
+from tokdyn.methods import DynamicWidth
 from tokdyn.models import DCDiT, DiT
 from tokdyn.tokens import cells
 
@@ -45,7 +47,8 @@ class UpcycleReport:
         tokens_after: the same of the new model on average, as far as its router keeps what it aims at, or None if it
             has none.
         flops_before: FLOPs of one forward of the base on one image; a multiply-add is 2 FLOPs.
-        flops_after: the same of the new model, keeping what it aims at.
+        flops_after: the same of the new model, keeping what it aims at, at full width.
+        width: share of the blocks' FLOPs that DynamicWidth on the new model is trained down to; None without it.
     """
 
     copied: Tensors
@@ -56,6 +59,7 @@ class UpcycleReport:
     tokens_after: float
     flops_before: float
     flops_after: float
+    width: float | None = None
 
     def lines(self) -> list[tuple[str, str]]:
         """Say it in (what, how much) pairs with units."""
@@ -75,7 +79,7 @@ class UpcycleReport:
             (
                 "forward",
                 f"{self.flops_before / 1e9:,.2f} GFLOP per image before, {self.flops_after / 1e9:,.2f} after "
-                f"({ratio:.2f}x, multiply-add = 2)",
+                f"({ratio:.2f}x, multiply-add = 2){self._narrowed()}",
             ),
         ]
 
@@ -85,6 +89,9 @@ class UpcycleReport:
 
     def __str__(self) -> str:
         return "\n".join(f"{what:<12} {text}" for what, text in self.lines())
+
+    def _narrowed(self) -> str:
+        return "" if self.width is None else f"; DynamicWidth is trained to {self.width:.0%} of its blocks'"
 
     @staticmethod
     def _parts(tensors: Tensors) -> str:
@@ -109,6 +116,8 @@ def report(base: DiT, student: Any) -> UpcycleReport:
     learning = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     frozen = [name for name in after if name not in learning and name != _FIXED]
     chunked = isinstance(student, DCDiT)
+    attachment = attachment_of(student)
+    carried = () if attachment is None else attachment.methods
     grid = student._grid_of(student.config.sample_size)
     return UpcycleReport(
         copied=_tensors([name for name in equal if name != _FIXED], after),
@@ -119,6 +128,7 @@ def report(base: DiT, student: Any) -> UpcycleReport:
         tokens_after=cells(grid) / (student.config.target if chunked else 1.0),
         flops_before=flops_per_image(base),
         flops_after=flops_per_image(student),
+        width=next((each.target for each in carried if isinstance(each, DynamicWidth)), None),
     )
 
 
