@@ -51,6 +51,7 @@ def register(app: typer.Typer) -> None:
         The transformer of a text-to-image pipeline of diffusers gets a chunking and learns to answer with fewer tokens
         as it does with all, on images that it draws: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
         """
+        from tokdyn.bases.opening import check_name
         from tokdyn.calibration.pipelines import is_pipeline
         from tokdyn.errors import RecipeError
         from tokdyn.recipe import Recipe, load
@@ -65,6 +66,8 @@ def register(app: typer.Typer) -> None:
                 )
             _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
             return
+        if base is not None:
+            check_name(base)
         given = split(ctx.args, frozenset(flags(Recipe)))
         given.take()
         if resume and base is None and recipe is None and not method and "out" in given.settings:

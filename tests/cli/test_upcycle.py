@@ -68,6 +68,13 @@ def test_a_dry_run_trains_nothing(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_base_that_is_none_is_said_first() -> None:
+    """Before the data that the recipe of latents lacks."""
+    _, said = run("upcycle", "--base", "runs/no/where", "--method", "dc", code=2)
+    assert "there is no base 'runs/no/where'" in said
+    assert "data.path" not in said
+
+
 def test_methods_choose_the_recipe() -> None:
     assert split_methods(["dc", "skip=0.7", "merge"]) == (
         ["dc"],

@@ -77,6 +77,18 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
     return Base(model, _objective(model, row, facts, files[0].parent), str(name), path, _sha256(files), facts)
 
 
+def check_name(name: str) -> None:
+    """Refuse what can be no base, before anything else is looked at.
+
+    Raises:
+        CheckpointError: it is no path that exists, no name of the table and no id of the hub.
+    """
+    if (name and Path(name).expanduser().exists()) or name in rows():
+        return
+    if not hub.ID.fullmatch(name) or name.startswith(("./", "../", "~/")):
+        raise CheckpointError(f"there is no base {name!r}: it is no path that exists{_meant(name)}; {_WHAT}.")
+
+
 def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
     """Where a base lies, after it was downloaded if need be, and its row of the table.
 
@@ -90,10 +102,9 @@ def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
     path = Path(name).expanduser()
     if name and path.exists():
         return path, None
+    check_name(name)
     row = rows().get(name)
     place = name if row is None else row.place
-    if row is None and not (hub.ID.fullmatch(name) and not name.startswith(("./", "../", "~/"))):
-        raise CheckpointError(f"there is no base {name!r}: it is no path that exists{_meant(name)}; {_WHAT}.")
     try:
         if row is not None and row.source == "shipped":
             return shipped_folder(row.place), row
