@@ -285,6 +285,24 @@ def test_a_dry_run_counts_the_base_and_the_complete_pass(base: Path, tmp_path: P
     assert alone.upcycled.width is None
 
 
+def test_the_warm_up_of_a_method_counts_steps(base: Path, tmp_path: Path) -> None:
+    """Two calls to a step: after four of eight steps the target is half way down."""
+    width = {"methods": [{"method": "DynamicWidth", "target": 0.6, "warmup": 8}], "phases": [{"name": "finetune"}]}
+    whole = recipe(base, tmp_path / "run", upcycle=width, training={"steps": 4, "accumulation": 2})
+    assert train(whole).finished
+    model, *_ = load_model(tmp_path / "run")
+    (method,), module = model.tokdyn.methods, model.tokdyn.parts["0"]
+    assert module.calls == 8
+    assert float(module.target(method)) == pytest.approx(0.8)
+
+
+def test_a_share_that_skipping_cannot_reach_is_said_before_training(base: Path, tmp_path: Path) -> None:
+    asked = {"after": [{"method": "skip", "flops": 0.05}], "phases": [{"name": "finetune"}]}
+    with pytest.raises(RecipeError, match=r"skip cannot come down to 0.05 .* outside of the blocks"):
+        train(recipe(base, tmp_path / "run", upcycle=asked))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_another_length_has_phases_in_proportion(base: Path, tmp_path: Path) -> None:
     made = upcycling(str(base), None, ["training.steps=2000"], ["dc", "dydit"])
     assert made.upcycle is not None

@@ -12,11 +12,13 @@ import torch
 from tokdyn.data import DataConfig
 from tokdyn.data.config import rows_and_columns
 from tokdyn.errors import CheckpointError, InputError, RecipeError
-from tokdyn.flops import compute_matched_steps, flops_per_image
+from tokdyn.flops import compute_matched_steps, flops_per_image, model_parts
 from tokdyn.recipe.model_settings import FROM_ELSEWHERE, ModelSettings
 from tokdyn.recipe.schema import Recipe
+from tokdyn.recipe.upcycling import UpcycleSettings
 
 if TYPE_CHECKING:
+    from tokdyn.methods import Method
     from tokdyn.models import DiT
 
 Shape = tuple[int, int, int]
@@ -126,6 +128,26 @@ def _fitting(base: Any, recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
     return found
 
 
+def _by_steps(method: Method, recipe: Recipe) -> Method:
+    """The method with a warm-up in calls of the model: a recipe counts optimizer steps, each of several calls."""
+    calls = getattr(method, "warmup", 0) * recipe.training.accumulation
+    return method.model_copy(update={"warmup": calls}) if calls else method
+
+
+def _check_after(settings: UpcycleSettings, model: Any) -> None:
+    """Refuse, before anything is trained, a share of the FLOPs that skipping every block would not come down to."""
+    from tokdyn.attach.costs import PARTS
+
+    parts = model_parts(model)
+    least = sum(flops for name, flops in parts.items() if name not in PARTS) / sum(parts.values())
+    for each in settings.after:
+        if each.method == "skip" and each.flops is not None and each.flops < least:
+            raise RecipeError(
+                f"upcycle.after: skip cannot come down to {each.flops:g} of the FLOPs: {least:.3g} of them are spent "
+                "outside of the blocks; ask for more."
+            )
+
+
 def build_model(
     recipe: Recipe,
     shape: Shape | None = None,
@@ -157,7 +179,8 @@ def build_model(
         with torch.device(device):
             chunked = recipe.model.kind == "dcdit"
             model = to_dc(base, **recipe.model.overrides) if chunked else copy.deepcopy(base).train()
-            methods = [each.build() for each in recipe.upcycle.methods]
+            methods = [_by_steps(each.build(), recipe) for each in recipe.upcycle.methods]
+            _check_after(recipe.upcycle, model)
             return (wrap(model, methods) if methods else model).to(device)
     arguments = model_arguments(recipe, shape, num_classes)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]

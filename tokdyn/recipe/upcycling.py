@@ -16,6 +16,8 @@ Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
 class AttachedMethod(BaseModel):
     """A method that is attached to the model while it trains, with its settings beside its name.
 
+    Its warm-up counts optimizer steps here, however many calls of the model each of them takes.
+
     Attributes:
         method: "DynamicWidth".
     """
