@@ -81,7 +81,8 @@ def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json
     """Upcycles the transformer of a pipeline and says what came of it."""
     from tokdyn.calibration.pipelines import PipelineConfig, upcycle_pipeline
 
-    result = upcycle_pipeline(read([*args, f"base={base}"], PipelineConfig), methods, resume)
+    config = read([*args, f"base={base}"], PipelineConfig)
+    result = upcycle_pipeline(config, methods, resume, lambda text: typer.echo(text, err=True))
     if json:
         as_json({"folder": result.folder, **result.report})
         return

@@ -58,9 +58,13 @@ def test_a_pipeline_is_upcycled_by_one_command(pipeline: Path, tmp_path: Path) -
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\n\na blue square\n")
     out = tmp_path / "out"
-    told, _ = run("upcycle", "--base", pipeline, "--method", "dc", *QUICK, f"prompts={prompts}", f"out={out}", "--json")
+    told, notes = run(
+        "upcycle", "--base", pipeline, "--method", "dc", *QUICK, f"prompts={prompts}", f"out={out}", "--json"
+    )
     report = json.loads(told)
     assert report["calls"] == 2 * 3
+    for word in ("new ", "frozen", "GFLOP per image before"):
+        assert word in notes  # before the first step
     assert report["error"]["last"] < report["error"]["first"]
     assert 0 < report["share_of_block_flops"] < 1
     with Image.open(out / "images.png") as image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,9 +14,11 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 import tokdyn
+from tokdyn.attach.api import attached
 from tokdyn.calibration.recording import recording
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
+from tokdyn.flops import flops
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
@@ -121,13 +123,16 @@ def is_pipeline(base: str | None) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] not in _OWN
 
 
-def upcycle_pipeline(config: PipelineConfig, methods: list[str], resume: bool = False) -> PipelineResult:
+def upcycle_pipeline(
+    config: PipelineConfig, methods: list[str], resume: bool = False, tell: Callable[[str], None] = lambda text: None
+) -> PipelineResult:
     """Draw images, record what the transformer was called with, and distil it against itself with all tokens.
 
     Args:
         config: the settings.
         methods: "dc", "dydit" or both.
         resume: continue from the last checkpoint in the folder; the images are drawn again from the same seeds.
+        tell: is given a report before the first step: what learns, what is frozen, tokens and FLOPs of a call.
 
     Raises:
         TokdynError: the pipeline cannot be read, or its transformer does not take the methods.
@@ -156,6 +161,8 @@ def upcycle_pipeline(config: PipelineConfig, methods: list[str], resume: bool = 
     teacher = pipe.transformer if config.trained == "all" else None
     if teacher is None:
         pipe.transformer = None  # one copy is enough
+    told = _told(student, calls[0], config)
+    tell("\n".join(f"{what:<12} {text}" for what, text in told.items()))
     result = distil(student, calls, out, config.distillation, teacher=teacher, resume=resume, facts=own)
     pipe.transformer = student.eval()
     after = _draw(pipe, config, device)
@@ -169,6 +176,7 @@ def upcycle_pipeline(config: PipelineConfig, methods: list[str], resume: bool = 
         "settings": config.model_dump(mode="json"),
         "methods": methods,
         "model": type(student).__name__,
+        "before_the_first_step": told,
         "calls": len(calls),
         "error": {"first": _mean(result.rows[:tenth]), "last": _mean(result.rows[-tenth:])},
         "share_of_block_flops": run.share,
@@ -177,6 +185,28 @@ def upcycle_pipeline(config: PipelineConfig, methods: list[str], resume: bool = 
     with replacing(out / REPORT) as half:
         half.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return PipelineResult(out, report)
+
+
+def _told(student: Any, call: Mapping[str, Any], config: PipelineConfig) -> dict[str, str]:
+    """What learns, what is frozen, and what a recorded call costs with all tokens and with those that are kept."""
+    parts = attached(student).parts
+    own = {id(parameter) for parameter in parts.parameters()}
+    whole = sum(parameter.numel() for parameter in student.parameters() if id(parameter) not in own)
+    new = sum(parameter.numel() for parameter in parts.parameters())
+    training = student.training
+    found = flops(student.eval(), **call)
+    student.train(training)
+    lines = {
+        "kept as is": f"{whole:,} parameters of the {type(student).__name__}",
+        "new": f"{new:,} parameters ({', '.join(type(each).__name__ for each in attached(student).methods)})",
+        "frozen": "all but what is new" if config.trained == "methods" else "nothing; a copy of the original teaches",
+    }
+    if found.dense:
+        lines["call"] = (
+            f"{found.dense / found.batch / 1e9:,.3f} GFLOP per image before, {found.per_image / 1e9:,.3f} after "
+            f"({found.total / found.dense:.2f}x, multiply-add = 2)"
+        )
+    return lines
 
 
 def _mean(rows: Sequence[dict[str, float]]) -> float:
