@@ -144,7 +144,7 @@ def train(given: argparse.Namespace) -> None:
 def measure(given: argparse.Namespace) -> None:
     """Measure the runs that are there, and the base."""
     timing.prepare(given.threads)
-    held_out = open_data(DataConfig(kind="images", path=given.held_out, size=32, num_classes=10))
+    held_out = open_data(DataConfig(kind="images", path=str(given.held_out), size=32, num_classes=10))
     known: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     rows: list[dict[str, Any]] = []
     result = {"machine": timing.machine(), "units": "a multiply-add is 2 FLOPs", "rows": rows}

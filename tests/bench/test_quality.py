@@ -30,6 +30,7 @@ STACKS = """
 - {name: plain}
 - {name: again}
 - {name: dropped, tail_drop: 0.5, uncond_tail_drop: 0.9}
+- {name: late, tail_drop: [[0.0, 0.8], [1.0, 0.0]]}
 - {name: cached, methods: [{method: FeatureCache, steps: [0, 2]}]}
 """
 QUICK = {"count": 8, "steps": 3, "scheduler": "ddim", "guidance": 2.0, "batch_size": 4, "device": "cpu"}
@@ -37,7 +38,7 @@ QUICK = {"count": 8, "steps": 3, "scheduler": "ddim", "guidance": 2.0, "batch_si
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[QualityConfig, QualityResult]:
-    """Four stacks on a DC-DiT with random weights, judged in pixels against random images."""
+    """Five stacks on a DC-DiT with random weights, judged in pixels against random images."""
     top = tmp_path_factory.mktemp("quality")
     facts = {**FACTS, "data": DataConfig(kind="images", size=16, num_classes=4).model_dump(mode="json")}
     save_model(tiny(0, depth=3, sample_size=16), top / "dc", facts)
@@ -78,13 +79,15 @@ def test_numbers_are_those_of_the_images(made: tuple[QualityConfig, QualityResul
 
 def test_costs_and_losses(made: tuple[QualityConfig, QualityResult]) -> None:
     config, result = made
-    plain, _, dropped, cached = result.rows
+    plain, _, dropped, late, cached = result.rows
     for row, place in zip(result.rows, result.places, strict=True):
         told = json.loads((place / "sample.json").read_text())["budgets"][0]
         assert row.tflops_per_image == told["tflops_per_image"]
         assert row.milliseconds > 0
     assert dropped.flops_saved == pytest.approx(1 - dropped.tflops_per_image / plain.tflops_per_image)
     assert 0 < dropped.flops_saved < 1
+    assert 0 < late.flops_saved < 1
+    assert late.held_out not in (plain.held_out, None)
     assert 0 < cached.flops_saved < 1 / 3
     model, objective, _ = load_model(config.model)
     data = open_data(DataConfig(kind="images", path=str(config.held_out), size=16, num_classes=4))
@@ -115,7 +118,7 @@ def test_the_page_shows_all_of_it(made: tuple[QualityConfig, QualityResult]) -> 
     assert [row["name"] for row in told["rows"]] == [row.name for row in result.rows]
     assert told["rows"][1]["psnr"] == "inf"
     page = files[1].read_text()
-    assert page.count("<tr") == 5
+    assert page.count("<tr") == 6
     assert all(f"<td>{text}</td>" in page for texts in columns(result.rows).values() for text in texts)
 
 

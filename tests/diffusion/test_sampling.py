@@ -202,6 +202,22 @@ def test_lite_cfg_drops_per_branch_in_one_call(routed):
         assert record.counts.fraction() == pytest.approx(float(both.double().mean()) / 24)
 
 
+def test_drops_run_along_their_points_with_the_noise_level(routed):
+    """Each step drops what the curve says at its level, in each branch; a flat curve is the number."""
+    model = routed()
+    curve = ((0.2, 0.6), (0.8, 0.0))
+    made = generate(model, Sampler(steps=5, guidance=2.0, tail_drop=curve, uncond_tail_drop=0.9), NOISE, [1], [0])
+    for record, drop in zip(made.steps, model.drops, strict=True):
+        wanted = min(max(0.6 * (0.8 - record.level) / 0.6, 0.0), 0.6)
+        assert drop.tolist() == pytest.approx([wanted, 0.9])
+    assert len({drop.tolist()[0] for drop in model.drops}) > 2
+    flat = generate(model, Sampler(steps=5, tail_drop=((0.0, 0.4), (1.0, 0.4))), NOISE, [1], [0])
+    same = generate(model, Sampler(steps=5, tail_drop=0.4), NOISE, [1], [0])
+    assert torch.equal(flat.images, same.images)
+    with pytest.raises(ValueError, match="should rise"):
+        Sampler(tail_drop=((0.5, 0.1), (0.5, 0.2)))
+
+
 def test_full_interval_is_no_interval_and_outside_only_the_condition_is_computed(oracle):
     model = oracle(NOISE, shift=0.5)
     plain = generate(model, Sampler(steps=10, guidance=2.0), NOISE, [0, 1], [0, 1])

@@ -47,6 +47,10 @@ def test_a_model_that_says_nothing_has_the_loss_of_the_noise() -> None:
 def test_budgets_change_what_is_kept() -> None:
     model = tiny(0, sample_size=16)
     full, half = (held_out_loss(model, Objective(), DATA, tail_drop=drop) for drop in (0.0, 0.5))
+    along = held_out_loss(model, Objective(), DATA, tail_drop=((0.45, 0.0), (0.55, 0.5)))  # at five of ten bins each
+    assert half.kept < along.kept < full.kept
+    assert along.by_level[0] == pytest.approx(full.by_level[0])
+    assert along.by_level[-1] == pytest.approx(half.by_level[-1])
     assert half.kept < full.kept <= 1
     assert half.loss != full.loss
     with pytest.raises(InputError, match="at least 2 images"):

@@ -24,6 +24,7 @@ from tokdyn.files import UserPath
 from tokdyn.flops import compute_matched_steps, flops, flops_per_image, model_parts
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import SHAPES
+from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
 from tokdyn.sample.costs import CHUNKING, step_costs
 
@@ -283,7 +284,10 @@ def _grid(model: Any) -> tuple[int, int]:
 
 def _drops(config: FlopsConfig, stack: Stack) -> tuple[float, ...]:
     unconditional = stack.tail_drop if stack.uncond_tail_drop is None else stack.uncond_tail_drop
-    return (stack.tail_drop, unconditional) if config.guided else (stack.tail_drop,)
+    both = (stack.tail_drop, unconditional) if config.guided else (stack.tail_drop,)
+    if not all(isinstance(drop, float) for drop in both):
+        raise RecipeError(f"the stack {stack.name} drops by noise level, so its tokens are measured: leave kept out.")
+    return tuple(at(drop, 0.5) for drop in both)
 
 
 def _labels(config: FlopsConfig, model: Any) -> list[int]:
@@ -328,7 +332,7 @@ def _calls(config: FlopsConfig, opened: Opened) -> list[Any]:
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.randn(config.images, model.config.in_channels, *shape, generator=generator)
     labels = torch.tensor(_labels(config, model))
-    more: dict[str, Any] = {"tail_drop": opened.stack.tail_drop} if opened.stack.tail_drop else {}
+    more: dict[str, Any] = {"tail_drop": at(opened.stack.tail_drop, 0.5)} if opened.stack.tail_drop else {}
     found = []
     for level in _LEVELS:
         time = torch.full((config.images,), level * objective.num_train_timesteps)

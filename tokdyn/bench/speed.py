@@ -28,6 +28,7 @@ from tokdyn.host import open_device, settle_memory
 from tokdyn.methods import FeatureCache
 from tokdyn.methods.written import from_written
 from tokdyn.models import DCDiT, DiT
+from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
 from tokdyn.train.setup import compile_parts
 
@@ -282,7 +283,7 @@ def _inputs(model: Any, stack: Stack, case: Case, device: torch.device) -> tuple
             order = torch.rand(case.batch, cells, generator=generator).argsort(dim=1)
             more["plan"] = (order < max(1, round(case.kept * cells))).to(device)
         if stack.tail_drop:
-            more["tail_drop"] = stack.tail_drop
+            more["tail_drop"] = at(stack.tail_drop, 0.5)
     return (x, time, labels), more
 
 

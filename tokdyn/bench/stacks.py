@@ -14,7 +14,7 @@ from tokdyn.attach.sidecar import load
 from tokdyn.calibration.afterwards import rewrap
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.sampling import Share
+from tokdyn.diffusion.sampling import Drop
 from tokdyn.errors import RecipeError
 from tokdyn.methods.written import from_written
 from tokdyn.recipe import yaml_text
@@ -32,7 +32,7 @@ class Stack(BaseModel):
             was trained with.
         methods: put around those that the model was trained with, outermost first: a list of
             {method: NAME, setting: value, ...}.
-        tail_drop: share of the kept tokens that a chunking model drops.
+        tail_drop: share of the kept tokens that a chunking model drops, or points [[noise level, share], ...].
         uncond_tail_drop: the same in the unconditional branch (Lite-CFG, arXiv 2603.06351); null means as the other.
     """
 
@@ -42,8 +42,8 @@ class Stack(BaseModel):
     model: str | None = None
     folder: Path | None = None
     methods: tuple[dict[str, Any], ...] = ()
-    tail_drop: Share = 0.0
-    uncond_tail_drop: Share | None = None
+    tail_drop: Drop = 0.0
+    uncond_tail_drop: Drop | None = None
 
     @field_validator("methods")
     @classmethod

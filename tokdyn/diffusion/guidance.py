@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import UnsupportedModelError
+from tokdyn.ops.schedules import Curve, at
 
 GuidanceChannels = Literal["all", "three"]
 
@@ -39,7 +40,7 @@ class Branches:
         labels: (B,) int64 class of each image.
         guidance: scale; 1 means none.
         channels: which channels of the prediction are guided; the variance never is.
-        tail_drop: fraction of the kept tokens that the conditional branch drops.
+        tail_drop: fraction of the kept tokens that the conditional branch drops, or points (noise level, fraction).
         uncond_tail_drop: that of the unconditional branch.
 
     Raises:
@@ -53,35 +54,45 @@ class Branches:
         labels: Tensor,
         guidance: float,
         channels: GuidanceChannels,
-        tail_drop: float,
-        uncond_tail_drop: float,
+        tail_drop: Curve,
+        uncond_tail_drop: Curve,
     ) -> None:
         self._model, self._objective = model, objective
         self._guidance, self._channels = guidance, channels
         self._labels = {False: labels, True: labels}
         if guidance != 1.0:
             self._labels[True] = torch.cat([labels, torch.full_like(labels, null_class(model))])
-        self._budget: dict[bool, dict[str, Any]] = {False: {}, True: {}}
-        if takes_tail_drop(model):
-            both: float | Tensor = tail_drop
-            if uncond_tail_drop != tail_drop:
-                pair = torch.tensor([tail_drop, uncond_tail_drop], device=labels.device)
-                both = pair.repeat_interleave(len(labels))
-            self._budget = {False: {"tail_drop": tail_drop}, True: {"tail_drop": both}}
-        elif tail_drop > 0 or (guidance != 1.0 and uncond_tail_drop > 0):
+        self._drops = tail_drop, uncond_tail_drop
+        self._chunked = takes_tail_drop(model)
+        self._known: dict[tuple[float, float], float | Tensor] = {}
+        if not self._chunked and (drops(tail_drop) or (guidance != 1.0 and drops(uncond_tail_drop))):
             raise cannot_drop(model)
 
-    def __call__(self, x: Tensor, timestep: Tensor, guided: bool) -> Denoised:
+    def _budget(self, guided: bool, level: float) -> dict[str, float | Tensor]:
+        """The tail drop of a call; pairs of both branches are made once."""
+        if not self._chunked:
+            return {}
+        cond, uncond = (at(drop, level) for drop in self._drops)
+        if not guided or cond == uncond:
+            return {"tail_drop": cond}
+        if (cond, uncond) not in self._known:
+            labels = self._labels[False]
+            pair = torch.tensor([cond, uncond], device=labels.device)
+            self._known[cond, uncond] = pair.repeat_interleave(len(labels))
+        return {"tail_drop": self._known[cond, uncond]}
+
+    def __call__(self, x: Tensor, timestep: Tensor, guided: bool, level: float = 1.0) -> Denoised:
         """Evaluate the model on ``x`` (B, C, H, W) at ``timestep``, a tensor without dimensions.
 
-        When not ``guided``, the unconditional branch is not computed.
+        When not ``guided``, the unconditional branch is not computed. The noise level decides about tail drops that
+        change with it.
         """
         batch, labels = len(x), self._labels[guided]
         output = self._model(
             torch.cat([x, x]) if guided else x,
             timestep=timestep.expand(len(labels)),
             class_labels=labels,
-            **self._budget[guided],
+            **self._budget(guided, level),
         )
         prediction, variance = self._objective.split(output.sample, x.shape[1])
         variance = None if variance is None else variance[:batch]
@@ -94,6 +105,11 @@ class Branches:
             return uncond + self._guidance * (cond - uncond)
         guided = uncond[:, :3] + self._guidance * (cond[:, :3] - uncond[:, :3])
         return torch.cat([guided, cond[:, 3:]], dim=1)
+
+
+def drops(tail_drop: Curve) -> bool:
+    """Whether any token is dropped at any noise level."""
+    return tail_drop > 0 if isinstance(tail_drop, int | float) else any(value > 0 for _, value in tail_drop)
 
 
 def cannot_drop(model: nn.Module) -> UnsupportedModelError:

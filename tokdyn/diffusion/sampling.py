@@ -17,6 +17,7 @@ from tokdyn.diffusion.randomness import initial_noise, step_generators
 from tokdyn.diffusion.records import Generation, KeptLedger, StepRecord, StepState
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import InputError
+from tokdyn.ops.schedules import Curve, check_curve
 
 
 def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
@@ -27,6 +28,17 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
 
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _shares(curve: Curve) -> Curve:
+    check_curve(curve, 0.0, 1.0)
+    return curve
+
+
+Points = Annotated[tuple[tuple[float, float], ...], AfterValidator(_shares)]
+"""Points (noise level, share of the kept tokens)."""
+Drop = Share | Points
+"""A share of the kept tokens, or one that changes with the noise level."""
 GuidanceScale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
@@ -41,7 +53,8 @@ class Sampler(BaseModel):
         guidance_channels: ``all`` channels of the prediction, or the first ``three`` as the public DiT code guides.
         guidance_interval: noise levels (see ``tokdyn.diffusion.objective``), ends included, in which guidance acts
             (arXiv 2404.07724); outside of it the unconditional branch is not computed.
-        tail_drop: fraction of the kept tokens to drop, the least certain first.
+        tail_drop: fraction of the kept tokens to drop, the least certain first; or points (noise level, fraction)
+            between which it runs in straight lines, 1 being pure noise.
         uncond_tail_drop: the same for the unconditional branch (Lite-CFG, arXiv 2603.06351); None means as the other.
         clip: clamp each prediction of the clean image to [-1, 1]: right for pixels, wrong for latents.
     """
@@ -53,8 +66,8 @@ class Sampler(BaseModel):
     guidance: GuidanceScale = 1.0
     guidance_channels: GuidanceChannels = "all"
     guidance_interval: Interval = (0.0, 1.0)
-    tail_drop: Share = 0.0
-    uncond_tail_drop: Share | None = None
+    tail_drop: Drop = 0.0
+    uncond_tail_drop: Drop | None = None
     clip: bool = False
 
     def guided_at(self, level: float) -> bool:
@@ -120,7 +133,7 @@ def generate(
         clock.mark()
         for index, timestep in enumerate(timesteps):
             told = timestep.expand(len(x))
-            denoised = network(x.to(parameter.dtype), timestep, guided[index])
+            denoised = network(x.to(parameter.dtype), timestep, guided[index], levels[index])
             prediction = denoised.prediction.to(trajectory)
             if sampler.clip:
                 clean = objective.predict_x0(prediction, x, told).clamp(-1.0, 1.0)

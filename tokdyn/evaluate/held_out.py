@@ -13,6 +13,7 @@ from tokdyn.data import Dataset
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import InputError
+from tokdyn.ops.schedules import Curve, at
 from tokdyn.progress import progress
 
 
@@ -45,7 +46,7 @@ def held_out_loss(
     images: int = 2000,
     repeats: int = 1,
     batch_size: int = 100,
-    tail_drop: float = 0.0,
+    tail_drop: Curve = 0.0,
     bins: int = 10,
     seed: int = 0,
 ) -> HeldOutLoss:
@@ -61,7 +62,7 @@ def held_out_loss(
         images: M, taken evenly from the dataset.
         repeats: times and noises for each image; repeat r is what the seed + r gives.
         batch_size: of the calls.
-        tail_drop: of a chunking model.
+        tail_drop: of a chunking model; a number, or points (noise level, share).
         bins: of noise levels.
         seed: of times and noise.
 
@@ -73,7 +74,7 @@ def held_out_loss(
         raise InputError(f"a held-out loss needs at least 2 images, got {count}.")
     chosen = [index * len(dataset) // count for index in range(count)]
     device = next(model.parameters()).device
-    more = {"tail_drop": tail_drop} if takes_tail_drop(model) else {}
+    chunked = takes_tail_drop(model)
     losses, levels, kept, training = [], [], [], model.training
     model.eval()
     try:
@@ -88,6 +89,7 @@ def held_out_loss(
                     noise = torch.stack([_noise(seed + repeat, index, x.shape[1:]) for index in part])
                     told = _times(objective, times[start : start + batch_size])
                     noised = objective.mix(x.to(device), noise.to(device), told.to(device))
+                    more = {"tail_drop": _drops(tail_drop, noised.level)} if chunked else {}
                     out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **more)
                     losses.append(_error(objective, out.sample, noised).cpu())
                     levels.append(noised.level.cpu())
@@ -97,6 +99,13 @@ def held_out_loss(
     finally:
         model.train(training)
     return _result(torch.cat(losses), torch.cat(levels), torch.cat(kept) if kept else None, bins, count, repeats)
+
+
+def _drops(curve: Curve, levels: Tensor) -> float | Tensor:
+    """The tail drop, or (B,) tail drops at noise levels."""
+    if isinstance(curve, int | float):
+        return curve
+    return torch.tensor([at(curve, level) for level in levels.tolist()], device=levels.device)
 
 
 def _noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:

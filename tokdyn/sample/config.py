@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from tokdyn.diffusion.guidance import GuidanceChannels
-from tokdyn.diffusion.sampling import GuidanceScale, Interval, Sampler, Share, Steps
+from tokdyn.diffusion.sampling import Drop, GuidanceScale, Interval, Points, Sampler, Share, Steps
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
 
@@ -56,7 +56,9 @@ class SampleConfig(BaseModel):
         guidance_channels: Guide `all` channels, or the first `three` as the public DiT and DC-DiT code does.
         guidance_interval: Noise levels LOW,HIGH between which guidance acts; 1 is pure noise.
         tail_drop: Fraction of the kept tokens to drop; several make the same images at several budgets.
-        uncond_tail_drop: The same for the unconditional branch (Lite-CFG); None means as tail_drop.
+        drop_curve: Points [[LEVEL, FRACTION], ...] with rising noise levels, in place of tail_drop: the fraction runs
+            from one to the next in straight lines; level 1 is pure noise.
+        uncond_tail_drop: The same for the unconditional branch (Lite-CFG), a number or points; None means as the other.
         clip: Clamp predicted images to [-1, 1] at each step; None does so for pixels and not for latents.
         methods: Folder with methods that act while sampling, from `tokdyn calibrate`, `tokdyn upcycle` or
             `tokdyn.save`, in place of those that the model was trained with.
@@ -86,7 +88,8 @@ class SampleConfig(BaseModel):
     guidance_channels: GuidanceChannels = "all"
     guidance_interval: Annotated[Interval, BeforeValidator(_two)] = (0.0, 1.0)
     tail_drop: Annotated[tuple[Share, ...], AfterValidator(_budgets), BeforeValidator(_listed)] = (0.0,)
-    uncond_tail_drop: Share | None = None
+    drop_curve: Points | None = None
+    uncond_tail_drop: Drop | None = None
     clip: bool | None = None
     methods: UserPath | None = None
     vae: str | None = None
@@ -107,6 +110,8 @@ class SampleConfig(BaseModel):
         for name in ("map_images", "map_steps"):
             if not self.maps and self._changed(name):
                 raise ValueError(f"{name} has no effect without maps: set maps=true")
+        if self.drop_curve is not None and self._changed("tail_drop"):
+            raise ValueError("drop_curve takes the place of tail_drop: give one of them")
         if self.class_folders and self.format != "folder":
             raise ValueError(f"class_folders is for format=folder, not for format={self.format}")
         if self.columns is not None and self.format != "grid":
@@ -124,7 +129,7 @@ class SampleConfig(BaseModel):
             guidance=self.guidance,
             guidance_channels=self.guidance_channels,
             guidance_interval=self.guidance_interval,
-            tail_drop=tail_drop,
+            tail_drop=tail_drop if self.drop_curve is None else self.drop_curve,
             uncond_tail_drop=self.uncond_tail_drop,
             clip=clip,
         )

@@ -18,7 +18,16 @@ from tokdyn.sample.result import BudgetResult
 RESULT = "sample.json"
 
 _DECIDING = frozenset(
-    {"seed", "steps", "guidance", "guidance_channels", "guidance_interval", "tail_drop", "uncond_tail_drop"}
+    {
+        "seed",
+        "steps",
+        "guidance",
+        "guidance_channels",
+        "guidance_interval",
+        "tail_drop",
+        "drop_curve",
+        "uncond_tail_drop",
+    }
     | {"class_folders"}
 )
 

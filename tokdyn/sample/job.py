@@ -103,7 +103,7 @@ def prepare(config: SampleConfig) -> Job:
             f"{info.path} is a {type(model).__name__}, which computes every token: there are no maps to draw, leave "
             "maps off"
         )
-    if not takes_tail_drop(model) and (any(config.tail_drop) or config.uncond_tail_drop):
+    if not takes_tail_drop(model) and (any(config.tail_drop) or config.drop_curve or config.uncond_tail_drop):
         raise cannot_drop(model)
     scheduler = config.scheduler or default_scheduler(objective)
     open_scheduler(scheduler, config.steps, objective)  # says what does not fit
