@@ -29,8 +29,8 @@ TINY = [
     "training.precision=fp32",
 ]  # fmt: skip
 LEAVES = [
-    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["eval"], ["convert"], ["models"],
-    ["methods"], ["bench", "flops"], ["bench", "speed"], ["bench", "quality"],
+    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["tune"], ["eval"], ["convert"],
+    ["models"], ["methods"], ["bench", "flops"], ["bench", "speed"], ["bench", "quality"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 
@@ -71,7 +71,18 @@ def test_help_has_usage_and_examples(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["demo"], ["train"], ["upcycle"], ["sample"], ["calibrate"], ["eval"], ["features"], ["convert"], ["models"]],
+    [
+        ["demo"],
+        ["train"],
+        ["upcycle"],
+        ["sample"],
+        ["calibrate"],
+        ["tune"],
+        ["eval"],
+        ["features"],
+        ["convert"],
+        ["models"],
+    ],
     ids=" ".join,
 )
 def test_help_explains_every_setting(words: list[str]) -> None:

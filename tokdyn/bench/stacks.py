@@ -121,12 +121,21 @@ def open_stack(stack: Stack, model: str | None = None, ema: bool = True) -> Open
     if place is None:
         raise RecipeError(f"the stack {stack.name} names no model; give it one, or one for all stacks.")
     loaded, objective, info = load_model(place, ema)
+    return Opened(stack, attach(loaded, stack), objective, info)
+
+
+def attach(model: Any, stack: Stack) -> Any:
+    """Put the methods of a stack on a loaded model, in place; returns it in evaluation mode.
+
+    Raises:
+        TokdynError: a method or a tail drop does not fit it.
+    """
     if stack.folder is not None:
-        if attachment_of(loaded) is not None:
-            unwrap(loaded)
-        load(loaded, stack.folder)
+        if attachment_of(model) is not None:
+            unwrap(model)
+        load(model, stack.folder)
     if stack.methods:
-        rewrap(loaded, [from_written(each) for each in stack.methods])
-    if (stack.tail_drop or stack.uncond_tail_drop) and not takes_tail_drop(loaded):
-        raise cannot_drop(loaded)
-    return Opened(stack, loaded.eval(), objective, info)
+        rewrap(model, [from_written(each) for each in stack.methods])
+    if (stack.tail_drop or stack.uncond_tail_drop) and not takes_tail_drop(model):
+        raise cannot_drop(model)
+    return model.eval()

@@ -1,0 +1,47 @@
+"""`tokdyn tune`."""
+
+from __future__ import annotations
+
+import typer
+
+from .frame import command
+from .output import Json, table
+from .settings import read
+
+
+def _settings() -> type:
+    from tokdyn.bench.tune_settings import TuneConfig
+
+    return TuneConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+
+    @command(
+        app,
+        "tune",
+        words=["MODEL"],
+        settings=_settings,
+        examples=[
+            "tokdyn tune runs/demo flops=0.6 steps=25 guidance=2",
+            "tokdyn tune runs/dc flops=0.5 knobs=drop,uncond guidance=1.5 extractor=judge.ts reference=test.zip",
+            "tokdyn tune DiT-XL-2-256 flops=0.5 knobs=merge,skip,cache steps=50 guidance=4 device=cuda out=tuned/xl",
+        ],
+    )
+    def tune(ctx: typer.Context, json: Json = False) -> None:
+        """Search the schedule of budgets, merging, skipping and caching that does best at a share of the FLOPs."""
+        from tokdyn.bench.page import columns
+        from tokdyn.bench.tune import tune
+        from tokdyn.bench.tune_settings import TuneConfig
+
+        result = tune(read(ctx.args, TuneConfig, ["model"]))
+        if json:
+            typer.echo((result.folder / "tuned.json").read_text(encoding="utf-8").rstrip())
+            return
+        found = columns(result.quality.rows)
+        table(list(found), zip(*found.values(), strict=True))
+        typer.echo(f"\n{(result.folder / 'stack.yaml').read_text(encoding='utf-8').rstrip()}\n")
+        typer.echo(
+            f"  {result.folder / 'stack.yaml'}\n  {result.folder / 'tuned.json'}\n  {result.folder / 'quality.html'}"
+        )

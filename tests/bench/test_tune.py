@@ -1,0 +1,116 @@
+"""`tokdyn tune`: the target is met, nothing better was passed over, and the winner can be opened again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
+
+from tests.test_sample import FACTS, tiny
+from tokdyn import DiT
+from tokdyn.bench.stacks import Stack, open_stack, read_stacks
+from tokdyn.bench.tune import tune
+from tokdyn.bench.tune_search import LEVELS, Tuner, mutated, search, shapes, uniform
+from tokdyn.bench.tune_settings import KNOBS, TuneConfig
+from tokdyn.errors import InputError
+from tokdyn.train.snapshot import save_model
+
+QUICK: dict[str, Any] = {"steps": 4, "scheduler": "ddim", "images": 2, "count": 4, "trials": 6, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    top = tmp_path_factory.mktemp("tune")
+    for name, kind in (("dit", DiT), ("dc", None)):
+        model = tiny(0, depth=4, sample_size=8) if kind is None else tiny(0, kind, depth=4, sample_size=8)
+        save_model(model, top / name, FACTS)
+    return {name: str(top / name) for name in ("dit", "dc")}
+
+
+def tuner(model: str, **settings: Any) -> Tuner:
+    config = TuneConfig(model=model, **{**QUICK, **settings})
+    opened = open_stack(Stack(name="as it is", model=model))
+    made = Tuner(config, opened, config.knobs or KNOBS)
+    made.prepare()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs", "flops"),
+    [("dc", "drop,uncond", 0.85), ("dit", "skip,cache", 0.6), ("dit", "merge", 0.9), ("dc", "drop,cache,skip", 0.8)],
+)
+def test_what_is_found_meets_the_target(saved: dict[str, str], model: str, knobs: str, flops: float) -> None:
+    """Never more FLOPs than asked for by more than 1%, and the best of the proxy first."""
+    made = tuner(saved[model], knobs=knobs, flops=flops, guidance=2.0)
+    found = search(made)
+    assert all(trial.flops <= flops + 0.01 for trial in found)
+    errors = [trial.error for trial in found]
+    assert errors == sorted(errors)
+    assert min(errors) > 0
+    flat = uniform(made)
+    if flat is not None:  # it is among what the search begins with
+        assert found[0].error <= flat.error
+
+
+def test_a_strength_of_nothing_is_the_model_as_it_is(saved: dict[str, str]) -> None:
+    made = tuner(saved["dc"], knobs="drop,skip,cache", flops=0.8)
+    trial = made._tried({"drop": (1.0, 1.0, 1.0), "skip": (1.0,), "cache": (1.0,)}, 0.0)
+    assert trial is not None
+    assert (trial.flops, trial.error) == (pytest.approx(1.0), 0.0)
+
+
+def test_shapes_are_within_bounds_and_repeatable() -> None:
+    def drawn() -> list[Any]:
+        random = np.random.default_rng(1)
+        begin = shapes(KNOBS, random)
+        found = [next(begin) for _ in range(20)]
+        return found + [mutated(shape, KNOBS, random) for shape in found]
+
+    assert drawn() == drawn()
+    for shape in drawn():
+        assert shape
+        for knob, values in shape.items():
+            assert len(values) == (1 if knob in ("skip", "cache") else len(LEVELS))
+            assert all(0.0 <= value <= 1.0 for value in values)
+
+
+def test_the_winner_is_measured_written_and_opened_again(saved: dict[str, str], tmp_path: Path) -> None:
+    config = TuneConfig(model=saved["dc"], flops=0.85, knobs="drop,uncond", guidance=2.0, out=tmp_path, **QUICK)
+    result = tune(config)
+    names = [row.name for row in result.quality.rows]
+    assert names[:3] == ["as it is", "uniform", "tuned 1"]
+    (again,) = read_stacks([str(tmp_path / "stack.yaml")])
+    assert again == result.stack
+    opened = open_stack(again)
+    assert opened.stack.tail_drop or opened.stack.uncond_tail_drop
+    told = json.loads((tmp_path / "tuned.json").read_text())
+    assert len(told["trials"]) == len(result.trials)
+    best = min((row for row in result.quality.rows[2:]), key=lambda row: -(row.psnr or 0.0))
+    chosen = next(n for n, trial in enumerate(result.trials) if trial.stack.tail_drop == result.stack.tail_drop)
+    assert result.quality.rows[2 + chosen].psnr == best.psnr
+    assert (tmp_path / "quality.html").is_file()
+
+
+def test_what_cannot_be_tuned_is_said(saved: dict[str, str], tmp_path: Path) -> None:
+    shared = {**QUICK, "out": tmp_path}
+    with pytest.raises(InputError, match="uncond is no knob"):
+        tune(TuneConfig(model=saved["dc"], flops=0.8, knobs="uncond", **shared))  # without guidance
+    with pytest.raises(InputError, match=r"comes down to 0\.05"):
+        tune(TuneConfig(model=saved["dit"], flops=0.05, knobs="merge", **shared))
+    result = CliRunner().invoke(app, ["tune", saved["dit"], "flops=1.5"])
+    assert result.exit_code == 2
+    assert "flops" in result.output
+
+
+def test_the_command(saved: dict[str, str], tmp_path: Path) -> None:
+    words = [f"{name}={value}" for name, value in QUICK.items()]
+    shown = CliRunner().invoke(app, ["tune", saved["dit"], "flops=0.7", "knobs=skip,cache", f"out={tmp_path}", *words])
+    assert shown.exit_code == 0, shown.output
+    assert "name: tuned" in shown.stdout
+    assert torch.isfinite(torch.tensor(json.loads((tmp_path / "tuned.json").read_text())["trials"][0]["error"]))
