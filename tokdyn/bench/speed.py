@@ -174,7 +174,7 @@ def growth(rows: Sequence[SpeedRow], along: Literal["tokens", "batch"]) -> dict[
     Returns:
         For every stack and setting with three points or more, the exponent.
     """
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[int, float]] = {}
     for row in rows:
         other = row.case.batch if along == "tokens" else row.tokens
         key = " ".join(
@@ -183,16 +183,8 @@ def growth(rows: Sequence[SpeedRow], along: Literal["tokens", "batch"]) -> dict[
             + ([] if row.case.kept is None else [f"kept={row.case.kept:g}"])
             + [f"batch={other}" if along == "tokens" else f"tokens={other}"]
         )
-        x = row.tokens if along == "tokens" else row.case.batch
-        lines.setdefault(key, []).append((math.log(x), math.log(row.milliseconds)))
-    return {name: _slope(points) for name, points in lines.items() if len({x for x, _ in points}) >= 3}
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    above: float = sum((x - mean_x) * (y - mean_y) for x, y in points)
-    slope: float = above / sum((x - mean_x) ** 2 for x, _ in points)
-    return slope
+        lines.setdefault(key, {})[row.tokens if along == "tokens" else row.case.batch] = row.milliseconds
+    return {name: timing.growth(points) for name, points in lines.items() if len(points) >= 3}
 
 
 def _case(config: SpeedConfig, case: Case, stacks: Sequence[Stack], device: torch.device) -> list[SpeedRow]:

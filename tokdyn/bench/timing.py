@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -48,6 +49,19 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int = 9, warmup: int
     return {
         name: {"median_ms": statistics.median(ms), "min_ms": min(ms), "max_ms": max(ms)} for name, ms in times.items()
     }
+
+
+def growth(times: Mapping[int, float]) -> float:
+    """The exponent b of time ~ a x^b, by least squares on logarithms.
+
+    Args:
+        times: by x, such as tokens; two or more.
+    """
+    points = [(math.log(x), math.log(time)) for x, time in times.items()]
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    above: float = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    slope: float = above / sum((x - mean_x) ** 2 for x, _ in points)
+    return slope
 
 
 def ratio(times: Mapping[str, Mapping[str, float]], slow: str, fast: str) -> float:

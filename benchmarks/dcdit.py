@@ -1,0 +1,201 @@
+"""Speed of the whole DC-DiT on this machine: against the formulation of its equations, and against what FLOPs promise.
+
+    python -m benchmarks.dcdit --out benchmarks/results/dcdit-cpu.json
+
+About ten minutes on two cores with nothing else running. Exits with 1 if a bar is missed. Both sides have the same
+weights and keep the same quarter of the tokens, and run in turn in one process; medians count. `--compile` compiles the
+convolutions of the model, and the whole of the other side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import official
+from tokdyn import ops
+from tokdyn.bench import timing
+from tokdyn.flops import model_parts
+from tokdyn.models import DCDiT
+from tokdyn.train.setup import compile_parts
+
+FORWARD = {("S", "fp32"): 1.12, ("S", "bf16"): 1.4, ("B", "fp32"): 1.06, ("B", "bf16"): 1.3}
+STEP = {"fp32": 1.12, "bf16": 1.4}
+MAIN, GROWTH = 3.1, 1.1
+KEPT = 0.25
+
+
+def case(size: str, batch: int) -> tuple[DCDiT, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """A model with random weights, a batch, and a quarter of its tokens."""
+    torch.manual_seed(0)
+    model = DCDiT.named(size)
+    with torch.no_grad():
+        for parameter in model.parameters():  # what starts at zero would be free of charge for nobody, but be sure
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    x, time, labels = torch.randn(batch, 4, 32, 32), torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
+    return model, (x, time, labels), torch.rand(batch, 1024) < KEPT
+
+
+def precision(name: str) -> AbstractContextManager[Any]:
+    """Autocast for matrix products, or nothing."""
+    return torch.autocast("cpu", torch.bfloat16) if name == "bf16" else nullcontext()
+
+
+def sides(model: DCDiT, compiled: bool) -> dict[str, Callable[..., Tensor]]:
+    """Both formulations."""
+    other: Callable[..., Tensor] = partial(official.forward, model)
+    if compiled:
+        compile_parts(model, "scaffold")
+        other = torch.compile(other, dynamic=True)
+    return {"tokdyn": lambda x, t, y, plan: model(x, t, y, plan=plan).sample, "equations": other}
+
+
+def forward(size: str, name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """A call without gradients, batch 8."""
+    model, inputs, plan = case(size, 8)
+    model.eval()
+
+    def call(side: Callable[..., Tensor]) -> None:
+        with torch.inference_mode(), precision(name):
+            side(*inputs, plan)
+
+    both = sides(model, given.compile)
+    with torch.inference_mode(), precision(name):
+        ours, theirs = (side(*inputs, plan).float() for side in both.values())
+    times = timing.in_turn({key: partial(call, side) for key, side in both.items()}, rounds=given.rounds)
+    bar = FORWARD[size, name]
+    apart = ((ours - theirs).norm() / theirs.norm()).item()
+    return {
+        "what": "forward", "size": size, "precision": name, "batch": 8, "kept": plan.float().mean().item(),
+        "times": times, "speedup": timing.ratio(times, "equations", "tokdyn"), "bar": bar, "relative_difference": apart,
+    }  # fmt: skip
+
+
+def step(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Forward and backward of DC-DiT-S, batch 16."""
+    model, inputs, plan = case("S", 16)
+    model.train()
+    both = sides(model, given.compile)
+    run = {key: partial(_step, model, side, inputs, plan, name) for key, side in both.items()}
+    times = timing.in_turn(run, rounds=max(3, given.rounds // 2))
+    return {
+        "what": "training step", "size": "S", "precision": name, "batch": 16, "times": times,
+        "speedup": timing.ratio(times, "equations", "tokdyn"), "bar": STEP[name],
+        "peak_mib": {key: _peak(name, key) for key in both},
+    }  # fmt: skip
+
+
+def _step(model: DCDiT, side: Callable[..., Tensor], inputs: tuple[Tensor, ...], plan: Tensor, name: str) -> None:
+    with precision(name):
+        out = side(*inputs, plan)
+    out.float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _peak(name: str, side: str) -> float:
+    child = [sys.executable, "-m", "benchmarks.dcdit", "--peak", name, side]
+    return float(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+
+
+def peak_here(name: str, side: str) -> float:
+    """MiB that a first step adds at its peak."""
+    model, inputs, plan = case("S", 16)
+    return timing.peak_growth_mib(partial(_step, model, sides(model, False)[side], inputs, plan, name))
+
+
+def main_network(given: argparse.Namespace) -> dict[str, Any]:
+    """The whole of DC-DiT-S in bf16 against its blocks on all tokens, batch 8."""
+    model, (x, time, labels), plan = case("S", 8)
+    model.eval()
+    dense, condition = torch.randn(8, 1024, 384), torch.randn(8, 384)
+
+    def whole() -> None:
+        with torch.inference_mode(), precision("bf16"):
+            model(x, time, labels, plan=plan)
+
+    def blocks() -> None:
+        with torch.inference_mode(), precision("bf16"):
+            rows = dense
+            for block in model.blocks:
+                rows = block(rows, condition)
+
+    times = timing.in_turn({"whole": whole, "blocks": blocks}, rounds=given.rounds)
+    inner = ("adaLN", "projections", "attention", "mlp")
+    full = sum(flops for part, flops in model_parts(model, 1.0).items() if part in inner)
+    return {
+        "what": "against the blocks on all tokens", "precision": "bf16", "times": times,
+        "speedup": timing.ratio(times, "blocks", "whole"), "bar": MAIN,
+        "flop_ratio": full / sum(model_parts(model, KEPT).values()),
+    }  # fmt: skip
+
+
+def dechunk_growth(given: argparse.Namespace) -> dict[str, Any]:
+    """De-chunking from 1,024 to 65,536 tokens, a quarter kept, width 384, one image."""
+    times = {}
+    for side in (32, 64, 128, 256):
+        torch.manual_seed(0)
+        keep = torch.rand(1, side * side) < KEPT
+        features, probability = torch.randn(int(keep.sum()), 384), torch.rand(1, side * side)
+
+        def run(features: Tensor = features, keep: Tensor = keep, p: Tensor = probability, side: int = side) -> None:
+            with torch.inference_mode():
+                ops.dechunk(features, p, keep, (side, side), 1.0)
+
+        times[str(side * side)] = timing.in_turn({"tokdyn": run}, rounds=given.rounds)["tokdyn"]
+    return {
+        "what": "growth of de-chunking", "times": times, "bar": GROWTH,
+        "exponent": timing.growth({int(tokens): found["median_ms"] for tokens, found in times.items()}),
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Measure everything, print it, save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="save the result as JSON")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sizes", default="S,B")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    timing.prepare()
+    if given.peak:
+        print(peak_here(*given.peak))
+        return 0
+    result: dict[str, Any] = {"machine": timing.machine(), "unit": "milliseconds", "compiled": given.compile}
+    sizes = given.sizes.split(",")
+    rows = [forward(size, name, given) for size, name in FORWARD if size in sizes]
+    rows += [step(name, given) for name in STEP] + [main_network(given), dechunk_growth(given)]
+    missed = []
+    for row in rows:
+        if "exponent" in row:
+            row["met"] = row["exponent"] <= row["bar"]
+            said = f"time ~ tokens^{row['exponent']:.2f} (bar {row['bar']})"
+        else:
+            row["met"] = row["speedup"] >= row["bar"]
+            said = f"{row['speedup']:.2f}x (bar {row['bar']}x)"
+        if "peak_mib" in row:
+            row["met"] = row["met"] and row["peak_mib"]["tokdyn"] <= row["peak_mib"]["equations"]
+            said += f", peak {row['peak_mib']['tokdyn']:.0f} of {row['peak_mib']['equations']:.0f} MiB"
+        name = " ".join(str(row[key]) for key in ("what", "size", "precision") if key in row)
+        print(f"{name}: {said}{'' if row['met'] else '  MISSED'}", flush=True)
+        missed += [] if row["met"] else [name]
+    result |= {"rows": rows, "missed": missed}
+    if given.out:
+        timing.write(given.out, result)
+    else:
+        print(json.dumps(result["missed"]))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
