@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
         from tokdyn.bench.page import columns
         from tokdyn.bench.tune import tune
         from tokdyn.bench.tune_settings import TuneConfig
+        from tokdyn.files import json_object
 
         result = tune(read(ctx.args, TuneConfig, ["model"]))
         if json:
@@ -41,7 +42,7 @@ def register(app: typer.Typer) -> None:
             return
         found = columns(result.quality.rows)
         table(list(found), zip(*found.values(), strict=True))
-        typer.echo(f"\n{(result.folder / 'stack.yaml').read_text(encoding='utf-8').rstrip()}\n")
-        typer.echo(
-            f"  {result.folder / 'stack.yaml'}\n  {result.folder / 'tuned.json'}\n  {result.folder / 'quality.html'}"
-        )
+        told = json_object(result.folder / "tuned.json")
+        typer.echo(f"\n  {told['sample']}\n")
+        for name in ("stack.yaml", "tuned.json", "quality.html"):
+            typer.echo(f"  {result.folder / name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ def test_the_winner_is_measured_written_and_opened_again(saved: dict[str, str], 
     assert opened.stack.tail_drop or opened.stack.uncond_tail_drop
     told = json.loads((tmp_path / "tuned.json").read_text())
     assert len(told["trials"]) == len(result.trials)
+    words = shlex.split(told["sample"])[1:]
+    shown = CliRunner().invoke(app, [*words, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
+    assert shown.exit_code == 0, shown.output
     best = min((row for row in result.quality.rows[2:]), key=lambda row: -(row.psnr or 0.0))
     chosen = next(n for n, trial in enumerate(result.trials) if trial.stack.tail_drop == result.stack.tail_drop)
     assert result.quality.rows[2 + chosen].psnr == best.psnr
@@ -112,5 +116,12 @@ def test_the_command(saved: dict[str, str], tmp_path: Path) -> None:
     words = [f"{name}={value}" for name, value in QUICK.items()]
     shown = CliRunner().invoke(app, ["tune", saved["dit"], "flops=0.7", "knobs=skip,cache", f"out={tmp_path}", *words])
     assert shown.exit_code == 0, shown.output
-    assert "name: tuned" in shown.stdout
+    told = json.loads((tmp_path / "tuned.json").read_text())
+    assert told["sample"] in shown.stdout
+    words = shlex.split(told["sample"])[1:]
+    again = CliRunner().invoke(app, [*words, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
+    assert again.exit_code == 0, again.output
+    spent = json.loads(again.stdout)["budgets"][0]["tflops_per_image"]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "quality.json").read_text())["rows"]}
+    assert spent < 0.8 * rows["as it is"]["tflops_per_image"]
     assert torch.isfinite(torch.tensor(json.loads((tmp_path / "tuned.json").read_text())["trials"][0]["error"]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokdyn.attach.api import attachment_of
+from tokdyn.attach.sidecar import save
 from tokdyn.bench.page import write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
 from tokdyn.bench.stacks import Stack, open_stack
@@ -68,15 +71,38 @@ def tune(config: TuneConfig) -> TuneResult:
     winner = _winner(finalists, quality)
     with replacing(config.out / "stack.yaml") as half:
         half.write_text(yaml_text.dump([_plain(winner)]), encoding="utf-8")
+    chosen = open_stack(winner, ema=config.ema).model
+    attachment = attachment_of(chosen)
+    methods = None
+    if attachment is not None and attachment.methods:
+        methods = save(chosen, config.out / "methods")
     content = {
         "settings": config.model_dump(mode="json"),
         "units": "shares of the FLOPs; a multiply-add is 2",
         "winner": _plain(winner),
+        "sample": sample_command(config, winner, methods),
         "trials": [{"flops": t.flops, "error": t.error, "stack": _plain(t.stack)} for t in trials],
     }
     with replacing(config.out / "tuned.json") as half:
         half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return TuneResult(config.out, winner, tuple(trials), quality)
+
+
+def sample_command(config: TuneConfig, stack: Stack, methods: Path | None) -> str:
+    """The command line that samples with a stack of tail drops and saved methods."""
+    words = ["tokdyn", "sample", config.model, f"steps={config.steps}"]
+    words += [f"scheduler={config.scheduler}"] if config.scheduler else []
+    words += [f"guidance={config.guidance:g}"] if config.guidance != 1.0 else []
+    flat = isinstance(stack.tail_drop, float)
+    words += [f"{'tail_drop' if flat else 'drop_curve'}={_compact(stack.tail_drop)}"] if stack.tail_drop else []
+    if stack.uncond_tail_drop is not None and config.guidance != 1.0:
+        words.append(f"uncond_tail_drop={_compact(stack.uncond_tail_drop)}")
+    words += [f"methods={methods}"] if methods is not None else []
+    return shlex.join(words)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _winner(finalists: Sequence[Stack], quality: QualityResult) -> Stack:
