@@ -177,6 +177,9 @@ def peers(build: Callable[[], nn.Module], inputs: Callable[[float], dict[str, An
     return found
 
 
+BARS = {"empty_over_plain": 0.01, "cached_step_share": 0.03, "skipped_block_share": 0.005, "over_cache_dit": 1.0}
+
+
 def cache_dit(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callable[[], None] | None:
     """The same trajectory with cache-dit, None where it is not installed."""
     try:
@@ -228,8 +231,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{'':<12} time over cache-dit: {found['peers']['first_block_over_cache_dit']:.2f} with the first "
                 f"block, {found['peers']['over_cache_dit']:.2f} without"
             )
+    missed = missed_bars(result["cases"])
     if options.out:
-        write(options.out, result)
+        write(options.out, {**result, "bars": BARS, "missed": missed})
+    if missed:
+        raise SystemExit(f"missed: {'; '.join(missed)}")
+
+
+def missed_bars(cases: dict[str, Any]) -> list[str]:
+    """Shares of a step and of a block where those have a real size; beside cache-dit everywhere, where it is installed."""
+    missed = []
+    for name, found in cases.items():
+        measured = found["own"] if not name.endswith("tiny") else {}
+        for bar, most in BARS.items():
+            value = {**measured, **found["peers"]}.get(bar)
+            if value is not None and value > most:
+                missed.append(f"{name} {bar} {value:.4g} of {most}")
+    return missed
 
 
 if __name__ == "__main__":
