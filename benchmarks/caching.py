@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def missed_bars(cases: dict[str, Any]) -> list[str]:
-    """Shares of a step and of a block where those have a real size; beside cache-dit everywhere, where it is installed."""
+    """Shares of a step and of a block where those have a real size; beside cache-dit everywhere."""
     missed = []
     for name, found in cases.items():
         measured = found["own"] if not name.endswith("tiny") else {}
