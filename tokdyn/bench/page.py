@@ -78,7 +78,9 @@ def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]
     points = [] if result.quality is None else points_of(rows, result.quality)
     if len(points) > 1 and result.quality is not None:
         note = f"{config.count:,} images, {config.steps} steps, guidance {config.guidance:g}; {UNITS}"
-        files.append(draw_pareto(points, out / "pareto.png", "TFLOPs per image", result.quality, note=note))
+        files.append(
+            draw_pareto(points, out / "pareto.png", "TFLOPs per image", result.quality, note=note, joined=False)
+        )
     with replacing(files[1]) as half:
         half.write_text(_html(config, result, len(files) > 3), encoding="utf-8")
     return tuple(files)

@@ -35,6 +35,7 @@ from tokdyn.report.pareto import ParetoPoint, frontier
 from tokdyn.sample import SampleConfig, sample
 
 _BATCH = 100  # images that are compared at a time
+_INSIDE = frozenset({"model", "ema", "checkpoints"})  # folders of a run
 
 
 class QualityConfig(BaseModel):
@@ -364,7 +365,6 @@ def points_of(rows: Sequence[QualityRow], quality: str) -> list[ParetoPoint]:
         if value is None and quality == "feature_distance":
             value = 0.0
         if value is not None and row.tflops_per_image is not None:
-            points.append(
-                ParetoPoint(series=Path(row.model).name, label=row.name, cost=row.tflops_per_image, quality=value)
-            )
+            run = next(part for part in reversed(Path(row.model).parts) if part not in _INSIDE and "step_" not in part)
+            points.append(ParetoPoint(series=run, label=row.name, cost=row.tflops_per_image, quality=value))
     return points

@@ -93,6 +93,7 @@ def draw_pareto(
     title: str = "Quality against cost",
     higher_is_better: bool = False,
     note: str = "",
+    joined: bool = True,
 ) -> Path:
     """Draw one line per series through its points by rising cost, and the Pareto frontier behind them.
 
@@ -104,6 +105,7 @@ def draw_pareto(
         title: of the figure.
         higher_is_better: whether more quality is better.
         note: small text below, for the machine and the budget.
+        joined: draw the lines; without them there are points alone.
     """
     if not points:
         raise InputError("there are no points to draw.")
@@ -118,6 +120,7 @@ def draw_pareto(
                 [point.cost for point in members],
                 [point.quality for point in members],
                 color=COLOURS[index % len(COLOURS)],
+                linestyle="-" if joined else "none",
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=7,
                 markeredgecolor="white",
