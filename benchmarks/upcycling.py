@@ -206,13 +206,14 @@ def _frechet(name: str, folder: Path, given: argparse.Namespace) -> dict[str, An
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table of the results page, in Markdown."""
-    lines = [
-        ["model", "images", "seed", "held-out loss at tail drop 0", "0.3", "0.6", "kept", "frechet_distance"],
-        ["---"] * 8,
-    ]
+    """The table of the results page, in Markdown: by kind, then images, then seed."""
+    kinds = ["base", *KINDS]
+    rows = sorted(rows, key=lambda row: (kinds.index(row["kind"]), row["images"], row["seed"]))
+    judged = any("frechet" in row for row in rows)
+    head = ["model", "images", "seed", "held-out loss at tail drop 0", "0.3", "0.6", "kept", "GFLOPs"]
+    lines = [head + ["frechet_distance"] * judged, ["---"] * (len(head) + judged)]
     for row in rows:
-        losses = [f"{each['loss']:.5f}" for each in row["held_out"].values()]
+        losses = [f"{each['loss']:.4f}" for each in row["held_out"].values()]
         kept = row["held_out"]["0"]["kept"]
         values = {key.split("[")[0]: value for key, value in row.get("frechet", {}).get("values", {}).items()}
         distance = values.get("frechet_distance")
@@ -223,7 +224,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 str(row["seed"]),
                 *(losses + [""] * 2)[:3],
                 "" if kept is None else f"{kept:.1%}",
-                "" if distance is None else f"{distance:.2f}",
+                f"{row['gflops_per_forward']:.2f}",
+                *(["" if distance is None else f"{distance:.2f}"] * judged),
             ]
         )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -232,7 +234,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Training loss over the images of every run, and the held-out loss where it was measured."""
     with figure_style():
-        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        figure = Figure(figsize=(9.0, 4.4), layout="constrained")
         trained, scored = figure.subplots(1, 2)
         for kind, colour, marker in zip(KINDS, COLOURS, MARKERS, strict=False):
             for name, curve in result["curves"].items():
@@ -252,9 +254,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         trained.set_title("while training, tail drops drawn")
         scored.set_title("held out, no tail drop")
         for axes in (trained, scored):
-            axes.set_xlabel("images")
+            axes.set_xlabel("images, thousands")
             axes.set_ylabel("diffusion loss")
-            axes.legend()
+            axes.xaxis.set_major_formatter(lambda images, _: f"{images / 1e3:g}")
+        figure.legend(*scored.get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=8.5)
         save_figure(figure, path)
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import cifar10
+from benchmarks import cifar10, upcycling
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,3 +13,12 @@ def test_the_table_of_cifar10_is_the_measured_one():
     assert cifar10.table(result) in (ROOT / "docs/results.md").read_text()
     assert {row["run"] for row in result["rows"]} == set(cifar10.RUNS)
     assert all(row["training"]["images"] >= 250_000 and row["images"] == 5000 for row in result["rows"])
+
+
+def test_the_table_of_upcycling_is_the_measured_one():
+    result = json.loads((ROOT / "benchmarks/results/upcycling.json").read_text())
+    assert upcycling.table(result["rows"]) in (ROOT / "docs/results.md").read_text()
+    measured = {(row["run"], row["share"]) for row in result["rows"]}
+    for kind in ("scratch", "upcycled", "distilled"):
+        assert measured >= {(f"{kind}-0", share) for share in upcycling.SHARES} | {(f"{kind}-1", 0.125)}
+    assert all(row["held_out"]["0"]["images"] == 5000 for row in result["rows"])

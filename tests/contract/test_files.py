@@ -74,7 +74,7 @@ def test_a_pipeline_forgets_the_trajectory_when_it_is_done():
     ("change", "sentence"),
     [
         ({"model": "SiT"}, "holds methods for a SiT, but this is a DiT"),
-        ({"methods": [{"method": "Magic"}]}, "names a method 'Magic'; this version knows Chunking, TokenMerge"),
+        ({"methods": [{"method": "Magic"}]}, "there is no method 'Magic'; this version knows Chunking, TokenMerge"),
         ({"methods": [{"method": "TokenMerge", "rate": 1}]}, "TokenMerge has no setting 'rate'"),
     ],
 )
