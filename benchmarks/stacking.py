@@ -59,6 +59,17 @@ def _cache(model: str, given: argparse.Namespace) -> dict[str, Any]:
     return written(run(config).method)
 
 
+def by_name(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with names of runs and files where there were paths of a machine."""
+    settings = {key: value for key, value in content["settings"].items() if key != "out"}
+    settings |= {key: Path(settings[key]).name for key in ("reference", "extractor")}
+    rows = []
+    for row in content["rows"]:
+        parts = [part for part in Path(row["model"]).parts if part not in ("model", "ema", "checkpoints")]
+        rows.append({**row, "model": "/".join(parts[-2:] if parts[-1].startswith("step_") else parts[-1:])})
+    return {**content, "settings": settings, "rows": rows}
+
+
 def main() -> None:
     """Calibrate, draw, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,7 +111,7 @@ def main() -> None:
     realised = full.time_saved / full.flops_saved
     met = full.flops_saved >= SAVED and realised >= REALISED
     content["bars"] = {"stack": full.name, "flops_saved": full.flops_saved, "realised": realised, "met": met}
-    timing.write(given.out, content)
+    timing.write(given.out, by_name(content))
     for file in files[2:]:
         shutil.copyfile(file, given.figures / f"cifar10-stacking-{file.name}")
     found = columns(result.rows)
