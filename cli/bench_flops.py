@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import output
 from .frame import command
 from .output import Json, as_json, table
 from .settings import read
@@ -68,8 +69,6 @@ def register(app: typer.Typer) -> None:
         if json:
             as_json({"units": "a multiply-add is 2 FLOPs", "models": [asdict(row) for row in rows]})
             return
-        shown = columns(rows)
-        table(list(shown), zip(*shown.values(), strict=True))
+        output.columns(columns(rows))
         typer.echo(f"\n{config.steps} steps; a multiply-add is 2 FLOPs.")
-        for file in files:
-            typer.echo(f"  {file}")
+        output.files(files)

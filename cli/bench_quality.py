@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from . import output
 from .frame import command
-from .output import Json, table
+from .output import Json
 from .settings import read
+from .stacks import Stacks
 
 
 def _settings() -> type:
@@ -33,10 +33,7 @@ def register(app: typer.Typer) -> None:
     )
     def quality(
         ctx: typer.Context,
-        stack: Annotated[
-            list[str] | None,
-            typer.Option(help="A YAML file with a list of stacks, or one as YAML; others are held to the first."),
-        ] = None,
+        stack: Stacks = None,
         json: Json = False,
     ) -> None:
         """Measure what stacks of methods do to the images, what they cost, and how long they take."""
@@ -50,7 +47,5 @@ def register(app: typer.Typer) -> None:
         if json:
             typer.echo(files[0].read_text(encoding="utf-8").rstrip())
             return
-        found = columns(result.rows)
-        table(list(found), zip(*found.values(), strict=True))
-        for file in files:
-            typer.echo(f"  {file}")
+        output.columns(columns(result.rows))
+        output.files(files)

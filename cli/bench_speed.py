@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from . import output
 from .frame import command
-from .output import Json, table
+from .output import Json, as_json
 from .settings import read
+from .stacks import Stacks
 
 
 def _settings() -> type:
@@ -33,15 +33,12 @@ def register(app: typer.Typer) -> None:
     )
     def speed(
         ctx: typer.Context,
-        stack: Annotated[
-            list[str] | None,
-            typer.Option(help="A YAML file with a list of stacks, or one as YAML; others are held to the first."),
-        ] = None,
+        stack: Stacks = None,
         json: Json = False,
     ) -> None:
         """Time models and stacks of methods in turn, beside what their FLOPs promise."""
         from tokdyn.bench.speed import SpeedConfig, bench_speed
-        from tokdyn.bench.speed_table import as_text, columns, content, draw
+        from tokdyn.bench.speed_table import columns, content, draw
         from tokdyn.bench.stacks import Stack, read_stacks
 
         config = read(ctx.args, SpeedConfig, ["model"])
@@ -55,12 +52,10 @@ def register(app: typer.Typer) -> None:
             write(config.out, found)
             files.append(config.out)
         if json:
-            typer.echo(as_text(found))
+            as_json(found)
             return
-        shown = columns(rows)
-        table(list(shown), zip(*shown.values(), strict=True))
+        output.columns(columns(rows))
         for along, lines in found["growth"].items():
             for name, exponent in lines.items():
                 typer.echo(f"time grows with {along} to the power of {exponent:.2f}: {name}")
-        for file in files:
-            typer.echo(f"  {file}")
+        output.files(files)

@@ -26,6 +26,17 @@ def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> None:
         typer.echo("  ".join(cells).rstrip())
 
 
+def columns(found: dict[str, list[str]]) -> None:
+    """Prints a table that is given by column."""
+    table(list(found), zip(*found.values(), strict=True))
+
+
+def files(paths: Iterable[object]) -> None:
+    """Prints where results lie."""
+    for path in paths:
+        typer.echo(f"  {path}")
+
+
 def pairs(body: Iterable[tuple[str, object]]) -> None:
     """Prints what and how much, one pair a line."""
     rows = list(body)

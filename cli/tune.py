@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from . import output
 from .frame import command
-from .output import Json, table
+from .output import Json
 from .settings import read
 
 
@@ -40,9 +41,7 @@ def register(app: typer.Typer) -> None:
         if json:
             typer.echo((result.folder / "tuned.json").read_text(encoding="utf-8").rstrip())
             return
-        found = columns(result.quality.rows)
-        table(list(found), zip(*found.values(), strict=True))
+        output.columns(columns(result.quality.rows))
         told = json_object(result.folder / "tuned.json")
         typer.echo(f"\n  {told['sample']}\n")
-        for name in ("stack.yaml", "tuned.json", "quality.html"):
-            typer.echo(f"  {result.folder / name}")
+        output.files(result.folder / name for name in ("stack.yaml", "tuned.json", "quality.html"))

@@ -72,6 +72,12 @@ def open_device(name: str) -> torch.device:
     return device
 
 
+def product_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """Type of matrix products: bfloat16 for `bf16`, and for `auto` on a GPU; None, which is float32, otherwise."""
+    half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else None
+
+
 def describe(device: torch.device) -> dict[str, str | int]:
     """What a number was measured on, in words that mean something elsewhere too.
 

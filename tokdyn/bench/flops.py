@@ -17,15 +17,17 @@ from tokdyn.attach.stats import stats
 from tokdyn.bench import published
 from tokdyn.bench.stacks import Opened, Stack, open_stack
 from tokdyn.diffusion.records import Generation, StepRecord
-from tokdyn.diffusion.sampling import GuidanceScale, Sampler, Share, Steps, generate
+from tokdyn.diffusion.sampling import GuidanceScale, Share, Steps, generate
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.errors import RecipeError, TokdynError
 from tokdyn.files import UserPath
 from tokdyn.flops import compute_matched_steps, flops, flops_per_image, model_parts
+from tokdyn.flops.analytic import grid_of
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import SHAPES
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
+from tokdyn.sample.config import listed
 from tokdyn.sample.costs import CHUNKING, step_costs
 
 TOLERANCE = 1e-3
@@ -36,11 +38,6 @@ NAMED = tuple(f"DiT-{size}/2" for size in SHAPES if size != "tiny") + tuple(
     f"DC-DiT-{size}" for size in SHAPES if size != "tiny"
 )
 _LEVELS = (0.9, 0.5, 0.1)  # shares of the range of times at which a checkpoint's calls are counted
-
-
-def _listed(value: Any) -> Any:
-    """Reads `DiT-XL/2,DC-DiT-S`, as a command line gives it."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class FlopsConfig(BaseModel):
@@ -68,7 +65,7 @@ class FlopsConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    models: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    models: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
     steps: Steps = 250
     guidance: GuidanceScale = 1.0
     sample_size: PositiveInt = 32
@@ -84,17 +81,6 @@ class FlopsConfig(BaseModel):
     count: bool = True
     csv: UserPath | None = None
     plot: UserPath | None = None
-
-    @property
-    def guided(self) -> bool:
-        """Whether both branches are computed."""
-        return self.guidance != 1.0
-
-    @property
-    def drops(self) -> tuple[float, ...]:
-        """Tail drops of the branches that are computed."""
-        unconditional = self.tail_drop if self.uncond_tail_drop is None else self.uncond_tail_drop
-        return (self.tail_drop, unconditional) if self.guided else (self.tail_drop,)
 
 
 @dataclass(frozen=True)
@@ -176,12 +162,12 @@ def named_model(config: FlopsConfig, name: str) -> DiT | DCDiT:
 def _named(config: FlopsConfig, name: str) -> FlopsRow:
     """A named architecture, at the tokens that are given or aimed at."""
     model = named_model(config, name)
-    rows, columns = (config.sample_size // model.config.patch_size,) * 2
+    rows, columns = grid_of(model.config)
+    drops = _drops(config, _plain(config, name))
+    shares: list[float | None] = [None] * len(drops)
     if isinstance(model, DCDiT):
         natural = config.kept or 1.0 / config.target
-        shares: list[float | None] = [max(natural * (1.0 - drop), 1.0 / (rows * columns)) for drop in config.drops]
-    else:
-        shares = [None] * len(config.drops)
+        shares = [max(natural * (1.0 - drop), 1.0 / (rows * columns)) for drop in drops]
     parts: dict[str, float] = {}
     for share in shares:
         for part, spent in model_parts(model, share).items():
@@ -235,13 +221,13 @@ def _matched(config: FlopsConfig, model: DCDiT, name: str) -> int | None:
 def _opened(config: FlopsConfig, stack: Stack) -> FlopsRow:
     """A checkpoint or a stack: its tokens are those of images that it draws."""
     opened = open_stack(stack)
-    model, rows, columns = opened.model, *_grid(opened.model)
+    model, (rows, columns) = opened.model, grid_of(opened.model.config)
     carried = attachment_of(model)
     wrapped = carried is not None and bool(carried.methods)
     chunked = hasattr(model, "chunking")
     counted = computed = None
-    found = _calls(config, opened)
     if config.count:
+        found = _calls(config, opened)
         counted = sum(each.counted or 0 for each in found) / 1e9 / config.images
         computed = sum(each.total for each in found) / 1e9 / config.images
     if config.kept is not None and chunked and not wrapped:
@@ -276,33 +262,19 @@ def _opened(config: FlopsConfig, stack: Stack) -> FlopsRow:
     )
 
 
-def _grid(model: Any) -> tuple[int, int]:
-    size, patch = model.config.sample_size, model.config.patch_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return rows // patch, columns // patch
-
-
 def _drops(config: FlopsConfig, stack: Stack) -> tuple[float, ...]:
     unconditional = stack.tail_drop if stack.uncond_tail_drop is None else stack.uncond_tail_drop
-    both = (stack.tail_drop, unconditional) if config.guided else (stack.tail_drop,)
+    both = (stack.tail_drop, unconditional) if config.guidance != 1.0 else (stack.tail_drop,)
     if not all(isinstance(drop, float) for drop in both):
         raise RecipeError(f"the stack {stack.name} drops by noise level, so its tokens are measured: leave kept out.")
     return tuple(at(drop, 0.5) for drop in both)
 
 
-def _labels(config: FlopsConfig, model: Any) -> list[int]:
-    return [number % model.config.num_classes for number in range(config.images)]
-
-
 def _trajectory(config: FlopsConfig, opened: Opened) -> Generation:
     """Images, drawn as `tokdyn sample` draws them."""
-    stack = opened.stack
-    sampler = Sampler(
-        scheduler=config.scheduler, steps=config.steps, guidance=config.guidance, tail_drop=stack.tail_drop,
-        uncond_tail_drop=stack.uncond_tail_drop, clip=opened.info.latents is None,
-    )  # fmt: skip
+    sampler = opened.sampler(config.scheduler, config.steps, config.guidance)
     seeds = range(config.seed, config.seed + config.images)
-    return generate(opened.model, sampler, opened.objective, _labels(config, opened.model), list(seeds))
+    return generate(opened.model, sampler, opened.objective, opened.labels(config.images), list(seeds))
 
 
 def _parts(model: Any, steps: Sequence[StepRecord], images: int, wrapped: bool) -> dict[str, float]:
@@ -331,7 +303,7 @@ def _calls(config: FlopsConfig, opened: Opened) -> list[Any]:
     shape = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(config.seed)
     noise = torch.randn(config.images, model.config.in_channels, *shape, generator=generator)
-    labels = torch.tensor(_labels(config, model))
+    labels = torch.tensor(opened.labels(config.images))
     more: dict[str, Any] = {"tail_drop": at(opened.stack.tail_drop, 0.5)} if opened.stack.tail_drop else {}
     found = []
     for level in _LEVELS:
@@ -360,7 +332,7 @@ def compared(config: FlopsConfig) -> list[dict[str, Any]]:
 
     Returns:
         One mapping per row: model, tail drops, TFLOPs per image printed and computed, the difference, the kept share
-        before tail drop that was taken and the one that is implied; and steps of compute-matched training likewise.
+        before tail drop that was taken and the one that is implied.
     """
     rows: list[dict[str, Any]] = []
     for printed in published.ROWS:

@@ -19,16 +19,17 @@ from tokdyn.bench import timing
 from tokdyn.bench.fidelity import SMALLEST, feature_distance, psnr, ssim
 from tokdyn.bench.stacks import Opened, Stack, open_stack
 from tokdyn.data import open_data
-from tokdyn.diffusion.sampling import GuidanceScale, Sampler, Steps, generate
+from tokdyn.diffusion.sampling import GuidanceScale, Steps, generate
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.errors import DataError, RecipeError
 from tokdyn.evaluate import EvalConfig, evaluate
+from tokdyn.evaluate.extractor import Extractor
 from tokdyn.evaluate.features import extract
 from tokdyn.evaluate.held_out import held_out_loss
 from tokdyn.evaluate.images import ImageSet, open_images
 from tokdyn.evaluate.networks import open_extractor
 from tokdyn.files import UserPath, require_folder
-from tokdyn.host import open_device, settle_memory
+from tokdyn.host import open_device, product_type, settle_memory
 from tokdyn.methods import FeatureCache
 from tokdyn.progress import progress
 from tokdyn.report.pareto import ParetoPoint, frontier
@@ -235,7 +236,7 @@ def _check_held_out(opened: Sequence[Opened]) -> None:
 def _held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> QualityRow:
     """The diffusion loss; a cache has none, as what it does depends on the step before."""
     carried = attachment_of(opened.model)
-    if carried is not None and any(isinstance(each, FeatureCache) for each in carried.methods):
+    if carried is not None and carried.has(FeatureCache):
         return row
     assert opened.info.data is not None
     data = open_data(opened.info.data.model_copy(update={"path": str(config.held_out), "flip": False}))
@@ -248,9 +249,9 @@ def _held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> Quality
 
 def _close(row: QualityRow, place: Path, first: Path) -> QualityRow:
     """How close the images are to those of the first stack."""
-    mine, theirs = open_images(place), open_images(first)
     if place == first:
         return row
+    mine, theirs = open_images(place), open_images(first)
     noise, structure = [], []
     for start in range(0, len(mine), _BATCH):
         part = range(start, min(start + _BATCH, len(mine)))
@@ -275,10 +276,11 @@ def _judged(config: QualityConfig, rows: Sequence[QualityRow], places: Sequence[
     settings: dict[str, Any] = {"extractor": config.extractor, "device": config.device, "reference": config.reference}
     if config.reference is not None:
         settings["cache"] = config.out / "reference.safetensors"
-    judged, first = [], None
+    judged, first, extractor = [], None, None
     for row, place in zip(rows, places, strict=True):
         measured = EvalConfig(generated=place, **settings)
-        features = _features(measured, place)
+        extractor = extractor or open_extractor(measured)
+        features = _features(extractor, measured, place)
         first = features if first is None else first
         distance = None if first is features else feature_distance(features, first)
         values = evaluate(measured).values if config.reference is not None else None
@@ -286,8 +288,8 @@ def _judged(config: QualityConfig, rows: Sequence[QualityRow], places: Sequence[
     return judged
 
 
-def _features(config: EvalConfig, place: Path) -> Tensor:
-    extractor, images = open_extractor(config), open_images(place)
+def _features(extractor: Extractor, config: EvalConfig, place: Path) -> Tensor:
+    images = open_images(place)
     with progress(f"features of {place.name}", len(images)) as advance:
         return extract(images, np.arange(len(images)), extractor, config.batch_size, "raise", advance).features
 
@@ -295,19 +297,14 @@ def _features(config: EvalConfig, place: Path) -> Tensor:
 def _timed(config: QualityConfig, opened: Sequence[Opened], rows: Sequence[QualityRow]) -> list[QualityRow]:
     """Medians of the same batch drawn by all stacks in turn."""
     device = open_device(config.device)
-    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    labels = [number % opened[0].model.config.num_classes for number in range(config.timed)]
+    half, labels = product_type(config.precision, device), opened[0].labels(config.timed)
     seeds = [config.seed + number for number in range(config.timed)]
 
     with progress("timing", (config.rounds + 1) * len(opened)) as advance:
 
         def draw(each: Opened) -> None:
-            sampler = Sampler(
-                scheduler=config.scheduler, steps=config.steps, guidance=config.guidance,
-                tail_drop=each.stack.tail_drop, uncond_tail_drop=each.stack.uncond_tail_drop,
-                clip=each.info.latents is None,
-            )  # fmt: skip
-            generate(each.model, sampler, each.objective, labels, seeds, dtype=torch.bfloat16 if half else None)
+            sampler = each.sampler(config.scheduler, config.steps, config.guidance)
+            generate(each.model, sampler, each.objective, labels, seeds, dtype=half)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             advance(1)

@@ -30,17 +30,12 @@ from tokdyn.methods.written import from_written
 from tokdyn.models import DCDiT, DiT
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
+from tokdyn.sample.config import listed
 from tokdyn.train.setup import compile_parts
+from tokdyn.train.step import autocast
 
 Precision = Literal["fp32", "bf16"]
 Mode = Literal["sample", "train"]
-
-
-def _listed(value: Any) -> Any:
-    """Reads `1,8,64`, as a command line gives it, and a single value, as lists."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int | float) else value
 
 
 class SpeedConfig(BaseModel):
@@ -66,13 +61,13 @@ class SpeedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = None
-    batch: Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed), Field(min_length=1)] = (8,)
-    size: Annotated[tuple[PositiveInt, ...] | None, BeforeValidator(_listed)] = None
-    kept: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None, BeforeValidator(_listed)] = None
-    precision: Annotated[tuple[Precision, ...], BeforeValidator(_listed), Field(min_length=1)] = ("fp32",)
-    mode: Annotated[tuple[Mode, ...], BeforeValidator(_listed), Field(min_length=1)] = ("sample",)
+    batch: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed), Field(min_length=1)] = (8,)
+    size: Annotated[tuple[PositiveInt, ...] | None, BeforeValidator(listed)] = None
+    kept: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None, BeforeValidator(listed)] = None
+    precision: Annotated[tuple[Precision, ...], BeforeValidator(listed), Field(min_length=1)] = ("fp32",)
+    mode: Annotated[tuple[Mode, ...], BeforeValidator(listed), Field(min_length=1)] = ("sample",)
     compile: Annotated[
-        tuple[Literal["none", "scaffold", "blocks", "all"], ...], BeforeValidator(_listed), Field(min_length=1)
+        tuple[Literal["none", "scaffold", "blocks", "all"], ...], BeforeValidator(listed), Field(min_length=1)
     ] = ("none",)
     rounds: Annotated[int, Field(ge=3)] = 7
     warmup: Annotated[int, Field(ge=1)] = 2
@@ -134,6 +129,14 @@ class SpeedRow:
     realised: float = 1.0
     peak_mib: float | None = None
 
+    @property
+    def line(self) -> str:
+        """Stack and settings, without size and batch: what makes a curve."""
+        words = [self.stack, self.case.mode, self.case.precision]
+        words += [] if self.case.compile == "none" else [f"compile={self.case.compile}"]
+        words += [] if self.case.kept is None else [f"kept={self.case.kept:g}"]
+        return " ".join(words)
+
 
 def cases(config: SpeedConfig) -> Iterator[Case]:
     """Every combination of what was asked for."""
@@ -176,14 +179,9 @@ def growth(rows: Sequence[SpeedRow], along: Literal["tokens", "batch"]) -> dict[
     """
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
-        other = row.case.batch if along == "tokens" else row.tokens
-        key = " ".join(
-            [row.stack, row.case.mode, row.case.precision]
-            + ([] if row.case.compile == "none" else [f"compile={row.case.compile}"])
-            + ([] if row.case.kept is None else [f"kept={row.case.kept:g}"])
-            + [f"batch={other}" if along == "tokens" else f"tokens={other}"]
-        )
-        lines.setdefault(key, {})[row.tokens if along == "tokens" else row.case.batch] = row.milliseconds
+        other = f"batch={row.case.batch}" if along == "tokens" else f"tokens={row.tokens}"
+        x = row.tokens if along == "tokens" else row.case.batch
+        lines.setdefault(f"{row.line} {other}", {})[x] = row.milliseconds
     return {name: timing.growth(points) for name, points in lines.items() if len(points) >= 3}
 
 
@@ -194,7 +192,7 @@ def _case(config: SpeedConfig, case: Case, stacks: Sequence[Stack], device: torc
     for stack in stacks:
         model, inputs, more = _ready(config, stack, case, device)
         sides[stack.name] = partial(_run, model, inputs, more, case)
-        with _precision(case, device):
+        with autocast(device, case.precision):
             costs[stack.name] = flops(model.eval(), *inputs, **more).total * (3 if case.mode == "train" else 1) / 1e9
         tokens[stack.name] = math.prod(side // model.config.patch_size for side in inputs[0].shape[-2:])
         model.train(case.mode == "train")
@@ -251,7 +249,7 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
             raise RecipeError(f"the stack {stack.name} has trained methods for a model without trained weights.")
         rewrap(model, [from_written(each) for each in stack.methods])
     carried = attachment_of(model)
-    if carried is not None and any(isinstance(each, FeatureCache) for each in carried.methods):
+    if carried is not None and carried.has(FeatureCache):
         raise RecipeError(
             f"the stack {stack.name} has a FeatureCache, which acts from step to step: time it with "
             "tokdyn bench quality."
@@ -279,14 +277,10 @@ def _inputs(model: Any, stack: Stack, case: Case, device: torch.device) -> tuple
     return (x, time, labels), more
 
 
-def _precision(case: Case, device: torch.device) -> Any:
-    return torch.autocast(device.type, torch.bfloat16) if case.precision == "bf16" else nullcontext()
-
-
 def _run(model: Any, inputs: tuple[Tensor, ...], more: dict[str, Any], case: Case) -> None:
     """A call without gradients; or forward and backward of the mean square of what the model says."""
     device, training = inputs[0].device, case.mode == "train"
-    with nullcontext() if training else torch.inference_mode(), _precision(case, device):
+    with nullcontext() if training else torch.inference_mode(), autocast(device, case.precision):
         out = model(*inputs, **more)
     if training:
         out.sample.float().square().mean().backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,11 +54,6 @@ def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """As JSON."""
-    return json.dumps(found, indent=1)
-
-
 def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
     """Draw time against tokens, or against the batch where all have the same tokens; both axes logarithmic.
 
@@ -71,12 +65,9 @@ def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
         raise InputError("there is no curve to draw: give several sizes or batches, such as size=16,32,64.")
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        words = [row.stack, row.case.mode, row.case.precision]
-        words += [] if row.case.compile == "none" else [f"compile={row.case.compile}"]
-        words += [] if row.case.kept is None else [f"kept {row.case.kept:g}"]
-        words += [f"batch {row.case.batch}"] if along == "tokens" else []
+        name = f"{row.line} batch={row.case.batch}" if along == "tokens" else row.line
         x = row.tokens if along == "tokens" else row.case.batch
-        lines.setdefault(", ".join(words), []).append((x, row.milliseconds))
+        lines.setdefault(name, []).append((x, row.milliseconds))
     with figure_style():
         figure = Figure(figsize=(6.8, 4.4), layout="constrained")
         axes = figure.subplots()

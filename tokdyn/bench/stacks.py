@@ -14,7 +14,8 @@ from tokdyn.attach.sidecar import load
 from tokdyn.calibration.afterwards import rewrap
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.sampling import Drop
+from tokdyn.diffusion.sampling import Drop, Sampler
+from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.errors import RecipeError
 from tokdyn.methods.written import from_written
 from tokdyn.recipe import yaml_text
@@ -68,6 +69,17 @@ class Opened:
     model: Any
     objective: Objective
     info: ModelInfo
+
+    def sampler(self, scheduler: SchedulerName | None, steps: int, guidance: float) -> Sampler:
+        """Draws as `tokdyn sample` does by default, with the budgets of the stack."""
+        return Sampler(
+            scheduler=scheduler, steps=steps, guidance=guidance, tail_drop=self.stack.tail_drop,
+            uncond_tail_drop=self.stack.uncond_tail_drop, clip=self.info.latents is None,
+        )  # fmt: skip
+
+    def labels(self, count: int) -> list[int]:
+        """The classes in turn."""
+        return [number % self.model.config.num_classes for number in range(count)]
 
 
 def read_stacks(words: Sequence[str]) -> tuple[Stack, ...]:

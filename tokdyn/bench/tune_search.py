@@ -19,8 +19,9 @@ from tokdyn.calibration.caching import calibrate_cache
 from tokdyn.calibration.recording import recording
 from tokdyn.calibration.skipping import calibrate_skipping
 from tokdyn.diffusion.guidance import takes_tail_drop
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
 from tokdyn.errors import InputError, RecipeError, TokdynError
+from tokdyn.host import product_type
 from tokdyn.methods import DepthSkip, FeatureCache
 from tokdyn.methods.written import written
 from tokdyn.progress import progress
@@ -150,18 +151,15 @@ class Tuner:
     def _draw(self, opened: Opened) -> tuple[Tensor, float]:
         """Images of the proxy, and 1e9 FLOPs of one of them."""
         config, device = self.config, next(opened.model.parameters()).device
-        half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-        sampler = Sampler(
-            scheduler=config.scheduler, steps=config.steps, guidance=config.guidance, tail_drop=opened.stack.tail_drop,
-            uncond_tail_drop=opened.stack.uncond_tail_drop, clip=opened.info.latents is None,
-        )  # fmt: skip
+        sampler = opened.sampler(config.scheduler, config.steps, config.guidance)
+        whole = opened.labels(config.images)
         images, spent = [], 0.0
         for start in range(0, config.images, config.batch_size):
             seeds = list(range(start, min(start + config.batch_size, config.images)))
-            labels = [seed % opened.model.config.num_classes for seed in seeds]
+            labels = [whole[seed] for seed in seeds]
             made = generate(
                 opened.model, sampler, opened.objective, labels, [config.seed + seed for seed in seeds],
-                dtype=torch.bfloat16 if half else None,
+                dtype=product_type(config.precision, device),
             )  # fmt: skip
             costs = [cost.gflops for cost in step_costs(opened.model, made.steps, len(seeds))]
             known = [cost for cost in costs if cost is not None]

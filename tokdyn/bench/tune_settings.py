@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from tokdyn.diffusion.sampling import GuidanceScale, Steps
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
+from tokdyn.sample.config import listed
 
 Knob = Literal["drop", "uncond", "merge", "skip", "cache"]
 KNOBS: tuple[Knob, ...] = ("drop", "uncond", "merge", "skip", "cache")
-
-
-def _listed(value: Any) -> Any:
-    """Reads `drop,cache`, as a command line gives it, as a list."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class TuneConfig(BaseModel):
@@ -52,7 +48,7 @@ class TuneConfig(BaseModel):
     model: str
     flops: Annotated[float, Field(gt=0.0, lt=1.0)]
     out: UserPath = Path("tuned")
-    knobs: Annotated[tuple[Knob, ...] | None, BeforeValidator(_listed), Field(min_length=1)] = None
+    knobs: Annotated[tuple[Knob, ...] | None, BeforeValidator(listed), Field(min_length=1)] = None
     trials: PositiveInt = 48
     images: Annotated[int, Field(ge=2)] = 16
     finalists: PositiveInt = 3

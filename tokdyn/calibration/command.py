@@ -19,7 +19,7 @@ from tokdyn.calibration.pictures import draw_caching, draw_skipping
 from tokdyn.calibration.skipping import SkipCalibration, calibrate_skipping
 from tokdyn.calibration.trajectories import Subject, open_subject, trajectories
 from tokdyn.files import replacing, require_folder
-from tokdyn.host import describe, open_device, settle_memory
+from tokdyn.host import describe, open_device, product_type, settle_memory
 from tokdyn.methods import DepthSkip, FeatureCache
 
 REPORT, PICTURE = "calibration.json", "calibration.png"
@@ -55,7 +55,7 @@ def run(config: CalibrateConfig) -> CalibrateResult:
     out = config.out or Path("calibrated", *(part for part in Path(subject.name).parts if part not in ("..", "/")))
     out = out if config.out else out / config.method
     require_folder(out)
-    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    half = product_type(config.precision, device) is not None
     found: SkipCalibration | CacheCalibration
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         calls = trajectories(config, subject)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 import tokdyn
 from tokdyn.attach.api import attached
 from tokdyn.calibration.recording import recording
+from tokdyn.calibration.replay import evaluating
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.flops import flops
@@ -193,9 +194,8 @@ def _told(student: Any, call: Mapping[str, Any], config: PipelineConfig) -> dict
     own = {id(parameter) for parameter in parts.parameters()}
     whole = sum(parameter.numel() for parameter in student.parameters() if id(parameter) not in own)
     new = sum(parameter.numel() for parameter in parts.parameters())
-    training = student.training
-    found = flops(student.eval(), **call)
-    student.train(training)
+    with evaluating(student):
+        found = flops(student, **call)
     lines = {
         "kept as is": f"{whole:,} parameters of the {type(student).__name__}",
         "new": f"{new:,} parameters ({', '.join(type(each).__name__ for each in attached(student).methods)})",

@@ -12,7 +12,7 @@ from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """Reads `0,0.3`, as a command line gives it, and a single value, as lists."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
@@ -21,7 +21,7 @@ def _listed(value: Any) -> Any:
 
 def _two(value: Any) -> Any:
     """Reads `0.2,0.8` as two numbers."""
-    values = _listed(value)
+    values = listed(value)
     if not isinstance(values, list | tuple) or len(values) != 2:
         raise ValueError(f"two noise levels LOW,HIGH are needed, got {value}")
     return values
@@ -79,7 +79,7 @@ class SampleConfig(BaseModel):
     out: UserPath | None = None
     format: Literal["grid", "folder", "npz"] = "grid"
     count: Annotated[int, Field(ge=1, le=10_000_000)] = 16
-    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = None
+    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(listed)] = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     batch_size: PositiveInt = 64
     scheduler: SchedulerName | None = None
@@ -87,7 +87,7 @@ class SampleConfig(BaseModel):
     guidance: GuidanceScale = 1.0
     guidance_channels: GuidanceChannels = "all"
     guidance_interval: Annotated[Interval, BeforeValidator(_two)] = (0.0, 1.0)
-    tail_drop: Annotated[tuple[Share, ...], AfterValidator(_budgets), BeforeValidator(_listed)] = (0.0,)
+    tail_drop: Annotated[tuple[Share, ...], AfterValidator(_budgets), BeforeValidator(listed)] = (0.0,)
     drop_curve: Points | None = None
     uncond_tail_drop: Drop | None = None
     clip: bool | None = None

@@ -15,7 +15,7 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.files import require_folder
-from tokdyn.host import open_device
+from tokdyn.host import open_device, product_type
 from tokdyn.report.decoding import Decoder, open_decoder
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.labels import class_name, class_numbers
@@ -113,7 +113,6 @@ def prepare(config: SampleConfig) -> Job:
         if attachment_of(model) is not None:  # the folder holds those that it was trained with too, or means others
             unwrap(model)
         load(model, config.methods)
-    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Job(
         config=config,
         model=model,
@@ -124,6 +123,6 @@ def prepare(config: SampleConfig) -> Job:
         scheduler=scheduler,
         clip=not decoder.latents if config.clip is None else config.clip,
         device=device,
-        dtype=torch.bfloat16 if half else None,
+        dtype=product_type(config.precision, device),
         out=out,
     )
