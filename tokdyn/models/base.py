@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tokdyn.errors import InputError
 from tokdyn.models.blocks import CellEmbedder, DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder
 from tokdyn.ops import sincos_position
+from tokdyn.ops.device import autocast_is_slow
 from tokdyn.tokens import Grid, Routing
 
 
@@ -91,6 +93,16 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if rows % patch or columns % patch or min(rows, columns) < patch:
             raise InputError(f"the input is {rows}x{columns}, expected multiples of the patch size {patch}.")
         return rows // patch, columns // patch
+
+    def _fastest(self, x: Tensor) -> tuple[AbstractContextManager[Any], Tensor]:
+        """What to compute in, and the input for it: fp32 in place of an autocast that the CPU has no instructions for.
+
+        There it is several times as fast, and more exact.
+        """
+        weights = next(self.blocks[0].parameters()) if len(self.blocks) else self.pos_embed
+        if autocast_is_slow(x) and weights.dtype == torch.float32:
+            return torch.autocast(x.device.type, enabled=False), x.float()
+        return nullcontext(), x
 
     def _start(self, x: Tensor, timestep: Tensor | float | None, labels: Tensor | None) -> tuple[Grid, Tensor, Tensor]:
         """Check the inputs; the grid, the timesteps (B,) and the condition (B, D)."""

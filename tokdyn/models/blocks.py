@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokdyn.errors import InputError
 from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
+from tokdyn.ops.activation import gelu_tanh
 from tokdyn.ops.device import asking_waits
 from tokdyn.tokens import Packing
 
@@ -114,7 +115,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(gelu_tanh(self.fc1(x)))
         return out
 
 
@@ -187,13 +188,35 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Te
     gate, y = gate.to(x.dtype), y.to(x.dtype)
     if packing is None:
         return torch.addcmul(x, gate[:, None], y)
-    if _by_sample(packing) and not torch.is_grad_enabled():
-        out = torch.empty_like(x)
-        parts = (t.split_with_sizes(packing.lengths) for t in (out, x, y))
-        for o, a, b, g in zip(*parts, gate.unbind(0), strict=True):
-            torch.addcmul(a, g, b, out=o)
+    if _by_sample(packing):
+        out: Tensor = _GatedAdd.apply(x, gate, y, packing.lengths)  # type: ignore[no-untyped-call]
         return out
     return torch.addcmul(x, gate.index_select(0, packing.sample), y)
+
+
+class _GatedAdd(torch.autograd.Function):
+    """Sample after sample, which need not write the gate of every row down."""
+
+    @staticmethod
+    def forward(context, x, gate, y, lengths):  # type: ignore[no-untyped-def]
+        context.save_for_backward(gate, y)
+        context.lengths = lengths
+        out = torch.empty_like(x)
+        for o, a, b, g in zip(*(rows.split_with_sizes(lengths) for rows in (out, x, y)), gate.unbind(0), strict=True):
+            torch.addcmul(a, g, b, out=o)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):  # type: ignore[no-untyped-def]
+        gate, y = context.saved_tensors
+        to_gate, to_y = torch.empty_like(gate), torch.empty_like(y)
+        scratch = y.new_empty(max(context.lengths), y.shape[1])
+        parts = (rows.split_with_sizes(context.lengths) for rows in (gradient, y, to_y))
+        for s, b, t, g, sums in zip(*parts, gate.unbind(0), to_gate.unbind(0), strict=True):
+            torch.sum(torch.mul(s, b, out=scratch[: len(s)]), 0, out=sums)
+            torch.mul(s, g, out=t)
+        return gradient, to_gate, to_y, None
 
 
 def _by_sample(packing: Packing) -> bool:

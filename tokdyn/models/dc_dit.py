@@ -147,8 +147,10 @@ class DCDiT(Transformer):
         target = self.config.target if target is None else target
         if not target > 1.0:
             raise InputError(f"the target is {target}, expected more than 1 cell per kept token.")
-        grid, steps, condition = self._start(hidden_states, timestep, class_labels)
-        logits = self.chunking.logits(self._encode(hidden_states, condition), grid, steps)
+        precision, hidden_states = self._fastest(hidden_states)
+        with precision:
+            grid, steps, condition = self._start(hidden_states, timestep, class_labels)
+            logits = self.chunking.logits(self._encode(hidden_states, condition), grid, steps)
         self.chunking.router.calibrate(logits, target)
 
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -187,10 +189,12 @@ class DCDiT(Transformer):
         Returns:
             The output, or (sample,).
         """
-        grid, steps, condition = self._start(hidden_states, timestep, class_labels)
-        tokens = self._encode(hidden_states, condition)
-        tokens, routing = self._chunked(tokens, grid, steps, condition, tail_drop, plan)
-        sample = self._decode(tokens, condition, grid)
+        precision, hidden_states = self._fastest(hidden_states)
+        with precision:
+            grid, steps, condition = self._start(hidden_states, timestep, class_labels)
+            tokens = self._encode(hidden_states, condition)
+            tokens, routing = self._chunked(tokens, grid, steps, condition, tail_drop, plan)
+            sample = self._decode(tokens, condition, grid)
         return DCDiTOutput(sample, routing) if return_dict else (sample,)
 
     def _chunked(

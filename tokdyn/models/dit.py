@@ -79,14 +79,16 @@ class DiT(Transformer):
         Returns:
             The output, or (sample,).
         """
-        grid, _, condition = self._start(hidden_states, timestep, class_labels)
-        x = self.x_embedder(hidden_states).flatten(2).transpose(1, 2) + self._positions(grid)
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, condition)
-            else:
-                x = block(x, condition)
-        sample = self._image(self.final_layer(x, condition), grid)
+        precision, hidden_states = self._fastest(hidden_states)
+        with precision:
+            grid, _, condition = self._start(hidden_states, timestep, class_labels)
+            x = self.x_embedder(hidden_states).flatten(2).transpose(1, 2) + self._positions(grid)
+            for block in self.blocks:
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    x = self._gradient_checkpointing_func(block, x, condition)
+                else:
+                    x = block(x, condition)
+            sample = self._image(self.final_layer(x, condition), grid)
         return DiTOutput(sample) if return_dict else (sample,)
 
 

@@ -55,8 +55,9 @@ def fastest_layout(x: Tensor) -> torch.memory_format:
 
     There group normalisation of channels-last maps costs up to 20 times as much as of contiguous ones.
     """
+    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
     training_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-    return torch.contiguous_format if training_on_cpu else torch.channels_last
+    return torch.contiguous_format if training_on_cpu and half else torch.channels_last
 
 
 class Scaffold(nn.Module):

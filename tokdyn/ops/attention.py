@@ -172,12 +172,56 @@ def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) 
 
 def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """One call a sample."""
-    rows = qkv.view(1, len(qkv), 3, heads, -1).permute(2, 0, 3, 1, 4).split_with_sizes(packing.lengths, dim=3)
+    if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64) and key_bias is None:
+        out: Tensor = _SplitOnCPU.apply(qkv, heads, packing.lengths)  # type: ignore[no-untyped-call]
+        return out
+    rows = qkv.view(1, len(qkv), 3, heads, -1).split_with_sizes(packing.lengths, dim=1)
     biases: Sequence[Tensor | None] = [None] * len(rows)
     if key_bias is not None:
         biases = key_bias.view(1, 1, 1, -1).split_with_sizes(packing.lengths, dim=3)
-    parts = [_attend(part[0], part[1], part[2], bias) for part, bias in zip(rows, biases, strict=True)]
+    parts = [
+        _attend(*(each.transpose(1, 2) for each in part.unbind(2)), bias) for part, bias in zip(rows, biases, strict=True)
+    ]
     return torch.cat([part.transpose(1, 2).flatten(2)[0] for part in parts])
+
+
+class _SplitOnCPU(torch.autograd.Function):
+    """The kernel behind `scaled_dot_product_attention`, each result and gradient written where it belongs."""
+
+    @staticmethod
+    def forward(context, qkv, heads, lengths):  # type: ignore[no-untyped-def]
+        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        sums = []
+        for part, place in zip(_by_head(qkv, 3 * heads, lengths), _by_head(out, heads, lengths), strict=True):
+            mixed, sum_ = _kernel(*part.chunk(3, dim=1))
+            place.copy_(mixed)
+            sums.append(sum_)
+        context.save_for_backward(qkv, out, *sums)
+        context.heads, context.lengths = heads, lengths
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):  # type: ignore[no-untyped-def]
+        qkv, out, *sums = context.saved_tensors
+        heads, lengths, found = context.heads, context.lengths, torch.empty_like(qkv)
+        parts = (_by_head(rows, heads, lengths) for rows in (gradient, out))
+        parts = (*parts, *(_by_head(rows, 3 * heads, lengths) for rows in (qkv, found)), sums)
+        for upper, mixed, part, place, sum_ in zip(*parts, strict=True):
+            slopes = _kernel_backward(upper, *part.chunk(3, dim=1), mixed, sum_, 0.0, False)
+            for slope, where in zip(slopes, place.chunk(3, dim=1), strict=True):
+                where.copy_(slope)
+        return found, None, None
+
+
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _by_head(rows: Tensor, heads: int, lengths: Sequence[int]) -> Iterator[Tensor]:
+    """(T, H d) to views (1, H, n, d), one a sample."""
+    for part in rows.view(1, len(rows), heads, -1).split_with_sizes(lengths, dim=1):
+        yield part.transpose(1, 2)
 
 
 def _varlen_takes(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> bool:

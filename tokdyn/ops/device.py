@@ -26,3 +26,10 @@ def asking_waits(x: Tensor) -> bool:
 def halves_multiply_slowly(x: Tensor) -> bool:
     """Whether matrix products are faster in fp32: half precision on a CPU that has no instructions for it."""
     return x.device.type == "cpu" and not _CPU_HALVES.get(x.dtype, True)
+
+
+def autocast_is_slow(x: Tensor) -> bool:
+    """Whether autocast is on and asks for a type in which `halves_multiply_slowly`."""
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return False
+    return not _CPU_HALVES.get(torch.get_autocast_dtype("cpu"), True)

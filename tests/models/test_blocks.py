@@ -1,0 +1,73 @@
+"""A block on packed rows is the block on each sample alone, in its values and in its gradients."""
+
+import pytest
+import torch
+
+from tokdyn import ops
+from tokdyn.models import DCDiT, DiT
+from tokdyn.models.blocks import DiTBlock, gated_add
+from tokdyn.ops import device
+from tokdyn.tokens import Packing
+
+
+def packed(counts, grid=(16, 32)) -> Packing:
+    keep = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.bool)
+    for row, count in zip(keep, counts, strict=True):
+        row[torch.randperm(len(row))[:count]] = True
+    return ops.pack(keep, grid)
+
+
+@pytest.mark.parametrize("counts", [(5, 9, 1), (200, 301, 250), (40, 512, 30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_are_those_of_single_samples(counts, dtype):
+    torch.manual_seed(0)
+    block, packing = DiTBlock(24, 3, 4.0).to(dtype), packed(counts)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    rows = torch.randn(packing.total, 24, dtype=dtype)
+    condition = torch.randn(len(counts), 24, dtype=dtype)
+    upper = torch.randn_like(rows)
+
+    def outcome(together):
+        x, c = rows.clone().requires_grad_(), condition.clone().requires_grad_()
+        if together:
+            out = block(x, c, packing)
+        else:
+            parts = x.split_with_sizes(packing.lengths)
+            out = torch.cat([block(part[None], each[None])[0] for part, each in zip(parts, c, strict=True)])
+        return [out, *torch.autograd.grad(out, [x, c, *block.parameters()], upper)]
+
+    near = 1e-10 if dtype == torch.float64 else 2e-4
+    for found, wanted in zip(outcome(True), outcome(False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=near, atol=near * wanted.abs().max().item())
+
+
+def test_gated_add_by_sample_has_the_right_derivative():
+    torch.manual_seed(0)
+    packing = packed((200, 260))
+    shapes = (packing.total, 3), (2, 3), (packing.total, 3)
+    x, gate, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert torch.autograd.gradcheck(lambda *given: gated_add(*given, packing), (x, gate, y), fast_mode=True)
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("build", ["dit", "dcdit"])
+def test_autocast_in_a_type_that_the_processor_lacks_computes_in_fp32(build, instructions, monkeypatch):
+    monkeypatch.setitem(device._CPU_HALVES, torch.bfloat16, instructions)
+    torch.manual_seed(0)
+    sizes = dict(sample_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=3, patch_size=2)
+    model = DiT(**sizes) if build == "dit" else DCDiT(**{**sizes, "patch_size": 1})
+    with torch.no_grad():
+        model.final_layer.linear.weight.normal_()
+    x, steps, labels = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.tensor([0, 3])
+    plain = model(x, steps, labels).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x, steps, labels).sample, plain) is not instructions
+        half = model(x.bfloat16(), steps, labels).sample
+        assert half.dtype == (torch.bfloat16 if instructions else torch.float32)
+        half.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    model.bfloat16()  # weights in that type stay what they are
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model(x, steps, labels).sample).all()

@@ -1,0 +1,46 @@
+"""GELU part by part: the same function and derivative as PyTorch's, whatever the type, shape and layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokdyn.ops.activation import gelu_tanh
+
+SHAPES = [(3,), (70, 1000), (5, 7, 2001), (0, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 6e-6), (torch.float64, 1e-13), (torch.bfloat16, 1e-2)])
+def test_value_and_gradient_are_those_of_pytorch(shape, dtype, near):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape)).to(dtype)
+    upper = torch.randn(shape).to(dtype)
+    found, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
+    out, exact = gelu_tanh(found), F.gelu(wanted, approximate="tanh")
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, rtol=near, atol=near)
+    torch.testing.assert_close(gelu_tanh(x).double(), exact.detach(), rtol=near, atol=near)
+    out.backward(upper)
+    exact.backward(upper.double())
+    torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=near, atol=near)
+
+
+def test_rows_that_do_not_lie_together():
+    x = torch.randn(400, 300).t().requires_grad_()
+    torch.testing.assert_close(gelu_tanh(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-6)
+    gelu_tanh(x).sum().backward()
+
+
+def test_the_ends_of_the_range():
+    x = torch.cat([torch.tensor([-1e4, -30.0, -0.0, 0.0, 30.0, 1e4]), torch.zeros(1 << 16)]).requires_grad_()
+    out = gelu_tanh(x)
+    assert out[:6].tolist() == [0.0, 0.0, 0.0, 0.0, 30.0, 1e4]
+    out.sum().backward()
+    assert x.grad[:6].tolist() == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_what_came_in_stays():
+    x = torch.randn(300, 400)
+    before = x.clone()
+    gelu_tanh(x)
+    assert torch.equal(x, before)
