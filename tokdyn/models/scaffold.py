@@ -6,8 +6,9 @@ import math
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokdyn.ops.normalization import group_norm_silu, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -20,8 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        out: Tensor = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return out
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class ResidualBlock(nn.Module):
@@ -42,9 +42,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, inputs, R, C) and (B, D) to (B, outputs, R, C)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(group_norm_silu(x, self.norm1))
         h = h + self.cond_proj(condition)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(group_norm_silu(h, self.norm2))
         skip: Tensor = x if self.skip_proj is None else self.skip_proj(x)
         out: Tensor = skip + h
         return out

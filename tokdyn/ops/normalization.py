@@ -1,0 +1,98 @@
+"""Normalisations that keep only what they need for gradients: RMSNorm (arXiv 1910.07467), GroupNorm with SiLU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokdyn.ops.device import asking_waits
+
+_ROWS = 512  # that stay in the cache from one operation to the next
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    On CPU PyTorch makes it of single operations, each of which keeps a tensor as large as x.
+
+    Args:
+        x: (..., D).
+        weight: (D,), of the type of x.
+        eps: added to the mean square.
+
+    Returns:
+        The shape and type of x.
+    """
+    if asking_waits(x) or x.dtype not in (torch.float32, torch.float64):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """SiLU(GroupNorm(x)), without keeping what lies between the two.
+
+    Args:
+        x: (B, C, ...).
+        norm: groups, weight, bias and epsilon.
+
+    Returns:
+        The shape and type of x.
+    """
+    if asking_waits(x) or x.dtype not in (torch.float32, torch.float64) or not torch.is_grad_enabled():
+        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    out: Tensor = _GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, weight, eps):  # type: ignore[no-untyped-def]
+        x = x.contiguous()
+        out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+        for a, found, s in _rows(x, out, scale):
+            torch.linalg.vector_norm(a, dim=-1, keepdim=True, out=s)
+            s.square_().div_(a.shape[-1]).add_(eps).rsqrt_()
+            torch.mul(a, s, out=found).mul_(weight)
+        context.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):  # type: ignore[no-untyped-def]
+        x, weight, scale = context.saved_tensors
+        to_x, to_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for a, upper, found, s in _rows(x, gradient, to_x, scale):
+            normed = a * s
+            along = upper * normed
+            to_weight += along.sum(0)
+            mean = torch.mv(along, weight).div_(a.shape[-1])
+            torch.mul(upper, weight, out=found).sub_(normed.mul_(mean[:, None])).mul_(s)
+        return to_x, to_weight, None
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, weight, bias, groups, eps):  # type: ignore[no-untyped-def]
+        context.sizes = len(x), x.shape[1], math.prod(x.shape[2:]), groups
+        context.eps = eps
+        normed, mean, deviation = torch.native_group_norm(x, weight, bias, *context.sizes, eps)
+        context.save_for_backward(x, weight, bias, mean, deviation)
+        return F.silu(normed, inplace=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):  # type: ignore[no-untyped-def]
+        x, weight, bias, mean, deviation = context.saved_tensors
+        normed = torch.native_group_norm(x, weight, bias, *context.sizes, context.eps)[0]
+        gradient = torch.ops.aten.silu_backward(gradient, normed)
+        return *torch.ops.aten.native_group_norm_backward(
+            gradient, x, mean, deviation, weight, *context.sizes, context.needs_input_grad[:3]
+        ), None, None  # fmt: skip
+
+
+def _rows(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
+    return zip(*(t.reshape(-1, t.shape[-1]).split(_ROWS) for t in tensors), strict=True)
