@@ -56,8 +56,8 @@ def test_gated_add_by_sample_has_the_right_derivative():
 def test_autocast_in_a_type_that_the_processor_lacks_computes_in_fp32(build, instructions, monkeypatch):
     monkeypatch.setitem(device._CPU_HALVES, torch.bfloat16, instructions)
     torch.manual_seed(0)
-    sizes = dict(sample_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=3, patch_size=2)
-    model = DiT(**sizes) if build == "dit" else DCDiT(**{**sizes, "patch_size": 1})
+    sizes = {"sample_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = DiT(patch_size=2, **sizes) if build == "dit" else DCDiT(**sizes)
     with torch.no_grad():
         model.final_layer.linear.weight.normal_()
     x, steps, labels = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.tensor([0, 3])

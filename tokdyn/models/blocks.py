@@ -189,7 +189,7 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Te
     if packing is None:
         return torch.addcmul(x, gate[:, None], y)
     if _by_sample(packing):
-        out: Tensor = _GatedAdd.apply(x, gate, y, packing.lengths)  # type: ignore[no-untyped-call]
+        out: Tensor = _GatedAdd.apply(x, gate, y, packing.lengths)
         return out
     return torch.addcmul(x, gate.index_select(0, packing.sample), y)
 

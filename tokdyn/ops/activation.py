@@ -32,7 +32,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     if asking_waits(x) or x.numel() < _FEW:
         return F.gelu(x, approximate="tanh")
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
+        out: Tensor = _Gelu.apply(x)
         return out
     return _values(x, learning=False)[0]
 
@@ -60,7 +60,7 @@ def _values(x: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
     wide = exact(x[:0]).dtype
     linear = torch.tensor(_LINEAR, dtype=wide)
     scratch = torch.empty(2, min(part, x.numel()), dtype=wide)
-    for numbers, found, slanted in zip(*(t.view(-1).split(part) for t in (x, out, slope)), strict=True):
+    for numbers, found, slanted in zip(*(torch.split(t.view(-1), part) for t in (x, out, slope)), strict=True):
         a, (z, s) = exact(numbers), scratch[:, : len(numbers)]
         torch.addcmul(linear, a, a, value=_CUBIC, out=z).mul_(a)
         torch.sigmoid(z, out=s)

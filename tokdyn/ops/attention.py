@@ -173,15 +173,16 @@ def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) 
 def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """One call a sample."""
     if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64) and key_bias is None:
-        out: Tensor = _SplitOnCPU.apply(qkv, heads, packing.lengths)  # type: ignore[no-untyped-call]
+        out: Tensor = _SplitOnCPU.apply(qkv, heads, packing.lengths)
         return out
     rows = qkv.view(1, len(qkv), 3, heads, -1).split_with_sizes(packing.lengths, dim=1)
     biases: Sequence[Tensor | None] = [None] * len(rows)
     if key_bias is not None:
         biases = key_bias.view(1, 1, 1, -1).split_with_sizes(packing.lengths, dim=3)
-    parts = [
-        _attend(*(each.transpose(1, 2) for each in part.unbind(2)), bias) for part, bias in zip(rows, biases, strict=True)
-    ]
+    parts = []
+    for part, bias in zip(rows, biases, strict=True):
+        query, key, value = part.transpose(1, 3).unbind(2)
+        parts.append(_attend(query, key, value, bias))
     return torch.cat([part.transpose(1, 2).flatten(2)[0] for part in parts])
 
 
@@ -205,9 +206,9 @@ class _SplitOnCPU(torch.autograd.Function):
     def backward(context, gradient):  # type: ignore[no-untyped-def]
         qkv, out, *sums = context.saved_tensors
         heads, lengths, found = context.heads, context.lengths, torch.empty_like(qkv)
-        parts = (_by_head(rows, heads, lengths) for rows in (gradient, out))
-        parts = (*parts, *(_by_head(rows, 3 * heads, lengths) for rows in (qkv, found)), sums)
-        for upper, mixed, part, place, sum_ in zip(*parts, strict=True):
+        rows = (_by_head(given, heads, lengths) for given in (gradient, out))
+        wide = (_by_head(given, 3 * heads, lengths) for given in (qkv, found))
+        for upper, mixed, part, place, sum_ in zip(*rows, *wide, sums, strict=True):
             slopes = _kernel_backward(upper, *part.chunk(3, dim=1), mixed, sum_, 0.0, False)
             for slope, where in zip(slopes, place.chunk(3, dim=1), strict=True):
                 where.copy_(slope)

@@ -14,7 +14,7 @@ _ROWS = 512  # that stay in the cache from one operation to the next
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+    """X / sqrt(mean(x^2) + eps) * weight over the last axis.
 
     On CPU PyTorch makes it of single operations, each of which keeps a tensor as large as x.
 
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if asking_waits(x) or x.dtype not in (torch.float32, torch.float64):
         return F.rms_norm(x, weight.shape, weight, eps)
-    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _RMSNorm.apply(x, weight, eps)
     return out
 
 
@@ -44,7 +44,7 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """
     if asking_waits(x) or x.dtype not in (torch.float32, torch.float64) or not torch.is_grad_enabled():
         return F.silu(norm(x), inplace=not torch.is_grad_enabled())
-    out: Tensor = _GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return out
 
 
@@ -79,7 +79,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     def forward(context, x, weight, bias, groups, eps):  # type: ignore[no-untyped-def]
         context.sizes = len(x), x.shape[1], math.prod(x.shape[2:]), groups
         context.eps = eps
-        normed, mean, deviation = torch.native_group_norm(x, weight, bias, *context.sizes, eps)
+        normed, mean, deviation = torch.ops.aten.native_group_norm(x, weight, bias, *context.sizes, eps)
         context.save_for_backward(x, weight, bias, mean, deviation)
         return F.silu(normed, inplace=True)
 
@@ -87,7 +87,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context, gradient):  # type: ignore[no-untyped-def]
         x, weight, bias, mean, deviation = context.saved_tensors
-        normed = torch.native_group_norm(x, weight, bias, *context.sizes, context.eps)[0]
+        normed = torch.ops.aten.native_group_norm(x, weight, bias, *context.sizes, context.eps)[0]
         gradient = torch.ops.aten.silu_backward(gradient, normed)
         return *torch.ops.aten.native_group_norm_backward(
             gradient, x, mean, deviation, weight, *context.sizes, context.needs_input_grad[:3]
@@ -95,4 +95,4 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 def _rows(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
-    return zip(*(t.reshape(-1, t.shape[-1]).split(_ROWS) for t in tensors), strict=True)
+    return zip(*(torch.split(t.reshape(-1, t.shape[-1]), _ROWS) for t in tensors), strict=True)
