@@ -166,18 +166,47 @@ def peers(build: Callable[[], nn.Module], inputs: Callable[[float], dict[str, An
         "tokdyn first block": trajectory(ours, inputs),
         "tokdyn": trajectory(whole, inputs),
     }
-    theirs = cache_dit(build(), inputs)
-    if theirs is not None:
-        sides["cache-dit"] = theirs
+    others = {"cache-dit": cache_dit(build(), inputs), "diffusers": diffusers_cache(build(), inputs)}
+    sides |= {name: run for name, run in others.items() if run is not None}
     times = in_turn(sides, rounds)
     found: dict[str, Any] = {"times": times, "computed": len(COMPUTED), "steps": STEPS}
-    if theirs is not None:
-        found["first_block_over_cache_dit"] = ratio(times, "tokdyn first block", "cache-dit")
-        found["over_cache_dit"] = ratio(times, "tokdyn", "cache-dit")
+    for name in others.keys() & sides.keys():
+        found[f"first_block_over_{name.replace('-', '_')}"] = ratio(times, "tokdyn first block", name)
+        found[f"over_{name.replace('-', '_')}"] = ratio(times, "tokdyn", name)
     return found
 
 
-BARS = {"empty_over_plain": 0.01, "cached_step_share": 0.03, "skipped_block_share": 0.005, "over_cache_dit": 1.0}
+BARS = {
+    "empty_over_plain": 0.01, "cached_step_share": 0.03, "skipped_block_share": 0.005, "over_cache_dit": 1.0,
+    "over_diffusers": 1.0,
+}  # fmt: skip
+
+
+def diffusers_cache(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callable[[], None] | None:
+    """The same trajectory with the first-block cache of diffusers, None for models that it does not take.
+
+    It has no list of steps, so its threshold is set before every call to what makes it compute or repeat.
+    """
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+
+    if not hasattr(model, "enable_cache"):
+        return None
+    model.enable_cache(FirstBlockCacheConfig())
+    hooks = [each for module in model.modules() if hasattr(module, "_diffusers_hook")
+             for each in module._diffusers_hook.hooks.values()]  # fmt: skip
+    (head,) = (each for each in hooks if isinstance(each, FBCHeadBlockHook))
+    calls = [inputs(1.0 - step / STEPS) for step in range(STEPS)]
+
+    @torch.no_grad()
+    def run() -> None:
+        model._reset_stateful_cache()
+        for step, arguments in enumerate(calls):
+            head.threshold = -1.0 if step in COMPUTED else float("inf")
+            with model.cache_context("cond"):
+                model(**arguments)
+
+    return run
 
 
 def cache_dit(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callable[[], None] | None:
@@ -226,11 +255,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{name:<12} empty {own['empty_over_plain']:+.2%}  cached step {own['cached_step_share']:.2%} of a step  "
             f"skipped block {own['skipped_block_share']:.2%} of a block"
         )
-        if "over_cache_dit" in found["peers"]:
-            print(
-                f"{'':<12} time over cache-dit: {found['peers']['first_block_over_cache_dit']:.2f} with the first "
-                f"block, {found['peers']['over_cache_dit']:.2f} without"
-            )
+        for peer in ("cache_dit", "diffusers"):
+            if f"over_{peer}" in found["peers"]:
+                print(
+                    f"{'':<12} time over {peer.replace('_', '-')}: {found['peers'][f'first_block_over_{peer}']:.2f} "
+                    f"with the first block, {found['peers'][f'over_{peer}']:.2f} without"
+                )
     missed = missed_bars(result["cases"])
     if options.out:
         write(options.out, {**result, "bars": BARS, "missed": missed})
