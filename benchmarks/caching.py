@@ -1,8 +1,10 @@
 """What wrapping, skipping and caching cost on CPU: `python -m benchmarks.caching --out results.json`.
 
 Sizes: DiT-XL/2 blocks (width 1152, 16 heads) cut to 6, 256 tokens; a Flux of 4 double and 8 single blocks at width 768;
-and both tiny. The caches of cache-dit (pip install cache-dit, version 1.5) run on the same weights with the same steps
-computed: its DBCache always computes the first block, as FeatureCache(indicator="first_block") does.
+and both tiny. The caches of cache-dit (pip install cache-dit, version 1.5) and of diffusers run on the same weights
+with the same steps computed: DBCache and FirstBlockCache always compute the first block, as
+FeatureCache(indicator="first_block") does; diffusers compares it in every step, too. The bars are for FeatureCache as
+it is by default, which repeats the first block with the others.
 """
 
 from __future__ import annotations

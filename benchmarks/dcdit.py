@@ -4,7 +4,8 @@
 
 About ten minutes on two cores with nothing else running. Exits with 1 if a bar is missed. Both sides have the same
 weights and keep the same quarter of the tokens, and run in turn in one process; medians count. `--compile` compiles the
-convolutions of the model, and the whole of the other side.
+convolutions of the model, and the whole of the other side. Under autocast tokdyn computes in fp32 on a CPU that has no
+instructions for bf16, where the other side does what PyTorch does: `computed` in the result says which.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.flops import model_parts
 from tokdyn.models import DCDiT
+from tokdyn.ops.device import autocast_is_slow
 from tokdyn.train.setup import compile_parts
 
 FORWARD = {("S", "fp32"): 1.12, ("S", "bf16"): 1.4, ("B", "fp32"): 1.06, ("B", "bf16"): 1.3}
@@ -49,6 +51,12 @@ def case(size: str, batch: int) -> tuple[DCDiT, tuple[Tensor, Tensor, Tensor], T
 def precision(name: str) -> AbstractContextManager[Any]:
     """Autocast for matrix products, or nothing."""
     return torch.autocast("cpu", torch.bfloat16) if name == "bf16" else nullcontext()
+
+
+def computed(name: str) -> str:
+    """What tokdyn's side computes in."""
+    with precision(name):
+        return "fp32" if autocast_is_slow(torch.zeros(())) else name
 
 
 def sides(model: DCDiT, compiled: bool) -> dict[str, Callable[..., Tensor]]:
@@ -77,7 +85,8 @@ def forward(size: str, name: str, given: argparse.Namespace) -> dict[str, Any]:
     apart = ((ours - theirs).norm() / theirs.norm()).item()
     return {
         "what": "forward", "size": size, "precision": name, "batch": 8, "kept": plan.float().mean().item(),
-        "times": times, "speedup": timing.ratio(times, "equations", "tokdyn"), "bar": bar, "relative_difference": apart,
+        "computed": computed(name), "times": times, "speedup": timing.ratio(times, "equations", "tokdyn"), "bar": bar,
+        "relative_difference": apart,
     }  # fmt: skip
 
 
@@ -89,7 +98,8 @@ def step(name: str, given: argparse.Namespace) -> dict[str, Any]:
     run = {key: partial(_step, model, side, inputs, plan, name) for key, side in both.items()}
     times = timing.in_turn(run, rounds=max(3, given.rounds // 2))
     return {
-        "what": "training step", "size": "S", "precision": name, "batch": 16, "times": times,
+        "what": "training step", "size": "S", "precision": name, "computed": computed(name), "batch": 16,
+        "times": times,
         "speedup": timing.ratio(times, "equations", "tokdyn"), "bar": STEP[name],
         "peak_mib": {key: _peak(name, key) for key in both},
     }  # fmt: skip
@@ -135,7 +145,7 @@ def main_network(given: argparse.Namespace) -> dict[str, Any]:
     inner = ("adaLN", "projections", "attention", "mlp")
     full = sum(flops for part, flops in model_parts(model, 1.0).items() if part in inner)
     return {
-        "what": "against the blocks on all tokens", "precision": "bf16", "times": times,
+        "what": "against the blocks on all tokens", "precision": "bf16", "computed": computed("bf16"), "times": times,
         "speedup": timing.ratio(times, "blocks", "whole"), "bar": MAIN,
         "flop_ratio": full / sum(model_parts(model, KEPT).values()),
     }  # fmt: skip
@@ -158,6 +168,22 @@ def dechunk_growth(given: argparse.Namespace) -> dict[str, Any]:
         "what": "growth of de-chunking", "times": times, "bar": GROWTH,
         "exponent": timing.growth({int(tokens): found["median_ms"] for tokens, found in times.items()}),
     }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Calls and steps in Markdown, as the page on performance has them."""
+    lines = [["what", "size", "type", "equations (ms)", "tokdyn (ms)", "faster", "bar", "peak, MiB"], ["---"] * 8]
+    for row in rows:
+        if "equations" in row["times"]:
+            ours, theirs = (row["times"][side]["median_ms"] for side in ("tokdyn", "equations"))
+            peak, kind = row.get("peak_mib"), row["precision"]
+            lines.append([
+                f"{row['what']}, batch {row['batch']}", row["size"],
+                kind if row["computed"] == kind else f"{kind}, tokdyn {row['computed']}",
+                f"{theirs:,.0f}", f"{ours:,.0f}", f"{row['speedup']:.2f}", f"{row['bar']:g}",
+                "" if peak is None else f"{peak['tokdyn']:,.0f} of {peak['equations']:,.0f}",
+            ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> int:

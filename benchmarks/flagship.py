@@ -113,7 +113,10 @@ def outside_share(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """The blocks of DC-DiT-S on packed rows against the same blocks on all 1024 tokens, batch 8; bf16 by autocast."""
+    """The blocks of DC-DiT-S on packed rows against the same blocks on all 1024 tokens, batch 8.
+
+    Bf16 is autocast, as a call of the model would compute it: in fp32 on a CPU that has no instructions for bf16.
+    """
     torch.manual_seed(0)
     model = DCDiT.named("S").eval()
     blocks = model.blocks

@@ -4,8 +4,8 @@
 
 About ten minutes on two cores with nothing else running. Exits with 1 if a bar is missed. Weights are random: neither
 FLOPs nor time depend on what they are, but for the router, which decides as always and is then overruled by a plan that
-keeps a quarter of the tokens, and for the gates of DynamicWidth, which are set by hand: four of six heads and groups of
-channels are on. Of the images that come out nothing is claimed.
+keeps every token with a chance of a quarter, and for the gates of DynamicWidth, which are set by hand: four of six
+heads and groups of channels are on. Of the images that come out nothing is claimed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _planned(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) ->
     """Every call keeps a quarter of the tokens, before its tail drop."""
     rows = given[0] if given else named["hidden_states"]
     generator = torch.Generator().manual_seed(0)
-    plan = torch.rand(len(rows), 1024, generator=generator).argsort(dim=1) < 256
+    plan = torch.rand(len(rows), 1024, generator=generator) < 0.25
     return given, {**named, "plan": plan}
 
 
@@ -144,7 +144,7 @@ def main() -> int:
     print(f"the full stack: {full['flops_saved']:.1%} of the FLOPs saved, {realised:.2f} of that in time: "
           f"{'met' if met else 'MISSED'}")  # fmt: skip
     bars = {"flops_saved": SAVED, "realised": REALISED}
-    result |= {"inside": share, "stacks": rows, "bars": bars, "realised": realised, "met": met}
+    result |= {"inside": share, "stacks": rows, "bars": bars, "time_saved_over_flops_saved": realised, "met": met}
     if given.out:
         timing.write(given.out, result)
     return 0 if met and share["met"] else 1

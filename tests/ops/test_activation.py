@@ -4,14 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokdyn.ops import activation
 from tokdyn.ops.activation import gelu_tanh
 
 SHAPES = [(3,), (70, 1000), (5, 7, 2001), (0, 4)]
 
 
+@pytest.mark.parametrize("part", [1000, 1 << 17])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 6e-6), (torch.float64, 1e-13), (torch.bfloat16, 1e-2)])
-def test_value_and_gradient_are_those_of_pytorch(shape, dtype, near):
+def test_value_and_gradient_are_those_of_pytorch(shape, dtype, near, part, monkeypatch):
+    monkeypatch.setattr(activation, "_PART", part)
     torch.manual_seed(0)
     x = (3 * torch.randn(shape)).to(dtype)
     upper = torch.randn(shape).to(dtype)
@@ -28,7 +31,19 @@ def test_value_and_gradient_are_those_of_pytorch(shape, dtype, near):
 def test_rows_that_do_not_lie_together():
     x = torch.randn(400, 300).t().requires_grad_()
     torch.testing.assert_close(gelu_tanh(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-6)
-    gelu_tanh(x).sum().backward()
+    mine, theirs = (torch.autograd.grad(f(x).sum(), x)[0] for f in (gelu_tanh, lambda x: F.gelu(x, approximate="tanh")))
+    torch.testing.assert_close(mine, theirs, rtol=6e-6, atol=6e-6)
+
+
+def test_transforms_of_functions_go_through():
+    x = torch.randn(300, 300)
+    mine, theirs = (torch.func.grad(lambda x, f=f: f(x).sum())(x) for f in (gelu_tanh, _plain))
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(torch.func.vmap(gelu_tanh)(x.expand(2, -1, -1)), _plain(x).expand(2, -1, -1))
+
+
+def _plain(x):
+    return F.gelu(x, approximate="tanh")
 
 
 def test_the_ends_of_the_range():

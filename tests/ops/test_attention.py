@@ -45,6 +45,14 @@ def test_every_path_equals_the_loop(lengths, backend, grad):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
+def test_rows_that_do_not_lie_together():
+    lengths = [20, 17, 30]
+    qkv = torch.randn(3 * 16, sum(lengths), dtype=torch.float64).t()
+    with ops.attention_backend("split"):
+        out = ops.packed_attention(qkv, 2, packing_of(lengths))
+    torch.testing.assert_close(out, loop(qkv, 2, lengths), rtol=0, atol=1e-12)
+
+
 def test_long_rows_take_the_kernel_and_agree():
     """Beyond the thresholds the fused kernel runs, also under autograd."""
     lengths = [200, 170, 300]

@@ -39,14 +39,17 @@ def test_rows_that_do_not_lie_together_and_zeros():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_group_norm_and_silu_are_those_of_pytorch(layout, dtype, frozen):
+@pytest.mark.parametrize("turned", [False, True])
+def test_group_norm_and_silu_are_those_of_pytorch(layout, dtype, frozen, turned):
     torch.manual_seed(0)
     norm = torch.nn.GroupNorm(4, 12).to(dtype)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     norm.requires_grad_(not frozen)
     given = torch.randn(3, 12, 5, 6).to(dtype).contiguous(memory_format=layout)
-    upper = torch.randn_like(given)
+    upper = torch.randn(3, 12, 5, 6).to(dtype)  # contiguous, whatever the layout of the maps
+    if turned:
+        given, upper = given.transpose(2, 3), upper.transpose(2, 3)
     outcomes = []
     for function in (group_norm_silu, lambda x, norm: F.silu(norm(x))):
         x = given.clone(memory_format=torch.preserve_format).requires_grad_()

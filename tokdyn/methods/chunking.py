@@ -142,4 +142,4 @@ class ChunkingModule(nn.Module):
                 decided = routing.natural_keep if routing.decided is None else routing.decided
                 chosen = torch.where(decided, p, 1 - p)
                 out = straight_through(out, chosen)
-            return residual.add_(out).to(tokens.dtype)
+            return (out + residual).to(tokens.dtype)

@@ -99,8 +99,7 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         There it is several times as fast, and more exact.
         """
-        weights = next(self.blocks[0].parameters()) if len(self.blocks) else self.pos_embed
-        if autocast_is_slow(x) and weights.dtype == torch.float32:
+        if autocast_is_slow(x) and all(p.dtype == torch.float32 for p in self.parameters()):
             return torch.autocast(x.device.type, enabled=False), x.float()
         return nullcontext(), x
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tokdyn.errors import InputError
 from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
 from tokdyn.ops.activation import gelu_tanh
-from tokdyn.ops.device import asking_waits
+from tokdyn.ops.device import asking_waits, by_hand
 from tokdyn.tokens import Packing
 
 _FREQUENCIES = 256
@@ -188,7 +188,7 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Te
     gate, y = gate.to(x.dtype), y.to(x.dtype)
     if packing is None:
         return torch.addcmul(x, gate[:, None], y)
-    if _by_sample(packing):
+    if _by_sample(packing) and by_hand(x):
         out: Tensor = _GatedAdd.apply(x, gate, y, packing.lengths)
         return out
     return torch.addcmul(x, gate.index_select(0, packing.sample), y)
@@ -199,7 +199,8 @@ class _GatedAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(context, x, gate, y, lengths):  # type: ignore[no-untyped-def]
-        context.save_for_backward(gate, y)
+        to_gate, to_y = context.needs_input_grad[1:3]
+        context.save_for_backward(gate if to_y else None, y if to_gate else None)
         context.lengths = lengths
         out = torch.empty_like(x)
         for o, a, b, g in zip(*(rows.split_with_sizes(lengths) for rows in (out, x, y)), gate.unbind(0), strict=True):
@@ -210,12 +211,17 @@ class _GatedAdd(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context, gradient):  # type: ignore[no-untyped-def]
         gate, y = context.saved_tensors
-        to_gate, to_y = torch.empty_like(gate), torch.empty_like(y)
-        scratch = y.new_empty(max(context.lengths), y.shape[1])
-        parts = (rows.split_with_sizes(context.lengths) for rows in (gradient, y, to_y))
-        for s, b, t, g, sums in zip(*parts, gate.unbind(0), to_gate.unbind(0), strict=True):
-            torch.sum(torch.mul(s, b, out=scratch[: len(s)]), 0, out=sums)
-            torch.mul(s, g, out=t)
+        lengths, to_gate, to_y = context.lengths, None, None
+        slopes = gradient.split_with_sizes(lengths)
+        if y is not None:
+            to_gate = gradient.new_empty(len(lengths), gradient.shape[1])
+            scratch = gradient.new_empty(max(lengths), gradient.shape[1])
+            for s, b, sums in zip(slopes, y.split_with_sizes(lengths), to_gate.unbind(0), strict=True):
+                torch.sum(torch.mul(s, b, out=scratch[: len(s)]), 0, out=sums)
+        if gate is not None:
+            to_y = torch.empty_like(gradient)
+            for s, g, t in zip(slopes, gate.unbind(0), to_y.split_with_sizes(lengths), strict=True):
+                torch.mul(s, g, out=t)
         return gradient, to_gate, to_y, None
 
 

@@ -51,11 +51,11 @@ class ResidualBlock(nn.Module):
 
 
 def fastest_layout(x: Tensor) -> torch.memory_format:
-    """Memory layout of maps: channels-last, where tokens are a view of the map, but for training on CPU.
+    """Memory layout of maps: channels-last, where tokens are a view of the map, but for training in halves on CPU.
 
     There group normalisation of channels-last maps costs up to 20 times as much as of contiguous ones.
     """
-    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
+    half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
     training_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
     return torch.contiguous_format if training_on_cpu and half else torch.channels_last
 

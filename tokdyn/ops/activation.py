@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokdyn.ops.device import asking_waits
+from tokdyn.ops.device import by_hand
 from tokdyn.ops.precision import exact
 
 _LINEAR = 2 * math.sqrt(2 / math.pi)
@@ -29,7 +29,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     Returns:
         The shape and type of x.
     """
-    if asking_waits(x) or x.numel() < _FEW:
+    if x.numel() < _FEW or not by_hand(x):
         return F.gelu(x, approximate="tanh")
     if torch.is_grad_enabled() and x.requires_grad:
         out: Tensor = _Gelu.apply(x)
@@ -58,8 +58,8 @@ def _values(x: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
     slope = torch.empty_like(x) if learning else out
     part = _PART * torch.get_num_threads()
     wide = exact(x[:0]).dtype
-    linear = torch.tensor(_LINEAR, dtype=wide)
-    scratch = torch.empty(2, min(part, x.numel()), dtype=wide)
+    linear = torch.tensor(_LINEAR, dtype=wide, device=x.device)
+    scratch = torch.empty(2, min(part, x.numel()), dtype=wide, device=x.device)
     for numbers, found, slanted in zip(*(torch.split(t.view(-1), part) for t in (x, out, slope)), strict=True):
         a, (z, s) = exact(numbers), scratch[:, : len(numbers)]
         torch.addcmul(linear, a, a, value=_CUBIC, out=z).mul_(a)

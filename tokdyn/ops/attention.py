@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.errors import InputError
+from tokdyn.ops.device import by_hand
 from tokdyn.tokens import Packing, aligned
 
 _CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs on CPU, in pairs of query and key
@@ -172,8 +173,8 @@ def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) 
 
 def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """One call a sample."""
-    if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64) and key_bias is None:
-        out: Tensor = _SplitOnCPU.apply(qkv, heads, packing.lengths)
+    if qkv.dtype in (torch.float32, torch.float64) and key_bias is None and by_hand(qkv):
+        out: Tensor = _SplitOnCPU.apply(qkv.contiguous(), heads, packing.lengths)
         return out
     rows = qkv.view(1, len(qkv), 3, heads, -1).split_with_sizes(packing.lengths, dim=1)
     biases: Sequence[Tensor | None] = [None] * len(rows)

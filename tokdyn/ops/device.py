@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_TRANSFORMED: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _CPU: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 _CPU_HALVES = {
     torch.bfloat16: any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")),
@@ -21,6 +22,11 @@ def asking_waits(x: Tensor) -> bool:
     While a graph is being compiled there are no values to read, which comes to the same.
     """
     return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether our own forms of an operation may run: on CPU, outside of graphs and of the transforms of torch.func."""
+    return not asking_waits(x) and not _TRANSFORMED()
 
 
 def halves_multiply_slowly(x: Tensor) -> bool:

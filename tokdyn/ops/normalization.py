@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokdyn.ops.device import asking_waits
+from tokdyn.ops.device import by_hand
 
+_EXACT = (torch.float32, torch.float64)
 _ROWS = 512  # that stay in the cache from one operation to the next
 
 
@@ -26,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         The shape and type of x.
     """
-    if asking_waits(x) or x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in _EXACT or not by_hand(x):
         return F.rms_norm(x, weight.shape, weight, eps)
     out: Tensor = _RMSNorm.apply(x, weight, eps)
     return out
@@ -42,8 +43,8 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     Returns:
         The shape and type of x.
     """
-    if asking_waits(x) or x.dtype not in (torch.float32, torch.float64) or not torch.is_grad_enabled():
-        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    if x.dtype not in _EXACT or not torch.is_grad_enabled() or not by_hand(x):
+        return F.silu(norm(x))
     out: Tensor = _GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return out
 
@@ -64,11 +65,12 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context, gradient):  # type: ignore[no-untyped-def]
         x, weight, scale = context.saved_tensors
-        to_x, to_weight = torch.empty_like(x), torch.zeros_like(weight)
+        to_x, to_weight = torch.empty_like(x), torch.zeros_like(weight) if context.needs_input_grad[1] else None
         for a, upper, found, s in _rows(x, gradient, to_x, scale):
             normed = a * s
             along = upper * normed
-            to_weight += along.sum(0)
+            if to_weight is not None:
+                to_weight += along.sum(0)
             mean = torch.mv(along, weight).div_(a.shape[-1])
             torch.mul(upper, weight, out=found).sub_(normed.mul_(mean[:, None])).mul_(s)
         return to_x, to_weight, None
@@ -77,6 +79,9 @@ class _RMSNorm(torch.autograd.Function):
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(context, x, weight, bias, groups, eps):  # type: ignore[no-untyped-def]
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        context.layout = torch.channels_last if last else torch.contiguous_format
+        x = x.contiguous(memory_format=context.layout)
         context.sizes = len(x), x.shape[1], math.prod(x.shape[2:]), groups
         context.eps = eps
         normed, mean, deviation = torch.ops.aten.native_group_norm(x, weight, bias, *context.sizes, eps)
@@ -88,7 +93,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(context, gradient):  # type: ignore[no-untyped-def]
         x, weight, bias, mean, deviation = context.saved_tensors
         normed = torch.ops.aten.native_group_norm(x, weight, bias, *context.sizes, context.eps)[0]
-        gradient = torch.ops.aten.silu_backward(gradient, normed)
+        gradient = torch.ops.aten.silu_backward(gradient, normed).contiguous(memory_format=context.layout)
         return *torch.ops.aten.native_group_norm_backward(
             gradient, x, mean, deviation, weight, *context.sizes, context.needs_input_grad[:3]
         ), None, None  # fmt: skip

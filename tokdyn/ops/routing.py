@@ -105,7 +105,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (features,) = ctx.saved_tensors
-        return grads[0], torch.linalg.vecdot(grads[0], features)
+        with torch.autocast(features.device.type, enabled=False):
+            return grads[0], torch.linalg.vecdot(grads[0], features)
 
 
 def straight_through(features: Tensor, probability: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class TrainingSettings(Section):
         images: Length of the run in images; the last step is the first that reaches it.
         steps: Length of the run in optimizer steps, instead of `images`.
         accumulation: Micro-batches per step on each device.
-        precision: bf16 computes matrix products in bfloat16 and keeps fp32 weights; fp32 computes in fp32.
+        precision: bf16 computes matrix products in bfloat16 (in fp32 on a CPU that has no instructions for it) and
+            keeps fp32 weights; fp32 computes in fp32.
         ema: Decay of the averaged weights.
         ema_warmup: Use min(ema, (1 + t) / (10 + t)) at step t, so that short runs forget their start.
         label_dropout: Fraction of labels replaced by the null class, for guidance.

@@ -36,7 +36,8 @@ class Job:
         scheduler: the one in force.
         clip: whether predictions are clamped.
         device: where the model runs.
-        dtype: type of matrix products under autocast; None means float32.
+        dtype: type of matrix products under autocast; None means float32. On a CPU without instructions for the type
+            tokdyn's own models compute in float32.
         out: folder to write to.
     """
 
