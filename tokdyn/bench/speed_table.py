@@ -77,6 +77,10 @@ def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
             axes.plot(xs, ys, color=colour, marker=marker, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axis.set_minor_formatter("")
         axes.set_xlabel("tokens of an image" if along == "tokens" else "images in a batch")
         axes.set_ylabel("milliseconds")
         axes.set_title("Time of a call")
