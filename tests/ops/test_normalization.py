@@ -59,3 +59,11 @@ def test_group_norm_and_silu_are_those_of_pytorch(layout, dtype, frozen, turned)
             assert torch.equal(function(given, norm), out)
     for mine, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_hooks_of_the_norm_are_heard():
+    norm, heard = torch.nn.GroupNorm(2, 4), []
+    norm.register_forward_hook(lambda *_: heard.append(True))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    torch.testing.assert_close(group_norm_silu(x, norm), F.silu(norm(x)))
+    assert len(heard) == 2

@@ -43,10 +43,16 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     Returns:
         The shape and type of x.
     """
-    if x.dtype not in _EXACT or not torch.is_grad_enabled() or not by_hand(x):
+    if x.dtype not in _EXACT or not torch.is_grad_enabled() or not by_hand(x) or _is_watched(norm):
         return F.silu(norm(x))
     out: Tensor = _GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return out
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody waits for calls of it: hooks, or a forward put in its place, as offloading does."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(hooks)
 
 
 class _RMSNorm(torch.autograd.Function):
