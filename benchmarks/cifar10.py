@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from tokdyn.bench import timing
 from tokdyn.evaluate import EvalConfig, EvalResult, evaluate
 from tokdyn.flops import flops_per_image
@@ -128,7 +129,7 @@ def table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     judge = rows[0]["extractor"]["name"]
     head = ["model", "parameters", "tail drop", "kept", "GFLOPs per image", f"frechet_distance[{judge}]"]
-    lines = [[*head, f"class_score[{judge}]"], ["---"] * 7]
+    lines = []
     for row in rows:
         values = {key.split("[")[0]: value for key, value in row["values"].items()}
         lines.append(
@@ -142,7 +143,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{values['class_score']:.2f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table([*head, f"class_score[{judge}]"], lines)
 
 
 def main() -> None:

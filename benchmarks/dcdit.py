@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import official
+from benchmarks import markdown, official
 from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.flops import model_parts
@@ -172,7 +172,7 @@ def dechunk_growth(given: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Calls and steps in Markdown, as the page on performance has them."""
-    lines = [["what", "size", "type", "equations (ms)", "tokdyn (ms)", "faster", "bar", "peak, MiB"], ["---"] * 8]
+    lines = []
     for row in rows:
         if "equations" in row["times"]:
             ours, theirs = (row["times"][side]["median_ms"] for side in ("tokdyn", "equations"))
@@ -183,7 +183,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{theirs:,.0f}", f"{ours:,.0f}", f"{row['speedup']:.2f}", f"{row['bar']:g}",
                 "" if peak is None else f"{peak['tokdyn']:,.0f} of {peak['equations']:,.0f}",
             ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    head = ["what", "size", "type", "equations (ms)", "tokdyn (ms)", "faster", "bar", "peak, MiB"]
+    return markdown.table(head, lines)
 
 
 def main() -> int:

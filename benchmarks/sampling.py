@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import tokdyn
+from benchmarks import markdown
 from tokdyn import DynamicWidth, FeatureCache, TokenMerge
 from tokdyn.bench import timing
 from tokdyn.diffusion.objective import Objective
@@ -112,7 +113,7 @@ def stacks(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown, as the results page has it."""
-    lines = [["stack", "kept", "GFLOPs per image", "saved", "ms per image", "time saved"], ["---"] * 6]
+    lines = []
     for row in rows:
         first = row is rows[0]
         lines.append([
@@ -120,7 +121,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "" if first else f"{row['flops_saved']:.0%}", f"{row['milliseconds']:.0f}",
             "" if first else f"{row['time_saved']:.0%}",
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(["stack", "kept", "GFLOPs per image", "saved", "ms per image", "time saved"], lines)
 
 
 def main() -> int:

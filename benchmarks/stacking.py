@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from tokdyn.bench import timing
 from tokdyn.bench.page import columns, write_page
 from tokdyn.bench.quality import QualityConfig, bench_quality
@@ -115,8 +116,7 @@ def main() -> None:
     for file in files[2:]:
         shutil.copyfile(file, given.figures / f"cifar10-stacking-{file.name}")
     found = columns(result.rows)
-    for cells in [list(found), ["---"] * len(found), *zip(*found.values(), strict=True)]:
-        print(f"| {' | '.join(cells)} |")
+    print(markdown.table(list(found), zip(*found.values(), strict=True)))
     verdict = "met" if met else "MISSED"
     print(f"{full.name}: {full.flops_saved:.1%} of the FLOPs are saved, {realised:.2f} of that in time: {verdict}")
     sys.exit(0 if met else 1)

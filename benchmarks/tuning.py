@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from tokdyn.bench import timing
 
 KEPT = ("name", "methods", "kept", "tflops_per_image", "flops_saved", "psnr", "ssim", "feature_distance")
@@ -30,7 +31,9 @@ def tune(given: argparse.Namespace, budget: float) -> Path:
             str(given.model), f"flops={budget:g}", f"steps={given.steps}", "guidance=1.5", "scheduler=dpm",
             "precision=fp32", f"extractor={given.extractor}", f"out={out}",
         ]  # fmt: skip
-        subprocess.run([sys.executable, "-m", "tokdyn.cli.main", "tune", *words], check=True)
+        code = subprocess.run([sys.executable, "-m", "tokdyn.cli.main", "tune", *words]).returncode
+        if code:  # it has said why
+            sys.exit(code)
     return out
 
 
@@ -57,14 +60,14 @@ def beats(tuned: dict[str, Any], uniform: dict[str, Any]) -> bool:
 def table(budgets: list[dict[str, Any]]) -> str:
     """In Markdown, as the results page has it."""
     head = ["FLOPs asked for", "schedule", "GFLOPs per image", "kept", "PSNR, dB", "SSIM", "feature distance"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for each in budgets:
         for name, row in (("uniform", each["uniform"]), ("tuned", each["tuned"][0])):
             lines.append([
                 f"{each['budget']:.0%}", name, f"{1e3 * row['tflops_per_image']:.1f}", f"{row['kept']:.1%}",
                 f"{row['psnr']:.1f}", f"{row['ssim']:.3f}", f"{row['feature_distance']:.3f}",
             ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(head, lines)
 
 
 def main() -> int:

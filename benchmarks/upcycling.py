@@ -26,6 +26,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks import markdown
 from tokdyn import recipe as recipes
 from tokdyn.bench import timing
 from tokdyn.data import DataConfig, open_data
@@ -211,7 +212,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     rows = sorted(rows, key=lambda row: (kinds.index(row["kind"]), row["images"], row["seed"]))
     judged = any("frechet" in row for row in rows)
     head = ["model", "images", "seed", "held-out loss at tail drop 0", "0.3", "0.6", "kept", "GFLOPs"]
-    lines = [head + ["frechet_distance"] * judged, ["---"] * (len(head) + judged)]
+    lines = []
     for row in rows:
         losses = [f"{each['loss']:.4f}" for each in row["held_out"].values()]
         kept = row["held_out"]["0"]["kept"]
@@ -228,7 +229,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 *(["" if distance is None else f"{distance:.2f}"] * judged),
             ]
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown.table(head + ["frechet_distance"] * judged, lines)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
