@@ -1,6 +1,7 @@
 """De-chunking: equal to the dense formula on any grid, and its laws."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -46,6 +47,41 @@ def test_equals_the_dense_formula_with_gradients(grid, share, seed, sigma):
         strict=True,
     ):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(grids, shares, seeds, st.sampled_from([None, 1.0]), st.sampled_from([1, 30, 1 << 20]))
+def test_the_gate_hands_back_what_the_dense_one_does(grid, share, seed, sigma, part):
+    """The gradients of all that has one, in whatever parts the cells are gone through."""
+    features, probability, keep = case(grid, share, seed)
+    gate = torch.rand_like(probability)
+    wanted = [t.requires_grad_() for t in (features, probability, gate)]
+    packing = ops.pack(keep, grid)
+    weight = torch.randn(*keep.shape, features.shape[1], dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[_neighbours.__module__], "_PART", part)
+        ours = ops.dechunk_packed(features, probability, keep, packing, sigma, gate)
+        found = torch.autograd.grad((ours * weight).sum(), wanted, allow_unused=True)
+    theirs = ops.straight_through(ops.dechunk(features, probability, keep, grid, sigma), gate)
+    assert torch.equal(ours, theirs)
+    expected = torch.autograd.grad((theirs * weight).sum(), wanted, allow_unused=True)
+    assert all(mine is not None for mine in found[::2])
+    for mine, reference in zip(found, expected, strict=True):
+        if reference is None:
+            assert mine is None
+        else:
+            torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gate_costs_no_dense_rows():
+    """What is kept for the backward pass of the gate are the packed rows, which others keep too."""
+    features, probability, keep = case((32, 32), 0.25, 0, width=64)
+    saved = []
+    packing = ops.pack(keep, (32, 32))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        ops.dechunk_packed(features.requires_grad_(), probability, keep, packing, 1.0, probability.clone())
+    assert features.shape in saved
+    assert not [shape for shape in saved if math.prod(shape) >= keep.numel() * 64]
 
 
 def test_a_lone_token_of_little_confidence_still_hears_the_others():

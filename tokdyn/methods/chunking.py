@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
 from tokdyn.methods.routers import RouterName, build_router
-from tokdyn.ops import dechunk_packed, exact, pack, ratio_loss, select, straight_through, tail_drop
+from tokdyn.ops import dechunk_packed, exact, pack, ratio_loss, select, tail_drop
 from tokdyn.ops.schedules import Curve, check_curve
 from tokdyn.tokens import Grid, Packing, Routing
 
@@ -135,11 +135,8 @@ class ChunkingModule(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             source = exact(tokens)
             residual: Tensor = self.residual(source)
-            sigma = self.config.sigma
-            out = exact(dechunk_packed(rows, routing.probability, routing.keep, packing, sigma))
-            if torch.is_grad_enabled():
-                p = routing.probability
-                decided = routing.natural_keep if routing.decided is None else routing.decided
-                chosen = torch.where(decided, p, 1 - p)
-                out = straight_through(out, chosen)
+            p = routing.probability
+            decided = routing.natural_keep if routing.decided is None else routing.decided
+            chosen = torch.where(decided, p, 1 - p) if torch.is_grad_enabled() else None
+            out = dechunk_packed(exact(rows), p, routing.keep, packing, self.config.sigma, chosen)
             return (out + residual).to(tokens.dtype)

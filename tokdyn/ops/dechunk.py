@@ -7,6 +7,7 @@ N * kept for the plug-back; both forms here are linear in N for a fixed kernel w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,14 @@ from tokdyn.ops.device import asking_waits
 from tokdyn.ops.nearest import disc, nearest_kept
 from tokdyn.ops.pack import pack
 from tokdyn.ops.precision import exact
+from tokdyn.ops.routing import straight_through
 from tokdyn.tokens import Grid, Packing, cells
 
 BAND = 128
 """Longest axis that is smoothed by a matrix product."""
 _P_MIN = 1e-4
 _EPS = 1e-8
+_PART = 1 << 20  # numbers that stay in the cache while they are multiplied
 
 
 def dechunk(features: Tensor, probability: Tensor, keep: Tensor, grid: Grid, sigma: float | None) -> Tensor:
@@ -61,9 +64,18 @@ def dechunk(features: Tensor, probability: Tensor, keep: Tensor, grid: Grid, sig
 
 
 def dechunk_packed(
-    features: Tensor, probability: Tensor, keep: Tensor, packing: Packing, sigma: float | None
+    features: Tensor,
+    probability: Tensor,
+    keep: Tensor,
+    packing: Packing,
+    sigma: float | None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """`dechunk` for tokens whose packing is known already; arguments as there."""
+    """`dechunk` for tokens whose packing is known already; arguments as there.
+
+    `gate` (B, N) is the probability of the decision taken for each cell: the result passes a gradient to it as
+    `straight_through(dechunk(...), gate)` does, which would have to keep the dense result for that.
+    """
     if sigma is not None and not 0 <= sigma < math.inf:
         raise InputError(f"sigma is {sigma}, expected a finite width in cells that is not negative.")
     with torch.autocast(features.device.type, enabled=False):
@@ -74,12 +86,35 @@ def dechunk_packed(
             form = _smooth_on_grid if smooths_on_grid(features, packing.grid) else _smooth_by_lists
             rows = form(source, kept, packing, float(sigma)).to(features.dtype)
         batch, count = keep.shape
+        gate = gate if torch.is_grad_enabled() else None
         if packing.total == batch * count:
-            return rows.view(batch, count, -1)
+            out = rows.view(batch, count, -1)
+            return out if gate is None else straight_through(out, gate)
         rank = torch.cumsum(keep.flatten(), 0, dtype=torch.int64) - 1
         first = torch.arange(batch, device=keep.device)[:, None] * count
         plug = rank.index_select(0, (nearest_kept(keep, packing.grid) + first).flatten())
-        return rows.index_select(0, plug).view(batch, count, -1)
+        out = rows.index_select(0, plug) if gate is None else _PlugBack.apply(rows, plug, gate.flatten())
+        return out.view(batch, count, -1)
+
+
+class _PlugBack(torch.autograd.Function):
+    """rows[plug]; backward as if every row of the result had been multiplied by its gate."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plug: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, plug)
+        return rows.index_select(0, plug)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (rows, plug), (gradient,) = ctx.saved_tensors, grads
+        with torch.autocast(rows.device.type, enabled=False):
+            back = torch.zeros_like(rows).index_add(0, plug, gradient) if ctx.needs_input_grad[0] else None
+            if not ctx.needs_input_grad[2]:
+                return back, None, None
+            part = len(plug) if asking_waits(rows) else max(1, _PART // rows.shape[1])
+            parts = zip(torch.split(gradient, part), torch.split(plug, part), strict=True)
+            return back, None, torch.cat([torch.linalg.vecdot(g, rows.index_select(0, at)) for g, at in parts])
 
 
 def smooths_on_grid(features: Tensor, grid: Grid) -> bool:
