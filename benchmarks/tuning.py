@@ -1,11 +1,12 @@
 """Tuned schedules against uniform ones at several budgets, on a trained DC-DiT.
 
-    python -m benchmarks.tuning runs/cifar10/upcycled-0 --extractor cifar10_resnet56.ts --work runs/tuned
+    tokdyn train cifar10/dcdit-learned data.path=cifar10_train.zip out=runs/cifar10/dcdit training.images=64000
+    python -m benchmarks.tuning runs/cifar10/dcdit --extractor cifar10_resnet56.ts --work runs/tuned
 
-Calls `tokdyn tune` for every budget that is not there yet, about six minutes each on two cores, writes what it measured
-to `benchmarks/results/tuning.json` and prints the table. Exits with 1 unless the tuned schedule is nearer to the model
-as it is than the uniform one at every budget, at no more FLOPs. Distances are in the features of the extractor, image
-by image, from seeds that the search did not see.
+Calls `tokdyn tune` for every budget that is not there yet, writes what it measured to `benchmarks/results/tuning.json`
+and prints the table. Exits with 1 unless the tuned schedule is nearer to the model as it is than the uniform one at
+every budget, within the same FLOPs. Distances are in the features of the extractor, image by image, from seeds that the
+search did not see.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def collect(folder: Path, budget: float) -> dict[str, Any]:
 
 
 def beats(tuned: dict[str, Any], uniform: dict[str, Any]) -> bool:
-    """Whether it is nearer, at no more FLOPs (a thousandth is rounding of the target)."""
+    """Whether it is nearer, at no more FLOPs: both may end 0.3% below the target, on other images than these."""
     nearer = tuned["feature_distance"] < uniform["feature_distance"] and tuned["psnr"] > uniform["psnr"]
-    return bool(nearer and tuned["tflops_per_image"] <= 1.001 * uniform["tflops_per_image"])
+    return bool(nearer and tuned["tflops_per_image"] <= 1.005 * uniform["tflops_per_image"])
 
 
 def table(budgets: list[dict[str, Any]]) -> str:

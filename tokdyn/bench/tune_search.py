@@ -32,9 +32,10 @@ LEVELS = (0.0, 0.5, 1.0)
 _MOST = {"drop": 0.95, "uncond": 0.95, "merge": 0.7}
 _SKIPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the FLOPs that tables of blocks are calibrated for
 _CACHED = 0.2  # share of the steps whose blocks run when the cache is turned all the way
-_CLOSE = 0.01  # of the target, in shares of the FLOPs
-_HALVINGS = 8
-_SPREAD = 0.35  # of a mutation
+_CLOSE = 0.003  # below the target, in shares of the FLOPs
+_FAR = 0.05  # below the target, for knobs that turn in jumps
+_ATTEMPTS = 7
+_SPREADS = (0.08, 0.3)  # of mutations, near and far
 
 
 Shape = dict[Knob, tuple[float, ...]]
@@ -58,6 +59,11 @@ class Trial:
     stack: Stack
     flops: float
     error: float
+
+    @property
+    def turned(self) -> Shape:
+        """The shape as it is when its knobs are turned by the strength."""
+        return {knob: tuple(min(self.strength * value, 1.0) for value in values) for knob, values in self.shape.items()}
 
 
 @dataclass
@@ -120,23 +126,38 @@ class Tuner:
             given["uncond_tail_drop"] = _points(turned["uncond"], _MOST["uncond"])
         return Stack(name=name, model=self.config.model, methods=tuple(methods), **given)
 
-    def met(self, shape: Shape) -> Trial | None:
-        """Turn the knobs of a shape until the target is met; None where they do not come down to it."""
-        low, high, best = 0.0, 1.0 / max(max(values) for values in shape.values()), None
-        for halving in range(_HALVINGS):
-            strength = high if halving == 0 else (low + high) / 2
+    def met(self, shape: Shape, guess: float | None = None) -> Trial | None:
+        """Turn the knobs of a shape until what is spent is at most the target, and by no more than 0.3% below it.
+
+        Between what was tried on either side of the target the FLOPs are taken to fall in a straight line.
+
+        Args:
+            shape: of the schedule.
+            guess: a strength to begin with, in place of the largest.
+
+        Returns:
+            Where the knobs turn in jumps, the nearest below the target; None where they do not come down to it, or only
+            to less than 5% below it.
+        """
+        target, most, best = self.config.flops, 1.0 / max(max(values) for values in shape.values()), None
+        low, above, high, below = 0.0, 1.0, most, 0.0  # strengths, and the FLOPs at these
+        strength = most if guess is None else min(guess, most)
+        for _ in range(_ATTEMPTS):
             made = self._tried(shape, strength)
-            if made is None:
+            if made is None or (strength == most and made.flops > target):
                 return None
-            if made.flops > self.config.flops + _CLOSE and halving == 0:
-                return None
-            if abs(made.flops - self.config.flops) <= _CLOSE:
-                return made
-            if made.flops <= self.config.flops + _CLOSE:
-                best, high = made, strength
+            if made.flops <= target:
+                best, high, below = made, strength, made.flops
+                if made.flops >= target - _CLOSE:
+                    break
             else:
-                low = strength
-        return best if best is not None and best.flops >= self.config.flops - 5 * _CLOSE else None
+                low, above = strength, made.flops
+            if best is None:  # along the line from nothing to here, and a little further
+                strength = min(most, 1.05 * strength * (1.0 - target) / max(1.0 - made.flops, 1e-6))
+            else:
+                part = (above - target + _CLOSE / 2) / max(above - below, 1e-6)
+                strength = low + (high - low) * min(max(part, 0.05), 0.95)
+        return best if best is not None and best.flops >= target - _FAR else None
 
     def _tried(self, shape: Shape, strength: float) -> Trial | None:
         stack = self.stack(shape, strength)
@@ -189,25 +210,33 @@ def fitting(opened: Opened, guided: bool) -> tuple[Knob, ...]:
 
 
 def shapes(knobs: Sequence[Knob], random: np.random.Generator) -> Iterator[Shape]:
-    """Where the search begins: every knob alone and flat, all of them together, then at random."""
-    for knob in knobs:
-        yield {knob: (1.0,) * _width(knob)}
-    if len(knobs) > 1:
-        yield {knob: (1.0,) * _width(knob) for knob in knobs}
+    """Where the search begins: the uniform one, every knob alone and flat, all together, then at random."""
+    flat: list[Shape] = [even(knobs), *({knob: (1.0,) * _width(knob)} for knob in knobs)]
+    flat += [{knob: (1.0,) * _width(knob) for knob in knobs}]
+    for number, shape in enumerate(flat):
+        if shape not in flat[:number]:
+            yield shape
     while True:
         chosen = [knob for knob in knobs if random.random() < 0.6] or [knobs[int(random.integers(len(knobs)))]]
         yield {knob: tuple(float(value) for value in random.random(_width(knob))) for knob in chosen}
 
 
+def even(knobs: Sequence[Knob]) -> Shape:
+    """The uniform shape, as without a search: one tail drop for everything, or the first knob by itself."""
+    budgets = [knob for knob in knobs if knob in ("drop", "uncond")]
+    return {knob: (1.0,) * _width(knob) for knob in budgets or knobs[:1]}
+
+
 def mutated(shape: Shape, knobs: Sequence[Knob], random: np.random.Generator) -> Shape:
-    """A neighbour of a shape: its values moved, sometimes a knob let go or taken up."""
+    """A neighbour of a shape, near or far: its values moved, sometimes a knob let go or taken up."""
     found: Shape = {}
+    spread = _SPREADS[int(random.integers(len(_SPREADS)))]
     for knob in knobs:
         values = shape.get(knob, (0.0,) * _width(knob))
         if random.random() < 0.15:
             values = (0.0,) * _width(knob) if knob in shape else tuple(map(float, random.random(_width(knob))))
         elif knob in shape:
-            moved = np.array(values) + random.normal(0.0, _SPREAD, _width(knob))
+            moved = np.array(values) + random.normal(0.0, spread, _width(knob))
             values = tuple(float(value) for value in moved.clip(0.0, 1.0))
         if max(values) > 0.0:
             found[knob] = values
@@ -219,7 +248,7 @@ def _width(knob: Knob) -> int:
 
 
 def search(tuner: Tuner) -> list[Trial]:
-    """Half of the trials look around, the other half around the best three so far; the best first.
+    """A third of the trials look around, the others around the best three so far; the best first.
 
     Raises:
         InputError: no schedule comes down to the target.
@@ -229,9 +258,11 @@ def search(tuner: Tuner) -> list[Trial]:
     with progress("schedules", config.trials) as advance:
         for number in range(config.trials):
             best = sorted(found, key=lambda trial: trial.error)[:3]
-            around = len(best) > 0 and number >= config.trials // 2
-            shape = mutated(best[number % len(best)].shape, tuner.knobs, random) if around else next(begin)
-            made = tuner.met(shape)
+            if best and number >= config.trials // 3:
+                parent = best[number % len(best)]
+                made = tuner.met(mutated(parent.turned, tuner.knobs, random), 1.0)
+            else:
+                made = tuner.met(next(begin))
             if made is not None:
                 found.append(made)
             advance(1)
@@ -244,6 +275,5 @@ def search(tuner: Tuner) -> list[Trial]:
 
 
 def uniform(tuner: Tuner) -> Trial | None:
-    """What a user would do without a search: one tail drop for all noise levels, or the first knob by itself."""
-    budgets = [knob for knob in tuner.knobs if knob in ("drop", "uncond")]
-    return tuner.met({knob: (1.0,) * _width(knob) for knob in budgets or tuner.knobs[:1]})
+    """The uniform schedule that meets the target."""
+    return tuner.met(even(tuner.knobs))
