@@ -3,8 +3,9 @@
     python -m benchmarks.attention --out benchmarks/results/attention-cpu.json
 
 Eight samples, 6 heads of 64, forward and with gradients, fp32 and bf16. For samples of different length: one call a
-sample against padding to the longest. For equal ones: the fused kernel against two matrix products. "auto" is what
-tokdyn chooses by itself. Takes about a minute on two cores.
+sample against padding to the longest, with other lengths in every round, as a router makes them: kernels that are
+compiled for each new length show what that costs. For equal ones: the fused kernel against two matrix products. "auto"
+is what tokdyn chooses by itself. Takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -25,27 +26,32 @@ from tokdyn.bench import timing
 
 HEADS, WIDTH, SAMPLES = 6, 384, 8
 ROWS = (32, 64, 128, 192, 256, 512)
+SPREADS = (0.15, 0.8)
+ROUNDS, WARMUP = 7, 2
 
 
-def ragged(rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
-    """Samples of `rows` tokens, a sixth more or less: one call a sample against padding to the longest."""
+def ragged(spread: float, rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
+    """Samples of `rows` tokens, a share of them more or less: one call a sample against padding to the longest."""
     torch.manual_seed(rows)
-    spread = max(1, rows // 6)
-    keep = torch.zeros(SAMPLES, 2 * rows, dtype=torch.bool)
-    for sample in keep:
-        sample[: rows + int(torch.randint(-spread, spread + 1, ()))] = True
-    packing = ops.pack(keep, (2 * rows,))
-    qkv = torch.randn(packing.total, 3 * WIDTH).to(dtype).requires_grad_(train)
+    packings = []
+    for _ in range(ROUNDS + WARMUP):
+        lengths = (rows * (1 + spread * (2 * torch.rand(SAMPLES) - 1))).long()
+        packings.append(ops.pack(torch.arange(2 * rows) < lengths[:, None], (2 * rows,)))
+    sources = [torch.randn(packing.total, 3 * WIDTH).to(dtype).requires_grad_(train) for packing in packings]
 
     def side(backend: Literal["auto", "split", "padded"]) -> Callable[[], None]:
+        calls = iter(zip(packings, sources, strict=True))
+
         def run() -> None:
+            packing, qkv = next(calls)
             with ops.attention_backend(backend):
                 step(lambda: ops.packed_attention(qkv, HEADS, packing), qkv, train)
 
         return run
 
-    times = timing.in_turn({name: side(name) for name in ("split", "padded", "auto")}, rounds=7)
-    return row("ragged", rows, dtype, train, times)
+    names: tuple[Literal["auto", "split", "padded"], ...] = ("split", "padded", "auto")
+    times = timing.in_turn({name: side(name) for name in names}, rounds=ROUNDS, warmup=WARMUP)
+    return {**row("ragged", rows, dtype, train, times), "spread": spread}
 
 
 def equal(rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def equal(rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
 
     sides = {"fused": fused, "products": products, "auto": lambda: ops.dense_attention(qkv, HEADS)}
     runs = {name: partial(step, side, qkv, train) for name, side in sides.items()}
-    return row("equal", rows, dtype, train, timing.in_turn(runs, rounds=7))
+    return row("equal", rows, dtype, train, timing.in_turn(runs, ROUNDS, WARMUP))
 
 
 def step(run: Callable[[], Tensor], source: Tensor, train: bool) -> None:
@@ -97,10 +103,14 @@ def main() -> None:
     parser.add_argument("--out", help="save the result as JSON")
     given = parser.parse_args()
     timing.prepare()
-    kinds = ((ragged, ("split", "padded", "auto")), (equal, ("fused", "products", "auto")))
+    kinds: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
+        f"ragged, {spread:.0%} more or less": (partial(ragged, spread), ("split", "padded", "auto"))
+        for spread in SPREADS
+    }
+    kinds["equal"] = (equal, ("fused", "products", "auto"))
     results = []
-    for measure, names in kinds:
-        table = Table("type", "gradients", "rows", *names, title=f"{measure.__name__}: milliseconds, median of 7")
+    for title, (measure, names) in kinds.items():
+        table = Table("type", "gradients", "rows", *names, title=f"{title}: milliseconds, median of {ROUNDS}")
         for dtype in (torch.float32, torch.bfloat16):
             for train in (False, True):
                 for rows in ROWS:

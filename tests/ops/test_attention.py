@@ -83,6 +83,24 @@ def test_rows_are_padded_where_that_costs_less_than_calls(lengths, dtype, path):
     assert attention._choose(lengths, torch.device("cpu"), dtype, 8) == path
 
 
+def test_training_in_bf16_takes_one_call_a_sample_where_lengths_differ_widely():
+    """In fp32, so the gradients are those of fp32 up to the rounding of what comes in and goes out."""
+    cpu, lengths = torch.device("cpu"), [40] * 60 + [200] * 4
+    assert attention._choose(lengths, cpu, torch.bfloat16, 8, learning=True) == "split"
+    assert attention._choose([250, 260, 270], cpu, torch.bfloat16, 8, learning=True) == "padded"
+    assert attention.computed_pairs(lengths, cpu, torch.bfloat16, 8, learning=True) == sum(n * n for n in lengths)
+    qkv = torch.randn(sum(lengths), 3 * 16).bfloat16().requires_grad_()
+    out = ops.packed_attention(qkv, 2, packing_of(lengths))
+    weight = torch.randn(out.shape).bfloat16()
+    (found,) = torch.autograd.grad((out * weight).sum(), qkv)
+    assert out.dtype == found.dtype == torch.bfloat16
+    source = qkv.detach().float().requires_grad_()
+    expected = ops.packed_attention(source, 2, packing_of(lengths))
+    (slope,) = torch.autograd.grad((expected * weight.float()).sum(), source)
+    torch.testing.assert_close(out, expected.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(found, slope.bfloat16(), rtol=0, atol=0)
+
+
 def test_the_kernel_for_packed_rows_is_only_asked_for_what_it_has():
     """Widths 384/6 and 1152/16 have it; 60/5 = 12 is no multiple of 8 and 512/1 is too wide."""
     takes = attention._varlen_takes

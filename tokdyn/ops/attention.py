@@ -20,6 +20,10 @@ from tokdyn.ops.device import by_hand
 from tokdyn.tokens import Packing, aligned
 
 _CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs on CPU, in pairs of query and key
+_LEARN_BF16 = (
+    1.5,
+    15_000,
+)  # training in bf16: of a pair and of a call sample by sample in fp32, in padded pairs in bf16
 _SHORT = 512  # rows up to which training in bf16 on CPU takes two products
 
 Backend = Literal["auto", "split", "padded", "varlen"]
@@ -80,7 +84,8 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor
         return dense_attention(qkv.view(batch, packing.longest, -1), heads, bias).reshape(len(qkv), -1)
     backend = _backend.get()
     if backend == "auto":
-        backend = _choose(packing.lengths, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
+        learning = torch.is_grad_enabled() and qkv.requires_grad
+        backend = _choose(packing.lengths, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads), learning)
         backend = "padded" if backend == "varlen" and key_bias is not None else backend
     if backend == "varlen":
         if key_bias is not None:
@@ -112,23 +117,31 @@ def computed_pairs(
     backend = _backend.get()
     if len(set(lengths)) > 1:
         if backend == "auto":
-            backend = _choose(lengths, device, dtype, head_width)
+            backend = _choose(lengths, device, dtype, head_width, learning)
             backend = "padded" if backend == "varlen" and biased else backend
         if backend == "padded":
             return len(lengths) * aligned(max(lengths)) ** 2
         if backend == "varlen":
             return sum(rows * rows for rows in lengths)
     half = device.type == "cpu" and dtype == torch.bfloat16
-    return sum(rows * (aligned(rows) if half and not (learning and rows <= _SHORT) else rows) for rows in lengths)
+    wide = learning and len(set(lengths)) > 1 and not biased  # those are computed in fp32
+    return sum(
+        rows * (aligned(rows) if half and not wide and not (learning and rows <= _SHORT) else rows) for rows in lengths
+    )
 
 
-def _choose(lengths: Sequence[int], device: torch.device, dtype: torch.dtype, head_width: int) -> Backend:
+def _choose(
+    lengths: Sequence[int], device: torch.device, dtype: torch.dtype, head_width: int, learning: bool = False
+) -> Backend:
     """The fastest exact path for samples of these lengths."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return "varlen" if _varlen_takes(dtype, head_width, capability) else "padded"
     call = _CALL_BF16 if dtype == torch.bfloat16 else _CALL
     together = len(lengths) * aligned(max(lengths)) ** 2
+    if learning and dtype == torch.bfloat16:
+        pair, call = _LEARN_BF16
+        return "padded" if together <= sum(pair * n * n + call for n in lengths) else "split"
     return "padded" if together <= sum(n * aligned(n) + call for n in lengths) else "split"
 
 
@@ -172,10 +185,11 @@ def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) 
 
 
 def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
-    """One call a sample."""
-    if qkv.dtype in (torch.float32, torch.float64) and key_bias is None and by_hand(qkv):
-        out: Tensor = _SplitOnCPU.apply(qkv.contiguous(), heads, packing.lengths)
-        return out
+    """One call a sample. Training in bf16 on CPU does it in fp32: its kernels are not compiled for every new length."""
+    wide = torch.is_grad_enabled() and qkv.requires_grad and qkv.dtype == torch.bfloat16
+    if (wide or qkv.dtype in (torch.float32, torch.float64)) and key_bias is None and by_hand(qkv):
+        out: Tensor = _SplitOnCPU.apply((qkv.float() if wide else qkv).contiguous(), heads, packing.lengths)
+        return out.to(qkv.dtype)
     rows = qkv.view(1, len(qkv), 3, heads, -1).split_with_sizes(packing.lengths, dim=1)
     biases: Sequence[Tensor | None] = [None] * len(rows)
     if key_bias is not None:
