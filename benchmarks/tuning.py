@@ -30,7 +30,7 @@ def tune(given: argparse.Namespace, budget: float) -> Path:
     if not (out / "tuned.json").exists():
         words = [
             str(given.model), f"flops={budget:g}", f"steps={given.steps}", "guidance=1.5", "scheduler=dpm",
-            "precision=fp32", f"extractor={given.extractor}", f"out={out}",
+            "precision=fp32", f"extractor={given.extractor}", f"out={out}", *given.settings,
         ]  # fmt: skip
         code = subprocess.run([sys.executable, "-m", "tokdyn.cli.main", "tune", *words]).returncode
         if code:  # it has said why
@@ -75,12 +75,13 @@ def main() -> int:
     """Tune, collect, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("settings", nargs="*", help="more settings of tokdyn tune, such as count=512")
     parser.add_argument("--extractor", type=Path, required=True, help="judge network")
     parser.add_argument("--budgets", default="0.8,0.65,0.5")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--work", type=Path, default=Path("runs/tuned"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tuning.json"))
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     budgets = [collect(tune(given, each), each) for each in map(float, given.budgets.split(","))]
     print(table(budgets))
     missed = [f"{each['budget']:g}" for each in budgets if not each["met"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from typer.testing import CliRunner
 from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.speed import Case, SpeedConfig, SpeedRow, bench_speed, cases, growth, model_of
-from tokdyn.bench.speed_table import columns
+from tokdyn.bench.speed_table import columns, curves
 from tokdyn.bench.stacks import Stack, read_stacks
 from tokdyn.errors import InputError, RecipeError
 from tokdyn.flops import flops, model_parts
 from tokdyn.train.snapshot import save_model
 
 QUICK: dict[str, Any] = {"rounds": 3, "warmup": 1, "device": "cpu", "threads": 1}
+
+
+def row(size: int, milliseconds: float, name: str = "a") -> SpeedRow:
+    case = Case(1, size, None, "fp32", "sample", "none")
+    return SpeedRow(name, case, size**2, milliseconds, 0.0, 1.0, 1.0, 1.0)
 
 
 def test_every_combination_is_a_case() -> None:
@@ -78,13 +84,19 @@ def test_compiled_parts_say_the_same() -> None:
 
 
 def test_the_exponent_of_a_power_is_found() -> None:
-    def row(size: int, milliseconds: float, name: str = "a") -> SpeedRow:
-        case = Case(1, size, None, "fp32", "sample", "none")
-        return SpeedRow(name, case, size**2, milliseconds, 0.0, 1.0, 1.0, 1.0)
-
     rows = [row(size, 0.3 * (size**2) ** 1.5) for size in (8, 16, 32, 64)] + [row(8, 1.0, "b"), row(16, 2.0, "b")]
     assert growth(rows, "tokens") == {"a sample fp32 batch=1": pytest.approx(1.5)}
     assert growth(rows, "batch") == {}
+
+
+def test_the_axes_of_the_plot_say_plain_numbers() -> None:
+    figure = curves([row(size, 0.02 * size**2) for size in (8, 16, 32, 64, 128)])
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "256", "1,024", "4,096", "16,384"]
+    assert "100" in [label.get_text() for label in axes.get_yticklabels()]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_what_cannot_be_timed_is_said() -> None:

@@ -55,7 +55,13 @@ def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
-    """Draw time against tokens, or against the batch where all have the same tokens; both axes logarithmic.
+    """Save `curves` as a picture."""
+    with figure_style():
+        return save_figure(curves(rows), path)
+
+
+def curves(rows: Sequence[SpeedRow]) -> Figure:
+    """Time against tokens, or against the batch where all have the same tokens; both axes logarithmic.
 
     Raises:
         InputError: there is one size and one batch, so there is no curve.
@@ -68,21 +74,20 @@ def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
         name = f"{row.line} batch={row.case.batch}" if along == "tokens" else row.line
         x = row.tokens if along == "tokens" else row.case.batch
         lines.setdefault(name, []).append((x, row.milliseconds))
-    with figure_style():
-        figure = Figure(figsize=(6.8, 4.4), layout="constrained")
-        axes = figure.subplots()
-        for index, (name, points) in enumerate(lines.items()):
-            xs, ys = zip(*sorted(points), strict=True)
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            axes.plot(xs, ys, color=colour, marker=marker, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:,g}")
-            axis.set_minor_formatter("")
-        axes.set_xlabel("tokens of an image" if along == "tokens" else "images in a batch")
-        axes.set_ylabel("milliseconds")
-        axes.set_title("Time of a call")
-        axes.legend(fontsize=8.5)
-        return save_figure(figure, path)
+    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(lines.items()):
+        xs, ys = zip(*sorted(points), strict=True)
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        axes.plot(xs, ys, color=colour, marker=marker, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.set_minor_formatter("")
+    axes.set_xlabel("tokens of an image" if along == "tokens" else "images in a batch")
+    axes.set_ylabel("milliseconds")
+    axes.set_title("Time of a call")
+    axes.legend(fontsize=8.5)
+    return figure
