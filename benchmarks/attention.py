@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tokdyn import ops
 from tokdyn.bench import timing
+from tokdyn.tokens import Packing
 
 HEADS, WIDTH, SAMPLES = 6, 384, 8
 ROWS = (32, 64, 128, 192, 256, 512)
@@ -33,14 +34,14 @@ ROUNDS, WARMUP = 7, 2
 def ragged(spread: float, rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
     """Samples of `rows` tokens, a share of them more or less: one call a sample against padding to the longest."""
     torch.manual_seed(rows)
-    packings = []
-    for _ in range(ROUNDS + WARMUP):
+
+    def drawn() -> tuple[Packing, Tensor]:
         lengths = (rows * (1 + spread * (2 * torch.rand(SAMPLES) - 1))).long()
-        packings.append(ops.pack(torch.arange(2 * rows) < lengths[:, None], (2 * rows,)))
-    sources = [torch.randn(packing.total, 3 * WIDTH).to(dtype).requires_grad_(train) for packing in packings]
+        packing = ops.pack(torch.arange(2 * rows) < lengths[:, None], (2 * rows,))
+        return packing, torch.randn(packing.total, 3 * WIDTH).to(dtype).requires_grad_(train)
 
     def side(backend: Literal["auto", "split", "padded"]) -> Callable[[], None]:
-        calls = iter(zip(packings, sources, strict=True))
+        calls = iter([drawn() for _ in range(ROUNDS + WARMUP)])  # of its own: nothing another side made is there yet
 
         def run() -> None:
             packing, qkv = next(calls)

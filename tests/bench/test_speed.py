@@ -20,6 +20,7 @@ from tokdyn.bench.speed_table import columns, curves
 from tokdyn.bench.stacks import Stack, read_stacks
 from tokdyn.errors import InputError, RecipeError
 from tokdyn.flops import flops, model_parts
+from tokdyn.report.style import figure_style
 from tokdyn.train.snapshot import save_model
 
 QUICK: dict[str, Any] = {"rounds": 3, "warmup": 1, "device": "cpu", "threads": 1}
@@ -90,8 +91,9 @@ def test_the_exponent_of_a_power_is_found() -> None:
 
 
 def test_the_axes_of_the_plot_say_plain_numbers() -> None:
-    figure = curves([row(size, 0.02 * size**2) for size in (8, 16, 32, 64, 128)])
-    figure.canvas.draw()
+    with figure_style():
+        figure = curves([row(size, 0.02 * size**2) for size in (8, 16, 32, 64, 128)])
+        figure.canvas.draw()
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "256", "1,024", "4,096", "16,384"]
     assert "100" in [label.get_text() for label in axes.get_yticklabels()]

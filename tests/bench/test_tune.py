@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
@@ -17,7 +19,7 @@ from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.stacks import Stack, open_stack, read_stacks
 from tokdyn.bench.tune import tune
-from tokdyn.bench.tune_search import LEVELS, Tuner, mutated, search, shapes, uniform
+from tokdyn.bench.tune_search import LEVELS, Trial, Tuner, mutated, search, shapes, uniform
 from tokdyn.bench.tune_settings import KNOBS, TuneConfig
 from tokdyn.errors import InputError
 from tokdyn.train.snapshot import save_model
@@ -57,7 +59,47 @@ def test_what_is_found_meets_the_target(saved: dict[str, str], model: str, knobs
     flat = uniform(made)
     if flat is not None:  # the search begins with it
         assert found[0].error <= flat.error
-        assert any(trial.stack.tail_drop == flat.stack.tail_drop for trial in found)
+        assert uniform(made, found) in found
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.floats(0.3, 0.95),
+    st.floats(0.4, 2.5),
+    st.floats(0.05, 0.5),
+    st.integers(0, 12),
+    st.sampled_from([None, 0.3, 1.0]),
+)
+def test_the_target_is_met_from_below_on_any_falling_curve(
+    flops: float, bend: float, floor: float, steps: int, guess: float | None
+) -> None:
+    """Smooth curves to 0.3%; those with steps to what lies below the target, or not at all."""
+    config = TuneConfig(model="none", flops=flops)
+    made = Tuner(config, None, ("drop",))  # type: ignore[arg-type]
+    shape: dict[Any, Any] = {"drop": (0.2, 0.5, 0.5)}
+
+    def spent(strength: float) -> float:
+        turned = (strength / 2.0) ** bend
+        turned = round(turned * steps) / steps if steps else turned
+        return 1.0 - (1.0 - floor) * turned
+
+    tried: list[float] = []
+
+    def call(shape: Any, strength: float) -> Trial:
+        assert 0.0 <= strength <= 2.0
+        tried.append(spent(strength))
+        return Trial(shape, strength, Stack(name="a"), tried[-1], 0.0)
+
+    made._tried = call  # type: ignore[method-assign]
+    found = made.met(shape, guess)
+    assert len(tried) <= 9
+    if found is None:
+        assert steps or floor > flops
+        return
+    assert flops - 0.05 <= found.flops <= flops
+    assert found.flops == max(each for each in tried if each <= flops)
+    assert steps or found.flops >= flops - 0.003
+    assert max(max(values) for values in found.turned.values()) <= 1.0
 
 
 def test_a_strength_of_nothing_is_the_model_as_it_is(saved: dict[str, str]) -> None:

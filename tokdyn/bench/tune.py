@@ -59,16 +59,16 @@ def tune(config: TuneConfig) -> TuneResult:
     tuner = Tuner(config, opened, config.knobs or possible)
     tuner.prepare()
     trials = search(tuner)
-    plain = uniform(tuner)
-    named = [trial.stack.model_copy(update={"name": f"tuned {n + 1}"}) for n, trial in enumerate(trials)]
-    finalists = named[: config.finalists]
+    plain = uniform(tuner, trials)
+    others = [trial.stack for trial in trials if plain is None or trial.stack != plain.stack][: config.finalists]
+    finalists = [stack.model_copy(update={"name": f"tuned {n + 1}"}) for n, stack in enumerate(others)]
     flat = [] if plain is None else [plain.stack.model_copy(update={"name": "uniform"})]
     shared = ("model", "count", "batch_size", "scheduler", "steps", "guidance", "held_out", "reference", "extractor")
     asked = {name: getattr(config, name) for name in (*shared, "out", "precision", "device", "ema")}
     measured = QualityConfig(seed=config.seed + config.images, rounds=0, **asked)
     quality = bench_quality(measured, [opened.stack, *flat, *finalists])
     write_page(measured, quality)
-    winner = _winner(finalists, quality)
+    winner = _winner([*finalists, *flat], quality)
     with replacing(config.out / "stack.yaml") as half:
         half.write_text(yaml_text.dump([_plain(winner)]), encoding="utf-8")
     chosen = open_stack(winner, ema=config.ema).model

@@ -34,7 +34,7 @@ _SKIPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the FLOPs that tables of bl
 _CACHED = 0.2  # share of the steps whose blocks run when the cache is turned all the way
 _CLOSE = 0.003  # below the target, in shares of the FLOPs
 _FAR = 0.05  # below the target, for knobs that turn in jumps
-_ATTEMPTS = 7
+_ATTEMPTS = 9
 _SPREADS = (0.08, 0.3)  # of mutations, near and far
 
 
@@ -127,7 +127,7 @@ class Tuner:
         return Stack(name=name, model=self.config.model, methods=tuple(methods), **given)
 
     def met(self, shape: Shape, guess: float | None = None) -> Trial | None:
-        """Turn the knobs of a shape until what is spent is at most the target, and by no more than 0.3% below it.
+        """Turn the knobs of a shape until what is spent is at most the target, and less by no more than 0.3% of all.
 
         Between what was tried on either side of the target the FLOPs are taken to fall in a straight line.
 
@@ -136,27 +136,31 @@ class Tuner:
             guess: a strength to begin with, in place of the largest.
 
         Returns:
-            Where the knobs turn in jumps, the nearest below the target; None where they do not come down to it, or only
-            to less than 5% below it.
+            Where the knobs turn in jumps, the nearest below the target that was seen; None where they do not come down
+            to it, or only by 5% of all or more below it.
         """
         target, most, best = self.config.flops, 1.0 / max(max(values) for values in shape.values()), None
         low, above, high, below = 0.0, 1.0, most, 0.0  # strengths, and the FLOPs at these
-        strength = most if guess is None else min(guess, most)
+        strength, sides = most if guess is None else min(guess, most), list[bool]()
         for _ in range(_ATTEMPTS):
             made = self._tried(shape, strength)
             if made is None or (strength == most and made.flops > target):
                 return None
-            if made.flops <= target:
-                best, high, below = made, strength, made.flops
+            sides.append(made.flops <= target)
+            if made.flops > target:
+                low, above = strength, made.flops
+            else:
+                high, below = strength, made.flops
+                best = made if best is None or made.flops > best.flops else best
                 if made.flops >= target - _CLOSE:
                     break
-            else:
-                low, above = strength, made.flops
             if best is None:  # along the line from nothing to here, and a little further
                 strength = min(most, 1.05 * strength * (1.0 - target) / max(1.0 - made.flops, 1e-6))
-            else:
-                part = (above - target + _CLOSE / 2) / max(above - below, 1e-6)
-                strength = low + (high - low) * min(max(part, 0.05), 0.95)
+                continue
+            part = (above - target + _CLOSE / 2) / max(above - below, 1e-6)
+            if len(sides) > 2 and len(set(sides[-3:])) == 1:  # the line is no good guess here
+                part = 0.5
+            strength = low + (high - low) * min(max(part, 0.05), 0.95)
         return best if best is not None and best.flops >= target - _FAR else None
 
     def _tried(self, shape: Shape, strength: float) -> Trial | None:
@@ -274,6 +278,7 @@ def search(tuner: Tuner) -> list[Trial]:
     return sorted(found, key=lambda trial: trial.error)
 
 
-def uniform(tuner: Tuner) -> Trial | None:
-    """The uniform schedule that meets the target."""
-    return tuner.met(even(tuner.knobs))
+def uniform(tuner: Tuner, trials: Sequence[Trial] = ()) -> Trial | None:
+    """The uniform schedule that meets the target: the one among the trials, where the search has come by it."""
+    shape = even(tuner.knobs)
+    return next((trial for trial in trials if trial.shape == shape), None) or tuner.met(shape)

@@ -64,7 +64,7 @@ def dense_attention(qkv: Tensor, heads: int, key_bias: Tensor | None = None) -> 
 
 
 def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None = None) -> Tensor:
-    """Self-attention within each sample of packed rows.
+    """Self-attention within each sample of packed rows. On CPU it has no second derivative.
 
     Args:
         qkv: (T, 3 D), queries, keys and values side by side.
@@ -84,7 +84,7 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor
         return dense_attention(qkv.view(batch, packing.longest, -1), heads, bias).reshape(len(qkv), -1)
     backend = _backend.get()
     if backend == "auto":
-        learning = torch.is_grad_enabled() and qkv.requires_grad
+        learning = torch.is_grad_enabled() and qkv.requires_grad and key_bias is None and by_hand(qkv)
         backend = _choose(packing.lengths, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads), learning)
         backend = "padded" if backend == "varlen" and key_bias is not None else backend
     if backend == "varlen":
@@ -117,7 +117,7 @@ def computed_pairs(
     backend = _backend.get()
     if len(set(lengths)) > 1:
         if backend == "auto":
-            backend = _choose(lengths, device, dtype, head_width, learning)
+            backend = _choose(lengths, device, dtype, head_width, learning and not biased)
             backend = "padded" if backend == "varlen" and biased else backend
         if backend == "padded":
             return len(lengths) * aligned(max(lengths)) ** 2
