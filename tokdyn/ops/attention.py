@@ -141,7 +141,8 @@ def _choose(
     together = len(lengths) * aligned(max(lengths)) ** 2
     if learning and dtype == torch.bfloat16:
         pair, call = _LEARN_BF16
-        return "padded" if together <= sum(pair * n * n + call for n in lengths) else "split"
+        apart = sum(pair * n * n + call for n in lengths)
+        return "padded" if together <= apart and aligned(max(lengths)) <= _SHORT else "split"
     return "padded" if together <= sum(n * aligned(n) + call for n in lengths) else "split"
 
 
