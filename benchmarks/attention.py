@@ -5,7 +5,7 @@
 Eight samples, 6 heads of 64, forward and with gradients, fp32 and bf16. For samples of different length: one call a
 sample against padding to the longest, with other lengths in every round, as a router makes them: kernels that are
 compiled for each new length show what that costs. For equal ones: the fused kernel against two matrix products. "auto"
-is what tokdyn chooses by itself. Takes about a minute on two cores.
+is what tokdyn chooses by itself. Takes one to two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks import markdown
 from tokdyn import ops
 from tokdyn.bench import timing
+from tokdyn.ops.attention import Backend
 from tokdyn.progress import progress
 from tokdyn.tokens import Packing
 
@@ -41,7 +42,7 @@ def ragged(spread: float, rows: int, dtype: torch.dtype, train: bool) -> dict[st
         packing = ops.pack(torch.arange(2 * rows) < lengths[:, None], (2 * rows,))
         return packing, torch.randn(packing.total, 3 * WIDTH).to(dtype).requires_grad_(train)
 
-    def side(backend: Literal["auto", "split", "padded"]) -> Callable[[], None]:
+    def side(backend: Backend) -> Callable[[], None]:
         calls = iter([drawn() for _ in range(ROUNDS + WARMUP)])  # of its own: nothing another side made is there yet
 
         def run() -> None:
@@ -51,7 +52,7 @@ def ragged(spread: float, rows: int, dtype: torch.dtype, train: bool) -> dict[st
 
         return run
 
-    names: tuple[Literal["auto", "split", "padded"], ...] = ("split", "padded", "auto")
+    names: tuple[Backend, ...] = ("split", "padded", "auto")
     times = timing.in_turn({name: side(name) for name in names}, rounds=ROUNDS, warmup=WARMUP)
     return {**row("ragged", rows, dtype, train, times), "spread": spread}
 

@@ -1,6 +1,6 @@
 """Tuned schedules against uniform ones at several budgets, on a trained DC-DiT.
 
-    tokdyn train cifar10/dcdit-learned data.path=cifar10_train.zip out=runs/cifar10/dcdit training.images=64000
+    tokdyn train cifar10/dcdit-learned data.path=cifar10_train.zip out=runs/cifar10/dcdit training.images=48000
     python -m benchmarks.tuning runs/cifar10/dcdit --extractor cifar10_resnet56.ts --work runs/tuned
 
 Calls `tokdyn tune` for every budget that is not there yet, writes what it measured to `benchmarks/results/tuning.json`
@@ -27,20 +27,18 @@ KEPT = ("name", "methods", "kept", "tflops_per_image", "flops_saved", "psnr", "s
 def tune(given: argparse.Namespace, budget: float) -> Path:
     """The folder of that budget, made if it is not there."""
     out = Path(given.work / f"{budget:g}")
-    words = [
-        f"flops={budget:g}", f"steps={given.steps}", "guidance=1.5", "scheduler=dpm",
-        "precision=fp32", f"extractor={given.extractor}", f"out={out}", *given.settings,
-    ]  # fmt: skip
+    asked = {
+        "model": str(given.model), "flops": f"{budget:g}", "steps": str(given.steps), "guidance": "1.5",
+        "scheduler": "dpm", "precision": "fp32", "extractor": str(given.extractor), "out": str(out),
+        **{word.partition("=")[0]: word.partition("=")[2] for word in given.settings},
+    }  # fmt: skip
     if (out / "tuned.json").exists():
         was = json.loads((out / "tuned.json").read_text())["settings"]
-        other = [
-            word
-            for word in [f"model={given.model}", *words]
-            if str(was.get(word.split("=")[0])) != word.split("=", 1)[1]
-        ]
+        other = [f"{name}={value}" for name, value in asked.items() if str(was.get(name)) != value]
         if other:
             sys.exit(f"{out} was made without {' '.join(other)}: choose another --work, or delete it.")
     else:
+        words = [f"{name}={value}" for name, value in asked.items() if name != "model"]
         code = subprocess.run([sys.executable, "-m", "tokdyn.cli.main", "tune", str(given.model), *words]).returncode
         if code:  # it has said why
             sys.exit(code)

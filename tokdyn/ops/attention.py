@@ -20,10 +20,7 @@ from tokdyn.ops.device import by_hand
 from tokdyn.tokens import Packing, aligned
 
 _CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs on CPU, in pairs of query and key
-_LEARN_BF16 = (
-    1.5,
-    15_000,
-)  # training in bf16: of a pair and of a call sample by sample in fp32, in padded pairs in bf16
+_LEARN_BF16 = (1.5, 15_000)  # training in bf16: what a pair and a call cost sample by sample, in padded pairs
 _SHORT = 512  # rows up to which training in bf16 on CPU takes two products
 
 Backend = Literal["auto", "split", "padded", "varlen"]
@@ -84,8 +81,8 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor
         return dense_attention(qkv.view(batch, packing.longest, -1), heads, bias).reshape(len(qkv), -1)
     backend = _backend.get()
     if backend == "auto":
-        learning = torch.is_grad_enabled() and qkv.requires_grad and key_bias is None and by_hand(qkv)
-        backend = _choose(packing.lengths, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads), learning)
+        wide = _widened(qkv, key_bias)
+        backend = _choose(packing.lengths, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads), wide)
         backend = "padded" if backend == "varlen" and key_bias is not None else backend
     if backend == "varlen":
         if key_bias is not None:
@@ -123,11 +120,9 @@ def computed_pairs(
             return len(lengths) * aligned(max(lengths)) ** 2
         if backend == "varlen":
             return sum(rows * rows for rows in lengths)
-    half = device.type == "cpu" and dtype == torch.bfloat16
-    wide = learning and len(set(lengths)) > 1 and not biased  # those are computed in fp32
-    return sum(
-        rows * (aligned(rows) if half and not wide and not (learning and rows <= _SHORT) else rows) for rows in lengths
-    )
+    wide = learning and len(set(lengths)) > 1 and not biased  # one by one, in fp32
+    half = device.type == "cpu" and dtype == torch.bfloat16 and not wide
+    return sum(rows * (aligned(rows) if half and not (learning and rows <= _SHORT) else rows) for rows in lengths)
 
 
 def _choose(
@@ -185,10 +180,16 @@ def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) 
     return out.transpose(1, 2).reshape(batch * rows, -1).index_select(0, padding.scatter)
 
 
+def _widened(qkv: Tensor, key_bias: Tensor | None) -> bool:
+    """Whether a call for one sample is in fp32: training in bf16 on CPU, whose kernels are compiled for each length."""
+    learning = qkv.dtype == torch.bfloat16 and torch.is_grad_enabled() and qkv.requires_grad
+    return learning and key_bias is None and by_hand(qkv)
+
+
 def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
-    """One call a sample. Training in bf16 on CPU does it in fp32: its kernels are not compiled for every new length."""
-    wide = torch.is_grad_enabled() and qkv.requires_grad and qkv.dtype == torch.bfloat16
-    if (wide or qkv.dtype in (torch.float32, torch.float64)) and key_bias is None and by_hand(qkv):
+    """One call a sample."""
+    wide = _widened(qkv, key_bias)
+    if wide or (qkv.dtype in (torch.float32, torch.float64) and key_bias is None and by_hand(qkv)):
         out: Tensor = _SplitOnCPU.apply((qkv.float() if wide else qkv).contiguous(), heads, packing.lengths)
         return out.to(qkv.dtype)
     rows = qkv.view(1, len(qkv), 3, heads, -1).split_with_sizes(packing.lengths, dim=1)

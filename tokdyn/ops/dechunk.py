@@ -86,7 +86,6 @@ def dechunk_packed(
             form = _smooth_on_grid if smooths_on_grid(features, packing.grid) else _smooth_by_lists
             rows = form(source, kept, packing, float(sigma)).to(features.dtype)
         batch, count = keep.shape
-        gate = gate if torch.is_grad_enabled() else None
         if packing.total == batch * count:
             out = rows.view(batch, count, -1)
             return out if gate is None else straight_through(out, gate)
