@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tokdyn.errors import InputError
 from tokdyn.ops import dense_attention, packed_attention, timestep_frequencies
-from tokdyn.ops.activation import gelu_tanh
 from tokdyn.ops.device import asking_waits, by_hand
+from tokdyn.ops.linear import empty_rows, linear, product_dtype
 from tokdyn.tokens import Packing
 
 _FREQUENCIES = 256
@@ -96,13 +96,12 @@ class Attention(nn.Module):
         Returns:
             The shape of x.
         """
-        qkv = self.qkv(x)
+        qkv = linear(x, self.qkv)
         if packing is None:
             mixed = dense_attention(qkv, self.heads, key_bias)
         else:
             mixed = packed_attention(qkv, self.heads, packing, key_bias)
-        out: Tensor = self.proj(mixed)
-        return out
+        return linear(mixed, self.proj)
 
 
 class Mlp(nn.Module):
@@ -115,8 +114,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        out: Tensor = self.fc2(gelu_tanh(self.fc1(x)))
-        return out
+        return linear(linear(x, self.fc1, gelu=True), self.fc2)
 
 
 class DiTBlock(nn.Module):
@@ -166,45 +164,59 @@ class FinalLayer(nn.Module):
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, packing: Packing | None, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift, with (B, D) modulation per sample; x is (B, N, D), or (T, D) with a packing."""
+    """LayerNorm(x) (1 + scale) + shift, with (B, D) modulation per sample; x is (B, N, D), or (T, D) with a packing.
+
+    It comes in the type of x or, sample after sample without gradients, already in that of the products it goes into.
+    """
     shift, scale = shift.to(x.dtype), (1 + scale).to(x.dtype)
-    if packing is None:
-        normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-        if torch.is_grad_enabled():
-            return torch.addcmul(shift[:, None], normed, scale[:, None])
-        return normed.mul_(scale[:, None]).add_(shift[:, None])
-    if _by_sample(packing):
-        rows = zip(x.split_with_sizes(packing.lengths), scale.unbind(0), shift.unbind(0), strict=True)
-        return torch.cat([F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows])
+    lengths = _by_sample(x, packing)
+    if lengths is not None:
+        rows = zip(x.reshape(-1, x.shape[-1]).split_with_sizes(lengths), scale.unbind(0), shift.unbind(0), strict=True)
+        parts = (F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows)
+        if torch.is_grad_enabled() or not by_hand(x):
+            return torch.cat([*parts]).view(x.shape)
+        out = empty_rows(sum(lengths), x.shape[-1], product_dtype(x), x.device)
+        for place, part in zip(out.split_with_sizes(lengths), parts, strict=True):
+            place.copy_(part)
+        return out.view(x.shape)
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    at = packing.sample
-    if torch.is_grad_enabled():
-        return torch.addcmul(shift.index_select(0, at), normed, scale.index_select(0, at))
-    return normed.mul_(scale.index_select(0, at)).add_(shift.index_select(0, at))
+    scale, shift = (_for_rows(each, packing) for each in (scale, shift))
+    return torch.addcmul(shift, normed, scale) if torch.is_grad_enabled() else normed.mul_(scale).add_(shift)
 
 
 def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None) -> Tensor:
     """X + gate y, with a (B, D) gate per sample; x and y are (B, N, D), or (T, D) with a packing."""
-    gate, y = gate.to(x.dtype), y.to(x.dtype)
-    if packing is None:
-        return torch.addcmul(x, gate[:, None], y)
-    if _by_sample(packing) and by_hand(x):
-        out: Tensor = _GatedAdd.apply(x, gate, y, packing.lengths)
+    gate, lengths = gate.to(x.dtype), _by_sample(x, packing)
+    if lengths is not None and by_hand(x):
+        out: Tensor = _GatedAdd.apply(x, gate, y, lengths)
         return out
-    return torch.addcmul(x, gate.index_select(0, packing.sample), y)
+    return torch.addcmul(x, _for_rows(gate, packing), y.to(x.dtype))
+
+
+def _for_rows(modulation: Tensor, packing: Packing | None) -> Tensor:
+    return modulation[:, None] if packing is None else modulation.index_select(0, packing.sample)
+
+
+def _by_sample(x: Tensor, packing: Packing | None) -> tuple[int, ...] | None:
+    """Rows of each sample, where it is fastest to go through them sample by sample."""
+    if asking_waits(x) or (packing is None and torch.is_grad_enabled()):
+        return None
+    lengths = packing.lengths if packing is not None else (x.shape[1],) * len(x)
+    return lengths if sum(lengths) >= _LONG_ROWS * len(lengths) else None
 
 
 class _GatedAdd(torch.autograd.Function):
-    """Sample after sample, which need not write the gate of every row down."""
+    """Sample after sample, which need not write down the gate of every row, nor y in the type of x."""
 
     @staticmethod
     def forward(context, x, gate, y, lengths):  # type: ignore[no-untyped-def]
         to_gate, to_y = context.needs_input_grad[1:3]
         context.save_for_backward(gate if to_y else None, y if to_gate else None)
-        context.lengths = lengths
-        out = torch.empty_like(x)
-        for o, a, b, g in zip(*(rows.split_with_sizes(lengths) for rows in (out, x, y)), gate.unbind(0), strict=True):
-            torch.addcmul(a, g, b, out=o)
+        context.lengths, context.kind = lengths, y.dtype
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        parts = (rows.reshape(-1, x.shape[-1]).split_with_sizes(lengths) for rows in (out, x, y))
+        for o, a, b, g in zip(*parts, gate.unbind(0), strict=True):
+            torch.addcmul(a, g, b.to(a.dtype), out=o)
         return out
 
     @staticmethod
@@ -213,17 +225,13 @@ class _GatedAdd(torch.autograd.Function):
         gate, y = context.saved_tensors
         lengths, to_gate, to_y = context.lengths, None, None
         slopes = gradient.split_with_sizes(lengths)
+        scratch = gradient.new_empty(max(lengths), gradient.shape[1])
         if y is not None:
             to_gate = gradient.new_empty(len(lengths), gradient.shape[1])
-            scratch = gradient.new_empty(max(lengths), gradient.shape[1])
             for s, b, sums in zip(slopes, y.split_with_sizes(lengths), to_gate.unbind(0), strict=True):
-                torch.sum(torch.mul(s, b, out=scratch[: len(s)]), 0, out=sums)
+                torch.sum(torch.mul(s, b.to(s.dtype), out=scratch[: len(s)]), 0, out=sums)
         if gate is not None:
-            to_y = torch.empty_like(gradient)
+            to_y = torch.empty_like(gradient, dtype=context.kind)
             for s, g, t in zip(slopes, gate.unbind(0), to_y.split_with_sizes(lengths), strict=True):
-                torch.mul(s, g, out=t)
+                t.copy_(torch.mul(s, g, out=scratch[: len(s)]))
         return gradient, to_gate, to_y, None
-
-
-def _by_sample(packing: Packing) -> bool:
-    return packing.total >= _LONG_ROWS * len(packing.lengths) and not asking_waits(packing.index)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 from tokdyn.ops.device import by_hand
+from tokdyn.ops.linear import empty_rows
 from tokdyn.tokens import Packing, aligned
 
 _CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs on CPU, in pairs of query and key
@@ -176,8 +177,10 @@ def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) 
     bias = padding.bias
     if key_bias is not None:
         bias = bias + key_bias.index_select(0, padding.gather).view_as(bias)
-    out = _attend(query, key, value, bias)
-    return out.transpose(1, 2).reshape(batch * rows, -1).index_select(0, padding.scatter)
+    out = _attend(query, key, value, bias).transpose(1, 2).reshape(batch * rows, -1)
+    if torch.is_grad_enabled() or not by_hand(out):
+        return out.index_select(0, padding.scatter)
+    return torch.index_select(out, 0, padding.scatter, out=empty_rows(len(qkv), out.shape[1], out.dtype, out.device))
 
 
 def _widened(qkv: Tensor, key_bias: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokdyn.ops.device import by_hand
+from tokdyn.ops.watched import is_watched
 
 _EXACT = (torch.float32, torch.float64)
 _ROWS = 512  # that stay in the cache from one operation to the next
@@ -43,16 +44,10 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     Returns:
         The shape and type of x.
     """
-    if x.dtype not in _EXACT or not torch.is_grad_enabled() or not by_hand(x) or _is_watched(norm):
+    if x.dtype not in _EXACT or not torch.is_grad_enabled() or not by_hand(x) or is_watched(norm):
         return F.silu(norm(x))
     out: Tensor = _GroupNormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
     return out
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody waits for calls of it: hooks, or a forward put in its place, as offloading does."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any(hooks)
 
 
 class _RMSNorm(torch.autograd.Function):
