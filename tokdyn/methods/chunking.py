@@ -117,7 +117,9 @@ class ChunkingModule(nn.Module):
         packing = pack(routing.keep, routing.grid)
         return tokens.reshape(-1, tokens.shape[-1]).index_select(0, packing.index), packing
 
-    def dechunk(self, rows: Tensor, tokens: Tensor, routing: Routing, packing: Packing) -> Tensor:
+    def dechunk(
+        self, rows: Tensor, tokens: Tensor, routing: Routing, packing: Packing, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Spread the blocks' output over the grid and add the residual.
 
         y = out * STE(p_sel) + W_res tokens, in fp32, p_sel = p where a token was chosen (p > 0.5, or by a
@@ -128,15 +130,16 @@ class ChunkingModule(nn.Module):
             tokens: (B, N, D), what was chunked.
             routing: the decision.
             packing: where the rows belong.
+            dtype: of the result, the tokens' by default.
 
         Returns:
-            (B, N, D), the tokens' type.
+            (B, N, D).
         """
         with torch.autocast(tokens.device.type, enabled=False):
-            source = exact(tokens)
-            residual: Tensor = self.residual(source)
+            residual: Tensor = self.residual(exact(tokens))
             p = routing.probability
             decided = routing.natural_keep if routing.decided is None else routing.decided
             chosen = torch.where(decided, p, 1 - p) if torch.is_grad_enabled() else None
-            out = dechunk_packed(exact(rows), p, routing.keep, packing, self.config.sigma, chosen)
-            return (out + residual).to(tokens.dtype)
+            return dechunk_packed(
+                exact(rows), p, routing.keep, packing, self.config.sigma, chosen, residual, dtype or tokens.dtype
+            )

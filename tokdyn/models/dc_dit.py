@@ -16,6 +16,7 @@ from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
 from tokdyn.models.scaffold import RMSNorm, Scaffold, fastest_layout
 from tokdyn.models.sizes import dc_dit_settings
+from tokdyn.ops.linear import product_dtype
 from tokdyn.tokens import Grid, Routing
 
 
@@ -215,7 +216,8 @@ class DCDiT(Transformer):
                 rows = self._gradient_checkpointing_func(block, rows, condition, packing)
             else:
                 rows = block(rows, condition, packing)
-        return self.chunking.dechunk(self.norm(rows), tokens, routing, packing), routing
+        maps_in = product_dtype(tokens)  # what the convolutions of the decoder compute in
+        return self.chunking.dechunk(self.norm(rows), tokens, routing, packing, maps_in), routing
 
 
 DCDiT.__module__ = "tokdyn"  # diffusers writes the module into model_index.json and finds the class there again

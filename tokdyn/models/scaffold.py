@@ -12,7 +12,7 @@ from tokdyn.ops.normalization import group_norm_silu, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the wider type of x and weight: fp32 under autocast."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return rms_norm(x, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class ResidualBlock(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.ops.device import asking_waits
+from tokdyn.ops.device import asking_waits, by_hand
 from tokdyn.ops.nearest import disc, nearest_kept
 from tokdyn.ops.pack import pack
 from tokdyn.ops.precision import exact
@@ -25,7 +25,7 @@ BAND = 128
 """Longest axis that is smoothed by a matrix product."""
 _P_MIN = 1e-4
 _EPS = 1e-8
-_PART = 1 << 20  # numbers that stay in the cache while they are multiplied
+_PART, _SMALL_PART = 1 << 20, 1 << 18  # numbers that stay in the cache while they are multiplied, or added to
 
 
 def dechunk(features: Tensor, probability: Tensor, keep: Tensor, grid: Grid, sigma: float | None) -> Tensor:
@@ -70,11 +70,14 @@ def dechunk_packed(
     packing: Packing,
     sigma: float | None,
     gate: Tensor | None = None,
+    onto: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`dechunk` for tokens whose packing is known already; arguments as there.
 
     `gate` (B, N) is the probability of the decision taken for each cell: the result passes a gradient to it as
-    `straight_through(dechunk(...), gate)` does, which would have to keep the dense result for that.
+    `straight_through(dechunk(...), gate)` does, which would have to keep the dense result for that. `onto` (B, N, D) is
+    added, and the sum returned in `dtype`; without gradients that takes no pass over the result of its own.
     """
     if sigma is not None and not 0 <= sigma < math.inf:
         raise InputError(f"sigma is {sigma}, expected a finite width in cells that is not negative.")
@@ -86,14 +89,29 @@ def dechunk_packed(
             form = _smooth_on_grid if smooths_on_grid(features, packing.grid) else _smooth_by_lists
             rows = form(source, kept, packing, float(sigma)).to(features.dtype)
         batch, count = keep.shape
+        dtype = rows.dtype if dtype is None else dtype
         if packing.total == batch * count:
             out = rows.view(batch, count, -1)
-            return out if gate is None else straight_through(out, gate)
+            out = out if gate is None else straight_through(out, gate)
+            return (out if onto is None else out + onto).to(dtype)
         rank = torch.cumsum(keep.flatten(), 0, dtype=torch.int64) - 1
         first = torch.arange(batch, device=keep.device)[:, None] * count
         plug = rank.index_select(0, (nearest_kept(keep, packing.grid) + first).flatten())
+        if onto is not None and not torch.is_grad_enabled() and by_hand(rows):
+            return _sum(rows, plug, onto, dtype)
         out = rows.index_select(0, plug) if gate is None else _PlugBack.apply(rows, plug, gate.flatten())
-        return out.view(batch, count, -1)
+        out = out.view(batch, count, -1)
+        return (out if onto is None else out + onto).to(dtype)
+
+
+def _sum(rows: Tensor, plug: Tensor, onto: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows[plug] + onto, part by part."""
+    out = torch.empty(onto.shape, dtype=dtype, device=onto.device)
+    part = max(1, _SMALL_PART // rows.shape[1])
+    parts = zip(*(each.split(part) for each in (out.flatten(0, 1), onto.flatten(0, 1), plug)), strict=True)
+    for place, start, at in parts:
+        place.copy_(rows.index_select(0, at).add_(start))
+    return out
 
 
 class _PlugBack(torch.autograd.Function):
