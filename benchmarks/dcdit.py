@@ -14,8 +14,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from tokdyn.bench import timing
 from tokdyn.flops import model_parts
 from tokdyn.models import DCDiT
 from tokdyn.ops.device import autocast_is_slow
+from tokdyn.ops.linear import weights_cast_once
 from tokdyn.train.setup import compile_parts
 
 FORWARD = {("S", "fp32"): 1.12, ("S", "bf16"): 1.4, ("B", "fp32"): 1.06, ("B", "bf16"): 1.3}
@@ -53,6 +54,13 @@ def precision(name: str) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if name == "bf16" else nullcontext()
 
 
+@contextmanager
+def sampling(name: str) -> Iterator[None]:
+    """What the loop of a sampler computes in: entered once, so that neither side casts its weights at every call."""
+    with torch.inference_mode(), precision(name), weights_cast_once():
+        yield
+
+
 def computed(name: str) -> str:
     """What tokdyn's side computes in."""
     with precision(name):
@@ -69,18 +77,13 @@ def sides(model: DCDiT, compiled: bool) -> dict[str, Callable[..., Tensor]]:
 
 
 def forward(size: str, name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """A call without gradients, batch 8."""
+    """A call of a sampler, batch 8."""
     model, inputs, plan = case(size, 8)
     model.eval()
-
-    def call(side: Callable[..., Tensor]) -> None:
-        with torch.inference_mode(), precision(name):
-            side(*inputs, plan)
-
     both = sides(model, given.compile)
-    with torch.inference_mode(), precision(name):
+    with sampling(name):
         ours, theirs = (side(*inputs, plan).float() for side in both.values())
-    times = timing.in_turn({key: partial(call, side) for key, side in both.items()}, rounds=given.rounds)
+        times = timing.in_turn({key: partial(side, *inputs, plan) for key, side in both.items()}, rounds=given.rounds)
     bar = FORWARD[size, name]
     apart = ((ours - theirs).norm() / theirs.norm()).item()
     return {
@@ -131,17 +134,16 @@ def main_network(given: argparse.Namespace) -> dict[str, Any]:
     dense, condition = torch.randn(8, 1024, 384), torch.randn(8, 384)
 
     def whole() -> None:
-        with torch.inference_mode(), precision("bf16"):
-            model(x, time, labels, plan=plan)
+        model(x, time, labels, plan=plan)
 
     def blocks() -> None:
-        with torch.inference_mode(), precision("bf16"):
-            inside, rows = model._fastest(dense)  # as a call of a model would
-            with inside:
-                for block in model.blocks:
-                    rows = block(rows, condition)
+        inside, rows = model._fastest(dense)  # as a call of a model would
+        with inside:
+            for block in model.blocks:
+                rows = block(rows, condition)
 
-    times = timing.in_turn({"whole": whole, "blocks": blocks}, rounds=given.rounds)
+    with sampling("bf16"):
+        times = timing.in_turn({"whole": whole, "blocks": blocks}, rounds=given.rounds)
     inner = ("adaLN", "projections", "attention", "mlp")
     full = sum(flops for part, flops in model_parts(model, 1.0).items() if part in inner)
     return {

@@ -19,6 +19,7 @@ from benchmarks import naive
 from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.models import DCDiT
+from tokdyn.ops.linear import weights_cast_once
 
 BARS = {32: 5.0, 64: 10.0, 128: 30.0}
 
@@ -128,7 +129,7 @@ def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         for block in blocks:
             x = block(x, condition, plan)
 
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), weights_cast_once():
         precision, dense = model._fastest(torch.randn(8, 1024, 384))
         rows = dense.flatten(0, 1).index_select(0, packing.index)
         sides = {"packed": lambda: run(rows, packing), "dense": lambda: run(dense, None)}

@@ -17,6 +17,7 @@ from tokdyn.diffusion.randomness import initial_noise, step_generators
 from tokdyn.diffusion.records import Generation, KeptLedger, StepRecord, StepState
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import InputError
+from tokdyn.ops.linear import weights_cast_once
 from tokdyn.ops.schedules import Curve, check_curve
 
 
@@ -129,7 +130,7 @@ def generate(
     timesteps, levels = scheduler.timesteps.to(device), _levels(objective, scheduler.timesteps)
     guided = [sampler.guided_at(level) for level in levels]
     ledger, clock = KeptLedger(), StepClock(device)
-    with _evaluating(model), torch.inference_mode(), _autocast(device, dtype):
+    with _evaluating(model), torch.inference_mode(), _autocast(device, dtype), weights_cast_once():
         clock.mark()
         for index, timestep in enumerate(timesteps):
             told = timestep.expand(len(x))

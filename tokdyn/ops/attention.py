@@ -203,7 +203,10 @@ def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -
     for part, bias in zip(rows, biases, strict=True):
         query, key, value = part.transpose(1, 3).unbind(2)
         parts.append(_attend(query, key, value, bias))
-    return torch.cat([part.transpose(1, 2).flatten(2)[0] for part in parts])
+    parts = [part.transpose(1, 2).flatten(2)[0] for part in parts]
+    if torch.is_grad_enabled() or not by_hand(qkv):
+        return torch.cat(parts)
+    return torch.cat(parts, out=empty_rows(len(qkv), qkv.shape[1] // 3, qkv.dtype, qkv.device))
 
 
 class _SplitOnCPU(torch.autograd.Function):

@@ -108,8 +108,8 @@ def _sum(rows: Tensor, plug: Tensor, onto: Tensor, dtype: torch.dtype) -> Tensor
     """rows[plug] + onto, part by part."""
     out = torch.empty(onto.shape, dtype=dtype, device=onto.device)
     part = max(1, _SMALL_PART // rows.shape[1])
-    parts = zip(*(each.split(part) for each in (out.flatten(0, 1), onto.flatten(0, 1), plug)), strict=True)
-    for place, start, at in parts:
+    parts = (torch.split(each, part) for each in (out.flatten(0, 1), onto.flatten(0, 1), plug))
+    for place, start, at in zip(*parts, strict=True):
         place.copy_(rows.index_select(0, at).add_(start))
     return out
 

@@ -48,11 +48,12 @@ def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
     if not _fits(x, layer):
         out: Tensor = layer(x)
         return gelu_tanh(out) if gelu else out
+    assert isinstance(layer, nn.Linear)
     kind = product_dtype(x)
     weight, bias = _cast(layer.weight, kind), None if layer.bias is None else _cast(layer.bias, kind)
     count = x.numel() // x.shape[-1]
     rows = _with_room(x.reshape(count, -1), kind)
-    fused = _product(rows, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+    fused: Tensor = _product(rows, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
     return fused[:count].view(*x.shape[:-1], -1)
 
 
