@@ -105,6 +105,18 @@ def _block(block: Any, rows: Tensor, condition: Tensor, lengths: list[int]) -> T
     return rows + gate2 * block.mlp.fc2(F.gelu(block.mlp.fc1(normed), approximate="tanh"))
 
 
+def dense_block(block: Any, x: Tensor, condition: Tensor) -> Tensor:
+    """A block of a DiT on all tokens (B, N, D), in plain PyTorch."""
+    parts = block.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
+    q, k, v = block.attn.qkv(normed).unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x + gate1 * block.attn.proj(mixed)
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+    return x + gate2 * block.mlp.fc2(F.gelu(block.mlp.fc1(normed), approximate="tanh"))
+
+
 def _attention(attention: Any, rows: Tensor, lengths: list[int]) -> Tensor:
     found = []
     for part in attention.qkv(rows).split(lengths):

@@ -213,10 +213,13 @@ class _GatedAdd(torch.autograd.Function):
         to_gate, to_y = context.needs_input_grad[1:3]
         context.save_for_backward(gate if to_y else None, y if to_gate else None)
         context.lengths, context.kind = lengths, y.dtype
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if y.dtype != x.dtype:  # the copy may be written over
+            out = y = y.to(x.dtype, memory_format=torch.contiguous_format)
+        else:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         parts = (rows.reshape(-1, x.shape[-1]).split_with_sizes(lengths) for rows in (out, x, y))
         for o, a, b, g in zip(*parts, gate.unbind(0), strict=True):
-            torch.addcmul(a, g, b.to(a.dtype), out=o)
+            torch.addcmul(a, g, b, out=o)
         return out
 
     @staticmethod
