@@ -5,7 +5,7 @@ import torch
 
 from tokdyn import ops
 from tokdyn.models import DCDiT, DiT
-from tokdyn.models.blocks import DiTBlock, gated_add
+from tokdyn.models.blocks import DiTBlock, gated_add, modulated_norm
 from tokdyn.ops import device
 from tokdyn.tokens import Packing
 
@@ -49,6 +49,47 @@ def test_gated_add_by_sample_has_the_right_derivative():
     shapes = (packing.total, 3), (2, 3), (packing.total, 3)
     x, gate, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     assert torch.autograd.gradcheck(lambda *given: gated_add(*given, packing), (x, gate, y), fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2])
+def test_the_modulated_norm_by_sample_has_the_right_derivative(frozen):
+    torch.manual_seed(0)
+    packing = packed((200, 260))
+    shapes = (packing.total, 3), (2, 3), (2, 3)
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=at != frozen) for at, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(lambda *each: modulated_norm(*each, packing), given, fast_mode=True)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_under_autocast_norms_write_and_gates_read_the_type_of_the_products(dense):
+    torch.manual_seed(0)
+    packing = None if dense else packed((200, 260))
+    rows = (2, 230, 24) if dense else (packing.total, 24)
+    x, y = torch.randn(rows), torch.randn(rows).bfloat16()
+    shift, scale, gate = (torch.randn(2, 24) for _ in range(3))
+    found = []
+    for half in (True, False):
+        leaves = [each.float().requires_grad_(not dense) for each in (x, y, shift, scale, gate)]
+        a, b, *modulation = leaves
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(not dense):
+            normed = modulated_norm(a, *modulation[:2], packing)
+            added = gated_add(a, modulation[2], b.bfloat16() if half else b, packing)
+        assert normed.dtype == (torch.bfloat16 if half else torch.float32)
+        assert added.dtype == torch.float32
+        slopes = [] if dense else torch.autograd.grad(normed.float().square().sum() + added.square().sum(), leaves)
+        found.append([normed.float(), added, *slopes])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+def test_rows_that_do_not_lie_together_are_gated_and_normed_alike():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 24, 230).transpose(1, 2), torch.randn(2, 24, 230).bfloat16().transpose(1, 2)
+    shift, scale, gate = (torch.randn(2, 24) for _ in range(3))
+    with torch.inference_mode():
+        torch.testing.assert_close(gated_add(x, gate, y, None), x + gate[:, None] * y)
+        wanted = torch.nn.functional.layer_norm(x, (24,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+        torch.testing.assert_close(modulated_norm(x, shift, scale, None), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("instructions", [True, False])

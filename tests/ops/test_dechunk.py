@@ -73,6 +73,22 @@ def test_the_gate_hands_back_what_the_dense_one_does(grid, share, seed, sigma, p
             torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    grids, shares, seeds, st.sampled_from([torch.float64, torch.bfloat16]), st.booleans(), st.sampled_from([7, 1000])
+)
+def test_what_is_added_is_added_in_whatever_parts(grid, share, seed, dtype, learning, part):
+    features, probability, keep = case(grid, share, seed)
+    start = torch.randn(features.shape[1], *keep.shape, dtype=torch.float64).permute(1, 2, 0)
+    before, packing = start.clone(), ops.pack(keep, grid)
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(learning):
+        patch.setattr(sys.modules[_neighbours.__module__], "_SMALL_PART", part)
+        out = ops.dechunk_packed(features, probability, keep, packing, 1.0, onto=start, dtype=dtype)
+    wanted = ops.dechunk(features, probability, keep, grid, 1.0) + before
+    assert torch.equal(out, wanted.to(dtype))
+    assert torch.equal(start, before)
+
+
 def test_the_gate_costs_no_dense_rows():
     """What is kept for the backward pass of the gate are packed rows."""
     features, probability, keep = case((32, 32), 0.25, 0, width=64)

@@ -166,19 +166,13 @@ class FinalLayer(nn.Module):
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, packing: Packing | None, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift, with (B, D) modulation per sample; x is (B, N, D), or (T, D) with a packing.
 
-    It comes in the type of x or, sample after sample without gradients, already in that of the products it goes into.
+    It comes in the type of x or, where it goes sample after sample, already in that of the products it goes into.
     """
     shift, scale = shift.to(x.dtype), (1 + scale).to(x.dtype)
     lengths = _by_sample(x, packing)
-    if lengths is not None:
-        rows = zip(x.reshape(-1, x.shape[-1]).split_with_sizes(lengths), scale.unbind(0), shift.unbind(0), strict=True)
-        parts = (F.layer_norm(part, part.shape[-1:], w, b, eps) for part, w, b in rows)
-        if torch.is_grad_enabled() or not by_hand(x):
-            return torch.cat([*parts]).view(x.shape)
-        out = empty_rows(sum(lengths), x.shape[-1], product_dtype(x), x.device)
-        for place, part in zip(out.split_with_sizes(lengths), parts, strict=True):
-            place.copy_(part)
-        return out.view(x.shape)
+    if lengths is not None and by_hand(x):
+        rows: Tensor = _ModulatedNorm.apply(x.reshape(-1, x.shape[-1]), shift, scale, lengths, eps, product_dtype(x))
+        return rows.view(x.shape)
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
     scale, shift = (_for_rows(each, packing) for each in (scale, shift))
     return torch.addcmul(shift, normed, scale) if torch.is_grad_enabled() else normed.mul_(scale).add_(shift)
@@ -203,6 +197,47 @@ def _by_sample(x: Tensor, packing: Packing | None) -> tuple[int, ...] | None:
         return None
     lengths = packing.lengths if packing is not None else (x.shape[1],) * len(x)
     return lengths if sum(lengths) >= _LONG_ROWS * len(lengths) else None
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """Sample after sample: the modulation is the weight and bias of the norm; written in the type it is read in."""
+
+    @staticmethod
+    def forward(context, x, shift, scale, lengths, eps, kind):  # type: ignore[no-untyped-def]
+        out = empty_rows(len(x), x.shape[1], kind, x.device)
+        found = []
+        places, parts = (rows.split_with_sizes(lengths) for rows in (out, x))
+        for place, part, weight, bias in zip(places, parts, scale, shift, strict=True):
+            normed, *moments = torch.native_layer_norm(part, part.shape[-1:], weight, bias, eps)
+            place.copy_(normed)
+            found.append(moments)
+        context.save_for_backward(x, shift, scale, *(torch.cat(each) for each in zip(*found, strict=True)))
+        context.lengths = lengths
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):  # type: ignore[no-untyped-def]
+        x, shift, scale, mean, deviation = context.saved_tensors
+        wanted = [context.needs_input_grad[each] for each in (0, 2, 1)]
+        to_x, to_shift, to_scale = torch.empty_like(x), torch.empty_like(shift), torch.empty_like(scale)
+        by_rows = (rows.split_with_sizes(context.lengths) for rows in (gradient, x, mean, deviation, to_x))
+        for g, part, m, d, place, *each in zip(*by_rows, scale, shift, to_scale, to_shift, strict=True):
+            weight, bias, *sums = each
+            slopes = _layer_norm_backward(g.to(part.dtype), part, part.shape[-1:], m, d, weight, bias, wanted)
+            for slope, where, asked in zip(slopes, (place, *sums), wanted, strict=True):
+                if asked:
+                    where.copy_(slope)
+        asked_x, asked_scale, asked_shift = wanted
+        return (
+            to_x if asked_x else None,
+            to_shift if asked_shift else None,
+            to_scale if asked_scale else None,
+            *(None, None, None),
+        )
+
+
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
 class _GatedAdd(torch.autograd.Function):

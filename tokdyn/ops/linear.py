@@ -1,8 +1,8 @@
-"""Linear layers without gradients in bf16 on CPU: bias and GELU inside the matrix product, few different row counts.
+"""Linear layers in bf16 on CPU: bias and GELU inside the matrix product, and few different numbers of rows.
 
-Kernels are compiled for every number of rows, and packed rows have another number at every call. So products take a
-few rows more than there are, up to the next of few counts. A tensor from `empty_rows` has the room for them behind its
-own rows; any other is copied.
+Kernels are compiled for every number of rows, and packed rows have another number at every call. So, without gradients,
+products take a few rows more than there are, up to the next of few counts. A tensor from `empty_rows` has the room for
+them behind its own rows; any other is copied.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokdyn.ops.activation import gelu_tanh
@@ -21,6 +22,8 @@ from tokdyn.ops.watched import is_watched
 from tokdyn.tokens import TILE
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_PLAIN: tuple[Any, ...] = ("none", [], "")
+_GELU: tuple[Any, ...] = ("gelu", [], "tanh")
 _casts: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("tokdyn_casts", default=None)
 
 
@@ -35,7 +38,7 @@ def weights_cast_once() -> Iterator[None]:
 
 
 def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
-    """`layer(x)`, or the tanh form of GELU of it.
+    """`layer(x)`, or the tanh form of GELU of it. On CPU it has no second derivative.
 
     Args:
         x: (..., D).
@@ -45,16 +48,45 @@ def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
     Returns:
         (..., E), in the type that the layer computes in.
     """
-    if not _fits(x, layer):
+    kind, learning = product_dtype(x), torch.is_grad_enabled()
+    if not isinstance(layer, nn.Linear) or not _is_plain(x, layer) or not _is_known(x, layer, kind, learning):
         out: Tensor = layer(x)
         return gelu_tanh(out) if gelu else out
-    assert isinstance(layer, nn.Linear)
-    kind = product_dtype(x)
-    weight, bias = _cast(layer.weight, kind), None if layer.bias is None else _cast(layer.bias, kind)
     count = x.numel() // x.shape[-1]
-    rows = _with_room(x.reshape(count, -1), kind)
-    fused: Tensor = _product(rows, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
-    return fused[:count].view(*x.shape[:-1], -1)
+    rows = x.reshape(count, -1)
+    if learning:
+        out = _Linear.apply(rows, layer.weight, layer.bias, kind).view(*x.shape[:-1], -1)
+        return gelu_tanh(out) if gelu else out
+    weight, bias = _cast(layer.weight, kind), None if layer.bias is None else _cast(layer.bias, kind)
+    out = _product(_with_room(rows, kind), weight, bias, *(_GELU if gelu else _PLAIN))
+    return out[:count].view(*x.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """With gradients, which are those of `nn.Linear`."""
+
+    @staticmethod
+    def forward(context, x, weight, bias, kind):  # type: ignore[no-untyped-def]
+        context.kinds = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        x, weight = x.to(kind), weight.to(kind)
+        bias = None if bias is None else bias.to(kind)
+        learns_x, learns_weight, *_ = context.needs_input_grad
+        context.save_for_backward(x if learns_weight else None, weight if learns_x else None)
+        with torch.autocast("cpu", enabled=False):
+            return _product(x, weight, bias, *_PLAIN) if kind == torch.bfloat16 else F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):  # type: ignore[no-untyped-def]
+        x, weight = context.saved_tensors
+        of_x, of_weight, of_bias = context.kinds
+        with torch.autocast("cpu", enabled=False):
+            to_x = None if weight is None else gradient.mm(weight).to(of_x)
+            to_weight = None if x is None else gradient.t().mm(x).to(of_weight)
+            to_bias = None
+            if context.needs_input_grad[2]:  # a product is faster than a sum over rows
+                to_bias = gradient.new_ones(1, len(gradient)).mm(gradient)[0].to(of_bias)
+        return to_x, to_weight, to_bias, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -68,21 +100,26 @@ def empty_rows(count: int, width: int, dtype: torch.dtype, device: torch.device)
     return torch.empty(_room(count), width, dtype=dtype, device=device)[:count]
 
 
-def _fits(x: Tensor, layer: Any) -> bool:
-    """Whether the kernel has this case, and nobody would miss the call of the layer."""
-    if torch.is_grad_enabled() or type(layer) is not nn.Linear or _product is None or not by_hand(x):
-        return False
-    kind, parameters = product_dtype(x), (layer.weight, *(() if layer.bias is None else (layer.bias,)))
-    known = (kind,) if not torch.is_autocast_enabled("cpu") else (torch.float32, kind)
+def _is_plain(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether x is on CPU, the layer `nn.Linear` itself, and nobody would miss its call."""
     return (
-        kind == torch.bfloat16
+        type(layer) is nn.Linear
+        and by_hand(x)
         and x.numel() > 0
-        and not halves_multiply_slowly(x.new_empty(0, dtype=kind))
-        and all(type(each) is nn.Parameter and each.dtype in known for each in parameters)
-        and x.dtype in known
         and not is_watched(layer)
+        and all(type(each) is nn.Parameter for each in (layer.weight, layer.bias) if each is not None)
         and not torch._C._len_torch_dispatch_stack()  # counters of FLOPs know the operators of nn.Linear only
     )
+
+
+def _is_known(x: Tensor, layer: nn.Linear, kind: torch.dtype, learning: bool) -> bool:
+    """Products in bf16 on a processor with instructions for it; in fp32 only the gradient of the bias is gained."""
+    if kind == torch.bfloat16:
+        able = _product is not None and not halves_multiply_slowly(x.new_empty(0, dtype=kind))
+    else:
+        able = kind == torch.float32 and learning
+    types = (torch.float32, kind) if torch.is_autocast_enabled("cpu") else (kind,)
+    return able and all(each.dtype in types for each in (x, layer.weight, layer.bias) if each is not None)
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
