@@ -128,7 +128,7 @@ def peak_here(name: str, side: str) -> float:
 
 
 def main_network(given: argparse.Namespace) -> dict[str, Any]:
-    """The whole of DC-DiT-S in bf16 against its blocks on all tokens, batch 8."""
+    """The whole of DC-DiT-S in bf16 against its blocks on all tokens, batch 8: tokdyn's own, and in plain PyTorch."""
     model, (x, time, labels), plan = case("S", 8)
     model.eval()
     dense, condition = torch.randn(8, 1024, 384), torch.randn(8, 384)
@@ -142,13 +142,20 @@ def main_network(given: argparse.Namespace) -> dict[str, Any]:
             for block in model.blocks:
                 rows = block(rows, condition)
 
+    def plain() -> None:
+        inside, rows = model._fastest(dense)
+        with inside:
+            for block in model.blocks:
+                rows = official.dense_block(block, rows, condition)
+
     with sampling("bf16"):
-        times = timing.in_turn({"whole": whole, "blocks": blocks}, rounds=given.rounds)
+        times = timing.in_turn({"whole": whole, "blocks": blocks, "plain": plain}, rounds=given.rounds)
     inner = ("adaLN", "projections", "attention", "mlp")
     full = sum(flops for part, flops in model_parts(model, 1.0).items() if part in inner)
     return {
         "what": "against the blocks on all tokens", "precision": "bf16", "computed": computed("bf16"), "times": times,
         "speedup": timing.ratio(times, "blocks", "whole"), "bar": MAIN,
+        "over_plain": timing.ratio(times, "plain", "whole"),
         "flop_ratio": full / sum(model_parts(model, KEPT).values()),
     }  # fmt: skip
 
@@ -217,6 +224,8 @@ def main() -> int:
         if "peak_mib" in row:
             row["met"] = row["met"] and row["peak_mib"]["tokdyn"] <= row["peak_mib"]["equations"]
             said += f", peak {row['peak_mib']['tokdyn']:.0f} of {row['peak_mib']['equations']:.0f} MiB"
+        if "over_plain" in row:
+            said += f", {row['over_plain']:.2f} against plain blocks"
         name = " ".join(str(row[key]) for key in ("what", "size", "precision") if key in row)
         print(f"{name}: {said}{'' if row['met'] else '  MISSED'}", flush=True)
         missed += [] if row["met"] else [name]

@@ -30,6 +30,12 @@ def test_it_says_the_same(patch: int, planned: bool) -> None:
     torch.testing.assert_close(official.forward(made, x, time, labels, plan), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_its_dense_block_is_the_block() -> None:
+    block = model().blocks[0]
+    x, condition = torch.randn(3, 40, 64), torch.randn(3, 64)
+    torch.testing.assert_close(official.dense_block(block, x, condition), block(x, condition), rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_are_the_same() -> None:
     made = model()
     x, time, labels = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 500.0]), torch.tensor([0, 3])

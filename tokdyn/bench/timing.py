@@ -18,6 +18,7 @@ import torch
 
 import tokdyn
 from tokdyn.host import describe, keep_large_buffers
+from tokdyn.ops.device import cpu_multiplies
 
 
 def prepare(threads: int | None = None) -> None:
@@ -92,6 +93,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16": cpu_multiplies(torch.bfloat16),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "tokdyn": tokdyn.__version__,

@@ -29,13 +29,18 @@ def by_hand(x: Tensor) -> bool:
     return not asking_waits(x) and not _TRANSFORMED()
 
 
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of that type."""
+    return bool(_CPU_HALVES.get(dtype, True))
+
+
 def halves_multiply_slowly(x: Tensor) -> bool:
     """Whether matrix products are faster in fp32: half precision on a CPU that has no instructions for it."""
-    return x.device.type == "cpu" and not _CPU_HALVES.get(x.dtype, True)
+    return x.device.type == "cpu" and not cpu_multiplies(x.dtype)
 
 
 def autocast_is_slow(x: Tensor) -> bool:
     """Whether autocast is on and asks for a type in which `halves_multiply_slowly`."""
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return False
-    return not _CPU_HALVES.get(torch.get_autocast_dtype("cpu"), True)
+    return not cpu_multiplies(torch.get_autocast_dtype("cpu"))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokdyn.ops.activation import gelu_tanh
-from tokdyn.ops.device import by_hand, halves_multiply_slowly
+from tokdyn.ops.device import by_hand, cpu_multiplies
 from tokdyn.ops.watched import is_watched
 from tokdyn.tokens import TILE
 
@@ -115,7 +115,7 @@ def _is_plain(x: Tensor, layer: nn.Linear) -> bool:
 def _is_known(x: Tensor, layer: nn.Linear, kind: torch.dtype, learning: bool) -> bool:
     """Products in bf16 on a processor with instructions for it; in fp32 only the gradient of the bias is gained."""
     if kind == torch.bfloat16:
-        able = _product is not None and not halves_multiply_slowly(x.new_empty(0, dtype=kind))
+        able = _product is not None and cpu_multiplies(kind)
     else:
         able = kind == torch.float32 and learning
     types = (torch.float32, kind) if torch.is_autocast_enabled("cpu") else (kind,)
