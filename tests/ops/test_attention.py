@@ -83,6 +83,25 @@ def test_rows_are_padded_where_that_costs_less_than_calls(lengths, dtype, path):
     assert attention._choose(lengths, torch.device("cpu"), dtype, 8) == path
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.sampled_from([1, 2, 3]))
+def test_padded_training_in_bf16_is_the_loop_up_to_rounding(lengths, heads):
+    torch.manual_seed(0)
+    packing = packing_of(lengths)
+    qkv = torch.randn(sum(lengths), 3 * 8 * heads).bfloat16().requires_grad_()
+    with ops.attention_backend("padded"):
+        out = ops.packed_attention(qkv, heads, packing)
+    weight = torch.randn(out.shape)
+    (found,) = torch.autograd.grad(out, qkv, weight.bfloat16())
+    source = qkv.detach().double().requires_grad_()
+    expected = loop(source, heads, lengths)
+    (slope,) = torch.autograd.grad(expected, source, weight.bfloat16().double())
+    for mine, theirs in ((out, expected), (found, slope)):
+        for part, reference in zip(mine.split(lengths), theirs.split(lengths), strict=True):
+            near = 0.04 * reference.abs().max().item()
+            torch.testing.assert_close(part.double(), reference, rtol=0.04, atol=near + 1e-3)
+
+
 def test_training_in_bf16_takes_one_call_a_sample_where_lengths_differ_widely():
     """In fp32, so the gradients are those of fp32 up to the rounding of what comes in and goes out."""
     cpu, lengths = torch.device("cpu"), [40] * 60 + [200] * 4

@@ -82,7 +82,7 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor
         return dense_attention(qkv.view(batch, packing.longest, -1), heads, bias).reshape(len(qkv), -1)
     backend = _backend.get()
     if backend == "auto":
-        wide = _widened(qkv, key_bias)
+        wide = _learns_in_bf16(qkv, key_bias)
         backend = _choose(packing.lengths, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads), wide)
         backend = "padded" if backend == "varlen" and key_bias is not None else backend
     if backend == "varlen":
@@ -170,6 +170,9 @@ def _aligned_keys(key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tens
 
 def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """Pad to a little over the longest sample, mask the empty keys, take the real rows back."""
+    if _learns_in_bf16(qkv, key_bias) and packing.padded.rows <= _SHORT:
+        learnt: Tensor = _PaddedOnCPU.apply(qkv, heads, packing)
+        return learnt
     padding = packing.padded
     batch, rows = len(packing.lengths), padding.rows
     padded = qkv.index_select(0, padding.gather).view(batch, rows, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -183,15 +186,56 @@ def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) 
     return torch.index_select(out, 0, padding.scatter, out=empty_rows(len(qkv), out.shape[1], out.dtype, out.device))
 
 
-def _widened(qkv: Tensor, key_bias: Tensor | None) -> bool:
-    """Whether a call for one sample is in fp32: training in bf16 on CPU, whose kernels are compiled for each length."""
+class _PaddedOnCPU(torch.autograd.Function):
+    """Two products for training in bf16: empty slots are filled in place, and have no gradients that must be summed."""
+
+    @staticmethod
+    def forward(context, qkv, heads, packing):  # type: ignore[no-untyped-def]
+        padding, batch = packing.padded, len(packing.lengths)
+        whole = qkv.index_select(0, padding.gather).view(batch, padding.rows, 3, heads, -1)
+        query, key, value = whole.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, padding.rows, -1).unbind(0)
+        context.scale = query.shape[-1] ** -0.5
+        scores = _product(query, key.transpose(1, 2), context.scale)
+        for sample, length in zip(scores.view(batch, heads, *scores.shape[1:]), packing.lengths, strict=True):
+            sample[..., length:] = -torch.inf
+        weights = scores.softmax(dim=-1)
+        context.save_for_backward(query, key, value, weights)
+        context.packing = packing
+        mixed = torch.bmm(weights, value).view(batch, heads, padding.rows, -1)
+        return mixed.transpose(1, 2).reshape(batch * padding.rows, -1).index_select(0, padding.scatter)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):  # type: ignore[no-untyped-def]
+        query, key, value, weights = context.saved_tensors
+        padding, lengths, scale = context.packing.padded, context.packing.lengths, context.scale
+        upper = gradient.index_select(0, padding.gather).view(len(lengths), padding.rows, -1)
+        for sample, length in zip(upper, lengths, strict=True):
+            sample[length:] = 0
+        upper = upper.unflatten(2, (-1, value.shape[-1])).transpose(1, 2).reshape(value.shape)
+        slopes = torch._softmax_backward_data(torch.bmm(upper, value.transpose(1, 2)), weights, -1, weights.dtype)
+        found = gradient.new_empty(len(lengths), padding.rows, 3, *gradient.shape[1:])
+        places = found.unflatten(3, (-1, value.shape[-1])).permute(2, 0, 3, 1, 4).unbind(0)
+        places[0].copy_(_product(slopes, key, scale).view_as(places[0]))
+        places[1].copy_(_product(slopes.transpose(1, 2), query, scale).view_as(places[1]))
+        places[2].copy_(torch.bmm(weights.transpose(1, 2), upper).view_as(places[2]))
+        return found.flatten(2).flatten(0, 1).index_select(0, padding.scatter), None, None
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Scale a b, of (B, M, K) and (B, K, N)."""
+    return torch.baddbmm(a.new_zeros(()).expand(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=scale)
+
+
+def _learns_in_bf16(qkv: Tensor, key_bias: Tensor | None) -> bool:
+    """Training in bf16 on CPU: one by one in fp32, as kernels in bf16 are compiled for each length, or two products."""
     learning = qkv.dtype == torch.bfloat16 and torch.is_grad_enabled() and qkv.requires_grad
     return learning and key_bias is None and by_hand(qkv)
 
 
 def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """One call a sample."""
-    wide = _widened(qkv, key_bias)
+    wide = _learns_in_bf16(qkv, key_bias)
     if wide or (qkv.dtype in (torch.float32, torch.float64) and key_bias is None and by_hand(qkv)):
         out: Tensor = _SplitOnCPU.apply((qkv.float() if wide else qkv).contiguous(), heads, packing.lengths)
         return out.to(qkv.dtype)
