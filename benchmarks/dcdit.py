@@ -57,7 +57,7 @@ def precision(name: str) -> AbstractContextManager[Any]:
 @contextmanager
 def sampling(name: str) -> Iterator[None]:
     """What the loop of a sampler computes in: entered once, so that neither side casts its weights at every call."""
-    with torch.inference_mode(), precision(name), weights_cast_once():
+    with torch.no_grad(), precision(name), weights_cast_once():  # in inference mode autocast keeps no casts
         yield
 
 

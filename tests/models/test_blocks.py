@@ -118,3 +118,29 @@ def test_autocast_in_a_type_that_the_processor_lacks_computes_in_fp32(build, ins
     model.bfloat16()  # weights in that type stay what they are
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(x, steps, labels).sample).all()
+
+
+@pytest.mark.parametrize("build", [DiT, DCDiT])
+def test_fp64_models_stay_in_fp64_under_autocast(build):
+    torch.manual_seed(0)
+    model = build(sample_size=16, patch_size=1, hidden_size=32, depth=1, num_heads=2, num_classes=3).double()
+    x, labels = torch.randn(2, 4, 16, 16, dtype=torch.float64), torch.tensor([0, 3])
+    with torch.no_grad():
+        wanted = model(x, 10, labels).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(x, 10, labels).sample, wanted)
+
+
+def test_a_model_without_data_says_what_shape_its_output_has():
+    with torch.device("meta"):
+        model = DiT(sample_size=16, patch_size=1, hidden_size=32, depth=1, num_heads=2, num_classes=3)
+        out = model(torch.empty(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+    assert out.sample.shape == (2, 8, 16, 16)
+
+
+def test_what_goes_into_a_branch_may_be_changed_in_place():
+    torch.manual_seed(0)
+    block, packing = DiTBlock(24, 3, 4.0), packed((200, 260))
+    block.mlp.register_forward_pre_hook(lambda _, given: given[0].mul_(0.9))
+    out = block(torch.randn(packing.total, 24, requires_grad=True), torch.randn(2, 24), packing)
+    out.sum().backward()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,13 +23,14 @@ def layer(inputs=24, outputs=40, bias=True):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", [True, False])
-@pytest.mark.parametrize("kind", ["fp32", "fp64", "bf16", "autocast", "autocast of bf16"])
+@pytest.mark.parametrize("kind", ["fp32", "fp64", "bf16", "autocast", "autocast of bf16", "autocast of fp64"])
 @pytest.mark.parametrize("shape", [(1, 24), (3, 70, 24), (333, 24), (0, 24)])
 def test_it_is_the_layer_without_gradients(shape, kind, gelu, bias):
     made, x = layer(bias=bias), torch.randn(shape)
     wide = made.to(torch.float64)(x.double())
     wide = F.gelu(wide, approximate="tanh") if gelu else wide
-    made, dtype = made.float(), {"fp64": torch.float64, "bf16": torch.bfloat16}.get(kind, torch.float32)
+    types = {"fp64": torch.float64, "autocast of fp64": torch.float64, "bf16": torch.bfloat16}
+    made, dtype = made.float(), types.get(kind, torch.float32)
     made.to(dtype)
     given = x.to(torch.bfloat16 if kind == "autocast of bf16" else dtype)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in kind):
@@ -162,6 +164,58 @@ def test_flops_are_counted_as_before():
     with torch.inference_mode(), AUTOCAST, FlopCounterMode(display=False) as counter:
         linear(x, made, gelu=True)
     assert counter.get_total_flops() == 2 * 300 * 24 * 40
+
+
+@halves
+def test_hooks_for_all_modules_are_heard():
+    made, x, heard = layer(), torch.randn(300, 24), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: heard.append(True))
+    try:
+        with torch.inference_mode(), AUTOCAST:
+            linear(x, made)
+    finally:
+        handle.remove()
+    assert heard == [True]
+
+
+@halves
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_parameters_of_any_layout_and_place(which):
+    """The kernel would read past a bias with gaps, and take a weight without data for one with."""
+    made = layer().bfloat16()
+    spread = torch.randn(*getattr(made, which).shape, 2).bfloat16()[..., 0]
+    setattr(made, which, torch.nn.Parameter(spread))
+    x = torch.randn(300, 24).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(linear(x, made), made(x))
+    assert subject._is_plain(x, layer(), False)
+    setattr(made, which, torch.nn.Parameter(torch.empty(spread.shape, dtype=torch.bfloat16, device="meta")))
+    assert not subject._is_plain(x, made, False)
+
+
+@halves
+def test_a_wrong_width_is_named_as_by_the_layer():
+    with torch.inference_mode(), AUTOCAST, pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(300, 23), layer())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_second_derivatives_of_exact_types_are_there(kind):
+    made, x = layer().to(kind), torch.randn(300, 24, dtype=kind, requires_grad=True)
+    (slope,) = torch.autograd.grad(linear(x, made).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), x)[0].any()
+
+
+@halves
+@pytest.mark.parametrize("counting", [True, False])
+def test_checkpoints_may_be_counted(counting):
+    made, x = layer(), torch.randn(300, 24, requires_grad=True)
+    with AUTOCAST, FlopCounterMode(display=False) if counting else torch.enable_grad() as counter:
+        out = torch.utils.checkpoint.checkpoint(linear, x, made, use_reentrant=False)
+    out.float().sum().backward()
+    assert x.grad is not None
+    if counting:
+        assert counter.get_total_flops() == 2 * 300 * 24 * 40
 
 
 @halves

@@ -130,7 +130,7 @@ def generate(
     timesteps, levels = scheduler.timesteps.to(device), _levels(objective, scheduler.timesteps)
     guided = [sampler.guided_at(level) for level in levels]
     ledger, clock = KeptLedger(), StepClock(device)
-    with _evaluating(model), torch.inference_mode(), _autocast(device, dtype), weights_cast_once():
+    with _evaluating(model), torch.no_grad(), _autocast(device, dtype), weights_cast_once():
         clock.mark()
         for index, timestep in enumerate(timesteps):
             told = timestep.expand(len(x))
@@ -187,5 +187,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Entered once around the loop, so that weights are cast once and not at every step."""
+    """Entered once around the loop, so that weights are cast once and not at every step; not so in inference mode."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32)

@@ -204,7 +204,10 @@ class _ModulatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(context, x, shift, scale, lengths, eps, kind):  # type: ignore[no-untyped-def]
-        out = empty_rows(len(x), x.shape[1], kind, x.device)
+        if any(context.needs_input_grad):  # a view of what has room could not be changed in place
+            out = torch.empty(x.shape, dtype=kind, device=x.device)
+        else:
+            out = empty_rows(len(x), x.shape[1], kind, x.device)
         found = []
         places, parts = (rows.split_with_sizes(lengths) for rows in (out, x))
         for place, part, weight, bias in zip(places, parts, scale, shift, strict=True):

@@ -110,7 +110,7 @@ def _sum(rows: Tensor, plug: Tensor, onto: Tensor, dtype: torch.dtype) -> Tensor
     part = max(1, _SMALL_PART // rows.shape[1])
     parts = (torch.split(each, part) for each in (out.flatten(0, 1), onto.flatten(0, 1), plug))
     for place, start, at in zip(*parts, strict=True):
-        place.copy_(rows.index_select(0, at).add_(start))
+        place.copy_(rows.index_select(0, at) + start)
     return out
 
 

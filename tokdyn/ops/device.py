@@ -25,8 +25,8 @@ def asking_waits(x: Tensor) -> bool:
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether our own forms of an operation may run: on CPU, outside of graphs and of the transforms of torch.func."""
-    return not asking_waits(x) and not _TRANSFORMED()
+    """Whether our own forms of an operation may run: on CPU, outside of graphs, traces and transforms of torch.func."""
+    return not asking_waits(x) and not _TRANSFORMED() and torch._C._get_tracing_state() is None
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 Kernels are compiled for every number of rows, and packed rows have another number at every call. So, without gradients,
 products take a few rows more than there are, up to the next of few counts. A tensor from `empty_rows` has the room for
-them behind its own rows; any other is copied.
+them behind its own rows; any other is copied. With gradients the bias alone is inside.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from tokdyn.tokens import TILE
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PLAIN: tuple[Any, ...] = ("none", [], "")
 _GELU: tuple[Any, ...] = ("gelu", [], "tanh")
-_casts: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("tokdyn_casts", default=None)
+_FORWARD = nn.Linear.forward
+_casts: ContextVar[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar(
+    "tokdyn_casts", default=None
+)
 
 
 @contextmanager
 def weights_cast_once() -> Iterator[None]:
-    """Within this context weights do not change: what autocast makes of them is kept, and freed at the end."""
+    """Within this context weights do not change: their casts in `linear` are kept, and freed at the end.
+
+    Autocast keeps its own, of weights that learn, but not where `linear` would find them, and none in inference mode.
+    """
     token = _casts.set({})
     try:
         yield
@@ -38,7 +44,7 @@ def weights_cast_once() -> Iterator[None]:
 
 
 def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
-    """`layer(x)`, or the tanh form of GELU of it. On CPU it has no second derivative.
+    """`layer(x)`, or the tanh form of GELU of it. In bf16 on CPU it has no second derivative.
 
     Args:
         x: (..., D).
@@ -49,7 +55,7 @@ def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
         (..., E), in the type that the layer computes in.
     """
     kind, learning = product_dtype(x), torch.is_grad_enabled()
-    if not isinstance(layer, nn.Linear) or not _is_plain(x, layer) or not _is_known(x, layer, kind, learning):
+    if not isinstance(layer, nn.Linear) or not _is_plain(x, layer, learning) or not _is_known(x, layer, kind):
         out: Tensor = layer(x)
         return gelu_tanh(out) if gelu else out
     count = x.numel() // x.shape[-1]
@@ -71,9 +77,12 @@ class _Linear(torch.autograd.Function):
         x, weight = x.to(kind), weight.to(kind)
         bias = None if bias is None else bias.to(kind)
         learns_x, learns_weight, *_ = context.needs_input_grad
-        context.save_for_backward(x if learns_weight else None, weight if learns_x else None)
-        with torch.autocast("cpu", enabled=False):
-            return _product(x, weight, bias, *_PLAIN) if kind == torch.bfloat16 else F.linear(x, weight, bias)
+        # As nn.Linear saves them, which takes over where somebody watches in one of both runs of a checkpoint.
+        context.save_for_backward(x if learns_weight else None, weight.t() if learns_x else None)
+        if torch._C._len_torch_dispatch_stack():
+            with torch.autocast("cpu", enabled=False):
+                return F.linear(x, weight, bias)
+        return _product(x, weight, bias, *_PLAIN)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -81,17 +90,17 @@ class _Linear(torch.autograd.Function):
         x, weight = context.saved_tensors
         of_x, of_weight, of_bias = context.kinds
         with torch.autocast("cpu", enabled=False):
-            to_x = None if weight is None else gradient.mm(weight).to(of_x)
+            to_x = None if weight is None else gradient.mm(weight.t()).to(of_x)
             to_weight = None if x is None else gradient.t().mm(x).to(of_weight)
-            to_bias = None
-            if context.needs_input_grad[2]:  # a product is faster than a sum over rows
-                to_bias = gradient.new_ones(1, len(gradient)).mm(gradient)[0].to(of_bias)
+            to_bias = gradient.sum(0).to(of_bias) if context.needs_input_grad[2] else None
         return to_x, to_weight, to_bias, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products of x are computed in."""
+    """The type that matrix products of x are computed in: autocast leaves fp64 alone."""
     device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
@@ -100,35 +109,40 @@ def empty_rows(count: int, width: int, dtype: torch.dtype, device: torch.device)
     return torch.empty(_room(count), width, dtype=dtype, device=device)[:count]
 
 
-def _is_plain(x: Tensor, layer: nn.Linear) -> bool:
+def _is_plain(x: Tensor, layer: nn.Linear, learning: bool) -> bool:
     """Whether x is on CPU, the layer `nn.Linear` itself, and nobody would miss its call."""
     return (
         type(layer) is nn.Linear
+        and nn.Linear.forward is _FORWARD
         and by_hand(x)
         and x.numel() > 0
+        and x.shape[-1] == layer.weight.shape[1]
         and not is_watched(layer)
-        and all(type(each) is nn.Parameter for each in (layer.weight, layer.bias) if each is not None)
-        and not torch._C._len_torch_dispatch_stack()  # counters of FLOPs know the operators of nn.Linear only
+        and all(_is_ordinary(each) for each in (layer.weight, layer.bias) if each is not None)
+        # Counters of FLOPs know the operators of nn.Linear only; with gradients they are what `_Linear` takes then.
+        and (learning or not torch._C._len_torch_dispatch_stack())
     )
 
 
-def _is_known(x: Tensor, layer: nn.Linear, kind: torch.dtype, learning: bool) -> bool:
-    """Products in bf16 on a processor with instructions for it; in fp32 only the gradient of the bias is gained."""
-    if kind == torch.bfloat16:
-        able = _product is not None and cpu_multiplies(kind)
-    else:
-        able = kind == torch.float32 and learning
+def _is_ordinary(parameter: Tensor) -> bool:
+    return type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
+
+
+def _is_known(x: Tensor, layer: nn.Linear, kind: torch.dtype) -> bool:
+    """Products in bf16, on a processor with instructions for them."""
+    if kind != torch.bfloat16 or _product is None or not cpu_multiplies(kind) or not torch._C._get_mkldnn_enabled():
+        return False
     types = (torch.float32, kind) if torch.is_autocast_enabled("cpu") else (kind,)
-    return able and all(each.dtype in types for each in (x, layer.weight, layer.bias) if each is not None)
+    return all(each.dtype in types for each in (x, layer.weight, layer.bias) if each is not None)
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = _casts.get()
+    kept, key = _casts.get(), (id(weight), dtype)
     if weight.dtype == dtype or kept is None:
         return weight.to(dtype)
-    if id(weight) not in kept:
-        kept[id(weight)] = weight, weight.to(dtype)
-    return kept[id(weight)][1]
+    if key not in kept:
+        kept[key] = weight, weight.to(dtype)
+    return kept[key][1]
 
 
 def _room(count: int) -> int:
