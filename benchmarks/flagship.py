@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks import naive, official
+from benchmarks.dcdit import sampling
 from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.models import DCDiT
-from tokdyn.ops.linear import weights_cast_once
 
 BARS = {32: 5.0, 64: 10.0, 128: 30.0}
 
@@ -133,7 +133,7 @@ def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         for block in blocks:
             x = official.dense_block(block, x, condition)
 
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), weights_cast_once():
+    with sampling("bf16" if dtype == torch.bfloat16 else "fp32"):
         precision, dense = model._fastest(torch.randn(8, 1024, 384))
         rows = dense.flatten(0, 1).index_select(0, packing.index)
         sides = {"packed": lambda: run(rows, packing), "dense": lambda: run(dense, None), "plain": lambda: plain(dense)}
