@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokdyn.ops.normalization import group_norm_silu, rms_norm
+from tokdyn.ops.normalization import rms_norm
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 700, 24), (3, 5, 7, 8), (0, 6)])
@@ -40,36 +40,3 @@ def test_rows_that_do_not_lie_together_and_zeros():
     weight = torch.ones(6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (6,), weight, 1e-5))
     assert torch.equal(rms_norm(torch.zeros(2, 6), weight, 1e-5), torch.zeros(2, 6))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("turned", [False, True])
-def test_group_norm_and_silu_are_those_of_pytorch(layout, dtype, frozen, turned):
-    torch.manual_seed(0)
-    norm = torch.nn.GroupNorm(4, 12).to(dtype)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    norm.requires_grad_(not frozen)
-    given = torch.randn(3, 12, 5, 6).to(dtype).contiguous(memory_format=layout)
-    upper = torch.randn(3, 12, 5, 6).to(dtype)  # contiguous, whatever the layout of the maps
-    if turned:
-        given, upper = given.transpose(2, 3), upper.transpose(2, 3)
-    outcomes = []
-    for function in (group_norm_silu, lambda x, norm: F.silu(norm(x))):
-        x = given.clone(memory_format=torch.preserve_format).requires_grad_()
-        out = function(x, norm)
-        outcomes.append([out, *torch.autograd.grad(out, [x] + ([] if frozen else [*norm.parameters()]), upper)])
-        with torch.no_grad():
-            assert torch.equal(function(given, norm), out)
-    for mine, theirs in zip(*outcomes, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-def test_hooks_of_the_norm_are_heard():
-    norm, heard = torch.nn.GroupNorm(2, 4), []
-    norm.register_forward_hook(lambda *_: heard.append(True))
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    torch.testing.assert_close(group_norm_silu(x, norm), F.silu(norm(x)))
-    assert len(heard) == 2

@@ -55,14 +55,15 @@ def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
         (..., E), in the type that the layer computes in.
     """
     kind, learning = product_dtype(x), torch.is_grad_enabled()
-    if not isinstance(layer, nn.Linear) or not _is_plain(x, layer, learning) or not _is_known(x, layer, kind):
+    plain = isinstance(layer, nn.Linear) and _is_plain(x, layer, learning)
+    if not isinstance(layer, nn.Linear) or not plain or not _is_known(x, layer, kind):
         out: Tensor = layer(x)
-        return gelu_tanh(out) if gelu else out
+        return gelu_tanh(out, over=plain) if gelu else out
     count = x.numel() // x.shape[-1]
     rows = x.reshape(count, -1)
     if learning:
         out = _Linear.apply(rows, layer.weight, layer.bias, kind).view(*x.shape[:-1], -1)
-        return gelu_tanh(out) if gelu else out
+        return gelu_tanh(out, over=True) if gelu else out
     weight, bias = _cast(layer.weight, kind), None if layer.bias is None else _cast(layer.bias, kind)
     out = _product(_with_room(rows, kind), weight, bias, *(_GELU if gelu else _PLAIN))
     return out[:count].view(*x.shape[:-1], -1)
