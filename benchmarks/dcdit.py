@@ -99,7 +99,7 @@ def step(name: str, given: argparse.Namespace) -> dict[str, Any]:
     model.train()
     both = sides(model, given.compile)
     run = {key: partial(_step, model, side, inputs, plan, name) for key, side in both.items()}
-    times = timing.in_turn(run, rounds=max(3, given.rounds // 2))
+    times = timing.in_turn(run, rounds=max(3, 2 * given.rounds // 3))
     return {
         "what": "training step", "size": "S", "precision": name, "computed": computed(name), "batch": 16,
         "times": times,
