@@ -16,7 +16,7 @@ test: export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo    train a small DC-DiT, sample it at three budgets, draw pictures (about 3 minutes on 2 cores)"
 	@echo "make test    the whole default test suite"
-	@echo "make bench   measure speed on this machine (about 5 minutes on 2 idle cores)"
+	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make wheel   build dist/*.whl from the tracked files"

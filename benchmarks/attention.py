@@ -5,7 +5,7 @@
 Eight samples, 6 heads of 64, forward and with gradients, fp32 and bf16. For samples of different length: one call a
 sample against padding to the longest, with other lengths in every round, as a router makes them: kernels that are
 compiled for each new length show what that costs. For equal ones: the fused kernel against two matrix products. "auto"
-is what tokdyn chooses by itself. Takes one to two minutes on two cores.
+is what tokdyn chooses by itself. Takes about two minutes on two cores.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.dcdit --out benchmarks/results/dcdit-cpu.json
 
-About ten minutes on two cores with nothing else running. Exits with 1 if a bar is missed. Both sides have the same
+Ten to fifteen minutes on two cores with nothing else running. Exits with 1 if a bar is missed. Both sides have the same
 weights and keep the same quarter of the tokens, and run in turn in one process; medians count. `--compile` compiles the
 convolutions of the model, and the whole of the other side. Under autocast tokdyn computes in fp32 on a CPU that has no
 instructions for bf16, where the other side does what PyTorch does: `computed` in the result says which.
