@@ -23,6 +23,9 @@ STACKS = {
 }
 
 
+BROKEN = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
+
+
 def compiled(model, inputs):
     torch._dynamo.reset()
     return sample(torch.compile(model, fullgraph=True, backend="eager")(**inputs))
@@ -30,10 +33,10 @@ def compiled(model, inputs):
 
 @cache
 def plain_is_one(name):
-    """Whether the model without methods compiles; asked once for all of them."""
+    """Whether the model without methods compiles; asked where one with methods does not, for that takes a while."""
     try:
         compiled(TINY[name].build(), TINY[name].inputs(2))
-    except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode):
+    except BROKEN:
         return False
     return True
 
@@ -45,13 +48,17 @@ def test_one_graph(name, methods):
     inputs = TINY[name].inputs(2)
     if not works(name, STACKS[methods]):
         pytest.skip("refused")
-    if not plain_is_one(name):
-        pytest.skip("the plain model is not one graph")
     model = wrap(TINY[name].build(), STACKS[methods])
     if methods == "width":
         random_gates(model)
     expected = sample(model(**inputs))
-    torch.testing.assert_close(compiled(model, inputs), expected, rtol=0, atol=1e-6)
+    try:
+        found = compiled(model, inputs)
+    except BROKEN:
+        if plain_is_one(name):
+            raise
+        pytest.skip("the plain model is not one graph")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["DiT", "PixArtTransformer2DModel"])
