@@ -59,3 +59,12 @@ def test_what_came_in_stays():
     before = x.clone()
     gelu_tanh(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_written_over_what_came_in_it_is_the_same(dtype):
+    x = torch.randn(300, 400).to(dtype)
+    assert torch.equal(gelu_tanh(x.clone(), over=True), gelu_tanh(x))
+    leaf = x.requires_grad_()
+    kept, over = (torch.autograd.grad(gelu_tanh(2 * leaf, over=given).sum(), leaf)[0] for given in (False, True))
+    assert torch.equal(kept, over)

@@ -65,14 +65,15 @@ class _GroupNormSiLU(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=context.layout)
         if x.dtype in _HALVES:
             slopes = _by_samples(gradient, x, weight, bias, mean, deviation)
-            return *(slope.to(kind) for slope, kind in zip(slopes, (x.dtype, *[context.kind] * 2), strict=True)), *_NONE
+            return (
+                *(slope.to(kind) for slope, kind in zip(slopes, (x.dtype, *[context.kind] * 2), strict=True)),
+                None,
+                None,
+            )
         normed = _norm(x, weight, bias, *context.sizes, context.eps)[0]
         gradient = _silu_backward(gradient, normed)
         wanted = context.needs_input_grad[:3]
-        return *_norm_backward(gradient, x, mean, deviation, weight, *context.sizes, wanted), *_NONE
-
-
-_NONE = (None, None)
+        return *_norm_backward(gradient, x, mean, deviation, weight, *context.sizes, wanted), None, None
 
 
 def _by_samples(
