@@ -142,7 +142,7 @@ def plain_depth(model: nn.Module) -> int:
 def dispatch(model: nn.Module, arguments: dict[str, Any]) -> float:
     """Milliseconds that a skipped block takes."""
     from tokdyn.adapters import adapter_for
-    from tokdyn.attach import instance
+    from tokdyn.attach import class_swap
     from tokdyn.attach.run import Run
     from tokdyn.tokens import cells
 
@@ -151,11 +151,11 @@ def dispatch(model: nn.Module, arguments: dict[str, Any]) -> float:
     run = Run(model, model.tokdyn, arguments)
     x = torch.zeros(1, cells(run.grid), 16)
     given = {stack.tokens: x} | ({} if stack.text is None else {stack.text: x})
-    before = instance.enter(run)
+    before = class_swap.enter(run)
     try:
         times = in_turn({"block": lambda: [block(**given) for _ in range(200)]}, 9)
     finally:
-        instance.enter(before)
+        class_swap.enter(before)
     return times["block"]["median_ms"] / 200
 
 

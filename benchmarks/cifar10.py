@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks import markdown
 from tokdyn.bench import timing
+from tokdyn.cost import flops_per_image
 from tokdyn.evaluate import EvalConfig, EvalResult, evaluate
-from tokdyn.flops import flops_per_image
 from tokdyn.report.pareto import draw_pareto, read_points
 from tokdyn.sample import SampleConfig, load_model, sample
 

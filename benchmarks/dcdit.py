@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks import markdown, official
 from tokdyn import ops
 from tokdyn.bench import timing
-from tokdyn.flops import model_parts
+from tokdyn.cost import model_parts
 from tokdyn.models import DCDiT
 from tokdyn.ops.device import autocast_is_slow
 from tokdyn.ops.linear import weights_cast_once

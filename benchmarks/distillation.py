@@ -21,7 +21,7 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.recipe.upcycling import PhaseSettings
 from tokdyn.train.step import RatioTerm, draw, micro_step
 from tokdyn.train.upcycling import Guidance
-from tokdyn.upcycle import Distillation
+from tokdyn.upcycling import Distillation
 
 SLACK = 1.05
 

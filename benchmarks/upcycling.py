@@ -29,10 +29,10 @@ from matplotlib.figure import Figure
 from benchmarks import markdown
 from tokdyn import recipe as recipes
 from tokdyn.bench import timing
+from tokdyn.cost import flops_per_image
 from tokdyn.data import DataConfig, open_data
 from tokdyn.evaluate import EvalConfig, evaluate
 from tokdyn.evaluate.held_out import held_out_loss
-from tokdyn.flops import flops_per_image
 from tokdyn.report.style import COLOURS, MARKERS, MUTED, figure_style, save_figure
 from tokdyn.sample import SampleConfig, load_model, sample
 

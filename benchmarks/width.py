@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import tokdyn
 from tokdyn import DynamicWidth
 from tokdyn.bench import timing
-from tokdyn.flops import count
+from tokdyn.cost import count
 
 BAR = 0.8  # share of the FLOP ratio
 DEPTH, BATCH, SIZE = 6, 8, 32

@@ -54,7 +54,7 @@ def test_models_of_the_published_rows_have_their_size(name: str, millions: float
 
 def test_the_cifar10_rows_match() -> None:
     """Parameters and FLOPs per image within 1% of the flagship's."""
-    from tokdyn.flops import flops_per_image
+    from tokdyn.cost import flops_per_image
 
     def cost(name: str) -> tuple[float, float]:
         model = build_model(recipe.load(f"cifar10/{name}"), device="meta")

@@ -14,13 +14,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 from tokdyn import DCDiT, DiT
+from tokdyn.cost import flops_per_image
 from tokdyn.data.config import DataConfig
 from tokdyn.data.features import FeaturesConfig, write_features
 from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of, weights_digest
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.errors import CheckpointError, DataError, InputError, OutputError, RecipeError, UnsupportedModelError
-from tokdyn.flops import flops_per_image
 from tokdyn.recipe import load
 from tokdyn.report.decoding import open_decoder
 from tokdyn.report.pixels import to_pixels

@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokdyn
 from tests.test_sample import FACTS, QUICK, tiny
 from tokdyn import Chunking, DepthSkip, DiT, DynamicWidth, FeatureCache, TokenMerge
-from tokdyn.attach.costs import PARTS
+from tokdyn.cost import model_parts
+from tokdyn.cost.blocks import PARTS
+from tokdyn.cost.counting import attention_formulas
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Sampler, generate
-from tokdyn.flops import model_parts
-from tokdyn.flops.counting import attention_formulas
 from tokdyn.sample import SampleConfig, sample
 from tokdyn.sample.costs import step_costs
 from tokdyn.train.snapshot import save_model

@@ -23,13 +23,14 @@ from tokdyn.errors import (
 
 if TYPE_CHECKING:
     from tokdyn.adapters import register_adapter
-    from tokdyn.attach.api import disabled, unwrap, wrap
     from tokdyn.attach.controls import calibrate_router, dropping, losses, reset, set_tail_drop
+    from tokdyn.attach.entry import disabled, unwrap, wrap
     from tokdyn.attach.sidecar import load, save
-    from tokdyn.attach.stats import stats
     from tokdyn.calibration import calibrate, recording
+    from tokdyn.cost import flops, stats
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
     from tokdyn.models import DCDiT, DiT
+    from tokdyn.upcycling import upcycle
 
 __version__ = "0.1.0.dev0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "calibrate_router",
     "disabled",
     "dropping",
+    "flops",
     "load",
     "losses",
     "recording",
@@ -64,15 +66,17 @@ __all__ = [
     "set_tail_drop",
     "stats",
     "unwrap",
+    "upcycle",
     "wrap",
 ]
 
 _LAZY = {
     "register_adapter": "tokdyn.adapters",
-    **dict.fromkeys(("disabled", "unwrap", "wrap"), "tokdyn.attach.api"),
+    **dict.fromkeys(("disabled", "unwrap", "wrap"), "tokdyn.attach.entry"),
     **dict.fromkeys(("calibrate_router", "dropping", "losses", "reset", "set_tail_drop"), "tokdyn.attach.controls"),
     **dict.fromkeys(("load", "save"), "tokdyn.attach.sidecar"),
-    "stats": "tokdyn.attach.stats",
+    **dict.fromkeys(("flops", "stats"), "tokdyn.cost"),
+    "upcycle": "tokdyn.upcycling",
     **dict.fromkeys(
         ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge"), "tokdyn.methods"
     ),
@@ -87,18 +91,18 @@ _SUBMODULES = frozenset(
         "bases",
         "calibration",
         "checkpoints",
+        "cost",
         "data",
         "demo",
         "diffusion",
         "evaluate",
-        "flops",
         "methods",
         "models",
         "ops",
         "recipe",
         "report",
     }
-    | {"sample", "tokens", "train", "upcycle"}
+    | {"sample", "tokens", "train", "upcycling"}
 )
 
 

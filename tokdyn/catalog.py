@@ -13,7 +13,7 @@ from tokdyn.adapters import known_adapters
 from tokdyn.attach.support import EXAMPLES, support
 from tokdyn.bases import rows
 from tokdyn.bases.opening import in_cache
-from tokdyn.flops import flops_per_image
+from tokdyn.cost import flops_per_image
 from tokdyn.methods import METHODS
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import SHAPES

@@ -19,9 +19,9 @@ from tokdyn.bench import flops as bench
 from tokdyn.bench.flops import FlopsConfig, bench_flops, compared
 from tokdyn.bench.published import MATCHED
 from tokdyn.bench.stacks import open_stack, read_stacks
+from tokdyn.cost.counting import attention_formulas
 from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.errors import TokdynError
-from tokdyn.flops.counting import attention_formulas
 from tokdyn.train.snapshot import save_model
 
 SMALL = {"sample_size": 8, "in_channels": 3, "num_classes": 5}
@@ -110,7 +110,7 @@ def test_a_difference_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def dearer(*words: Any, **settings: Any) -> dict[str, int]:
         return {name: round(1.01 * value) for name, value in whole(*words, **settings).items()}
 
-    monkeypatch.setattr("tokdyn.flops.counted.model_parts", dearer)
+    monkeypatch.setattr("tokdyn.cost.counted.model_parts", dearer)
     with pytest.raises(TokdynError, match="apart where"):
         bench_flops(FlopsConfig(models="DiT-tiny/2", **SMALL))
 

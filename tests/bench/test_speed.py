@@ -18,8 +18,8 @@ from tokdyn import DiT
 from tokdyn.bench.speed import Case, SpeedConfig, SpeedRow, bench_speed, cases, growth, model_of
 from tokdyn.bench.speed_table import columns, curves
 from tokdyn.bench.stacks import Stack, read_stacks
+from tokdyn.cost import flops, model_parts
 from tokdyn.errors import InputError, RecipeError
-from tokdyn.flops import flops, model_parts
 from tokdyn.report.style import figure_style
 from tokdyn.train.snapshot import save_model
 

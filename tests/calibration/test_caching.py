@@ -10,7 +10,7 @@ from tests.calibration.calls import LEVELS, trajectory
 from tests.contract.models import CLOCKED, TINY, one_of, sample
 from tokdyn.calibration import calibrate_cache
 from tokdyn.calibration.threshold import simulate
-from tokdyn.flops import count
+from tokdyn.cost import count
 from tokdyn.methods import TEACACHE_FLUX
 from tokdyn.ops.caching import fit_rescaling, relative_change
 

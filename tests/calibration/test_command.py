@@ -18,8 +18,8 @@ import tokdyn
 from tests.contract.models import TINY, randomized
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.calibration.trajectories import open_subject, trajectories
+from tokdyn.cost import count
 from tokdyn.data.config import DataConfig
-from tokdyn.flops import count
 from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.train.snapshot import save_model
 

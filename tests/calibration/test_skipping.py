@@ -11,7 +11,7 @@ from tests.contract.foreign import INFERRED
 from tests.contract.models import CLOCKED, TINY, sample
 from tokdyn.calibration import calibrate_skipping
 from tokdyn.calibration.levels import bins_of
-from tokdyn.flops import count
+from tokdyn.cost import count
 from tokdyn.ops.skipping import block_influence
 
 every = pytest.mark.parametrize("name", CLOCKED)

@@ -14,7 +14,7 @@ from tests.contract.test_wrap import ACTIVE, PAIRS
 from tests.contract.widths import random_gates
 from tokdyn import Chunking, CompositionError, DepthSkip, DynamicWidth, FeatureCache, InputError, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.costs import PARTS
+from tokdyn.cost.blocks import PARTS
 
 MODELS = sorted(TINY)
 LEVELS = (0.3, 0.7, 0.3)

@@ -10,8 +10,8 @@ from tests.contract.kit import latents
 from tests.contract.test_recompute import Attention
 from tokdyn import DepthSkip, FeatureCache, TokenMerge, UnsupportedModelError
 from tokdyn.adapters.infer import GuessedLevel, infer
-from tokdyn.attach.api import wrap
-from tokdyn.attach.learning import flow
+from tokdyn.attach.entry import wrap
+from tokdyn.attach.inferred import flow
 
 D = 16
 

@@ -17,7 +17,7 @@ from tests.contract.widths import (
     wrapped,
 )
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.layout import reach
+from tokdyn.attach.width.layout import reach
 
 
 class LowRank(nn.Module):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tokdyn.cost import flops_per_image
 from tokdyn.errors import DataError, RecipeError
-from tokdyn.flops import flops_per_image
 from tokdyn.recipe import Recipe, load
 from tokdyn.recipe.build import build_model, planned_steps
 from tokdyn.train import dry_run

@@ -1,7 +1,7 @@
 """An adapter for a model that none is declared for, read off its structure.
 
 What can be read is where the blocks are and which argument is the noise level. What blocks return is learned when they
-first run, and a model that turns out to be something else is refused then (`tokdyn.attach.learning`). Where tokens lie
+first run, and a model that turns out to be something else is refused then (`tokdyn.attach.inferred`). Where tokens lie
 on a grid and what follows them cannot be read, so such an adapter is good for skipping and caching only.
 """
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach import instance
-from tokdyn.attach.actors.budgets import drops
+from tokdyn.attach import class_swap
+from tokdyn.attach.handlers.budgets import drops
 from tokdyn.attach.run import Run
 from tokdyn.tokens import Grid, Routing
 
@@ -28,7 +28,7 @@ def _chunked(
 
     The routing of such a sample is the one of the step that is repeated.
     """
-    run: Run | None = instance.current()
+    run: Run | None = class_swap.current()
     if run is None or run.model is not model:
         out: tuple[Tensor, Routing] = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
         return out

@@ -10,25 +10,25 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.attach.actors.base import Actors, Bracket, Branch, Gate, Kernel
-from tokdyn.attach.actors.chunking import Chunk
-from tokdyn.attach.actors.depth_skip import LearnedSkipping, Skipping
-from tokdyn.attach.actors.dynamic_width import Choosing, Narrowing
-from tokdyn.attach.actors.feature_cache import Cache, FirstBlock
-from tokdyn.attach.actors.token_drop import Dropping
-from tokdyn.attach.actors.token_merge import Merge
 from tokdyn.attach.calibrated import SamplerWatch
-from tokdyn.attach.layout import layouts_of
-from tokdyn.attach.learning import Guard, samples
+from tokdyn.attach.handlers.base import Actors, Bracket, Branch, Gate, Kernel
+from tokdyn.attach.handlers.chunking import Chunk
+from tokdyn.attach.handlers.depth_skip import LearnedSkipping, Skipping
+from tokdyn.attach.handlers.dynamic_width import Choosing, Narrowing
+from tokdyn.attach.handlers.feature_cache import Cache, FirstBlock
+from tokdyn.attach.handlers.token_drop import Dropping
+from tokdyn.attach.handlers.token_merge import Merge
+from tokdyn.attach.inferred import Guard, samples
+from tokdyn.attach.measuring import Meter
 from tokdyn.attach.offload import home
-from tokdyn.attach.record import Record
-from tokdyn.attach.roles import Role, argument_names, blocks_of, find_roles
+from tokdyn.attach.sites import Role, argument_names, blocks_of, find_roles
 from tokdyn.attach.support import own_methods
-from tokdyn.attach.trajectory import Trajectory
-from tokdyn.attach.unnoticed import Meter
+from tokdyn.attach.width.layout import layouts_of
 from tokdyn.compose import Placed, compose
 from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, Sizes, TokenDrop, TokenMerge
 from tokdyn.methods.base import resolve
+from tokdyn.trace.calls import Record
+from tokdyn.trace.trajectory import Trajectory
 
 _CALLS = 512  # that are remembered: 250 steps of two branches of guidance
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tokdyn.attach.fingerprint import different, other_sampler
-from tokdyn.attach.trajectory import Turn
 from tokdyn.methods import Method
+from tokdyn.trace.trajectory import Turn
 
 _CURE = "calibrate again on calls of this one: tokdyn.calibrate(model, calls, {name}())"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.attach import instance
+from tokdyn.attach import class_swap
 from tokdyn.attach.run import Run
 
 _NAME = "_gradient_checkpointing_func"
@@ -47,16 +47,16 @@ def _checkpointing(function: Any, run: Run) -> Any:
 
             def plain(*again: Any) -> Any:
                 nonlocal several
-                before, now = instance.enter(run), run.here()
+                before, now = class_swap.enter(run), run.here()
                 run.go(here)
                 run.given, run.found = dict(zip(names, again[len(a) :], strict=True)), {}
                 try:
-                    out = instance.base_class(block).__call__(block, *again[: len(a)])
+                    out = class_swap.base_class(block).__call__(block, *again[: len(a)])
                     several, keys[:] = isinstance(out, tuple), list(run.found)
                     return (*(out if several else (out,)), *run.found.values())
                 finally:
                     run.go(now)
-                    instance.enter(before)
+                    class_swap.enter(before)
 
             out = function(plain, *a, *given)
             own = len(out) - len(keys)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.api import attached
+from tokdyn.attach.entry import attached
+from tokdyn.attach.measuring import unnoticed
 from tokdyn.attach.offload import away
 from tokdyn.attach.targets import inside
-from tokdyn.attach.unnoticed import unnoticed
 from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, TokenDrop
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.attach.groups import grouped
-from tokdyn.attach.record import BlockCall
-from tokdyn.attach.roles import Role
+from tokdyn.attach.sites import Role
 from tokdyn.ops.pack import pack_index, packing_of
 from tokdyn.tokens import Packing, cells
+from tokdyn.trace.calls import BlockCall
 
 if TYPE_CHECKING:
     from tokdyn.attach.run import Run

@@ -14,11 +14,11 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.record import Record
-from tokdyn.attach.roles import Role
 from tokdyn.attach.run import Run
+from tokdyn.attach.sites import Role
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
+from tokdyn.trace.calls import Record
 
 if TYPE_CHECKING:
     from tokdyn.attach.attachment import Attachment

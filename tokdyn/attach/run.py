@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Stack
-from tokdyn.attach.actors.base import Branch
+from tokdyn.attach.class_swap import base_class
 from tokdyn.attach.groups import Group, arguments_of, grouped, put
-from tokdyn.attach.instance import base_class
+from tokdyn.attach.handlers.base import Branch
 from tokdyn.attach.offload import Weights
 from tokdyn.attach.once import Once
 from tokdyn.attach.packed import packed_block
-from tokdyn.attach.record import BlockCall, Record
-from tokdyn.attach.roles import Role
+from tokdyn.attach.sites import Role
 from tokdyn.attach.tokens import join, of_samples, split
-from tokdyn.attach.trajectory import Turn
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, Packing, cells
+from tokdyn.trace.calls import BlockCall, Record
+from tokdyn.trace.trajectory import Turn
 
 if TYPE_CHECKING:
     from tokdyn.attach.attachment import Attachment

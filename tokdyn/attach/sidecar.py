@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 import tokdyn
-from tokdyn.attach.api import attached, wrap
+from tokdyn.attach.entry import attached, wrap
 from tokdyn.attach.offload import away
 from tokdyn.attach.targets import inside
 from tokdyn.errors import CheckpointError, InputError
@@ -80,7 +80,7 @@ def load(model: Model, folder: str | Path) -> Model:
         weights = load_file(where / WEIGHTS) if expected else {}
         attached(model).load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
-        from tokdyn.attach.api import unwrap
+        from tokdyn.attach.entry import unwrap
 
         unwrap(model)
         raise CheckpointError(f"{where / WEIGHTS} does not fit the methods beside it ({error}).") from error

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters import ModelAdapter, known_adapters
-from tokdyn.attach.layout import unfit
-from tokdyn.attach.roles import Role
+from tokdyn.attach.sites import Role
+from tokdyn.attach.width.layout import unfit
 from tokdyn.compose import compose
 from tokdyn.errors import CompositionError, UnsupportedModelError
 from tokdyn.methods import METHODS, Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, TokenDrop, TokenMerge

@@ -11,18 +11,18 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
-from tokdyn.attach.api import attachment_of
-from tokdyn.attach.costs import PARTS
-from tokdyn.attach.stats import stats
+from tokdyn.attach.entry import attachment_of
 from tokdyn.bench import published
 from tokdyn.bench.stacks import Opened, Stack, open_stack
+from tokdyn.cost import compute_matched_steps, flops, flops_per_image, model_parts
+from tokdyn.cost.analytic import grid_of
+from tokdyn.cost.blocks import PARTS
+from tokdyn.cost.statistics import stats
 from tokdyn.diffusion.records import Generation, StepRecord
 from tokdyn.diffusion.sampling import GuidanceScale, Share, Steps, generate
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.errors import RecipeError, TokdynError
 from tokdyn.files import UserPath
-from tokdyn.flops import compute_matched_steps, flops, flops_per_image, model_parts
-from tokdyn.flops.analytic import grid_of
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import SHAPES
 from tokdyn.ops.schedules import at

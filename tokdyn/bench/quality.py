@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from tokdyn.attach.api import attachment_of
+from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.sidecar import save
 from tokdyn.bench import timing
 from tokdyn.bench.fidelity import SMALLEST, feature_distance, psnr, ssim

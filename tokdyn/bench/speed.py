@@ -16,14 +16,14 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
-from tokdyn.attach.api import attachment_of
+from tokdyn.attach.entry import attachment_of
 from tokdyn.bench import timing
 from tokdyn.bench.flops import is_named
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.calibration.afterwards import rewrap
+from tokdyn.cost import flops
 from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath
-from tokdyn.flops import flops
 from tokdyn.host import open_device, settle_memory
 from tokdyn.methods import FeatureCache
 from tokdyn.methods.written import from_written

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tokdyn.attach.api import attachment_of, unwrap
+from tokdyn.attach.entry import attachment_of, unwrap
 from tokdyn.attach.sidecar import load
 from tokdyn.calibration.afterwards import rewrap
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop

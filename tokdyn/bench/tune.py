@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokdyn.attach.api import attachment_of
+from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.sidecar import save
 from tokdyn.bench.page import write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality

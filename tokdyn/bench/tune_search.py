@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.api import attachment_of, unwrap
+from tokdyn.attach.entry import attachment_of, unwrap
 from tokdyn.bench.stacks import Opened, Stack, attach
 from tokdyn.bench.tune_settings import Knob, TuneConfig
 from tokdyn.calibration.caching import calibrate_cache

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.attach.api import attachment_of, unwrap, wrap
+from tokdyn.attach.entry import attachment_of, unwrap, wrap
 from tokdyn.attach.sidecar import save
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.errors import InputError, TokdynError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tokdyn
-from tokdyn.attach.api import attachment_of, unwrap, wrap
+from tokdyn.attach.entry import attachment_of, unwrap, wrap
 from tokdyn.attach.sidecar import save
 from tokdyn.calibration.caching import CacheCalibration, calibrate_cache
 from tokdyn.calibration.config import CalibrateConfig

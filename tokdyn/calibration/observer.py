@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokdyn.attach.actors.feature_cache import Cache
-from tokdyn.attach.api import attached, unwrap, wrap
+from tokdyn.attach.entry import attached, unwrap, wrap
+from tokdyn.attach.handlers.feature_cache import Cache
 from tokdyn.attach.run import Run
-from tokdyn.attach.trajectory import Turn
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
+from tokdyn.trace.trajectory import Turn
 
 
 def _nothing() -> int:

@@ -14,18 +14,18 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 import tokdyn
-from tokdyn.attach.api import attached
+from tokdyn.attach.entry import attached
 from tokdyn.calibration.recording import recording
 from tokdyn.calibration.replay import evaluating
+from tokdyn.cost import flops
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
-from tokdyn.flops import flops
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
 from tokdyn.train.calls import CallSettings, distil, fresh
 from tokdyn.train.seeds import Stream, seed_everything
-from tokdyn.upcycle.api import check_method, upcycle
+from tokdyn.upcycling.api import check_method, upcycle
 
 INDEX, REPORT, PICTURE, BEGUN = "model_index.json", "upcycle.json", "images.png", "settings.json"
 _OWN = ("DiTTransformer2DModel", "DiT", "DCDiT")  # of class-conditional pipelines, which recipes train

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.api import attachment_of
-from tokdyn.attach.record import Record
-from tokdyn.attach.roles import Role, blocks_of, find_roles
+from tokdyn.attach.entry import attachment_of
+from tokdyn.attach.sites import Role, blocks_of, find_roles
 from tokdyn.attach.tokens import split
 from tokdyn.calibration.recording import Call, moved
+from tokdyn.cost.counting import attention_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
-from tokdyn.flops.counting import attention_formulas
 from tokdyn.tokens import Packing, cells
+from tokdyn.trace.calls import Record
 
 Counts = TypeVar("Counts")
 Spent = Callable[[], int]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokdyn.attach.trajectory import Turn
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, rescale
+from tokdyn.trace.trajectory import Turn
 
 _CANDIDATES = 4096
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokdyn.attach.api import attachment_of
+from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.sidecar import save
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
 from tokdyn.checkpoints.files import NOTES

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokdyn.cost import compute_matched_steps, flops_per_image, model_parts
 from tokdyn.data import DataConfig
 from tokdyn.data.config import rows_and_columns
 from tokdyn.errors import CheckpointError, InputError, RecipeError
-from tokdyn.flops import compute_matched_steps, flops_per_image, model_parts
 from tokdyn.recipe.model_settings import FROM_ELSEWHERE, ModelSettings
 from tokdyn.recipe.schema import Recipe
 from tokdyn.recipe.upcycling import UpcycleSettings
@@ -136,7 +136,7 @@ def _by_steps(method: Method, recipe: Recipe) -> Method:
 
 def _check_after(settings: UpcycleSettings, model: Any) -> None:
     """Refuse, before anything is trained, a share of the FLOPs that skipping every block would not come down to."""
-    from tokdyn.attach.costs import PARTS
+    from tokdyn.cost.blocks import PARTS
 
     parts = model_parts(model)
     least = sum(flops for name, flops in parts.items() if name not in PARTS) / sum(parts.values())
@@ -172,8 +172,8 @@ def build_model(
         raise RecipeError("data.num_classes is needed to plan without reading the data; set data.num_classes=1000.")
     shape = shape or planned_shape(recipe.data)
     if recipe.upcycle is not None:
-        from tokdyn.attach.api import wrap
-        from tokdyn.upcycle.dc import to_dc
+        from tokdyn.attach.entry import wrap
+        from tokdyn.upcycling.dc import to_dc
 
         base = base or open_base(recipe, shape, num_classes)
         with torch.device(device):

@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from tokdyn.attach.api import attachment_of
-from tokdyn.attach.costs import PARTS
-from tokdyn.attach.stats import StepStats, stats
+from tokdyn.attach.entry import attachment_of
+from tokdyn.cost import flops_per_image, model_parts
+from tokdyn.cost.blocks import PARTS
+from tokdyn.cost.statistics import StepStats, stats
 from tokdyn.diffusion.records import StepRecord
-from tokdyn.flops import flops_per_image, model_parts
 
 CHUNKING = ("router", "residual", "dechunk")  # what a cache around the chunking of a DC-DiT passes by
 _AVERAGED = ("kept", "uncond_kept", "gflops", "milliseconds")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tokdyn.attach.api import attachment_of
+from tokdyn.attach.entry import attachment_of
 from tokdyn.data.vae import weights_digest
 from tokdyn.errors import RecipeError
 from tokdyn.methods.written import written

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokdyn.attach.api import attachment_of, unwrap
+from tokdyn.attach.entry import attachment_of, unwrap
 from tokdyn.attach.sidecar import load
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokdyn.attach.api import attached, disabled
 from tokdyn.attach.controls import losses
+from tokdyn.attach.entry import attached, disabled
 from tokdyn.attach.sidecar import save
 from tokdyn.errors import CheckpointError, InputError, TokdynError
 from tokdyn.files import replacing
@@ -27,7 +27,7 @@ from tokdyn.progress import progress
 from tokdyn.recipe.section import Count, Positive, Section
 from tokdyn.train.seeds import Stream, generator, seed_everything
 from tokdyn.train.snapshot import load_optimizer, optimizer_tensors
-from tokdyn.upcycle.distill import normalised_mse
+from tokdyn.upcycling.distill import normalised_mse
 
 STATE, METRICS, METHODS, TRANSFORMER = "state.safetensors", "metrics.jsonl", "methods", "transformer"
 
@@ -62,7 +62,7 @@ class CallResult:
 
     Attributes:
         folder: with `methods` for `tokdyn.load`, and `transformer` if all of it was trained.
-        rows: step, "output" (see `tokdyn.upcycle.distill.normalised_mse`) and the losses of the methods, by step.
+        rows: step, "output" (see `tokdyn.upcycling.distill.normalised_mse`) and the losses of the methods, by step.
     """
 
     folder: Path

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokdyn.cost import flops_per_image
 from tokdyn.data import open_data
-from tokdyn.flops import flops_per_image
 from tokdyn.host import settle_memory
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe
@@ -19,8 +19,8 @@ from tokdyn.recipe.build import Shape, build_model, open_base, planned_shape, pl
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import RatioTerm, draw, micro_step
 from tokdyn.train.upcycling import Guidance, always_frozen, freeze
-from tokdyn.upcycle.distill import Distillation
-from tokdyn.upcycle.report import UpcycleReport, report
+from tokdyn.upcycling.distill import Distillation
+from tokdyn.upcycling.report import UpcycleReport, report
 
 if TYPE_CHECKING:
     from tokdyn.models import DiT

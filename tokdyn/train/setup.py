@@ -24,8 +24,8 @@ from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
 from tokdyn.train.upcycling import always_frozen, freeze
-from tokdyn.upcycle.distill import Distillation
-from tokdyn.upcycle.report import UpcycleReport, report
+from tokdyn.upcycling.distill import Distillation
+from tokdyn.upcycling.report import UpcycleReport, report
 
 _CALIBRATION_IMAGES = 64
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokdyn.attach.api import attachment_of
-from tokdyn.attach.instance import base_class
+from tokdyn.attach.class_swap import base_class
+from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.sidecar import load, save
 from tokdyn.errors import CheckpointError
 from tokdyn.train.ema import Ema

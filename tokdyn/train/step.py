@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokdyn.diffusion.objective import Noised, Objective
 from tokdyn.ops import ratio_loss
 from tokdyn.train.upcycling import Guidance
-from tokdyn.upcycle.distill import Asked
+from tokdyn.upcycling.distill import Asked
 
 
 @dataclass(frozen=True)

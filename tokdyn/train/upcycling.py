@@ -13,7 +13,7 @@ from tokdyn.recipe import Recipe
 from tokdyn.recipe.upcycling import Part, PhaseSettings, UpcycleSettings
 from tokdyn.train import schedule
 from tokdyn.train.seeds import Stream, generator
-from tokdyn.upcycle.dc import EMBEDDERS
+from tokdyn.upcycling.dc import EMBEDDERS
 
 _PARTS: dict[Part, tuple[str, ...]] = {
     "embedders": EMBEDDERS,

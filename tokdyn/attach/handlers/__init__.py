@@ -1,0 +1,1 @@
+"""The methods at work: one handler for each."""

@@ -1,0 +1,199 @@
+"""The first call of a model with an inferred adapter: what its blocks return is learned, what does not fit is refused.
+
+Everything is judged by what the blocks were really given and gave back, never by the names of classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters.base import Stack
+from tokdyn.attach.sites import Role
+from tokdyn.errors import UnsupportedModelError
+
+_CURE = "register an adapter for it (docs/adapters.md)"
+
+
+def learn(stack: Stack, named: Mapping[str, Any], out: Any) -> Stack | str:
+    """What a block returns, from the shapes of what it got and gave back.
+
+    Args:
+        stack: with `returns` unknown.
+        named: arguments of the block by name.
+        out: what it returned.
+
+    Returns:
+        The stack with `returns` and, if text comes back too, `text`; or what does not fit.
+    """
+    x = named.get(stack.tokens)
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        return f"its blocks get {_shape(x)} as {stack.tokens!r}, not tokens (batch, tokens, width)"
+    parts = list(out) if isinstance(out, tuple) else [out]
+    if len(parts) > 2 or not all(isinstance(part, Tensor) for part in parts):
+        return f"its blocks return {_shape(out)}, not tokens or tokens and text"
+    if not isinstance(out, tuple):
+        return replace(stack, returns=("tokens",)) if out.shape == x.shape else _changed(x, out)
+    if len(parts) == 1:
+        return "its blocks return a tuple of one tensor"
+    texts = [name for name, value in named.items() if name != stack.tokens and _tokens(value)]
+    ways = [
+        (place, name)
+        for place in (0, 1)
+        for name in texts
+        if parts[place].shape == x.shape and parts[1 - place].shape == named[name].shape
+    ]
+    if not ways:
+        return _changed(x, out)
+    if len({place for place, _ in ways}) > 1:
+        return (
+            f"its blocks return two tensors of the shape {tuple(x.shape)}, and it cannot be told which of them holds "
+            "the image; call it once with another number of text tokens"
+        )
+    place, text = ways[0]
+    return replace(stack, text=text, returns=("tokens", "text") if place == 0 else ("text", "tokens"))
+
+
+def flow(before: Tensor, after: Tensor) -> str:
+    """How the tokens that a stack left go into the next one.
+
+    Args:
+        before: (B, N, D), what the last block of a stack returned.
+        after: (B, S, D), what the first block of the next stack gets.
+
+    Returns:
+        "all", or "first" or "last" where they lie beside other tokens, "changed" if only the shape is the same, "none".
+    """
+    count = before.shape[1]
+    if after.shape == before.shape:
+        return "all" if torch.equal(before, after) else "changed"
+    if after.shape[0] != before.shape[0] or after.shape[2:] != before.shape[2:] or after.shape[1] < count:
+        return "none"
+    if torch.equal(after[:, -count:], before):
+        return "last"
+    return "first" if torch.equal(after[:, :count], before) else "none"
+
+
+@dataclass
+class Guard:
+    """What is expected of one call of a model whose adapter was inferred.
+
+    Attributes:
+        model: name of its class.
+        depth: number of blocks.
+        batch: samples of the call, as far as its arguments tell.
+        caches: a cache spans the stacks.
+        next: the block that has to come next.
+        before: path of the stack of the block before, and what it returned.
+    """
+
+    model: str
+    depth: int
+    batch: int | None
+    caches: bool
+    next: int = 0
+    before: tuple[str, Tensor] | None = None
+
+    def begin(
+        self, roles: dict[int, Role], part: nn.Module, named: Mapping[str, Any], plain: Callable[[], Any]
+    ) -> Role:
+        """Check a block before it is called; what it returns is learned the first time.
+
+        Args:
+            roles: of all parts; updated when something is learned.
+            part: the block.
+            named: its arguments.
+            plain: calls the block as it was.
+
+        Returns:
+            Its role, with what is known now.
+        """
+        role = roles[id(part)]
+        if role.block != self.next:
+            raise self._refusal(
+                f"block {role.block}, of {role.stack.path!r}, came where block {self.next} was expected, so its blocks "
+                "do not run one after the other"
+            )
+        self.next += 1
+        if not role.stack.returns:
+            with torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
+                found = learn(role.stack, named, plain())
+            if isinstance(found, Stack) and self.before is not None:
+                found = self._joined(found, named[found.tokens])
+            if isinstance(found, str):
+                raise self._refusal(found)
+            for key, other in roles.items():
+                if other.stack.path == found.path:
+                    roles[key] = replace(other, stack=found)
+        x = named[role.stack.tokens]
+        if self.before is not None and self.before[0] == role.stack.path and x.shape != self.before[1].shape:
+            raise self._refusal(_changed(self.before[1], x))
+        if self.batch not in (None, len(x)):
+            raise self._refusal(f"it is called with {self.batch} samples, but its blocks get {_shape(x)}")
+        return roles[id(part)]
+
+    def after(self, stack: Stack, given: Tensor, out: Any) -> None:
+        """Check what a block returned."""
+        parts = out if isinstance(out, tuple) else (out,)
+        if len(parts) != len(stack.returns):
+            raise self._refusal(f"its blocks return now one thing, now another: {_shape(out)}")
+        x = parts[stack.returns.index("tokens")]
+        if not isinstance(x, Tensor) or x.shape != given.shape:
+            raise self._refusal(_changed(given, x))
+
+    def end(self) -> None:
+        """Check that all blocks were called."""
+        if self.next != self.depth:
+            raise self._refusal(f"{self.next} of its {self.depth} blocks were called")
+
+    def _joined(self, stack: Stack, x: Tensor) -> Stack | str:
+        """The stack with the place of the image tokens that came from the one before."""
+        assert self.before is not None
+        how = flow(self.before[1], x)
+        if how == "none" or (how == "changed" and self.caches):
+            return (
+                f"the blocks in {stack.path!r} get {_shape(x)}, which are not the tokens {_shape(self.before[1])} that "
+                f"those in {self.before[0]!r} left"
+            )
+        return stack if how in ("all", "changed") else replace(stack, image=how)  # type: ignore[arg-type]
+
+    def _refusal(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"no adapter knows {self.model}, and what was read off its structure does not hold: {reason}; {_CURE}."
+        )
+
+
+def _tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3
+
+
+def _changed(given: Any, out: Any) -> str:
+    return f"its blocks turn {_shape(given)} into {_shape(out)}"
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _devices(named: Mapping[str, Any]) -> list[int]:
+    """Accelerators whose random state a block may use."""
+    found = {value.device for value in named.values() if isinstance(value, Tensor) and value.device.type == "cuda"}
+    return sorted(device.index or 0 for device in found)
+
+
+def samples(arguments: Mapping[str, Any]) -> int | None:
+    """B of a call: of the first argument that has an entry for each sample, a tensor or a list of tensors."""
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return len(value)
+        if isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
+            return len(value)
+    return None

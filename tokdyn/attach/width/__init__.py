@@ -1,0 +1,1 @@
+"""Blocks computed for some attention heads and MLP channels alone, on sliced weights."""

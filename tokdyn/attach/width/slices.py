@@ -1,0 +1,185 @@
+"""A block computed for some heads and MLP channels alone: the same code on sliced weights.
+
+The block itself is not changed; see `tokdyn.attach.width.copies`. The sliced weights are kept until other heads are
+asked for or a weight changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters.width import Kind
+from tokdyn.attach.class_swap import base_class
+from tokdyn.attach.width.copies import narrow_copy, shallow, sources_of
+from tokdyn.attach.width.layout import Layer, Layout, Names, On
+from tokdyn.attach.width.weights import Seen, untouched, weights_of
+from tokdyn.ops.width import kept_channels
+
+
+class Selected(nn.Module):
+    """A module whose outputs are selected.
+
+    Args:
+        inner: any module.
+        index: (n,) int64, along the last axis of what it returns.
+    """
+
+    def __init__(self, inner: nn.Module, index: Tensor) -> None:
+        super().__init__()
+        self.inner, self.index = inner, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., n)."""
+        out: Tensor = self.inner(x)
+        return out.index_select(-1, self.index)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What was sliced of a block.
+
+    Attributes:
+        on: for which heads and channels.
+        sources: the layers, and the norms behind them.
+        seen: their weights.
+        modules: what takes the place of which module.
+        columns: channels of the heads that are on; None if all are.
+        sizes: how many heads and channels are on.
+        without: for every layer that was cut, the numbers of its weight that are not in the slice.
+    """
+
+    on: On
+    sources: dict[Names, nn.Module]
+    seen: tuple[Seen, ...]
+    modules: dict[Names, nn.Module]
+    columns: Tensor | None
+    sizes: dict[Kind, int]
+    without: dict[Names, int]
+
+    def holds(self, on: On, sources: dict[Names, nn.Module]) -> bool:
+        """Whether it is still what is asked for."""
+        if self.on != on or any(self.sources.get(names) is not module for names, module in sources.items()):
+            return False
+        weights = [weight for module in sources.values() for weight in weights_of(module)]
+        if len(weights) != len(self.seen):
+            return False
+        return all(seen.same(weight) for seen, weight in zip(self.seen, weights, strict=True))
+
+
+class Slices:
+    """The slices of a model's blocks, the last of each. Copies of the model start without."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, Slice] = {}
+
+    def __reduce__(self) -> Any:
+        return Slices, ()
+
+    def clear(self) -> None:
+        """Let all weights go."""
+        self._of = {}
+
+    def check(self) -> None:
+        """Forget everything if a weight was written to behind its back; asked once in a call of the model."""
+        if not untouched(each for one in self._of.values() for each in one.seen):
+            self.clear()
+
+    def narrow(
+        self, number: int, block: nn.Module, layout: Layout, on: On, roles: Mapping[int, Any]
+    ) -> tuple[nn.Module, Slice] | None:
+        """A block that computes some heads and channels alone.
+
+        Args:
+            number: of the block in the model.
+            block: stays as it is.
+            layout: of the block.
+            on: what is computed.
+            roles: of the model's parts; copies of attention and MLP keep theirs.
+
+        Returns:
+            The block and its slice; None if it cannot be sliced: a layer is no plain linear layer, its weights are not
+            there or want gradients, or hooks hold on to the modules.
+        """
+        known = layout.width.known
+        sources = sources_of(block, layout, on) if known is None or known(block) else None
+        if sources is None:
+            self._of.pop(number, None)
+            return None
+        found = self._of.get(number)
+        if found is None or not found.holds(on, sources):
+            self._of.pop(number, None)  # before the new one is made
+            found = self._of[number] = _sliced(layout, sources, on)
+        return narrow_copy(block, layout, found, roles), found
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _sliced(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
+    """Slice the weights."""
+    kept = {kind: kept_channels(on.of(kind), sizes) for kind, sizes in layout.sizes.items() if sizes}
+    modules: dict[Names, nn.Module] = {}
+    without: dict[Names, int] = {}
+    for layer in layout.layers:
+        names = layer.norm or layer.names
+        if names not in sources:
+            continue
+        source: Any = sources[names]
+        device = next((weight.device for weight in weights_of(source)), torch.device("cpu"))
+        if layer.norm is not None:
+            modules[names] = Selected(source, _shared(layer, layout, on)[1].to(device))
+        elif layer.shared > 1:
+            rows, again = _shared(layer, layout, on)
+            narrow = _cut(source, rows.to(device), None)
+            modules[names] = Selected(narrow, _places(rows, again).to(device))
+            without[names] = source.weight.numel() - narrow.weight.numel()
+        else:
+            rows_of = {"out": layer.out, "into": layer.into}
+            index = {side: _index(kinds, kept, layout).to(device) if kinds else None for side, kinds in rows_of.items()}
+            narrow = _cut(source, index["out"], index["into"])
+            modules[names] = narrow
+            without[names] = source.weight.numel() - narrow.weight.numel()
+    columns = None if all(on.heads) else kept["heads"]
+    seen = tuple(Seen.of(weight) for source in sources.values() for weight in weights_of(source))
+    sizes = {kind: len(index) for kind, index in kept.items()}
+    return Slice(on, dict(sources), seen, modules, columns, sizes, without)
+
+
+def _index(kinds: tuple[Kind, ...], kept: Mapping[Kind, Tensor], layout: Layout) -> Tensor:
+    """Which outputs or inputs of a layer stay."""
+    parts, start = [], 0
+    for kind in kinds:
+        parts.append(kept[kind] + start)
+        start += layout.total(kind)
+    return torch.cat(parts)
+
+
+def _shared(layer: Layer, layout: Layout, on: On) -> tuple[Tensor, Tensor]:
+    """For heads that share keys and values: the outputs that are needed, and that for every channel of every head."""
+    size = layout.sizes["heads"][0]
+    groups = [head // layer.shared for head, there in enumerate(on.heads) if there]
+    channels = torch.arange(size)
+    again = torch.cat([group * size + channels for group in groups])
+    return torch.unique(again), again
+
+
+def _places(rows: Tensor, again: Tensor) -> Tensor:
+    """Where each of the outputs wanted is among those that are computed."""
+    return torch.searchsorted(rows, again)
+
+
+def _cut(layer: Any, out: Tensor | None, into: Tensor | None) -> Any:
+    """A linear layer with some of the outputs and inputs of another."""
+    weight, bias = layer.weight.detach(), layer.bias if layer.bias is None else layer.bias.detach()
+    if out is not None:
+        weight, bias = weight.index_select(0, out), bias if bias is None else bias.index_select(0, out)
+    if into is not None:
+        weight = weight.index_select(1, into)
+    narrow: Any = shallow(layer, base_class(layer))
+    narrow._parameters = {"weight": weight, "bias": bias}
+    narrow.out_features, narrow.in_features = weight.shape
+    return narrow

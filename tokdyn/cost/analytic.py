@@ -1,0 +1,163 @@
+"""FLOPs of DiT (arXiv 2212.09748) and DC-DiT (arXiv 2603.06351) from their settings alone; a multiply-add is 2 FLOPs.
+
+Notation: B images, N cells of the token grid, M kept tokens of an image, D width, e scaffold width, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokdyn.errors import InputError
+from tokdyn.methods.costs import residual_flops, router_flops, smoothing_flops
+
+FREQUENCIES = 256
+"""Sine and cosine channels of the timestep embedding in both models."""
+_SETTINGS = {"hidden_size", "depth", "patch_size", "in_channels", "mlp_ratio", "learn_sigma", "num_classes"}
+
+
+def model_config(model: Any) -> Mapping[str, Any]:
+    """The settings of a model: its `.config`, or the mapping itself.
+
+    Args:
+        model: a `tokdyn.models.DiT` or `DCDiT` (also on the meta device), or a mapping with their settings.
+
+    Raises:
+        InputError: no settings of one of the two models were found.
+    """
+    config = model if isinstance(model, Mapping) else getattr(model, "config", None)
+    if not isinstance(config, Mapping) or not set(config) >= _SETTINGS:
+        raise InputError(
+            f"analytic FLOPs are known for tokdyn.models.DiT and DCDiT, not for {type(model).__name__}; "
+            "use tokdyn.cost.count(model, *inputs) to count a forward pass."
+        )
+    return config
+
+
+def is_chunked(config: Mapping[str, Any]) -> bool:
+    """Whether these are the settings of a DC-DiT."""
+    return "encoder_depth" in config
+
+
+def grid_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of the token grid."""
+    size, patch = config["sample_size"], config["patch_size"]
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return rows // patch, columns // patch
+
+
+def kept_tokens(config: Mapping[str, Any], kept: float | Sequence[int] | None = None, batch: int = 1) -> list[float]:
+    """Tokens that the inner blocks see, one number per image.
+
+    Args:
+        config: settings of a DC-DiT.
+        kept: a fraction of the grid in (0, 1], or the counts M of the images, or None for the model's target 1/N.
+        batch: B, used where `kept` is not a list.
+
+    Returns:
+        B numbers; a fraction is not rounded, so that means over many images come out right.
+
+    Raises:
+        InputError: a fraction outside (0, 1] or a count outside [1, N].
+    """
+    rows, columns = grid_of(config)
+    cells = rows * columns
+    if kept is None:
+        kept = 1.0 / float(config["target"])
+    if isinstance(kept, (int, float)):
+        if not 0.0 < kept <= 1.0:
+            raise InputError(f"the kept fraction is {kept}, expected more than 0 and at most 1.")
+        return [kept * cells] * batch
+    counts = [float(count) for count in kept]
+    if not counts or not all(1 <= count <= cells for count in counts):
+        raise InputError(f"the kept counts are {list(kept)}, expected one number from 1 to {cells} for every image.")
+    return counts
+
+
+def model_parts(
+    model: Any, kept: float | Sequence[int] | None = None, batch: int = 1, device: str = "cpu"
+) -> dict[str, int]:
+    """FLOPs of one forward pass by part, summed over the batch; a multiply-add is 2 FLOPs.
+
+    Args:
+        model: a `DiT`, a `DCDiT` or the settings of one.
+        kept: for DC-DiT, the kept fraction, or the counts of the images (then B is their number), or None for 1/N.
+        batch: B.
+        device: type of the device. De-chunking is a weighted sum of neighbours on CPU, which counts as no product,
+            and a product with a band matrix per axis elsewhere.
+
+    Returns:
+        FLOPs by part, in the order of execution: embed, (encoder, router, residual,) adaLN, projections, attention,
+        mlp, (dechunk, decoder,) head. Attention is the sum of M^2 terms over the images.
+
+    Raises:
+        InputError: the model is neither of the two, or `kept` is out of range or given for a DiT.
+    """
+    config = model_config(model)
+    rows, columns = grid_of(config)
+    cells, width, patch = rows * columns, config["hidden_size"], config["patch_size"]
+    channels = config["in_channels"]
+    outputs = patch * patch * channels * (2 if config["learn_sigma"] else 1)
+    time = 2 * width * (FREQUENCIES + width)
+    if not is_chunked(config):
+        if kept is not None:
+            raise InputError("a DiT runs on all of its tokens, so `kept` cannot be set.")
+        parts: dict[str, float] = {"embed": batch * (2 * cells * channels * patch * patch * width + time)}
+        parts |= _blocks(config, [float(cells)] * batch)
+        parts["head"] = batch * (2 * cells * width * outputs + 4 * width * width)
+        return {name: round(value) for name, value in parts.items()}
+    counts = kept_tokens(config, kept, batch)
+    batch, narrow = len(counts), config.get("scaffold_width") or width // 4
+    parts = {"embed": batch * (18 * cells * channels * patch * patch * narrow + time)}
+    encoder = [(narrow, narrow)] * (config["encoder_depth"] - 1) + [(narrow, width)]
+    decoder = [(width, narrow)] + [(narrow, narrow)] * (config["decoder_depth"] - 1)
+    parts["encoder"] = batch * sum(_convolutional(cells, width, *pair) for pair in encoder)
+    parts["router"] = batch * router_flops(config["router"], cells, width)
+    parts["residual"] = batch * residual_flops(cells, width)
+    parts |= _blocks(config, counts)
+    smoothed = config["smoothing"] and device != "cpu"
+    parts["dechunk"] = batch * smoothing_flops((rows, columns), width) if smoothed else 0
+    parts["decoder"] = batch * sum(_convolutional(cells, width, *pair) for pair in decoder)
+    parts["head"] = batch * (2 * cells * narrow * outputs + 4 * width * narrow)
+    return {name: round(value) for name, value in parts.items()}
+
+
+def flops_per_image(model: Any, kept: float | None = None, unconditional: float | None = None) -> float:
+    """FLOPs of one denoising step of one image; a multiply-add is 2 FLOPs.
+
+    Multiply by the number of steps for the papers' "TFLOPs/img", and by 3 for a training step (backward costs two
+    forwards).
+
+    Args:
+        model: a `DiT`, a `DCDiT` or the settings of one.
+        kept: for DC-DiT, the kept fraction after tail drop; None is the target, 1/N.
+        unconditional: add a second, unconditional branch for guidance. Its kept fraction for DC-DiT (smaller than
+            `kept` in Lite-CFG); any number for DiT, where both branches cost the same.
+
+    Returns:
+        FLOPs per image.
+    """
+    chunked = is_chunked(model_config(model))
+    total = float(sum(model_parts(model, kept).values()))
+    if unconditional is not None:
+        total += sum(model_parts(model, unconditional if chunked else None).values())
+    return total
+
+
+def _blocks(config: Mapping[str, Any], counts: Sequence[float]) -> dict[str, float]:
+    """The L transformer blocks on `counts` tokens of each image; adaLN runs once per image."""
+    width, depth, hidden = config["hidden_size"], config["depth"], int(config["hidden_size"] * config["mlp_ratio"])
+    tokens, pairs = sum(counts), sum(count * count for count in counts)
+    return {
+        "adaLN": depth * 2 * len(counts) * width * 6 * width,
+        "projections": depth * 2 * tokens * width * 4 * width,
+        "attention": depth * 4 * pairs * width,
+        "mlp": depth * 4 * tokens * width * hidden,
+    }
+
+
+def _convolutional(cells: int, condition: int, wide_in: int, wide_out: int) -> int:
+    """One residual block of the scaffold on one image: two 3x3 convolutions, the condition, a 1x1 skip if needed."""
+    inner = min(wide_in, wide_out)
+    skip = 2 * cells * wide_in * wide_out if wide_in != wide_out else 0
+    return 18 * cells * inner * (wide_in + wide_out) + 2 * condition * inner + skip

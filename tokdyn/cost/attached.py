@@ -1,0 +1,151 @@
+"""FLOPs of one call of a model that an adapter knows, wrapped or not: counted, and computed from what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokdyn.adapters import adapter_for
+from tokdyn.adapters.structure import structures
+from tokdyn.attach.attachment import Attachment
+from tokdyn.attach.class_swap import detach
+from tokdyn.attach.entry import attach_parts, attachment_of, unwrap, wrap
+from tokdyn.attach.measuring import Meter, unnoticed
+from tokdyn.attach.sites import argument_names, blocks_of
+from tokdyn.cost.blocks import Costs
+from tokdyn.cost.counting import attention_formulas, by_child, to_meta
+from tokdyn.cost.padding import paddings
+from tokdyn.errors import InputError, UnsupportedModelError
+from tokdyn.models.blocks import Attention
+from tokdyn.trace.calls import Record
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call cost, FLOPs of the whole batch; a multiply-add is 2.
+
+    Attributes:
+        parts: the blocks and what methods did on top, computed; what lies outside of the blocks, counted by module.
+        dense: the same without methods.
+        counted: all that was counted.
+        children: counted, by child module.
+        batch: B.
+    """
+
+    parts: dict[str, int]
+    dense: int
+    counted: int
+    children: dict[str, int]
+    batch: int
+
+
+def known(model: nn.Module) -> bool:
+    """Whether the cost of the model's blocks can be computed."""
+    try:
+        return structures(model, adapter_for(model)) is not None
+    except UnsupportedModelError:
+        return False
+
+
+def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
+    """Run a model that is `known`, count, and compute the same.
+
+    A wrapped model that is training runs as in training, so that what acts only there is seen. The call leaves no
+    trace in the trajectory, the memory of caches, the statistics or the losses.
+    """
+    names = argument_names(model)
+    arguments = {**dict(zip(names, inputs, strict=False)), **keywords}
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    if meta:
+        inputs, keywords = to_meta(inputs), to_meta(keywords)
+    mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    with _metered(model, Meter(mode.get_total_flops, arguments)) as attachment, unnoticed(attachment):
+        learning = bool(attachment.methods) and model.training and torch.is_grad_enabled()
+        try:
+            with torch.set_grad_enabled(learning), mode:
+                model(*inputs, **keywords)
+        except RuntimeError as error:
+            if not meta:
+                raise
+            raise InputError(
+                f"what this {type(model).__name__} computes depends on its data ({error}); move it off the meta device."
+            ) from error
+        record = attachment.records[-1]
+        return _call(model, attachment, record, int(mode.get_total_flops()), by_child(mode, type(model).__name__))
+
+
+@contextmanager
+def _metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
+    """Within this context calls of the model are recorded, whether it is wrapped, disabled or neither."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        wrap(model, [])
+    elif not attachment.enabled or not attachment.methods:
+        model.tokdyn = Attachment(model, attachment.adapter, [])
+    now = attachment_of(model)
+    assert now is not None
+    bare = attachment is None or not attachment.methods  # nothing goes through a run yet
+    if bare:
+        attach_parts(model, now)
+    now.meter = meter
+    try:
+        yield now
+    finally:
+        now.meter = None
+        if attachment is None:
+            unwrap(model)
+        else:
+            model.tokdyn = attachment
+            for part in now.blocks(model) if bare else []:
+                detach(part)
+
+
+def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, children: dict[str, int]) -> Call:
+    """What was counted outside of the blocks beside what is computed within."""
+    found = structures(model, attachment.adapter)
+    assert found is not None
+    costs = Costs(found)
+    holders = {stack.path.partition(".")[0] for stack in attachment.adapter.stacks} | {"tokdyn"}
+    outside = {name: value for name, value in children.items() if name not in holders}
+    rest = total - record.inside - sum(outside.values())
+    blocks, methods = costs.spent(record), costs.methods(record)
+    inside = record.inside - sum(blocks.values()) - sum(methods.values())
+    if inside in _paddings(model, attachment, record):
+        blocks["padding"] = inside
+    names = list(children)
+    first = next((place for place, name in enumerate(names) if name in holders), len(names))
+    before = {name: outside[name] for name in names[:first]}
+    behind = {name: value for name, value in outside.items() if name not in before}
+    everything = total - sum(children.values())
+    return Call(
+        {**before, **blocks, **methods, **behind, **({"rest": rest} if rest else {})},
+        sum(outside.values()) + rest + sum(costs.dense(record).values()),
+        total,
+        children | ({"rest": everything} if everything else {}),
+        record.batch,
+    )
+
+
+def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[int]:
+    """What attention of tokdyn's own blocks may have computed beyond its rows."""
+    blocks = [
+        (block, stack.packing is not None) for stack in attachment.adapter.stacks for block in blocks_of(model, stack)
+    ]
+    calls: list[tuple[float, Sequence[int]]] = []
+    for call in record.calls:
+        block, packed = blocks[call.block]
+        attention = getattr(block, "attn", None)
+        if not isinstance(attention, Attention):
+            return set()
+        pair = 4 * call.heads * attention.proj.in_features
+        groups = [[tokens] * samples for samples, tokens in call.groups(call.attention)]
+        calls += [(pair, rows) for rows in ([list(chain(*groups))] if packed else groups)]
+    width, heads = attachment.sizes.width, attachment.sizes.heads
+    return paddings(calls, next(model.parameters()).device, width // heads)

@@ -1,0 +1,151 @@
+"""FLOPs of one forward pass, computed by part and counted on the path that runs; a multiply-add is 2 FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.attach.entry import attachment_of
+from tokdyn.attach.measuring import unnoticed
+from tokdyn.attach.targets import inside
+from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
+from tokdyn.cost.attached import call_flops, known
+from tokdyn.cost.counting import count, to_meta
+from tokdyn.cost.padding import paddings
+from tokdyn.cost.table import unit_of
+from tokdyn.errors import InputError
+from tokdyn.tokens import cells
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass of a whole batch. A multiply-add is 2 FLOPs.
+
+    Attributes:
+        parts: analytic FLOPs by part. What an adapter does not know is counted: all of a model that none knows, what is
+            outside of the blocks of one that some adapter knows; these parts have the names of modules.
+        counted: what torch's FlopCounterMode saw on the path that ran; None if nothing ran.
+        batch: B, images in the batch.
+        counted_parts: the counted FLOPs by child module of the model.
+        dense: of the same pass without methods; None for a model that no adapter knows, and for `DiT` and `DCDiT`.
+    """
+
+    parts: dict[str, int]
+    counted: int | None = None
+    batch: int = 1
+    counted_parts: dict[str, int] = field(default_factory=dict)
+    dense: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts: FLOPs of the whole batch, multiply-add = 2."""
+        return sum(self.parts.values())
+
+    @property
+    def per_image(self) -> float:
+        """FLOPs per image, multiply-add = 2."""
+        return self.total / self.batch
+
+    def __str__(self) -> str:
+        size, unit = unit_of(max(self.total, self.counted or 0))
+        width = max(12, *(len(name) for name in self.parts))
+        lines = [f"{name:<{width}} {value / size:10.3f} {unit}" for name, value in self.parts.items()]
+        lines.append(f"{'total':<{width}} {self.total / size:10.3f} {unit} (multiply-add = 2, batch of {self.batch})")
+        if self.counted is not None:
+            lines.append(f"{'counted':<{width}} {self.counted / size:10.3f} {unit}")
+        if self.dense is not None and self.dense != self.total:
+            share = f"the total is {self.total / self.dense:.1%} of it"
+            lines.append(f"{'dense':<{width}} {self.dense / size:10.3f} {unit}: {share}")
+        return "\n".join(lines)
+
+
+def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
+    """FLOPs of one forward pass: analytic by part, and counted on the path that runs. A multiply-add is 2 FLOPs.
+
+    For `DiT` and `DCDiT` the two agree exactly, at any input size; DC-DiT's analytic cost is taken at the kept counts
+    of this very pass. Where attention ran on padded rows (tokdyn.ops.attention), the part "padding" is what that
+    added.
+    For every other model that an adapter knows, wrapped or not, the blocks and what methods do on top are computed
+    from the layers of the blocks and from what the methods decided in this very pass; what lies outside of the blocks
+    is counted, by module. The pass leaves no trace in statistics, caches and losses. A wrapped model in training mode
+    runs as in training.
+    Without inputs, or for a DC-DiT on the meta device (which tokens are kept depends on data), only the analytic
+    cost is given, at the model's target.
+
+    Args:
+        model: a `DiT`, a `DCDiT` or, if inputs are given, any other module.
+        *inputs: positional arguments of its forward; the first is the (B, C, H, W) input.
+        **keywords: keyword arguments of its forward, as in `flops(model, x, timestep=t, class_labels=y)`.
+
+    Returns:
+        The FLOPs of the whole batch; `.per_image` divides by B.
+
+    Raises:
+        InputError: a foreign or a wrapped model without inputs, or one on the meta device that decides by its data.
+    """
+    model = inside(model)
+    tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
+    tensors.sort(key=lambda tensor: tensor.dim() != 4)  # stable: the first (B, C, H, W), if there is one
+    batch = tensors[0].shape[0] if tensors else 1
+    attachment = attachment_of(model)
+    wrapped = attachment is not None and attachment.enabled and bool(attachment.methods)
+    if wrapped and not tensors:
+        raise InputError(
+            f"what a wrapped {type(model).__name__} costs depends on the call; call tokdyn.flops(model, *inputs)."
+        )
+    try:
+        config = None if wrapped else model_config(model)
+    except InputError:
+        if not tensors:
+            raise
+        config = None
+    if config is not None:
+        return _own(model, config, inputs, keywords, tensors[0] if tensors else None, batch)
+    if known(model):
+        call = call_flops(model, inputs, keywords)
+        return Flops(call.parts, call.counted, call.batch, call.children, call.dense)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        inputs, keywords = to_meta(inputs), to_meta(keywords)
+    with nullcontext() if attachment is None else unnoticed(attachment):
+        if wrapped and attachment is not None and attachment.adapter.inferred:  # what it learns first is not counted
+            with torch.no_grad():
+                model(*inputs, **keywords)
+        total, children, _ = count(model, *inputs, **keywords)
+    return Flops(children, total, batch, children)
+
+
+def _own(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    keywords: dict[str, Any],
+    first: Tensor | None,
+    batch: int,
+) -> Flops:
+    """FLOPs of a `DiT` or a `DCDiT` that is not wrapped."""
+    keywords.pop("return_dict", None)
+    if first is not None and first.dim() == 4:
+        config = {**config, "sample_size": tuple(first.shape[-2:])}
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    if first is None or (is_chunked(config) and meta):
+        return Flops(model_parts(config, batch=batch), batch=batch)
+    if meta:
+        inputs, keywords = to_meta(inputs), to_meta(keywords)
+    total, children, output = count(model, *inputs, **keywords)
+    if is_chunked(config):
+        rows = output.routing.keep.sum(dim=1).tolist()
+        parts = model_parts(config, rows, device=output.routing.keep.device.type)
+    else:
+        rows = [cells(grid_of(config))] * batch
+        parts = model_parts(config, batch=batch)
+    padding = total - sum(parts.values())
+    width, heads = config["hidden_size"], config["num_heads"]
+    device = next(model.parameters()).device
+    if padding in paddings([(4 * config["depth"] * width, rows)], device, width // heads):
+        parts["padding"] = padding
+    return Flops(parts, total, batch, children)
