@@ -25,7 +25,7 @@ from tokdyn.bench.quality import QualityConfig, bench_quality
 from tokdyn.bench.stacks import read_stacks
 from tokdyn.calibration.command import run
 from tokdyn.calibration.config import CalibrateConfig
-from tokdyn.methods.written import written
+from tokdyn.methods.registry import to_settings
 from tokdyn.recipe import yaml_text
 
 SAVED, REALISED = 0.40, 0.85
@@ -57,7 +57,7 @@ def _cache(model: str, given: argparse.Namespace) -> dict[str, Any]:
         model=model, method="cache", out=out, cache_steps=given.cache_steps, scheduler="dpm", steps=given.steps,
         guidance=given.guidance, count=16, batch_size=16,
     )  # fmt: skip
-    return written(run(config).method)
+    return to_settings(run(config).method)
 
 
 def by_name(content: dict[str, Any]) -> dict[str, Any]:

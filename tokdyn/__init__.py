@@ -23,12 +23,21 @@ from tokdyn.errors import (
 
 if TYPE_CHECKING:
     from tokdyn.adapters import register_adapter
-    from tokdyn.attach.controls import calibrate_router, dropping, losses, reset, set_tail_drop
-    from tokdyn.attach.entry import disabled, unwrap, wrap
-    from tokdyn.attach.sidecar import load, save
+    from tokdyn.attach import (
+        calibrate_router,
+        disabled,
+        dropping,
+        load,
+        losses,
+        reset,
+        save,
+        set_tail_drop,
+        unwrap,
+        wrap,
+    )
     from tokdyn.calibration import calibrate, recording
     from tokdyn.cost import flops, stats
-    from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
+    from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT
     from tokdyn.upcycling import upcycle
 
@@ -61,6 +70,7 @@ __all__ = [
     "losses",
     "recording",
     "register_adapter",
+    "register_method",
     "reset",
     "save",
     "set_tail_drop",
@@ -72,13 +82,26 @@ __all__ = [
 
 _LAZY = {
     "register_adapter": "tokdyn.adapters",
-    **dict.fromkeys(("disabled", "unwrap", "wrap"), "tokdyn.attach.entry"),
-    **dict.fromkeys(("calibrate_router", "dropping", "losses", "reset", "set_tail_drop"), "tokdyn.attach.controls"),
-    **dict.fromkeys(("load", "save"), "tokdyn.attach.sidecar"),
+    **dict.fromkeys(
+        (
+            "calibrate_router",
+            "disabled",
+            "dropping",
+            "load",
+            "losses",
+            "reset",
+            "save",
+            "set_tail_drop",
+            "unwrap",
+            "wrap",
+        ),
+        "tokdyn.attach",
+    ),
     **dict.fromkeys(("flops", "stats"), "tokdyn.cost"),
     "upcycle": "tokdyn.upcycling",
     **dict.fromkeys(
-        ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge"), "tokdyn.methods"
+        ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge", "register_method"),
+        "tokdyn.methods",
     ),
     **dict.fromkeys(("calibrate", "recording"), "tokdyn.calibration"),
     "DCDiT": "tokdyn.models",
@@ -88,6 +111,7 @@ _LAZY = {
 _SUBMODULES = frozenset(
     {
         "adapters",
+        "attach",
         "bases",
         "calibration",
         "checkpoints",

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from tokdyn.adapters import known_adapters
-from tokdyn.attach.support import EXAMPLES, support
+from tokdyn.attach import support
 from tokdyn.bases import rows
 from tokdyn.bases.opening import in_cache
 from tokdyn.cost import flops_per_image
@@ -188,7 +188,7 @@ def methods() -> list[MethodEntry]:
     matrix = support()
     entries = []
     for name, method in METHODS.items():
-        traits = EXAMPLES[method][0].traits(depth=28)
+        traits = method.examples()[0].traits(depth=28)
         what = (sys.modules[method.__module__].__doc__ or "").splitlines()[0]
         acts = tuple(word for phase, word in (("train", "training"), ("sample", "sampling")) if phase in traits.phases)
         settings = {key: info.get_default(call_default_factory=True) for key, info in method.model_fields.items()}

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import tokdyn
-from tokdyn.attach.entry import attachment_of
+from tokdyn.attach import attachment_of
 from tokdyn.bases import open_base, read_base, rows, table
 from tokdyn.bases.download import cache_folder, digest
 from tokdyn.bases.opening import in_cache, locate

@@ -9,7 +9,7 @@ import torch
 
 import tokdyn
 from tokdyn import DCDiT, DiT, DynamicWidth, FeatureCache, TokenMerge
-from tokdyn.attach.entry import attached
+from tokdyn.attach import attached
 from tokdyn.bench.stacks import open_stack, read_stacks
 from tokdyn.errors import RecipeError, TokdynError
 
@@ -31,7 +31,7 @@ def test_a_file_and_a_word(tmp_path: Path, dit: str) -> None:
     stacks = read_stacks([str(file), "{name: merged, methods: [{method: TokenMerge, ratio: 0.3}]}"])
     assert [stack.name for stack in stacks] == ["plain", "cached", "merged"]
     plain, cached, merged = (open_stack(stack, dit) for stack in stacks)
-    assert tokdyn.attach.entry.attachment_of(plain.model) is None
+    assert tokdyn.attach.attachment_of(plain.model) is None
     assert attached(cached.model).methods == (FeatureCache(threshold=0.2),)
     assert attached(merged.model).methods == (TokenMerge(ratio=0.3),)
     assert not plain.model.training

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters import ADAPTERS
-from tokdyn.attach.support import unsupported
+from tokdyn.attach import unsupported
 from tokdyn.methods import Method
 
 SHARED = {"img_ids", "txt_ids", "image_rotary_emb", "added_cond_kwargs", "num_frames", "height", "width"}

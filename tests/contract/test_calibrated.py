@@ -7,7 +7,7 @@ import torch
 
 import tokdyn
 from tests.contract.models import CLOCKED, TINY, of_diffusers
-from tokdyn.attach.fingerprint import different, fingerprint, other_sampler
+from tokdyn.attach import different, fingerprint, other_sampler
 
 LEVELS = (0.9, 0.6, 0.3)
 

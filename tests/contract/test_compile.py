@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 import tokdyn
 from tests.contract.models import TINY, sample, works
 from tests.contract.widths import random_gates
-from tokdyn.attach.entry import wrap
+from tokdyn.attach import wrap
 from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, TokenMerge
 
 STACKS = {

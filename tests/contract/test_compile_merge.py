@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.contract.models import TINY, ids, sample
-from tokdyn.attach.entry import wrap
+from tokdyn.attach import wrap
 from tokdyn.methods import DepthSkip, TokenMerge
 
 

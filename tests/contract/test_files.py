@@ -7,8 +7,7 @@ import torch
 
 import tokdyn
 from tests.contract.models import TINY, sample
-from tokdyn.attach.entry import unwrap, wrap
-from tokdyn.attach.sidecar import load, save
+from tokdyn.attach import load, save, unwrap, wrap
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.methods import DepthSkip, FeatureCache, TokenMerge
 

@@ -10,7 +10,7 @@ import tokdyn
 from tests.contract.foreign import INFERRED, REFUSED, UNFIT
 from tests.contract.kit import sample
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, UnsupportedModelError
-from tokdyn.attach.entry import wrap
+from tokdyn.attach import wrap
 
 pytestmark = [  # diffusers' own: of names that it is giving up, and of Mochi, which asks for fp32 autocast on the CPU
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -10,7 +10,7 @@ from tests.contract.kit import latents
 from tests.contract.test_recompute import Attention
 from tokdyn import DepthSkip, FeatureCache, TokenMerge, UnsupportedModelError
 from tokdyn.adapters.infer import GuessedLevel, infer
-from tokdyn.attach.entry import wrap
+from tokdyn.attach import wrap
 from tokdyn.attach.inferred import flow
 
 D = 16

@@ -3,7 +3,7 @@
 Every adapter is offloaded in two ways with a stack of methods whose blocks are skipped and cached; all methods are
 tried on PixArt, whose blocks have weights of every kind, and all ways on one stack. Offloading to a disk leaves nothing
 of the weights in memory, and deterministic mode fills what is left with NaN, so that a weight that is used while it is
-away cannot go unnoticed on a machine without an accelerator.
+away cannot go untraced on a machine without an accelerator.
 """
 
 from __future__ import annotations

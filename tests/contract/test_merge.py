@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.contract.models import TINY, one_of, sample
-from tokdyn.attach.entry import wrap
+from tokdyn.attach import wrap
 from tokdyn.methods import DepthSkip, TokenMerge
 from tokdyn.ops.destinations import destinations
 from tokdyn.ops.merging import match, merge

@@ -5,9 +5,8 @@ import torch
 
 from tests.contract.models import TINY, sample
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.entry import disabled, wrap
-from tokdyn.attach.sites import argument_names
-from tokdyn.attach.tokens import follow, join, split
+from tokdyn.adapters.tokens import follow, join, split
+from tokdyn.attach import argument_names, disabled, wrap
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import TokenMerge
 from tokdyn.ops.destinations import destinations

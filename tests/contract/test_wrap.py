@@ -9,8 +9,7 @@ import torch
 from tests.contract.models import CLOCKED, TINY, one_of, sample, works
 from tests.contract.widths import random_gates
 from tokdyn.adapters import ADAPTERS
-from tokdyn.attach.controls import calibrate_router, set_tail_drop
-from tokdyn.attach.entry import disabled, unwrap, wrap
+from tokdyn.attach import calibrate_router, disabled, set_tail_drop, unwrap, wrap
 from tokdyn.cost.statistics import stats
 from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge

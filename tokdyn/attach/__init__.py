@@ -1,1 +1,71 @@
-"""Attaching methods to a model that was built without them."""
+"""Methods at work in models that were built without them. Other packages import from here and from nowhere inside."""
+
+from tokdyn.attach.attachment import Attachment, Meter
+from tokdyn.attach.checks import Support, support, unsupported
+from tokdyn.attach.class_swap import base_class
+from tokdyn.attach.containers import inner_model
+from tokdyn.attach.context import CallContext
+from tokdyn.attach.controls import calibrate_router, dropping, losses, reset, set_tail_drop
+from tokdyn.attach.entry import attached, attachment_of, disabled, unwrap, wrap
+from tokdyn.attach.handlers.base import (
+    BlockCall,
+    Bracket,
+    Frame,
+    Gate,
+    Handlers,
+    Kernel,
+    Plan,
+    Sublayer,
+    handles,
+)
+from tokdyn.attach.handlers.feature_cache import CachedBlocks
+from tokdyn.attach.measuring import metered, untraced
+from tokdyn.attach.provenance import different, fingerprint, other_sampler
+from tokdyn.attach.sidecar import CONFIG, WEIGHTS, load, save
+from tokdyn.attach.sites import Site, argument_names, blocks_of, find_sites
+from tokdyn.attach.view import TokenView
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Attachment",
+    "BlockCall",
+    "Bracket",
+    "CachedBlocks",
+    "CallContext",
+    "Frame",
+    "Gate",
+    "Handlers",
+    "Kernel",
+    "Meter",
+    "Plan",
+    "Site",
+    "Sublayer",
+    "Support",
+    "TokenView",
+    "argument_names",
+    "attached",
+    "attachment_of",
+    "base_class",
+    "blocks_of",
+    "calibrate_router",
+    "different",
+    "disabled",
+    "dropping",
+    "find_sites",
+    "fingerprint",
+    "handles",
+    "inner_model",
+    "load",
+    "losses",
+    "metered",
+    "other_sampler",
+    "reset",
+    "save",
+    "set_tail_drop",
+    "support",
+    "unsupported",
+    "untraced",
+    "unwrap",
+    "wrap",
+]

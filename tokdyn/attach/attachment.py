@@ -3,227 +3,283 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.attach.calibrated import SamplerWatch
-from tokdyn.attach.handlers.base import Actors, Bracket, Branch, Gate, Kernel
-from tokdyn.attach.handlers.chunking import Chunk
-from tokdyn.attach.handlers.depth_skip import LearnedSkipping, Skipping
-from tokdyn.attach.handlers.dynamic_width import Choosing, Narrowing
-from tokdyn.attach.handlers.feature_cache import Cache, FirstBlock
-from tokdyn.attach.handlers.token_drop import Dropping
-from tokdyn.attach.handlers.token_merge import Merge
+from tokdyn.attach.checks import own_methods
+from tokdyn.attach.context import CallContext, Lazy, Readings, Settings
+from tokdyn.attach.handlers import load_handlers
+from tokdyn.attach.handlers.base import Bracket, Frame, Gate, Handlers, Kernel, Plan, Sublayer, build_handlers
+from tokdyn.attach.handlers.feature_cache import CachedBlocks
 from tokdyn.attach.inferred import Guard, samples
-from tokdyn.attach.measuring import Meter
 from tokdyn.attach.offload import home
-from tokdyn.attach.sites import Role, argument_names, blocks_of, find_roles
-from tokdyn.attach.support import own_methods
-from tokdyn.attach.width.layout import layouts_of
+from tokdyn.attach.provenance import SamplerCheck
+from tokdyn.attach.recompute import Replays
+from tokdyn.attach.sites import Sites, argument_names, blocks_of, find_sites
+from tokdyn.attach.width.layout import Layout, layouts_of
 from tokdyn.compose import Placed, compose
-from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, Sizes, TokenDrop, TokenMerge
-from tokdyn.methods.base import resolve
-from tokdyn.trace.calls import Record
+from tokdyn.methods import Method, Sizes
+from tokdyn.tokens import Grid
+from tokdyn.trace.calls import CallTrace
+from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Trajectory
 
-_CALLS = 512  # that are remembered: 250 steps of two branches of guidance
+_REMEMBERED = 512  # calls: 250 steps of two guidance branches
+KINDS = ("brackets", "gates", "sublayers", "kernels")
 
 
-class Attachment(nn.Module):
-    """Methods, their trainable parts and their memory. Registered as `model.tokdyn`.
+@dataclass(frozen=True)
+class Meter:
+    """What a call of a model is given while its FLOPs are counted.
+
+    Attributes:
+        counted: FLOPs so far; a multiply-add is 2.
+        arguments: of the call by name, with their data where the model itself has none to compute with.
+    """
+
+    counted: Callable[[], int]
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What was decided when the model was wrapped.
 
     Attributes:
         adapter: what is known of the model.
         methods: as the user listed them.
         placed: the same, outermost first.
         sizes: of the model.
+        names: arguments of the model's forward, in order.
         layouts: of the blocks, where a method computes parts of their layers.
+    """
+
+    adapter: ModelAdapter
+    methods: tuple[Method, ...]
+    placed: tuple[Placed, ...]
+    sizes: Sizes
+    names: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether blocks may see other tokens than the full grid."""
+        return any(each.traits.tokens != "full" for each in self.placed)
+
+
+class Attachment(nn.Module):
+    """Methods, their trainable parts and their memory. Registered as `model.tokdyn`.
+
+    Attributes:
+        blueprint: what was decided when the model was wrapped.
         parts: trainable parts of the methods, by their place in the user's list.
-        actors: the methods at work.
-        caches: feature caches around the chunking that a model does itself.
-        enabled: whether they are.
-        reduces: whether blocks may see other tokens than the full grid.
-        history: the last calls, an empty record where a pipeline had made its images and before the first call. Length
-            and types never change, so that a compiled model is not compiled again because of it.
+        handlers: the methods at work.
+        settings: what the user set for the calls to come.
+        enabled: whether the methods act.
         meter: set while `tokdyn.flops` counts.
-        trajectory: where sampling is.
-        watch: over the sampler, where a method was calibrated for one.
-        losses: auxiliary losses of the last call that computed gradients.
-        tail_drop: what `tokdyn.set_tail_drop` set; None leaves it to the methods.
-        drop_rate: what `tokdyn.dropping` set: TokenDrop acts in sampling too, at this rate.
-        calibrating: routers adapt their bias to what they see.
-        branch: name of the guidance branch that the pipeline is in, where it says so.
-        passed: tokens that blocks were given, and the run as it was then; see `tokdyn.attach.recompute`.
+        trajectory: that the model is on.
+        watch: compares the sampler with the one that a method was calibrated for; None where none was.
+        losses: auxiliary losses of the last call that wanted gradients.
+        history: traces of the last calls, an empty one between trajectories and before the first call. Its length and
+            types never change, so that a compiled model is not compiled again because of it.
+        replays: frames that blocks are recomputed in.
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> None:
         super().__init__()
-        self.adapter, self.methods, self.names = adapter, tuple(methods), argument_names(model)
-        self.sizes = sizes_of(model, adapter)
-        placed = compose((*methods, *own_methods(adapter)), self.sizes.depth)
-        self.placed = tuple(each for each in placed if each.index < len(methods))
-        self.layouts = layouts_of(model, adapter, methods)
+        self.blueprint = draw(model, adapter, methods)
         self.parts = nn.ModuleDict()
-        device = home(model)
-        for each in sorted(self.placed, key=lambda placed: placed.index):
-            built = each.method.build(self.sizes)
+        for each in sorted(self.blueprint.placed, key=lambda placed: placed.index):
+            built = each.method.build(self.blueprint.sizes)
             if built is not None:
-                self.parts[str(each.index)] = built.to(device)
-        self.actors = _actors(self.placed, self.parts, self.sizes)
-        self.caches = tuple(each for each in self.actors.brackets if isinstance(each, Cache) and adapter.chunked)
-        inside = tuple(each for each in self.actors.brackets if each not in self.caches)
-        self.actors = replace(self.actors, brackets=inside)
-        self.reduces = any(each.traits.tokens != "full" for each in self.placed)
-        self.enabled = True
-        self.history: list[Record] = [Record()] * _CALLS
+                self.parts[str(each.index)] = built.to(home(model))
+        self.handlers = _handlers(self.blueprint, self.parts)
+        self.settings, self.enabled = Settings(), True
         self.meter: Meter | None = None
-        self.trajectory = Trajectory()
-        self.watch = SamplerWatch.of(self.methods)
+        self.trajectory, self.replays = Trajectory(), Replays()
+        self.watch = SamplerCheck.of(self.blueprint.methods)
         self.losses: dict[str, Tensor] = {}
-        self.tail_drop: tuple[float, ...] | dict[str, float] | None = None
-        self.drop_rate: float | None = None
-        self.calibrating = False
-        self.branch: str | None = None
-        self.passed: Any = WeakTensorKeyDictionary()
-        self._roles: dict[int, Role] = {}
+        self.history: list[CallTrace] = [CallTrace()] * _REMEMBERED
+        self._sites: Sites = {}
         self.train(model.training)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the roles, which know the parts of this model and not those of a copy, and without graphs."""
-        fresh: dict[str, Any] = {"_roles": {}, "losses": {}, "history": [Record()] * _CALLS, "passed": None}
-        return {**self.__dict__, **fresh}
+        """Leave out the sites, which a copy finds in its own model, and what belongs to calls of this one."""
+        return {**self.__dict__, "_sites": {}, "losses": {}, "history": [CallTrace()] * _REMEMBERED}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """What cannot be pickled is made anew."""
-        super().__setstate__({**state, "passed": WeakTensorKeyDictionary()})  # type: ignore[no-untyped-call]
+    @property
+    def adapter(self) -> ModelAdapter:
+        """What is known of the model."""
+        return self.blueprint.adapter
 
-    def roles(self, model: nn.Module) -> dict[int, Role]:
-        """Roles of the model's parts; a copy of the model finds its own."""
-        if not self._roles:
-            stream = any(isinstance(each, DynamicWidth) and each.token_input == "stream" for each in self.methods)
-            self._roles = find_roles(model, self.adapter, bool(self.actors.branches), self.layouts, stream)
-        return self._roles
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods as the user listed them."""
+        return self.blueprint.methods
+
+    @property
+    def records(self) -> list[CallTrace]:
+        """Traces of the calls that are remembered."""
+        return [trace for trace in self.history if trace.batch]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a method keeps something from one step to the next."""
+        return any(each.traits.remembers for each in self.blueprint.placed)
+
+    @property
+    def caches(self) -> list[CachedBlocks]:
+        """The feature caches."""
+        handlers = (self.handlers.own_chunking, *self.handlers.brackets)
+        return [handler for handler in handlers if isinstance(handler, CachedBlocks)]
+
+    def sites(self, model: nn.Module) -> Sites:
+        """Find the sites of the model that carries this; a copy of the model finds its own."""
+        if not self._sites:
+            plan = self.blueprint
+            stream = any(each.traits.aligned is not None for each in plan.placed)
+            sublayers = bool(self.handlers.sublayers)
+            self._sites = find_sites(model, plan.adapter, sublayers, plan.layouts, stream)
+        return self._sites
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks of the model that carries this, in the order in which they run."""
+        """List the blocks of the model that carries this, in the order in which they run."""
         return [block for stack in self.adapter.stacks for block in blocks_of(model, stack)]
 
     def first_block(self, model: nn.Module) -> nn.Module:
-        """The first of them."""
+        """Return the first of them."""
         return next(iter(model.get_submodule(self.adapter.stacks[0].path).children()))
 
-    def guard(self, model: nn.Module, arguments: Mapping[str, Any]) -> Guard:
-        """The checks of a call of a model whose adapter was inferred."""
-        return Guard(type(model).__name__, self.sizes.depth, samples(arguments), caches=bool(self.actors.brackets))
+    def begin_call(
+        self,
+        model: nn.Module,
+        arguments: Mapping[str, Any],
+        gradients: bool,
+        grid: Grid | None,
+        seen: Observation | None,
+    ) -> Frame:
+        """Make the frame of a call.
+
+        Args:
+            model: that carries this.
+            arguments: of the call, by name.
+            gradients: whether they are wanted.
+            grid: the token grid, where it is known already.
+            seen: the call as it was observed, None where it was not.
+        """
+        adapter, trajectory = self.adapter, self.trajectory
+        level = None if adapter.level is None else adapter.level(model, arguments)
+        training = model.training and gradients
+        trace = CallTrace(level, training=training, observed=seen, branch=trajectory.branch)
+        readings = Readings(
+            Lazy(lambda: _read_grid(context)),
+            Lazy(lambda: tuple(trace.levels.tolist())),
+            Lazy(lambda: trajectory.position(seen, trace.batch)),
+        )
+        guard = None
+        if adapter.inferred:
+            caches = bool(self.handlers.brackets)
+            guard = Guard(type(model).__name__, self.blueprint.sizes.depth, samples(arguments), caches=caches)
+        context = CallContext(
+            model, adapter, arguments, self.settings, trace, [None] * self.handlers.slots, readings, guard,
+            counted=None if self.meter is None else self.meter.counted,
+        )  # fmt: skip
+        if grid is not None:
+            readings.grid.put(grid)
+        recomputable = gradients and (training or not self.remembers)
+        return Frame(context, self.handlers, self.sites(model), self.replays.remember if recomputable else None)
+
+    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation | None:
+        """Look at a call before it is made; None where there is no noise level to tell steps by."""
+        adapter = self.adapter
+        if adapter.level is None:
+            return None
+        return self.trajectory.observe(arguments, CallTrace(adapter.level(model, arguments)).levels)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """The model goes to another device or type: slices of its weights are of no more use."""
-        for kernel in self.actors.kernels:
+        """When the model goes to another device or type, slices of its weights are of no more use."""
+        for kernel in self.handlers.kernels:
             kernel.forget()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def has(self, method: type[Method]) -> bool:
-        """Whether a method of that kind is attached."""
-        return any(isinstance(each, method) for each in self.methods)
+    def replace_handlers(self, change: Callable[[Any], Any]) -> None:
+        """Put what a function makes of every handler in its place, to observe what it sees."""
+        kinds: Any = {name: tuple(change(each) for each in getattr(self.handlers, name)) for name in KINDS}
+        self.handlers = replace(self.handlers, own_chunking=change(self.handlers.own_chunking), **kinds)
 
-    @property
-    def records(self) -> list[Record]:
-        """The calls that are remembered."""
-        return [record for record in self.history if record.batch]
+    def takes(self, control: str) -> bool:
+        """Whether a function of `tokdyn.attach.controls` acts on one of the methods."""
+        return any(control in each.traits.controls for each in self.blueprint.placed)
 
-    def remember(self, record: Record) -> None:
-        """Add a call to the history, or an empty record where one run ends and another begins."""
-        self.history = [*self.history[1:], record]
+    def set(self, **settings: Any) -> None:
+        """Change settings for the calls to come."""
+        self.settings = replace(self.settings, **settings)
+
+    def remember(self, trace: CallTrace) -> None:
+        """Add a call to the history, or an empty trace between two trajectories."""
+        self.history = [*self.history[1:], trace]
 
     def end(self) -> None:
         """Forget the trajectory; its statistics stay until the next one begins."""
-        self.remember(Record())
-        self.trajectory.clear()
+        self.remember(CallTrace())
+        self.trajectory.end()
         if self.watch is not None:
             self.watch.end()
-        for cache in self.memories:
+        for cache in self.caches:
             cache.memory.clear()
 
     def clear(self) -> None:
         """Forget the trajectory and its statistics."""
         self.end()
-        self.history = [Record()] * _CALLS
+        self.history = [CallTrace()] * _REMEMBERED
 
-    @property
-    def memories(self) -> list[Cache]:
-        """The caches, wherever they act."""
-        return [each for each in (*self.caches, *self.actors.brackets) if isinstance(each, Cache)]
+
+def draw(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> Blueprint:
+    """Decide what a model is wrapped with.
+
+    Raises:
+        CompositionError: two methods do not go together.
+        UnsupportedModelError: a method does not fit the blocks.
+    """
+    sizes = sizes_of(model, adapter)
+    placed = compose((*methods, *own_methods(adapter)), sizes.depth)
+    own = tuple(each for each in placed if each.index < len(methods))
+    layouts = layouts_of(model, adapter, methods)
+    return Blueprint(adapter, tuple(methods), own, sizes, argument_names(model), layouts)
 
 
 def sizes_of(model: nn.Module, adapter: ModelAdapter) -> Sizes:
-    """What methods need to know of a model to build their parts."""
+    """Measure what methods need to know of a model to build their parts."""
     blocks = [block for stack in adapter.stacks for block in blocks_of(model, stack)]
     weights = tuple(sum(p.numel() for p in block.parameters()) for block in blocks)
     return Sizes(adapter.width(model), adapter.heads(model), weights)
 
 
-def _actors(placed: Sequence[Placed], parts: nn.ModuleDict, sizes: Sizes) -> Actors:
-    """The methods at work, outermost first."""
-    found: dict[str, list[Any]] = {"brackets": [], "gates": [], "branches": [], "kernels": []}
-    for each in placed:
-        part = dict(parts).get(str(each.index))
-        for kind, actor in _MAKERS[type(each.method)](each, part, sizes):
-            found[kind].append(actor)
-    brackets: list[Bracket] = found["brackets"]
-    gates: list[Gate] = found["gates"]
-    branches: list[Branch] = found["branches"]
-    kernels: list[Kernel] = found["kernels"]
-    return Actors(tuple(brackets), tuple(gates), tuple(branches), tuple(kernels))
+def _handlers(blueprint: Blueprint, parts: nn.ModuleDict) -> Handlers:
+    """Build the handlers of all methods, outermost first."""
+    load_handlers()
+    built: list[object] = []
+    for placed in blueprint.placed:
+        module = dict(parts).get(str(placed.index))
+        plan = Plan(placed, module, blueprint.sizes, blueprint.adapter, blueprint.layouts, len(built))
+        built += build_handlers(plan)
+    caches = [each for each in built if isinstance(each, CachedBlocks)] if blueprint.adapter.chunked else []
+    return Handlers(
+        tuple(each for each in built if isinstance(each, Bracket) and each not in caches),
+        tuple(each for each in built if isinstance(each, Gate)),
+        tuple(each for each in built if isinstance(each, Sublayer)),
+        tuple(each for each in built if isinstance(each, Kernel)),
+        own_chunking=caches[0] if caches else None,
+        separates_text=any(placed.traits.reads != "nothing" for placed in blueprint.placed),
+        slots=len(built),
+    )
 
 
-Made = list[tuple[str, Any]]
-
-
-def _cache(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
-    assert isinstance(each.method, FeatureCache)
-    if each.method.indicator == "first_block":
-        return [("brackets", FirstBlock(each.method.compares)), ("brackets", Cache(each.method, 1, sizes.depth - 1))]
-    return [("brackets", Cache(each.method, 0, sizes.depth - 1))]
-
-
-def _chunk(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
-    return [("brackets", Chunk(each.method, part, 0, sizes.depth - 1))]  # type: ignore[arg-type]
-
-
-def _drop(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
-    assert each.traits.span is not None
-    return [("brackets", Dropping(each.method, *each.traits.span))]  # type: ignore[arg-type]
-
-
-def _skip(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
-    if part is not None:
-        return [("gates", LearnedSkipping(each.method, part, sizes))]  # type: ignore[arg-type]
-    return [("gates", Skipping(each.method, sizes.depth))]  # type: ignore[arg-type]
-
-
-def _merge(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
-    assert isinstance(each.method, TokenMerge)
-    first, last = (0, sizes.depth - 1) if each.method.blocks is None else resolve(each.method.blocks, sizes.depth)
-    return [("branches", Merge(each.method, first, last))]
-
-
-def _narrow(each: Placed, part: nn.Module | None, sizes: Sizes) -> Made:
-    if part is None:  # everything stays on
-        return []
-    narrowing = Narrowing(each.method, part, sizes.depth - 1)  # type: ignore[arg-type]
-    choosing: Made = [("branches", Choosing(narrowing))] if narrowing.method.tokens else []
-    return [("brackets", narrowing), ("kernels", narrowing), *choosing]
-
-
-_MAKERS: dict[type[Method], Callable[[Placed, nn.Module | None, Sizes], Made]] = {
-    FeatureCache: _cache,
-    Chunking: _chunk,
-    TokenDrop: _drop,
-    DepthSkip: _skip,
-    DynamicWidth: _narrow,
-    TokenMerge: _merge,
-}
+def _read_grid(context: CallContext) -> Grid:
+    """Read the token grid of a call."""
+    read = context.adapter.grid
+    assert read is not None, "methods that need a grid were refused"
+    return context.check_grid(read(context.model, context.arguments))

@@ -1,4 +1,4 @@
-"""One object at a time: a subclass that overrides `__call__` is put in the place of an object's class, and taken away.
+"""Swap the class of one object for a subclass that overrides `__call__`, and swap it back.
 
 The object stays what it is for isinstance, its state dict, its configuration, hooks and pipelines; other objects of its
 class are not touched, and a deep copy computes with its own weights. docs/design.md says what else was tried.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,39 +20,55 @@ _CLASSES: dict[tuple[Any, ...], type] = {}
 
 class _Local(threading.local):
     def __init__(self) -> None:  # in every thread, so that compiled code need not ask whether it is there
-        self.run: Any = None
+        self.frame: Any = None
 
 
 _LOCAL = _Local()
 
 
 def current() -> Any:
-    """The run that this thread is in, or None."""
-    return _LOCAL.run
+    """The frame that this thread is in, None outside of calls of wrapped models."""
+    return _LOCAL.frame
 
 
-def enter(run: Any) -> Any:
-    """Make a run the current one; returns the one before, to be put back."""
+def enter(frame: Any) -> Any:
+    """Put this thread into a frame; returns the frame before, to be put back."""
     before = current()
-    _LOCAL.run = run
+    _LOCAL.frame = frame
     return before
 
 
-def attach(module: nn.Module, call: Call, *methods: Call, before: Call | None = None) -> None:
-    """Let calls of this one module go through `call(module, plain, args, kwargs)`, where `plain` is the call as it was.
+def within(frame: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
+    """Call something with this thread in a frame."""
+    before = enter(frame)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        enter(before)
+
+
+def attach(
+    module: nn.Module,
+    call: Call,
+    overrides: Mapping[str, Call] | None = None,
+    *,
+    prepare: Call | None = None,
+    outside: Call | None = None,
+) -> None:
+    """Let calls of this one module go through `call(module, plain, args, kwargs)`, where `plain` is its call as it was.
 
     Args:
         module: attaching twice is a bug.
-        call: a function of a module.
-        methods: more functions that the object gets, under their names; each is given the function it hides, or None,
-            after the object itself.
-        before: `before(module, args, kwargs)` is called first, and `call` gets its result as one more argument. It is
-            not part of what torch.compile makes a graph of: the graph takes the result as a constant, and another one
-            makes another graph. In the middle of a larger graph there is no before, and the result is None.
+        call: a function of a module. With `outside` it is for calls in a frame and gets that first.
+        overrides: methods that the object gets, by name; each is called with the object and the method that it hides
+            (or None) before its arguments.
+        prepare: `prepare(module, args, kwargs)` is called first, and `call` gets its result as one more argument. It is
+            no part of the graphs that torch.compile makes; in the middle of a larger graph the result is None.
+        outside: takes the place of `call` where this thread is in no frame.
     """
     base = type(module)
     assert not hasattr(base, "_tokdyn_base"), f"{base.__name__} is attached already"
-    module.__class__ = _class_for(base, call, methods, before)
+    module.__class__ = _class_for(base, call, tuple((overrides or {}).items()), prepare, outside)
 
 
 def is_attached(module: nn.Module) -> bool:
@@ -63,7 +79,8 @@ def is_attached(module: nn.Module) -> bool:
 def attach_like(module: nn.Module, other: nn.Module) -> None:
     """Let calls of a module go through what those of another go through, unless they do already."""
     if not is_attached(module):
-        attach(module, vars(type(other))["_tokdyn_call"].__func__)
+        call, outside = vars(type(other))["_tokdyn_call"]
+        attach(module, call, outside=outside)
 
 
 def detach(module: nn.Module) -> None:
@@ -79,19 +96,25 @@ def base_class(module: nn.Module) -> type:
     return base
 
 
-def _class_for(base: type, call: Call, methods: tuple[Call, ...], before: Call | None) -> type:
-    key = (base, call, methods, before)
+def _class_for(base: type, *parts: Any) -> type:
+    """The subclass of a class with these parts, made once."""
+    key = (base, *parts)
     if key not in _CLASSES:
-        _CLASSES[key] = _subclass(base, call, methods, before)
+        _CLASSES[key] = _subclass(base, *parts)
     return _CLASSES[key]
 
 
-def _subclass(base: type, call: Call, methods: tuple[Call, ...], before: Call | None) -> type:
+def _subclass(
+    base: type, call: Call, overrides: tuple[tuple[str, Call], ...], prepare: Call | None, outside: Call | None
+) -> type:
     plain = base.__call__  # found here: torch.compile does not look into some classes
-    __call__ = _calling(plain, call) if before is None else _calling_after(plain, call, before)
+    if outside is not None:
+        __call__ = _calling_in_frames(plain, call, outside)
+    else:
+        __call__ = _calling(plain, call) if prepare is None else _calling_prepared(plain, call, prepare)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        return _new, (base, call, methods, before), self.__dict__
+        return _new, (base, call, overrides, prepare, outside), self.__dict__
 
     names: dict[str, Any] = {
         "__call__": __call__,
@@ -100,10 +123,10 @@ def _subclass(base: type, call: Call, methods: tuple[Call, ...], before: Call | 
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_tokdyn_base": base,
-        "_tokdyn_call": staticmethod(call),
+        "_tokdyn_call": (call, outside),
     }
-    for method in methods:
-        names[method.__name__] = _hiding(method, getattr(base, method.__name__, None))
+    for name, method in overrides:
+        names[name] = _hiding(method, getattr(base, name, None))
     return type(base.__name__, (base,), names)
 
 
@@ -114,14 +137,22 @@ def _calling(plain: Call, call: Call) -> Call:
     return __call__
 
 
-def _calling_after(plain: Call, call: Call, before: Call) -> Call:
+def _calling_in_frames(plain: Call, call: Call, outside: Call) -> Call:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        frame = _LOCAL.frame
+        return outside(self, plain, args, kwargs) if frame is None else call(frame, self, plain, args, kwargs)
+
+    return __call__
+
+
+def _calling_prepared(plain: Call, call: Call, prepare: Call) -> Call:
     from torch._dynamo.eval_frame import skip_code
 
-    apart: Call = torch.compiler.disable(before)  # type: ignore[no-untyped-call]
+    apart: Call = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        ahead = None if torch.compiler.is_compiling() else apart(self, args, kwargs)
-        return call(self, plain, args, kwargs, ahead)
+        prepared = None if torch.compiler.is_compiling() else apart(self, args, kwargs)
+        return call(self, plain, args, kwargs, prepared)
 
     skip_code(__call__.__code__)  # the graph begins with `call`
     return __call__
@@ -134,7 +165,7 @@ def _hiding(method: Call, hidden: Call | None) -> Call:
     return bound if hidden is None else functools.wraps(hidden)(bound)
 
 
-def _new(base: type, call: Call, methods: tuple[Call, ...], before: Call | None) -> Any:
+def _new(base: type, *parts: Any) -> Any:
     """An object for copy and pickle to fill; both find classes by name, and this one has the name of its base."""
-    made: Any = _class_for(base, call, methods, before)
+    made: Any = _class_for(base, *parts)
     return made.__new__(made)

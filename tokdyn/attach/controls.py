@@ -1,4 +1,4 @@
-"""What changes from call to call in a wrapped model: budgets, losses, statistics."""
+"""What users set and read from call to call in a wrapped model: budgets, losses, the trajectory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached
-from tokdyn.attach.measuring import unnoticed
-from tokdyn.attach.offload import away
-from tokdyn.attach.targets import inside
+from tokdyn.attach.measuring import untraced
+from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import InputError
-from tokdyn.methods import Chunking, TokenDrop
 
 
 def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] | None) -> None:
@@ -29,20 +28,20 @@ def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] 
         InputError: the model has no Chunking, or the value is none of these.
     """
     attachment = attached(model)
-    if not (attachment.has(Chunking) or attachment.adapter.chunked):
+    if not (attachment.takes("tail_drop") or attachment.adapter.chunked):
         raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no kept tokens to drop.")
     if value is None:
-        attachment.tail_drop = None
+        attachment.set(tail_drop=None)
         return
     if isinstance(value, Mapping):
         if set(value) != {"cond", "uncond"}:
             raise InputError(f"tail_drop has the branches {sorted(value)}, expected 'cond' and 'uncond'.")
-        attachment.tail_drop = {name: _share(share) for name, share in value.items()}
+        attachment.set(tail_drop={name: _share(share) for name, share in value.items()})
         return
     if isinstance(value, torch.Tensor) and value.dim() > 1:
         raise InputError(f"tail_drop has shape {tuple(value.shape)}, expected one number or one for each sample (B,).")
     given = value.flatten().tolist() if isinstance(value, torch.Tensor) else [value]
-    attachment.tail_drop = tuple(_share(share) for share in given)
+    attachment.set(tail_drop=tuple(_share(share) for share in given))
 
 
 def _share(value: Any) -> float:
@@ -56,7 +55,7 @@ def _share(value: Any) -> float:
 
 
 def losses(model: nn.Module) -> dict[str, Tensor]:
-    """Auxiliary losses of the last call in training, weighted as the methods say, by the name of the method.
+    """Return the auxiliary losses of the last call in training, weighted as the methods say, by the name of the method.
 
     Add their sum to the loss of the model. Read them before the next call: two forwards before one backward have losses
     of their own.
@@ -69,7 +68,7 @@ def losses(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def dropping(model: nn.Module, rate: float) -> Iterator[None]:
-    """Within this context TokenDrop acts at this rate, in sampling too: for guidance by a prediction that saw less.
+    """Let TokenDrop act at a rate, in sampling too: for guidance by a prediction that saw fewer tokens.
 
     `ops.dropping.drop_guidance` combines the two predictions (TREAD, arXiv 2501.04765: rates 0.3 and 0.7, scale 1.5).
 
@@ -77,15 +76,16 @@ def dropping(model: nn.Module, rate: float) -> Iterator[None]:
         InputError: the model has no TokenDrop, or the rate is no share below 1.
     """
     attachment = attached(model)
-    if not attachment.has(TokenDrop):
+    if not attachment.takes("drop_rate"):
         raise InputError(f"this {type(model).__name__} is wrapped without TokenDrop, so no tokens can be dropped.")
     if not 0.0 <= rate < 1.0:
         raise InputError(f"the rate is {rate}, expected a share of the tokens in [0, 1).")
-    before, attachment.drop_rate = attachment.drop_rate, rate
+    before = attachment.settings.drop_rate
+    attachment.set(drop_rate=rate)
     try:
         yield
     finally:
-        attachment.drop_rate = before
+        attachment.set(drop_rate=before)
 
 
 @torch.no_grad()
@@ -101,21 +101,21 @@ def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
         InputError: the model has no Chunking, or what is changed now would be lost or differ between processes.
     """
     attachment = attached(model)
-    if not attachment.has(Chunking):
+    if not attachment.takes("calibrate_router"):
         raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no router.")
-    if model is not inside(model):
+    if model is not inner_model(model):
         raise InputError(
             f"{type(model).__name__} holds the model, and processes would calibrate it on batches of their own; "
             f"calibrate the router of the model before, on one process or on all."
         )
-    if away(model, attachment, writing=True):
+    if weights_are_offloaded(model, attachment, writing=True):
         raise InputError("the weights of the methods are offloaded; calibrate the router before offloading the model.")
-    attachment.calibrating = True
+    attachment.set(calibrating=True)
     try:
-        with unnoticed(attachment):
+        with untraced(attachment):
             model(*inputs, **arguments)
     finally:
-        attachment.calibrating = False
+        attachment.set(calibrating=False)
 
 
 def reset(model: nn.Module) -> None:

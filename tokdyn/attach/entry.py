@@ -1,12 +1,10 @@
-"""wrap, unwrap, disabled: methods on a model, and off it."""
+"""Attach methods to a model and take them off: `wrap`, `unwrap`, `disabled`, and the calls of a wrapped model."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,17 +12,25 @@ from torch import nn
 
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.attach import checkpointing, class_swap
-from tokdyn.attach.around import _chunked
+from tokdyn.attach import class_swap, recompute
 from tokdyn.attach.attachment import Attachment, sizes_of
-from tokdyn.attach.calibrated import warn_of_another_model
-from tokdyn.attach.recompute import go_on, recall, remember
-from tokdyn.attach.run import Run
-from tokdyn.attach.support import check, check_parts
-from tokdyn.attach.targets import check_cut, check_model, check_parts_before, check_target, check_top, inside
+from tokdyn.attach.checks import check, check_sublayers
+from tokdyn.attach.containers import (
+    check_model,
+    check_parts_unsharded,
+    check_sharding,
+    check_target,
+    check_top,
+    inner_model,
+)
+from tokdyn.attach.engine import call_module
+from tokdyn.attach.handlers.base import Frame
+from tokdyn.attach.handlers.chunking import call_chunked
+from tokdyn.attach.provenance import warn_of_another_model
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.tokens import Grid
+from tokdyn.trace.observation import Observation
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,50 +60,60 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     check(model, adapter, methods, sizes_of(model, adapter))
     attachment = Attachment(model, adapter, methods)
     warn_of_another_model(model, methods)
-    check_cut(model, attachment)
-    check_parts_before(model, attachment)
-    roles = attachment.roles(model)
-    check_parts(model, methods, roles.values(), attachment.sizes.depth)
+    check_sharding(model, attachment)
+    check_parts_unsharded(model, attachment)
+    sites = attachment.sites(model)
+    check_sublayers(model, methods, sites.values(), attachment.blueprint.sizes.depth)
     model.tokdyn = attachment
-    more: tuple[Any, ...] = tuple(Entry(name) for name in adapter.entries if hasattr(model, name))
-    more = (_chunked,) if adapter.chunked else more
-    before = _grid_ahead if adapter.read_ahead else None
-    own = (each for each in (save_pretrained, enable_layerwise_casting) if hasattr(model, each.__name__))
-    functions = (forward, _reset_stateful_cache, cache_context, *own, *more)
-    class_swap.attach(model, _call_model, *functions, before=before)
+    class_swap.attach(model, _call_model, _overrides(model, adapter), prepare=_prepare)
     if methods:
-        attach_parts(model, attachment)
+        attach_sites(model, attachment)
     return model
 
 
-def attach_parts(model: nn.Module, attachment: Attachment) -> None:
-    """Let the calls of the blocks, and of what methods need in them, go through the run of the model's call."""
-    roles = attachment.roles(model)
-    for part in model.modules():
-        if id(part) in roles:
-            class_swap.attach(part, _call_part)
+def _overrides(model: nn.Module, adapter: ModelAdapter) -> dict[str, Any]:
+    """Map the methods that a wrapped model gets by their names."""
+    own = {"save_pretrained": _save_pretrained, "enable_layerwise_casting": _enable_layerwise_casting}
+    overrides = {name: override for name, override in own.items() if hasattr(model, name)}
+    overrides |= {name: _call_entry for name in adapter.entries if hasattr(model, name)}
+    if adapter.chunked:
+        overrides["_chunked"] = call_chunked
+    return {
+        "forward": _forward,
+        "_reset_stateful_cache": _reset_stateful_cache,
+        "cache_context": _cache_context,
+        **overrides,
+    }
+
+
+def attach_sites(model: nn.Module, attachment: Attachment) -> None:
+    """Let the calls of the blocks, and of what methods need in them, go through the engine."""
+    sites = attachment.sites(model)
+    for module in model.modules():
+        if id(module) in sites:
+            class_swap.attach(module, call_module, outside=recompute.call_outside)
 
 
 def unwrap(model: Model) -> Model:
-    """Take all methods off. The class, the state dict and the outputs are what they were.
+    """Take all methods off: class, state dict and outputs are what they were.
 
     Raises:
         InputError: the model is not wrapped, or somebody else has changed its class since.
     """
-    if attachment_of(model) is None and attachment_of(inside(model)) is not None:
+    if attachment_of(model) is None and attachment_of(inner_model(model)) is not None:
         raise InputError(f"what is wrapped is the model in this {type(model).__name__}; unwrap that.")
     attached(model)
     modules = list(model.modules())
     check_top(model, modules)
     del model.tokdyn
-    for part in modules:
-        class_swap.detach(part)
+    for module in modules:
+        class_swap.detach(module)
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes as if it had never been wrapped."""
+    """Let the model compute as if it had never been wrapped."""
     attachment = attached(model)
     before, attachment.enabled = attachment.enabled, False
     try:
@@ -107,51 +123,71 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """What a model carries if it is wrapped."""
+    """Return what a model carries; None if it is not wrapped."""
     found = getattr(model, "__dict__", {}).get("_modules", {}).get("tokdyn")
     return found if isinstance(found, Attachment) else None
 
 
 def attached(model: nn.Module) -> Attachment:
-    """What a model carries, or the model in a container such as DistributedDataParallel.
+    """Return what a model carries, or the model in a container such as DistributedDataParallel.
 
     Raises:
         InputError: it is not wrapped.
     """
     check_model(model)
-    found = attachment_of(inside(model))
+    found = attachment_of(inner_model(model))
     if found is None:
         raise InputError(f"this {type(model).__name__} is not wrapped; call tokdyn.wrap(model, methods) first.")
     return found
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A method of a model, such as `forward_features`, that runs its blocks: as good as a call of the model."""
-
-    name: str
-
-    @property
-    def __name__(self) -> str:
-        return self.name
-
-    def __call__(self, model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        """A run of its own, unless the model calls it itself."""
-        run: Run | None = class_swap.current()
-        if run is not None and run.model is model:
-            return hidden(model, *args, **kwargs)
-        return _call_model(model, hidden, args, kwargs, names=tuple(inspect.signature(hidden).parameters)[1:])
-
-
-def _grid_ahead(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
-    """The token grid of a call, where it depends on values that no graph of torch.compile can look at."""
+def _call_entry(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a method such as `forward_features` that runs the blocks: as good as a call of the model."""
+    frame: Frame | None = class_swap.current()
+    if frame is not None and frame.context.model is model:
+        return hidden(model, *args, **kwargs)
+    names = tuple(inspect.signature(hidden).parameters)[1:]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
     attachment = attachment_of(model)
-    if attachment is None or attachment.meter or not (attachment.enabled and attachment.methods):
+    seen = None if attachment is None else attachment.observe(model, named)
+    return _call(model, hidden, args, kwargs, named, None, seen)
+
+
+def _forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's forward; called directly, as guidance in the public DiT does, it is a call of the model."""
+    frame: Frame | None = class_swap.current()
+    if frame is not None and frame.context.model is model:
+        return hidden(model, *args, **kwargs)
+    prepared = None if torch.compiler.is_compiling() else _prepare(model, args, kwargs)
+    return _call_model(model, hidden, args, kwargs, prepared)
+
+
+def _acts(attachment: Attachment | None) -> bool:
+    """Whether calls of the model go through the engine."""
+    return attachment is not None and bool(attachment.meter or (attachment.enabled and attachment.methods))
+
+
+def _prepare(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Grid | None, Observation | None] | None:
+    """Do before a call what no graph of torch.compile can: look at its values.
+
+    Returns:
+        The token grid, where it depends on values and not only on shapes, and the call as it was observed.
+    """
+    attachment = attachment_of(model)
+    if attachment is None or not _acts(attachment):
         return None
-    named = {**dict(zip(attachment.names, args, strict=False)), **kwargs}
-    known = all(named.get(name) is not None for name in attachment.adapter.read_ahead)
-    read = attachment.adapter.grid
-    return None if read is None or not known else read(model, named)
+    named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs}
+    adapter, grid = attachment.adapter, None
+    if adapter.read_ahead and adapter.grid is not None and attachment.meter is None:
+        needed = any(each.traits.reads == "grid" for each in attachment.blueprint.placed)
+        if needed and all(named.get(name) is not None for name in adapter.read_ahead):
+            grid = adapter.grid(model, named)
+    if attachment.meter is not None:
+        named = dict(attachment.meter.arguments)
+    training = model.training and torch.is_grad_enabled()
+    return grid, None if training else attachment.observe(model, named)
 
 
 def _call_model(
@@ -159,84 +195,64 @@ def _call_model(
     plain: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    grid: Grid | None = None,
-    names: tuple[str, ...] | None = None,
+    prepared: tuple[Grid | None, Observation | None] | None = None,
 ) -> Any:
-    """A call of the model, or of an entry with arguments of those names: a run, on a grid that may be known already."""
+    """Call the model, through the engine if methods act."""
     attachment = attachment_of(model)
-    if attachment is None or not (attachment.meter or (attachment.enabled and attachment.methods)):
-        before = class_swap.enter(None)
-        try:
-            return plain(model, *args, **kwargs)
-        finally:
-            class_swap.enter(before)
-    named = {**dict(zip(names or attachment.names, args, strict=False)), **kwargs}
-    if attachment.reduces:
+    if attachment is None or not _acts(attachment):
+        return class_swap.within(None, plain, model, *args, **kwargs)
+    named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs}
+    return _call(model, plain, args, kwargs, named, *(prepared or (None, None)))
+
+
+def _call(
+    model: nn.Module,
+    plain: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    named: dict[str, Any],
+    grid: Grid | None,
+    seen: Observation | None,
+) -> Any:
+    """Call the model, or an entry of it, in a frame of its own."""
+    attachment = attachment_of(model)
+    if attachment is None or not _acts(attachment):
+        return class_swap.within(None, plain, model, *args, **kwargs)
+    if attachment.blueprint.reduces:
         _refuse(model, attachment.adapter, named)
-    edges = attachment.actors.edges.intersection(named.get("skip_layers") or ())
+    edges = attachment.handlers.edges.intersection(named.get("skip_layers") or ())
     if edges:
         raise InputError(
             f"skip_layers leaves out block {min(edges)}, where a method on this {type(model).__name__} begins or ends; "
             "leave out other blocks, or skip that one with tokdyn.DepthSkip."
         )
     if not torch.compiler.is_compiling():
-        check_cut(model, attachment)
-    run = Run(model, attachment, named if attachment.meter is None else attachment.meter.arguments, grid)
-    before = class_swap.enter(run)
-    bound = checkpointing.bind(model, run) if run.gradients else []
+        check_sharding(model, attachment)
+    if attachment.meter is not None:
+        named = dict(attachment.meter.arguments)
+    gradients = torch.is_grad_enabled()
+    frame = attachment.begin_call(model, named, gradients, grid, seen)
+    context = frame.context
+    bound = recompute.bind(model, frame) if gradients else []
     try:
-        out = plain(model, *args, **kwargs)
-        if run.guard is not None:
-            run.guard.end()
-        if attachment.watch is not None and not run.training:
-            attachment.watch.see(run.turn, run.level[0])
+        out = class_swap.within(frame, plain, model, *args, **kwargs)
+        if context.guard is not None:
+            context.guard.end()
+        if attachment.watch is not None and not context.training:
+            attachment.watch.see(context.position, context.readings.levels.value[0])
     except BaseException:
-        attachment.trajectory.clear()  # a step that is tried again is no second branch
+        attachment.trajectory.end()  # a call that is tried again is no second branch
         raise
     finally:
-        run.release()
-        class_swap.enter(before)
-        checkpointing.release(bound)
-    attachment.losses = run.losses
-    attachment.remember(run.finish())
-    return out
-
-
-def forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's forward; called directly, as guidance in the public DiT does, it is a call of the model too."""
-    run = class_swap.current()
-    if run is not None and run.model is model:
-        return hidden(model, *args, **kwargs)
-    return _call_model(model, hidden, args, kwargs)
-
-
-def _call_part(part: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of a block by its model, or of an attention, an MLP or a layer by its block."""
-    run: Run | None = class_swap.current()
-    again = recall(part, args, kwargs) if run is None else None
-    run = run or again
-    role = None if run is None else vars(part).get("_tokdyn_role") or run.roles.get(id(part))
-    if run is None or role is None:
-        return plain(part, *args, **kwargs)
-    call = run.weights.around(part, plain)
-    if role.kind == "layer":
-        return run.layer(part, role, partial(call, **kwargs), args)
-    if role.kind != "block":
-        return run.branch(role, call, args, kwargs)
-    if again is None:
-        remember(run, part, role, args, kwargs)
-        return run.block(part, role, call, args, kwargs)
-    class_swap.enter(again)
-    try:
-        out = again.block(part, role, call, args, kwargs)
-    finally:
-        class_swap.enter(None)
-    go_on(again, role, out)
+        context.release()
+        recompute.release(bound)
+    attachment.losses = context.losses
+    attachment.remember(context.finish())
     return out
 
 
 def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
-    """Refuse arguments that hold something for every cell where there may be fewer tokens."""
+    """Refuse arguments that hold something for every cell, where blocks may see fewer tokens."""
     for name, reason in adapter.refuse.items():
         value = named.get(name)
         if isinstance(value, Mapping):  # attention arguments: a LoRA scale is welcome
@@ -246,27 +262,27 @@ def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -
 
 
 def _reset_stateful_cache(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
-    """What diffusers' pipelines call when they have made their images."""
+    """End the trajectory; pipelines of diffusers call this when they have made their images."""
     attached(model).end()
     if hidden is not None:
         hidden(model, *args, **kwargs)
 
 
-def save_pretrained(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model as it was before it was wrapped; `tokdyn.save` writes the methods."""
+def _save_pretrained(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """Write the model without its methods; `tokdyn.save` writes those."""
     with _bare(model):
         return hidden(model, *args, **kwargs)
 
 
-def enable_layerwise_casting(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
-    """Casts the weights of the model, and not those that decide about tokens and blocks."""
+def _enable_layerwise_casting(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
+    """Cast the weights of the model, and not those that decide about tokens and blocks."""
     with _bare(model):
         hidden(model, *args, **kwargs)
 
 
 @contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
-    """The model without what it carries."""
+    """Take off what a model carries for a while."""
     attachment = model._modules.pop("tokdyn")
     try:
         yield
@@ -275,10 +291,10 @@ def _bare(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def cache_context(model: nn.Module, hidden: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """What diffusers' pipelines enter around the call of a guidance branch: its name."""
-    attachment = attached(model)
-    before, attachment.branch = attachment.branch, name
+def _cache_context(model: nn.Module, hidden: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Take the name of a guidance branch, which pipelines of diffusers enter around its calls."""
+    trajectory = attached(model).trajectory
+    before, trajectory.branch = trajectory.branch, name
     try:
         if hidden is None:
             yield
@@ -286,4 +302,4 @@ def cache_context(model: nn.Module, hidden: Any, name: str, *args: Any, **kwargs
             with hidden(model, name, *args, **kwargs):
                 yield
     finally:
-        attachment.branch = before
+        trajectory.branch = before

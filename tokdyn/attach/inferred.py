@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Stack
-from tokdyn.attach.sites import Role
+from tokdyn.attach.sites import Site, Sites
 from tokdyn.errors import UnsupportedModelError
 
 _CURE = "register an adapter for it (docs/adapters.md)"
@@ -98,43 +98,41 @@ class Guard:
     next: int = 0
     before: tuple[str, Tensor] | None = None
 
-    def begin(
-        self, roles: dict[int, Role], part: nn.Module, named: Mapping[str, Any], plain: Callable[[], Any]
-    ) -> Role:
+    def begin(self, sites: Sites, module: nn.Module, named: Mapping[str, Any], plain: Callable[[], Any]) -> Site:
         """Check a block before it is called; what it returns is learned the first time.
 
         Args:
-            roles: of all parts; updated when something is learned.
-            part: the block.
+            sites: of the model; updated when something is learned.
+            module: the block.
             named: its arguments.
             plain: calls the block as it was.
 
         Returns:
-            Its role, with what is known now.
+            Its site, with what is known now.
         """
-        role = roles[id(part)]
-        if role.block != self.next:
+        site = sites[id(module)]
+        if site.block != self.next:
             raise self._refusal(
-                f"block {role.block}, of {role.stack.path!r}, came where block {self.next} was expected, so its blocks "
+                f"block {site.block}, of {site.stack.path!r}, came where block {self.next} was expected, so its blocks "
                 "do not run one after the other"
             )
         self.next += 1
-        if not role.stack.returns:
+        if not site.stack.returns:
             with torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
-                found = learn(role.stack, named, plain())
+                found = learn(site.stack, named, plain())
             if isinstance(found, Stack) and self.before is not None:
                 found = self._joined(found, named[found.tokens])
             if isinstance(found, str):
                 raise self._refusal(found)
-            for key, other in roles.items():
+            for key, other in sites.items():
                 if other.stack.path == found.path:
-                    roles[key] = replace(other, stack=found)
-        x = named[role.stack.tokens]
-        if self.before is not None and self.before[0] == role.stack.path and x.shape != self.before[1].shape:
+                    sites[key] = replace(other, stack=found)
+        x = named[site.stack.tokens]
+        if self.before is not None and self.before[0] == site.stack.path and x.shape != self.before[1].shape:
             raise self._refusal(_changed(self.before[1], x))
         if self.batch not in (None, len(x)):
             raise self._refusal(f"it is called with {self.batch} samples, but its blocks get {_shape(x)}")
-        return roles[id(part)]
+        return sites[id(module)]
 
     def after(self, stack: Stack, given: Tensor, out: Any) -> None:
         """Check what a block returned."""

@@ -1,4 +1,4 @@
-"""The methods of a wrapped model in two small files beside its weights, or anywhere else."""
+"""Save and load the methods of a wrapped model: two small files, beside its weights or anywhere else."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 import tokdyn
-from tokdyn.attach.entry import attached, wrap
-from tokdyn.attach.offload import away
-from tokdyn.attach.targets import inside
+from tokdyn.attach.containers import inner_model
+from tokdyn.attach.entry import attached, unwrap, wrap
+from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import json_object, replacing
 from tokdyn.methods import Method
-from tokdyn.methods.written import from_written, written
+from tokdyn.methods.registry import from_settings, to_settings
 
 CONFIG, WEIGHTS = "tokdyn_config.json", "tokdyn.safetensors"
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,10 +38,10 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     from safetensors.torch import save_file
 
     attachment, where = attached(model), Path(folder).expanduser()
-    model = inside(model)
-    if away(model, attachment):
+    model = inner_model(model)
+    if weights_are_offloaded(model, attachment):
         raise InputError("the weights of the methods are offloaded; save them before offloading the model.")
-    methods = [written(each) for each in attachment.methods]
+    methods = [to_settings(each) for each in attachment.methods]
     content = {"tokdyn": tokdyn.__version__, "model": type(model).__name__, "methods": methods}
     weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}
     if weights:
@@ -80,16 +80,14 @@ def load(model: Model, folder: str | Path) -> Model:
         weights = load_file(where / WEIGHTS) if expected else {}
         attached(model).load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
-        from tokdyn.attach.entry import unwrap
-
         unwrap(model)
         raise CheckpointError(f"{where / WEIGHTS} does not fit the methods beside it ({error}).") from error
     return model
 
 
 def _method(settings: Any, path: Path) -> Method:
-    """A configuration from what was written of it."""
+    """Make a method from what a file holds of it."""
     try:
-        return from_written(settings)
+        return from_settings(settings)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from tokdyn.attach.entry import attachment_of
+from tokdyn.attach import attachment_of
 from tokdyn.bases.opening import Base, read_base
 from tokdyn.bases.table import Objective, rows
 from tokdyn.checkpoints import Kind

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokdyn.attach.sidecar import CONFIG, load
+from tokdyn.attach import CONFIG, load
 from tokdyn.bases import hub
 from tokdyn.bases.download import Unreachable, cache_folder, digest, fetch
 from tokdyn.bases.table import TARGETS, Objective, Row, rows, shipped_folder

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
-from tokdyn.attach.entry import attachment_of
+from tokdyn.attach import attachment_of
 from tokdyn.bench import published
 from tokdyn.bench.stacks import Opened, Stack, open_stack
 from tokdyn.cost import compute_matched_steps, flops, flops_per_image, model_parts

@@ -13,8 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from tokdyn.attach.entry import attachment_of
-from tokdyn.attach.sidecar import save
+from tokdyn.attach import attachment_of, save
 from tokdyn.bench import timing
 from tokdyn.bench.fidelity import SMALLEST, feature_distance, psnr, ssim
 from tokdyn.bench.stacks import Opened, Stack, open_stack
@@ -30,7 +29,6 @@ from tokdyn.evaluate.images import ImageSet, open_images
 from tokdyn.evaluate.networks import open_extractor
 from tokdyn.files import UserPath, require_folder
 from tokdyn.host import open_device, product_type, settle_memory
-from tokdyn.methods import FeatureCache
 from tokdyn.progress import progress
 from tokdyn.report.pareto import ParetoPoint, frontier
 from tokdyn.sample import SampleConfig, sample
@@ -236,7 +234,7 @@ def _check_held_out(opened: Sequence[Opened]) -> None:
 def _held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> QualityRow:
     """The diffusion loss; a cache has none, as what it does depends on the step before."""
     carried = attachment_of(opened.model)
-    if carried is not None and carried.has(FeatureCache):
+    if carried is not None and carried.remembers:
         return row
     assert opened.info.data is not None
     data = open_data(opened.info.data.model_copy(update={"path": str(config.held_out), "flip": False}))

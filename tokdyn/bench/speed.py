@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
-from tokdyn.attach.entry import attachment_of
+from tokdyn.attach import attachment_of
 from tokdyn.bench import timing
 from tokdyn.bench.flops import is_named
 from tokdyn.bench.stacks import Stack, open_stack
@@ -25,8 +25,7 @@ from tokdyn.cost import flops
 from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath
 from tokdyn.host import open_device, settle_memory
-from tokdyn.methods import FeatureCache
-from tokdyn.methods.written import from_written
+from tokdyn.methods.registry import from_settings
 from tokdyn.models import DCDiT, DiT
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
@@ -247,9 +246,9 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
         model = DCDiT.named(place, **shared) if place.startswith("DC-") else DiT.named(place, **shared)
         if stack.folder is not None:
             raise RecipeError(f"the stack {stack.name} has trained methods for a model without trained weights.")
-        rewrap(model, [from_written(each) for each in stack.methods])
+        rewrap(model, [from_settings(each) for each in stack.methods])
     carried = attachment_of(model)
-    if carried is not None and carried.has(FeatureCache):
+    if carried is not None and carried.remembers:
         raise RecipeError(
             f"the stack {stack.name} has a FeatureCache, which acts from step to step: time it with "
             "tokdyn bench quality."

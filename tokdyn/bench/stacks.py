@@ -9,15 +9,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tokdyn.attach.entry import attachment_of, unwrap
-from tokdyn.attach.sidecar import load
+from tokdyn.attach import attachment_of, load, unwrap
 from tokdyn.calibration.afterwards import rewrap
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Drop, Sampler
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.errors import RecipeError
-from tokdyn.methods.written import from_written
+from tokdyn.methods.registry import from_settings
 from tokdyn.recipe import yaml_text
 from tokdyn.recipe.explain import explain
 from tokdyn.sample.loading import ModelInfo, load_model
@@ -50,7 +49,7 @@ class Stack(BaseModel):
     @classmethod
     def _builds(cls, methods: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
         for each in methods:
-            from_written(each)  # an InputError is a ValueError
+            from_settings(each)  # an InputError is a ValueError
         return methods
 
 
@@ -147,7 +146,7 @@ def attach(model: Any, stack: Stack) -> Any:
             unwrap(model)
         load(model, stack.folder)
     if stack.methods:
-        rewrap(model, [from_written(each) for each in stack.methods])
+        rewrap(model, [from_settings(each) for each in stack.methods])
     if (stack.tail_drop or stack.uncond_tail_drop) and not takes_tail_drop(model):
         raise cannot_drop(model)
     return model.eval()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokdyn.attach.entry import attachment_of
-from tokdyn.attach.sidecar import save
+from tokdyn.attach import attachment_of, save
 from tokdyn.bench.page import write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
 from tokdyn.bench.stacks import Stack, open_stack

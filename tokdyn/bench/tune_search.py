@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.entry import attachment_of, unwrap
+from tokdyn.attach import attachment_of, unwrap
 from tokdyn.bench.stacks import Opened, Stack, attach
 from tokdyn.bench.tune_settings import Knob, TuneConfig
 from tokdyn.calibration.caching import calibrate_cache
@@ -23,7 +23,7 @@ from tokdyn.diffusion.sampling import generate
 from tokdyn.errors import InputError, RecipeError, TokdynError
 from tokdyn.host import product_type
 from tokdyn.methods import DepthSkip, FeatureCache
-from tokdyn.methods.written import written
+from tokdyn.methods.registry import to_settings
 from tokdyn.progress import progress
 from tokdyn.sample.costs import step_costs
 
@@ -113,12 +113,12 @@ class Tuner:
         methods: list[dict[str, Any]] = []
         if self.caches is not None and "cache" in turned and turned["cache"][0] > 0:
             share = min(turned["cache"][0], 1.0)
-            methods.append(written(self.caches.model_copy(update={"threshold": share * self.caches.threshold})))
+            methods.append(to_settings(self.caches.model_copy(update={"threshold": share * self.caches.threshold})))
         if "merge" in turned and max(turned["merge"]) > 0:
             methods.append({"method": "TokenMerge", "ratio": _points(turned["merge"], _MOST["merge"])})
         if self.skips and "skip" in turned:
             place = round(min(turned["skip"][0], 1.0) * len(self.skips))
-            methods += [written(self.skips[place - 1])] if place else []
+            methods += [to_settings(self.skips[place - 1])] if place else []
         given: dict[str, Any] = {}
         if "drop" in turned:
             given["tail_drop"] = _points(turned["drop"], _MOST["drop"])

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.attach.entry import attachment_of, unwrap, wrap
-from tokdyn.attach.sidecar import save
+from tokdyn.attach import attachment_of, save, unwrap, wrap
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.errors import InputError, TokdynError
 from tokdyn.methods import Method, TokenMerge

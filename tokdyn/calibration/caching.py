@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.fingerprint import fingerprint
+from tokdyn.attach import fingerprint
 from tokdyn.calibration.observer import Observer, observing
 from tokdyn.calibration.recording import Call, listed
 from tokdyn.calibration.replay import Replay, Spent, evaluating
@@ -84,14 +84,14 @@ def measure(replay: Replay, calls: Sequence[Call], method: FeatureCache) -> tupl
     with observing(replay.model, method) as observer, progress("measuring", len(calls)) as advance:
         for call in calls:
             costs = replay.counted(call, partial(_costs, replay, call, observer))
-            turn, levels, told, output = observer.seen()
+            position, levels, told, output = observer.seen()
             change, effect = None, None
-            number, told_before, output_before = last.get(turn.branch, (-1, told, output))
-            if number == turn.trajectory and told_before.shape == told.shape:
+            number, told_before, output_before = last.get(position.branch, (-1, told, output))
+            if number == position.run and told_before.shape == told.shape:
                 change = relative_change(told, told_before).cpu()
                 effect = relative_change(output, output_before).cpu()
-            last[turn.branch] = (turn.trajectory, told, output)
-            steps.append(Step(turn, levels, change, effect, *costs))
+            last[position.branch] = (position.run, told, output)
+            steps.append(Step(position, levels, change, effect, *costs))
             advance(1)
     if all(step.change is None for step in steps):
         raise InputError(
@@ -110,10 +110,10 @@ def _costs(replay: Replay, call: Call, observer: Observer, spent: Spent) -> tupl
 def _grid(steps: Sequence[Step]) -> tuple[float, ...]:
     """Noise levels of the steps of a trajectory, if all trajectories have the same number of them."""
     found: dict[int, list[float]] = {}
-    branch = steps[0].turn.branch
+    branch = steps[0].position.label
     for step in steps:
-        if step.turn.branch == branch:
-            found.setdefault(step.turn.trajectory, []).append(step.levels[0])
+        if step.position.label == branch:
+            found.setdefault(step.position.run, []).append(step.levels[0])
     one, *others = found.values()
     return tuple(one) if all(len(other) == len(one) for other in others) else ()
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import tokdyn
-from tokdyn.attach.entry import attachment_of, unwrap, wrap
-from tokdyn.attach.sidecar import save
+from tokdyn.attach import attachment_of, save, unwrap, wrap
 from tokdyn.calibration.caching import CacheCalibration, calibrate_cache
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.calibration.pictures import draw_caching, draw_skipping
@@ -139,9 +138,9 @@ def _number(value: Tensor) -> float | None:
 def _of_caching(found: CacheCalibration) -> dict[str, Any]:
     points = [
         {
-            "trajectory": step.turn.trajectory,
-            "branch": step.turn.branch,
-            "step": step.turn.step,
+            "trajectory": step.position.run,
+            "branch": step.position.label,
+            "step": step.position.steps[sample],
             "sample": sample,
             "level": step.levels[sample],
             "change": _number(step.change[sample]),

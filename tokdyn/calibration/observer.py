@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokdyn.attach.entry import attached, unwrap, wrap
-from tokdyn.attach.handlers.feature_cache import Cache
-from tokdyn.attach.run import Run
+from tokdyn.attach import BlockCall, CachedBlocks, Frame, TokenView, attached, unwrap, wrap
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
-from tokdyn.trace.trajectory import Turn
+from tokdyn.trace.trajectory import Position
 
 
 def _nothing() -> int:
     return 0
 
 
-@dataclass
-class Observer(Cache):
+@dataclass(eq=False)
+class Observer(CachedBlocks):
     """A cache in its place, which keeps what it sees.
 
     Attributes:
@@ -36,23 +34,23 @@ class Observer(Cache):
     looking: int = 0
     _seen: list[Any] = field(default_factory=list)
 
-    def open(self, run: Run, x: Tensor) -> Tensor:
+    def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
         """See the indicator."""
         before = self.spent()
-        indicator = self._indicator(run, x)
+        indicator = self.indicator(frame.context, x, block)
         self.looking = self.spent() - before
-        self._seen = [run.turn, run.level, indicator]
+        self._seen = [frame.context.position, frame.context.levels(view), indicator]
         self.inside = self.spent()
-        return x
+        return x, view
 
-    def close(self, run: Run, x: Tensor) -> Tensor:
+    def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """See the output."""
         self.inside = self.spent() - self.inside
         self._seen.append(x)
-        return x
+        return x, view
 
-    def seen(self) -> tuple[Turn, tuple[float, ...], Tensor, Tensor]:
-        """Turn, levels, indicator and image tokens behind the last block of the last call, once.
+    def seen(self) -> tuple[Position, tuple[float, ...], Tensor, Tensor]:
+        """Position, levels, indicator and image tokens behind the last block of the last call, once.
 
         Raises:
             InputError: the first or the last block did not run.
@@ -63,8 +61,8 @@ class Observer(Cache):
                 "the first or the last block did not run in a recorded call, and a cache needs both; record calls of "
                 "the whole model."
             )
-        turn, levels, indicator, output = found
-        return turn, levels, indicator, output
+        position, levels, indicator, output = found
+        return position, levels, indicator, output
 
 
 @contextmanager
@@ -79,14 +77,13 @@ def observing(model: nn.Module, method: FeatureCache) -> Iterator[Observer]:
     try:
         found: list[Observer] = []
 
-        def put(bracket: Any) -> Any:
-            if not isinstance(bracket, Cache):
-                return bracket
-            found.append(Observer(watched, bracket.first, bracket.last))
-            return found[-1]
+        def put(handler: Any) -> Any:
+            if isinstance(handler, CachedBlocks):
+                found.append(Observer(watched, handler.first, handler.last, handler.slot))
+                return found[-1]
+            return handler
 
-        attachment.caches = tuple(put(each) for each in attachment.caches)
-        attachment.actors = replace(attachment.actors, brackets=tuple(put(each) for each in attachment.actors.brackets))
+        attachment.replace_handlers(put)
         yield found[0]
     finally:
         unwrap(model)

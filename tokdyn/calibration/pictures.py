@@ -125,11 +125,11 @@ def _scatter(figure: Figure, axes: Axes, found: CacheCalibration) -> None:
 def _timeline(axes: Axes, found: CacheCalibration) -> None:
     """For each sample and branch of the first trajectory, the steps in which its blocks run."""
     rows: dict[tuple[object, int], list[tuple[float, bool]]] = {}
-    first = found.steps[0].turn.trajectory
+    first = found.steps[0].position.run
     for step, reuse in zip(found.steps, simulate(found.steps, found.method), strict=True):
-        if step.turn.trajectory == first:
+        if step.position.run == first:
             for sample, reused in enumerate(reuse.tolist()):
-                rows.setdefault((step.turn.branch, sample), []).append((step.levels[sample], reused))
+                rows.setdefault((step.position.label, sample), []).append((step.levels[sample], reused))
     for place, row in enumerate(rows.values()):
         for reused, colour, size in ((False, COLOURS[0], 22), (True, "#c9d6df", 9)):
             there = [level for level, was in row if was == reused]

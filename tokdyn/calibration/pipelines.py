@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 import tokdyn
-from tokdyn.attach.entry import attached
+from tokdyn.attach import attached
 from tokdyn.calibration.recording import recording
 from tokdyn.calibration.replay import evaluating
 from tokdyn.cost import flops

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.sites import argument_names
+from tokdyn.attach import argument_names
 from tokdyn.errors import InputError
 
 Call = dict[str, Any]

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach.entry import attachment_of
-from tokdyn.attach.sites import Role, blocks_of, find_roles
-from tokdyn.attach.tokens import split
+from tokdyn.adapters.tokens import split
+from tokdyn.attach import Site, attachment_of, blocks_of, find_sites
 from tokdyn.calibration.recording import Call, moved
 from tokdyn.cost.counting import attention_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.tokens import Packing, cells
-from tokdyn.trace.calls import Record
+from tokdyn.trace.calls import CallTrace
 
 Counts = TypeVar("Counts")
 Spent = Callable[[], int]
@@ -78,7 +77,7 @@ class Replay:
     def levels(self, call: Call, batch: int) -> tuple[float, ...]:
         """Noise level of every sample, as wrapped models read it."""
         assert self.adapter.level is not None
-        values = Record(self.adapter.level(self.model, call)).clock.tolist()
+        values = CallTrace(self.adapter.level(self.model, call)).levels.tolist()
         return tuple(values * (batch if len(values) == 1 else 1))
 
     def counted(self, call: Call, run: Callable[[Spent], Counts]) -> Counts:
@@ -104,41 +103,46 @@ class Replay:
         """Within this context `before` and `after` see every block of a call with these arguments."""
         count: list[int] = []  # image tokens of a sample, read if text lies beside them
 
-        def image(x: Tensor, role: Role) -> Tensor:
-            if role.stack.image == "all" or self.adapter.grid is None:
+        def image(x: Tensor, site: Site) -> Tensor:
+            if site.stack.image == "all" or self.adapter.grid is None:
                 return x
             if not count:
                 count.append(cells(self.adapter.grid(self.model, call)))
-            return split(x, count[0], role.stack.image)[1]
+            return split(x, count[0], site.stack.image)[1]
 
-        def entering(role: Role) -> Callable[..., None]:
+        def entering(site: Site) -> Callable[..., None]:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                given = role.named(args, kwargs)
-                before(Look(role.block, image(given[role.stack.tokens], role), given.get(role.stack.packing or "")))
+                given = _named(site, args, kwargs)
+                before(Look(site.block, image(given[site.stack.tokens], site), given.get(site.stack.packing or "")))
 
             return hook
 
-        def leaving(role: Role) -> Callable[..., None]:
+        def leaving(site: Site) -> Callable[..., None]:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
                 parts = out if isinstance(out, tuple) else (out,)
-                x = dict(zip(role.stack.returns, parts, strict=False))["tokens"]
-                after(Look(role.block, image(x, role), role.named(args, kwargs).get(role.stack.packing or "")))
+                x = dict(zip(site.stack.returns, parts, strict=False))["tokens"]
+                after(Look(site.block, image(x, site), _named(site, args, kwargs).get(site.stack.packing or "")))
 
             return hook
 
-        roles = find_roles(self.model, self.adapter, branches=False)
+        sites = find_sites(self.model, self.adapter, sublayers=False)
         with ExitStack() as stack:
             for part in self.model.modules():
-                if id(part) in roles:
-                    role = roles[id(part)]
-                    stack.callback(part.register_forward_pre_hook(entering(role), with_kwargs=True).remove)
-                    stack.callback(part.register_forward_hook(leaving(role), with_kwargs=True).remove)
+                if id(part) in sites:
+                    site = sites[id(part)]
+                    stack.callback(part.register_forward_pre_hook(entering(site), with_kwargs=True).remove)
+                    stack.callback(part.register_forward_hook(leaving(site), with_kwargs=True).remove)
             yield
 
     def _arguments(self, call: Call) -> Call:
         """The arguments where the model is, where it says where that is."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return call if device.type == "meta" else {name: moved(value, device) for name, value in call.items()}
+
+
+def _named(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name all arguments of a block."""
+    return {**dict(zip(site.names, args, strict=False)), **kwargs}
 
 
 @contextmanager

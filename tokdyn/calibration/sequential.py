@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tokdyn.attach.entry import unwrap, wrap
+from tokdyn.attach import unwrap, wrap
 from tokdyn.calibration.levels import Bins
 from tokdyn.calibration.recording import Call
 from tokdyn.calibration.replay import Replay, prediction

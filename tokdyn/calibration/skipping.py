@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.fingerprint import fingerprint
+from tokdyn.attach import fingerprint
 from tokdyn.calibration.levels import Bins, bins_of
 from tokdyn.calibration.recording import Call, listed
 from tokdyn.calibration.replay import Look, Replay, Spent, evaluating

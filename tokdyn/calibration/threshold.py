@@ -13,7 +13,7 @@ from torch import Tensor
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, rescale
-from tokdyn.trace.trajectory import Turn
+from tokdyn.trace.trajectory import Position
 
 _CANDIDATES = 4096
 
@@ -23,7 +23,7 @@ class Step:
     """One recorded call, as a cache sees it.
 
     Attributes:
-        turn: which step of which branch it is.
+        position: which step of which branch it is.
         levels: noise level of every sample.
         change: (B,) relative change of the indicator since the step before, None in a first step.
         effect: (B,) relative change of the image tokens after the last block.
@@ -32,7 +32,7 @@ class Step:
         plain: FLOPs of the model without a cache.
     """
 
-    turn: Turn
+    position: Position
     levels: tuple[float, ...]
     change: Tensor | None
     effect: Tensor | None
@@ -59,13 +59,13 @@ def simulate(steps: Sequence[Step], method: FeatureCache) -> Iterator[Tensor]:
     totals: dict[Any, Tensor] = {}
     for step in steps:
         if step.change is None:
-            totals[step.turn.branch] = torch.zeros(len(step.levels))
+            totals[step.position.branch] = torch.zeros(len(step.levels))
             yield torch.zeros(len(step.levels), dtype=torch.bool)
             continue
-        last = method.num_steps is not None and step.turn.step >= method.num_steps - 1
+        last = method.num_steps is not None and step.position.steps[0] >= method.num_steps - 1
         change = rescale(step.change, method.coefficients)
         threshold = math.nan if last else method.threshold
-        reuse, totals[step.turn.branch] = accumulate(totals[step.turn.branch], change, threshold)
+        reuse, totals[step.position.branch] = accumulate(totals[step.position.branch], change, threshold)
         yield reuse
 
 
@@ -126,9 +126,9 @@ def _candidates(steps: Sequence[Step], coefficients: Sequence[float]) -> list[fl
     runs: dict[Any, list[list[Tensor]]] = {}
     for step in steps:
         if step.change is None:
-            runs.setdefault(step.turn.branch, []).append([])
+            runs.setdefault(step.position.branch, []).append([])
         else:
-            runs[step.turn.branch][-1].append(rescale(step.change, coefficients))
+            runs[step.position.branch][-1].append(rescale(step.change, coefficients))
     sums = [torch.zeros(1)]
     for run in (run for branch in runs.values() for run in branch if run):
         changes = torch.stack(run)  # (steps, B)

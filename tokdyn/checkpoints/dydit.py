@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.entry import attached, wrap
+from tokdyn.attach import attached, wrap
 from tokdyn.checkpoints.fill import some
 from tokdyn.errors import CheckpointError
 from tokdyn.methods import DynamicWidth, WidthGates

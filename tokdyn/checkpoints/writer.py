@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokdyn.attach.entry import attachment_of
-from tokdyn.attach.sidecar import save
+from tokdyn.attach import attachment_of, save
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
 from tokdyn.checkpoints.files import NOTES
 from tokdyn.errors import CheckpointError, OutputError

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,17 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.structure import structures
-from tokdyn.attach.attachment import Attachment
-from tokdyn.attach.class_swap import detach
-from tokdyn.attach.entry import attach_parts, attachment_of, unwrap, wrap
-from tokdyn.attach.measuring import Meter, unnoticed
-from tokdyn.attach.sites import argument_names, blocks_of
+from tokdyn.attach import Attachment, Meter, argument_names, blocks_of, metered, untraced
 from tokdyn.cost.blocks import Costs
 from tokdyn.cost.counting import attention_formulas, by_child, to_meta
 from tokdyn.cost.padding import paddings
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.models.blocks import Attention
-from tokdyn.trace.calls import Record
+from tokdyn.trace.calls import CallTrace
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
     if meta:
         inputs, keywords = to_meta(inputs), to_meta(keywords)
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
-    with _metered(model, Meter(mode.get_total_flops, arguments)) as attachment, unnoticed(attachment):
+    with metered(model, Meter(mode.get_total_flops, arguments)) as attachment, untraced(attachment):
         learning = bool(attachment.methods) and model.training and torch.is_grad_enabled()
         try:
             with torch.set_grad_enabled(learning), mode:
@@ -81,42 +76,16 @@ def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
         return _call(model, attachment, record, int(mode.get_total_flops()), by_child(mode, type(model).__name__))
 
 
-@contextmanager
-def _metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
-    """Within this context calls of the model are recorded, whether it is wrapped, disabled or neither."""
-    attachment = attachment_of(model)
-    if attachment is None:
-        wrap(model, [])
-    elif not attachment.enabled or not attachment.methods:
-        model.tokdyn = Attachment(model, attachment.adapter, [])
-    now = attachment_of(model)
-    assert now is not None
-    bare = attachment is None or not attachment.methods  # nothing goes through a run yet
-    if bare:
-        attach_parts(model, now)
-    now.meter = meter
-    try:
-        yield now
-    finally:
-        now.meter = None
-        if attachment is None:
-            unwrap(model)
-        else:
-            model.tokdyn = attachment
-            for part in now.blocks(model) if bare else []:
-                detach(part)
-
-
-def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, children: dict[str, int]) -> Call:
+def _call(model: nn.Module, attachment: Attachment, record: CallTrace, total: int, children: dict[str, int]) -> Call:
     """What was counted outside of the blocks beside what is computed within."""
     found = structures(model, attachment.adapter)
     assert found is not None
     costs = Costs(found)
     holders = {stack.path.partition(".")[0] for stack in attachment.adapter.stacks} | {"tokdyn"}
     outside = {name: value for name, value in children.items() if name not in holders}
-    rest = total - record.inside - sum(outside.values())
+    rest = total - record.counted - sum(outside.values())
     blocks, methods = costs.spent(record), costs.methods(record)
-    inside = record.inside - sum(blocks.values()) - sum(methods.values())
+    inside = record.counted - sum(blocks.values()) - sum(methods.values())
     if inside in _paddings(model, attachment, record):
         blocks["padding"] = inside
     names = list(children)
@@ -133,13 +102,13 @@ def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, 
     )
 
 
-def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[int]:
+def _paddings(model: nn.Module, attachment: Attachment, record: CallTrace) -> set[int]:
     """What attention of tokdyn's own blocks may have computed beyond its rows."""
     blocks = [
         (block, stack.packing is not None) for stack in attachment.adapter.stacks for block in blocks_of(model, stack)
     ]
     calls: list[tuple[float, Sequence[int]]] = []
-    for call in record.calls:
+    for call in record.blocks:
         block, packed = blocks[call.block]
         attention = getattr(block, "attn", None)
         if not isinstance(attention, Attention):
@@ -147,5 +116,5 @@ def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[i
         pair = 4 * call.heads * attention.proj.in_features
         groups = [[tokens] * samples for samples, tokens in call.groups(call.attention)]
         calls += [(pair, rows) for rows in ([list(chain(*groups))] if packed else groups)]
-    width, heads = attachment.sizes.width, attachment.sizes.heads
+    width, heads = attachment.blueprint.sizes.width, attachment.blueprint.sizes.heads
     return paddings(calls, next(model.parameters()).device, width // heads)

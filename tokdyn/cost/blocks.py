@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from tokdyn.adapters.structure import Layers, Pairs, Structure
-from tokdyn.trace.calls import BlockCall, Record
+from tokdyn.trace.calls import BlockTrace, CallTrace
 
 PARTS = ("adaLN", "projections", "attention", "cross-attention", "mlp", "other")
 """What the cost of blocks is listed under, in this order."""
 
 
-def block_flops(structure: Structure, call: BlockCall) -> Counter[str]:
+def block_flops(structure: Structure, call: BlockTrace) -> Counter[str]:
     """FLOPs of one computation of one block, for all samples it was computed for.
 
     Args:
@@ -37,7 +37,7 @@ def block_flops(structure: Structure, call: BlockCall) -> Counter[str]:
     return found
 
 
-def _rows(layers: Layers, structure: Structure, call: BlockCall, seen: Sequence[tuple[int, int]]) -> int:
+def _rows(layers: Layers, structure: Structure, call: BlockTrace, seen: Sequence[tuple[int, int]]) -> int:
     """Rows of all samples that layers run over."""
     image = sum(samples * tokens for samples, tokens in seen)
     if layers.owner == "mlp" and call.mlp_rows is not None:
@@ -54,7 +54,7 @@ def _rows(layers: Layers, structure: Structure, call: BlockCall, seen: Sequence[
     }[layers.rows]
 
 
-def _pair_flops(pairs: Pairs, tokens: int, call: BlockCall) -> int:
+def _pair_flops(pairs: Pairs, tokens: int, call: BlockTrace) -> int:
     """Both products of attention of one sample with that many image tokens."""
     if pairs.kind == "linear":  # arXiv 2410.10629: value key^T with a row of ones for the normaliser, then query
         return 4 * tokens * (pairs.head + 1) * pairs.width
@@ -75,30 +75,30 @@ class Costs:
         self._kinds = [structures.index(each) for each in structures]
         self._known: dict[object, Counter[str]] = {}
 
-    def of(self, call: BlockCall) -> Counter[str]:
+    def of(self, call: BlockTrace) -> Counter[str]:
         """FLOPs of a computation of a block by part."""
         key = (self._kinds[call.block], call.key)
         if key not in self._known:
             self._known[key] = block_flops(self._structures[call.block], call)
         return self._known[key]
 
-    def spent(self, record: Record) -> Counter[str]:
+    def spent(self, trace: CallTrace) -> Counter[str]:
         """FLOPs of the blocks that ran in a call of the model, by part."""
-        return _sum(self.of(call) for call in record.calls)
+        return _sum(self.of(call) for call in trace.blocks)
 
-    def dense(self, record: Record) -> Counter[str]:
+    def dense(self, trace: CallTrace) -> Counter[str]:
         """The same if every block had seen everything, at full width."""
         whole = (
-            BlockCall(block, record.batch, record.cells, record.text, record.context)
+            BlockTrace(block, trace.batch, trace.cells, trace.text, trace.context)
             for block in range(len(self._structures))
         )
         return _sum(self.of(call) for call in whole)
 
-    def methods(self, record: Record) -> Counter[str]:
+    def methods(self, trace: CallTrace) -> Counter[str]:
         """FLOPs of what the methods did on top, by what it was."""
-        found = Counter(record.own)
-        if record.compared and self._structures[0].indicator:
-            found["FeatureCache indicator"] += record.compared * self._structures[0].indicator
+        found = Counter(trace.method_flops)
+        if trace.compared and self._structures[0].indicator:
+            found["FeatureCache indicator"] += trace.compared * self._structures[0].indicator
         return found
 
 

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.entry import attachment_of
-from tokdyn.attach.measuring import unnoticed
-from tokdyn.attach.targets import inside
+from tokdyn.attach import attachment_of, inner_model, untraced
 from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.cost.attached import call_flops, known
 from tokdyn.cost.counting import count, to_meta
@@ -88,7 +86,7 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     Raises:
         InputError: a foreign or a wrapped model without inputs, or one on the meta device that decides by its data.
     """
-    model = inside(model)
+    model = inner_model(model)
     tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
     tensors.sort(key=lambda tensor: tensor.dim() != 4)  # stable: the first (B, C, H, W), if there is one
     batch = tensors[0].shape[0] if tensors else 1
@@ -111,7 +109,7 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
         return Flops(call.parts, call.counted, call.batch, call.children, call.dense)
     if any(parameter.is_meta for parameter in model.parameters()):
         inputs, keywords = to_meta(inputs), to_meta(keywords)
-    with nullcontext() if attachment is None else unnoticed(attachment):
+    with nullcontext() if attachment is None else untraced(attachment):
         if wrapped and attachment is not None and attachment.adapter.inferred:  # what it learns first is not counted
             with torch.no_grad():
                 model(*inputs, **keywords)

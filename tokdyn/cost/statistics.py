@@ -12,12 +12,11 @@ from typing import Any
 from torch import nn
 
 from tokdyn.adapters.structure import structures
-from tokdyn.attach.entry import attached
-from tokdyn.attach.targets import inside
+from tokdyn.attach import attached, inner_model
 from tokdyn.cost.blocks import Costs
 from tokdyn.cost.table import as_text
-from tokdyn.trace.calls import BlockCall, Record
-from tokdyn.trace.steps import halves_of, turns
+from tokdyn.trace.calls import BlockTrace, CallTrace
+from tokdyn.trace.steps import halves_of, last_run
 
 
 class _Costs(ABC):
@@ -195,21 +194,21 @@ def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
     Raises:
         InputError: the model is not wrapped.
     """
-    attachment, model = attached(model), inside(model)
+    attachment, model = attached(model), inner_model(model)
     found = structures(model, attachment.adapter)
-    costs, depth = None if found is None else Costs(found), attachment.sizes.depth
+    costs, depth = None if found is None else Costs(found), attachment.blueprint.sizes.depth
     calls: list[CallStats] = []
-    run = turns(attachment.history, attachment.adapter)
-    if guided is None:  # a call that repeats everything asks for no budgets
-        guided = any(record.guided for record, *_ in run)
-    for record, step, branch, level in run:
-        for name, samples in halves_of(record, branch, attachment.adapter, guided):
-            calls.append(_call(record, step, name, level, samples, costs, depth))
+    run = last_run(attachment.history, attachment.adapter)
+    if guided is None:  # a cached step asks for no budgets
+        guided = any(call.trace.halves for call in run)
+    for call in run:
+        for name, samples in halves_of(call.trace, call.branch, attachment.adapter, guided):
+            calls.append(_call(call.trace, call.step, name, call.levels, samples, costs, depth))
     return RunStats(type(model).__name__, tuple(calls))
 
 
 def _call(
-    record: Record,
+    trace: CallTrace,
     step: int,
     branch: str | int,
     level: tuple[float, ...],
@@ -218,38 +217,38 @@ def _call(
     depth: int,
 ) -> CallStats:
     """What some samples of a call saw and cost."""
-    ran = [(part, count) for call in record.calls for part, count in [call.among(samples)] if count]
+    ran = [(part, count) for call in trace.blocks for part, count in [call.among(samples)] if count]
     most: dict[int, int] = {}
     for call, _ in ran:
         most[call.block] = max(call.tokens, most.get(call.block, 0))
     parts = methods = dense = None
     if costs is not None:
-        share = len(samples) / record.batch if record.batch else 0.0
+        share = len(samples) / trace.batch if trace.batch else 0.0
         parts = dict(_scaled([(costs.of(call), count / call.samples) for call, count in ran]))
-        methods = dict(_scaled([(costs.methods(record), share)]))
-        dense = dict(_scaled([(costs.dense(record), share)]))
+        methods = dict(_scaled([(costs.methods(trace), share)]))
+        dense = dict(_scaled([(costs.dense(trace), share)]))
     return CallStats(
         step=step,
         branch=branch,
-        level=None if record.level is None else sum(level[i] for i in samples) / len(samples) if samples else 0.0,
+        level=None if trace.level is None else sum(level[i] for i in samples) / len(samples) if samples else 0.0,
         samples=len(samples),
-        cells=record.cells,
+        cells=trace.cells,
         blocks=tuple(most),
         tokens=tuple(most.values()),
         depth=depth,
-        kept=tuple(_least(record.calls, i) for i in samples),
-        attention_tokens=_mean([(call.seen(call.attention), count) for call, count in ran]),
-        mlp_tokens=_mean([(call.seen(call.mlp, call.mlp_rows), count) for call, count in ran]),
+        kept=tuple(_least(trace.blocks, i) for i in samples),
+        attention_tokens=_mean([(call.mean_tokens(call.attention), count) for call, count in ran]),
+        mlp_tokens=_mean([(call.mean_tokens(call.mlp, call.mlp_rows), count) for call, count in ran]),
         heads=_mean([(call.heads, count) for call, count in ran]),
         channels=_mean([(call.channels, count) for call, count in ran]),
-        reused=len(record.reused.intersection(samples)),
+        reused=len(trace.cached.intersection(samples)),
         parts=parts,
         methods=methods,
         dense=dense,
     )
 
 
-def _least(calls: Sequence[BlockCall], sample: int) -> int | None:
+def _least(calls: Sequence[BlockTrace], sample: int) -> int | None:
     """The fewest image tokens that a block saw of a sample."""
     seen = [count for call in calls if (count := call.tokens_of(sample)) is not None]
     return min(seen, default=None)

@@ -1,16 +1,16 @@
 """Token-reduction methods: each an immutable configuration, its modules, its cost and its losses."""
 
-from tokdyn.methods.base import Method, Sizes
+from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.chunking import Chunking, ChunkingModule
 from tokdyn.methods.depth_skip import DepthSkip, SkipGates
 from tokdyn.methods.dynamic_width import DynamicWidth, WidthGates
 from tokdyn.methods.feature_cache import TEACACHE_FLUX, FeatureCache
+from tokdyn.methods.registry import METHODS, find_method, register_method
 from tokdyn.methods.token_drop import TokenDrop
 from tokdyn.methods.token_merge import TokenMerge
 
-METHODS: dict[str, type[Method]] = {
-    each.__name__: each for each in (Chunking, TokenMerge, TokenDrop, DepthSkip, DynamicWidth, FeatureCache)
-}
+for _method in (Chunking, TokenMerge, TokenDrop, DepthSkip, DynamicWidth, FeatureCache):  # the order of tables
+    METHODS[_method.__name__] = METHODS.pop(_method.__name__)
 
 __all__ = [
     "METHODS",
@@ -23,7 +23,11 @@ __all__ = [
     "Method",
     "Sizes",
     "SkipGates",
+    "Stage",
     "TokenDrop",
     "TokenMerge",
+    "Traits",
     "WidthGates",
+    "find_method",
+    "register_method",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
@@ -22,18 +22,36 @@ class Stage(IntEnum):
     STACK = 1
     SPAN = 2
     BLOCK = 3
-    BRANCH = 4
+    SUBLAYER = 4
     KERNEL = 5
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """What a method prunes of the blocks of a model.
+
+    Attributes:
+        heads: attention heads.
+        channels: MLP channels.
+        tokens: tokens of the MLP.
+        stream: whether tokens are chosen by what they are before norm and modulation.
+    """
+
+    heads: bool
+    channels: bool
+    tokens: bool
+    stream: bool
+
+
+@dataclass(frozen=True)
 class Traits:
-    """What the rules need to know of a method with its settings.
+    """What a method with its settings says of itself: the answers to all questions that other code asks about it.
 
     Attributes:
         stage: where it acts.
         tokens: what those inside it see: the full grid, a subset of the cells, or merged tokens.
         needs_grid: it works only on all cells of the grid.
+        reads: what it has to know of the image tokens: nothing, how many there are, or the sizes of their grid.
         moving: the set of tokens changes from step to step, with the data or at random.
         remembers: it keeps something from one step to the next.
         needs_level: it acts by the noise level.
@@ -41,12 +59,20 @@ class Traits:
         owns: things that only one method may decide; blocks in which, None for all.
         span: the blocks it encloses, counted from the front; None is all.
         learns: what its loss holds at a target; two losses on one quantity would fight.
-        aligned: a branch whose tokens it decides about by those of the block, so that they have to be the same.
+        aligned: a sublayer whose tokens it decides about by those of the block, so that they have to be the same.
+        around: sublayers that it acts around, which the blocks must have.
+        weighs_keys: it adds to the logits of keys, which takes softmax attention.
+        prunes: what it prunes of the blocks, None if nothing.
+        needs_sizes: it builds parts that take the width of the model and its number of heads.
+        compares: it decides by comparing what the model sees with what it saw before, for which it needs all tokens.
+        diverges: it may run other blocks in one process than in another, by what each of them sees.
+        controls: the functions of `tokdyn.attach.controls` that act on it.
     """
 
     stage: Stage
     tokens: Literal["full", "subset", "merged"] = "full"
     needs_grid: bool = False
+    reads: Literal["nothing", "count", "grid"] = "nothing"
     moving: bool = False
     remembers: bool = False
     needs_level: bool = False
@@ -55,6 +81,13 @@ class Traits:
     span: Span | None = None
     learns: Literal["tokens", "FLOPs"] | None = None
     aligned: Literal["attention", "mlp"] | None = None
+    around: tuple[Literal["attention", "mlp"], ...] = ()
+    weighs_keys: bool = False
+    prunes: Pruning | None = None
+    needs_sizes: bool = False
+    compares: bool = False
+    diverges: bool = False
+    controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -82,6 +115,9 @@ class Method(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names, in lower case, that files and the command line may use for the method."""
+
     def __init__(self, **settings: Any) -> None:
         try:
             super().__init__(**settings)
@@ -92,8 +128,13 @@ class Method(BaseModel):
         """The trainable parts for a model of these sizes; None if there are none."""
         return None
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """List settings that differ in what they ask of a model, the usual ones first; they fill the support matrix."""
+        return (cls(),)
+
     def traits(self, depth: int) -> Traits:
-        """What the rules of composition need to know.
+        """Say what the rules of composition, and all other code, need to know.
 
         Args:
             depth: blocks of the model.

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
+from tokdyn.methods.registry import register_method
 from tokdyn.methods.routers import RouterName, build_router
 from tokdyn.ops import dechunk_packed, exact, pack, ratio_loss, select, tail_drop
 from tokdyn.ops.schedules import Curve, check_curve
 from tokdyn.tokens import Grid, Packing, Routing
 
 
+@register_method
 class Chunking(Method):
     """Settings of learned chunking.
 
@@ -56,9 +58,13 @@ class Chunking(Method):
             Stage.STACK,
             tokens="subset",
             moving=True,
+            reads="grid",
             needs_level=True,  # routers are told the noise level
             owns={"token grid": None},
             learns="tokens",
+            needs_sizes=True,
+            diverges=self.ragged or not isinstance(self.tail_drop, float),
+            controls=frozenset({"tail_drop", "calibrate_router"}),
         )
 
     def build(self, sizes: Sizes) -> ChunkingModule | None:

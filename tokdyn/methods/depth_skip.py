@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -9,11 +11,13 @@ from torch import Tensor, nn
 from tokdyn.errors import InputError
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
+from tokdyn.methods.registry import register_method
 from tokdyn.ops import timestep_frequencies
 
 Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
 
 
+@register_method
 class DepthSkip(Method):
     """Settings of depth skipping; a skipped block returns what it was given.
 
@@ -76,7 +80,13 @@ class DepthSkip(Method):
             needs_level=self.learned or any(blocks and (low, high) != (0.0, 1.0) for low, high, blocks in rows),
             owns={"skipping": None if self.learned else frozenset(block for _, _, blocks in rows for block in blocks)},
             learns="FLOPs" if self.learned else None,
+            diverges=self.learned or any((low, high) != (0.0, 1.0) for low, high, blocks in rows if blocks),
         )
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Skip at all levels, at some, and by learned gates."""
+        return cls(blocks=(1,)), cls(blocks=(1,), levels=(0.5, 1.0)), cls(learned=True)
 
 
 class SkipGates(nn.Module):

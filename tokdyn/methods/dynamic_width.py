@@ -5,17 +5,19 @@ Source: DyDiT, arXiv 2410.03456.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
-from tokdyn.methods.base import Method, Sizes, Stage, Traits
+from tokdyn.methods.base import Method, Pruning, Sizes, Stage, Traits
+from tokdyn.methods.registry import register_method
 from tokdyn.ops import timestep_frequencies
 
 
+@register_method
 class DynamicWidth(Method):
     """Settings of dynamic width: gates are trained with the model, and in sampling what is off is not computed.
 
@@ -60,14 +62,24 @@ class DynamicWidth(Method):
 
     def traits(self, depth: int) -> Traits:
         """It owns the masks and learns to meet a FLOPs target."""
+        stream = self.tokens and self.token_input == "stream"
         owned = {"attention heads": self.heads, "MLP channels": self.channels, "tokens of the MLP": self.tokens}
         return Traits(
             Stage.KERNEL,
             needs_level=self.heads or self.channels,
             owns={thing: None for thing, chosen in owned.items() if chosen},
             learns="FLOPs",
+            reads="count" if self.tokens else "nothing",
+            needs_sizes=True,
+            diverges=True,
+            prunes=None if self.target == 1.0 else Pruning(self.heads, self.channels, self.tokens, stream),
             aligned="mlp" if self.tokens and self.token_input == "stream" else None,
         )
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Choose everything, no tokens, heads alone, and tokens alone."""
+        return cls(), cls(tokens=False), cls(channels=False, tokens=False), cls(heads=False, channels=False)
 
 
 class WidthGates(nn.Module):

@@ -5,12 +5,13 @@ Source: TeaCache, arXiv 2411.19108; the first-block variant is ParaAttention's.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from tokdyn.errors import InputError
 from tokdyn.methods.base import Method, Stage, Traits
+from tokdyn.methods.registry import register_method
 
 TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 """Coefficients published with TeaCache (arXiv 2411.19108) for FLUX.1-dev and the indicator "input".
@@ -19,6 +20,7 @@ Published with thresholds 0.25, 0.4, 0.6 and 0.8, for 1.5, 1.8, 2.0 and 2.25 tim
 """
 
 
+@register_method
 class FeatureCache(Method):
     """Settings of feature caching. Acts in sampling only; a calibration fits the polynomial, nothing is trained.
 
@@ -64,5 +66,12 @@ class FeatureCache(Method):
             remembers=True,
             needs_level=True,
             phases=frozenset({"sample"}),
+            compares=self.compares,
+            diverges=self.compares,
             owns=owns | ({"skipping": frozenset({0})} if first else {}),
         )
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Compare the input of the first block, and what it adds."""
+        return cls(), cls(indicator="first_block")

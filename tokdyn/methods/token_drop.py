@@ -8,8 +8,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
+from tokdyn.methods.registry import register_method
 
 
+@register_method
 class TokenDrop(Method):
     """Settings of token dropping. Acts in training only; nothing is trained.
 
@@ -28,4 +30,12 @@ class TokenDrop(Method):
     def traits(self, depth: int) -> Traits:
         """A random subset inside a span, while training."""
         span = (depth // 6, max(depth // 6, 2 * depth // 3)) if self.blocks is None else resolve(self.blocks, depth)
-        return Traits(Stage.SPAN, tokens="subset", moving=True, phases=frozenset({"train"}), span=span)
+        return Traits(
+            Stage.SPAN,
+            tokens="subset",
+            moving=True,
+            reads="count",
+            phases=frozenset({"train"}),
+            span=span,
+            controls=frozenset({"drop_rate"}),
+        )

@@ -11,16 +11,18 @@ from pydantic import Field, field_validator, model_validator
 
 from tokdyn.errors import InputError
 from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
+from tokdyn.methods.registry import register_method
 from tokdyn.ops.schedules import Curve, check_curve
 
 
+@register_method
 class TokenMerge(Method):
     """Settings of token merging. Nothing is trained.
 
     Attributes:
         ratio: share of the tokens that is merged away, in [0, 1), or points (noise level, share). On a full grid with
             buckets of 2x2 cells at most 0.75 can be.
-        where: which branch of a block sees merged tokens.
+        where: which sublayers of a block see merged tokens.
         partition: "bucket" works on any set of tokens; "grid" insists on the full grid.
         bucket: cells along each axis that share a destination.
         seed: choose destinations at random, from this seed, the noise level and the cell; None takes the first cell of
@@ -54,15 +56,26 @@ class TokenMerge(Method):
         return self
 
     def traits(self, depth: int) -> Traits:
-        """It merges within a branch, and needs the full grid only if it is told to."""
+        """It merges within a sublayer, and needs the full grid only if it is told to."""
         span = None if self.blocks is None else resolve(self.blocks, depth)
         where = None if span is None else frozenset(range(span[0], span[1] + 1))
-        branches = ("attention", "mlp") if self.where == "both" else (self.where,)
+        sublayers: tuple[Literal["attention", "mlp"], ...] = (
+            ("attention", "mlp") if self.where == "both" else (self.where,)
+        )
         return Traits(
-            Stage.BRANCH,
+            Stage.SUBLAYER,
             tokens="merged",
+            reads="grid",
             needs_grid=self.partition == "grid",
             span=span,
             needs_level=not isinstance(self.ratio, float),
-            owns={f"merging around {branch}": where for branch in branches},
+            owns={f"merging around {sublayer}": where for sublayer in sublayers},
+            around=sublayers,
+            weighs_keys=self.weighted,
         )
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Merge around each sublayer, by noise level, and with weighted keys."""
+        curve = ((0.0, 0.0), (1.0, 0.5))
+        return cls(), cls(where="mlp"), cls(where="both"), cls(ratio=curve), cls(weighted=True)

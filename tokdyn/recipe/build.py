@@ -172,7 +172,7 @@ def build_model(
         raise RecipeError("data.num_classes is needed to plan without reading the data; set data.num_classes=1000.")
     shape = shape or planned_shape(recipe.data)
     if recipe.upcycle is not None:
-        from tokdyn.attach.entry import wrap
+        from tokdyn.attach import wrap
         from tokdyn.upcycling.dc import to_dc
 
         base = base or open_base(recipe, shape, num_classes)

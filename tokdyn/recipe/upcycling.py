@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tokdyn.methods import Method
-from tokdyn.methods.written import from_written
+from tokdyn.methods.registry import from_settings
 from tokdyn.recipe.section import Positive, Section, Weight
 
 Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
@@ -33,7 +33,7 @@ class AttachedMethod(BaseModel):
 
     def build(self) -> Method:
         """The method."""
-        return from_written({"method": self.method, **(self.__pydantic_extra__ or {})})
+        return from_settings({"method": self.method, **(self.__pydantic_extra__ or {})})
 
 
 class PhaseSettings(Section):

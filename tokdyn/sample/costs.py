@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from tokdyn.attach.entry import attachment_of
+from tokdyn.attach import attachment_of
 from tokdyn.cost import flops_per_image, model_parts
 from tokdyn.cost.blocks import PARTS
 from tokdyn.cost.statistics import StepStats, stats

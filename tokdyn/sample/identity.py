@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tokdyn.attach.entry import attachment_of
+from tokdyn.attach import attachment_of
 from tokdyn.data.vae import weights_digest
 from tokdyn.errors import RecipeError
-from tokdyn.methods.written import written
+from tokdyn.methods.registry import to_settings
 from tokdyn.sample.job import Job
 from tokdyn.sample.result import BudgetResult
 
@@ -53,7 +53,7 @@ def _methods(job: Job) -> list[dict[str, Any]] | None:
     carried = attachment_of(job.model)
     if carried is None:
         return None
-    return [written(each) for each in carried.methods]
+    return [to_settings(each) for each in carried.methods]
 
 
 def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResult]:

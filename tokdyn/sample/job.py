@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from tokdyn.attach.entry import attachment_of, unwrap
-from tokdyn.attach.sidecar import load
+from tokdyn.attach import attachment_of, load, unwrap
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tokdyn.attach.sidecar import load
+from tokdyn.attach import load
 from tokdyn.checkpoints import read
 from tokdyn.data.config import DataConfig
 from tokdyn.data.shards import LatentOrigin

@@ -1,1 +1,5 @@
-"""What happened in a call of a wrapped model and along a trajectory, as plain data."""
+"""What happened in a call of a wrapped model and along a trajectory, as plain data.
+
+Nothing here knows a model or a method. `calls` holds what a call did, block by block; `observation` what can be seen of
+a call from outside; `trajectory` which step of which guidance branch of which image a call is.
+"""

@@ -1,45 +1,78 @@
-"""Which step and which guidance branch each call of the last run was, found from the records when they are read."""
+"""The last run of a model from the traces of its calls: steps, guidance branches and noise levels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
+import torch
+
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.trace.calls import Record
-from tokdyn.trace.trajectory import Trajectory
+from tokdyn.trace.calls import CallTrace
+from tokdyn.trace.observation import Observation
+from tokdyn.trace.trajectory import Tracker
 
 
-def turns(history: Sequence[Record], adapter: ModelAdapter) -> list[tuple[Record, int, str | int, tuple[float, ...]]]:
-    """The calls of the last run, each with its step, its branch and the noise levels of its samples."""
-    runs = [list(run) for there, run in groupby(history, key=lambda record: record.batch > 0) if there]
-    placed: list[tuple[Record, int, str | int, tuple[float, ...]]] = []
-    trajectory, number, training = Trajectory(), 0, False
-    for record in runs[-1] if runs else ():
-        level = tuple(record.clock.tolist())
-        level = level * record.batch if len(level) == 1 else level
-        if record.level is None:  # every call is a step
-            placed.append((record, len(placed), record.branch or 0, level))
+@dataclass(frozen=True)
+class PlacedCall:
+    """A call and its place in the run.
+
+    Attributes:
+        trace: of the call.
+        step: counted from 0.
+        branch: of guidance: the name that the pipeline gave, or the place among the calls of the step.
+        levels: (B) noise levels.
+    """
+
+    trace: CallTrace
+    step: int
+    branch: str | int
+    levels: tuple[float, ...]
+
+
+def last_run(history: Sequence[CallTrace], adapter: ModelAdapter) -> list[PlacedCall]:
+    """Place the calls of the last run: of one trajectory, or one call in training.
+
+    Args:
+        history: traces in order; an empty one separates runs.
+        adapter: of the model, which knows how its pipelines ask for guidance.
+    """
+    runs = [list(run) for has_calls, run in groupby(history, key=lambda trace: trace.batch > 0) if has_calls]
+    placed: list[PlacedCall] = []
+    tracker, run, step = Tracker(), -1, -1
+    for trace in runs[-1] if runs else ():
+        levels = tuple(trace.levels.tolist())
+        levels = levels * trace.batch if len(levels) == 1 else levels
+        if trace.level is None:  # every call is a step
+            placed.append(PlacedCall(trace, len(placed), trace.branch or 0, levels))
             continue
-        if record.training or training:
-            trajectory.clear()
-        turn = trajectory.turn(level, record.branch)
-        if turn.trajectory != number:
-            placed, number, step = [], turn.trajectory, -1
-        step += turn.place == 0
-        placed.append((record, step, turn.branch if record.branch is not None else turn.place, level))
-        training = record.training
-    branches = {branch for _, _, branch, _ in placed}
-    if branches == {0, 1} and adapter.guidance == "calls":
-        names: tuple[str, str] = ("cond", "uncond")
-        placed = [(record, step, names[int(branch)], level) for record, step, branch, level in placed]
+        if trace.training:
+            tracker.clear()
+            placed, run = [PlacedCall(trace, 0, trace.branch or 0, levels)], -1
+            continue
+        position = tracker.place(trace.observed or _by_level(levels))
+        if position.run != run:
+            placed, run, step = [], position.run, -1
+        step += position.place == 0
+        placed.append(PlacedCall(trace, step, position.place if trace.branch is None else trace.branch, levels))
+    if {call.branch for call in placed} == {0, 1} and adapter.guidance == "calls":
+        names = ("cond", "uncond")
+        placed = [PlacedCall(call.trace, call.step, names[int(call.branch)], call.levels) for call in placed]
     return placed
 
 
-def halves_of(record: Record, branch: str | int, adapter: ModelAdapter, halves: bool) -> list[tuple[str | int, range]]:
-    """The branches of guidance in a call, and their samples."""
-    if not halves or record.batch % 2 or adapter.guidance == "calls":
-        return [(branch, range(record.batch))]
-    half = record.batch // 2
+def _by_level(levels: tuple[float, ...]) -> Observation:
+    """Stand in for an observation that a graph of torch.compile had no room for: only the noise levels are known."""
+    return Observation(torch.tensor([[level, 1.0] for level in levels]))
+
+
+def halves_of(
+    trace: CallTrace, branch: str | int, adapter: ModelAdapter, halves: bool
+) -> list[tuple[str | int, range]]:
+    """List the guidance branches in a call, and the samples of each."""
+    if not halves or trace.batch % 2 or adapter.guidance == "calls":
+        return [(branch, range(trace.batch))]
+    half = trace.batch // 2
     first, second = adapter.halves
-    return [(first, range(half)), (second, range(half, record.batch))]
+    return [(first, range(half)), (second, range(half, trace.batch))]

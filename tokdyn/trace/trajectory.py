@@ -1,68 +1,237 @@
-"""Which step of which guidance branch a call is."""
+"""Which step of which guidance branch of which image each call is.
+
+A pipeline that knows says so (`Trajectory.begin`, `Trajectory.end`, names of branches). Of a bare model it is guessed
+from what the calls look like, sample by sample, and in doubt a call begins a new image, so that nothing is taken over.
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 
-@dataclass
-class Trajectory:
-    """Places calls in the trajectory that is being sampled.
+from tokdyn.trace.observation import SAME, UNKNOWN, Observation, conditioning, main_input, resemblance
 
-    Calls at one noise level are branches of one step, by the name that the pipeline gave them or in the order in which
-    they come. A noise level above the last one begins a new trajectory, and so does a name that comes again at the
-    first level of all: the trajectory before was broken off there.
+RESEMBLES = 0.5
+"""Cosine from which on two inputs are taken for consecutive latents of one image.
 
-    Attributes:
-        number: trajectories that have begun; memory of another one is worthless.
-    """
-
-    number: int = 0
-    _first: tuple[float, ...] = ()
-    _level: tuple[float, ...] = ()
-    _places: int = 0
-    _steps: dict[Any, int] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """The next call begins a trajectory."""
-        self._begin(())
-
-    def _begin(self, level: tuple[float, ...]) -> None:
-        self.number += 1
-        self._first, self._level, self._places, self._steps = level, level, 0, {}
-
-    def turn(self, level: tuple[float, ...], branch: str | None) -> Turn:
-        """The place of a call at these noise levels of its samples."""
-        if level != self._level:
-            if len(level) != len(self._level) or level[0] > self._level[0]:
-                self._begin(level)
-            self._level, self._places = level, 0
-        elif level == self._first and branch is not None and branch in self._steps:
-            self._begin(level)
-        place = self._places if branch is None else branch
-        self._places += 1
-        self._steps[place] = self._steps.get(place, -1) + 1
-        return Turn(self.number, place, self._steps[place], self._places - 1)
+Steps of ODE samplers lie above 0.9, of DDPM in 25 steps above 0.65; independent noise lies around 0.
+"""
+MOST_BRANCHES = 4  # calls on one input that can be branches of guidance; more are a loop over one call
+_REMEMBERED = 8  # branches whose steps are counted
 
 
 @dataclass(frozen=True)
-class Turn:
+class Position:
     """The place of a call.
 
     Attributes:
-        trajectory: its number.
-        branch: name or place of the guidance branch.
-        step: of this branch, from 0.
-        place: calls at this noise level before it.
+        branch: tells the guidance branch from others: its name, or a key made of what it is conditioned on.
+        place: calls of the same step before it.
+        images: (B) for each sample what tells its image and its conditioning from others; something that was remembered
+            for a sample holds only while this is equal.
+        steps: (B) step of each sample within its image, counted for this branch.
+        run: number of the trajectory, counted over those that began for all samples at once.
     """
 
-    trajectory: int
-    branch: str | int
-    step: int
+    branch: Hashable
     place: int
+    images: tuple[Hashable, ...]
+    steps: tuple[int, ...]
+    run: int
+
+    @property
+    def label(self) -> str | int:
+        """Name of the branch, or its place among the calls of a step, for people to read."""
+        return self.branch if isinstance(self.branch, str) else self.place
 
     @property
     def unconditional(self) -> bool:
         """Whether this is the unconditional one of two branches in calls of their own."""
-        return self.branch == "uncond" or (isinstance(self.branch, int) and self.place > 0)
+        return self.branch == "uncond" or (not isinstance(self.branch, str) and self.place > 0)
+
+
+@dataclass
+class Tracker:
+    """Turns observations into positions, one after the other; replayed on recorded observations it says the same.
+
+    Calls whose inputs and noise levels are equal are branches of one step. A sample begins a new image where its noise
+    level rises, its input does not resemble the one before, or the batch has another size.
+    """
+
+    run: int = 0
+    _image: int = 0
+    _images: list[int] = field(default_factory=list)
+    _levels: tuple[float, ...] = ()
+    _place: int = 0
+    _seen: dict[Hashable, int] = field(default_factory=dict)
+    _known: OrderedDict[Hashable, list[tuple[Hashable, int]]] = field(default_factory=OrderedDict)
+
+    def clear(self) -> None:
+        """Let the next call begin new images."""
+        self._levels, self._images = (), []
+
+    def place(self, observation: Observation) -> Position:
+        """Say where a call is; one transfer from the device."""
+        rows: list[list[float]] = observation.values.tolist()
+        levels, alike = tuple(row[0] for row in rows), [row[1] for row in rows]
+        same_step = levels == self._levels and all(value == SAME for value in alike)
+        if same_step and observation.branch is None and self._place + 1 >= MOST_BRANCHES:
+            self.clear()  # a loop over one call
+            same_step = False
+        if same_step:
+            self._place += 1
+        else:
+            self._begin_step(levels, alike, told=observation.step is not None)
+        conditions = [tuple(row[2:]) for row in rows]
+        branch = self._branch(observation.branch, conditions)
+        images = tuple(zip(self._images, conditions, strict=True))
+        return Position(branch, self._place, images, self._count(branch, images, observation.step), self.run)
+
+    def _begin_step(self, levels: tuple[float, ...], alike: list[float], told: bool) -> None:
+        """Note a new step, and the samples whose image begins with it."""
+        known = len(levels) == len(self._levels)
+        begins = [
+            not known or (not told and (level > before or value < RESEMBLES))
+            for level, before, value in zip(levels, self._levels if known else levels, alike, strict=True)
+        ]
+        if all(begins):
+            self.run += 1
+            self._known.clear()
+        images = self._images if known else [0] * len(levels)
+        for sample, new in enumerate(begins):
+            if new:
+                self._image += 1
+                images[sample] = self._image
+        self._images, self._levels, self._place, self._seen = images, levels, 0, {}
+
+    def _branch(self, name: str | None, conditions: list[tuple[float, ...]]) -> Hashable:
+        """Tell a branch by its name or by what it is conditioned on; equal calls in one step by their order."""
+        key: Hashable = name
+        if name is None:
+            key = next((known for known in self._known if _shares(known, conditions)), ("condition", *conditions))
+        count = self._seen.get(key, 0)
+        self._seen[key] = count + 1
+        return key if not count else ("again", count, key)
+
+    def _count(self, branch: Hashable, images: tuple[Hashable, ...], told: int | None) -> tuple[int, ...]:
+        """Count the steps of a branch, sample by sample."""
+        before = self._known.pop(branch, [])
+        before = before if len(before) == len(images) else [(None, -1)] * len(images)
+        counted = [
+            (image, step + 1 if image == last else 0) for image, (last, step) in zip(images, before, strict=True)
+        ]
+        self._known[branch] = counted
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return tuple(step if told is None else told for _, step in counted)
+
+
+def _shares(branch: Hashable, conditions: list[tuple[float, ...]]) -> bool:
+    """Whether a known branch without a name has the conditioning of at least one sample."""
+    if not (isinstance(branch, tuple) and branch[0] == "condition" and len(branch) == len(conditions) + 1):
+        return False
+    return any(known == now for known, now in zip(branch[1:], conditions, strict=True))
+
+
+class Trajectory:
+    """The trajectory that a model is on.
+
+    Attributes:
+        branch: name of the guidance branch of the calls to come, where a pipeline says so.
+        step: index of the step of the calls to come, where a pipeline says so.
+    """
+
+    def __init__(self) -> None:
+        self.branch: str | None = None
+        self.step: int | None = None
+        self._tracker = Tracker()
+        self._input: Tensor | None = None  # a copy, since latents may be written over
+        self._source: tuple[Any, int] | None = None
+        self._unplaced = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trajectory:
+        return Trajectory()  # a copy of a model begins its own
+
+    def __reduce__(self) -> Any:
+        return Trajectory, ()
+
+    def begin(self) -> None:
+        """Begin a trajectory: the next call takes nothing over."""
+        self._tracker.clear()
+        self.step = None
+
+    end = begin
+
+    def fork(self) -> Trajectory:
+        """Make a trajectory that goes on from here without an effect on this one."""
+        other = Trajectory()
+        other.branch, other.step = self.branch, self.step
+        other._input, other._source = self._input, self._source
+        tracker = self._tracker
+        other._tracker = Tracker(
+            tracker.run,
+            tracker._image,
+            list(tracker._images),
+            tracker._levels,
+            tracker._place,
+            dict(tracker._seen),
+            OrderedDict((key, list(value)) for key, value in tracker._known.items()),
+        )
+        return other
+
+    @torch.no_grad()
+    def observe(self, arguments: Mapping[str, Any], level: Tensor) -> Observation:
+        """Look at a call before it is made.
+
+        Args:
+            arguments: of the call, by name.
+            level: (B,) or (1,) fp32 noise levels.
+        """
+        if self._unplaced:  # nobody asked where the call before was, so that what is known is older than it
+            self._tracker.clear()
+        self._unplaced = True
+        x = main_input(arguments)
+        if x is None or x.is_meta:
+            batch = len(level)
+            return Observation(
+                torch.stack([level, torch.full_like(level, UNKNOWN)], dim=1).expand(batch, 2), self.branch, self.step
+            )
+        batch, device = len(x), x.device
+        alike = self._resemblance(x.detach()).to(device)
+        values = torch.stack([level.to(device).expand(batch) if len(level) == 1 else level.to(device), alike], dim=1)
+        return Observation(torch.cat([values, conditioning(arguments, batch, device)], dim=1), self.branch, self.step)
+
+    def position(self, observation: Observation | None, batch: int) -> Position:
+        """Say where the call that was observed last is; asked once a call.
+
+        Args:
+            observation: None where the call could not be observed; then every sample begins a new image.
+            batch: B.
+        """
+        if observation is None:
+            self._tracker.clear()
+            observation = Observation(torch.tensor([[0.0, UNKNOWN]] * batch), self.branch)
+        self._unplaced = False
+        return self._tracker.place(observation)
+
+    def _resemblance(self, x: Tensor) -> Tensor:
+        """(B,) how much an input resembles the one before, which it replaces."""
+        before, source, version = self._input, self._source, _version(x)
+        if source is not None and source[0]() is x and version is not None and source[1] == version:
+            return torch.full((len(x),), SAME, device=x.device)
+        comparable = before is not None and before.shape == x.shape and before.device == x.device
+        alike = resemblance(x, before) if comparable else torch.full((len(x),), UNKNOWN, device=x.device)  # type: ignore[arg-type]
+        self._input = x.clone()
+        self._source = (weakref.ref(x), -1 if version is None else version)
+        return alike
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was written to; None where that is not counted."""
+    return None if x.is_inference() else x._version

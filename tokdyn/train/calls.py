@@ -18,9 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokdyn.attach.controls import losses
-from tokdyn.attach.entry import attached, disabled
-from tokdyn.attach.sidecar import save
+from tokdyn.attach import attached, disabled, losses, save
 from tokdyn.errors import CheckpointError, InputError, TokdynError
 from tokdyn.files import replacing
 from tokdyn.progress import progress

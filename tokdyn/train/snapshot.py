@@ -12,9 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokdyn.attach.class_swap import base_class
-from tokdyn.attach.entry import attachment_of
-from tokdyn.attach.sidecar import load, save
+from tokdyn.attach import attachment_of, base_class, load, save
 from tokdyn.errors import CheckpointError
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.attach.entry import attachment_of, wrap
+from tokdyn.attach import attachment_of, wrap
 from tokdyn.bases import open_base
 from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, DynamicWidth, Method

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.controls import losses as method_losses
-from tokdyn.attach.entry import attachment_of, disabled
+from tokdyn.attach import attachment_of, disabled
+from tokdyn.attach import losses as method_losses
 from tokdyn.errors import InputError
 from tokdyn.models import DCDiT, DiT
 from tokdyn.tokens import Grid, Packing

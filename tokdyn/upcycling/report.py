@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokdyn.attach.entry import attachment_of
+from tokdyn.attach import attachment_of
 from tokdyn.cost import flops_per_image
 from tokdyn.errors import InputError
 from tokdyn.methods import DynamicWidth

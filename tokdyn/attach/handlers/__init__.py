@@ -1,1 +1,10 @@
-"""The methods at work: one handler for each."""
+"""Methods at work: the handlers of one method in each file."""
+
+import importlib
+import pkgutil
+
+
+def load_handlers() -> None:
+    """Import every file of this folder, so that its handlers are registered."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

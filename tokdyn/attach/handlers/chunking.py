@@ -1,14 +1,22 @@
-"""Chunking at work: the blocks see the tokens that a router asks for, and their effect is spread over the grid."""
+"""Chunking at work: the blocks see the tokens that a router keeps, and their effect is spread over the grid.
+
+In DC-DiT, which chunks its tokens itself, what is done here is around that: budgets, and caches on the full grid.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokdyn.attach.handlers.budgets import drops
-from tokdyn.attach.run import Run
+from tokdyn.attach import class_swap
+from tokdyn.attach.context import CallContext
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
+from tokdyn.attach.view import TokenView
+from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, ChunkingModule
 from tokdyn.methods.costs import residual_flops, router_flops, smoothing_flops
 from tokdyn.ops import ratio_loss, select
@@ -16,13 +24,33 @@ from tokdyn.ops.dechunk import smooths_on_grid
 from tokdyn.ops.dropping import take
 from tokdyn.ops.pack import pack_index
 from tokdyn.ops.routing import most_probable, tail_drop
-from tokdyn.tokens import Routing
+from tokdyn.ops.schedules import Curve, at
+from tokdyn.tokens import Grid, Routing
 
 _SLACK = 1e-6  # a share of 0.29 in fp32 is a little less than that, and 100 tokens should still lose 29
 
 
-@dataclass(frozen=True)
-class Chunk:
+@dataclass
+class Chunked:
+    """What was decided in a call.
+
+    Attributes:
+        start: (B, N, D) the tokens before the blocks.
+        index: (B, M) cells that were kept.
+        lengths: (B) tokens that were kept of each sample.
+        routing: the router's probabilities and choice.
+        view: that the bracket opened on.
+    """
+
+    start: Tensor
+    index: Tensor
+    lengths: tuple[int, ...]
+    routing: Routing
+    view: TokenView
+
+
+@dataclass(eq=False)
+class ChunkedBlocks(Bracket):
     """A bracket around all blocks.
 
     What is spread is the change that the blocks made, h - x: a cell without a token of its own keeps what it had before
@@ -34,42 +62,45 @@ class Chunk:
     module: ChunkingModule
     first: int
     last: int
+    slot: int
 
-    def open(self, run: Run, x: Tensor) -> Tensor:
+    def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
         """Keep the most probable tokens of each sample: (B, N, D) to (B, M, D)."""
         if self.method.target == 1.0:
-            return x
-        batch, count, width = x.shape
-        run.record.spend("Chunking router", batch * router_flops(self.method.router, count, width))
-        logits = self.module.logits(x, run.grid, 1000.0 * run.clock(x.device).expand(len(x)))
-        if run.attachment.calibrating:
+            return x, view
+        context, (batch, count, width) = frame.context, x.shape
+        context.trace.spend("Chunking router", batch * router_flops(self.method.router, count, width))
+        timestep = 1000.0 * context.level_tensor(view, x.device).expand(batch)
+        logits = self.module.logits(x, context.grid, timestep)
+        if context.settings.calibrating:
             before = self.module.router.bias.detach().clone()
             self.module.router.calibrate(logits.detach(), self.method.target)
             logits = logits + (self.module.router.bias - before).to(logits)
         probability, natural = select(torch.sigmoid(logits), self.method.force_ends)
+        drops = tail_drops(context, view, self.method.tail_drop)
         if self.method.ragged:
-            keep = tail_drop(probability, natural, torch.tensor(drops(run, self.method.tail_drop), device=x.device))
+            keep = tail_drop(probability, natural, torch.tensor(drops, device=x.device))
             lengths = tuple(keep.sum(dim=1).tolist())
         else:
             kept = max(1, round(count / self.method.target))
-            lengths = tuple(
-                kept - min(int(kept * (drop + _SLACK)), kept - 1) for drop in drops(run, self.method.tail_drop)
-            )
+            lengths = tuple(kept - min(int(kept * (drop + _SLACK)), kept - 1) for drop in drops)
         index = most_probable(probability, lengths)
-        if run.training:
-            run.add_loss("Chunking", self.method.loss_weight * ratio_loss(probability, natural, self.method.target))
-        run.record.kept = lengths
-        run.kept[id(self)] = (x, index, lengths, Routing(probability, natural, natural, run.grid))
-        run.index = index
-        run.lengths = lengths if len(set(lengths)) > 1 else None
-        return take(x, index)
+        if context.training:
+            loss = self.method.loss_weight * ratio_loss(probability, natural, self.method.target)
+            context.add_loss("Chunking", loss)
+        context.trace.kept = lengths
+        routing = Routing(probability, natural, natural, context.grid)
+        context.slots[self.slot] = Chunked(x, index, lengths, routing, view)
+        return take(x, index), view.reduced(index, lengths, self.slot)
 
-    def close(self, run: Run, x: Tensor) -> Tensor:
+    def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Spread the change of the kept tokens: (B, M, D) to (B, N, D)."""
-        if id(self) not in run.kept:
-            return x
-        start, index, lengths, routing = run.kept.pop(id(self))
-        run.index = run.lengths = None
+        context = frame.context
+        state: Chunked | None = context.slots[self.slot]
+        if state is None:
+            return x, view
+        context.slots[self.slot] = None
+        start, index, lengths, routing = state.start, state.index, state.lengths, state.routing
         packing = pack_index(index, lengths, routing.grid)
         change = (x - take(start, index)).reshape(-1, x.shape[-1])
         if len(set(lengths)) > 1:
@@ -78,9 +109,104 @@ class Chunk:
             change = change.index_select(0, torch.tensor(rows, device=x.device))
         keep = torch.zeros_like(routing.keep).flatten().index_fill(0, packing.index, True).view_as(routing.keep)
         batch, count, width = start.shape
-        run.record.spend("Chunking residual", batch * residual_flops(count, width))
+        context.trace.spend("Chunking residual", batch * residual_flops(count, width))
         if self.method.sigma and smooths_on_grid(change, routing.grid):
-            run.record.spend("Chunking de-chunk", batch * smoothing_flops(routing.grid, width))
-        seen = Routing(routing.probability, keep, routing.natural_keep, routing.grid)
-        whole: Tensor = start + self.module.dechunk(change, start, seen, packing)
-        return whole
+            context.trace.spend("Chunking de-chunk", batch * smoothing_flops(routing.grid, width))
+        decision = Routing(routing.probability, keep, routing.natural_keep, routing.grid)
+        return start + self.module.dechunk(change, start, decision, packing), state.view
+
+
+def tail_drops(context: CallContext, view: TokenView, default: Curve) -> tuple[float, ...]:
+    """Read the tail drop of every sample: what `tokdyn.set_tail_drop` set, else the method's own setting.
+
+    Raises:
+        InputError: the batch does not have the samples that a value was set for.
+    """
+    value = context.settings.tail_drop
+    if value is None:
+        if isinstance(default, float):
+            return (default,) * view.batch
+        return tuple(at(default, level) for level in context.levels(view))
+    if not isinstance(value, dict):
+        return context.per_sample(value, view.batch, "tail_drop")
+    if context.adapter.guidance == "calls":
+        return (value["uncond" if context.position.unconditional else "cond"],) * view.batch
+    context.trace.halves = True
+    if view.batch % 2:
+        raise InputError(
+            f"tail_drop has a value for each guidance branch, but the batch holds {view.batch} samples, which are not "
+            "two halves; call the model with both branches, or set one number."
+        )
+    half = view.batch // 2
+    first, second = (value[name] for name in context.adapter.halves)
+    return (first,) * half + (second,) * half
+
+
+@handles(Chunking)
+def build(plan: Plan) -> Sequence[object]:
+    """Build the bracket."""
+    return [ChunkedBlocks(plan.method, plan.module, *plan.span, plan.slot)]
+
+
+def call_chunked(
+    model: nn.Module,
+    hidden: Any,
+    tokens: Tensor,
+    grid: Grid,
+    steps: Tensor,
+    condition: Tensor,
+    tail_drop: float | Tensor,
+    plan: Tensor | None = None,
+) -> tuple[Tensor, Routing]:
+    """Stand in for `DCDiT._chunked`: samples whose effect is reused are not computed.
+
+    The routing of such a sample is the one of the step that was computed.
+    """
+    frame: Frame | None = class_swap.current()
+    if frame is None or frame.context.model is not model:
+        out: tuple[Tensor, Routing] = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
+        return out
+    context = frame.context
+    view = TokenView(tuple(range(len(tokens))), tokens.shape[1], tokens.shape[1])
+    context.trace.batch, context.trace.cells = view.batch, view.cells
+    if context.settings.tail_drop is not None:
+        tail_drop = torch.tensor(tail_drops(context, view, 0.0), device=tokens.device)
+    cache = frame.handlers.own_chunking
+    if cache is None or context.training or cache.never:
+        return hidden(model, tokens, grid, steps, condition, tail_drop, plan)  # type: ignore[no-any-return]
+    tokens, inner = cache.open(frame, view, tokens, None)
+    branch = cache.memory.branches[context.position.branch]
+    running = [place for place in range(view.batch) if place not in inner.idle]
+    if len(running) == view.batch:
+        result, routing = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
+    else:
+        assert branch.routing is not None
+        result, routing = tokens, branch.routing
+        if running:
+            part = view.take(running, tokens.device)
+            given = (tokens, grid, steps, condition, tail_drop, plan)
+            some, decided = class_swap.within(
+                replace(frame, view=part.view),
+                hidden,
+                model,
+                *(_rows(value, part.places, view.batch) for value in given),
+            )
+            result = tokens.index_copy(0, part.places, some.to(tokens.dtype))
+            routing = _mixed(routing, decided, part.places)
+    result, _ = cache.close(frame, inner, result)
+    branch.routing = replace(routing, probability=routing.probability.detach(), losses={})
+    return result, routing
+
+
+def _rows(value: Any, places: Tensor, batch: int) -> Any:
+    """Select the entries of some samples."""
+    if isinstance(value, Tensor) and value.dim() and len(value) == batch:
+        return value.index_select(0, places)
+    return value
+
+
+def _mixed(before: Routing, decided: Routing, rows: Tensor) -> Routing:
+    """Put the decisions of some samples in the place of earlier ones."""
+    names = ("probability", "keep", "natural_keep")
+    changed = {name: getattr(before, name).index_copy(0, rows, getattr(decided, name)) for name in names}
+    return replace(decided, **changed)

@@ -1,4 +1,4 @@
-"""DepthSkip at work."""
+"""DepthSkip at work: a gate on every block, by the noise level of each sample."""
 
 from __future__ import annotations
 
@@ -7,69 +7,83 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokdyn.attach.run import Run
+from tokdyn.attach.context import CallContext
+from tokdyn.attach.handlers.base import Gate, Plan, handles
+from tokdyn.attach.view import TokenView
 from tokdyn.methods import DepthSkip, Sizes, SkipGates
 from tokdyn.ops.skipping import gate
 
 
-@dataclass(frozen=True)
-class Skipping:
-    """A gate on every block, by the noise level of each sample."""
+@dataclass(eq=False)
+class TableGate(Gate):
+    """Gates that a table shuts between noise levels."""
 
     method: DepthSkip
     depth: int
 
-    def always(self, run: Run, block: int) -> bool | None:
-        """The answer where the table gives the same at all levels, None where it does not."""
+    def always(self, context: CallContext, block: int) -> bool | None:
+        """Whether the table skips the block at all levels or at none; None where it depends."""
         rows = [(low, high) for low, high, blocks in self.method.rows(self.depth) if block in blocks]
         return False if not rows else True if (0.0, 1.0) in rows else None
 
-    def skips(self, run: Run, block: int) -> Sequence[bool]:
-        """What the table says for each sample."""
-        known = {level: block in self.method.skipped(level, self.depth) for level in set(run.level)}
-        return [known[level] for level in run.level]
+    def skips(self, context: CallContext, view: TokenView, block: int) -> Sequence[bool]:
+        """Look each sample's level up in the table."""
+        levels = context.levels(view)
+        skipped = {level: block in self.method.skipped(level, self.depth) for level in set(levels)}
+        return [skipped[level] for level in levels]
 
-    def weight(self, run: Run, block: int) -> Tensor | None:
+    def weight(self, context: CallContext, view: TokenView, block: int) -> Tensor | None:
         """Nothing is learned."""
         return None
 
 
-@dataclass(frozen=True)
-class LearnedSkipping:
-    """A gate on every block that is trained; see `tokdyn.methods.DepthSkip`."""
+@dataclass(eq=False)
+class LearnedGate(Gate):
+    """Gates that are trained; see `tokdyn.methods.DepthSkip`."""
 
     method: DepthSkip
     module: SkipGates
     sizes: Sizes
+    slot: int
 
-    def always(self, run: Run, block: int) -> bool | None:
+    def always(self, context: CallContext, block: int) -> bool | None:
         """In training every block runs."""
-        return False if run.training else None
+        return False if context.training else None
 
-    def skips(self, run: Run, block: int) -> Sequence[bool]:
-        """What the gates say at the noise level of each sample; they are asked once in a call."""
-        if id(self) not in run.kept:
-            shut = self._logits(run) <= 0
-            run.kept[id(self)] = [run.per_sample(column, "the timestep") for column in shut.T.tolist()]
-        skipped: Sequence[bool] = run.kept[id(self)][block]
-        return skipped
+    def skips(self, context: CallContext, view: TokenView, block: int) -> Sequence[bool]:
+        """Read the gates at the noise level of each sample; they are asked once a call."""
+        shut: list[tuple[float, ...]] | None = context.slots[self.slot]
+        if shut is None:
+            columns = (self._logits(context, view) <= 0).T.tolist()
+            shut = [context.per_sample(column, view.batch, "the timestep") for column in columns]
+            context.slots[self.slot] = shut
+        return [bool(value) for value in shut[block]]
 
-    def weight(self, run: Run, block: int) -> Tensor | None:
-        """In training 0 or 1 for every sample, with a gradient; all gates are drawn at the first block."""
-        if not run.training:
+    def weight(self, context: CallContext, view: TokenView, block: int) -> Tensor | None:
+        """In training (B,) 0 or 1 with a gradient; the gates of all blocks are drawn at the first."""
+        if not context.training:
             return None
-        if id(self) not in run.kept:
-            drawn = gate(self._logits(run).expand(run.batch, -1), training=True)
+        drawn: Tensor | None = context.slots[self.slot]
+        if drawn is None:
+            drawn = gate(self._logits(context, view).expand(view.batch, -1), training=True)
             cost = drawn.new_tensor(self.sizes.weights) / sum(self.sizes.weights)
-            ran = (drawn * cost).sum(dim=1).mean()
-            run.add_loss("DepthSkip", self.method.loss_weight * 2.0 * (ran - self.method.target) ** 2)
-            run.kept[id(self)] = drawn
-        weight: Tensor = run.kept[id(self)][:, block]
-        return weight
+            share = (drawn * cost).sum(dim=1).mean()
+            context.add_loss("DepthSkip", self.method.loss_weight * 2.0 * (share - self.method.target) ** 2)
+            context.slots[self.slot] = drawn
+        return drawn[:, block]
 
-    def _logits(self, run: Run) -> Tensor:
-        """(B, depth) or (1, depth) what the gates are open by."""
-        clock, score = run.clock(run.device), self.module.score
-        run.record.spend("DepthSkip gates", 2 * len(clock) * score.in_features * score.out_features)
-        logits: Tensor = self.module(clock)
+    def _logits(self, context: CallContext, view: TokenView) -> Tensor:
+        """(B, depth) or (1, depth) logits, open above 0."""
+        score = self.module.score
+        levels = context.level_tensor(view, score.weight.device)
+        context.trace.spend("DepthSkip gates", 2 * len(levels) * score.in_features * score.out_features)
+        logits: Tensor = self.module(levels)
         return logits
+
+
+@handles(DepthSkip)
+def build(plan: Plan) -> Sequence[object]:
+    """Build learned gates or a table."""
+    if plan.module is not None:
+        return [LearnedGate(plan.method, plan.module, plan.sizes, plan.slot)]
+    return [TableGate(plan.method, plan.sizes.depth)]

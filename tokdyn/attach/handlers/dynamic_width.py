@@ -1,25 +1,35 @@
 """DynamicWidth at work: gates by noise level on heads and MLP channels, and by token on the MLP.
 
-In training, and while a model is compiled, everything is computed and what is off is multiplied by 0. In sampling,
-samples with the same gates are computed together on sliced weights, and the MLP gets the tokens that are on.
+In training, and while a model is compiled, everything is computed and multiplied by masks of 0 and 1. In sampling,
+samples with the same gates are computed together on sliced weights, and the MLP gets only the tokens that chose it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.width import Kind
-from tokdyn.attach.handlers.base import Inner
-from tokdyn.attach.run import Run
-from tokdyn.attach.sites import Role
-from tokdyn.attach.width.layers import columns, factor, know_layers, note_saved
+from tokdyn.attach.context import CallContext
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Inner, Kernel, Plan, Sublayer, handles
+from tokdyn.attach.sites import Site
+from tokdyn.attach.view import TokenView
 from tokdyn.attach.width.layout import Layout, On
-from tokdyn.attach.width.rows import STREAM, chosen, into_mlp, out_of_mlp, selected
+from tokdyn.attach.width.rows import (
+    STREAM,
+    find_layers,
+    input_mask,
+    into_mlp,
+    note_saved,
+    out_of_mlp,
+    select_channels,
+    select_tokens,
+    token_mask,
+)
 from tokdyn.attach.width.slices import Slices
 from tokdyn.methods import DynamicWidth, WidthGates
 from tokdyn.ops.skipping import gate, gumbel_difference
@@ -28,32 +38,34 @@ from tokdyn.ops.width import flops_loss, flops_share
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Widths:
     """What was decided in a call, and what came of it so far.
 
     Attributes:
         batch: B.
         masks: (B, depth, H) 0 or 1 for heads and for groups of channels, where all are computed; None in sampling.
-        on: what is on for every sample in every block; None where everything is.
-        ran: block, sample, and FLOPs of attention and of the MLP, as far as gates decide.
-        shares: block, samples, and for each the share of the tokens that the MLP saw.
+        on: what is computed for every sample in every block; None where everything is.
+        spent: (block, sample, FLOPs of attention and of the MLP) as far as gates decide; a multiply-add is 2.
+        shares: (block, samples, share of the tokens that the MLP saw of each).
     """
 
     batch: int
     masks: dict[Kind, Tensor] | None = None
     on: list[list[On | None]] = field(default_factory=list)
-    ran: tuple[tuple[int, int, tuple[int, int]], ...] = ()
+    spent: tuple[tuple[int, int, tuple[int, int]], ...] = ()
     shares: tuple[tuple[int, tuple[int, ...], Tensor], ...] = ()
 
 
-@dataclass(frozen=True)
-class Narrowing:
-    """A bracket around all blocks, within which everything is decided once, and a kernel for each of them."""
+@dataclass(eq=False)
+class DynamicBlocks(Bracket, Kernel):
+    """A bracket around all blocks, which decides everything once, and the kernel of each of them."""
 
     method: DynamicWidth
     module: WidthGates
+    layouts: tuple[Layout, ...]
     last: int
+    slot: int
     first: int = 0
     slices: Slices = field(default_factory=Slices)
 
@@ -61,167 +73,159 @@ class Narrowing:
         """Let sliced weights go."""
         self.slices.clear()
 
-    def open(self, run: Run, x: Tensor) -> Tensor:
+    def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
         """Ask the gates."""
-        if self.module.heads is None and self.module.channels is None:  # the noise level is of no matter
-            nothing: list[On | None] = [None] * len(run.attachment.layouts)
-            masked = run.training or torch.compiler.is_compiling()
-            widths = Widths(run.batch, {}) if masked else Widths(run.batch, on=[nothing] * run.batch)
-        elif run.training or torch.compiler.is_compiling():
-            clock = run.clock(x.device)
-            logits = self.module(clock)
-            self._spend(run, len(clock))
-            drawn = {kind: self._drawn(run, each) for kind, each in zip(KINDS, logits, strict=True) if each is not None}
-            widths = Widths(run.batch, drawn)
-            if run.training:
+        context = frame.context
+        masked = context.training or torch.compiler.is_compiling()
+        if self.module.heads is None and self.module.channels is None:  # the noise level does not matter
+            everything: list[On | None] = [None] * len(self.layouts)
+            widths = Widths(view.batch, {}) if masked else Widths(view.batch, on=[everything] * view.batch)
+        elif masked:
+            levels = context.level_tensor(view, x.device)
+            logits = self.module(levels)
+            self._spend(context, len(levels))
+            drawn = {
+                kind: self._draw(context, view, values)
+                for kind, values in zip(KINDS, logits, strict=True)
+                if values is not None
+            }
+            widths = Widths(view.batch, drawn)
+            if context.training:
                 self.slices.clear()
         else:
             self.slices.check()
-            widths = Widths(run.batch, on=self._decided(run, x.device))
-        run.kept[id(self)] = widths
-        return x
+            widths = Widths(view.batch, on=self._decide(context, view, x.device))
+        context.slots[self.slot] = widths
+        return x, view
 
-    def _drawn(self, run: Run, logits: Tensor) -> Tensor:
-        """(B, depth, H) 0 or 1, in training with a gradient; the first of each is always on."""
-        logits = logits.expand(run.batch, *logits.shape[1:])
-        drawn = gate(logits, run.training, self.method.temperature)
+    def _draw(self, context: CallContext, view: TokenView, logits: Tensor) -> Tensor:
+        """(B, depth, H) 0 or 1, in training with a gradient; the first of each is always 1."""
+        logits = logits.expand(view.batch, *logits.shape[1:])
+        drawn = gate(logits, context.training, self.method.temperature)
         return torch.cat([torch.ones_like(drawn[..., :1]), drawn], dim=2)
 
-    def _decided(self, run: Run, device: torch.device) -> list[list[On | None]]:
-        """What is on for every sample in every block; samples at one level share the answer."""
-        levels = list(dict.fromkeys(run.level))
+    def _decide(self, context: CallContext, view: TokenView, device: torch.device) -> list[list[On | None]]:
+        """Say what is computed for every sample in every block; samples at one level share the answer."""
+        sample_levels = context.levels(view)
+        levels = list(dict.fromkeys(sample_levels))
         logits = self.module(torch.tensor(levels, device=device))
-        heads, channels = (None if each is None else (each > 0).tolist() for each in logits)
-        self._spend(run, len(levels))
-        known: dict[float, list[On | None]] = {}
+        heads, channels = (None if values is None else (values > 0).tolist() for values in logits)
+        self._spend(context, len(levels))
+        decided: dict[float, list[On | None]] = {}
         for row, level in enumerate(levels):
-            known[level] = []
-            for block, layout in enumerate(run.attachment.layouts):
+            decided[level] = []
+            for block, layout in enumerate(self.layouts):
                 whole = [True] * len(layout.sizes["channels"])
                 on = On(
                     (True, *(heads[row][block] if heads else [True] * self.module.gates)),
                     (True, *channels[row][block]) if channels else tuple(whole),
                 )
-                known[level].append(None if all(on.heads) and all(on.channels) else on)
-        return [known[level] for level in run.level]
+                decided[level].append(None if all(on.heads) and all(on.channels) else on)
+        return [decided[level] for level in sample_levels]
 
-    def _spend(self, run: Run, levels: int) -> None:
+    def _spend(self, context: CallContext, levels: int) -> None:
         """Note what the gates of heads and channels cost."""
-        run.record.spend("DynamicWidth gates", levels * self.module.level_flops)
+        context.trace.spend("DynamicWidth gates", levels * self.module.level_flops)
 
-    def key(self, run: Run, block: int) -> Sequence[Hashable] | None:
-        """What is on for every sample."""
-        widths: Widths = run.kept[id(self)]
-        on = [each[block] for each in widths.on]
+    def key(self, context: CallContext, view: TokenView, block: int) -> Sequence[Hashable] | None:
+        """Say what is computed for every sample."""
+        widths: Widths = context.slots[self.slot]
+        on = [blocks[block] for blocks in widths.on]
         return on if any(on) else None
 
-    def around(self, run: Run, part: nn.Module, role: Role, inner: Inner) -> Inner:
-        """The block with what is on alone, or with masks."""
-        widths: Widths = run.kept[id(self)]
-        layout = run.attachment.layouts[role.block]
-
-        def compute(named: dict[str, Any]) -> Any:
-            before = run.given, run.whose, run.words, run.found
-            run.given, run.whose, run.words, run.found = {}, run.samples, run.call.text, {}
-            try:
-                if widths.masks is None:
-                    on = widths.on[run.samples[0]][role.block]
-                    return self._narrow(run, part, role, layout, on, inner, named)
-                return self._masked(run, part, role, layout, widths, inner, named)
-            finally:
-                run.given, run.whose, run.words, run.found = before
-
-        return compute
+    def run(self, frame: Frame, module: nn.Module, site: Site, inner: Inner, named: dict[str, Any]) -> Any:
+        """Compute the block on sliced weights, or with masks."""
+        widths: Widths = frame.context.slots[self.slot]
+        if widths.masks is not None:
+            return self._masked(frame, module, site, widths, inner, named)
+        return self._pruned(frame, module, site, widths.on[frame.view.samples[0]][site.block], inner, named)
 
     def _masked(
-        self,
-        run: Run,
-        part: nn.Module,
-        role: Role,
-        layout: Layout,
-        widths: Widths,
-        inner: Inner,
-        named: dict[str, Any],
+        self, frame: Frame, module: nn.Module, site: Site, widths: Widths, inner: Inner, named: dict[str, Any]
     ) -> Any:
-        """The block with masks for some samples; what it costs is noted for the loss."""
+        """Compute the block with masks; what it costs is noted for the loss."""
         assert widths.masks is not None
-        samples, device = run.samples, named[role.stack.tokens].device
+        samples, device, given = frame.view.samples, named[site.stack.tokens].device, frame.exchange.given
         rows = None if len(samples) == widths.batch else torch.tensor(samples, device=device)
         for kind, mask in widths.masks.items():
-            run.given[kind] = mask[:, role.block] if rows is None else mask[:, role.block].index_select(0, rows)
-        if run.training and self.module.tokens is not None:
-            run.given["noise"] = gumbel_difference(torch.empty(len(samples), run.call.tokens, device=device))
-        know_layers(run, part, role, layout)
+            given[kind] = mask[:, site.block] if rows is None else mask[:, site.block].index_select(0, rows)
+        if frame.context.training and self.module.tokens is not None:
+            given["noise"] = gumbel_difference(torch.empty(len(samples), frame.block.tokens, device=device))
+        layout = self.layouts[site.block]
+        find_layers(frame, module, site, layout)
         out = inner(named)
-        lengths = run.call.rows or (run.call.tokens,) * len(samples)
-        ran = tuple(
-            (role.block, sample, layout.flops(length, run.call.text))
+        lengths = frame.block.rows or (frame.block.tokens,) * len(samples)
+        widths.spent += tuple(
+            (site.block, sample, layout.flops(length, frame.block.text))
             for sample, length in zip(samples, lengths, strict=True)
         )
-        shares = tuple((role.block, some, share) for some, share in run.found.items())
-        now: Widths = run.kept[id(self)]
-        run.kept[id(self)] = replace(now, ran=now.ran + ran, shares=now.shares + shares)
+        widths.shares += tuple((site.block, some, share) for some, share in frame.exchange.returned.items())
         return out
 
-    def _narrow(
-        self, run: Run, part: nn.Module, role: Role, layout: Layout, on: On | None, inner: Inner, named: dict[str, Any]
+    def _pruned(
+        self, frame: Frame, module: nn.Module, site: Site, on: On | None, inner: Inner, named: dict[str, Any]
     ) -> Any:
-        """The block for samples with the same gates, on sliced weights if that can be."""
-        know_layers(run, part, role, layout, rows=True)
+        """Compute the block for samples with the same gates, on sliced weights if it can be sliced."""
+        layout = self.layouts[site.block]
+        find_layers(frame, module, site, layout, only_tokens=True)
         if on is None:
             return inner(named)
-        found = self.slices.narrow(role.block, part, layout, on, run.roles)
-        if found is None:
-            know_layers(run, part, role, layout)
-            device = named[role.stack.tokens].device
-            run.given |= {kind: torch.tensor([on.of(kind)], device=device).float() for kind in KINDS if on.of(kind)}
+        pruned = self.slices.pruned(site.block, module, layout, on, frame.sites)
+        if pruned is None:
+            find_layers(frame, module, site, layout)
+            device = named[site.stack.tokens].device
+            masks = {kind: torch.tensor([on.of(kind)], device=device).float() for kind in KINDS if on.of(kind)}
+            frame.exchange.given.update({str(kind): mask for kind, mask in masks.items()})
             return inner(named)
-        narrow, taken = found
-        run.call.heads = sum(on.heads) / len(on.heads)
+        copy, slices = pruned
+        frame.block.heads = sum(on.heads) / len(on.heads)
         if on.channels:
-            run.call.channels = taken.sizes["channels"] / layout.total("channels")
-        if taken.columns is not None:
+            frame.block.channels = slices.sizes["channels"] / layout.total("channels")
+        if slices.columns is not None:
             for name in layout.width.tables:
                 if named.get(name) is not None:
-                    named = {**named, name: columns(named[name], taken.columns)}
-        out = narrow(**named)
-        note_saved(run, layout, taken)
+                    named = {**named, name: select_channels(named[name], slices.columns)}
+        out = copy(**named)
+        note_saved(frame, site, layout, slices)
         return out
 
-    def layer(self, run: Run, part: nn.Module, role: Role, call: Callable[..., Any], x: Tensor, *args: Any) -> Tensor:
-        """A layer whose inputs are masked, or that sees the rows of the tokens that are on."""
-        layer, layout = role.layer, run.attachment.layouts[role.block]
+    def layer(
+        self, frame: Frame, module: nn.Module, site: Site, call: Callable[..., Any], x: Tensor, *rest: Any
+    ) -> Tensor:
+        """Compute a layer with masked inputs, or on the rows of the tokens that the MLP sees."""
+        layer, layout = site.layer, self.layouts[site.block]
         assert layer is not None
         if layer.out and self.module.tokens is None:
-            return call(x, *args)  # type: ignore[no-any-return]
+            return call(x, *rest)  # type: ignore[no-any-return]
         if layer.out:
-            return into_mlp(self.module, self.method.temperature, run, part, role, call, x, *args)
-        mask = factor(run, layer, layout, x)
+            return into_mlp(self.module, self.method.temperature, frame, module, site, call, x, *rest)
+        mask = input_mask(frame, layer, layout, x)
         if mask is not None:
             x = x * mask
         if layer.split:
-            return out_of_mlp(run, part, layer, call, x, *args)
-        out: Tensor = call(x, *args)
+            return out_of_mlp(frame, module, layer, call, x, *rest)
+        out: Tensor = call(x, *rest)
         return out
 
-    def close(self, run: Run, x: Tensor) -> Tensor:
-        """The FLOPs loss."""
-        if id(self) not in run.kept:  # all samples repeat what the blocks did before
-            return x
-        widths: Widths = run.kept.pop(id(self))
-        if run.training and widths.masks is not None:
-            loss = flops_loss(self._share(run, widths, x.device), self.module.target(self.method))
-            run.add_loss("DynamicWidth", self.method.loss_weight * loss)
-            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:  # else it is computed again
+    def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
+        """Add the FLOPs loss."""
+        context = frame.context
+        widths: Widths | None = context.slots[self.slot]
+        if widths is None:  # no sample was computed
+            return x, view
+        context.slots[self.slot] = None
+        if context.training and widths.masks is not None:
+            loss = flops_loss(self._share(widths, x.device), self.module.target(self.method))
+            context.add_loss("DynamicWidth", self.method.loss_weight * loss)
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:  # else it is recomputed
                 self.module.calls += 1
-        return x
+        return x, view
 
-    def _share(self, run: Run, widths: Widths, device: torch.device) -> Tensor:
-        """(B,) share of the FLOPs that ran, of the blocks that did."""
-        layouts = run.attachment.layouts
-        depth = len(layouts)
+    def _share(self, widths: Widths, device: torch.device) -> Tensor:
+        """(B,) share of the FLOPs that were spent, of the blocks that ran."""
+        depth = len(self.layouts)
         spent = [[[0.0] * depth for _ in range(widths.batch)] for _ in range(2)]
-        for block, sample, flops in widths.ran:
+        for block, sample, flops in widths.spent:
             spent[0][sample][block], spent[1][sample][block] = flops
         attention, mlp = torch.tensor(spent, dtype=torch.float32, device=device)
         ones = torch.ones(widths.batch, depth, device=device)
@@ -229,7 +233,7 @@ class Narrowing:
         heads = widths.masks["heads"].mean(dim=2) if "heads" in widths.masks else ones
         channels = ones
         if "channels" in widths.masks:
-            sizes = torch.tensor([layout.sizes["channels"] for layout in layouts], device=device)
+            sizes = torch.tensor([layout.sizes["channels"] for layout in self.layouts], device=device)
             channels = (widths.masks["channels"] * sizes / sizes.sum(dim=1, keepdim=True)).sum(dim=2)
         tokens = list(ones.unbind(dim=1))
         for block, samples, share in widths.shares:
@@ -238,23 +242,33 @@ class Narrowing:
         return flops_share(heads, channels, torch.stack(tokens, dim=1), attention, mlp)
 
 
-@dataclass(frozen=True)
-class Choosing:
-    """Around the MLP of a block: only the tokens that are on go in.
+@dataclass(eq=False)
+class TokenChoice(Sublayer):
+    """Around the MLP of a block: only the tokens that choose it go in.
 
     Where gates see the tokens before norm and modulation, it also notes those as they pass.
     """
 
-    narrowing: Narrowing
+    blocks: DynamicBlocks
 
-    def around(self, run: Run, role: Role, call: Callable[..., Any], named: dict[str, Any]) -> Any:
-        """The MLP of the tokens that are on, and 0 for the others."""
-        if role.kind == "stream" and self.narrowing.method.token_input == "stream":
-            run.given[STREAM] = next(iter(named.values()))
-        if role.kind != "mlp":
+    def around(self, frame: Frame, view: TokenView, site: Site, call: Callable[..., Any], named: dict[str, Any]) -> Any:
+        """Compute the MLP of the tokens that choose it; the others get 0."""
+        method, gates = self.blocks.method, self.blocks.module
+        if site.kind == "stream" and method.token_input == "stream":
+            frame.exchange.given[STREAM] = next(iter(named.values()))
+        if site.kind != "mlp":
             return call(**named)
-        name = role.names[0]
-        if run.training or torch.compiler.is_compiling():
-            factor = chosen(self.narrowing.module, run, role, named[name], self.narrowing.method.temperature)
-            return call(**named) * factor[..., None].to(named[name].dtype)
-        return selected(self.narrowing.module, run, role, named[name], lambda x: call(**{**named, name: x}))
+        name = site.names[0]
+        if frame.context.training or torch.compiler.is_compiling():
+            mask = token_mask(gates, frame, site, named[name], method.temperature)
+            return call(**named) * mask[..., None].to(named[name].dtype)
+        return select_tokens(gates, frame, site, named[name], lambda x: call(**{**named, name: x}))
+
+
+@handles(DynamicWidth)
+def build(plan: Plan) -> Sequence[object]:
+    """Build bracket and kernel, and the choice of tokens; nothing where everything stays on."""
+    if plan.module is None:
+        return []
+    blocks = DynamicBlocks(plan.method, plan.module, plan.layouts, plan.sizes.depth - 1, plan.slot)
+    return [blocks, TokenChoice(blocks)] if plan.method.tokens else [blocks]

@@ -1,155 +1,217 @@
-"""FeatureCache at work: when hardly anything has changed, blocks are passed by and their last effect is repeated."""
+"""FeatureCache at work: when hardly anything has changed, blocks are skipped and their remembered effect is added."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokdyn.attach.run import Run
+from tokdyn.attach.context import CallContext, is_offloaded
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
+from tokdyn.attach.view import TokenView
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, extrapolate, relative_change, rescale
 from tokdyn.tokens import Routing
-from tokdyn.trace.trajectory import Turn
+from tokdyn.trace.trajectory import MOST_BRANCHES
 
 
 @dataclass
-class Branch:
+class BranchMemory:
     """What is remembered of one guidance branch.
 
     Attributes:
-        seen: (B, ...) indicator of the step before.
+        images: (B) what each sample was; a sample that is another now is computed.
+        indicator: (B, ...) of the step before.
         total: (B,) accumulated change.
-        effect: (B, N, D) what the blocks added when they last ran, for each sample.
+        effect: (B, N, D) what the blocks added when they were last computed, for each sample.
         level: (B,) the noise level at which that was.
-        before: effect and level of the time before that.
+        before: effect and level of the computed step before that, where effects are extrapolated.
+        routing: what the router of DC-DiT decided last.
     """
 
-    seen: Tensor
+    images: tuple[Hashable, ...]
+    indicator: Tensor
     total: Tensor
     effect: Tensor | None = None
     level: Tensor | None = None
     before: tuple[Tensor, Tensor] | None = None
+    routing: Routing | None = None
 
 
 @dataclass
 class Memory:
-    """The branches of the trajectory that is being sampled, by the name or place of each.
+    """The guidance branches of the trajectory that a model is on.
 
     Attributes:
-        trajectory: its number.
-        branches: what is remembered of each.
-        routing: what the router of a model that chunks its tokens itself decided last.
+        run: number of the trajectory.
+        branches: what is remembered of each, the most recent last.
     """
 
-    trajectory: int = -1
-    branches: dict[str | int, Branch] = field(default_factory=dict)
-    routing: dict[str | int, Routing] = field(default_factory=dict)
+    run: int = -1
+    branches: OrderedDict[Hashable, BranchMemory] = field(default_factory=OrderedDict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        return Memory()  # a copy of a model begins its own trajectory
+
+    def __reduce__(self) -> Any:
+        return Memory, ()
 
     def clear(self) -> None:
         """Forget the trajectory."""
-        self.branches, self.routing = {}, {}
+        self.branches.clear()
 
-    def of(self, turn: Turn, shape: torch.Size) -> Branch | None:
-        """What is known of this branch; None if this is its first step, or its shape is another now."""
-        if turn.trajectory != self.trajectory:
+    def fork(self) -> Memory:
+        """Make a memory that goes on from here without an effect on this one."""
+        return Memory(self.run, OrderedDict((key, replace(branch)) for key, branch in self.branches.items()))
+
+    def get(self, context: CallContext, shape: torch.Size) -> BranchMemory | None:
+        """Look up the branch of a call; None at its first step, or if its shape is another now."""
+        position = context.position
+        if position.run != self.run:
             self.clear()
-            self.trajectory = turn.trajectory
-        found = self.branches.get(turn.branch)
-        return found if found is not None and found.seen.shape == shape else None
+            self.run = position.run
+        branch = self.branches.get(position.branch)
+        return branch if branch is not None and branch.indicator.shape == shape else None
+
+    def put(self, context: CallContext, branch: BranchMemory) -> None:
+        """Remember the branch of a call."""
+        self.branches[context.position.branch] = branch
+        while len(self.branches) > MOST_BRANCHES:
+            self.branches.popitem(last=False)
 
 
 @dataclass
-class Cache:
-    """A bracket around the blocks that may be passed by.
+class Reuse:
+    """What was decided in a call.
 
-    With the first block as indicator it starts behind that block, and `FirstBlock` tells it what the block did.
+    Attributes:
+        start: (B, N, D) the tokens before the blocks.
+        reused: (B) whether each sample adds its remembered effect.
+        fresh: (B) whether each sample is another image than the one that is remembered.
+        branch: the memory.
+        view: that the bracket opened on.
+    """
+
+    start: Tensor
+    reused: Sequence[bool]
+    fresh: Sequence[bool]
+    branch: BranchMemory
+    view: TokenView
+
+
+@dataclass(eq=False)
+class CachedBlocks(Bracket):
+    """A bracket around the blocks that may be skipped.
+
+    With the first block as indicator it opens behind that block, and `FirstBlock` tells it what the block added.
     """
 
     method: FeatureCache
     first: int
     last: int
+    slot: int
     memory: Memory = field(default_factory=Memory)
 
     @property
     def never(self) -> bool:
-        """No step is ever reused."""
+        """Whether no step is ever reused."""
         return self.method.steps is None and not self.method.compares
 
-    def open(self, run: Run, x: Tensor) -> Tensor:
-        """Decide for every sample whether it reuses; blocks pass through the tokens of those that do."""
-        if run.training or self.never:
-            return x
-        indicator = self._indicator(run, x)
-        branch = self.memory.of(run.turn, indicator.shape)
+    def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
+        """Decide for every sample whether it reuses; the blocks skip those samples."""
+        context = frame.context
+        if context.training or self.never:
+            return x, view
+        indicator, position = self.indicator(context, x, block), context.position
+        branch = self.memory.get(context, indicator.shape)
         if branch is None:
-            branch = Branch(indicator, torch.zeros(len(x), device=x.device))
-            self.memory.branches[run.turn.branch] = branch
-            reused = [False] * len(x)
+            branch = BranchMemory(position.images, indicator, torch.zeros(len(x), device=x.device))
+            fresh, reused = [True] * len(x), [False] * len(x)
         else:
-            reused = self._decide(branch, indicator, run.turn.step)
-            branch.seen = indicator
-        run.reused = frozenset(i for i, reuse in enumerate(reused) if reuse)
-        run.record.reused = run.reused
-        run.kept[id(self)] = (x, reused, branch)
-        return x
+            fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
+            reused = self._decide(branch, indicator, position.steps, fresh)
+            branch.images, branch.indicator = position.images, indicator
+        self.memory.put(context, branch)
+        context.slots[self.slot] = Reuse(x, reused, fresh, branch, view)
+        idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
+        context.trace.cached = idle
+        return x, replace(view, idle=idle)
 
-    def _indicator(self, run: Run, x: Tensor) -> Tensor:
+    def indicator(self, context: CallContext, x: Tensor, block: BlockCall | None) -> Tensor:
+        """(B, ...) what is compared from step to step; of computed steps that are set, only the shape matters."""
         if self.method.indicator == "first_block":
-            done: Tensor = run.kept.pop("first block")
-            return done
-        modulated = run.stack.modulated
-        if modulated is None or self.method.steps is not None:  # of steps that are set only the shape is compared
+            added: Tensor = context.slots[self.slot]
+            return added
+        modulated = None if block is None else block.site.stack.modulated
+        if modulated is None or block is None or self.method.steps is not None:
             return x.detach()
-        run.record.compared = len(x)
-        with run.weights.present(run.part):
-            return modulated(run.part, run.named).detach()
+        context.trace.compared = len(x)
+        if not is_offloaded(block.module):
+            return modulated(block.module, block.named).detach()
+        with context.residency.present(block.module):
+            return modulated(block.module, block.named).detach()
 
-    def _decide(self, branch: Branch, indicator: Tensor, step: int) -> list[bool]:
-        """Whether each sample reuses; the accumulated change goes on."""
-        last = self.method.num_steps is not None and step >= self.method.num_steps - 1
+    def _decide(
+        self, branch: BranchMemory, indicator: Tensor, steps: Sequence[int], fresh: Sequence[bool]
+    ) -> list[bool]:
+        """Decide whether each sample reuses; the accumulated change goes on."""
+        last = [self.method.num_steps is not None and step >= self.method.num_steps - 1 for step in steps]
         if self.method.steps is not None:
-            return [not (step in self.method.steps or last)] * len(indicator)
-        change = rescale(relative_change(indicator, branch.seen), self.method.coefficients)
-        reuse, branch.total = accumulate(branch.total, change, math.nan if last else self.method.threshold)
+            computed = [step in self.method.steps for step in steps]
+            return [not any(why) for why in zip(computed, last, fresh, strict=True)]
+        change = rescale(relative_change(indicator, branch.indicator), self.method.coefficients)
+        forced = [one or other for one, other in zip(last, fresh, strict=True)]
+        if any(forced):  # not a number is below no threshold
+            change = change.masked_fill(torch.tensor(forced, device=change.device), math.nan)
+        reuse, branch.total = accumulate(branch.total, change, self.method.threshold)
         decided: list[bool] = reuse.tolist()
         return decided
 
-    def close(self, run: Run, x: Tensor) -> Tensor:
+    def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Add the remembered effect where it is reused, remember the new one elsewhere."""
-        if id(self) not in run.kept:
-            return x
-        start, reused, branch = run.kept.pop(id(self))
-        run.reused = frozenset()
+        context, state = frame.context, frame.context.slots[self.slot]
+        if not isinstance(state, Reuse):
+            return x, view
+        context.slots[self.slot] = None
+        start, reused, branch = state.start, state.reused, state.branch
         if all(reused) and not self.method.extrapolate:
-            again: Tensor = start + branch.effect
-            return again
-        level = torch.tensor(run.level, device=x.device)
+            assert branch.effect is not None
+            return start + branch.effect, state.view
+        level = torch.tensor(context.levels(state.view), device=x.device)
         if branch.effect is None:
             branch.effect, branch.level = (x - start).detach(), level
-            return x
+            return x, state.view
         assert branch.level is not None
         if all(reused):
-            repeated: Tensor = start + self._effect(branch, level)
-            return repeated
-        if any(reused):
-            chosen = torch.tensor(reused, device=x.device)
-            wide = chosen.view(-1, 1, 1)
-            out = torch.where(wide, start + self._effect(branch, level), x)
-            effect = torch.where(wide, branch.effect, (x - start).detach())
-            when = torch.where(chosen, branch.level, level)
-            earlier = branch.before or (branch.effect, branch.level)
-            before = torch.where(wide, earlier[0], branch.effect), torch.where(chosen, earlier[1], branch.level)
-        else:
-            out, effect, when, before = x, (x - start).detach(), level, (branch.effect, branch.level)
-        branch.effect, branch.level = effect, when
-        branch.before = before if self.method.extrapolate else None
-        return out
+            return start + self._effect(branch, level), state.view
+        self._remember(branch, x, level, state)
+        if not any(reused):
+            return x, state.view
+        chosen = torch.tensor(reused, device=x.device).view(-1, 1, 1)
+        return torch.where(chosen, start + self._effect(branch, level), x), state.view
 
-    def _effect(self, branch: Branch, level: Tensor) -> Tensor:
-        """The remembered effect, or its continuation to this noise level."""
+    def _remember(self, branch: BranchMemory, x: Tensor, level: Tensor, state: Reuse) -> None:
+        """Remember the effects of the samples that were computed."""
+        assert branch.effect is not None
+        assert branch.level is not None
+        effect, when, fresh = (x - state.start).detach(), level, torch.tensor(state.fresh, device=x.device)
+        before = branch.effect, branch.level
+        if any(state.reused):
+            kept = torch.tensor(state.reused, device=x.device)
+            wide, earlier = kept.view(-1, 1, 1), branch.before or before
+            before = torch.where(wide, earlier[0], before[0]), torch.where(kept, earlier[1], before[1])
+            effect, when = torch.where(wide, branch.effect, effect), torch.where(kept, branch.level, level)
+        branch.effect, branch.level = effect, when
+        # a fresh sample has no step before: equal levels are not extrapolated
+        branch.before = (before[0], torch.where(fresh, when, before[1])) if self.method.extrapolate else None
+
+    def _effect(self, branch: BranchMemory, level: Tensor) -> Tensor:
+        """(B, N, D) the remembered effect, or its continuation to this noise level."""
         assert branch.effect is not None
         assert branch.level is not None
         if not self.method.extrapolate or branch.before is None:
@@ -160,25 +222,41 @@ class Cache:
         return torch.where(length == 0, branch.effect, extrapolate(branch.effect, earlier, steps)).to(branch.effect)
 
 
-@dataclass(frozen=True)
-class FirstBlock:
-    """A bracket around the first block alone: what it added is the indicator.
+@dataclass(eq=False)
+class FirstBlock(Bracket):
+    """A bracket around the first block alone: what the block adds is the indicator of a cache.
 
     Attributes:
-        compared: somebody looks at its values, and not only at its shape.
+        cache: that is told.
+        slot: of this bracket.
+        compared: whether the values of the indicator matter, and not only its shape.
     """
 
+    cache: CachedBlocks
+    slot: int
     compared: bool = True
     first: int = 0
     last: int = 0
 
-    def open(self, run: Run, x: Tensor) -> Tensor:
+    def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
         """Remember what the block gets."""
-        if self.compared:
-            run.kept[id(self)] = x
-        return x
+        frame.context.slots[self.slot] = x if self.compared else None
+        return x, view
 
-    def close(self, run: Run, x: Tensor) -> Tensor:
-        """Tell the cache what the block did."""
-        run.kept["first block"] = (x - run.kept.pop(id(self)) if self.compared else x).detach()
-        return x
+    def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
+        """Tell the cache what the block added."""
+        slots = frame.context.slots
+        slots[self.cache.slot] = (x - slots[self.slot] if self.compared else x).detach()
+        slots[self.slot] = None
+        return x, view
+
+
+@handles(FeatureCache)
+def build(plan: Plan) -> Sequence[object]:
+    """Build the cache, behind the first block where that is the indicator."""
+    method: FeatureCache = plan.method
+    last = plan.sizes.depth - 1
+    if method.indicator == "first_block":
+        cache = CachedBlocks(method, 1, last, plan.slot + 1)
+        return [FirstBlock(cache, plan.slot, method.compares), cache]
+    return [CachedBlocks(method, 0, last, plan.slot)]

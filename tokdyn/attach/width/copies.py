@@ -1,4 +1,4 @@
-"""A narrow block: a shallow copy of one in which other layers stand in the place of some.
+"""Build a shallow copy of a block whose linear layers are replaced by slices.
 
 The modules on the way to these layers are copied without their weights, everything else is shared. The copy is made for
 every call, so that it cannot miss what happens to the block.
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.class_swap import base_class
 from tokdyn.attach.width.layout import Layout, Names, On, reach
-from tokdyn.attach.width.weights import weights_of
 
 
 class Places(Protocol):
@@ -88,8 +87,8 @@ def _plain(module: nn.Module) -> bool:
     )
 
 
-def narrow_copy(block: nn.Module, layout: Layout, found: Places, roles: Mapping[int, Any]) -> nn.Module:
-    """The block with slices in the place of layers."""
+def pruned_copy(block: nn.Module, layout: Layout, found: Places, sites: Mapping[int, Any]) -> nn.Module:
+    """Build a copy of a block with slices in the place of layers."""
     copies: dict[Names, nn.Module] = {(): shallow(block, base_class(block))}
 
     def copied(names: Names) -> nn.Module:
@@ -97,16 +96,16 @@ def narrow_copy(block: nn.Module, layout: Layout, found: Places, roles: Mapping[
             above = copied(names[:-1])._modules
             original = above[names[-1]]
             assert original is not None
-            copies[names] = above[names[-1]] = _part(original, roles.get(id(original)))
+            copies[names] = above[names[-1]] = _part(original, sites.get(id(original)))
         return copies[names]
 
     for names, module in found.modules.items():
-        role = roles.get(id(found.sources[names])) if layout.parallel else None
+        site = sites.get(id(found.sources[names])) if layout.parallel else None
         put = module
-        if role is not None:  # of a layer, which has fewer outputs or inputs now
-            left = role.layer.split * found.sizes["heads"] // layout.total("heads")
+        if site is not None:  # of a layer, which has fewer outputs or inputs now
+            left = site.layer.split * found.sizes["heads"] // layout.total("heads")
             put = shallow(module, type(found.sources[names]))
-            vars(put)["_tokdyn_role"] = replace(role, layer=replace(role.layer, split=left))
+            vars(put)["_tokdyn_site"] = replace(site, layer=replace(site.layer, split=left))
         copied(names[:-1])._modules[names[-1]] = put
     width = layout.width
     own = {name: found.sizes.get("channels", 0) for name in width.hiddens if name in vars(block)}
@@ -126,12 +125,12 @@ def narrow_copy(block: nn.Module, layout: Layout, found: Places, roles: Mapping[
     return copies[()]
 
 
-def _part(module: nn.Module, role: Any) -> nn.Module:
-    """A shallow copy of a part of a block, which keeps its role without being known by its id."""
-    if role is None:
+def _part(module: nn.Module, site: Any) -> nn.Module:
+    """Copy a part of a block, which keeps its site without being known by its id."""
+    if site is None:
         return shallow(module, base_class(module))
     other = shallow(module, type(module))
-    vars(other)["_tokdyn_role"] = role
+    vars(other)["_tokdyn_site"] = site
     return other
 
 
@@ -143,3 +142,8 @@ def shallow(module: nn.Module, kind: type) -> nn.Module:
     vars(other)["_modules"] = dict(module._modules)
     vars(other).pop("forward", None)  # bound to the module
     return other
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """List the parameters that a module holds itself."""
+    return [value for value in module._parameters.values() if value is not None]

@@ -12,7 +12,7 @@ from tokdyn.adapters.base import ModelAdapter, Stack
 from tokdyn.adapters.structure import Rows, rows_of
 from tokdyn.adapters.width import Cut, Kind, Width
 from tokdyn.errors import UnsupportedModelError
-from tokdyn.methods import DynamicWidth, Method
+from tokdyn.methods.base import Method, Pruning
 from tokdyn.ops.width import group_sizes
 
 _UNSEEN = "do not show their tokens before norm and modulation; use DynamicWidth(token_input='mlp')"
@@ -96,17 +96,18 @@ def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method
     Raises:
         UnsupportedModelError: the model has no layers that such a method could cut.
     """
-    method = next((each for each in methods if isinstance(each, DynamicWidth)), None)
-    if method is None or method.target == 1.0:
+    depth = sum(len(list(model.get_submodule(stack.path).children())) for stack in adapter.stacks)
+    pruning = next((prunes for each in methods if (prunes := each.traits(depth).prunes) is not None), None)
+    if pruning is None:
         return ()
     found = []
     for stack in adapter.stacks:
-        reason = unfit(stack, method, adapter.dense)
+        reason = unfit(stack, pruning, adapter.dense)
         blocks: Any = model.get_submodule(stack.path)
         for block in blocks if reason is None else ():
             layout = layout_of(block, stack, adapter.heads(model))
-            reason = unfit(stack, method, adapter.dense, layout is not None, bool(layout and layout.sizes["channels"]))
-            if reason is None and method.tokens and method.token_input == "stream":
+            reason = unfit(stack, pruning, adapter.dense, layout is not None, bool(layout and layout.sizes["channels"]))
+            if reason is None and pruning.stream:
                 reason = None if hasattr(block, stack.stream or "") else _UNSEEN  # of another model of that layout
             if layout is None or reason is not None:
                 break
@@ -118,14 +119,12 @@ def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method
     return tuple(found)
 
 
-def unfit(
-    stack: Stack, method: DynamicWidth, dense: bool, heads: bool = True, channels: bool | None = None
-) -> str | None:
+def unfit(stack: Stack, pruning: Pruning, dense: bool, heads: bool = True, channels: bool | None = None) -> str | None:
     """Why a method with these settings cannot be attached to the blocks of a stack, and what can; None if it can.
 
     Args:
         stack: of the model.
-        method: the settings.
+        pruning: what a method prunes.
         dense: the blocks look at neighbouring cells.
         heads: their attention can be cut, as far as is known.
         channels: so can their MLP; None leaves it to what the adapter says.
@@ -135,13 +134,13 @@ def unfit(
     channels = stack.width.hidden is not None if channels is None else channels
     settings = [name for name, fits in (("channels", channels), ("tokens", not dense)) if not fits]
     cure = f"use DynamicWidth({', '.join(f'{name}=False' for name in settings)})"
-    if method.tokens and dense:
+    if pruning.tokens and dense:
         return f"look at neighbouring cells, so that no token can be kept from the MLP; {cure}"
-    if method.tokens and not (stack.mlp or stack.width.parallel):
+    if pruning.tokens and not (stack.mlp or stack.width.parallel):
         return "call their MLP on image and text in turn; use DynamicWidth(tokens=False)"
-    if method.tokens and method.token_input == "stream" and stack.stream is None:
+    if pruning.stream and stack.stream is None:
         return _UNSEEN
-    if method.channels and not channels:
+    if pruning.channels and not channels:
         return f"have an MLP whose channels cannot be cut; {cure}"
     return None
 

@@ -6,7 +6,7 @@ asked for or a weight changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,57 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.class_swap import base_class
-from tokdyn.attach.width.copies import narrow_copy, shallow, sources_of
+from tokdyn.attach.width.copies import pruned_copy, shallow, sources_of, weights_of
 from tokdyn.attach.width.layout import Layer, Layout, Names, On
-from tokdyn.attach.width.weights import Seen, untouched, weights_of
 from tokdyn.ops.width import kept_channels
+
+_COMPARED = 16  # elements of each weight that are compared: a write to .data leaves no other trace
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Detects weights that changed since they were sliced.
+
+    Attributes:
+        weight: itself.
+        version: counts its in-place changes.
+        address: of its elements.
+        few: a view of some of its elements.
+        were: their values when it was sliced.
+    """
+
+    weight: Tensor
+    version: int
+    address: int
+    few: Tensor
+    were: Tensor
+
+    @staticmethod
+    def of(weight: Tensor) -> Snapshot:
+        """Take a snapshot of a weight."""
+        few = _few(weight)
+        return Snapshot(weight, weight._version, weight.data_ptr(), few, few.clone())
+
+    def same(self, weight: Tensor) -> bool:
+        """Whether nothing has replaced, moved or changed the weight, writes to `.data` excepted."""
+        return weight is self.weight and weight._version == self.version and weight.data_ptr() == self.address
+
+
+def _few(weight: Tensor) -> Tensor:
+    """View some elements of a weight, from all over it."""
+    flat = weight.detach().view(-1) if weight.is_contiguous() else weight.detach()[0].reshape(-1)
+    return flat[:: max(1, len(flat) // _COMPARED)][:_COMPARED]
+
+
+def unwritten(snapshots: Iterable[Snapshot]) -> bool:
+    """Whether no weight was written to through `.data`; the host waits for each accelerator once."""
+    places: dict[torch.device, list[Snapshot]] = {}
+    for each in snapshots:
+        places.setdefault(each.few.device, []).append(each)
+    return all(
+        torch.equal(torch.cat([each.few for each in here]), torch.cat([each.were for each in here]))
+        for here in places.values()
+    )
 
 
 class Selected(nn.Module):
@@ -46,7 +93,7 @@ class Slice:
     Attributes:
         on: for which heads and channels.
         sources: the layers, and the norms behind them.
-        seen: their weights.
+        snapshots: their weights.
         modules: what takes the place of which module.
         columns: channels of the heads that are on; None if all are.
         sizes: how many heads and channels are on.
@@ -55,7 +102,7 @@ class Slice:
 
     on: On
     sources: dict[Names, nn.Module]
-    seen: tuple[Seen, ...]
+    snapshots: tuple[Snapshot, ...]
     modules: dict[Names, nn.Module]
     columns: Tensor | None
     sizes: dict[Kind, int]
@@ -66,9 +113,9 @@ class Slice:
         if self.on != on or any(self.sources.get(names) is not module for names, module in sources.items()):
             return False
         weights = [weight for module in sources.values() for weight in weights_of(module)]
-        if len(weights) != len(self.seen):
+        if len(weights) != len(self.snapshots):
             return False
-        return all(seen.same(weight) for seen, weight in zip(self.seen, weights, strict=True))
+        return all(snapshot.same(weight) for snapshot, weight in zip(self.snapshots, weights, strict=True))
 
 
 class Slices:
@@ -86,11 +133,11 @@ class Slices:
 
     def check(self) -> None:
         """Forget everything if a weight was written to behind its back; asked once in a call of the model."""
-        if not untouched(each for one in self._of.values() for each in one.seen):
+        if not unwritten(each for one in self._of.values() for each in one.snapshots):
             self.clear()
 
-    def narrow(
-        self, number: int, block: nn.Module, layout: Layout, on: On, roles: Mapping[int, Any]
+    def pruned(
+        self, number: int, block: nn.Module, layout: Layout, on: On, sites: Mapping[int, Any]
     ) -> tuple[nn.Module, Slice] | None:
         """A block that computes some heads and channels alone.
 
@@ -99,7 +146,7 @@ class Slices:
             block: stays as it is.
             layout: of the block.
             on: what is computed.
-            roles: of the model's parts; copies of attention and MLP keep theirs.
+            sites: of the model; copies of attention and MLP keep theirs.
 
         Returns:
             The block and its slice; None if it cannot be sliced: a layer is no plain linear layer, its weights are not
@@ -114,7 +161,7 @@ class Slices:
         if found is None or not found.holds(on, sources):
             self._of.pop(number, None)  # before the new one is made
             found = self._of[number] = _sliced(layout, sources, on)
-        return narrow_copy(block, layout, found, roles), found
+        return pruned_copy(block, layout, found, sites), found
 
 
 @torch.inference_mode(False)
@@ -134,19 +181,19 @@ def _sliced(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
             modules[names] = Selected(source, _shared(layer, layout, on)[1].to(device))
         elif layer.shared > 1:
             rows, again = _shared(layer, layout, on)
-            narrow = _cut(source, rows.to(device), None)
-            modules[names] = Selected(narrow, _places(rows, again).to(device))
-            without[names] = source.weight.numel() - narrow.weight.numel()
+            pruned = _cut(source, rows.to(device), None)
+            modules[names] = Selected(pruned, _places(rows, again).to(device))
+            without[names] = source.weight.numel() - pruned.weight.numel()
         else:
             rows_of = {"out": layer.out, "into": layer.into}
             index = {side: _index(kinds, kept, layout).to(device) if kinds else None for side, kinds in rows_of.items()}
-            narrow = _cut(source, index["out"], index["into"])
-            modules[names] = narrow
-            without[names] = source.weight.numel() - narrow.weight.numel()
+            pruned = _cut(source, index["out"], index["into"])
+            modules[names] = pruned
+            without[names] = source.weight.numel() - pruned.weight.numel()
     columns = None if all(on.heads) else kept["heads"]
-    seen = tuple(Seen.of(weight) for source in sources.values() for weight in weights_of(source))
+    snapshots = tuple(Snapshot.of(weight) for source in sources.values() for weight in weights_of(source))
     sizes = {kind: len(index) for kind, index in kept.items()}
-    return Slice(on, dict(sources), seen, modules, columns, sizes, without)
+    return Slice(on, dict(sources), snapshots, modules, columns, sizes, without)
 
 
 def _index(kinds: tuple[Kind, ...], kept: Mapping[Kind, Tensor], layout: Layout) -> Tensor:
@@ -179,7 +226,7 @@ def _cut(layer: Any, out: Tensor | None, into: Tensor | None) -> Any:
         weight, bias = weight.index_select(0, out), bias if bias is None else bias.index_select(0, out)
     if into is not None:
         weight = weight.index_select(1, into)
-    narrow: Any = shallow(layer, base_class(layer))
-    narrow._parameters = {"weight": weight, "bias": bias}
-    narrow.out_features, narrow.in_features = weight.shape
-    return narrow
+    pruned: Any = shallow(layer, base_class(layer))
+    pruned._parameters = {"weight": weight, "bias": bias}
+    pruned.out_features, pruned.in_features = weight.shape
+    return pruned

@@ -1,7 +1,7 @@
-"""Which method works on which family of models, and why not: what `wrap` refuses, and the matrix that is printed of it.
+"""Which method works on which family of models, and why not.
 
-There is one source: `unsupported`. `wrap` asks it about the user's settings, `support` about settings that stand for
-all of them.
+`unsupported` is the one source: `wrap` asks it about the user's settings, and the support matrix about the examples of
+every method.
 """
 
 from __future__ import annotations
@@ -13,40 +13,19 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters import ModelAdapter, known_adapters
-from tokdyn.attach.sites import Role
+from tokdyn.attach.sites import Site
 from tokdyn.attach.width.layout import unfit
 from tokdyn.compose import compose
 from tokdyn.errors import CompositionError, UnsupportedModelError
-from tokdyn.methods import METHODS, Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, TokenDrop, TokenMerge
-from tokdyn.methods.base import Sizes, Stage, Traits, resolve
+from tokdyn.methods import METHODS, Chunking, Method
+from tokdyn.methods.base import Sizes, Stage, Traits
 
 _DEPTH = 28  # of a model that stands for all
-_CURVE = ((0.0, 0.0), (1.0, 0.5))
-_PARTS = {"attention": "attention", "mlp": "MLP"}
-EXAMPLES: dict[type[Method], tuple[Method, ...]] = {
-    Chunking: (Chunking(),),
-    TokenMerge: (
-        TokenMerge(),
-        TokenMerge(where="mlp"),
-        TokenMerge(where="both"),
-        TokenMerge(ratio=_CURVE),
-        TokenMerge(weighted=True),
-    ),
-    TokenDrop: (TokenDrop(),),
-    DepthSkip: (DepthSkip(blocks=(1,)), DepthSkip(blocks=(1,), levels=(0.5, 1.0)), DepthSkip(learned=True)),
-    DynamicWidth: (
-        DynamicWidth(),
-        DynamicWidth(tokens=False),
-        DynamicWidth(channels=False, tokens=False),
-        DynamicWidth(heads=False, channels=False),
-    ),
-    FeatureCache: (FeatureCache(), FeatureCache(indicator="first_block")),
-}
-"""Settings of each method that differ in what they ask of a model; the first are the usual ones."""
+_SUBLAYERS = {"attention": "attention", "mlp": "MLP"}
 
 
 def unsupported(adapter: ModelAdapter, method: Method, depth: int = _DEPTH) -> str | None:
-    """Why a method with these settings cannot be attached to models of a family; None if it can.
+    """Say why a method with these settings cannot be attached to models of a family; None if it can.
 
     Args:
         adapter: of the family.
@@ -57,13 +36,13 @@ def unsupported(adapter: ModelAdapter, method: Method, depth: int = _DEPTH) -> s
 
 
 def _misfit(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
-    """What of the method does not fit the models."""
+    """Say what of a method does not fit the models."""
     traits = method.traits(depth)
     return next((reason for rule in _RULES if (reason := rule(adapter, method, traits))), None)
 
 
 def _clash(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
-    """What does not go together with the chunking that the models do themselves; `wrap` leaves it to `compose`."""
+    """Say what does not go together with a model's own chunking; `wrap` leaves that to `compose`."""
     try:
         compose((method, *own_methods(adapter)), depth)
     except CompositionError as error:
@@ -72,7 +51,7 @@ def _clash(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
 
 
 def own_methods(adapter: ModelAdapter) -> tuple[Method, ...]:
-    """What the models of a family do without being wrapped."""
+    """List what the models of a family do without being wrapped."""
     return (Chunking(),) if adapter.chunked else ()
 
 
@@ -85,30 +64,31 @@ def check(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method], si
     whole = None if adapter.whole is None else adapter.whole(model)
     for method in methods:
         reason = _misfit(adapter, method, sizes.depth)
-        if reason is None and method.traits(sizes.depth).tokens != "full":
+        traits = method.traits(sizes.depth)
+        if reason is None and traits.tokens != "full":
             reason = whole
-        if reason is None and isinstance(method, (Chunking, DynamicWidth)) and not (sizes.width and sizes.heads):
+        if reason is None and traits.needs_sizes and not (sizes.width and sizes.heads):
             reason = f"it needs to know the width and the heads; give the adapter {adapter.name!r} width= and heads="
         if reason is not None:
             raise UnsupportedModelError(f"{type(method).__name__} does not fit {type(model).__name__}: {reason}.")
 
 
-def check_parts(model: nn.Module, methods: Sequence[Method], roles: Iterable[Role], depth: int) -> None:
-    """Refuse merging around parts that none of the blocks in question has.
+def check_sublayers(model: nn.Module, methods: Sequence[Method], sites: Iterable[Site], depth: int) -> None:
+    """Refuse methods around sublayers that none of the blocks in question has.
 
     Raises:
         UnsupportedModelError: the method would have no effect.
     """
-    there = {(role.kind, role.block) for role in roles}
+    present = {(site.kind, site.block) for site in sites}
     for method in methods:
-        if not isinstance(method, TokenMerge):
-            continue
-        first, last = (0, depth - 1) if method.blocks is None else resolve(method.blocks, depth)
-        for kind, name in _PARTS.items():
-            if method.where in (kind, "both") and not any((kind, block) in there for block in range(first, last + 1)):
+        traits = method.traits(depth)
+        first, last = traits.span or (0, depth - 1)
+        for kind in traits.around:
+            if not any((kind, block) in present for block in range(first, last + 1)):
                 raise UnsupportedModelError(
-                    f"TokenMerge does not fit {type(model).__name__}: none of its blocks {first} to {last} has an "
-                    f"{name} of its own to merge around; choose other blocks, or another where."
+                    f"{type(method).__name__} does not fit {type(model).__name__}: none of its blocks {first} to "
+                    f"{last} has an {_SUBLAYERS[kind]} of its own to merge around; choose other blocks, or another "
+                    "where."
                 )
 
 
@@ -127,8 +107,7 @@ def _unknown(adapter: ModelAdapter, method: Method, traits: Traits) -> str | Non
 
 def _dense(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     """Tokens cannot be left out of blocks that look at neighbouring cells."""
-    only_attention = isinstance(method, TokenMerge) and method.where == "attention"
-    if not adapter.dense or only_attention or traits.tokens == "full":
+    if not adapter.dense or traits.around == ("attention",) or traits.tokens == "full":
         return None
     return (
         "it leaves out tokens, but the blocks look at neighbouring cells; use TokenMerge(where='attention'), DepthSkip "
@@ -148,44 +127,38 @@ def _level(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     return "it depends on the noise level, and these models have none; use settings that do not"
 
 
-def _branch(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Merging needs the parts that it acts around."""
-    if not isinstance(method, TokenMerge):
-        return None
-    missing = [
-        name
-        for kind, name in _PARTS.items()
-        if method.where in (kind, "both") and not any(getattr(stack, kind) for stack in adapter.stacks)
-    ]
+def _sublayer(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """A method around sublayers needs blocks that have them."""
+    missing = [_SUBLAYERS[kind] for kind in traits.around if not any(getattr(stack, kind) for stack in adapter.stacks)]
     return f"the blocks have no {' and no '.join(missing)} of their own to merge around" if missing else None
 
 
 def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     """Keys can be weighed in softmax attention."""
-    if adapter.softmax or not isinstance(method, TokenMerge) or not method.weighted:
+    if adapter.softmax or not traits.weighs_keys:
         return None
     return "weighted=True weighs the keys of softmax attention, and this is linear attention; leave weighted out"
 
 
-def _width(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Blocks can be narrowed where the adapter says what belongs to which head and channel."""
-    if not isinstance(method, DynamicWidth) or method.target == 1.0:
+def _pruning(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Blocks can be pruned where the adapter says what belongs to which head and channel."""
+    if traits.prunes is None:
         return None
     for stack in adapter.stacks:
-        reason = unfit(stack, method, adapter.dense)
+        reason = unfit(stack, traits.prunes, adapter.dense)
         if reason is not None:
             return f"the blocks in {stack.path!r} {reason}"
     return None
 
 
 _RULES: tuple[Callable[[ModelAdapter, Method, Traits], str | None], ...] = (
-    _unknown, _width, _dense, _level, _branch, _weighted,
+    _unknown, _pruning, _dense, _level, _sublayer, _weighted,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Support:
-    """How far one method works on one family.
+    """How far a method works on a family.
 
     Attributes:
         family: name of the adapter.
@@ -201,13 +174,13 @@ class Support:
 
 
 def support() -> list[Support]:
-    """The matrix of families and methods, read from the adapters."""
+    """Fill the matrix of families and methods from the adapters."""
     return [_support(adapter, method) for adapter in known_adapters() for method in METHODS.values()]
 
 
 def _support(adapter: ModelAdapter, method: type[Method]) -> Support:
-    examples = EXAMPLES[method]
-    reasons = {_written(each): unsupported(adapter, each) for each in examples}
+    examples = method.examples()
+    reasons = {_as_call(each): unsupported(adapter, each) for each in examples}
     refused = {settings: reason for settings, reason in reasons.items() if reason is not None}
     works: Any = "yes" if not refused else "no" if len(refused) == len(reasons) else "partly"
     if works == "no" and len(set(refused.values())) == 1:
@@ -215,7 +188,7 @@ def _support(adapter: ModelAdapter, method: type[Method]) -> Support:
     return Support(adapter.name, method.__name__, works, refused)
 
 
-def _written(method: Method) -> str:
-    """The call that makes it: only what differs from the defaults."""
+def _as_call(method: Method) -> str:
+    """Write the call that makes a method, with what differs from the defaults."""
     given = ", ".join(f"{name}={getattr(method, name)!r}" for name in sorted(method.model_fields_set))
     return f"{type(method).__name__}({given})"

@@ -1,7 +1,8 @@
-"""Keeping what belongs to a token with its token, in tensors of all the shapes that models use."""
+"""Tensors with an entry for every token: text and image tokens, and arguments that must stay with their tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokdyn.ops.dropping import take
 
 
 def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tensor]:
-    """The text tokens, if there are any, and the image tokens of (B, S, D); `count` is the number of image tokens."""
+    """Split tokens (B, S, D) into text tokens, None where there are none, and `count` image tokens."""
     if image == "all" or count is None:
         return None, x
     text = x.shape[1] - count
@@ -30,20 +31,20 @@ def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tens
 
 
 def join(text: Tensor | None, x: Tensor, image: str) -> Tensor:
-    """The inverse of `split`."""
+    """Join text and image tokens, the inverse of `split`."""
     if text is None:
         return x
     return torch.cat([x, text] if image == "first" else [text, x], dim=1)
 
 
 def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> Any:
-    """The entries of the kept tokens of one argument.
+    """Select the entries of some tokens of an argument that has one for every token.
 
     Args:
         value: None, a tensor or a tuple or list of tensors.
-        how: where its tokens are.
+        how: says where its tokens are.
         stack: says where image tokens lie beside text.
-        index: (B, M) kept cells, rising.
+        index: (B, M) image tokens that stay, rising.
         count: N, image tokens that `value` has entries for.
 
     Returns:
@@ -54,7 +55,7 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
         return type(value)(
             follow(part, how, stack, index, count) if place in chosen else part for place, part in enumerate(value)
         )
-    if isinstance(value, PerSample):  # cut before, by what is around this
+    if isinstance(value, PerSample):  # an enclosing method has selected before
         return PerSample.of(follow(value.table, replace(how, axis=how.axis + 1, batched=True), stack, index, count))
     if not isinstance(value, Tensor) or value.dim() != (how.dims or value.dim()) or value.shape[how.axis] < count:
         return value
@@ -68,15 +69,15 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
     place = index
     if text:
         offset = text if stack.joint == "last" else 0
-        words = torch.arange(text, device=index.device) + (0 if stack.joint == "last" else count)
-        parts = [words.expand(len(index), -1), index + offset]
+        beside = torch.arange(text, device=index.device) + (0 if stack.joint == "last" else count)
+        parts = [beside.expand(len(index), -1), index + offset]
         place = torch.cat(parts if stack.joint == "last" else parts[::-1], dim=1)
-    taken = take(moved.contiguous(), place).movedim(1, axis)
-    return taken if how.batched else PerSample.of(taken)
+    selected = take(moved.contiguous(), place).movedim(1, axis)
+    return selected if how.batched else PerSample.of(selected)
 
 
-def of_samples(named: dict[str, Any], rows: Tensor, batch: int, stack: Stack) -> dict[str, Any]:
-    """The arguments of some of the samples of a batch; what is not batched is shared by all.
+def of_samples(named: Mapping[str, Any], rows: Tensor, batch: int, stack: Stack) -> dict[str, Any]:
+    """Select the entries of some samples of a batch; what has no batch is shared by all.
 
     Args:
         named: arguments by name.
@@ -85,11 +86,11 @@ def of_samples(named: dict[str, Any], rows: Tensor, batch: int, stack: Stack) ->
         stack: says which arguments have no batch.
     """
     shared = {how.name for how in stack.follow if not how.batched}
-    chosen: dict[int, Any] = {}  # one object under two names stays one
+    selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
-        if id(value) not in chosen:
-            chosen[id(value)] = _rows(value, rows, batch, name in shared)
-    return {name: chosen[id(value)] for name, value in named.items()}
+        if id(value) not in selected:
+            selected[id(value)] = _rows(value, rows, batch, name in shared)
+    return {name: selected[id(value)] for name, value in named.items()}
 
 
 def _rows(value: Any, rows: Tensor, batch: int, shared: bool) -> Any:
@@ -114,7 +115,7 @@ class PerSample:
 
     @staticmethod
     def of(table: Tensor) -> Tensor | PerSample:
-        """The table of a single sample needs no batch."""
+        """Wrap a table, unless it is of a single sample, which needs no batch."""
         return table[0] if len(table) == 1 else PerSample(table)
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -123,9 +124,9 @@ class PerSample:
         return self.table[(slice(None), *keys[1:])]
 
     def unsqueeze(self, axis: int) -> Tensor:
-        """A new axis, counted as if there were no batch."""
+        """Insert an axis, counted as if there were no batch."""
         return self.table.unsqueeze(axis + 1 if axis >= 0 else axis)
 
     def to(self, *args: Any, **kwargs: Any) -> PerSample:
-        """The same on another device or in another type."""
+        """Move the table to another device or type."""
         return PerSample(self.table.to(*args, **kwargs))

@@ -1,22 +1,19 @@
-"""What is given to `wrap`: the model itself, and not what somebody put around it or cut it into.
+"""Unwrap DDP, FSDP and compile containers; reject sharded models that a method cannot run on.
 
-Containers that call the model they hold are looked through where something is only read; to wrap, the order matters,
-and the refusals say which one works.
+Where something is only read, containers are looked through. To wrap a model the order matters, and the refusals say
+which order works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed
 from torch import nn
 
+from tokdyn.attach.attachment import Attachment
 from tokdyn.errors import InputError, UnsupportedModelError
-from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method
-
-if TYPE_CHECKING:
-    from tokdyn.attach.attachment import Attachment
 
 _HOLDERS = {  # class of a container: the attribute of the model in it, and what to do after wrapping that
     "OptimizedModule": ("_orig_mod", "torch.compile"),
@@ -29,8 +26,8 @@ _HOLDERS = {  # class of a container: the attribute of the model in it, and what
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
 
-def held(model: Any) -> Any:
-    """The model that a container holds; None if it is no container."""
+def held_model(model: Any) -> Any:
+    """Return the model that a container holds; None if it is no container."""
     for kind in type(model).__mro__:
         if kind.__name__ in _HOLDERS:
             path = _HOLDERS[kind.__name__][0]
@@ -38,15 +35,15 @@ def held(model: Any) -> Any:
     return None
 
 
-def inside(model: Any) -> Any:
-    """The model itself, out of all containers."""
-    while (found := held(model)) is not None:
+def inner_model(model: Any) -> Any:
+    """Take a model out of all containers."""
+    while (found := held_model(model)) is not None:
         model = found
     return model
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no model.
+    """Refuse what is not a model.
 
     Raises:
         UnsupportedModelError: a pipeline, or something else.
@@ -65,7 +62,7 @@ def check_target(model: Any) -> None:
         UnsupportedModelError: no model, or a container of one such as DistributedDataParallel.
     """
     check_model(model)
-    if held(model) is None:
+    if held_model(model) is None:
         return
     path, maker = next(_HOLDERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _HOLDERS)
     after = "" if maker is None else f", then {maker} on the result"
@@ -74,32 +71,32 @@ def check_target(model: Any) -> None:
     )
 
 
-def check_cut(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse methods on a model that is cut over processes, where they would part ways or lack what others hold.
+def check_sharding(model: nn.Module, attachment: Attachment) -> None:
+    """Refuse methods that cannot run on a sharded model, or on one whose tokens are split over devices.
 
     Raises:
         InputError: names the method and why.
     """
     if not attachment.methods:
         return
-    looking = _looking(attachment) if _tokens_are_cut(model, attachment) else []
-    if looking:
+    looking = _needs_all_tokens(attachment) if _tokens_are_split(model, attachment) else None
+    if looking is not None:
         raise InputError(
-            f"{looking[0]} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
+            f"{looking} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
             "over devices, since none of them sees the whole grid; leave the context parallelism or the method out."
         )
     if not _sharded(model, attachment):
         return
-    parting = _parts_ways(attachment)
-    if parting is not None:
+    diverging = _diverging(attachment)
+    if diverging is not None:
         raise InputError(
-            f"{parting} decides by what each process sees which blocks it runs, but the blocks of this "
+            f"{diverging} decides by what each process sees which blocks it runs, but the blocks of this "
             f"{type(model).__name__} are sharded, and all processes have to run the same ones; use "
             "DistributedDataParallel, or settings that are the same at all noise levels."
         )
 
 
-def check_parts_before(model: nn.Module, attachment: Attachment) -> None:
+def check_parts_unsharded(model: nn.Module, attachment: Attachment) -> None:
     """Refuse parts that are trained beside a model that is sharded already.
 
     Raises:
@@ -127,31 +124,19 @@ def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _looking(attachment: Attachment) -> list[str]:
-    """The methods that have to see all tokens."""
-    reducing = [each.name for each in attachment.placed if each.traits.tokens != "full"]
-    return reducing + [type(each).__name__ for each in attachment.methods if _compares(each)]
+def _needs_all_tokens(attachment: Attachment) -> str | None:
+    """Name a method that has to see all tokens."""
+    placed = attachment.blueprint.placed
+    return next((each.name for each in placed if each.traits.tokens != "full" or each.traits.compares), None)
 
 
-def _compares(method: Method) -> bool:
-    return isinstance(method, FeatureCache) and method.compares
-
-
-def _parts_ways(attachment: Attachment) -> str | None:
-    """A method that may run other blocks, or run them another number of times, in one process than in another."""
-    for method in attachment.methods:
-        name = type(method).__name__
-        if _compares(method) or isinstance(method, DynamicWidth):
-            return name
-        if isinstance(method, DepthSkip) and (
-            method.learned or any(row[:2] != (0.0, 1.0) for row in method.rows(attachment.sizes.depth) if row[2])
-        ):
-            return name
-        several = attachment.tail_drop is not None and (
-            isinstance(attachment.tail_drop, dict) or len(set(attachment.tail_drop)) > 1
-        )
-        if isinstance(method, Chunking) and (method.ragged or several or not isinstance(method.tail_drop, float)):
-            return name
+def _diverging(attachment: Attachment) -> str | None:
+    """Name a method that may run other blocks, or run them another number of times, in one process than in another."""
+    drop = attachment.settings.tail_drop
+    several = drop is not None and (isinstance(drop, dict) or len(set(drop)) > 1)
+    for each in attachment.blueprint.placed:
+        if each.traits.diverges or (several and "tail_drop" in each.traits.controls):
+            return each.name
     return None
 
 
@@ -163,7 +148,7 @@ def _sharded(model: nn.Module, attachment: Attachment) -> bool:
     return any(kind.__name__ == "FSDPModule" for place in places for kind in type(place).__mro__)
 
 
-def _tokens_are_cut(model: nn.Module, attachment: Attachment) -> bool:
+def _tokens_are_split(model: nn.Module, attachment: Attachment) -> bool:
     """Whether diffusers splits the tokens over devices."""
     config = vars(model).get("_parallel_config")
     if getattr(config, "context_parallel_config", None) is not None:

@@ -1,4 +1,4 @@
-"""What a calibration was made on, in a short text that can be compared with a model later.
+"""What a calibration was made on: a short text that can be compared with a model and a sampler later.
 
 `DiTTransformer2DModel:1f0c2a9b:3c1dbd04...:50@0.999-0.488-0.020` names the class, a hash of the configuration, eight
 weights in bf16, and, where it matters, the steps of the sampler with its first, middle and last noise level. Weights
@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tokdyn.methods import Method
+from tokdyn.trace.trajectory import Position
 
 _WEIGHTS = 8
 _UNKNOWN = "----"  # a weight that cannot be read at little cost
@@ -23,7 +28,7 @@ _LEVEL = 0.0025  # half-precision timesteps
 
 
 def fingerprint(model: nn.Module, levels: Sequence[float] = ()) -> str:
-    """The identity of a model, and of a trajectory.
+    """Identify a model, and the steps of a sampler.
 
     Args:
         model: wrapped or not; the parts of methods do not count.
@@ -34,7 +39,7 @@ def fingerprint(model: nn.Module, levels: Sequence[float] = ()) -> str:
 
 
 def different(expected: str, model: nn.Module) -> str | None:
-    """What of a model is not as a fingerprint says, in words; None if nothing is."""
+    """Say in words what of a model is not as a fingerprint says; None if everything is."""
     kind, configuration, weights = (expected + "::").split(":")[:3]
     if kind != _class(model):
         return f"the model is a {_class(model)}, not a {kind}"
@@ -48,7 +53,7 @@ def different(expected: str, model: nn.Module) -> str | None:
 
 
 def other_sampler(expected: str, levels: Sequence[float]) -> str | None:
-    """What of a trajectory is not as a fingerprint says, in words; None if nothing is or it does not say."""
+    """Say in words what of a trajectory is not as a fingerprint says; None if it all is, or it does not tell."""
     there, now = ":".join(expected.split(":")[3:]), _sampler(levels)
     if not there or there == now:
         return None
@@ -65,7 +70,7 @@ def _class(model: nn.Module) -> str:
 
 
 def _configuration(model: nn.Module) -> str:
-    """A hash of the configuration, or of the shapes of the weights where there is none."""
+    """Hash the configuration, or the shapes of the weights where there is none."""
     config: Any = getattr(model, "config", None)
     if isinstance(config, Mapping):
         content: Any = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -76,7 +81,7 @@ def _configuration(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> list[str]:
-    """Eight weights from matrices in all parts of the model, four hexadecimal digits of bf16 each."""
+    """Take eight weights from matrices in all parts of the model, four hexadecimal digits of bf16 each."""
     matrices = [value for _, value in _parameters(model) if value.dim() > 1]
     count = min(_WEIGHTS, len(matrices))
     chosen = [matrices[(2 * place + 1) * len(matrices) // (2 * count)] for place in range(count)]
@@ -94,7 +99,7 @@ def _weights(model: nn.Module) -> list[str]:
 
 
 def _one(value: Tensor) -> Tensor:
-    """One element of a matrix, away from its edges."""
+    """Take one element of a matrix, away from its edges."""
     return value.detach()[tuple(size * 2 // 5 for size in value.shape)]
 
 
@@ -106,7 +111,7 @@ def _close(one: str, other: str) -> bool:
 
 
 def _number(digits: str) -> float:
-    """The number whose bf16 has these bits."""
+    """Read a bf16 value from its bits."""
     bits = int(digits, 16) << 16
     return float(torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32))
 
@@ -117,6 +122,63 @@ def _sampler(levels: Sequence[float]) -> str:
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters by name, in the order of names, without those of methods."""
+    """List parameters by name, in the order of names, without those of methods."""
     found = [(name, value) for name, value in model.named_parameters() if not name.startswith("tokdyn.")]
     return sorted(found, key=lambda pair: pair[0])
+
+
+_CURE = "calibrate again on calls of this one: tokdyn.calibrate(model, calls, {name}())"
+
+
+def warn_of_another_model(model: nn.Module, methods: Sequence[Method]) -> None:
+    """Warn once when a calibrated method is used on another model."""
+    for method in methods:
+        expected = getattr(method, "fingerprint", None)
+        reason = different(expected, model) if expected else None
+        if reason is not None:
+            name = type(method).__name__
+            text = f"{name} was calibrated on another model: {reason}. What it decides may be wrong here; "
+            warnings.warn(text + _CURE.format(name=name) + ".", UserWarning, stacklevel=3)
+            return
+
+
+@dataclass
+class SamplerCheck:
+    """Compare the steps of the first whole trajectory with those that a method was calibrated on.
+
+    Attributes:
+        method: with a fingerprint that names a sampler.
+        levels: noise levels of the steps of the trajectory so far.
+    """
+
+    method: Method
+    levels: list[float] = field(default_factory=list)
+    _run: int = -1
+    _done: bool = False
+
+    @staticmethod
+    def of(methods: Sequence[Method]) -> SamplerCheck | None:
+        """Make a check for the first method that depends on the sampler; None if none does."""
+        named = (each for each in methods if (getattr(each, "fingerprint", None) or "").count(":") > 2)
+        return next((SamplerCheck(each) for each in named), None)
+
+    def see(self, position: Position, level: float) -> None:
+        """Note a call of the model in sampling."""
+        if position.run != self._run:
+            self.end()
+            self._run, self.levels = position.run, []
+        if position.place == 0:
+            self.levels.append(level)
+
+    def end(self) -> None:
+        """Warn once when the trajectory that ends here is of another sampler. A single call is no trajectory."""
+        levels, self.levels = self.levels, []
+        if self._done or len(levels) < 2:
+            return
+        self._done = True
+        expected: str = self.method.fingerprint  # type: ignore[attr-defined]
+        reason = other_sampler(expected, levels)
+        if reason is not None:
+            name = type(self.method).__name__
+            text = f"{name} was calibrated with another sampler: {reason}. What it decides may be wrong here; "
+            warnings.warn(text + _CURE.format(name=name) + ".", UserWarning, stacklevel=2)

@@ -1,0 +1,296 @@
+"""A block call of a wrapped model: brackets, gates, groups of samples, kernels, and the call as it was.
+
+Dense and packed tokens take the same path; what differs between them, their `TokenView` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters.base import Stack
+from tokdyn.adapters.tokens import join
+from tokdyn.attach import class_swap
+from tokdyn.attach.context import CallContext, is_offloaded
+from tokdyn.attach.handlers.base import BlockCall, Exchange, Frame, Inner, Sublayer
+from tokdyn.attach.sites import Site
+from tokdyn.attach.view import Part, TokenView
+from tokdyn.tokens import cells
+from tokdyn.trace.calls import BlockTrace
+
+Call = Callable[..., Any]
+Named = dict[str, Any]
+
+
+def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
+    """Call a module of a wrapped model within a call of the model; `plain` is its call as it was."""
+    site: Site | None = vars(module).get("_tokdyn_site") or frame.sites.get(id(module))
+    if site is None:
+        return plain(module, *args, **kwargs)
+    call = frame.context.residency.around(module, plain) if is_offloaded(module) else partial(plain, module)
+    if site.kind == "block":
+        return call_block(frame, module, site, call, args, kwargs)
+    if site.kind == "layer":
+        call = partial(call, **kwargs)
+        for kernel in frame.handlers.kernels:
+            call = partial(kernel.layer, frame, module, site, call)
+        return call(*args)
+    return _call_sublayer(frame, site, call, args, kwargs)
+
+
+def call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
+    """Call one block, or skip it."""
+    counted = frame.context.counted
+    if counted is None:
+        return _call_block(frame, module, site, call, args, kwargs)
+    before = counted()
+    out = _call_block(frame, module, site, call, args, kwargs)
+    frame.context.trace.counted += counted() - before
+    return out
+
+
+def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
+    context, named = frame.context, {**dict(zip(site.names, args, strict=False)), **kwargs}
+    if frame.remember is not None:
+        frame.remember(frame, module, site, named)
+    if context.guard is not None:
+        plain = partial(class_swap.base_class(module).__call__, module, *args, **kwargs)
+        site = context.guard.begin(frame.sites, module, named, plain)
+    stack, edge = site.stack, site.block in frame.handlers.edges
+    view = context.view = _arrive(context, frame, named, stack)
+    if edge:
+        named[stack.tokens], view = _open(replace(frame, view=view), module, site, named)
+    as_given = not edge and (stack.packing is None or view.packing is named[stack.packing])
+    if stack.packing is not None:
+        named[stack.packing] = view.packing
+    frame = replace(frame, view=view)
+    if as_given and _nothing_acts(frame, stack):
+        block = _note(context, view, site, named)
+        if not frame.handlers.sublayers:
+            return call(*args, **kwargs)
+        return class_swap.within(replace(frame, block=block), call, *args, **kwargs)
+    inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
+    results = _computed(frame, module, site, inner, named)
+    if edge:
+        results["tokens"] = _close(frame, site, results["tokens"])
+    if context.guard is not None:
+        context.guard.before = (stack.path, results["tokens"])
+    return results["tokens"] if len(stack.returns) == 1 else tuple(results[name] for name in stack.returns)
+
+
+def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], named: Named) -> Any:
+    """Call a module with arguments by name, handed on the way they were given."""
+    return call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
+
+
+def _arrive(context: CallContext, frame: Frame, named: Named, stack: Stack) -> TokenView:
+    """Say what a block gets: the view of the block before, or at the first block that of all tokens."""
+    view, tokens, packing = context.view, named[stack.tokens], None
+    batch = len(tokens)
+    if stack.packing is not None:
+        packing = named[stack.packing]
+        batch = len(packing.lengths)
+    if view is not None and view.batch == batch:
+        return view
+    samples = frame.view.samples if frame.view.batch == batch else tuple(range(batch))
+    if packing is not None:
+        view = TokenView(samples, cells(packing.grid), packing.longest, packing=packing)
+        if not context.trace.batch:
+            context.trace.batch, context.trace.cells, context.trace.kept = batch, view.cells, packing.lengths
+        return view
+    count = context.trace.cells or _image_tokens(context, frame, tokens, stack)
+    view = TokenView(samples, count, count)
+    if not context.trace.batch:
+        trace = context.trace
+        trace.batch, trace.cells = batch, count
+        trace.text, trace.context = _beside(named, stack, count)
+        if context.readings.grid.known:
+            context.check_grid(context.grid)
+    return view
+
+
+def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, stack: Stack) -> int:
+    """Count the image tokens of what the first block gets.
+
+    The grid is read only where text lies in the same sequence and a method has to tell the two apart; where none has
+    to, all tokens are treated alike.
+    """
+    if context.adapter.grid is None:
+        context.readings.grid.put((tokens.shape[1],))
+    elif stack.image != "all" and frame.handlers.separates_text:
+        return cells(context.grid)
+    return tokens.shape[1]
+
+
+def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
+    """Open the brackets that begin with a block."""
+    context, view, tokens = frame.context, frame.view, named[site.stack.tokens]
+    brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
+    if not brackets:
+        return tokens, view
+    before = view.packing
+    tokens, view = view.padded(tokens)
+    text, x = view.split(tokens, site.stack)
+    block = BlockCall(module, site, named)
+    for bracket in brackets:
+        if not view.all_idle:  # otherwise nothing is computed within
+            x, view = bracket.open(frame, view, x, block)
+    tokens = join(text, x, site.stack.image)
+    if before is not None:
+        tokens, view = view.packed(tokens, before)
+    context.view = view
+    return tokens, view
+
+
+def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
+    """Close the brackets that end with a block."""
+    context, view = frame.context, frame.view
+    brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
+    if not brackets:
+        return tokens
+    before = view.packing
+    tokens, view = view.padded(tokens)
+    text, x = view.split(tokens, site.stack)
+    for bracket in brackets:
+        x, view = bracket.close(frame, view, x)
+    tokens = join(text, x, site.stack.image)
+    if before is not None:
+        tokens, view = view.packed(tokens, before)
+    context.view = view
+    return tokens
+
+
+def _nothing_acts(frame: Frame, stack: Stack) -> bool:
+    """Whether a block is computed for all samples as it would be without methods."""
+    view, handlers = frame.view, frame.handlers
+    if handlers.gates or handlers.kernels or frame.context.guard is not None or view.lengths or view.idle:
+        return False
+    return view.index is None or not stack.follow
+
+
+def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
+    """Compute a block for the samples that it runs for, and return its results by name."""
+    context, view, stack = frame.context, frame.view, site.stack
+    results: Named = {"tokens": named[stack.tokens], "text": named.get(stack.text or "")}
+    given, device = dict(results), named[stack.tokens].device
+    groups = _groups(frame, site.block)
+    if groups is not None and not groups and is_offloaded(module):
+        context.residency.skipped(module)
+    if groups is None:
+        results |= _compute(frame, module, site, inner, named, None)
+    elif context.guard is not None and groups:  # which arguments have a batch is not known: compute all, keep some
+        everything = _compute(frame, module, site, inner, named, None)
+        rows = torch.tensor([place for places in groups for place in places], device=device)
+        for name, value in everything.items():
+            before = results[name]
+            if before is None or value is None:
+                results[name] = None if value is None else value.index_select(0, rows)
+            else:
+                results[name] = before.index_copy(0, rows, value.index_select(0, rows).to(before.dtype))
+    else:
+        for places in groups:
+            part = view.take(places, device)
+            for name, value in _compute(frame, module, site, inner, named, part).items():
+                results[name] = part.scatter(name, results[name], value, stack)
+    for gate in frame.handlers.gates:
+        weight = gate.weight(context, view, site.block)
+        if weight is not None:
+            _mix(results, given, weight, view)
+    return results
+
+
+def _mix(results: Named, given: Named, weight: Tensor, view: TokenView) -> None:
+    """Add the effect of a block as far as a learned gate lets it through."""
+    for name, value in results.items():
+        if value is not None and given.get(name) is not None:
+            share = (
+                weight.view(-1, 1, 1) if view.packing is None else weight.index_select(0, view.packing.sample)[:, None]
+            )
+            results[name] = torch.lerp(given[name].to(value.dtype), value, share.to(value.dtype))
+
+
+def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
+    """Group the samples that a block runs for by what they must share; None where all are computed together."""
+    context, view, handlers = frame.context, frame.view, frame.handlers
+    gates = [gate for gate in handlers.gates if gate.always(context, block) is not False]
+    if view.all_idle or any(gate.always(context, block) for gate in gates):
+        return []
+    skipped = [False] * view.batch
+    for gate in gates:
+        skipped = [one or other for one, other in zip(skipped, gate.skips(context, view, block), strict=True)]
+    keys: list[Sequence[Hashable]] = [
+        key for kernel in handlers.kernels if (key := kernel.key(context, view, block)) is not None
+    ]
+    if view.lengths is not None:
+        keys.append(view.lengths)
+    if not (any(skipped) or view.idle or keys):
+        return None
+    groups: dict[Hashable, list[int]] = {}
+    for place in range(view.batch):
+        if not skipped[place] and place not in view.idle:
+            groups.setdefault(tuple(key[place] for key in keys), []).append(place)
+    if len(groups) == 1 and len(next(iter(groups.values()))) == view.batch and view.lengths is None:
+        return None
+    return [tuple(places) for places in groups.values()]
+
+
+def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named, part: Part | None) -> Named:
+    """Compute a block for one group of samples, or for all, and return its results by name."""
+    context, stack = frame.context, site.stack
+    view = frame.view if part is None else part.view
+    arguments = named if part is None else part.take(named, stack)
+    arguments = {**arguments, **context.readings.followed.select(named, stack, view, part)}
+    block = _note(context, view, site, arguments)
+    inside = replace(frame, view=view, block=block, exchange=Exchange(view.samples))
+    for kernel in frame.handlers.kernels:
+        inner = partial(kernel.run, inside, module, site, inner)
+    out = class_swap.within(inside, inner, arguments)
+    if context.guard is not None:
+        context.guard.after(stack, arguments[stack.tokens], out)
+    return dict(zip(stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
+
+
+def _note(context: CallContext, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
+    """Note that a block is computed for a view."""
+    rows = None
+    if view.packing is not None and len(set(view.packing.lengths)) > 1:
+        rows = view.packing.lengths
+    tokens = view.room if view.packing is None else view.packing.longest
+    beside = (0, 0) if view.packing is not None else _beside(named, site.stack, tokens)
+    block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=context.which(view))
+    context.trace.blocks.append(block)
+    return block
+
+
+def _beside(named: Mapping[str, Any], stack: Stack, image: int) -> tuple[int, int]:
+    """Count the text tokens that a block gets, and the tokens of an encoder that it attends to in cross-attention."""
+    text, encoder = named.get(stack.text or ""), None
+    if stack.products is not None and stack.products.cross:
+        encoder = named.get(stack.products.context)
+    beside = named[stack.tokens].shape[1] - image
+    return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
+
+
+def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
+    """Call attention or MLP of a block through the methods around it."""
+    view = frame.view
+    if not frame.handlers.sublayers:
+        return call(*args, **kwargs)
+    named = {**dict(zip(site.names, args, strict=False)), **kwargs}
+    positional = site.names[: len(args)]
+
+    def inner(**arguments: Any) -> Any:
+        return call(*[arguments.pop(name) for name in positional], **arguments)
+
+    for sublayer in reversed(frame.handlers.sublayers):
+        inner = partial(_around, sublayer, frame, view, site, inner)
+    return inner(**named)
+
+
+def _around(sublayer: Sublayer, frame: Frame, view: TokenView, site: Site, call: Call, **named: Any) -> Any:
+    return sublayer.around(frame, view, site, call, named)

@@ -1,0 +1,119 @@
+"""What can be seen of a call from outside: its noise levels, its input beside the input before, and its conditioning.
+
+Everything stays on the device until somebody asks for it, so that observing a call never makes the host wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEVEL_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
+"""Names that models give to the argument that holds the noise level."""
+SAME, UNKNOWN = 2.0, -2.0  # beyond what a cosine can be
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One call, seen from outside.
+
+    Attributes:
+        values: (B, 2 + K) fp32. The noise level of each sample (1 is pure noise), how much its input resembles that of
+            the call before (`resemblance`), and K elements that tell its conditioning from others.
+        branch: name of the guidance branch, where a pipeline gave one.
+        step: index of the step, where a pipeline gave one.
+    """
+
+    values: Tensor
+    branch: str | None = None
+    step: int | None = None
+
+
+def resemblance(x: Tensor, before: Tensor) -> Tensor:
+    """Compare inputs sample by sample: consecutive latents of one image resemble each other, those of two do not.
+
+    Elements that are exactly equal are left out, as reference images and masks stay what they are in every step.
+
+    Args:
+        x: (B, ...), input of a call.
+        before: the same shape, input of the call before.
+
+    Returns:
+        (B,) fp32 cosine of the elements that changed; `SAME` where none did.
+    """
+    a, b = x.flatten(1), before.flatten(1)
+    changed = a != b
+    a, b = a.float() * changed, b.float() * changed
+    cosine = torch.nn.functional.cosine_similarity(a, b)
+    return torch.where(changed.any(1), cosine, SAME)
+
+
+def main_input(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The latents that a call is about: its first floating-point tensor, or list of tensors, with an entry a sample.
+
+    Args:
+        arguments: of the call, by name.
+
+    Returns:
+        (B, ...) the tensor itself, lists stacked; None where there is none or the sizes in a list differ.
+    """
+    for name, value in arguments.items():
+        if name in LEVEL_NAMES:
+            continue
+        if isinstance(value, Tensor) and value.dim() > 1 and value.is_floating_point():
+            return value
+        if isinstance(value, list) and value and all(isinstance(item, Tensor) for item in value):
+            alike = len({item.shape for item in value}) == 1 and value[0].is_floating_point()
+            return torch.stack(value) if alike else None
+    return None
+
+
+def conditioning(arguments: Mapping[str, Any], batch: int, device: torch.device) -> Tensor:
+    """Sum up what each sample is conditioned on, so that two prompts can be told apart.
+
+    Args:
+        arguments: of the call, by name; the input itself and the noise level are left out.
+        batch: B.
+        device: of the result.
+
+    Returns:
+        (B, K) fp32, sums and sums of squares of every argument that has an entry a sample.
+    """
+    columns: list[Tensor] = []
+    skipped_input = False
+    for name, value in arguments.items():
+        if name in LEVEL_NAMES:
+            continue
+        tensors = list(_per_sample(value, batch))
+        if not tensors:
+            continue
+        if not skipped_input and _is_input(value):
+            skipped_input = True
+            continue
+        for rows in tensors:
+            wide = rows.to(device, torch.float32)
+            columns += [wide.sum(1), wide.square().sum(1)]
+    return torch.stack(columns, dim=1) if columns else torch.zeros(batch, 0, device=device)
+
+
+def _is_input(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) else value
+    return isinstance(first, Tensor) and first.is_floating_point() and (first.dim() > 1 or isinstance(value, list))
+
+
+def _per_sample(value: Any, batch: int) -> Iterator[Tensor]:
+    """(B, E) the elements of each sample of a tensor, a list of one tensor a sample, or of the items of a mapping."""
+    if isinstance(value, Tensor):
+        if value.dim() and len(value) == batch and not value.is_complex():
+            yield value.detach().reshape(batch, -1)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _per_sample(item, batch)
+    elif isinstance(value, (list, tuple)) and len(value) == batch and all(isinstance(item, Tensor) for item in value):
+        sums = [item.detach().float().sum() for item in value]
+        squares = [item.detach().float().square().sum() for item in value]
+        yield torch.stack([torch.stack(sums), torch.stack(squares)], dim=1)
