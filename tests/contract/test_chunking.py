@@ -131,7 +131,7 @@ def test_every_part_learns_and_the_ratio_loss_is_that_of_dc_dit(name):
 def test_merging_inside_works_on_any_set_of_tokens():
     model = tokdyn.wrap(TINY["FluxTransformer2DModel"].build(), [Chunking(target=2), TokenMerge(ratio=0.3)])
     model(**TINY["FluxTransformer2DModel"].inputs(2))
-    calls = model.tokdyn.records[-1].calls
+    calls = model.tokdyn.records[-1].blocks
     assert {call.tokens for call in calls} == {10}
     assert all(count < 10 for call in calls for _, count in call.attention)
     assert all(call.attention for call in calls)

@@ -29,7 +29,7 @@ def test_shut_gates_are_not_computed_and_equal_a_table(name):
     levels = (0.25, 0.75, 0.5)
     clock = {key: torch.cat([tiny.at(1, level)[key] for level in levels]) for key in tiny.at(1, 0.5)}
     together = sample(model(**{**tiny.inputs(3), **clock}))
-    ran = sum(call.samples for call in model.tokdyn.records[-1].calls)
+    ran = sum(call.samples for call in model.tokdyn.records[-1].blocks)
     assert 0 < ran < 12
     shut = model.tokdyn.parts["0"](torch.tensor(levels)) <= 0
     assert ran == int((~shut).sum())
@@ -53,7 +53,7 @@ def test_gates_learn_from_both_losses(name):
     torch.manual_seed(3)
     uniform = torch.rand(2, score.out_features).clamp(1e-6, 1 - 1e-6)
     drawn = (model.tokdyn.parts["0"](torch.full((2,), 0.5)) + torch.logit(uniform) > 0).float()
-    weights = torch.tensor(model.tokdyn.sizes.weights, dtype=torch.float32)
+    weights = torch.tensor(model.tokdyn.blueprint.sizes.weights, dtype=torch.float32)
     share = ((drawn * weights).sum(1) / weights.sum()).mean()
     torch.testing.assert_close(loss, 2 * (share - 0.5) ** 2)
     loss.backward()

@@ -45,7 +45,7 @@ def test_the_indicator_is_what_attention_gets(variant):
     attention.register_forward_pre_hook(lambda _, a, k: seen.append([*a, *k.values()][0]), with_kwargs=True)
     tokdyn.wrap(model, [tokdyn.FeatureCache(threshold=0.5)])
     model(**inputs)
-    told = model.tokdyn.actors.brackets[0].memory.branches[0].seen
+    told = next(iter(model.tokdyn.caches[0].memory.branches.values())).indicator
     torch.testing.assert_close(told, seen[0], rtol=1e-5, atol=1e-6)
 
 

@@ -29,7 +29,7 @@ every = pytest.mark.parametrize("name", PIPES)
 
 def branches_of(model: Any) -> set[Any]:
     """What the caches of a model remember."""
-    caches = [each for each in model.tokdyn.actors.brackets if hasattr(each, "memory")]
+    caches = model.tokdyn.caches
     assert caches
     return {branch for cache in caches for branch in cache.memory.branches}
 
@@ -59,7 +59,7 @@ def test_every_branch_of_guidance_has_a_cache_of_its_own(name: str) -> None:
     model = equip(pipe.transformer, CACHED)
     seen: list[Any] = []
     ran: list[int] = []
-    model.register_forward_hook(lambda *_: seen.append((model.tokdyn.branch, branches_of(model))))
+    model.register_forward_hook(lambda *_: seen.append((model.tokdyn.trajectory.branch, branches_of(model))))
     model.tokdyn.blocks(model)[0].register_forward_hook(lambda *_: ran.append(1))
     images(pipe, name)
     names = PIPES[name].branches

@@ -155,4 +155,4 @@ def test_blocks_that_a_call_leaves_out_are_not_those_where_methods_begin_or_end(
     model = equip(TINY[name].build(), [DepthSkip(blocks=(1,)), TokenMerge(ratio=0.5)])
     out = model(**TINY[name].inputs(2), skip_layers=[0])[0]
     assert torch.isfinite(out).all()
-    assert tokdyn.stats(model).calls[-1].blocks == tuple(range(2, model.tokdyn.sizes.depth))
+    assert tokdyn.stats(model).calls[-1].blocks == tuple(range(2, model.tokdyn.blueprint.sizes.depth))

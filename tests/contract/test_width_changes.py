@@ -124,10 +124,10 @@ def test_slices_follow_the_weights(change):
 def test_slices_follow_the_type_and_are_not_copied():
     model, inputs = wrapped("DiT"), TINY["DiT"].inputs(2)
     sample(model(**inputs))
-    (narrowing,) = model.tokdyn.actors.kernels
+    (narrowing,) = model.tokdyn.handlers.kernels
     assert narrowing.slices._of
     twin = copy.deepcopy(model)
-    assert not twin.tokdyn.actors.kernels[0].slices._of
+    assert not twin.tokdyn.handlers.kernels[0].slices._of
     assert torch.equal(sample(twin(**inputs)), sample(model(**inputs)))
     model.double()
     assert not narrowing.slices._of

@@ -78,7 +78,7 @@ def test_training_computes_with_what_was_drawn_and_charges_for_it(name):
 
 def share_of(model):
     """Share of the FLOPs, from what was recorded; the mean over samples."""
-    spent, whole, layouts = 0.0, 0.0, model.tokdyn.layouts
+    spent, whole, layouts = 0.0, 0.0, model.tokdyn.blueprint.layouts
     for call in calls(model):
         attention, mlp = layouts[call.block].flops(call.tokens, call.text)
         joint = any(layer.rows == "joint" and "channels" in layer.numbers for layer in layouts[call.block].layers)

@@ -214,7 +214,8 @@ def test_the_indicator_of_a_cache_is_what_attention_gets(name):
     )
     wrap(model, [FeatureCache(threshold=0.5)])
     call(model)
-    torch.testing.assert_close(model.tokdyn.actors.brackets[0].memory.branches[0].seen, seen[0], rtol=1e-5, atol=1e-6)
+    (branch,) = model.tokdyn.caches[0].memory.branches.values()
+    torch.testing.assert_close(branch.indicator, seen[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -249,7 +250,7 @@ def test_budgets_and_caches_around_the_chunking_of_dc_dit():
     for level in (0.9, 0.7, 0.6, 0.55, 0.2):
         inputs["hidden_states"] = inputs["hidden_states"] * torch.tensor([1.0, -1.0, 1.02]).view(3, 1, 1, 1)
         output = model(**{**inputs, **tiny.at(3, level)})
-        seen.add(len(model.tokdyn.records[-1].reused))
+        seen.add(len(model.tokdyn.records[-1].cached))
         for i in range(3):
             one = alone[i](**{**one_of(inputs, i), **tiny.at(1, level)})
             torch.testing.assert_close(one.sample, output.sample[i : i + 1], rtol=0, atol=2e-6)

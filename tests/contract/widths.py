@@ -182,7 +182,7 @@ def clock(name: str, *levels: float) -> dict[str, Tensor]:
 
 def calls(model: nn.Module) -> list[Any]:
     """The blocks that ran in the last call."""
-    return model.tokdyn.records[-1].calls
+    return model.tokdyn.records[-1].blocks
 
 
 def hold(model: nn.Module) -> nn.Module:

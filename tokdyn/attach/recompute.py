@@ -173,7 +173,8 @@ class _Checkpointed:
 
 
 def _apart(frame: Frame) -> Frame:
-    """The same frame with a context that notes nothing in the call's own trace."""
+    """Copy a frame so that what is noted in it goes nowhere."""
     context: CallContext = copy.copy(frame.context)
     context.trace, context.losses = context.trace.blank(), {}
-    return Frame(context, frame.handlers, frame.sites, view=frame.view)
+    block = replace(frame.block, attention=[], mlp=[], saved={}, mlp_rows=None)
+    return replace(frame, context=context, block=block)
