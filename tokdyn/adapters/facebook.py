@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
-from tokdyn.adapters.latents import patches, timestep
+from tokdyn.adapters.readers import patches, timestep
 from tokdyn.adapters.width import Cut, Width, mlp
 from tokdyn.tokens import Grid
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.adapters.cogview import COGVIEW3, COGVIEW4
 from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
+from tokdyn.adapters.flux import CHROMA, FLUX, FLUX2
+from tokdyn.adapters.image_only import DIT, PIXART, SANA
 from tokdyn.adapters.infer import infer
-from tokdyn.adapters.mmdit import AURAFLOW, CHROMA, FLUX, FLUX2, QWEN, SD3
-from tokdyn.adapters.sana import SANA
-from tokdyn.adapters.sincos import DIT, PIXART
+from tokdyn.adapters.mmdit import AURAFLOW, COGVIEW3, COGVIEW4, QWEN, SD3
 from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
-from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
+from tokdyn.adapters.readers import CONTROL, IP_ADAPTER, patches, timestep
 from tokdyn.adapters.width import Width, mlp, processed, projections
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tokdyn.adapters.base import ModelAdapter, Stack
-from tokdyn.adapters.products import USUAL, Patterns, Products
+from tokdyn.adapters.base import USUAL, ModelAdapter, Patterns, Products, Stack
 
 Rows = Literal["image", "text", "joint", "context", "words", "pictures", "sample"]
 Owner = Literal["attention", "mlp", "block"]

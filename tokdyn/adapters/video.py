@@ -8,9 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
-from tokdyn.adapters.latents import IP_ADAPTER, timestep
-from tokdyn.adapters.products import Products
+from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Products, Stack
+from tokdyn.adapters.readers import IP_ADAPTER, timestep
 from tokdyn.adapters.width import Width, attention_and_mlp, attention_beside_mlp
 from tokdyn.tokens import Grid
 
