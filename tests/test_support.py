@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tokdyn
 from tests.contract.models import TINY
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenMerge, UnsupportedModelError
-from tokdyn.adapters import ADAPTERS, ModelAdapter, Stack
+from tokdyn.adapters import ADAPTERS, ModelAdapter, Blocks
 from tokdyn.attach.support import EXAMPLES, support, unsupported
 from tokdyn.catalog import families, methods
 from tokdyn.methods import METHODS
@@ -55,13 +55,13 @@ def test_wrap_says_the_same(adapter: ModelAdapter) -> None:
 
 
 def family(**changes: object) -> ModelAdapter:
-    settings = {"name": "x", "classes": ("X",), "stacks": (Stack("blocks"),), "grid": len, "level": len}
+    settings = {"name": "x", "classes": ("X",), "blocks": (Blocks("blocks"),), "grid": len, "level": len}
     return ModelAdapter(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 def test_reasons() -> None:
     assert unsupported(family(), TokenMerge(where="both")) is None
-    reason = unsupported(family(stacks=(Stack("blocks", mlp=()),)), TokenMerge(where="both"))
+    reason = unsupported(family(blocks=(Blocks("blocks", mlp=()),)), TokenMerge(where="both"))
     assert reason == "the blocks have no MLP of their own to merge around"
     assert "no grid=" in str(unsupported(family(grid=None), TokenMerge()))
     assert "cannot be inferred" in str(unsupported(family(grid=None, inferred=True), Chunking()))
@@ -80,7 +80,7 @@ def test_a_method_that_needs_sizes_asks_for_them(monkeypatch: pytest.MonkeyPatch
 
     model = type("X", (torch.nn.Module,), {})()
     model.blocks = torch.nn.ModuleList([Block(), Block()])
-    monkeypatch.setattr("tokdyn.adapters.registry._REGISTERED", [family()])
+    monkeypatch.setattr("tokdyn.adapters.registry.REGISTERED", [family()])
     with pytest.raises(UnsupportedModelError, match=r"Chunking .* give the adapter 'x' width= and heads="):
         tokdyn.wrap(model, [Chunking()])
 

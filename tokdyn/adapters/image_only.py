@@ -1,28 +1,32 @@
-"""Models of diffusers whose positions are added at the embedding: DiT and PixArt."""
+"""Adapters of diffusers models whose blocks hold image tokens only: DiT, PixArt and Sana.
+
+Positions are added at the patch embedding. PixArt and Sana read the text through cross-attention. Attention of Sana is
+linear, and its MLP holds a convolution over neighbouring cells, so no token can be left out of its blocks.
+"""
 
 from __future__ import annotations
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Follow, ModelAdapter, Products, Stack
-from tokdyn.adapters.readers import CONTROL, IP_ADAPTER, patches, timestep
-from tokdyn.adapters.width import Width, attention_and_mlp, processed, projections
+from tokdyn.adapters.base import Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, timestep_level
+from tokdyn.adapters.width import Width, attention_and_mlp, attention_layers, runs_processor
 
 _WIDTH = attention_and_mlp("attn1", "ff", "AttnProcessor2_0")
 
 DIT = ModelAdapter(
     name="DiT",
     classes=("DiTTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             attention=("attn1",),
             mlp=("ff",),
-            modulated=modulation.class_labels,
+            modulated=modulation.diffusers_dit,
             width=_WIDTH,
         ),
     ),
-    grid=patches,
-    level=timestep(),
+    grid=patch_grid,
+    level=timestep_level(),
     refuse={},
     guidance="cond_first",
 )
@@ -30,8 +34,8 @@ DIT = ModelAdapter(
 PIXART = ModelAdapter(
     name="PixArt",
     classes=("PixArtTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             attention=("attn1",),
             mlp=("ff",),
@@ -41,33 +45,33 @@ PIXART = ModelAdapter(
             width=_WIDTH,
         ),
     ),
-    grid=patches,
-    level=timestep(),
+    grid=patch_grid,
+    level=timestep_level(),
     refuse={},
 )
 
 SANA = ModelAdapter(
     name="Sana",
     classes=("SanaTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.shift_table,
             products=Products(cross=("attn2",), linear=True),
             width=Width(
-                cuts=projections("attn1"),
+                layers=attention_layers("attn1"),
                 inner="attn1.to_out.0.in_features",
-                hidden=None,  # channels of its MLP go through convolutions
+                hidden=None,  # the channels of its MLP go through convolutions
                 attention=("attn1",),
-                known=processed("attn1", "SanaLinearAttnProcessor2_0"),
+                sliceable=runs_processor("attn1", "SanaLinearAttnProcessor2_0"),
             ),
         ),
     ),
-    grid=patches,
-    level=timestep(),
-    refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
+    grid=patch_grid,
+    level=timestep_level(),
+    refuse={"controlnet_block_samples": CONTROL_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
     dense=True,
     softmax=False,
 )

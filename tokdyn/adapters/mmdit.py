@@ -1,4 +1,4 @@
-"""Models of diffusers in which text and image attend to each other: SD3, AuraFlow, Qwen-Image, Flux and its kin."""
+"""Adapters of diffusers models with separate text and image streams in one attention: SD3, AuraFlow, Qwen, CogView."""
 
 from __future__ import annotations
 
@@ -7,61 +7,61 @@ from dataclasses import replace
 from torch import nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Products, Stack
-from tokdyn.adapters.readers import CONTROL, IP_ADAPTER, patches, timestep
-from tokdyn.adapters.width import Width, attention_and_mlp, mlp, processed, projections
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, timestep_level
+from tokdyn.adapters.width import Width, attention_and_mlp, attention_layers, mlp_layers, runs_processor
 from tokdyn.errors import InputError
 
 _SD3_WIDTH = replace(
     attention_and_mlp("attn", "ff", "JointAttnProcessor2_0"),
-    cuts=(*projections("attn"), *projections("attn2"), *mlp("ff.net.2", "ff.net.0.proj")),
-    attention=("attn", "attn2"),  # where there is a second attention, it has the same heads
-    known=processed(("attn", "attn2"), "JointAttnProcessor2_0"),
+    layers=(*attention_layers("attn"), *attention_layers("attn2"), *mlp_layers("ff.net.2", "ff.net.0.proj")),
+    attention=("attn", "attn2"),  # the second attention, where there is one, has the same heads
+    sliceable=runs_processor(("attn", "attn2"), "JointAttnProcessor2_0"),
 )
 
 SD3 = ModelAdapter(
     name="SD3",
     classes=("SD3Transformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             joint="first",
             attention=("attn",),
             mlp=("ff",),
-            modulated=modulation.embedding,
+            modulated=modulation.from_embedding,
             products=Products(beside=("attn2",)),
             width=_SD3_WIDTH,
         ),
     ),
-    grid=patches,
-    level=timestep(),
-    refuse={"block_controlnet_hidden_states": CONTROL, "joint_attention_kwargs": IP_ADAPTER},
+    grid=patch_grid,
+    level=timestep_level(),
+    refuse={"block_controlnet_hidden_states": CONTROL_REASON, "joint_attention_kwargs": IMAGE_PROMPT_REASON},
 )
 
 _AURAFLOW_WIDTH = Width(
-    cuts=(*projections("attn"), *mlp("ff.out_projection", "ff.linear_1", "ff.linear_2")),
+    layers=(*attention_layers("attn"), *mlp_layers("ff.out_projection", "ff.linear_1", "ff.linear_2")),
     inner="attn.to_out.0.in_features",
     hidden="ff.out_projection.in_features",
     attention=("attn",),
-    known=processed("attn", "AuraFlowAttnProcessor2_0"),
+    sliceable=runs_processor("attn", "AuraFlowAttnProcessor2_0"),
 )
 
 AURAFLOW = ModelAdapter(
     name="AuraFlow",
     classes=("AuraFlowTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "joint_transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             attention=("attn",),
             mlp=("ff",),
-            modulated=modulation.embedding,
+            modulated=modulation.from_embedding,
             width=_AURAFLOW_WIDTH,
         ),
-        Stack(
+        Blocks(
             "single_transformer_blocks",
             image="last",
             attention=("attn",),
@@ -69,18 +69,21 @@ AURAFLOW = ModelAdapter(
             width=_AURAFLOW_WIDTH,
         ),
     ),
-    grid=patches,
-    level=timestep(scale=1.0),
-    refuse={"attention_kwargs": IP_ADAPTER},
+    grid=patch_grid,
+    level=timestep_level(scale=1.0),
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
 )
 
 
 def _qwen_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
     shapes = call["img_shapes"]
     first = shapes[0]
-    if isinstance(first, list):  # one list of images for each sample
+    if isinstance(first, list):  # one list of images per sample
         if len(first) > 1:
-            raise InputError("a wrapped QwenImageTransformer2DModel takes one image a sample; leave the others out.")
+            raise InputError(
+                f"img_shapes holds {len(first)} images per sample; a wrapped QwenImageTransformer2DModel takes one, so "
+                "leave out the reference images."
+            )
         first = first[0]
     frames, rows, columns = first
     return (rows, columns) if frames == 1 else (frames, rows, columns)
@@ -89,44 +92,44 @@ def _qwen_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
 QWEN = ModelAdapter(
     name="Qwen-Image",
     classes=("QwenImageTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             follow=(Follow("image_rotary_emb", axis=0, batched=False, item=0), Follow("modulate_index")),
             attention=("attn",),
             mlp=("img_mlp",),
-            modulated=modulation.of_the_image,
+            modulated=modulation.qwen,
             width=attention_and_mlp("attn", "img_mlp", "QwenDoubleStreamAttnProcessor2_0"),
         ),
     ),
     grid=_qwen_grid,
-    level=timestep(scale=1.0),
-    refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
+    level=timestep_level(scale=1.0),
+    refuse={"controlnet_block_samples": CONTROL_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
 )
 
 COGVIEW4 = ModelAdapter(
     name="CogView4",
     classes=("CogView4Transformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("tokens", "text"),
             follow=(Follow("image_rotary_emb", axis=0, batched=False),),
             attention=("attn1",),
-            mlp=(),  # one MLP is called on image and text in turn
+            mlp=(),  # one MLP is called on the image tokens and then on the text tokens
             products=Products(joint=("ff.*",)),
             width=attention_and_mlp("attn1", "ff", "CogView4AttnProcessor"),
         ),
     ),
-    grid=patches,
-    level=timestep(),
+    grid=patch_grid,
+    level=timestep_level(),
     refuse={
-        "attention_mask": "it has an entry for every pair of tokens; leave it out",
-        "attention_kwargs": IP_ADAPTER,
+        "attention_mask": "it has one entry per pair of tokens; leave it out",
+        "attention_kwargs": IMAGE_PROMPT_REASON,
     },
     guidance="calls",
 )
@@ -134,8 +137,8 @@ COGVIEW4 = ModelAdapter(
 COGVIEW3 = ModelAdapter(
     name="CogView3 Plus",
     classes=("CogView3PlusTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("tokens", "text"),
@@ -146,6 +149,6 @@ COGVIEW3 = ModelAdapter(
             width=attention_and_mlp("attn1", "ff", "CogVideoXAttnProcessor2_0"),
         ),
     ),
-    grid=patches,
-    level=timestep(),
+    grid=patch_grid,
+    level=timestep_level(),
 )

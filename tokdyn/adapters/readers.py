@@ -1,4 +1,7 @@
-"""Readers of grids and noise levels that several families share."""
+"""Read the token grid and the noise level from a call, in the ways that several families share.
+
+The reasons for refusing an argument that several families have are here as well.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,29 @@ from torch import Tensor, nn
 from tokdyn.adapters.base import Arguments
 from tokdyn.tokens import Grid
 
+CONTROL_REASON = (
+    "its residuals have one entry per cell and are added where tokens may be missing; leave the control out"
+)
+IMAGE_PROMPT_REASON = "image prompts and other attention arguments may have one entry per cell; leave them out"
 
-def patches(model: nn.Module, call: Arguments) -> Grid:
-    """The grid of (B, C, H, W) latents, cut into the patches of the model's configuration."""
+
+def patch_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of the patches of (B, C, H, W) latents, with the patch size of the model's configuration."""
     size = model.config["patch_size"]  # type: ignore[index]
     rows, columns = call["hidden_states"].shape[-2:]
     return rows // size, columns // size
 
 
-def timestep(
+def timestep_level(
     name: str = "timestep", scale: float = 1000.0, backwards: bool = False
 ) -> Callable[[nn.Module, Arguments], Any]:
-    """The noise level of a timestep argument that runs from 0 to `scale`, or back."""
+    """Return a reader of the noise level for a model whose timestep runs from 0, the image, to `scale`.
+
+    Args:
+        name: of the timestep argument.
+        scale: the timestep of pure noise.
+        backwards: the timestep runs the other way, so that `scale` is the image.
+    """
 
     def level(model: nn.Module, call: Arguments) -> Tensor | float:
         value = call[name]
@@ -32,24 +46,23 @@ def timestep(
     return level
 
 
-CONTROL = "its residuals are one for each cell and are added where fewer tokens may be; leave the control out"
-IP_ADAPTER = "image prompts and other attention arguments may hold an entry for each cell; leave them out"
+def grid_from_ids(ids: Tensor) -> Grid:
+    """Return the grid of position ids (N, axes), in raster order, whose first axes are frame, row and column.
 
-
-def grid_of_ids(ids: Tensor) -> Grid:
-    """(frames,) rows and columns of position ids (N, axes) that begin with frame, row and column, in raster order."""
-    found: Grid = _known_extent(ids)
-    if torch.compiler.is_compiling():  # in the middle of a larger graph, which was made for this grid
-        same = (_extent(ids) == torch.tensor(found, device=ids.device)).all()
-        torch._assert_async(same, "the graph was made for another token grid; let torch.compile have the model alone.")
-    return found[1:] if found[0] == 1 else found
+    A grid of a single frame is returned without the frame axis.
+    """
+    grid: Grid = _constant_extent(ids)
+    if torch.compiler.is_compiling():  # within a larger graph, which was compiled for this grid
+        same = (_extent(ids) == torch.tensor(grid, device=ids.device)).all()
+        torch._assert_async(same, "this graph was made for another token grid; compile the model on its own instead.")
+    return grid[1:] if grid[0] == 1 else grid
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _known_extent(ids: Tensor) -> Grid:
+def _constant_extent(ids: Tensor) -> Grid:
     return tuple(int(size) for size in _extent(ids).tolist())
 
 
 def _extent(ids: Tensor) -> Tensor:
-    """(3,) cells from the first to the last frame, row and column."""
+    """Return the (3,) numbers of frames, rows and columns that the ids span."""
     return ids[:, :3].amax(0) - ids[:, :3].amin(0) + 1
