@@ -214,5 +214,5 @@ class ModelAdapter:
 
     @property
     def halves(self) -> tuple[str, str]:
-        """The guidance branches of the two halves of a batch."""
+        """The guidance branches of the first and the second half of a batch."""
         return ("cond", "uncond") if self.guidance == "cond_first" else ("uncond", "cond")

@@ -1,6 +1,7 @@
 """Adapters of Flux and of the models built like it, Chroma and Flux 2.
 
-The first blocks keep text and image in two streams, the rest run over both in one sequence.
+The first list of blocks has two streams, for text and image. In the second list both form one sequence: within each
+block of Flux, and from block to block in Chroma and Flux 2.
 """
 
 from __future__ import annotations

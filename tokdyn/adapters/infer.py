@@ -79,8 +79,8 @@ class GuessedLevel:
     """Reads the noise level from an argument of which only the name is known.
 
     Larger values are taken as noisier. Integers are taken as timesteps up to 1000. So are floats, once a value above 1
-    has been seen; until then they are taken as levels up to 1. A sigma above 1 is taken as the standard deviation s of
-    noise that is added to the image, which is the level `s / (1 + s)`.
+    has been seen; until then they are taken as levels up to 1. A sigma is taken as a level as well until one above 1 is
+    seen, and then as the standard deviation s of noise that is added to the image: its level is `s / (1 + s)`.
 
     Attributes:
         name: of the argument.

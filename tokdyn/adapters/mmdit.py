@@ -1,4 +1,4 @@
-"""Adapters of diffusers models with separate text and image streams in one attention: SD3, AuraFlow, Qwen, CogView."""
+"""Adapters of diffusers models whose text and image streams meet in attention: SD3, AuraFlow, Qwen-Image, CogView."""
 
 from __future__ import annotations
 

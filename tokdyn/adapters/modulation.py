@@ -1,8 +1,9 @@
 """Compute what the attention of a block gets: its tokens, normalised and modulated by the timestep.
 
-`Blocks.modulated` names one of these functions for each family. Feature caches compare the result from step to step,
-because it changes with the timestep as the output does (arXiv 2411.19108). Every function takes the block and its
-arguments by name, and returns the image tokens (B, N, D), or those of text and image where they share a sequence.
+Adapters name one of these functions in `Blocks.modulated`. A feature cache compares the result in the first block from
+step to step, because its change predicts that of the model's output (arXiv 2411.19108). Every function takes the block
+and its arguments by name, and returns the image tokens (B, N, D), or those of text and image where both share a
+sequence.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def timestep_level(
 
 
 def grid_from_ids(ids: Tensor) -> Grid:
-    """Return the grid of position ids (N, axes), in raster order, whose first axes are frame, row and column.
+    """Return the grid of position ids (N, axes), in raster order, whose first three axes are frame, row and column.
 
     A grid of a single frame is returned without the frame axis.
     """

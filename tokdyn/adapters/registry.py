@@ -73,7 +73,8 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     """Return the adapter of a model, inferred from its structure if none is declared.
 
     Raises:
-        UnsupportedModelError: none is declared, and none can be inferred.
+        UnsupportedModelError: the class is refused, the model is a container around a known model, or nothing can be
+            inferred.
     """
     adapter = declared_adapter(model)
     if adapter is not None:

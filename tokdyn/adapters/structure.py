@@ -121,7 +121,7 @@ def structure(block: nn.Module, blocks: Blocks) -> Structure | None:
     indicator = 0
     parts = []
     for name, cost in _running_layers(block):
-        place = _place(name, block, blocks, products)
+        place = _classify(name, block, blocks, products)
         flops[place] += cost
         parts.append((name, place[0]))
         if blocks.modulated is not None and _matches(name, products.indicator):
@@ -135,7 +135,7 @@ def structure(block: nn.Module, blocks: Blocks) -> Structure | None:
 
 def rows_of(name: str, block: nn.Module, blocks: Blocks) -> Rows:
     """Return what the rows of a layer are, given its path from the block."""
-    return _place(name, block, blocks, blocks.products or DEFAULT_PRODUCTS)[1]
+    return _classify(name, block, blocks, blocks.products or DEFAULT_PRODUCTS)[1]
 
 
 def _running_layers(block: nn.Module) -> Iterator[tuple[str, int]]:
@@ -170,7 +170,7 @@ def _is_idle_lora(name: str, modules: dict[str, nn.Module]) -> bool:
     return False
 
 
-def _place(name: str, block: nn.Module, blocks: Blocks, products: Products) -> tuple[str, Rows, Owner]:
+def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -> tuple[str, Rows, Owner]:
     """Return the entry under which a layer is listed, what its rows are and whose image tokens they are."""
     top, _, rest = name.partition(".")
     if _matches(name, products.sample):

@@ -1,4 +1,4 @@
-"""Adapters of the video models of diffusers: Wan, SkyReels, LTX-Video, HunyuanVideo and CogVideoX."""
+"""Adapters of video models of diffusers: Wan, SkyReels, LTX-Video, HunyuanVideo and CogVideoX."""
 
 from __future__ import annotations
 
