@@ -92,7 +92,7 @@ def test_copies_of_a_registered_adapter_are_equal_to_it():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"classes": "Model"}, "classes='Model'.*'mine'.* str"),
+        ({"classes": "Model"}, "'mine'.*classes='Model'.* str"),
         ({"classes": ()}, r"classes=\(\).* str"),
         ({"blocks": Blocks("blocks")}, "blocks=Blocks.* Blocks"),
     ],

@@ -205,7 +205,7 @@ class ModelAdapter:
         for name, kind in (("classes", str), ("blocks", Blocks)):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not value or not all(isinstance(item, kind) for item in value):
-                raise InputError(f"{name}={value!r} of the adapter {self.name!r} is no tuple of {kind.__name__}.")
+                raise InputError(f"the adapter {self.name!r} has {name}={value!r}; give a tuple of {kind.__name__}.")
 
     @property
     def stacks(self) -> tuple[Blocks, ...]:

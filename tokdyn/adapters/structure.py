@@ -1,8 +1,8 @@
 """Read the matrix products of a block from its layers, as far as they do not depend on the call.
 
 `Structure` says which rows (image tokens, text tokens, samples, ...) each linear layer and convolution of a block runs
-over and what one row costs, and lists the attentions of the block. `tokdyn.cost` multiplies this with the numbers of
-tokens that a call had. A multiply-add is 2 FLOPs.
+over and what one row costs, and lists the attentions of the block. `tokdyn.cost` combines this with the token counts of
+a call. A multiply-add is 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def _is_fused(name: str, modules: dict[str, nn.Module]) -> bool:
 def _is_idle_lora(name: str, modules: dict[str, nn.Module]) -> bool:
     """Tell whether a layer belongs to a LoRA of peft that is switched off or merged into its base layer."""
     for kind in (".lora_A.", ".lora_B."):
-        path, found, adapter = name.partition(kind)
-        if found:
+        path, infix, adapter = name.partition(kind)
+        if infix:
             holder: Any = modules[path]
             return bool(holder.disable_adapters or holder.merged or adapter not in holder.active_adapters)
     return False
