@@ -136,17 +136,18 @@ def plain_depth(model: nn.Module) -> int:
     """Blocks of a model."""
     from tokdyn.adapters import adapter_for
 
-    return sum(len(getattr(model, stack.path)) for stack in adapter_for(model).stacks)
+    return sum(len(getattr(model, stack.path)) for stack in adapter_for(model).blocks)
 
 
 def dispatch(model: nn.Module, arguments: dict[str, Any]) -> float:
     """Milliseconds that a skipped block takes."""
+    from tokdyn.attach.run import Run
+
     from tokdyn.adapters import adapter_for
     from tokdyn.attach import class_swap
-    from tokdyn.attach.run import Run
     from tokdyn.tokens import cells
 
-    stack = adapter_for(model).stacks[0]
+    stack = adapter_for(model).blocks[0]
     block = getattr(model, stack.path)[0]
     run = Run(model, model.tokdyn, arguments)
     x = torch.zeros(1, cells(run.grid), 16)

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is true: Python blocks run, and every command line fits the real command line."""
+"""README.md, CONTRIBUTING.md and docs/ are true: Python blocks run, command lines parse, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language, in order."""
+    """Return the fenced blocks of a language, in order."""
     return [text for found, text in BLOCK.findall(page.read_text()) if found == language]
 
 
 def commands() -> list[Any]:
-    """The words of every `tokdyn ...` line in the pages, and of every example in --help."""
+    """Return the arguments of every `tokdyn ...` line of the pages and of every example in --help."""
     found = {}
     for page in PAGES:
         for block in blocks(page, "bash"):
@@ -41,7 +41,7 @@ def commands() -> list[Any]:
 
 
 def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command that does something, with the words that lead to it."""
+    """Yield every command that has no subcommands, with the path that leads to it."""
     for name, child in getattr(command, "commands", {}).items():
         yield from leaves(child, (*path, name))
     if not hasattr(command, "commands"):
@@ -51,15 +51,15 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokdyn.adapters.registry._REGISTERED", [])
+    monkeypatch.setattr("tokdyn.adapters.registry.REGISTERED", [])
     names: dict[str, Any] = {"__name__": "__main__"}
     for number, block in enumerate(blocks(page, "python"), 1):
         exec(compile(block, f"{page.name}, Python block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("words", commands())
-def test_command_lines_fit(words: list[str]) -> None:
-    """The command exists, has these options and settings, and takes that many words; a recipe takes its overrides."""
+def test_command_lines_parse(words: list[str]) -> None:
+    """The command exists and takes these options, settings and positional arguments; a recipe takes its overrides."""
     command: Any = get_command(app)
     rest = list(words)
     if rest in (["--help"], ["--version"]):
@@ -73,7 +73,7 @@ def test_command_lines_fit(words: list[str]) -> None:
         if word not in options:
             rest.append(word)
         elif options[word] is not None and not options[word].is_flag:
-            words.pop(0)  # its value
+            words.pop(0)  # the value of the option
     given = split(rest, flags(command.settings()) if command.settings else ())
     required = [word for word in command.words if not word.startswith("[")]
     assert len(required) <= len(given.positional) <= len(command.words)

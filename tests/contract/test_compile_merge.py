@@ -20,7 +20,7 @@ def through_module(model, **how):
 
 def through_blocks(model, **how):
     """As diffusers' compile_repeated_blocks does."""
-    for stack in model.tokdyn.adapter.stacks:
+    for stack in model.tokdyn.adapter.blocks:
         for block in getattr(model, stack.path):
             block.compile(**how)
     return model

@@ -40,7 +40,7 @@ def hunyuan():
 @torch.no_grad()
 def test_the_indicator_is_what_attention_gets(variant):
     (model, inputs), seen = variant(), []
-    stack = adapter_for(model).stacks[0]
+    stack = adapter_for(model).blocks[0]
     attention = getattr(getattr(model, stack.path)[0], stack.attention[0])
     attention.register_forward_pre_hook(lambda _, a, k: seen.append([*a, *k.values()][0]), with_kwargs=True)
     tokdyn.wrap(model, [tokdyn.FeatureCache(threshold=0.5)])

@@ -143,7 +143,7 @@ GOOD = {Model: "blocks", Nested: "backbone.trunk.layers", Torch: "blocks.layers"
 @torch.no_grad()
 def test_blocks_are_found_and_skipped(kind):
     model = build(kind)
-    assert infer(model).stacks[0].path == GOOD[kind]
+    assert infer(model).blocks[0].path == GOOD[kind]
     assert infer(model).level.name == "t"
     plain = model(*inputs())
     first = model.get_submodule(GOOD[kind])[0]

@@ -43,7 +43,7 @@ def repeat_tokens(model, inputs):
                 named[how.name] = follow(named[how.name], how, stack, rows, count)
         return tuple(named[name] for name in names[: len(args)]), {name: named[name] for name in kwargs}
 
-    for stack in adapter.stacks:
+    for stack in adapter.blocks:
         for block in getattr(model, stack.path):
             block.register_forward_pre_hook(
                 lambda block, args, kwargs, stack=stack: hook(block, args, kwargs, stack), with_kwargs=True

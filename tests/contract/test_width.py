@@ -63,7 +63,7 @@ def test_slices_equal_masks_and_weights_set_to_zero(name):
 def choosing_by_hand(model, gates, adapter, cells):
     """The model with hooks that set the results of MLPs to zero for tokens that are off."""
     number = 0
-    for stack in adapter.stacks:
+    for stack in adapter.blocks:
         place = stack.inside_mlp or stack.image
         for block in getattr(model, stack.path):
             part = next((getattr(block, name) for name in stack.mlp if hasattr(block, name)), None)

@@ -37,7 +37,7 @@ class LowRank(nn.Module):
 
 def adapt(model):
     """Put adapters in the place of all layers that can be cut."""
-    for stack in adapter_for(model).stacks:
+    for stack in adapter_for(model).blocks:
         for block in model.get_submodule(stack.path):
             for path in {cut.path for cut in stack.width.cuts}:
                 names = path.split(".")

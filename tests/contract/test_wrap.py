@@ -200,14 +200,14 @@ def test_a_cache_that_always_reuses_computes_the_first_step_and_repeats_its_effe
     assert not stats(model).calls[-1].cached  # a new trajectory
 
 
-MODULATED = [name for name in MODELS if any(name in a.classes and a.stacks[0].modulated for a in ADAPTERS)]
+MODULATED = [name for name in MODELS if any(name in a.classes and a.blocks[0].modulated for a in ADAPTERS)]
 
 
 @pytest.mark.parametrize("name", MODULATED)
 @torch.no_grad()
 def test_the_indicator_of_a_cache_is_what_attention_gets(name):
     model, seen = TINY[name].build(), []
-    stack = next(a for a in ADAPTERS if name in a.classes).stacks[0]
+    stack = next(a for a in ADAPTERS if name in a.classes).blocks[0]
     attention = getattr(getattr(model, stack.path)[0], stack.attention[0])
     attention.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True

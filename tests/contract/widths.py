@@ -171,7 +171,7 @@ def wrapped(name: str, model: nn.Module | None = None, **settings: Any) -> nn.Mo
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """In the order in which they run."""
-    return [block for stack in adapter_for(model).stacks for block in model.get_submodule(stack.path)]
+    return [block for stack in adapter_for(model).blocks for block in model.get_submodule(stack.path)]
 
 
 def clock(name: str, *levels: float) -> dict[str, Tensor]:

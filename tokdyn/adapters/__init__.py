@@ -1,6 +1,9 @@
-"""What is known of the models that methods can be attached to: one declaration for each family."""
+"""Declarations of the models that methods can be attached to, one for each family.
 
-from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
+This is the only room that knows the attribute names of other people's models; docs/adapters.md shows how to add one.
+"""
+
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.registry import (
     ADAPTERS,
     adapter_for,
@@ -8,15 +11,16 @@ from tokdyn.adapters.registry import (
     known_adapters,
     register_adapter,
 )
-from tokdyn.adapters.width import Cut, Width
+from tokdyn.adapters.width import SlicedLayer, Width
 
 __all__ = [
     "ADAPTERS",
     "Arguments",
-    "Cut",
+    "Blocks",
     "Follow",
     "ModelAdapter",
-    "Stack",
+    "Products",
+    "SlicedLayer",
     "Width",
     "adapter_for",
     "declared_adapter",

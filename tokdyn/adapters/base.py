@@ -1,4 +1,8 @@
-"""What an adapter says of a family of models: where its blocks are, and what goes in and out of them."""
+"""Declare a family of models: where its blocks are, what goes into them, and what comes out.
+
+An adapter names attributes and arguments of a model's classes without importing them. Everything that attaches methods
+to a model, or counts what a call costs, reads the model through its adapter.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,30 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tokdyn.adapters.products import USUAL, Products
 from tokdyn.adapters.width import Width
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
 Arguments = Mapping[str, Any]
-"""The arguments of one call of the model, by name."""
+"""The arguments of one call of a model or of a block, by name."""
+
+Patterns = tuple[str, ...]
+"""Names of layers as `named_modules` of a block gives them; `*` matches any characters."""
 
 
 @dataclass(frozen=True)
 class Follow:
-    """An argument of a block with one entry for each token, which must stay with its token.
+    """An argument of a block with one entry per token: when tokens are selected, its entries are selected too.
+
+    None, and tensors whose token axis is shorter than the image, are passed on unchanged. In a tuple or list, every
+    tensor is selected from unless `item` names one.
 
     Attributes:
-        name: of the argument; None and tensors that hold one entry for all tokens are left as they are.
-        axis: of the tokens. A tuple or list of tensors is followed in each of them.
-        batched: axis 0 is the batch. A tensor without a batch becomes one with it once samples keep different tokens.
-        dims: only a tensor of so many axes has an entry for each token.
-        item: only this one of a tuple of tensors has; None is all of them.
+        name: of the argument.
+        axis: the token axis.
+        batched: whether axis 0 is the batch. An unbatched tensor gains a batch axis once samples keep different tokens.
+        dims: select only from tensors with this many axes; None selects from all.
+        item: select only from this item of a tuple; None selects from all.
     """
 
     name: str
@@ -37,28 +46,66 @@ class Follow:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A list of blocks that are called one after the other on the same tokens.
+class Products:
+    """The layers of a block whose rows are something other than its image tokens; FLOPs are computed from this.
+
+    Only what the rest of the declaration leaves open has to be given. Where `image`, `inside` or `inside_mlp` of
+    `Blocks` puts text and image into one sequence, the layers there are known to run over both. So are the layers of
+    attention if a block takes text as an argument of its own and attention has no separate layers for it.
 
     Attributes:
-        path: attribute of the model that holds the list; dots lead into parts of the model.
-        tokens: argument of a block that holds the image tokens.
-        text: argument of a block that holds text tokens, if it has one of its own.
-        returns: what a block returns, in order; () is learned when the first block runs.
-        image: where image tokens lie in `tokens`, beside text in the same tensor.
-        inside: where image tokens lie in what attention gets, if text joins them within the block.
-        inside_mlp: the same for the MLP.
-        joint: where image tokens lie in what spans both, such as rotary tables and masks.
-        follow: what must stay with its token.
-        attention: attribute of a block that holds self-attention over the image tokens, in order of preference.
-        mlp: the same for the MLP.
-        stream: attribute of a block, an identity that the tokens pass between attention and the norm ahead of the MLP.
-        packing: argument of a block that says which rows of packed tokens (T, D) belong to which sample; None if tokens
-            are (B, N, D).
-        modulated: (B, ...) what attention of a block gets, from the block and its arguments by name; the indicator of
-            feature caches. None takes the tokens that the block gets.
-        products: what the cost of a block follows from. None: not known, so that FLOPs are counted and not computed.
-        width: layers that can be computed for some heads and MLP channels alone; None if there are none.
+        sample: layers that run once per sample, such as adaLN.
+        text: layers that run over the text tokens of a separate stream.
+        joint: further layers that run over image and text tokens in one sequence.
+        mlp: layers that belong to the MLP but lie outside the attributes in `Blocks.mlp`.
+        cross: attributes of a block that hold cross-attention from image tokens to an encoder's tokens.
+        context: argument of a block that holds the encoder's tokens.
+        context_text: how many of the encoder's tokens are text, at the end, where image embeddings with their own key
+            and value layers precede them; None if all are.
+        beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
+        linear: attention multiplies keys with values first, so that its cost is linear in the tokens.
+        indicator: layers that `Blocks.modulated` runs.
+    """
+
+    sample: Patterns = ("norm*", "*modulation*", "*_mod.*")
+    text: Patterns = ("*.add_*", "*.to_add_out*", "*.to_added_*", "*_context.*", "txt_*")
+    joint: Patterns = ()
+    mlp: Patterns = ("ff*", "*mlp*", "proj_out*")
+    cross: tuple[str, ...] = ()
+    context: str = "encoder_hidden_states"
+    context_text: int | None = None
+    beside: tuple[str, ...] = ()
+    linear: bool = False
+    indicator: Patterns = ("norm1.*", "adaLN_modulation.*", "img_mod.*")
+
+
+DEFAULT_PRODUCTS = Products()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of transformer blocks that run one after the other on the same tokens.
+
+    Attributes:
+        path: attribute of the model that holds the list; dots lead into submodules.
+        tokens: argument of a block that holds the image tokens, (B, N, D).
+        text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
+        returns: what a block returns, in order; () if it is to be learned in the first call.
+        image: where image tokens lie in `tokens`: "all" of it, or "first" or "last" beside text tokens.
+        inside: where image tokens lie in the input of attention, if text joins them within the block.
+        inside_mlp: where image tokens lie in the input of the MLP, likewise.
+        joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
+        follow: arguments with one entry per token.
+        attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
+            has is used.
+        mlp: attributes that may hold the MLP, likewise.
+        stream: attribute of a block that holds an identity through which tokens pass between attention and the norm
+            before the MLP.
+        packing: argument of a block that takes the `Packing` of packed tokens (T, D); None if tokens are (B, N, D).
+        modulated: computes (B, ...), the modulated input of the block's attention, from the block and its arguments.
+            Feature caches compare it from step to step; None compares the tokens that the block gets.
+        products: what the layers of a block run over; None if unknown, and then FLOPs are only counted.
+        width: the layers that can be sliced to some heads and MLP channels; None if there are none.
     """
 
     path: str
@@ -75,25 +122,29 @@ class Stack:
     stream: str | None = None
     packing: str | None = None
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
-    products: Products | None = USUAL
+    products: Products | None = DEFAULT_PRODUCTS
     width: Width | None = None
 
     def __post_init__(self) -> None:
         if self.returns and "tokens" not in self.returns:
-            raise InputError(f"the blocks in {self.path!r} return {self.returns}; 'tokens' has to be among it.")
+            raise InputError(
+                f"the blocks in {self.path!r} are declared with returns={self.returns}, which lacks 'tokens'; name "
+                "everything that a block returns, in order."
+            )
         if "text" in self.returns and self.text is None:
             raise InputError(
-                f"the blocks in {self.path!r} return text, but take none; give text= the name of the argument."
+                f"the blocks in {self.path!r} are declared with returns={self.returns} but without text; give text= "
+                "the name of the argument that holds it."
             )
 
 
 def configured_width(model: nn.Module) -> int:
-    """D of a model of diffusers: heads times their size; 0 if its configuration does not say."""
+    """Return D of a diffusers model, heads times head size; 0 if its configuration does not give both."""
     return configured_heads(model) * _configured(model, "attention_head_dim")
 
 
 def configured_heads(model: nn.Module) -> int:
-    """H of a model of diffusers; 0 if its configuration does not say."""
+    """Return H of a diffusers model; 0 if its configuration does not give it."""
     return _configured(model, "num_attention_heads")
 
 
@@ -104,32 +155,33 @@ def _configured(model: nn.Module, name: str) -> int:
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """A family of models.
+    """The declaration of a family of models.
 
     Attributes:
         name: of the family.
-        classes: names of the classes it is for; subclasses count.
-        stacks: in the order in which they run.
-        grid: the token grid of a call; None: not known, so that no method can leave out or merge tokens.
-        level: (B,) or () noise level of a call, 1 is pure noise; None: there is none, as in a classifier.
-        refuse: arguments of the model that cannot be used together with fewer tokens, and why.
-        width: D, channels of an image token between blocks; 0 is not known.
-        heads: H, attention heads of a block; 0 is not known.
-        guidance: how pipelines ask for the two branches of guidance: as halves of one batch, the conditional or the
-            unconditional one first, or in two calls, the conditional one first.
-        chunked: the model chunks its tokens itself, so that its blocks see a subset that changes with the image.
-        dense: blocks look at neighbouring cells, so that tokens cannot be left out of them.
+        classes: names of the model classes; subclasses match too.
+        blocks: the lists of blocks, in the order in which they run.
+        grid: computes the token grid of a call; None if unknown, and then no method may drop or merge tokens.
+        level: computes the noise level of a call, (B,) or (), where 1 is pure noise; None for models that have none,
+            such as classifiers.
+        refuse: arguments of the model that cannot be combined with token reduction, each with the reason.
+        width: computes D, the channels of an image token between blocks; 0 if unknown.
+        heads: computes H, the attention heads of a block; 0 if unknown.
+        guidance: how pipelines call the model for classifier-free guidance: with both branches in one batch, the
+            conditional or the unconditional half first, or in two calls, the conditional one first.
+        chunked: the model chunks its tokens itself, so that its blocks see a subset that depends on the image.
+        dense: blocks mix neighbouring cells, by a convolution for example, so that no token can be left out of them.
         softmax: attention is softmax attention, so that its keys can be weighted.
-        read_ahead: arguments whose values, not only their shapes, the grid depends on.
-        whole: why tokens cannot be left out or merged in a model that was built as this one; None: they can.
-        fits: whether a model of such a class name really is one; None takes the name's word.
-        entries: methods of the model that run its blocks and may be called in place of the model itself.
-        inferred: read off the model's structure; the first call checks it against what the model does.
+        read_ahead: arguments whose values, not only their shapes, determine the grid.
+        whole: returns why a model with this configuration needs all its tokens, or None if it does not.
+        fits: tells whether a model of such a class name really belongs to the family; None accepts every one.
+        entries: methods of the model that run its blocks and may be called instead of the model itself.
+        inferred: the adapter was read off the model's structure and is checked during the first call.
     """
 
     name: str
     classes: tuple[str, ...]
-    stacks: tuple[Stack, ...]
+    blocks: tuple[Blocks, ...]
     grid: Callable[[nn.Module, Arguments], Grid] | None
     level: Callable[[nn.Module, Arguments], Tensor | float] | None
     refuse: Mapping[str, str] = field(default_factory=dict)
@@ -146,25 +198,12 @@ class ModelAdapter:
     inferred: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("classes", str), ("stacks", Stack)):
+        for name, kind in (("classes", str), ("blocks", Blocks)):
             value = getattr(self, name)
-            if not isinstance(value, tuple) or not value or not all(isinstance(each, kind) for each in value):
-                raise InputError(f"{name} of the adapter {self.name!r} is {value!r}; give a tuple of {kind.__name__}.")
+            if not isinstance(value, tuple) or not value or not all(isinstance(item, kind) for item in value):
+                raise InputError(f"the adapter {self.name!r} has {name}={value!r}; give a tuple of {kind.__name__}.")
 
     @property
     def halves(self) -> tuple[str, str]:
-        """The branches of guidance in the halves of one batch."""
+        """The guidance branches of the first and the second half of a batch."""
         return ("cond", "uncond") if self.guidance == "cond_first" else ("uncond", "cond")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """An adapter of tokdyn is copied and pickled by its name, since functions in it have none."""
-        from tokdyn.adapters import ADAPTERS
-
-        return (_own, (self.name,)) if any(each is self for each in ADAPTERS) else super().__reduce_ex__(protocol)
-
-
-def _own(name: str) -> ModelAdapter:
-    """The adapter of that name."""
-    from tokdyn.adapters import ADAPTERS
-
-    return next(each for each in ADAPTERS if each.name == name)

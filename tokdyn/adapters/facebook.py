@@ -1,4 +1,4 @@
-"""The layout of the public DiT, `block(x, c)`: DiT, fast-DiT, SiT and tokdyn's own DiT and DC-DiT."""
+"""Adapters of the public DiT layout, `block(x, c)`: DiT, fast-DiT, SiT, and tokdyn's own DiT and DC-DiT."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
-from tokdyn.adapters.latents import patches, timestep
-from tokdyn.adapters.width import Cut, Width, mlp
+from tokdyn.adapters.base import Arguments, Blocks, ModelAdapter
+from tokdyn.adapters.readers import patch_grid, timestep_level
+from tokdyn.adapters.width import SlicedLayer, Width, mlp_layers
 from tokdyn.tokens import Grid
 
 
@@ -20,7 +20,7 @@ def _grid(model: nn.Module, call: Arguments) -> Grid:
 
 
 def _level(model: nn.Module, call: Arguments) -> Tensor | float:
-    """Timesteps to 1000, or SiT's times to 1, in which 1 is the image."""
+    """Read timesteps that run to 1000 as noise, or SiT's times, where 1 is the image."""
     value: Tensor | float = next(call[name] for name in ("timestep", "t", "timesteps") if name in call)
     if "SiT" in {base.__name__ for base in type(model).__mro__}:
         return 1.0 - value
@@ -42,10 +42,11 @@ def _heads(model: nn.Module) -> int:
     return int(getattr(attention, "num_heads", None) or attention.heads)
 
 
-def _known(block: nn.Module) -> bool:
-    """Whether attention is tokdyn's, or timm's with a width of its own and nothing behind it but the projection.
+def _sliceable(block: nn.Module) -> bool:
+    """Tell whether attention is tokdyn's, or timm's in a version that stores its number of channels.
 
-    Others may take the number of channels from what they get, as older ones of timm do.
+    Other attentions, such as those of older versions of timm, take the number of channels from their input, which stays
+    at full width. timm's gate and the norm before the output projection span all heads and rule slicing out.
     """
     from tokdyn.models.blocks import Attention
 
@@ -57,26 +58,30 @@ def _known(block: nn.Module) -> bool:
 
 
 WIDTH = Width(
-    cuts=(Cut("attn.qkv", out=("heads",)), Cut("attn.proj", into=("heads",)), *mlp("mlp.fc2", "mlp.fc1")),
+    layers=(
+        SlicedLayer("attn.qkv", out=("heads",)),
+        SlicedLayer("attn.proj", into=("heads",)),
+        *mlp_layers("mlp.fc2", "mlp.fc1"),
+    ),
     inner="attn.proj.in_features",
     hidden="mlp.fc2.in_features",
     attention=("attn",),
     counts=("heads", "num_heads"),
     inners=("attn_dim",),
-    known=_known,
+    sliceable=_sliceable,
 )
 
 FACEBOOK = ModelAdapter(
     name="DiT (public layout)",
     classes=("DiT", "SiT"),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "blocks",
             tokens="x",
             attention=("attn",),
             mlp=("mlp",),
             stream="stream",
-            modulated=modulation.public_layout,
+            modulated=modulation.public_dit,
             width=WIDTH,
         ),
     ),
@@ -92,11 +97,13 @@ FACEBOOK = ModelAdapter(
 DC_DIT = ModelAdapter(
     name="DC-DiT",
     classes=("DCDiT",),
-    stacks=(
-        Stack("blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",), stream="stream", width=WIDTH),
+    blocks=(
+        Blocks(
+            "blocks", tokens="x", packing="packing", attention=("attn",), mlp=("mlp",), stream="stream", width=WIDTH
+        ),
     ),
-    grid=patches,
-    level=timestep(),
+    grid=patch_grid,
+    level=timestep_level(),
     refuse={},
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     heads=_heads,

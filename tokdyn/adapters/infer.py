@@ -1,8 +1,8 @@
-"""An adapter for a model that none is declared for, read off its structure.
+"""Infer an adapter for a model that none is declared for, from the structure of the model.
 
-What can be read is where the blocks are and which argument is the noise level. What blocks return is learned when they
-first run, and a model that turns out to be something else is refused then (`tokdyn.attach.inferred`). Where tokens lie
-on a grid and what follows them cannot be read, so such an adapter is good for skipping and caching only.
+The structure shows where the blocks are and which argument is the noise level. What the blocks return is learned in the
+first call, which also checks everything else (`tokdyn.attach.inferred`). Where tokens lie on a grid and which arguments
+belong to a token cannot be seen, so an inferred adapter serves depth skipping and feature caching only.
 """
 
 from __future__ import annotations
@@ -14,87 +14,87 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
+from tokdyn.adapters.base import Arguments, Blocks, ModelAdapter
 
-CLOCKS = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
-"""Names of a noise level among the arguments of a model, in order of preference."""
-ASIDE = ("text", "context", "caption", "prompt", "refiner", "audio", "siglip", "clip", "encoder")
-"""Words in the path of a list that holds something other than the main blocks, where there is another list."""
+LEVEL_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
+"""Names that an argument for the noise level may have, in order of preference."""
+SIDE_PATHS = ("text", "context", "caption", "prompt", "refiner", "audio", "siglip", "clip", "encoder")
+"""Parts of the path of a list that does not hold the main blocks; ignored if the model has no other list."""
 
 
 def infer(model: nn.Module) -> ModelAdapter | str:
-    """An adapter for this model, or what was looked for in vain."""
-    paths = _lists(model)
-    main = [path for path in paths if not any(word in path.lower() for word in ASIDE)] or paths
+    """Return an adapter inferred from the model's structure, or a sentence that says what was looked for in vain."""
+    paths = _block_lists(model)
+    main = [path for path in paths if not any(part in path.lower() for part in SIDE_PATHS)] or paths
     if not main:
         return (
             "looked for an nn.ModuleList or nn.Sequential of two or more blocks of one class, each with "
             "weights of its own, and there is none"
         )
-    stacks = tuple(_stack(path, model.get_submodule(path)) for path in main)
     names = arguments(model)
-    clock = next((name for name in CLOCKS if name in names), None)
+    level = next((name for name in LEVEL_NAMES if name in names), None)
     return ModelAdapter(
         name=f"{type(model).__name__} (inferred)",
         classes=(type(model).__name__,),
-        stacks=stacks,
+        blocks=tuple(_declare(path, model.get_submodule(path)) for path in main),
         grid=None,
-        level=None if clock is None else GuessedLevel(clock),
+        level=None if level is None else GuessedLevel(level),
         inferred=True,
     )
 
 
-def _stack(path: str, blocks: Any) -> Stack:
-    """What can be said of a list of blocks before they run."""
-    return Stack(path, tokens=arguments(blocks[0])[0], returns=(), products=None)
+def _declare(path: str, blocks: Any) -> Blocks:
+    """Declare a list of blocks: the first argument holds the tokens, and what they return is still to be learned."""
+    return Blocks(path, tokens=arguments(blocks[0])[0], returns=(), products=None)
 
 
 def arguments(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments that a module's forward takes by position, without self."""
+    """Return the names of the arguments that a module's forward takes by position, without self."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(type(module).forward).parameters
-    return tuple(name for name, each in parameters.items() if each.kind in kinds)[1:]
+    return tuple(name for name, parameter in parameters.items() if parameter.kind in kinds)[1:]
 
 
-def _lists(model: nn.Module) -> list[str]:
-    """Paths of the lists of blocks, in the order in which the model defines them."""
-    found: list[str] = []
-    for path, part in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if path and not inside and isinstance(part, (nn.ModuleList, nn.Sequential)) and _alike(list(part)):
-            found.append(path)
-    return found
+def _block_lists(model: nn.Module) -> list[str]:
+    """Return the paths of the lists of blocks, in the order in which the model defines them."""
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        nested = any(path.startswith(f"{outer}.") for outer in paths)
+        if path and not nested and isinstance(module, (nn.ModuleList, nn.Sequential)) and _are_blocks(list(module)):
+            paths.append(path)
+    return paths
 
 
-def _alike(parts: list[nn.Module]) -> bool:
-    """Whether these could be the blocks of a transformer."""
-    kinds = {type(part) for part in parts}
-    if len(parts) < 2 or len(kinds) > 1 or kinds & {nn.ModuleList, nn.ModuleDict, nn.Sequential}:
+def _are_blocks(modules: list[nn.Module]) -> bool:
+    """Tell whether these could be transformer blocks: two or more of one class, with weight matrices and arguments."""
+    kinds = {type(module) for module in modules}
+    if len(modules) < 2 or len(kinds) > 1 or kinds & {nn.ModuleList, nn.ModuleDict, nn.Sequential}:
         return False
-    matrices = sum(parameter.dim() == 2 for parameter in parts[0].parameters())
-    return matrices >= 2 and bool(arguments(parts[0]))
+    matrices = sum(parameter.dim() == 2 for parameter in modules[0].parameters())
+    return matrices >= 2 and bool(arguments(modules[0]))
 
 
 @dataclass
 class GuessedLevel:
-    """The noise level of an argument of which only the name is known.
+    """Reads the noise level from an argument of which only the name is known.
 
-    Large is noisy. Whole numbers, and numbers in a call after one that was above 1, run to 1000; other numbers run to
-    1. A sigma above 1 is taken as the deviation s of noise that is added to the image; its level is s / (1 + s).
+    Larger values are taken as noisier. Integers are taken as timesteps up to 1000. So are floats, once a value above 1
+    has been seen; until then they are taken as levels up to 1. A sigma is taken as a level as well until one above 1 is
+    seen, and then as the standard deviation s of noise that is added to the image: its level is `s / (1 + s)`.
 
     Attributes:
         name: of the argument.
-        large: a number above 1 has been seen.
+        large: whether a value above 1 has been seen.
     """
 
     name: str
     large: bool = False
 
     def __call__(self, model: nn.Module, call: Arguments) -> Tensor | float:
-        """(B,) or () level, 1 is pure noise."""
+        """Return the (B,) or () noise level of a call, where 1 is pure noise."""
         value: Any = torch.as_tensor(call[self.name])
         whole, value = not value.is_floating_point(), value.float()
-        if torch.compiler.is_compiling() and not self.large and not whole:  # nothing can be read there
+        if torch.compiler.is_compiling() and not self.large and not whole:  # a graph cannot branch on a value
             return torch.where((value > 1).any(), self._scaled(value), value)
         self.large = self.large or whole or bool((value > 1).any())
         return self._scaled(value) if self.large else value

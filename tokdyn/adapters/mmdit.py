@@ -1,187 +1,67 @@
-"""Models of diffusers in which text and image attend to each other: SD3, AuraFlow, Qwen-Image, Flux and its kin."""
+"""Adapters of diffusers models whose text and image streams meet in attention: SD3, AuraFlow, Qwen-Image, CogView."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
-from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, grid_of_ids, patches, timestep
-from tokdyn.adapters.products import Products
-from tokdyn.adapters.width import Cut, Width, attention_and_mlp, attention_beside_mlp, mlp, processed, projections
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, timestep_level
+from tokdyn.adapters.width import Width, attention_and_mlp, attention_layers, mlp_layers, runs_processor
 from tokdyn.errors import InputError
 
 _SD3_WIDTH = replace(
     attention_and_mlp("attn", "ff", "JointAttnProcessor2_0"),
-    cuts=(*projections("attn"), *projections("attn2"), *mlp("ff.net.2", "ff.net.0.proj")),
-    attention=("attn", "attn2"),  # where there is a second attention, it has the same heads
-    known=processed(("attn", "attn2"), "JointAttnProcessor2_0"),
+    layers=(*attention_layers("attn"), *attention_layers("attn2"), *mlp_layers("ff.net.2", "ff.net.0.proj")),
+    attention=("attn", "attn2"),  # the second attention, where there is one, has the same heads
+    sliceable=runs_processor(("attn", "attn2"), "JointAttnProcessor2_0"),
 )
 
 SD3 = ModelAdapter(
     name="SD3",
     classes=("SD3Transformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             joint="first",
             attention=("attn",),
             mlp=("ff",),
-            modulated=modulation.embedding,
+            modulated=modulation.from_embedding,
             products=Products(beside=("attn2",)),
             width=_SD3_WIDTH,
         ),
     ),
-    grid=patches,
-    level=timestep(),
-    refuse={"block_controlnet_hidden_states": CONTROL, "joint_attention_kwargs": IP_ADAPTER},
-)
-
-
-def _flux_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
-    ids: Tensor = call["img_ids"]
-    return grid_of_ids(ids[0] if ids.dim() == 3 else ids)
-
-
-_ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
-_FLUX_PROCESSORS = ("FluxAttnProcessor", "OvisImageAttnProcessor", "LongCatImageAttnProcessor")
-_FLUX_SINGLE = attention_beside_mlp("attn", *_FLUX_PROCESSORS, hiddens=("mlp_hidden_dim",))
-
-FLUX = ModelAdapter(
-    name="Flux",
-    classes=("FluxTransformer2DModel", "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel"),
-    stacks=(
-        Stack(
-            "transformer_blocks",
-            text="encoder_hidden_states",
-            returns=("text", "tokens"),
-            follow=_ROTARY,
-            attention=("attn",),
-            mlp=("ff",),
-            modulated=modulation.embedding,
-            width=attention_and_mlp("attn", "ff", *_FLUX_PROCESSORS),
-        ),
-        Stack(
-            "single_transformer_blocks",
-            text="encoder_hidden_states",
-            returns=("text", "tokens"),
-            inside="last",
-            inside_mlp="last",
-            follow=_ROTARY,
-            attention=("attn",),
-            mlp=(),
-            products=Products(joint=("proj_*",)),
-            width=_FLUX_SINGLE,
-        ),
-    ),
-    grid=_flux_grid,
-    read_ahead=("img_ids",),
-    level=timestep(scale=1.0),
-    refuse={
-        "controlnet_block_samples": CONTROL,
-        "controlnet_single_block_samples": CONTROL,
-        "joint_attention_kwargs": IP_ADAPTER,
-    },
-    guidance="calls",
-)
-
-_CHROMA_FOLLOW = (
-    *_ROTARY,
-    Follow("attention_mask", dims=2),  # what blocks get; attention gets it for every pair of tokens
-    Follow("attention_mask", axis=2, dims=4),
-    Follow("attention_mask", axis=3, dims=4),
-)
-
-CHROMA = ModelAdapter(
-    name="Chroma",
-    classes=("ChromaTransformer2DModel",),
-    stacks=(
-        replace(FLUX.stacks[0], follow=_CHROMA_FOLLOW, modulated=None),  # its modulation is of text and image
-        Stack(
-            "single_transformer_blocks",
-            image="last",
-            follow=_CHROMA_FOLLOW,
-            attention=("attn",),
-            mlp=(),
-            width=_FLUX_SINGLE,
-        ),
-    ),
-    grid=_flux_grid,
-    read_ahead=FLUX.read_ahead,
-    level=timestep(scale=1.0),
-    refuse=FLUX.refuse,
-    guidance="calls",
-)
-
-_FLUX2_DOUBLE = Width(
-    cuts=(*projections("attn"), *mlp("ff.linear_out", "ff.linear_in")),
-    inner="attn.to_out.0.in_features",
-    hidden="ff.linear_out.in_features",
-    attention=("attn",),
-    known=processed("attn", "Flux2AttnProcessor", "Flux2KVAttnProcessor"),
-)
-_FLUX2_SINGLE = Width(
-    cuts=(
-        Cut("attn.to_qkv_mlp_proj", out=("heads", "heads", "heads", "channels", "channels")),
-        Cut("attn.to_out", into=("heads", "channels")),
-    ),
-    inner="attn.inner_dim",
-    hidden="attn.mlp_hidden_dim",
-    attention=("attn",),
-    hiddens=("mlp_hidden_dim",),
-    known=processed("attn", "Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor"),
-)
-
-FLUX2 = ModelAdapter(
-    name="Flux 2",
-    classes=("Flux2Transformer2DModel",),
-    stacks=(
-        replace(FLUX.stacks[0], modulated=modulation.of_the_model, width=_FLUX2_DOUBLE),
-        Stack(
-            "single_transformer_blocks",
-            image="last",
-            follow=_ROTARY,
-            attention=("attn",),
-            mlp=(),
-            width=_FLUX2_SINGLE,
-        ),
-    ),
-    grid=_flux_grid,
-    read_ahead=("img_ids",),
-    level=timestep(scale=1.0),
-    refuse={
-        "kv_cache": "keys and values of earlier calls are there for every cell; leave the cache out",
-        "joint_attention_kwargs": IP_ADAPTER,
-    },
-    guidance="calls",
+    grid=patch_grid,
+    level=timestep_level(),
+    refuse={"block_controlnet_hidden_states": CONTROL_REASON, "joint_attention_kwargs": IMAGE_PROMPT_REASON},
 )
 
 _AURAFLOW_WIDTH = Width(
-    cuts=(*projections("attn"), *mlp("ff.out_projection", "ff.linear_1", "ff.linear_2")),
+    layers=(*attention_layers("attn"), *mlp_layers("ff.out_projection", "ff.linear_1", "ff.linear_2")),
     inner="attn.to_out.0.in_features",
     hidden="ff.out_projection.in_features",
     attention=("attn",),
-    known=processed("attn", "AuraFlowAttnProcessor2_0"),
+    sliceable=runs_processor("attn", "AuraFlowAttnProcessor2_0"),
 )
 
 AURAFLOW = ModelAdapter(
     name="AuraFlow",
     classes=("AuraFlowTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "joint_transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             attention=("attn",),
             mlp=("ff",),
-            modulated=modulation.embedding,
+            modulated=modulation.from_embedding,
             width=_AURAFLOW_WIDTH,
         ),
-        Stack(
+        Blocks(
             "single_transformer_blocks",
             image="last",
             attention=("attn",),
@@ -189,18 +69,21 @@ AURAFLOW = ModelAdapter(
             width=_AURAFLOW_WIDTH,
         ),
     ),
-    grid=patches,
-    level=timestep(scale=1.0),
-    refuse={"attention_kwargs": IP_ADAPTER},
+    grid=patch_grid,
+    level=timestep_level(scale=1.0),
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
 )
 
 
 def _qwen_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
     shapes = call["img_shapes"]
     first = shapes[0]
-    if isinstance(first, list):  # one list of images for each sample
+    if isinstance(first, list):  # one list of images per sample
         if len(first) > 1:
-            raise InputError("a wrapped QwenImageTransformer2DModel takes one image a sample; leave the others out.")
+            raise InputError(
+                f"img_shapes holds {len(first)} images per sample; a wrapped QwenImageTransformer2DModel takes one, so "
+                "leave out the reference images."
+            )
         first = first[0]
     frames, rows, columns = first
     return (rows, columns) if frames == 1 else (frames, rows, columns)
@@ -209,20 +92,63 @@ def _qwen_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
 QWEN = ModelAdapter(
     name="Qwen-Image",
     classes=("QwenImageTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             follow=(Follow("image_rotary_emb", axis=0, batched=False, item=0), Follow("modulate_index")),
             attention=("attn",),
             mlp=("img_mlp",),
-            modulated=modulation.of_the_image,
+            modulated=modulation.qwen,
             width=attention_and_mlp("attn", "img_mlp", "QwenDoubleStreamAttnProcessor2_0"),
         ),
     ),
     grid=_qwen_grid,
-    level=timestep(scale=1.0),
-    refuse={"controlnet_block_samples": CONTROL, "attention_kwargs": IP_ADAPTER},
+    level=timestep_level(scale=1.0),
+    refuse={"controlnet_block_samples": CONTROL_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
+)
+
+COGVIEW4 = ModelAdapter(
+    name="CogView4",
+    classes=("CogView4Transformer2DModel",),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            text="encoder_hidden_states",
+            returns=("tokens", "text"),
+            follow=(Follow("image_rotary_emb", axis=0, batched=False),),
+            attention=("attn1",),
+            mlp=(),  # one MLP is called on the image tokens and then on the text tokens
+            products=Products(joint=("ff.*",)),
+            width=attention_and_mlp("attn1", "ff", "CogView4AttnProcessor"),
+        ),
+    ),
+    grid=patch_grid,
+    level=timestep_level(),
+    refuse={
+        "attention_mask": "it has one entry per pair of tokens; leave it out",
+        "attention_kwargs": IMAGE_PROMPT_REASON,
+    },
+    guidance="calls",
+)
+
+COGVIEW3 = ModelAdapter(
+    name="CogView3 Plus",
+    classes=("CogView3PlusTransformer2DModel",),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            text="encoder_hidden_states",
+            returns=("tokens", "text"),
+            inside_mlp="last",
+            attention=("attn1",),
+            mlp=("ff",),
+            products=Products(joint=("attn1.*",)),
+            width=attention_and_mlp("attn1", "ff", "CogVideoXAttnProcessor2_0"),
+        ),
+    ),
+    grid=patch_grid,
+    level=timestep_level(),
 )

@@ -1,4 +1,10 @@
-"""What attention of a block gets: its tokens, normalised and modulated by the timestep. Feature caches compare it."""
+"""Compute what the attention of a block gets: its tokens, normalised and modulated by the timestep.
+
+Adapters name one of these functions in `Blocks.modulated`. A feature cache compares the result in the first block from
+step to step, because its change predicts that of the model's output (arXiv 2411.19108). Every function takes the block
+and its arguments by name, and returns the image tokens (B, N, D), or those of text and image where both share a
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -9,82 +15,93 @@ from torch import Tensor, nn
 from tokdyn.adapters.base import Arguments
 
 
-def public_layout(block: nn.Module, named: Arguments) -> Tensor:
-    """Of `block(x, c)`: LayerNorm(x) (1 + scale) + shift, from the adaLN of the block."""
-    x, condition = list(named.values())[:2]
+def public_dit(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for blocks `block(x, c)` of the public DiT: `layer_norm(x) * (1 + scale) + shift`, from their adaLN."""
+    x, condition = list(arguments.values())[:2]
     shift, scale = block.adaLN_modulation(condition).chunk(6, dim=1)[:2]  # type: ignore[operator]
     out: Tensor = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
     return out
 
 
-def class_labels(block: nn.Module, named: Arguments) -> Tensor:
-    """Of diffusers' DiT, whose blocks embed the timestep and the class themselves."""
-    x = named["hidden_states"]
-    out: Tensor = block.norm1(x, named["timestep"], named["class_labels"], hidden_dtype=x.dtype)[0]  # type: ignore[operator]
+def diffusers_dit(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for diffusers' DiT, whose blocks embed the timestep and the class themselves."""
+    x, timestep, labels = (arguments[name] for name in ("hidden_states", "timestep", "class_labels"))
+    out: Tensor = block.norm1(x, timestep, labels, hidden_dtype=x.dtype)[0]  # type: ignore[operator]
     return out
 
 
-def embedding(block: nn.Module, named: Arguments) -> Tensor:
-    """Of blocks whose first norm takes the embedding `temb`: SD3, Flux, HunyuanVideo, AuraFlow and Lumina 2.
+def from_embedding(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for blocks whose first norm takes `temb`: SD3, Flux, HunyuanVideo, AuraFlow and Lumina 2.
 
-    HunyuanVideo from an image modulates the tokens of its first frame apart.
+    Image-to-video HunyuanVideo modulates the tokens of the first frame by an embedding of their own.
     """
-    frame = {}
-    if "num_tokens" in named:
-        frame = {"token_replace_emb": named["token_replace_emb"], "first_frame_num_tokens": named["num_tokens"]}
-    out: Tensor = block.norm1(named["hidden_states"], emb=named["temb"], **frame)[0]  # type: ignore[operator]
+    first_frame = {}
+    if "num_tokens" in arguments:
+        first_frame = {
+            "token_replace_emb": arguments["token_replace_emb"],
+            "first_frame_num_tokens": arguments["num_tokens"],
+        }
+    out: Tensor = block.norm1(arguments["hidden_states"], emb=arguments["temb"], **first_frame)[0]  # type: ignore[operator]
     return out
 
 
-def with_text(block: nn.Module, named: Arguments) -> Tensor:
-    """Of CogVideoX, whose first norm takes the text too."""
-    out: Tensor = block.norm1(named["hidden_states"], named["encoder_hidden_states"], named["temb"])[0]  # type: ignore[operator]
+def cogvideox(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for CogVideoX, whose first norm takes the text tokens as well."""
+    x, text, embedding = (arguments[name] for name in ("hidden_states", "encoder_hidden_states", "temb"))
+    out: Tensor = block.norm1(x, text, embedding)[0]  # type: ignore[operator]
     return out
 
 
-def shift_table(block: nn.Module, named: Arguments) -> Tensor:
-    """Of PixArt and Sana, whose blocks add a table of their own to the modulation of the model."""
-    x, timestep = named["hidden_states"], named["timestep"]
+def shift_table(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for PixArt and Sana, whose blocks add a table of their own to the model's modulation."""
+    x, timestep = arguments["hidden_states"], arguments["timestep"]
     table: Tensor = block.scale_shift_table  # type: ignore[assignment]
-    shift, scale = (table[None] + timestep.view(len(x), 6, -1)).chunk(6, dim=1)[:2]
+    shift, scale = (table[None] + timestep.view(len(x), 6, -1)).chunk(6, dim=1)[:2]  # each (B, 1, D)
     out: Tensor = block.norm1(x) * (1 + scale) + shift  # type: ignore[operator]
     return out
 
 
-def shift_table_per_token(block: nn.Module, named: Arguments) -> Tensor:
-    """Of LTX and Wan: the same, where the timestep may differ from token to token."""
-    x, temb = named["hidden_states"], named["temb"]
+def shift_table_per_token(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for LTX and Wan, which do as PixArt does with a timestep that may differ from token to token."""
+    x, temb = arguments["hidden_states"], arguments["temb"]
     table: Tensor = block.scale_shift_table.view(6, -1)  # type: ignore[operator]
-    shift, scale = (table[:2] + temb.reshape(len(x), -1, *table.shape)[:, :, :2]).unbind(2)  # (B, N or 1, D)
+    shift, scale = (table[:2] + temb.reshape(len(x), -1, *table.shape)[:, :, :2]).unbind(2)  # each (B, N or 1, D)
     out: Tensor = block.norm1(x) * (1 + scale) + shift  # type: ignore[operator]
     return out.to(x.dtype)
 
 
-def scale_alone(block: nn.Module, named: Arguments) -> Tensor:
-    """Of Z-Image, whose blocks scale and do not shift."""
-    scale = block.adaLN_modulation(named["adaln_input"]).chunk(4, dim=1)[0]  # type: ignore[operator]
-    out: Tensor = block.attention_norm1(named["x"]) * (1 + scale[:, None])  # type: ignore[operator]
+def zimage(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for Z-Image, whose blocks scale without a shift."""
+    scale = block.adaLN_modulation(arguments["adaln_input"]).chunk(4, dim=1)[0]  # type: ignore[operator]
+    out: Tensor = block.attention_norm1(arguments["x"]) * (1 + scale[:, None])  # type: ignore[operator]
     return out
 
 
-def of_the_image(block: nn.Module, named: Arguments) -> Tensor:
-    """Of Qwen-Image, which modulates the tokens of reference images by a second timestep, told by `modulate_index`."""
-    shift, scale = block.img_mod(named["temb"]).chunk(6, dim=-1)[:2]  # type: ignore[operator]
-    shift, scale, index = shift[:, None], scale[:, None], named.get("modulate_index")
+def qwen(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for Qwen-Image.
+
+    Tokens of reference images, where `modulate_index` is not 0, are modulated by a second timestep; `temb` then holds
+    the first timestep of all samples and, after these along the batch, the second.
+    """
+    shift, scale = block.img_mod(arguments["temb"]).chunk(6, dim=-1)[:2]  # type: ignore[operator]
+    shift, scale, index = shift[:, None], scale[:, None], arguments.get("modulate_index")
     if index is not None:
-        first = index[..., None] == 0
-        shift, scale = (torch.where(first, *each.chunk(2)) for each in (shift, scale))
-    out: Tensor = block.img_norm1(named["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
+        generated = index[..., None] == 0
+        shift, scale = (torch.where(generated, *part.chunk(2)) for part in (shift, scale))
+    out: Tensor = block.img_norm1(arguments["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
     return out
 
 
-def of_the_model(block: nn.Module, named: Arguments) -> Tensor:
-    """Of Flux 2, where the model computes one modulation for all blocks; diffusers 0.36 splits it beforehand."""
-    if "temb_mod_img" in named:
-        shift, scale = named["temb_mod_img"].chunk(6, dim=-1)[:2]
+def flux2(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Modulate for Flux 2, where the model computes one modulation for all its blocks.
+
+    diffusers 0.36 passes it to the blocks already split into shift and scale.
+    """
+    if "temb_mod_img" in arguments:
+        shift, scale = arguments["temb_mod_img"].chunk(6, dim=-1)[:2]
     else:
-        shift, scale = named["temb_mod_params_img"][0][:2]
+        shift, scale = arguments["temb_mod_params_img"][0][:2]
     if shift.dim() == 2:
         shift, scale = shift[:, None], scale[:, None]
-    out: Tensor = block.norm1(named["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
+    out: Tensor = block.norm1(arguments["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
     return out

@@ -1,16 +1,18 @@
-"""Which adapter a model gets: one that a user registered, one that comes with the package, or one that is inferred."""
+"""Choose the adapter of a model: one the user registered, one of the package, or one inferred from its structure."""
 
 from __future__ import annotations
+
+import copyreg
+from typing import Any
 
 from torch import nn
 
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.adapters.cogview import COGVIEW3, COGVIEW4
 from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
+from tokdyn.adapters.flux import CHROMA, FLUX, FLUX2
+from tokdyn.adapters.image_only import DIT, PIXART, SANA
 from tokdyn.adapters.infer import infer
-from tokdyn.adapters.mmdit import AURAFLOW, CHROMA, FLUX, FLUX2, QWEN, SD3
-from tokdyn.adapters.sana import SANA
-from tokdyn.adapters.sincos import DIT, PIXART
+from tokdyn.adapters.mmdit import AURAFLOW, COGVIEW3, COGVIEW4, QWEN, SD3
 from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN
@@ -21,17 +23,18 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3, TIMM_VIT,
 )  # fmt: skip
 REFUSED: dict[str, str] = {
-    "WanVACETransformer3DModel": "its control blocks have a stream of their own and add to the others in between; use "
-    "a WanTransformer3DModel",
+    "WanVACETransformer3DModel": "its control blocks have a stream of their own and add to the main blocks; use a "
+    "WanTransformer3DModel",
 }
-"""Classes whose structure would be misread, and why they are left alone."""
-_REGISTERED: list[ModelAdapter] = []
+"""Classes that inference would misread, each with the reason for the refusal."""
+REGISTERED: list[ModelAdapter] = []
+"""Adapters that the user registered, in that order."""
 
 
 def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
-    """Let `wrap` and `load` know a family of models, for as long as this process runs.
+    """Register an adapter for `wrap` and `load`, for the lifetime of this process.
 
-    Adapters that were registered later are asked first, those of the package last.
+    Adapters registered later take precedence over earlier ones, and all of them over those of the package.
 
     Args:
         adapter: the declaration; registering the same object again changes nothing.
@@ -40,25 +43,25 @@ def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
         The same object.
 
     Raises:
-        InputError: it is no adapter, or another one has its name.
+        InputError: the argument is no adapter, or another adapter has its name.
     """
     if not isinstance(adapter, ModelAdapter):
-        raise InputError(f"got a {type(adapter).__name__}; register_adapter takes a tokdyn.adapters.ModelAdapter.")
-    for other in (*_REGISTERED, *ADAPTERS):
+        raise InputError(f"register_adapter got a {type(adapter).__name__}; give it a tokdyn.adapters.ModelAdapter.")
+    for other in (*REGISTERED, *ADAPTERS):
         if other.name == adapter.name and other is not adapter:
-            raise InputError(f"there is an adapter called {adapter.name!r} already; give this one another name.")
-    if adapter not in ADAPTERS and all(adapter is not other for other in _REGISTERED):
-        _REGISTERED.append(adapter)
+            raise InputError(f"another adapter is already called {adapter.name!r}; give this one a name of its own.")
+    if adapter not in ADAPTERS and all(adapter is not other for other in REGISTERED):
+        REGISTERED.append(adapter)
     return adapter
 
 
 def known_adapters() -> tuple[ModelAdapter, ...]:
-    """All adapters, in the order in which they are asked."""
-    return (*reversed(_REGISTERED), *ADAPTERS)
+    """Return all declared adapters, in order of precedence."""
+    return (*reversed(REGISTERED), *ADAPTERS)
 
 
 def declared_adapter(model: nn.Module) -> ModelAdapter | None:
-    """The adapter of a model, by the name of its class or of one that it derives from."""
+    """Return the adapter declared for the model's class or for its nearest base class; None if there is none."""
     for base in type(model).__mro__:
         for adapter in known_adapters():
             if base.__name__ in adapter.classes and (adapter.fits is None or adapter.fits(model)):
@@ -67,10 +70,11 @@ def declared_adapter(model: nn.Module) -> ModelAdapter | None:
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:
-    """The adapter of a model, inferred from its structure if none is declared for it.
+    """Return the adapter of a model, inferred from its structure if none is declared.
 
     Raises:
-        UnsupportedModelError: there is none, and none can be inferred.
+        UnsupportedModelError: the class is refused, the model is a container around a known model, or nothing can be
+            inferred.
     """
     adapter = declared_adapter(model)
     if adapter is not None:
@@ -80,23 +84,38 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be wrapped: {refusal}.")
     half = sum(parameter.numel() for parameter in model.parameters()) / 2
     for path, part in model.named_modules():
-        if path and declared_adapter(part) is not None and sum(each.numel() for each in part.parameters()) > half:
+        size = sum(parameter.numel() for parameter in part.parameters())
+        if path and declared_adapter(part) is not None and size > half:
             raise UnsupportedModelError(
-                f"this {type(model).__name__} holds a {type(part).__name__} in its {path!r}; wrap that one, before "
-                "others wrap it."
+                f"this {type(model).__name__} holds a {type(part).__name__} in its {path!r}; wrap that one before it "
+                "is put into another module."
             )
-    found = infer(model)
-    if isinstance(found, ModelAdapter):
-        return found
+    inferred = infer(model)
+    if isinstance(inferred, ModelAdapter):
+        return inferred
     raise UnsupportedModelError(
-        f"no adapter knows {type(model).__name__}; docs/adapters.md shows how to write one. None can be inferred "
-        f"either: {found}. Known are {', '.join(name for each in known_adapters() for name in each.classes)}."
+        f"no adapter knows {type(model).__name__}; docs/adapters.md shows how to write one. Inference failed as well: "
+        f"{inferred}. Known classes are {', '.join(name for each in known_adapters() for name in each.classes)}."
     )
 
 
 def _refusal(model: nn.Module) -> str | None:
-    """Why a model is refused without a look at its structure."""
+    """Return why a model is refused for its class alone; None if it is not."""
     names = [base.__name__ for base in type(model).__mro__]
     if any("ControlNet" in name for name in names):
-        return "a ControlNet hands what each of its blocks returns to another model; wrap that one"
+        return "a ControlNet hands what each of its blocks returns to another model; wrap that model instead"
     return next((REFUSED[name] for name in names if name in REFUSED), None)
+
+
+def _reduce(adapter: ModelAdapter) -> tuple[Any, ...]:
+    """Copy and pickle an adapter of the package by its name, because the functions in it cannot be pickled."""
+    if any(adapter is own for own in ADAPTERS):
+        return _by_name, (adapter.name,)
+    return object.__reduce_ex__(adapter, 4)  # type: ignore[return-value]
+
+
+def _by_name(name: str) -> ModelAdapter:
+    return next(adapter for adapter in ADAPTERS if adapter.name == name)
+
+
+copyreg.pickle(ModelAdapter, _reduce)

@@ -1,4 +1,4 @@
-"""Models of diffusers that keep text and image tokens in one sequence: Z-Image and Lumina 2."""
+"""Adapters of diffusers models that keep text and image tokens in one sequence throughout: Z-Image and Lumina 2."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Stack
-from tokdyn.adapters.latents import CONTROL, IP_ADAPTER, patches, timestep
-from tokdyn.adapters.width import Width, mlp, processed, projections
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
+from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, timestep_level
+from tokdyn.adapters.width import Width, attention_layers, mlp_layers, runs_processor
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
@@ -16,21 +16,26 @@ from tokdyn.tokens import Grid
 def _zimage_grid(model: nn.Module, call: Arguments) -> Grid:
     latents = call["x"]
     if isinstance(latents[0], list):
-        raise InputError("tokdyn.wrap takes one image a sample in ZImageTransformer2DModel; leave the others out.")
-    sizes = {tuple(each.shape[-3:]) for each in latents}
+        raise InputError(
+            "x holds several images per sample; a wrapped ZImageTransformer2DModel takes one, so leave the others out."
+        )
+    sizes = {tuple(latent.shape[-3:]) for latent in latents}
     if len(sizes) > 1:
-        raise InputError(f"the images are {sorted(sizes)}; wrapped, all images of a call have one size.")
+        raise InputError(
+            f"the images in x have the sizes {sorted(sizes)}; call a wrapped ZImageTransformer2DModel with images of "
+            "one size at a time."
+        )
     frames, rows, columns = sizes.pop()
-    across, along = call.get("patch_size", 2), call.get("f_patch_size", 1)
-    grid = (frames // along, rows // across, columns // across)
+    size, duration = call.get("patch_size", 2), call.get("f_patch_size", 1)
+    grid = (frames // duration, rows // size, columns // size)
     return grid[1:] if grid[0] == 1 else grid
 
 
 ZIMAGE = ModelAdapter(
     name="Z-Image",
     classes=("ZImageTransformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "layers",
             tokens="x",
             image="first",
@@ -38,19 +43,26 @@ ZIMAGE = ModelAdapter(
             follow=(Follow("attn_mask"), Follow("attention_mask"), Follow("freqs_cis")),
             attention=("attention",),
             mlp=("feed_forward",),
-            modulated=modulation.scale_alone,
+            modulated=modulation.zimage,
             width=Width(
-                cuts=(*projections("attention"), *mlp("feed_forward.w2", "feed_forward.w1", "feed_forward.w3")),
+                layers=(
+                    *attention_layers("attention"),
+                    *mlp_layers("feed_forward.w2", "feed_forward.w1", "feed_forward.w3"),
+                ),
                 inner="attention.to_out.0.in_features",
                 hidden="feed_forward.w2.in_features",
                 attention=("attention",),
-                known=processed("attention", "ZSingleStreamAttnProcessor"),
+                sliceable=runs_processor("attention", "ZSingleStreamAttnProcessor"),
             ),
         ),
     ),
     grid=_zimage_grid,
-    level=timestep("t", scale=1.0, backwards=True),
-    refuse={"controlnet_block_samples": CONTROL, "siglip_feats": IP_ADAPTER, "image_noise_mask": IP_ADAPTER},
+    level=timestep_level("t", scale=1.0, backwards=True),
+    refuse={
+        "controlnet_block_samples": CONTROL_REASON,
+        "siglip_feats": IMAGE_PROMPT_REASON,
+        "image_noise_mask": IMAGE_PROMPT_REASON,
+    },
     width=lambda model: int(model.config["dim"]),  # type: ignore[index]
     heads=lambda model: int(model.config["n_heads"]),  # type: ignore[index]
     guidance="cond_first",
@@ -62,39 +74,39 @@ def _lumina_grid(model: nn.Module, call: Arguments) -> Grid:
     lengths = mask.sum(dim=1)
     if not torch.equal(lengths, lengths[:1].expand_as(lengths)):
         raise InputError(
-            "the prompts differ in length, so image tokens begin at different places in Lumina2Transformer2DModel; "
-            "call a wrapped model with one prompt, or prompts of one length, at a time."
+            f"the prompts have {lengths.tolist()} tokens, so the image tokens of a Lumina2Transformer2DModel begin at "
+            "different places; call a wrapped one with prompts of one length at a time."
         )
-    return patches(model, call)
+    return patch_grid(model, call)
 
 
 LUMINA2 = ModelAdapter(
     name="Lumina 2",
     classes=("Lumina2Transformer2DModel",),
-    stacks=(
-        Stack(
+    blocks=(
+        Blocks(
             "layers",
             image="last",
             follow=(Follow("attention_mask"), Follow("image_rotary_emb")),
             attention=("attn",),
             mlp=("feed_forward",),
-            modulated=modulation.embedding,
+            modulated=modulation.from_embedding,
             width=Width(
-                cuts=(
-                    *projections("attn"),
-                    *mlp("feed_forward.linear_2", "feed_forward.linear_1", "feed_forward.linear_3"),
+                layers=(
+                    *attention_layers("attn"),
+                    *mlp_layers("feed_forward.linear_2", "feed_forward.linear_1", "feed_forward.linear_3"),
                 ),
                 inner="attn.to_out.0.in_features",
                 hidden="feed_forward.linear_2.in_features",
                 attention=("attn",),
-                known=processed("attn", "Lumina2AttnProcessor2_0"),
+                sliceable=runs_processor("attn", "Lumina2AttnProcessor2_0"),
             ),
         ),
     ),
     grid=_lumina_grid,
     read_ahead=("encoder_attention_mask",),
-    level=timestep(scale=1.0, backwards=True),
-    refuse={"attention_kwargs": IP_ADAPTER},
+    level=timestep_level(scale=1.0, backwards=True),
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     guidance="calls",
 )

@@ -1,4 +1,9 @@
-"""What a block multiplies, read from its layers once: all that its cost depends on besides the call."""
+"""Read the matrix products of a block from its layers, as far as they do not depend on the call.
+
+`Structure` says which rows (image tokens, text tokens, samples, ...) each linear layer and convolution of a block runs
+over and what one row costs, and lists the attentions of the block. `tokdyn.cost` combines this with the token counts of
+a call. A multiply-add is 2 FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,14 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tokdyn.adapters.base import ModelAdapter, Stack
-from tokdyn.adapters.products import USUAL, Patterns, Products
+from tokdyn.adapters.base import DEFAULT_PRODUCTS, Blocks, ModelAdapter, Patterns, Products
 
-Rows = Literal["image", "text", "joint", "context", "words", "pictures", "sample"]
+Rows = Literal["image", "text", "joint", "context", "context_text", "context_image", "sample"]
+"""What the rows of a layer are: image tokens, text tokens, both in one sequence ("joint"), samples, or the tokens of an
+encoder: all of them ("context"), or only text ("context_text") or image embeddings ("context_image")."""
+
 Owner = Literal["attention", "mlp", "block"]
-"""Whose image tokens: what attention saw, what the MLP saw, or what the block did. Methods may merge in between."""
+"""Whose image tokens are meant: those that attention, the MLP or the block got. Methods may merge tokens in between."""
 
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -24,18 +31,18 @@ _FUSED = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "to_added_kv": ("add_k_proj", "add_v_proj"),
 }
-"""Layers of diffusers' attention that take the place of others, which stay where they are but are not called."""
+"""Fused layers of diffusers' attention, each with the layers that it replaces; these stay in place but do not run."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers that run over the same rows.
+    """The layers of a block that run over the same rows and are listed together.
 
     Attributes:
-        part: what their cost is listed under.
-        rows: one row for each of these.
-        owner: whose image tokens.
-        flops: for one row, multiply-add = 2.
+        part: the entry under which their FLOPs are listed.
+        rows: what their rows are.
+        owner: whose image tokens the rows are.
+        flops: FLOPs of all these layers for one row.
     """
 
     part: str
@@ -46,15 +53,15 @@ class Layers:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The two products of one attention.
+    """The two matrix products of one attention: queries with keys, and probabilities with values.
 
     Attributes:
-        part: what their cost is listed under.
-        kind: queries and keys are image and text tokens, or image tokens alone, or the keys are an encoder's tokens; or
-            keys and values are multiplied first.
-        width: H d, channels of all heads together.
-        head: d.
-        owner: whose image tokens.
+        part: the entry under which their FLOPs are listed.
+        kind: "joint" attends among image and text tokens, "image" among image tokens only, "context" from image tokens
+            to an encoder's tokens; "linear" multiplies keys with values first.
+        width: H d, the channels of all heads together.
+        head: d, the channels of one head.
+        owner: whose image tokens take part.
     """
 
     part: str
@@ -66,149 +73,155 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Structure:
-    """The products of one block.
+    """The matrix products of one block.
 
     Attributes:
-        layers: linear layers and convolutions.
-        pairs: products of attention.
-        indicator: FLOPs for one sample of what a feature cache compares, multiply-add = 2.
-        words: see `Products`.
-        parts: what the cost of each layer is listed under, by where it is in the block.
+        layers: its linear layers and convolutions.
+        pairs: its attentions.
+        indicator: FLOPs per sample of the tensor that a feature cache compares.
+        context_text: see `Products`.
+        parts: for each layer, by its path from the block, the entry under which its FLOPs are listed.
     """
 
     layers: tuple[Layers, ...]
     pairs: tuple[Pairs, ...]
     indicator: int = 0
-    words: int | None = None
+    context_text: int | None = None
     parts: tuple[tuple[str, str], ...] = ()
 
 
 def structures(model: nn.Module, adapter: ModelAdapter) -> tuple[Structure, ...] | None:
-    """The products of every block, counted over all stacks; None where the adapter does not know them."""
-    found = []
-    for stack in adapter.stacks:
-        for block in model.get_submodule(stack.path):  # type: ignore[attr-defined]
-            one = structure(block, stack)
+    """Read the structures of all blocks of a model, in the order in which they run.
+
+    Returns:
+        One structure per block; None if the adapter does not declare the products of a block or an attention cannot be
+        read.
+    """
+    result = []
+    for blocks in adapter.blocks:
+        for block in model.get_submodule(blocks.path):  # type: ignore[attr-defined]
+            one = structure(block, blocks)
             if one is None:
                 return None
-            found.append(one)
-    return tuple(found)
+            result.append(one)
+    return tuple(result)
 
 
-def structure(block: nn.Module, stack: Stack) -> Structure | None:
-    """The products of one block; None where the adapter does not know them."""
-    products = stack.products
+def structure(block: nn.Module, blocks: Blocks) -> Structure | None:
+    """Read the structure of one block; None under the conditions of `structures`."""
+    products = blocks.products
     if products is None:
         return None
     flops: defaultdict[tuple[str, Rows, Owner], int] = defaultdict(int)
     indicator = 0
     parts = []
-    for name, cost in _layers(block):
-        place = _place(name, block, stack, products)
+    for name, cost in _running_layers(block):
+        place = _classify(name, block, blocks, products)
         flops[place] += cost
         parts.append((name, place[0]))
-        if stack.modulated is not None and _matches(name, products.indicator):
+        if blocks.modulated is not None and _matches(name, products.indicator):
             indicator += cost
-    pairs = list(_pairs(block, stack, products))
+    pairs = list(_attentions(block, blocks, products))
     if None in pairs:
         return None
     layers = tuple(Layers(*place, cost) for place, cost in flops.items())
-    return Structure(layers, tuple(each for each in pairs if each), indicator, products.words, tuple(parts))
+    return Structure(layers, tuple(pair for pair in pairs if pair), indicator, products.context_text, tuple(parts))
 
 
-def _layers(block: nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and FLOPs a row of every layer of a block that is called."""
-    parts = dict(block.named_modules())
-    for name, part in parts.items():
-        if not isinstance(part, (nn.Linear, _ConvNd)) or "processor" in name.split("."):
+def rows_of(name: str, block: nn.Module, blocks: Blocks) -> Rows:
+    """Return what the rows of a layer are, given its path from the block."""
+    return _classify(name, block, blocks, blocks.products or DEFAULT_PRODUCTS)[1]
+
+
+def _running_layers(block: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield the path and the FLOPs per row of every linear layer and convolution that a call of the block runs."""
+    modules = dict(block.named_modules())
+    for name, module in modules.items():
+        if not isinstance(module, (nn.Linear, _ConvNd)) or "processor" in name.split("."):
             continue
-        if not _replaced(name, parts) and _adapter_runs(name, parts):
-            numbers = part.in_features * part.out_features if isinstance(part, nn.Linear) else part.weight.numel()
-            yield name, 2 * numbers
+        if not _is_fused(name, modules) and not _is_idle_lora(name, modules):
+            elements = (
+                module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
+            )
+            yield name, 2 * elements
 
 
-def rows_of(name: str, block: nn.Module, stack: Stack) -> Rows:
-    """The rows that a layer of a block runs over."""
-    return _place(name, block, stack, stack.products or USUAL)[1]
-
-
-def _replaced(name: str, parts: dict[str, nn.Module]) -> bool:
-    """Whether a fused layer runs in its place."""
+def _is_fused(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Tell whether a fused layer runs in place of this one."""
     path, _, own = name.removesuffix(".base_layer").rpartition(".")
-    holder: Any = parts.get(path)
+    holder: Any = modules.get(path)
     if not getattr(holder, "fused_projections", False):
         return False
     return any(own in replaced and hasattr(holder, fused) for fused, replaced in _FUSED.items())
 
 
-def _adapter_runs(name: str, parts: dict[str, nn.Module]) -> bool:
-    """Whether a layer is no adapter of peft, or one that is switched on and not merged into its base."""
+def _is_idle_lora(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Tell whether a layer belongs to a LoRA of peft that is switched off or merged into its base layer."""
     for kind in (".lora_A.", ".lora_B."):
-        path, found, adapter = name.partition(kind)
-        if found:
-            holder: Any = parts[path]
-            return not holder.disable_adapters and not holder.merged and adapter in holder.active_adapters
-    return True
+        path, infix, adapter = name.partition(kind)
+        if infix:
+            holder: Any = modules[path]
+            return bool(holder.disable_adapters or holder.merged or adapter not in holder.active_adapters)
+    return False
 
 
-def _place(name: str, block: nn.Module, stack: Stack, products: Products) -> tuple[str, Rows, Owner]:
-    """What a layer is listed under, and the rows that it runs over."""
+def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -> tuple[str, Rows, Owner]:
+    """Return the entry under which a layer is listed, what its rows are and whose image tokens they are."""
     top, _, rest = name.partition(".")
     if _matches(name, products.sample):
         return "adaLN", "sample", "block"
     if top in products.cross:
-        return "cross-attention", _cross(rest, getattr(block, top)), "block"
+        return "cross-attention", _cross_attention_rows(rest, getattr(block, top)), "block"
     owner: Owner = "block"
-    if top == _first(block, stack.attention):
+    if top == _first_of(block, blocks.attention):
         part, owner = "projections", "attention"
     elif top in products.beside:
         return "projections", "image", "block"
-    elif top == _first(block, stack.mlp):
+    elif top == _first_of(block, blocks.mlp):
         part, owner = "mlp", "mlp"
     else:
         part = "mlp" if _matches(name, products.mlp) else "other"
     if _matches(name, products.text):
         return part, "text", owner
-    joint = stack.image != "all" or _matches(name, products.joint)
+    joint = blocks.image != "all" or _matches(name, products.joint)
     if owner == "attention":
-        joint |= stack.inside is not None or (stack.text is not None and not _has_text(block, top, products))
+        joint |= blocks.inside is not None or (blocks.text is not None and not _has_text_layers(block, top, products))
     elif owner == "mlp":
-        joint |= stack.inside_mlp is not None
+        joint |= blocks.inside_mlp is not None
     return part, "joint" if joint else "image", owner
 
 
-def _has_text(block: nn.Module, attention: str, products: Products) -> bool:
-    """Whether attention has layers for the text tokens."""
-    return any(
-        _matches(f"{attention}.{name}", products.text) for name, _ in block.get_submodule(attention).named_modules()
-    )
+def _has_text_layers(block: nn.Module, attention: str, products: Products) -> bool:
+    """Tell whether attention has separate layers for text tokens."""
+    names = (name for name, _ in block.get_submodule(attention).named_modules())
+    return any(_matches(f"{attention}.{name}", products.text) for name in names)
 
 
-def _cross(name: str, attention: Any) -> Rows:
-    """Rows of a layer of attention to an encoder's tokens."""
+def _cross_attention_rows(name: str, attention: Any) -> Rows:
+    """Return what the rows of a layer of cross-attention are, given its path from the attention."""
     if name.startswith(("add_", "to_added_")):
-        return "pictures"
+        return "context_image"
     if name.startswith(("to_k", "to_v")):
-        return "context" if getattr(attention, "add_k_proj", None) is None else "words"
+        return "context" if getattr(attention, "add_k_proj", None) is None else "context_text"
     return "image"
 
 
-def _pairs(block: nn.Module, stack: Stack, products: Products) -> Iterator[Pairs | None]:
-    """The attentions of a block, None for one whose width cannot be read."""
-    own = _first(block, stack.attention)
-    chosen = [] if own is None else [(own, "linear" if products.linear else "joint", "attention", "attention")]
-    chosen += [(name, "image", "attention", "block") for name in products.beside]
-    chosen += [(name, "context", "cross-attention", "block") for name in products.cross]
-    for name, kind, part, owner in chosen:
+def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterator[Pairs | None]:
+    """Yield the attentions of a block; None for one whose number of channels cannot be read."""
+    own = _first_of(block, blocks.attention)
+    declared = [] if own is None else [(own, "linear" if products.linear else "joint", "attention", "attention")]
+    declared += [(name, "image", "attention", "block") for name in products.beside]
+    declared += [(name, "context", "cross-attention", "block") for name in products.cross]
+    for name, kind, part, owner in declared:
         attention = getattr(block, name, None)
         if attention is not None:
-            width = _width(attention)
+            width = _query_channels(attention)
             heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
             yield Pairs(part, kind, width, width // int(heads or 1), owner) if width else None  # type: ignore[arg-type]
 
 
-def _width(attention: Any) -> int:
-    """H d of an attention: what its queries have; 0 if it cannot be read."""
+def _query_channels(attention: Any) -> int:
+    """Return H d, the channels of the queries of an attention; 0 if they cannot be read."""
     for name, shares in (("to_q", 1), ("q_proj", 1), ("qkv", 3), ("to_qkv", 3)):
         layer = getattr(attention, name, None)
         if layer is not None:
@@ -216,8 +229,8 @@ def _width(attention: Any) -> int:
     return int(getattr(attention, "inner_dim", 0))
 
 
-def _first(block: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The attribute that a block has, in order of preference."""
+def _first_of(block: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Return the first of these attributes that the block has."""
     return next((name for name in names if hasattr(block, name)), None)
 
 

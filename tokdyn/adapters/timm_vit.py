@@ -1,7 +1,7 @@
-"""timm's VisionTransformer: an image classifier, the case in which token merging was published (arXiv 2210.09461).
+"""Adapter of timm's VisionTransformer, the image classifier for which token merging was published (arXiv 2210.09461).
 
-Class, distillation and register tokens lie before the tokens of the image and are neither merged nor dropped. There is
-no noise level.
+Class, distillation and register tokens come before the image tokens and are neither merged nor dropped. There is no
+noise level.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.adapters.base import Arguments, ModelAdapter, Stack
+from tokdyn.adapters.base import Arguments, Blocks, ModelAdapter
 from tokdyn.adapters.facebook import WIDTH
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
@@ -19,8 +19,8 @@ from tokdyn.tokens import Grid
 def _grid(model: nn.Module, call: Arguments) -> Grid:
     if model.training and not isinstance(model.patch_drop, nn.Identity):
         raise InputError(
-            f"patch_drop_rate drops patches of this {type(model).__name__} at random while training, so its tokens are "
-            "no grid; build it with patch_drop_rate=0 and use TokenDrop, or call model.eval()."
+            f"patch_drop_rate drops patches of this {type(model).__name__} at random while training, so its tokens "
+            "form no grid; build it with patch_drop_rate=0 and use TokenDrop, or call model.eval()."
         )
     rows, columns = model.patch_embed.dynamic_feat_size(call["x"].shape[-2:])  # type: ignore[union-attr, operator]
     return rows, columns
@@ -37,15 +37,16 @@ def _heads(model: nn.Module) -> int:
     return int(getattr(getattr(blocks[0], "attn", blocks[0]), "num_heads", 0))
 
 
-_MASK = "it has an entry for every pair of tokens; leave it out"
-
 TIMM_VIT = ModelAdapter(
     name="timm ViT",
     classes=("VisionTransformer",),
-    stacks=(Stack("blocks", tokens="x", image="last", attention=("attn",), mlp=("mlp",), width=WIDTH),),
+    blocks=(Blocks("blocks", tokens="x", image="last", attention=("attn",), mlp=("mlp",), width=WIDTH),),
     grid=_grid,
     level=None,
-    refuse={"attn_mask": _MASK, "is_causal": "merged tokens have no order; leave it out"},
+    refuse={
+        "attn_mask": "it has one entry per pair of tokens; leave it out",
+        "is_causal": "merged tokens have no order; leave it out",
+    },
     width=lambda model: int(model.embed_dim),  # type: ignore[arg-type]
     heads=_heads,
     fits=_fits,

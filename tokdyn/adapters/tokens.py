@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokdyn.adapters.base import Follow, Stack
+from tokdyn.adapters.base import Blocks, Follow
 from tokdyn.errors import InputError
 from tokdyn.ops.dropping import take
 
@@ -37,13 +37,13 @@ def join(text: Tensor | None, x: Tensor, image: str) -> Tensor:
     return torch.cat([x, text] if image == "first" else [text, x], dim=1)
 
 
-def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> Any:
+def follow(value: Any, how: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:
     """Select the entries of some tokens of an argument that has one for every token.
 
     Args:
         value: None, a tensor or a tuple or list of tensors.
         how: says where its tokens are.
-        stack: says where image tokens lie beside text.
+        blocks: says where image tokens lie beside text.
         index: (B, M) image tokens that stay, rising.
         count: N, image tokens that `value` has entries for.
 
@@ -53,10 +53,10 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
     if isinstance(value, (tuple, list)):
         chosen = range(len(value)) if how.item is None else (how.item,)
         return type(value)(
-            follow(part, how, stack, index, count) if place in chosen else part for place, part in enumerate(value)
+            follow(part, how, blocks, index, count) if place in chosen else part for place, part in enumerate(value)
         )
     if isinstance(value, PerSample):  # an enclosing method has selected before
-        return PerSample.of(follow(value.table, replace(how, axis=how.axis + 1, batched=True), stack, index, count))
+        return PerSample.of(follow(value.table, replace(how, axis=how.axis + 1, batched=True), blocks, index, count))
     if not isinstance(value, Tensor) or value.dim() != (how.dims or value.dim()) or value.shape[how.axis] < count:
         return value
     axis = how.axis
@@ -68,24 +68,24 @@ def follow(value: Any, how: Follow, stack: Stack, index: Tensor, count: int) -> 
     text = moved.shape[1] - count
     place = index
     if text:
-        offset = text if stack.joint == "last" else 0
-        beside = torch.arange(text, device=index.device) + (0 if stack.joint == "last" else count)
+        offset = text if blocks.joint == "last" else 0
+        beside = torch.arange(text, device=index.device) + (0 if blocks.joint == "last" else count)
         parts = [beside.expand(len(index), -1), index + offset]
-        place = torch.cat(parts if stack.joint == "last" else parts[::-1], dim=1)
+        place = torch.cat(parts if blocks.joint == "last" else parts[::-1], dim=1)
     selected = take(moved.contiguous(), place).movedim(1, axis)
     return selected if how.batched else PerSample.of(selected)
 
 
-def of_samples(named: Mapping[str, Any], rows: Tensor, batch: int, stack: Stack) -> dict[str, Any]:
+def of_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: Blocks) -> dict[str, Any]:
     """Select the entries of some samples of a batch; what has no batch is shared by all.
 
     Args:
         named: arguments by name.
         rows: (b,) int64, the samples.
         batch: B.
-        stack: says which arguments have no batch.
+        blocks: says which arguments have no batch.
     """
-    shared = {how.name for how in stack.follow if not how.batched}
+    shared = {how.name for how in blocks.follow if not how.batched}
     selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
         if id(value) not in selected:

@@ -147,11 +147,11 @@ class Attachment(nn.Module):
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """List the blocks of the model that carries this, in the order in which they run."""
-        return [block for stack in self.adapter.stacks for block in blocks_of(model, stack)]
+        return [block for blocks in self.adapter.blocks for block in blocks_of(model, blocks)]
 
     def first_block(self, model: nn.Module) -> nn.Module:
         """Return the first of them."""
-        return next(iter(model.get_submodule(self.adapter.stacks[0].path).children()))
+        return next(iter(model.get_submodule(self.adapter.blocks[0].path).children()))
 
     def begin_call(
         self,
@@ -253,7 +253,7 @@ def draw(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> 
 
 def sizes_of(model: nn.Module, adapter: ModelAdapter) -> Sizes:
     """Measure what methods need to know of a model to build their parts."""
-    blocks = [block for stack in adapter.stacks for block in blocks_of(model, stack)]
+    blocks = [block for blocks in adapter.blocks for block in blocks_of(model, blocks)]
     weights = tuple(sum(p.numel() for p in block.parameters()) for block in blocks)
     return Sizes(adapter.width(model), adapter.heads(model), weights)
 

@@ -129,7 +129,9 @@ def _level(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
 
 def _sublayer(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     """A method around sublayers needs blocks that have them."""
-    missing = [_SUBLAYERS[kind] for kind in traits.around if not any(getattr(stack, kind) for stack in adapter.stacks)]
+    missing = [
+        _SUBLAYERS[kind] for kind in traits.around if not any(getattr(blocks, kind) for blocks in adapter.blocks)
+    ]
     return f"the blocks have no {' and no '.join(missing)} of their own to merge around" if missing else None
 
 
@@ -144,10 +146,10 @@ def _pruning(adapter: ModelAdapter, method: Method, traits: Traits) -> str | Non
     """Blocks can be pruned where the adapter says what belongs to which head and channel."""
     if traits.prunes is None:
         return None
-    for stack in adapter.stacks:
-        reason = unfit(stack, traits.prunes, adapter.dense)
+    for blocks in adapter.blocks:
+        reason = unfit(blocks, traits.prunes, adapter.dense)
         if reason is not None:
-            return f"the blocks in {stack.path!r} {reason}"
+            return f"the blocks in {blocks.path!r} {reason}"
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.adapters.base import Stack
+from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.tokens import join
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext, is_offloaded
@@ -61,15 +61,15 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     if context.guard is not None:
         plain = partial(class_swap.base_class(module).__call__, module, *args, **kwargs)
         site = context.guard.begin(frame.sites, module, named, plain)
-    stack, edge = site.stack, site.block in frame.handlers.edges
-    view = context.view = _arrive(context, frame, named, stack)
+    blocks, edge = site.blocks, site.block in frame.handlers.edges
+    view = context.view = _arrive(context, frame, named, blocks)
     if edge:
-        named[stack.tokens], view = _open(replace(frame, view=view), module, site, named)
-    as_given = not edge and (stack.packing is None or view.packing is named[stack.packing])
-    if stack.packing is not None:
-        named[stack.packing] = view.packing
+        named[blocks.tokens], view = _open(replace(frame, view=view), module, site, named)
+    as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
+    if blocks.packing is not None:
+        named[blocks.packing] = view.packing
     frame = replace(frame, view=view)
-    if as_given and _nothing_acts(frame, stack):
+    if as_given and _nothing_acts(frame, blocks):
         block = _note(context, view, site, named)
         if not frame.handlers.sublayers:
             return call(*args, **kwargs)
@@ -79,8 +79,8 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
     if context.guard is not None:
-        context.guard.before = (stack.path, results["tokens"])
-    return results["tokens"] if len(stack.returns) == 1 else tuple(results[name] for name in stack.returns)
+        context.guard.before = (blocks.path, results["tokens"])
+    return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
 
 
 def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], named: Named) -> Any:
@@ -88,12 +88,12 @@ def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], nam
     return call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
 
 
-def _arrive(context: CallContext, frame: Frame, named: Named, stack: Stack) -> TokenView:
+def _arrive(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -> TokenView:
     """Say what a block gets: the view of the block before, or at the first block that of all tokens."""
-    view, tokens, packing = context.view, named[stack.tokens], None
+    view, tokens, packing = context.view, named[blocks.tokens], None
     batch = len(tokens)
-    if stack.packing is not None:
-        packing = named[stack.packing]
+    if blocks.packing is not None:
+        packing = named[blocks.packing]
         batch = len(packing.lengths)
     if view is not None and view.batch == batch:
         return view
@@ -103,18 +103,18 @@ def _arrive(context: CallContext, frame: Frame, named: Named, stack: Stack) -> T
         if not context.trace.batch:
             context.trace.batch, context.trace.cells, context.trace.kept = batch, view.cells, packing.lengths
         return view
-    count = context.trace.cells or _image_tokens(context, frame, tokens, stack)
+    count = context.trace.cells or _image_tokens(context, frame, tokens, blocks)
     view = TokenView(samples, count, count)
     if not context.trace.batch:
         trace = context.trace
         trace.batch, trace.cells = batch, count
-        trace.text, trace.context = _beside(named, stack, count)
+        trace.text, trace.context = _beside(named, blocks, count)
         if context.readings.grid.known:
             context.check_grid(context.grid)
     return view
 
 
-def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, stack: Stack) -> int:
+def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
     """Count the image tokens of what the first block gets.
 
     The grid is read only where text lies in the same sequence and a method has to tell the two apart; where none has
@@ -122,25 +122,25 @@ def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, stack: Sta
     """
     if context.adapter.grid is None:
         context.readings.grid.put((tokens.shape[1],))
-    elif stack.image != "all" and frame.handlers.separates_text:
+    elif blocks.image != "all" and frame.handlers.separates_text:
         return cells(context.grid)
     return tokens.shape[1]
 
 
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
     """Open the brackets that begin with a block."""
-    context, view, tokens = frame.context, frame.view, named[site.stack.tokens]
+    context, view, tokens = frame.context, frame.view, named[site.blocks.tokens]
     brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
     if not brackets:
         return tokens, view
     before = view.packing
     tokens, view = view.padded(tokens)
-    text, x = view.split(tokens, site.stack)
+    text, x = view.split(tokens, site.blocks)
     block = BlockCall(module, site, named)
     for bracket in brackets:
         if not view.all_idle:  # otherwise nothing is computed within
             x, view = bracket.open(frame, view, x, block)
-    tokens = join(text, x, site.stack.image)
+    tokens = join(text, x, site.blocks.image)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
@@ -155,29 +155,29 @@ def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
         return tokens
     before = view.packing
     tokens, view = view.padded(tokens)
-    text, x = view.split(tokens, site.stack)
+    text, x = view.split(tokens, site.blocks)
     for bracket in brackets:
         x, view = bracket.close(frame, view, x)
-    tokens = join(text, x, site.stack.image)
+    tokens = join(text, x, site.blocks.image)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
     return tokens
 
 
-def _nothing_acts(frame: Frame, stack: Stack) -> bool:
+def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
     """Whether a block is computed for all samples as it would be without methods."""
     view, handlers = frame.view, frame.handlers
     if handlers.gates or handlers.kernels or frame.context.guard is not None or view.lengths or view.idle:
         return False
-    return view.index is None or not stack.follow
+    return view.index is None or not blocks.follow
 
 
 def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
     """Compute a block for the samples that it runs for, and return its results by name."""
-    context, view, stack = frame.context, frame.view, site.stack
-    results: Named = {"tokens": named[stack.tokens], "text": named.get(stack.text or "")}
-    given, device = dict(results), named[stack.tokens].device
+    context, view, blocks = frame.context, frame.view, site.blocks
+    results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
+    given, device = dict(results), named[blocks.tokens].device
     groups = _groups(frame, site.block)
     if groups is not None and not groups and is_offloaded(module):
         context.residency.skipped(module)
@@ -196,7 +196,7 @@ def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: 
         for places in groups:
             part = view.take(places, device)
             for name, value in _compute(frame, module, site, inner, named, part).items():
-                results[name] = part.scatter(name, results[name], value, stack)
+                results[name] = part.scatter(name, results[name], value, blocks)
     for gate in frame.handlers.gates:
         weight = gate.weight(context, view, site.block)
         if weight is not None:
@@ -241,18 +241,18 @@ def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
 
 def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named, part: Part | None) -> Named:
     """Compute a block for one group of samples, or for all, and return its results by name."""
-    context, stack = frame.context, site.stack
+    context, blocks = frame.context, site.blocks
     view = frame.view if part is None else part.view
-    arguments = named if part is None else part.take(named, stack)
-    arguments = {**arguments, **context.readings.followed.select(named, stack, view, part)}
+    arguments = named if part is None else part.take(named, blocks)
+    arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part)}
     block = _note(context, view, site, arguments)
     inside = replace(frame, view=view, block=block, exchange=Exchange(view.samples))
     for kernel in frame.handlers.kernels:
         inner = partial(kernel.run, inside, module, site, inner)
     out = class_swap.within(inside, inner, arguments)
     if context.guard is not None:
-        context.guard.after(stack, arguments[stack.tokens], out)
-    return dict(zip(stack.returns, out if isinstance(out, tuple) else (out,), strict=False))
+        context.guard.after(blocks, arguments[blocks.tokens], out)
+    return dict(zip(blocks.returns, out if isinstance(out, tuple) else (out,), strict=False))
 
 
 def _note(context: CallContext, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
@@ -261,18 +261,18 @@ def _note(context: CallContext, view: TokenView, site: Site, named: Mapping[str,
     if view.packing is not None and len(set(view.packing.lengths)) > 1:
         rows = view.packing.lengths
     tokens = view.room if view.packing is None else view.packing.longest
-    beside = (0, 0) if view.packing is not None else _beside(named, site.stack, tokens)
+    beside = (0, 0) if view.packing is not None else _beside(named, site.blocks, tokens)
     block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=context.which(view))
     context.trace.blocks.append(block)
     return block
 
 
-def _beside(named: Mapping[str, Any], stack: Stack, image: int) -> tuple[int, int]:
+def _beside(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
     """Count the text tokens that a block gets, and the tokens of an encoder that it attends to in cross-attention."""
-    text, encoder = named.get(stack.text or ""), None
-    if stack.products is not None and stack.products.cross:
-        encoder = named.get(stack.products.context)
-    beside = named[stack.tokens].shape[1] - image
+    text, encoder = named.get(blocks.text or ""), None
+    if blocks.products is not None and blocks.products.cross:
+        encoder = named.get(blocks.products.context)
+    beside = named[blocks.tokens].shape[1] - image
     return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
 
 

@@ -12,35 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.adapters.base import Stack
+from tokdyn.adapters.base import Blocks
 from tokdyn.attach.sites import Site, Sites
 from tokdyn.errors import UnsupportedModelError
 
 _CURE = "register an adapter for it (docs/adapters.md)"
 
 
-def learn(stack: Stack, named: Mapping[str, Any], out: Any) -> Stack | str:
+def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
     """What a block returns, from the shapes of what it got and gave back.
 
     Args:
-        stack: with `returns` unknown.
+        blocks: with `returns` unknown.
         named: arguments of the block by name.
         out: what it returned.
 
     Returns:
-        The stack with `returns` and, if text comes back too, `text`; or what does not fit.
+        The blocks with `returns` and, if text comes back too, `text`; or what does not fit.
     """
-    x = named.get(stack.tokens)
+    x = named.get(blocks.tokens)
     if not isinstance(x, Tensor) or x.dim() != 3:
-        return f"its blocks get {_shape(x)} as {stack.tokens!r}, not tokens (batch, tokens, width)"
+        return f"its blocks get {_shape(x)} as {blocks.tokens!r}, not tokens (batch, tokens, width)"
     parts = list(out) if isinstance(out, tuple) else [out]
     if len(parts) > 2 or not all(isinstance(part, Tensor) for part in parts):
         return f"its blocks return {_shape(out)}, not tokens or tokens and text"
     if not isinstance(out, tuple):
-        return replace(stack, returns=("tokens",)) if out.shape == x.shape else _changed(x, out)
+        return replace(blocks, returns=("tokens",)) if out.shape == x.shape else _changed(x, out)
     if len(parts) == 1:
         return "its blocks return a tuple of one tensor"
-    texts = [name for name, value in named.items() if name != stack.tokens and _tokens(value)]
+    texts = [name for name, value in named.items() if name != blocks.tokens and _tokens(value)]
     ways = [
         (place, name)
         for place in (0, 1)
@@ -55,15 +55,15 @@ def learn(stack: Stack, named: Mapping[str, Any], out: Any) -> Stack | str:
             "the image; call it once with another number of text tokens"
         )
     place, text = ways[0]
-    return replace(stack, text=text, returns=("tokens", "text") if place == 0 else ("text", "tokens"))
+    return replace(blocks, text=text, returns=("tokens", "text") if place == 0 else ("text", "tokens"))
 
 
 def flow(before: Tensor, after: Tensor) -> str:
-    """How the tokens that a stack left go into the next one.
+    """How the tokens that a blocks left go into the next one.
 
     Args:
-        before: (B, N, D), what the last block of a stack returned.
-        after: (B, S, D), what the first block of the next stack gets.
+        before: (B, N, D), what the last block of a blocks returned.
+        after: (B, S, D), what the first block of the next blocks gets.
 
     Returns:
         "all", or "first" or "last" where they lie beside other tokens, "changed" if only the shape is the same, "none".
@@ -86,9 +86,9 @@ class Guard:
         model: name of its class.
         depth: number of blocks.
         batch: samples of the call, as far as its arguments tell.
-        caches: a cache spans the stacks.
+        caches: whether a cache spans several lists of blocks.
         next: the block that has to come next.
-        before: path of the stack of the block before, and what it returned.
+        before: path of the blocks of the block before, and what it returned.
     """
 
     model: str
@@ -113,33 +113,33 @@ class Guard:
         site = sites[id(module)]
         if site.block != self.next:
             raise self._refusal(
-                f"block {site.block}, of {site.stack.path!r}, came where block {self.next} was expected, so its blocks "
-                "do not run one after the other"
+                f"block {site.block}, of {site.blocks.path!r}, came where block {self.next} was expected, so its "
+                "blocks do not run one after the other"
             )
         self.next += 1
-        if not site.stack.returns:
+        if not site.blocks.returns:
             with torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
-                found = learn(site.stack, named, plain())
-            if isinstance(found, Stack) and self.before is not None:
+                found = learn(site.blocks, named, plain())
+            if isinstance(found, Blocks) and self.before is not None:
                 found = self._joined(found, named[found.tokens])
             if isinstance(found, str):
                 raise self._refusal(found)
             for key, other in sites.items():
-                if other.stack.path == found.path:
-                    sites[key] = replace(other, stack=found)
-        x = named[site.stack.tokens]
-        if self.before is not None and self.before[0] == site.stack.path and x.shape != self.before[1].shape:
+                if other.blocks.path == found.path:
+                    sites[key] = replace(other, blocks=found)
+        x = named[site.blocks.tokens]
+        if self.before is not None and self.before[0] == site.blocks.path and x.shape != self.before[1].shape:
             raise self._refusal(_changed(self.before[1], x))
         if self.batch not in (None, len(x)):
             raise self._refusal(f"it is called with {self.batch} samples, but its blocks get {_shape(x)}")
         return sites[id(module)]
 
-    def after(self, stack: Stack, given: Tensor, out: Any) -> None:
+    def after(self, blocks: Blocks, given: Tensor, out: Any) -> None:
         """Check what a block returned."""
         parts = out if isinstance(out, tuple) else (out,)
-        if len(parts) != len(stack.returns):
+        if len(parts) != len(blocks.returns):
             raise self._refusal(f"its blocks return now one thing, now another: {_shape(out)}")
-        x = parts[stack.returns.index("tokens")]
+        x = parts[blocks.returns.index("tokens")]
         if not isinstance(x, Tensor) or x.shape != given.shape:
             raise self._refusal(_changed(given, x))
 
@@ -148,16 +148,16 @@ class Guard:
         if self.next != self.depth:
             raise self._refusal(f"{self.next} of its {self.depth} blocks were called")
 
-    def _joined(self, stack: Stack, x: Tensor) -> Stack | str:
-        """The stack with the place of the image tokens that came from the one before."""
+    def _joined(self, blocks: Blocks, x: Tensor) -> Blocks | str:
+        """The blocks with the place of the image tokens that came from the one before."""
         assert self.before is not None
         how = flow(self.before[1], x)
         if how == "none" or (how == "changed" and self.caches):
             return (
-                f"the blocks in {stack.path!r} get {_shape(x)}, which are not the tokens {_shape(self.before[1])} that "
-                f"those in {self.before[0]!r} left"
+                f"the blocks in {blocks.path!r} get {_shape(x)}, which are not the tokens {_shape(self.before[1])} "
+                f"that those in {self.before[0]!r} left"
             )
-        return stack if how in ("all", "changed") else replace(stack, image=how)  # type: ignore[arg-type]
+        return blocks if how in ("all", "changed") else replace(blocks, image=how)  # type: ignore[arg-type]
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(

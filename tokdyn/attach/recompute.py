@@ -52,7 +52,7 @@ class Replays:
         if not torch.is_grad_enabled():
             _HIDDEN.add(module)
             return
-        tokens = named[site.stack.tokens]
+        tokens = named[site.blocks.tokens]
         _REPLAYS[module] = ref(self)
         self._frames.setdefault(tokens, {})[id(module)] = _detached(frame, tokens, _TOKENS)
 
@@ -64,7 +64,7 @@ class Replays:
 
     def go_on(self, frame: Frame, site: Site, out: Any) -> None:
         """After a block was recomputed, let the next one, if it is too, go on in the same frame."""
-        tokens = out[site.stack.returns.index("tokens")] if isinstance(out, tuple) else out
+        tokens = out[site.blocks.returns.index("tokens")] if isinstance(out, tuple) else out
         self._frames.setdefault(tokens, {})[_NEXT] = _detached(frame, tokens, _TOKENS)
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-import tokdyn
+from tokdyn import __version__
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached, unwrap, wrap
 from tokdyn.attach.offload import weights_are_offloaded
@@ -42,7 +42,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     if weights_are_offloaded(model, attachment):
         raise InputError("the weights of the methods are offloaded; save them before offloading the model.")
     methods = [to_settings(each) for each in attachment.methods]
-    content = {"tokdyn": tokdyn.__version__, "model": type(model).__name__, "methods": methods}
+    content = {"tokdyn": __version__, "model": type(model).__name__, "methods": methods}
     weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}
     if weights:
         with replacing(where / WEIGHTS) as half:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokdyn.adapters.base import ModelAdapter, Stack
+from tokdyn.adapters.base import Blocks, ModelAdapter
 from tokdyn.attach.class_swap import base_class
 from tokdyn.attach.width.layout import Layer, Layout, reach
 from tokdyn.errors import UnsupportedModelError
@@ -22,14 +22,14 @@ class Site:
     Attributes:
         kind: what it is; "stream" is an identity that the tokens pass between attention and MLP.
         block: index of its block, counted over all lists of blocks.
-        stack: the list that its block is in.
+        blocks: the list that its block is in.
         names: arguments of its forward, in order.
         layer: what the outputs and inputs of a layer belong to; None for other modules.
     """
 
     kind: Literal["block", "attention", "mlp", "stream", "layer"]
     block: int
-    stack: Stack
+    blocks: Blocks
     names: tuple[str, ...]
     layer: Layer | None = None
 
@@ -44,22 +44,22 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def blocks_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
-    """List the blocks of a stack.
+def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
+    """List the blocks of a blocks.
 
     Raises:
         UnsupportedModelError: the model has none in that place.
     """
     try:
-        blocks = model.get_submodule(stack.path)
+        modules = model.get_submodule(blocks.path)
     except AttributeError:
-        blocks = nn.Identity()
-    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        modules = nn.Identity()
+    if not isinstance(modules, (nn.ModuleList, nn.Sequential)):
         raise UnsupportedModelError(
-            f"the adapter of {type(model).__name__} says that its blocks are in {stack.path!r}, and there is no list "
+            f"the adapter of {type(model).__name__} says that its blocks are in {blocks.path!r}, and there is no list "
             "of modules there; correct the adapter."
         )
-    return list(blocks)
+    return list(modules)
 
 
 def find_sites(
@@ -83,16 +83,16 @@ def find_sites(
     """
     sites: Sites = {}
     number = 0
-    for stack in adapter.stacks:
-        for block in blocks_of(model, stack):
-            site = sites[id(block)] = Site("block", number, stack, _block_arguments(block, stack))
-            kinds = [("attention", stack.attention), ("mlp", stack.mlp)]
-            if stream and stack.stream is not None:
-                kinds.append(("stream", (stack.stream,)))
+    for blocks in adapter.blocks:
+        for block in blocks_of(model, blocks):
+            site = sites[id(block)] = Site("block", number, blocks, _block_arguments(block, blocks))
+            kinds = [("attention", blocks.attention), ("mlp", blocks.mlp)]
+            if stream and blocks.stream is not None:
+                kinds.append(("stream", (blocks.stream,)))
             for kind, names in kinds if sublayers else ():
                 module = next((getattr(block, name) for name in names if hasattr(block, name)), None)
                 if module is not None:
-                    sites[id(module)] = Site(kind, number, stack, argument_names(module))  # type: ignore[arg-type]
+                    sites[id(module)] = Site(kind, number, blocks, argument_names(module))  # type: ignore[arg-type]
             if layouts:
                 sites |= layer_sites(block, site, layouts[number])
             number += 1
@@ -105,17 +105,17 @@ def layer_sites(block: nn.Module, site: Site, layout: Layout) -> Sites:
     for layer in layout.layers:
         module = reach(block, layer.names)
         if module is not None and (layer.into or (layout.parallel and "channels" in layer.out)):
-            sites[id(module)] = Site("layer", site.block, site.stack, (), layer)
+            sites[id(module)] = Site("layer", site.block, site.blocks, (), layer)
     return sites
 
 
-def _block_arguments(block: nn.Module, stack: Stack) -> tuple[str, ...]:
+def _block_arguments(block: nn.Module, blocks: Blocks) -> tuple[str, ...]:
     """Name a block's arguments and check that those of the adapter are among them."""
     names = argument_names(block)
-    for name in (stack.tokens, stack.text):
+    for name in (blocks.tokens, blocks.text):
         if name is not None and name not in names:
             raise UnsupportedModelError(
-                f"the adapter says that the blocks in {stack.path!r} hold tokens in {name!r}, but "
+                f"the adapter says that the blocks in {blocks.path!r} hold tokens in {name!r}, but "
                 f"{type(block).__name__} takes {', '.join(names)}; correct the adapter."
             )
     return names

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokdyn.adapters.base import Stack
+from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.tokens import follow, join, of_samples, split
 from tokdyn.ops.pack import pack_index, packing_of
 from tokdyn.tokens import Packing
@@ -69,9 +69,9 @@ class TokenView:
         lengths = tuple(sizes) if len(set(sizes)) > 1 else None
         return replace(self, room=index.shape[1], index=index, lengths=lengths, source=(*self.source, slot))
 
-    def split(self, x: Tensor, stack: Stack) -> tuple[Tensor | None, Tensor]:
+    def split(self, x: Tensor, blocks: Blocks) -> tuple[Tensor | None, Tensor]:
         """Split what a block gets or returns into text tokens, None where there are none, and image tokens."""
-        return split(x, self.room, stack.image)
+        return split(x, self.room, blocks.image)
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """List the cell and the sample of every image token, (T,) int64 each."""
@@ -140,53 +140,53 @@ class Part:
     places: Tensor
     rows: Tensor
 
-    def take(self, named: Mapping[str, Any], stack: Stack) -> dict[str, Any]:
+    def take(self, named: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
         """Select the entries of these samples and their tokens; arguments without a batch are shared by all.
 
         Arguments that follow the tokens are left to `FollowedArguments`.
 
         Args:
             named: arguments of a block or a sublayer, by name.
-            stack: says what they are.
+            blocks: says what they are.
         """
         batch = self.whole.batch
         if self.view.packing is None:
-            following = {how.name for how in stack.follow}
+            following = {how.name for how in blocks.follow}
             rest = {name: value for name, value in named.items() if name not in following}
-            chosen = {**named, **of_samples(rest, self.places, batch, stack)}
-            if stack.tokens in chosen:
-                chosen[stack.tokens] = self._shortened(chosen[stack.tokens], stack)
+            chosen = {**named, **of_samples(rest, self.places, batch, blocks)}
+            if blocks.tokens in chosen:
+                chosen[blocks.tokens] = self._shortened(chosen[blocks.tokens], blocks)
             return chosen
-        assert stack.packing is not None
-        rest = {name: value for name, value in named.items() if name not in (stack.tokens, stack.packing)}
-        rows = {stack.tokens: named[stack.tokens].index_select(0, self.rows), stack.packing: self.view.packing}
-        return {**named, **of_samples(rest, self.places, batch, stack), **rows}
+        assert blocks.packing is not None
+        rest = {name: value for name, value in named.items() if name not in (blocks.tokens, blocks.packing)}
+        rows = {blocks.tokens: named[blocks.tokens].index_select(0, self.rows), blocks.packing: self.view.packing}
+        return {**named, **of_samples(rest, self.places, batch, blocks), **rows}
 
-    def scatter(self, name: str, whole: Any, part: Any, stack: Stack) -> Any:
+    def scatter(self, name: str, whole: Any, part: Any, blocks: Blocks) -> Any:
         """Put the results of these samples in the place of what was there.
 
         Args:
             name: "tokens" or "text".
             whole: of all samples, or None.
             part: of these; None wins.
-            stack: says where image tokens lie.
+            blocks: says where image tokens lie.
         """
         if whole is None or part is None:
             return part
         length, room = self.view.room, self.whole.room
         if name == "tokens" and self.view.packing is None and length < room:
-            text, x = split(part, length, stack.image)
-            behind = split(whole.index_select(0, self.rows), room, stack.image)[1][:, length:]
-            part = join(text, torch.cat([x, behind.to(x.dtype)], dim=1), stack.image)
+            text, x = split(part, length, blocks.image)
+            behind = split(whole.index_select(0, self.rows), room, blocks.image)[1][:, length:]
+            part = join(text, torch.cat([x, behind.to(x.dtype)], dim=1), blocks.image)
         return whole.index_copy(0, self.rows if name == "tokens" else self.places, part.to(whole.dtype))
 
-    def _shortened(self, x: Tensor, stack: Stack) -> Tensor:
+    def _shortened(self, x: Tensor, blocks: Blocks) -> Tensor:
         """Leave out the slots that hold nothing."""
         length, room = self.view.room, self.whole.room
         if length == room:
             return x
-        text, own = split(x, room, stack.image)
-        return join(text, own[:, :length], stack.image)
+        text, own = split(x, room, blocks.image)
+        return join(text, own[:, :length], blocks.image)
 
 
 def _some(packing: Packing, places: Sequence[int], rows: Tensor) -> Packing:
@@ -203,12 +203,12 @@ class FollowedArguments:
     def __init__(self) -> None:
         self._kept: dict[Any, tuple[Any, Tensor | None, Any]] = {}
 
-    def select(self, named: Mapping[str, Any], stack: Stack, view: TokenView, part: Part | None) -> dict[str, Any]:
+    def select(self, named: Mapping[str, Any], blocks: Blocks, view: TokenView, part: Part | None) -> dict[str, Any]:
         """Give the arguments that follow the tokens entries for the tokens of a view alone.
 
         Args:
             named: arguments of a block by name, of all samples.
-            stack: says which of them follow the tokens.
+            blocks: says which of them follow the tokens.
             view: the tokens.
             part: how its samples are taken from another view; None if it has all of them.
 
@@ -216,7 +216,7 @@ class FollowedArguments:
             Those that change, by name.
         """
         selected: dict[str, Any] = {}
-        for how in stack.follow if part is not None or view.index is not None else ():
+        for how in blocks.follow if part is not None or view.index is not None else ():
             value = selected.get(how.name, named.get(how.name))  # an argument may follow along two axes
             if value is None:
                 continue
@@ -226,9 +226,9 @@ class FollowedArguments:
             if kept is None or kept[0] is not value or kept[1] is not index:
                 fitting = value
                 if part is not None and how.name not in selected:
-                    fitting = of_samples({how.name: value}, part.places, part.whole.batch, stack)[how.name]
+                    fitting = of_samples({how.name: value}, part.places, part.whole.batch, blocks)[how.name]
                 if view.index is not None:
-                    fitting = follow(fitting, how, stack, view.index, view.cells)
+                    fitting = follow(fitting, how, blocks, view.index, view.cells)
                 kept = self._kept[key] = value, index, fitting
             selected[how.name] = kept[2]
         return selected

@@ -68,7 +68,7 @@ class Replay:
     @property
     def depth(self) -> int:
         """Blocks of the model."""
-        return sum(len(blocks_of(self.model, stack)) for stack in self.adapter.stacks)
+        return sum(len(blocks_of(self.model, stack)) for stack in self.adapter.blocks)
 
     def __call__(self, call: Call) -> Any:
         """What the model returns."""
@@ -104,24 +104,24 @@ class Replay:
         count: list[int] = []  # image tokens of a sample, read if text lies beside them
 
         def image(x: Tensor, site: Site) -> Tensor:
-            if site.stack.image == "all" or self.adapter.grid is None:
+            if site.blocks.image == "all" or self.adapter.grid is None:
                 return x
             if not count:
                 count.append(cells(self.adapter.grid(self.model, call)))
-            return split(x, count[0], site.stack.image)[1]
+            return split(x, count[0], site.blocks.image)[1]
 
         def entering(site: Site) -> Callable[..., None]:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 given = _named(site, args, kwargs)
-                before(Look(site.block, image(given[site.stack.tokens], site), given.get(site.stack.packing or "")))
+                before(Look(site.block, image(given[site.blocks.tokens], site), given.get(site.blocks.packing or "")))
 
             return hook
 
         def leaving(site: Site) -> Callable[..., None]:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
                 parts = out if isinstance(out, tuple) else (out,)
-                x = dict(zip(site.stack.returns, parts, strict=False))["tokens"]
-                after(Look(site.block, image(x, site), _named(site, args, kwargs).get(site.stack.packing or "")))
+                x = dict(zip(site.blocks.returns, parts, strict=False))["tokens"]
+                after(Look(site.block, image(x, site), _named(site, args, kwargs).get(site.blocks.packing or "")))
 
             return hook
 

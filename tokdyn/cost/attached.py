@@ -81,7 +81,7 @@ def _call(model: nn.Module, attachment: Attachment, record: CallTrace, total: in
     found = structures(model, attachment.adapter)
     assert found is not None
     costs = Costs(found)
-    holders = {stack.path.partition(".")[0] for stack in attachment.adapter.stacks} | {"tokdyn"}
+    holders = {blocks.path.partition(".")[0] for blocks in attachment.adapter.blocks} | {"tokdyn"}
     outside = {name: value for name, value in children.items() if name not in holders}
     rest = total - record.counted - sum(outside.values())
     blocks, methods = costs.spent(record), costs.methods(record)
@@ -105,7 +105,9 @@ def _call(model: nn.Module, attachment: Attachment, record: CallTrace, total: in
 def _paddings(model: nn.Module, attachment: Attachment, record: CallTrace) -> set[int]:
     """What attention of tokdyn's own blocks may have computed beyond its rows."""
     blocks = [
-        (block, stack.packing is not None) for stack in attachment.adapter.stacks for block in blocks_of(model, stack)
+        (block, blocks.packing is not None)
+        for blocks in attachment.adapter.blocks
+        for block in blocks_of(model, blocks)
     ]
     calls: list[tuple[float, Sequence[int]]] = []
     for call in record.blocks:

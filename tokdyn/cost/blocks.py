@@ -42,14 +42,14 @@ def _rows(layers: Layers, structure: Structure, call: BlockTrace, seen: Sequence
     image = sum(samples * tokens for samples, tokens in seen)
     if layers.owner == "mlp" and call.mlp_rows is not None:
         image = int(call.mlp_rows)
-    words = call.context if structure.words is None else min(structure.words, call.context)
+    text = call.context if structure.context_text is None else min(structure.context_text, call.context)
     return {
         "image": image,
         "joint": image + call.samples * call.text,
         "text": call.samples * call.text,
         "context": call.samples * call.context,
-        "words": call.samples * words,
-        "pictures": call.samples * (call.context - words),
+        "context_text": call.samples * text,
+        "context_image": call.samples * (call.context - text),
         "sample": call.samples,
     }[layers.rows]
 

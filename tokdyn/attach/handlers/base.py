@@ -96,7 +96,7 @@ class Kernel(ABC):
     def layer(
         self, frame: Frame, module: nn.Module, site: Site, call: Callable[..., Any], x: Tensor, *rest: Any
     ) -> Tensor:
-        """Compute a layer that the adapter names in `Stack.width`; `call` is the layer as it was."""
+        """Compute a layer that the adapter names in `Blocks.width`; `call` is the layer as it was."""
 
     @abstractmethod
     def forget(self) -> None:

@@ -145,7 +145,7 @@ class DynamicBlocks(Bracket, Kernel):
     ) -> Any:
         """Compute the block with masks; what it costs is noted for the loss."""
         assert widths.masks is not None
-        samples, device, given = frame.view.samples, named[site.stack.tokens].device, frame.exchange.given
+        samples, device, given = frame.view.samples, named[site.blocks.tokens].device, frame.exchange.given
         rows = None if len(samples) == widths.batch else torch.tensor(samples, device=device)
         for kind, mask in widths.masks.items():
             given[kind] = mask[:, site.block] if rows is None else mask[:, site.block].index_select(0, rows)
@@ -173,7 +173,7 @@ class DynamicBlocks(Bracket, Kernel):
         pruned = self.slices.pruned(site.block, module, layout, on, frame.sites)
         if pruned is None:
             find_layers(frame, module, site, layout)
-            device = named[site.stack.tokens].device
+            device = named[site.blocks.tokens].device
             masks = {kind: torch.tensor([on.of(kind)], device=device).float() for kind in KINDS if on.of(kind)}
             frame.exchange.given.update({str(kind): mask for kind, mask in masks.items()})
             return inner(named)

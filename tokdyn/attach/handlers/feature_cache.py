@@ -147,7 +147,7 @@ class CachedBlocks(Bracket):
         if self.method.indicator == "first_block":
             added: Tensor = context.slots[self.slot]
             return added
-        modulated = None if block is None else block.site.stack.modulated
+        modulated = None if block is None else block.site.blocks.modulated
         if modulated is None or block is None or self.method.steps is not None:
             return x.detach()
         context.trace.compared = len(x)

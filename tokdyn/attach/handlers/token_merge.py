@@ -77,7 +77,7 @@ class MergedTokens(Sublayer):
         for places in groups:
             part = view.take(places, device)
             inside = replace(frame, view=part.view)
-            given = of_samples(named, part.places, view.batch, site.stack)
+            given = of_samples(named, part.places, view.batch, site.blocks)
             outputs.append(class_swap.within(inside, self.around, inside, part.view, site, call, given))
         order = torch.tensor([i for places in groups for i in places], device=device).argsort()
         if isinstance(outputs[0], tuple):
@@ -94,10 +94,10 @@ class MergedTokens(Sublayer):
         ratios: Sequence[float],
     ) -> Any:
         """Merge the image tokens of all samples, each by its ratio, which is the same for all in a dense view."""
-        stack, before, packing = site.stack, named[site.names[0]], view.packing
+        blocks, before, packing = site.blocks, named[site.names[0]], view.packing
         if packing is None and int(view.room * ratios[0]) == 0:
             return call(**named)
-        place = (stack.inside if site.kind == "attention" else stack.inside_mlp) or stack.image
+        place = (blocks.inside if site.kind == "attention" else blocks.inside_mlp) or blocks.image
         text, x = (None, before) if packing is not None or place == "all" else split(before, view.room, place)
         rows = x.reshape(-1, x.shape[-1])
         plan = self._plan(frame, view, site, rows, ratios)
@@ -127,20 +127,20 @@ class MergedTokens(Sublayer):
 
     def _followed(self, view: TokenView, site: Site, plan: Merging, named: dict[str, Any]) -> dict[str, Any]:
         """Bring arguments that follow the tokens to the merged ones, which lie where their destinations do."""
-        stack, packing = site.stack, view.packing
+        blocks, packing = site.blocks, view.packing
         if packing is not None:
-            if stack.packing not in named:
+            if blocks.packing not in named:
                 return {}
             sample, cell = (values.index_select(0, plan.keep) for values in (packing.sample, packing.cell))
-            return {stack.packing: packing_of(plan.lengths, sample, cell, packing.grid)}
-        following = [how for how in stack.follow if named.get(how.name) is not None]
+            return {blocks.packing: packing_of(plan.lengths, sample, cell, packing.grid)}
+        following = [how for how in blocks.follow if named.get(how.name) is not None]
         if not following:
             return {}
         first = torch.arange(view.batch, device=plan.keep.device)[:, None] * view.room
         kept = plan.keep.view(view.batch, -1) - first
         followed: dict[str, Any] = {}
         for how in following:  # an argument may follow along two axes
-            followed[how.name] = follow(followed.get(how.name, named[how.name]), how, stack, kept, view.room)
+            followed[how.name] = follow(followed.get(how.name, named[how.name]), how, blocks, kept, view.room)
         return followed
 
     def _plan(self, frame: Frame, view: TokenView, site: Site, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
@@ -237,7 +237,7 @@ def _weighted(
         return call(**named, **{_BIAS: plan.size.log()})
     beside = text
     if text is None:  # text tokens may join only within attention
-        beside, place = named.get(site.stack.text or ""), site.stack.joint
+        beside, place = named.get(site.blocks.text or ""), site.blocks.joint
     count = beside.shape[1] if isinstance(beside, Tensor) else 0
     bias = size_bias(plan.size.view(view.batch, -1), count, place)
     if _BIAS in site.names:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tokdyn.adapters.base import ModelAdapter, Stack
+from tokdyn.adapters.base import Blocks, ModelAdapter
 from tokdyn.adapters.structure import Rows, rows_of
-from tokdyn.adapters.width import Cut, Kind, Width
+from tokdyn.adapters.width import Kind, SlicedLayer, Width
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods.base import Method, Pruning
 from tokdyn.ops.width import group_sizes
@@ -96,77 +96,81 @@ def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method
     Raises:
         UnsupportedModelError: the model has no layers that such a method could cut.
     """
-    depth = sum(len(list(model.get_submodule(stack.path).children())) for stack in adapter.stacks)
+    depth = sum(len(list(model.get_submodule(blocks.path).children())) for blocks in adapter.blocks)
     pruning = next((prunes for each in methods if (prunes := each.traits(depth).prunes) is not None), None)
     if pruning is None:
         return ()
     found = []
-    for stack in adapter.stacks:
-        reason = unfit(stack, pruning, adapter.dense)
-        blocks: Any = model.get_submodule(stack.path)
-        for block in blocks if reason is None else ():
-            layout = layout_of(block, stack, adapter.heads(model))
-            reason = unfit(stack, pruning, adapter.dense, layout is not None, bool(layout and layout.sizes["channels"]))
+    for blocks in adapter.blocks:
+        reason = unfit(blocks, pruning, adapter.dense)
+        modules: Any = model.get_submodule(blocks.path)
+        for block in modules if reason is None else ():
+            layout = layout_of(block, blocks, adapter.heads(model))
+            reason = unfit(
+                blocks, pruning, adapter.dense, layout is not None, bool(layout and layout.sizes["channels"])
+            )
             if reason is None and pruning.stream:
-                reason = None if hasattr(block, stack.stream or "") else _UNSEEN  # of another model of that layout
+                reason = None if hasattr(block, blocks.stream or "") else _UNSEEN  # of another model of that layout
             if layout is None or reason is not None:
                 break
             found.append(layout)
         if reason is not None:
             raise UnsupportedModelError(
-                f"DynamicWidth does not fit {type(model).__name__}: the blocks in {stack.path!r} {reason}."
+                f"DynamicWidth does not fit {type(model).__name__}: the blocks in {blocks.path!r} {reason}."
             )
     return tuple(found)
 
 
-def unfit(stack: Stack, pruning: Pruning, dense: bool, heads: bool = True, channels: bool | None = None) -> str | None:
-    """Why a method with these settings cannot be attached to the blocks of a stack, and what can; None if it can.
+def unfit(
+    blocks: Blocks, pruning: Pruning, dense: bool, heads: bool = True, channels: bool | None = None
+) -> str | None:
+    """Why a method with these settings cannot be attached to the blocks of a blocks, and what can; None if it can.
 
     Args:
-        stack: of the model.
+        blocks: of the model.
         pruning: what a method prunes.
         dense: the blocks look at neighbouring cells.
         heads: their attention can be cut, as far as is known.
         channels: so can their MLP; None leaves it to what the adapter says.
     """
-    if stack.width is None or not heads:
-        return "have no attention that it knows how to cut; declare Stack.width in their adapter, or use DepthSkip"
-    channels = stack.width.hidden is not None if channels is None else channels
+    if blocks.width is None or not heads:
+        return "have no attention that it knows how to cut; declare Blocks.width in their adapter, or use DepthSkip"
+    channels = blocks.width.hidden is not None if channels is None else channels
     settings = [name for name, fits in (("channels", channels), ("tokens", not dense)) if not fits]
     cure = f"use DynamicWidth({', '.join(f'{name}=False' for name in settings)})"
     if pruning.tokens and dense:
         return f"look at neighbouring cells, so that no token can be kept from the MLP; {cure}"
-    if pruning.tokens and not (stack.mlp or stack.width.parallel):
+    if pruning.tokens and not (blocks.mlp or blocks.width.parallel):
         return "call their MLP on image and text in turn; use DynamicWidth(tokens=False)"
-    if pruning.stream and stack.stream is None:
+    if pruning.stream and blocks.stream is None:
         return _UNSEEN
     if pruning.channels and not channels:
         return f"have an MLP whose channels cannot be cut; {cure}"
     return None
 
 
-def layout_of(block: nn.Module, stack: Stack, heads: int) -> Layout | None:
+def layout_of(block: nn.Module, blocks: Blocks, heads: int) -> Layout | None:
     """What can be cut in a block; None if nothing is known of it.
 
     Args:
-        block: of the stack.
-        stack: says where its layers are.
+        block: of the blocks.
+        blocks: says where its layers are.
         heads: H.
     """
-    width = stack.width
+    width = blocks.width
     inner = None if width is None else _number(block, width.inner)
     if width is None or not inner or inner % heads:
         return None
     hidden = _number(block, width.hidden) if width.hidden else 0
-    if any(width.hidden == f"{cut.path}.in_features" and len(cut.into) > 1 for cut in width.cuts):
+    if any(width.hidden == f"{cut.path}.in_features" and len(cut.into) > 1 for cut in width.layers):
         hidden -= inner
     totals: dict[Kind, int] = {"heads": inner, "channels": hidden}
     layers = []
-    for cut in width.cuts:
+    for cut in width.layers:
         module: Any = reach(block, tuple(cut.path.split(".")))
         if module is None or not all(totals[kind] for kind in (*cut.out, *cut.into)):
             continue
-        layer = _layer(block, module, cut, totals, heads, rows_of(cut.path, block, stack))
+        layer = _layer(block, module, cut, totals, heads, rows_of(cut.path, block, blocks))
         if layer is None:
             return None
         layers.append(layer)
@@ -186,7 +190,9 @@ def reach(block: nn.Module, names: Names) -> nn.Module | None:
     return found
 
 
-def _layer(block: nn.Module, module: Any, cut: Cut, totals: dict[Kind, int], heads: int, rows: Rows) -> Layer | None:
+def _layer(
+    block: nn.Module, module: Any, cut: SlicedLayer, totals: dict[Kind, int], heads: int, rows: Rows
+) -> Layer | None:
     """A layer with its sizes; None if they do not add up."""
     outputs, inputs = int(module.out_features), int(module.in_features)
     out, into = _filled(cut.out, outputs, totals), _filled(cut.into, inputs, totals)

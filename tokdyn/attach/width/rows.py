@@ -28,12 +28,12 @@ STREAM = "stream"
 
 def _place(site: Site) -> str:
     """Say where image tokens lie in what the MLP gets."""
-    return site.stack.inside_mlp or site.stack.image
+    return site.blocks.inside_mlp or site.blocks.image
 
 
 def _logits(gates: WidthGates, frame: Frame, site: Site, x: Tensor) -> tuple[Tensor, int]:
     """Compute logits (B, M) of the image tokens in x, (T,) of packed rows, and count the text tokens beside them."""
-    if site.stack.stream is not None and (stream := frame.exchange.given.pop(STREAM, None)) is not None:
+    if site.blocks.stream is not None and (stream := frame.exchange.given.pop(STREAM, None)) is not None:
         assert stream.shape == x.shape, "methods that merge tokens on the way were refused"
         x = stream
     if frame.view.packing is not None:
@@ -214,7 +214,7 @@ def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
     }
     if call.mlp_rows is not None:
         rows["mlp"] = int(call.mlp_rows)
-    beside = () if site.stack.products is None else site.stack.products.beside  # sees no merged tokens
+    beside = () if site.blocks.products is None else site.blocks.products.beside  # sees no merged tokens
     attentions = {path.partition(".")[0] for path in layout.width.attention}
     for layer in layout.layers:
         numbers = taken.without.get(layer.names)

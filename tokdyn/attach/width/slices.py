@@ -152,8 +152,8 @@ class Slices:
             The block and its slice; None if it cannot be sliced: a layer is no plain linear layer, its weights are not
             there or want gradients, or hooks hold on to the modules.
         """
-        known = layout.width.known
-        sources = sources_of(block, layout, on) if known is None or known(block) else None
+        sliceable = layout.width.sliceable
+        sources = sources_of(block, layout, on) if sliceable is None or sliceable(block) else None
         if sources is None:
             self._of.pop(number, None)
             return None

@@ -1,0 +1,143 @@
+"""Adapters of Flux and of the models built like it, Chroma and Flux 2.
+
+The first list of blocks has two streams, for text and image. In the second list both form one sequence: within each
+block of Flux, and from block to block in Chroma and Flux 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from tokdyn.adapters import modulation
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, grid_from_ids, timestep_level
+from tokdyn.adapters.width import (
+    SlicedLayer,
+    Width,
+    attention_and_mlp,
+    attention_beside_mlp,
+    attention_layers,
+    mlp_layers,
+    runs_processor,
+)
+
+
+def _flux_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
+    ids: Tensor = call["img_ids"]
+    return grid_from_ids(ids[0] if ids.dim() == 3 else ids)
+
+
+_ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
+_FLUX_PROCESSORS = ("FluxAttnProcessor", "OvisImageAttnProcessor", "LongCatImageAttnProcessor")
+_FLUX_SINGLE = attention_beside_mlp("attn", *_FLUX_PROCESSORS, hiddens=("mlp_hidden_dim",))
+
+FLUX = ModelAdapter(
+    name="Flux",
+    classes=("FluxTransformer2DModel", "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel"),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            text="encoder_hidden_states",
+            returns=("text", "tokens"),
+            follow=_ROTARY,
+            attention=("attn",),
+            mlp=("ff",),
+            modulated=modulation.from_embedding,
+            width=attention_and_mlp("attn", "ff", *_FLUX_PROCESSORS),
+        ),
+        Blocks(
+            "single_transformer_blocks",
+            text="encoder_hidden_states",
+            returns=("text", "tokens"),
+            inside="last",
+            inside_mlp="last",
+            follow=_ROTARY,
+            attention=("attn",),
+            mlp=(),
+            products=Products(joint=("proj_*",)),
+            width=_FLUX_SINGLE,
+        ),
+    ),
+    grid=_flux_grid,
+    read_ahead=("img_ids",),
+    level=timestep_level(scale=1.0),
+    refuse={
+        "controlnet_block_samples": CONTROL_REASON,
+        "controlnet_single_block_samples": CONTROL_REASON,
+        "joint_attention_kwargs": IMAGE_PROMPT_REASON,
+    },
+    guidance="calls",
+)
+
+_CHROMA_FOLLOW = (
+    *_ROTARY,
+    Follow("attention_mask", dims=2),  # of the blocks; attention gets one entry per pair of tokens
+    Follow("attention_mask", axis=2, dims=4),
+    Follow("attention_mask", axis=3, dims=4),
+)
+
+CHROMA = ModelAdapter(
+    name="Chroma",
+    classes=("ChromaTransformer2DModel",),
+    blocks=(
+        replace(FLUX.blocks[0], follow=_CHROMA_FOLLOW, modulated=None),  # it modulates text and image together
+        Blocks(
+            "single_transformer_blocks",
+            image="last",
+            follow=_CHROMA_FOLLOW,
+            attention=("attn",),
+            mlp=(),
+            width=_FLUX_SINGLE,
+        ),
+    ),
+    grid=_flux_grid,
+    read_ahead=FLUX.read_ahead,
+    level=timestep_level(scale=1.0),
+    refuse=FLUX.refuse,
+    guidance="calls",
+)
+
+_FLUX2_DOUBLE = Width(
+    layers=(*attention_layers("attn"), *mlp_layers("ff.linear_out", "ff.linear_in")),
+    inner="attn.to_out.0.in_features",
+    hidden="ff.linear_out.in_features",
+    attention=("attn",),
+    sliceable=runs_processor("attn", "Flux2AttnProcessor", "Flux2KVAttnProcessor"),
+)
+_FLUX2_SINGLE = Width(
+    layers=(
+        SlicedLayer("attn.to_qkv_mlp_proj", out=("heads", "heads", "heads", "channels", "channels")),
+        SlicedLayer("attn.to_out", into=("heads", "channels")),
+    ),
+    inner="attn.inner_dim",
+    hidden="attn.mlp_hidden_dim",
+    attention=("attn",),
+    hiddens=("mlp_hidden_dim",),
+    sliceable=runs_processor("attn", "Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor"),
+)
+
+FLUX2 = ModelAdapter(
+    name="Flux 2",
+    classes=("Flux2Transformer2DModel",),
+    blocks=(
+        replace(FLUX.blocks[0], modulated=modulation.flux2, width=_FLUX2_DOUBLE),
+        Blocks(
+            "single_transformer_blocks",
+            image="last",
+            follow=_ROTARY,
+            attention=("attn",),
+            mlp=(),
+            width=_FLUX2_SINGLE,
+        ),
+    ),
+    grid=_flux_grid,
+    read_ahead=("img_ids",),
+    level=timestep_level(scale=1.0),
+    refuse={
+        "kv_cache": "it holds keys and values of earlier calls for every cell; leave the cache out",
+        "joint_attention_kwargs": IMAGE_PROMPT_REASON,
+    },
+    guidance="calls",
+)
