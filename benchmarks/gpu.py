@@ -21,10 +21,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from tokdyn.bench.blocks import Stack
 
 from tokdyn.bench import timing
 from tokdyn.bench.speed import SpeedConfig, bench_speed
+from tokdyn.bench.stacks import Stack
 from tokdyn.models import DCDiT
 
 MODELS = "DiT-S/2,DC-DiT-S,DiT-B/2,DC-DiT-B,DiT-XL/2,DC-DiT-XL"

@@ -18,12 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokdyn.bench.blocks import read_stacks
-
 from benchmarks import markdown
 from tokdyn.bench import timing
 from tokdyn.bench.page import columns, write_page
 from tokdyn.bench.quality import QualityConfig, bench_quality
+from tokdyn.bench.stacks import read_stacks
 from tokdyn.calibration.command import run
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.methods.registry import to_settings

@@ -50,10 +50,9 @@ def register(app: typer.Typer) -> None:
         A multiply-add is 2 FLOPs. Named models have no trained weights: DC-DiT is taken at 1/N of its tokens or at
         kept=SHARE. Of checkpoints the tokens are measured on images that they draw.
         """
-        from tokdyn.bench.blocks import read_stacks
-
         from tokdyn.bench.flops import FlopsConfig, bench_flops, compared
         from tokdyn.bench.flops_table import columns, draw_parts, write_csv
+        from tokdyn.bench.stacks import read_stacks
 
         config = read(ctx.args, FlopsConfig, ["models"])
         if paper:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import typer
 
 from . import output
-from .blocks import Stacks
 from .frame import command
 from .output import Json
 from .settings import read
+from .stacks import Stacks
 
 
 def _settings() -> type:
@@ -37,10 +37,9 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Measure what stacks of methods do to the images, what they cost, and how long they take."""
-        from tokdyn.bench.blocks import read_stacks
-
         from tokdyn.bench.page import columns, write_page
         from tokdyn.bench.quality import QualityConfig, bench_quality
+        from tokdyn.bench.stacks import read_stacks
 
         config = read(ctx.args, QualityConfig, ["model"])
         result = bench_quality(config, read_stacks(stack or ["{name: plain}"]))

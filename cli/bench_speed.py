@@ -5,10 +5,10 @@ from __future__ import annotations
 import typer
 
 from . import output
-from .blocks import Stacks
 from .frame import command
 from .output import Json, as_json
 from .settings import read
+from .stacks import Stacks
 
 
 def _settings() -> type:
@@ -37,10 +37,9 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Time models and stacks of methods in turn, beside what their FLOPs promise."""
-        from tokdyn.bench.blocks import Stack, read_stacks
-
         from tokdyn.bench.speed import SpeedConfig, bench_speed
         from tokdyn.bench.speed_table import columns, content, draw
+        from tokdyn.bench.stacks import Stack, read_stacks
 
         config = read(ctx.args, SpeedConfig, ["model"])
         stacks = read_stacks(stack) if stack else (Stack(name=config.model or "model"),)

@@ -83,6 +83,56 @@ def test_imports_point_downwards(layer: str, path: Path) -> None:
         assert LEVEL[target] < LEVEL[layer], f"{path} ({layer}) imports {name}: {target} lies above {layer}"
 
 
+def module_name(path: Path) -> str:
+    """Dotted name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "tokdyn" else ("tokdyn", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Modules that each module imports, anywhere in its file: at the top, in functions and for type checkers alone."""
+    names = {module_name(path): path for _, path in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = set()
+        for target in imported(path):
+            while target and target not in names:
+                target = target.rpartition(".")[0]
+            found.add(target)
+        graph[name] = found - {name, ""}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other (strongly connected components of more than one)."""
+    reached = {name: {name} for name in graph}
+    for name, seen in reached.items():
+        pending = [name]
+        while pending:
+            for target in graph[pending.pop()] - seen:
+                seen.add(target)
+                pending.append(target)
+    groups = {tuple(sorted(other for other in seen if name in reached[other])) for name, seen in reached.items()}
+    return [list(group) for group in groups if len(group) > 1]
+
+
+def test_a_cycle_is_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_no_modules_import_each_other() -> None:
+    assert cycles(import_graph()) == []
+
+
+def test_other_rooms_know_attach_by_its_facade() -> None:
+    for layer, path in modules():
+        inside = [name for name in imported(path) if name.startswith("tokdyn.attach.") and layer != "attach"]
+        names = {name.split(".")[2] for name in inside}
+        files = {each.stem for each in (ROOT / "tokdyn/attach").iterdir()} - {"__init__"}
+        assert not names & files, f"{path} imports {', '.join(sorted(names & files))} from inside of tokdyn.attach"
+
+
 def loaded_after(statement: str) -> set[str]:
     """Top-level modules that a fresh interpreter has loaded after the statement."""
     code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tokdyn.bench.blocks import open_stack, read_stacks
 from tokdyn.cli.main import app
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -19,6 +18,7 @@ from tokdyn import DCDiT, DiT
 from tokdyn.bench import flops as bench
 from tokdyn.bench.flops import FlopsConfig, bench_flops, compared
 from tokdyn.bench.published import MATCHED
+from tokdyn.bench.stacks import open_stack, read_stacks
 from tokdyn.cost.counting import attention_formulas
 from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.errors import TokdynError

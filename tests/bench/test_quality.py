@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokdyn.bench.blocks import read_stacks
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.page import columns, write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.stacks import read_stacks
 from tokdyn.data import DataConfig, open_data
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import RecipeError

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokdyn.bench.blocks import Stack, read_stacks
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.speed import Case, SpeedConfig, SpeedRow, bench_speed, cases, growth, model_of
 from tokdyn.bench.speed_table import columns, curves
+from tokdyn.bench.stacks import Stack, read_stacks
 from tokdyn.cost import flops, model_parts
 from tokdyn.errors import InputError, RecipeError
 from tokdyn.report.style import figure_style

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokdyn.bench.blocks import open_stack, read_stacks
 
 import tokdyn
 from tokdyn import DCDiT, DiT, DynamicWidth, FeatureCache, TokenMerge
 from tokdyn.attach import attached
+from tokdyn.bench.stacks import open_stack, read_stacks
 from tokdyn.errors import RecipeError, TokdynError
 
 SHAPE = {"sample_size": 16, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

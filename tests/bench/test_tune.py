@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokdyn.bench.blocks import Stack, open_stack, read_stacks
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
+from tokdyn.bench.stacks import Stack, open_stack, read_stacks
 from tokdyn.bench.tune import tune
 from tokdyn.bench.tune_search import LEVELS, Trial, Tuner, mutated, search, shapes, uniform
 from tokdyn.bench.tune_settings import KNOBS, TuneConfig

@@ -8,6 +8,7 @@ import torch
 import tokdyn
 from tests.calibration.calls import LEVELS, trajectory
 from tests.contract.models import CLOCKED, TINY, one_of, sample
+from tokdyn.attach import Bracket, Handlers
 from tokdyn.calibration import calibrate_cache
 from tokdyn.calibration.threshold import simulate
 from tokdyn.cost import count
@@ -52,25 +53,26 @@ def test_the_points_are_relative_changes_of_indicator_and_output(name, indicator
     found = calibrate_cache(model, calls, tokdyn.FeatureCache(indicator=indicator), degree=1)
     outputs = []
 
-    class Last:
+    class Last(Bracket):
         """A bracket around the last block that keeps what comes out of it."""
 
         first = last = 3
 
-        def open(self, run, x):
-            return x
+        def open(self, frame, view, x, block):
+            return x, view
 
-        def close(self, run, x):
+        def close(self, frame, view, x):
             outputs.append(x)
-            return x
+            return x, view
 
     tokdyn.wrap(model, [tokdyn.FeatureCache(threshold=1e-9, indicator=indicator)])
-    *before, cache = model.tokdyn.actors.brackets
-    model.tokdyn.actors = type(model.tokdyn.actors)(brackets=(*before, cache, Last()))
+    handlers = model.tokdyn.handlers
+    (cache,) = model.tokdyn.caches
+    model.tokdyn.handlers = Handlers((*handlers.brackets, Last()), slots=handlers.slots)
     seen = []
     for call, step in zip(calls, found.steps, strict=True):
         model(**call)
-        seen.append(cache.memory.branches[len(seen) % 2].seen)
+        seen.append(list(cache.memory.branches.values())[-1].indicator)
         if step.change is None:
             assert len(seen) <= 2
             continue

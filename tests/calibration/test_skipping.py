@@ -9,6 +9,7 @@ import tokdyn
 from tests.calibration.calls import LEVELS, trajectory
 from tests.contract.foreign import INFERRED
 from tests.contract.models import CLOCKED, TINY, sample
+from tokdyn.attach import Bracket, Handlers
 from tokdyn.calibration import calibrate_skipping
 from tokdyn.calibration.levels import bins_of
 from tokdyn.cost import count
@@ -41,23 +42,23 @@ def test_influence_is_that_of_the_image_tokens(name):
     found = calibrate_skipping(model, calls, tokdyn.DepthSkip(), flops=0.95, levels=2)
     seen = []
 
-    class Around:
+    class Around(Bracket):
         """A bracket that measures."""
 
         def __init__(self, block):
             self.first = self.last = block
 
-        def open(self, run, x):
+        def open(self, frame, view, x, block):
             self.x = x
-            return x
+            return x, view
 
-        def close(self, run, x):
+        def close(self, frame, view, x):
             seen.append(block_influence(self.x, x).double().mean())
-            return x
+            return x, view
 
     tokdyn.wrap(model, [tokdyn.DepthSkip()])
     around = tuple(Around(block) for block in range(4))
-    model.tokdyn.actors = type(model.tokdyn.actors)(brackets=around)
+    model.tokdyn.handlers = Handlers(around)
     for call in reversed(calls):  # rows rise with the noise level
         model(**call)
     torch.testing.assert_close(found.measured.influence, torch.stack(seen).view(2, 4), rtol=0, atol=1e-6)

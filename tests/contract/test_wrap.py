@@ -10,7 +10,7 @@ from tests.contract.models import CLOCKED, TINY, one_of, sample, works
 from tests.contract.widths import random_gates
 from tokdyn.adapters import ADAPTERS
 from tokdyn.attach import calibrate_router, disabled, set_tail_drop, unwrap, wrap
-from tokdyn.cost.statistics import stats
+from tokdyn.cost import stats
 from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from tokdyn.attach import attachment_of
 from tokdyn.bench import published
 from tokdyn.bench.stacks import Opened, Stack, open_stack
-from tokdyn.cost import compute_matched_steps, flops, flops_per_image, model_parts
+from tokdyn.cost import compute_matched_steps, flops, flops_per_image, model_parts, stats
 from tokdyn.cost.analytic import grid_of
 from tokdyn.cost.blocks import PARTS
-from tokdyn.cost.statistics import stats
 from tokdyn.diffusion.records import Generation, StepRecord
 from tokdyn.diffusion.sampling import GuidanceScale, Share, Steps, generate
 from tokdyn.diffusion.schedulers import SchedulerName

@@ -10,7 +10,8 @@ from tokdyn.cost.analytic import flops_per_image, kept_tokens, model_parts
 from tokdyn.cost.budget import compute_matched_steps
 from tokdyn.cost.counted import Flops, flops
 from tokdyn.cost.counting import count
-from tokdyn.cost.statistics import CallStats, RunStats, StepStats, stats
+from tokdyn.cost.run_stats import CallStats, RunStats, StepStats
+from tokdyn.cost.statistics import stats
 
 __all__ = [
     "CallStats",

@@ -15,7 +15,7 @@ from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.cost.attached import call_flops, known
 from tokdyn.cost.counting import count, to_meta
 from tokdyn.cost.padding import paddings
-from tokdyn.cost.table import unit_of
+from tokdyn.cost.run_stats import unit_of
 from tokdyn.errors import InputError
 from tokdyn.tokens import cells
 

@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tokdyn.attach import attachment_of
-from tokdyn.cost import flops_per_image, model_parts
+from tokdyn.cost import StepStats, flops_per_image, model_parts, stats
 from tokdyn.cost.blocks import PARTS
-from tokdyn.cost.statistics import StepStats, stats
 from tokdyn.diffusion.records import StepRecord
 
 CHUNKING = ("router", "residual", "dechunk")  # what a cache around the chunking of a DC-DiT passes by

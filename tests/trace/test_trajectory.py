@@ -1,0 +1,224 @@
+"""Where calls are in a trajectory: what a pipeline says counts, what is guessed errs on the side of computing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokdyn.trace.observation import SAME, Observation, conditioning, main_input, resemblance
+from tokdyn.trace.trajectory import MOST_BRANCHES, Position, Tracker, Trajectory
+
+
+def noise(seed: int, batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def call(
+    trajectory: Trajectory, x: torch.Tensor, *levels: float, text: torch.Tensor | None = None, branch: str | None = None
+) -> Position:
+    """Observe one call and place it."""
+    before, trajectory.branch = trajectory.branch, branch
+    arguments = {"hidden_states": x, "timestep": torch.tensor(levels)}
+    if text is not None:
+        arguments["encoder_hidden_states"] = text
+    seen = trajectory.observe(arguments, torch.tensor(levels))
+    trajectory.branch = before
+    return trajectory.position(seen, len(x))
+
+
+def test_falling_levels_on_latents_that_resemble_each_other_are_steps_of_one_image() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    first = call(trajectory, x, 0.9)
+    second = call(trajectory, 0.9 * x + 0.1 * noise(1), 0.8)
+    assert second.images == first.images
+    assert (first.steps, second.steps) == ((0,), (1,))
+    assert first.run == second.run
+    assert first.place == second.place == 0
+
+
+def test_other_latents_begin_another_image_although_the_level_falls() -> None:
+    trajectory = Trajectory()
+    first = call(trajectory, noise(0), 0.9)
+    second = call(trajectory, noise(1), 0.8)
+    assert second.images != first.images
+    assert second.steps == (0,)
+    assert second.run != first.run
+
+
+def test_a_rising_level_begins_another_image_although_the_latents_are_the_same() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    first, second = call(trajectory, x, 0.5), call(trajectory, x.clone(), 0.9)
+    assert second.images != first.images
+    assert second.run != first.run
+
+
+def test_one_sample_of_a_batch_begins_another_image() -> None:
+    trajectory, x = Trajectory(), noise(0, 2)
+    first = call(trajectory, x, 0.9, 0.9)
+    changed = torch.stack([0.95 * x[0], noise(5)[0]])
+    second = call(trajectory, changed, 0.8, 1.0)
+    assert second.images[0] == first.images[0]
+    assert second.images[1] != first.images[1]
+    assert second.steps == (1, 0)
+    assert second.run == first.run
+
+
+def test_branches_are_told_apart_by_what_they_are_conditioned_on() -> None:
+    trajectory, x, cond, uncond = Trajectory(), noise(0), noise(1), noise(2)
+    seen = []
+    for level in (0.9, 0.8, 0.7):
+        x = 0.95 * x
+        seen.append((call(trajectory, x, level, text=cond), call(trajectory, x, level, text=uncond)))
+    conditional, unconditional = zip(*seen, strict=True)
+    assert (
+        len({position.branch for position in conditional}) == len({position.branch for position in unconditional}) == 1
+    )
+    assert conditional[0].branch != unconditional[0].branch
+    assert [position.place for pair in seen for position in pair] == [0, 1] * 3
+    assert [position.steps for position in unconditional] == [(0,), (1,), (2,)]
+    assert not any(position.unconditional for position in conditional)
+    assert all(position.unconditional for position in unconditional)
+
+
+def test_another_prompt_on_the_same_latents_takes_nothing_over() -> None:
+    """A run is cancelled and begun again with the same seed and another prompt, at the same noise level."""
+    trajectory, x = Trajectory(), noise(0)
+    first = call(trajectory, x, 0.6, text=noise(1))
+    again = call(trajectory, x.clone(), 0.6, text=noise(2))
+    later = call(trajectory, 0.95 * x, 0.5, text=noise(2))
+    assert first.branch not in (again.branch, later.branch)
+    assert later.branch == again.branch
+
+
+def test_steps_whose_levels_round_to_one_number_are_steps() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    places = [call(trajectory, (1 - 0.02 * step) * x + 0.01 * noise(step + 1), 0.996).place for step in range(4)]
+    assert places == [0, 0, 0, 0]
+
+
+def test_a_loop_over_one_call_is_no_growing_number_of_branches() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    branches = {call(trajectory, x, 0.5).branch for _ in range(40)}
+    assert len(branches) <= MOST_BRANCHES
+
+
+def test_names_win_over_guesses() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    names = [call(trajectory, x, 0.9, branch=name).branch for name in ("uncond", "cond")]
+    names += [call(trajectory, 0.9 * x, 0.8, branch=name).branch for name in ("uncond", "cond")]
+    assert names == ["uncond", "cond", "uncond", "cond"]
+
+
+def test_a_pipeline_tells_the_step() -> None:
+    """Then neither levels that rise nor latents that are mixed with new noise begin another image."""
+    trajectory = Trajectory()
+    trajectory.begin()
+    trajectory.step = 0
+    first = call(trajectory, noise(0), 0.5)
+    trajectory.step = 1
+    second = call(trajectory, noise(1), 0.9)
+    assert second.images == first.images
+    assert second.steps == (1,)
+    trajectory.begin()
+    assert call(trajectory, noise(1), 0.8).images != first.images
+
+
+def test_a_call_that_nobody_placed_makes_the_next_one_begin_anew() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    first = call(trajectory, x, 0.9)
+    trajectory.observe({"hidden_states": x, "timestep": torch.tensor([0.8])}, torch.tensor([0.8]))
+    assert call(trajectory, x, 0.7).images != first.images
+
+
+def test_latents_that_are_written_over_are_still_compared() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    first = call(trajectory, x, 0.9)
+    x.copy_(noise(1))
+    assert call(trajectory, x, 0.8).images != first.images
+
+
+def test_a_fork_goes_on_by_itself() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    first = call(trajectory, x, 0.9)
+    fork = trajectory.fork()
+    assert call(fork, 0.95 * x, 0.8).images == first.images
+    assert call(fork, noise(3), 0.7).images != first.images
+    assert call(trajectory, 0.95 * x, 0.8).images == first.images
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_begins_its_own(duplicate: object) -> None:
+    trajectory, x = Trajectory(), noise(0)
+    call(trajectory, x, 0.9)
+    assert call(duplicate(trajectory), 0.95 * x, 0.8).steps == (0,)  # type: ignore[operator]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0.9, 0.7, 0.5]), st.integers(0, 1)), min_size=1, max_size=12)
+)
+def test_replaying_observations_places_calls_alike(calls: list[tuple[int, float, int]]) -> None:
+    """Statistics place recorded observations anew and must say what the methods were told."""
+    trajectory, observations, positions = Trajectory(), [], []
+    for seed, level, prompt in calls:
+        arguments = {"hidden_states": noise(seed), "timestep": torch.tensor([level]), "text": noise(90 + prompt)}
+        observations.append(trajectory.observe(arguments, torch.tensor([level])))
+        positions.append(trajectory.position(observations[-1], 1))
+    tracker = Tracker()
+    assert [tracker.place(observation) for observation in observations] == positions
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.05, 0.95), st.integers(1, 3))
+def test_resemblance_is_a_cosine_of_what_changed(seed: int, share: float, batch: int) -> None:
+    a, b = noise(seed, batch), noise(seed + 1, batch)
+    mixed = share * a + (1 - share) * b
+    found = resemblance(mixed, a)
+    expected = torch.nn.functional.cosine_similarity(mixed.flatten(1), a.flatten(1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (resemblance(a, a.clone()) == SAME).all()
+    beside = torch.ones(batch, 4, 8, 8)  # a reference image stays what it is in every step
+    both = resemblance(torch.cat([mixed, beside], 1), torch.cat([a, beside], 1))
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-5)
+
+
+def test_the_input_is_the_first_latent_and_not_the_level() -> None:
+    x, level = noise(0, 2), torch.rand(2, 5)
+    assert main_input({"timestep": level, "hidden_states": x, "text": noise(1)}) is x
+    stacked = main_input({"x": [noise(0)[0], noise(1)[0]], "t": level})
+    assert stacked is not None
+    assert stacked.shape == (2, 4, 8, 8)
+    assert main_input({"x": [noise(0)[0], torch.zeros(4, 6, 6)]}) is None
+    assert main_input({"class_labels": torch.tensor([1, 2])}) is None
+
+
+def test_conditioning_tells_samples_apart_and_does_not_depend_on_the_input() -> None:
+    x, device = noise(0, 2), torch.device("cpu")
+    labels = {"x": x, "t": torch.rand(2), "y": torch.tensor([1, 2])}
+    one, other = (
+        conditioning(labels, 2, device),
+        conditioning({**labels, "x": noise(7, 2), "t": torch.rand(2)}, 2, device),
+    )
+    assert torch.equal(one, other)
+    assert not torch.equal(one[0], one[1])
+    assert conditioning({"x": x}, 2, device).shape == (2, 0)
+
+
+def test_an_observation_without_a_call_is_a_new_image() -> None:
+    trajectory = Trajectory()
+    positions = [trajectory.position(None, 2) for _ in range(2)]
+    assert positions[0].images != positions[1].images
+    assert positions[1].steps == (0, 0)
+
+
+def test_positions_of_one_observation_need_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: counted.append(1) or tolist(self))
+    Tracker().place(Observation(torch.tensor([[0.5, 1.0, 3.0], [0.5, 1.0, 4.0]])))
+    assert len(counted) == 1
