@@ -15,6 +15,7 @@ from tokdyn.cli.settings import flags, rows
 from typer.main import get_command
 
 from tokdyn import recipe
+from tokdyn.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -52,9 +53,14 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokdyn.adapters.registry.REGISTERED", [])
+    methods = dict(METHODS)
     names: dict[str, Any] = {"__name__": "__main__"}
-    for number, block in enumerate(blocks(page, "python"), 1):
-        exec(compile(block, f"{page.name}, Python block {number}", "exec"), names)
+    try:
+        for number, block in enumerate(blocks(page, "python"), 1):
+            exec(compile(block, f"{page.name}, Python block {number}", "exec"), names)
+    finally:
+        METHODS.clear()  # a page may register a method
+        METHODS.update(methods)
 
 
 @pytest.mark.parametrize("words", commands())

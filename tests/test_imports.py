@@ -28,6 +28,7 @@ LAYERS = [
     ["checkpoints"],
     ["bases"],
     ["cost"],
+    ["testing"],
     ["upcycling"],
     ["diffusion"],
     ["data"],

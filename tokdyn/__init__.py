@@ -126,7 +126,7 @@ _SUBMODULES = frozenset(
         "recipe",
         "report",
     }
-    | {"sample", "tokens", "train", "upcycling"}
+    | {"sample", "testing", "tokens", "trace", "train", "upcycling"}
 )
 
 
