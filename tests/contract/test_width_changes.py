@@ -39,7 +39,7 @@ def adapt(model):
     """Put adapters in the place of all layers that can be cut."""
     for stack in adapter_for(model).blocks:
         for block in model.get_submodule(stack.path):
-            for path in {cut.path for cut in stack.width.cuts}:
+            for path in {cut.path for cut in stack.width.layers}:
                 names = path.split(".")
                 above = reach(block, tuple(names[:-1]))
                 if above is not None and above._modules.get(names[-1]) is not None:

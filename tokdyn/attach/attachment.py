@@ -12,18 +12,19 @@ from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach.checks import own_methods
 from tokdyn.attach.context import CallContext, Lazy, Readings, Settings
 from tokdyn.attach.handlers import load_handlers
-from tokdyn.attach.handlers.base import Bracket, Frame, Gate, Handlers, Kernel, Plan, Sublayer, build_handlers
+from tokdyn.attach.handlers.base import Bracket, Exchange, Frame, Gate, Handlers, Kernel, Plan, Sublayer, build_handlers
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
 from tokdyn.attach.inferred import Guard, samples
-from tokdyn.attach.offload import home
+from tokdyn.attach.offload import Residency, home
 from tokdyn.attach.provenance import SamplerCheck
 from tokdyn.attach.recompute import Replays
 from tokdyn.attach.sites import Sites, argument_names, blocks_of, find_sites
+from tokdyn.attach.view import FollowedArguments, TokenView
 from tokdyn.attach.width.layout import Layout, layouts_of
 from tokdyn.compose import Placed, compose
 from tokdyn.methods import Method, Sizes
 from tokdyn.tokens import Grid
-from tokdyn.trace.calls import CallTrace
+from tokdyn.trace.calls import BlockTrace, CallTrace
 from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Trajectory
 
@@ -178,19 +179,24 @@ class Attachment(nn.Module):
             Lazy(lambda: _read_grid(context)),
             Lazy(lambda: tuple(trace.levels.tolist())),
             Lazy(lambda: trajectory.position(seen, trace.batch)),
+            FollowedArguments(),
         )
         guard = None
         if adapter.inferred:
             caches = bool(self.handlers.brackets)
             guard = Guard(type(model).__name__, self.blueprint.sizes.depth, samples(arguments), caches=caches)
+        counted = None if self.meter is None else self.meter.counted
+        slots: list[Any] = [None] * self.handlers.slots
         context = CallContext(
-            model, adapter, arguments, self.settings, trace, [None] * self.handlers.slots, readings, guard,
-            counted=None if self.meter is None else self.meter.counted,
-        )  # fmt: skip
+            model, adapter, arguments, self.settings, trace, slots, readings, guard, Residency(), counted, {}
+        )
         if grid is not None:
             readings.grid.put(grid)
         recomputable = gradients and (training or not self.remembers)
-        return Frame(context, self.handlers, self.sites(model), self.replays.remember if recomputable else None)
+        remember = self.replays.remember if recomputable else None
+        return Frame(
+            context, self.handlers, self.sites(model), remember, TokenView((), 0, 0), BlockTrace(0, 0, 0), Exchange()
+        )
 
     def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation | None:
         """Look at a call before it is made; None where there is no noise level to tell steps by."""

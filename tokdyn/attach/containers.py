@@ -110,7 +110,7 @@ def check_parts_unsharded(model: nn.Module, attachment: Attachment) -> None:
 
 
 def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Refuse to take off what others have been put on top of.
+    """Refuse to unwrap a model whose parts were given other classes after it was wrapped.
 
     Raises:
         InputError: names who.
@@ -141,7 +141,7 @@ def _diverging(attachment: Attachment) -> str | None:
 
 
 def _sharded(model: nn.Module, attachment: Attachment) -> bool:
-    """Whether FSDP has cut the weights (torch.distributed.fsdp.fully_shard)."""
+    """Whether FSDP2 shards the weights (`torch.distributed.fsdp.fully_shard`)."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     places = (model, attachment.first_block(model))

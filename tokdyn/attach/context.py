@@ -7,7 +7,7 @@ changes its meaning while a block runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -84,7 +84,7 @@ class Readings:
     grid: Lazy[Grid]
     levels: Lazy[tuple[float, ...]]
     position: Lazy[Position]
-    followed: FollowedArguments = field(default_factory=FollowedArguments)
+    followed: FollowedArguments
 
 
 @dataclass(eq=False)
@@ -113,10 +113,10 @@ class CallContext:
     trace: CallTrace
     slots: list[Any]
     readings: Readings
-    guard: Guard | None = None
-    residency: Residency = field(default_factory=Residency)
-    counted: Callable[[], int] | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    guard: Guard | None
+    residency: Residency
+    counted: Callable[[], int] | None
+    losses: dict[str, Tensor]
     view: TokenView | None = None
 
     @property

@@ -99,12 +99,12 @@ def _arrive(context: CallContext, frame: Frame, named: Named, blocks: Blocks) ->
         return view
     samples = frame.view.samples if frame.view.batch == batch else tuple(range(batch))
     if packing is not None:
-        view = TokenView(samples, cells(packing.grid), packing.longest, packing=packing)
+        view = TokenView(samples, cells(packing.grid), packing.longest, tokens.device, packing=packing)
         if not context.trace.batch:
             context.trace.batch, context.trace.cells, context.trace.kept = batch, view.cells, packing.lengths
         return view
     count = context.trace.cells or _image_tokens(context, frame, tokens, blocks)
-    view = TokenView(samples, count, count)
+    view = TokenView(samples, count, count, tokens.device)
     if not context.trace.batch:
         trace = context.trace
         trace.batch, trace.cells = batch, count
@@ -194,7 +194,7 @@ def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: 
                 results[name] = before.index_copy(0, rows, value.index_select(0, rows).to(before.dtype))
     else:
         for places in groups:
-            part = view.take(places, device)
+            part = view.take(places)
             for name, value in _compute(frame, module, site, inner, named, part).items():
                 results[name] = part.scatter(name, results[name], value, blocks)
     for gate in frame.handlers.gates:

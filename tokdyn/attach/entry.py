@@ -246,6 +246,8 @@ def _call(
     finally:
         context.release()
         recompute.release(bound)
+    if seen is not None and not torch.compiler.is_compiling():
+        attachment.trajectory.note(out)
     attachment.losses = context.losses
     attachment.remember(context.finish())
     return out

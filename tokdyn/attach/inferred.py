@@ -1,6 +1,6 @@
-"""The first call of a model with an inferred adapter: what its blocks return is learned, what does not fit is refused.
+"""Hold a model without a declared adapter to what was inferred of it, and learn in its first call what blocks return.
 
-Everything is judged by what the blocks were really given and gave back, never by the names of classes.
+Everything is judged by what the blocks really get and return, never by the names of classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CURE = "register an adapter for it (docs/adapters.md)"
 
 
 def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
-    """What a block returns, from the shapes of what it got and gave back.
+    """Learn what a block returns from the shapes of what it got and returned.
 
     Args:
         blocks: with `returns` unknown.
@@ -59,7 +59,7 @@ def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
 
 
 def flow(before: Tensor, after: Tensor) -> str:
-    """How the tokens that a blocks left go into the next one.
+    """Say how the tokens that one list of blocks left go into the next.
 
     Args:
         before: (B, N, D), what the last block of a blocks returned.
@@ -88,7 +88,7 @@ class Guard:
         batch: samples of the call, as far as its arguments tell.
         caches: whether a cache spans several lists of blocks.
         next: the block that has to come next.
-        before: path of the blocks of the block before, and what it returned.
+        before: path of the list that the block before is in, and what that block returned.
     """
 
     model: str
@@ -99,7 +99,7 @@ class Guard:
     before: tuple[str, Tensor] | None = None
 
     def begin(self, sites: Sites, module: nn.Module, named: Mapping[str, Any], plain: Callable[[], Any]) -> Site:
-        """Check a block before it is called; what it returns is learned the first time.
+        """Check a block before it is called, and learn what it returns the first time.
 
         Args:
             sites: of the model; updated when something is learned.
@@ -108,7 +108,7 @@ class Guard:
             plain: calls the block as it was.
 
         Returns:
-            Its site, with what is known now.
+            Its site, which may know more now.
         """
         site = sites[id(module)]
         if site.block != self.next:
@@ -149,7 +149,7 @@ class Guard:
             raise self._refusal(f"{self.next} of its {self.depth} blocks were called")
 
     def _joined(self, blocks: Blocks, x: Tensor) -> Blocks | str:
-        """The blocks with the place of the image tokens that came from the one before."""
+        """Learn where the image tokens of the blocks before lie among the tokens of these."""
         assert self.before is not None
         how = flow(self.before[1], x)
         if how == "none" or (how == "changed" and self.caches):
@@ -182,13 +182,13 @@ def _shape(value: Any) -> str:
 
 
 def _devices(named: Mapping[str, Any]) -> list[int]:
-    """Accelerators whose random state a block may use."""
+    """List the accelerators whose random state a block may use."""
     found = {value.device for value in named.values() if isinstance(value, Tensor) and value.device.type == "cuda"}
     return sorted(device.index or 0 for device in found)
 
 
 def samples(arguments: Mapping[str, Any]) -> int | None:
-    """B of a call: of the first argument that has an entry for each sample, a tensor or a list of tensors."""
+    """Count the samples of a call by its first argument with an entry a sample: a tensor, or a list of tensors."""
     for value in arguments.values():
         if isinstance(value, Tensor) and value.dim() > 1:
             return len(value)

@@ -24,6 +24,7 @@ from tokdyn.attach.context import CallContext, Readings
 from tokdyn.attach.engine import call_block
 from tokdyn.attach.handlers.base import Exchange, Frame
 from tokdyn.attach.sites import Site
+from tokdyn.attach.view import FollowedArguments
 from tokdyn.errors import InputError
 
 _FUNCTION = "_gradient_checkpointing_func"
@@ -98,7 +99,9 @@ def _detached(frame: Frame, old: Any, new: Any) -> Frame:
     """Copy a frame so that blocks can run in it without an effect on its call, with one object in place of another."""
     context = copy.copy(frame.context)
     context.trace, context.losses, context.arguments, context.guard = context.trace.blank(), {}, {}, None
-    context.readings = Readings(context.readings.grid, context.readings.levels, context.readings.position)
+    context.readings = Readings(
+        context.readings.grid, context.readings.levels, context.readings.position, FollowedArguments()
+    )
     context.slots = [_replaced(state, old, new) for state in context.slots]
     return replace(frame, context=context, remember=None)
 

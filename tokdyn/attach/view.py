@@ -18,6 +18,8 @@ from tokdyn.adapters.tokens import follow, join, of_samples, split
 from tokdyn.ops.pack import pack_index, packing_of
 from tokdyn.tokens import Packing
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class TokenView:
@@ -26,6 +28,7 @@ class TokenView:
     Attributes:
         samples: places in the batch of the model's call, one for each sample of the view.
         cells: N, cells of the full grid of each sample.
+        device: where the tokens are.
         room: M, image tokens of a sample that there is room for; N while all are there.
         index: (B, M) cells whose tokens are there, rising; None while all are there, and for packed tokens.
         lengths: (B) tokens of each sample that count where they differ; the slots behind them hold nothing.
@@ -37,6 +40,7 @@ class TokenView:
     samples: tuple[int, ...]
     cells: int
     room: int
+    device: torch.device = _CPU
     index: Tensor | None = None
     lengths: tuple[int, ...] | None = None
     packing: Packing | None = None
@@ -73,23 +77,22 @@ class TokenView:
         """Split what a block gets or returns into text tokens, None where there are none, and image tokens."""
         return split(x, self.room, blocks.image)
 
-    def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, Tensor]:
         """List the cell and the sample of every image token, (T,) int64 each."""
         if self.packing is not None:
             return self.packing.cell, self.packing.sample
         index = self.index
         if index is None:
-            index = torch.arange(self.room, device=device).expand(self.batch, -1)
-        return index.reshape(-1), torch.arange(self.batch, device=device).repeat_interleave(index.shape[1])
+            index = torch.arange(self.room, device=self.device).expand(self.batch, -1)
+        return index.reshape(-1), torch.arange(self.batch, device=self.device).repeat_interleave(index.shape[1])
 
-    def take(self, places: Sequence[int], device: torch.device) -> Part:
+    def take(self, places: Sequence[int]) -> Part:
         """Take some of the samples, which must be of one length in a dense view.
 
         Args:
             places: of the samples within this view.
-            device: of the tokens.
         """
-        chosen, samples = torch.tensor(places, device=device), tuple(self.samples[place] for place in places)
+        chosen, samples = torch.tensor(places, device=self.device), tuple(self.samples[place] for place in places)
         if self.packing is not None:
             rows = torch.isin(self.packing.sample, chosen).nonzero().squeeze(1)
             packing = _some(self.packing, places, rows)

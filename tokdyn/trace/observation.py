@@ -5,7 +5,7 @@ Everything stays on the device until somebody asks for it, so that observing a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 LEVEL_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 """Names that models give to the argument that holds the noise level."""
-SAME, UNKNOWN = 2.0, -2.0  # beyond what a cosine can be
+SAME, UNKNOWN = 2.0, -2.0  # beyond what a correlation can be
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,56 @@ class Observation:
     step: int | None = None
 
 
-def resemblance(x: Tensor, before: Tensor) -> Tensor:
-    """Compare inputs sample by sample: consecutive latents of one image resemble each other, those of two do not.
+def resemblance(x: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Say how well each sample's input is explained by a combination of what was there a step before.
 
-    Elements that are exactly equal are left out, as reference images and masks stay what they are in every step.
+    A sampler makes the next latents of the latents and of what the model predicted from them, so that those of one
+    image are nearly explained; those of another image are not. Elements that are exactly equal to the latents before
+    are left out, as reference images and masks stay what they are in every step.
 
     Args:
         x: (B, ...), input of a call.
-        before: the same shape, input of the call before.
+        before: the input of the call before, first, and what was predicted from it; each of the shape of x.
 
     Returns:
-        (B,) fp32 cosine of the elements that changed; `SAME` where none did.
+        (B,) fp32 multiple correlation, from 0 to 1; `SAME` where no element changed.
     """
-    a, b = x.flatten(1), before.flatten(1)
-    changed = a != b
-    a, b = a.float() * changed, b.float() * changed
-    cosine = torch.nn.functional.cosine_similarity(a, b)
-    return torch.where(changed.any(1), cosine, SAME)
+    flat = x.flatten(1)
+    changed = flat != before[0].flatten(1)
+    target = (flat.float() * changed)[:, None]
+    basis = torch.stack([each.flatten(1).float() * changed for each in before], dim=1)
+    gram, along = basis @ basis.mT, basis @ target.mT
+    size = gram.diagonal(dim1=1, dim2=2)
+    ridge = 1e-6 * size.amax(1).clamp_min(torch.finfo(torch.float32).tiny)  # predictions may be nearly the same
+    solved, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge[:, None].expand_as(size)), along)
+    explained = (solved * along).sum((1, 2)) / target.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(changed.any(1), explained.clamp(0, 1).sqrt(), SAME)
+
+
+def as_input(output: Any, x: Tensor) -> Tensor | None:
+    """Bring what a model predicts to the shape of its input, along the one axis in which they may differ.
+
+    Predicted variances lie behind the prediction and are left out; what was put beside the latents gets zeros.
+
+    Returns:
+        (B, ...) the prediction, None where there is none of such a shape.
+    """
+    value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if isinstance(value, list) and value and all(isinstance(item, Tensor) for item in value):
+        value = torch.stack(value) if len({item.shape for item in value}) == 1 else None
+    if not isinstance(value, Tensor) or value.dim() != x.dim() or value.device != x.device:
+        return None
+    axes = [axis for axis in range(x.dim()) if value.shape[axis] != x.shape[axis]]
+    if not axes:
+        return value
+    if len(axes) > 1 or axes[0] == 0:
+        return None
+    axis, size = axes[0], x.shape[axes[0]]
+    if value.shape[axis] > size:
+        return value.narrow(axis, 0, size)
+    missing = list(value.shape)
+    missing[axis] = size - value.shape[axis]
+    return torch.cat([value, value.new_zeros(missing)], dim=axis)
 
 
 def main_input(arguments: Mapping[str, Any]) -> Tensor | None:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokdyn.trace.observation import SAME, UNKNOWN, Observation, conditioning, main_input, resemblance
+from tokdyn.trace.observation import SAME, UNKNOWN, Observation, as_input, conditioning, main_input, resemblance
 
 RESEMBLES = 0.5
-"""Cosine from which on two inputs are taken for consecutive latents of one image.
+"""Correlation from which on an input is taken for the latents that follow those of the call before.
 
-Steps of ODE samplers lie above 0.9, of DDPM in 25 steps above 0.65; independent noise lies around 0.
+Steps of ODE samplers of first order lie at 1, of DDPM in 25 steps above 0.65; independent noise lies around 0.
 """
 MOST_BRANCHES = 4  # calls on one input that can be branches of guidance; more are a loop over one call
 _REMEMBERED = 8  # branches whose steps are counted
+_PREDICTIONS = 2  # calls of a step whose predictions are kept to explain the next latents
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,17 @@ class Tracker:
         rows: list[list[float]] = observation.values.tolist()
         levels, alike = tuple(row[0] for row in rows), [row[1] for row in rows]
         same_step = levels == self._levels and all(value == SAME for value in alike)
-        if same_step and observation.branch is None and self._place + 1 >= MOST_BRANCHES:
-            self.clear()  # a loop over one call
+        name = observation.branch
+        loops = self._place + 1 >= MOST_BRANCHES if name is None else name in self._seen
+        if same_step and loops:  # a loop over one call, or a run that was broken off in its first step
+            self.clear()
             same_step = False
         if same_step:
             self._place += 1
         else:
             self._begin_step(levels, alike, told=observation.step is not None)
         conditions = [tuple(row[2:]) for row in rows]
-        branch = self._branch(observation.branch, conditions)
+        branch = self._branch(name, conditions)
         images = tuple(zip(self._images, conditions, strict=True))
         return Position(branch, self._place, images, self._count(branch, images, observation.step), self.run)
 
@@ -152,6 +155,7 @@ class Trajectory:
         self.step: int | None = None
         self._tracker = Tracker()
         self._input: Tensor | None = None  # a copy, since latents may be written over
+        self._predicted: list[Tensor] = []  # from that input, copies too
         self._source: tuple[Any, int] | None = None
         self._unplaced = False
 
@@ -172,7 +176,7 @@ class Trajectory:
         """Make a trajectory that goes on from here without an effect on this one."""
         other = Trajectory()
         other.branch, other.step = self.branch, self.step
-        other._input, other._source = self._input, self._source
+        other._input, other._source, other._predicted = self._input, self._source, list(self._predicted)
         tracker = self._tracker
         other._tracker = Tracker(
             tracker.run,
@@ -220,14 +224,34 @@ class Trajectory:
         self._unplaced = False
         return self._tracker.place(observation)
 
+    @torch.no_grad()
+    def note(self, output: Any) -> None:
+        """Note what the model predicted in the call that was observed last.
+
+        Args:
+            output: whatever the model returned. With guidance as halves of a batch, each half explains the other, too.
+        """
+        x = self._input
+        prediction = None if x is None else as_input(output, x)
+        if prediction is None or len(self._predicted) >= 2 * _PREDICTIONS:
+            return
+        prediction = prediction.detach().clone()
+        half = len(prediction) // 2
+        self._predicted.append(prediction)
+        if len(prediction) % 2 == 0:
+            self._predicted.append(torch.cat([prediction[half:], prediction[:half]]))
+
     def _resemblance(self, x: Tensor) -> Tensor:
         """(B,) how much an input resembles the one before, which it replaces."""
         before, source, version = self._input, self._source, _version(x)
         if source is not None and source[0]() is x and version is not None and source[1] == version:
             return torch.full((len(x),), SAME, device=x.device)
-        comparable = before is not None and before.shape == x.shape and before.device == x.device
-        alike = resemblance(x, before) if comparable else torch.full((len(x),), UNKNOWN, device=x.device)  # type: ignore[arg-type]
-        self._input = x.clone()
+        alike = torch.full((len(x),), UNKNOWN, device=x.device)
+        if before is not None and before.shape == x.shape and before.device == x.device:
+            alike = resemblance(x, [before, *self._predicted])
+            if not x.is_cuda and bool((alike == SAME).all()):
+                return alike
+        self._input, self._predicted = x.clone(), []
         self._source = (weakref.ref(x), -1 if version is None else version)
         return alike
 

@@ -22,7 +22,6 @@ from tokdyn.errors import InputError
 from tokdyn.methods.base import Method, Sizes
 from tokdyn.trace.calls import BlockTrace
 
-_NOWHERE = TokenView((), 0, 0)
 Inner = Callable[[dict[str, Any]], Any]
 """A call of a block that takes its arguments by name."""
 
@@ -167,10 +166,10 @@ class Frame:
     context: CallContext
     handlers: Handlers
     sites: Sites
-    remember: Callable[[Frame, nn.Module, Site, dict[str, Any]], None] | None = None
-    view: TokenView = _NOWHERE
-    block: BlockTrace = field(default_factory=lambda: BlockTrace(0, 0, 0))
-    exchange: Exchange = field(default_factory=Exchange)
+    remember: Callable[[Frame, nn.Module, Site, dict[str, Any]], None] | None
+    view: TokenView
+    block: BlockTrace
+    exchange: Exchange
 
 
 @dataclass(frozen=True)

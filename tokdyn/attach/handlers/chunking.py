@@ -167,7 +167,7 @@ def call_chunked(
         out: tuple[Tensor, Routing] = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
         return out
     context = frame.context
-    view = TokenView(tuple(range(len(tokens))), tokens.shape[1], tokens.shape[1])
+    view = TokenView(tuple(range(len(tokens))), tokens.shape[1], tokens.shape[1], tokens.device)
     context.trace.batch, context.trace.cells = view.batch, view.cells
     if context.settings.tail_drop is not None:
         tail_drop = torch.tensor(tail_drops(context, view, 0.0), device=tokens.device)
@@ -183,7 +183,7 @@ def call_chunked(
         assert branch.routing is not None
         result, routing = tokens, branch.routing
         if running:
-            part = view.take(running, tokens.device)
+            part = view.take(running)
             given = (tokens, grid, steps, condition, tail_drop, plan)
             some, decided = class_swap.within(
                 replace(frame, view=part.view),

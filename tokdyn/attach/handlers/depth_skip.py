@@ -75,7 +75,7 @@ class LearnedGate(Gate):
     def _logits(self, context: CallContext, view: TokenView) -> Tensor:
         """(B, depth) or (1, depth) logits, open above 0."""
         score = self.module.score
-        levels = context.level_tensor(view, score.weight.device)
+        levels = context.level_tensor(view, view.device)
         context.trace.spend("DepthSkip gates", 2 * len(levels) * score.in_features * score.out_features)
         logits: Tensor = self.module(levels)
         return logits

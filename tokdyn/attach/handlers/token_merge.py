@@ -73,13 +73,13 @@ class MergedTokens(Sublayer):
     ) -> Any:
         """Compute samples that merge equally much together, and the others apart."""
         groups = [[i for i, found in enumerate(ratios) if found == ratio] for ratio in dict.fromkeys(ratios)]
-        device, outputs = next(value.device for value in named.values() if isinstance(value, Tensor)), []
+        outputs = []
         for places in groups:
-            part = view.take(places, device)
+            part = view.take(places)
             inside = replace(frame, view=part.view)
             given = of_samples(named, part.places, view.batch, site.blocks)
             outputs.append(class_swap.within(inside, self.around, inside, part.view, site, call, given))
-        order = torch.tensor([i for places in groups for i in places], device=device).argsort()
+        order = torch.tensor([i for places in groups for i in places], device=view.device).argsort()
         if isinstance(outputs[0], tuple):
             return tuple(torch.cat(each).index_select(0, order) for each in zip(*outputs, strict=True))
         return torch.cat(outputs).index_select(0, order)
@@ -196,14 +196,14 @@ class MergedTokens(Sublayer):
         if view.index is None and view.packing is None:
             chosen = grid_destinations(view.batch, context.grid, device, bucket, seed, step)
         else:
-            chosen = destinations(*view.rows(device), view.batch, context.grid, bucket, seed, step)
+            chosen = destinations(*view.rows(), view.batch, context.grid, bucket, seed, step)
         known[key] = chosen
         return chosen
 
     def _important(self, context: CallContext, view: TokenView, rows: Tensor) -> Destinations:
         """Choose the longest row of every bucket."""
         length = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
-        return destinations(*view.rows(rows.device), view.batch, context.grid, self.method.bucket, importance=length)
+        return destinations(*view.rows(), view.batch, context.grid, self.method.bucket, importance=length)
 
     def _matchings(self, context: CallContext) -> Matchings:
         """What blocks of this call share."""

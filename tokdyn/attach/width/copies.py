@@ -19,7 +19,7 @@ from tokdyn.attach.width.layout import Layout, Names, On, reach
 
 
 class Places(Protocol):
-    """What is put where; see `tokdyn.attach.width.slices.Slice`."""
+    """What takes the place of what; see `tokdyn.attach.width.slices.Slice`."""
 
     @property
     def on(self) -> On: ...  # noqa: D102
@@ -35,7 +35,7 @@ class Places(Protocol):
 
 
 def sources_of(block: nn.Module, layout: Layout, on: On) -> dict[Names, nn.Module] | None:
-    """The modules that are replaced, in order; None if one of them, or of those around it, cannot be."""
+    """List the modules to replace, in order; None if one of them, or a module around one, cannot be replaced."""
     whole: dict[Kind, bool] = {"heads": all(on.heads), "channels": all(on.channels)}
     found: dict[Names, nn.Module] = {}
     free: dict[Names, nn.Module] = {(): block}
@@ -59,7 +59,7 @@ def sources_of(block: nn.Module, layout: Layout, on: On) -> dict[Names, nn.Modul
 
 
 def _free(module: nn.Module) -> bool:
-    """Whether nothing holds on to this very object: a hook, a forward of its own, or compiled code."""
+    """Whether nothing holds on to this very object: no hook, no forward of its own, no compiled code."""
     held = vars(module)
     if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
         return False
@@ -73,7 +73,7 @@ def _free(module: nn.Module) -> bool:
 
 
 def readable(module: nn.Module) -> bool:
-    """Whether it is a linear layer, no subclass, whose weights can be used without calling it."""
+    """Whether a module is a plain linear layer whose weights can be used without calling it."""
     if base_class(module) is not nn.Linear or module._parameters.get("weight") is None or not _free(module):
         return False
     return all(type(weight) in (nn.Parameter, Tensor) and not weight.is_meta for weight in weights_of(module))
@@ -135,7 +135,7 @@ def _part(module: nn.Module, site: Any) -> nn.Module:
 
 
 def shallow(module: nn.Module, kind: type) -> nn.Module:
-    """The same module as another object, of that class, with a list of parts of its own."""
+    """Copy a module as an object of a class, with a dictionary of submodules of its own; everything else is shared."""
     made: Any = kind
     other: nn.Module = made.__new__(made)
     vars(other).update(vars(module))

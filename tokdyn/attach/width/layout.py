@@ -1,4 +1,4 @@
-"""What of a block belongs to which attention head and to which channel of the MLP, with all sizes known."""
+"""Which outputs and inputs of a block's layers belong to which attention head and MLP channel."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Names = tuple[str, ...]
 
 
 class On(NamedTuple):
-    """Which of the heads, and of the groups of MLP channels, are on; at least one of each that there are."""
+    """Which heads and which groups of MLP channels are computed; at least one of each."""
 
     heads: tuple[bool, ...]
     channels: tuple[bool, ...]
 
     def of(self, kind: Kind) -> tuple[bool, ...]:
-        """One of them."""
+        """Select one of the two."""
         return self.heads if kind == "heads" else self.channels
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be cut.
+    """A layer that can be sliced.
 
     Attributes:
         names: where it is.
@@ -76,11 +76,11 @@ class Layout:
     parallel: bool
 
     def total(self, kind: Kind) -> int:
-        """Channels of all heads, or of the MLP."""
+        """Count the channels of all heads, or of the MLP."""
         return sum(self.sizes[kind])
 
     def flops(self, image: int, text: int) -> tuple[int, int]:
-        """FLOPs of attention and of the MLP for one sample, as far as gates decide; a multiply-add is 2."""
+        """Compute the FLOPs of attention and of the MLP for one sample, as far as gates decide; a multiply-add is 2."""
         rows = {"image": image, "text": text, "joint": image + text}
         pairs = (image + text) ** 2 + self.beside * image**2
         spent: dict[Kind, int] = {"heads": 4 * pairs * self.total("heads"), "channels": 0}
@@ -91,7 +91,7 @@ class Layout:
 
 
 def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> tuple[Layout, ...]:
-    """The layouts of all blocks, if there is a method that needs them.
+    """Lay out all blocks, if a method prunes them.
 
     Raises:
         UnsupportedModelError: the model has no layers that such a method could cut.
@@ -124,7 +124,7 @@ def layouts_of(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method
 def unfit(
     blocks: Blocks, pruning: Pruning, dense: bool, heads: bool = True, channels: bool | None = None
 ) -> str | None:
-    """Why a method with these settings cannot be attached to the blocks of a blocks, and what can; None if it can.
+    """Say why blocks cannot be pruned that way, and what can be done; None if they can.
 
     Args:
         blocks: of the model.
@@ -150,7 +150,7 @@ def unfit(
 
 
 def layout_of(block: nn.Module, blocks: Blocks, heads: int) -> Layout | None:
-    """What can be cut in a block; None if nothing is known of it.
+    """Lay out what can be sliced in a block; None if nothing is known of it.
 
     Args:
         block: of the blocks.
@@ -183,7 +183,7 @@ def layout_of(block: nn.Module, blocks: Blocks, heads: int) -> Layout | None:
 
 
 def reach(block: nn.Module, names: Names) -> nn.Module | None:
-    """The module in a place; None if there is none."""
+    """Return the module in a place; None if there is none."""
     found: nn.Module | None = block
     for name in names:
         found = None if found is None else found._modules.get(name)
@@ -193,7 +193,7 @@ def reach(block: nn.Module, names: Names) -> nn.Module | None:
 def _layer(
     block: nn.Module, module: Any, cut: SlicedLayer, totals: dict[Kind, int], heads: int, rows: Rows
 ) -> Layer | None:
-    """A layer with its sizes; None if they do not add up."""
+    """Measure a layer; None if its sizes do not add up."""
     outputs, inputs = int(module.out_features), int(module.in_features)
     out, into = _filled(cut.out, outputs, totals), _filled(cut.into, inputs, totals)
     shared = totals[cut.out[0]] // outputs if len(cut.out) == 1 and outputs < totals[cut.out[0]] else 1
@@ -215,18 +215,18 @@ def _layer(
 
 
 def _filled(kinds: tuple[Kind, ...], size: int, totals: dict[Kind, int]) -> tuple[Kind, ...]:
-    """A single kind as often as there is room."""
+    """Repeat a single kind as often as there is room."""
     return kinds * max(1, size // totals[kinds[0]]) if len(kinds) == 1 else kinds
 
 
 def _normalized(norm: Any) -> int | None:
-    """How many channels a norm takes together; None if it is none."""
+    """Count the channels that a norm takes together; None if the module is no norm."""
     shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
     return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
 
 
 def _number(block: nn.Module, path: str) -> int:
-    """What dotted attributes of a block lead to; 0 if they lead nowhere."""
+    """Follow dotted attributes of a block to a number; 0 if they lead nowhere."""
     found: Any = block
     for name in path.split("."):
         found = getattr(found, name, None)

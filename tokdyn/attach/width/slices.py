@@ -1,4 +1,4 @@
-"""A block computed for some heads and MLP channels alone: the same code on sliced weights.
+"""Slice the weights of a block, so that its own code computes some heads and MLP channels alone.
 
 The block itself is not changed; see `tokdyn.attach.width.copies`. The sliced weights are kept until other heads are
 asked for or a weight changes.
@@ -69,7 +69,7 @@ def unwritten(snapshots: Iterable[Snapshot]) -> bool:
 
 
 class Selected(nn.Module):
-    """A module whose outputs are selected.
+    """Select outputs of a module.
 
     Args:
         inner: any module.
@@ -109,7 +109,7 @@ class Slice:
     without: dict[Names, int]
 
     def holds(self, on: On, sources: dict[Names, nn.Module]) -> bool:
-        """Whether it is still what is asked for."""
+        """Whether the slice is still the one that is asked for."""
         if self.on != on or any(self.sources.get(names) is not module for names, module in sources.items()):
             return False
         weights = [weight for module in sources.values() for weight in weights_of(module)]
@@ -119,7 +119,7 @@ class Slice:
 
 
 class Slices:
-    """The slices of a model's blocks, the last of each. Copies of the model start without."""
+    """The latest slice of each block of a model. Copies of the model start without."""
 
     def __init__(self) -> None:
         self._of: dict[int, Slice] = {}
@@ -128,18 +128,18 @@ class Slices:
         return Slices, ()
 
     def clear(self) -> None:
-        """Let all weights go."""
+        """Forget all slices."""
         self._of = {}
 
     def check(self) -> None:
-        """Forget everything if a weight was written to behind its back; asked once in a call of the model."""
+        """Forget all slices if a weight was written to through `.data`; called once a call of the model."""
         if not unwritten(each for one in self._of.values() for each in one.snapshots):
             self.clear()
 
     def pruned(
         self, number: int, block: nn.Module, layout: Layout, on: On, sites: Mapping[int, Any]
     ) -> tuple[nn.Module, Slice] | None:
-        """A block that computes some heads and channels alone.
+        """Build a block that computes some heads and channels alone.
 
         Args:
             number: of the block in the model.
@@ -197,7 +197,7 @@ def _sliced(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
 
 
 def _index(kinds: tuple[Kind, ...], kept: Mapping[Kind, Tensor], layout: Layout) -> Tensor:
-    """Which outputs or inputs of a layer stay."""
+    """List the outputs or inputs of a layer that stay."""
     parts, start = [], 0
     for kind in kinds:
         parts.append(kept[kind] + start)
@@ -206,7 +206,7 @@ def _index(kinds: tuple[Kind, ...], kept: Mapping[Kind, Tensor], layout: Layout)
 
 
 def _shared(layer: Layer, layout: Layout, on: On) -> tuple[Tensor, Tensor]:
-    """For heads that share keys and values: the outputs that are needed, and that for every channel of every head."""
+    """List the outputs needed by heads that share keys and values, and the output of every channel of every head."""
     size = layout.sizes["heads"][0]
     groups = [head // layer.shared for head, there in enumerate(on.heads) if there]
     channels = torch.arange(size)
@@ -215,12 +215,12 @@ def _shared(layer: Layer, layout: Layout, on: On) -> tuple[Tensor, Tensor]:
 
 
 def _places(rows: Tensor, again: Tensor) -> Tensor:
-    """Where each of the outputs wanted is among those that are computed."""
+    """Find each wanted output among those that are computed."""
     return torch.searchsorted(rows, again)
 
 
 def _cut(layer: Any, out: Tensor | None, into: Tensor | None) -> Any:
-    """A linear layer with some of the outputs and inputs of another."""
+    """Build a linear layer with some of the outputs and inputs of another."""
     weight, bias = layer.weight.detach(), layer.bias if layer.bias is None else layer.bias.detach()
     if out is not None:
         weight, bias = weight.index_select(0, out), bias if bias is None else bias.index_select(0, out)
