@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks import markdown
 from tokdyn.bench import timing
-from tokdyn.bench.page import columns, write_page
 from tokdyn.bench.quality import QualityConfig, bench_quality
+from tokdyn.bench.quality_page import columns, write_page
 from tokdyn.bench.stacks import read_stacks
 from tokdyn.calibration.command import run
 from tokdyn.calibration.config import CalibrateConfig

@@ -37,8 +37,8 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Measure what stacks of methods do to the images, what they cost, and how long they take."""
-        from tokdyn.bench.page import columns, write_page
         from tokdyn.bench.quality import QualityConfig, bench_quality
+        from tokdyn.bench.quality_page import columns, write_page
         from tokdyn.bench.stacks import read_stacks
 
         config = read(ctx.args, QualityConfig, ["model"])

@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
     )
     def tune(ctx: typer.Context, json: Json = False) -> None:
         """Search the schedule of budgets, merging, skipping and caching that does best at a share of the FLOPs."""
-        from tokdyn.bench.page import columns
+        from tokdyn.bench.quality_page import columns
         from tokdyn.bench.tune import tune
         from tokdyn.bench.tune_settings import TuneConfig
         from tokdyn.files import json_object

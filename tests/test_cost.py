@@ -16,7 +16,7 @@ from torch import nn
 import tokdyn
 from tokdyn import checkpoints
 from tokdyn.cost import Flops, compute_matched_steps, count, flops_per_image, kept_tokens, model_parts
-from tokdyn.cost.counting import attention_formulas
+from tokdyn.cost.counter import attention_formulas
 from tokdyn.errors import InputError
 from tokdyn.models import DCDiT, DiT
 from tokdyn.ops import attention_backend

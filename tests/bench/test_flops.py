@@ -19,7 +19,7 @@ from tokdyn.bench import flops as bench
 from tokdyn.bench.flops import FlopsConfig, bench_flops, compared
 from tokdyn.bench.published import MATCHED
 from tokdyn.bench.stacks import open_stack, read_stacks
-from tokdyn.cost.counting import attention_formulas
+from tokdyn.cost.counter import attention_formulas
 from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.errors import TokdynError
 from tokdyn.train.snapshot import save_model
@@ -110,7 +110,7 @@ def test_a_difference_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def dearer(*words: Any, **settings: Any) -> dict[str, int]:
         return {name: round(1.01 * value) for name, value in whole(*words, **settings).items()}
 
-    monkeypatch.setattr("tokdyn.cost.counted.model_parts", dearer)
+    monkeypatch.setattr("tokdyn.cost.forward_pass.model_parts", dearer)
     with pytest.raises(TokdynError, match="apart where"):
         bench_flops(FlopsConfig(models="DiT-tiny/2", **SMALL))
 

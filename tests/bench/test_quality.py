@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from tests.evaluate.conftest import Kit
 from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
-from tokdyn.bench.page import columns, write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.quality_page import columns, write_page
 from tokdyn.bench.stacks import read_stacks
 from tokdyn.data import DataConfig, open_data
 from tokdyn.diffusion.objective import Objective

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokdyn
-from tests.calibration.calls import LEVELS, trajectory
+from tests.calibration.trajectories import LEVELS, trajectory
 from tests.contract.models import CLOCKED, TINY, one_of, sample
 from tokdyn.calibration import calibrate_cache
 from tokdyn.calibration.threshold import simulate

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import tokdyn
-from tests.calibration.calls import trajectory
+from tests.calibration.trajectories import trajectory
 from tests.contract.models import TINY, sample
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokdyn
-from tests.calibration.calls import LEVELS, trajectory
+from tests.calibration.trajectories import LEVELS, trajectory
 from tests.contract.foreign import INFERRED
 from tests.contract.models import CLOCKED, TINY, sample
 from tokdyn.calibration import calibrate_skipping

@@ -157,7 +157,7 @@ class QualityResult:
 
 
 def bench_quality(config: QualityConfig, stacks: Sequence[Stack]) -> QualityResult:
-    """Draw the same images with every stack and measure them; `tokdyn.bench.page.write_page` shows what was found.
+    """Draw the same images with every stack and measure them; `quality_page.write_page` shows the result.
 
     Args:
         config: how.

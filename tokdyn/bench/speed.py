@@ -20,7 +20,7 @@ from tokdyn.attach.entry import attachment_of
 from tokdyn.bench import timing
 from tokdyn.bench.flops import is_named
 from tokdyn.bench.stacks import Stack, open_stack
-from tokdyn.calibration.afterwards import rewrap
+from tokdyn.calibration.after_training import rewrap
 from tokdyn.cost import flops
 from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath

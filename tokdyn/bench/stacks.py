@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tokdyn.attach.entry import attachment_of, unwrap
 from tokdyn.attach.sidecar import load
-from tokdyn.calibration.afterwards import rewrap
+from tokdyn.calibration.after_training import rewrap
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Drop, Sampler

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.sidecar import save
-from tokdyn.bench.page import write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.quality_page import write_page
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.bench.tune_search import Trial, Tuner, fitting, search, uniform
 from tokdyn.bench.tune_settings import TuneConfig

@@ -16,7 +16,7 @@ from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.sites import Role, blocks_of, find_roles
 from tokdyn.attach.tokens import split
 from tokdyn.calibration.recording import Call, moved
-from tokdyn.cost.counting import attention_formulas
+from tokdyn.cost.counter import attention_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.tokens import Packing, cells
 from tokdyn.trace.calls import Record

@@ -6,10 +6,9 @@ convolutions and the two products of attention. Left out are norms, activations,
 operations and the weighted sums of de-chunking, which are a few percent and no matrix products.
 """
 
-from tokdyn.cost.analytic import flops_per_image, kept_tokens, model_parts
-from tokdyn.cost.budget import compute_matched_steps
-from tokdyn.cost.counted import Flops, flops
-from tokdyn.cost.counting import count
+from tokdyn.cost.analytic import compute_matched_steps, flops_per_image, kept_tokens, model_parts
+from tokdyn.cost.counter import count
+from tokdyn.cost.forward_pass import Flops, flops
 from tokdyn.cost.statistics import CallStats, RunStats, StepStats, stats
 
 __all__ = [

@@ -14,9 +14,8 @@ from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.measuring import unnoticed
 from tokdyn.attach.targets import inside
 from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
-from tokdyn.cost.attached import call_flops, known
-from tokdyn.cost.counting import count, to_meta
-from tokdyn.cost.padding import paddings
+from tokdyn.cost.call_cost import call_flops, known, paddings
+from tokdyn.cost.counter import count, to_meta
 from tokdyn.cost.table import unit_of
 from tokdyn.errors import InputError
 from tokdyn.tokens import cells

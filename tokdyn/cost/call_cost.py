@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from tokdyn.attach.entry import attach_parts, attachment_of, unwrap, wrap
 from tokdyn.attach.measuring import Meter, unnoticed
 from tokdyn.attach.sites import argument_names, blocks_of
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.counting import attention_formulas, by_child, to_meta
-from tokdyn.cost.padding import paddings
+from tokdyn.cost.counter import attention_formulas, by_child, to_meta
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.models.blocks import Attention
+from tokdyn.ops.attention import computed_pairs
 from tokdyn.trace.calls import Record
 
 
@@ -149,3 +149,22 @@ def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[i
         calls += [(pair, rows) for rows in ([list(chain(*groups))] if packed else groups)]
     width, heads = attachment.sizes.width, attachment.sizes.heads
     return paddings(calls, next(model.parameters()).device, width // heads)
+
+
+def paddings(calls: Sequence[tuple[float, Sequence[int]]], device: torch.device, head_width: int) -> set[int]:
+    """What padded rows may have cost, in FLOPs above 0: it depends on the type, and on whether gradients were wanted.
+
+    Args:
+        calls: of attention: FLOPs of one pair of query and key, and the rows of the samples.
+        device: of the model.
+        head_width: d = D / H.
+    """
+    found = set()
+    types = torch.float32, torch.bfloat16, torch.float16
+    for dtype, learning, biased in product(types, (False, True), (False, True)):
+        beyond = 0
+        for flops, rows in calls:
+            pairs = computed_pairs(rows, device, dtype, head_width, learning, biased) - sum(n * n for n in rows)
+            beyond += round(flops * pairs)
+        found.add(beyond)
+    return found - {0}
