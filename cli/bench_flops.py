@@ -50,13 +50,13 @@ def register(app: typer.Typer) -> None:
         A multiply-add is 2 FLOPs. Named models have no trained weights: DC-DiT is taken at 1/N of its tokens or at
         kept=SHARE. Of checkpoints the tokens are measured on images that they draw.
         """
-        from tokdyn.bench.flops import FlopsConfig, bench_flops, compared
+        from tokdyn.bench.flops import FlopsConfig, bench_flops, compare_with_paper
         from tokdyn.bench.flops_table import columns, draw_parts, write_csv
         from tokdyn.bench.stacks import read_stacks
 
         config = read(ctx.args, FlopsConfig, ["models"])
         if paper:
-            found = compared(config)
+            found = compare_with_paper(config)
             if json:
                 as_json({"units": "a multiply-add is 2 FLOPs", "rows": found})
                 return

@@ -1,22 +1,22 @@
-"""Costs and counts of tokens that papers print, beside which `tokdyn bench flops` puts its own."""
+"""Costs printed in papers, which `tokdyn bench flops --paper` compares with the computed ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-STEPS = 250
+STEPS = 250  # model calls per image in all rows
 
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a table; images of 256 pixels, 250 steps.
+    """One printed row: an image of 256 pixels in 250 steps.
 
     Attributes:
         model: named as in `tokdyn models`.
         tflops: 1e12 FLOPs per image; a multiply-add is 2.
-        tail_drop: of the conditional branch; None for a DiT.
-        uncond_tail_drop: of the unconditional branch under Lite-CFG; None without guidance.
-        guided: whether both branches are computed.
+        tail_drop: tail drop of the conditional branch; None for a DiT.
+        uncond_tail_drop: tail drop of the unconditional branch under Lite-CFG; None without guidance.
+        guided: whether both guidance branches are computed.
     """
 
     model: str
@@ -26,7 +26,7 @@ class Published:
     guided: bool = False
 
 
-# arXiv 2603.06351 v2; multiply-adds count 2. The mean kept fraction before tail drop is not printed.
+# arXiv 2603.06351 v2; a multiply-add is 2 FLOPs. The paper does not print the mean kept share before tail drop.
 ROWS = (
     Published("DiT-S/2", 3.02),
     Published("DiT-B/2", 11.46),
@@ -51,5 +51,5 @@ ROWS = (
     Published("DC-DiT-XL", 76.13, 0.0, 0.9, guided=True),
 )
 
-MATCHED = {"DC-DiT-S": 421_230, "DC-DiT-B": 408_071, "DC-DiT-L": 486_372, "DC-DiT-XL": 494_943}
-"""Steps that cost as much as 400,000 of the DiT of the same size (arXiv 2603.06351 v2)."""
+MATCHED_STEPS = {"DC-DiT-S": 421_230, "DC-DiT-B": 408_071, "DC-DiT-L": 486_372, "DC-DiT-XL": 494_943}
+"""Training steps that cost as much as 400,000 steps of the DiT of the same size (arXiv 2603.06351 v2)."""
