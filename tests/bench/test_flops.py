@@ -85,9 +85,7 @@ STACKS = {
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("model", ["dit", "dc"])
-def test_trajectory_cost_is_what_torch_counts(
-    saved: dict[str, str], model: str, name: str, guidance: float
-) -> None:
+def test_trajectory_cost_is_what_torch_counts(saved: dict[str, str], model: str, name: str, guidance: float) -> None:
     stacks = read_stacks([STACKS[name].replace("MODEL", saved[model])])
     config = FlopsConfig(steps=4, guidance=guidance, images=1, scheduler="ddim")
     (row,) = bench_flops(config, stacks)
