@@ -1,4 +1,4 @@
-"""FLOPs of one call of a model that an adapter knows, wrapped or not: counted, and computed from what happened."""
+"""Compute and count the FLOPs of one call of a model that an adapter knows, wrapped or not."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tokdyn.trace.calls import Record
 
 
 @dataclass(frozen=True)
-class Call:
-    """What one call cost, FLOPs of the whole batch; a multiply-add is 2.
+class CallCost:
+    """The FLOPs of one call of the whole batch; a multiply-add is 2.
 
     Attributes:
-        parts: the blocks and what methods did on top, computed; what lies outside of the blocks, counted by module.
-        dense: the same without methods.
-        counted: all that was counted.
-        children: counted, by child module.
+        parts: computed for the blocks and the methods, counted by module for everything outside of the blocks.
+        dense: FLOPs of the same call without methods.
+        counted: FLOPs that torch's counter saw.
+        children: counted FLOPs by child module.
         batch: B.
     """
 
@@ -46,19 +46,22 @@ class Call:
     batch: int
 
 
-def known(model: nn.Module) -> bool:
-    """Whether the cost of the model's blocks can be computed."""
+def is_computable(model: nn.Module) -> bool:
+    """Whether the FLOPs of the model's blocks can be computed."""
     try:
         return structures(model, adapter_for(model)) is not None
     except UnsupportedModelError:
         return False
 
 
-def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
-    """Run a model that is `known`, count, and compute the same.
+def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> CallCost:
+    """Run a model whose blocks are computable, and both count and compute its FLOPs (a multiply-add is 2).
 
-    A wrapped model that is training runs as in training, so that what acts only there is seen. The call leaves no
-    trace in the trajectory, the memory of caches, the statistics or the losses.
+    A wrapped model in training mode runs as in training, so that methods which act only there are included. The call
+    leaves no trace in the trajectory, in caches, statistics or losses.
+
+    Raises:
+        InputError: the model is on the meta device, and what it computes depends on its data.
     """
     names = argument_names(model)
     arguments = {**dict(zip(names, inputs, strict=False)), **keywords}
@@ -67,23 +70,25 @@ def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
         inputs, keywords = to_meta(inputs), to_meta(keywords)
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     with _metered(model, Meter(mode.get_total_flops, arguments)) as attachment, unnoticed(attachment):
-        learning = bool(attachment.methods) and model.training and torch.is_grad_enabled()
+        training = bool(attachment.methods) and model.training and torch.is_grad_enabled()
         try:
-            with torch.set_grad_enabled(learning), mode:
+            with torch.set_grad_enabled(training), mode:
                 model(*inputs, **keywords)
         except RuntimeError as error:
             if not meta:
                 raise
             raise InputError(
-                f"what this {type(model).__name__} computes depends on its data ({error}); move it off the meta device."
+                f"what this {type(model).__name__} computes depends on its data, which a model on the meta device does "
+                f"not have; move it to another device ({error})."
             ) from error
         record = attachment.records[-1]
-        return _call(model, attachment, record, int(mode.get_total_flops()), by_child(mode, type(model).__name__))
+        children = by_child(mode, type(model).__name__)
+        return _combined(model, attachment, record, int(mode.get_total_flops()), children)
 
 
 @contextmanager
 def _metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
-    """Within this context calls of the model are recorded, whether it is wrapped, disabled or neither."""
+    """Record the calls of a model within this context, whether it is wrapped, disabled or neither."""
     attachment = attachment_of(model)
     if attachment is None:
         wrap(model, [])
@@ -91,7 +96,7 @@ def _metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
         model.tokdyn = Attachment(model, attachment.adapter, [])
     now = attachment_of(model)
     assert now is not None
-    bare = attachment is None or not attachment.methods  # nothing goes through a run yet
+    bare = attachment is None or not attachment.methods  # its blocks are not instrumented yet
     if bare:
         attach_parts(model, now)
     now.meter = meter
@@ -107,8 +112,10 @@ def _metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
                 detach(part)
 
 
-def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, children: dict[str, int]) -> Call:
-    """What was counted outside of the blocks beside what is computed within."""
+def _combined(
+    model: nn.Module, attachment: Attachment, record: Record, total: int, children: dict[str, int]
+) -> CallCost:
+    """Combine what was counted outside of the blocks with what is computed inside."""
     found = structures(model, attachment.adapter)
     assert found is not None
     costs = Costs(found)
@@ -122,19 +129,19 @@ def _call(model: nn.Module, attachment: Attachment, record: Record, total: int, 
     names = list(children)
     first = next((place for place, name in enumerate(names) if name in holders), len(names))
     before = {name: outside[name] for name in names[:first]}
-    behind = {name: value for name, value in outside.items() if name not in before}
-    everything = total - sum(children.values())
-    return Call(
-        {**before, **blocks, **methods, **behind, **({"rest": rest} if rest else {})},
+    after = {name: value for name, value in outside.items() if name not in before}
+    unassigned = total - sum(children.values())
+    return CallCost(
+        {**before, **blocks, **methods, **after, **({"rest": rest} if rest else {})},
         sum(outside.values()) + rest + sum(costs.dense(record).values()),
         total,
-        children | ({"rest": everything} if everything else {}),
+        children | ({"rest": unassigned} if unassigned else {}),
         record.batch,
     )
 
 
 def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[int]:
-    """What attention of tokdyn's own blocks may have computed beyond its rows."""
+    """Return the FLOPs that padding may have added in attention of tokdyn's own blocks."""
     blocks = [
         (block, stack.packing is not None) for stack in attachment.adapter.stacks for block in blocks_of(model, stack)
     ]
@@ -152,19 +159,22 @@ def _paddings(model: nn.Module, attachment: Attachment, record: Record) -> set[i
 
 
 def paddings(calls: Sequence[tuple[float, Sequence[int]]], device: torch.device, head_width: int) -> set[int]:
-    """What padded rows may have cost, in FLOPs above 0: it depends on the type, and on whether gradients were wanted.
+    """Return the positive FLOPs that padded attention may have added; they depend on dtype and gradients.
 
     Args:
-        calls: of attention: FLOPs of one pair of query and key, and the rows of the samples.
-        device: of the model.
+        calls: for each call of attention, the FLOPs of one query-key pair and the rows of each sample.
+        device: device of the model.
         head_width: d = D / H.
+
+    Returns:
+        All values that one combination of dtype, gradients and bias leads to; a multiply-add is 2.
     """
     found = set()
-    types = torch.float32, torch.bfloat16, torch.float16
-    for dtype, learning, biased in product(types, (False, True), (False, True)):
-        beyond = 0
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for dtype, gradients, biased in product(dtypes, (False, True), (False, True)):
+        padding = 0
         for flops, rows in calls:
-            pairs = computed_pairs(rows, device, dtype, head_width, learning, biased) - sum(n * n for n in rows)
-            beyond += round(flops * pairs)
-        found.add(beyond)
+            pairs = computed_pairs(rows, device, dtype, head_width, gradients, biased) - sum(n * n for n in rows)
+            padding += round(flops * pairs)
+        found.add(padding)
     return found - {0}
