@@ -1,4 +1,4 @@
-"""Methods that are put on a model when its training is over: calibrated where there is something to calibrate."""
+"""Attach methods to a model after its training, calibrated where they can be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from tokdyn.attach.entry import attachment_of, unwrap, wrap
 from tokdyn.attach.sidecar import save
+from tokdyn.calibration.command import run
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.errors import InputError, TokdynError
 from tokdyn.methods import Method, TokenMerge
@@ -18,14 +19,14 @@ from tokdyn.sample.loading import load_model
 
 
 def finish(folder: Path, after: Sequence[AfterSettings]) -> Path:
-    """Attach what a recipe asks for when its run is over; of several processes the first does it for all.
+    """Attach the methods of a recipe after its run; of several processes, the first does it for all.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         after: see `attach_after`.
 
     Returns:
-        The folder with the methods.
+        The folder of the methods.
     """
     from accelerate import PartialState
 
@@ -37,13 +38,13 @@ def finish(folder: Path, after: Sequence[AfterSettings]) -> Path:
 
 
 def attach_after(model: str | Path, after: Sequence[AfterSettings], out: Path) -> Path:
-    """Calibrate methods on a trained model and write them together with those that it was trained with.
+    """Calibrate methods on a trained model, and save them together with those that it was trained with.
 
     Args:
-        model: what `tokdyn sample` takes.
+        model: anything `tokdyn sample` accepts.
         after: the methods, each at most once.
-        out: folder for the methods, which `tokdyn sample methods=` and `tokdyn.load` take; each calibration leaves its
-            report and picture in a folder below.
+        out: folder for the methods, for `tokdyn sample methods=` and `tokdyn.load`; each calibration also leaves its
+            report and picture in a folder inside.
 
     Returns:
         The folder.
@@ -51,42 +52,39 @@ def attach_after(model: str | Path, after: Sequence[AfterSettings], out: Path) -
     Raises:
         TokdynError: a method does not fit the model or another method.
     """
-    from tokdyn.calibration.command import run
-
     names = [each.method for each in after]
     if len(set(names)) < len(names):
-        raise InputError(f"the methods to attach are {', '.join(names)}; name each once.")
-    made: list[Method] = []
+        raise InputError(f"the methods to attach are {', '.join(names)}; name each of them once.")
+    methods: list[Method] = []
     for each in after:
         if each.method == "merge":
-            made.append(TokenMerge(ratio=each.ratio))
+            methods.append(TokenMerge(ratio=each.ratio))
             continue
-        settings: dict[str, Any] = {"flops": each.flops} if each.flops is not None else {}
+        target: dict[str, Any] = {"flops": each.flops} if each.flops is not None else {}
         shared = {"steps": each.steps, "guidance": each.guidance, "count": each.count}
-        given = {"model": str(model), "method": each.method, "out": out / each.method, **shared, **settings}
-        config = CalibrateConfig.model_validate(given)
-        made.append(run(config).method)
-    whole, *_ = load_model(model)
-    rewrap(whole, made)
-    return save(whole, out)
+        settings = {"model": str(model), "method": each.method, "out": out / each.method, **shared, **target}
+        methods.append(run(CalibrateConfig.model_validate(settings)).method)
+    trained, *_ = load_model(model)
+    rewrap(trained, methods)
+    return save(trained, out)
 
 
 def rewrap(model: nn.Module, more: Sequence[Method]) -> None:
-    """Put methods around those that a model carries, whose trained parts stay as they are."""
-    carried = attachment_of(model)
-    if carried is None:
+    """Put methods around those that a model is wrapped with, whose trained parts keep their weights."""
+    before = attachment_of(model)
+    if before is None:
         wrap(model, more)
         return
     unwrap(model)
     try:
-        wrap(model, [*more, *carried.methods])
+        wrap(model, [*more, *before.methods])
         added = len(more)
     except TokdynError:
-        wrap(model, carried.methods)
+        wrap(model, before.methods)
         added = 0
         raise
     finally:
-        now = attachment_of(model)
-        assert now is not None
-        for place, part in carried.parts.items():
-            now.parts[str(int(place) + added)].load_state_dict(part.state_dict())
+        after = attachment_of(model)
+        assert after is not None
+        for place, part in before.parts.items():
+            after.parts[str(int(place) + added)].load_state_dict(part.state_dict())

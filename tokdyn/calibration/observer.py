@@ -1,4 +1,4 @@
-"""Looking at a model through the eyes of a feature cache that never reuses anything."""
+"""Observe what a feature cache sees in a model, without reusing anything."""
 
 from __future__ import annotations
 
@@ -17,76 +17,77 @@ from tokdyn.methods import FeatureCache
 from tokdyn.trace.trajectory import Turn
 
 
-def _nothing() -> int:
+def _no_flops() -> int:
     return 0
 
 
 @dataclass
 class Observer(Cache):
-    """A cache in its place, which keeps what it sees.
+    """A cache that keeps the indicator and the output of the blocks instead of comparing them.
 
     Attributes:
-        spent: says how many FLOPs were spent so far in this call.
-        inside: FLOPs between opening and closing.
-        looking: FLOPs of the indicator.
+        spent: returns the FLOPs spent so far in this call.
+        inside: FLOPs between opening and closing the cache.
+        indicator_flops: FLOPs of the indicator.
     """
 
-    spent: Callable[[], int] = _nothing
+    spent: Callable[[], int] = _no_flops
     inside: int = 0
-    looking: int = 0
+    indicator_flops: int = 0
     _seen: list[Any] = field(default_factory=list)
 
     def open(self, run: Run, x: Tensor) -> Tensor:
-        """See the indicator."""
+        """Compute the indicator."""
         before = self.spent()
         indicator = self._indicator(run, x)
-        self.looking = self.spent() - before
+        self.indicator_flops = self.spent() - before
         self._seen = [run.turn, run.level, indicator]
         self.inside = self.spent()
         return x
 
     def close(self, run: Run, x: Tensor) -> Tensor:
-        """See the output."""
+        """Keep the output."""
         self.inside = self.spent() - self.inside
         self._seen.append(x)
         return x
 
-    def seen(self) -> tuple[Turn, tuple[float, ...], Tensor, Tensor]:
-        """Turn, levels, indicator and image tokens behind the last block of the last call, once.
+    def take(self) -> tuple[Turn, tuple[float, ...], Tensor, Tensor]:
+        """Return and forget the step, noise levels, indicator, and image tokens after the last block of the last call.
 
         Raises:
             InputError: the first or the last block did not run.
         """
-        found, self._seen = self._seen, []
-        if len(found) != 4:
+        seen, self._seen = self._seen, []
+        if len(seen) != 4:
             raise InputError(
-                "the first or the last block did not run in a recorded call, and a cache needs both; record calls of "
+                "the first or the last block did not run in a recorded call, but a cache needs both; record calls of "
                 "the whole model."
             )
-        turn, levels, indicator, output = found
+        turn, levels, indicator, output = seen
         return turn, levels, indicator, output
 
 
 @contextmanager
 def observing(model: nn.Module, method: FeatureCache) -> Iterator[Observer]:
-    """Within this context an observer is where the cache would be.
+    """Wrap a model with a cache and replace the cache by an observer within this context.
 
     Raises:
-        CompositionError: the model and the indicator do not go together.
+        CompositionError: the model does not support the indicator.
     """
-    watched = FeatureCache(threshold=1.0, indicator=method.indicator)
-    attachment = attached(wrap(model, [watched]))
+    observed = FeatureCache(threshold=1.0, indicator=method.indicator)
+    attachment = attached(wrap(model, [observed]))
     try:
-        found: list[Observer] = []
+        observers: list[Observer] = []
 
-        def put(bracket: Any) -> Any:
+        def replaced(bracket: Any) -> Any:
             if not isinstance(bracket, Cache):
                 return bracket
-            found.append(Observer(watched, bracket.first, bracket.last))
-            return found[-1]
+            observers.append(Observer(observed, bracket.first, bracket.last))
+            return observers[-1]
 
-        attachment.caches = tuple(put(each) for each in attachment.caches)
-        attachment.actors = replace(attachment.actors, brackets=tuple(put(each) for each in attachment.actors.brackets))
-        yield found[0]
+        brackets = tuple(replaced(each) for each in attachment.actors.brackets)
+        attachment.caches = tuple(replaced(each) for each in attachment.caches)
+        attachment.actors = replace(attachment.actors, brackets=brackets)
+        yield observers[0]
     finally:
         unwrap(model)
