@@ -17,7 +17,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -42,6 +42,6 @@ def register(app: typer.Typer) -> None:
             typer.echo((result.folder / "tuned.json").read_text(encoding="utf-8").rstrip())
             return
         output.columns(columns(result.quality.rows))
-        told = json_object(result.folder / "tuned.json")
-        typer.echo(f"\n  {told['sample']}\n")
+        content = json_object(result.folder / "tuned.json")
+        typer.echo(f"\n  {content['sample']}\n")
         output.files(result.folder / name for name in ("stack.yaml", "tuned.json", "quality.html"))
