@@ -25,6 +25,7 @@ from benchmarks import command_line, markdown
 from tokdyn.bench import timing
 from tokdyn.cost import flops_per_image
 from tokdyn.evaluate import EvalConfig, EvalResult, evaluate
+from tokdyn.models import DCDiT
 from tokdyn.report.pareto import draw_pareto, read_points
 from tokdyn.sample import SampleConfig, load_model, sample
 
@@ -55,7 +56,7 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Sample a run at every budget and judge the images."""
     run, out = given.runs / name, given.work / name
     model, _, info = load_model(run)
-    drops = DROPS if hasattr(model, "chunking") else (0.0,)
+    drops = DROPS if isinstance(model, DCDiT) else (0.0,)
     config = SampleConfig(
         model=str(run),
         out=out,

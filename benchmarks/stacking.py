@@ -23,7 +23,7 @@ from tokdyn.bench import timing
 from tokdyn.bench.quality import QualityConfig, bench_quality
 from tokdyn.bench.quality_page import columns, write_page
 from tokdyn.bench.stacks import read_stacks
-from tokdyn.calibration.command import run
+from tokdyn.calibration.command import calibrate_from_disk
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.methods.written import written
 from tokdyn.recipe import yaml_text
@@ -57,7 +57,7 @@ def _cache(model: str, given: argparse.Namespace) -> dict[str, Any]:
         model=model, method="cache", out=out, cache_steps=given.cache_steps, scheduler="dpm", steps=given.steps,
         guidance=given.guidance, count=16, batch_size=16,
     )  # fmt: skip
-    return written(run(config).method)
+    return written(calibrate_from_disk(config).method)
 
 
 def by_name(content: dict[str, Any]) -> dict[str, Any]:

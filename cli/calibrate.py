@@ -33,10 +33,10 @@ def register(app: typer.Typer) -> None:
     )
     def calibrate(ctx: typer.Context, json: Json = False) -> None:
         """Measure on sampled images which blocks to skip, or when to reuse their output."""
-        from tokdyn.calibration.command import run
+        from tokdyn.calibration.command import calibrate_from_disk
         from tokdyn.calibration.config import CalibrateConfig
 
-        result = run(read(ctx.args, CalibrateConfig, ["model"]))
+        result = calibrate_from_disk(read(ctx.args, CalibrateConfig, ["model"]))
         if json:
             as_json({"folder": result.folder, **result.report})
             return

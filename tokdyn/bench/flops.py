@@ -227,7 +227,7 @@ def _cost_of_stack(config: FlopsConfig, stack: Stack) -> FlopsRow:
     model, (rows, columns) = opened.model, grid_of(opened.model.config)
     attachment = attachment_of(model)
     wrapped = attachment is not None and bool(attachment.methods)
-    chunked = hasattr(model, "chunking")
+    chunked = isinstance(model, DCDiT)
     counted = computed = None
     if config.count:
         passes = _counted_passes(config, opened)

@@ -35,15 +35,15 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int = 9, warmup: int
         For each side the median, smallest and largest time in milliseconds.
     """
     for _ in range(warmup):
-        for run in sides.values():
-            run()
+        for side in sides.values():
+            side()
     times: dict[str, list[float]] = {name: [] for name in sides}
     gc.disable()
     try:
         for _ in range(rounds):
-            for name, run in sides.items():
+            for name, side in sides.items():
                 start = time.perf_counter()
-                run()
+                side()
                 times[name].append((time.perf_counter() - start) * 1e3)
     finally:
         gc.enable()
@@ -70,12 +70,12 @@ def ratio(times: Mapping[str, Mapping[str, float]], slow: str, fast: str) -> flo
     return times[slow]["median_ms"] / times[fast]["median_ms"]
 
 
-def peak_growth_mib(run: Callable[[], Any]) -> float:
+def peak_growth_mib(call: Callable[[], Any]) -> float:
     """Measure by how many MiB a call raises the peak resident memory of this process (Linux)."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status("VmRSS")
-    run()
+    call()
     return (_status("VmHWM") - before) / 1024
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tokdyn.attach.entry import attachment_of, unwrap, wrap
 from tokdyn.attach.sidecar import save
-from tokdyn.calibration.command import run
+from tokdyn.calibration.command import calibrate_from_disk
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.errors import InputError, TokdynError
 from tokdyn.methods import Method, TokenMerge
@@ -63,7 +63,7 @@ def attach_after(model: str | Path, after: Sequence[AfterSettings], out: Path) -
         target: dict[str, Any] = {"flops": each.flops} if each.flops is not None else {}
         shared = {"steps": each.steps, "guidance": each.guidance, "count": each.count}
         settings = {"model": str(model), "method": each.method, "out": out / each.method, **shared, **target}
-        methods.append(run(CalibrateConfig.model_validate(settings)).method)
+        methods.append(calibrate_from_disk(CalibrateConfig.model_validate(settings)).method)
     trained, *_ = load_model(model)
     rewrap(trained, methods)
     return save(trained, out)

@@ -40,7 +40,7 @@ class CalibrateResult:
     method: DepthSkip | FeatureCache
 
 
-def run(config: CalibrateConfig) -> CalibrateResult:
+def calibrate_from_disk(config: CalibrateConfig) -> CalibrateResult:
     """Draw images, calibrate on the calls of the model, and write the methods, a report and a picture.
 
     Raises:

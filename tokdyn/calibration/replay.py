@@ -81,21 +81,21 @@ class Replay:
         values = Record(self.adapter.level(self.model, call)).clock.tolist()
         return tuple(values * (batch if len(values) == 1 else 1))
 
-    def counted(self, call: Call, run: Callable[[Spent], Counts]) -> Counts:
+    def counted(self, call: Call, compute: Callable[[Spent], Counts]) -> Counts:
         """Count FLOPs while something runs, once per shape of the arguments unless the data decides what runs.
 
         Args:
             call: the arguments.
-            run: gets a function that returns the FLOPs spent so far (a multiply-add is 2), and returns its counts. It
-                is called even if the counts are already known.
+            compute: gets a function that returns the FLOPs spent so far (a multiply-add is 2), and returns its counts.
+                It is called even if the counts are already known.
         """
         shapes = _shapes(call)
         if shapes in self._counts and not self.adapter.chunked:
-            run(lambda: 0)
+            compute(lambda: 0)
         else:
             counter = FlopCounterMode(display=False, custom_mapping=attention_formulas())
             with counter:
-                self._counts[shapes] = run(lambda: int(counter.get_total_flops()))
+                self._counts[shapes] = compute(lambda: int(counter.get_total_flops()))
         counts: Counts = self._counts[shapes]
         return counts
 

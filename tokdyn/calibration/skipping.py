@@ -140,7 +140,7 @@ def _measure_call(replay: Replay, call: Call) -> tuple[tuple[float, ...], Tensor
     """Return levels, (B, blocks) influence (NaN for blocks that did not run), (blocks,) FLOPs and FLOPs of the rest."""
     influences: dict[int, Tensor] = {}
 
-    def run(spent: Spent) -> tuple[Tensor, float]:
+    def compute(spent: Spent) -> tuple[Tensor, float]:
         before: dict[int, tuple[Tensor, int]] = {}
         blocks = torch.zeros(replay.depth, dtype=torch.float64)
 
@@ -156,7 +156,7 @@ def _measure_call(replay: Replay, call: Call) -> tuple[tuple[float, ...], Tensor
             replay(call)
         return blocks, spent() - float(blocks.sum())
 
-    blocks, rest = replay.counted(call, run)
+    blocks, rest = replay.counted(call, compute)
     if not influences:
         raise InputError(
             f"no block of {type(replay.model).__name__} ran in a recorded call; record calls of this model."
