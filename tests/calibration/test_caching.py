@@ -178,5 +178,5 @@ def test_invalid_options_are_refused(method, options, named):
 
 
 def test_calls_without_two_steps_are_refused():
-    with pytest.raises(tokdyn.InputError, match="whole trajectories"):
+    with pytest.raises(tokdyn.InputError, match="trajectories"):
         tokdyn.calibrate(TINY["DiT"].build(), trajectory("DiT", (0.5,)), tokdyn.FeatureCache())
