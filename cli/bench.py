@@ -64,8 +64,9 @@ def flops(
     A multiply-add is 2 FLOPs. Named models have no trained weights, so DC-DiT keeps 1/N of its tokens, or kept=SHARE.
     For checkpoints, the tokens are measured on images that they draw.
     """
-    from tokdyn.bench.flops import FlopsConfig, bench_flops, compare_with_paper
+    from tokdyn.bench.flops import FlopsConfig, bench_flops
     from tokdyn.bench.flops_table import columns, draw_parts, write_csv
+    from tokdyn.bench.published import compare_with_paper
     from tokdyn.bench.stacks import read_stacks
 
     config = read(ctx.args, FlopsConfig, ["models"])

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from tests.test_sample import FACTS, tiny
 from tokdyn import DCDiT, DiT
 from tokdyn.bench import flops as bench
-from tokdyn.bench.flops import FlopsConfig, bench_flops, compare_with_paper
-from tokdyn.bench.published import MATCHED_STEPS
+from tokdyn.bench.flops import FlopsConfig, bench_flops
+from tokdyn.bench.published import MATCHED_STEPS, compare_with_paper
 from tokdyn.bench.stacks import open_stack, read_stacks
 from tokdyn.cost.counter import attention_formulas
 from tokdyn.diffusion.sampling import Sampler, generate

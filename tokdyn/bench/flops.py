@@ -12,7 +12,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from tokdyn.attach.entry import attachment_of
-from tokdyn.bench import published
 from tokdyn.bench.stacks import Opened, Stack, open_stack
 from tokdyn.cost import Flops, compute_matched_steps, flops, flops_per_image, model_parts
 from tokdyn.cost.analytic import grid_of
@@ -330,53 +329,3 @@ def _checked(row: FlopsRow) -> FlopsRow:
                 f"differ by {difference:.2%} where {TOLERANCE:.1%} is allowed; please report this, or set count=false."
             )
     return row
-
-
-def compare_with_paper(config: FlopsConfig) -> list[dict[str, Any]]:
-    """Compare the costs printed in arXiv 2603.06351 with the computed ones, row by row of its tables.
-
-    The paper does not print how many tokens its trained models keep. Without `kept`, DC-DiTs are taken to keep 1/N, and
-    "implied_kept" is the share before tail drop at which the computed cost equals the printed one.
-
-    Returns:
-        One mapping per row: model, tail drops, printed and computed TFLOPs per image and their difference, the assumed
-        share of kept tokens before tail drop, and the implied one.
-    """
-    rows: list[dict[str, Any]] = []
-    for printed in published.ROWS:
-        model = named_model(config, printed.model)
-        natural = (config.kept or 1.0 / config.target) if printed.tail_drop is not None else None
-        computed = _published_cost(model, printed, natural)
-        rows.append(
-            {
-                "model": printed.model,
-                "tail_drop": printed.tail_drop,
-                "uncond_tail_drop": printed.uncond_tail_drop,
-                "guided": printed.guided,
-                "printed": printed.tflops,
-                "computed": round(computed, 3),
-                "difference": f"{computed / printed.tflops - 1:+.2%}",
-                "kept": natural,
-                "implied_kept": None if natural is None else round(_implied_kept(model, printed), 4),
-            }
-        )
-    return rows
-
-
-def _published_cost(model: DiT | DCDiT, printed: published.Published, natural: float | None) -> float:
-    """Compute the TFLOPs per image of a published row."""
-    kept, unconditional = None, 1.0 if printed.guided else None
-    if natural is not None:
-        kept = natural * (1.0 - (printed.tail_drop or 0.0))
-        if printed.guided:
-            unconditional = natural * (1.0 - (printed.uncond_tail_drop or 0.0))
-    return flops_per_image(model, kept, unconditional) * published.STEPS / 1e12
-
-
-def _implied_kept(model: DiT | DCDiT, printed: published.Published) -> float:
-    """Find by bisection the share of kept tokens at which the cost, which rises with it, equals the printed one."""
-    low, high = 0.01, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _published_cost(model, printed, middle) < printed.tflops else (low, middle)
-    return (low + high) / 2
