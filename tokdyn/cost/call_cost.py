@@ -78,8 +78,7 @@ def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
             if not meta:
                 raise
             raise InputError(
-                f"what this {type(model).__name__} computes depends on its data, which a model on the meta device does "
-                f"not have; move it to another device ({error})."
+                f"what this {type(model).__name__} computes depends on its data ({error}); move it off the meta device."
             ) from error
         record = attachment.records[-1]
         children = by_child(mode, type(model).__name__)
