@@ -1,1 +1,1 @@
-"""Measurements behind the published numbers: one command each, results as JSON."""
+"""Benchmarks behind the published numbers: one command each, with results as JSON."""

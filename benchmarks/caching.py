@@ -1,16 +1,16 @@
-"""What wrapping, skipping and caching cost on CPU: `python -m benchmarks.caching --out results.json`.
+"""Time of wrapping, skipping and caching on CPU: `python -m benchmarks.caching --out results.json`.
 
-Sizes: DiT-XL/2 blocks (width 1152, 16 heads) cut to 6, 256 tokens; a Flux of 4 double and 8 single blocks at width 768;
-and both tiny. The caches of cache-dit (pip install cache-dit, version 1.5) and of diffusers run on the same weights
-with the same steps computed: DBCache and FirstBlockCache always compute the first block, as
-FeatureCache(indicator="first_block") does; diffusers compares it in every step, too. The bars are for FeatureCache as
-it is by default, which repeats the first block with the others.
+Sizes: DiT-XL/2 blocks (width 1152, 16 heads), six of them, on 256 tokens; a Flux of 4 double and 8 single blocks at
+width 768; and both tiny. The caches of cache-dit (pip install cache-dit, version 1.5) and of diffusers run on the
+same weights with the same computed steps. DBCache and FirstBlockCache always compute the first block, like
+FeatureCache(indicator="first_block"); diffusers also compares it in every step. The targets are for FeatureCache with
+default settings, whose cached steps skip the first block too. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,15 +18,23 @@ import torch
 from torch import nn
 
 import tokdyn
+from benchmarks import command_line
 from tokdyn import DepthSkip, FeatureCache
-from tokdyn.bench.timing import in_turn, machine, prepare, ratio, write
+from tokdyn.adapters import adapter_for
+from tokdyn.bench.timing import in_turn, machine, ratio, write
 
+Inputs = Callable[[float], dict[str, Any]]
+"""The arguments of a call at a noise level."""
 STEPS = 10
-COMPUTED = (0, 1, 4, 7, 9)  # the last one always is
+COMPUTED = (0, 1, 4, 7, 9)  # the last step is always computed
+TARGETS = {
+    "empty_over_plain": 0.01, "cached_step_share": 0.03, "skipped_block_share": 0.005, "over_cache_dit": 1.0,
+    "over_diffusers": 1.0,
+}  # fmt: skip
 
 
 def dit(blocks: int, heads: int, size: int, head: int = 72) -> nn.Module:
-    """A DiT of diffusers with random weights."""
+    """Build a DiT of diffusers with random weights."""
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -37,7 +45,7 @@ def dit(blocks: int, heads: int, size: int, head: int = 72) -> nn.Module:
 
 
 def flux(double: int, single: int, heads: int, head: int = 64) -> nn.Module:
-    """A Flux of diffusers with random weights."""
+    """Build a Flux of diffusers with random weights."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
@@ -48,8 +56,8 @@ def flux(double: int, single: int, heads: int, head: int = 64) -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def dit_inputs(batch: int, size: int) -> Callable[[float], dict[str, Any]]:
-    """Arguments of a call at a noise level."""
+def dit_inputs(batch: int, size: int) -> Inputs:
+    """Build the inputs of a DiT."""
     x = torch.randn(batch, 4, size, size)
     labels = torch.arange(batch)
     return lambda level: {
@@ -59,14 +67,14 @@ def dit_inputs(batch: int, size: int) -> Callable[[float], dict[str, Any]]:
     }
 
 
-def flux_inputs(side: int, text: int = 32) -> Callable[[float], dict[str, Any]]:
-    """The same for Flux: one image of side x side tokens."""
-    x, words, pooled = torch.randn(1, side * side, 16), torch.randn(1, text, 64), torch.randn(1, 32)
+def flux_inputs(side: int, text: int = 32) -> Inputs:
+    """Build the inputs of a Flux for one image of side x side tokens."""
+    x, text_tokens, pooled = torch.randn(1, side * side, 16), torch.randn(1, text, 64), torch.randn(1, 32)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     ids = torch.cat([torch.zeros(side * side, 1), places], dim=1)
     return lambda level: {
         "hidden_states": x,
-        "encoder_hidden_states": words,
+        "encoder_hidden_states": text_tokens,
         "pooled_projections": pooled,
         "timestep": torch.full((1,), level),
         "img_ids": ids,
@@ -74,8 +82,8 @@ def flux_inputs(side: int, text: int = 32) -> Callable[[float], dict[str, Any]]:
     }
 
 
-def trajectory(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callable[[], None]:
-    """A run of all steps."""
+def trajectory(model: nn.Module, inputs: Inputs) -> Callable[[], None]:
+    """Return a function that runs all steps."""
     calls = [inputs(1.0 - step / STEPS) for step in range(STEPS)]
 
     @torch.no_grad()
@@ -86,8 +94,8 @@ def trajectory(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> C
     return run
 
 
-def call(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callable[[], Any]:
-    """One call."""
+def call(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
+    """Return a function that calls the model once."""
     arguments = inputs(0.5)
 
     @torch.no_grad()
@@ -97,28 +105,30 @@ def call(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callabl
     return run
 
 
-def own_costs(build: Callable[[], nn.Module], inputs: Callable[[float], dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Wrapping with nothing, a step that a cache repeats, and a block that is skipped, as shares of the plain call."""
+def own_costs(
+    build: Callable[[], nn.Module], narrow: Callable[[int], nn.Module], inputs: Inputs, rounds: int
+) -> dict[str, Any]:
+    """Time an empty wrap and a cached step as shares of the plain call, and a skipped block as a share of a block."""
     plain, empty = build(), tokdyn.wrap(build(), [])
     cached = tokdyn.wrap(build(), [FeatureCache(threshold=float("inf"))])
     depth = plain_depth(plain)
-    skipped = tokdyn.wrap(build(), [DepthSkip(blocks=tuple(range(1, depth)))])
-    one = tokdyn.wrap(build(), [DepthSkip(blocks=tuple(range(depth)))])
+    one_block = tokdyn.wrap(build(), [DepthSkip(blocks=tuple(range(1, depth)))])
+    no_block = tokdyn.wrap(build(), [DepthSkip(blocks=tuple(range(depth)))])
     steps = iter([inputs(0.9 - 0.002 * step) for step in range(rounds + 5)])
 
     @torch.no_grad()
     def step() -> Any:
         return cached(**next(steps))
 
-    step()  # the first one is computed
+    step()  # the first step is computed
 
     times = in_turn(
         {
             "plain": call(plain, inputs),
             "empty": call(empty, inputs),
             "cached step": step,
-            "one block": call(skipped, inputs),
-            "no block": call(one, inputs),
+            "one block": call(one_block, inputs),
+            "no block": call(no_block, inputs),
         },
         rounds,
     )
@@ -128,40 +138,31 @@ def own_costs(build: Callable[[], nn.Module], inputs: Callable[[float], dict[str
         "times": times,
         "empty_over_plain": ratio(times, "empty", "plain") - 1,
         "cached_step_share": ms["cached step"] / ms["plain"],
-        "skipped_block_share": dispatch(one, inputs(0.5)) / block,
+        "skipped_block_share": skipped_block_ms(narrow, inputs, rounds) / block,
     }
 
 
 def plain_depth(model: nn.Module) -> int:
-    """Blocks of a model."""
-    from tokdyn.adapters import adapter_for
-
+    """Count the blocks of a model."""
     return sum(len(getattr(model, stack.path)) for stack in adapter_for(model).blocks)
 
 
-def dispatch(model: nn.Module, arguments: dict[str, Any]) -> float:
-    """Milliseconds that a skipped block takes."""
-    from tokdyn.attach.run import Run
+def skipped_block_ms(narrow: Callable[[int], nn.Module], inputs: Inputs, rounds: int) -> float:
+    """Time a skipped block in milliseconds, as the difference between deep and shallow models that skip all blocks.
 
-    from tokdyn.adapters import adapter_for
-    from tokdyn.attach import class_swap
-    from tokdyn.tokens import cells
-
-    stack = adapter_for(model).blocks[0]
-    block = getattr(model, stack.path)[0]
-    run = Run(model, model.tokdyn, arguments)
-    x = torch.zeros(1, cells(run.grid), 16)
-    given = {stack.tokens: x} | ({} if stack.text is None else {stack.text: x})
-    before = class_swap.enter(run)
-    try:
-        times = in_turn({"block": lambda: [block(**given) for _ in range(200)]}, 9)
-    finally:
-        class_swap.enter(before)
-    return times["block"]["median_ms"] / 200
+    Their width does not matter, since nothing is computed, and narrow models fit into memory at any depth.
+    """
+    models = {depth: narrow(depth) for depth in (4, 68)}
+    calls = {
+        str(depth): call(tokdyn.wrap(model, [DepthSkip(blocks=tuple(range(depth)))]), inputs)
+        for depth, model in models.items()
+    }
+    times = in_turn(calls, 3 * rounds)
+    return (times["68"]["median_ms"] - times["4"]["median_ms"]) / 64
 
 
-def peers(build: Callable[[], nn.Module], inputs: Callable[[float], dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Trajectories with the same steps computed, cached by tokdyn and by cache-dit."""
+def peers(build: Callable[[], nn.Module], inputs: Inputs, rounds: int) -> dict[str, Any]:
+    """Time trajectories with the same computed steps, cached by tokdyn, cache-dit and diffusers."""
     ours = tokdyn.wrap(build(), [FeatureCache(indicator="first_block", steps=COMPUTED)])
     whole = tokdyn.wrap(build(), [FeatureCache(steps=COMPUTED)])
     sides = {
@@ -174,21 +175,16 @@ def peers(build: Callable[[], nn.Module], inputs: Callable[[float], dict[str, An
     times = in_turn(sides, rounds)
     found: dict[str, Any] = {"times": times, "computed": len(COMPUTED), "steps": STEPS}
     for name in others.keys() & sides.keys():
-        found[f"first_block_over_{name.replace('-', '_')}"] = ratio(times, "tokdyn first block", name)
-        found[f"over_{name.replace('-', '_')}"] = ratio(times, "tokdyn", name)
+        key = name.replace("-", "_")
+        found[f"first_block_over_{key}"] = ratio(times, "tokdyn first block", name)
+        found[f"over_{key}"] = ratio(times, "tokdyn", name)
     return found
 
 
-BARS = {
-    "empty_over_plain": 0.01, "cached_step_share": 0.03, "skipped_block_share": 0.005, "over_cache_dit": 1.0,
-    "over_diffusers": 1.0,
-}  # fmt: skip
+def diffusers_cache(model: nn.Module, inputs: Inputs) -> Callable[[], None] | None:
+    """Run the trajectory with the first-block cache of diffusers; None for models that it does not support.
 
-
-def diffusers_cache(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callable[[], None] | None:
-    """The same trajectory with the first-block cache of diffusers, None for models that it does not take.
-
-    It has no list of steps, so its threshold is set before every call to what makes it compute or repeat.
+    It accepts no list of steps, so its threshold is set before every call to what makes it compute or reuse.
     """
     from diffusers import FirstBlockCacheConfig
     from diffusers.hooks.first_block_cache import FBCHeadBlockHook
@@ -212,8 +208,8 @@ def diffusers_cache(model: nn.Module, inputs: Callable[[float], dict[str, Any]])
     return run
 
 
-def cache_dit(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Callable[[], None] | None:
-    """The same trajectory with cache-dit, None where it is not installed."""
+def cache_dit(model: nn.Module, inputs: Inputs) -> Callable[[], None] | None:
+    """Run the trajectory with cache-dit; None if it is not installed."""
     try:
         import cache_dit as peer
     except ImportError:
@@ -235,53 +231,50 @@ def cache_dit(model: nn.Module, inputs: Callable[[float], dict[str, Any]]) -> Ca
     return fresh
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print; write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=None)
-    options = parser.parse_args(argv)
-    prepare(options.threads)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and save on request."""
+    options = command_line.start(command_line.parser(__doc__, rounds=9).parse_args(argv))
     cases = {
-        "dit-tiny": (lambda: dit(4, 2, 16, 16), dit_inputs(2, 16)),
-        "dit-1152x6": (lambda: dit(6, 16, 32), dit_inputs(2, 32)),
-        "flux-tiny": (lambda: flux(2, 2, 2, 32), flux_inputs(8)),
-        "flux-768x12": (lambda: flux(4, 8, 12), flux_inputs(16)),
+        "dit-tiny": (lambda: dit(4, 2, 16, 16), lambda depth: dit(depth, 1, 16, 16), dit_inputs(2, 16)),
+        "dit-1152x6": (lambda: dit(6, 16, 32), lambda depth: dit(depth, 1, 32, 16), dit_inputs(2, 32)),
+        "flux-tiny": (lambda: flux(2, 2, 2, 32), _narrow_flux, flux_inputs(8)),
+        "flux-768x12": (lambda: flux(4, 8, 12), _narrow_flux, flux_inputs(16)),
     }
     result: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "cases": {}}
-    for name, (build, inputs) in cases.items():
-        found = {"own": own_costs(build, inputs, options.rounds), "peers": peers(build, inputs, options.rounds)}
-        result["cases"][name] = found
-        own = found["own"]
+    for name, (build, narrow, inputs) in cases.items():
+        own, others = own_costs(build, narrow, inputs, options.rounds), peers(build, inputs, options.rounds)
+        result["cases"][name] = {"own": own, "peers": others}
         print(
             f"{name:<12} empty {own['empty_over_plain']:+.2%}  cached step {own['cached_step_share']:.2%} of a step  "
             f"skipped block {own['skipped_block_share']:.2%} of a block"
         )
         for peer in ("cache_dit", "diffusers"):
-            if f"over_{peer}" in found["peers"]:
+            if f"over_{peer}" in others:
                 print(
-                    f"{'':<12} time over {peer.replace('_', '-')}: {found['peers'][f'first_block_over_{peer}']:.2f} "
-                    f"with the first block, {found['peers'][f'over_{peer}']:.2f} without"
+                    f"{'':<12} time over {peer.replace('_', '-')}: {others[f'first_block_over_{peer}']:.2f} with the "
+                    f"first block, {others[f'over_{peer}']:.2f} without"
                 )
-    missed = missed_bars(result["cases"])
+    missed = missed_targets(result["cases"])
     if options.out:
-        write(options.out, {**result, "bars": BARS, "missed": missed})
-    if missed:
-        raise SystemExit(f"missed: {'; '.join(missed)}")
+        write(options.out, {**result, "bars": TARGETS, "missed": missed})
+    return command_line.finish(missed)
 
 
-def missed_bars(cases: dict[str, Any]) -> list[str]:
-    """Shares of a step and of a block where those have a real size; beside cache-dit everywhere."""
+def _narrow_flux(depth: int) -> nn.Module:
+    return flux(depth // 2, depth // 2, 1, 32)
+
+
+def missed_targets(cases: dict[str, Any]) -> list[str]:
+    """List the missed targets. Shares count only for real sizes, comparisons with other caches for all."""
     missed = []
     for name, found in cases.items():
-        measured = found["own"] if not name.endswith("tiny") else {}
-        for bar, most in BARS.items():
-            value = {**measured, **found["peers"]}.get(bar)
+        own = found["own"] if not name.endswith("tiny") else {}
+        for target, most in TARGETS.items():
+            value = {**own, **found["peers"]}.get(target)
             if value is not None and value > most:
-                missed.append(f"{name} {bar} {value:.4g} of {most}")
+                missed.append(f"{name} {target} {value:.4g} of {most}")
     return missed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The CIFAR-10 comparison: four models at matched images, sampled at several budgets, judged by one network.
+"""The CIFAR-10 comparison: four models trained on equally many images, sampled at several budgets.
 
 Train the four recipes first (each resumes with --resume), for example
 
@@ -8,9 +8,9 @@ then
 
     python -m benchmarks.cifar10 runs --reference cifar10_test.zip --judge cifar10_resnet56.ts
 
-Continues where it was stopped, and measures a run again once it has been trained further. Writes
-`benchmarks/results/cifar10.json` and the pictures of the results page, and prints its table (`--table FILE` prints it
-again from the JSON).
+One network judges the images of all models. A stopped command can be repeated; runs that were trained further are
+measured again. Writes `benchmarks/results/cifar10.json` and the pictures of the results page, and prints its table
+(`--table FILE` prints it again from the JSON).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks import markdown
+from benchmarks import command_line, markdown
 from tokdyn.bench import timing
 from tokdyn.cost import flops_per_image
 from tokdyn.evaluate import EvalConfig, EvalResult, evaluate
+from tokdyn.models import DCDiT
 from tokdyn.report.pareto import draw_pareto, read_points
 from tokdyn.sample import SampleConfig, load_model, sample
 
@@ -38,7 +39,7 @@ DROPS = (0.0, 0.3, 0.6)
 
 
 def training(run: Path) -> dict[str, Any]:
-    """What the run's own log says of its training."""
+    """Summarise the training of a run from its log."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = rows[-10:]
     kept = [row["natural_kept"] for row in last if "natural_kept" in row]
@@ -52,10 +53,10 @@ def training(run: Path) -> dict[str, Any]:
 
 
 def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Sample one run at every budget and judge the images."""
+    """Sample a run at every budget and judge the images."""
     run, out = given.runs / name, given.work / name
     model, _, info = load_model(run)
-    drops = DROPS if hasattr(model, "chunking") else (0.0,)
+    drops = DROPS if isinstance(model, DCDiT) else (0.0,)
     config = SampleConfig(
         model=str(run),
         out=out,
@@ -69,9 +70,8 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
         tail_drop=drops,
         precision="bf16",
     )
-    made = sample(config)
     rows = []
-    for budget in made.budgets:
+    for budget in sample(config).budgets:
         folder = out / f"tail_drop_{budget.tail_drop:g}" if len(drops) > 1 else out
         result: EvalResult = evaluate(
             EvalConfig(
@@ -105,7 +105,7 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def pictures(name: str, given: argparse.Namespace) -> None:
-    """Grids of the same 20 images from every run at every budget, and which tokens the routers kept."""
+    """Draw the same 20 images with a run at every budget, and the tokens that its router keeps."""
     out = given.work / "pictures" / name
     config = SampleConfig(
         model=str(given.runs / name),
@@ -119,13 +119,13 @@ def pictures(name: str, given: argparse.Namespace) -> None:
         maps=name.startswith("dcdit"),
     )
     sample(config)
-    for made in sorted(out.rglob("*.png")):
-        parts = made.relative_to(given.work / "pictures").with_suffix("").parts
-        shutil.copyfile(made, given.figures / f"cifar10-{'-'.join(parts)}.png")
+    for picture in sorted(out.rglob("*.png")):
+        parts = picture.relative_to(given.work / "pictures").with_suffix("").parts
+        shutil.copyfile(picture, given.figures / f"cifar10-{'-'.join(parts)}.png")
 
 
 def table(result: dict[str, Any]) -> str:
-    """The table of the results page, in Markdown."""
+    """Format the table of the results page."""
     rows = result["rows"]
     judge = rows[0]["extractor"]["name"]
     head = ["model", "parameters", "tail drop", "kept", "GFLOPs per image", f"frechet_distance[{judge}]"]
@@ -147,8 +147,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure the runs that are there; draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure the finished runs and draw."""
+    parser = command_line.parser(__doc__, "benchmarks/results/cifar10.json", figures="docs/results")
     parser.add_argument("runs", type=Path, nargs="?")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--judge", type=Path)
@@ -157,9 +157,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10-samples"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10.json"))
-    parser.add_argument("--figures", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, help="processor threads; all by default")
     parser.add_argument("--table", type=Path, help="only print the table of an earlier result")
     given = parser.parse_args()
     if given.table:
@@ -167,21 +164,21 @@ def main() -> None:
         return
     if not (given.runs and given.reference and given.judge):
         parser.error("give the folder of the runs, --reference and --judge")
-    timing.prepare(given.threads)
+    command_line.start(given)
     given.figures.mkdir(parents=True, exist_ok=True)
     settings = {"count": given.count, "scheduler": "dpm", "steps": given.steps, "guidance": given.guidance, "seed": 0}
     units = "a multiply-add is 2 FLOPs; gflops_per_image sums all steps and guidance branches"
     result: dict[str, Any] = {"machine": timing.machine(), "sampling": settings, "units": units, "rows": []}
     earlier: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"sampling": None}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS if (given.runs / name / "model").is_dir()}
-    if not found:
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS if (given.runs / name / "model").is_dir()}
+    if not measured:
         parser.error(f"{given.runs} holds no finished run; expected folders named {', '.join(RUNS)}")
     if earlier["sampling"] == settings:
-        found |= {name: [row for row in earlier["rows"] if row["run"] == name] for name in found}
-    for name, known in found.items():
-        if not known or known[0]["training"] != training(given.runs / name):
-            found[name] = measure(name, given)
-        result["rows"] = [row for each in found.values() for row in each]
+        measured |= {name: [row for row in earlier["rows"] if row["run"] == name] for name in measured}
+    for name, before in measured.items():
+        if not before or before[0]["training"] != training(given.runs / name):
+            measured[name] = measure(name, given)
+        result["rows"] = [row for rows in measured.values() for row in rows]
         timing.write(given.out, result)
     rows = result["rows"]
     print(table(result))

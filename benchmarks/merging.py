@@ -1,18 +1,17 @@
-"""Token merging at ratio 0.5: against tomesd on the same tensors, and what it costs in a model beside what it saves.
+"""Token merging at ratio 0.5: against tomesd on the same tensors, and its overhead in a model beside what it saves.
 
     pip install -e '.[bench]'
     python -m benchmarks.merging --out benchmarks/results/merging-cpu.json
 
-First match, merge and unmerge, with the destinations chosen anew each time, against tomesd 0.1.3, which is called
-directly because its patch does nothing on these models. Then DiT-XL/2 blocks (width 1152, 16 heads), four of them, in
-tokdyn's DiT and in that of diffusers: the overhead is what a wrapped model takes longer than one whose attention saw
-half of the tokens for nothing, as a share of what that attention saves. Takes about six minutes on two idle cores, and
-several times as long where the CPU has no instructions for bf16. Exits with 1 if a bar is missed.
+First match, merge and unmerge, choosing destinations anew each time, against tomesd 0.1.3, which is called directly
+because its patch does nothing on these models. Then four DiT-XL/2 blocks (width 1152, 16 heads), in tokdyn's DiT and
+in that of diffusers. Overhead is how much longer a wrapped model takes than one whose attention saw half of the
+tokens at no cost, as a share of what that attention saves. Takes about six minutes on two idle cores, and several
+times as long if the CPU has no instructions for bf16. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,19 +22,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokdyn
+from benchmarks import command_line
 from tokdyn import TokenMerge
 from tokdyn.bench import timing
 from tokdyn.ops.destinations import grid_destinations
 from tokdyn.ops.merging import match, merge, unmerge
 
 RATIO = 0.5
-BARS = {(32, "float32"): 2.2, (32, "bfloat16"): 4.0, (64, "float32"): 1.7, (64, "bfloat16"): 3.0}
+SPEEDUPS = {(32, "float32"): 2.2, (32, "bfloat16"): 4.0, (64, "float32"): 1.7, (64, "bfloat16"): 3.0}
 OVERHEAD = 1 / 3  # of what attention on fewer tokens saves
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def ours(x: Tensor, side: int) -> Tensor:
-    """Merge the tokens of (B, N, D) on a square grid and give every token its merged one."""
+    """Merge the tokens of (B, N, D) on a square grid, and give every token the result of its group."""
     batch, count, width = x.shape
     rows = x.view(-1, width)
     plan = match(rows, [count] * batch, grid_destinations(batch, (side, side), x.device), RATIO)
@@ -43,7 +43,7 @@ def ours(x: Tensor, side: int) -> Tensor:
 
 
 def theirs(x: Tensor, side: int) -> Tensor:
-    """The same by tomesd."""
+    """Do the same with tomesd."""
     from tomesd.merge import bipartite_soft_matching_random2d
 
     join, spread = bipartite_soft_matching_random2d(x, side, side, 2, 2, int(x.shape[1] * RATIO), no_rand=True)
@@ -52,12 +52,12 @@ def theirs(x: Tensor, side: int) -> Tensor:
 
 
 def own(size: int, depth: int) -> nn.Module:
-    """Blocks of DiT-XL/2 in tokdyn's DiT."""
+    """Build DiT-XL/2 blocks in tokdyn's DiT."""
     return tokdyn.DiT(sample_size=size, patch_size=2, hidden_size=1152, depth=depth, num_heads=16)
 
 
 def of_diffusers(size: int, depth: int) -> nn.Module:
-    """The same in diffusers."""
+    """Build the same blocks in diffusers' DiT."""
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(
@@ -67,12 +67,12 @@ def of_diffusers(size: int, depth: int) -> nn.Module:
 
 
 def matching(width: int, batch: int, side: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Match, merge and unmerge on the same tokens."""
+    """Time match, merge and unmerge on the same tokens."""
     torch.manual_seed(0)
     x = torch.randn(batch, side * side, width).to(dtype)
     with torch.no_grad():
         times = timing.in_turn({"tomesd": lambda: theirs(x, side), "tokdyn": lambda: ours(x, side)}, rounds=rounds)
-        apart = (ours(x.float(), side) - theirs(x.float(), side)).abs().max().item()
+        difference = (ours(x.float(), side) - theirs(x.float(), side)).abs().max().item()
     name = str(dtype).removeprefix("torch.")
     return {
         "width": width,
@@ -81,15 +81,15 @@ def matching(width: int, batch: int, side: int, dtype: torch.dtype, rounds: int)
         "dtype": name,
         "median_ms": {key: entry["median_ms"] for key, entry in times.items()},
         "speedup": timing.ratio(times, "tomesd", "tokdyn"),
-        "bar": BARS[side, name],
-        "largest_difference_fp32": apart,
+        "bar": SPEEDUPS[side, name],
+        "largest_difference_fp32": difference,
     }
 
 
 def overhead(
     build: Callable[..., nn.Module], batch: int, side: int, dtype: torch.dtype, rounds: int, depth: int = 4
 ) -> dict[str, Any]:
-    """A wrapped model, the plain one, and attention of one of its blocks on all and on half of the tokens."""
+    """Time a wrapped model, the plain one, and attention of one of its blocks on all and on half of the tokens."""
     torch.manual_seed(0)
     model = build(2 * side, depth).eval().to(dtype)
     inputs = {
@@ -133,18 +133,14 @@ def overhead(
 
 
 def main() -> int:
-    """Measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="save the result as JSON")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=None)
-    given = parser.parse_args()
+    """Measure, print, and save on request."""
+    given = command_line.parser(__doc__, rounds=9).parse_args()
     try:
         import tomesd  # noqa: F401
     except ImportError:
-        print("the comparison needs tomesd: pip install tomesd==0.1.3", file=sys.stderr)
+        print("this comparison needs tomesd: pip install tomesd==0.1.3", file=sys.stderr)
         return 2
-    timing.prepare(given.threads)
+    command_line.start(given)
     parts = [
         matching(width, batch, side, dtype, given.rounds)
         for width in (384, 1152)
@@ -152,7 +148,7 @@ def main() -> int:
         for dtype in DTYPES
     ]
     table = Table(
-        "width", "tokens", "type", "tomesd (ms)", "tokdyn (ms)", "faster", "bar", title="match, merge, unmerge"
+        "width", "tokens", "type", "tomesd (ms)", "tokdyn (ms)", "faster", "target", title="match, merge, unmerge"
     )
     for row in parts:
         ms = (f"{row['median_ms'][name]:.1f}" for name in ("tomesd", "tokdyn"))
@@ -173,13 +169,12 @@ def main() -> int:
     Console().print(table)
     missed = [f"{r['tokens']} tokens, {r['dtype']}, width {r['width']}" for r in parts if r["speedup"] < r["bar"]]
     missed += ["same results" for row in parts if row["largest_difference_fp32"] > 1e-5]
-    dear = [row for row in models if row["overhead_share"] > OVERHEAD]
-    missed += [f"overhead in {row['model']}, {row['tokens']} tokens, {row['dtype']}" for row in dear]
-    print("missed: " + "; ".join(missed) if missed else "every bar is met")
+    slow = [row for row in models if row["overhead_share"] > OVERHEAD]
+    missed += [f"overhead in {row['model']}, {row['tokens']} tokens, {row['dtype']}" for row in slow]
     if given.out:
         result = {"machine": timing.machine(), "ratio": RATIO, "matching": parts, "models": models, "missed": missed}
         timing.write(given.out, result)
-    return 1 if missed else 0
+    return command_line.finish(missed)
 
 
 if __name__ == "__main__":

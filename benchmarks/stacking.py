@@ -1,12 +1,12 @@
-"""Other methods on the upcycled model of the CIFAR-10 study: FLOPs, time and images beside those of the base.
+"""Stacks of methods on the upcycled model of the CIFAR-10 study: FLOPs, time and images beside those of the base.
 
     python -m benchmarks.upcycling train runs/cifar10 --data cifar10_train.zip
     python -m benchmarks.stacking runs/cifar10 --reference cifar10_test.zip --judge cifar10_resnet56.ts
 
-All images are drawn with guidance, by the same sampler and from the same seeds. Writes the stacks as YAML, what
-`tokdyn bench quality` finds of them to `benchmarks/results/stacking.json`, the Pareto picture, and prints the table and
-whether the bars are met: the full stack saves 40% of the base's FLOPs, and its time saving is 0.85 of that or more.
-Continues where it was stopped; ends with exit code 1 where a bar is missed.
+All images are drawn with guidance, by the same sampler and from the same seeds. Writes the stacks as YAML, the
+results of `tokdyn bench quality` to `benchmarks/results/stacking.json`, and the Pareto picture; prints the table and
+whether the targets are met: the full stack saves 40% of the base's FLOPs, and at least 0.85 of that share in time. A
+stopped command can be repeated. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import markdown
+from benchmarks import command_line, markdown
 from tokdyn.bench import timing
-from tokdyn.bench.page import columns, write_page
 from tokdyn.bench.quality import QualityConfig, bench_quality
+from tokdyn.bench.quality_page import columns, write_page
 from tokdyn.bench.stacks import read_stacks
-from tokdyn.calibration.command import run
+from tokdyn.calibration.command import calibrate_from_disk
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.methods.registry import to_settings
 from tokdyn.recipe import yaml_text
@@ -34,7 +34,7 @@ FULL = "+ TokenMerge"
 
 
 def stacks(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The stacks; those with a plus have one method more than the one before."""
+    """List the stacks; a plus means one more method than the stack before."""
     base, plain, width = str(given.base), str(given.plain), str(given.width)
     cache = [_cache(width, given)]
     merge = [{"method": "TokenMerge", "ratio": 0.3}]
@@ -51,17 +51,17 @@ def stacks(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _cache(model: str, given: argparse.Namespace) -> dict[str, Any]:
-    """A cache that computes the blocks in a share of the steps, calibrated on images that the model draws."""
+    """Calibrate a cache that computes the blocks in a share of the steps, on images that the model draws."""
     out = given.work / "calibrated" / Path(model).parts[-3 if "checkpoints" in Path(model).parts else -1]
     config = CalibrateConfig(
         model=model, method="cache", out=out, cache_steps=given.cache_steps, scheduler="dpm", steps=given.steps,
         guidance=given.guidance, count=16, batch_size=16,
     )  # fmt: skip
-    return to_settings(run(config).method)
+    return to_settings(calibrate_from_disk(config).method)
 
 
 def by_name(content: dict[str, Any]) -> dict[str, Any]:
-    """The same with names of runs and files where there were paths of a machine."""
+    """Replace the paths of this machine by names of runs and files."""
     settings = {key: value for key, value in content["settings"].items() if key != "out"}
     settings |= {key: Path(settings[key]).name for key in ("reference", "extractor")}
     rows = []
@@ -71,9 +71,9 @@ def by_name(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "settings": settings, "rows": rows}
 
 
-def main() -> None:
-    """Calibrate, draw, measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Calibrate, draw and measure."""
+    parser = command_line.parser(__doc__, "benchmarks/results/stacking.json", rounds=9, figures="docs/results")
     parser.add_argument("runs", type=Path, help="folder of the study")
     parser.add_argument("--base", type=Path, help="run of the base; RUNS/dit-base by default")
     parser.add_argument("--plain", type=Path, help="DC-DiT at a quarter of the base's images")
@@ -84,26 +84,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--cache-steps", type=float, default=0.6)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--timed", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("runs/stacking"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stacking.json"))
-    parser.add_argument("--figures", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, help="processor threads; all by default")
-    given = parser.parse_args()
+    given = command_line.start(parser.parse_args())
     given.base = given.base or given.runs / "dit-base"
     given.plain = given.plain or given.runs / "distilled-0" / "checkpoints" / "step_0001000"
     given.width = given.width or given.runs / "width-0"
-    timing.prepare(given.threads)
     given.work.mkdir(parents=True, exist_ok=True)
-    asked = given.work / "stacks.yaml"
-    if not asked.exists():
-        asked.write_text(yaml_text.dump(stacks(given)))
+    file = given.work / "stacks.yaml"
+    if not file.exists():
+        file.write_text(yaml_text.dump(stacks(given)))
     config = QualityConfig(
         out=given.work, count=given.count, batch_size=100, scheduler="dpm", steps=given.steps, guidance=given.guidance,
         reference=given.reference, extractor=str(given.judge), rounds=given.rounds, timed=given.timed, precision="fp32",
     )  # fmt: skip
-    result = bench_quality(config, read_stacks([str(asked)]))
+    result = bench_quality(config, read_stacks([str(file)]))
     files = write_page(config, result)
     content = json.loads(files[0].read_text())
     (full,) = (row for row in result.rows if row.name == FULL)
@@ -113,14 +108,13 @@ def main() -> None:
     met = full.flops_saved >= SAVED and realised >= REALISED
     content["bars"] = {"stack": full.name, "flops_saved": full.flops_saved, "realised": realised, "met": met}
     timing.write(given.out, by_name(content))
-    for file in files[2:]:
-        shutil.copyfile(file, given.figures / f"cifar10-stacking-{file.name}")
-    found = columns(result.rows)
-    print(markdown.table(list(found), zip(*found.values(), strict=True)))
-    verdict = "met" if met else "MISSED"
-    print(f"{full.name}: {full.flops_saved:.1%} of the FLOPs are saved, {realised:.2f} of that in time: {verdict}")
-    sys.exit(0 if met else 1)
+    for picture in files[2:]:
+        shutil.copyfile(picture, given.figures / f"cifar10-stacking-{picture.name}")
+    table = columns(result.rows)
+    print(markdown.table(list(table), zip(*table.values(), strict=True)))
+    print(f"{full.name} saves {full.flops_saved:.1%} of the FLOPs, and {realised:.2f} times that share of time")
+    return command_line.finish([] if met else [f"FLOPs saved {SAVED:.0%}, realised {REALISED}"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Splits a command's words into positional words and `key=value` settings.
+"""Split the arguments of a command into positional words and `key=value` settings.
 
-Three spellings mean the same: `key=value`, `--key=value` and `--key value`; dashes in a key become underscores, dots
-reach into sections (`train.lr=1e-4`). A key named in `flags` needs no value: `--maps` is `maps=true` and `--no-maps`
-is `maps=false`. The last value given for a key counts, so a script can append to the settings of another.
+A setting can be written `key=value`, `--key=value` or `--key value`. Dashes in a key become underscores, and dots lead
+into sections (`train.lr=1e-4`). A key in `flags` needs no value: `--maps` is `maps=true`, and `--no-maps` is
+`maps=false`. If a key is repeated, the last value counts, so that a script can append to the settings of another.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})
 
 @dataclass(frozen=True)
 class Words:
-    """What the user typed after the name of a command.
+    """The words after the name of a command.
 
     Attributes:
         positional: words that are not settings, in order.
-        settings: the text given for each key.
+        settings: text of each setting by key.
     """
 
     positional: tuple[str, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
 
     def take(self, required: Sequence[str] = (), optional: Sequence[str] = ()) -> tuple[str, ...]:
-        """The positional words by place; "" where an optional one was left out.
+        """Return the positional words by place, with "" for optional ones that were left out.
 
         Raises:
-            RecipeError: a required word is missing, or there is one too many.
+            RecipeError: a required word is missing, or there is one word too many.
         """
         names = [*required, *optional]
         if len(self.positional) > len(names):
@@ -44,39 +44,39 @@ class Words:
                 f"'{self.positional[len(names)]}' is one word too many: {after}settings are written key=value."
             )
         if len(self.positional) < len(required):
-            raise RecipeError(f"{required[len(self.positional)]} is missing; --help shows examples.")
+            raise RecipeError(f"{required[len(self.positional)]} is missing; see the examples of --help.")
         return (*self.positional, *[""] * (len(names) - len(self.positional)))
 
     def no_settings(self) -> Words:
-        """The words of a command that has no settings.
+        """Return the words of a command that has no settings.
 
         Raises:
-            RecipeError: there are settings.
+            RecipeError: there is a setting.
         """
         if self.settings:
-            raise RecipeError(f"{self.overrides()[0]} has no meaning here: this command has no settings.")
+            raise RecipeError(f"{self.overrides()[0]} has no effect: this command has no settings; leave it out.")
         return self
 
     def overrides(self) -> list[str]:
-        """The settings as `key=value` strings, in the order in which they were given."""
+        """Return the settings as `key=value` strings, in the order in which they were given."""
         return [f"{key}={value}" for key, value in self.settings.items()]
 
 
 def split(args: Sequence[str], flags: Collection[str] = ()) -> Words:
-    """Sorts the words of a command line into positional words and settings.
+    """Split the words of a command line into positional words and settings.
 
     Args:
-        args: the words, without the command's own name.
-        flags: keys that hold a boolean and may therefore stand without a value.
+        args: the words, without the name of the command.
+        flags: keys of booleans, which need no value.
 
     Raises:
-        RecipeError: an option lacks its value, or a word is neither.
+        RecipeError: a setting has no value, or a word is neither a setting nor positional.
     """
     positional: list[str] = []
     settings: dict[str, str] = {}
 
     def put(key: str, value: str) -> None:
-        settings.pop(key, None)  # a repeated key moves to where it was given last
+        settings.pop(key, None)  # a repeated key moves to its last place
         settings[key] = value
 
     rest = list(args)
@@ -98,12 +98,12 @@ def split(args: Sequence[str], flags: Collection[str] = ()) -> Words:
             else:
                 raise RecipeError(f"{word} needs a value; write {key}=VALUE or {word} VALUE.")
         elif word.startswith("-") and word != "-":
-            raise RecipeError(f"{word} is not an option; settings are written key=value or --key value.")
+            raise RecipeError(f"{word} is not an option; write settings as key=value or --key value.")
         else:
             positional.append(word)
     return Words(tuple(positional), settings)
 
 
 def _name(key: str) -> str:
-    """The key as Python spells it."""
+    """Spell a key as in Python."""
     return key.replace("-", "_")

@@ -1,10 +1,159 @@
-"""`tokdyn bench flops | speed | quality`: one file per command."""
+"""`tokdyn bench flops | speed | quality`."""
 
 from __future__ import annotations
 
-from . import bench_flops, bench_quality, bench_speed
-from .frame import group
+from dataclasses import asdict
+from typing import Annotated
 
-app = group("bench", "What models and stacks of methods cost, how fast they are and what they do to the images.")
-for part in (bench_flops, bench_speed, bench_quality):
-    part.register(app)
+import typer
+
+from . import output
+from .frame import command, group
+from .output import Json, as_json, table
+from .settings import read
+
+app = group("bench", "Measure what models and stacks of methods cost, how fast they are and what they do to images.")
+UNITS = "a multiply-add is 2 FLOPs"
+Stacks = Annotated[
+    list[str] | None,
+    typer.Option("--stack", help="A YAML file with a list of stacks, or one stack as YAML; repeat it for more."),
+]
+
+
+def _flops_settings() -> type:
+    from tokdyn.bench.flops import FlopsConfig
+
+    return FlopsConfig
+
+
+def _speed_settings() -> type:
+    from tokdyn.bench.speed import SpeedConfig
+
+    return SpeedConfig
+
+
+def _quality_settings() -> type:
+    from tokdyn.bench.quality import QualityConfig
+
+    return QualityConfig
+
+
+@command(
+    app,
+    "flops",
+    words=["[MODELS]"],
+    settings=_flops_settings,
+    examples=[
+        "tokdyn bench flops",
+        "tokdyn bench flops DiT-XL/2,DC-DiT-XL guidance=1.25 uncond_tail_drop=0.9 plot=flops.png",
+        "tokdyn bench flops runs/demo steps=25 guidance=2 --json",
+        'tokdyn bench flops --stack "{name: merged, model: runs/dit, methods: [{method: TokenMerge, ratio: 0.3}]}"',
+        "tokdyn bench flops --paper",
+    ],
+)
+def flops(
+    ctx: typer.Context,
+    stack: Stacks = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Compare the costs printed in arXiv 2603.06351 with the computed ones.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compute what models and stacks cost by part, and check it with torch's counter.
+
+    A multiply-add is 2 FLOPs. Named models have no trained weights, so DC-DiT keeps 1/N of its tokens, or kept=SHARE.
+    For checkpoints, the tokens are measured on images that they draw.
+    """
+    from tokdyn.bench.flops import FlopsConfig, bench_flops
+    from tokdyn.bench.flops_table import columns, draw_parts, write_csv
+    from tokdyn.bench.published import compare_with_paper
+    from tokdyn.bench.stacks import read_stacks
+
+    config = read(ctx.args, FlopsConfig, ["models"])
+    if paper:
+        comparison = compare_with_paper(config)
+        if json:
+            as_json({"units": UNITS, "rows": comparison})
+            return
+        body = [["-" if value is None else value for value in row.values()] for row in comparison]
+        table(list(comparison[0]), body)
+        return
+    rows = bench_flops(config, read_stacks(stack or []))
+    files = [write_csv(rows, config.csv)] if config.csv else []
+    if config.plot:
+        files.append(draw_parts(rows, config.plot))
+    if json:
+        as_json({"units": UNITS, "models": [asdict(row) for row in rows]})
+        return
+    output.columns(columns(rows))
+    typer.echo(f"\n{config.steps} steps; {UNITS}.")
+    output.files(files)
+
+
+@command(
+    app,
+    "speed",
+    words=["[MODEL]"],
+    settings=_speed_settings,
+    examples=[
+        "tokdyn bench speed DC-DiT-S kept=0.25 batch=1,8 precision=fp32,bf16 memory=true",
+        'tokdyn bench speed --stack "{name: a, model: DiT-S/2}" --stack "{name: b, model: DC-DiT-S}" mode=train',
+        "tokdyn bench speed DC-DiT-tiny size=16,32,64,128 batch=1 plot=scaling.png --json",
+    ],
+)
+def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
+    """Time models and stacks of methods in turn, and compare the speed-up with that of the FLOPs.
+
+    All stacks are compared with the first.
+    """
+    from tokdyn.bench.speed import SpeedConfig, bench_speed
+    from tokdyn.bench.speed_table import columns, content, draw
+    from tokdyn.bench.stacks import Stack, read_stacks
+    from tokdyn.bench.timing import write
+
+    config = read(ctx.args, SpeedConfig, ["model"])
+    stacks = read_stacks(stack) if stack else (Stack(name=config.model or "model"),)
+    rows = bench_speed(config, stacks)
+    result = content(config, rows)
+    files = [draw(rows, config.plot)] if config.plot else []
+    if config.out:
+        write(config.out, result)
+        files.append(config.out)
+    if json:
+        as_json(result)
+        return
+    output.columns(columns(rows))
+    for along, lines in result["growth"].items():
+        for name, exponent in lines.items():
+            typer.echo(f"time grows with {along} to the power of {exponent:.2f}: {name}")
+    output.files(files)
+
+
+@command(
+    app,
+    "quality",
+    words=["[MODEL]"],
+    settings=_quality_settings,
+    examples=[
+        'tokdyn bench quality runs/demo --stack "{name: plain}" --stack "{name: dropped, tail_drop: 0.5}"',
+        "tokdyn bench quality runs/dc --stack stacks.yaml extractor=judge.ts reference=test.zip guidance=1.5",
+        "tokdyn bench quality --stack stacks.yaml held_out=test.zip rounds=9 out=quality/night --json",
+    ],
+)
+def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
+    """Measure what stacks of methods do to images, what they cost, and how long they take.
+
+    All stacks are compared with the first.
+    """
+    from tokdyn.bench.quality import QualityConfig, bench_quality
+    from tokdyn.bench.quality_page import columns, write_page
+    from tokdyn.bench.stacks import read_stacks
+
+    config = read(ctx.args, QualityConfig, ["model"])
+    result = bench_quality(config, read_stacks(stack or ["{name: plain}"]))
+    files = write_page(config, result)
+    if json:
+        typer.echo(files[0].read_text(encoding="utf-8").rstrip())
+        return
+    output.columns(columns(result.rows))
+    output.files(files)

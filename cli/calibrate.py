@@ -18,7 +18,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -32,11 +32,11 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def calibrate(ctx: typer.Context, json: Json = False) -> None:
-        """Measure on sampled images which blocks to skip, or when to reuse them."""
-        from tokdyn.calibration.command import run
+        """Measure on sampled images which blocks to skip, or when to reuse their output."""
+        from tokdyn.calibration.command import calibrate_from_disk
         from tokdyn.calibration.config import CalibrateConfig
 
-        result = run(read(ctx.args, CalibrateConfig, ["model"]))
+        result = calibrate_from_disk(read(ctx.args, CalibrateConfig, ["model"]))
         if json:
             as_json({"folder": result.folder, **result.report})
             return
@@ -53,11 +53,12 @@ def register(app: typer.Typer) -> None:
                     ("blocks run in", f"{report['computed_steps']:.1%} of the steps"),
                 ]
             )
-        typer.echo(f"\n{report['flops']:.1%} of the FLOPs are left (a multiply-add is 2 FLOPs). In {result.folder}:")
+        typer.echo(f"\n{report['flops']:.1%} of the FLOPs remain (a multiply-add is 2 FLOPs). In {result.folder}:")
         for name in ("tokdyn_config.json", "calibration.json", "calibration.png"):
             typer.echo(f"  {result.folder / name}")
 
 
 def _row(level: dict[str, Any]) -> tuple[str, str, str]:
+    """Format a row of the table of skipped blocks."""
     blocks = ", ".join(map(str, level["skipped"])) or "-"
     return f"{level['low']:.2f} to {level['high']:.2f}", blocks, f"{level['relative_error']:.4f}"

@@ -18,7 +18,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,

@@ -23,23 +23,23 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(app, "demo", settings=_settings, examples=["tokdyn demo", "tokdyn demo out=/tmp/demo training_steps=800"])
     def demo(ctx: typer.Context, json: Json = False) -> None:
-        """Train a small DC-DiT, sample it at three budgets, draw pictures."""
+        """Train a small DC-DiT, sample it at three budgets, and draw pictures."""
         from tokdyn.demo import DemoSettings, demo
 
         result = demo(read(ctx.args, DemoSettings))
         if json:
             as_json({**asdict(result), "samples": result.samples.model_dump(mode="json")})
             return
-        typer.echo(f"\nThe model in {result.folder} was trained for {result.steps} of {result.planned} steps.")
+        typer.echo(f"\nThe model in {result.folder} is trained for {result.steps} of {result.planned} steps.")
         if result.steps < result.planned:
-            typer.echo("The time was up; the same command goes on from there.")
-        typer.echo("\nWhat each budget costs (one image, all sampling steps; a multiply-add is 2 FLOPs):")
+            typer.echo("The time limit stopped the training; repeat the command to resume it.")
+        typer.echo("\nCost of each budget (one image, all sampling steps; a multiply-add is 2 FLOPs):")
         table(BUDGET_COLUMNS, map(budget_row, result.samples.budgets))
-        typer.echo("\nDoes the router keep the detail? (shapes it never saw, where the detail is known)")
+        typer.echo("\nDetail that the router keeps (on unseen shapes, whose detail is known):")
         table(["noise level", "tokens kept", "detail kept", "best possible", "times chance"], map(_row, result.router))
         typer.echo("\nPictures:")
         for path in result.pictures:
@@ -48,5 +48,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _row(score: RouterScore) -> tuple[str, ...]:
+    """Format a row of the table of router scores."""
     shares = (score.detail.kept, score.detail.recall, score.detail.best)
     return (f"{score.level:.2f}", *(f"{share:.1%}" for share in shares), f"{score.detail.lift:.2f}")

@@ -16,7 +16,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def evaluate(ctx: typer.Context, json: Json = False) -> None:
-        """Measure generated images, against a reference if there is one."""
+        """Measure generated images, and compare them with a reference if there is one."""
         from tokdyn.evaluate import EvalConfig, evaluate
 
         result = evaluate(read(ctx.args, EvalConfig, ["generated", "reference"]))

@@ -18,7 +18,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn features imagenet/train vae=stabilityai/sd-vae-ft-ema out=latents size=256 --flip"],
     )
     def features(ctx: typer.Context, json: Json = False) -> None:
-        """Encode images with an autoencoder, once, for training on latents."""
+        """Encode images once with an autoencoder, for training on latents."""
         from tokdyn.data import FeaturesConfig, write_features
 
         report = write_features(read(ctx.args, FeaturesConfig, ["path"]))
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
                 ("folder", report.out),
                 ("latents", f"{report.count:,} of shape {report.shape}"),
                 ("skipped", f"{report.skipped:,} unreadable images"),
-                ("files", f"{report.shards}, of which {report.resumed} were there already"),
+                ("files", f"{report.shards}, of which {report.resumed} existed already"),
                 ("size", f"{report.size / 2**20:,.1f} MiB"),
             ]
         )

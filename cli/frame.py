@@ -1,4 +1,4 @@
-"""What every command shares: how errors end it, how its usage reads, and the table of settings in its --help."""
+"""What all commands share: exit codes, the usage line, and the table of settings in --help."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class Command(TyperCommand):
-    """A command that ends with one sentence on stderr when its input is wrong."""
+    """A command that ends with one sentence on stderr if its input is wrong."""
 
     words: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[Any] = None  # () -> the pydantic model
     examples: ClassVar[tuple[str, ...]] = ()
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; a TokdynError or a refusal of the system becomes exit code 2, Ctrl-C 130."""
+        """Run the command; a TokdynError or an error of the system exits with code 2, Ctrl-C with 130."""
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _say
+                warnings.showwarning = _print_warning
                 return super().invoke(ctx)
         except TokdynError as error:
             typer.echo(f"{ctx.command_path}: {error}", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
-            if error.errno in (None, errno.EPIPE):  # no refusal, or the reader of a pipe went away: not for the user
+            if error.errno in (None, errno.EPIPE):  # not from the system, or the reader of a pipe went away
                 raise
             place = "" if error.filename is None else f"{error.filename}: "
             typer.echo(f"{ctx.command_path}: {place}{error.strerror}.", err=True)
@@ -45,12 +45,12 @@ class Command(TyperCommand):
             raise typer.Exit(EXIT_INTERRUPTED) from stop
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The usage line: positional words, settings, options."""
+        """Return the parts of the usage line: positional words, settings, options."""
         pieces = [*self.words, *(["[KEY=VALUE]..."] if self.settings else [])]
         return [*pieces, *super().collect_usage_pieces(ctx)]
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Examples that can be pasted, then every setting with its type, default and meaning."""
+        """Append examples to paste, and every setting with its type, default and meaning."""
         if self.examples:
             with formatter.section("Examples"):
                 for line in self.examples:
@@ -62,8 +62,8 @@ class Command(TyperCommand):
                 formatter.write_dl(list(rows(self.settings())))
 
 
-def _say(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Prints a warning as one line, without the place in the code that a user does not know."""
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning in one line, without its place in the code."""
     typer.echo(f"Warning: {message}", err=True)
 
 
@@ -75,14 +75,14 @@ def command(
     settings: Callable[[], type[BaseModel]] | None = None,
     examples: Iterable[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator that adds a function to the app as a command.
+    """Return a decorator that adds a function to an app as a command.
 
     Args:
         app: the application or group.
-        name: what the user types.
+        name: name of the command.
         words: positional words as the usage line shows them.
-        settings: returns the pydantic model whose fields are the command's settings; called only when needed, so that
-            `tokdyn --help` loads no model code.
+        settings: returns the pydantic model of the settings. It is called only if needed, so that `tokdyn --help`
+            loads no model code.
         examples: command lines for --help.
     """
     members = {
@@ -94,7 +94,7 @@ def command(
 
 
 def group(name: str, text: str) -> typer.Typer:
-    """An empty group of commands whose help is plain text."""
+    """Build an empty group of commands whose help is plain text."""
     return typer.Typer(
         name=name,
         help=text,

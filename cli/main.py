@@ -1,4 +1,4 @@
-"""Entry point of the `tokdyn` command: one file per command, imported here, each of them free of model code."""
+"""Entry point of the `tokdyn` command. It imports all commands, which load no model code until they run."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def root(
 
 
 def main() -> None:
-    """Runs the command line."""
-    # Before torch is loaded: idle OpenMP threads wait in the kernel after about 0.1 ms instead of spinning for 10 ms,
-    # which slows a machine that does other work too to a fifth.
+    """Run the command line."""
+    # This has to precede torch: idle OpenMP threads then sleep after about 0.1 ms instead of spinning for 10 ms, which
+    # makes a machine that also does other work five times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     app(prog_name="tokdyn")
 

@@ -13,7 +13,7 @@ from .settings import rows
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn methods", "tokdyn methods TokenMerge", "tokdyn methods --json"],
     )
     def methods(ctx: typer.Context, json: Json = False) -> None:
-        """List the methods: what they do, when and where they act, their settings, and the models they work on."""
+        """List the methods: what they do, when and where they act, their settings, and which models they work on."""
         from tokdyn.catalog import methods as catalog
         from tokdyn.errors import InputError
         from tokdyn.methods import METHODS
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
         (wanted,) = split(ctx.args).no_settings().take(optional=["METHOD"])
         entries = [entry for entry in catalog() if wanted in ("", entry.name)]
         if not entries:
-            raise InputError(f"there is no method {wanted!r}; there are {', '.join(METHODS)}.")
+            raise InputError(f"there is no method {wanted!r}; the methods are {', '.join(METHODS)}.")
         if json:
             as_json([asdict(entry) for entry in entries])
             return
@@ -42,4 +42,4 @@ def register(app: typer.Typer) -> None:
             typer.echo(f"{entry.name}: {entry.what}")
             pairs((f"  {key}", text) for key, text in [*lines, *rows(METHODS[entry.name])])
             typer.echo()
-        typer.echo("What is refused and why: tokdyn models. Other models: docs/adapters.md.")
+        typer.echo("tokdyn models lists what is refused, and why. For other models, see docs/adapters.md.")

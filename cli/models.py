@@ -19,7 +19,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn models", "tokdyn models sample_size=64 target=16 --json"],
     )
     def models(ctx: typer.Context, json: Json = False) -> None:
-        """List named models with their cost, pretrained ones, and the families that methods can be attached to."""
+        """List named models with their cost, pretrained models, and the families that methods can be attached to."""
         from tokdyn.catalog import CatalogSettings, bases, catalog, families
 
         entries, pretrained, known = catalog(read(ctx.args, CatalogSettings)), bases(), families()
@@ -42,23 +42,23 @@ def register(app: typer.Typer) -> None:
         )
         typer.echo("GFLOPs: one forward pass on one image; a multiply-add counts as 2 FLOPs.\n")
         table(
-            ["pretrained", "format", "objective", "parameters", "in cache", "from"],
+            ["pretrained", "format", "objective", "parameters", "in cache", "source"],
             [
                 (e.name, e.format, e.objective, f"{e.parameters:,}", "yes" if e.cached else "no", _short(e.source))
                 for e in pretrained
             ],
         )
-        typer.echo("What they are, and where they are kept: docs/bases.md.\n")
+        typer.echo("docs/bases.md describes them and the cache.\n")
         table(["family", *known[0].methods], [(family.name, *family.methods.values()) for family in known])
-        typer.echo("\nClasses, and what is refused and why:")
+        typer.echo("\nClasses of each family, and what is refused and why:")
         for family in known:
             typer.echo(f"  {family.name}: {', '.join(family.classes)}")
             for reason in dict.fromkeys(family.refused.values()):
                 settings = [written for written, found in family.refused.items() if found == reason]
                 typer.echo(f"    not {', '.join(settings)}: {reason}")
-        typer.echo("Other models: DepthSkip and FeatureCache, where their structure can be read; see docs/adapters.md.")
+        typer.echo("Other models: DepthSkip and FeatureCache, if their structure can be read; see docs/adapters.md.")
 
 
 def _short(source: str) -> str:
-    """An address without its query."""
+    """Strip the query from a URL."""
     return source.partition("?")[0]

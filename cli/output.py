@@ -1,4 +1,4 @@
-"""Two ways to print a result: aligned columns for people, JSON for programs."""
+"""Print results as aligned columns for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and not
 
 
 def as_json(value: Any) -> None:
-    """Prints the value as JSON; paths and the like become text."""
+    """Print a value as JSON; paths and the like become text."""
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
 def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> None:
-    """Prints rows under a header; columns of numbers are aligned to the right."""
+    """Print rows under a header, with numbers aligned to the right."""
     rows = [[str(cell) for cell in row] for row in body]
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     right = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(header))]
@@ -26,19 +26,19 @@ def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> None:
         typer.echo("  ".join(cells).rstrip())
 
 
-def columns(found: dict[str, list[str]]) -> None:
-    """Prints a table that is given by column."""
-    table(list(found), zip(*found.values(), strict=True))
+def columns(table_columns: dict[str, list[str]]) -> None:
+    """Print a table that is given by column."""
+    table(list(table_columns), zip(*table_columns.values(), strict=True))
 
 
 def files(paths: Iterable[object]) -> None:
-    """Prints where results lie."""
+    """Print the paths of results."""
     for path in paths:
         typer.echo(f"  {path}")
 
 
 def pairs(body: Iterable[tuple[str, object]]) -> None:
-    """Prints what and how much, one pair a line."""
+    """Print one name and value per line."""
     rows = list(body)
     width = max(len(what) for what, _ in rows)
     for what, value in rows:

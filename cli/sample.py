@@ -23,7 +23,7 @@ def _settings() -> type:
 
 
 def budget_row(budget: BudgetResult) -> tuple[str, ...]:
-    """One row under BUDGET_COLUMNS."""
+    """Format one row under BUDGET_COLUMNS."""
     return (
         f"{budget.tail_drop:g}",
         f"{budget.images}",
@@ -34,12 +34,12 @@ def budget_row(budget: BudgetResult) -> tuple[str, ...]:
 
 
 def _digits(value: float) -> str:
-    """Three digits or more, and no exponent."""
+    """Format a number with at least three digits and no exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def sample(ctx: typer.Context, json: Json = False) -> None:
-        """Draw images from a trained model, at one or several budgets."""
+        """Draw images from a trained model at one or several budgets."""
         from tokdyn.sample import SampleConfig, sample
 
         result = sample(read(ctx.args, SampleConfig, ["model"]))

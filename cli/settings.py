@@ -1,4 +1,4 @@
-"""From words to one pydantic model, and from a pydantic model to the table of settings in --help."""
+"""Build pydantic settings from the words of a command, and the table of settings in --help."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOTHING = frozenset({"", "null", "~"})  # as in YAML
 
 
 def flags(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Keys of the model that hold a boolean, sections included: they may be written without a value."""
+    """Yield the keys of booleans, including those in sections; they may be written without a value."""
     for name, info in model.model_fields.items():
         members = _members(info.annotation)
         if bool in members:
@@ -32,15 +32,15 @@ def flags(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) -> Settings:
-    """Builds the settings of a command from what the user typed.
+    """Build the settings of a command from its arguments.
 
     Args:
-        args: the command's words.
-        model: the settings.
+        args: the arguments.
+        model: the pydantic model of the settings.
         words: keys that positional words stand for, in order.
 
     Raises:
-        RecipeError: too many words, an unknown key or a value that does not fit, in one sentence.
+        RecipeError: there are too many words, a key is unknown, or a value is invalid.
     """
     from tokdyn.recipe.explain import explain
     from tokdyn.recipe.files import parse_overrides
@@ -57,13 +57,13 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
 
 
 def _texts(model: type[BaseModel]) -> set[str]:
-    """Keys that hold nothing but text or a path, which is taken as it was typed."""
+    """Return the keys of texts and paths, which are taken literally."""
     plain = {str, Path, type(None)}
     return {name for name, info in model.model_fields.items() if set(_members(info.annotation)) <= plain}
 
 
 def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, "type, default: meaning") of every setting, the fields of nested sections included."""
+    """Yield (key, "meaning [type, default]") of every setting, including those in sections."""
     meanings = _attributes(model)
     for name, info in model.model_fields.items():
         sections = [m for m in _members(info.annotation) if inspect.isclass(m) and issubclass(m, BaseModel)]
@@ -77,7 +77,7 @@ def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The alternatives of a type: the type itself, or what a union and Annotated hold."""
+    """Return the alternatives of a type: the members of a union, or the type itself."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -86,7 +86,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _type(annotation: Any) -> str:
-    """A type as a user reads it: `int`, `ddpm | ddim`, `float or null`."""
+    """Describe a type for users: `int`, `ddpm | ddim`, `float or null`."""
     names = []
     for member in _members(annotation):
         origin = typing.get_origin(member)
@@ -103,13 +103,13 @@ def _type(annotation: Any) -> str:
 
 
 def _text(info: FieldInfo) -> str:
-    """The default as the user would type it."""
+    """Format a default as a user would write it."""
     value = info.get_default(call_default_factory=True)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _attributes(model: type[BaseModel]) -> dict[str, str]:
-    """The meaning of each field, read from the `Attributes:` section of the class docstring."""
+    """Read the meaning of each field from the `Attributes:` section of the class docstring."""
     text = inspect.getdoc(model) or ""
     _, _, section = text.partition("Attributes:\n")
     meanings: dict[str, str] = {}

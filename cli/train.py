@@ -70,7 +70,7 @@ def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
     result = run(recipe, resume=resume, preview=draw_preview)
     done = {"folder": result.folder, "step": result.step, "steps": result.steps, "metrics": result.row}
     if result.finished and recipe.upcycle is not None and recipe.upcycle.after:
-        from tokdyn.calibration.afterwards import finish
+        from tokdyn.calibration.after_training import finish
 
         done["methods"] = finish(result.folder, recipe.upcycle.after)
         typer.echo(f"Methods for `tokdyn sample {result.folder} methods={done['methods']}`.", err=True)

@@ -17,7 +17,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
     )
     def tune(ctx: typer.Context, json: Json = False) -> None:
         """Search the schedule of budgets, merging, skipping and caching that does best at a share of the FLOPs."""
-        from tokdyn.bench.page import columns
+        from tokdyn.bench.quality_page import columns
         from tokdyn.bench.tune import tune
         from tokdyn.bench.tune_settings import TuneConfig
         from tokdyn.files import json_object
@@ -42,6 +42,6 @@ def register(app: typer.Typer) -> None:
             typer.echo((result.folder / "tuned.json").read_text(encoding="utf-8").rstrip())
             return
         output.columns(columns(result.quality.rows))
-        told = json_object(result.folder / "tuned.json")
-        typer.echo(f"\n  {told['sample']}\n")
+        content = json_object(result.folder / "tuned.json")
+        typer.echo(f"\n  {content['sample']}\n")
         output.files(result.folder / name for name in ("stack.yaml", "tuned.json", "quality.html"))

@@ -1,4 +1,4 @@
-"""The list of named models agrees with the papers."""
+"""`tokdyn models` agrees with the papers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from tokdyn.catalog import CatalogSettings, catalog
 
 
-def test_sizes_and_costs_are_the_published_ones() -> None:
-    """Parameters in millions with the position table, and GFLOPs at 2 per multiply-add (arXiv 2603.06351)."""
+def test_sizes_and_costs_are_as_published() -> None:
+    """Millions of parameters with the position table, and GFLOPs where a multiply-add is 2 (arXiv 2603.06351)."""
     found = {(entry.kind, entry.name): entry for entry in catalog(CatalogSettings())}
     millions = {name: round(found["dcdit", name].parameters / 1e6, 2) for name in ("S", "B", "L", "XL")}
     assert millions == {"S": 34.76, "B": 137.13, "L": 469.61, "XL": 689.59}
@@ -17,7 +17,7 @@ def test_sizes_and_costs_are_the_published_ones() -> None:
     assert gflops == {"S/2": 12.11, "B/2": 46.01, "L/2": 161.40, "XL/2": 237.24, "XL/4": 58.09}
 
 
-def test_budget_lowers_cost_and_kept_tokens() -> None:
+def test_tail_drop_lowers_cost_and_kept_tokens() -> None:
     full, lean = (catalog(CatalogSettings(sample_size=16, tail_drop=drop)) for drop in (0.0, 0.5))
     for before, after in zip(full, lean, strict=True):
         if before.kind == "dcdit":
@@ -27,7 +27,7 @@ def test_budget_lowers_cost_and_kept_tokens() -> None:
             assert after == before
 
 
-def test_patches_that_do_not_divide_are_left_out() -> None:
+def test_patch_sizes_that_do_not_divide_the_input_are_left_out() -> None:
     assert {e.name for e in catalog(CatalogSettings(sample_size=18)) if e.kind == "dit"} == {
         f"{size}/2" for size in ("tiny", "S", "B", "L", "XL")
     }

@@ -1,4 +1,4 @@
-"""The installed package holds what the repository holds, under the names it promises."""
+"""The installed package holds every package and data file of the repository, under the right names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 
 def packages_in(folder: Path, name: str) -> set[str]:
-    """Names of `folder` and every package below it."""
+    """Return the names of the package in `folder` and of every package below it."""
     inits = folder.rglob("__init__.py")
     return {".".join([name, *init.parent.relative_to(folder).parts]) for init in inits}
 
@@ -41,7 +41,7 @@ def test_every_package_is_found(name: str) -> None:
     assert importlib.util.find_spec(name) is not None
 
 
-def test_installed_version_is_the_packages_own() -> None:
+def test_installed_version_is_that_of_the_package() -> None:
     import tokdyn
 
     assert importlib.metadata.version("tokdyn") == tokdyn.__version__
@@ -58,7 +58,7 @@ def test_readme_and_license_exist() -> None:
 
 
 def test_every_data_file_is_shipped() -> None:
-    """Files other than code inside a package must match a package-data pattern, or the wheel leaves them out."""
+    """The wheel leaves out data files that match no package-data pattern."""
     folders = {
         name: ROOT / SETUPTOOLS["package-dir"].get(name, name.replace(".", "/")) for name in SETUPTOOLS["packages"]
     }

@@ -11,7 +11,7 @@ from tests.test_sample import FACTS, QUICK, tiny
 from tokdyn import Chunking, DepthSkip, DiT, DynamicWidth, FeatureCache, TokenMerge
 from tokdyn.cost import model_parts
 from tokdyn.cost.blocks import PARTS
-from tokdyn.cost.counting import attention_formulas
+from tokdyn.cost.counter import attention_formulas
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.sample import SampleConfig, sample

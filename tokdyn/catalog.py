@@ -1,4 +1,4 @@
-"""What there is: named models with their size and cost, families of models, methods, and what works on what."""
+"""List named models with their size and cost, families of models, methods, and which methods work on which family."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LISTED_PATCHES = (2, 4, 8)
 
 
 class CatalogSettings(BaseModel):
-    """What the models are built for.
+    """Settings of `tokdyn models`: what named models are built for.
 
     Attributes:
         sample_size: rows and columns of the input; 32 is a 256-pixel image in an 8x latent space.
-        in_channels: channels of the input.
-        num_classes: classes.
-        target: N of DC-DiT, cells per kept token.
-        tail_drop: share of DC-DiT's kept tokens that is dropped.
+        in_channels: input channels.
+        num_classes: number of classes.
+        target: N of DC-DiTs, cells per kept token.
+        tail_drop: share of the kept tokens that DC-DiTs drop.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,11 +46,11 @@ class CatalogEntry:
     """One named model.
 
     Attributes:
-        name: as `named` takes it.
+        name: name for `DiT.named` or `DCDiT.named`.
         kind: "dit" or "dcdit".
-        parameters: number of parameters, the frozen position table included.
+        parameters: number of parameters, including the frozen position table.
         tokens: N, cells of the token grid.
-        computed: tokens that the blocks see, on average, when DC-DiT keeps what it aims at.
+        computed: tokens that the blocks see on average when a DC-DiT keeps its target.
         gflops: 1e9 FLOPs of one forward pass on one image; a multiply-add is 2 FLOPs.
     """
 
@@ -63,10 +63,10 @@ class CatalogEntry:
 
 
 def catalog(settings: CatalogSettings) -> list[CatalogEntry]:
-    """Builds every named model without memory and computes its cost.
+    """Build every named model on the meta device and compute its cost.
 
     Args:
-        settings: what to build them for.
+        settings: what to build the models for.
 
     Returns:
         The models; patch sizes that do not divide the input are left out.
@@ -94,16 +94,16 @@ def _entry(name: str, kind: str, model: torch.nn.Module, cells: int, computed: f
 
 @dataclass(frozen=True)
 class BaseEntry:
-    """A pretrained model to begin with.
+    """A pretrained model to start from.
 
     Attributes:
-        name: as `tokdyn.bases.open_base` takes it.
+        name: name for `tokdyn.bases.open_base`.
         kind: "base".
-        format: of its file.
+        format: format of its file.
         objective: "noise" or "flow".
-        parameters: number of parameters, as tokdyn reads it.
-        source: where it comes from: an address, an id of the hub, or "shipped".
-        cached: it can be opened without a network.
+        parameters: number of parameters after reading.
+        source: a URL, an id of the hub, or "shipped".
+        cached: whether it can be opened without a network.
     """
 
     name: str
@@ -116,7 +116,7 @@ class BaseEntry:
 
 
 def bases() -> list[BaseEntry]:
-    """The pretrained models that have a name."""
+    """List the named pretrained models."""
     return [
         BaseEntry(
             row.name,
@@ -136,11 +136,11 @@ class FamilyEntry:
     """A family of models that methods can be attached to.
 
     Attributes:
-        name: of its adapter.
+        name: name of its adapter.
         kind: "family".
         classes: names of its classes.
-        methods: for each method "yes", "partly" or "no".
-        refused: settings that are refused, as one writes them, and why.
+        methods: for each method, whether it works: "yes", "partly" or "no".
+        refused: refused settings, as a user writes them, and the reason.
     """
 
     name: str
@@ -151,7 +151,7 @@ class FamilyEntry:
 
 
 def families() -> list[FamilyEntry]:
-    """The families that adapters are declared for, with what works on each, read from the adapters."""
+    """List the families that have an adapter, and what works on each of them."""
     matrix = support()
     entries = []
     for adapter in known_adapters():
@@ -167,12 +167,12 @@ class MethodEntry:
     """A method.
 
     Attributes:
-        name: of its class.
-        what: it does, in one line.
-        acts: when it acts.
-        stage: where it acts, from the whole stack of blocks down to the kernel.
+        name: name of its class.
+        what: what it does, in one line.
+        acts: when it acts: "training", "sampling" or both.
+        stage: where it acts, from the list of all blocks down to the kernel.
         settings: its settings and their defaults.
-        families: for each family "yes", "partly" or "no".
+        families: for each family, whether it works: "yes", "partly" or "no".
     """
 
     name: str
@@ -184,7 +184,7 @@ class MethodEntry:
 
 
 def methods() -> list[MethodEntry]:
-    """All methods, with the families that they work on."""
+    """List all methods with the families that they work on."""
     matrix = support()
     entries = []
     for name, method in METHODS.items():

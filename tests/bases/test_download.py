@@ -1,4 +1,4 @@
-"""The downloader against a real server: whole, cut, changed, wrong, absent, and without a network."""
+"""Downloads from a real server: complete, interrupted, changed, wrong, absent, and without a network."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 @dataclass
 class Server:
-    """What the server does, and what it was asked.
+    """A server's file and behaviour, and the requests it got.
 
     Attributes:
-        url: of the file.
-        content: of the file.
-        tag: its version; "" sends none.
-        cuts: of the next answers, after how many bytes each ends.
-        ranges: what was asked for, None where everything.
+        url: URL of the file.
+        content: its bytes.
+        tag: its ETag; "" sends none.
+        kind: its content type.
+        cuts: the next answers end after these numbers of bytes.
+        ranges: requested ranges, None for whole files.
     """
 
     url: str = ""
@@ -77,42 +78,40 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def left(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
 @pytest.mark.parametrize("sha256", [None, DIGEST])
-def test_a_file_comes_once(server: Server, tmp_path: Path, sha256: str | None) -> None:
+def test_file_is_downloaded_once(server: Server, tmp_path: Path, sha256: str | None) -> None:
     place = tmp_path / "cache" / "model.pt"
     assert fetch(server.url, place, sha256) == DIGEST
     assert place.read_bytes() == CONTENT
     assert (tmp_path / "cache" / "model.pt.sha256").read_text() == f"{DIGEST}  model.pt\n"
     assert fetch(server.url, place, sha256) == DIGEST
     assert server.ranges == [None]
-    assert left(tmp_path / "cache") == ["model.pt", "model.pt.sha256"]
+    assert files_in(tmp_path / "cache") == ["model.pt", "model.pt.sha256"]
 
 
-def test_it_goes_on_after_a_cut(server: Server, tmp_path: Path) -> None:
+def test_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> None:
     server.cuts = [3_000_000, 1_000_000]
     assert fetch(server.url, tmp_path / "model.pt") == DIGEST
     assert server.ranges == [None, "bytes=3000000-", "bytes=4000000-"]
-    assert left(tmp_path) == ["model.pt", "model.pt.sha256"]
+    assert files_in(tmp_path) == ["model.pt", "model.pt.sha256"]
 
 
-def test_a_next_call_goes_on_where_the_last_gave_up(server: Server, tmp_path: Path) -> None:
+def test_next_call_resumes_an_abandoned_download(server: Server, tmp_path: Path) -> None:
     server.cuts = [1_000_000, 1, 1]
-    with pytest.raises(
-        CheckpointError, match=r"broke off 3 times \(1000002 of 5120000 bytes came\); what came is kept"
-    ):
+    with pytest.raises(CheckpointError, match=r"3 .*1000002 of 5120000.*model\.pt\.part"):
         fetch(server.url, tmp_path / "model.pt")
     assert not (tmp_path / "model.pt").exists()
     assert fetch(server.url, tmp_path / "model.pt") == DIGEST
     assert server.ranges[-1] == "bytes=1000002-"
 
 
-def test_another_version_on_the_server_begins_anew(server: Server, tmp_path: Path) -> None:
+def test_another_version_on_the_server_is_downloaded_from_the_start(server: Server, tmp_path: Path) -> None:
     server.cuts = [1_000_000, 0, 0]
-    with pytest.raises(CheckpointError, match="broke off"):
+    with pytest.raises(CheckpointError, match=r"model\.pt\.part"):
         fetch(server.url, tmp_path / "model.pt")
     server.content, server.tag = CONTENT[::-1], '"two"'
     assert fetch(server.url, tmp_path / "model.pt") == hashlib.sha256(CONTENT[::-1]).hexdigest()
@@ -120,66 +119,66 @@ def test_another_version_on_the_server_begins_anew(server: Server, tmp_path: Pat
 
 
 @pytest.mark.parametrize("tag", ["", 'W/"weak"'])
-def test_without_a_version_nothing_is_joined(server: Server, tmp_path: Path, tag: str) -> None:
+def test_downloads_without_a_strong_tag_are_not_resumed(server: Server, tmp_path: Path, tag: str) -> None:
     server.tag, server.cuts = tag, [1_000_000]
     assert fetch(server.url, tmp_path / "model.pt") == DIGEST
     assert server.ranges == [None, None]
 
 
-def test_a_wrong_checksum(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"has the sha256 {DIGEST}, expected {'0' * 64}; it was removed"):
+def test_wrong_digest_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{DIGEST}.*{'0' * 64}"):
         fetch(server.url, tmp_path / "model.pt", "0" * 64)
     assert not (tmp_path / "model.pt").exists()
     assert not (tmp_path / "model.pt.part").exists()
 
 
-def test_a_file_that_changed_since(server: Server, tmp_path: Path) -> None:
+def test_file_that_changed_after_its_download_is_refused(server: Server, tmp_path: Path) -> None:
     fetch(server.url, tmp_path / "model.pt")
     (tmp_path / "model.pt").write_bytes(CONTENT[:-1])
-    with pytest.raises(CheckpointError, match="it was changed after it was downloaded; remove it"):
+    with pytest.raises(CheckpointError, match=rf"model\.pt .*{DIGEST}"):
         fetch(server.url, tmp_path / "model.pt")
 
 
-def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
+def test_file_placed_by_hand_is_used(server: Server, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"mine")
     assert fetch(server.url, tmp_path / "model.pt") == hashlib.sha256(b"mine").hexdigest()
     assert server.ranges == []
-    with pytest.raises(CheckpointError, match=f"expected {DIGEST}"):
+    with pytest.raises(CheckpointError, match=DIGEST):
         fetch(server.url, tmp_path / "model.pt", DIGEST)
 
 
-def test_what_the_server_does_not_have(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="answers 404 Not Found; get the file from elsewhere"):
+def test_missing_files_and_web_pages_are_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="404 Not Found"):
         fetch(server.url.replace("model", "nothing"), tmp_path / "model.pt")
     server.kind = "text/html; charset=utf-8"
-    with pytest.raises(CheckpointError, match="answers with a web page"):
+    with pytest.raises(CheckpointError, match=r"model\.pt .*web page"):
         fetch(server.url, tmp_path / "model.pt")
-    assert left(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
-def test_no_network(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_servers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:  # a port at which nobody listens
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(Unreachable, match="refused"):
             fetch(f"http://127.0.0.1:{taken.getsockname()[1]}/model.pt", tmp_path / "model.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(Unreachable, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(Unreachable, match="HF_HUB_OFFLINE"):
         fetch(server.url, tmp_path / "model.pt")
     assert server.ranges == []
 
 
-def test_two_at_once_download_once(server: Server, tmp_path: Path) -> None:
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(fetch(server.url, tmp_path / "m.pt"))) for _ in range(4)]
+def test_concurrent_calls_download_once(server: Server, tmp_path: Path) -> None:
+    digests: list[str] = []
+    threads = [threading.Thread(target=lambda: digests.append(fetch(server.url, tmp_path / "m.pt"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [DIGEST] * 4
+    assert digests == [DIGEST] * 4
     assert server.ranges == [None]
 
 
-def test_a_cache_that_cannot_be(server: Server, tmp_path: Path) -> None:
+def test_unwritable_cache_is_refused(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match=r"file.model\.pt"):
         fetch(server.url, tmp_path / "file" / "model.pt")

@@ -1,4 +1,4 @@
-"""`tokdyn bench flops`: the published table, counts of what ran, and what is refused."""
+"""`tokdyn bench flops` agrees with published costs and with torch's counter."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from tests.test_sample import FACTS, tiny
 from tokdyn import DCDiT, DiT
 from tokdyn.bench import flops as bench
-from tokdyn.bench.flops import FlopsConfig, bench_flops, compared
-from tokdyn.bench.published import MATCHED
+from tokdyn.bench.flops import FlopsConfig, bench_flops
+from tokdyn.bench.published import MATCHED_STEPS, compare_with_paper
 from tokdyn.bench.stacks import open_stack, read_stacks
-from tokdyn.cost.counting import attention_formulas
+from tokdyn.cost.counter import attention_formulas
 from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.errors import TokdynError
 from tokdyn.train.snapshot import save_model
@@ -42,9 +42,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(top / name) for name in ("dit", "dc")}
 
 
-def test_the_published_table() -> None:
-    """DiTs within 0.6%. The kept share of the trained DC-DiTs is not printed; one share fits all rows within 2%."""
-    rows = compared(FlopsConfig(kept=0.2355))
+def test_published_costs_are_reproduced() -> None:
+    """DiTs within 0.6%. The paper does not print the share that its DC-DiTs keep; one share fits all rows within 2%."""
+    rows = compare_with_paper(FlopsConfig(kept=0.2355))
     assert len(rows) == 21
     for row in rows:
         allowed = 0.02 if row["model"].startswith("DC-") else 0.006
@@ -61,14 +61,14 @@ def test_named_models_and_matched_steps() -> None:
     assert rows["DiT-S/2"].kept is None
     for name in ("DC-DiT-S", "DC-DiT-XL"):
         assert rows[name].tokens_from == "target"
-        assert rows[name].matched_steps == pytest.approx(MATCHED[name], rel=0.025)
+        assert rows[name].matched_steps == pytest.approx(MATCHED_STEPS[name], rel=0.025)
     for row in rows.values():
         assert sum(row.parts.values()) == pytest.approx(row.gflops_per_forward)
 
 
 @pytest.mark.parametrize("kept", [None, 0.4])
 def test_named_models_are_counted(kept: float | None) -> None:
-    """Fewer tokens cost less, and torch's counter agrees at the tokens that are given."""
+    """Fewer tokens cost less, and torch's counter agrees for the given share."""
     rows = bench_flops(FlopsConfig(models="DiT-tiny/2,DC-DiT-tiny", kept=kept, **SMALL))
     for row in rows:
         assert row.counted_gflops == pytest.approx(row.computed_gflops, rel=1e-6)
@@ -85,7 +85,7 @@ STACKS = {
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("model", ["dit", "dc"])
-def test_trajectories_cost_what_ran(saved: dict[str, str], model: str, name: str, guidance: float) -> None:
+def test_trajectory_cost_is_what_torch_counts(saved: dict[str, str], model: str, name: str, guidance: float) -> None:
     stacks = read_stacks([STACKS[name].replace("MODEL", saved[model])])
     config = FlopsConfig(steps=4, guidance=guidance, images=1, scheduler="ddim")
     (row,) = bench_flops(config, stacks)
@@ -98,35 +98,35 @@ def test_trajectories_cost_what_ran(saved: dict[str, str], model: str, name: str
     assert row.tokens_from == ("measured" if model == "dc" or name != "plain" else "all")
 
 
-def test_given_tokens_of_a_checkpoint(saved: dict[str, str]) -> None:
+def test_given_share_of_a_checkpoint_is_used(saved: dict[str, str]) -> None:
     few, many = (bench_flops(FlopsConfig(models=saved["dc"], steps=2, kept=kept))[0] for kept in (0.1, 0.9))
     assert (few.tokens_from, many.kept) == ("given", pytest.approx(0.9))
     assert few.tflops_per_image < many.tflops_per_image
 
 
-def test_a_difference_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = bench.model_parts
+def test_difference_between_computed_and_counted_flops_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_parts = bench.model_parts
 
-    def dearer(*words: Any, **settings: Any) -> dict[str, int]:
-        return {name: round(1.01 * value) for name, value in whole(*words, **settings).items()}
+    def one_percent_more(*args: Any, **settings: Any) -> dict[str, int]:
+        return {name: round(1.01 * value) for name, value in model_parts(*args, **settings).items()}
 
-    monkeypatch.setattr("tokdyn.cost.counted.model_parts", dearer)
-    with pytest.raises(TokdynError, match="apart where"):
+    monkeypatch.setattr("tokdyn.cost.forward_pass.model_parts", one_percent_more)
+    with pytest.raises(TokdynError, match=r"DiT-tiny/2.*1\.00%.*0\.1%"):
         bench_flops(FlopsConfig(models="DiT-tiny/2", **SMALL))
 
 
-def test_the_command(tmp_path: Path, saved: dict[str, str]) -> None:
+def test_command_writes_tables_and_json(tmp_path: Path, saved: dict[str, str]) -> None:
     words = ["DiT-tiny/2,DC-DiT-tiny", "sample_size=8", f"csv={tmp_path / 'f.csv'}", f"plot={tmp_path / 'f.png'}"]
     shown = run(*words).stdout
     assert "DC-DiT-tiny" in shown
-    assert "a multiply-add is 2 FLOPs" in shown
+    assert "FLOPs" in shown
     with open(tmp_path / "f.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["model"] for line in lines] == ["DiT-tiny/2", "DC-DiT-tiny"]
     assert float(lines[1]["gflops_router"]) > 0
     with Image.open(tmp_path / "f.png") as image:
         assert image.width > 400
-    told = json.loads(run("DiT-tiny/2", "steps=10", "--json").stdout)
-    assert set(told["models"][0]) >= {"model", "tflops_per_image", "gflops_per_forward", "params", "parts"}
+    content = json.loads(run("DiT-tiny/2", "steps=10", "--json").stdout)
+    assert set(content["models"][0]) >= {"model", "tflops_per_image", "gflops_per_forward", "params", "parts"}
     assert len(json.loads(run("--paper", "--json").stdout)["rows"]) == 21
     assert run("DiT-XL/3", code=2).output.count("\n") == 1

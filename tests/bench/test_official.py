@@ -1,4 +1,4 @@
-"""The other side of the speed comparison computes what the package's model computes."""
+"""`benchmarks/official.py`, the other side of a speed comparison, computes what the package's model computes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model(**settings: object) -> DCDiT:
 
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("patch", [1, 2])
-def test_it_says_the_same(patch: int, planned: bool) -> None:
+def test_outputs_agree(patch: int, planned: bool) -> None:
     made = model(patch_size=patch)
     x, time, labels = torch.randn(3, 4, 16, 16), torch.tensor([3.0, 500.0, 990.0]), torch.tensor([0, 3, 7])
     plan = torch.rand(3, (16 // patch) ** 2) < 0.25 if planned else None
@@ -30,13 +30,13 @@ def test_it_says_the_same(patch: int, planned: bool) -> None:
     torch.testing.assert_close(official.forward(made, x, time, labels, plan), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_its_dense_block_is_the_block() -> None:
+def test_dense_blocks_agree() -> None:
     block = model().blocks[0]
     x, condition = torch.randn(3, 40, 64), torch.randn(3, 64)
     torch.testing.assert_close(official.dense_block(block, x, condition), block(x, condition), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_the_same() -> None:
+def test_gradients_agree() -> None:
     made = model()
     x, time, labels = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 500.0]), torch.tensor([0, 3])
     found = []
@@ -46,5 +46,5 @@ def test_gradients_are_the_same() -> None:
         found.append({name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None})
     assert set(found[0]) == set(found[1])
     largest = max(float(gradient.abs().max()) for gradient in found[0].values())
-    for name, gradient in found[0].items():  # that of a bias before a norm is rounding and nothing else
+    for name, gradient in found[0].items():  # the gradient of a bias before a norm is rounding error alone
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)

@@ -1,4 +1,4 @@
-"""`tokdyn bench quality` on tiny models: its numbers against independent ones, and the command."""
+"""`tokdyn bench quality` measures tiny models like independent code does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from tests.evaluate.conftest import Kit
 from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
-from tokdyn.bench.page import columns, write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.quality_page import columns, write_page
 from tokdyn.bench.stacks import read_stacks
 from tokdyn.data import DataConfig, open_data
 from tokdyn.diffusion.objective import Objective
@@ -57,7 +57,7 @@ def _images(place: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in sorted((place / "images").rglob("*.png"))])
 
 
-def test_the_same_stack_is_at_no_distance(made: tuple[QualityConfig, QualityResult]) -> None:
+def test_equal_stacks_are_at_distance_zero(made: tuple[QualityConfig, QualityResult]) -> None:
     plain, again, *_ = made[1].rows
     assert (again.psnr, again.ssim, again.feature_distance) == (float("inf"), pytest.approx(1.0), 0.0)
     assert again.flops_saved == 0.0
@@ -65,24 +65,22 @@ def test_the_same_stack_is_at_no_distance(made: tuple[QualityConfig, QualityResu
     assert plain.psnr is None
 
 
-def test_numbers_are_those_of_the_images(made: tuple[QualityConfig, QualityResult]) -> None:
+def test_psnr_and_feature_distance_are_those_of_the_images(made: tuple[QualityConfig, QualityResult]) -> None:
     result = made[1]
-    first, images = (
-        _images(result.places[0]),
-        {r.name: _images(p) for r, p in zip(result.rows, result.places, strict=True)},
-    )
+    first = _images(result.places[0])
+    images = {row.name: _images(place) for row, place in zip(result.rows, result.places, strict=True)}
     for row in result.rows[2:]:
         error = ((images[row.name].astype(float) - first) ** 2).reshape(8, -1).mean(axis=1)
         assert row.psnr == pytest.approx((10 * np.log10(255**2 / error)).mean())
         assert 0 < row.feature_distance < 2
 
 
-def test_costs_and_losses(made: tuple[QualityConfig, QualityResult]) -> None:
+def test_costs_and_held_out_losses(made: tuple[QualityConfig, QualityResult]) -> None:
     config, result = made
     plain, _, dropped, late, cached = result.rows
     for row, place in zip(result.rows, result.places, strict=True):
-        told = json.loads((place / "sample.json").read_text())["budgets"][0]
-        assert row.tflops_per_image == told["tflops_per_image"]
+        budget = json.loads((place / "sample.json").read_text())["budgets"][0]
+        assert row.tflops_per_image == budget["tflops_per_image"]
         assert row.milliseconds > 0
     assert dropped.flops_saved == pytest.approx(1 - dropped.tflops_per_image / plain.tflops_per_image)
     assert 0 < dropped.flops_saved < 1
@@ -91,12 +89,12 @@ def test_costs_and_losses(made: tuple[QualityConfig, QualityResult]) -> None:
     assert 0 < cached.flops_saved < 1 / 3
     model, objective, _ = load_model(config.model)
     data = open_data(DataConfig(kind="images", path=str(config.held_out), size=16, num_classes=4))
-    wanted = held_out_loss(model, objective, data, images=8, tail_drop=0.5)
-    assert (dropped.held_out, dropped.by_level) == (wanted.loss, wanted.by_level)
-    assert cached.held_out is None  # what it says depends on the step before
+    expected = held_out_loss(model, objective, data, images=8, tail_drop=0.5)
+    assert (dropped.held_out, dropped.by_level) == (expected.loss, expected.by_level)
+    assert cached.held_out is None  # its output depends on the step before
 
 
-def test_the_front_holds_what_nothing_beats(made: tuple[QualityConfig, QualityResult]) -> None:
+def test_no_row_beats_the_front(made: tuple[QualityConfig, QualityResult]) -> None:
     result = made[1]
     assert result.quality == "frechet_distance[judge]"
     for row in result.rows:
@@ -110,19 +108,19 @@ def test_the_front_holds_what_nothing_beats(made: tuple[QualityConfig, QualityRe
     assert any(row.front for row in result.rows)
 
 
-def test_the_page_shows_all_of_it(made: tuple[QualityConfig, QualityResult]) -> None:
+def test_page_shows_every_cell(made: tuple[QualityConfig, QualityResult]) -> None:
     config, result = made
     files = write_page(config, result)
     assert [file.name for file in files] == ["quality.json", "quality.html", "samples.png", "pareto.png"]
-    told = json.loads(files[0].read_text())
-    assert [row["name"] for row in told["rows"]] == [row.name for row in result.rows]
-    assert told["rows"][1]["psnr"] == "inf"
+    content = json.loads(files[0].read_text())
+    assert [row["name"] for row in content["rows"]] == [row.name for row in result.rows]
+    assert content["rows"][1]["psnr"] == "inf"
     page = files[1].read_text()
     assert page.count("<tr") == 6
     assert all(f"<td>{text}</td>" in page for texts in columns(result.rows).values() for text in texts)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command_measures_and_refuses_useless_tail_drops(tmp_path: Path) -> None:
     save_model(tiny(0, DiT, depth=2, sample_size=8), tmp_path / "dit", FACTS)
     words = [f"{name}={value}" for name, value in QUICK.items()]
     stacks = ["--stack", "{name: a}", "--stack", "{name: b, methods: [{method: TokenMerge, ratio: 0.5}]}"]
@@ -134,17 +132,17 @@ def test_the_command(tmp_path: Path) -> None:
     shown = run()
     assert shown.exit_code == 0, shown.output
     assert "GFLOPs per image" in shown.output
-    again = run("--json")  # images are there
+    again = run("--json")  # reuses the images
     assert json.loads(again.stdout)["rows"][1]["methods"] == ["TokenMerge"]
     refused = run("--stack", "{name: c, tail_drop: 0.5}")
     assert refused.exit_code == 2
-    assert "computes" in refused.output
+    assert "DiT" in refused.output
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no stack"):
+def test_missing_stacks_and_useless_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="stacks"):
         bench_quality(QualityConfig(out=tmp_path), [])
-    with pytest.raises(ValueError, match="reference has no effect without extractor"):
+    with pytest.raises(ValueError, match=r"reference .*extractor"):
         QualityConfig(reference=tmp_path)
     torch.manual_seed(0)
     tiny(0, DiT).save_pretrained(tmp_path / "bare")

@@ -1,8 +1,9 @@
-"""`tokdyn bench speed`: what is run, what is worked out of the times, and what is refused. No test looks at a time."""
+"""`tokdyn bench speed` runs and derives the right quantities. No test looks at a time."""
 
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def row(size: int, milliseconds: float, name: str = "a") -> SpeedRow:
     return SpeedRow(name, case, size**2, milliseconds, 0.0, 1.0, 1.0, 1.0)
 
 
-def test_every_combination_is_a_case() -> None:
+def test_every_combination_of_settings_is_a_case() -> None:
     config = SpeedConfig(batch="1,2", size=(8, 16), kept=0.25, precision="fp32,bf16", mode="sample,train")
     found = list(cases(config))
     assert len(found) == len(set(found)) == 16
@@ -62,8 +63,8 @@ def test_rows_follow_from_times_and_flops() -> None:
     assert rows[2].gflops * 1e9 == pytest.approx(sum(model_parts(model, 0.25, 3).values()), rel=1e-6)
 
 
-def test_methods_of_checkpoints_and_names(tmp_path: Path) -> None:
-    """A merged stack costs less, of a checkpoint as of a name, and memory is measured in a process of its own."""
+def test_methods_of_checkpoints_and_named_models(tmp_path: Path) -> None:
+    """A merged stack costs less on a checkpoint and on a named model; peak memory is measured in a new process."""
     save_model(tiny(0, DiT, sample_size=8), tmp_path / "dit", FACTS)
     merged = "methods: [{method: TokenMerge, ratio: 0.5}]"
     for model in (str(tmp_path / "dit"), "DiT-tiny/2"):
@@ -77,20 +78,20 @@ def test_methods_of_checkpoints_and_names(tmp_path: Path) -> None:
     assert 0 <= sampled.peak_mib < trained.peak_mib
 
 
-def test_compiled_parts_say_the_same() -> None:
+def test_compiled_parts_cost_the_same() -> None:
     config = SpeedConfig(model="DC-DiT-tiny", size=8, batch=1, kept=0.25, compile="none,scaffold", **QUICK)
     plain, compiled = bench_speed(config, (Stack(name="a"),))
     assert compiled.gflops == plain.gflops
     assert "compile" in columns([plain, compiled])
 
 
-def test_the_exponent_of_a_power_is_found() -> None:
+def test_exponent_of_a_power_law_is_found() -> None:
     rows = [row(size, 0.3 * (size**2) ** 1.5) for size in (8, 16, 32, 64)] + [row(8, 1.0, "b"), row(16, 2.0, "b")]
     assert growth(rows, "tokens") == {"a sample fp32 batch=1": pytest.approx(1.5)}
     assert growth(rows, "batch") == {}
 
 
-def test_the_axes_of_the_plot_say_plain_numbers() -> None:
+def test_tick_labels_are_plain_numbers() -> None:
     with figure_style():
         figure = curves([row(size, 0.02 * size**2) for size in (8, 16, 32, 64, 128)])
         figure.canvas.draw()
@@ -101,20 +102,20 @@ def test_the_axes_of_the_plot_say_plain_numbers() -> None:
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_what_cannot_be_timed_is_said() -> None:
+def test_stacks_that_cannot_be_timed_are_refused() -> None:
     config = SpeedConfig(model="DiT-tiny/2", **QUICK)
     cached = read_stacks(["{name: a, methods: [{method: FeatureCache, threshold: 0.2}]}"])
-    with pytest.raises(RecipeError, match="acts from step to step"):
+    with pytest.raises(RecipeError, match=r"stack a .*FeatureCache"):
         bench_speed(config, cached)
-    with pytest.raises(RecipeError, match="no stack"):
+    with pytest.raises(RecipeError, match="stacks"):
         bench_speed(config, ())
-    with pytest.raises(RecipeError, match="names no model"):
+    with pytest.raises(RecipeError, match=r"stack a .*model"):
         bench_speed(SpeedConfig(**QUICK), (Stack(name="a"),))
-    with pytest.raises(InputError, match="DiT named"):
+    with pytest.raises(InputError, match="tiny/3"):
         bench_speed(SpeedConfig(model="DiT-tiny/3", **QUICK), (Stack(name="a"),))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command_writes_plot_and_json(tmp_path: Path) -> None:
     words = ["DC-DiT-tiny", "size=8,12,16", "batch=1", "kept=0.25", *(f"{k}={v}" for k, v in QUICK.items())]
 
     def run(*more: str, code: int = 0) -> Any:
@@ -123,18 +124,18 @@ def test_the_command(tmp_path: Path) -> None:
         return result
 
     shown = run(f"plot={tmp_path / 's.png'}", f"out={tmp_path / 's.json'}").stdout
-    assert "time grows with tokens to the power of" in shown
+    assert re.search(r"tokens .* \d\.\d\d: DC-DiT-tiny", shown)
     with Image.open(tmp_path / "s.png") as image:
         assert image.width > 400
-    told = json.loads((tmp_path / "s.json").read_text())
-    assert [row["tokens"] for row in told["rows"]] == [64, 144, 256]
-    assert told["machine"]["torch"] == torch.__version__
+    content = json.loads((tmp_path / "s.json").read_text())
+    assert [row["tokens"] for row in content["rows"]] == [64, 144, 256]
+    assert content["machine"]["torch"] == torch.__version__
     assert len(json.loads(run("--json").stdout)["growth"]["tokens"]) == 1
-    assert "several sizes or batches" in run("size=8", f"plot={tmp_path / 't.png'}", code=2).output
+    assert "size=16,32,64" in run("size=8", f"plot={tmp_path / 't.png'}", code=2).output
 
 
-def test_counted_flops_are_those_of_the_plan() -> None:
-    """The plan that is timed keeps the same number of tokens of every image."""
+def test_timed_plan_keeps_the_same_number_of_tokens_in_every_image() -> None:
+    """Its counted FLOPs are those of a plan that keeps 19 of 64 tokens."""
     config = SpeedConfig(model="DC-DiT-tiny", size=8, batch=3, kept=0.3, **QUICK)
     (row,) = bench_speed(config, (Stack(name="a"),))
     model = model_of(config, Stack(name="a"), next(cases(config)))
@@ -142,5 +143,5 @@ def test_counted_flops_are_those_of_the_plan() -> None:
     plan[:, :19] = True
     labels = torch.zeros(3, dtype=torch.long)
     with torch.no_grad():
-        found = flops(model.eval(), torch.randn(3, 4, 8, 8), torch.zeros(3), labels, plan=plan)
-    assert row.gflops * 1e9 == pytest.approx(found.total)
+        expected = flops(model.eval(), torch.randn(3, 4, 8, 8), torch.zeros(3), labels, plan=plan)
+    assert row.gflops * 1e9 == pytest.approx(expected.total)

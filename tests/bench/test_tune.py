@@ -1,4 +1,4 @@
-"""`tokdyn tune`: the target is met, nothing better was passed over, and the winner can be opened again."""
+"""`tokdyn tune` meets its target, keeps the best schedule it saw, and writes a stack that can be opened again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.test_sample import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.stacks import Stack, open_stack, read_stacks
 from tokdyn.bench.tune import tune
-from tokdyn.bench.tune_search import LEVELS, Trial, Tuner, mutated, search, shapes, uniform
+from tokdyn.bench.tune_search import LEVELS, Trial, Tuner, initial_shapes, mutate, search, uniform_trial
 from tokdyn.bench.tune_settings import KNOBS, TuneConfig
 from tokdyn.errors import InputError
 from tokdyn.train.snapshot import save_model
@@ -36,30 +36,30 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(top / name) for name in ("dit", "dc")}
 
 
-def tuner(model: str, **settings: Any) -> Tuner:
+def prepared_tuner(model: str, **settings: Any) -> Tuner:
     config = TuneConfig(model=model, **{**QUICK, **settings})
-    opened = open_stack(Stack(name="as it is", model=model))
-    made = Tuner(config, opened, config.knobs or KNOBS)
-    made.prepare()
-    return made
+    opened = open_stack(Stack(name="unmodified", model=model))
+    tuner = Tuner(config, opened, config.knobs or KNOBS)
+    tuner.prepare()
+    return tuner
 
 
 @pytest.mark.parametrize(
     ("model", "knobs", "flops"),
     [("dc", "drop,uncond", 0.85), ("dit", "skip,cache", 0.6), ("dit", "merge", 0.9), ("dc", "drop,cache,skip", 0.8)],
 )
-def test_what_is_found_meets_the_target(saved: dict[str, str], model: str, knobs: str, flops: float) -> None:
-    """Never more FLOPs than asked for, and the best of the proxy first."""
-    made = tuner(saved[model], knobs=knobs, flops=flops, guidance=2.0)
-    found = search(made)
-    assert all(trial.flops <= flops for trial in found)
-    errors = [trial.error for trial in found]
+def test_trials_meet_the_target(saved: dict[str, str], model: str, knobs: str, flops: float) -> None:
+    """No trial spends more FLOPs than the target, and trials are sorted by error."""
+    tuner = prepared_tuner(saved[model], knobs=knobs, flops=flops, guidance=2.0)
+    trials = search(tuner)
+    assert all(trial.flops <= flops for trial in trials)
+    errors = [trial.error for trial in trials]
     assert errors == sorted(errors)
     assert min(errors) > 0
-    flat = uniform(made)
-    if flat is not None:  # the search begins with it
-        assert found[0].error <= flat.error
-        assert uniform(made, found) in found
+    uniform = uniform_trial(tuner)
+    if uniform is not None:  # the search begins with it
+        assert trials[0].error <= uniform.error
+        assert uniform_trial(tuner, trials) in trials
 
 
 @settings(deadline=None, max_examples=200)
@@ -70,73 +70,73 @@ def test_what_is_found_meets_the_target(saved: dict[str, str], model: str, knobs
     st.integers(0, 12),
     st.sampled_from([None, 0.3, 1.0]),
 )
-def test_the_target_is_met_from_below_on_any_falling_curve(
+def test_target_is_met_from_below_on_any_falling_curve(
     flops: float, bend: float, floor: float, steps: int, guess: float | None
 ) -> None:
-    """Smooth curves to 0.3%; those with steps to what lies below the target, or not at all."""
+    """Smooth curves meet it within 0.3%; curves with jumps end at the closest point below it, or fail."""
     config = TuneConfig(model="none", flops=flops)
-    made = Tuner(config, None, ("drop",))  # type: ignore[arg-type]
+    tuner = Tuner(config, None, ("drop",))  # type: ignore[arg-type]
     shape: dict[Any, Any] = {"drop": (0.2, 0.5, 0.5)}
 
-    def spent(strength: float) -> float:
+    def remaining_flops(strength: float) -> float:
         turned = (strength / 2.0) ** bend
         turned = round(turned * steps) / steps if steps else turned
         return 1.0 - (1.0 - floor) * turned
 
     tried: list[float] = []
 
-    def call(shape: Any, strength: float) -> Trial:
+    def try_strength(shape: Any, strength: float) -> Trial:
         assert 0.0 <= strength <= 2.0
-        tried.append(spent(strength))
+        tried.append(remaining_flops(strength))
         return Trial(shape, strength, Stack(name="a"), tried[-1], 0.0)
 
-    made._tried = call  # type: ignore[method-assign]
-    found = made.met(shape, guess)
+    tuner.try_strength = try_strength  # type: ignore[method-assign]
+    trial = tuner.meet_target(shape, guess)
     assert len(tried) <= 9
-    if found is None:
-        assert steps or floor > flops
+    if trial is None:
+        assert steps or remaining_flops(2.0) > flops
         return
-    assert flops - 0.05 <= found.flops <= flops
-    assert found.flops == max(each for each in tried if each <= flops)
-    assert steps or found.flops >= flops - 0.003
-    assert max(max(values) for values in found.turned.values()) <= 1.0
+    assert flops - 0.05 <= trial.flops <= flops
+    assert trial.flops == max(each for each in tried if each <= flops)
+    assert steps or trial.flops >= flops - 0.003
+    assert max(max(values) for values in trial.turned.values()) <= 1.0
 
 
-def test_a_strength_of_nothing_is_the_model_as_it_is(saved: dict[str, str]) -> None:
-    made = tuner(saved["dc"], knobs="drop,skip,cache", flops=0.8)
-    trial = made._tried({"drop": (1.0, 1.0, 1.0), "skip": (1.0,), "cache": (1.0,)}, 0.0)
+def test_strength_zero_is_the_unmodified_model(saved: dict[str, str]) -> None:
+    tuner = prepared_tuner(saved["dc"], knobs="drop,skip,cache", flops=0.8)
+    trial = tuner.try_strength({"drop": (1.0, 1.0, 1.0), "skip": (1.0,), "cache": (1.0,)}, 0.0)
     assert trial is not None
     assert (trial.flops, trial.error) == (pytest.approx(1.0), 0.0)
 
 
 def test_shapes_are_within_bounds_and_repeatable() -> None:
-    def drawn() -> list[Any]:
+    def draw_shapes() -> list[Any]:
         random = np.random.default_rng(1)
-        begin = shapes(KNOBS, random)
-        found = [next(begin) for _ in range(20)]
-        return found + [mutated(shape, KNOBS, random) for shape in found]
+        initial = initial_shapes(KNOBS, random)
+        shapes = [next(initial) for _ in range(20)]
+        return shapes + [mutate(shape, KNOBS, random) for shape in shapes]
 
-    assert drawn() == drawn()
-    for shape in drawn():
+    assert draw_shapes() == draw_shapes()
+    for shape in draw_shapes():
         assert shape
         for knob, values in shape.items():
             assert len(values) == (1 if knob in ("skip", "cache") else len(LEVELS))
             assert all(0.0 <= value <= 1.0 for value in values)
 
 
-def test_the_winner_is_measured_written_and_opened_again(saved: dict[str, str], tmp_path: Path) -> None:
+def test_winner_is_measured_written_and_opened_again(saved: dict[str, str], tmp_path: Path) -> None:
     config = TuneConfig(model=saved["dc"], flops=0.85, knobs="drop,uncond", guidance=2.0, out=tmp_path, **QUICK)
     result = tune(config)
     names = [row.name for row in result.quality.rows]
-    assert names[:3] == ["as it is", "uniform", "tuned 1"]
+    assert names[:3] == ["unmodified", "uniform", "tuned 1"]
     (again,) = read_stacks([str(tmp_path / "stack.yaml")])
     assert again == result.stack
     opened = open_stack(again)
     assert opened.stack.tail_drop or opened.stack.uncond_tail_drop
-    told = json.loads((tmp_path / "tuned.json").read_text())
-    assert len(told["trials"]) == len(result.trials)
-    words = shlex.split(told["sample"])[1:]
-    shown = CliRunner().invoke(app, [*words, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
+    content = json.loads((tmp_path / "tuned.json").read_text())
+    assert len(content["trials"]) == len(result.trials)
+    command = shlex.split(content["sample"])[1:]
+    shown = CliRunner().invoke(app, [*command, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
     assert shown.exit_code == 0, shown.output
     best = min((row for row in result.quality.rows[2:]), key=lambda row: -(row.psnr or 0.0))
     chosen = next(n for n, trial in enumerate(result.trials) if trial.stack.tail_drop == result.stack.tail_drop)
@@ -144,27 +144,27 @@ def test_the_winner_is_measured_written_and_opened_again(saved: dict[str, str], 
     assert (tmp_path / "quality.html").is_file()
 
 
-def test_what_cannot_be_tuned_is_said(saved: dict[str, str], tmp_path: Path) -> None:
+def test_unusable_knobs_and_targets_out_of_reach_are_refused(saved: dict[str, str], tmp_path: Path) -> None:
     shared = {**QUICK, "out": tmp_path}
-    with pytest.raises(InputError, match="uncond is no knob"):
+    with pytest.raises(InputError, match="uncond"):
         tune(TuneConfig(model=saved["dc"], flops=0.8, knobs="uncond", **shared))  # without guidance
-    with pytest.raises(InputError, match=r"comes down to 0\.05"):
+    with pytest.raises(InputError, match=r"flops=0\.05"):
         tune(TuneConfig(model=saved["dit"], flops=0.05, knobs="merge", **shared))
     result = CliRunner().invoke(app, ["tune", saved["dit"], "flops=1.5"])
     assert result.exit_code == 2
     assert "flops" in result.output
 
 
-def test_the_command(saved: dict[str, str], tmp_path: Path) -> None:
+def test_command_prints_a_sampling_command_that_runs(saved: dict[str, str], tmp_path: Path) -> None:
     words = [f"{name}={value}" for name, value in QUICK.items()]
     shown = CliRunner().invoke(app, ["tune", saved["dit"], "flops=0.7", "knobs=skip,cache", f"out={tmp_path}", *words])
     assert shown.exit_code == 0, shown.output
-    told = json.loads((tmp_path / "tuned.json").read_text())
-    assert told["sample"] in shown.stdout
-    words = shlex.split(told["sample"])[1:]
-    again = CliRunner().invoke(app, [*words, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
+    content = json.loads((tmp_path / "tuned.json").read_text())
+    assert content["sample"] in shown.stdout
+    command = shlex.split(content["sample"])[1:]
+    again = CliRunner().invoke(app, [*command, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
     assert again.exit_code == 0, again.output
     spent = json.loads(again.stdout)["budgets"][0]["tflops_per_image"]
     rows = {row["name"]: row for row in json.loads((tmp_path / "quality.json").read_text())["rows"]}
-    assert spent < 0.8 * rows["as it is"]["tflops_per_image"]
-    assert torch.isfinite(torch.tensor(json.loads((tmp_path / "tuned.json").read_text())["trials"][0]["error"]))
+    assert spent < 0.8 * rows["unmodified"]["tflops_per_image"]
+    assert torch.isfinite(torch.tensor(content["trials"][0]["error"]))

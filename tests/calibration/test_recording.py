@@ -1,4 +1,4 @@
-"""What `tokdyn.recording` keeps, and that it leaves nothing behind."""
+"""`tokdyn.recording` keeps calls that can be repeated, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import tokdyn
-from tests.calibration.calls import trajectory
+from tests.calibration.trajectories import trajectory
 from tests.contract.models import TINY, sample
 
 
 def tensors(value):
-    """All tensors of an argument."""
+    """List all tensors of an argument."""
     if isinstance(value, torch.Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -22,7 +22,7 @@ def tensors(value):
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", sorted(TINY))
 @torch.no_grad()
-def test_the_model_says_the_same_when_it_is_called_again(name, wrapped):
+def test_repeated_calls_have_equal_outputs(name, wrapped):
     model = TINY[name].build()
     attributes = set(vars(model))
     if wrapped:
@@ -32,14 +32,14 @@ def test_the_model_says_the_same_when_it_is_called_again(name, wrapped):
     assert len(calls) == 4
     for call, output in zip(calls, outputs, strict=True):
         assert torch.equal(sample(model(**call)), output)
-    assert len(calls) == 4  # nothing is recorded any more
+    assert len(calls) == 4  # recording has ended
     assert "forward" not in vars(model)
     if wrapped:
         tokdyn.unwrap(model)
     assert set(vars(model)) == attributes
 
 
-def test_positional_arguments_get_their_names_and_later_changes_do_not_reach_copies():
+def test_positional_arguments_get_names_and_tensors_are_copied():
     model = TINY["DiT"].build()
     x, t, y = TINY["DiT"].inputs(2).values()
     before = x.clone()
@@ -50,33 +50,33 @@ def test_positional_arguments_get_their_names_and_later_changes_do_not_reach_cop
     assert list(calls[0]) == ["hidden_states", "timestep", "class_labels"]
     assert torch.equal(calls[0]["hidden_states"], before)
     assert torch.equal(calls[1]["hidden_states"], before + 1)
-    assert calls[0]["class_labels"] is calls[1]["class_labels"]  # kept once
+    assert calls[0]["class_labels"] is calls[1]["class_labels"]  # stored once
     assert not any(tensor.is_inference() for call in calls for tensor in tensors(call))
 
 
-def test_a_failing_run_keeps_what_it_had_and_stops_recording():
+def test_failing_call_is_recorded_and_ends_the_recording():
     model, inputs, calls = TINY["DiT"].build(), TINY["DiT"].inputs(1), []
 
     def draw():
-        with tokdyn.recording(model) as kept:
-            calls.append(kept)
+        with tokdyn.recording(model) as recorded:
+            calls.append(recorded)
             model(**inputs)
             model()
 
     with pytest.raises(TypeError, match="missing"):
         draw()
-    assert len(calls[0]) == 2  # the one that failed was a call too
+    assert len(calls[0]) == 2  # including the call that failed
     assert "forward" not in vars(model)
 
 
 @torch.no_grad()
-def test_forward_called_directly_and_forwards_that_offloading_replaced_are_recorded():
+def test_direct_calls_of_forward_and_replaced_forwards_are_recorded():
     from accelerate import cpu_offload
 
     inputs = TINY["DiT"].inputs(1)
     model = TINY["DiT"].build()
     with tokdyn.recording(model) as calls:
-        model.forward(**inputs)  # as forward_with_cfg of the public DiT does
+        model.forward(**inputs)  # like forward_with_cfg of the public DiT
         model(**inputs)
     assert [list(call) for call in calls] == [list(inputs)] * 2
     plain = sample(model(**inputs))
@@ -90,7 +90,7 @@ def test_forward_called_directly_and_forwards_that_offloading_replaced_are_recor
     assert any(blocks for _, _, blocks in method.table)
 
 
-def test_a_pipeline_is_recorded_and_its_calls_calibrate():
+def test_recorded_pipeline_can_be_calibrated():
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
@@ -112,6 +112,6 @@ def test_a_pipeline_is_recorded_and_its_calls_calibrate():
     assert not (draw() == plain).all()
 
 
-def test_what_is_no_model_is_named():
-    with pytest.raises(tokdyn.InputError, match=r"a str is not a model .* pipe\.transformer"), tokdyn.recording("pipe"):
+def test_objects_without_calls_are_refused():
+    with pytest.raises(tokdyn.InputError, match=r"str .*pipe\.transformer"), tokdyn.recording("pipe"):
         pass

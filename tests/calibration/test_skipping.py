@@ -1,4 +1,4 @@
-"""Calibrated depth skipping: influence, targets, tables, and the sequential choice."""
+"""Calibrated depth skipping: influence, targets, tables and the sequential choice."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import tokdyn
-from tests.calibration.calls import LEVELS, trajectory
+from tests.calibration.trajectories import LEVELS, trajectory, watch_blocks
 from tests.contract.foreign import INFERRED
 from tests.contract.models import CLOCKED, TINY, sample
-from tokdyn.attach import Bracket, Handlers
 from tokdyn.calibration import calibrate_skipping
 from tokdyn.calibration.levels import bins_of
 from tokdyn.cost import count
@@ -19,12 +18,12 @@ every = pytest.mark.parametrize("name", CLOCKED)
 
 
 def spent(model, calls):
-    """Counted FLOPs of calls."""
+    """Count the FLOPs of calls."""
     return sum(count(model, **call)[0] for call in calls)
 
 
 @every
-def test_the_counted_flops_meet_the_target_within_one_cell(name):
+def test_counted_flops_meet_the_target_within_one_cell(name):
     model, calls = TINY[name].build(), trajectory(name)
     found = calibrate_skipping(model, calls, tokdyn.DepthSkip(), flops=0.7, levels=4)
     plain = spent(model, calls)
@@ -37,31 +36,14 @@ def test_the_counted_flops_meet_the_target_within_one_cell(name):
 @pytest.mark.parametrize("name", sorted({*CLOCKED} - {"DCDiT"}))
 @torch.no_grad()
 def test_influence_is_that_of_the_image_tokens(name):
-    """Compared with what a wrapped model shows a bracket around each block alone."""
+    """Hooks on the plain model see the same."""
     model, calls = TINY[name].build(), trajectory(name, (0.9, 0.3), branches=1)
     found = calibrate_skipping(model, calls, tokdyn.DepthSkip(), flops=0.95, levels=2)
-    seen = []
-
-    class Around(Bracket):
-        """A bracket that measures."""
-
-        def __init__(self, block):
-            self.first = self.last = block
-
-        def open(self, frame, view, x, block):
-            self.x = x
-            return x, view
-
-        def close(self, frame, view, x):
-            seen.append(block_influence(self.x, x).double().mean())
-            return x, view
-
-    tokdyn.wrap(model, [tokdyn.DepthSkip()])
-    around = tuple(Around(block) for block in range(4))
-    model.tokdyn.handlers = Handlers(around)
-    for call in reversed(calls):  # rows rise with the noise level
-        model(**call)
-    torch.testing.assert_close(found.measured.influence, torch.stack(seen).view(2, 4), rtol=0, atol=1e-6)
+    expected = [
+        torch.stack([block_influence(before, after).double().mean() for before, after, _ in watch_blocks(model, call)])
+        for call in reversed(calls)  # rows rise with the noise level
+    ]
+    torch.testing.assert_close(found.measured.influence, torch.stack(expected), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -84,7 +66,7 @@ def test_influence_on_packed_rows_is_a_mean_over_each_sample():
 
 
 @every
-def test_the_sequential_choice_is_not_worse_at_equal_flops(name):
+def test_sequential_choice_is_not_worse_at_equal_flops(name):
     model, calls = TINY[name].build(), trajectory(name, LEVELS[::2], branches=1)
     once, again = (
         calibrate_skipping(model, calls, tokdyn.DepthSkip(), 0.75, levels=2, sequential=sequential, errors=True)
@@ -97,7 +79,7 @@ def test_the_sequential_choice_is_not_worse_at_equal_flops(name):
 
 
 class Sets(torch.nn.Module):
-    """A block that sets one channel of all tokens; it costs a product."""
+    """A block that sets one channel of all tokens, at the cost of a product."""
 
     def __init__(self, channel, value):
         super().__init__()
@@ -110,7 +92,7 @@ class Sets(torch.nn.Module):
 
 
 class DiT(torch.nn.Module):
-    """The public layout with blocks whose roles are known: the head hardly looks beyond channel 7."""
+    """The public layout with blocks of known effect: the head depends almost only on channel 7."""
 
     def __init__(self):
         super().__init__()
@@ -130,8 +112,8 @@ class DiT(torch.nn.Module):
         return self.final_layer(h).transpose(1, 2).reshape(batch, 1, rows, columns)
 
 
-def test_the_sequential_choice_sees_that_two_blocks_stand_in_for_each_other():
-    """The second block repeats the first, so either can go, and not both, though both turn their tokens little."""
+def test_sequential_choice_notices_that_two_blocks_replace_each_other():
+    """The second block repeats the first, so either may be skipped but not both, though both have little influence."""
     calls = [{"x": torch.ones(1, 1, 2, 2), "t": torch.tensor([500.0])}]
     once, again = (
         calibrate_skipping(DiT(), calls, tokdyn.DepthSkip(), 0.6, levels=1, sequential=sequential, errors=True)
@@ -148,19 +130,19 @@ def squared(errors):
 
 
 @torch.no_grad()
-def test_the_measured_error_is_that_of_the_wrapped_model():
+def test_measured_error_is_that_of_the_wrapped_model():
     model, calls = TINY["DiT"].build(), trajectory("DiT", LEVELS[:4])
     found = calibrate_skipping(model, calls, tokdyn.DepthSkip(), 0.7, levels=1, errors=True)
     plain = [sample(model(**call)).double() for call in calls]
     tokdyn.wrap(model, [found.method])
     shares = []
     for call, y0 in zip(calls, plain, strict=True):
-        away = (sample(model(**call)).double() - y0).flatten(1)
-        shares.append(away.square().sum(1) / y0.flatten(1).square().sum(1))
+        error = (sample(model(**call)).double() - y0).flatten(1)
+        shares.append(error.square().sum(1) / y0.flatten(1).square().sum(1))
     assert found.error == pytest.approx((float(torch.cat(shares).mean()) ** 0.5,), rel=1e-5)  # fp32 against fp64
 
 
-def test_a_fresh_model_that_says_zero_has_finite_errors():
+def test_fresh_model_that_predicts_zero_has_finite_errors():
     torch.manual_seed(0)
     model = tokdyn.DiT(sample_size=8, patch_size=2, in_channels=4, hidden_size=16, depth=4, num_heads=2, num_classes=10)
     found = calibrate_skipping(model, trajectory("DiT"), tokdyn.DepthSkip(), 0.7, levels=2, sequential=True)
@@ -168,7 +150,7 @@ def test_a_fresh_model_that_says_zero_has_finite_errors():
     assert found.flops <= 0.7
 
 
-def test_the_table_covers_all_levels_and_keeps_branches_together():
+def test_table_covers_all_levels_and_keeps_steps_together():
     model = TINY["DiT"].build()
     calls = trajectory("DiT")
     method = tokdyn.calibrate(model, iter(calls), tokdyn.DepthSkip(), flops=0.6, levels=3, protected=(0, -1))
@@ -181,7 +163,7 @@ def test_the_table_covers_all_levels_and_keeps_branches_together():
     assert edges.isdisjoint(LEVELS)
 
 
-def test_rows_of_levels():
+def test_intervals_of_noise_levels():
     assert bins_of([0.9, 0.9, 0.5, 0.1], 3).edges == pytest.approx((0.0, 0.3, 0.7, 1.0))
     assert len(bins_of([0.5] * 7, None)) == 1
     assert len(bins_of([step / 50 for step in range(50)], None)) == 10
@@ -190,7 +172,7 @@ def test_rows_of_levels():
     assert [bins.of(level) for level in (-0.1, 0.0, 0.1, 0.4, 0.7, 1.0, 1.2)] == [0, 0, 0, 1, 2, 3, 3]
 
 
-def test_samples_at_different_levels_count_for_their_own_rows():
+def test_samples_at_different_levels_count_for_different_rows():
     tiny, model = TINY["DiT"], TINY["DiT"].build()
     low, high = tiny.at(1, 0.2)["timestep"], tiny.at(1, 0.8)["timestep"]
     together = {**tiny.inputs(2), "timestep": torch.cat([low, high])}
@@ -202,7 +184,7 @@ def test_samples_at_different_levels_count_for_their_own_rows():
     torch.testing.assert_close(one.cost, two.cost, rtol=1e-12, atol=0)
 
 
-def test_the_model_is_left_as_it_was():
+def test_model_is_left_as_it_was():
     model = TINY["DiT"].build()
     model.train()
     model.blocks[1].eval()
@@ -217,7 +199,7 @@ def test_the_model_is_left_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_saved_table_comes_back(tmp_path):
+def test_saved_table_is_loaded(tmp_path):
     model, calls = TINY["DiT"].build(), trajectory("DiT")
     method = tokdyn.calibrate(model, calls, tokdyn.DepthSkip(), flops=0.7)
     tokdyn.save(tokdyn.wrap(model, [method]), tmp_path)
@@ -225,46 +207,42 @@ def test_a_saved_table_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "sentence"),
+    ("method", "options", "named"),
     [
-        (tokdyn.DepthSkip(), {}, r"say which, as in flops=0\.7"),
-        (tokdyn.DepthSkip(), {"flops": 0.05, "protected": (0, 1, 2)}, "0.05 of the FLOPs cannot be reached"),
-        (tokdyn.DepthSkip(), {"flops": 1.7}, r"share of the FLOPs in \(0, 1\]"),
-        (
-            tokdyn.DepthSkip(),
-            {"flops": 0.7, "protected": (9,)},
-            "there is no block 9 to protect in a model of 4 blocks",
-        ),
-        (tokdyn.DepthSkip(), {"flops": 0.7, "levels": 0}, "levels is 0; give the number of rows"),
-        (tokdyn.DepthSkip(), {"flops": 0.7, "levels": (0.5, 0.4)}, "should rise within 0 to 1"),
-        (tokdyn.DepthSkip(), {"flops": 0.7, "levels": (0.99,)}, "no call was recorded at noise levels 0.99 to 1"),
-        (tokdyn.DepthSkip(), {"flops": 0.7, "degree": 2}, "degree has no meaning for DepthSkip"),
-        (tokdyn.DepthSkip(blocks=(1,)), {"flops": 0.7}, r"DepthSkip\(blocks=\(1,\)\) says already what is skipped"),
-        (tokdyn.DepthSkip(learned=True), {"flops": 0.7}, r"DepthSkip\(learned=True\) says already"),
-        (tokdyn.TokenMerge(), {}, "TokenMerge has nothing to calibrate"),
+        (tokdyn.DepthSkip(), {}, r"DepthSkip .*flops=0\.7"),
+        (tokdyn.DepthSkip(), {"flops": 0.05, "protected": (0, 1, 2)}, r"0\.05"),
+        (tokdyn.DepthSkip(), {"flops": 1.7}, r"1\.7"),
+        (tokdyn.DepthSkip(), {"flops": 0.7, "protected": (9,)}, "block 9 .* 4 blocks"),
+        (tokdyn.DepthSkip(), {"flops": 0.7, "levels": 0}, "levels=0"),
+        (tokdyn.DepthSkip(), {"flops": 0.7, "levels": (0.5, 0.4)}, r"levels=\(0\.5, 0\.4\)"),
+        (tokdyn.DepthSkip(), {"flops": 0.7, "levels": (0.99,)}, r"0\.99 to 1"),
+        (tokdyn.DepthSkip(), {"flops": 0.7, "degree": 2}, "degree .*DepthSkip"),
+        (tokdyn.DepthSkip(blocks=(1,)), {"flops": 0.7}, r"DepthSkip\(blocks=\(1,\)\)"),
+        (tokdyn.DepthSkip(learned=True), {"flops": 0.7}, r"DepthSkip\(learned=True\)"),
+        (tokdyn.TokenMerge(), {}, "TokenMerge"),
     ],
 )
-def test_mistakes_are_named(method, options, sentence):
-    with pytest.raises(tokdyn.InputError, match=sentence):
+def test_invalid_options_are_refused(method, options, named):
+    with pytest.raises(tokdyn.InputError, match=named):
         tokdyn.calibrate(TINY["DiT"].build(), trajectory("DiT"), method, **options)
 
 
-def test_calls_and_models_that_do_not_fit_are_named():
+def test_invalid_calls_and_models_are_refused():
     model, skip = TINY["DiT"].build(), tokdyn.DepthSkip()
-    with pytest.raises(tokdyn.InputError, match=r"no calls to calibrate on; record some with tokdyn\.recording"):
+    with pytest.raises(tokdyn.InputError, match=r"tokdyn\.recording"):
         tokdyn.calibrate(model, [], skip, flops=0.7)
-    with pytest.raises(tokdyn.InputError, match="is a Tensor, expected a dictionary of the arguments"):
+    with pytest.raises(tokdyn.InputError, match=r"Tensor.*tokdyn\.recording"):
         tokdyn.calibrate(model, [torch.zeros(1)], skip, flops=0.7)
-    with pytest.raises(tokdyn.InputError, match=r"is wrapped, and a calibration .* tokdyn\.unwrap"):
+    with pytest.raises(tokdyn.InputError, match=r"DiT .*tokdyn\.unwrap"):
         tokdyn.calibrate(tokdyn.wrap(model, []), trajectory("DiT"), skip, flops=0.7)
-    with pytest.raises(tokdyn.UnsupportedModelError, match="no adapter knows Linear"):
+    with pytest.raises(tokdyn.UnsupportedModelError, match="Linear"):
         tokdyn.calibrate(torch.nn.Linear(2, 2), [{"input": torch.zeros(2)}], skip, flops=0.7)
 
 
-def test_what_has_no_noise_level_or_no_declared_adapter_is_refused():
-    for tiny, words in (
-        (TINY["VisionTransformer"], "VisionTransformer cannot be calibrated on: it has no noise level"),
-        (INFERRED["PRXTransformer2DModel"].tiny, "cannot be calibrated on: no adapter is declared for it"),
+def test_models_without_a_noise_level_or_adapter_are_refused():
+    for tiny, named in (
+        (TINY["VisionTransformer"], "VisionTransformer .*noise level"),
+        (INFERRED["PRXTransformer2DModel"].tiny, "PRXTransformer2DModel .*adapter"),
     ):
-        with pytest.raises(tokdyn.UnsupportedModelError, match=words):
+        with pytest.raises(tokdyn.UnsupportedModelError, match=named):
             tokdyn.calibrate(tiny.build(), [tiny.inputs(1)], tokdyn.DepthSkip(), flops=0.7)

@@ -1,4 +1,4 @@
-"""Small models with random weights everywhere, so that a tensor in the wrong place changes the output."""
+"""Small models whose weights are all random, so that a misplaced tensor changes the output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = {"hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "sampl
 
 
 def shaken(model: DiT | DCDiT) -> DiT | DCDiT:
-    """The same model with noise on every trainable parameter."""
+    """Add noise to every trainable parameter."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -26,19 +26,19 @@ def shaken(model: DiT | DCDiT) -> DiT | DCDiT:
 
 @pytest.fixture
 def dit() -> Callable[..., DiT]:
-    """Builds a small DiT."""
+    """Return a function that builds a small DiT."""
     return lambda **settings: shaken(DiT(**{**SMALL, "patch_size": 2, **settings}))  # type: ignore[return-value]
 
 
 @pytest.fixture
 def dcdit() -> Callable[..., DCDiT]:
-    """Builds a small DC-DiT like the official ones, which force the first and last cell."""
+    """Return a function that builds a small DC-DiT which keeps the first and last cell, like the official ones."""
     return lambda **settings: shaken(DCDiT(**{**SMALL, "force_ends": True, **settings}))  # type: ignore[return-value]
 
 
 @pytest.fixture
 def same() -> Callable[..., bool]:
-    """Compares two models: equal tensors and bit-equal outputs."""
+    """Return a function that tells whether two models have equal tensors and bit-equal outputs."""
 
     def compare(one: Any, other: Any, channels: int = 4, size: tuple[int, int] = (8, 8)) -> bool:
         first, second = one.state_dict(), other.state_dict()

@@ -1,4 +1,4 @@
-"""DyDiT is read with its gates and computes what its formulas say (arXiv 2410.03456, and the public code's order)."""
+"""DyDiT is read with its gates and computes its formulas (arXiv 2410.03456, in the order of the public code)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS, DEPTH, WIDTH, HIDDEN = 4, 2, 32, 128
 
 
 def weights_of(model: DiT) -> dict[str, Tensor]:
-    """The tensors of a DiT, and random gates of which some are off."""
+    """Return the tensors of a DiT with random gates, some of which are off."""
     draw = torch.Generator().manual_seed(7)
     found = to_facebook(model)
     shapes = {
@@ -38,7 +38,7 @@ def weights_of(model: DiT) -> dict[str, Tensor]:
 
 
 def dydit(w: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, dict[str, list[float]]]:
-    """The output of an evaluation step with masks, and the share of gates and tokens that were on."""
+    """Compute an evaluation step with masks; also return the share of gates and tokens that are on."""
     shares: dict[str, list[float]] = {"heads": [], "channels": [], "tokens": []}
 
     def linear(name: str, value: Tensor) -> Tensor:
@@ -85,25 +85,25 @@ def weights(dit: Callable[..., DiT]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("steps", [(900, 900, 900), (0, 437, 999)], ids=["one level", "three levels"])
-def test_evaluation_is_that_of_the_formulas(weights: dict[str, Tensor], steps: tuple[int, ...]) -> None:
-    """fp32 with sums in another order; 2e-5 of outputs around 1."""
+def test_evaluation_agrees_with_the_formulas(weights: dict[str, Tensor], steps: tuple[int, ...]) -> None:
+    """fp32 sums in another order: tolerance 2e-5 for outputs around 1."""
     torch.manual_seed(0)
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor(steps), torch.tensor([0, 3, 5])
     expected, shares = dydit(weights, x, t, y)
-    assert all(0.0 < sum(kind) / DEPTH < 1.0 for kind in shares.values()), shares  # of each some are off
+    assert all(0.0 < sum(kind) / DEPTH < 1.0 for kind in shares.values()), shares  # some gates of each kind are off
     model = read(weights, num_heads=HEADS)
     with torch.no_grad():
         found = model(x, timestep=t, class_labels=y).sample
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
         call = tokdyn.stats(model).calls[-1]
-        assert call.share < 0.95  # it was not computed, not only multiplied by 0
+        assert call.share < 0.95  # gated parts are skipped, not multiplied by 0
         with tokdyn.disabled(model):
             whole = model(x, timestep=t, class_labels=y).sample
     assert not torch.allclose(whole, expected, atol=1e-2)
 
 
-def test_gates_see_the_tokens_before_norm_and_modulation(weights: dict[str, Tensor]) -> None:
-    """The same gates on what the MLP gets choose other tokens: the setting is what makes the reader exact."""
+def test_token_gates_read_the_tokens_before_norm_and_modulation(weights: dict[str, Tensor]) -> None:
+    """Gates that read the input of the MLP select other tokens, so the reader needs this setting to be exact."""
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([100, 100]), torch.tensor([0, 3])
     model = read(weights, num_heads=HEADS)
     (method,) = tokdyn.attach.attached(model).methods
@@ -115,7 +115,7 @@ def test_gates_see_the_tokens_before_norm_and_modulation(weights: dict[str, Tens
     assert not torch.allclose(model(x, timestep=t, class_labels=y).sample, expected, atol=1e-3)
 
 
-def test_a_training_file(weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_training_file_records_the_target(weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "new_dydit0.5.pt"
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": wrapped, "ema": weights, "args": Namespace(token_ratio=0.5, lr=1e-4)}, path)
@@ -125,7 +125,7 @@ def test_a_training_file(weights: dict[str, Tensor], tmp_path: Path) -> None:
     assert (method.target, method.token_input) == (0.5, "stream")
 
 
-def test_its_dit_is_trained_on_with_gates(weights: dict[str, Tensor]) -> None:
+def test_gates_get_gradients(weights: dict[str, Tensor]) -> None:
     model = read(weights, num_heads=HEADS).train()
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 3])
     model(x, timestep=t, class_labels=y).sample.square().mean().backward()
@@ -134,21 +134,21 @@ def test_its_dit_is_trained_on_with_gates(weights: dict[str, Tensor]) -> None:
         assert torch.isfinite(parameter.grad).all()
 
 
-def test_partial_gates_are_refused(weights: dict[str, Tensor]) -> None:
+def test_incomplete_gates_are_refused(weights: dict[str, Tensor]) -> None:
     del weights["blocks.1.mlp_rate.router.bias"]
     weights["blocks.2.attn_rate.router.bias"] = torch.zeros(3)
     weights["blocks.0.token_selection.mlp_head.2.bias"] = torch.zeros(2)
     message = (
-        r"1 missing: blocks.1.mlp_rate.router.bias; 1 left over: blocks.2.attn_rate.router.bias; "
-        r"1 of another shape: blocks.0.token_selection.mlp_head.2.bias \(2,\) for \(1,\). Nothing was loaded"
+        r"1 .*: blocks.1.mlp_rate.router.bias; 1 .*: blocks.2.attn_rate.router.bias; "
+        r"1 .*: blocks.0.token_selection.mlp_head.2.bias \(2,\) for \(1,\)"
     )
     with pytest.raises(CheckpointError, match=message):
         read(weights, num_heads=HEADS)
 
 
-def test_what_cannot_be_read(dit: Callable[..., DiT]) -> None:
-    with pytest.raises(CheckpointError, match=r"target=1.0, given for .* between 0 and 1"):
+def test_unknown_targets_and_uneven_groups_are_refused(dit: Callable[..., DiT]) -> None:
+    with pytest.raises(CheckpointError, match=r"target=1\.0"):
         read(weights_of(dit()), num_heads=HEADS, target=1.0)
     uneven = {"mlp_ratio": 4.25}  # 136 channels: tokdyn's groups are multiples of 8, DyDiT's are equal
-    with pytest.raises(CheckpointError, match="has 136 MLP channels in 4 groups"):
+    with pytest.raises(CheckpointError, match=r"136 .* 4 "):
         read(weights_of(dit(**uneven)), num_heads=HEADS)

@@ -1,4 +1,4 @@
-"""Every format is recognised by its names, sized by its shapes and read back exactly."""
+"""Every format is recognised by its tensor names, sized by its shapes and read back exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES: list[dict[str, Any]] = [
     {"depth": 3, "mlp_ratio": 2.5, "learn_sigma": False, "in_channels": 3},
     {"sample_size": 12, "num_classes": 1},
     {"sample_size": (4, 6)},
-    {"sample_size": (16, 4)},  # as many cells as an 8x8 grid: the position table tells
+    {"sample_size": (16, 4)},  # as many cells as an 8x8 grid: only the position table tells them apart
     {"hidden_size": 36, "num_heads": 3, "mlp_ratio": 3.7},
 ]
 SCAFFOLDS = [
@@ -35,7 +35,7 @@ def geometry(settings: dict[str, Any]) -> tuple[int, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("settings", SCAFFOLDS, ids=str)
-def test_official(same: Callable[..., bool], dcdit: Callable[..., DCDiT], settings: dict[str, Any]) -> None:
+def test_official_weights(same: Callable[..., bool], dcdit: Callable[..., DCDiT], settings: dict[str, Any]) -> None:
     model = dcdit(**settings)
     found = read(to_official(model), num_heads=model.config["num_heads"])
     assert isinstance(found, DCDiT)
@@ -45,7 +45,7 @@ def test_official(same: Callable[..., bool], dcdit: Callable[..., DCDiT], settin
 
 
 @pytest.mark.parametrize("settings", [*SHAPES, {"patch_size": 4}, {"patch_size": 1}], ids=str)
-def test_facebook(same: Callable[..., bool], dit: Callable[..., DiT], settings: dict[str, Any]) -> None:
+def test_facebook_weights(same: Callable[..., bool], dit: Callable[..., DiT], settings: dict[str, Any]) -> None:
     model = dit(**settings)
     found = read(to_facebook(model), num_heads=model.config["num_heads"])
     assert isinstance(found, DiT)
@@ -54,7 +54,7 @@ def test_facebook(same: Callable[..., bool], dit: Callable[..., DiT], settings: 
 
 
 @pytest.mark.parametrize("settings", [{}, {"depth": 1, "patch_size": 4}, {"learn_sigma": False}], ids=str)
-def test_diffusers(same: Callable[..., bool], dit: Callable[..., DiT], settings: dict[str, Any]) -> None:
+def test_diffusers_weights(same: Callable[..., bool], dit: Callable[..., DiT], settings: dict[str, Any]) -> None:
     model = dit(timestep_shift=1, mlp_norm_eps=1e-5, **settings)
     written = to_diffusers(model)
     assert same(model, read(written, num_heads=4, sample_size=8))
@@ -75,12 +75,12 @@ def test_own_state_dict(same: Callable[..., bool], dcdit: Callable[..., DCDiT], 
 
 
 @pytest.mark.parametrize("wrap", ["module.{}", "_orig_mod.{}", "module._orig_mod._fsdp_wrapped_module.{}"])
-def test_prefixes(same: Callable[..., bool], dcdit: Callable[..., DCDiT], wrap: str) -> None:
+def test_prefixes_of_wrappers(same: Callable[..., bool], dcdit: Callable[..., DCDiT], wrap: str) -> None:
     model = dcdit()
     written = {wrap.format(name): tensor for name, tensor in to_official(model).items()}
     assert same(model, read(written, num_heads=4))
     inside = {name.replace("layers.", "layers._fsdp_wrapped_module."): value for name, value in written.items()}
-    # FSDP wraps blocks, so its name also stands within a path: layers.0._fsdp_wrapped_module.attn
+    # FSDP wraps blocks, so its name also occurs inside of names: layers.0._fsdp_wrapped_module.attn
     inside = {name.replace("._fsdp_wrapped_module.0.", ".0._fsdp_wrapped_module."): v for name, v in inside.items()}
     assert same(model, read(inside, num_heads=4))
 
@@ -102,7 +102,7 @@ def test_defaults_of_official_weights(dcdit: Callable[..., DCDiT]) -> None:
 
 
 def test_own_weights_have_the_defaults_of_the_class(dcdit: Callable[..., DCDiT]) -> None:
-    """On a grid of 64x64 as everywhere; only official weights of that size were trained with a wider kernel."""
+    """Even on a grid of 64x64; only official weights of that size were trained with a wider kernel."""
     model = dcdit(sample_size=64, depth=1)
     assert read(model.state_dict(), num_heads=4).config["smoothing_sigma"] == model.config["smoothing_sigma"] == 1.0
 
@@ -115,38 +115,38 @@ def test_heads_of_published_widths(width: int, heads: int) -> None:
     assert found.config["num_heads"] == heads
 
 
-def test_a_frozen_table_of_another_kind_is_kept(dit: Callable[..., DiT]) -> None:
+def test_position_tables_of_another_kind_are_kept(dit: Callable[..., DiT]) -> None:
     written = to_facebook(dit())
     written["pos_embed"] = torch.randn(written["pos_embed"].shape)
     found = read(written, num_heads=4)
     assert torch.equal(found.pos_embed, written["pos_embed"])
     assert not found.pos_embed.requires_grad
     written["pos_embed"] = torch.randn(1, 24, 32)
-    with pytest.raises(CheckpointError, match=r"24 positions, which is no square; give sample_size=\(rows, columns\)"):
+    with pytest.raises(CheckpointError, match=r"24 .*sample_size=\(rows, columns\)"):
         read(written, num_heads=4)
     assert read(written, num_heads=4, sample_size=(8, 12)).config["sample_size"] == (8, 12)
 
 
-def test_sit_must_be_told(dit: Callable[..., DiT], tmp_path: Any) -> None:
+def test_sit_has_to_be_given(dit: Callable[..., DiT], tmp_path: Any) -> None:
     path = tmp_path / "SiT-XL-2-256x256.pt"
     torch.save(to_facebook(dit()), path)
-    with pytest.raises(CheckpointError, match="may be SiT or DiT"):
+    with pytest.raises(CheckpointError, match=r"SiT or DiT.* kind"):
         read(path, num_heads=4)
     assert isinstance(read(path, kind="sit", num_heads=4), DiT)
     assert isinstance(read(path, kind="dit", num_heads=4), DiT)
 
 
-def test_writers_refuse_what_the_other_code_does_not_compute(
+def test_models_that_other_code_cannot_compute_are_refused(
     dit: Callable[..., DiT], dcdit: Callable[..., DCDiT]
 ) -> None:
-    with pytest.raises(CheckpointError, match="router='spatial_predictability' only"):
+    with pytest.raises(CheckpointError, match="router='spatial_predictability'"):
         to_official(dcdit(router="cosine"))
-    with pytest.raises(CheckpointError, match="patch_size=1 only"):
+    with pytest.raises(CheckpointError, match="patch_size=1"):
         to_official(dcdit(patch_size=2))
-    with pytest.raises(CheckpointError, match="timestep_shift=0 only"):
+    with pytest.raises(CheckpointError, match="timestep_shift=0"):
         to_facebook(dit(timestep_shift=1))
-    with pytest.raises(CheckpointError, match="other timestep frequencies"):
+    with pytest.raises(CheckpointError, match="approximate=True"):
         to_diffusers(dit())
     assert len(to_diffusers(dit(), approximate=True)) > 0
-    with pytest.raises(CheckpointError, match="square grid only"):
+    with pytest.raises(CheckpointError, match="square grid"):
         to_diffusers(dit(timestep_shift=1, sample_size=(4, 8)))

@@ -1,4 +1,4 @@
-"""What does not fit is refused with a sentence that names what is wrong, and nothing is half loaded."""
+"""Weights and settings that do not fit are refused by name, and nothing is loaded in part."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ def official(dcdit: Callable[..., DCDiT]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"hidden_size": 64}, r"hidden_size=64, given for .* contradicts its weights, where it is 32"),
+        ({"hidden_size": 64}, r"hidden_size=64.* 32\.$"),
         ({"depth": 3}, "depth=3"),
         ({"mlp_ratio": 3.0}, "mlp_ratio=3.0"),
         ({"learn_sigma": False}, "learn_sigma=False"),
         ({"num_classes": 10}, "num_classes=10"),
         ({"scaffold_width": 16}, "scaffold_width=16"),
         ({"router": "cosine"}, "router='cosine'"),
-        ({"patch_size": 3}, "which patch_size=3 does not divide"),
-        ({"patch_size": 0}, "patch_size=0, given for .* at least 1"),
-        ({"patch_size": "1"}, "patch_size='1', given for .* at least 1"),
-        ({"sample_size": "8"}, r"sample_size='8', given for .* should be a number or \(rows, columns\)"),
-        ({"sample_size": (8, 8, 8)}, r"sample_size=\(8, 8, 8\), given for"),
-        ({"sample_size": 16}, r"sample_size=16 with patch_size=1 has 256 tokens, but .* has 64 positions"),
-        ({"sample_size": (4, 16)}, "contradicts .* those of a grid of 8 x 8 tokens"),
-        ({"num_heads": 5}, "num_heads=5 does not divide the width 32"),
-        ({"width": 32}, "'width' is no setting of DCDiT; known are"),
-        ({"smoothing_sigma": -1.0}, "no DCDiT can be built for .*smoothing_sigma: input should be greater than 0"),
-        ({"target": 0.5}, "no DCDiT can be built for .*target"),
+        ({"patch_size": 3}, "patch_size=3"),
+        ({"patch_size": 0}, "patch_size=0.* 1"),
+        ({"patch_size": "1"}, "patch_size='1'.* 1"),
+        ({"sample_size": "8"}, r"sample_size='8'.*\(rows, columns\)"),
+        ({"sample_size": (8, 8, 8)}, r"sample_size=\(8, 8, 8\)"),
+        ({"sample_size": 16}, r"sample_size=16 .*patch_size=1 .*256 tokens.* 64 positions"),
+        ({"sample_size": (4, 16)}, r"sample_size=\(4, 16\) .*8x8"),
+        ({"num_heads": 5}, "num_heads=5 .* 32"),
+        ({"width": 32}, r"DCDiT .*'width'.*hidden_size"),
+        ({"smoothing_sigma": -1.0}, r"DCDiT .*smoothing_sigma.* 0"),
+        ({"target": 0.5}, r"DCDiT .*target"),
     ],
     ids=str,
 )
-def test_contradictions(official: dict[str, Tensor], given: dict[str, Any], message: str) -> None:
+def test_contradicting_settings_are_refused(official: dict[str, Tensor], given: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read(official, **{"num_heads": 4, **given})
 
 
-def test_heads_must_be_given_for_other_widths(official: dict[str, Tensor]) -> None:
-    with pytest.raises(CheckpointError, match=r"not known for width 32; give num_heads="):
+def test_heads_of_other_widths_have_to_be_given(official: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=r"width 32.*num_heads"):
         read(official)
 
 
@@ -61,72 +61,70 @@ def test_missing_and_left_over_tensors_are_counted_and_named(official: dict[str,
     official["hnet.encoder.rmsnorm.weight"] = torch.zeros(33)
     kept = dropped[0]
     message = (
-        rf"{len(dropped) - 1} missing: blocks.0.mlp.*1 left over: hnet.extra.weight; "
-        r"1 of another shape: encoder.norm.weight \(33,\) for \(32,\)"
+        rf"{len(dropped) - 1} .*: blocks.0.mlp.*1 .*: hnet.extra.weight; "
+        r"1 .*: encoder.norm.weight \(33,\) for \(32,\)"
     )
     assert kept.endswith("fc1.weight")
     with pytest.raises(CheckpointError, match=message):
         read(official, num_heads=4)
 
 
-def test_a_gap_between_blocks_is_missing(dit: Callable[..., DiT]) -> None:
+def test_missing_block_between_others_is_reported(dit: Callable[..., DiT]) -> None:
     written = {k: v for k, v in to_facebook(dit(depth=3)).items() if not k.startswith("blocks.1.")}
-    with pytest.raises(CheckpointError, match=r"10 missing: blocks.1.adaLN_modulation.1.bias, .*\.\.\.\."):
+    with pytest.raises(CheckpointError, match=r"10 .*: blocks.1.adaLN_modulation.1.bias, .*\.\.\."):
         read(written, num_heads=4)
 
 
-def test_a_tensor_that_sizes_need(official: dict[str, Tensor]) -> None:
+def test_missing_tensor_that_sizes_are_inferred_from_is_reported(official: dict[str, Tensor]) -> None:
     del official["x_embedder.proj.weight"]
-    with pytest.raises(CheckpointError, match=r"lacks 'x_embedder.proj.weight'"):
+    with pytest.raises(CheckpointError, match=r"'x_embedder.proj.weight'"):
         read(official, num_heads=4)
 
 
-def test_the_same_tensor_with_and_without_prefix(official: dict[str, Tensor]) -> None:
+def test_tensors_with_and_without_a_prefix_are_refused(official: dict[str, Tensor]) -> None:
     official["module.pos_embed"] = official["pos_embed"]
-    with pytest.raises(CheckpointError, match="'pos_embed' twice"):
+    with pytest.raises(CheckpointError, match="'pos_embed'"):
         read(official, num_heads=4)
 
 
-def test_embedders_that_differ_between_blocks(dit: Callable[..., DiT]) -> None:
+def test_different_embedders_in_blocks_are_refused(dit: Callable[..., DiT]) -> None:
     written = to_diffusers(dit(timestep_shift=1))
     written["transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"] += 1
-    with pytest.raises(CheckpointError, match=r"different embedders in its blocks \(transformer_blocks.1"):
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.1\.norm1\.emb\.timestep_embedder"):
         read(written, num_heads=4, sample_size=8)
 
 
-def test_diffusers_weights_without_their_config_need_a_size(dit: Callable[..., DiT]) -> None:
-    with pytest.raises(CheckpointError, match="no position table; give sample_size="):
+def test_diffusers_weights_without_a_config_need_a_size(dit: Callable[..., DiT]) -> None:
+    with pytest.raises(CheckpointError, match="sample_size"):
         read(to_diffusers(dit(timestep_shift=1)), num_heads=4)
 
 
-def test_a_projection_that_is_not_there(dit: Callable[..., DiT]) -> None:
+def test_missing_projection_is_reported(dit: Callable[..., DiT]) -> None:
     written = to_diffusers(dit(timestep_shift=1))
     del written["transformer_blocks.0.attn1.to_v.bias"]
-    with pytest.raises(CheckpointError, match="without its to_k or to_v"):
+    with pytest.raises(CheckpointError, match=r"to_q.bias .*to_k .*to_v"):
         read(written, num_heads=4, sample_size=8)
 
 
-def test_unknown_formats(official: dict[str, Tensor], dit: Callable[..., DiT]) -> None:
-    with pytest.raises(CheckpointError, match=r"no known format: it has layer.weight\. Known are official DC-DiT"):
+def test_unknown_formats_and_kinds_are_refused(official: dict[str, Tensor], dit: Callable[..., DiT]) -> None:
+    with pytest.raises(CheckpointError, match=r"layer.weight\..*hnet"):
         read({"layer.weight": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="does not hold the gates of a DyDiT"):
+    with pytest.raises(CheckpointError, match="DyDiT: 15 "):
         read({**to_facebook(dit()), "blocks.0.attn_rate.router.weight": torch.zeros(1)}, num_heads=4)
-    with pytest.raises(CheckpointError, match="was to be read as 'dit', but its tensors are those of 'dc-dit'"):
+    with pytest.raises(CheckpointError, match=r"'dc-dit' .*kind='dit'"):
         read(official, kind="dit", num_heads=4)
-    with pytest.raises(CheckpointError, match="kind='hnet' is unknown"):
+    with pytest.raises(CheckpointError, match="kind='hnet'"):
         read(official, kind="hnet", num_heads=4)  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match="holds nothing and no state dict"):
+    with pytest.raises(CheckpointError, match="nothing"):
         read({})
-    with pytest.raises(CheckpointError, match="holds 'step' and no state dict"):
+    with pytest.raises(CheckpointError, match="'step'"):
         read({"step": 3})
-    with pytest.raises(CheckpointError, match="the source is a DiT; expected a path or a state dict"):
+    with pytest.raises(CheckpointError, match="DiT"):
         read(dit())  # type: ignore[arg-type]
 
 
 def test_outputs_that_are_neither_noise_nor_noise_and_variance(dit: Callable[..., DiT]) -> None:
     written = to_facebook(dit())
     written["final_layer.linear.weight"] = torch.zeros(48, 32)
-    with pytest.raises(
-        CheckpointError, match=r"predicts 48 values a token from 16; expected 16 or, with learned variance, 32"
-    ):
+    with pytest.raises(CheckpointError, match=r"48 .* 16; .* 16, .* 32 "):
         read(written, num_heads=4)

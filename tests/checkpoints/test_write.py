@@ -1,4 +1,4 @@
-"""What is written is read back exactly, from layout to layout, and loads in the code that it was written for."""
+"""Written models are read back exactly, in every sequence of layouts, and load in the code they are written for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DCDIT: tuple[Layout, ...] = ("tokdyn", "official")
 
 
 def chain(model: Any, layouts: tuple[Layout, ...], folder: Path) -> Any:
-    """The model after it was written and read in one layout after the other."""
+    """Write and read a model in one layout after the other."""
     for number, layout in enumerate(layouts):
         place = folder / str(number) / PLACES[layout]
         model = read(write(model, place, layout).place)
@@ -36,7 +36,7 @@ def chain(model: Any, layouts: tuple[Layout, ...], folder: Path) -> Any:
 @pytest.mark.parametrize("first", DIT)
 @pytest.mark.parametrize("second", DIT)
 @pytest.mark.parametrize("settings", [{}, {"learn_sigma": False, "in_channels": 3, "num_classes": 1}], ids=str)
-def test_a_dit_through_two_layouts(
+def test_dit_through_two_layouts(
     dit: Make, same: Make, tmp_path: Path, first: Layout, second: Layout, settings: dict[str, Any]
 ) -> None:
     model = dit(**settings)
@@ -47,9 +47,7 @@ def test_a_dit_through_two_layouts(
 
 
 @pytest.mark.parametrize("layout", [("diffusers", "tokdyn", "diffusers"), ("tokdyn", "diffusers")], ids=str)
-def test_a_dit_with_the_function_of_diffusers(
-    dit: Make, same: Make, tmp_path: Path, layout: tuple[Layout, ...]
-) -> None:
+def test_dit_that_computes_like_diffusers(dit: Make, same: Make, tmp_path: Path, layout: tuple[Layout, ...]) -> None:
     model = dit(timestep_shift=1, mlp_norm_eps=1e-5)
     found = chain(model, layout, tmp_path)
     assert same(model, found)
@@ -59,18 +57,18 @@ def test_a_dit_with_the_function_of_diffusers(
 @pytest.mark.parametrize("first", DCDIT)
 @pytest.mark.parametrize("second", DCDIT)
 @pytest.mark.parametrize("settings", [{}, {"force_ends": False, "target": 9.0, "smoothing_sigma": 3.0}], ids=str)
-def test_a_dcdit_through_two_layouts(
+def test_dcdit_through_two_layouts(
     dcdit: Make, same: Make, tmp_path: Path, first: Layout, second: Layout, settings: dict[str, Any]
 ) -> None:
     model = dcdit(**settings)
     found = chain(model, (first, second), tmp_path)
     assert isinstance(found, DCDiT)
     assert same(model, found)
-    assert _settings(found) == _settings(model) | {"scaffold_width": 8}  # what the shapes say for None
+    assert _settings(found) == _settings(model) | {"scaffold_width": 8}  # inferred where the model has None
 
 
-def test_diffusers_loads_what_was_written(dit: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """fp32; the two codes add in another order."""
+def test_diffusers_loads_its_layout(dit: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """fp32; the two implementations add in different orders."""
     model = dit(timestep_shift=1, mlp_norm_eps=1e-5)
     written = write(model, tmp_path / "there", "diffusers")
     stock = DiTTransformer2DModel.from_pretrained(written.place).eval()
@@ -81,15 +79,15 @@ def test_diffusers_loads_what_was_written(dit: Make, tmp_path: Path, caplog: pyt
     assert written.notes == ()
 
 
-def test_facebook_and_diffusers_layouts_give_equal_outputs_with_either_function(dit: Make, tmp_path: Path) -> None:
-    """One set of weights in both layouts: read as facebook's DiT or as diffusers' DiT, both layouts agree."""
+def test_facebook_and_diffusers_layouts_agree_under_either_function(dit: Make, tmp_path: Path) -> None:
+    """Both layouts hold one set of weights: read as facebook's DiT or as diffusers' DiT, they give equal outputs."""
     model = dit()
     facebook = write(model, tmp_path / "dit.safetensors", "facebook").place
     written = write(model, tmp_path / "there", "diffusers")
-    assert "slightly other timestep frequencies" in written.notes[0]
+    assert len(written.notes) == 1
     stock = DiTTransformer2DModel.from_pretrained(written.place).eval()  # skips the note in config.json
     assert "_tokdyn" in json.loads((written.place / "config.json").read_text())
-    plain = tmp_path / "stock"  # diffusers hands the note on, but what it saved is a model of its own
+    plain = tmp_path / "stock"  # diffusers copies the note, which no longer counts in what it saved
     stock.save_pretrained(plain)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 5])
 
@@ -99,18 +97,18 @@ def test_facebook_and_diffusers_layouts_give_equal_outputs_with_either_function(
         return result
 
     own = {"timestep_shift": 0, "mlp_norm_eps": 1e-6}
-    theirs = {"timestep_shift": 1, "mlp_norm_eps": 1e-6}  # norm_eps as it was written
+    theirs = {"timestep_shift": 1, "mlp_norm_eps": 1e-6}  # norm_eps as written
     expected = out(read(facebook))
     for folder in (written.place, plain):
         torch.testing.assert_close(out(read(folder, **own)), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(out(read(folder, **theirs)), out(stock), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out(read(facebook, **theirs)), out(stock), atol=1e-5, rtol=1e-5)
-    assert torch.equal(out(read(written.place)), expected)  # as the note says
-    torch.testing.assert_close(out(read(plain)), out(stock), atol=1e-5, rtol=1e-5)  # as diffusers computes
+    assert torch.equal(out(read(written.place)), expected)  # because of the note
+    torch.testing.assert_close(out(read(plain)), out(stock), atol=1e-5, rtol=1e-5)  # like diffusers
     assert not torch.allclose(expected, out(stock), atol=1e-4)  # the two functions do differ
 
 
-def test_half_precision(dit: Make, tmp_path: Path) -> None:
+def test_half_precision_tensors(dit: Make, tmp_path: Path) -> None:
     model = dit()
     for layout in DIT:
         written = write(model, tmp_path / layout / PLACES[layout], layout, torch.bfloat16)
@@ -119,7 +117,7 @@ def test_half_precision(dit: Make, tmp_path: Path) -> None:
         assert next(model.parameters()).dtype == torch.float32
 
 
-def test_a_wrapped_model_keeps_its_methods_in_a_folder_of_tokdyn(dit: Make, same: Make, tmp_path: Path) -> None:
+def test_wrapped_model_keeps_its_methods_in_a_tokdyn_folder(dit: Make, same: Make, tmp_path: Path) -> None:
     model = tokdyn.wrap(dit(), [tokdyn.TokenMerge(ratio=0.5), tokdyn.DynamicWidth(target=0.5)])
     written = write(model, tmp_path / "own", "tokdyn", facts={"name": "here"})
     names = {"config.json", "diffusion_pytorch_model.safetensors", "tokdyn.json", "tokdyn.safetensors"}
@@ -127,23 +125,25 @@ def test_a_wrapped_model_keeps_its_methods_in_a_folder_of_tokdyn(dit: Make, same
     again = read(written.place)
     tokdyn.load(again, written.place)
     assert same(model, again)
-    with pytest.raises(CheckpointError, match="facebook layout has no place for the methods"):
+    with pytest.raises(CheckpointError, match=r"facebook .*to=tokdyn"):
         write(model, tmp_path / "x.safetensors", "facebook")
 
 
 @pytest.mark.parametrize(
     ("settings", "to", "message"),
     [
-        ({"timestep_shift": 1}, "facebook", "timestep_shift=0 only"),
-        ({"timestep_map": (-0.001, 1.0)}, "facebook", r"timestep_map=\(1.0, 0.0\) only"),
-        ({"timestep_map": (-0.001, 1.0)}, "diffusers", r"timestep_map=\(1.0, 0.0\) only"),
-        ({"mlp_ratio": 2.0}, "diffusers", "mlp_ratio=4 only, and this model has 2"),
-        ({"sample_size": (8, 16)}, "diffusers", "square grid only"),
-        ({}, "official", "the official layout is for a DCDiT, and this is a DiT"),
+        ({"timestep_shift": 1}, "facebook", "timestep_shift=0"),
+        ({"timestep_map": (-0.001, 1.0)}, "facebook", r"timestep_map=\(1.0, 0.0\)"),
+        ({"timestep_map": (-0.001, 1.0)}, "diffusers", r"timestep_map=\(1.0, 0.0\)"),
+        ({"mlp_ratio": 2.0}, "diffusers", "mlp_ratio=4.* 2"),
+        ({"sample_size": (8, 16)}, "diffusers", "square grid"),
+        ({}, "official", "official .*DCDiT.* DiT"),
     ],
     ids=str,
 )
-def test_what_a_layout_cannot_hold(dit: Make, tmp_path: Path, settings: Any, to: Layout, message: str) -> None:
+def test_layouts_refuse_dits_they_cannot_hold(
+    dit: Make, tmp_path: Path, settings: Any, to: Layout, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         write(dit(**settings), tmp_path / PLACES[to], to)
     assert not list(tmp_path.iterdir())
@@ -152,16 +152,16 @@ def test_what_a_layout_cannot_hold(dit: Make, tmp_path: Path, settings: Any, to:
 @pytest.mark.parametrize(
     ("settings", "to", "message"),
     [
-        ({"router": "cosine"}, "official", "router='spatial_predictability' only"),
-        ({"patch_size": 2}, "official", "patch_size=1 only"),
-        ({"position_scale": 0.5}, "official", "position_scale=1.0 only"),
-        ({"condition_adaptor": True}, "official", "condition_adaptor=False only"),
-        ({}, "facebook", "the facebook layout is for a DiT, and this is a DCDiT"),
-        ({}, "diffusers", "the diffusers layout is for a DiT, and this is a DCDiT"),
+        ({"router": "cosine"}, "official", "router='spatial_predictability'"),
+        ({"patch_size": 2}, "official", "patch_size=1"),
+        ({"position_scale": 0.5}, "official", "position_scale=1.0"),
+        ({"condition_adaptor": True}, "official", "condition_adaptor=False"),
+        ({}, "facebook", "facebook .*DiT.* DCDiT"),
+        ({}, "diffusers", "diffusers .*DiT.* DCDiT"),
     ],
     ids=str,
 )
-def test_what_a_layout_cannot_hold_of_a_dcdit(
+def test_layouts_refuse_dcdits_they_cannot_hold(
     dcdit: Make, tmp_path: Path, settings: Any, to: Layout, message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
@@ -169,27 +169,29 @@ def test_what_a_layout_cannot_hold_of_a_dcdit(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_official_code_does_some_things_always(dcdit: Make, tmp_path: Path) -> None:
+def test_differences_from_the_official_code_are_noted(dcdit: Make, tmp_path: Path) -> None:
     written = write(dcdit(force_ends=False, smoothing=False), tmp_path / "x.safetensors", "official")
-    assert [note.split()[4] for note in written.notes] == ["keeps", "smooths"]
+    assert len(written.notes) == 2
     assert write(dcdit(), tmp_path / "y.safetensors", "official").notes == ()
 
 
-def test_places(dit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_wrong_and_unwritable_places_are_refused(
+    dit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "file.safetensors").write_text("")
-    with pytest.raises(OutputError, match="there is there already and is not written over"):
+    with pytest.raises(OutputError, match="there"):
         write(dit(), tmp_path / "there", "tokdyn")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match=r"file.safetensors"):
         write(dit(), tmp_path / "file.safetensors", "facebook")
-    with pytest.raises(OutputError, match=r"give it the ending \.safetensors"):
+    with pytest.raises(OutputError, match=r"file.pt .* \.safetensors"):
         write(dit(), tmp_path / "file.pt", "facebook")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match=r"file.safetensors.below"):
         write(dit(), tmp_path / "file.safetensors" / "below", "diffusers")
     monkeypatch.setattr("tokdyn.checkpoints.writer.save_file", _full)
     with pytest.raises(OutputError, match="No space left"):
         write(dit(), tmp_path / "new", "diffusers")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.safetensors", "there"]  # nothing half written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.safetensors", "there"]  # no partial files
 
 
 def _full(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every spelling of a setting means the same, and no word is lost."""
+"""All spellings of a setting are equal, and no word is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ paths = st.from_regex(r"[a-z]{1,6}(/[a-z]{1,6})?(\.yaml)?", fullmatch=True)
 
 
 @given(key=keys, value=values)
-def test_three_spellings_are_one(key: str, value: str) -> None:
+def test_three_spellings_are_equal(key: str, value: str) -> None:
     expected = Words((), {key: value})
     assert split([f"{key}={value}"]) == expected
     assert split([f"--{key}={value}"]) == expected
@@ -67,13 +67,13 @@ def test_paths_with_an_equals_sign_are_paths() -> None:
 
 
 @pytest.mark.parametrize("args", [["--steps"], ["--steps", "--seed", "3"]])
-def test_missing_value(args: list[str]) -> None:
-    with pytest.raises(RecipeError, match=r"--steps needs a value; write steps=VALUE"):
+def test_missing_values_are_refused(args: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"--steps .*steps=VALUE"):
         split(args)
 
 
 def test_short_options_are_refused() -> None:
-    with pytest.raises(RecipeError, match="-n is not an option"):
+    with pytest.raises(RecipeError, match="-n"):
         split(["-n", "3"])
 
 
@@ -82,15 +82,15 @@ def test_take_fills_places() -> None:
     assert split(["a", "b"]).take(["RECIPE"], ["TO"]) == ("a", "b")
 
 
-def test_take_names_the_missing_and_the_superfluous() -> None:
-    with pytest.raises(RecipeError, match="RECIPE is missing"):
+def test_take_names_missing_and_superfluous_words() -> None:
+    with pytest.raises(RecipeError, match="RECIPE"):
         split([]).take(["RECIPE"])
-    with pytest.raises(RecipeError, match="'b' is one word too many: after RECIPE, settings are written key=value"):
+    with pytest.raises(RecipeError, match=r"'b' .*RECIPE.* key=value"):
         split(["a", "b"]).take(["RECIPE"])
-    with pytest.raises(RecipeError, match="'b' is one word too many: settings are written key=value"):
+    with pytest.raises(RecipeError, match=r"'b' .* key=value"):
         split(["b"]).take()
 
 
-def test_settings_where_there_are_none() -> None:
-    with pytest.raises(RecipeError, match="steps=3 has no meaning here"):
+def test_settings_of_commands_without_settings_are_refused() -> None:
+    with pytest.raises(RecipeError, match="steps=3"):
         split(["steps=3"]).no_settings()

@@ -1,4 +1,4 @@
-"""The commands as a user types them, on a run that takes two steps."""
+"""The commands as users type them, on a run of two steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEAVES = [
 
 
 def run(*words: str | Path, code: int = 0) -> Any:
-    """Runs a command in this process."""
+    """Run a command in this process."""
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == code, result.output
     return result
@@ -55,7 +55,7 @@ def test_version() -> None:
     assert run("--version").stdout == f"tokdyn {tokdyn.__version__}\n"
 
 
-def test_every_command_is_known_here() -> None:
+def test_this_file_lists_every_command() -> None:
     command: Any = get_command(app)
     found = [[name] for name, child in command.commands.items() if not hasattr(child, "commands")]
     found += [[name, leaf] for name, child in command.commands.items() for leaf in getattr(child, "commands", ())]
@@ -92,71 +92,72 @@ def test_help_explains_every_setting(words: list[str]) -> None:
         assert f"\n  {name}" in text
 
 
-def test_unknown_command_and_option() -> None:
+def test_unknown_commands_and_options_are_refused() -> None:
     assert "nope" in run("nope", code=2).stderr
-    assert "-n is not an option; settings are written key=value" in run("models", "-n", "3", code=2).stderr
+    assert "-n" in run("models", "-n", "3", code=2).stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        (["train"], "RECIPE is missing"),
-        (["train", "demoo"], "did you mean 'demo'?"),
-        (["train", "demo", "optimizer.lrr=1"], "'optimizer.lrr' is not a setting (did you mean 'lr'?)"),
+        (["train"], "RECIPE"),
+        (["train", "demoo"], "'demo'"),
+        (["train", "demo", "optimizer.lrr=1"], "'optimizer.lrr'"),
         (["train", "demo", "optimizer.lr=fast"], "'optimizer.lr'"),
-        (["sample"], "'model' is required"),
+        (["sample"], "'model'"),
         (["sample", "nowhere"], "nowhere"),
-        (["calibrate", "runs/x"], "'method' is required"),
-        (["calibrate", "runs/x", "method=skip"], "method=skip needs a target: set flops, such as flops=0.7"),
+        (["calibrate", "runs/x"], "'method'"),
+        (["calibrate", "runs/x", "method=skip"], "flops=0.7"),
         (["calibrate", "nowhere", "method=cache"], "nowhere"),
-        (["eval", "nowhere", "nothing", "more"], "'more' is one word too many: after GENERATED REFERENCE"),
+        (["eval", "nowhere", "nothing", "more"], "GENERATED REFERENCE"),
         (["eval", "nowhere"], "nowhere"),
-        (["features", "vae=v"], "'out' is required"),
+        (["features", "vae=v"], "'out'"),
         (["models", "sample_size=0"], "'sample_size'"),
-        (["convert", "x.pt", "y"], "'to' is required"),
-        (["convert", "nowhere.pt", "y", "--to", "diffusers"], "there is no base 'nowhere.pt'"),
+        (["convert", "x.pt", "y"], "'to'"),
+        (["convert", "nowhere.pt", "y", "--to", "diffusers"], "'nowhere.pt'"),
         (["convert", "x.pt", "y", "--to", "onnx"], "'to'"),
-        (["convert", "x.pt", "y", "z", "--to", "tokdyn"], "'z' is one word too many"),
+        (["convert", "x.pt", "y", "z", "--to", "tokdyn"], "'z'"),
         (["demo", "seed=-1"], "'seed'"),
-        (["recipes", "show", "demoo"], "did you mean 'demo'?"),
-        (["recipes", "ls", "all=true"], "all=true has no meaning here"),
+        (["recipes", "show", "demoo"], "'demo'"),
+        (["recipes", "ls", "all=true"], "all=true"),
     ],
 )
-def test_mistakes_end_in_one_sentence(words: list[str], message: str) -> None:
+def test_invalid_arguments_end_in_one_sentence(words: list[str], named: str) -> None:
     result = run(*words, code=2)
-    assert message in result.stderr
+    assert named in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 
 
-def test_a_refusal_of_the_system_ends_in_one_sentence() -> None:
-    result = run("sample", "x" * 300, code=2)  # longer than a file name may be
+def test_errors_of_the_system_end_in_one_sentence() -> None:
+    result = run("sample", "x" * 300, code=2)  # longer than a file name can be
     assert "File name too long" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_warning_is_one_line_without_code(tmp_path: Path) -> None:
+def test_warnings_are_one_line_without_code(tmp_path: Path) -> None:
     for index in range(4):
         path = tmp_path / "zip" / "top" / str(index) / "a.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(path)
     words = [*TINY, "data.kind=images", f"data.path={tmp_path / 'zip'}", f"out={tmp_path / 'run'}"]
     (line,) = run("train", "demo", *words, "--dry-run").stderr.splitlines()
-    assert line.startswith("Warning: All images in ")
+    assert line.startswith("Warning: ")
+    assert str(tmp_path / "zip") in line
 
 
-def test_recipes(tmp_path: Path) -> None:
+def test_recipes_are_listed_shown_copied_and_checked(tmp_path: Path) -> None:
     assert "demo" in json.loads(run("recipes", "ls", "--json").stdout)
     assert "demo" in run("recipes", "ls").stdout
     assert "kind: dcdit" in run("recipes", "show", "demo").stdout
     copied = tmp_path / "mine.yaml"
     run("recipes", "copy", "demo", copied)
     assert "lr: 0.003" in run("recipes", "check", copied, "--optimizer.lr", "3e-3").stdout
-    assert "exists already" in run("recipes", "copy", "demo", copied, code=2).stderr
+    assert "mine.yaml" in run("recipes", "copy", "demo", copied, code=2).stderr
 
 
-def test_models() -> None:
+def test_models_are_listed() -> None:
     entries = json.loads(run("models", "--json").stdout)
     assert {"S/2", "S"} <= {entry["name"] for entry in entries}
     pretrained = {entry["name"]: entry for entry in entries if entry["kind"] == "base"}
@@ -181,7 +182,7 @@ def test_training_twice_needs_resume(trained: Path) -> None:
     run("train", trained, "--resume")
 
 
-def test_sample(trained: Path, tmp_path: Path) -> None:
+def test_sampling_at_two_budgets(trained: Path, tmp_path: Path) -> None:
     words = ["sample", trained, "--steps", "2", "--count=3", "tail_drop=0,0.5"]
     found = json.loads(run(*words, f"out={tmp_path}", "--maps", "--json").stdout)
     assert [budget["tail_drop"] for budget in found["budgets"]] == [0.0, 0.5]
@@ -189,7 +190,7 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
     assert "tokens kept" in run(*words, f"out={tmp_path}").stdout
 
 
-def test_eval(tmp_path: Path, trained: Path) -> None:
+def test_evaluation_with_a_network_from_a_file(tmp_path: Path, trained: Path) -> None:
     class Mean(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
@@ -210,10 +211,10 @@ def test_eval(tmp_path: Path, trained: Path) -> None:
     many = tmp_path / "many"
     run("sample", trained, "steps=1", "count=3", "format=folder", "--maps", "tail_drop=0,0.5", f"out={many}")
     words = ["eval", many / "tail_drop_0.5", tmp_path / "real", f"extractor={network}", "metrics=frechet", "--json"]
-    assert json.loads(run(*words).stdout)["generated_images"] == 3  # the maps beside them are no samples
+    assert json.loads(run(*words).stdout)["generated_images"] == 3  # maps are not samples
 
 
-def test_features(tmp_path: Path) -> None:
+def test_features_are_written_once(tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny(
@@ -223,18 +224,18 @@ def test_features(tmp_path: Path) -> None:
     vae.save_pretrained(tmp_path / "vae")
     words = ["features", f"vae={tmp_path / 'vae'}", f"out={tmp_path / 'latents'}", "kind=shapes", "size=16", "length=4"]
     assert json.loads(run(*words, "--json").stdout)["count"] == 4
-    assert "of which 1 were there already" in run(*words).stdout
+    assert re.search(r"files +1, of which 1 ", run(*words).stdout)
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo_trains_once(tmp_path: Path) -> None:
     words = ["demo", f"out={tmp_path / 'demo'}", "training_steps=1", "sampling_steps=2", "count=2", "scored=8"]
     found = json.loads(run(*words, "--json").stdout)
     assert [budget["tail_drop"] for budget in found["samples"]["budgets"]] == [0.0, 0.3, 0.6]
     assert all(Path(file).is_file() for file in found["pictures"])
-    again = run(*words)  # the finished run is used
+    again = run(*words)  # reuses the finished run
     assert "times chance" in again.stdout
     assert "step 1/1" not in again.stderr
-    assert "other settings" in run(*words, "seed=5", code=2).stderr
+    assert str(tmp_path / "demo") in run(*words, "seed=5", code=2).stderr
 
 
 def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +246,8 @@ def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("models", code=frame.EXIT_INTERRUPTED).stderr == "Interrupted.\n"
 
 
-def test_program_answers_quickly_and_keeps_its_exit_codes(tmp_path: Path) -> None:
-    """The installed program, in a process of its own and from another folder."""
+def test_program_runs_from_another_folder_and_keeps_its_exit_codes(tmp_path: Path) -> None:
+    """The installed program, in a new process."""
     program = [sys.executable, "-m", "tokdyn.cli.main"]
     done = subprocess.run([*program, "recipes", "nope"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
@@ -254,7 +255,7 @@ def test_program_answers_quickly_and_keeps_its_exit_codes(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_prints_how_to_resume(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["train", "demo", *TINY, "training.steps=100000", f"out={folder}"]
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Words become settings; settings explain themselves."""
+"""Words become settings, and --help explains every setting."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_paths_are_taken_as_typed(path: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["null", "~", ""])
-def test_nothing_can_be_said(word: str) -> None:
+def test_null_is_written_as_in_yaml(word: str) -> None:
     assert read(["x", f"limit={word}"], Outer, ["folder"]).limit is None
     with pytest.raises(RecipeError, match="'folder'"):
         read([f"folder={word}"], Outer, ["folder"])
@@ -88,15 +88,15 @@ def test_positional_word_and_key_are_one_setting() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["runs/a", "schduler=ddim"], r"'schduler' is not a setting \(did you mean 'scheduler'\?\)"),
-        (["runs/a", "scheduler=dmd"], r"'scheduler' should be 'ddpm' or 'ddim', got 'dmd'"),
-        (["runs/a", "inner.rat=1"], r"'inner.rat' is not a setting \(did you mean 'rate'\?\)"),
-        (["runs/a", "limit=1"], "greater than or equal to 2"),
-        (["runs/a", "runs/b"], r"'runs/b' is one word too many: after FOLDER, settings are written key=value"),
-        ([], "'folder' is required"),
+        (["runs/a", "schduler=ddim"], r"'schduler' .*'scheduler'"),
+        (["runs/a", "scheduler=dmd"], r"'scheduler' .*'ddpm' .*'ddim'.* 'dmd'"),
+        (["runs/a", "inner.rat=1"], r"'inner.rat' .*'rate'"),
+        (["runs/a", "limit=1"], "'limit'.* 2"),
+        (["runs/a", "runs/b"], r"'runs/b' .*FOLDER"),
+        ([], "'folder'"),
     ],
 )
-def test_errors_name_key_expectation_and_nearest(args: list[str], message: str) -> None:
-    with pytest.raises(RecipeError, match=message) as caught:
+def test_errors_name_the_key_and_what_was_expected(args: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as error:
         read(args, Outer, ["folder"])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)

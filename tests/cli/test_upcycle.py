@@ -109,7 +109,7 @@ def test_mistakes_end_in_one_sentence(words: list[str], message: str) -> None:
 
 
 def test_methods_that_do_not_go_together_leave_the_trained_ones(base: Path) -> None:
-    from tokdyn.calibration.afterwards import rewrap
+    from tokdyn.calibration.after_training import rewrap
 
     model, *_ = load_model(base)
     tokdyn.wrap(model, [tokdyn.DynamicWidth(target=0.5)])

@@ -1,4 +1,4 @@
-"""Pretrained models to begin with: by name, hub id, path, or shipped with the package."""
+"""Pretrained models, opened by name, hub id or path."""
 
 from tokdyn.bases.opening import Base, open_base, read_base
 from tokdyn.bases.table import Row, rows

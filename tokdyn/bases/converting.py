@@ -1,4 +1,4 @@
-"""From any base to a file or folder in another layout."""
+"""Convert any base to another layout."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ConvertConfig(BaseModel):
-    """What to convert and to what.
+    """Settings of `tokdyn convert`.
 
     Attributes:
         source: A checkpoint file or folder, a name of `tokdyn models`, or OWNER/REPO[:FILE_OR_FOLDER] of the hub.
-        destination: A folder that is not there yet, or a .safetensors file for `official` and `facebook`.
-        to: The layout: a folder for diffusers' DiTTransformer2DModel, one of tokdyn's own, or a file for the public
-            code of DC-DiT (`official`) or DiT (`facebook`).
-        kind: The format of the source; null recognises it. SiT has the tensors of DiT and has to be told.
-        dtype: Of the tensors that are written.
-        ema: Take the averaged weights where the source has both.
-        num_heads: Attention heads, where neither the width nor the source tells.
-        sample_size: Rows and columns of the input, where the source does not tell.
-        patch_size: Of a DC-DiT whose source does not tell; null means 1.
-        timestep_shift: 0 gives diffusers' weights the timestep frequencies of facebook's DiT, 1 those of diffusers.
+        destination: A path that does not exist yet: a .safetensors file for `official` and `facebook`, else a folder.
+        to: The layout: a folder for diffusers' DiTTransformer2DModel (`diffusers`) or for tokdyn (`tokdyn`), or a file
+            for the public code of DC-DiT (`official`) or DiT (`facebook`).
+        kind: The format of the source; null recognises it. SiT has the tensor names of DiT and has to be given.
+        dtype: Dtype of the written tensors.
+        ema: Take the averaged weights where the source holds both.
+        num_heads: Attention heads, if neither the width nor the source determines them.
+        sample_size: Rows and columns of the input, if the source does not determine them.
+        patch_size: Patch size of a DC-DiT whose source does not determine it; null means 1.
+        timestep_shift: Timestep frequencies of diffusers' weights: 0 for those of facebook's DiT, 1 for diffusers'.
         mlp_norm_eps: Epsilon of the norm before the MLP; 1e-6 in facebook's DiT, 1e-5 in diffusers'.
     """
 
@@ -54,19 +54,19 @@ class ConvertConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
+    """The result of `convert`.
 
     Attributes:
-        source: as it was given.
-        sha256: of its weights.
-        place: the file or folder.
-        layout: of it.
-        files: in it, or the file itself.
-        model: name of the class.
-        parameters: number of them.
-        methods: names of those that the model is wrapped with.
+        source: the source as it was given.
+        sha256: digest of its weights.
+        place: the file or folder that was written.
+        layout: layout of `place`.
+        files: the files in the folder, or the file itself.
+        model: class name of the model.
+        parameters: number of parameters.
+        methods: class names of the methods that the model is wrapped with.
         objective: what the model was trained to predict.
-        notes: what the other code computes otherwise.
+        notes: differences in what the other project's code computes, one sentence each.
     """
 
     source: str
@@ -85,8 +85,8 @@ def convert(config: ConvertConfig) -> Converted:
     """Read a base and write it in another layout.
 
     Raises:
-        CheckpointError: the source cannot be read, or the layout has no such model.
-        OutputError: something is at the destination already, or it cannot be written.
+        CheckpointError: the source cannot be read, or the layout cannot hold the model.
+        OutputError: the destination exists already, or cannot be written.
     """
     names = ("num_heads", "sample_size", "patch_size", "timestep_shift", "mlp_norm_eps")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
@@ -108,8 +108,8 @@ def convert(config: ConvertConfig) -> Converted:
 
 
 def _facts(base: Base) -> dict[str, Any]:
-    """What tokdyn.json of a tokdyn folder says: what the source says, else what is known of it."""
-    if base.facts or (base.origin not in rows() and base.objective == "noise"):  # of a file, noise is a guess
+    """Collect what tokdyn.json of a tokdyn folder says: the facts of the source, else what is known about it."""
+    if base.facts or (base.origin not in rows() and base.objective == "noise"):  # a guess, for a bare file
         return base.facts
     objective: dict[str, Any] = {"kind": base.objective}
     if base.objective == "noise":

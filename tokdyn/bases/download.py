@@ -1,4 +1,4 @@
-"""Downloading a public file: with progress, taken up where it broke off, checked, and there whole or not at all."""
+"""Download a public file with progress, resume it after interruptions, and check its digest."""
 
 from __future__ import annotations
 
@@ -19,109 +19,109 @@ from tokdyn.errors import CheckpointError
 from tokdyn.files import half_of, replacing, writing
 from tokdyn.progress import progress
 
-_CHUNK = 1 << 20  # bytes; progress counts these
+_CHUNK = 1 << 20  # bytes; the unit of progress
 _TRIES = 3
 _TIMEOUT = 30.0  # seconds without a byte
 
 
 class Unreachable(Exception):
-    """There is no way to the server, or none is allowed."""
+    """The server cannot be reached, or must not be."""
 
 
 def cache_folder() -> Path:
-    """Where downloaded files are kept: TOKDYN_CACHE, or ~/.cache/tokdyn."""
+    """Return the folder of downloaded files: TOKDYN_CACHE, or ~/.cache/tokdyn."""
     return Path(os.environ.get("TOKDYN_CACHE") or Path.home() / ".cache" / "tokdyn").expanduser()
 
 
 def fetch(url: str, place: Path, sha256: str | None = None) -> str:
-    """Download a file unless it is there.
+    """Download a file unless it is already there.
 
-    Its digest is written beside it, as `sha256sum` does, and a file that is there is compared with that. While it is
-    on its way it is called PLACE.part; a next call goes on from there, if the server still has the same file.
+    The digest is written beside the file in the format of `sha256sum`, and a file that is already there is checked
+    against it. A partial download is called PLACE.part; the next call resumes it if the server still has the same file.
 
     Args:
         url: http or https.
-        place: of the file.
-        sha256: what it has to be; None takes what comes first for it.
+        place: path of the file.
+        sha256: the expected digest; None accepts any file on the first download.
 
     Returns:
-        Its sha256.
+        The sha256 of the file.
 
     Raises:
-        CheckpointError: the server does not have it, it breaks off again and again, or the digest is another.
-        OutputError: it cannot be written.
-        Unreachable: there is no way to the server.
+        CheckpointError: the server does not have the file, the connection keeps breaking, or the digest is wrong.
+        OutputError: the file cannot be written.
+        Unreachable: the server cannot be reached.
     """
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):
         if place.is_file():
-            return _checked(place, sha256)
+            return _check_existing(place, sha256)
         part = place.with_name(f"{place.name}.part")
         _complete(url, part, place.name)
-        found = digest(part)
-        if sha256 is not None and found != sha256:
+        actual = digest(part)
+        if sha256 is not None and actual != sha256:
             part.unlink()
             raise CheckpointError(
-                f"what {url} sent has the sha256 {found}, expected {sha256}; it was removed. Try again, or get the "
+                f"{url} sent a file with the sha256 {actual}, expected {sha256}; it was removed. Try again, or get the "
                 "file from elsewhere and give its path."
             )
-        with replacing(_note(place)) as half:
-            half.write_text(f"{found}  {place.name}\n")
+        with replacing(_digest_file(place)) as temporary:
+            temporary.write_text(f"{actual}  {place.name}\n")
         with writing(place):
             part.replace(place)
-            _tag(part).unlink(missing_ok=True)
-        return found
+            _version_file(part).unlink(missing_ok=True)
+        return actual
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    now = path.stat()
-    return _digest(path.absolute(), now.st_size, now.st_mtime_ns)
+    """Compute the sha256 of a file in hexadecimal."""
+    status = path.stat()
+    return _digest(path.absolute(), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _digest(path: Path, size: int, changed: int) -> str:
-    """Read once as long as the file does not change: weights of gigabytes take seconds."""
+def _digest(path: Path, size: int, modified: int) -> str:
+    """Compute the digest once for as long as the file does not change, since gigabytes take seconds."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked(place: Path, sha256: str | None) -> str:
-    """The digest of a file that is there already."""
-    note = _note(place)
+def _check_existing(place: Path, sha256: str | None) -> str:
+    """Check the digest of a file that is already there, and return it."""
+    note = _digest_file(place)
     expected = sha256 or (note.read_text().split(maxsplit=1)[0] if note.is_file() and note.stat().st_size else None)
-    found = digest(place)
-    if expected not in (None, found):
+    actual = digest(place)
+    if expected not in (None, actual):
         raise CheckpointError(
-            f"{place} has the sha256 {found}, expected {expected}: it was changed after it was downloaded; remove it, "
-            "and it will be downloaded again."
+            f"{place} has the sha256 {actual}, expected {expected}: it changed after it was downloaded; remove it, and "
+            "it will be downloaded again."
         )
-    if expected is None:  # put there by hand: from now on it is to stay what it is
-        with replacing(note) as half:
-            half.write_text(f"{found}  {place.name}\n")
-    return found
+    if expected is None:  # the user put it there: from now on it must not change
+        with replacing(note) as temporary:
+            temporary.write_text(f"{actual}  {place.name}\n")
+    return actual
 
 
-def _note(place: Path) -> Path:
+def _digest_file(place: Path) -> Path:
     return place.with_name(f"{place.name}.sha256")
 
 
-def _tag(part: Path) -> Path:
-    """Where it says which version of the file a part is of."""
+def _version_file(part: Path) -> Path:
+    """Return the path of the note that says which version of the file a partial download belongs to."""
     return half_of(part).with_suffix(".json")
 
 
 def _complete(url: str, part: Path, name: str) -> None:
-    """Bring a part to its full length."""
+    """Download the missing bytes of a partial file, with a few attempts."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise Unreachable("HF_HUB_OFFLINE is set")
     reason = ""
     for _ in range(_TRIES):
         try:
-            done, total = _go_on(url, part, name)
+            done, total = _resume(url, part, name)
         except HTTPError as error:
-            if error.code == 416:  # the part is longer than the file: not of this version
+            if error.code == 416:  # the part is longer than the file, so it belongs to another version
                 part.unlink(missing_ok=True)
                 continue
             raise CheckpointError(f"{url} answers {error.code} {error.reason}; get the file from elsewhere.") from error
@@ -132,12 +132,14 @@ def _complete(url: str, part: Path, name: str) -> None:
             continue
         if total is None or done == total:
             return
-        reason = f"{done} of {total} bytes came"
-    raise CheckpointError(f"{url} broke off {_TRIES} times ({reason}); what came is kept, so that a next call goes on.")
+        reason = f"{done} of {total} bytes arrived"
+    raise CheckpointError(
+        f"the download of {url} broke off {_TRIES} times ({reason}); call again to resume it from {part}."
+    )
 
 
-def _go_on(url: str, part: Path, name: str) -> tuple[int, int | None]:
-    """Ask for what is missing and append it; how many bytes are there then, and how many there should be."""
+def _resume(url: str, part: Path, name: str) -> tuple[int, int | None]:
+    """Request the missing bytes and append them; return how many bytes there are now and should be in total."""
     have, version = part.stat().st_size if part.is_file() else 0, _version(part)
     headers = {"User-Agent": "tokdyn", "Accept-Encoding": "identity"}
     if have and version:
@@ -145,36 +147,37 @@ def _go_on(url: str, part: Path, name: str) -> tuple[int, int | None]:
     with urlopen(Request(url, headers=headers), timeout=_TIMEOUT) as answer:
         kind = answer.headers.get("Content-Type", "")
         if kind.startswith("text/html"):
-            raise CheckpointError(f"{url} answers with a web page, not with a file; get the file from elsewhere.")
+            raise CheckpointError(f"{url} answers with a web page instead of a file; get the file from elsewhere.")
         if answer.status != 206:
             have = 0
         length = answer.headers.get("Content-Length")
         total = None if length is None else have + int(length)
         with writing(part):
             tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            # A weak tag says that two versions mean the same, not that their bytes are equal.
-            _tag(part).write_text(json.dumps("" if tag.startswith("W/") else tag))
+            # A weak tag says that two versions are equivalent, not that their bytes are equal.
+            _version_file(part).write_text(json.dumps("" if tag.startswith("W/") else tag))
             file = part.open("ab" if have else "wb")
         with file, progress(f"{name}, MiB", -(-(total or 0) // _CHUNK)) as advance:
-            return have + _copied(answer, file, part, advance, have), total
+            return have + _append(answer, file, part, advance, have), total
 
 
-def _copied(answer: HTTPResponse, file: BinaryIO, part: Path, advance: Callable[[int], None], have: int) -> int:
-    """Write what comes, until nothing more does."""
+def _append(answer: HTTPResponse, file: BinaryIO, part: Path, advance: Callable[[int], None], have: int) -> int:
+    """Write the body of an answer to a file, and return the number of bytes."""
     advance(have // _CHUNK)
-    came = 0
+    received = 0
     while block := answer.read(_CHUNK):
         with writing(part):
             file.write(block)
-        came += len(block)
+        received += len(block)
         advance(1)
     with writing(part):
         file.flush()
-    return came
+    return received
 
 
 def _version(part: Path) -> str:
+    """Read which version of the file a partial download belongs to; "" if unknown."""
     try:
-        return str(json.loads(_tag(part).read_text()))
+        return str(json.loads(_version_file(part).read_text()))
     except (OSError, ValueError):
         return ""

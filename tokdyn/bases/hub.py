@@ -1,9 +1,9 @@
-"""Repositories of the Hugging Face hub; cache, progress and resuming are those of huggingface_hub."""
+"""Fetch files from the Hugging Face hub; huggingface_hub provides cache, progress and resuming."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -20,27 +20,30 @@ from tokdyn.bases.download import Unreachable, digest
 from tokdyn.checkpoints.files import PICKLED
 from tokdyn.errors import CheckpointError
 
-ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
+"""OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER."""
 _ENDINGS = (*PICKLED, ".safetensors", ".index.json")
 _WEIGHTS = tuple(f"*{ending}" for ending in _ENDINGS)
 
 
-def fetch(text: str, local: bool = False) -> Path:
-    """The file or folder that OWNER/REPO, or OWNER/REPO:FILE_OR_FOLDER, names, downloaded unless it is in the cache.
+def fetch_from_hub(name: str, local: bool = False) -> Path:
+    """Download what a hub id names unless it is in the cache, and return the path of the file or folder.
 
-    Without a part after the colon it is the transformer of a pipeline, or what lies at the top of the repository.
+    Without a part after the colon, that is the transformer of a pipeline, or else the top folder of the repository.
 
     Args:
-        text: the id.
+        name: OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER.
         local: only look into the cache.
 
     Raises:
-        CheckpointError: there is no such repository, no such part of it, or no access.
-        Unreachable: it is not in the cache, and there is no way to the hub.
+        CheckpointError: the repository or the file does not exist, lies outside of the repository, or access is denied.
+        Unreachable: it is not in the cache, and the hub cannot be reached.
     """
-    found = ID.fullmatch(text)
-    assert found is not None, "the caller has matched it"
-    repo, inside = found["repo"], found["inside"]
+    match = HUB_ID.fullmatch(name)
+    assert match is not None, "the caller has checked the id"
+    repo, inside = match["repo"], match["inside"]
+    if inside is not None and ".." in PurePosixPath(inside).parts:
+        raise CheckpointError(f"{name} names {inside!r}, which lies outside of the repository {repo}.")
     try:
         if inside is not None and inside.endswith(_ENDINGS):
             return Path(hf_hub_download(repo, inside, local_files_only=local))
@@ -49,21 +52,24 @@ def fetch(text: str, local: bool = False) -> Path:
         return _folder(repo, inside, local)
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{repo} asks for an agreement on its page; agree there, and log in with `hf auth login`."
+            f"{repo} requires an agreement; accept it on the page of the repository, and log in with `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"the hub has no repository {repo}, or not for you; see its page, or log in.") from error
+        raise CheckpointError(
+            f"the hub has no repository {repo} that you can read; check its name, or log in with `hf auth login`."
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise Unreachable(f"{repo} is not in the cache of the hub, which is not reached") from error
+        raise Unreachable(f"{repo} is not in the cache of the hub, which cannot be reached") from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repo} has no {inside}; see the list of files on its page.") from error
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is no id of a repository: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{repo!r} is not a valid id of a repository: {str(error).splitlines()[0]}") from error
     except HfHubHTTPError as error:
-        raise CheckpointError(f"the hub refuses {repo}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"the hub refuses access to {repo}: {str(error).splitlines()[0]}") from error
 
 
 def _is_pipeline(repo: str, local: bool) -> bool:
+    """Whether a repository holds a diffusers pipeline."""
     try:
         hf_hub_download(repo, "model_index.json", local_files_only=local)
     except LocalEntryNotFoundError:
@@ -76,7 +82,7 @@ def _is_pipeline(repo: str, local: bool) -> bool:
 
 
 def _cached(repo: str) -> bool:
-    """Whether anything of a repository is in the cache, when the hub is not reached."""
+    """Whether the cache holds any file of a repository."""
     try:
         snapshot_download(repo, local_files_only=True, allow_patterns=[])
     except LocalEntryNotFoundError:
@@ -85,6 +91,7 @@ def _cached(repo: str) -> bool:
 
 
 def _folder(repo: str, inside: str | None, local: bool) -> Path:
+    """Download a folder with weights: the top folder, or one inside the repository."""
     if inside is None:
         patterns, without = ["*.json", *_WEIGHTS], ["*/*"]
     else:
@@ -95,20 +102,20 @@ def _folder(repo: str, inside: str | None, local: bool) -> Path:
         place = "its top folder" if inside is None else inside
         if local or constants.HF_HUB_OFFLINE:
             raise Unreachable(f"the cache of the hub has no weights of {repo} in {place}")
-        raise CheckpointError(f"{repo} has no weights in {place}; write {repo}:FILE or {repo}:FOLDER.")
+        raise CheckpointError(f"{repo} has no weights in {place}; give {repo}:FILE or {repo}:FOLDER.")
     return folder
 
 
-def checked(file: Path) -> str:
-    """The sha256 of a file in the cache of the hub, which keeps large files under that name.
+def checked_digest(file: Path) -> str:
+    """Compute the sha256 of a file in the cache of the hub, and compare it with the name of the blob.
 
     Raises:
-        CheckpointError: it is another file.
+        CheckpointError: the file is damaged.
     """
-    found, stored = digest(file), file.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", stored) and stored != found:
+    actual, stored = digest(file), file.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", stored) and stored != actual:
         raise CheckpointError(
-            f"{file} has the sha256 {found}, and the hub says {stored}: it is damaged; remove it from the cache of the "
+            f"{file} is damaged: its sha256 is {actual}, but the hub says {stored}; remove it from the cache of the "
             "hub, and it will be downloaded again."
         )
-    return found
+    return actual

@@ -1,4 +1,4 @@
-"""From what the user wrote to a model, and where it came from."""
+"""Open a pretrained model by path, name or hub id, and record where it came from."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from tokdyn.attach import CONFIG, load
-from tokdyn.bases import hub
 from tokdyn.bases.download import Unreachable, cache_folder, digest, fetch
+from tokdyn.bases.hub import HUB_ID, checked_digest, fetch_from_hub
 from tokdyn.bases.table import TARGETS, Objective, Row, rows, shipped_folder
 from tokdyn.checkpoints import Kind, read
 from tokdyn.checkpoints.files import weight_files
@@ -24,15 +26,15 @@ _FACTS = "tokdyn.json"
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model.
+    """A pretrained model and its origin.
 
     Attributes:
         model: in evaluation mode, fp32, on the CPU.
-        objective: what it was trained to predict: noise, or the velocity of a flow.
-        origin: what the user wrote.
+        objective: what it was trained to predict: "noise", or the velocity of a "flow".
+        origin: the name or path that the user gave.
         path: the file or folder that was read.
-        sha256: of the file with the weights; of several, of the list of their digests and names.
-        facts: what tokdyn.json beside the weights says; empty if there is none.
+        sha256: digest of the file with the weights; for several files, digest of the list of their digests and names.
+        facts: content of tokdyn.json beside the weights; empty if there is none.
     """
 
     model: DiT | DCDiT
@@ -44,21 +46,22 @@ class Base:
 
 
 def open_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **config: Any) -> DiT | DCDiT:
-    """The model of a base; see `read_base`."""
+    """Return the model of a base; see `read_base`."""
     return read_base(name, kind, ema, **config).model
 
 
 def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **config: Any) -> Base:
-    """Find a base, download it if need be, and read it.
+    """Find a base, download it if necessary, and read it.
 
     Args:
-        name: a path; else a name of `tokdyn models`; else OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER of the hub.
-        kind: its format; None takes that of the table, or recognises it. SiT files have to be told.
-        ema: take the averaged weights where there are both.
+        name: a path, a name listed by `tokdyn models`, or OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER of the hub; the first
+            that exists is taken.
+        kind: the format; None takes that of the named base, or recognises it. SiT files need "sit".
+        ema: take the averaged weights where a checkpoint holds both.
         **config: see `tokdyn.checkpoints.read`.
 
     Returns:
-        The model and where it came from.
+        The model and its origin.
 
     Raises:
         CheckpointError: there is no such base, it is not in the cache and cannot be downloaded, or it cannot be read.
@@ -70,7 +73,7 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
             config = {"target": TARGETS[row.name], **config}
     model = read(path, None if kind == "tokdyn" else kind, ema=ema, **config)
     files = weight_files(path, ema)
-    for place in (files[0].parent, files[0].parent / "methods"):  # as `save` and a training run write them
+    for place in (files[0].parent, files[0].parent / "methods"):  # of `tokdyn.save`, and of a training run
         if (place / CONFIG).is_file():
             load(model, place)
     facts = _facts(files[0].parent)
@@ -78,23 +81,26 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
 
 
 def check_name(name: str) -> None:
-    """Refuse what can be no base, before anything else is looked at.
+    """Refuse a name that cannot be a base, without a network.
 
     Raises:
-        CheckpointError: it is no path that exists, no name of the table and no id of the hub.
+        CheckpointError: the name is neither an existing path, nor a named base, nor a hub id.
     """
     if (name and Path(name).expanduser().exists()) or name in rows():
         return
-    if not hub.ID.fullmatch(name) or name.startswith(("./", "../", "~/")):
-        raise CheckpointError(f"there is no base {name!r}: it is no path that exists{_meant(name)}; {_WHAT}.")
+    if not HUB_ID.fullmatch(name) or name.startswith(("./", "../", "~/")):
+        raise CheckpointError(
+            f"there is no base {name!r}, and no such path{_suggestion(name)}; give a path, a name of `tokdyn models`, "
+            "or OWNER/REPO[:FILE_OR_FOLDER] of the hub."
+        )
 
 
 def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
-    """Where a base lies, after it was downloaded if need be, and its row of the table.
+    """Return the path of a base, downloaded if necessary, and its row of the table.
 
     Args:
         name: see `read_base`.
-        local: download nothing.
+        local: do not download.
 
     Raises:
         CheckpointError: see `read_base`.
@@ -109,18 +115,15 @@ def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
         if row is not None and row.source == "shipped":
             return shipped_folder(row.place), row
         if row is not None and row.source == "url":
-            return _public(row, local), row
-        return hub.fetch(place, local), row
+            return _public_file(row, local), row
+        return fetch_from_hub(place, local), row
     except Unreachable as reason:
         shipped = [each.name for each in rows().values() if each.source == "shipped"]
-        ways = f"use a base that ships with tokdyn ({', '.join(shipped) or 'this installation has none'})"
+        alternatives = f"use a base that ships with tokdyn ({', '.join(shipped) or 'this installation has none'})"
         raise CheckpointError(
-            f"{name} cannot be downloaded ({reason}){_meant(name) if row is None else ''}: give --base PATH to a file "
-            f"or folder that you have, bring a filled cache ({_cache(row)}) from a machine with a network, or {ways}."
+            f"{name} cannot be downloaded ({reason}){_suggestion(name) if row is None else ''}: give --base PATH to a "
+            f"file or folder on this machine, copy a filled cache ({_cache(row)}) from another one, or {alternatives}."
         ) from reason
-
-
-_WHAT = "give a path, a name of `tokdyn models`, or OWNER/REPO[:FILE_OR_FOLDER] of the hub"
 
 
 def in_cache(row: Row) -> bool:
@@ -132,37 +135,36 @@ def in_cache(row: Row) -> bool:
     return True
 
 
-def _public(row: Row, local: bool) -> Path:
+def _public_file(row: Row, local: bool) -> Path:
+    """Return the path of a public file, downloaded if necessary."""
     file = cache_folder() / row.file
     if local:
         if not file.is_file():
-            raise Unreachable("only the cache was asked")
+            raise Unreachable("downloads are off")
         return file
     fetch(row.place, file, row.sha256)
     return file
 
 
 def _cache(row: Row | None) -> str:
-    """The place to fill."""
+    """Return the path in the cache where a base belongs."""
     if row is not None and row.source == "url":
         return str(cache_folder() / row.file)
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return str(HF_HUB_CACHE)
+    return str(constants.HF_HUB_CACHE)
 
 
-def _meant(name: str) -> str:
+def _suggestion(name: str) -> str:
     near = difflib.get_close_matches(name, rows(), n=1, cutoff=0.75)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _objective(model: DiT | DCDiT, row: Row | None, facts: dict[str, Any], folder: Path) -> Objective:
-    """What is written beside the weights; else what the table says; else what follows from the model's clock."""
+    """Return the objective stored beside the weights, else that of the table, else what the timestep map implies."""
     stated = facts.get("objective")
     if stated is not None:
         kind = stated.get("kind", "noise") if isinstance(stated, dict) else stated
         if kind not in ("noise", "flow"):
-            raise CheckpointError(f"{folder / _FACTS} has an objective {kind!r}; expected noise or flow.")
+            raise CheckpointError(f"{folder / _FACTS} has the objective {kind!r}; expected noise or flow.")
         return "flow" if kind == "flow" else "noise"
     if row is not None:
         return row.objective
@@ -174,10 +176,11 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _sha256(files: list[Path]) -> str:
-    found = [
-        hub.checked(file) if re.fullmatch(r"[0-9a-f]{40,64}", file.resolve().name) else digest(file) for file in files
+    digests = [
+        checked_digest(file) if re.fullmatch(r"[0-9a-f]{40,64}", file.resolve().name) else digest(file)
+        for file in files
     ]
-    if len(found) == 1:
-        return found[0]
-    lines = "".join(f"{each}  {file.name}\n" for each, file in zip(found, files, strict=True))
+    if len(digests) == 1:
+        return digests[0]
+    lines = "".join(f"{each}  {file.name}\n" for each, file in zip(digests, files, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The table of named bases: what each is, and where it comes from."""
+"""The table of named bases: their formats, objectives and sources."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tokdyn.models import DCDiT, DiT
 
 Objective = Literal["noise", "flow"]
 Source = Literal["url", "hub", "shipped"]
-"""A public file; a repository of the Hugging Face hub; a folder inside the package."""
+"""A public file, a repository of the Hugging Face hub, or a folder inside the package."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One base.
+    """A row of the table.
 
     Attributes:
-        name: as the user writes it.
-        kind: its format.
+        name: the name that users write.
+        kind: format of the checkpoint.
         objective: what it was trained to predict.
-        source: where `place` is.
+        source: what kind of place `place` is.
         place: a URL, OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER of the hub, or the name of a folder in the package.
-        build: makes the model, with weights of no meaning.
-        file: what a public file is called in the cache.
-        sha256: of a public file, where it is published; None trusts the first download.
+        build: builds the model with arbitrary weights.
+        file: name of a public file in the cache.
+        sha256: published digest of a public file; None trusts the first download.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, the frozen position table included, and gates where there are any."""
+        """Number of parameters, including the frozen position table and gates."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build().parameters())
 
@@ -62,7 +62,7 @@ def _dc_dit(name: str) -> Callable[[], nn.Module]:
 
 
 def _dydit() -> nn.Module:
-    """DiT-XL/2 and the gates that it is read with."""
+    """Build DiT-XL/2 with the gates of `DynamicWidth`."""
     model = DiT.named("XL/2")
     width, heads = model.config.hidden_size, model.config.num_heads
     gates = DynamicWidth(token_input="stream", embedding=width).build(Sizes(width, heads, (0,) * model.config.depth))
@@ -89,17 +89,17 @@ _PUBLISHED = (
 )
 _SHIPPED = ("shapes",)
 TARGETS = {"DyDiT-XL/2-0.7": 0.7, "DyDiT-XL/2-0.5": 0.5}
-"""Shares of the FLOPs that bases were trained to, where their tensors do not say it."""
+"""Shares of the FLOPs that DyDiTs were trained to, which their tensors do not record."""
 
 
 def rows() -> dict[str, Row]:
-    """All bases by name; shipped ones as far as this installation has them."""
+    """Return all bases by name, with the shipped ones that this installation has."""
     shipped = [_shipped(name) for name in _SHIPPED if (shipped_folder(name) / "config.json").is_file()]
     return {row.name: row for row in (*shipped, *_PUBLISHED)}
 
 
 def shipped_folder(name: str) -> Path:
-    """Where a base lies inside the package."""
+    """Return the path of a base inside the package."""
     return Path(str(files("tokdyn.bases") / name))
 
 

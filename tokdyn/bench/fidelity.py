@@ -1,28 +1,29 @@
-"""How close images are to those of another model from the same seeds."""
+"""Measure how close images are to those that a reference model draws from the same seeds."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 
 from tokdyn.errors import InputError
 
-SMALLEST = 11  # pixels of a window on a side
-_SIGMA = 1.5  # both of Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861
-_K1, _K2 = 0.01, 0.03
+WINDOW = 11  # pixels on a side of a window of SSIM
+_SIGMA = 1.5  # pixels; window and sigma are those of Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861
+_K1, _K2 = 0.01, 0.03  # stabilising constants of the same paper
 
 
 def psnr(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
-    """Peak signal-to-noise ratio, in dB.
+    """Compute the peak signal-to-noise ratio in dB.
 
     Args:
         images: (B, C, H, W).
         reference: (B, C, H, W).
-        peak: largest value that a pixel can have.
+        peak: largest value that a pixel can take.
 
     Returns:
-        (B,) 10 log10(peak^2 / mean squared error), float64; infinite for equal images.
+        (B,) float64, `10 * log10(peak**2 / mse)`; infinite for equal images.
 
     Raises:
         InputError: the shapes differ.
@@ -33,26 +34,27 @@ def psnr(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
 
 
 def ssim(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
-    """Structural similarity (Wang et al. 2004, eq. 13): Gaussian windows of 11 pixels that lie inside, sigma 1.5.
+    """Compute the structural similarity (Wang et al. 2004, eq. 13) over Gaussian windows that lie inside the image.
 
     Args:
         images: (B, C, H, W).
         reference: (B, C, H, W).
-        peak: largest value that a pixel can have.
+        peak: largest value that a pixel can take.
 
     Returns:
-        (B,) mean over windows and channels, float64; 1 for equal images.
+        (B,) float64, mean over windows and channels; 1 for equal images.
 
     Raises:
-        InputError: the shapes differ, or images are smaller than a window.
+        InputError: the shapes differ, or the images are smaller than a window of 11 pixels.
     """
     _same_shape(images, reference)
-    if min(images.shape[-2:]) < SMALLEST:
-        raise InputError(f"structural similarity needs images of {SMALLEST} pixels or more, got {images.shape[-2:]}.")
+    if min(images.shape[-2:]) < WINDOW:
+        rows, columns = images.shape[-2:]
+        raise InputError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, but these have {rows}x{columns}.")
     x, y = images.double(), reference.double()
-    mean_x, mean_y = _blurred(x), _blurred(y)
-    var_x, var_y = _blurred(x * x) - mean_x.square(), _blurred(y * y) - mean_y.square()
-    covariance = _blurred(x * y) - mean_x * mean_y
+    mean_x, mean_y = _blur(x), _blur(y)
+    var_x, var_y = _blur(x * x) - mean_x.square(), _blur(y * y) - mean_y.square()
+    covariance = _blur(x * y) - mean_x * mean_y
     c1, c2 = (_K1 * peak) ** 2, (_K2 * peak) ** 2
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similarity = similarity / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))
@@ -60,36 +62,39 @@ def ssim(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
 
 
 def feature_distance(features: Tensor, reference: Tensor) -> float:
-    """Distance of images to their partners in the features of a network, over that of reference images to each other.
+    """Compute the mean distance between paired features, relative to the mean distance among the reference images.
 
     Args:
         features: (N, F), N of 2 or more.
-        reference: (N, F), row i from the same seed.
+        reference: (N, F); row i was drawn from the same seed as row i of `features`.
 
     Returns:
-        0 for equal images; about 1 for images that have nothing to do with those of the reference.
+        0 for equal images, about 1 for images that are unrelated to the reference.
 
     Raises:
-        InputError: the shapes differ, or there is one image.
+        InputError: the shapes differ, or there are fewer than two images.
     """
     _same_shape(features, reference)
     if len(features) < 2:
-        raise InputError("a distance of features needs two images or more.")
-    apart = torch.pdist(reference.double()).mean()
-    return float((features.double() - reference.double()).norm(dim=1).mean() / apart.clamp(min=1e-12))
+        raise InputError(f"a feature distance needs at least two images, got {len(features)}.")
+    scale = torch.pdist(reference.double()).mean().clamp(min=1e-12)
+    return float((features.double() - reference.double()).norm(dim=1).mean() / scale)
 
 
-def _blurred(x: Tensor) -> Tensor:
-    offsets = torch.arange(SMALLEST, dtype=x.dtype, device=x.device) - SMALLEST // 2
+def _blur(x: Tensor) -> Tensor:
+    """Average (B, C, H, W) over Gaussian windows, without padding: (B, C, H - 10, W - 10)."""
+    offsets = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     weights = torch.exp(-offsets.square() / (2 * _SIGMA**2))
     weights = weights / weights.sum()
     channels = x.shape[1]
-    for shape in ((channels, 1, SMALLEST, 1), (channels, 1, 1, SMALLEST)):
-        kernel = weights.view(1, 1, *shape[2:]).expand(shape)
-        x = F.conv2d(x, kernel, groups=channels)
+    for pattern in ("w -> c 1 w 1", "w -> c 1 1 w"):
+        x = F.conv2d(x, repeat(weights, pattern, c=channels), groups=channels)
     return x
 
 
-def _same_shape(one: Tensor, other: Tensor) -> None:
-    if one.shape != other.shape:
-        raise InputError(f"shapes {tuple(one.shape)} and {tuple(other.shape)} should be the same.")
+def _same_shape(images: Tensor, reference: Tensor) -> None:
+    if images.shape != reference.shape:
+        raise InputError(
+            f"got shapes {tuple(images.shape)} and {tuple(reference.shape)}; images and their reference must have the "
+            "same shape."
+        )

@@ -1,4 +1,4 @@
-"""Costs of models as a table, as CSV and as a picture."""
+"""Show the costs of models as a table, as CSV and as a bar chart."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ GROUPS = {
     "de-chunk": ("dechunk",),
     "head": ("head",),
 }
-"""Parts that are shown as one."""
+"""Parts that the table and the chart show as one."""
 
 
 def grouped(parts: dict[str, float]) -> dict[str, float]:
-    """Parts under the names of `GROUPS`, and what belongs to none under "other"."""
-    found = {name: sum(parts.get(part, 0.0) for part in members) for name, members in GROUPS.items()}
-    other = sum(parts.values()) - sum(found.values())
-    return {name: value for name, value in {**found, "other": other}.items() if abs(value) > 1e-9}
+    """Sum parts into the groups of `GROUPS`; parts that belong to no group add up to "other"."""
+    sums = {name: sum(parts.get(part, 0.0) for part in members) for name, members in GROUPS.items()}
+    other = sum(parts.values()) - sum(sums.values())
+    return {name: value for name, value in {**sums, "other": other}.items() if abs(value) > 1e-9}
 
 
 def columns(rows: Sequence[FlopsRow]) -> dict[str, list[str]]:
-    """The columns of the table, each with one text per row."""
+    """Return the columns of the table, each with one cell per row, without those that are empty."""
     names = [name for name in (*GROUPS, "other") if any(name in grouped(row.parts) for row in rows)]
     table = {
         "model": [row.model for row in rows],
         "params, M": [f"{row.params / 1e6:.1f}" for row in rows],
         "tokens": [str(row.tokens) for row in rows],
         "kept": ["-" if row.kept is None else f"{row.kept:.1%}" for row in rows],
-        "which is": [row.tokens_from for row in rows],
+        "kept from": [row.tokens_from for row in rows],
         "TFLOPs/image": [f"{row.tflops_per_image:.4g}" for row in rows],
         "GFLOPs/call": [f"{row.gflops_per_forward:.3f}" for row in rows],
         **{name: [f"{grouped(row.parts).get(name, 0.0):.3f}" for row in rows] for name in names},
@@ -59,20 +59,20 @@ def _agreement(row: FlopsRow) -> str:
 
 
 def write_csv(rows: Sequence[FlopsRow], path: Path) -> Path:
-    """Write one line per model, parts in columns of their own."""
-    names = list(dict.fromkeys(name for row in rows for name in row.parts))
+    """Write one line per model, with a column for each part."""
+    parts = list(dict.fromkeys(name for row in rows for name in row.parts))
     fields = [name for name in FlopsRow.__dataclass_fields__ if name != "parts"]
-    with replacing(path) as half, open(half, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*fields, *(f"gflops_{name}" for name in names)])
+        writer.writerow([*fields, *(f"gflops_{name}" for name in parts)])
         for row in rows:
             values: list[Any] = [getattr(row, name) for name in fields]
-            writer.writerow([*values, *(row.parts.get(name, 0.0) for name in names)])
+            writer.writerow([*values, *(row.parts.get(name, 0.0) for name in parts)])
     return path
 
 
 def draw_parts(rows: Sequence[FlopsRow], path: Path) -> Path:
-    """Draw one bar per model, its parts side by side."""
+    """Draw one stacked bar per model."""
     with figure_style():
         figure = Figure(figsize=(8.0, 1.2 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()

@@ -1,22 +1,27 @@
-"""Costs and counts of tokens that papers print, beside which `tokdyn bench flops` puts its own."""
+"""Costs printed in arXiv 2603.06351, and their comparison with computed ones for `tokdyn bench flops --paper`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-STEPS = 250
+from tokdyn.bench.flops import FlopsConfig, named_model
+from tokdyn.cost import flops_per_image
+from tokdyn.models import DCDiT, DiT
+
+STEPS = 250  # model calls per image in all rows
 
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a table; images of 256 pixels, 250 steps.
+    """One printed row: an image of 256 pixels in 250 steps.
 
     Attributes:
         model: named as in `tokdyn models`.
         tflops: 1e12 FLOPs per image; a multiply-add is 2.
-        tail_drop: of the conditional branch; None for a DiT.
-        uncond_tail_drop: of the unconditional branch under Lite-CFG; None without guidance.
-        guided: whether both branches are computed.
+        tail_drop: tail drop of the conditional branch; None for a DiT.
+        uncond_tail_drop: tail drop of the unconditional branch under Lite-CFG; None without guidance.
+        guided: whether both guidance branches are computed.
     """
 
     model: str
@@ -26,7 +31,7 @@ class Published:
     guided: bool = False
 
 
-# arXiv 2603.06351 v2; multiply-adds count 2. The mean kept fraction before tail drop is not printed.
+# arXiv 2603.06351 v2; a multiply-add is 2 FLOPs. The paper does not print the mean kept share before tail drop.
 ROWS = (
     Published("DiT-S/2", 3.02),
     Published("DiT-B/2", 11.46),
@@ -51,5 +56,55 @@ ROWS = (
     Published("DC-DiT-XL", 76.13, 0.0, 0.9, guided=True),
 )
 
-MATCHED = {"DC-DiT-S": 421_230, "DC-DiT-B": 408_071, "DC-DiT-L": 486_372, "DC-DiT-XL": 494_943}
-"""Steps that cost as much as 400,000 of the DiT of the same size (arXiv 2603.06351 v2)."""
+MATCHED_STEPS = {"DC-DiT-S": 421_230, "DC-DiT-B": 408_071, "DC-DiT-L": 486_372, "DC-DiT-XL": 494_943}
+"""Training steps that cost as much as 400,000 steps of the DiT of the same size (arXiv 2603.06351 v2)."""
+
+
+def compare_with_paper(config: FlopsConfig) -> list[dict[str, Any]]:
+    """Compare the costs printed in arXiv 2603.06351 with the computed ones, row by row of its tables.
+
+    The paper does not print how many tokens its trained models keep. Without `kept`, DC-DiTs are taken to keep 1/N, and
+    "implied_kept" is the share before tail drop at which the computed cost equals the printed one.
+
+    Returns:
+        One mapping per row: model, tail drops, printed and computed TFLOPs per image and their difference, the assumed
+        share of kept tokens before tail drop, and the implied one.
+    """
+    rows: list[dict[str, Any]] = []
+    for printed in ROWS:
+        model = named_model(config, printed.model)
+        natural = (config.kept or 1.0 / config.target) if printed.tail_drop is not None else None
+        computed = _published_cost(model, printed, natural)
+        rows.append(
+            {
+                "model": printed.model,
+                "tail_drop": printed.tail_drop,
+                "uncond_tail_drop": printed.uncond_tail_drop,
+                "guided": printed.guided,
+                "printed": printed.tflops,
+                "computed": round(computed, 3),
+                "difference": f"{computed / printed.tflops - 1:+.2%}",
+                "kept": natural,
+                "implied_kept": None if natural is None else round(_implied_kept(model, printed), 4),
+            }
+        )
+    return rows
+
+
+def _published_cost(model: DiT | DCDiT, printed: Published, natural: float | None) -> float:
+    """Compute the TFLOPs per image of a published row."""
+    kept, unconditional = None, 1.0 if printed.guided else None
+    if natural is not None:
+        kept = natural * (1.0 - (printed.tail_drop or 0.0))
+        if printed.guided:
+            unconditional = natural * (1.0 - (printed.uncond_tail_drop or 0.0))
+    return flops_per_image(model, kept, unconditional) * STEPS / 1e12
+
+
+def _implied_kept(model: DiT | DCDiT, printed: Published) -> float:
+    """Find by bisection the share of kept tokens at which the cost, which rises with it, equals the printed one."""
+    low, high = 0.01, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _published_cost(model, printed, middle) < printed.tflops else (low, middle)
+    return (low + high) / 2

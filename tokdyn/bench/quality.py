@@ -1,4 +1,4 @@
-"""What stacks do to images: quality, FLOPs and time beside each other, against the first of them."""
+"""Compare stacks of methods by image quality, FLOPs and time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from tokdyn.attach import attachment_of, save
 from tokdyn.bench import timing
-from tokdyn.bench.fidelity import SMALLEST, feature_distance, psnr, ssim
+from tokdyn.bench.fidelity import WINDOW, feature_distance, psnr, ssim
 from tokdyn.bench.stacks import Opened, Stack, open_stack
 from tokdyn.data import open_data
 from tokdyn.diffusion.sampling import GuidanceScale, Steps, generate
@@ -33,28 +34,28 @@ from tokdyn.progress import progress
 from tokdyn.report.pareto import ParetoPoint, frontier
 from tokdyn.sample import SampleConfig, sample
 
-_BATCH = 100  # images that are compared at a time
-_INSIDE = frozenset({"model", "ema", "checkpoints"})  # folders of a run
+_BATCH = 100  # images per comparison
+_RUN_FOLDERS = frozenset({"model", "ema", "checkpoints"})  # folders inside that of a run
 
 
 class QualityConfig(BaseModel):
     """Settings of `tokdyn bench quality`.
 
     Attributes:
-        model: What `tokdyn sample` takes, for stacks that name no model of their own.
-        out: Folder to write to; images that are there are kept.
+        model: Anything `tokdyn sample` accepts, for stacks that name no model of their own.
+        out: Output folder; images that are already there are kept.
         count: Images per stack; image i starts from seed + i in every stack.
-        seed: Of the first image.
+        seed: Seed of the first image.
         batch_size: Images per model call, before guidance doubles it.
-        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null takes ddpm or euler.
+        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null means ddpm or euler.
         steps: Model calls per image.
         guidance: Scale of classifier-free guidance; 1 means none.
-        held_out: Images (folder or zip) or latents that no model was trained on, for the diffusion loss.
-        held_out_count: How many of them.
-        reference: Images, or statistics, that generated ones are compared with, as in `tokdyn eval`.
-        extractor: Network of the distances, as in `tokdyn eval`; null leaves distances out.
-        rounds: Each stack draws a batch in turn this often, and the median time counts; 0 measures no time.
-        timed: Images in such a batch.
+        held_out: Images (folder or zip) or latents that no model was trained on, for the held-out diffusion loss.
+        held_out_count: Number of held-out images.
+        reference: Images or statistics that generated images are compared with, as in `tokdyn eval`.
+        extractor: Network whose features are compared, as in `tokdyn eval`; null leaves out all feature distances.
+        rounds: Timed rounds; in each, every stack draws one batch in turn, and the median counts. 0 measures no time.
+        timed: Images in a timed batch.
         precision: `bf16` computes matrix products in bfloat16; `auto` does so on a GPU only.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
         ema: Use the averaged weights.
@@ -81,34 +82,34 @@ class QualityConfig(BaseModel):
     ema: bool = True
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _settings_have_an_effect(self) -> Self:
         if self.reference is not None and self.extractor is None:
-            raise ValueError("reference has no effect without extractor: name the network of the distances")
+            raise ValueError("reference has no effect without extractor: name the network whose features are compared")
         return self
 
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One stack. None where a number was not asked for, or does not exist.
+    """The measurements of one stack; None where a value was not asked for or does not exist.
 
     Attributes:
-        name: of the stack.
-        model: its path.
-        parameters: of the model.
-        methods: names of those that act, outermost first.
-        kept: mean share of tokens over steps, images and branches.
-        tflops_per_image: 1e12 FLOPs, all steps and branches; a multiply-add is 2 FLOPs.
-        milliseconds: per image, median over rounds; `spread` is the range of the rounds over it.
-        spread: see `milliseconds`.
-        flops_saved: share of the first stack's FLOPs that is saved.
-        time_saved: the same of its time.
-        held_out: mean diffusion loss; `held_out_error` is its standard error over images.
-        held_out_error: see `held_out`.
-        by_level: the loss by noise level, clean first.
-        psnr: to the first stack's images of the same seeds, mean in dB; infinite where all are equal.
-        ssim: the same, 1 for equal images.
-        feature_distance: the same in the features of the extractor; 1 for images that have nothing to do with them.
-        values: of `tokdyn eval`, by name.
+        name: name of the stack.
+        model: path of its model.
+        parameters: number of parameters of the model.
+        methods: class names of its methods, outermost first.
+        kept: share of the tokens that the blocks see, mean over steps, images and branches.
+        tflops_per_image: 1e12 FLOPs of all steps and branches; a multiply-add is 2 FLOPs.
+        milliseconds: milliseconds per image, median over rounds.
+        spread: range of the rounds over their median.
+        flops_saved: FLOPs saved, as a share of those of the first stack.
+        time_saved: time saved, as a share of that of the first stack.
+        held_out: mean diffusion loss on held-out images.
+        held_out_error: standard error of `held_out` over images.
+        by_level: the held-out loss by noise level, clean first.
+        psnr: mean PSNR in dB to the first stack's images from the same seeds; infinite if all are equal.
+        ssim: mean SSIM to the same images; 1 for equal images.
+        feature_distance: distance to the same images in the features of the extractor; about 1 for unrelated images.
+        values: metrics of `tokdyn eval`, by name.
         front: no other stack has both fewer FLOPs and better quality (see `QualityResult.quality`).
     """
 
@@ -132,20 +133,20 @@ class QualityRow:
     front: bool = False
 
     def quality(self, name: str) -> float | None:
-        """The number of that name: a field, or one of `values`."""
-        found: float | None = (self.values or {}).get(name, getattr(self, name, None))
-        return found
+        """Return a measurement by name: a field, or a metric of `values`."""
+        value: float | None = (self.values or {}).get(name, getattr(self, name, None))
+        return value
 
 
 @dataclass(frozen=True)
 class QualityResult:
-    """What `bench_quality` found.
+    """The result of `bench_quality`.
 
     Attributes:
         rows: one per stack.
-        quality: name of the number that the front was drawn for, the lower the better; None if there was none.
+        quality: name of the measurement that ranks the stacks, the lower the better; None if there is none.
         places: folder of each stack, with its images and sample.json.
-        machine: that times were measured on.
+        machine: the machine that times were measured on.
     """
 
     rows: tuple[QualityRow, ...]
@@ -155,45 +156,45 @@ class QualityResult:
 
 
 def bench_quality(config: QualityConfig, stacks: Sequence[Stack]) -> QualityResult:
-    """Draw the same images with every stack and measure them; `tokdyn.bench.page.write_page` shows what was found.
+    """Draw the same images with every stack and measure them; `quality_page.write_page` shows the result.
 
     Args:
-        config: how.
-        stacks: at least one; the first is what the others are compared with.
+        config: what to measure.
+        stacks: one or more; the others are compared with the first.
 
     Raises:
-        TokdynError: a stack does not open, or the settings do not fit it.
+        TokdynError: a stack cannot be opened, or the settings do not fit it.
     """
     settle_memory()
     if not stacks:
-        raise RecipeError("there is no stack to measure: give at least one.")
+        raise RecipeError("there are no stacks to measure; give at least one.")
     require_folder(config.out)
     opened = [open_stack(stack, config.model, config.ema) for stack in stacks]
     if config.held_out is not None:
         _check_held_out(opened)
     places = [config.out / f"{number:02d}" for number in range(len(stacks))]
-    rows = [_drawn(config, each, place) for each, place in zip(opened, places, strict=True)]
+    rows = [_draw(config, each, place) for each, place in zip(opened, places, strict=True)]
     if config.held_out is not None:
-        rows = [_held_out(config, each, row) for each, row in zip(opened, rows, strict=True)]
-    rows = [_close(row, place, places[0]) for row, place in zip(rows, places, strict=True)]
+        rows = [_add_held_out(config, each, row) for each, row in zip(opened, rows, strict=True)]
+    rows = [_add_fidelity(row, place, places[0]) for row, place in zip(rows, places, strict=True)]
     if config.extractor is not None:
-        rows = _judged(config, rows, places)
+        rows = _add_feature_distances(config, rows, places)
     if config.rounds:
-        rows = _timed(config, opened, rows)
-    rows = [_compared(row, rows[0]) for row in rows]
-    quality = _deciding(rows)
+        rows = _add_times(config, opened, rows)
+    rows = [_add_savings(row, rows[0]) for row in rows]
+    quality = _ranking_measurement(rows)
     if quality is not None:
-        rows = _front(rows, quality)
+        rows = _mark_front(rows, quality)
     return QualityResult(tuple(rows), quality, tuple(places), timing.machine())
 
 
-def _drawn(config: QualityConfig, opened: Opened, place: Path) -> QualityRow:
-    """Images of one stack, and what they cost."""
-    stack, methods = opened.stack, None
-    carried = attachment_of(opened.model)
-    if carried is not None and carried.methods:
-        methods = save(opened.model, place / "methods")
-    wanted = SampleConfig(
+def _draw(config: QualityConfig, opened: Opened, place: Path) -> QualityRow:
+    """Draw the images of one stack and report what they cost."""
+    stack, methods_folder = opened.stack, None
+    attachment = attachment_of(opened.model)
+    if attachment is not None and attachment.methods:
+        methods_folder = save(opened.model, place / "methods")
+    settings = SampleConfig(
         model=str(opened.info.path),
         out=place,
         format="folder",
@@ -206,84 +207,87 @@ def _drawn(config: QualityConfig, opened: Opened, place: Path) -> QualityRow:
         guidance=config.guidance,
         tail_drop=(stack.tail_drop,) if isinstance(stack.tail_drop, float) else (0.0,),
         drop_curve=None if isinstance(stack.tail_drop, float) else stack.tail_drop,
-        methods=methods,
+        methods=methods_folder,
         ema=config.ema,
         uncond_tail_drop=stack.uncond_tail_drop if config.guidance != 1.0 else None,
         precision=config.precision,
         device=config.device,
     )
-    made = sample(wanted).budgets[0]
+    budget = sample(settings).budgets[0]
     return QualityRow(
         name=stack.name,
         model=str(opened.info.path),
         parameters=sum(parameter.numel() for parameter in opened.model.parameters()),
-        methods=tuple(type(each).__name__ for each in carried.methods) if carried is not None else (),
-        kept=made.kept,
-        tflops_per_image=made.tflops_per_image,
+        methods=tuple(type(each).__name__ for each in attachment.methods) if attachment is not None else (),
+        kept=budget.kept,
+        tflops_per_image=budget.tflops_per_image,
     )
 
 
 def _check_held_out(opened: Sequence[Opened]) -> None:
+    """Refuse models whose data is unknown, since held-out data is read like training data."""
     for each in opened:
         if each.info.data is None:
             raise RecipeError(
-                f"{each.info.path} does not say what it was trained on, so held_out cannot be read; leave it out."
+                f"{each.info.path} does not record what it was trained on, so held_out cannot be read: leave it out."
             )
 
 
-def _held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> QualityRow:
-    """The diffusion loss; a cache has none, as what it does depends on the step before."""
-    carried = attachment_of(opened.model)
-    if carried is not None and carried.remembers:
+def _add_held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> QualityRow:
+    """Measure the held-out loss; a cache has none, since its output depends on the step before."""
+    attachment = attachment_of(opened.model)
+    if attachment is not None and attachment.remembers:
         return row
     assert opened.info.data is not None
     data = open_data(opened.info.data.model_copy(update={"path": str(config.held_out), "flip": False}))
     opened.model.to(open_device(config.device))
-    found = held_out_loss(
+    result = held_out_loss(
         opened.model, opened.objective, data, images=config.held_out_count, tail_drop=opened.stack.tail_drop
     )
-    return replace(row, held_out=found.loss, held_out_error=found.spread, by_level=found.by_level)
+    return replace(row, held_out=result.loss, held_out_error=result.spread, by_level=result.by_level)
 
 
-def _close(row: QualityRow, place: Path, first: Path) -> QualityRow:
-    """How close the images are to those of the first stack."""
+def _add_fidelity(row: QualityRow, place: Path, first: Path) -> QualityRow:
+    """Measure PSNR and SSIM to the images of the first stack."""
     if place == first:
         return row
-    mine, theirs = open_images(place), open_images(first)
-    noise, structure = [], []
-    for start in range(0, len(mine), _BATCH):
-        part = range(start, min(start + _BATCH, len(mine)))
-        one, other = _pixels(mine, part), _pixels(theirs, part)
-        noise.append(psnr(one, other))
-        if min(one.shape[-2:]) >= SMALLEST:
-            structure.append(ssim(one, other))
-    similarity = torch.cat(structure).mean().item() if structure else None
-    return replace(row, psnr=torch.cat(noise).mean().item(), ssim=similarity)
+    images, references = open_images(place), open_images(first)
+    psnrs, ssims = [], []
+    for start in range(0, len(images), _BATCH):
+        part = range(start, min(start + _BATCH, len(images)))
+        batch, reference = _pixels(images, part), _pixels(references, part)
+        psnrs.append(psnr(batch, reference))
+        if min(batch.shape[-2:]) >= WINDOW:
+            ssims.append(ssim(batch, reference))
+    similarity = torch.cat(ssims).mean().item() if ssims else None
+    return replace(row, psnr=torch.cat(psnrs).mean().item(), ssim=similarity)
 
 
 def _pixels(images: ImageSet, part: range) -> Tensor:
-    """(B, 3, H, W) uint8."""
-    found = [image for image in images.images(list(part), None) if not isinstance(image, DataError)]
-    if len(found) < len(part):
-        raise DataError(f"images of {images.path} cannot be read; remove them, and they are made again.")
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
+    """Read some images as (B, 3, H, W) uint8."""
+    readable = [image for image in images.images(list(part), None) if not isinstance(image, DataError)]
+    if len(readable) < len(part):
+        raise DataError(f"{images.path} holds images that cannot be read; remove them, and they are drawn again.")
+    return rearrange(torch.from_numpy(np.stack(readable)), "b h w c -> b c h w")
 
 
-def _judged(config: QualityConfig, rows: Sequence[QualityRow], places: Sequence[Path]) -> list[QualityRow]:
-    """Distances in the features of a network: to the first stack's images, and to the reference."""
+def _add_feature_distances(
+    config: QualityConfig, rows: Sequence[QualityRow], places: Sequence[Path]
+) -> list[QualityRow]:
+    """Measure feature distances to the first stack's images and, if there is a reference, to the reference."""
     settings: dict[str, Any] = {"extractor": config.extractor, "device": config.device, "reference": config.reference}
     if config.reference is not None:
         settings["cache"] = config.out / "reference.safetensors"
-    judged, first, extractor = [], None, None
+    measured, first, extractor = [], None, None
     for row, place in zip(rows, places, strict=True):
-        measured = EvalConfig(generated=place, **settings)
-        extractor = extractor or open_extractor(measured)
-        features = _features(extractor, measured, place)
+        evaluation = EvalConfig(generated=place, **settings)
+        extractor = extractor or open_extractor(evaluation)
+        features = _features(extractor, evaluation, place)
         first = features if first is None else first
         distance = None if first is features else feature_distance(features, first)
-        values = evaluate(measured).values if config.reference is not None else None
-        judged.append(replace(row, feature_distance=distance, values=values))
-    return judged
+        values = evaluate(evaluation).values if config.reference is not None else None
+        measured.append(replace(row, feature_distance=distance, values=values))
+    return measured
 
 
 def _features(extractor: Extractor, config: EvalConfig, place: Path) -> Tensor:
@@ -292,42 +296,42 @@ def _features(extractor: Extractor, config: EvalConfig, place: Path) -> Tensor:
         return extract(images, np.arange(len(images)), extractor, config.batch_size, "raise", advance).features
 
 
-def _timed(config: QualityConfig, opened: Sequence[Opened], rows: Sequence[QualityRow]) -> list[QualityRow]:
-    """Medians of the same batch drawn by all stacks in turn."""
+def _add_times(config: QualityConfig, opened: Sequence[Opened], rows: Sequence[QualityRow]) -> list[QualityRow]:
+    """Time all stacks in turn on the same batch."""
     device = open_device(config.device)
-    half, labels = product_type(config.precision, device), opened[0].labels(config.timed)
+    dtype, labels = product_type(config.precision, device), opened[0].labels(config.timed)
     seeds = [config.seed + number for number in range(config.timed)]
 
     with progress("timing", (config.rounds + 1) * len(opened)) as advance:
 
         def draw(each: Opened) -> None:
             sampler = each.sampler(config.scheduler, config.steps, config.guidance)
-            generate(each.model, sampler, each.objective, labels, seeds, dtype=half)
+            generate(each.model, sampler, each.objective, labels, seeds, dtype=dtype)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             advance(1)
 
         for each in opened:
             each.model.to(device)
-        sides = {str(number): partial(draw, each) for number, each in enumerate(opened)}
-        times = timing.in_turn(sides, rounds=config.rounds, warmup=1)
+        draws = {str(number): partial(draw, each) for number, each in enumerate(opened)}
+        times = timing.in_turn(draws, rounds=config.rounds, warmup=1)
     return [
         replace(
             row,
-            milliseconds=found["median_ms"] / config.timed,
-            spread=(found["max_ms"] - found["min_ms"]) / found["median_ms"],
+            milliseconds=time["median_ms"] / config.timed,
+            spread=(time["max_ms"] - time["min_ms"]) / time["median_ms"],
         )
-        for row, found in zip(rows, times.values(), strict=True)
+        for row, time in zip(rows, times.values(), strict=True)
     ]
 
 
-def _compared(row: QualityRow, first: QualityRow) -> QualityRow:
-    """What is saved of the first stack's FLOPs and time."""
+def _add_savings(row: QualityRow, first: QualityRow) -> QualityRow:
+    """Compute which share of the first stack's FLOPs and time a stack saves."""
     if row is first:
         return row
 
-    def saved(mine: float | None, theirs: float | None) -> float | None:
-        return None if mine is None or not theirs else 1.0 - mine / theirs
+    def saved(value: float | None, reference: float | None) -> float | None:
+        return None if value is None or not reference else 1.0 - value / reference
 
     return replace(
         row,
@@ -336,8 +340,8 @@ def _compared(row: QualityRow, first: QualityRow) -> QualityRow:
     )
 
 
-def _deciding(rows: Sequence[QualityRow]) -> str | None:
-    """The number that stacks are ranked by: a Frechet distance, else the distance to the first stack, else the loss."""
+def _ranking_measurement(rows: Sequence[QualityRow]) -> str | None:
+    """Choose what ranks the stacks: a Frechet distance, else the distance to the first stack, else the loss."""
     names = [name for name in rows[0].values or () if name.lower().startswith(("frechet", "fid"))]
     for name in (*names, "feature_distance", "held_out"):
         if all(row.quality(name) is not None for row in rows[1 if name == "feature_distance" else 0 :]):
@@ -345,21 +349,22 @@ def _deciding(rows: Sequence[QualityRow]) -> str | None:
     return None
 
 
-def _front(rows: Sequence[QualityRow], quality: str) -> list[QualityRow]:
-    """Mark the rows that no other one beats in both FLOPs and quality."""
+def _mark_front(rows: Sequence[QualityRow], quality: str) -> list[QualityRow]:
+    """Mark the rows that no other row beats in both FLOPs and quality."""
     points = points_of(rows, quality)
     best = {point.label for point in frontier(points)}
     return [replace(row, front=row.name in best) for row in rows]
 
 
 def points_of(rows: Sequence[QualityRow], quality: str) -> list[ParetoPoint]:
-    """Rows whose cost and quality are known, as points of a picture; the first is at no distance to itself."""
+    """Return the rows whose cost and quality are known as points of a plot; the first is at distance 0 to itself."""
     points = []
     for row in rows:
         value = row.quality(quality)
         if value is None and quality == "feature_distance":
             value = 0.0
         if value is not None and row.tflops_per_image is not None:
-            run = next(part for part in reversed(Path(row.model).parts) if part not in _INSIDE and "step_" not in part)
+            folders = reversed(Path(row.model).parts)
+            run = next(part for part in folders if part not in _RUN_FOLDERS and "step_" not in part)
             points.append(ParetoPoint(series=run, label=row.name, cost=row.tflops_per_image, quality=value))
     return points

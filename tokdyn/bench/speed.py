@@ -1,4 +1,4 @@
-"""How fast stacks are: calls and training steps in turn in one process, beside what their FLOPs promise."""
+"""Time calls and training steps of stacks in turn in one process, and compare the speed-up with that of the FLOPs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokdyn.attach import attachment_of
 from tokdyn.bench import timing
 from tokdyn.bench.flops import is_named
 from tokdyn.bench.stacks import Stack, open_stack
-from tokdyn.calibration.afterwards import rewrap
+from tokdyn.calibration.after_training import rewrap
 from tokdyn.cost import flops
 from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath
@@ -41,19 +41,21 @@ class SpeedConfig(BaseModel):
     """Settings of `tokdyn bench speed`.
 
     Attributes:
-        model: A named model such as DC-DiT-S (random weights) or what `tokdyn sample` takes, for stacks that name none.
-        batch: Images per call; several are measured one after the other.
-        size: Rows and columns of the input, likewise; null takes the model's own, 32 for a named model.
-        kept: Share of the tokens that DC-DiTs keep, likewise, the same for every image; null leaves it to the router.
+        model: A named model such as DC-DiT-S (random weights) or anything `tokdyn sample` accepts, for stacks that
+            name no model of their own.
+        batch: Images per call; give several to measure each.
+        size: Rows and columns of the input, one or several; null means the model's own, or 32 for a named model.
+        kept: Share of the tokens that DC-DiTs keep in every image, one or several; null leaves it to the router.
         precision: `fp32`, `bf16` (autocast for matrix products), or both.
         mode: `sample` (a call without gradients), `train` (forward and backward), or both.
-        compile: `none`, `scaffold`, `blocks` or `all` of a model; the first calls then compile and are not timed.
-        rounds: Each stack runs this often, in turn; medians count.
-        warmup: Rounds before that are not timed.
+        compile: `none`, or the parts of the model to compile: `scaffold`, `blocks` or `all`. Compilation happens in the
+            warm-up and is not timed.
+        rounds: Timed rounds; in each, every stack runs once in turn, and the median counts.
+        warmup: Rounds before that, which are not timed.
         memory: Also measure the peak memory that a call adds.
-        plot: PNG to draw times to, where several sizes or batches were measured.
-        out: JSON file to write everything to.
-        threads: Processor threads; null takes all.
+        plot: Draw times to this PNG, if several sizes or batches are measured.
+        out: Write all results to this JSON file.
+        threads: Processor threads; null means all.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
     """
 
@@ -79,15 +81,15 @@ class SpeedConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured of every stack.
+    """One combination of settings that every stack is measured with.
 
     Attributes:
         batch: B.
-        size: rows and columns of the input; None is the model's own.
+        size: rows and columns of the input; None means the model's own.
         kept: share of the tokens that a DC-DiT keeps; None leaves it to the router.
-        precision: of matrix products.
-        mode: without gradients, or forward and backward.
-        compile: which parts of the model.
+        precision: precision of matrix products.
+        mode: "sample" (no gradients) or "train" (forward and backward).
+        compile: the parts of the model to compile.
     """
 
     batch: int
@@ -100,20 +102,20 @@ class Case:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One stack in one case.
+    """The measurements of one stack in one case.
 
     Attributes:
-        stack: its name.
+        stack: name of the stack.
         case: what was measured.
         tokens: N, cells of the token grid.
-        milliseconds: of a call (or a step), median.
-        spread: range of the rounds over the median.
+        milliseconds: median time of a call, or of a training step.
+        spread: range of the rounds over their median.
         images_per_second: B over the median.
-        gflops: 1e9 FLOPs of the call, or three times that for a step; a multiply-add is 2 FLOPs.
-        gflops_per_second: of them, over the median.
-        speedup: time of the first stack in this case over that of this one.
-        realised: `speedup` over the ratio of their FLOPs: 1 is all that the FLOPs promise.
-        peak_mib: memory that a call adds at its peak; None if it was not asked for.
+        gflops: 1e9 FLOPs of the call, or three times as many for a training step; a multiply-add is 2 FLOPs.
+        gflops_per_second: `gflops` over the median.
+        speedup: time of the first stack in this case over the time of this stack.
+        realised: `speedup` over the ratio of the FLOPs; 1 means that all saved FLOPs turn into saved time.
+        peak_mib: MiB that a call adds at its peak; None if it was not asked for.
     """
 
     stack: str
@@ -130,7 +132,7 @@ class SpeedRow:
 
     @property
     def line(self) -> str:
-        """Stack and settings, without size and batch: what makes a curve."""
+        """What the rows of one curve share: the stack and its settings, without size and batch."""
         words = [self.stack, self.case.mode, self.case.precision]
         words += [] if self.case.compile == "none" else [f"compile={self.case.compile}"]
         words += [] if self.case.kept is None else [f"kept={self.case.kept:g}"]
@@ -138,7 +140,7 @@ class SpeedRow:
 
 
 def cases(config: SpeedConfig) -> Iterator[Case]:
-    """Every combination of what was asked for."""
+    """Yield every combination of the settings."""
     sizes: Sequence[int | None] = config.size or (None,)
     kept: Sequence[float | None] = config.kept or (None,)
     for mode, precision, compiled, share, size, batch in product(
@@ -152,29 +154,29 @@ def bench_speed(config: SpeedConfig, stacks: Sequence[Stack]) -> list[SpeedRow]:
 
     Args:
         config: what to measure.
-        stacks: at least one; the first is what the others are compared with.
+        stacks: one or more; the others are compared with the first.
 
     Raises:
-        TokdynError: a stack does not open, or cannot be timed call by call.
+        TokdynError: a stack cannot be opened, or cannot be timed call by call.
     """
     settle_memory()
     timing.prepare(config.threads)
     if not stacks:
-        raise RecipeError("there is no stack to time: give at least one.")
-    device, found = open_device(config.device), list(cases(config))
+        raise RecipeError("there are no stacks to time; give at least one.")
+    device, wanted = open_device(config.device), list(cases(config))
     rows = []
-    with progress("timing", len(found)) as advance:
-        for case in found:
-            rows += _case(config, case, stacks, device)
+    with progress("timing", len(wanted)) as advance:
+        for case in wanted:
+            rows += _measure(config, case, stacks, device)
             advance(1)
     return rows
 
 
 def growth(rows: Sequence[SpeedRow], along: Literal["tokens", "batch"]) -> dict[str, float]:
-    """The exponent b of time ~ a x^b along tokens or batch, by least squares on logarithms.
+    """Fit the exponent b of time = a * x**b along tokens or batch by least squares on logarithms.
 
     Returns:
-        For every stack and setting with three points or more, the exponent.
+        The exponent for every stack and setting with at least three points.
     """
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -184,22 +186,24 @@ def growth(rows: Sequence[SpeedRow], along: Literal["tokens", "batch"]) -> dict[
     return {name: timing.growth(points) for name, points in lines.items() if len(points) >= 3}
 
 
-def _case(config: SpeedConfig, case: Case, stacks: Sequence[Stack], device: torch.device) -> list[SpeedRow]:
-    sides: dict[str, Callable[[], None]] = {}
+def _measure(config: SpeedConfig, case: Case, stacks: Sequence[Stack], device: torch.device) -> list[SpeedRow]:
+    """Time all stacks in one case."""
+    calls: dict[str, Callable[[], None]] = {}
     costs: dict[str, float] = {}
     tokens: dict[str, int] = {}
     for stack in stacks:
-        model, inputs, more = _ready(config, stack, case, device)
-        sides[stack.name] = partial(_run, model, inputs, more, case)
+        model, inputs, options = _prepare(config, stack, case, device)
+        calls[stack.name] = partial(_run, model, inputs, options, case)
         with autocast(device, case.precision):
-            costs[stack.name] = flops(model.eval(), *inputs, **more).total * (3 if case.mode == "train" else 1) / 1e9
+            cost = flops(model.eval(), *inputs, **options).total
+        costs[stack.name] = cost * (3 if case.mode == "train" else 1) / 1e9
         tokens[stack.name] = math.prod(side // model.config.patch_size for side in inputs[0].shape[-2:])
         model.train(case.mode == "train")
         if case.compile != "none":
             compile_parts(model, case.compile)
-    times = timing.in_turn(sides, rounds=config.rounds, warmup=config.warmup)
+    times = timing.in_turn(calls, rounds=config.rounds, warmup=config.warmup)
     rows = []
-    for name in sides:
+    for name in calls:
         median = times[name]["median_ms"]
         rows.append(
             SpeedRow(
@@ -214,30 +218,31 @@ def _case(config: SpeedConfig, case: Case, stacks: Sequence[Stack], device: torc
             )
         )
     if config.memory:
-        rows = [replace(row, peak_mib=_peak(config, stack, case)) for row, stack in zip(rows, stacks, strict=True)]
+        rows = [replace(row, peak_mib=_peak_mib(config, stack, case)) for row, stack in zip(rows, stacks, strict=True)]
     first = rows[0]
-    return [_beside(row, first) for row in rows]
+    return [_compare(row, first) for row in rows]
 
 
-def _beside(row: SpeedRow, first: SpeedRow) -> SpeedRow:
+def _compare(row: SpeedRow, first: SpeedRow) -> SpeedRow:
+    """Add the speed-up over the first stack."""
     speedup = first.milliseconds / row.milliseconds
     return replace(row, speedup=speedup, realised=speedup * row.gflops / first.gflops)
 
 
-def _ready(
+def _prepare(
     config: SpeedConfig, stack: Stack, case: Case, device: torch.device
 ) -> tuple[Any, tuple[Tensor, ...], dict[str, Any]]:
-    """A model with what it is called with."""
+    """Build the model of a stack on its device, with the inputs and options of its calls."""
     model = model_of(config, stack, case).to(device)
-    inputs, more = _inputs(model, stack, case, device)
-    return model, inputs, more
+    inputs, options = _inputs(model, stack, case, device)
+    return model, inputs, options
 
 
 def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
-    """The model of a stack: of a checkpoint, or of a name with random weights that keep 1/N of white noise."""
+    """Open the checkpoint of a stack, or build its named model with random weights."""
     place = stack.model or config.model
     if place is None:
-        raise RecipeError(f"the stack {stack.name} names no model; give it one, or one for all stacks.")
+        raise RecipeError(f"the stack {stack.name} names no model; set its model, or one for all stacks.")
     if not is_named(place):
         model = open_stack(stack, place).model
     else:
@@ -245,42 +250,45 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
         shared: dict[str, Any] = {"sample_size": case.size or 32}
         model = DCDiT.named(place, **shared) if place.startswith("DC-") else DiT.named(place, **shared)
         if stack.folder is not None:
-            raise RecipeError(f"the stack {stack.name} has trained methods for a model without trained weights.")
+            raise RecipeError(
+                f"the stack {stack.name} has folder={stack.folder}, but the named model {place} has no trained weights "
+                "that those methods could fit; name a checkpoint."
+            )
         rewrap(model, [from_settings(each) for each in stack.methods])
-    carried = attachment_of(model)
-    if carried is not None and carried.remembers:
+    attachment = attachment_of(model)
+    if attachment is not None and attachment.remembers:
         raise RecipeError(
-            f"the stack {stack.name} has a FeatureCache, which acts from step to step: time it with "
-            "tokdyn bench quality."
+            f"the stack {stack.name} has a FeatureCache, which acts across steps and cannot be timed by single calls; "
+            "use tokdyn bench quality."
         )
     return model
 
 
 def _inputs(model: Any, stack: Stack, case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Noise, times, classes, and for a DC-DiT the tokens to keep or the tail drop."""
+    """Build noise, timesteps and labels, and for a DC-DiT the plan of tokens to keep or the tail drop."""
     own = model.config.sample_size
     size = (case.size, case.size) if case.size else (own, own) if isinstance(own, int) else tuple(own)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.batch, model.config.in_channels, *size, generator=generator).to(device)
     time = torch.linspace(0, 999, case.batch).round().to(device)
     labels = (torch.arange(case.batch) % model.config.num_classes).to(device)
-    more: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if isinstance(model, DCDiT):
         patch = model.config.patch_size
         cells = (size[0] // patch) * (size[1] // patch)
         if case.kept is not None:
             order = torch.rand(case.batch, cells, generator=generator).argsort(dim=1)
-            more["plan"] = (order < max(1, round(case.kept * cells))).to(device)
+            options["plan"] = (order < max(1, round(case.kept * cells))).to(device)
         if stack.tail_drop:
-            more["tail_drop"] = at(stack.tail_drop, 0.5)
-    return (x, time, labels), more
+            options["tail_drop"] = at(stack.tail_drop, 0.5)
+    return (x, time, labels), options
 
 
-def _run(model: Any, inputs: tuple[Tensor, ...], more: dict[str, Any], case: Case) -> None:
-    """A call without gradients; or forward and backward of the mean square of what the model says."""
+def _run(model: Any, inputs: tuple[Tensor, ...], options: dict[str, Any], case: Case) -> None:
+    """Call the model without gradients, or run forward and backward of the mean square of its output."""
     device, training = inputs[0].device, case.mode == "train"
     with nullcontext() if training else torch.inference_mode(), autocast(device, case.precision):
-        out = model(*inputs, **more)
+        out = model(*inputs, **options)
     if training:
         out.sample.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
@@ -288,20 +296,20 @@ def _run(model: Any, inputs: tuple[Tensor, ...], more: dict[str, Any], case: Cas
         torch.cuda.synchronize(device)
 
 
-def _peak(config: SpeedConfig, stack: Stack, case: Case) -> float:
-    """MiB that the first call adds at its peak, in a process of its own: a process keeps what it once took."""
+def _peak_mib(config: SpeedConfig, stack: Stack, case: Case) -> float:
+    """Measure the MiB that a call adds at its peak, in a new process, since a process keeps memory it once took."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak_here, config, stack, case).result()
+        return pool.submit(_peak_mib_in_this_process, config, stack, case).result()
 
 
-def _peak_here(config: SpeedConfig, stack: Stack, case: Case) -> float:
+def _peak_mib_in_this_process(config: SpeedConfig, stack: Stack, case: Case) -> float:
     device = open_device(config.device)
     timing.prepare(config.threads)
-    model, inputs, more = _ready(config, stack, case, device)
+    model, inputs, options = _prepare(config, stack, case, device)
     model.train(case.mode == "train")
     if device.type != "cuda":
-        return timing.peak_growth_mib(partial(_run, model, inputs, more, case))
+        return timing.peak_growth_mib(partial(_run, model, inputs, options, case))
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _run(model, inputs, more, case)
+    _run(model, inputs, options, case)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20

@@ -1,4 +1,4 @@
-"""Times of stacks as a table, as JSON and as curves."""
+"""Show the times of stacks as a table, as JSON and as curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokdyn.report.style import COLOURS, MARKERS, figure_style, save_figure
 
 
 def columns(rows: Sequence[SpeedRow]) -> dict[str, list[str]]:
-    """The columns of the table, each with one text per row; settings that are the same everywhere are left out."""
+    """Return the columns of the table, each with one cell per row, without settings that all rows share."""
     settings = {
         name: [_text(getattr(row.case, name)) for row in rows]
         for name in ("mode", "precision", "compile", "size", "kept", "batch")
@@ -34,9 +34,9 @@ def columns(rows: Sequence[SpeedRow]) -> dict[str, list[str]]:
         "of the FLOPs": [f"{row.realised:.2f}" for row in rows],
         "peak, MiB": ["-" if row.peak_mib is None else f"{row.peak_mib:.0f}" for row in rows],
     }
-    alone = len({row.stack for row in rows}) == 1
-    hidden = {"speed-up", "of the FLOPs"} if alone else set()
-    return {name: texts for name, texts in table.items() if name not in hidden and any(text != "-" for text in texts)}
+    one_stack = len({row.stack for row in rows}) == 1
+    hidden = {"speed-up", "of the FLOPs"} if one_stack else set()
+    return {name: cells for name, cells in table.items() if name not in hidden and any(cell != "-" for cell in cells)}
 
 
 def _text(value: Any) -> str:
@@ -44,7 +44,7 @@ def _text(value: Any) -> str:
 
 
 def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
-    """All of it, ready for JSON: machine, settings, rows, and how time grows with tokens and batch."""
+    """Collect the result for JSON: machine, settings, rows, and how time grows with tokens and batch."""
     return {
         "machine": timing.machine(),
         "units": "milliseconds per call or training step; a multiply-add is 2 FLOPs",
@@ -55,20 +55,20 @@ def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
-    """Save `curves` as a picture."""
+    """Save the plot of `curves` as a PNG."""
     with figure_style():
         return save_figure(curves(rows), path)
 
 
 def curves(rows: Sequence[SpeedRow]) -> Figure:
-    """Time against tokens, or against the batch where all have the same tokens; both axes logarithmic.
+    """Plot time against tokens, or against the batch if all rows have the same tokens; both axes are logarithmic.
 
     Raises:
-        InputError: there is one size and one batch, so there is no curve.
+        InputError: there is only one size and one batch.
     """
     along = "tokens" if len({row.tokens for row in rows}) > 1 else "batch"
     if along == "batch" and len({row.case.batch for row in rows}) < 2:
-        raise InputError("there is no curve to draw: give several sizes or batches, such as size=16,32,64.")
+        raise InputError("one size and one batch make no curve: give several, such as size=16,32,64.")
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         name = f"{row.line} batch={row.case.batch}" if along == "tokens" else row.line

@@ -1,4 +1,4 @@
-"""A stack: a model, the methods on it, and how many tokens its branches may keep."""
+"""Stacks of methods: read them from YAML and open them on a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tokdyn.attach import attachment_of, load, unwrap
-from tokdyn.calibration.afterwards import rewrap
+from tokdyn.calibration.after_training import rewrap
 from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Drop, Sampler
@@ -23,16 +23,17 @@ from tokdyn.sample.loading import ModelInfo, load_model
 
 
 class Stack(BaseModel):
-    """What is compared.
+    """A stack to measure: a list of methods, the model they act on, and its tail drop.
 
     Attributes:
-        name: in tables and pictures.
-        model: what `tokdyn sample` takes; null means the model of the command.
-        folder: of methods, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, in place of those that the model
-            was trained with.
-        methods: put around those that the model was trained with, outermost first: a list of
+        name: name in tables and plots.
+        model: anything `tokdyn sample` accepts; null means the model of the command.
+        folder: folder of methods written by `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, which replace the
+            methods that the model was trained with.
+        methods: put around the methods that the model was trained with, outermost first: a list of
             {method: NAME, setting: value, ...}.
         tail_drop: share of the kept tokens that a chunking model drops, or points [[noise level, share], ...].
+        uncond_tail_drop: the same for the unconditional branch (Lite-CFG, arXiv 2603.06351); null means `tail_drop`.
         uncond_tail_drop: the same in the unconditional branch (Lite-CFG, arXiv 2603.06351); null means as the other.
     """
 
@@ -47,21 +48,21 @@ class Stack(BaseModel):
 
     @field_validator("methods")
     @classmethod
-    def _builds(cls, methods: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    def _methods_are_valid(cls, methods: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
         for each in methods:
-            from_settings(each)  # an InputError is a ValueError
+            from_settings(each)  # raises an InputError, which is a ValueError
         return methods
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A stack that is ready to run.
+    """A stack on its loaded model.
 
     Attributes:
-        stack: as it was asked for.
-        model: in evaluation mode on the CPU, with its methods.
-        objective: what it was trained to predict.
-        info: where it came from.
+        stack: the stack.
+        model: in evaluation mode on the CPU, with the methods attached.
+        objective: what the model was trained to predict.
+        info: where the model came from.
     """
 
     stack: Stack
@@ -70,50 +71,51 @@ class Opened:
     info: ModelInfo
 
     def sampler(self, scheduler: SchedulerName | None, steps: int, guidance: float) -> Sampler:
-        """Draws as `tokdyn sample` does by default, with the budgets of the stack."""
+        """Build the default sampler of `tokdyn sample`, with the tail drop of the stack."""
         return Sampler(
             scheduler=scheduler, steps=steps, guidance=guidance, tail_drop=self.stack.tail_drop,
             uncond_tail_drop=self.stack.uncond_tail_drop, clip=self.info.latents is None,
         )  # fmt: skip
 
     def labels(self, count: int) -> list[int]:
-        """The classes in turn."""
+        """Return `count` labels, cycling through the classes."""
         return [number % self.model.config.num_classes for number in range(count)]
 
 
-def read_stacks(words: Sequence[str]) -> tuple[Stack, ...]:
-    """Stacks as a command line gives them.
+def read_stacks(arguments: Sequence[str]) -> tuple[Stack, ...]:
+    """Read the stacks given on a command line.
 
     Args:
-        words: each a YAML file with a list of stacks (or with one under `stacks`), or one stack as YAML:
-            "{name: merged, methods: [{method: TokenMerge, ratio: 0.3}]}".
+        arguments: each is the path of a YAML file with a list of stacks (or a mapping that holds one under `stacks`),
+            or one stack as inline YAML, such as "{name: merged, methods: [{method: TokenMerge, ratio: 0.3}]}".
 
     Raises:
-        RecipeError: a word is neither, a stack is not valid, or two share a name.
+        RecipeError: an argument is neither, a stack is invalid, or two stacks share a name.
     """
     stacks: list[Stack] = []
-    for word in words:
-        inline = word.lstrip().startswith("{")
-        source = "the stack" if inline else word
+    for argument in arguments:
+        inline = argument.lstrip().startswith("{")
+        source = "the stack" if inline else argument
         try:
-            found = yaml_text.parse(word if inline else Path(word).expanduser().read_text(encoding="utf-8"), source)
+            text = argument if inline else Path(argument).expanduser().read_text(encoding="utf-8")
+            content = yaml_text.parse(text, source)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(
-                f"{word} cannot be read ({error}): give a YAML file with a list of stacks, or one stack as "
+                f"{argument} cannot be read ({error}): give a YAML file with a list of stacks, or one stack as "
                 '"{name: merged, methods: [{method: TokenMerge, ratio: 0.3}]}".'
             ) from error
-        listed = [found] if inline else found.get("stacks") if isinstance(found, dict) else found
+        listed = [content] if inline else content.get("stacks") if isinstance(content, dict) else content
         if not isinstance(listed, list) or not listed or not all(isinstance(each, dict) for each in listed):
-            raise RecipeError(f"{source} holds no stacks: expected a list of {{name: ..., methods: [...]}}.")
+            raise RecipeError(f"{source} holds no stacks; expected a list of {{name: ..., methods: [...]}}.")
         for each in listed:
             try:
                 stacks.append(Stack.model_validate(each))
             except ValidationError as error:
                 raise explain(Stack, error, source) from error
     names = [stack.name for stack in stacks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RecipeError(f"two stacks are called {twice[0]}; give each its own name.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise RecipeError(f"two stacks are called {repeated[0]}; give each stack a name of its own.")
     return tuple(stacks)
 
 
@@ -121,25 +123,25 @@ def open_stack(stack: Stack, model: str | None = None, ema: bool = True) -> Open
     """Load the model of a stack and attach its methods.
 
     Args:
-        stack: what to open.
-        model: for stacks that name none.
-        ema: take the averaged weights where there are both.
+        stack: the stack.
+        model: the model of stacks that name none.
+        ema: take the averaged weights where a checkpoint holds both.
 
     Raises:
-        TokdynError: there is no model, or a method or a tail drop does not fit it.
+        TokdynError: no model is given, or a method or a tail drop does not fit the model.
     """
-    place = stack.model or model
-    if place is None:
-        raise RecipeError(f"the stack {stack.name} names no model; give it one, or one for all stacks.")
-    loaded, objective, info = load_model(place, ema)
-    return Opened(stack, attach(loaded, stack), objective, info)
+    path = stack.model or model
+    if path is None:
+        raise RecipeError(f"the stack {stack.name} names no model; set its model, or one for all stacks.")
+    loaded, objective, info = load_model(path, ema)
+    return Opened(stack, attach_stack(loaded, stack), objective, info)
 
 
-def attach(model: Any, stack: Stack) -> Any:
-    """Put the methods of a stack on a loaded model, in place; returns it in evaluation mode.
+def attach_stack(model: Any, stack: Stack) -> Any:
+    """Attach the methods of a stack to a loaded model, in place, and return the model in evaluation mode.
 
     Raises:
-        TokdynError: a method or a tail drop does not fit it.
+        TokdynError: a method or a tail drop does not fit the model.
     """
     if stack.folder is not None:
         if attachment_of(model) is not None:

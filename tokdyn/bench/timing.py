@@ -1,4 +1,4 @@
-"""Fair timing: the allocator set, both sides in turn in one process, medians, the machine beside the numbers."""
+"""Fair timing: fix the allocator, run all sides in turn in one process, take medians and record the machine."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from tokdyn.ops.device import cpu_multiplies
 
 
 def prepare(threads: int | None = None) -> None:
-    """Set the allocator and the threads; call once, before the first tensor."""
+    """Set the allocator and the number of threads; call this once, before the first tensor is made."""
     keep_large_buffers()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     torch.manual_seed(0)
 
 
 def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int = 9, warmup: int = 2) -> dict[str, dict[str, float]]:
-    """Run every side in every round, so that a busy neighbour slows all of them alike.
+    """Run every side once per round, so that other load on the machine slows all of them alike.
 
     Returns:
-        For each side the median, least and largest milliseconds.
+        For each side the median, smallest and largest time in milliseconds.
     """
     for _ in range(warmup):
-        for run in sides.values():
-            run()
+        for side in sides.values():
+            side()
     times: dict[str, list[float]] = {name: [] for name in sides}
     gc.disable()
     try:
         for _ in range(rounds):
-            for name, run in sides.items():
+            for name, side in sides.items():
                 start = time.perf_counter()
-                run()
+                side()
                 times[name].append((time.perf_counter() - start) * 1e3)
     finally:
         gc.enable()
@@ -53,10 +53,10 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int = 9, warmup: int
 
 
 def growth(times: Mapping[int, float]) -> float:
-    """The exponent b of time ~ a x^b, by least squares on logarithms.
+    """Fit the exponent b of time = a * x**b by least squares on logarithms.
 
     Args:
-        times: by x, such as tokens; two or more.
+        times: time by x, such as the number of tokens; two entries or more.
     """
     points = [(math.log(x), math.log(time)) for x, time in times.items()]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
@@ -66,27 +66,27 @@ def growth(times: Mapping[int, float]) -> float:
 
 
 def ratio(times: Mapping[str, Mapping[str, float]], slow: str, fast: str) -> float:
-    """Median of one side over the median of the other."""
+    """Divide the median of one side by the median of another."""
     return times[slow]["median_ms"] / times[fast]["median_ms"]
 
 
-def peak_growth_mib(run: Callable[[], Any]) -> float:
-    """How far a call raises the peak resident memory of this process above what it holds before (Linux)."""
+def peak_growth_mib(call: Callable[[], Any]) -> float:
+    """Measure by how many MiB a call raises the peak resident memory of this process (Linux)."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status("VmRSS")
-    run()
+    call()
     return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:
-    """A field of this process's status, in KiB."""
+    """Read a field of this process's status in KiB."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1])
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine that results were measured on."""
     return {
         "processor": describe(torch.device("cpu"))["processor"],
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""Schedules for a FLOPs target: how budgets, merging, skipping and caching are best spread over the noise levels."""
+"""Tune a schedule for a FLOPs target: how tail drop, merging, skipping and caching spread over the noise levels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tokdyn.attach import attachment_of, save
-from tokdyn.bench.page import write_page
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.quality_page import write_page
 from tokdyn.bench.stacks import Stack, open_stack
-from tokdyn.bench.tune_search import Trial, Tuner, fitting, search, uniform
+from tokdyn.bench.tune_search import Trial, Tuner, search, uniform_trial, usable_knobs
 from tokdyn.bench.tune_settings import TuneConfig
 from tokdyn.errors import InputError
 from tokdyn.files import replacing, require_folder
@@ -23,13 +23,13 @@ from tokdyn.recipe import yaml_text
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What `tune` found.
+    """The result of `tune`.
 
     Attributes:
-        folder: with stack.yaml, tuned.json and what `tokdyn bench quality` writes.
-        stack: the winner.
-        trials: all that met the target, the best of the proxy first.
-        quality: of the model as it is, the uniform schedule and the finalists.
+        folder: holds stack.yaml, tuned.json and the files of `tokdyn bench quality`.
+        stack: the best schedule.
+        trials: all schedules that met the target, best proxy error first.
+        quality: measurements of the unmodified model, the uniform schedule and the finalists.
     """
 
     folder: Path
@@ -39,56 +39,56 @@ class TuneResult:
 
 
 def tune(config: TuneConfig) -> TuneResult:
-    """Search a schedule for a share of the FLOPs, and measure the best of them against the uniform one.
+    """Search schedules that meet a FLOPs target, and measure the best of them against the uniform one.
 
-    The proxy is the distance to the images that the model draws as it is, from the same seeds; what the finalists are
-    ranked by is what `tokdyn bench quality` ranks by, on images of other seeds.
+    The search minimises the distance to the images of the unmodified model from the same seeds. The finalists are then
+    ranked like any stacks of `tokdyn bench quality`, on images from other seeds.
 
     Raises:
-        TokdynError: the model does not open, or no schedule comes down to the target.
+        TokdynError: the model cannot be opened, or no schedule meets the target.
     """
     settle_memory()
     require_folder(config.out)
-    opened = open_stack(Stack(name="as it is", model=config.model), ema=config.ema)
+    opened = open_stack(Stack(name="unmodified", model=config.model), ema=config.ema)
     opened.model.to(open_device(config.device))
-    possible = fitting(opened, config.guidance != 1.0)
-    refused = [knob for knob in config.knobs or () if knob not in possible]
-    if refused:
-        raise InputError(f"{refused[0]} is no knob of this model and sampler; it has {', '.join(possible)}.")
-    tuner = Tuner(config, opened, config.knobs or possible)
+    usable = usable_knobs(opened, config.guidance != 1.0)
+    unusable = [knob for knob in config.knobs or () if knob not in usable]
+    if unusable:
+        raise InputError(f"this model and sampler have no knob {unusable[0]}; knobs can be {', '.join(usable)}.")
+    tuner = Tuner(config, opened, config.knobs or usable)
     tuner.prepare()
     trials = search(tuner)
-    plain = uniform(tuner, trials)
+    plain = uniform_trial(tuner, trials)
     others = [trial.stack for trial in trials if plain is None or trial.stack != plain.stack][: config.finalists]
     finalists = [stack.model_copy(update={"name": f"tuned {n + 1}"}) for n, stack in enumerate(others)]
-    flat = [] if plain is None else [plain.stack.model_copy(update={"name": "uniform"})]
+    uniform = [] if plain is None else [plain.stack.model_copy(update={"name": "uniform"})]
     shared = ("model", "count", "batch_size", "scheduler", "steps", "guidance", "held_out", "reference", "extractor")
-    asked = {name: getattr(config, name) for name in (*shared, "out", "precision", "device", "ema")}
-    measured = QualityConfig(seed=config.seed + config.images, rounds=0, **asked)
-    quality = bench_quality(measured, [opened.stack, *flat, *finalists])
+    settings = {name: getattr(config, name) for name in (*shared, "out", "precision", "device", "ema")}
+    measured = QualityConfig(seed=config.seed + config.images, rounds=0, **settings)
+    quality = bench_quality(measured, [opened.stack, *uniform, *finalists])
     write_page(measured, quality)
-    winner = _winner([*finalists, *flat], quality)
-    with replacing(config.out / "stack.yaml") as half:
-        half.write_text(yaml_text.dump([_plain(winner)]), encoding="utf-8")
-    chosen = open_stack(winner, ema=config.ema).model
-    attachment = attachment_of(chosen)
+    winner = _best([*finalists, *uniform], quality)
+    with replacing(config.out / "stack.yaml") as temporary:
+        temporary.write_text(yaml_text.dump([_set_fields(winner)]), encoding="utf-8")
+    model = open_stack(winner, ema=config.ema).model
+    attachment = attachment_of(model)
     methods = None
     if attachment is not None and attachment.methods:
-        methods = save(chosen, config.out / "methods")
+        methods = save(model, config.out / "methods")
     content = {
         "settings": config.model_dump(mode="json"),
         "units": "shares of the FLOPs; a multiply-add is 2",
-        "winner": _plain(winner),
+        "winner": _set_fields(winner),
         "sample": sample_command(config, winner, methods),
-        "trials": [{"flops": t.flops, "error": t.error, "stack": _plain(t.stack)} for t in trials],
+        "trials": [{"flops": t.flops, "error": t.error, "stack": _set_fields(t.stack)} for t in trials],
     }
-    with replacing(config.out / "tuned.json") as half:
-        half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(config.out / "tuned.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return TuneResult(config.out, winner, tuple(trials), quality)
 
 
 def sample_command(config: TuneConfig, stack: Stack, methods: Path | None) -> str:
-    """The command line that samples with a stack of tail drops and saved methods."""
+    """Build the command line that samples with a stack of tail drops and saved methods."""
     words = ["tokdyn", "sample", config.model, f"steps={config.steps}"]
     words += [f"scheduler={config.scheduler}"] if config.scheduler else []
     words += [f"guidance={config.guidance:g}"] if config.guidance != 1.0 else []
@@ -104,8 +104,8 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _winner(finalists: Sequence[Stack], quality: QualityResult) -> Stack:
-    """The finalist of the best quality: that of the ranking, or else the highest PSNR."""
+def _best(finalists: Sequence[Stack], quality: QualityResult) -> Stack:
+    """Return the finalist that ranks best, or the one with the highest PSNR if nothing ranks them."""
     rows = {row.name: row for row in quality.rows}
 
     def cost(stack: Stack) -> float:
@@ -116,8 +116,8 @@ def _winner(finalists: Sequence[Stack], quality: QualityResult) -> Stack:
     return min(finalists, key=cost).model_copy(update={"name": "tuned"})
 
 
-def _plain(stack: Stack) -> dict[str, Any]:
-    """A stack as YAML and JSON write it, without what is not set."""
+def _set_fields(stack: Stack) -> dict[str, Any]:
+    """Dump a stack for YAML and JSON without the fields that are not set."""
     return {
         name: value
         for name, value in stack.model_dump(mode="json", exclude_defaults=True).items()

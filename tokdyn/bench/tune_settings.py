@@ -1,4 +1,4 @@
-"""What `tokdyn tune` searches, for which target, and how."""
+"""Settings of `tokdyn tune`: the knobs of a schedule, the FLOPs target and the search."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ class TuneConfig(BaseModel):
     """Settings of `tokdyn tune`.
 
     Attributes:
-        model: What `tokdyn sample` takes.
-        flops: Share of the FLOPs of the same images without any of it, to come down to.
-        out: Folder to write to.
-        knobs: What may be turned: `drop` (tail drop of a chunking model by noise level), `uncond` (the same of the
-            unconditional branch), `merge` (TokenMerge by noise level), `skip` (a calibrated table of blocks), `cache`
-            (a calibrated threshold); null takes all that fit the model.
-        trials: Schedules that the search tries with the proxy.
-        images: Images of the proxy: how far they are from those of the model as it is, from the same seeds.
-        finalists: Schedules that are measured on `count` images of other seeds, beside the uniform one.
-        count: See `finalists`.
-        seed: Of the search, and of the first image of the proxy.
+        model: Anything `tokdyn sample` accepts.
+        flops: Target, as a share of the FLOPs of the same images drawn by the unmodified model.
+        out: Output folder.
+        knobs: What the search may turn: `drop` (tail drop of a chunking model by noise level), `uncond` (the same for
+            the unconditional branch), `merge` (TokenMerge by noise level), `skip` (a calibrated table of skipped
+            blocks), `cache` (a calibrated threshold); null means all that the model has.
+        trials: Schedules that the search tries.
+        images: Images that each trial draws; its error is their distance to those of the unmodified model from the
+            same seeds.
+        finalists: Best schedules that are then measured on `count` images from other seeds, beside the uniform one.
+        count: Images per finalist.
+        seed: Seed of the search, and of the first image of a trial.
         batch_size: Images per model call, before guidance doubles it.
-        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null takes ddpm or euler.
+        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null means ddpm or euler.
         steps: Model calls per image.
         guidance: Scale of classifier-free guidance; 1 means none.
         held_out: See `tokdyn bench quality`.

@@ -1,4 +1,4 @@
-"""Calibrating FeatureCache: how much the output of the blocks changes when their input does (arXiv 2411.19108)."""
+"""Calibrate FeatureCache: how much the output of the blocks changes with their input (arXiv 2411.19108)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokdyn.attach import fingerprint
 from tokdyn.calibration.observer import Observer, observing
-from tokdyn.calibration.recording import Call, listed
+from tokdyn.calibration.recorder import Call, listed
 from tokdyn.calibration.replay import Replay, Spent, evaluating
 from tokdyn.calibration.threshold import Step, choose_threshold, share_of
 from tokdyn.errors import InputError
@@ -26,11 +26,11 @@ class CacheCalibration:
     """The result of `calibrate_cache`.
 
     Attributes:
-        method: with the polynomial, and the threshold if a target was given.
-        steps: what was measured, one for each recorded call.
-        fit: share of the variance of the effects that the polynomial explains (R^2).
-        flops: share of the FLOPs of the recorded calls that is left with the threshold.
-        computed: share of the steps whose blocks run with it.
+        method: the cache with the polynomial, and with the threshold if a target was given.
+        steps: measurements, one per recorded call.
+        fit: share of the variance of the effects that the polynomial explains (R**2).
+        flops: share of the FLOPs of the recorded calls that remains with the threshold.
+        computed: share of computed steps with the threshold.
     """
 
     method: FeatureCache
@@ -51,76 +51,79 @@ def calibrate_cache(
     """Fit the polynomial and choose the threshold; see `tokdyn.calibrate` for the arguments.
 
     Raises:
-        InputError: settings that do not fit each other or the calls.
+        InputError: the settings contradict each other or do not fit the calls.
         UnsupportedModelError: no adapter knows the model.
     """
     if method.steps is not None:
         raise InputError(
-            f"FeatureCache(steps={method.steps}) says already which steps are computed; calibrate FeatureCache() with "
-            "steps=0.5, say, for half of them."
+            f"FeatureCache(steps={method.steps}) already fixes the computed steps; calibrate FeatureCache() with "
+            "steps=0.5, for example, to compute half of them."
         )
     if degree < 1:
-        raise InputError(f"degree is {degree}; a polynomial of degree 1 or more is needed.")
+        raise InputError(f"degree={degree} is no degree of a polynomial; give 1 or more.")
     if flops is not None and steps is not None:
-        raise InputError("give flops or steps as the target for the threshold, not both.")
-    replay, found = Replay(model), listed(calls)
+        raise InputError("flops and steps are both targets for the threshold; give one of them.")
+    replay, recorded = Replay(model), listed(calls)
     with evaluating(model):
-        measured = measure(replay, found, method)
+        measured = measure(replay, recorded, method)
     pairs = [(step.change, step.effect) for step in measured if step.change is not None and step.effect is not None]
     changes, effects = (torch.cat(column) for column in zip(*pairs, strict=True))
     coefficients = fit_rescaling(changes, effects, degree)
     settings = method.model_dump() | {"coefficients": coefficients}
     if flops is not None or steps is not None:
         settings["threshold"] = choose_threshold(measured, FeatureCache(**settings), flops=flops, computed=steps)
-    made = FeatureCache(**{**settings, "fingerprint": fingerprint(model, _grid(measured))})
-    share = share_of(measured, made)
-    return CacheCalibration(made, measured, _explained(changes, effects, coefficients), share.flops, share.computed)
+    calibrated = FeatureCache(**{**settings, "fingerprint": fingerprint(model, _grid(measured))})
+    share = share_of(measured, calibrated)
+    return CacheCalibration(
+        calibrated, measured, _explained_variance(changes, effects, coefficients), share.flops, share.computed
+    )
 
 
 def measure(replay: Replay, calls: Sequence[Call], method: FeatureCache) -> tuple[Step, ...]:
-    """Call the model with all calls, and compare indicator and output of the blocks with those of the step before."""
+    """Replay all calls and compare the indicator and output of the blocks with those of the step before."""
     last: dict[Any, tuple[int, Tensor, Tensor]] = {}
     steps = []
     with observing(replay.model, method) as observer, progress("measuring", len(calls)) as advance:
         for call in calls:
             costs = replay.counted(call, partial(_costs, replay, call, observer))
-            position, levels, told, output = observer.seen()
+            position, levels, indicator, output = observer.take()
             change, effect = None, None
-            number, told_before, output_before = last.get(position.branch, (-1, told, output))
-            if number == position.run and told_before.shape == told.shape:
-                change = relative_change(told, told_before).cpu()
-                effect = relative_change(output, output_before).cpu()
-            last[position.branch] = (position.run, told, output)
+            trajectory, last_indicator, last_output = last.get(position.branch, (-1, indicator, output))
+            if trajectory == position.run and last_indicator.shape == indicator.shape:
+                change = relative_change(indicator, last_indicator).cpu()
+                effect = relative_change(output, last_output).cpu()
+            last[position.branch] = (position.run, indicator, output)
             steps.append(Step(position, levels, change, effect, *costs))
             advance(1)
     if all(step.change is None for step in steps):
         raise InputError(
-            "the recorded calls hold no two steps of one trajectory; record whole trajectories, the calls in order."
+            "no two recorded calls belong to one trajectory; record whole trajectories, with their calls in order."
         )
     return tuple(steps)
 
 
 def _costs(replay: Replay, call: Call, observer: Observer, spent: Spent) -> tuple[int, int, int]:
-    """FLOPs of what a cache can pass by, of everything else, and of the model without a cache."""
+    """Count the FLOPs that a cache can skip, those of everything else, and those of the model without a cache."""
     observer.spent = spent
     replay(call)
-    return observer.inside, spent() - observer.inside, spent() - observer.looking
+    return observer.inside, spent() - observer.inside, spent() - observer.indicator_flops
 
 
 def _grid(steps: Sequence[Step]) -> tuple[float, ...]:
-    """Noise levels of the steps of a trajectory, if all trajectories have the same number of them."""
-    found: dict[int, list[float]] = {}
+    """Return the noise levels of a trajectory, or none if trajectories differ in their number of steps."""
+    levels: dict[int, list[float]] = {}
     branch = steps[0].position.label
     for step in steps:
         if step.position.label == branch:
-            found.setdefault(step.position.run, []).append(step.levels[0])
-    one, *others = found.values()
+            levels.setdefault(step.position.run, []).append(step.levels[0])
+    one, *others = levels.values()
     return tuple(one) if all(len(other) == len(one) for other in others) else ()
 
 
-def _explained(changes: Tensor, effects: Tensor, coefficients: Sequence[float]) -> float:
-    good = changes.isfinite() & effects.isfinite()
-    x, y = changes[good].double(), effects[good].double()
-    left = (rescale(x, coefficients) - y).square().sum()
-    spread = (y - y.mean()).square().sum()
-    return 1.0 if spread == 0 else float(1 - left / spread)
+def _explained_variance(changes: Tensor, effects: Tensor, coefficients: Sequence[float]) -> float:
+    """Compute which share of the variance of the finite effects the polynomial explains."""
+    finite = changes.isfinite() & effects.isfinite()
+    x, y = changes[finite].double(), effects[finite].double()
+    residual = (rescale(x, coefficients) - y).square().sum()
+    variance = (y - y.mean()).square().sum()
+    return 1.0 if variance == 0 else float(1 - residual / variance)

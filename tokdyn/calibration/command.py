@@ -1,4 +1,4 @@
-"""From a model on disk to calibrated methods on disk, with a report and a picture."""
+"""Calibrate a model on disk and save the calibrated methods, with a report and a picture."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ REPORT, PICTURE = "calibration.json", "calibration.png"
 
 @dataclass(frozen=True)
 class CalibrateResult:
-    """What `tokdyn calibrate` made.
+    """The result of `tokdyn calibrate`.
 
     Attributes:
-        folder: with the methods, for `tokdyn.load`, the report and the picture.
-        report: what calibration.json holds.
-        method: the calibrated one.
+        folder: holds the methods for `tokdyn.load`, the report and the picture.
+        report: content of calibration.json.
+        method: the calibrated method.
     """
 
     folder: Path
@@ -39,8 +39,8 @@ class CalibrateResult:
     method: DepthSkip | FeatureCache
 
 
-def run(config: CalibrateConfig) -> CalibrateResult:
-    """Draw images, calibrate on what the model was called with, write methods, report and picture.
+def calibrate_from_disk(config: CalibrateConfig) -> CalibrateResult:
+    """Draw images, calibrate on the calls of the model, and write the methods, a report and a picture.
 
     Raises:
         TokdynError: a setting, the model or the folder does not fit.
@@ -48,19 +48,18 @@ def run(config: CalibrateConfig) -> CalibrateResult:
     settle_memory()
     device = open_device(config.device)
     subject = open_subject(config, device)
-    trained = attachment_of(subject.model)
-    if trained is not None:  # what is measured is the model at full width
+    if attachment_of(subject.model) is not None:  # calibration measures the model without methods
         unwrap(subject.model)
     out = config.out or Path("calibrated", *(part for part in Path(subject.name).parts if part not in ("..", "/")))
     out = out if config.out else out / config.method
     require_folder(out)
-    half = product_type(config.precision, device) is not None
-    found: SkipCalibration | CacheCalibration
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    bf16 = product_type(config.precision, device) is not None
+    result: SkipCalibration | CacheCalibration
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         calls = trajectories(config, subject)
         if config.method == "skip":
             assert config.flops is not None
-            found = calibrate_skipping(
+            result = calibrate_skipping(
                 subject.model,
                 calls,
                 DepthSkip(),
@@ -72,33 +71,33 @@ def run(config: CalibrateConfig) -> CalibrateResult:
             )
         else:
             method = FeatureCache(threshold=config.threshold, indicator=config.indicator)
-            found = calibrate_cache(
+            result = calibrate_cache(
                 subject.model, calls, method, degree=config.degree, flops=config.flops, steps=config.cache_steps
             )
-    wrap(subject.model, [found.method])
+    wrap(subject.model, [result.method])
     try:
         save(subject.model, out)
     finally:
         unwrap(subject.model)
-    report = _report(config, subject, found, len(calls), device)
-    with replacing(out / REPORT) as half_file:
-        half_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if isinstance(found, SkipCalibration):
-        draw_skipping(found, out / PICTURE, f"Which blocks matter when: {subject.name}")
+    report = _report(config, subject, result, len(calls), device)
+    with replacing(out / REPORT) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if isinstance(result, SkipCalibration):
+        draw_skipping(result, out / PICTURE, f"Which blocks matter when: {subject.name}")
     else:
-        draw_caching(found, out / PICTURE, f"When the blocks need to run: {subject.name}")
-    return CalibrateResult(out, report, found.method)
+        draw_caching(result, out / PICTURE, f"When the blocks need to run: {subject.name}")
+    return CalibrateResult(out, report, result.method)
 
 
 def _report(
     config: CalibrateConfig,
     subject: Subject,
-    found: SkipCalibration | CacheCalibration,
+    result: SkipCalibration | CacheCalibration,
     calls: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Everything that was measured and decided, as JSON data. FLOPs count a multiply-add as 2."""
-    kind = type(found.method).__name__
+    """Collect all measurements and decisions as JSON data; a multiply-add is 2 FLOPs."""
+    kind = type(result.method).__name__
     return {
         "tokdyn": tokdyn.__version__,
         "settings": config.model_dump(mode="json"),
@@ -106,21 +105,21 @@ def _report(
         "scheduler": subject.scheduler,
         "calls": calls,
         "machine": describe(device),
-        "method": {"method": kind, **found.method.model_dump(mode="json")},
-        **(_of_skipping(found) if isinstance(found, SkipCalibration) else _of_caching(found)),
+        "method": {"method": kind, **result.method.model_dump(mode="json")},
+        **(_report_skipping(result) if isinstance(result, SkipCalibration) else _report_caching(result)),
     }
 
 
-def _of_skipping(found: SkipCalibration) -> dict[str, Any]:
-    measured = found.measured
+def _report_skipping(result: SkipCalibration) -> dict[str, Any]:
+    measured = result.measured
     return {
-        "flops": found.flops,
+        "flops": result.flops,
         "levels": [
             {
                 "low": low,
                 "high": high,
-                "skipped": list(found.skips[row]),
-                "relative_error": None if found.error is None else found.error[row],
+                "skipped": list(result.skips[row]),
+                "relative_error": None if result.error is None else result.error[row],
                 "influence": measured.influence[row].tolist(),
                 "block_flops": measured.cost[row].tolist(),
                 "other_flops": float(measured.other[row]),
@@ -130,12 +129,12 @@ def _of_skipping(found: SkipCalibration) -> dict[str, Any]:
     }
 
 
-def _number(value: Tensor) -> float | None:
-    """A number that JSON knows: a change from nothing is infinite."""
+def _finite(value: Tensor) -> float | None:
+    """Return a number, or None if it is infinite, which JSON does not have."""
     return float(value) if value.isfinite() else None
 
 
-def _of_caching(found: CacheCalibration) -> dict[str, Any]:
+def _report_caching(result: CacheCalibration) -> dict[str, Any]:
     points = [
         {
             "trajectory": step.position.run,
@@ -143,16 +142,16 @@ def _of_caching(found: CacheCalibration) -> dict[str, Any]:
             "step": step.position.steps[sample],
             "sample": sample,
             "level": step.levels[sample],
-            "change": _number(step.change[sample]),
-            "effect": _number(step.effect[sample]),
+            "change": _finite(step.change[sample]),
+            "effect": _finite(step.effect[sample]),
         }
-        for step in found.steps
+        for step in result.steps
         if step.change is not None and step.effect is not None
         for sample in range(len(step.levels))
     ]
     return {
-        "flops": found.flops,
-        "computed_steps": found.computed,
-        "explained_variance": found.fit,
+        "flops": result.flops,
+        "computed_steps": result.computed,
+        "explained_variance": result.fit,
         "points": points,
     }

@@ -1,4 +1,4 @@
-"""What `tokdyn calibrate` does and how: one strict, immutable model."""
+"""Settings of `tokdyn calibrate`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
 
 Target = Annotated[float, Field(gt=0.0, lt=1.0)]
-_SKIP = ("levels", "protected", "sequential")
-_CACHE = ("cache_steps", "threshold", "indicator", "degree")
+_SKIP_SETTINGS = ("levels", "protected", "sequential")
+_CACHE_SETTINGS = ("cache_steps", "threshold", "indicator", "degree")
 
 
 def _listed(value: Any) -> Any:
-    """Reads `0,-1`, as a command line gives it, and a single value, as lists."""
+    """Turn `0,-1`, as a command line gives it, or a single value into a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int) else value
@@ -28,22 +28,23 @@ class CalibrateConfig(BaseModel):
     Attributes:
         model: A training folder, one of its checkpoints, a folder of `save_pretrained`, a checkpoint file, or the
             folder of a DiTPipeline of diffusers.
-        method: `skip` finds blocks to skip at each noise level, `cache` when to reuse what the blocks did before.
-        out: Folder to write to; None means calibrated/NAME/METHOD, after the model.
-        flops: Share of the FLOPs of whole trajectories to come down to; skip needs it.
-        levels: skip: rows of noise levels that the table has at most.
-        protected: skip: blocks that always run, as in 0,-1; negative numbers count from the end.
-        sequential: skip: choose one block after the other by the error of the output; better and much slower.
-        cache_steps: cache: share of the steps whose blocks may run, instead of flops.
-        threshold: cache: accumulated change below which a step is reused, where neither flops nor cache_steps is given.
+        method: `skip` finds the blocks to skip at each noise level, `cache` the steps at which to reuse the output of
+            the blocks.
+        out: Output folder; null means calibrated/NAME/METHOD, where NAME is that of the model.
+        flops: Target, as a share of the FLOPs of whole trajectories; skip needs it.
+        levels: skip: largest number of noise-level rows in the table.
+        protected: skip: blocks that always run, such as 0,-1; negative numbers count from the end.
+        sequential: skip: choose blocks one by one by the error of the output; better and much slower.
+        cache_steps: cache: target, as the share of computed steps, instead of flops.
+        threshold: cache: accumulated change below which a step is reused, if neither flops nor cache_steps is given.
         indicator: cache: compare the modulated `input` of the first block, or what the `first_block` adds.
-        degree: cache: of the polynomial that is fitted.
-        count: Images to draw; every one is a trajectory to measure.
-        classes: Names or numbers of the classes to draw, `none` for no class; None draws all of them in turn.
+        degree: cache: degree of the fitted polynomial.
+        count: Images to draw, each of which is one trajectory to measure.
+        classes: Names or numbers of the classes to draw, `none` for no class; null cycles through all of them.
         seed: Image i starts from seed + i.
         batch_size: Images per model call, before guidance doubles it.
-        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; None takes ddpm or euler, and of a
-            pipeline its own.
+        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null means ddpm or euler, or the
+            scheduler of a pipeline.
         steps: Model calls per image.
         guidance: Scale of classifier-free guidance; 1 means none.
         ema: Use the averaged weights.
@@ -77,7 +78,7 @@ class CalibrateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
-        others = _CACHE if self.method == "skip" else _SKIP
+        others = _CACHE_SETTINGS if self.method == "skip" else _SKIP_SETTINGS
         for name in others:
             if self._changed(name):
                 raise ValueError(f"{name} has no effect with method={self.method}: leave it out")

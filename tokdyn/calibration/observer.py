@@ -1,4 +1,4 @@
-"""Looking at a model through the eyes of a feature cache that never reuses anything."""
+"""Observe what a feature cache sees in a model, without reusing anything."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ from tokdyn.methods import FeatureCache
 from tokdyn.trace.trajectory import Position
 
 
-def _nothing() -> int:
+def _no_flops() -> int:
     return 0
 
 
 @dataclass(eq=False)
 class Observer(CachedBlocks):
-    """A cache in its place, which keeps what it sees.
+    """A cache that keeps the indicator and the output of the blocks instead of comparing them.
 
     Attributes:
-        spent: says how many FLOPs were spent so far in this call.
-        inside: FLOPs between opening and closing.
-        looking: FLOPs of the indicator.
+        spent: returns the FLOPs spent so far in this call.
+        inside: FLOPs between opening and closing the cache.
+        indicator_flops: FLOPs of the indicator.
     """
 
-    spent: Callable[[], int] = _nothing
+    spent: Callable[[], int] = _no_flops
     inside: int = 0
-    looking: int = 0
+    indicator_flops: int = 0
     _seen: list[Any] = field(default_factory=list)
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
-        """See the indicator."""
+        """Compute the indicator."""
         before = self.spent()
         indicator = self.indicator(frame.context, x, block)
-        self.looking = self.spent() - before
+        self.indicator_flops = self.spent() - before
         self._seen = [frame.context.position, frame.context.levels(view), indicator]
         self.inside = self.spent()
         return x, view
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        """See the output."""
+        """Keep the output."""
         self.inside = self.spent() - self.inside
         self._seen.append(x)
         return x, view
 
-    def seen(self) -> tuple[Position, tuple[float, ...], Tensor, Tensor]:
-        """Position, levels, indicator and image tokens behind the last block of the last call, once.
+    def take(self) -> tuple[Position, tuple[float, ...], Tensor, Tensor]:
+        """Return and forget the step, noise levels, indicator, and image tokens after the last block of the last call.
 
         Raises:
             InputError: the first or the last block did not run.
         """
-        found, self._seen = self._seen, []
-        if len(found) != 4:
+        seen, self._seen = self._seen, []
+        if len(seen) != 4:
             raise InputError(
-                "the first or the last block did not run in a recorded call, and a cache needs both; record calls of "
+                "the first or the last block did not run in a recorded call, but a cache needs both; record calls of "
                 "the whole model."
             )
-        position, levels, indicator, output = found
+        position, levels, indicator, output = seen
         return position, levels, indicator, output
 
 
 @contextmanager
 def observing(model: nn.Module, method: FeatureCache) -> Iterator[Observer]:
-    """Within this context an observer is where the cache would be.
+    """Wrap a model with a cache and replace the cache by an observer within this context.
 
     Raises:
-        CompositionError: the model and the indicator do not go together.
+        CompositionError: the model does not support the indicator.
     """
-    watched = FeatureCache(threshold=1.0, indicator=method.indicator)
-    attachment = attached(wrap(model, [watched]))
+    observed = FeatureCache(threshold=1.0, indicator=method.indicator)
+    attachment = attached(wrap(model, [observed]))
     try:
-        found: list[Observer] = []
+        observers: list[Observer] = []
 
-        def put(handler: Any) -> Any:
-            if isinstance(handler, CachedBlocks):
-                found.append(Observer(watched, handler.first, handler.last, handler.slot))
-                return found[-1]
-            return handler
+        def replaced(handler: Any) -> Any:
+            if not isinstance(handler, CachedBlocks):
+                return handler
+            observers.append(Observer(observed, handler.first, handler.last, handler.slot))
+            return observers[-1]
 
-        attachment.replace_handlers(put)
-        yield found[0]
+        attachment.replace_handlers(replaced)
+        yield observers[0]
     finally:
         unwrap(model)

@@ -1,4 +1,4 @@
-"""Pictures of a calibration: which blocks matter when, and how the output of the blocks follows the indicator."""
+"""Draw a calibration: which blocks matter when, and how the output of the blocks follows the indicator."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tokdyn.calibration.threshold import simulate
 from tokdyn.ops.caching import rescale
 from tokdyn.report.style import COLOURS, INK, MUTED, figure_style, save_figure
 
-_FEW = 24  # rows or columns that have room for a label each
+_MOST_LABELS = 24  # rows or columns that have room for a label each
 _SHADES = LinearSegmentedColormap.from_list("influence", ["#f4f8fb", "#9cc4de", COLOURS[0], "#00263d"])
 _LEVELS = LinearSegmentedColormap.from_list("noise level", ["#a9d3ea", COLOURS[0], "#001a2b"])
 
 
 def draw_skipping(found: SkipCalibration, path: Path, title: str) -> Path:
-    """A heat map of the influence of every block at every noise level, with the skipped cells crossed out."""
+    """Draw a heat map of the influence of every block at every noise level, with skipped cells crossed out."""
     influence = found.measured.influence.numpy()
     levels, blocks = influence.shape
     low = max(float(influence[influence > 0].min(initial=1.0)), 1e-6)
@@ -42,9 +42,9 @@ def draw_skipping(found: SkipCalibration, path: Path, title: str) -> Path:
             for block in skipped:
                 _cross(axes, block, levels - 1 - row)
         rows = found.measured.bins.rows()[::-1]
-        step = -(-levels // _FEW)
+        step = -(-levels // _MOST_LABELS)
         axes.set_yticks(range(0, levels, step), [f"{a:.2f} to {b:.2f}" for a, b in rows[::step]], fontsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(min(blocks, _FEW), integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(min(blocks, _MOST_LABELS), integer=True))
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -57,12 +57,12 @@ def draw_skipping(found: SkipCalibration, path: Path, title: str) -> Path:
         bar.ax.tick_params(labelsize=8, length=2)
         bar.set_label("influence", fontsize=8.5)
         bar.outline.set_visible(False)
-        figure.supxlabel(_told_skipping(found), x=0.01, ha="left", fontsize=8, color=MUTED)
+        figure.supxlabel(_skipping_caption(found), x=0.01, ha="left", fontsize=8, color=MUTED)
         return save_figure(figure, path)
 
 
 def _digits(value: float, place: int | None = None) -> str:
-    """A number without an exponent."""
+    """Format a number without an exponent."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
@@ -74,37 +74,38 @@ def _cross(axes: Axes, column: float, row: float) -> None:
     axes.plot([column - 0.26, column + 0.26], [row + 0.26, row - 0.26], color=COLOURS[1], linewidth=1.6)
 
 
-def _told_skipping(found: SkipCalibration) -> str:
-    cells = sum(len(row) for row in found.skips)
-    whole = found.measured.influence.numel()
+def _skipping_caption(found: SkipCalibration) -> str:
+    skipped = sum(len(row) for row in found.skips)
+    cells = found.measured.influence.numel()
     text = (
         "Influence: 1 - mean cosine between the input and the output of a block.\n"
-        f"Crossed out: skipped, {cells} of {whole} cells; {found.flops:.1%} of the FLOPs are left."
+        f"Crossed out: {skipped} of {cells} cells are skipped; {found.flops:.1%} of the FLOPs remain."
     )
     if found.error is None:
         return text
     worst = max(range(len(found.error)), key=found.error.__getitem__)
     low, high = found.measured.bins.rows()[worst]
     return (
-        f"{text}\nThe output is off most, by {found.error[worst]:.3f} of its norm, at levels {low:.2f} to {high:.2f}."
+        f"{text}\nThe largest relative error of the output is {found.error[worst]:.3f}, at levels {low:.2f} to "
+        f"{high:.2f}."
     )
 
 
 def draw_caching(found: CacheCalibration, path: Path, title: str) -> Path:
-    """Measured changes with the fitted curve, and which steps are reused."""
+    """Draw measured changes with the fitted polynomial, and the steps that are reused."""
     with figure_style():
         figure = Figure(figsize=(10.4, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
         _scatter(figure, left, found)
         _timeline(right, found)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
-        told = f"The blocks run in {found.computed:.1%} of the steps; {found.flops:.1%} of the FLOPs are left."
-        figure.supxlabel(told, x=0.01, ha="left", fontsize=8, color=MUTED)
+        caption = f"The blocks run in {found.computed:.1%} of the steps; {found.flops:.1%} of the FLOPs remain."
+        figure.supxlabel(caption, x=0.01, ha="left", fontsize=8, color=MUTED)
         return save_figure(figure, path)
 
 
 def _scatter(figure: Figure, axes: Axes, found: CacheCalibration) -> None:
-    """Every pair of neighbouring steps, by noise level, and the polynomial."""
+    """Plot every pair of neighbouring steps, coloured by noise level, and the polynomial."""
     changes, effects, levels = _points(found)
     dots = axes.scatter(changes, effects, c=levels, cmap=_LEVELS, vmin=0.0, vmax=1.0, s=14, linewidths=0, alpha=0.85)
     x = torch.linspace(float(changes.min()), float(changes.max()), 300, dtype=torch.float64)
@@ -123,17 +124,17 @@ def _scatter(figure: Figure, axes: Axes, found: CacheCalibration) -> None:
 
 
 def _timeline(axes: Axes, found: CacheCalibration) -> None:
-    """For each sample and branch of the first trajectory, the steps in which its blocks run."""
+    """Mark the steps in which the blocks run, for each sample and branch of the first trajectory."""
     rows: dict[tuple[object, int], list[tuple[float, bool]]] = {}
     first = found.steps[0].position.run
     for step, reuse in zip(found.steps, simulate(found.steps, found.method), strict=True):
         if step.position.run == first:
             for sample, reused in enumerate(reuse.tolist()):
                 rows.setdefault((step.position.label, sample), []).append((step.levels[sample], reused))
-    for place, row in enumerate(rows.values()):
+    for row_number, row in enumerate(rows.values()):
         for reused, colour, size in ((False, COLOURS[0], 22), (True, "#c9d6df", 9)):
-            there = [level for level, was in row if was == reused]
-            axes.scatter(there, [place] * len(there), s=size, color=colour, linewidths=0)
+            levels = [level for level, was_reused in row if was_reused == reused]
+            axes.scatter(levels, [row_number] * len(levels), s=size, color=colour, linewidths=0)
     axes.set_xlim(1.02, -0.02)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.yaxis.set_major_locator(MaxNLocator(min(len(rows), 12), integer=True))
@@ -144,7 +145,7 @@ def _timeline(axes: Axes, found: CacheCalibration) -> None:
 
 
 def _points(found: CacheCalibration) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Changes, effects and noise levels of every sample of every step that has one before it."""
+    """Return changes, effects and noise levels of every sample of every step that has a step before it."""
     rows: list[Sequence[float]] = []
     for step in found.steps:
         if step.change is not None and step.effect is not None:

@@ -1,4 +1,4 @@
-"""Upcycling the transformer of a text-to-image pipeline on images that the pipeline draws itself."""
+"""Upcycle the transformer of a text-to-image pipeline on images that the pipeline draws itself."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from einops import rearrange
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 import tokdyn
 from tokdyn.attach import attached
-from tokdyn.calibration.recording import recording
+from tokdyn.calibration.recorder import recording
 from tokdyn.calibration.replay import evaluating
 from tokdyn.cost import flops
 from tokdyn.errors import CheckpointError, InputError
@@ -28,16 +29,16 @@ from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.upcycling.api import check_method, upcycle
 
 INDEX, REPORT, PICTURE, BEGUN = "model_index.json", "upcycle.json", "images.png", "settings.json"
-_OWN = ("DiTTransformer2DModel", "DiT", "DCDiT")  # of class-conditional pipelines, which recipes train
+_TRAINED_BY_RECIPES = ("DiTTransformer2DModel", "DiT", "DCDiT")  # transformers of class-conditional pipelines
 
 
 def _listed(value: Any) -> Any:
-    """One prompt as a list; a file as its lines."""
+    """Turn one prompt into a list, and a text file into its lines."""
     if isinstance(value, str):
         path = Path(value).expanduser()
         if path.suffix == ".txt":
             if not path.is_file():
-                raise ValueError(f"there is no file {value}")
+                raise ValueError(f"the file of prompts {value} does not exist")
             return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [value]
     return value
@@ -48,21 +49,22 @@ class PipelineConfig(BaseModel):
 
     Attributes:
         base: Folder of the pipeline.
-        out: Folder to write to; None means upcycled/NAME, after the pipeline.
-        prompts: What to draw, or a .txt file with a prompt in every line.
+        out: Output folder; null means upcycled/NAME, where NAME is that of the pipeline.
+        prompts: Prompts to draw, or a .txt file with one prompt per line.
         target: N of the chunking, cells per kept token.
-        sampling_steps: Model calls per image; None takes the pipeline's own.
-        guidance: Scale of guidance; None takes the pipeline's own.
-        height: Of the images in pixels; None takes the pipeline's own.
-        width: The same.
+        sampling_steps: Model calls per image; null means the default of the pipeline.
+        guidance: Guidance scale; null means the default of the pipeline.
+        height: Height of the images in pixels; null means the default of the pipeline.
+        width: Width of the images in pixels.
         steps: Optimizer steps.
-        calls: Recorded calls per step.
+        calls: Recorded calls per optimizer step.
         lr: Learning rate.
-        warmup_steps: The rate rises linearly over this many steps.
-        trained: `methods` trains their parts alone; `all` trains the transformer too, beside a copy of it.
-        seed: Of images and training.
+        warmup_steps: Steps over which the learning rate rises linearly.
+        trained: `methods` trains only the parts of the methods; `all` also trains the transformer, with a copy of the
+            original as its teacher.
+        seed: Seed of images and training.
         checkpoint_every: Steps between checkpoints.
-        precision: Of the pipeline's weights.
+        precision: Precision of the pipeline's weights.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
     """
 
@@ -87,7 +89,7 @@ class PipelineConfig(BaseModel):
     device: str = "auto"
 
     @model_validator(mode="after")
-    def _both_sides(self) -> Self:
+    def _settings_fit(self) -> Self:
         if (self.height is None) != (self.width is None):
             raise ValueError("give both height and width, or neither")
         if self.trained == "all" and self.precision == "bf16":
@@ -96,19 +98,19 @@ class PipelineConfig(BaseModel):
 
     @property
     def distillation(self) -> CallSettings:
-        """The settings of the training."""
+        """The settings of the distillation."""
         names = set(CallSettings.model_fields) & set(type(self).model_fields)
         return CallSettings(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What `upcycle_pipeline` made.
+    """The result of `upcycle_pipeline`.
 
     Attributes:
-        folder: with `methods`, metrics, a report (errors are means over the first and last tenth of the steps) and a
-            picture of images before and after.
-        report: what upcycle.json holds.
+        folder: holds `methods`, metrics, a report and a picture of images before and after. Errors in the report are
+            means over the first and the last tenth of the steps.
+        report: content of upcycle.json.
     """
 
     folder: Path
@@ -121,22 +123,22 @@ def is_pipeline(base: str | None) -> bool:
     if base is None or not path.is_file():
         return False
     entry = json_object(path).get("transformer")
-    return isinstance(entry, list) and len(entry) == 2 and entry[1] not in _OWN
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] not in _TRAINED_BY_RECIPES
 
 
 def upcycle_pipeline(
     config: PipelineConfig, methods: list[str], resume: bool = False, tell: Callable[[str], None] = lambda text: None
 ) -> PipelineResult:
-    """Draw images, record what the transformer was called with, and distil it against itself with all tokens.
+    """Draw images, record the calls of the transformer, and distil it against itself with all tokens.
 
     Args:
         config: the settings.
         methods: "dc", "dydit" or both.
         resume: continue from the last checkpoint in the folder; the images are drawn again from the same seeds.
-        tell: is given a report before the first step: what learns, what is frozen, tokens and FLOPs of a call.
+        tell: receives a summary before the first step: trained and frozen parameters, tokens and FLOPs of a call.
 
     Raises:
-        TokdynError: the pipeline cannot be read, or its transformer does not take the methods.
+        TokdynError: the pipeline cannot be read, or its transformer does not support the methods.
     """
     settle_memory()
     for name in methods:
@@ -144,14 +146,17 @@ def upcycle_pipeline(
     device = open_device(config.device)
     out = config.out or Path("upcycled") / Path(config.base).name
     require_folder(out)
-    own = {**config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "out", "device"}), "methods": methods}
+    facts = {
+        **config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "out", "device"}),
+        "methods": methods,
+    }
     if not resume:
-        fresh(out)  # before images are drawn in vain
+        fresh(out)  # fails before any image is drawn
     elif (out / BEGUN).is_file():
-        changed = [name for name, value in json_object(out / BEGUN).items() if own.get(name) != value]
+        changed = [name for name, value in json_object(out / BEGUN).items() if facts.get(name) != value]
         if changed:
             raise CheckpointError(
-                f"{out} was begun with other settings: {', '.join(changed)}; set them back to resume it."
+                f"{out} was started with other settings; to resume it, set back {', '.join(changed)}."
             )
     pipe = _open(config, device)
     with recording(pipe.transformer) as calls:
@@ -161,60 +166,61 @@ def upcycle_pipeline(
     student = upcycle(pipe.transformer, methods, **arguments)
     teacher = pipe.transformer if config.trained == "all" else None
     if teacher is None:
-        pipe.transformer = None  # one copy is enough
-    told = _told(student, calls[0], config)
-    tell("\n".join(f"{what:<12} {text}" for what, text in told.items()))
-    result = distil(student, calls, out, config.distillation, teacher=teacher, resume=resume, facts=own)
+        pipe.transformer = None  # no second copy is needed
+    summary = _summary(student, calls[0], config)
+    tell("\n".join(f"{what:<12} {text}" for what, text in summary.items()))
+    result = distil(student, calls, out, config.distillation, teacher=teacher, resume=resume, facts=facts)
     pipe.transformer = student.eval()
     after = _draw(pipe, config, device)
     titles = ["all tokens", "upcycled"]
-    both = np.stack([before, after], axis=1).reshape(-1, *before.shape[1:])
-    shown = [prompt[:40] for prompt in config.prompts]
-    write_png(image_grid(both, columns=2, row_titles=shown, column_titles=titles), out / PICTURE)
-    run, tenth = tokdyn.stats(student), max(1, len(result.rows) // 10)
+    both = rearrange(np.stack([before, after]), "side prompt h w c -> (prompt side) h w c")
+    row_titles = [prompt[:40] for prompt in config.prompts]
+    write_png(image_grid(both, columns=2, row_titles=row_titles, column_titles=titles), out / PICTURE)
+    trajectory, tenth = tokdyn.stats(student), max(1, len(result.rows) // 10)
     report = {
         "tokdyn": tokdyn.__version__,
         "settings": config.model_dump(mode="json"),
         "methods": methods,
         "model": type(student).__name__,
-        "before_the_first_step": told,
+        "before_the_first_step": summary,
         "calls": len(calls),
-        "error": {"first": _mean(result.rows[:tenth]), "last": _mean(result.rows[-tenth:])},
-        "share_of_block_flops": run.share,
+        "error": {"first": _mean_error(result.rows[:tenth]), "last": _mean_error(result.rows[-tenth:])},
+        "share_of_block_flops": trajectory.share,
         "machine": describe(device),
     }
-    with replacing(out / REPORT) as half:
-        half.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with replacing(out / REPORT) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return PipelineResult(out, report)
 
 
-def _told(student: Any, call: Mapping[str, Any], config: PipelineConfig) -> dict[str, str]:
-    """What learns, what is frozen, and what a recorded call costs with all tokens and with those that are kept."""
+def _summary(student: Any, call: Mapping[str, Any], config: PipelineConfig) -> dict[str, str]:
+    """Summarise which parameters are trained and frozen, and what a recorded call costs before and after."""
     parts = attached(student).parts
     own = {id(parameter) for parameter in parts.parameters()}
     whole = sum(parameter.numel() for parameter in student.parameters() if id(parameter) not in own)
     new = sum(parameter.numel() for parameter in parts.parameters())
     with evaluating(student):
-        found = flops(student, **call)
+        cost = flops(student, **call)
     lines = {
         "kept as is": f"{whole:,} parameters of the {type(student).__name__}",
         "new": f"{new:,} parameters ({', '.join(type(each).__name__ for each in attached(student).methods)})",
-        "frozen": "all but what is new" if config.trained == "methods" else "nothing; a copy of the original teaches",
+        "frozen": "all but the new ones" if config.trained == "methods" else "none; a copy of the original teaches",
     }
-    if found.dense:
+    if cost.dense:
         lines["call"] = (
-            f"{found.dense / found.batch / 1e9:,.3f} GFLOP per image before, {found.per_image / 1e9:,.3f} after "
-            f"({found.total / found.dense:.2f}x, multiply-add = 2)"
+            f"{cost.dense / cost.batch / 1e9:,.3f} GFLOPs per image before, {cost.per_image / 1e9:,.3f} after "
+            f"({cost.total / cost.dense:.2f}x; a multiply-add is 2)"
         )
     return lines
 
 
-def _mean(rows: Sequence[dict[str, float]]) -> float:
-    """The error of the output, mean over some steps."""
+def _mean_error(rows: Sequence[dict[str, float]]) -> float:
+    """Average the error of the output over some steps."""
     return sum(row["output"] for row in rows) / len(rows)
 
 
 def _open(config: PipelineConfig, device: torch.device) -> Any:
+    """Load the pipeline onto the device."""
     import diffusers
 
     reader: Any = diffusers.DiffusionPipeline
@@ -223,14 +229,14 @@ def _open(config: PipelineConfig, device: torch.device) -> Any:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{config.base} cannot be read as a pipeline of diffusers: {error}") from error
     if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
-        raise InputError(f"the {type(pipe).__name__} in {config.base} has no transformer to upcycle.")
+        raise InputError(f"{config.base} holds a {type(pipe).__name__}, which has no transformer to upcycle.")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device, torch.bfloat16) if config.precision == "bf16" else pipe.to(device)
 
 
 def _draw(pipe: Any, config: PipelineConfig, device: torch.device) -> Any:
-    """One image for every prompt, (P, H, W, 3) uint8."""
-    known = inspect.signature(pipe.__call__).parameters
+    """Draw one image per prompt: (P, H, W, 3) uint8."""
+    accepted = inspect.signature(pipe.__call__).parameters
     wanted = {
         "num_inference_steps": config.sampling_steps,
         "guidance_scale": config.guidance,
@@ -238,17 +244,17 @@ def _draw(pipe: Any, config: PipelineConfig, device: torch.device) -> Any:
         "width": config.width,
     }
     given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in given if name not in accepted]
     if unknown:
-        raise InputError(f"{type(pipe).__name__} has no {unknown[0]}; leave it out.")
-    if config.height is not None and "use_resolution_binning" in known:
-        given["use_resolution_binning"] = False  # that size and no other
+        raise InputError(f"{type(pipe).__name__} has no setting {unknown[0]}; leave it out.")
+    if config.height is not None and "use_resolution_binning" in accepted:
+        given["use_resolution_binning"] = False  # draw exactly this size
     images = []
     for number, prompt in enumerate(config.prompts):
         generator = torch.Generator(device.type).manual_seed(config.seed + number)
         try:
             made = pipe(prompt, generator=generator, output_type="np", **given).images
         except (TypeError, ValueError) as error:
-            raise InputError(f"{type(pipe).__name__} does not draw with these settings: {error}") from error
+            raise InputError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from error
         images.append((255.0 * np.asarray(made)[0]).round().clip(0, 255).astype(np.uint8))
     return np.stack(images)

@@ -1,4 +1,4 @@
-"""Calling a model again with recorded arguments, and looking into its blocks while it runs."""
+"""Repeat recorded calls of a model, and watch its blocks while it runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.tokens import split
 from tokdyn.attach import Site, attachment_of, blocks_of, find_sites
-from tokdyn.calibration.recording import Call, moved
-from tokdyn.cost.counting import attention_formulas
+from tokdyn.calibration.recorder import Call, moved
+from tokdyn.cost.counter import attention_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.tokens import Packing, cells
 from tokdyn.trace.calls import CallTrace
@@ -26,12 +26,12 @@ Spent = Callable[[], int]
 
 @dataclass(frozen=True)
 class Look:
-    """A block at one call, before or after it ran.
+    """A block in one call, before or after it runs.
 
     Attributes:
-        block: its number, counted over all stacks.
-        x: image tokens that it got, or returned: (B, N, D), or packed rows (T, D).
-        packing: which sample each packed row belongs to, else None.
+        block: number of the block, counted over all lists of blocks.
+        x: its input or output image tokens: (B, N, D), or packed rows (T, D).
+        packing: which sample each packed row belongs to; None if rows are not packed.
     """
 
     block: int
@@ -43,65 +43,65 @@ Watch = Callable[[Look], None]
 
 
 class Replay:
-    """A model and how to call it.
+    """A model whose recorded calls can be repeated.
 
     Args:
         model: not wrapped.
 
     Raises:
-        UnsupportedModelError: no adapter is declared for it, or it has no noise level.
-        InputError: it is wrapped.
+        UnsupportedModelError: the model has no adapter, or no noise level.
+        InputError: the model is wrapped.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if attachment_of(model) is not None:
             raise InputError(
-                f"this {type(model).__name__} is wrapped, and a calibration measures a model without methods; call "
-                "tokdyn.unwrap on it first, and wrap it with the result."
+                f"this {type(model).__name__} is wrapped, but a calibration measures models without methods; call "
+                "tokdyn.unwrap first, and wrap it with the result."
             )
         self.model, self.adapter = model, adapter_for(model)
         if self.adapter.inferred or self.adapter.level is None:
-            lacks = "no adapter is declared for it" if self.adapter.inferred else "it has no noise level"
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be calibrated on: {lacks} (docs/adapters.md).")
-        self._known: dict[Any, Any] = {}
+            reason = "no adapter is declared for it" if self.adapter.inferred else "it has no noise level"
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be calibrated: {reason} (docs/adapters.md).")
+        self._counts: dict[Any, Any] = {}
 
     @property
     def depth(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks of the model."""
         return sum(len(blocks_of(self.model, stack)) for stack in self.adapter.blocks)
 
     def __call__(self, call: Call) -> Any:
-        """What the model returns."""
+        """Repeat a call and return the output of the model."""
         return self.model(**self._arguments(call))
 
     def levels(self, call: Call, batch: int) -> tuple[float, ...]:
-        """Noise level of every sample, as wrapped models read it."""
+        """Return the noise level of every sample, read like in wrapped models."""
         assert self.adapter.level is not None
         values = CallTrace(self.adapter.level(self.model, call)).levels.tolist()
         return tuple(values * (batch if len(values) == 1 else 1))
 
-    def counted(self, call: Call, run: Callable[[Spent], Counts]) -> Counts:
-        """Count FLOPs while something runs, once for all calls of the same shapes unless the data decide what runs.
+    def counted(self, call: Call, compute: Callable[[Spent], Counts]) -> Counts:
+        """Count FLOPs while something runs, once per shape of the arguments unless the data decides what runs.
 
         Args:
-            call: what it runs on.
-            run: is given a function that says how many FLOPs were spent so far, and returns what it made of them. It
-                is called even where its counts are known.
+            call: the arguments.
+            compute: gets a function that returns the FLOPs spent so far (a multiply-add is 2), and returns its counts.
+                It is called even if the counts are already known.
         """
         shapes = _shapes(call)
-        if shapes in self._known and not self.adapter.chunked:
-            run(lambda: 0)
+        if shapes in self._counts and not self.adapter.chunked:
+            compute(lambda: 0)
         else:
             counter = FlopCounterMode(display=False, custom_mapping=attention_formulas())
             with counter:
-                self._known[shapes] = run(lambda: int(counter.get_total_flops()))
-        found: Counts = self._known[shapes]
-        return found
+                self._counts[shapes] = compute(lambda: int(counter.get_total_flops()))
+        counts: Counts = self._counts[shapes]
+        return counts
 
     @contextmanager
     def watching(self, call: Call, before: Watch, after: Watch) -> Iterator[None]:
-        """Within this context `before` and `after` see every block of a call with these arguments."""
-        count: list[int] = []  # image tokens of a sample, read if text lies beside them
+        """Call `before` and `after` around every block of calls with these arguments within this context."""
+        count: list[int] = []  # image tokens of a sample, read once if the blocks also get text
 
         def image(x: Tensor, site: Site) -> Tensor:
             if site.blocks.image == "all" or self.adapter.grid is None:
@@ -135,7 +135,7 @@ class Replay:
             yield
 
     def _arguments(self, call: Call) -> Call:
-        """The arguments where the model is, where it says where that is."""
+        """Move the arguments to the device of the model."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return call if device.type == "meta" else {name: moved(value, device) for name, value in call.items()}
 
@@ -147,7 +147,7 @@ def _named(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every part gets back the mode that it had."""
+    """Put a model into evaluation mode without gradients; every module gets its own mode back."""
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
@@ -159,13 +159,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def prediction(output: Any) -> Tensor:
-    """(B, ...) what a model predicts, of whatever it returns."""
-    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    return torch.stack(list(found)) if isinstance(found, Sequence) else found
+    """Return the prediction (B, ...) from the output of a model."""
+    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    return torch.stack(list(output)) if isinstance(output, Sequence) else output
 
 
 def _shapes(value: Any) -> Any:
-    """What decides how much a call costs."""
+    """Return what determines the cost of a call: shapes of tensors, and values of other arguments."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, dict):

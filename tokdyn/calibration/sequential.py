@@ -1,4 +1,4 @@
-"""Choosing blocks to skip one after the other, by what skipping them does to the output of the model."""
+"""Choose blocks to skip one by one, by the error that skipping them causes in the output of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokdyn.attach import unwrap, wrap
 from tokdyn.calibration.levels import Bins
-from tokdyn.calibration.recording import Call
+from tokdyn.calibration.recorder import Call
 from tokdyn.calibration.replay import Replay, prediction
 from tokdyn.methods import DepthSkip
 from tokdyn.ops.skipping import skip_budget
@@ -21,13 +21,13 @@ Skips = tuple[tuple[int, ...], ...]
 
 
 class Trial:
-    """Tries out what a model predicts without some of its blocks.
+    """Measures the output of a model without some of its blocks.
 
     Args:
         replay: the model.
-        calls: recorded.
-        bins: rows of noise levels.
-        rows: for each call the row of each of its samples.
+        calls: recorded calls.
+        bins: noise-level rows.
+        rows: for each call, the row of each sample.
     """
 
     def __init__(self, replay: Replay, calls: Sequence[Call], bins: Bins, rows: Sequence[Sequence[int]]) -> None:
@@ -36,19 +36,19 @@ class Trial:
         self._full = [self._predict(call) for call in calls]
 
     def error(self, row: int, blocks: Sequence[int]) -> float:
-        """Sum over the samples of a row of |y - y0|^2 / |y0|^2, where y misses these blocks and y0 misses none."""
-        found = []
+        """Sum `|y - y0|**2 / |y0|**2` over the samples of a row, where y lacks the blocks and y0 lacks none."""
+        errors = []
         with self._skipping(blocks):
             for call, rows, full in zip(self._calls, self._rows, self._full, strict=True):
-                place = (rows == row).nonzero().flatten().to(full.device)
-                if len(place):
-                    y, y0 = (each.index_select(0, place).float().flatten(1) for each in (self._predict(call), full))
-                    length = y0.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)  # a fresh model says zero
-                    found.append(((y - y0).square().sum(1) / length).sum())
-        return float(torch.stack(found).double().sum())
+                samples = (rows == row).nonzero().flatten().to(full.device)
+                if len(samples):
+                    y, y0 = (each.index_select(0, samples).float().flatten(1) for each in (self._predict(call), full))
+                    norm = y0.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)  # a fresh model predicts 0
+                    errors.append(((y - y0).square().sum(1) / norm).sum())
+        return float(torch.stack(errors).double().sum())
 
     def relative(self, skips: Skips) -> tuple[float, ...]:
-        """|y - y0| / |y0| of every row, as a root mean square over its samples."""
+        """Compute the root mean square of `|y - y0| / |y0|` over the samples of every row."""
         samples = torch.cat(self._rows).bincount(minlength=len(skips)).tolist()
         return tuple((self.error(row, blocks) / samples[row]) ** 0.5 for row, blocks in enumerate(skips))
 
@@ -67,16 +67,19 @@ class Trial:
 def sequential_skips(
     trial: Trial, cost: Tensor, other: Tensor, flops: float, protected: Sequence[int], start: Skips
 ) -> Skips:
-    """Skip what adds least to the error per FLOP, measure again with it skipped, and so on to the target.
+    """Skip the block that adds least error per FLOP, measure again without it, and repeat until the target is met.
 
     Args:
-        trial: measures.
+        trial: measures errors.
         cost: (levels, blocks) FLOPs of the blocks.
-        other: (levels,) FLOPs of the rest.
-        flops: target, as a share.
+        other: (levels,) FLOPs of everything else.
+        flops: target, as a share of the FLOPs.
         protected: blocks that always run.
-        start: another choice for the same target, which is returned if its error is lower: taking the best next block
-            every time is no guarantee for the best set.
+        start: another choice for the same target, returned if its error is lower, since choosing the best next block
+            does not always lead to the best set.
+
+    Returns:
+        The skipped blocks of every row.
     """
     spent, goal = skip_budget(cost, other, flops, protected)
     levels, depth = cost.shape
@@ -97,5 +100,5 @@ def sequential_skips(
             chosen[row], error[row] = tuple(sorted((*chosen[row], block))), tried[row, block]
             tried = {cell: value for cell, value in tried.items() if cell[0] != row}
             spent -= table[row][block]
-    other_error = sum(trial.error(row, blocks) for row, blocks in enumerate(start))
-    return start if other_error < sum(error) else tuple(chosen)
+    start_error = sum(trial.error(row, blocks) for row, blocks in enumerate(start))
+    return start if start_error < sum(error) else tuple(chosen)

@@ -1,4 +1,4 @@
-"""What a cache with a given threshold would do on recorded steps, and the threshold that does what is wanted."""
+"""Simulate a cache with a given threshold on recorded steps, and choose the threshold that meets a target."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, rescale
 from tokdyn.trace.trajectory import Position
 
-_CANDIDATES = 4096
+_CANDIDATES = 4096  # largest number of thresholds to choose from
 
 
 @dataclass(frozen=True)
 class Step:
-    """One recorded call, as a cache sees it.
+    """A recorded call as a cache sees it.
 
     Attributes:
-        position: which step of which branch it is.
+        position: the trajectory, step and guidance branch of the call.
         levels: noise level of every sample.
-        change: (B,) relative change of the indicator since the step before, None in a first step.
-        effect: (B,) relative change of the image tokens after the last block.
-        stack: FLOPs of the blocks that a cache can pass by; a multiply-add is 2 FLOPs.
-        other: FLOPs of everything else, the indicator included.
+        change: (B,) relative change of the indicator since the step before; None in a first step.
+        effect: (B,) relative change of the image tokens after the last block; None in a first step.
+        stack: FLOPs of the blocks that a cache can skip; a multiply-add is 2 FLOPs.
+        other: FLOPs of everything else, including the indicator.
         plain: FLOPs of the model without a cache.
     """
 
@@ -43,11 +43,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Share:
-    """What is left of recorded calls.
+    """What a cache leaves of recorded calls.
 
     Attributes:
-        flops: share of the FLOPs.
-        computed: share of the steps, sample by sample.
+        flops: share of the FLOPs that remains.
+        computed: share of computed steps over all samples.
     """
 
     flops: float
@@ -55,7 +55,7 @@ class Share:
 
 
 def simulate(steps: Sequence[Step], method: FeatureCache) -> Iterator[Tensor]:
-    """(B,) bool for every step: the samples that would reuse the last output, decided as the cache decides."""
+    """Yield (B,) bool for every step: the samples that would reuse the last output, decided like in the cache."""
     totals: dict[Any, Tensor] = {}
     for step in steps:
         if step.change is None:
@@ -70,7 +70,7 @@ def simulate(steps: Sequence[Step], method: FeatureCache) -> Iterator[Tensor]:
 
 
 def share_of(steps: Sequence[Step], method: FeatureCache) -> Share:
-    """What a cache leaves of recorded steps."""
+    """Compute which share of the FLOPs and steps a cache leaves of recorded steps."""
     spent, plain, computed, samples = 0.0, 0, 0, 0
     for step, reuse in zip(steps, simulate(steps, method), strict=True):
         ran = len(reuse) - int(reuse.sum())
@@ -84,21 +84,21 @@ def share_of(steps: Sequence[Step], method: FeatureCache) -> Share:
 def choose_threshold(
     steps: Sequence[Step], method: FeatureCache, flops: float | None = None, computed: float | None = None
 ) -> float:
-    """The lowest threshold found with which a cache computes no more than a share of recorded steps.
+    """Return the lowest threshold with which a cache computes at most a share of recorded steps or FLOPs.
 
     Args:
-        steps: recorded.
+        steps: recorded steps.
         method: the cache; its threshold does not matter.
-        flops: the share of the FLOPs that may be spent.
-        computed: or the share of the steps whose blocks may run.
+        flops: target, as the share of the FLOPs.
+        computed: target, as the share of computed steps.
 
     Raises:
-        InputError: the target is no share, or out of reach.
+        InputError: the target is not a share, or is out of reach.
     """
     name, target = ("steps", computed) if flops is None else ("flops", flops)
     assert target is not None
     if not 0.0 < target < 1.0:
-        raise InputError(f"{name} is {target:g}; give the share to come down to, between 0 and 1.")
+        raise InputError(f"{name}={target:g} is not a share of the whole; give a number between 0 and 1.")
 
     def share(threshold: float) -> float:
         found = share_of(steps, method.model_copy(update={"threshold": threshold}))
@@ -108,30 +108,30 @@ def choose_threshold(
     least = share(candidates[-1])
     if least > target:
         raise InputError(
-            f"{name}={target:g} cannot be reached: reusing whatever may be reused leaves {least:.3g}; ask for more."
+            f"{name}={target:g} is out of reach: reusing every step that can be reused leaves {least:.3g}; raise it."
         )
-    low, high = -1, len(candidates) - 1  # more than the target at low, no more at high
+    low, high = -1, len(candidates) - 1  # above the target at low, at most the target at high
     while high - low > 1:
         middle = (low + high) // 2
         if share(candidates[middle]) <= target:
             high = middle
         else:
             low = middle
-    short = float(f"{candidates[high]:.4g}")
-    return short if share(short) == share(candidates[high]) else candidates[high]
+    rounded = float(f"{candidates[high]:.4g}")
+    return rounded if share(rounded) == share(candidates[high]) else candidates[high]
 
 
 def _candidates(steps: Sequence[Step], coefficients: Sequence[float]) -> list[float]:
-    """Rising thresholds that lie between the sums of changes that a cache can come to."""
-    runs: dict[Any, list[list[Tensor]]] = {}
+    """Return rising thresholds between all sums of changes that a cache can accumulate."""
+    trajectories: dict[Any, list[list[Tensor]]] = {}
     for step in steps:
         if step.change is None:
-            runs.setdefault(step.position.branch, []).append([])
+            trajectories.setdefault(step.position.branch, []).append([])
         else:
-            runs[step.position.branch][-1].append(rescale(step.change, coefficients))
+            trajectories[step.position.branch][-1].append(rescale(step.change, coefficients))
     sums = [torch.zeros(1)]
-    for run in (run for branch in runs.values() for run in branch if run):
-        changes = torch.stack(run)  # (steps, B)
+    for trajectory in (each for branch in trajectories.values() for each in branch if each):
+        changes = torch.stack(trajectory)  # (steps, B)
         sums += [changes[start:].cumsum(0).flatten() for start in range(len(changes))]
     values = torch.cat(sums).double()
     values = torch.unique(values[values.isfinite()])  # rising

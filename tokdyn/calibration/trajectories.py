@@ -1,4 +1,4 @@
-"""Drawing a few images with a model from disk, and keeping what it was called with."""
+"""Draw a few images with a model on disk, and record its calls."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from tokdyn.calibration.config import CalibrateConfig
-from tokdyn.calibration.recording import Call, recording
+from tokdyn.calibration.recorder import Call, recording
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.records import StepState
 from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
 from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.files import json_object
 from tokdyn.progress import progress
@@ -28,14 +29,14 @@ _PIPELINE = "model_index.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and how to draw a batch of images with it.
+    """A model and how to draw images with it.
 
     Attributes:
         model: on its device.
-        name: of the run, the folder or the file.
-        scheduler: what draws.
-        classes: labels that are dealt out to the images in turn.
-        draw: draws one image for each label and seed; told what to call after every step.
+        name: name of the run, folder or file.
+        scheduler: name of the scheduler.
+        classes: labels that the images cycle through.
+        draw: draws one image per label and seed, and calls a function after every step.
     """
 
     model: nn.Module
@@ -46,18 +47,18 @@ class Subject:
 
 
 def open_subject(config: CalibrateConfig, device: torch.device) -> Subject:
-    """Load what is to be calibrated.
+    """Load the model to calibrate.
 
     Raises:
-        TokdynError: there is no model, or the settings do not fit it.
+        TokdynError: the model does not exist, or the settings do not fit it.
     """
     path = Path(config.model).expanduser()
     return _pipeline(config, path, device) if (path / _PIPELINE).is_file() else _own(config, device)
 
 
 def trajectories(config: CalibrateConfig, subject: Subject) -> list[Call]:
-    """The calls of the model while it draws the images."""
-    kept: list[Call] = []
+    """Record the calls of the model while it draws the images."""
+    recorded: list[Call] = []
     batches = -(-config.count // config.batch_size)
     with progress("sampling", batches * config.steps) as advance:
         for start in range(0, config.count, config.batch_size):
@@ -65,12 +66,12 @@ def trajectories(config: CalibrateConfig, subject: Subject) -> list[Call]:
             labels = [subject.classes[image % len(subject.classes)] for image in images]
             with recording(subject.model, host=True) as calls:
                 subject.draw(labels, [config.seed + image for image in images], lambda: advance(1))
-            kept += calls
-    return kept
+            recorded += calls
+    return recorded
 
 
 def _own(config: CalibrateConfig, device: torch.device) -> Subject:
-    """A model of tokdyn, sampled as `tokdyn sample` does."""
+    """Open a model of tokdyn, sampled like `tokdyn sample` does."""
     model, objective, info = load_model(config.model, config.ema)
     model.to(device)
     sampler = Sampler(
@@ -78,47 +79,47 @@ def _own(config: CalibrateConfig, device: torch.device) -> Subject:
     )
 
     def draw(labels: list[int], seeds: list[int], step: Callable[[], None]) -> None:
-        def told(_: StepState) -> None:
+        def after_step(_: StepState) -> None:
             step()
 
-        generate(model, sampler, objective, labels, seeds, callback=told)
+        generate(model, sampler, objective, labels, seeds, callback=after_step)
 
     return Subject(model, info.name, _scheduler(config, objective), class_numbers(config.classes, info, model), draw)
 
 
 def _scheduler(config: CalibrateConfig, objective: Objective) -> str:
-    """The scheduler in force; says what does not fit before anything is drawn."""
-    from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
-
+    """Return the name of the scheduler, after checking before any drawing that it fits."""
     name = config.scheduler or default_scheduler(objective)
     open_scheduler(name, config.steps, objective)
     return name
 
 
 def _of_pixels(model: Any, info: ModelInfo) -> bool:
-    """Whether predictions of the clean image can be clamped to [-1, 1]."""
+    """Whether the model predicts pixels, so that a predicted image can be clamped to [-1, 1]."""
     if info.data is not None:
         return info.data.kind != "latents"
     return info.latents is None and model.config.in_channels in (1, 3)
 
 
 def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subject:
-    """A DiTPipeline of diffusers, with the scheduler it came with."""
+    """Open a DiTPipeline of diffusers with its own scheduler."""
     import diffusers
 
     kind = str(json_object(path / _PIPELINE).get("_class_name"))
     if kind != "DiTPipeline":
         raise CheckpointError(
-            f"{path} is a {kind}, and this command draws with a DiTPipeline only; record your own calls in Python with "
-            "tokdyn.recording(pipe.transformer) and give them to tokdyn.calibrate, see docs/calibration.md."
+            f"{path} is a {kind}, but this command only draws with a DiTPipeline; record calls in Python with "
+            "tokdyn.recording(pipe.transformer) and pass them to tokdyn.calibrate, see docs/calibration.md."
         )
     if config.scheduler is not None:
-        raise RecipeError(f"scheduler={config.scheduler} has no effect: a pipeline samples with its own; leave it out")
+        raise RecipeError(
+            f"scheduler={config.scheduler} has no effect, since a pipeline samples with its own: leave it out."
+        )
     try:
         with quiet_diffusers():
             pipeline: Any = diffusers.DiTPipeline.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be loaded as a DiTPipeline ({error}).") from error
+        raise CheckpointError(f"{path} cannot be loaded as a DiTPipeline: {error}") from error
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     model = pipeline.transformer.eval()
@@ -139,7 +140,7 @@ def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subj
 
 
 def _numbers(config: CalibrateConfig, total: int) -> tuple[int, ...]:
-    """Classes of a pipeline, by number; all of them in turn if none are given."""
+    """Return the classes of a pipeline by number, or all of them."""
     if config.classes is None:
         return tuple(range(total))
     wrong = [label for label in config.classes if not (isinstance(label, int) or label.isdecimal())]
@@ -147,15 +148,15 @@ def _numbers(config: CalibrateConfig, total: int) -> tuple[int, ...]:
     wrong += [str(number) for number in numbers if not 0 <= number < total]
     if wrong or not numbers:
         raise RecipeError(
-            f"class {wrong[0] if wrong else 'list'} does not exist: the classes of a pipeline are the numbers 0 to "
-            f"{total - 1}"
+            f"class {wrong[0] if wrong else 'list'} does not exist; the classes of a pipeline are the numbers 0 to "
+            f"{total - 1}."
         )
     return tuple(numbers)
 
 
 @contextmanager
 def _after_each(model: nn.Module, step: Callable[[], None]) -> Iterator[None]:
-    """Call something after every call of a model."""
+    """Call a function after every call of a model within this context."""
 
     def hook(*_: Any) -> None:
         step()

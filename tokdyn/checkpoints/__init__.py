@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: official DC-DiT, facebook DiT, SiT, DyDiT, diffusers DiT and our own folders."""
+"""Read and write checkpoints of official DC-DiT, facebook DiT, SiT, DyDiT, diffusers DiT and tokdyn itself."""
 
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
 from tokdyn.checkpoints.files import Raw, open_file

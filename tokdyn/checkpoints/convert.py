@@ -1,4 +1,4 @@
-"""State dicts under other projects' names; the exact inverse of reading them."""
+"""Translate state dicts to the names of other projects, exactly inverting how they are read."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from typing import Any
 from torch import Tensor
 
 from tokdyn.checkpoints.infer import grid_of_table
-from tokdyn.checkpoints.names import OFFICIAL, as_diffusers, renamed, reverse
+from tokdyn.checkpoints.names import OFFICIAL, as_diffusers, rename, reverse
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 
-CLOCK = {"timestep_map": (1.0, 0.0)}
-FACEBOOK = {"timestep_shift": 0, "mlp_norm_eps": 1e-6, **CLOCK}
-"""Settings of facebook's DiT, and of official DC-DiT, that diffusers' DiT has otherwise."""
+_PLAIN_TIME = {"timestep_map": (1.0, 0.0)}
+FACEBOOK = {"timestep_shift": 0, "mlp_norm_eps": 1e-6, **_PLAIN_TIME}
+"""Settings of facebook's DiT and of official DC-DiT in which diffusers' DiT differs."""
 
 
 def to_official(model: DCDiT) -> dict[str, Tensor]:
-    """The state dict of a DC-DiT under the names of the official code (AMD-AGI/DynamicChunkingDiT).
+    """Return the state dict of a DC-DiT under the names of the official code (AMD-AGI/DynamicChunkingDiT).
 
     Args:
-        model: with patch size 1 and the spatial-predictability router, the only ones that code has. It forces the
-            first and the last cell, so it computes the same only for a model with force_ends=True.
+        model: has patch size 1 and the spatial-predictability router, which are all that the official code knows. That
+            code keeps the first and the last cell, so it computes the same only for a model with force_ends=True.
 
     Returns:
         Copies of the tensors by name.
 
     Raises:
-        CheckpointError: the official code has no such model.
+        CheckpointError: the official code cannot hold this model.
     """
     own = {"router": "spatial_predictability", "patch_size": 1, "position_scale": 1.0, "condition_adaptor": False}
-    _only("the official DC-DiT", {**own, **FACEBOOK}, model)
+    _require("the official DC-DiT", {**own, **FACEBOOK}, model)
     names = reverse(OFFICIAL)
-    return {renamed(name, names): tensor.clone() for name, tensor in model.state_dict().items()}
+    return {rename(name, names): tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def to_facebook(model: DiT) -> dict[str, Tensor]:
-    """The state dict of a DiT under facebook's names, which are tokdyn's own.
+    """Return the state dict of a DiT under facebook's names, which are tokdyn's own.
 
     Raises:
-        CheckpointError: the model computes what diffusers' DiT does, and facebook's would compute something else.
+        CheckpointError: the model computes like diffusers' DiT, so facebook's code would compute something else.
     """
-    _only("facebook's DiT", FACEBOOK, model)
+    _require("facebook's DiT", FACEBOOK, model)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
-    """The state dict of a DiT for diffusers' DiTTransformer2DModel.
+    """Return the state dict of a DiT for diffusers' DiTTransformer2DModel.
 
     Args:
-        model: on a square grid with the fixed position table, which diffusers makes itself.
-        approximate: also write a model with facebook's timestep frequencies. diffusers computes slightly different
-            ones from the same weights, so outputs change.
+        model: has a square grid and the fixed position table, which diffusers builds itself.
+        approximate: also accept a model with facebook's timestep frequencies. diffusers computes slightly different
+            frequencies from the same weights, so its outputs differ.
 
     Returns:
         Copies of the tensors by name; the embedders are repeated in every block.
@@ -60,24 +60,24 @@ def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
     Raises:
         CheckpointError: diffusers would compute something else.
     """
-    _only("diffusers' DiT", CLOCK, model)
+    _require("diffusers' DiT", _PLAIN_TIME, model)
     if len(model.state_dict()["blocks.0.mlp.fc1.bias"]) != 4 * model.config.hidden_size:
-        raise CheckpointError(f"diffusers' DiT has mlp_ratio=4 only, and this model has {model.config.mlp_ratio:g}.")
+        raise CheckpointError(f"diffusers' DiT only has mlp_ratio=4, but this model has {model.config.mlp_ratio:g}.")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     grid = grid_of_table(tensors["pos_embed"][0])
     if grid is None or grid[0] != grid[1]:
-        raise CheckpointError("diffusers' DiT has sine-cosine positions on a square grid only, and this model has not.")
+        raise CheckpointError("diffusers' DiT only has sine-cosine positions on a square grid, unlike this model.")
     if model.config["timestep_shift"] != 1 and not approximate:
         raise CheckpointError(
-            "diffusers' DiT computes other timestep frequencies than facebook's, so outputs would change; "
-            "approximate=True writes the weights all the same."
+            "diffusers' DiT computes other timestep frequencies than facebook's, so its outputs would differ; set "
+            "approximate=True to write the weights nevertheless."
         )
     return as_diffusers(tensors, model.config["depth"])
 
 
-def _only(whose: str, settings: Mapping[str, Any], model: DiT | DCDiT) -> None:
-    """Refuse a model with other settings than the only ones that another code has."""
+def _require(whose: str, settings: Mapping[str, Any], model: DiT | DCDiT) -> None:
+    """Refuse a model whose settings differ from the only ones that some code supports."""
     for name, only in settings.items():
         value = model.config[name]
         if (tuple(value) if isinstance(value, list) else value) != only:
-            raise CheckpointError(f"{whose} has {name}={only!r} only, and this model has {value!r}.")
+            raise CheckpointError(f"{whose} only has {name}={only!r}, but this model has {value!r}.")

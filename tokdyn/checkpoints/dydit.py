@@ -1,4 +1,4 @@
-"""DyDiT (arXiv 2410.03456): a DiT whose blocks hold gates, read as a `DiT` wrapped with `DynamicWidth`."""
+"""DyDiT (arXiv 2410.03456), a DiT whose blocks hold gates: read it as a `DiT` wrapped with `DynamicWidth`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.attach import attached, wrap
-from tokdyn.checkpoints.fill import some
+from tokdyn.checkpoints.fill import first_few
 from tokdyn.errors import CheckpointError
 from tokdyn.methods import DynamicWidth, WidthGates
 from tokdyn.models import DiT
@@ -21,26 +21,26 @@ _LEVEL = {"heads": "attn_rate.router", "channels": "mlp_rate.router"}
 _TOKENS = "token_selection.mlp_head"
 
 
-def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the DiT, and those of the gates."""
+def split_gates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Separate the tensors of the DiT from those of the gates."""
     gates = {name: tensor for name, tensor in tensors.items() if _GATE.match(name)}
     return {name: tensor for name, tensor in tensors.items() if name not in gates}, gates
 
 
-def with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str) -> DiT:
-    """Wrap a DiT with the gates of a DyDiT; in evaluation it computes what that does, and skips what is off.
+def wrap_with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str) -> DiT:
+    """Wrap a DiT with the gates of a DyDiT, so that it computes the same in evaluation and skips what is gated off.
 
-    DyDiT's gates of heads and channels see the model's timestep embedding. Here they have a copy of it, so that they
-    stay what they are if the model is trained on. Those of tokens see the tokens before norm and modulation.
+    DyDiT's gates of heads and channels read the model's timestep embedding. Here they get a copy of it, so that
+    training the model does not change them. Gates of tokens read the tokens before norm and modulation.
 
     Args:
-        model: the DiT in it.
-        gates: tensors by DyDiT's names.
-        target: share of the FLOPs that it was trained to.
-        origin: what to call the checkpoint in messages.
+        model: the DiT.
+        gates: tensors of the gates by DyDiT's names.
+        target: share of the FLOPs that the gates were trained to.
+        origin: what messages call the checkpoint.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape, or its groups of channels are not ours.
+        CheckpointError: tensors are missing, left over or of another shape, or channels are grouped differently.
     """
     config = model.config
     width, heads, depth = config.hidden_size, config.num_heads, config.depth
@@ -48,13 +48,13 @@ def with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str
     hidden = len(model.state_dict()["blocks.0.mlp.fc1.bias"])
     if hidden % heads or len(set(group_sizes(hidden, heads))) > 1:
         raise CheckpointError(
-            f"{origin} has {hidden} MLP channels in {heads} groups, which tokdyn makes of sizes "
-            f"{', '.join(map(str, group_sizes(hidden, heads)))} and DyDiT of equal ones; it cannot be read."
+            f"{origin} cannot be read: it has {hidden} MLP channels in {heads} groups, which tokdyn makes of sizes "
+            f"{', '.join(map(str, group_sizes(hidden, heads)))} and DyDiT of equal sizes."
         )
     if not isinstance(target, (int, float)) or not 0.0 < target < 1.0:
         raise CheckpointError(
-            f"target={target!r}, given for {origin}, should be the share of the FLOPs that it was trained to, "
-            "between 0 and 1."
+            f"target={target!r}, given for {origin}, must be the share of the FLOPs that it was trained to, between 0 "
+            "and 1."
         )
     wrap(model, [DynamicWidth(target=target, token_input="stream", embedding=width)])
     part: Any = attached(model).parts["0"]
@@ -65,6 +65,7 @@ def with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str
 
 @torch.no_grad()
 def _fill(part: WidthGates, model: DiT, gates: Mapping[str, Tensor], depth: int) -> None:
+    """Copy the timestep embedding and the gates into the module of `DynamicWidth`."""
     embedding: Any = part.embedding
     for layer in ("0", "2"):
         embedding[int(layer)].load_state_dict(model.t_embedder.mlp.get_submodule(layer).state_dict())
@@ -79,7 +80,7 @@ def _fill(part: WidthGates, model: DiT, gates: Mapping[str, Tensor], depth: int)
 
 
 def _shapes(width: int, heads: int, depth: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the gates consist of, by DyDiT's names."""
+    """Return the shape of every tensor of the gates by DyDiT's names."""
     inner = width // WidthGates.SQUEEZE
     block: dict[str, tuple[int, ...]] = {
         f"{_TOKENS}.0.weight": (inner, width),
@@ -93,17 +94,17 @@ def _shapes(width: int, heads: int, depth: int) -> dict[str, tuple[int, ...]]:
 
 
 def _check(gates: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Refuse gates that are not complete."""
+    """Refuse incomplete gates."""
     wrong = [
         f"{name} {tuple(gates[name].shape)} for {shape}"
         for name, shape in shapes.items()
         if name in gates and tuple(gates[name].shape) != shape
     ]
-    found = (
+    problems = (
         ("missing", sorted(set(shapes) - set(gates))),
         ("left over", sorted(set(gates) - set(shapes))),
         ("of another shape", wrong),
     )
-    report = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in found if names)
+    report = "; ".join(f"{len(names)} {problem}: {first_few(names)}" for problem, names in problems if names)
     if report:
-        raise CheckpointError(f"{origin} does not hold the gates of a DyDiT. {report}. Nothing was loaded.")
+        raise CheckpointError(f"{origin} does not hold the gates of a DyDiT: {report}. Nothing was loaded.")

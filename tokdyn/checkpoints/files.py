@@ -1,4 +1,4 @@
-"""From a path to named tensors and settings: single files, sharded files and folders."""
+"""Read named tensors and settings from single files, sharded files and folders."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tokdyn.files import json_object
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 METHODS = "tokdyn.safetensors"  # weights of the methods that a model was wrapped with
 NOTES = "_tokdyn"
-"""Where settings are noted that a foreign layout has no place for: a key of diffusers' config.json, which skips private
-ones, and of the header of a safetensors file."""
+"""Key under which settings are stored that a foreign layout has no place for: in diffusers' config.json, which skips
+names with a leading underscore, and in the header of a safetensors file."""
 EMA_NAMES = ("ema", "ema_state_dict", "model_ema")
 MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module")
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Tensors of a checkpoint under their original names.
+    """The tensors of a checkpoint under their original names.
 
     Attributes:
-        tensors: by name.
+        tensors: tensors by name.
         config: config.json beside the weights, empty if there is none.
         training: the settings object inside a training file.
-        notes: settings of the model that `tokdyn convert` wrote into the file, which its layout has no place for.
-        origin: what to call the checkpoint in messages.
+        notes: settings that `tokdyn convert` stored in the file because its layout has no place for them.
+        origin: what messages call the checkpoint.
     """
 
     tensors: dict[str, Tensor]
@@ -45,18 +45,18 @@ class Raw:
 
 
 def open_file(path: str | Path, ema: bool = True) -> Raw:
-    """Read a checkpoint file or folder without interpreting the names in it.
+    """Read a checkpoint file or folder without interpreting tensor names.
 
     Args:
-        path: .safetensors, .safetensors.index.json, .pt, .pth, .bin, or a folder with one of them, a diffusers
-            pipeline folder (its `transformer`), or a training folder (`ema` and `model` inside).
+        path: a .safetensors, .safetensors.index.json, .pt, .pth or .bin file, a folder that holds one of them, a
+            diffusers pipeline folder (its `transformer`), or a training folder (`ema` and `model` inside).
         ema: take the averaged weights where a checkpoint holds both.
 
     Returns:
         Tensors and settings.
 
     Raises:
-        CheckpointError: nothing there, several candidates, a damaged file, or a file without a state dict.
+        CheckpointError: the path does not exist, is ambiguous or damaged, or holds no state dict.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -69,21 +69,23 @@ def open_file(path: str | Path, ema: bool = True) -> Raw:
     if path.suffix == ".safetensors":
         return Raw(_safetensors(path), config, origin=str(path), notes=_notes(path))
     if path.suffix in PICKLED:
-        return choose(load_pickled(path), ema, str(path), config)
+        return find_state_dict(load_pickled(path), ema, str(path), config)
     raise CheckpointError(f"{path} has an unknown ending; expected .safetensors, .index.json or {', '.join(PICKLED)}.")
 
 
-def choose(content: Any, ema: bool, origin: str = "the state dict", config: Mapping[str, Any] | None = None) -> Raw:
-    """The state dict within the content of a file: the content itself, or the averaged or plain weights in it.
+def find_state_dict(
+    content: Any, ema: bool, origin: str = "the state dict", config: Mapping[str, Any] | None = None
+) -> Raw:
+    """Find the state dict in the content of a file: the content itself, or the averaged or plain weights inside it.
 
     Args:
-        content: a mapping of tensors, or a mapping that holds such mappings under "ema" or "model".
-        ema: take the averaged weights where both are there.
-        origin: what to call it in messages.
-        config: settings found beside it.
+        content: a mapping of tensors, or a mapping that holds such mappings under names such as "ema" and "model".
+        ema: take the averaged weights where the content holds both.
+        origin: what messages call the checkpoint.
+        config: the config.json beside it.
 
     Raises:
-        CheckpointError: there is no state dict in it.
+        CheckpointError: the content holds no state dict.
     """
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -92,27 +94,27 @@ def choose(content: Any, ema: bool, origin: str = "the state dict", config: Mapp
         for name in order:
             if isinstance(content.get(name), Mapping):
                 settings = content.get("config") or content.get("args")
-                inner = choose(content[name], ema, f"{origin}[{name!r}]", config)
+                inner = find_state_dict(content[name], ema, f"{origin}[{name!r}]", config)
                 return Raw(inner.tensors, inner.config, settings if isinstance(settings, Record) else Record(), origin)
-        held = ", ".join(repr(name) for name in list(content)[:6]) or "nothing"
+        names = ", ".join(repr(name) for name in list(content)[:6]) or "nothing"
         raise CheckpointError(
-            f"{origin} holds {held} and no state dict; expected tensors by name, or such a mapping under "
+            f"{origin} holds {names} but no state dict; expected tensors by name, or such a mapping under one of "
             f"{', '.join((*EMA_NAMES, *MODEL_NAMES))}."
         )
     raise CheckpointError(f"{origin} holds a {type(content).__name__}; expected a mapping from names to tensors.")
 
 
 def weight_files(path: str | Path, ema: bool = True) -> list[Path]:
-    """The files that `open_file` takes tensors from: one, or the shards that an index names."""
+    """List the files that `open_file` reads tensors from: one file, or the shards that an index names."""
     path = Path(path).expanduser()
     file = _weights_in(path, ema) if path.is_dir() else path
     if not file.name.endswith(".index.json"):
         return [file]
-    return [file.parent / name for name in sorted(set(map(str, json_object(file).get("weight_map", {}).values())))]
+    return _shards(file)
 
 
 def _weights_in(folder: Path, ema: bool) -> Path:
-    """The one file with weights in a folder."""
+    """Find the one file with weights in a folder."""
     if (folder / "model_index.json").is_file() and (folder / "transformer").is_dir():
         folder = folder / "transformer"
     found = [p for p in sorted(folder.iterdir()) if p.name.endswith(".safetensors.index.json")]
@@ -124,9 +126,8 @@ def _weights_in(folder: Path, ema: bool) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise CheckpointError(
-            f"{folder} holds {len(found)} files with weights ({', '.join(p.name for p in found[:4])}); name one."
-        )
+        names = ", ".join(path.name for path in found[:4])
+        raise CheckpointError(f"{folder} holds {len(found)} files with weights ({names}); give the path of one.")
     raise CheckpointError(f"{folder} holds no weights; expected .safetensors, .safetensors.index.json or a .pt file.")
 
 
@@ -134,35 +135,53 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}).") from error
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}).") from error
     return tensors
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    """The settings in the header of a file, empty if there are none."""
+    """Read the stored settings from the header of a safetensors file, empty if there are none."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(NOTES, "{}")
     try:
         notes = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path} has a header whose {NOTES} is no JSON ({error}).") from error
+        raise CheckpointError(f"the header of {path} has a {NOTES} that is not JSON ({error}).") from error
     if not isinstance(notes, dict):
-        raise CheckpointError(f"{path} has a header whose {NOTES} is a {type(notes).__name__}, expected an object.")
+        raise CheckpointError(f"the header of {path} has a {type(notes).__name__} under {NOTES}, expected an object.")
     return notes
 
 
-def _sharded(index: Path) -> dict[str, Tensor]:
-    """All tensors of a sharded checkpoint; every shard lies beside its index."""
-    places = json_object(index).get("weight_map")
-    if not isinstance(places, Mapping) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor names to shards.")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        shard = index.parent / name
-        if Path(name).name != name or not shard.is_file():
+def _shards(index: Path) -> list[Path]:
+    """List the shards that an index names. All of them lie beside it, so that no index reads files elsewhere.
+
+    A shard may be a link, as in the cache of the hub: who placed the link chose what it points to.
+
+    Raises:
+        CheckpointError: the index is malformed, or names a shard that does not lie beside it.
+    """
+    shards = []
+    for name in sorted(set(_weight_map(index).values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names the shard {name!r}, which does not lie beside it.")
+        shards.append(index.parent / name)
+    return shards
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Read the map from tensor names to the names of shards."""
+    weight_map = json_object(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to shards.")
+    return weight_map
+
+
+def _sharded(index: Path) -> dict[str, Tensor]:
+    """Read all tensors of a sharded checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    for shard in _shards(index):
         tensors |= _safetensors(shard)
-    missing = sorted(set(places) - set(tensors))
+    missing = sorted(set(_weight_map(index)) - set(tensors))
     if missing:
-        raise CheckpointError(f"the shards of {index} lack {len(missing)} tensors, {missing[0]!r} the first of them.")
+        raise CheckpointError(f"the shards of {index} lack {len(missing)} of its tensors, the first is {missing[0]!r}.")
     return tensors

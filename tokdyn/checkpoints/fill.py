@@ -1,4 +1,4 @@
-"""Putting tensors into a model, all of them or none."""
+"""Load tensors into a model, all of them or none."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ Model = TypeVar("Model", DiT, DCDiT)
 
 
 def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: str) -> Model:
-    """Build a model and load every tensor; only a position table may be missing, since it is fixed.
+    """Build a model and load every tensor. Only the position table may be missing, since it is fixed.
 
     Args:
         model_class: `DiT` or `DCDiT`.
-        settings: its keyword arguments.
-        tensors: by tokdyn's names.
-        origin: what to call the checkpoint in messages.
+        settings: keyword arguments of the class.
+        tensors: tensors by tokdyn's names.
+        origin: what messages call the checkpoint.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: the settings are impossible, or names or shapes do not match, with the first of each and how
-            many there are.
+        CheckpointError: the settings are impossible, or names or shapes do not match; the message counts the mismatches
+            and names the first of each kind.
     """
     height, width = settings["sample_size"]
     size = height if height == width else (height, width)
     try:
-        with torch.device("meta"):  # shapes only: random weights would be made to be thrown away
+        with torch.device("meta"):  # shapes are enough: random weights would be thrown away
             model: Model = model_class(**{**settings, "sample_size": size})
     except TokdynError as error:
-        raise CheckpointError(f"no {model_class.__name__} can be built for {origin}: {error}") from error
+        raise CheckpointError(f"{origin} needs a {model_class.__name__} that cannot be built: {error}") from error
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors) - {"pos_embed"})
     surplus = sorted(set(tensors) - set(expected))
@@ -47,10 +47,10 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
         if name in tensors and tensors[name].shape != value.shape
     ]
     if missing or surplus or wrong:
-        found = (("missing", missing), ("left over", surplus), ("of another shape", wrong))
-        report = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in found if names)
+        problems = (("missing", missing), ("left over", surplus), ("of another shape", wrong))
+        report = "; ".join(f"{len(names)} {problem}: {first_few(names)}" for problem, names in problems if names)
         raise CheckpointError(
-            f"{origin} does not fit a {model_class.__name__} (by tokdyn's names). {report}. Nothing was loaded."
+            f"{origin} does not fit a {model_class.__name__}. By tokdyn's names: {report}. Nothing was loaded."
         )
     own = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
     if "pos_embed" not in own:
@@ -62,6 +62,6 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
     return model
 
 
-def some(names: Sequence[str], limit: int = 4) -> str:
-    """The first few names, and dots if there are more."""
+def first_few(names: Sequence[str], limit: int = 4) -> str:
+    """List the first few names, with dots if there are more."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

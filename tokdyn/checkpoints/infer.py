@@ -1,4 +1,4 @@
-"""Settings of a model from the shapes of its tensors, under tokdyn's names."""
+"""Infer the settings of a model from the shapes of its tensors, which have tokdyn's names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tokdyn.errors import CheckpointError
 from tokdyn.ops import sincos_position
 
 ROUTERS = {"score": "spatial_predictability", "query": "cosine"}
-"""Routers by a part that only they have."""
+"""Routers by a submodule that only they have."""
 
 
 def dit_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
-    """Settings of a `DiT` that the shapes fix: everything but the heads, and the grid if there is no table."""
+    """Infer the settings of a `DiT`: all but the heads, and but the grid if there is no position table."""
     shared = _shared_settings(tensors, origin)
     _, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
     shared |= {"patch_size": patch, "in_channels": channels}
@@ -25,7 +25,7 @@ def dit_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
 
 
 def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> dict[str, Any]:
-    """Settings of a `DCDiT` that the shapes fix, at a patch size (1 in the official code).
+    """Infer the settings of a `DCDiT` of a given patch size (1 in the official code).
 
     Raises:
         CheckpointError: a tensor is missing, or the input channels do not divide by the patch size.
@@ -33,12 +33,12 @@ def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> di
     shared = _shared_settings(tensors, origin)
     narrow, channels, _, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
     if not isinstance(patch, int) or patch < 1:
-        raise CheckpointError(f"patch_size={patch!r}, given for {origin}, should be a number of at least 1.")
+        raise CheckpointError(f"patch_size={patch!r}, given for {origin}, must be an integer of at least 1.")
     if channels % (patch * patch):
-        raise CheckpointError(f"{origin} embeds {channels} channels a token, which patch_size={patch} does not divide.")
-    router = {name.split(".")[2] for name in tensors if name.startswith("chunking.router.")}
+        raise CheckpointError(f"{origin} embeds {channels} channels per token, which patch_size={patch} cannot divide.")
+    parts = {name.split(".")[2] for name in tensors if name.startswith("chunking.router.")}
     shared |= {
-        "router": next((kind for part, kind in ROUTERS.items() if part in router), "random"),
+        "router": next((router for part, router in ROUTERS.items() if part in parts), "random"),
         "patch_size": patch,
         "in_channels": channels // (patch * patch),
         "scaffold_width": narrow,
@@ -52,24 +52,26 @@ def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> di
 def grid_size(
     tensors: Mapping[str, Tensor], patch: int, given: int | tuple[int, int] | None, origin: str
 ) -> tuple[int, int]:
-    """(height, width) of the input from the position table, the given size, or both.
+    """Determine the (rows, columns) of the input from the position table, the given size, or both.
 
     Args:
-        tensors: with "pos_embed" (1, N, D), or without.
+        tensors: with or without "pos_embed" (1, N, D).
         patch: patch size.
-        given: what the caller or a config.json said.
-        origin: what to call the checkpoint in messages.
+        given: sample_size from the caller or a config.json.
+        origin: what messages call the checkpoint.
 
     Raises:
-        CheckpointError: no table and nothing given, a table of another size or another grid than given, or an
-            unknown table of a length that is no square.
+        CheckpointError: there is neither a table nor a given size, they contradict each other, or the table is not
+            sine-cosine and its length is not a square.
     """
     size = (given, given) if isinstance(given, int) else given
     if size is not None and not (isinstance(size, tuple) and [type(side) for side in size] == [int, int]):
-        raise CheckpointError(f"sample_size={given!r}, given for {origin}, should be a number or (rows, columns).")
+        raise CheckpointError(f"sample_size={given!r}, given for {origin}, must be an integer or (rows, columns).")
     if "pos_embed" not in tensors:
         if size is None:
-            raise CheckpointError(f"{origin} has no position table; give sample_size= (a number or (rows, columns)).")
+            raise CheckpointError(
+                f"{origin} has no position table; set sample_size to the rows and columns of the input."
+            )
         return size
     table = tensors["pos_embed"]
     cells = _shape(tensors, "pos_embed", 3, origin)[1]
@@ -77,7 +79,7 @@ def grid_size(
     if size is None:
         if grid is None and isqrt(cells) ** 2 != cells:
             raise CheckpointError(
-                f"{origin} has {cells} positions, which is no square; give sample_size=(rows, columns)."
+                f"{origin} has {cells} positions, which is not a square; set sample_size=(rows, columns)."
             )
         rows, columns = grid or (isqrt(cells), isqrt(cells))
         return rows * patch, columns * patch
@@ -88,14 +90,14 @@ def grid_size(
         )
     if grid is not None and grid != (size[0] // patch, size[1] // patch):
         raise CheckpointError(
-            f"sample_size={given} with patch_size={patch} contradicts {origin}, whose positions are those of a grid "
-            f"of {grid[0]} x {grid[1]} tokens."
+            f"sample_size={given} with patch_size={patch} contradicts {origin}, whose positions are those of a "
+            f"{grid[0]}x{grid[1]} grid of tokens."
         )
     return size
 
 
 def grid_of_table(table: Tensor) -> tuple[int, int] | None:
-    """The grid that a sine-cosine table (N, D) was made for, or None if it is another kind of table."""
+    """Recognise the (rows, columns) grid of a sine-cosine table (N, D); None if it is another kind of table."""
     cells, width = table.shape
     if width % 4 or not table.is_floating_point():
         return None
@@ -105,16 +107,17 @@ def grid_of_table(table: Tensor) -> tuple[int, int] | None:
     if cells % columns:
         return None
     grid = (cells // columns, columns)
-    # bf16 tables are exact to 2^-9 relative; tables of other grids differ by far more.
+    # bf16 tables have a relative error of 2**-9; tables of other grids differ by far more than the tolerance.
     return grid if torch.allclose(table, sincos_position(grid, width), atol=1e-2) else None
 
 
 def _shared_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
+    """Infer the settings that both models have."""
     width = _shape(tensors, "blocks.0.attn.qkv.weight", 2, origin)[1]
     hidden = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, origin)[0]
     classes = _shape(tensors, "y_embedder.embedding_table.weight", 2, origin)[0] - 1
     ratio = hidden / width
-    # The models take int(width * ratio); the nearest larger float undoes a quotient that was rounded down.
+    # The models compute int(width * ratio); a slightly larger ratio undoes a quotient that was rounded down.
     ratio = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
     return {
         "hidden_size": width,
@@ -125,27 +128,27 @@ def _shared_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, An
 
 
 def _output(tensors: Mapping[str, Tensor], inputs: int, origin: str) -> dict[str, Any]:
-    """Whether the final layer also predicts the variance."""
+    """Infer whether the final layer also predicts the variance."""
     outputs = _shape(tensors, "final_layer.linear.weight", 2, origin)[0]
     if outputs not in (inputs, 2 * inputs):
         raise CheckpointError(
-            f"{origin} predicts {outputs} values a token from {inputs}; expected {inputs} or, with learned variance, "
-            f"{2 * inputs}. If its patch size is not the one assumed, give patch_size=."
+            f"{origin} predicts {outputs} values per token from {inputs}; expected {inputs}, or {2 * inputs} with "
+            "learned variance. If its patch size is not the assumed one, set patch_size."
         )
     return {"learn_sigma": outputs == 2 * inputs}
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """One more than the largest number that follows the prefix."""
-    found = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
-    return 1 + max((int(number) for number in found if number.isdecimal()), default=-1)
+    """Count the numbered modules under a prefix: one more than the largest number that follows it."""
+    parts = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return 1 + max((int(part) for part in parts if part.isdecimal()), default=-1)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, dims: int, origin: str) -> tuple[int, ...]:
-    """Shape of a tensor that sizes are read from."""
+    """Return the shape of a tensor that settings are inferred from."""
     if name not in tensors:
-        raise CheckpointError(f"{origin} lacks {name!r} (under tokdyn's names), which the sizes are read from.")
+        raise CheckpointError(f"{origin} lacks {name!r} (tokdyn's name), from which settings are inferred.")
     shape = tuple(tensors[name].shape)
     if len(shape) != dims:
-        raise CheckpointError(f"{origin} has {name!r} of shape {shape}, expected {dims} dimensions.")
+        raise CheckpointError(f"{origin} has {name!r} of shape {shape}; expected {dims} dimensions.")
     return shape

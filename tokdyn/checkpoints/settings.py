@@ -1,4 +1,4 @@
-"""Settings that come with a checkpoint beside its shapes, and how they and the caller's are brought together."""
+"""Settings that accompany a checkpoint, and how they are combined with inferred ones and the caller's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Attention heads of the published widths (S, B, L, XL); shapes cannot tell them."""
+"""Attention heads of the published widths (S, B, L, XL), which shapes do not determine."""
 
 FREE = frozenset(
     {"smoothing", "smoothing_sigma", "target", "force_ends", "official_init", "timestep_shift", "mlp_norm_eps"}
 )
-"""Settings that no tensor depends on; the caller's may differ from the stored ones."""
+"""Settings that no tensor depends on, so that the caller may override the stored value."""
 
 
 def settle(
@@ -27,25 +27,28 @@ def settle(
     given: Mapping[str, Any],
     origin: str,
 ) -> dict[str, Any]:
-    """Settings from the shapes, what was stored with the weights and the caller; none may contradict another.
+    """Combine inferred, stored and given settings; none may contradict another.
 
     Args:
-        model: the class to be built.
-        fixed: what the shapes say.
-        stored: what a config.json or a training file says.
-        given: what the caller says.
-        origin: what to call the checkpoint in messages.
+        model: the class to build.
+        fixed: settings inferred from shapes.
+        stored: settings from a config.json or a training file.
+        given: settings from the caller.
+        origin: what messages call the checkpoint.
 
     Returns:
-        Keyword arguments of the model; `sample_size` and `smoothing_sigma` only where something said them.
+        Keyword arguments of the model; `sample_size` and `smoothing_sigma` only if a source provides them.
 
     Raises:
-        CheckpointError: an unknown setting, a contradiction, or a number of heads that is unknown or does not divide.
+        CheckpointError: a setting is unknown, two sources contradict each other, or the number of heads is unknown or
+            does not divide the width.
     """
     known = set(inspect.signature(model.__init__).parameters) - {"self"}
     for name in given:
         if name not in known:
-            raise CheckpointError(f"{name!r} is no setting of {model.__name__}; known are {', '.join(sorted(known))}.")
+            raise CheckpointError(
+                f"{model.__name__} has no setting {name!r}; its settings are {', '.join(sorted(known))}."
+            )
     settings = dict(fixed)
     for whose, layer in (("stored with", stored), ("given for", given)):
         for name, value in layer.items():
@@ -63,7 +66,8 @@ def settle(
     heads = settings.setdefault("num_heads", HEADS.get(width))
     if heads is None:
         raise CheckpointError(
-            f"the number of heads cannot be read from shapes and is not known for width {width}; give num_heads=."
+            f"the number of heads of {origin} cannot be inferred from shapes and is not known for width {width}; set "
+            "num_heads."
         )
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise CheckpointError(f"num_heads={heads!r} does not divide the width {width} of {origin}.")
@@ -71,10 +75,10 @@ def settle(
 
 
 def own_settings(raw: Raw) -> dict[str, Any]:
-    """Settings in the config.json of a folder that tokdyn wrote.
+    """Return the settings in the config.json of a folder that tokdyn wrote.
 
     Raises:
-        CheckpointError: it holds a setting that this version does not know.
+        CheckpointError: this version does not know one of the settings.
     """
     model = {"DiT": DiT, "DCDiT": DCDiT}[raw.config["_class_name"]]
     known = set(inspect.signature(model.__init__).parameters)
@@ -82,18 +86,21 @@ def own_settings(raw: Raw) -> dict[str, Any]:
     settings.pop("out_channels", None)  # derived, kept in config.json for diffusers' pipelines
     unknown = sorted(set(settings) - known)
     if unknown:
-        raise CheckpointError(f"config.json of {raw.origin} has {unknown[0]!r}, which {model.__name__} does not know.")
+        raise CheckpointError(
+            f"config.json of {raw.origin} has {unknown[0]!r}, which {model.__name__} of this version does not know."
+        )
     return settings
 
 
 def diffusers_settings(raw: Raw) -> dict[str, Any]:
-    """What diffusers' DiT does otherwise than facebook's, and what its config.json says.
+    """Return the settings that make a `DiT` compute like diffusers' DiT, with those of its config.json.
 
-    Its timestep frequencies end one step further, and the norm before the MLP has an epsilon of its own. A folder that
-    tokdyn wrote says what the model was that it was written from, until diffusers has loaded and saved it.
+    The timestep frequencies of diffusers end one step further than facebook's, and the norm before the MLP has an
+    epsilon of its own. A folder that tokdyn wrote also notes the settings of the original model, which count until
+    diffusers has loaded and saved the folder.
 
     Raises:
-        CheckpointError: the config.json names a variant that a `DiT` cannot compute.
+        CheckpointError: the config.json describes a variant that a `DiT` cannot compute.
     """
     config = raw.config if str(raw.config.get("_class_name", "")).endswith("Transformer2DModel") else {}
     for name, expected in (
@@ -103,31 +110,33 @@ def diffusers_settings(raw: Raw) -> dict[str, Any]:
         ("attention_bias", True),
     ):
         if config.get(name, expected) != expected:
-            raise CheckpointError(f"{raw.origin} has {name}={config[name]!r}; a DiT can only have {expected!r}.")
+            raise CheckpointError(f"{raw.origin} has {name}={config[name]!r}, but a DiT only computes {expected!r}.")
     return {
         "num_heads": config.get("num_attention_heads"),
         "sample_size": config.get("sample_size"),
         "timestep_shift": 1,
         "mlp_norm_eps": config.get("norm_eps", 1e-5),
-        **noted(DiT, {} if "_name_or_path" in config else config.get(NOTES, {}), raw.origin),
+        **noted_settings(DiT, {} if "_name_or_path" in config else config.get(NOTES, {}), raw.origin),
     }
 
 
-def noted(model: type[DiT] | type[DCDiT], notes: Any, origin: str) -> dict[str, Any]:
-    """Settings that `tokdyn convert` noted where another layout has no place for them.
+def noted_settings(model: type[DiT] | type[DCDiT], notes: Any, origin: str) -> dict[str, Any]:
+    """Return the settings that `tokdyn convert` noted in a layout that has no place for them.
 
     Raises:
-        CheckpointError: they are none, or this version does not know one of them.
+        CheckpointError: the notes are malformed, or this version does not know one of the settings.
     """
     known = set(inspect.signature(model.__init__).parameters)
     unknown = [notes] if not isinstance(notes, Mapping) else sorted(set(notes) - known)
     if unknown:
-        raise CheckpointError(f"{origin} notes {unknown[0]!r} under {NOTES}, which {model.__name__} does not know.")
+        raise CheckpointError(
+            f"{origin} notes {unknown[0]!r} under {NOTES}, which {model.__name__} of this version does not know."
+        )
     return dict(notes)
 
 
 def official_settings(raw: Raw) -> dict[str, Any]:
-    """What official DC-DiT weights imply, and what the settings in their training file say."""
+    """Return the settings that official DC-DiT weights imply, and those in their training file."""
     heads = raw.training.lookup("model", "hnet", "num_heads")
     target = raw.training.lookup("training", "downsample_factor")
     return {
@@ -139,7 +148,7 @@ def official_settings(raw: Raw) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal, up to rounding for numbers; a number and a pair of that number are the same size."""
+    """Compare two settings: numbers up to rounding, and a number equals a pair of that number."""
     if isinstance(one, tuple) or isinstance(other, tuple):
         pair, second = (value if isinstance(value, tuple) else (value, value) for value in (one, other))
         return pair == second

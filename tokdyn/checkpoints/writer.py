@@ -1,4 +1,4 @@
-"""Writing a model in the layout of another project, or in tokdyn's own, whole or not at all."""
+"""Write a model in the layout of another project or in tokdyn's own, completely or not at all."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from tokdyn.models import DCDiT, DiT
 
 Layout = Literal["diffusers", "tokdyn", "official", "facebook"]
 FILES = ("official", "facebook")
-"""Layouts of one file; the others are folders."""
+"""Layouts that are a single file; the others are folders."""
 FACTS = "tokdyn.json"
 
 
 @dataclass(frozen=True)
 class Written:
-    """What came of it.
+    """The result of `write`.
 
     Attributes:
         place: the file or folder.
-        files: in it, or the file itself.
-        notes: what the other code computes otherwise, a sentence each.
+        files: the files in the folder, or the file itself.
+        notes: differences in what the other project's code computes, one sentence each.
     """
 
     place: Path
@@ -51,68 +51,69 @@ def write(
     dtype: torch.dtype = torch.float32,
     facts: Mapping[str, Any] | None = None,
 ) -> Written:
-    """Write a model so that `read` and, where it computes the same, the other project's code load it.
+    """Write a model so that `read` can load it and, if it computes the same, so can the other project's code.
 
     Args:
-        model: not changed.
-        place: that is not there yet: a .safetensors file for "official" and "facebook", a folder for the others.
-        to: "diffusers" for DiTTransformer2DModel.from_pretrained; "tokdyn" for `from_pretrained` of its class, with
-            its methods beside it where it is wrapped; "official" for the public code of DC-DiT, "facebook" of DiT.
-        dtype: of the tensors.
-        facts: what is known of its training, written to tokdyn.json of a tokdyn folder.
+        model: the model, which is not changed.
+        place: a path that does not exist yet: a .safetensors file for "official" and "facebook", else a folder.
+        to: "diffusers" for DiTTransformer2DModel.from_pretrained; "tokdyn" for `from_pretrained` of the model's class,
+            with the methods of a wrapped model beside it; "official" for the public code of DC-DiT; "facebook" for that
+            of DiT.
+        dtype: dtype of the written tensors.
+        facts: what is known about the training, written to tokdyn.json of a tokdyn folder.
 
     Returns:
         What was written.
 
     Raises:
-        CheckpointError: that layout has no such model.
-        OutputError: something is there already, or it cannot be written.
+        CheckpointError: the layout cannot hold this model.
+        OutputError: the path exists already, or cannot be written.
     """
     place = Path(place).expanduser()
     if place.exists():
-        raise OutputError(f"{place} is there already and is not written over; choose another place.")
+        raise OutputError(f"{place} exists already and is not overwritten; choose another path.")
     if to in FILES and place.suffix != ".safetensors":
-        raise OutputError(f"{place} is to be a file of the {to} layout; give it the ending .safetensors.")
+        raise OutputError(f"{place} will be a file of the {to} layout; give it the ending .safetensors.")
     if to != "tokdyn" and attachment_of(model) is not None:
         raise CheckpointError(
-            f"the {to} layout has no place for the methods that this model is wrapped with; write it with "
-            "to=tokdyn, or unwrap it first."
+            f"the {to} layout cannot hold the methods that this model is wrapped with; write it with to=tokdyn, or "
+            "unwrap it first."
         )
     if to == "tokdyn":
-        return _own(model, place, dtype, facts)
+        return _write_own(model, place, dtype, facts)
     family, name = (DCDiT, "a DCDiT") if to == "official" else (DiT, "a DiT")
     if not isinstance(model, family):
-        raise CheckpointError(f"the {to} layout is for {name}, and this is a {type(model).__name__}.")
+        raise CheckpointError(f"the {to} layout holds {name}, but this model is a {type(model).__name__}.")
     if isinstance(model, DCDiT):
-        return _file(model, place, to_official(model), dtype, _unlike_official(model))
+        return _write_file(model, place, to_official(model), dtype, _differences_from_official(model))
     if to == "facebook":
-        return _file(model, place, to_facebook(model), dtype, ())
-    return _diffusers(model, place, dtype)
+        return _write_file(model, place, to_facebook(model), dtype, ())
+    return _write_diffusers(model, place, dtype)
 
 
-def _own(model: DiT | DCDiT, place: Path, dtype: torch.dtype, facts: Mapping[str, Any] | None) -> Written:
+def _write_own(model: DiT | DCDiT, place: Path, dtype: torch.dtype, facts: Mapping[str, Any] | None) -> Written:
     if next(model.parameters()).dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
-    with _folder(place) as half:
-        model.save_pretrained(half)
+    with _new_folder(place) as temporary:
+        model.save_pretrained(temporary)
         if attachment_of(model) is not None:
-            save(model, half)
+            save(model, temporary)
         if facts:
-            (half / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return Written(place, tuple(sorted(place.iterdir())))
 
 
-def _file(
+def _write_file(
     model: DiT | DCDiT, place: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, notes: tuple[str, ...]
 ) -> Written:
     settings = {name: value for name, value in model.config.items() if not name.startswith("_") and value is not None}
-    settings.pop("out_channels", None)  # follows from the others
-    with replacing(place) as half:
-        save_file(_cast(tensors, dtype), half, metadata={"format": "pt", NOTES: json.dumps(settings)})
+    settings.pop("out_channels", None)  # derived from the other settings
+    with replacing(place) as temporary:
+        save_file(_cast(tensors, dtype), temporary, metadata={"format": "pt", NOTES: json.dumps(settings)})
     return Written(place, (place,), notes)
 
 
-def _diffusers(model: DiT, place: Path, dtype: torch.dtype) -> Written:
+def _write_diffusers(model: DiT, place: Path, dtype: torch.dtype) -> Written:
     config = model.config
     tensors = _cast(to_diffusers(model, approximate=True), dtype)
     size = config.sample_size
@@ -139,24 +140,25 @@ def _diffusers(model: DiT, place: Path, dtype: torch.dtype) -> Written:
     notes: tuple[str, ...] = ()
     if config.timestep_shift != 1:
         content[NOTES] = {"timestep_shift": config.timestep_shift}
-        notes = ("diffusers' DiT computes slightly other timestep frequencies; tokdyn reads the folder as it was.",)
-    with _folder(place) as half:
-        (half / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, half / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        notes = ("diffusers' DiT computes slightly different timestep frequencies; tokdyn reads the original model.",)
+    with _new_folder(place) as temporary:
+        (temporary / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     return Written(place, tuple(sorted(place.iterdir())), notes)
 
 
-def _unlike_official(model: DCDiT) -> tuple[str, ...]:
-    """What the official code does whatever the settings say."""
+def _differences_from_official(model: DCDiT) -> tuple[str, ...]:
+    """List what the official code computes differently whatever the settings are."""
     notes = []
     if not model.config.force_ends:
-        notes.append("the official code always keeps the first and the last cell, which this model does not.")
+        notes.append("the official code always keeps the first and the last cell, unlike this model.")
     if not model.config.smoothing:
-        notes.append("the official code always smooths when it de-chunks, which this model does not.")
+        notes.append("the official code always smooths when it de-chunks, unlike this model.")
     return tuple(notes)
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Convert the floating-point tensors to a dtype."""
     return {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in tensors.items()
@@ -164,14 +166,14 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 @contextmanager
-def _folder(place: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its place if the block ends well and is removed if it does not."""
-    half = half_of(place)
+def _new_folder(place: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which is renamed to `place` on success and removed on failure."""
+    temporary = half_of(place)
     try:
         with writing(place):
-            shutil.rmtree(half, ignore_errors=True)  # of a run that was killed
-            half.mkdir(parents=True)
-            yield half
-            half.rename(place)
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(place)
     finally:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,15 +1,14 @@
-"""FLOPs of the models: analytic, counted on the path that ran, per image and per training step.
+"""Compute and count the FLOPs of models: per call, per image, per training step and per trajectory.
 
-One FLOP is one multiplication or one addition, so a multiply-add is 2 FLOPs everywhere in this package. (The DiT
-papers print multiply-adds and call them GFLOPs: their numbers are half of these.) Counted are matrix products,
-convolutions and the two products of attention. Left out are norms, activations, softmax, modulation, index
-operations and the weighted sums of de-chunking, which are a few percent and no matrix products.
+One FLOP is one multiplication or one addition, so a multiply-add is 2 FLOPs everywhere in this package. (The DiT papers
+print multiply-adds and call them GFLOPs, so their numbers are half of these.) Matrix products, convolutions and the two
+products of attention are included. Norms, activations, softmax, modulation, index operations and the weighted sums of
+de-chunking are not; they are no matrix products and a few percent of the whole.
 """
 
-from tokdyn.cost.analytic import flops_per_image, kept_tokens, model_parts
-from tokdyn.cost.budget import compute_matched_steps
-from tokdyn.cost.counted import Flops, flops
-from tokdyn.cost.counting import count
+from tokdyn.cost.analytic import compute_matched_steps, flops_per_image, kept_tokens, model_parts
+from tokdyn.cost.counter import count
+from tokdyn.cost.forward_pass import Flops, flops
 from tokdyn.cost.run_stats import CallStats, RunStats, StepStats
 from tokdyn.cost.statistics import stats
 

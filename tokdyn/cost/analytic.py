@@ -1,4 +1,4 @@
-"""FLOPs of DiT (arXiv 2212.09748) and DC-DiT (arXiv 2603.06351) from their settings alone; a multiply-add is 2 FLOPs.
+"""Compute the FLOPs of DiT (arXiv 2212.09748) and DC-DiT (arXiv 2603.06351) from their settings; a multiply-add is 2.
 
 Notation: B images, N cells of the token grid, M kept tokens of an image, D width, e scaffold width, L blocks.
 """
@@ -17,19 +17,19 @@ _SETTINGS = {"hidden_size", "depth", "patch_size", "in_channels", "mlp_ratio", "
 
 
 def model_config(model: Any) -> Mapping[str, Any]:
-    """The settings of a model: its `.config`, or the mapping itself.
+    """Return the settings of a model: its `.config`, or the mapping itself.
 
     Args:
         model: a `tokdyn.models.DiT` or `DCDiT` (also on the meta device), or a mapping with their settings.
 
     Raises:
-        InputError: no settings of one of the two models were found.
+        InputError: the model is neither of the two.
     """
     config = model if isinstance(model, Mapping) else getattr(model, "config", None)
     if not isinstance(config, Mapping) or not set(config) >= _SETTINGS:
         raise InputError(
-            f"analytic FLOPs are known for tokdyn.models.DiT and DCDiT, not for {type(model).__name__}; "
-            "use tokdyn.cost.count(model, *inputs) to count a forward pass."
+            f"analytic FLOPs exist for tokdyn.models.DiT and DCDiT, but this is a {type(model).__name__}; call "
+            "tokdyn.cost.count(model, *inputs) to count a forward pass."
         )
     return config
 
@@ -40,25 +40,25 @@ def is_chunked(config: Mapping[str, Any]) -> bool:
 
 
 def grid_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(rows, columns) of the token grid."""
+    """Return the (rows, columns) of the token grid."""
     size, patch = config["sample_size"], config["patch_size"]
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows // patch, columns // patch
 
 
 def kept_tokens(config: Mapping[str, Any], kept: float | Sequence[int] | None = None, batch: int = 1) -> list[float]:
-    """Tokens that the inner blocks see, one number per image.
+    """Return the number of tokens that the inner blocks see in each image.
 
     Args:
         config: settings of a DC-DiT.
-        kept: a fraction of the grid in (0, 1], or the counts M of the images, or None for the model's target 1/N.
-        batch: B, used where `kept` is not a list.
+        kept: share of the grid in (0, 1], or the count M of each image, or None for the model's target 1/N.
+        batch: B, unless `kept` is a list.
 
     Returns:
-        B numbers; a fraction is not rounded, so that means over many images come out right.
+        B numbers. A share is not rounded, so that means over many images are right.
 
     Raises:
-        InputError: a fraction outside (0, 1] or a count outside [1, N].
+        InputError: a share is outside (0, 1], or a count outside [1, N].
     """
     rows, columns = grid_of(config)
     cells = rows * columns
@@ -66,32 +66,32 @@ def kept_tokens(config: Mapping[str, Any], kept: float | Sequence[int] | None = 
         kept = 1.0 / float(config["target"])
     if isinstance(kept, (int, float)):
         if not 0.0 < kept <= 1.0:
-            raise InputError(f"the kept fraction is {kept}, expected more than 0 and at most 1.")
+            raise InputError(f"the kept share is {kept}; expected more than 0 and at most 1.")
         return [kept * cells] * batch
     counts = [float(count) for count in kept]
     if not counts or not all(1 <= count <= cells for count in counts):
-        raise InputError(f"the kept counts are {list(kept)}, expected one number from 1 to {cells} for every image.")
+        raise InputError(f"the kept counts are {list(kept)}; expected a number from 1 to {cells} for every image.")
     return counts
 
 
 def model_parts(
     model: Any, kept: float | Sequence[int] | None = None, batch: int = 1, device: str = "cpu"
 ) -> dict[str, int]:
-    """FLOPs of one forward pass by part, summed over the batch; a multiply-add is 2 FLOPs.
+    """Compute the FLOPs of one forward pass by part, summed over the batch; a multiply-add is 2 FLOPs.
 
     Args:
         model: a `DiT`, a `DCDiT` or the settings of one.
-        kept: for DC-DiT, the kept fraction, or the counts of the images (then B is their number), or None for 1/N.
+        kept: for a DC-DiT, the kept share, or the counts of the images (B is then their number), or None for 1/N.
         batch: B.
-        device: type of the device. De-chunking is a weighted sum of neighbours on CPU, which counts as no product,
-            and a product with a band matrix per axis elsewhere.
+        device: device type. On CPU, de-chunking is a weighted sum of neighbours, which is not counted; elsewhere it is
+            one product with a band matrix per axis.
 
     Returns:
         FLOPs by part, in the order of execution: embed, (encoder, router, residual,) adaLN, projections, attention,
-        mlp, (dechunk, decoder,) head. Attention is the sum of M^2 terms over the images.
+        mlp, (dechunk, decoder,) head. Attention is a sum of M**2 terms over the images.
 
     Raises:
-        InputError: the model is neither of the two, or `kept` is out of range or given for a DiT.
+        InputError: the model is neither of the two, or `kept` is out of range or set for a DiT.
     """
     config = model_config(model)
     rows, columns = grid_of(config)
@@ -101,7 +101,7 @@ def model_parts(
     time = 2 * width * (FREQUENCIES + width)
     if not is_chunked(config):
         if kept is not None:
-            raise InputError("a DiT runs on all of its tokens, so `kept` cannot be set.")
+            raise InputError(f"kept={kept} cannot be set for a DiT, which computes all of its tokens; leave it out.")
         parts: dict[str, float] = {"embed": batch * (2 * cells * channels * patch * patch * width + time)}
         parts |= _blocks(config, [float(cells)] * batch)
         parts["head"] = batch * (2 * cells * width * outputs + 4 * width * width)
@@ -123,16 +123,16 @@ def model_parts(
 
 
 def flops_per_image(model: Any, kept: float | None = None, unconditional: float | None = None) -> float:
-    """FLOPs of one denoising step of one image; a multiply-add is 2 FLOPs.
+    """Compute the FLOPs of one denoising step of one image; a multiply-add is 2 FLOPs.
 
-    Multiply by the number of steps for the papers' "TFLOPs/img", and by 3 for a training step (backward costs two
-    forwards).
+    Multiply by the number of steps for the papers' "TFLOPs/img", and by 3 for a training step, whose backward pass
+    costs two forward passes.
 
     Args:
         model: a `DiT`, a `DCDiT` or the settings of one.
-        kept: for DC-DiT, the kept fraction after tail drop; None is the target, 1/N.
-        unconditional: add a second, unconditional branch for guidance. Its kept fraction for DC-DiT (smaller than
-            `kept` in Lite-CFG); any number for DiT, where both branches cost the same.
+        kept: for a DC-DiT, the kept share after tail drop; None means the target, 1/N.
+        unconditional: add an unconditional branch for guidance. For a DC-DiT this is its kept share (smaller than
+            `kept` in Lite-CFG); for a DiT any number will do, since both branches cost the same.
 
     Returns:
         FLOPs per image.
@@ -144,8 +144,38 @@ def flops_per_image(model: Any, kept: float | None = None, unconditional: float 
     return total
 
 
+def compute_matched_steps(steps: int, warmup: int, baseline: float, full: float, budgets: Sequence[float]) -> int:
+    """Compute how many steps cost as much as `steps` steps of a baseline (arXiv 2603.06351 v2).
+
+    The result is `S_w + (S * F_b - S_w * F_0) / mean(F)`.
+
+    Args:
+        steps: S, steps of the baseline.
+        warmup: S_w, first steps of the new model, which run without tail drop.
+        baseline: F_b, FLOPs per image of the baseline (a multiply-add is 2; any unit, the same for all arguments).
+        full: F_0, FLOPs per image without tail drop.
+        budgets: FLOPs per image at each tail drop that training draws from with equal probability.
+
+    Returns:
+        Steps, rounded to the nearest integer.
+
+    Raises:
+        InputError: a cost is not positive, or the warm-up alone costs more than the baseline.
+    """
+    costs = [baseline, full, *budgets]
+    if len(costs) < 3 or min(costs) <= 0:
+        raise InputError(f"the FLOPs per image are {costs}; expected positive numbers and at least one budget.")
+    left = steps * baseline - warmup * full
+    if left < 0:
+        raise InputError(
+            f"warmup={warmup} steps at {full:.3g} FLOPs cost more than steps={steps} of the baseline at {baseline:.3g} "
+            "FLOPs; use fewer warm-up steps."
+        )
+    return round(warmup + left * len(budgets) / sum(budgets))
+
+
 def _blocks(config: Mapping[str, Any], counts: Sequence[float]) -> dict[str, float]:
-    """The L transformer blocks on `counts` tokens of each image; adaLN runs once per image."""
+    """Compute the FLOPs of the L blocks on `counts` tokens of each image; adaLN runs once per image."""
     width, depth, hidden = config["hidden_size"], config["depth"], int(config["hidden_size"] * config["mlp_ratio"])
     tokens, pairs = sum(counts), sum(count * count for count in counts)
     return {
@@ -157,7 +187,7 @@ def _blocks(config: Mapping[str, Any], counts: Sequence[float]) -> dict[str, flo
 
 
 def _convolutional(cells: int, condition: int, wide_in: int, wide_out: int) -> int:
-    """One residual block of the scaffold on one image: two 3x3 convolutions, the condition, a 1x1 skip if needed."""
+    """Compute the FLOPs of a residual block of the scaffold: two 3x3 convolutions, condition, and a 1x1 skip."""
     inner = min(wide_in, wide_out)
     skip = 2 * cells * wide_in * wide_out if wide_in != wide_out else 0
     return 18 * cells * inner * (wide_in + wide_out) + 2 * condition * inner + skip

@@ -1,4 +1,4 @@
-"""The tour behind `tokdyn demo`: train a small DC-DiT on procedural shapes, sample it at three budgets, look inside."""
+"""The tour behind `tokdyn demo`: train a small DC-DiT on procedural shapes, sample it at three budgets, and show it."""
 
 from tokdyn.demo.router import RouterScore, score_router
 from tokdyn.demo.tour import DemoResult, DemoSettings, demo

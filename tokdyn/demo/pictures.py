@@ -1,4 +1,4 @@
-"""The picture that only the tour draws: what the router keeps beside the true detail."""
+"""Draw which tokens the router keeps, beside the true detail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from tokdyn.data.shapes import ShapesDataset
-from tokdyn.demo.router import look
+from tokdyn.demo.router import route_noisy_shapes
 from tokdyn.diffusion.objective import Objective
 from tokdyn.report.grids import image_grid
 from tokdyn.report.maps import shade
@@ -26,25 +26,25 @@ def draw_router(
     path: Path,
     seed: int = 0,
 ) -> Path:
-    """Draw images with everything but the true detail faded, then with everything but the kept tokens, per noise level.
+    """Draw images with all but the true detail faded, then, per noise level, with all but the kept tokens faded.
 
     Args:
         model: a chunking model.
-        objective: what it was trained with.
+        objective: what the model was trained with.
         data: the shapes.
-        indices: which images.
+        indices: indices of the images.
         levels: noise levels in [0, 1].
-        path: file to write.
-        seed: of the noise.
+        path: the file to write.
+        seed: seed of the noise.
     """
     rows, titles = [], []
     for level in levels:
-        routing, noised = look(model, objective, data, indices, level, seed)
+        routing, noised = route_noisy_shapes(model, objective, data, indices, level, seed)
         keep = routing.keep.cpu().view(-1, *routing.grid).numpy()
         rows += [shade(image, mask) for image, mask in zip(to_pixels(noised.x_t), keep, strict=True)]
         titles.append(f"kept at noise level {level:g}")
     images, _ = data.batch(indices)
-    # Detail is known by pixel; a token holds some if any of its pixels does.
+    # Detail is known by pixel; a token has detail if any of its pixels has.
     truth = F.adaptive_max_pool2d(data.detail_masks(indices).float(), keep.shape[1:]).bool().numpy()
     rows[:0] = [shade(image, mask) for image, mask in zip(to_pixels(images), truth, strict=True)]
     page = image_grid(np.stack(rows), columns=len(indices), row_titles=["true detail", *titles])

@@ -1,4 +1,4 @@
-"""Does the router keep what matters? Its choice against the ground truth of the procedural shapes."""
+"""Score the tokens that a router keeps against the ground truth of the procedural shapes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tokdyn.tokens import Routing
 
 @dataclass(frozen=True)
 class RouterScore:
-    """How well the tokens that a router keeps cover the detail of noisy images.
+    """How well kept tokens cover the detail of noisy images.
 
     Attributes:
-        level: noise level in [0, 1] of the images that the router saw.
-        detail: the score of its choice.
+        level: noise level of the images, in [0, 1].
+        detail: score of the kept tokens.
     """
 
     level: float
@@ -29,29 +29,29 @@ class RouterScore:
 def score_router(
     model: Any, objective: Objective, data: ShapesDataset, indices: Sequence[int], level: float, seed: int = 0
 ) -> RouterScore:
-    """Compare what a chunking model keeps with the ground truth of the shapes.
+    """Compare the tokens that a chunking model keeps with the detail of the shapes.
 
     Args:
         model: a `DCDiT` trained on such shapes.
-        objective: what it was trained with.
+        objective: what the model was trained with.
         data: the shapes.
-        indices: B images to show it.
-        level: noise level in [0, 1]; the nearest one that the objective has is used.
-        seed: of the noise.
+        indices: indices of B images.
+        level: noise level in [0, 1]; the nearest level of the objective is used.
+        seed: seed of the noise.
 
     Returns:
         The mean score of the B images.
     """
-    routing, noised = look(model, objective, data, indices, level, seed)
+    routing, noised = route_noisy_shapes(model, objective, data, indices, level, seed)
     rows, columns = routing.grid
     masks = data.detail_masks(indices)
     return RouterScore(float(noised.level[0]), detail_score(routing.keep.cpu(), (rows, columns), masks))
 
 
-def look(
+def route_noisy_shapes(
     model: Any, objective: Objective, data: ShapesDataset, indices: Sequence[int], level: float, seed: int
 ) -> tuple[Routing, Noised]:
-    """Show noisy shapes to a chunking model; what it decided, and what it saw. Arguments as in `score_router`."""
+    """Call a chunking model on noisy shapes, and return its routing and the shapes. Arguments as in `score_router`."""
     device = next(model.parameters()).device
     images, labels = data.batch(indices)
     timesteps = torch.arange(objective.num_train_timesteps)

@@ -1,4 +1,4 @@
-"""Train, sample at three budgets, draw, score the router."""
+"""Train a small DC-DiT, sample it at three budgets, draw pictures and score its router."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokdyn.train import train
 BUDGETS = (0.0, 0.3, 0.6)
 LEVELS = (0.1, 0.3, 0.5)
 _DRAWN = 6  # images in the picture of the router
-_POLL = 5  # steps between looks at the clock
+_POLL = 5  # training steps between checks of the time limit
 
 
 class DemoSettings(BaseModel):
@@ -33,13 +33,13 @@ class DemoSettings(BaseModel):
 
     Attributes:
         out: folder for the run and its pictures.
-        minutes: training stops after this long, finished or not; the same call later goes on from there.
-        training_steps: optimizer steps; none takes those of the recipe `demo`.
+        minutes: time limit of the training; the same command resumes unfinished training.
+        training_steps: optimizer steps; null means those of the recipe `demo`.
         sampling_steps: steps per image.
         guidance: scale of classifier-free guidance.
-        count: images per budget; classes are dealt out in turn.
+        count: images per budget; they cycle through the classes.
         scored: unseen shapes that the router is scored on.
-        seed: of the training and the samples.
+        seed: seed of the training and the samples.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,14 +56,14 @@ class DemoSettings(BaseModel):
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the tour found.
+    """The result of the tour.
 
     Attributes:
-        folder: the run.
+        folder: folder of the run.
         pictures: the files that were drawn.
-        samples: what sampling at each budget cost.
+        samples: cost of sampling at each budget.
         router: score of the router at each noise level.
-        steps: optimizer steps that the model was trained for.
+        steps: optimizer steps so far.
         planned: optimizer steps of the whole run.
         seconds_training: wall time of the training in this call.
     """
@@ -102,8 +102,8 @@ def demo(settings: DemoSettings) -> DemoResult:
     )
     model, objective, _ = load_model(settings.out)
     data = open_data(recipe.data)
-    assert isinstance(data, ShapesDataset)  # the recipe says so
-    unseen = range(len(data), len(data) + settings.scored)  # beyond the epoch, so never trained on
+    assert isinstance(data, ShapesDataset)  # as the recipe `demo` says
+    unseen = range(len(data), len(data) + settings.scored)  # beyond the epoch, so not in the training set
     scores = tuple(score_router(model, objective, data, unseen, level, settings.seed) for level in LEVELS)
     path = draw_router(
         model, objective, data, range(len(data), len(data) + _DRAWN), LEVELS, pictures / "router.png", settings.seed
@@ -113,7 +113,7 @@ def demo(settings: DemoSettings) -> DemoResult:
 
 
 def _train(settings: DemoSettings) -> tuple[Recipe, int]:
-    """Train, go on with a run that was stopped, or leave a finished one alone; the recipe and the steps taken."""
+    """Train, resume a stopped run, or reuse a finished one; return the recipe and the steps so far."""
     overrides = [f"out={settings.out}", f"seed={settings.seed}", f"training.sample_every={_POLL}"]
     if settings.training_steps is not None:
         overrides.append(f"training.steps={settings.training_steps}")
@@ -121,7 +121,7 @@ def _train(settings: DemoSettings) -> tuple[Recipe, int]:
     started = (settings.out / "recipe.yaml").is_file()
     if started and recipes.load(settings.out / "recipe.yaml") != recipe:
         raise CheckpointError(
-            f"{settings.out} holds a run with other settings; choose another out=FOLDER or remove it."
+            f"{settings.out} holds a run with other settings; choose another out=FOLDER, or remove that folder."
         )
     if started and (settings.out / "model").is_dir():
         return recipe, planned_steps(recipe)
@@ -133,7 +133,7 @@ def _train(settings: DemoSettings) -> tuple[Recipe, int]:
 
 
 class _TimeLimit:
-    """Stands in for drawing previews: asks training to stop, as Ctrl-C does, once the time is up."""
+    """A stand-in for drawing previews that stops training like Ctrl-C does when the time is up."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds

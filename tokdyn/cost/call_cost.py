@@ -1,10 +1,10 @@
-"""FLOPs of one call of a model that an adapter knows, wrapped or not: counted, and computed from what happened."""
+"""Compute and count the FLOPs of one call of a model that an adapter knows, wrapped or not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -15,22 +15,22 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.structure import structures
 from tokdyn.attach import Attachment, Meter, argument_names, blocks_of, metered, untraced
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.counting import attention_formulas, by_child, to_meta
-from tokdyn.cost.padding import paddings
+from tokdyn.cost.counter import attention_formulas, by_child, to_meta
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.models.blocks import Attention
+from tokdyn.ops.attention import computed_pairs
 from tokdyn.trace.calls import CallTrace
 
 
 @dataclass(frozen=True)
-class Call:
-    """What one call cost, FLOPs of the whole batch; a multiply-add is 2.
+class CallCost:
+    """The FLOPs of one call of the whole batch; a multiply-add is 2.
 
     Attributes:
-        parts: the blocks and what methods did on top, computed; what lies outside of the blocks, counted by module.
-        dense: the same without methods.
-        counted: all that was counted.
-        children: counted, by child module.
+        parts: computed for the blocks and the methods, counted by module for everything outside of the blocks.
+        dense: FLOPs of the same call without methods.
+        counted: FLOPs that torch's counter saw.
+        children: counted FLOPs by child module.
         batch: B.
     """
 
@@ -41,19 +41,22 @@ class Call:
     batch: int
 
 
-def known(model: nn.Module) -> bool:
-    """Whether the cost of the model's blocks can be computed."""
+def is_computable(model: nn.Module) -> bool:
+    """Whether the FLOPs of the model's blocks can be computed."""
     try:
         return structures(model, adapter_for(model)) is not None
     except UnsupportedModelError:
         return False
 
 
-def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
-    """Run a model that is `known`, count, and compute the same.
+def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> CallCost:
+    """Run a model whose blocks are computable, and both count and compute its FLOPs (a multiply-add is 2).
 
-    A wrapped model that is training runs as in training, so that what acts only there is seen. The call leaves no
-    trace in the trajectory, the memory of caches, the statistics or the losses.
+    A wrapped model in training mode runs as in training, so that methods which act only there are included. The call
+    leaves no trace in the trajectory, in caches, statistics or losses.
+
+    Raises:
+        InputError: the model is on the meta device, and what it computes depends on its data.
     """
     names = argument_names(model)
     arguments = {**dict(zip(names, inputs, strict=False)), **keywords}
@@ -62,9 +65,9 @@ def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
         inputs, keywords = to_meta(inputs), to_meta(keywords)
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     with metered(model, Meter(mode.get_total_flops, arguments)) as attachment, untraced(attachment):
-        learning = bool(attachment.methods) and model.training and torch.is_grad_enabled()
+        training = bool(attachment.methods) and model.training and torch.is_grad_enabled()
         try:
-            with torch.set_grad_enabled(learning), mode:
+            with torch.set_grad_enabled(training), mode:
                 model(*inputs, **keywords)
         except RuntimeError as error:
             if not meta:
@@ -73,11 +76,14 @@ def call_flops(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, An
                 f"what this {type(model).__name__} computes depends on its data ({error}); move it off the meta device."
             ) from error
         record = attachment.records[-1]
-        return _call(model, attachment, record, int(mode.get_total_flops()), by_child(mode, type(model).__name__))
+        children = by_child(mode, type(model).__name__)
+        return _combined(model, attachment, record, int(mode.get_total_flops()), children)
 
 
-def _call(model: nn.Module, attachment: Attachment, record: CallTrace, total: int, children: dict[str, int]) -> Call:
-    """What was counted outside of the blocks beside what is computed within."""
+def _combined(
+    model: nn.Module, attachment: Attachment, record: CallTrace, total: int, children: dict[str, int]
+) -> CallCost:
+    """Combine what was counted outside of the blocks with what is computed inside."""
     found = structures(model, attachment.adapter)
     assert found is not None
     costs = Costs(found)
@@ -91,23 +97,21 @@ def _call(model: nn.Module, attachment: Attachment, record: CallTrace, total: in
     names = list(children)
     first = next((place for place, name in enumerate(names) if name in holders), len(names))
     before = {name: outside[name] for name in names[:first]}
-    behind = {name: value for name, value in outside.items() if name not in before}
-    everything = total - sum(children.values())
-    return Call(
-        {**before, **blocks, **methods, **behind, **({"rest": rest} if rest else {})},
+    after = {name: value for name, value in outside.items() if name not in before}
+    unassigned = total - sum(children.values())
+    return CallCost(
+        {**before, **blocks, **methods, **after, **({"rest": rest} if rest else {})},
         sum(outside.values()) + rest + sum(costs.dense(record).values()),
         total,
-        children | ({"rest": everything} if everything else {}),
+        children | ({"rest": unassigned} if unassigned else {}),
         record.batch,
     )
 
 
 def _paddings(model: nn.Module, attachment: Attachment, record: CallTrace) -> set[int]:
-    """What attention of tokdyn's own blocks may have computed beyond its rows."""
+    """Return the FLOPs that padding may have added in attention of tokdyn's own blocks."""
     blocks = [
-        (block, blocks.packing is not None)
-        for blocks in attachment.adapter.blocks
-        for block in blocks_of(model, blocks)
+        (block, group.packing is not None) for group in attachment.adapter.blocks for block in blocks_of(model, group)
     ]
     calls: list[tuple[float, Sequence[int]]] = []
     for call in record.blocks:
@@ -120,3 +124,25 @@ def _paddings(model: nn.Module, attachment: Attachment, record: CallTrace) -> se
         calls += [(pair, rows) for rows in ([list(chain(*groups))] if packed else groups)]
     width, heads = attachment.blueprint.sizes.width, attachment.blueprint.sizes.heads
     return paddings(calls, next(model.parameters()).device, width // heads)
+
+
+def paddings(calls: Sequence[tuple[float, Sequence[int]]], device: torch.device, head_width: int) -> set[int]:
+    """Return the positive FLOPs that padded attention may have added; they depend on dtype and gradients.
+
+    Args:
+        calls: for each call of attention, the FLOPs of one query-key pair and the rows of each sample.
+        device: device of the model.
+        head_width: d = D / H.
+
+    Returns:
+        All values that one combination of dtype, gradients and bias leads to; a multiply-add is 2.
+    """
+    found = set()
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for dtype, gradients, biased in product(dtypes, (False, True), (False, True)):
+        padding = 0
+        for flops, rows in calls:
+            pairs = computed_pairs(rows, device, dtype, head_width, gradients, biased) - sum(n * n for n in rows)
+            padding += round(flops * pairs)
+        found.add(padding)
+    return found - {0}

@@ -1,4 +1,4 @@
-"""FLOPs of one forward pass, computed by part and counted on the path that runs; a multiply-add is 2 FLOPs."""
+"""FLOPs of one forward pass, computed by part and counted with torch's counter; a multiply-add is 2 FLOPs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from tokdyn.attach import attachment_of, inner_model, untraced
 from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
-from tokdyn.cost.attached import call_flops, known
-from tokdyn.cost.counting import count, to_meta
-from tokdyn.cost.padding import paddings
+from tokdyn.cost.call_cost import call_cost, is_computable, paddings
+from tokdyn.cost.counter import count, to_meta
 from tokdyn.cost.run_stats import unit_of
 from tokdyn.errors import InputError
 from tokdyn.tokens import cells
@@ -22,15 +21,15 @@ from tokdyn.tokens import cells
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward pass of a whole batch. A multiply-add is 2 FLOPs.
+    """FLOPs of one forward pass of a whole batch; a multiply-add is 2 FLOPs.
 
     Attributes:
-        parts: analytic FLOPs by part. What an adapter does not know is counted: all of a model that none knows, what is
-            outside of the blocks of one that some adapter knows; these parts have the names of modules.
-        counted: what torch's FlopCounterMode saw on the path that ran; None if nothing ran.
+        parts: computed FLOPs by part. What cannot be computed is counted and named by module: everything of a model
+            that no adapter knows, and everything outside of the blocks of a model that an adapter knows.
+        counted: FLOPs that torch's FlopCounterMode saw; None if nothing ran.
         batch: B, images in the batch.
-        counted_parts: the counted FLOPs by child module of the model.
-        dense: of the same pass without methods; None for a model that no adapter knows, and for `DiT` and `DCDiT`.
+        counted_parts: counted FLOPs by child module of the model.
+        dense: FLOPs of the same pass without methods; None for `DiT` and `DCDiT` and for a model that no adapter knows.
     """
 
     parts: dict[str, int]
@@ -41,12 +40,12 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """Sum of the parts: FLOPs of the whole batch, multiply-add = 2."""
+        """Sum of the parts: FLOPs of the whole batch; a multiply-add is 2."""
         return sum(self.parts.values())
 
     @property
     def per_image(self) -> float:
-        """FLOPs per image, multiply-add = 2."""
+        """FLOPs per image; a multiply-add is 2."""
         return self.total / self.batch
 
     def __str__(self) -> str:
@@ -63,38 +62,37 @@ class Flops:
 
 
 def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
-    """FLOPs of one forward pass: analytic by part, and counted on the path that runs. A multiply-add is 2 FLOPs.
+    """Compute the FLOPs of one forward pass by part, and count them with torch's counter; a multiply-add is 2 FLOPs.
 
-    For `DiT` and `DCDiT` the two agree exactly, at any input size; DC-DiT's analytic cost is taken at the kept counts
-    of this very pass. Where attention ran on padded rows (tokdyn.ops.attention), the part "padding" is what that
-    added.
-    For every other model that an adapter knows, wrapped or not, the blocks and what methods do on top are computed
-    from the layers of the blocks and from what the methods decided in this very pass; what lies outside of the blocks
-    is counted, by module. The pass leaves no trace in statistics, caches and losses. A wrapped model in training mode
-    runs as in training.
-    Without inputs, or for a DC-DiT on the meta device (which tokens are kept depends on data), only the analytic
-    cost is given, at the model's target.
+    For `DiT` and `DCDiT` both agree exactly at any input size; DC-DiT's computed cost is that of the counts which this
+    pass kept. If attention runs on padded rows (tokdyn.ops.attention), the part "padding" holds the difference.
+    For any other model that an adapter knows, wrapped or not, blocks and methods are computed from the layers of the
+    blocks and from what the methods decided in this pass; everything outside of the blocks is counted by module. The
+    pass leaves no trace in statistics, caches and losses. A wrapped model in training mode runs as in training.
+    Without inputs, or for a DC-DiT on the meta device (where no data decides which tokens are kept), only the computed
+    cost at the model's target is returned.
 
     Args:
-        model: a `DiT`, a `DCDiT` or, if inputs are given, any other module.
+        model: a `DiT`, a `DCDiT` or, with inputs, any other module.
         *inputs: positional arguments of its forward; the first is the (B, C, H, W) input.
         **keywords: keyword arguments of its forward, as in `flops(model, x, timestep=t, class_labels=y)`.
 
     Returns:
-        The FLOPs of the whole batch; `.per_image` divides by B.
+        The FLOPs of the whole batch; `.per_image` divides them by B.
 
     Raises:
-        InputError: a foreign or a wrapped model without inputs, or one on the meta device that decides by its data.
+        InputError: another model, or a wrapped one, is given without inputs or on the meta device although what it
+            computes depends on its data.
     """
     model = inner_model(model)
     tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
-    tensors.sort(key=lambda tensor: tensor.dim() != 4)  # stable: the first (B, C, H, W), if there is one
+    tensors.sort(key=lambda tensor: tensor.dim() != 4)  # stable: the first (B, C, H, W) tensor, if there is one
     batch = tensors[0].shape[0] if tensors else 1
     attachment = attachment_of(model)
     wrapped = attachment is not None and attachment.enabled and bool(attachment.methods)
     if wrapped and not tensors:
         raise InputError(
-            f"what a wrapped {type(model).__name__} costs depends on the call; call tokdyn.flops(model, *inputs)."
+            f"the cost of a wrapped {type(model).__name__} depends on the call; call tokdyn.flops(model, *inputs)."
         )
     try:
         config = None if wrapped else model_config(model)
@@ -104,13 +102,13 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
         config = None
     if config is not None:
         return _own(model, config, inputs, keywords, tensors[0] if tensors else None, batch)
-    if known(model):
-        call = call_flops(model, inputs, keywords)
-        return Flops(call.parts, call.counted, call.batch, call.children, call.dense)
+    if is_computable(model):
+        cost = call_cost(model, inputs, keywords)
+        return Flops(cost.parts, cost.counted, cost.batch, cost.children, cost.dense)
     if any(parameter.is_meta for parameter in model.parameters()):
         inputs, keywords = to_meta(inputs), to_meta(keywords)
     with nullcontext() if attachment is None else untraced(attachment):
-        if wrapped and attachment is not None and attachment.adapter.inferred:  # what it learns first is not counted
+        if wrapped and attachment is not None and attachment.adapter.inferred:  # its first call has extra checks
             with torch.no_grad():
                 model(*inputs, **keywords)
         total, children, _ = count(model, *inputs, **keywords)
@@ -125,7 +123,7 @@ def _own(
     first: Tensor | None,
     batch: int,
 ) -> Flops:
-    """FLOPs of a `DiT` or a `DCDiT` that is not wrapped."""
+    """Compute and count the FLOPs of a `DiT` or a `DCDiT` that is not wrapped."""
     keywords.pop("return_dict", None)
     if first is not None and first.dim() == 4:
         config = {**config, "sample_size": tuple(first.shape[-2:])}

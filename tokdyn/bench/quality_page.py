@@ -1,4 +1,4 @@
-"""A result of `tokdyn bench quality` to look at: a table and pictures on one page, and the same as JSON."""
+"""Show a result of `tokdyn bench quality`: a page with a table and pictures, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokdyn.report.pareto import draw_pareto
 from tokdyn.report.pixels import write_png
 
 UNITS = "a multiply-add is 2 FLOPs"
-_SHOWN = 8  # images of each stack
+_SHOWN = 8  # images shown of each stack
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
@@ -30,8 +30,8 @@ _STYLE = (
 
 
 def columns(rows: Sequence[QualityRow]) -> dict[str, list[str]]:
-    """The columns of the table that hold anything, each with one text per row."""
-    values = list(dict.fromkeys(name for row in rows for name in row.values or ()))
+    """Return the columns of the table, each with one cell per row, without those that are empty."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.values or ()))
     formats: dict[str, tuple[str, Any]] = {
         "stack": ("", lambda row: row.name),
         "kept": (".1%", lambda row: row.kept),
@@ -43,22 +43,22 @@ def columns(rows: Sequence[QualityRow]) -> dict[str, list[str]]:
         "PSNR, dB": (".1f", lambda row: row.psnr),
         "SSIM": (".3f", lambda row: row.ssim),
         "feature distance": (".3f", lambda row: row.feature_distance),
-        **{name: (".2f", lambda row, name=name: (row.values or {}).get(name)) for name in values},
+        **{name: (".2f", lambda row, name=name: (row.values or {}).get(name)) for name in metrics},
         "front": ("", lambda row: "yes" if row.front else ""),
     }
     table = {}
-    for name, (form, get) in formats.items():
-        found = [get(row) for row in rows]
-        if any(value not in (None, "") for value in found):
-            table[name] = ["" if value is None else format(value, form) for value in found]
+    for name, (format_spec, get) in formats.items():
+        values = [get(row) for row in rows]
+        if any(value not in (None, "") for value in values):
+            table[name] = ["" if value is None else format(value, format_spec) for value in values]
     return table
 
 
 def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]:
-    """Write quality.json, quality.html, samples.png and, where stacks can be ranked, pareto.png into the folder.
+    """Write quality.json, quality.html, samples.png and, if stacks can be ranked, pareto.png into the output folder.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     out, rows = config.out, result.rows
     files = [out / "quality.json", out / "quality.html", out / "samples.png"]
@@ -67,10 +67,10 @@ def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]
         "units": UNITS,
         "settings": config.model_dump(mode="json"),
         "quality": result.quality,
-        "rows": [_plain(asdict(row)) for row in rows],
+        "rows": [_jsonable(asdict(row)) for row in rows],
     }
-    with replacing(files[0]) as half:
-        half.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(files[0]) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     shown = [_first_images(place) for place in result.places]
     count = min(len(images) for images in shown)
     grid = image_grid(np.concatenate([images[:count] for images in shown]), count, row_titles=[r.name for r in rows])
@@ -81,17 +81,16 @@ def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]
         files.append(
             draw_pareto(points, out / "pareto.png", "TFLOPs per image", result.quality, note=note, joined=False)
         )
-    with replacing(files[1]) as half:
-        half.write_text(_html(config, result, len(files) > 3), encoding="utf-8")
+    with replacing(files[1]) as temporary:
+        temporary.write_text(_html(config, result, len(files) > 3), encoding="utf-8")
     return tuple(files)
 
 
 def _first_images(place: Path) -> Any:
-    """(B, H, W, 3) uint8, evenly over the classes."""
+    """Read a few images, spread evenly over the classes, as (B, H, W, 3) uint8."""
     images = open_images(place)
-    chosen = [number * len(images) // _SHOWN for number in range(min(_SHOWN, len(images)))]
-    found = [image for image in images.images(sorted(set(chosen)), None) if not isinstance(image, DataError)]
-    return np.stack(found)
+    indices = {number * len(images) // _SHOWN for number in range(min(_SHOWN, len(images)))}
+    return np.stack([image for image in images.images(sorted(indices), None) if not isinstance(image, DataError)])
 
 
 def _html(config: QualityConfig, result: QualityResult, ranked: bool) -> str:
@@ -109,7 +108,7 @@ def _html(config: QualityConfig, result: QualityResult, ranked: bool) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Quality of stacks</title>'
         f"<style>{_STYLE}</style>\n<h1>Quality of stacks</h1><p>{config.count:,} images of each "
         f"from the same seeds, {config.steps} steps, "
-        f"guidance {config.guidance:g}. Savings, PSNR, SSIM and feature distance are against the first row; "
+        f"guidance {config.guidance:g}. Savings, PSNR, SSIM and feature distance are relative to the first row; "
         f"{UNITS}.</p>\n"
         f"<table><tr>{head}</tr>\n{body}</table>\n"
         + "".join(f'<p><img src="{name}" alt="{name}"></p>\n' for name in pictures)
@@ -117,10 +116,10 @@ def _html(config: QualityConfig, result: QualityResult, ranked: bool) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: infinite numbers become text."""
+def _jsonable(value: Any) -> Any:
+    """Replace infinite numbers, which JSON does not have, by text."""
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _jsonable(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_jsonable(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Counting the FLOPs of a forward pass that runs, with torch's own counter; a multiply-add is 2 FLOPs."""
+"""Count the FLOPs of a forward pass with torch's own counter; a multiply-add is 2 FLOPs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
         **keywords: keyword arguments of its forward.
 
     Returns:
-        FLOPs of the pass (multiply-add = 2), the same by child module with "rest" for what the model computes
-        outside of them, and the output.
+        FLOPs of the pass (a multiply-add is 2), FLOPs by child module with "rest" for what the model computes outside
+        of them, and the output.
     """
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     with torch.no_grad(), mode:
@@ -31,7 +31,7 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
 
 
 def by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:
-    """FLOPs by child of the root module: those of its outermost modules that were called, since lists are not."""
+    """Sum FLOPs by child of the root; a child that is never called itself, such as a list, counts its own children."""
     counts = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items() if name.startswith(f"{root}.")}
     children: dict[str, int] = {}
     for name, value in counts.items():
@@ -42,7 +42,7 @@ def by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:
 
 
 def to_meta(value: Any) -> Any:
-    """Tensors without their data, also within lists, tuples and mappings; anything else unchanged."""
+    """Move tensors to the meta device, also inside lists, tuples and mappings; leave anything else unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(to_meta(each) for each in value)
     if isinstance(value, dict):
@@ -51,7 +51,7 @@ def to_meta(value: Any) -> Any:
 
 
 def _dense_attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Two products of dense attention: q k^T and weights v."""
+    """Count the two products of dense attention: of queries with keys, and of weights with values."""
     *heads, length, width = query
     outer = 1
     for size in heads:
@@ -60,16 +60,16 @@ def _dense_attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[
 
 
 def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *_: Any, **__: Any) -> int:
-    """Attention of packed rows (T, H, d): the sum of squared lengths; the counter is the one place that reads them."""
+    """Count attention of packed rows (T, H, d): a sum of squared lengths, which only counting reads from the device."""
     lengths = offsets.diff().tolist()
     return sum(2 * length * length * query.shape[1] * (query.shape[2] + value.shape[2]) for length in lengths)
 
 
 def attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas of attention kernels that torch's counter does not know: fused on CPU, and packed rows on CUDA."""
+    """Return formulas for the attention kernels that torch's counter lacks: fused on CPU, and packed rows on CUDA."""
     import torch.nn.attention.varlen  # registers the operator of packed rows
 
-    _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter passes tensors, not shapes
+    _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter then passes tensors, not shapes
     return {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,
         torch.ops.torch_attn._varlen_attn: _ragged_attention,
