@@ -18,7 +18,7 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 class Purpose(IntEnum):
-    """What a random number is for; draws for different purposes are independent."""
+    """What a random number is for; numbers for different purposes are independent."""
 
     SHAPE = 1
     ORDER = 2
@@ -34,7 +34,7 @@ def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint64]:
-    """Returns 64 random bits for every key (seed, purpose, *counters).
+    """Return 64 random bits for every key (seed, purpose, *counters).
 
     Args:
         seed: any integer.
@@ -51,11 +51,11 @@ def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint
 
 
 def uniform(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.float64]:
-    """Returns one uniform number in [0, 1) for every key; arguments as in `hashed`."""
+    """Return one uniform number in [0, 1) for every key; arguments as in `hashed`."""
     return (hashed(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
-    """Returns the order of epoch `epoch`: a permutation of range(length), a pure function of its arguments."""
+    """Return the order of epoch `epoch`: a permutation of range(length), a pure function of its arguments."""
     keys = hashed(seed, Purpose.ORDER, epoch, np.arange(length, dtype=np.uint64))
     return np.argsort(keys, kind="stable").astype(np.int64)

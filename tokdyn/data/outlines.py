@@ -1,8 +1,9 @@
-"""Ten shapes as signed distances: negative inside, positive outside, in units of the object's radius.
+"""Outlines of ten shapes as signed distances: negative inside, positive outside, in units of the object's radius.
 
-Every function takes coordinates x (to the right) and y (down) of any equal shape. Shapes lie within the unit disc up
-to a few hundredths, and remain of their class when mirrored or tilted a little. Where an exact distance is not needed
-the distance to the nearest bounding line stands in for it: its zero is the outline all the same.
+Every function returns the distance to the shape that it is named after, at coordinates x (to the right) and y (down)
+of any equal shape. Shapes lie within the unit disc up to a few hundredths, and remain of their class when mirrored or
+tilted a little. Where an exact distance is not needed, the distance to the nearest bounding line is returned instead:
+it is zero on the same outline.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def heart(x: Field, y: Field) -> Field:
 
 
 def crescent(x: Field, y: Field) -> Field:
-    """A moon: a disc without a second disc at its right."""
+    """A crescent moon: a disc without a second disc at its right."""
     disc, hole = np.hypot(x, y) - np.float32(0.95), np.hypot(x - np.float32(0.5), y) - np.float32(0.72)
     rest: Field = np.maximum(disc, -hole)
     return rest
