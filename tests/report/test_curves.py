@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokdyn.diffusion.records import KeptCounts, StepRecord
 from tokdyn.errors import DataError, InputError
 from tokdyn.report.pareto import ParetoPoint, draw_pareto, frontier, read_points
-from tokdyn.report.trajectory import draw_trajectory, trajectory
+from tokdyn.report.trajectory import draw_trajectory, join_batches
 
 
 def records(batch: int, guided: list[bool], seconds: float, routed: bool = True) -> list[StepRecord]:
@@ -28,7 +28,7 @@ def records(batch: int, guided: list[bool], seconds: float, routed: bool = True)
 
 def test_batches_of_a_run_are_joined():
     guided = [True, False, True]
-    run = trajectory("x", [records(3, guided, 0.3), records(2, guided, 0.2)], images=5)
+    run = join_batches("x", [records(3, guided, 0.3), records(2, guided, 0.2)], images=5)
     np.testing.assert_allclose(run.level, [0.9, 0.8, 0.7])
     np.testing.assert_allclose(run.milliseconds, [100.0] * 3)
     np.testing.assert_allclose(run.cond[1], np.array([11, 12, 13, 11, 12]) / 40)
@@ -37,13 +37,13 @@ def test_batches_of_a_run_are_joined():
 
 
 def test_models_without_routing_have_only_times():
-    run = trajectory("x", [records(3, [True, True], 0.3, routed=False)], images=3)
+    run = join_batches("x", [records(3, [True, True], 0.3, routed=False)], images=3)
     assert run.cond is None
     assert run.uncond is None
 
 
 def test_unguided_runs_have_one_branch():
-    assert trajectory("x", [records(3, [False, False], 0.3)], images=3).uncond is None
+    assert join_batches("x", [records(3, [False, False], 0.3)], images=3).uncond is None
 
 
 @pytest.mark.parametrize("routed", [True, False])
@@ -51,7 +51,7 @@ def test_unguided_runs_have_one_branch():
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_trajectories_are_drawn(tmp_path, routed, guided, count, suffix):
-    runs = [trajectory(f"tail drop {n}", [records(3, guided, 0.3, routed)], 3) for n in range(count)]
+    runs = [join_batches(f"tail drop {n}", [records(3, guided, 0.3, routed)], 3) for n in range(count)]
     path = draw_trajectory(runs, tmp_path / f"t.{suffix}")
     assert path.stat().st_size > 5000
     if suffix == "svg":
@@ -65,7 +65,7 @@ def test_trajectories_are_drawn(tmp_path, routed, guided, count, suffix):
 
 def test_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(InputError, match="no step records"):
-        trajectory("x", [], 0)
+        join_batches("x", [], 0)
     with pytest.raises(InputError, match="no trajectories"):
         draw_trajectory([], tmp_path / "t.png")
     with pytest.raises(InputError, match="no points"):

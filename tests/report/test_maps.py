@@ -41,7 +41,7 @@ def record(**settings: object) -> MapRecorder:
 def test_recorder_counts_every_step_and_shows_the_chosen_ones():
     maps = record(images=2, frames=3).maps()
     keeps = torch.stack([step.routing.keep[:2].view(2, *GRID) for step in steps()])
-    torch.testing.assert_close(maps.often, keeps.float().mean(0))
+    torch.testing.assert_close(maps.frequency, keeps.float().mean(0))
     assert [frame.index for frame in maps.frames] == [0, 3, 6]
     for frame in maps.frames:
         assert torch.equal(frame.keep, keeps[frame.index])
@@ -51,7 +51,7 @@ def test_recorder_counts_every_step_and_shows_the_chosen_ones():
 def test_recorder_shows_the_noisy_image_on_request_and_no_more_than_there_is():
     maps = record(images=9, frames=99, background="noisy").maps()
     assert len(maps.frames) == STEPS
-    assert maps.often.shape == (BATCH, *GRID)
+    assert maps.frequency.shape == (BATCH, *GRID)
     assert torch.equal(maps.frames[2].picture, steps()[2].x)
 
 

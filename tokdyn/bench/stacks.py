@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tokdyn.attach.entry import attachment_of, unwrap
 from tokdyn.attach.sidecar import load
 from tokdyn.calibration.afterwards import rewrap
-from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
+from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Drop, Sampler
 from tokdyn.diffusion.schedulers import SchedulerName
@@ -149,5 +149,5 @@ def attach(model: Any, stack: Stack) -> Any:
     if stack.methods:
         rewrap(model, [from_written(each) for each in stack.methods])
     if (stack.tail_drop or stack.uncond_tail_drop) and not takes_tail_drop(model):
-        raise cannot_drop(model)
+        raise tail_drop_error(model)
     return model.eval()

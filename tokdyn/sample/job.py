@@ -10,7 +10,7 @@ import torch
 
 from tokdyn.attach.entry import attachment_of, unwrap
 from tokdyn.attach.sidecar import load
-from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
+from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import UnsupportedModelError
@@ -105,7 +105,7 @@ def prepare(config: SampleConfig) -> Job:
             "maps off"
         )
     if not takes_tail_drop(model) and (any(config.tail_drop) or config.drop_curve or config.uncond_tail_drop):
-        raise cannot_drop(model)
+        raise tail_drop_error(model)
     scheduler = config.scheduler or default_scheduler(objective)
     open_scheduler(scheduler, config.steps, objective)  # says what does not fit
     decoder = open_decoder(model.config.in_channels, info.data, config.vae, device, info.latents)

@@ -18,7 +18,7 @@ from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
 from tokdyn.report.maps import MapRecorder, draw_maps
 from tokdyn.report.pixels import Pixels, write_png
-from tokdyn.report.trajectory import Trajectory, draw_trajectory, trajectory
+from tokdyn.report.trajectory import Trajectory, draw_trajectory, join_batches
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.costs import step_costs
 from tokdyn.sample.identity import RESULT, earlier_budgets, identity
@@ -148,7 +148,7 @@ def _budget(
         draw_maps(recorder.maps(), finals, job.decoder, path, shown, title)
     if config.maps:
         files.append(path)
-    run = trajectory(f"tail drop {drop:g}", batches, len(missing)) if batches else None
+    run = join_batches(f"tail drop {drop:g}", batches, len(missing)) if batches else None
     return budget.model_copy(update={"files": tuple(files)}), run
 
 
