@@ -1,4 +1,4 @@
-"""The images on either side of an evaluation: a folder, a zip or an npz, at their own or at one common size."""
+"""Sets of images to evaluate: a folder, a zip or an npz, at their own or at one common size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
 
 Pixels = NDArray[np.uint8]
 
-_RECORD, _BUDGET = "sample.json", "tail_drop_"  # how `tokdyn sample` names things
+_RECORD, _BUDGET = "sample.json", "tail_drop_"  # names that `tokdyn sample` writes
 _DECODED_AHEAD = 64  # images that threads decode while the extractor works
 
 
@@ -41,7 +41,7 @@ class Labels:
     num_classes: int | None = None
 
     def at(self, indices: NDArray[np.int64]) -> Labels:
-        """Of some of the images."""
+        """Return the labels of some of the images."""
         return Labels(self.values[indices], self.num_classes)
 
 
@@ -49,8 +49,8 @@ class ImageSet(Protocol):
     """Images in a fixed order, read one after the other.
 
     Attributes:
-        path: Where they lie.
-        labels: Class of each, or None if nothing says it.
+        path: Folder or file of the images.
+        labels: Class of each image, or None if it is not known.
     """
 
     @property
@@ -65,15 +65,15 @@ class ImageSet(Protocol):
         """Number of images."""
 
     def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
-        """Yields the images (H, W, 3) at ascending positions, or the error of one that cannot be read.
+        """Yield the images (H, W, 3) at ascending positions, or the error of one that cannot be read.
 
         Args:
             indices: Ascending positions.
-            size: Side to resize to (short side, then centre crop, as DiT prepares its data); None keeps each as it is.
+            size: Side to resize to (short side, then centre crop, as DiT prepares its data); None keeps their own size.
         """
 
     def fingerprint(self) -> str:
-        """Hash of the listing: names, sizes and, in archives, checksums; cheap, and the same on another machine."""
+        """Hash the listing: names, sizes and, in archives, checksums; it is equal on another machine."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ImageFiles:
 
     @property
     def path(self) -> Path:
-        """Of the folder or zip."""
+        """Path of the folder or zip."""
         return self.source.path
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class ImageFiles:
         return len(self.names)
 
     def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
-        """See `ImageSet`; decodes ahead on several threads."""
+        """See `ImageSet`; threads decode ahead."""
 
         def read(index: int) -> Pixels | DataError:
             name = self.names[index]
@@ -123,13 +123,13 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class NpzFile:
-    """The images of an npz, with `arr_1` as labels."""
+    """Images of an npz, with `arr_1` as labels."""
 
     npz: NpzImages
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """Path of the file."""
         return self.npz.path
 
     @property
@@ -152,23 +152,23 @@ class NpzFile:
 
 
 def open_images(path: Path) -> ImageSet:
-    """Opens a folder, a zip or an npz of images, or the folder of a sampling run; reads no image yet.
+    """Open a folder, a zip or an npz of images, or the folder of a sampling job, without reading an image.
 
     Raises:
-        DataError: There is nothing there, or no images, or only one.
+        DataError: There is nothing at the path, or there are fewer than two images.
     """
     if not path.exists() and not any(parent.is_file() for parent in path.parents):
-        raise DataError(f"there is no {path}: give a folder of images, a .zip or an .npz")
-    path = _images_of_run(path)
+        raise DataError(f"There is no {path}: give a folder of images, a .zip or an .npz.")
+    path = _single_images(path)
     images: ImageSet = NpzFile(_open_npz(path)) if path.suffix == ".npz" and path.is_file() else _open_files(path)
     if len(images) < 2:
-        found = "one image" if len(images) else "no images"
-        raise DataError(f"{path} holds {found}: two or more are needed, and thousands for numbers to mean something")
+        count = "one image" if len(images) else "no images"
+        raise DataError(f"{path} holds {count}: give two or more, and thousands for meaningful numbers.")
     return images
 
 
-def _images_of_run(path: Path) -> Path:
-    """The single images, if `path` is what `tokdyn sample` wrote: the pictures beside them must not be measured."""
+def _single_images(path: Path) -> Path:
+    """Return the single images if `tokdyn sample` wrote `path`, so that the figures beside them are not measured."""
     record = next((place / _RECORD for place in (path, path.parent) if (place / _RECORD).is_file()), None)
     if record is None or not path.is_dir() or (record.parent != path and not path.name.startswith(_BUDGET)):
         return path
@@ -177,9 +177,9 @@ def _images_of_run(path: Path) -> Path:
             return place
     budgets = sorted(place.name for place in path.glob(f"{_BUDGET}*"))
     if any((path / name / kind).exists() for name in budgets for kind in ("images", "samples.npz")):
-        raise DataError(f"{path} holds the images of {len(budgets)} budgets: choose one of {', '.join(budgets)} in it")
+        raise DataError(f"{path} holds the images of {len(budgets)} budgets: give one of {', '.join(budgets)} in it.")
     raise DataError(
-        f"{path} holds pictures about a sampling run, and no single images: sample with format=folder or format=npz"
+        f"{path} holds figures of a sampling job, and no single images: sample with format=folder or format=npz."
     )
 
 
@@ -187,8 +187,8 @@ def _open_npz(path: Path) -> NpzImages:
     keys = npz_keys(path)
     if IMAGES not in keys:
         raise DataError(
-            f"{path} holds the arrays {', '.join(sorted(keys)) or '(none)'}: expected {IMAGES}, uint8 (N, H, W, 3), as "
-            "`tokdyn sample format=npz` writes it"
+            f"{path} holds the arrays {', '.join(sorted(keys)) or '(none)'}, expected {IMAGES}, uint8 (N, H, W, 3): "
+            "write it with `tokdyn sample format=npz`."
         )
     return open_npz_images(path)
 
