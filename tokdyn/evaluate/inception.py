@@ -43,7 +43,7 @@ def open_inception(weights: Path | None, input_size: int | None, device: torch.d
         ).to(device)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} does not hold the weights of torch-fidelity's Inception network: correct weights=, or leave it out."
+            f"{path} does not hold the weights of torch-fidelity's Inception network: correct weights= or leave it out."
         ) from error
     standard = sha256 == PUBLISHED_SHA256
     info = ExtractorInfo(

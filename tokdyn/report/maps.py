@@ -35,11 +35,11 @@ Background = Literal["prediction", "noisy"]
 class MapFrame:
     """One recorded step.
 
-    index: number of the step, from 0.
-    index: step, counted from 0.
-    level: noise level in [0, 1].
-    keep: (n, R, C) bool, tokens kept in the conditional branch.
-    picture: (n, channels, H, W) predicted clean images, or noisy ones.
+    Attributes:
+        index: number of the step, from 0.
+        level: noise level in [0, 1].
+        keep: (n, R, C) bool, tokens kept in the conditional branch.
+        picture: (n, channels, H, W) predicted clean images, or noisy ones.
     """
 
     index: int
