@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokdyn.data import BatchStream, ShapesDataset
-from tokdyn.data.hashing import Purpose, hashed, permutation, uniform
+from tokdyn.data.hashing import Purpose, generators, hashed, permutation, uniform
 from tokdyn.errors import DataError
 
 
@@ -57,12 +57,19 @@ def test_any_order_of_access_gives_the_same_batches():
     assert forward == backward
 
 
-def test_epochs_and_seeds_differ():
+def test_every_epoch_and_seed_has_an_order_of_its_own():
+    """One batch is one epoch here, so that the steps are the epochs."""
+    streams = [BatchStream(shapes(30), 30, seed, flip=True) for seed in range(3)]
+    assert len({tuple(stream.indices(epoch)) for stream in streams for epoch in range(3)}) == 9
+    assert len({tuple(stream.flips(epoch)) for stream in streams for epoch in range(3)}) == 9
+
+
+def test_permutations_differ_by_epoch_and_seed():
     orders = {tuple(permutation(seed, epoch, 30)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
-def test_order_is_pinned_so_that_old_runs_resume_with_newer_versions():
+def test_the_order_of_older_runs_is_unchanged():
     # SplitMix64's published first output for the state 0 is 0xE220A8397B1DCDAF; one key runs the mixer three times.
     def mix(state: int) -> int:
         mask = (1 << 64) - 1
@@ -87,6 +94,17 @@ def test_flips_are_fair_and_reach_the_samples():
         assert torch.equal(sample, original.flip(-1) if flip else original)
     assert labels.tolist() == (stream.indices(3) % 10).tolist()
     assert BatchStream(shapes(4), 2, seed=1).flips(0) is None
+
+
+def test_generators_differ_by_every_part_of_their_key():
+    """torch's CPU generator reads 32 bits of its seed, so parts of a key that are merely put side by side are lost."""
+    keys = [(seed, purpose, index) for seed in (0, 1, 2**32, 2**40) for purpose in Purpose for index in (0, 1, 2**32)]
+    drawn = [torch.randn(8, generator=generators(*key)[0]) for key in keys]
+    assert len({tuple(values.tolist()) for values in drawn}) == len(keys)
+    together = generators(7, Purpose.HELD_OUT, np.arange(3))
+    for index, generator in enumerate(together):
+        (alone,) = generators(7, Purpose.HELD_OUT, index)
+        assert torch.equal(torch.randn(8, generator=generator), torch.randn(8, generator=alone))
 
 
 def test_uniform_numbers_fill_the_unit_interval():

@@ -144,6 +144,20 @@ def test_step_noise_is_not_the_initial_noise():
     assert abs(float(torch.corrcoef(torch.stack([start, later]))[0, 1])) < 4 / 64
 
 
+def test_large_seeds_have_noise_of_their_own():
+    """torch's CPU generator reads 32 bits of a seed, so seeds that differ above them must be folded into them."""
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**61]
+    start = initial_noise(seeds, (64,))
+    steps = torch.stack([torch.randn(64, generator=one) for one in step_generators(seeds, torch.device("cpu"))])
+    assert len({tuple(row.tolist()) for row in torch.cat([start, steps])}) == 2 * len(seeds)
+
+
+def test_seeds_below_32_bits_are_those_of_torch():
+    for seed in (0, 5, 2**32 - 1):
+        expected = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(initial_noise([seed], (64,))[0], expected)
+
+
 def test_guidance_of_one_computes_no_second_branch(oracle):
     model = oracle(NOISE)
     plain = generate(model, Sampler(steps=5), NOISE, [0, 1], [0, 1])
@@ -229,6 +243,21 @@ def test_full_interval_is_no_interval_and_outside_only_the_condition_is_computed
     assert 0 < sum(inside) < 10
     assert model.calls == [4 if guided else 2 for guided in inside]
     assert [record.guided for record in part.steps] == inside
+
+
+def test_the_interval_of_guidance_includes_both_ends(oracle):
+    """The levels of four Euler steps are 1, 0.75, 0.5 and 0.25, exactly."""
+    for interval, guided in (
+        ((0, 1), [True] * 4),
+        ((0.5, 1), [True, True, True, False]),
+        ((0.25, 0.75), [False, True, True, True]),
+        ((0.5, 0.5), [False, False, True, False]),
+        ((0.3, 0.9), [False, True, True, False]),
+    ):
+        sampler = Sampler(scheduler="euler", steps=4, guidance=2.0, guidance_interval=interval)
+        made = generate(oracle(FLOW), sampler, FLOW, [0], [0])
+        assert [record.level for record in made.steps] == [1.0, 0.75, 0.5, 0.25]
+        assert [record.guided for record in made.steps] == guided
 
 
 def test_levels_fall_from_noise_to_image_and_mean_the_same_under_both_objectives(oracle):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorInceptionV3
@@ -19,6 +20,7 @@ from tokdyn.evaluate import inception as inception_module
 from tokdyn.evaluate.extractor import Extractor, ExtractorInfo, file_sha256
 from tokdyn.evaluate.inception import cached_weights
 from tokdyn.evaluate.result import metric_name
+from tokdyn.evaluate.timm_model import open_timm
 
 CPU = torch.device("cpu")
 IMAGES = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
@@ -207,6 +209,25 @@ def test_timm_with_local_weights(kit: Any, suffix: str) -> None:
     biased = run(generated=images, extractor="timm:test_vit", checkpoint=kit.folder / "first.pth")
     assert biased.values["class_accuracy[test_vit]"] == pytest.approx(2 / 6)
     assert biased.extractor.sha256 != result.extractor.sha256
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_timm_features_are_those_of_timms_own_transform(kit: Any, name: str) -> None:
+    """The models differ in mean and deviation. Without a crop, images of the right size are only normalised."""
+    network = timm.create_model(name, num_classes=3).eval()
+    save_file(network.state_dict(), kit.folder / "weights.safetensors")
+    extractor = open_timm(name, kit.folder / "weights.safetensors", None, CPU)
+    side = extractor.info.input_size
+    images = kit.draw(2, 0, side=side)
+    settings = timm.data.resolve_model_data_config(network) | {"crop_pct": 1.0}
+    transform = timm.data.create_transform(**settings, is_training=False)
+    inputs = torch.stack([transform(Image.fromarray(image)) for image in images])
+    with torch.no_grad():
+        inner = network.forward_features(inputs)
+        features, logits = network.forward_head(inner, pre_logits=True), network(inputs)
+    outputs = extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+    torch.testing.assert_close(outputs.features, features)
+    torch.testing.assert_close(outputs.logits, logits)
 
 
 def test_timm_that_cannot_be_had(kit: Any) -> None:

@@ -50,6 +50,30 @@ def test_class_accuracy_by_numbered_folders(kit: Any, judge: str) -> None:
     assert run(generated=path, extractor=judge).values[ACCURACY] == pytest.approx(2 / 3)
 
 
+def test_class_accuracy_by_folders_numbered_from_one(kit: Any, judge: str) -> None:
+    """All four classes of the judge are there, so the order of the numbers decides, as it does in training."""
+    names = [f"{number}/a.png" for number in (1, 2, 3, 4)]
+    path = kit.tree("images", dict(zip(names, one_hot([0, 1, 2, 0]), strict=True)))
+    assert run(generated=path, extractor=judge).values[ACCURACY] == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("side", ["generated", "reference"])
+@pytest.mark.parametrize("broken", [0, 2, 4])
+def test_labels_stay_with_their_images_when_broken_ones_are_skipped(
+    kit: Any, judge: str, broken: int, side: str
+) -> None:
+    """One label shifted past the broken image would make the accuracy of the others smaller than one."""
+    names = ["0/a.png", "1/a.png", "2/a.png", "3/a.png", "3/b.png"]
+    files = dict(zip(names, one_hot([0, 1, 2, 3, 3]), strict=True)) | {names[broken]: b"no image"}
+    path = kit.tree("images", files)
+    sound = kit.npz("sound", one_hot([0, 1, 2, 3]), np.arange(4))
+    sides = {"generated": sound, "reference": sound} | {side: path}
+    result = run(**sides, extractor=judge, on_error="skip", neighbours=1)
+    values = result.values if side == "generated" else result.reference_values
+    assert values[ACCURACY] == 1.0
+    assert (result.generated_images, result.reference_images) == (4, 4)
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tokdyn.data.base import Dataset
-from tokdyn.data.hashing import Purpose, hashed
+from tokdyn.data.hashing import Purpose, generators
 from tokdyn.data.shards import DTYPES
 from tokdyn.data.vae import LatentScaling, encode
 from tokdyn.errors import DataError
@@ -38,13 +38,12 @@ class Encoder:
 
     def __call__(self, images: Tensor, indices: Sequence[int], mirrored: bool) -> Tensor:
         """Encode images (b, C, H, W) with these numbers, mirrored or not, into the latents (b, c, h, w) to store."""
-        generators = None
+        noise = None
         if self.posterior == "sample":
-            keys = hashed(self.seed, Purpose.POSTERIOR, np.asarray(indices), int(mirrored)) >> np.uint64(1)
-            generators = [torch.Generator().manual_seed(key) for key in keys.tolist()]
+            noise = generators(self.seed, Purpose.POSTERIOR, np.asarray(indices), int(mirrored))
         weight = next(self.vae.parameters())
         images = (images.flip(-1) if mirrored else images).to(weight.device, weight.dtype)
-        latents = encode(self.vae, images, self.scaling, generators).to(DTYPES[self.dtype]).cpu()
+        latents = encode(self.vae, images, self.scaling, noise).to(DTYPES[self.dtype]).cpu()
         if not torch.isfinite(latents).all():
             raise DataError(f"The latents are too large for dtype={self.dtype}; set dtype=bf16 or dtype=fp32.")
         return latents

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 _MASK = (1 << 64) - 1
@@ -24,6 +25,7 @@ class Purpose(IntEnum):
     ORDER = 2
     FLIP = 3
     POSTERIOR = 4
+    HELD_OUT = 5
 
 
 def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -53,6 +55,15 @@ def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint
 def uniform(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.float64]:
     """Return one uniform number in [0, 1) for every key; arguments as in `hashed`."""
     return (hashed(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def generators(seed: int, purpose: Purpose, *counters: ArrayLike) -> list[torch.Generator]:
+    """Return one torch generator on the CPU for every key; arguments as in `hashed`.
+
+    A CPU generator reads the low 32 bits of its seed only, so the parts of a key are mixed and not put side by side.
+    """
+    bits = hashed(seed, purpose, *counters) >> np.uint64(1)  # torch takes seeds below 2**63
+    return [torch.Generator().manual_seed(value) for value in bits.tolist()]
 
 
 def permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokdyn.data.base import Dataset, to_signed
+from tokdyn.data.classes import ClassFolders, class_folders
 from tokdyn.data.decode import decode, quiet
 from tokdyn.data.preload import decode_all
 from tokdyn.data.sources import EXTENSIONS, Source
@@ -24,10 +25,10 @@ _NAMED = 5  # how many broken files a warning names
 class ImageDataset(Dataset):
     """Images of a folder or zip, resized and centre-cropped, labelled by the first folder of their path.
 
-    Images at the root form one class "all". Decoded images are held as bytes if they fit into the memory limit;
-    unreadable images are then found at the start, and "skip" leaves them out. Larger sets are decoded on demand, and
-    "skip" puts the next readable image in the place of an unreadable one, so that the length of an epoch does not
-    depend on what has been read so far.
+    Images at the root form one class "all"; `tokdyn.data.classes` numbers the folders. Decoded images are held as bytes
+    if they fit into the memory limit; unreadable images are then found at the start, and "skip" leaves them out. Larger
+    sets are decoded on demand, and "skip" puts the next readable image in the place of an unreadable one, so that the
+    length of an epoch does not depend on what has been read so far.
     """
 
     def __init__(
@@ -137,32 +138,32 @@ class ImageDataset(Dataset):
 
 
 def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return the class names and the label of every file; refuses what cannot be labelled in one way only."""
+    """Return the class names and the label of every file; refuse files that lie partly in class folders."""
     if not names:
-        known = " ".join(sorted(EXTENSIONS))
-        raise DataError(f"{source.path} holds no images; expected files ending in one of {known}, in class folders.")
-    if num_classes == 1:
-        return ("all",), np.zeros(len(names), dtype=np.int64)
+        extensions = " ".join(sorted(EXTENSIONS))
+        raise DataError(f"{source.path} holds no images: give files ending in one of {extensions}, in class folders.")
     at_root = [name for name in names if "/" not in name]
-    if at_root and len(at_root) < len(names):
+    if num_classes == 1 or len(at_root) == len(names):
+        classes = ClassFolders(("all",), np.zeros(len(names), dtype=np.int64), None)
+    elif at_root:
         raise DataError(
             f"{source.path} holds {len(at_root)} image(s) beside its class folders, such as {at_root[0]}: move them "
             "into a class folder or away, or set num_classes=1 to put all images into one class."
         )
-    folders = ["all" if at_root else name.split("/", 1)[0] for name in names]
-    class_names = tuple(sorted(set(folders)))
-    if num_classes is not None and num_classes != len(class_names):
-        shown = ", ".join(class_names[:_NAMED]) + (", ..." if len(class_names) > _NAMED else "")
+    else:
+        classes = class_folders(names)
+    count = len(classes.names)
+    if num_classes is not None and num_classes != count:
+        shown = ", ".join(classes.names[:_NAMED]) + (", ..." if count > _NAMED else "")
         raise DataError(
-            f"{source.path} holds {len(class_names)} class folder(s) ({shown}), but num_classes={num_classes}; "
-            "correct num_classes or leave it out."
+            f"{source.path} holds {count} class folder(s) ({shown}), but num_classes={num_classes}: correct "
+            "num_classes or leave it out."
         )
     nested = {name.split("/", 2)[1] for name in names if name.count("/") >= 2}
-    if len(class_names) == 1 and not at_root and len(nested) > 1 and all(name.count("/") >= 2 for name in names):
+    if num_classes != 1 and count == 1 and len(nested) > 1 and all(name.count("/") >= 2 for name in names):
         warnings.warn(
-            f"All images in {source.path} lie below the one folder {class_names[0]}, which makes one class. If its "
-            f"{len(nested)} folders are the classes, set path={source.path / class_names[0]}.",
+            f"All images in {source.path} lie below the one folder {classes.names[0]}, which makes one class. If its "
+            f"{len(nested)} folders are the classes, set path={source.path / classes.names[0]}.",
             stacklevel=3,
         )
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return class_names, np.array([numbers[folder] for folder in folders], dtype=np.int64)
+    return classes.names, classes.labels

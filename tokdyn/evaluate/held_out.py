@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor
 
 from tokdyn.data import Dataset
+from tokdyn.data.hashing import Purpose, generators
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import InputError
@@ -81,13 +83,13 @@ def held_out_loss(
     try:
         with torch.inference_mode(), progress("held-out loss", repeats * -(-count // batch_size)) as advance:
             for repeat in range(repeats):
-                generator = torch.Generator().manual_seed(seed + repeat)
+                (generator,) = generators(seed + repeat, Purpose.HELD_OUT)
                 order = torch.randperm(count, generator=generator)
                 times = (order + torch.rand(count, generator=generator)) / count
                 for start in range(0, count, batch_size):
                     part = indices[start : start + batch_size]
                     x, labels = dataset.batch(part)
-                    noise = torch.stack([_noise(seed + repeat, index, x.shape[1:]) for index in part])
+                    noise = _noise(seed + repeat, part, x.shape[1:])
                     timesteps = _timesteps(objective, times[start : start + batch_size])
                     noised = objective.mix(x.to(device), noise.to(device), timesteps.to(device))
                     budget = {"tail_drop": _tail_drops(tail_drop, noised.level)} if routes else {}
@@ -109,8 +111,11 @@ def _tail_drops(curve: Curve, levels: Tensor) -> float | Tensor:
     return torch.tensor([at(curve, level) for level in levels.tolist()], device=levels.device)
 
 
-def _noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed((seed << 32) + index))
+def _noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Draw noise (B, *shape) that depends on the seed and on each of the B sample numbers alone."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=own) for own in generators(seed, Purpose.HELD_OUT, np.asarray(indices))]
+    )
 
 
 def _timesteps(objective: Objective, share: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokdyn.data.classes import class_folders
 from tokdyn.data.decode import decode, fit
 from tokdyn.data.sources import Source, open_source
 from tokdyn.errors import DataError
@@ -29,20 +30,31 @@ _DECODED_AHEAD = 64  # images that threads decode while the extractor works
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes of images.
+    """Labels of images.
 
     Attributes:
-        values: (N,) int64.
-        num_classes: How many classes were counted to number them by the order of their names; None if they were
-            numbers from the start, and the largest possible one is not known.
+        values: (N,) int64, labels as training numbers them (see `tokdyn.data.classes`), or those of an npz.
+        num_classes: Number of class folders, or None for an npz, which does not say how many classes there are.
+        numbers: Number that the folder of each label is named by; None unless all folders are named by numbers.
     """
 
     values: NDArray[np.int64]
     num_classes: int | None = None
+    numbers: tuple[int, ...] | None = None
 
     def at(self, indices: NDArray[np.int64]) -> Labels:
         """Return the labels of some of the images."""
-        return Labels(self.values[indices], self.num_classes)
+        return replace(self, values=self.values[indices])
+
+    def among(self, classes: int) -> NDArray[np.int64]:
+        """Return the labels (N,) in the numbering of a network with so many classes.
+
+        If the folders are only some of its classes, as in a folder that `tokdyn sample` made of a few classes, the
+        numbers that they are named by are the labels.
+        """
+        if self.numbers is None or self.num_classes == classes:
+            return self.values
+        return np.array(self.numbers, dtype=np.int64)[self.values]
 
 
 class ImageSet(Protocol):
@@ -196,14 +208,10 @@ def _open_npz(path: Path) -> NpzImages:
 def _open_files(path: Path) -> ImageFiles:
     source = open_source(path)
     names = source.names()
-    folders = [name.split("/", 1)[0] for name in names]
     if not names or not all("/" in name for name in names):
         return ImageFiles(source, names, None)
-    if all(folder.isdecimal() for folder in folders):
-        return ImageFiles(source, names, Labels(np.array([int(folder) for folder in folders], dtype=np.int64)))
-    numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
-    values = np.array([numbers[folder] for folder in folders], dtype=np.int64)
-    return ImageFiles(source, names, Labels(values, len(numbers)))
+    classes = class_folders(names)
+    return ImageFiles(source, names, Labels(classes.labels, len(classes.names), classes.numbers))
 
 
 def _archive_lines(path: Path) -> list[str]:

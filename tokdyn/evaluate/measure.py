@@ -11,6 +11,7 @@ from tokdyn.evaluate import metrics as formulas
 from tokdyn.evaluate.config import EvalConfig, Metric
 from tokdyn.evaluate.extractor import Extractor, ExtractorInfo
 from tokdyn.evaluate.features import Extracted
+from tokdyn.evaluate.images import Labels
 from tokdyn.evaluate.plan import label_obstacle
 from tokdyn.evaluate.result import metric_name
 from tokdyn.evaluate.statistics import Statistics, moments_of
@@ -76,7 +77,7 @@ def measure(
         for name, value in zip(("precision", "recall"), both, strict=True):
             findings.add(name, value)
     if "class_accuracy" in metrics and generated.logits is not None and generated.labels is not None:
-        findings.add("class_accuracy", formulas.class_accuracy(generated.logits, generated.labels.values))
+        _add_accuracy(findings, generated.logits, generated.labels)
     return findings
 
 
@@ -89,7 +90,7 @@ def measure_alone(config: EvalConfig, extractor: ExtractorInfo, extracted: Extra
             extracted.labels is not None
             and label_obstacle(extractor, extracted.logits.shape[1], extracted.labels) is None
         ):
-            findings.add("class_accuracy", formulas.class_accuracy(extracted.logits, extracted.labels.values))
+            _add_accuracy(findings, extracted.logits, extracted.labels)
     return findings.values
 
 
@@ -136,3 +137,8 @@ def _add_score(config: EvalConfig, findings: Findings, logits: Tensor) -> None:
     findings.use("score_splits", config.score_splits, splits, f"{len(logits)} images")
     mean, spread = formulas.class_score(logits, splits, config.seed)
     findings.add("class_score", mean, spread if splits > 1 else None)
+
+
+def _add_accuracy(findings: Findings, logits: Tensor, labels: Labels) -> None:
+    """Add the class accuracy of logits (N, C)."""
+    findings.add("class_accuracy", formulas.class_accuracy(logits, labels.among(logits.shape[1])))

@@ -108,9 +108,10 @@ def label_obstacle(extractor: ExtractorInfo, classes: int, labels: Labels | None
         return f"the {classes} outputs of {extractor.name} are not numbered as data sets number their classes"
     if labels is None:
         return "the images have no classes, put them into class folders or labels into arr_1 of the npz"
-    if labels.num_classes is not None and labels.num_classes != classes:
+    if labels.num_classes not in (None, classes) and labels.numbers is None:
         return f"the images have {labels.num_classes} class folders, {extractor.name} has {classes} classes"
-    lowest, highest = int(labels.values.min()), int(labels.values.max())
+    values = labels.among(classes)
+    lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= classes:
         return f"the labels reach from {lowest} to {highest}, {extractor.name} has {classes} classes"
     return None
