@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokdyn
-from tests.test_sample import FACTS, QUICK, tiny
+from tests.sampling import FACTS, QUICK, tiny
 from tokdyn import Chunking, DepthSkip, DiT, DynamicWidth, FeatureCache, TokenMerge
 from tokdyn.cost import model_parts
 from tokdyn.cost.blocks import PARTS

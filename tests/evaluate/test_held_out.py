@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.test_sample import tiny
+from tests.sampling import tiny
 from tokdyn import DiT
 from tokdyn.data import DataConfig, open_data
 from tokdyn.diffusion.objective import Objective
