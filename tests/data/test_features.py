@@ -24,14 +24,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("side", [19, 21])
-def test_a_size_that_the_autoencoder_would_cut_is_refused(tmp_path, side):
-    with pytest.raises(DataError, match=f"{side} pixels into .* choose a size that 2 divides"):
+def test_a_size_that_the_autoencoder_would_crop_is_refused(tmp_path, side):
+    with pytest.raises(DataError, match=f" {side} .* 2 "):
         write_features(config(tmp_path, size=side), kl())
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("vae", [kl(), tiny(), kl(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])])
-def test_latents_are_what_the_autoencoder_gives(tmp_path, vae):
+def test_latents_are_the_scaled_outputs_of_the_autoencoder(tmp_path, vae):
     report = write_features(config(tmp_path, posterior="mean", flip=True), vae)
     data = open_data(DataConfig(kind="latents", path=str(tmp_path), flip=True))
     images, labels = shapes().batch(range(10))
@@ -50,7 +50,7 @@ def test_latents_are_what_the_autoencoder_gives(tmp_path, vae):
     flips = [False, True] * 5
     expected = torch.where(torch.tensor(flips)[:, None, None, None], mirrored, plain)
     samples, numbers = data.batch(range(10), flips)
-    # Convolutions over batches of other sizes add up in another order.
+    # Convolutions sum in another order over batches of another size.
     torch.testing.assert_close(samples, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(numbers, labels)
 
@@ -66,7 +66,7 @@ def test_stored_types(tmp_path, dtype, bits):
     torch.testing.assert_close(stored, exact, rtol=2.0**-bits, atol=2.0**-25 if bits < 24 else 0)
 
 
-def test_posterior_samples_follow_the_seed_and_not_the_batches(tmp_path):
+def test_posterior_samples_depend_on_the_seed_and_not_on_batches(tmp_path):
     vae = kl()
     runs = {
         "a": config(tmp_path / "a"),
@@ -118,7 +118,7 @@ def test_unreadable_images_are_left_out(tmp_path):
     settings = {"kind": "images", "path": str(tmp_path / "images"), "size": 16, "posterior": "mean", "shard_size": 2}
     with pytest.raises(DataError, match=r"^b/1\.png"):
         write_features(config(tmp_path / "raise", **settings), tiny())
-    with pytest.warns(UserWarning, match="unreadable"):
+    with pytest.warns(UserWarning, match=r"\.png"):
         report = write_features(config(tmp_path / "skip", on_error="skip", **settings), tiny())
     assert (report.count, report.skipped) == (5, 4)
     data = LatentDataset(tmp_path / "skip")
@@ -150,7 +150,7 @@ write_features(config(Path({out!r}), flip=True), kl(), Deadly((16, 24), length=1
 """
 
 
-def test_a_killed_run_continues_and_ends_with_the_same_files(tmp_path):
+def test_a_killed_run_resumes_and_ends_with_the_same_files(tmp_path):
     write_features(config(tmp_path / "whole", flip=True), kl(), shapes())
     settings = {"tests": str(Path(__file__).parent), "threads": torch.get_num_threads(), "out": str(tmp_path / "cut")}
     done = subprocess.run(
@@ -161,7 +161,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_files(tmp_path):
         "shard_00000.safetensors",
         "shard_00001.safetensors",
     ]
-    with pytest.raises(DataError, match=r"no index\.json: run the same `tokdyn features` again"):
+    with pytest.raises(DataError, match=r"index\.json.*`tokdyn features`"):
         LatentDataset(tmp_path / "cut")
     before = (tmp_path / "cut" / "shard_00001.safetensors").stat().st_mtime_ns
     report = write_features(config(tmp_path / "cut", flip=True), kl(), shapes())
@@ -170,7 +170,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_files(tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_repeating_a_finished_run_changes_nothing_and_repairs_what_is_missing(tmp_path):
+def test_repeating_a_finished_run_writes_only_missing_and_damaged_shards(tmp_path):
     write_features(config(tmp_path), kl(), shapes())
     first = contents(tmp_path)
     assert write_features(config(tmp_path), kl(), shapes()).resumed == 3
@@ -184,10 +184,10 @@ def test_repeating_a_finished_run_changes_nothing_and_repairs_what_is_missing(tm
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"flip": True}, {"dtype": "bf16"}, {"scaling_factor": 3.0}])
 def test_a_folder_with_other_latents_is_refused(tmp_path, settings):
     write_features(config(tmp_path), kl(), shapes())
-    with pytest.raises(DataError, match="holds latents of other images or settings"):
+    with pytest.raises(DataError, match=str(tmp_path)):
         write_features(config(tmp_path, **settings), kl(), shapes())
     (tmp_path / "index.json").unlink()
-    with pytest.raises(DataError, match=r"shard_00000\.safetensors belongs to other latents"):
+    with pytest.raises(DataError, match=r"shard_00000\.safetensors"):
         write_features(config(tmp_path, **settings), kl(), shapes())
 
 
@@ -197,25 +197,25 @@ def test_a_damaged_autoencoder_is_named(tmp_path, capfd):
     whole = weights.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"words"):
         weights.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"No autoencoder can be loaded from .*vae"):
+        with pytest.raises(DataError, match=r"from .*vae"):
             write_features(config(tmp_path / "out", vae=str(tmp_path / "vae")))
     assert not (tmp_path / "out").exists()
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("vae_dtype", ["fp32", "bf16"])
-def test_the_autoencoder_is_known_by_its_weights_as_loaded(tmp_path, vae_dtype, monkeypatch, capfd):
+def test_the_autoencoder_is_identified_by_its_weights_as_loaded(tmp_path, vae_dtype, monkeypatch, capfd):
     tiny().save_pretrained(tmp_path / "vae")
     capfd.readouterr()
     monkeypatch.chdir(tmp_path)
     write_features(config(tmp_path / "out", vae="vae", vae_dtype=vae_dtype))
-    told = LatentDataset(tmp_path / "out").index.vae
-    assert told.source == str(tmp_path / "vae")
-    assert told.sha256 == weights_digest(load_vae("vae"))
-    assert capfd.readouterr().err == ""  # diffusers has remarks about casting
+    identity = LatentDataset(tmp_path / "out").index.vae
+    assert identity.source == str(tmp_path / "vae")
+    assert identity.sha256 == weights_digest(load_vae("vae"))
+    assert capfd.readouterr().err == ""  # diffusers warns about casting
 
 
-def test_wrong_settings_are_explained(tmp_path):
+def test_wrong_settings_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     diffusers.UNet2DModel(
         block_out_channels=(4,),
@@ -225,29 +225,29 @@ def test_wrong_settings_are_explained(tmp_path):
         attention_head_dim=2,
     ).save_pretrained(tmp_path / "unet")
     tiny().save_pretrained(tmp_path / "tiny")
-    for settings, sentence in (
-        ({}, "No autoencoder is given"),
-        ({"vae": str(tmp_path / "nothing")}, "No autoencoder can be loaded from"),
-        ({"vae": str(tmp_path / "unet")}, "holds a UNet2DModel, which does not encode images"),
-        ({"vae": str(tmp_path / "tiny"), "channels": 1}, "takes images of 3 channels, but these have 1"),
-        ({"vae": str(tmp_path / "tiny"), "kind": "images"}, "kind=images needs a path"),
+    for settings, values in (
+        ({}, "vae"),
+        ({"vae": str(tmp_path / "nothing")}, "nothing"),
+        ({"vae": str(tmp_path / "unet")}, "UNet2DModel"),
+        ({"vae": str(tmp_path / "tiny"), "channels": 1}, "3 channels.* 1.*channels=3"),
+        ({"vae": str(tmp_path / "tiny"), "kind": "images"}, "kind=images.*path"),
     ):
-        with pytest.raises(DataError, match=sentence):
+        with pytest.raises(DataError, match=values):
             write_features(config(tmp_path / "out", **settings))
     for key, value in (("scaling_factor", 0), ("scaling_factor", math.nan), ("shift_factor", math.inf)):
         with pytest.raises(ValidationError):
             config(tmp_path / "out", **{key: value})
-    with pytest.raises(InputError, match="device=abacus cannot be used here"):
+    with pytest.raises(InputError, match="device=abacus"):
         write_features(config(tmp_path / "out", vae=str(tmp_path / "tiny"), device="abacus"))
-    with pytest.raises(OutputError, match="cannot be a folder"):
+    with pytest.raises(OutputError, match=r"out=.*file"):
         write_features(config(tmp_path / "file"), tiny())
     assert not (tmp_path / "out").exists()
 
 
-def test_values_that_do_not_fit_are_explained(tmp_path):
-    with pytest.raises(DataError, match="too large for dtype=fp16"):
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(DataError, match="dtype=fp16"):
         write_features(config(tmp_path / "a", scaling_factor=1e8, dtype="fp16"), tiny())
     vae = tiny()
     next(vae.parameters()).data.fill_(float("nan"))
-    with pytest.raises(DataError, match=r"not finite in torch\.float32"):
+    with pytest.raises(DataError, match=r"torch\.float32"):
         write_features(config(tmp_path / "b"), vae)

@@ -1,4 +1,4 @@
-"""Latents written by `write_features` with tiny random autoencoders, and read back."""
+"""Reading latents: scaling, flips, workers, and damage that is found."""
 
 import json
 import pickle
@@ -40,14 +40,14 @@ def test_latents_stream_with_flips_in_worker_processes(tmp_path):
     assert torch.equal(again.batch(range(10))[0], plain)
 
 
-def test_latents_without_flipped_copies_refuse_to_flip(tmp_path):
+def test_latents_without_flipped_copies_cannot_be_flipped(tmp_path):
     write_features(config(tmp_path), tiny())
     data = LatentDataset(tmp_path)
-    with pytest.raises(DataError, match=r"no flipped copies.*flip=true"):
+    with pytest.raises(DataError, match="flip=true"):
         BatchStream(data, 4, seed=0, flip=True)
-    with pytest.raises(DataError, match="no flipped copies"):
+    with pytest.raises(DataError, match="flip=true"):
         open_data(DataConfig(kind="latents", path=str(tmp_path), flip=True))
-    with pytest.raises(DataError, match="no flipped copies"):
+    with pytest.raises(DataError, match="flip=true"):
         data.batch([0], [True])
 
 
@@ -73,28 +73,28 @@ def change_a_label(folder: Path) -> None:
 
 SECOND = "shard_00001.safetensors"
 DAMAGE = {
-    "cut short": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-5]), "shard_00001.*is damaged"),
-    "not safetensors": (lambda f: (f / SECOND).write_bytes(b"abc"), "shard_00001.*is damaged"),
-    "missing": (lambda f: (f / SECOND).unlink(), "shard_00001.*is missing"),
+    "cut short": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-5]), "shard_00001"),
+    "not safetensors": (lambda f: (f / SECOND).write_bytes(b"abc"), "shard_00001"),
+    "missing": (lambda f: (f / SECOND).unlink(), "shard_00001"),
     "another shard": (lambda f: (f / "shard_00002.safetensors").replace(f / SECOND), "shard_00001.*4 samples"),
-    "other tensors": (lambda f: save_file({"x": torch.zeros(3)}, f / SECOND), "belongs to other latents"),
-    "a flipped bit": (flip_a_byte, "shard_00001.*sample 2 does not match its checksum"),
-    "a wrong label": (change_a_label, "shard_00001.*sample 2 does not match its checksum"),
-    "no index": (lambda f: (f / "index.json").unlink(), r"no index\.json"),
-    "not JSON": (lambda f: (f / "index.json").write_text("{"), r"index\.json is damaged"),
-    "another version": (lambda f: edit_index(f, version=2), r"another version \(version"),
-    "an unknown key": (lambda f: edit_index(f, more=1), r"another version \(more"),
-    "a wrong count": (lambda f: edit_index(f, count=11), "do not add up to 11"),
-    "a wrong shape": (lambda f: edit_index(f, shape=[4, 8, 8]), "shard_00000.*instead of"),
+    "other tensors": (lambda f: save_file({"x": torch.zeros(3)}, f / SECOND), "shard_00001"),
+    "a flipped bit": (flip_a_byte, "shard_00001.* 2 "),
+    "a wrong label": (change_a_label, "shard_00001.* 2 "),
+    "no index": (lambda f: (f / "index.json").unlink(), r"index\.json"),
+    "not JSON": (lambda f: (f / "index.json").write_text("{"), r"index\.json"),
+    "another version": (lambda f: edit_index(f, version=2), r"index\.json.*\(version"),
+    "an unknown key": (lambda f: edit_index(f, more=1), r"index\.json.*\(more"),
+    "a wrong count": (lambda f: edit_index(f, count=11), " 11 "),
+    "a wrong shape": (lambda f: edit_index(f, shape=[4, 8, 8]), "shard_00000"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_named(tmp_path, damage):
     write_features(config(tmp_path), tiny())
-    harm, sentence = DAMAGE[damage]
-    harm(tmp_path)
-    with pytest.raises(DataError, match=sentence):
+    inflict, values = DAMAGE[damage]
+    inflict(tmp_path)
+    with pytest.raises(DataError, match=values):
         LatentDataset(tmp_path).batch(range(10))
 
 
@@ -102,34 +102,25 @@ def test_damage_is_found_and_named(tmp_path, damage):
 def test_shards_are_mapped_and_not_loaded(tmp_path):
     write_features(config(tmp_path), tiny())
     data = LatentDataset(tmp_path)
-    assert str(tmp_path / "shard_00000.safetensors") in Path("/proc/self/maps").read_text()
-    assert data[0][0].shape == data.shape
+    for _ in range(2):
+        assert str(tmp_path / "shard_00000.safetensors") in Path("/proc/self/maps").read_text()
+        assert data[0][0].shape == data.shape  # reading leaves the file mapped
 
 
-def test_latents_that_do_not_fit_the_recipe_are_explained(tmp_path):
+def test_latents_that_do_not_fit_the_recipe_are_refused(tmp_path):
     write_features(config(tmp_path), tiny())
     assert open_data(DataConfig(kind="latents", path=str(tmp_path), size=(8, 12), num_classes=10)).shape == (4, 8, 12)
-    for settings, sentence in (
-        ({"size": 8}, "are 8x12, not of size=8"),
-        ({"num_classes": 3}, "have 10 classes, not num_classes=3"),
-        ({"path": str(tmp_path / "nowhere")}, "nowhere does not exist; give the path of a folder"),
-        ({"path": __file__}, "is a file; give the path of a folder"),
-        ({"path": None}, "kind=latents needs a path"),
+    for settings, values in (
+        ({"size": 8}, "8x12.*size=8"),
+        ({"num_classes": 3}, " 10 .*num_classes=3"),
+        ({"path": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"path": __file__}, r"\.py"),
+        ({"path": None}, "kind=latents.*path"),
     ):
-        with pytest.raises(DataError, match=sentence):
+        with pytest.raises(DataError, match=values):
             open_data(DataConfig(**{"kind": "latents", "path": str(tmp_path), **settings}))
 
 
 def test_scaling_of_published_families():
     assert scaling_of(kl()) == LatentScaling(factor=0.18215)
     assert scaling_of(tiny()) == LatentScaling()
-
-
-def test_reading_maps_the_file_instead_of_loading_it(tmp_path):
-    write_features(config(tmp_path, length=40, shard_size=40, batch_size=40), tiny())
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("needs /proc")
-    data = LatentDataset(tmp_path)
-    data.batch([3])
-    assert str(tmp_path / "shard_00000.safetensors") in maps.read_text()

@@ -1,4 +1,4 @@
-"""Laws of the batch stream."""
+"""Laws of the batch stream and of its counter-based random numbers."""
 
 import pickle
 
@@ -41,7 +41,7 @@ def test_union_over_ranks_does_not_depend_on_the_world_size(length, batch, world
 
 @settings(max_examples=25)
 @given(length=sizes, batch=st.integers(1, 9), seed=seeds, start=st.integers(0, 50))
-def test_a_resumed_stream_continues_as_if_never_stopped(length, batch, seed, start):
+def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(length, batch, seed, start):
     through = BatchStream(shapes(length), batch, seed, flip=True)
     for step in range(start):
         through.indices(step)
@@ -119,14 +119,14 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(workers):
     stream = BatchStream(shapes(10), 4, seed=2, flip=True)
     before = torch.get_rng_state()
     loaded = list(stream.loader(3, 9, workers))
-    assert torch.equal(torch.get_rng_state(), before)  # the state that a resumed run restores is left alone
+    assert torch.equal(torch.get_rng_state(), before)  # a resumed run restores this state
     assert len(loaded) == 6
     for step, (samples, labels) in zip(range(3, 9), loaded, strict=True):
         assert torch.equal(samples, stream[step][0])
         assert torch.equal(labels, stream[step][1])
 
 
-def test_a_pickled_stream_is_the_same_stream():
+def test_a_pickled_stream_gives_the_same_batches():
     stream = BatchStream(shapes(9), 4, seed=2)
     first = stream.indices(5)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(stream)).indices(5), first)
@@ -137,17 +137,17 @@ def test_epoch_counts_all_ranks():
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "values"),
     [
-        ({"batch_size": 0}, "at least one sample"),
-        ({"batch_size": 1, "rank": 2, "world": 2}, "rank 2 is not one of the 2 processes"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 1, "rank": 2, "world": 2}, "rank 2 .* 2 .*0 to 1"),
     ],
 )
-def test_impossible_settings_are_refused(settings, sentence):
-    with pytest.raises(DataError, match=sentence):
+def test_impossible_settings_are_refused(settings, values):
+    with pytest.raises(DataError, match=values):
         BatchStream(shapes(3), seed=0, **settings)
 
 
 def test_negative_steps_are_refused():
-    with pytest.raises(IndexError, match="negative"):
+    with pytest.raises(IndexError, match="-1"):
         BatchStream(shapes(3), 1, seed=0)[-1]
