@@ -22,7 +22,7 @@ QUICK = {"steps": 3, "scheduler": "ddim", "device": "cpu"}
 
 
 def tiny(seed: int, kind: type = DCDiT, **settings: object) -> torch.nn.Module:
-    """A model with random weights, which says something other than zero."""
+    """Build a model with random weights, whose outputs are not zero."""
     torch.manual_seed(seed)
     model = kind(**{**TINY, "patch_size": 1, **settings})
     for parameter in model.parameters():

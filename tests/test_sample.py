@@ -22,7 +22,7 @@ from tokdyn.train.snapshot import save_model
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A DC-DiT as training saves it."""
+    """Save a DC-DiT as training does."""
     save_model(tiny(0), tmp_path / "saved", FACTS)
     return tmp_path / "saved"
 
@@ -32,20 +32,20 @@ def png(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_grid_holds_the_images_and_json_the_settings(saved, tmp_path):
+def test_a_grid_and_its_record_are_written(saved, tmp_path):
     result = sample(SampleConfig(model=str(saved), out=tmp_path / "out", count=6, batch_size=4, **QUICK))
     assert result.budgets[0].files == (tmp_path / "out" / "grid.png",)
     assert png(tmp_path / "out" / "grid.png").shape[2] == 3
-    told = json.loads((tmp_path / "out" / "sample.json").read_text())
-    assert told["settings"]["steps"] == 3
-    assert told["model"]["class"] == "DCDiT"
-    assert told["model"]["parameters"] == sum(p.numel() for p in tiny(0).parameters())
-    assert told["used"] == {"scheduler": "ddim", "clip": True, "precision": "fp32", "device": "cpu", "latents": False}
-    assert told["budgets"][0]["images_per_second"] > 0
-    assert len(told["budgets"][0]["steps"]) == 3
+    record = json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert record["settings"]["steps"] == 3
+    assert record["model"]["class"] == "DCDiT"
+    assert record["model"]["parameters"] == sum(p.numel() for p in tiny(0).parameters())
+    assert record["used"] == {"scheduler": "ddim", "clip": True, "precision": "fp32", "device": "cpu", "latents": False}
+    assert record["budgets"][0]["images_per_second"] > 0
+    assert len(record["budgets"][0]["steps"]) == 3
 
 
-def test_kept_share_and_flops_are_those_of_the_steps(saved, tmp_path):
+def test_kept_share_and_flops_are_measured_per_step(saved, tmp_path):
     settings = {"guidance": 2.0, "uncond_tail_drop": 0.9, "guidance_interval": (0.5, 1.0), "count": 5, "batch_size": 2}
     result = sample(SampleConfig(model=str(saved), out=tmp_path / "out", **settings, **QUICK))
     model, objective, _ = load_model(saved)
@@ -63,8 +63,8 @@ def test_kept_share_and_flops_are_those_of_the_steps(saved, tmp_path):
         assert [step.kept, step.uncond_kept][: len(counts)] == pytest.approx(
             [float(c.double().mean()) / 48 for c in counts]
         )
-        each = [flops_per_image(model, count / 48) for branch in counts for count in branch.tolist()]
-        assert step.gflops == pytest.approx(sum(each) / 5 / 1e9, rel=1e-6)  # the mean of the costs, image by image
+        costs = [flops_per_image(model, count / 48) for branch in counts for count in branch.tolist()]
+        assert step.gflops == pytest.approx(sum(costs) / 5 / 1e9, rel=1e-6)  # the mean of the costs of the images
         assert step.uncond_kept is None or step.uncond_kept < step.kept
     assert budget.tflops_per_image == pytest.approx(sum(step.gflops for step in budget.steps) / 1000)
     shares = [share for step in budget.steps for share in (step.kept, step.uncond_kept) if share is not None]
@@ -88,12 +88,12 @@ def test_npz_has_the_layout_of_adm_and_the_same_images_as_a_folder(saved, tmp_pa
     assert not list(tmp_path.rglob("*.half"))
 
 
-def test_damaged_weights_make_no_pictures(tmp_path):
+def test_damaged_weights_write_no_images(tmp_path):
     model = tiny(0)
     model.final_layer.linear.bias.data.fill_(float("nan"))
     save_model(model, tmp_path / "nan", FACTS)
     for form in ("grid", "folder", "npz"):
-        with pytest.raises(CheckpointError, match="values that are not finite"):
+        with pytest.raises(CheckpointError, match=r"nan .*precision fp32"):
             sample(SampleConfig(model=str(tmp_path / "nan"), out=tmp_path / form, format=form, count=2, **QUICK))
         assert not [file for file in (tmp_path / form).rglob("*") if file.suffix in (".png", ".npz", ".half")]
 
@@ -101,15 +101,15 @@ def test_damaged_weights_make_no_pictures(tmp_path):
 def test_out_that_is_a_file_is_refused_before_anything_is_made(saved, tmp_path):
     (tmp_path / "file").write_text("mine")
     for form in ("grid", "folder", "npz"):
-        with pytest.raises(OutputError, match="cannot be a folder"):
+        with pytest.raises(OutputError, match=r"out=.*file"):
             sample(SampleConfig(model=str(saved), out=tmp_path / "file" / "deep", format=form, count=1, **QUICK))
 
 
-def test_class_folders_are_what_evaluation_reads(saved, tmp_path):
+def test_class_folders_are_named_by_labels(saved, tmp_path):
     settings = {"format": "folder", "class_folders": True, "count": 6, **QUICK}
     sample(SampleConfig(model=str(saved), out=tmp_path / "out", **settings))
-    found = sorted(file.relative_to(tmp_path / "out" / "images").as_posix() for file in tmp_path.rglob("*.png"))
-    assert found == ["0/000000.png", "0/000004.png", "1/000001.png", "1/000005.png", "2/000002.png", "3/000003.png"]
+    names = sorted(file.relative_to(tmp_path / "out" / "images").as_posix() for file in tmp_path.rglob("*.png"))
+    assert names == ["0/000000.png", "0/000004.png", "1/000001.png", "1/000005.png", "2/000002.png", "3/000003.png"]
 
 
 def test_several_budgets_start_from_the_same_seeds_and_are_shown_side_by_side(saved, tmp_path):
@@ -132,10 +132,10 @@ def test_dit_samples_without_budgets_and_maps(tmp_path):
     assert budget.kept is None
     expected = 2 * flops_per_image(load_model(tmp_path / "dit")[0]) / 1e9
     assert all(step.gflops == pytest.approx(expected) for step in budget.steps)
-    with pytest.raises(UnsupportedModelError, match="computes every token: there are no maps"):
+    with pytest.raises(UnsupportedModelError, match=r"DiT.*maps"):
         sample(SampleConfig(**settings, maps=True))
     for drops in ({"tail_drop": 0.5}, {"guidance": 2.0, "uncond_tail_drop": 0.5}):
-        with pytest.raises(UnsupportedModelError, match="cannot drop any"):
+        with pytest.raises(UnsupportedModelError, match=r"DiT.*tail_drop"):
             sample(SampleConfig(**{**settings, "out": tmp_path / "none"}, format="folder", **drops))
     assert not (tmp_path / "none").exists()
 
@@ -151,11 +151,11 @@ def test_too_large_a_batch_is_named(saved, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(runs, "generate", full)
-    with pytest.raises(InputError, match="2 images do not fit into the memory of cpu; lower batch_size"):
+    with pytest.raises(InputError, match=r"2 .*cpu.*batch_size"):
         sample(SampleConfig(model=str(saved), out=tmp_path / "out", count=4, batch_size=2, **QUICK))
 
 
-def test_no_class_is_a_class_too(saved, tmp_path):
+def test_images_of_no_class_can_be_sampled(saved, tmp_path):
     result = sample(
         SampleConfig(model=str(saved), out=tmp_path / "out", classes="none", count=1, format="npz", **QUICK)
     )
@@ -163,8 +163,8 @@ def test_no_class_is_a_class_too(saved, tmp_path):
         assert arrays["arr_1"].tolist() == [4]
 
 
-def test_maps_of_a_model_without_routing_say_so():
+def test_maps_of_a_model_without_routing_are_refused():
     from tokdyn.report.maps import MapRecorder
 
-    with pytest.raises(InputError, match="computes every token"):
+    with pytest.raises(InputError, match="maps"):
         MapRecorder(3).maps()
