@@ -86,6 +86,19 @@ def test_posterior_samples_depend_on_the_seed_and_not_on_batches(tmp_path):
     assert abs(noise.std() - 1) < 4 / np.sqrt(2 * noise.numel())
 
 
+def test_mirrored_images_have_noise_of_their_own(tmp_path):
+    """The noise of an image and of its mirror image are 384 independent values: correlations below 6 standard errors."""
+    vae = kl()
+    for posterior in ("sample", "mean"):
+        write_features(config(tmp_path / posterior, posterior=posterior, flip=True), vae)
+    noise = []
+    for flips in ([False] * 10, [True] * 10):
+        sample, mean = (LatentDataset(tmp_path / name).batch(range(10), flips)[0] for name in ("sample", "mean"))
+        noise.append((sample - mean).flatten(1))
+    correlations = torch.corrcoef(torch.cat(noise)) - torch.eye(20)
+    assert correlations.abs().max() < 6 / noise[0].shape[1] ** 0.5
+
+
 def test_an_autoencoder_from_a_folder_or_a_pipeline_folder(tmp_path):
     vae = kl(shift_factor=0.25, scaling_factor=0.5)
     vae.save_pretrained(tmp_path / "vae")
@@ -129,6 +142,26 @@ def test_unreadable_images_are_left_out(tmp_path):
     with torch.no_grad():
         expected = tiny().encode(images.batch(range(5))[0]).latents
     torch.testing.assert_close(samples, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [0, 3, 5])
+def test_labels_stay_with_their_images_when_broken_ones_are_skipped(tmp_path, broken):
+    """Two images of each of three classes; one of them is broken, in the middle of a batch or at its ends."""
+    for number in range(6):
+        path = tmp_path / "images" / "abc"[number // 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number * 40, 0, 0)).save(path)
+    data = open_data(DataConfig(kind="images", path=str(tmp_path / "images"), size=16, in_memory=True))
+    sound = [number for number in range(6) if number != broken]
+    images, labels = data.batch(sound)
+    (tmp_path / "images" / data.names[broken]).write_bytes(b"broken")
+    settings = {"kind": "images", "path": str(tmp_path / "images"), "size": 16, "posterior": "mean", "shard_size": 6}
+    with pytest.warns(UserWarning, match=r"\.png"):
+        write_features(config(tmp_path / "out", on_error="skip", batch_size=4, **settings), tiny())
+    latents, stored = LatentDataset(tmp_path / "out").batch(range(5))
+    assert stored.tolist() == labels.tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(latents, tiny().encode(images).latents, atol=1e-5, rtol=1e-5)
 
 
 KILLED = """

@@ -56,7 +56,7 @@ def detail_score(keep: Tensor, grid: tuple[int, int], masks: Tensor) -> DetailSc
     detail = F.avg_pool2d(masks[:, None].double(), (height // rows, width // columns)).flatten(1)
     present = detail.sum(1) > 0
     if not present.any():
-        raise DataError("None of the masks marks any detail, so there is nothing to score.")
+        raise DataError("None of the masks marks any detail: give at least one that does.")
     keep, detail = keep[present].to(detail.device), detail[present]
     total = detail.sum(1)
     recall = (detail * keep).sum(1) / total

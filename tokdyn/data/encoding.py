@@ -45,7 +45,7 @@ class Encoder:
         images = (images.flip(-1) if mirrored else images).to(weight.device, weight.dtype)
         latents = encode(self.vae, images, self.scaling, noise).to(DTYPES[self.dtype]).cpu()
         if not torch.isfinite(latents).all():
-            raise DataError(f"The latents are too large for dtype={self.dtype}; set dtype=bf16 or dtype=fp32.")
+            raise DataError(f"The latents are too large for dtype={self.dtype}: set dtype=bf16 or dtype=fp32.")
         return latents
 
 

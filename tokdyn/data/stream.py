@@ -38,11 +38,11 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             flip: mirror each sample with probability 1/2, drawn from (seed, counter).
         """
         if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}, but a batch needs at least one sample.")
+            raise DataError(f"batch_size is {batch_size}: give at least 1.")
         if not 0 <= rank < world:
-            raise DataError(f"rank {rank} is not one of the {world} processes 0 to {world - 1}.")
+            raise DataError(f"rank is {rank}, expected 0 to {world - 1} for {world} process(es).")
         if len(dataset) == 0:
-            raise DataError("The data set is empty, so there is nothing to draw batches from.")
+            raise DataError("The data set is empty: give one with at least one sample.")
         if flip:
             dataset.require_flip()
         self.dataset = dataset

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tokdyn.diffusion.objective import Objective
@@ -114,7 +115,7 @@ class KeptLedger:
         """Return the counts of every step by branches of ``batch`` images; None at each step without routing."""
         if not self._counts:
             return [None] * len(guided)
-        branches = iter(torch.cat(self._counts).cpu().view(-1, batch))
+        branches = iter(rearrange(torch.cat(self._counts).cpu(), "(branch image) -> branch image", image=batch))
         return [KeptCounts(self._tokens, next(branches), next(branches) if both else None) for both in guided]
 
 

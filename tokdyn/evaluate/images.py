@@ -49,8 +49,8 @@ class Labels:
     def among(self, classes: int) -> NDArray[np.int64]:
         """Return the labels (N,) in the numbering of a network with so many classes.
 
-        If the folders are only some of its classes, as in a folder that `tokdyn sample` made of a few classes, the
-        numbers that they are named by are the labels.
+        If the folders are only some of its classes, as in a folder that `tokdyn sample` wrote for a few classes,
+        the numbers that they are named by are the labels.
         """
         if self.numbers is None or self.num_classes == classes:
             return self.values

@@ -22,7 +22,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from tokdyn.evaluate.statistics import Moments
 
-IMAGES_PER_SPLIT = 100  # a mean of exp(KL) over fewer images says more about their number than about them
+IMAGES_PER_SPLIT = 100  # over fewer images, the mean of exp(KL) depends on their number more than on their content
 DISTANCE_ROWS = 2500  # rows of the distance matrix at a time: 1 GB of float64 against 50,000 images
 
 

@@ -51,7 +51,7 @@ def image_grid(
         ("column_titles", column_titles, columns),
     ):
         if texts is not None and len(texts) != expected:
-            raise InputError(f"{len(texts)} {name} were given for a grid that has {expected}.")
+            raise InputError(f"{len(texts)} {name} were given for a grid of {expected}: give one text for each.")
     captions, row_titles, column_titles = (
         texts and [drawable(text) for text in texts] for texts in (captions, row_titles, column_titles)
     )

@@ -184,7 +184,7 @@ def _fitting(name: str, inches: float) -> str:
 
 
 def _show(axes: Axes, pixels: Pixels, caption: str) -> None:
-    axes.imshow(pixels)  # smoothed only where it has to be made smaller
+    axes.imshow(pixels)  # interpolated only if the page makes it smaller
     _bare(axes, caption)
 
 

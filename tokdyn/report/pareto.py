@@ -105,7 +105,7 @@ def draw_pareto(
         title: title of the figure.
         higher_is_better: whether more quality is better.
         note: small text below the axes, such as the machine and the budget.
-        joined: draw the lines; without them there are points alone.
+        joined: connect the points of a series by lines.
     """
     if not points:
         raise InputError("There are no points to draw: give at least one.")

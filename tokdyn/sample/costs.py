@@ -53,7 +53,7 @@ def step_costs(model: Any, records: Sequence[StepRecord], images: int) -> tuple[
     if attachment_of(model) is None:
         return tuple(_step_cost(model, record, images) for record in records)
     steps: tuple[StepStats | None, ...] = stats(model).steps
-    if len(steps) != len(records):  # there are more calls than it keeps
+    if len(steps) != len(records):  # there are more calls than statistics are kept of
         steps = (None,) * len(records)
     return tuple(_wrapped(model, record, images, step) for record, step in zip(records, steps, strict=True))
 

@@ -1,4 +1,4 @@
-"""Which classes are sampled, and what they are called."""
+"""Classes to sample: names and numbers become labels, and labels become names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _number(entry: int | str, names: Sequence[str], total: int) -> int:
     if isinstance(entry, int) or entry.isdecimal():
         if 0 <= int(entry) < total:
             return int(entry)
-        raise RecipeError(f"Class {entry} does not exist: give 0 to {total - 1}, or {NO_CLASS}.")
+        raise RecipeError(f"class {entry} does not exist: give 0 to {total - 1}, or {NO_CLASS}.")
     close = difflib.get_close_matches(entry, names, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names[:12]) or f'0 to {total - 1}'}."
-    raise RecipeError(f"Class {entry} does not exist: {hint}")
+    raise RecipeError(f"class {entry} does not exist: {hint}")

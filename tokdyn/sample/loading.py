@@ -84,7 +84,7 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
 
 
 def _default_objective(model: DiT | DCDiT) -> dict[str, Any]:
-    """Return the objective of a model that says nothing of it; only flows map their timesteps."""
+    """Return the objective of a model that is saved without one; only flows map their timesteps."""
     if tuple(model.config.timestep_map) != (1.0, 0.0):
         return {"kind": "flow"}
     return {"learn_sigma": model.config.learn_sigma}
