@@ -87,7 +87,7 @@ def test_posterior_samples_depend_on_the_seed_and_not_on_batches(tmp_path):
 
 
 def test_mirrored_images_have_noise_of_their_own(tmp_path):
-    """The noise of an image and of its mirror image are 384 independent values: correlations below 6 standard errors."""
+    """Noise of 384 independent values correlates by less than 6 standard errors, also for an image and its mirror."""
     vae = kl()
     for posterior in ("sample", "mean"):
         write_features(config(tmp_path / posterior, posterior=posterior, flip=True), vae)

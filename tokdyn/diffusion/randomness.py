@@ -32,8 +32,8 @@ def step_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Ge
     They live on the model's device, because a copy from the host would make the host wait at every step. An image drawn
     by a stochastic scheduler therefore depends on the kind of device; one drawn by a deterministic scheduler does not.
     """
-    own = [_cpu_seed(seed) for seed in seeds] if device.type == "cpu" else seeds
-    return [torch.Generator(device).manual_seed((seed + _STEP_STREAM) % _SEED_RANGE) for seed in own]
+    bases = [_cpu_seed(seed) for seed in seeds] if device.type == "cpu" else seeds
+    return [torch.Generator(device).manual_seed((seed + _STEP_STREAM) % _SEED_RANGE) for seed in bases]
 
 
 def _cpu_seed(seed: int) -> int:
