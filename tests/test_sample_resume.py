@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tokdyn
 from tests.sampling import FACTS, QUICK, tiny
+from tokdyn import FeatureCache
 from tokdyn.errors import RecipeError
 from tokdyn.sample import SampleConfig, sample
 from tokdyn.sample import run as runs
@@ -116,12 +118,42 @@ def test_images_beside_a_broken_record_are_not_resumed(saved, tmp_path, content)
         sample(SampleConfig(**settings))
 
 
-@pytest.mark.parametrize("change", [{"steps": 4}, {"seed": 1}, {"tail_drop": 0.5}, {"classes": "apple"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 4},
+        {"seed": 1},
+        {"tail_drop": 0.5},
+        {"drop_curve": ((0.2, 0.6), (0.8, 0.0))},
+        {"uncond_tail_drop": 0.9},
+        {"guidance": 3.0},
+        {"guidance_channels": "three"},
+        {"guidance_interval": (0.2, 0.8)},
+        {"classes": "apple"},
+        {"scheduler": "dpm"},
+        {"clip": False},
+        {"precision": "bf16"},
+        {"class_folders": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_a_folder_of_other_images_is_not_resumed(saved, tmp_path, change):
-    settings = {"model": str(saved), "out": tmp_path / "out", "format": "folder", "count": 1, **QUICK}
+    settings = {"model": str(saved), "out": tmp_path / "out", "format": "folder", "count": 1, "guidance": 2.0, **QUICK}
     sample(SampleConfig(**settings))
     with pytest.raises(RecipeError, match=f" {next(iter(change))}: .*out"):
         sample(SampleConfig(**{**settings, **change}))
+
+
+def test_a_folder_of_another_objective_or_other_methods_is_not_resumed(saved, tmp_path):
+    settings = {"out": tmp_path / "out", "format": "folder", "count": 1, **QUICK}
+    sample(SampleConfig(model=str(saved), **settings))
+    objective = {"kind": "noise", "beta_schedule": "squaredcos_cap_v2"}
+    save_model(tiny(0), tmp_path / "other", {**FACTS, "objective": objective})
+    with pytest.raises(RecipeError, match=r" objective: .*out"):
+        sample(SampleConfig(model=str(tmp_path / "other"), **settings))
+    tokdyn.save(tokdyn.wrap(tiny(0), [FeatureCache(steps=(0,))]), tmp_path / "methods")
+    with pytest.raises(RecipeError, match=r" methods: .*out"):
+        sample(SampleConfig(model=str(saved), methods=tmp_path / "methods", **settings))
 
 
 def test_a_folder_of_other_weights_or_unknown_origin_is_not_resumed(saved, tmp_path):

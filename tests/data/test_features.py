@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from tests.data.latents import config, kl, shapes, tiny
-from tokdyn.data import DataConfig, LatentDataset, open_data, write_features
+from tokdyn.data import DataConfig, LatentDataset, ShapesDataset, open_data, write_features
 from tokdyn.data.vae import LatentScaling, load_vae, weights_digest
 from tokdyn.errors import DataError, InputError, OutputError
 
@@ -145,23 +145,22 @@ def test_unreadable_images_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [0, 3, 5])
-def test_labels_stay_with_their_images_when_broken_ones_are_skipped(tmp_path, broken):
+def test_labels_and_noise_stay_with_their_images_when_broken_ones_are_skipped(tmp_path, broken):
     """Two images of each of three classes; one of them is broken, in the middle of a batch or at its ends."""
-    for number in range(6):
-        path = tmp_path / "images" / "abc"[number // 2] / f"{number}.png"
+    names = [f"{'abc'[number // 2]}/{number}.png" for number in range(6)]
+    for number, name in enumerate(names):
+        path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (number * 40, 0, 0)).save(path)
-    data = open_data(DataConfig(kind="images", path=str(tmp_path / "images"), size=16, in_memory=True))
-    sound = [number for number in range(6) if number != broken]
-    images, labels = data.batch(sound)
-    (tmp_path / "images" / data.names[broken]).write_bytes(b"broken")
-    settings = {"kind": "images", "path": str(tmp_path / "images"), "size": 16, "posterior": "mean", "shard_size": 6}
+    settings = {"kind": "images", "path": str(tmp_path / "images"), "size": 16, "shard_size": 6, "batch_size": 4}
+    write_features(config(tmp_path / "sound", **settings), kl())
+    (tmp_path / "images" / names[broken]).write_bytes(b"broken")
     with pytest.warns(UserWarning, match=r"\.png"):
-        write_features(config(tmp_path / "out", on_error="skip", batch_size=4, **settings), tiny())
-    latents, stored = LatentDataset(tmp_path / "out").batch(range(5))
-    assert stored.tolist() == labels.tolist()
-    with torch.no_grad():
-        torch.testing.assert_close(latents, tiny().encode(images).latents, atol=1e-5, rtol=1e-5)
+        write_features(config(tmp_path / "skipped", on_error="skip", **settings), kl())
+    latents, labels = LatentDataset(tmp_path / "sound").batch([number for number in range(6) if number != broken])
+    stored, stored_labels = LatentDataset(tmp_path / "skipped").batch(range(5))
+    assert stored_labels.tolist() == labels.tolist()
+    torch.testing.assert_close(stored, latents, atol=1e-5, rtol=1e-5)
 
 
 KILLED = """
@@ -222,6 +221,21 @@ def test_a_folder_with_other_latents_is_refused(tmp_path, settings):
     (tmp_path / "index.json").unlink()
     with pytest.raises(DataError, match=r"shard_00000\.safetensors"):
         write_features(config(tmp_path, **settings), kl(), shapes())
+
+
+def test_a_folder_with_latents_of_other_images_or_weights_is_refused(tmp_path):
+    write_features(config(tmp_path), kl(), shapes())
+    other = kl()
+    next(other.parameters()).data.add_(1.0)
+    for settings, vae, data in (
+        ({}, other, shapes()),
+        ({}, kl().bfloat16(), shapes()),
+        ({}, kl(), ShapesDataset((16, 24), length=10, seed=1)),
+        ({"shard_size": 5}, kl(), shapes()),
+        ({"posterior": "mean"}, kl(), shapes()),
+    ):
+        with pytest.raises(DataError, match=str(tmp_path)):
+            write_features(config(tmp_path, **settings), vae, data)
 
 
 def test_a_damaged_autoencoder_is_named(tmp_path, capfd):

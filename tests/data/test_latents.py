@@ -124,3 +124,12 @@ def test_latents_that_do_not_fit_the_recipe_are_refused(tmp_path):
 def test_scaling_of_published_families():
     assert scaling_of(kl()) == LatentScaling(factor=0.18215)
     assert scaling_of(tiny()) == LatentScaling()
+
+
+def test_statistics_count_for_autoencoders_with_a_posterior_only():
+    """The others apply the mean and deviation of their config themselves."""
+    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    with_posterior, without = kl(**statistics), tiny()
+    without.register_to_config(**statistics)
+    assert scaling_of(with_posterior).mean == (0.1, 0.2, 0.3, 0.4)
+    assert scaling_of(without) == LatentScaling()

@@ -292,11 +292,29 @@ def test_clip_keeps_every_prediction_of_the_image_in_range(oracle, objective, sc
 
 def test_callback_gets_every_step(routed):
     steps = []
-    generate(routed(), Sampler(steps=4, guidance=2.0), NOISE, [0, 1], [0, 1], callback=steps.append)
+    settings = Sampler(steps=4, guidance=2.0, tail_drop=0.1, uncond_tail_drop=0.9)
+    made = generate(routed(), settings, NOISE, [0, 1], [0, 1], callback=steps.append)
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert torch.equal(steps[0].x, initial_noise([0, 1], (4, 6, 4)))
-    assert steps[0].keep().shape == (2, 24)
     assert steps[0].x0().shape == (2, 4, 6, 4)
+    for step, record in zip(steps, made.steps, strict=True):  # the conditional branch comes first
+        assert torch.equal(step.keep().sum(1), record.counts.cond)
+
+
+def test_caches_of_diffusers_are_reset_after_a_trajectory(routed):
+    """diffusers' caching hooks add this method to a model, and its pipelines call it after each image."""
+    model, resets = routed(), []
+    model._reset_stateful_cache = lambda: resets.append(len(model.drops))
+    generate(model, Sampler(steps=3), NOISE, [0], [0])
+    assert resets == [3]
+
+
+def test_a_curve_that_drops_nothing_fits_any_model(oracle):
+    zero = generate(oracle(NOISE), Sampler(steps=3, tail_drop=((0.2, 0.0), (0.8, 0.0))), NOISE, [0], [0])
+    plain = generate(oracle(NOISE), Sampler(steps=3), NOISE, [0], [0])
+    assert torch.equal(zero.images, plain.images)
+    with pytest.raises(UnsupportedModelError, match="tail_drop"):
+        generate(oracle(NOISE), Sampler(steps=3, tail_drop=((0.0, 0.1), (0.8, 0.0))), NOISE, [0], [0])
 
 
 def test_images_are_ordinary_tensors_and_the_mode_is_restored(routed):

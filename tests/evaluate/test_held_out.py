@@ -59,10 +59,12 @@ class Recorder(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.inputs: list[torch.Tensor] = []
         self.times: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> SimpleNamespace:
         self.inputs.append(x)
         self.times.append(timestep / 1000)
+        self.labels.append(class_labels)
         return SimpleNamespace(sample=torch.zeros_like(x))
 
 
@@ -93,6 +95,26 @@ def test_a_repeat_is_the_next_seed() -> None:
     twice, (first, second) = draws(5, repeats=2)[0], (draws(seed)[0][0] for seed in (5, 6))
     assert torch.equal(twice[0], first)
     assert torch.equal(twice[1], second)
+
+
+def test_images_are_taken_evenly() -> None:
+    """Image i has the label i mod 10."""
+    model = Recorder()
+    held_out_loss(model, Objective(kind="flow"), open_data(DataConfig(kind="shapes", size=16, length=10)), images=4)
+    assert torch.cat(model.labels).tolist() == [0, 2, 5, 7]
+
+
+def test_loss_spread_and_means_by_level_equal_their_definitions() -> None:
+    """The recorder predicts zero for the target noise - x_0; a flow's time is its noise level."""
+    noise, times = draws(0, repeats=2)
+    data = open_data(DataConfig(kind="shapes", size=16, length=12))
+    losses = (noise - data.batch(range(12))[0].flatten(1)).square().mean(2)
+    result = held_out_loss(Recorder(), Objective(kind="flow"), data, images=12, repeats=2, bins=4)
+    assert result.loss == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert result.spread == pytest.approx(float(losses.mean(0).std()) / 12**0.5, rel=1e-4)
+    assert result.levels == (0.125, 0.375, 0.625, 0.875)
+    expected = [float(losses[(times * 4).floor() == number].mean()) for number in range(4)]
+    assert result.by_level == pytest.approx(expected, rel=1e-4)
 
 
 def test_budgets_change_what_is_kept() -> None:

@@ -91,6 +91,22 @@ def test_class_accuracy_needs_the_classes_of_the_judge(kit: Any, judge: str, fil
         run(generated=path, extractor=judge, metrics="class_accuracy")
 
 
+@pytest.mark.parametrize(("labels", "values"), [([-1, 0, 1], "-1 to 1"), ([0, 1, 4], "0 to 4")])
+def test_labels_outside_the_classes_of_the_judge_are_refused(
+    kit: Any, judge: str, labels: list[int], values: str
+) -> None:
+    path = kit.npz("images", kit.draw(3, 0), np.array(labels))
+    with pytest.raises(DataError, match=f"class_accuracy.*{values}, judge"):
+        run(generated=path, extractor=judge, metrics="class_accuracy")
+
+
+@pytest.mark.parametrize("indices", [[0], [7], [1, 4, 5], list(range(8))])
+def test_images_of_an_npz_are_read_by_position(kit: Any, indices: list[int]) -> None:
+    images = kit.draw(8, 0)
+    source = open_images(kit.npz("images", images))
+    assert np.array_equal(np.stack(list(source.images(indices, None))), images[indices])
+
+
 def test_nothing_to_measure(kit: Any, judge: str) -> None:
     images = kit.npz("images", kit.draw(3, 0))
     assert set(run(generated=images, extractor=judge).values) == {"class_score[judge]"}
