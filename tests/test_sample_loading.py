@@ -121,6 +121,17 @@ def test_latents_are_decoded_and_not_clamped(tmp_path, vae):
         sample(SampleConfig(**settings))
 
 
+def test_a_folder_decoded_by_another_autoencoder_is_not_resumed(tmp_path, vae):
+    save_model(tiny(0, in_channels=4), tmp_path / "latent", {**FACTS, "data": None})
+    settings = {"model": str(tmp_path / "latent"), "out": tmp_path / "out", "format": "folder", "count": 1, **QUICK}
+    sample(SampleConfig(**settings, vae=str(vae)))
+    network = AutoencoderKL.from_pretrained(vae)
+    network.decoder.conv_in.weight.data.add_(1.0)
+    network.save_pretrained(tmp_path / "other")
+    with pytest.raises(RecipeError, match=r" vae: .*out"):
+        sample(SampleConfig(**settings, vae=str(tmp_path / "other")))
+
+
 @pytest.fixture
 def latent_run(tmp_path: Path, vae: Path) -> Path:
     """Train a model for one step on latents with a scaling of their own."""

@@ -40,6 +40,13 @@ def test_the_name_of_a_run_stays_below_samples(tmp_path):
         assert prepare(SampleConfig(model=str(tmp_path / "saved"), device="cpu")).out == Path("samples/elsewhere")
 
 
+@pytest.mark.parametrize(("clip", "expected"), [(None, True), (True, True), (False, False)])
+def test_predictions_of_pixels_are_clipped_unless_set_otherwise(saved, clip, expected):
+    job = prepare(SampleConfig(model=str(saved), clip=clip, device="cpu"))
+    assert job.clip is expected
+    assert job.config.sampler(0.0, job.clip).clip is expected
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "values"),
     [
