@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -100,7 +101,9 @@ def test_folders_are_checked_and_not_created(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_protected_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere, so permissions do not help here
+@pytest.mark.parametrize("permission", [os.W_OK, os.X_OK])
+def test_a_protected_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permission: int) -> None:
+    """Root may write anywhere, so the lack of one permission is imitated where it is asked for."""
+    monkeypatch.setattr("os.access", lambda _, mode: not mode & permission)
     with pytest.raises(OutputError, match=r"out=.*new"):
         require_folder(tmp_path / "new")
