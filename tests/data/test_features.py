@@ -238,6 +238,15 @@ def test_a_folder_with_latents_of_other_images_or_weights_is_refused(tmp_path):
             write_features(config(tmp_path, **settings), vae, data)
 
 
+def test_a_folder_with_latents_of_another_precision_is_refused(tmp_path):
+    """The weights are identified as they were loaded, so the type that they compute in counts by itself."""
+    tiny().save_pretrained(tmp_path / "vae")
+    settings = {"vae": str(tmp_path / "vae"), "device": "cpu"}
+    write_features(config(tmp_path / "out", **settings))
+    with pytest.raises(DataError, match=str(tmp_path / "out")):
+        write_features(config(tmp_path / "out", vae_dtype="bf16", **settings))
+
+
 def test_a_damaged_autoencoder_is_named(tmp_path, capfd):
     tiny().save_pretrained(tmp_path / "vae")
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
