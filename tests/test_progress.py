@@ -6,7 +6,7 @@ import tokdyn.progress
 from tokdyn.progress import duration, progress
 
 
-def test_lines_come_now_and_then_and_not_for_short_work(capsys, monkeypatch):
+def test_a_line_is_printed_every_half_minute(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(tokdyn.progress.time, "monotonic", lambda: now[0])
     with progress("images", 50) as advance:

@@ -1,4 +1,4 @@
-"""Sampling with methods attached: what it says about tokens and FLOPs, against a count of what ran."""
+"""Sampling with methods attached: reported tokens and FLOPs against those that were counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokdyn
-from tests.test_sample import FACTS, QUICK, tiny
+from tests.sampling import FACTS, QUICK, tiny
 from tokdyn import Chunking, DepthSkip, DiT, DynamicWidth, FeatureCache, TokenMerge
 from tokdyn.cost import model_parts
 from tokdyn.cost.blocks import PARTS
@@ -32,7 +32,7 @@ STACKS = {
 
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_flops_are_those_that_ran(name, guidance):
+def test_reported_flops_are_those_counted(name, guidance):
     model = tiny(0, DiT, depth=3, sample_size=8)
     torch.manual_seed(1)
     model = tokdyn.wrap(model, STACKS[name])
@@ -45,7 +45,7 @@ def test_flops_are_those_that_ran(name, guidance):
     assert 3e9 * sum(cost.gflops for cost in costs) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def test_a_cached_step_of_dc_dit_costs_what_lies_around_its_chunking():
+def test_a_cached_step_of_dc_dit_skips_its_chunking():
     model = tiny(0, depth=3, sample_size=8)
     tokdyn.wrap(model, [FeatureCache(steps=(0, 2)), DepthSkip(blocks=(1,))])
     made = generate(model, Sampler(steps=4, scheduler="ddim", guidance=2.0), NOISE, [0, 1, 2], range(3))
@@ -56,11 +56,11 @@ def test_a_cached_step_of_dc_dit_costs_what_lies_around_its_chunking():
         total = dict.fromkeys(parts[0], 0.0)
         for name in total:  # of three blocks one is skipped
             total[name] = sum(part[name] for part in parts) * (2 / 3 if name in PARTS else 1)
-        ran = total if step in (0, 2) else {name: total[name] for name in ("embed", "encoder", "decoder", "head")}
-        assert cost.gflops * 3e9 == pytest.approx(sum(ran.values()), rel=1e-6)
+        computed = total if step in (0, 2) else {name: total[name] for name in ("embed", "encoder", "decoder", "head")}
+        assert cost.gflops * 3e9 == pytest.approx(sum(computed.values()), rel=1e-6)
 
 
-def test_a_run_with_methods_tells_its_costs(tmp_path):
+def test_a_job_with_methods_records_its_costs(tmp_path):
     model = tiny(0, DiT, depth=2)
     save_model(model, tmp_path / "saved", FACTS)
     tokdyn.save(tokdyn.wrap(model, [FeatureCache(steps=(0,)), Chunking(target=4)]), tmp_path / "methods")
@@ -75,7 +75,7 @@ def test_a_run_with_methods_tells_its_costs(tmp_path):
     assert 0 < budget.tflops_per_image < plain.tflops_per_image
 
 
-def test_steps_beyond_what_is_remembered_have_no_flops():
+def test_flops_are_unknown_if_there_are_more_steps_than_statistics():
     model = tokdyn.wrap(tiny(0, DiT, depth=1, sample_size=2), [FeatureCache(steps=(0,))])
     made = generate(model, Sampler(steps=600, scheduler="ddim"), NOISE, [0], [0])
     costs = step_costs(model, made.steps, 1)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
-    from tokdyn.calibration import calibrate, recording
+    from tokdyn.calibration import calibrate
+    from tokdyn.calibration.recorder import recording
     from tokdyn.cost import flops, stats
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT

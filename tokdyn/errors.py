@@ -1,10 +1,10 @@
-"""The errors a user can cause. Each message says what was wrong, what was expected and what to do."""
+"""The errors that a user can cause; each message says what was wrong, what was expected and what to do."""
 
 from __future__ import annotations
 
 
 class TokdynError(Exception):
-    """Base of every error caused by input rather than by a bug; the command line prints it and exits with 2."""
+    """Base of every error that input causes and not a bug; the command line prints it and exits with 2."""
 
 
 class UnsupportedModelError(TokdynError):
@@ -12,7 +12,7 @@ class UnsupportedModelError(TokdynError):
 
 
 class CompositionError(TokdynError):
-    """The methods cannot be combined as listed."""
+    """The methods cannot be combined in this list."""
 
 
 class RecipeError(TokdynError):
@@ -20,7 +20,7 @@ class RecipeError(TokdynError):
 
 
 class CheckpointError(TokdynError):
-    """A checkpoint is missing, damaged, of an unknown format or does not match the model."""
+    """A checkpoint is missing, damaged or of an unknown format, or does not match the model."""
 
 
 class DataError(TokdynError):
@@ -28,8 +28,8 @@ class DataError(TokdynError):
 
 
 class InputError(TokdynError, ValueError):
-    """A tensor or an argument given to a function or a model has the wrong shape, type or range."""
+    """A tensor or an argument has the wrong shape, type or range."""
 
 
 class OutputError(TokdynError):
-    """A file or folder cannot be written: it is something else, is protected, or the disk is full."""
+    """A file or folder cannot be written: it is of another kind or protected, or the disk is full."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, folders that are checked before long work begins, JSON objects."""
+"""Atomic writing of files, checks of output folders before long work begins, and JSON objects."""
 
 from __future__ import annotations
 
@@ -15,32 +15,36 @@ from safetensors import SafetensorError
 from tokdyn.errors import CheckpointError, OutputError
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-"""A path in a settings model; `~` is the home folder, also where the shell leaves it alone."""
+"""A path in a settings model; `~` becomes the home folder even where the shell does not expand it."""
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint.
+    """Read the JSON object in a file of a checkpoint.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or holds no JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}).") from error
+        raise CheckpointError(
+            f"{path} is not readable JSON ({error}): restore it, or use another checkpoint."
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, expected a JSON object: restore it, or use another checkpoint."
+        )
     return content
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place if the block ends well and is removed if it does not.
+    """Write a file atomically: the path yielded replaces `path` if the block succeeds, and is removed if it does not.
 
-    Makes the folder if need be.
+    The folder is created if needed.
 
     Raises:
-        OutputError: the system refuses, for example because the disk is full.
+        OutputError: the file cannot be written, for example because the disk is full.
     """
     half = half_of(path)
     try:
@@ -54,16 +58,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def half_of(path: Path) -> Path:
-    """Where `path` is written before it is complete; hidden, so that nobody takes it for a result."""
+    """Return where `path` is written until it is complete: a hidden file, so that nobody takes it for a result."""
     return path.with_name(f".{path.name}.half")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says about writing `path` into one sentence.
+    """Turn errors of the operating system about writing `path` into an OutputError.
 
     Raises:
-        OutputError: the system refuses.
+        OutputError: the system refuses to write.
     """
     try:
         yield
@@ -73,22 +77,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_folder(folder: Path, setting: str = "out") -> None:
-    """Refuses a folder that files cannot be written to, before long work begins; makes nothing.
+    """Refuse a folder that cannot be written to, before long work begins; create nothing.
 
     Args:
-        folder: that will be written to; it need not exist.
-        setting: what the user calls it.
+        folder: folder that will be written to; it need not exist.
+        setting: name of the setting that holds it.
 
     Raises:
-        OutputError: it is a file, lies below one, or must not be written to.
+        OutputError: it is a file or lies below one, or there is no permission to write to it.
     """
     with writing(folder):
-        place = folder.absolute()
-        while not place.exists():
-            place = place.parent
-    if not place.is_dir():
+        nearest = folder.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+    if not nearest.is_dir():
         raise OutputError(
-            f"{setting}={folder} cannot be a folder, because {place} is a file: choose another {setting}."
+            f"{setting}={folder} cannot be a folder, because {nearest} is a file: choose another {setting}."
         )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"{setting}={folder} must not be written to ({place}): choose another {setting}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{setting}={folder} is not writable ({nearest}): choose another {setting}.")

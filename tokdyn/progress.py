@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far a piece of work is, on stderr.
+    """Show the progress of a piece of work on stderr.
 
     Args:
-        title: what is being done.
+        title: name of the work.
         total: number of items.
 
     Yields:
@@ -39,7 +39,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that goes away when the work is done."""
+    """Show a bar that disappears when the work is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -50,18 +50,18 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _Lines:
-    """One line for every half minute that the work takes."""
+    """Prints at most one line per half minute."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
-        self._began = self._said = time.monotonic()
+        self._began = self._printed = time.monotonic()
 
     def advance(self, done: int) -> None:
-        """Count what was done, and say so if it is time."""
+        """Count finished items, and print a line if it is time."""
         self._done += done
         now = time.monotonic()
-        if now - self._said < _EVERY or not self._done:
+        if now - self._printed < _EVERY or not self._done:
             return
-        self._said = now
+        self._printed = now
         left = (now - self._began) / self._done * (self._total - self._done)
         print(f"{self._title}  {self._done}/{self._total}  ETA {duration(left)}", file=sys.stderr, flush=True)

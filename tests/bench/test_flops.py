@@ -13,7 +13,7 @@ from tokdyn.cli.main import app
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from tests.test_sample import FACTS, tiny
+from tests.sampling import FACTS, tiny
 from tokdyn import DCDiT, DiT
 from tokdyn.bench import flops as bench
 from tokdyn.bench.flops import FlopsConfig, bench_flops

@@ -14,7 +14,7 @@ from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 from tests.evaluate.conftest import Kit
-from tests.test_sample import FACTS, tiny
+from tests.sampling import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
 from tokdyn.bench.quality_page import columns, write_page

@@ -14,7 +14,7 @@ from PIL import Image
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
-from tests.test_sample import FACTS, tiny
+from tests.sampling import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.speed import Case, SpeedConfig, SpeedRow, bench_speed, cases, growth, model_of
 from tokdyn.bench.speed_table import columns, curves

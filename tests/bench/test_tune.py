@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
-from tests.test_sample import FACTS, tiny
+from tests.sampling import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.stacks import Stack, open_stack, read_stacks
 from tokdyn.bench.tune import tune

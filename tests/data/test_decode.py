@@ -1,4 +1,4 @@
-"""Image files of every mode and orientation, and broken ones."""
+"""Decoding image files of every mode and orientation, and broken ones."""
 
 import io
 import struct
@@ -17,7 +17,7 @@ SIZE = (12, 16)
 
 
 def picture(seed: int = 0, levels: int = 256) -> np.ndarray:
-    """Random colours (rows, columns, 3) uint8."""
+    """Draw random colours (rows, columns, 3) uint8."""
     return (np.random.default_rng(seed).integers(0, levels, (*SIZE, 3)) * (255 // (levels - 1))).astype(np.uint8)
 
 
@@ -32,14 +32,14 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG written by hand: Pillow does not write every kind."""
+    """Write a PNG by hand, because Pillow does not write every kind."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
 def read(content: bytes, channels: int = 3, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Pixels (rows, columns, channels)."""
+    """Decode to pixels (rows, columns, channels)."""
     with quiet():
         pixels = decode(content, "x.png", size, channels)
     assert pixels.dtype == np.uint8
@@ -78,7 +78,7 @@ def test_black_and_white():
     np.testing.assert_array_equal(read(encoded(Image.fromarray(bits)), 1)[..., 0], bits * 255)
 
 
-def test_transparency_lies_on_white():
+def test_transparent_pixels_are_put_on_white():
     alpha = picture(1)[..., 0]
     rgba = np.dstack([picture(), alpha])
     content = encoded(Image.fromarray(rgba, "RGBA"))
@@ -133,7 +133,7 @@ def test_integers_and_floats():
     unit = grey.astype(np.float32) / 255
     np.testing.assert_array_equal(read(encoded(Image.fromarray(unit), "TIFF"), 1)[..., 0], grey)
     np.testing.assert_array_equal(read(encoded(Image.fromarray(unit * 255), "TIFF"), 1)[..., 0], grey)
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError, match=r"^x\.png: "):
         read(encoded(Image.fromarray(unit * np.float32("nan")), "TIFF"))
 
 
@@ -169,15 +169,15 @@ def test_square_targets_are_prepared_as_for_dit():
 
 @settings(max_examples=60)
 @given(*[st.integers(1, 90)] * 4)
-def test_any_size_becomes_any_size(width, height, rows, columns):
+def test_any_size_can_be_fitted_to_any_size(width, height, rows, columns):
     image = fit(Image.new("RGB", (width, height), (9, 99, 199)), (rows, columns))
     assert image.size == (columns, rows)
     assert image.getcolors() == [(rows * columns, (9, 99, 199))]  # nothing but the picture is in it
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_line_of_pixels_is_cropped_before_it_fills_the_memory(turned, monkeypatch):
-    """1x60000 pixels, resized to cover 128x128, would be 128x7680000; the result is the same as of the middle part."""
+def test_an_elongated_image_is_cropped_before_it_is_resized(turned, monkeypatch):
+    """1x60000 pixels resized to cover 128x128 would be 128x7680000; the result equals that of the middle part."""
     line = np.random.default_rng(0).integers(0, 256, (1, 60_000, 3), dtype=np.uint8)
     line = line.transpose(1, 0, 2) if turned else line
     middle = line[29_990:30_010] if turned else line[:, 29_990:30_010]
@@ -227,12 +227,12 @@ BROKEN = {
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
 def test_broken_files_are_named(content):
-    with quiet(), pytest.raises(DataError, match=r"^cats/7\.jpg: not a readable image .*on_error=skip") as caught:
+    with quiet(), pytest.raises(DataError, match=r"^cats/7\.jpg: .*on_error=skip") as caught:
         decode(content, "cats/7.jpg", SIZE, 3)
     assert " object at 0x" not in str(caught.value)
 
 
-def test_an_image_may_stay_at_its_own_size():
+def test_without_a_size_images_keep_their_own():
     exif = Image.Exif()
     exif[0x0112] = 6
     with quiet():
@@ -240,7 +240,7 @@ def test_an_image_may_stay_at_its_own_size():
         assert decode(encoded(Image.fromarray(picture()), exif=exif), "x.png", None, 1).shape == (1, *SIZE[::-1])
 
 
-def test_decompression_bombs_give_a_sentence():
+def test_decompression_bombs_are_refused_by_name():
     bomb = png(60_000, 60_000, 1, 0, b"\0" * 100)
-    with pytest.raises(DataError, match=r"^cats/7\.png: the image claims more pixels"):
+    with pytest.raises(DataError, match=r"^cats/7\.png: .*3600000000"):
         decode(bomb, "cats/7.png", SIZE, 3)

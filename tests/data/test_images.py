@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_folder_and_zip_are_the_same(tmp_path, in_memory):
     assert everything(one)[1].tolist() == everything(two)[1].tolist() == [0, 1, 2, 2, 2, 3, 3, 3]
 
 
-def test_samples_are_the_pictures_in_minus_one_to_one(tmp_path):
+def test_samples_are_the_images_scaled_to_minus_one_to_one(tmp_path):
     data = images(folder(tmp_path, FILES))
     assert data.shape == (3, 8, 8)
     for index, name in enumerate(ORDER):
@@ -103,17 +104,17 @@ def test_any_size_and_channels(tmp_path, size, channels, shape):
     assert everything(data)[0].shape == (8, *shape)
 
 
-def test_memory_and_reading_on_demand_agree(tmp_path):
+def test_images_in_memory_equal_those_decoded_on_demand(tmp_path):
     path = folder(tmp_path, FILES)
     flips = [True, False] * 4
     held, read = images(path, in_memory=True), images(path, in_memory=False)
     assert torch.equal(held.batch(range(8), flips)[0], read.batch(range(8), flips)[0])
 
 
-def test_the_memory_limit_decides(tmp_path):
+def test_the_memory_limit_decides_what_is_decoded_at_once(tmp_path):
     path = folder(tmp_path, {**FILES, "dog/2.png": b"broken"})
     limit = 8 * 3 * 8 * 8
-    assert len(images(path, memory_limit=limit - 1)) == 8  # decoded on demand, so nobody has noticed yet
+    assert len(images(path, memory_limit=limit - 1)) == 8  # decoded on demand, so the broken image is not found yet
     with pytest.raises(DataError, match=r"^dog/2\.png in"):
         images(path, memory_limit=limit)
 
@@ -132,15 +133,15 @@ def test_all_images_can_be_put_into_one_class(tmp_path):
 
 def test_a_folder_inside_a_zip(tmp_path):
     path = archive(tmp_path / "z.zip", {f"pictures/{name}": content for name, content in FILES.items()})
-    with pytest.warns(UserWarning, match=r"one folder pictures.*set path=.*z\.zip/pictures"):
+    with pytest.warns(UserWarning, match=r"pictures.*path=.*z\.zip/pictures"):
         assert images(path).class_names == ("pictures",)
     assert images(f"{path}/pictures").names == images(folder(tmp_path / "f", FILES)).names
-    with pytest.raises(DataError, match=r"There is no folder pict/ in .*z\.zip"):
+    with pytest.raises(DataError, match=r"pict/.*z\.zip"):
         images(f"{path}/pict")
 
 
-def test_names_that_are_not_unicode(tmp_path):
-    """A file system holds bytes, and old ones are full of names in other encodings."""
+def test_file_names_need_not_be_unicode(tmp_path):
+    """File names are bytes, and old ones are often in other encodings."""
     path = folder(tmp_path, {"cat/a.png": jpeg(1)})
     (tmp_path / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(jpeg(2))
     data = images(path)
@@ -150,8 +151,8 @@ def test_names_that_are_not_unicode(tmp_path):
     assert images(path).identity() != before
 
 
-def test_a_folder_that_cannot_be_listed_is_named_and_not_left_out(tmp_path, monkeypatch):
-    """Root may list everything, so the system's refusal is imitated where os.walk meets it."""
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    """Root may list every folder, so the error is raised where os.walk meets the folder."""
     path, real = folder(tmp_path, FILES), os.scandir
 
     def refuse(place):
@@ -161,22 +162,22 @@ def test_a_folder_that_cannot_be_listed_is_named_and_not_left_out(tmp_path, monk
 
     monkeypatch.setattr(os, "scandir", refuse)
     for on_error in ("raise", "skip"):
-        with pytest.raises(DataError, match=r"The folder .*dog cannot be read: Permission denied"):
+        with pytest.raises(DataError, match=r"dog .*Permission denied"):
             images(path, on_error=on_error)
 
 
-def test_a_name_that_the_system_refuses_is_told(tmp_path):
-    with pytest.raises(DataError, match="cannot be read: File name too long"):
+def test_a_path_that_the_system_refuses_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="File name too long"):
         images(str(tmp_path / ("x" * 300)))
 
 
 def test_a_path_has_no_effect_on_shapes(tmp_path):
-    with pytest.raises(DataError, match="has no effect on kind=shapes"):
+    with pytest.raises(DataError, match="kind=shapes"):
         open_data(DataConfig(path=str(tmp_path)))
 
 
-def test_pixels_read_on_demand_may_be_written_to(tmp_path):
-    """Grey pixels need no reordering; torch warns about memory that it must not write to, which is an error here."""
+def test_images_decoded_on_demand_are_writable(tmp_path):
+    """Grey pixels need no reordering; torch warns about read-only memory, which is an error here."""
     data = images(folder(tmp_path, FILES), channels=1, in_memory=False)
     assert everything(data)[0].shape == (8, 1, 8, 8)
 
@@ -197,12 +198,12 @@ BROKEN = {"cat/b.png": FILES["cat/b.png"][:40], "dog/10.png": b"", "dog/2.png": 
 def test_broken_files_are_raised_by_name(tmp_path, form, in_memory):
     files = {**FILES, **BROKEN}
     path = folder(tmp_path / "f", files) if form == "folder" else archive(tmp_path / "f.zip", files)
-    with pytest.raises(DataError, match=r"^cat/b\.png in .*f(\.zip)?: not a readable image"):
+    with pytest.raises(DataError, match=r"^cat/b\.png in .*f(\.zip)?: "):
         everything(images(path, in_memory=in_memory))
 
 
-def test_broken_files_are_left_out_of_memory(tmp_path):
-    with pytest.warns(UserWarning, match=r"3 of 8 images .* left out: cat/b\.png, dog/10\.png, dog/2\.png\.$"):
+def test_broken_files_are_left_out_when_all_are_decoded(tmp_path):
+    with pytest.warns(UserWarning, match=r"3 of 8 .*cat/b\.png, dog/10\.png, dog/2\.png\.$"):
         data = images(folder(tmp_path / "f", {**FILES, **BROKEN}), on_error="skip")
     sound = images(folder(tmp_path / "s", {name: content for name, content in FILES.items() if name not in BROKEN}))
     assert data.names == sound.names
@@ -212,7 +213,7 @@ def test_broken_files_are_left_out_of_memory(tmp_path):
 
 def test_many_broken_files_are_counted_and_some_are_named(tmp_path):
     files = {f"cat/{number}.png": b"x" for number in range(7)} | {"cat/good.png": jpeg(1)}
-    with pytest.warns(UserWarning, match=r"7 of 8 .*cat/4\.png and 2 more\.$"):
+    with pytest.warns(UserWarning, match=r"7 of 8 .*cat/4\.png .*2"):
         assert len(images(folder(tmp_path, files), on_error="skip")) == 1
 
 
@@ -224,10 +225,10 @@ def test_a_class_of_broken_files_keeps_its_number(tmp_path):
     assert everything(data)[1].tolist() == [1]
 
 
-def test_the_next_readable_image_stands_in_when_reading_on_demand(tmp_path):
+def test_the_next_readable_image_replaces_a_broken_one_on_demand(tmp_path):
     data = images(folder(tmp_path, {**FILES, **BROKEN}), on_error="skip", in_memory=False)
     assert len(data) == 8
-    with pytest.warns(UserWarning, match="unreadable") as record:
+    with pytest.warns(UserWarning, match=r"\.png") as record:
         samples, labels, used = data.fetch(range(8))
     assert used == [0, 1, 2, 4, 4, 5, 0, 0]
     assert labels.tolist() == [0, 1, 2, 2, 2, 3, 0, 0]
@@ -242,11 +243,11 @@ def test_the_next_readable_image_stands_in_when_reading_on_demand(tmp_path):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_nothing_but_broken_files_is_an_error(tmp_path, in_memory):
+def test_only_broken_files_are_an_error(tmp_path, in_memory):
     path = folder(tmp_path, {"a/1.png": b"x", "a/2.png": b"y"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(DataError, match="None of the 2 images"):
+        with pytest.raises(DataError, match=" 2 "):
             everything(images(path, on_error="skip", in_memory=in_memory))
 
 
@@ -256,51 +257,45 @@ def test_damage_inside_a_zip_is_named(tmp_path):
     place = content.index(FILES["dog/1.png"])
     content[place + 20] ^= 255
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"^dog/1\.png in .*z\.zip cannot be read: Bad CRC-32"):
+    with pytest.raises(DataError, match=r"^dog/1\.png in .*z\.zip .*CRC-32"):
         images(str(path))
 
 
 def test_a_missing_file_is_named(tmp_path):
     data = images(folder(tmp_path, FILES), in_memory=False)
     (tmp_path / "dog" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"dog/1\.png in .* cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"dog/1\.png in .*No such file"):
         data[5]
 
 
-def test_wrong_paths_are_explained(tmp_path):
+def test_wrong_paths_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.txt").write_text("hello")
     (tmp_path / "cut.zip").write_bytes(Path(archive(tmp_path / "z.zip", FILES)).read_bytes()[:300])
     archive(tmp_path / "none.zip", {"a.txt": b""})
-    for name, sentence in {
-        "nowhere": "There is no file or folder .*nowhere",
-        "empty": "empty holds no images; expected files ending in",
-        "words.txt": "neither a folder nor a zip file",
-        "cut.zip": "neither a folder nor a zip file",
-        "none.zip": "none.zip holds no images",
-    }.items():
-        with pytest.raises(DataError, match=sentence):
+    for name in ("nowhere", "empty", "words.txt", "cut.zip", "none.zip"):
+        with pytest.raises(DataError, match=re.escape(name)):
             images(str(tmp_path / name))
-    with pytest.raises(DataError, match="kind=images needs a path"):
+    with pytest.raises(DataError, match="kind=images"):
         open_data(DataConfig(kind="images", size=8))
-    with pytest.raises(DataError, match="needs a size"):
+    with pytest.raises(DataError, match=r"data\.size"):
         open_data(DataConfig(kind="images", path=str(tmp_path)))
 
 
-def test_classes_that_do_not_fit_are_explained(tmp_path):
+def test_a_wrong_number_of_classes_is_named(tmp_path):
     path = folder(tmp_path, FILES)
     assert images(path, num_classes=4).num_classes == 4
-    with pytest.raises(DataError, match=r"4 class folder\(s\) \(ant, ant-hill, cat, dog\), but num_classes=5"):
+    with pytest.raises(DataError, match=r"4 .*\(ant, ant-hill, cat, dog\).*num_classes=5"):
         images(path, num_classes=5)
     folder(tmp_path, {"preview.png": jpeg(1)})
-    with pytest.raises(DataError, match=r"1 image\(s\) beside its class folders, such as preview\.png"):
+    with pytest.raises(DataError, match=r"1 .*preview\.png.*num_classes=1"):
         images(path)
 
 
 def test_indices_outside_are_refused(tmp_path):
     data = images(folder(tmp_path, FILES))
     for index in (-1, 8):
-        with pytest.raises(IndexError, match=f"sample {index} is outside 0 .. 7"):
+        with pytest.raises(IndexError, match=f"{index} .*0 .. 7"):
             data[index]
 
 
@@ -317,7 +312,7 @@ def test_worker_processes_read_the_same_zip(tmp_path, method, in_memory):
         assert torch.equal(labels, numbers)
 
 
-def test_a_pickled_data_set_reads_on(tmp_path):
+def test_a_pickled_data_set_reads_the_same_images(tmp_path):
     data = images(archive(tmp_path / "z.zip", FILES), in_memory=False)
     first = everything(data)[0]
     assert torch.equal(everything(pickle.loads(pickle.dumps(data)))[0], first)

@@ -1,147 +1,17 @@
-"""Latents written by `write_features` with tiny random autoencoders, and read back."""
+"""Reading latents: scaling, flips, workers, and damage that is found."""
 
 import json
-import math
 import pickle
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import diffusers
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from tokdyn.data import BatchStream, DataConfig, FeaturesConfig, LatentDataset, ShapesDataset, open_data, write_features
-from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of, weights_digest
-from tokdyn.errors import DataError, InputError, OutputError
-
-KL = {
-    "block_out_channels": (4, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-    "latent_channels": 4,
-}
-TINY = {
-    "encoder_block_out_channels": (4, 4),
-    "decoder_block_out_channels": (4, 4),
-    "num_encoder_blocks": (1, 1),
-    "num_decoder_blocks": (1, 1),
-}
-
-
-def kl(**settings: object) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(**{**KL, **settings}).eval()
-
-
-def tiny() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderTiny(**TINY).eval()
-
-
-def config(out: Path, **settings: object) -> FeaturesConfig:
-    defaults = {"kind": "shapes", "size": (16, 24), "length": 10, "shard_size": 4, "batch_size": 3, "dtype": "fp32"}
-    return FeaturesConfig(out=str(out), **{**defaults, **settings})
-
-
-def shapes(length: int = 10) -> ShapesDataset:
-    return ShapesDataset((16, 24), length=length)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-@pytest.mark.parametrize("side", [19, 21])
-def test_a_size_that_the_autoencoder_would_cut_is_refused(tmp_path, side):
-    with pytest.raises(DataError, match=f"{side} pixels into .* choose a size that 2 divides"):
-        write_features(config(tmp_path, size=side), kl())
-    assert not list(tmp_path.glob("*.safetensors"))
-
-
-@pytest.mark.parametrize("vae", [kl(), tiny(), kl(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])])
-def test_latents_are_what_the_autoencoder_gives(tmp_path, vae):
-    report = write_features(config(tmp_path, posterior="mean", flip=True), vae)
-    data = open_data(DataConfig(kind="latents", path=str(tmp_path), flip=True))
-    images, labels = shapes().batch(range(10))
-    with torch.no_grad():
-        outputs = [vae.encode(batch) for batch in (images, images.flip(-1))]
-    if isinstance(vae, diffusers.AutoencoderTiny):
-        plain, mirrored = (output.latents for output in outputs)
-    else:
-        plain, mirrored = (output.latent_dist.mean * 0.18215 for output in outputs)  # the published factor, by default
-    if getattr(vae.config, "latents_mean", None) is not None:
-        mean, std = (torch.tensor(vae.config[name]).view(4, 1, 1) for name in ("latents_mean", "latents_std"))
-        plain, mirrored = ((latents / 0.18215 - mean) / std * 0.18215 for latents in (plain, mirrored))
-    assert data.shape == report.shape == (4, 8, 12)
-    assert (report.count, report.shards, report.resumed, report.skipped) == (10, 3, 0, 0)
-    assert data.class_names == shapes().class_names
-    flips = [False, True] * 5
-    expected = torch.where(torch.tensor(flips)[:, None, None, None], mirrored, plain)
-    samples, numbers = data.batch(range(10), flips)
-    # Convolutions over batches of other sizes add up in another order.
-    torch.testing.assert_close(samples, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(numbers, labels)
-
-
-@pytest.mark.parametrize(("dtype", "bits"), [("fp32", 24), ("fp16", 11), ("bf16", 8)])
-def test_stored_types(tmp_path, dtype, bits):
-    write_features(config(tmp_path / "exact", posterior="mean"), kl())
-    write_features(config(tmp_path / "stored", posterior="mean", dtype=dtype), kl())
-    exact, _ = LatentDataset(tmp_path / "exact").batch(range(10))
-    stored, _ = LatentDataset(tmp_path / "stored").batch(range(10))
-    assert stored.dtype == torch.float32
-    # Rounding to `bits` significant bits; below the normal numbers of fp16 the step is 2**-24.
-    torch.testing.assert_close(stored, exact, rtol=2.0**-bits, atol=2.0**-25 if bits < 24 else 0)
-
-
-def test_posterior_samples_follow_the_seed_and_not_the_batches(tmp_path):
-    vae = kl()
-    runs = {
-        "a": config(tmp_path / "a"),
-        "b": config(tmp_path / "b", batch_size=4, shard_size=7),
-        "c": config(tmp_path / "c", seed=1),
-        "mean": config(tmp_path / "mean", posterior="mean"),
-    }
-    for run in runs.values():
-        write_features(run, vae, shapes())
-    read = {name: LatentDataset(tmp_path / name).batch(range(10))[0] for name in runs}
-    torch.testing.assert_close(read["a"], read["b"], atol=1e-5, rtol=1e-5)
-    assert (read["a"] - read["c"]).abs().mean() > 0.01
-    with torch.no_grad():
-        posterior = vae.encode(shapes().batch(range(10))[0]).latent_dist
-    noise = (read["a"] - read["mean"]) / 0.18215 / posterior.std
-    assert abs(noise.mean()) < 4 / np.sqrt(noise.numel())  # four standard errors
-    assert abs(noise.std() - 1) < 4 / np.sqrt(2 * noise.numel())
-
-
-def test_an_autoencoder_from_a_folder_or_a_pipeline_folder(tmp_path):
-    vae = kl(shift_factor=0.25, scaling_factor=0.5)
-    vae.save_pretrained(tmp_path / "vae")
-    tiny().save_pretrained(tmp_path / "other" / "taesd")
-    runs = {
-        "a": {"vae": tmp_path / "vae"},
-        "b": {"vae": tmp_path},
-        "c": {"vae": tmp_path / "other", "subfolder": "taesd"},
-    }
-    for name, settings in runs.items():
-        settings = {key: str(value) for key, value in settings.items()}
-        write_features(config(tmp_path / name, posterior="mean", device="cpu", **settings))
-    write_features(config(tmp_path / "d", posterior="mean"), vae)
-    read = {name: LatentDataset(tmp_path / name) for name in "abcd"}
-    assert torch.equal(read["a"].batch(range(10))[0], read["b"].batch(range(10))[0])
-    assert torch.equal(read["a"].batch(range(10))[0], read["d"].batch(range(10))[0])
-    assert read["a"].index.scaling == LatentScaling(factor=0.5, mean=(0.25,))
-    assert read["a"].index.vae.source == str(tmp_path / "vae")
-    assert read["a"].index.vae.sha256 == read["d"].index.vae.sha256 != read["c"].index.vae.sha256
-    assert read["c"].index.vae.kind == "AutoencoderTiny"
+from tests.data.latents import config, kl, shapes, tiny
+from tokdyn.data import BatchStream, DataConfig, LatentDataset, open_data, write_features
+from tokdyn.data.vae import LatentScaling, decode, scaling_of
+from tokdyn.errors import DataError
 
 
 def test_scaling_can_be_replaced_and_undone(tmp_path):
@@ -170,98 +40,15 @@ def test_latents_stream_with_flips_in_worker_processes(tmp_path):
     assert torch.equal(again.batch(range(10))[0], plain)
 
 
-def test_latents_without_flipped_copies_refuse_to_flip(tmp_path):
+def test_latents_without_flipped_copies_cannot_be_flipped(tmp_path):
     write_features(config(tmp_path), tiny())
     data = LatentDataset(tmp_path)
-    with pytest.raises(DataError, match=r"no flipped copies.*flip=true"):
+    with pytest.raises(DataError, match="flip=true"):
         BatchStream(data, 4, seed=0, flip=True)
-    with pytest.raises(DataError, match="no flipped copies"):
+    with pytest.raises(DataError, match="flip=true"):
         open_data(DataConfig(kind="latents", path=str(tmp_path), flip=True))
-    with pytest.raises(DataError, match="no flipped copies"):
+    with pytest.raises(DataError, match="flip=true"):
         data.batch([0], [True])
-
-
-def test_unreadable_images_are_left_out(tmp_path):
-    for number in range(9):
-        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (number * 20, 0, 0)).save(path)
-        if number in (1, 5, 3, 7):  # all of class b
-            path.write_bytes(b"broken")
-    settings = {"kind": "images", "path": str(tmp_path / "images"), "size": 16, "posterior": "mean", "shard_size": 2}
-    with pytest.raises(DataError, match=r"^b/1\.png"):
-        write_features(config(tmp_path / "raise", **settings), tiny())
-    with pytest.warns(UserWarning, match="unreadable"):
-        report = write_features(config(tmp_path / "skip", on_error="skip", **settings), tiny())
-    assert (report.count, report.skipped) == (5, 4)
-    data = LatentDataset(tmp_path / "skip")
-    assert data.class_names == ("a", "b")
-    samples, labels = data.batch(range(5))
-    assert labels.tolist() == [0] * 5
-    images = open_data(DataConfig(kind="images", path=str(tmp_path / "images" / "a"), size=16))
-    with torch.no_grad():
-        expected = tiny().encode(images.batch(range(5))[0]).latents
-    torch.testing.assert_close(samples, expected, atol=1e-5, rtol=1e-5)
-
-
-KILLED = """
-import os, signal, sys
-import torch
-sys.path.insert(0, {tests!r})
-from test_latents import config, kl, shapes
-from tokdyn.data import ShapesDataset, write_features
-from pathlib import Path
-
-class Deadly(ShapesDataset):
-    def fetch(self, indices, flips=None):
-        if 9 in indices:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().fetch(indices, flips)
-
-torch.set_num_threads({threads})
-write_features(config(Path({out!r}), flip=True), kl(), Deadly((16, 24), length=10))
-"""
-
-
-def test_a_killed_run_continues_and_ends_with_the_same_files(tmp_path):
-    write_features(config(tmp_path / "whole", flip=True), kl(), shapes())
-    settings = {"tests": str(Path(__file__).parent), "threads": torch.get_num_threads(), "out": str(tmp_path / "cut")}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(**settings)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == [
-        "shard_00000.safetensors",
-        "shard_00001.safetensors",
-    ]
-    with pytest.raises(DataError, match=r"no index\.json: run the same `tokdyn features` again"):
-        LatentDataset(tmp_path / "cut")
-    before = (tmp_path / "cut" / "shard_00001.safetensors").stat().st_mtime_ns
-    report = write_features(config(tmp_path / "cut", flip=True), kl(), shapes())
-    assert (report.count, report.shards, report.resumed) == (10, 3, 2)
-    assert (tmp_path / "cut" / "shard_00001.safetensors").stat().st_mtime_ns == before
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
-def test_repeating_a_finished_run_changes_nothing_and_repairs_what_is_missing(tmp_path):
-    write_features(config(tmp_path), kl(), shapes())
-    first = contents(tmp_path)
-    assert write_features(config(tmp_path), kl(), shapes()).resumed == 3
-    assert contents(tmp_path) == first
-    (tmp_path / "shard_00000.safetensors").unlink()
-    (tmp_path / "shard_00002.safetensors").write_bytes(first["shard_00002.safetensors"][:-9])
-    assert write_features(config(tmp_path), kl(), shapes()).resumed == 1
-    assert contents(tmp_path) == first
-
-
-@pytest.mark.parametrize("settings", [{"seed": 1}, {"flip": True}, {"dtype": "bf16"}, {"scaling_factor": 3.0}])
-def test_a_folder_with_other_latents_is_refused(tmp_path, settings):
-    write_features(config(tmp_path), kl(), shapes())
-    with pytest.raises(DataError, match="holds latents of other images or settings"):
-        write_features(config(tmp_path, **settings), kl(), shapes())
-    (tmp_path / "index.json").unlink()
-    with pytest.raises(DataError, match=r"shard_00000\.safetensors belongs to other latents"):
-        write_features(config(tmp_path, **settings), kl(), shapes())
 
 
 def edit_index(folder: Path, **changes: object) -> None:
@@ -286,28 +73,28 @@ def change_a_label(folder: Path) -> None:
 
 SECOND = "shard_00001.safetensors"
 DAMAGE = {
-    "cut short": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-5]), "shard_00001.*is damaged"),
-    "not safetensors": (lambda f: (f / SECOND).write_bytes(b"abc"), "shard_00001.*is damaged"),
-    "missing": (lambda f: (f / SECOND).unlink(), "shard_00001.*is missing"),
+    "cut short": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-5]), "shard_00001"),
+    "not safetensors": (lambda f: (f / SECOND).write_bytes(b"abc"), "shard_00001"),
+    "missing": (lambda f: (f / SECOND).unlink(), "shard_00001"),
     "another shard": (lambda f: (f / "shard_00002.safetensors").replace(f / SECOND), "shard_00001.*4 samples"),
-    "other tensors": (lambda f: save_file({"x": torch.zeros(3)}, f / SECOND), "belongs to other latents"),
-    "a flipped bit": (flip_a_byte, "shard_00001.*sample 2 does not match its checksum"),
-    "a wrong label": (change_a_label, "shard_00001.*sample 2 does not match its checksum"),
-    "no index": (lambda f: (f / "index.json").unlink(), r"no index\.json"),
-    "not JSON": (lambda f: (f / "index.json").write_text("{"), r"index\.json is damaged"),
-    "another version": (lambda f: edit_index(f, version=2), r"another version \(version"),
-    "an unknown key": (lambda f: edit_index(f, more=1), r"another version \(more"),
-    "a wrong count": (lambda f: edit_index(f, count=11), "do not add up to 11"),
-    "a wrong shape": (lambda f: edit_index(f, shape=[4, 8, 8]), "shard_00000.*instead of"),
+    "other tensors": (lambda f: save_file({"x": torch.zeros(3)}, f / SECOND), "shard_00001"),
+    "a flipped bit": (flip_a_byte, "shard_00001.* 2 "),
+    "a wrong label": (change_a_label, "shard_00001.* 2 "),
+    "no index": (lambda f: (f / "index.json").unlink(), r"index\.json"),
+    "not JSON": (lambda f: (f / "index.json").write_text("{"), r"index\.json"),
+    "another version": (lambda f: edit_index(f, version=2), r"index\.json.*\(version"),
+    "an unknown key": (lambda f: edit_index(f, more=1), r"index\.json.*\(more"),
+    "a wrong count": (lambda f: edit_index(f, count=11), " 11 "),
+    "a wrong shape": (lambda f: edit_index(f, shape=[4, 8, 8]), "shard_00000"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_named(tmp_path, damage):
     write_features(config(tmp_path), tiny())
-    harm, sentence = DAMAGE[damage]
-    harm(tmp_path)
-    with pytest.raises(DataError, match=sentence):
+    inflict, values = DAMAGE[damage]
+    inflict(tmp_path)
+    with pytest.raises(DataError, match=values):
         LatentDataset(tmp_path).batch(range(10))
 
 
@@ -315,84 +102,23 @@ def test_damage_is_found_and_named(tmp_path, damage):
 def test_shards_are_mapped_and_not_loaded(tmp_path):
     write_features(config(tmp_path), tiny())
     data = LatentDataset(tmp_path)
-    assert str(tmp_path / "shard_00000.safetensors") in Path("/proc/self/maps").read_text()
-    assert data[0][0].shape == data.shape
+    for _ in range(2):
+        assert str(tmp_path / "shard_00000.safetensors") in Path("/proc/self/maps").read_text()
+        assert data[0][0].shape == data.shape  # reading leaves the file mapped
 
 
-def test_a_damaged_autoencoder_is_named(tmp_path, capfd):
-    tiny().save_pretrained(tmp_path / "vae")
-    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    whole = weights.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"words"):
-        weights.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"No autoencoder can be loaded from .*vae"):
-            write_features(config(tmp_path / "out", vae=str(tmp_path / "vae")))
-    assert not (tmp_path / "out").exists()
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("vae_dtype", ["fp32", "bf16"])
-def test_the_autoencoder_is_known_by_its_weights_as_loaded(tmp_path, vae_dtype, monkeypatch, capfd):
-    tiny().save_pretrained(tmp_path / "vae")
-    capfd.readouterr()
-    monkeypatch.chdir(tmp_path)
-    write_features(config(tmp_path / "out", vae="vae", vae_dtype=vae_dtype))
-    told = LatentDataset(tmp_path / "out").index.vae
-    assert told.source == str(tmp_path / "vae")
-    assert told.sha256 == weights_digest(load_vae("vae"))
-    assert capfd.readouterr().err == ""  # diffusers has remarks about casting
-
-
-def test_wrong_settings_are_explained(tmp_path):
-    (tmp_path / "file").write_text("")
-    diffusers.UNet2DModel(
-        block_out_channels=(4,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=2,
-        attention_head_dim=2,
-    ).save_pretrained(tmp_path / "unet")
-    tiny().save_pretrained(tmp_path / "tiny")
-    for settings, sentence in (
-        ({}, "No autoencoder is given"),
-        ({"vae": str(tmp_path / "nothing")}, "No autoencoder can be loaded from"),
-        ({"vae": str(tmp_path / "unet")}, "holds a UNet2DModel, which does not encode images"),
-        ({"vae": str(tmp_path / "tiny"), "channels": 1}, "takes images of 3 channels, but these have 1"),
-        ({"vae": str(tmp_path / "tiny"), "kind": "images"}, "kind=images needs a path"),
-    ):
-        with pytest.raises(DataError, match=sentence):
-            write_features(config(tmp_path / "out", **settings))
-    for key, value in (("scaling_factor", 0), ("scaling_factor", math.nan), ("shift_factor", math.inf)):
-        with pytest.raises(ValidationError):
-            config(tmp_path / "out", **{key: value})
-    with pytest.raises(InputError, match="device=abacus cannot be used here"):
-        write_features(config(tmp_path / "out", vae=str(tmp_path / "tiny"), device="abacus"))
-    with pytest.raises(OutputError, match="cannot be a folder"):
-        write_features(config(tmp_path / "file"), tiny())
-    assert not (tmp_path / "out").exists()
-
-
-def test_latents_that_do_not_fit_the_recipe_are_explained(tmp_path):
+def test_latents_that_do_not_fit_the_recipe_are_refused(tmp_path):
     write_features(config(tmp_path), tiny())
     assert open_data(DataConfig(kind="latents", path=str(tmp_path), size=(8, 12), num_classes=10)).shape == (4, 8, 12)
-    for settings, sentence in (
-        ({"size": 8}, "are 8x12, not of size=8"),
-        ({"num_classes": 3}, "have 10 classes, not num_classes=3"),
-        ({"path": str(tmp_path / "nowhere")}, "nowhere does not exist; give the path of a folder"),
-        ({"path": __file__}, "is a file; give the path of a folder"),
-        ({"path": None}, "kind=latents needs a path"),
+    for settings, values in (
+        ({"size": 8}, "8x12.*size=8"),
+        ({"num_classes": 3}, " 10 .*num_classes=3"),
+        ({"path": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"path": __file__}, r"\.py"),
+        ({"path": None}, "kind=latents.*path"),
     ):
-        with pytest.raises(DataError, match=sentence):
+        with pytest.raises(DataError, match=values):
             open_data(DataConfig(**{"kind": "latents", "path": str(tmp_path), **settings}))
-
-
-def test_values_that_do_not_fit_are_explained(tmp_path):
-    with pytest.raises(DataError, match="too large for dtype=fp16"):
-        write_features(config(tmp_path / "a", scaling_factor=1e8, dtype="fp16"), tiny())
-    vae = tiny()
-    next(vae.parameters()).data.fill_(float("nan"))
-    with pytest.raises(DataError, match=r"not finite in torch\.float32"):
-        write_features(config(tmp_path / "b"), vae)
 
 
 def test_scaling_of_published_families():
@@ -400,11 +126,10 @@ def test_scaling_of_published_families():
     assert scaling_of(tiny()) == LatentScaling()
 
 
-def test_reading_maps_the_file_instead_of_loading_it(tmp_path):
-    write_features(config(tmp_path, length=40, shard_size=40, batch_size=40), tiny())
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("needs /proc")
-    data = LatentDataset(tmp_path)
-    data.batch([3])
-    assert str(tmp_path / "shard_00000.safetensors") in maps.read_text()
+def test_statistics_count_for_autoencoders_with_a_posterior_only():
+    """The others apply the mean and deviation of their config themselves."""
+    statistics = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    with_posterior, without = kl(**statistics), tiny()
+    without.register_to_config(**statistics)
+    assert scaling_of(with_posterior).mean == (0.1, 0.2, 0.3, 0.4)
+    assert scaling_of(without) == LatentScaling()

@@ -1,4 +1,4 @@
-"""Small networks whose answers are known."""
+"""Small networks whose outputs are known."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Routing:
 
 
 class Routed(nn.Module):
-    """A nonlinear network that looks at kept cells only, called like DCDiT."""
+    """A nonlinear network that computes kept cells only, called like DCDiT."""
 
     def __init__(self, learn_sigma: bool, channels: int = 4) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Routed(nn.Module):
 
 @pytest.fixture
 def oracle() -> Callable[..., GaussianOracle]:
-    """Builds the optimal network for N(mean, std^2)."""
+    """Return a function that builds the optimal network for N(mean, std^2)."""
 
     def build(
         objective: Objective,
@@ -89,7 +89,7 @@ def oracle() -> Callable[..., GaussianOracle]:
 
 @pytest.fixture
 def routed() -> Callable[..., Routed]:
-    """Builds a small network with routing."""
+    """Return a function that builds a small network with routing."""
 
     def build(learn_sigma: bool = True, channels: int = 4) -> Routed:
         torch.manual_seed(11)

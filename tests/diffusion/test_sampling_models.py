@@ -1,4 +1,4 @@
-"""Sampling with the models themselves, tiny and with random weights."""
+"""Sampling DiT and DCDiT, tiny and with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TINY = {"sample_size": (6, 8), "in_channels": 3, "hidden_size": 32, "depth": 2, 
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Leaves the zero start, where every answer is zero."""
+    """Move all weights away from the initial ones, with which every output is zero."""
     draw = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -40,7 +40,7 @@ def test_an_image_of_dc_dit_does_not_depend_on_its_batch(objective, sampler, rou
     model = dc_dit(learn_sigma=objective.learn_sigma, router=router)
     together = generate(model, sampler, objective, [0, 1, 3], [4, 5, 6])
     apart = [generate(model, sampler, objective, [label], [seed]) for label, seed in ((0, 4), (1, 5), (3, 6))]
-    # Other batch sizes sum in another order, and errors grow by 1 / alpha_T = 160 from the first noise step.
+    # Batches of another size sum in another order, and errors grow by 1 / alpha_T = 160 from the first step.
     torch.testing.assert_close(torch.cat([one.images for one in apart]), together.images, rtol=1e-3, atol=2e-3)
     for step, record in enumerate(together.steps):
         assert torch.equal(record.counts.cond, torch.cat([one.steps[step].counts.cond for one in apart]))
@@ -60,5 +60,5 @@ def test_dit_has_no_counts_and_no_tail_drop():
     made = generate(model, Sampler(steps=4, guidance=2.0), Objective(), [0, 1], [0, 1])
     assert made.images.shape == (2, 3, 6, 8)
     assert [record.counts for record in made.steps] == [None] * 4
-    with pytest.raises(UnsupportedModelError, match="DiT computes every token"):
+    with pytest.raises(UnsupportedModelError, match=r"DiT.*tail_drop"):
         generate(model, Sampler(steps=4, tail_drop=0.5), Objective(), [0], [0])

@@ -1,4 +1,4 @@
-"""Images whose pixels are the features, and extractors that say so."""
+"""Images whose pixels are their features, and an extractor that returns them."""
 
 from __future__ import annotations
 
@@ -32,49 +32,49 @@ class PixelValues(nn.Module):
 
 @dataclass(frozen=True)
 class Kit:
-    """Makes files for a test, and the numbers that `PixelValues` gives for images of 2 x 2 pixels."""
+    """Writes files for a test, and computes the outputs of `PixelValues` for images of 2 x 2 pixels."""
 
     folder: Path
 
     @staticmethod
     def draw(count: int, seed: int, low: int = 0, high: int = 256, side: int = 2) -> Pixels:
-        """Random images (count, side, side, 3)."""
+        """Draw random images (count, side, side, 3)."""
         return np.random.default_rng(seed).integers(low, high, (count, side, side, 3), dtype=np.uint8)
 
     @staticmethod
     def features(images: Pixels) -> NDArray[np.float64]:
-        """(N, 2, 2, 3) -> (N, 12)."""
+        """Return the features (N, 12) of images (N, 2, 2, 3)."""
         return images.transpose(0, 3, 1, 2).reshape(len(images), -1) / 255.0
 
     @staticmethod
     def logits(images: Pixels, scale: float = 1.0) -> NDArray[np.float64]:
-        """(N, 2, 2, 3) -> (N, 4)."""
+        """Return the logits (N, 4) of images (N, 2, 2, 3)."""
         return Kit.features(images)[:, :4] * scale
 
     @staticmethod
     def png(image: Pixels) -> bytes:
-        """An image (H, W, 3) as the bytes of a PNG file."""
+        """Encode an image (H, W, 3) as a PNG file."""
         content = BytesIO()
         Image.fromarray(image).save(content, "png")
         return content.getvalue()
 
     def torchscript(self, name: str, network: nn.Module | None = None, scale: float = 1.0) -> Path:
-        """Saves a scripted network, `PixelValues(scale)` by default."""
+        """Save a scripted network, `PixelValues(scale)` by default."""
         path = self.folder / f"{name}.ts"
-        with warnings.catch_warnings():  # torch announces the end of TorchScript
+        with warnings.catch_warnings():  # torch warns that TorchScript is deprecated
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             torch.jit.script((network or PixelValues(scale)).eval()).save(str(path))
         return path
 
     def npz(self, name: str, images: Pixels, labels: NDArray[np.int64] | None = None) -> Path:
-        """Saves images (N, H, W, 3) as `tokdyn sample format=npz` does."""
+        """Save images (N, H, W, 3) as `tokdyn sample format=npz` does."""
         path = self.folder / f"{name}.npz"
         np.savez(path, images, *([] if labels is None else [labels]))
         return path
 
     def zip(self, name: str, files: dict[str, Pixels | bytes]) -> Path:
-        """Saves a zip of PNG files, or of bytes as they are."""
+        """Save a zip of PNG files, or of bytes as they are."""
         path = self.folder / f"{name}.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for file, content in files.items():
@@ -82,7 +82,7 @@ class Kit:
         return path
 
     def tree(self, name: str, files: dict[str, Pixels | bytes]) -> Path:
-        """Saves a folder of PNG files, or of bytes as they are."""
+        """Save a folder of PNG files, or of bytes as they are."""
         for file, content in files.items():
             path = self.folder / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,5 +97,5 @@ def kit(tmp_path: Path) -> Kit:
 
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a TorchScript `PixelValues` called judge."""
+    """Save a TorchScript `PixelValues` called judge, and return its path."""
     return str(Kit(tmp_path_factory.mktemp("judge")).torchscript("judge"))

@@ -1,4 +1,4 @@
-"""What must hold for any images: symmetry, order, batches and image sizes do not matter."""
+"""Laws of the metrics: sides, order, batches and image sizes do not matter."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def features(count: int, width: int, seed: int) -> torch.Tensor:
 @given(COUNTS, COUNTS, WIDTHS, SEEDS)
 def test_sides_can_be_exchanged(n: int, m: int, width: int, seed: int) -> None:
     one, other = features(n, width, seed), 2 * features(m, width, seed + 1) + 1
-    there = frechet_distance(moments_of(one), moments_of(other))
-    back = frechet_distance(moments_of(other), moments_of(one))
-    # Square roots of eigenvalues that are zero but for rounding: sqrt(1e-16) times a scale of about 10.
-    assert there == pytest.approx(back, abs=1e-5)
-    assert there > -1e-5
+    forward = frechet_distance(moments_of(one), moments_of(other))
+    backward = frechet_distance(moments_of(other), moments_of(one))
+    # Eigenvalues that are zero up to rounding have roots of about sqrt(1e-16), times a scale of about 10.
+    assert forward == pytest.approx(backward, abs=1e-5)
+    assert forward > -1e-5
     assert precision_recall(one, other, 3, CPU) == precision_recall(other, one, 3, CPU)[::-1]
     fewer = min(n, m)
     one, other = one[:fewer], other[:fewer]
@@ -84,24 +84,24 @@ def test_reductions_for_small_sets(count: int, splits: int, size: int) -> None:
 
 @given(st.integers(1, 300), st.integers(2, 300), st.integers(0, 5))
 def test_choice_is_repeatable_and_ascending(count: int, limit: int, seed: int) -> None:
-    chosen = choose(count, limit, seed)
-    assert len(chosen) == min(count, limit)
-    assert (np.diff(chosen) > 0).all()
-    assert chosen.tolist() == choose(count, limit, seed).tolist()
+    indices = choose(count, limit, seed)
+    assert len(indices) == min(count, limit)
+    assert (np.diff(indices) > 0).all()
+    assert indices.tolist() == choose(count, limit, seed).tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_batches_and_image_sizes_keep_the_order(kit: Any, judge: str, batch_size: int) -> None:
-    """Images of nine sizes, more than may wait for company at batch size 1 and 2."""
+    """Images of nine sizes are more than may wait for others of their size at batch sizes 1 and 2."""
     sides = np.random.default_rng(0).integers(1, 10, 40) * 2
     images = [kit.draw(1, int(side), side=int(side))[0] for side in sides]
     source = open_images(kit.tree("images", {f"{i:02}.png": image for i, image in enumerate(images)}))
     extractor = open_extractor(EvalConfig(generated="images", extractor=judge, device="cpu"))
     with progress("images", len(images)) as advance:
-        seen = extract(source, np.arange(40), extractor, batch_size, "raise", advance)
+        extracted = extract(source, np.arange(40), extractor, batch_size, "raise", advance)
     half = [image.reshape(2, len(image) // 2, 2, -1, 3).mean(axis=(1, 3)) for image in images]
-    assert torch.allclose(seen.features.double(), torch.from_numpy(kit.features(np.stack(half))), atol=1e-6)
-    assert seen.image_size is None
+    assert torch.allclose(extracted.features.double(), torch.from_numpy(kit.features(np.stack(half))), atol=1e-6)
+    assert extracted.image_size is None
 
 
 def test_folder_zip_and_npz_are_the_same_images(kit: Any, judge: str) -> None:

@@ -1,4 +1,4 @@
-"""Every number against its definition, computed here by itself, and against the front door of torch-fidelity."""
+"""Every metric against its definition, computed here independently, and against torch-fidelity's own entry point."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ CLOSE = 1e-5
 
 
 def root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Square root of a symmetric positive semi-definite matrix."""
+    """Return the square root of a symmetric positive semi-definite matrix."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 def frechet(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Squared Wasserstein distance of the Gaussians with the moments of (N, F) and (M, F), symmetric form."""
+    """Return the squared Wasserstein distance of Gaussians with the moments of (N, F) and (M, F), in symmetric form."""
     first, second = np.cov(one.T), np.cov(other.T)
     cross = root(root(first) @ second @ root(first))
     return float(((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(first + second - 2 * cross))
 
 
 def unbiased_mmd(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Squared MMD with the kernel (x.y / F + 1)^3, summed pair by pair."""
+    """Return the squared MMD with the kernel (x.y / F + 1)^3, summed pair by pair."""
 
     def kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
         return float((x @ y / len(x) + 1) ** 3)
 
-    def within(rows: NDArray[np.float64]) -> float:
+    def own_pairs(rows: NDArray[np.float64]) -> float:
         pairs = [kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
         return sum(pairs) / len(pairs)
 
     across = [kernel(x, y) for x in one for y in other]
-    return within(one) + within(other) - 2 * sum(across) / len(across)
+    return own_pairs(one) + own_pairs(other) - 2 * sum(across) / len(across)
 
 
-def inside_any_ball(points: NDArray[np.float64], centres: NDArray[np.float64], neighbours: int) -> float:
-    """Fraction of points within the distance of some centre to its k-th nearest other centre."""
+def share_in_balls(points: NDArray[np.float64], centres: NDArray[np.float64], neighbours: int) -> float:
+    """Return the fraction of points that are as near to a centre as its k-th nearest other centre."""
     radii = [np.sort(np.linalg.norm(centres - centre, axis=1))[neighbours] for centre in centres]
     return float(np.mean([(np.linalg.norm(centres - point, axis=1) <= radii).any() for point in points]))
 
 
 def score(logits: NDArray[np.float64]) -> float:
-    """exp of the mean KL divergence of p(y|x) from p(y)."""
+    """Return exp of the mean KL divergence of p(y|x) from p(y)."""
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     return float(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
 
@@ -62,10 +62,10 @@ def run(**settings: Any) -> EvalResult:
 
 
 @pytest.mark.parametrize("counts", [(60, 40), (40, 60)])
-def test_all_numbers_are_those_of_their_definitions(kit: Any, judge: str, counts: tuple[int, int]) -> None:
+def test_metrics_equal_their_definitions(kit: Any, judge: str, counts: tuple[int, int]) -> None:
     ours, theirs = kit.draw(counts[0], 1, high=200), kit.draw(counts[1], 2, low=30)
     fewer = min(counts)
-    found = run(
+    result = run(
         generated=kit.npz("ours", ours),
         reference=kit.npz("theirs", theirs),
         extractor=judge,
@@ -75,20 +75,20 @@ def test_all_numbers_are_those_of_their_definitions(kit: Any, judge: str, counts
         neighbours=2,
     )
     mine, other = kit.features(ours), kit.features(theirs)
-    assert found.values["frechet_distance[judge]"] == pytest.approx(frechet(mine, other), abs=CLOSE)
-    assert found.values["class_score[judge]"] == pytest.approx(score(kit.logits(ours)), abs=CLOSE)
-    assert found.reference_values["class_score[judge]"] == pytest.approx(score(kit.logits(theirs)), abs=CLOSE)
-    assert found.values["precision[judge]"] == pytest.approx(inside_any_ball(mine, other, 2))
-    assert found.values["recall[judge]"] == pytest.approx(inside_any_ball(other, mine, 2))
+    assert result.values["frechet_distance[judge]"] == pytest.approx(frechet(mine, other), abs=CLOSE)
+    assert result.values["class_score[judge]"] == pytest.approx(score(kit.logits(ours)), abs=CLOSE)
+    assert result.reference_values["class_score[judge]"] == pytest.approx(score(kit.logits(theirs)), abs=CLOSE)
+    assert result.values["precision[judge]"] == pytest.approx(share_in_balls(mine, other, 2))
+    assert result.values["recall[judge]"] == pytest.approx(share_in_balls(other, mine, 2))
     # Subsets of the larger set scatter around the value of all pairs; four standard errors of their mean.
-    error = 4 * found.spread["kernel_distance[judge]"] / np.sqrt(400)
-    assert found.values["kernel_distance[judge]"] == pytest.approx(unbiased_mmd(mine, other), abs=error)
-    assert (found.generated_images, found.reference_images) == counts
+    error = 4 * result.spread["kernel_distance[judge]"] / np.sqrt(400)
+    assert result.values["kernel_distance[judge]"] == pytest.approx(unbiased_mmd(mine, other), abs=error)
+    assert (result.generated_images, result.reference_images) == counts
 
 
 def test_kernel_distance_of_whole_sets_is_exact(kit: Any, judge: str) -> None:
     ours, theirs = kit.draw(9, 3), kit.draw(9, 4, high=120)
-    found = run(
+    result = run(
         generated=kit.npz("ours", ours),
         reference=kit.npz("theirs", theirs),
         extractor=judge,
@@ -97,16 +97,16 @@ def test_kernel_distance_of_whole_sets_is_exact(kit: Any, judge: str) -> None:
         kid_subsets=3,
     )
     expected = unbiased_mmd(kit.features(ours), kit.features(theirs))
-    assert found.values["kernel_distance[judge]"] == pytest.approx(expected, abs=1e-6)
-    assert found.spread["kernel_distance[judge]"] == pytest.approx(0, abs=1e-9)
+    assert result.values["kernel_distance[judge]"] == pytest.approx(expected, abs=1e-6)
+    assert result.spread["kernel_distance[judge]"] == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_distance_of_two_known_gaussians(kit: Any, judge: str) -> None:
-    """Independent features of variance v and w, means apart by d: |d|^2 + sum (sqrt v - sqrt w)^2."""
+    """Independent features of variances v and w whose means differ by d have |d|^2 + sum (sqrt v - sqrt w)^2."""
     corners = np.array(np.meshgrid(*[[-1, 1]] * 12)).reshape(12, -1).T  # 4096 points of zero covariance off-diagonal
     ours, theirs = (128 + 40 * corners).astype(np.uint8), (148 + 20 * corners).astype(np.uint8)
     shape = (-1, 2, 2, 3)
-    found = run(
+    result = run(
         generated=kit.npz("ours", ours.reshape(shape)),
         reference=kit.npz("theirs", theirs.reshape(shape)),
         extractor=judge,
@@ -115,46 +115,46 @@ def test_frechet_distance_of_two_known_gaussians(kit: Any, judge: str) -> None:
     )
     unbiased = 4096 / 4095
     expected = 12 * (20 / 255) ** 2 + 12 * unbiased * (40 / 255 - 20 / 255) ** 2
-    assert found.values["frechet_distance[judge]"] == pytest.approx(expected, rel=CLOSE)
+    assert result.values["frechet_distance[judge]"] == pytest.approx(expected, rel=CLOSE)
 
 
 def test_identical_sets(kit: Any, judge: str) -> None:
     images = kit.npz("images", kit.draw(50, 5))
-    found = run(generated=images, reference=images, extractor=judge, kid_subset_size=50, kid_subsets=2)
-    assert found.values["frechet_distance[judge]"] == pytest.approx(0, abs=1e-9)
-    assert found.values["precision[judge]"] == found.values["recall[judge]"] == 1
+    result = run(generated=images, reference=images, extractor=judge, kid_subset_size=50, kid_subsets=2)
+    assert result.values["frechet_distance[judge]"] == pytest.approx(0, abs=1e-9)
+    assert result.values["precision[judge]"] == result.values["recall[judge]"] == 1
     # The unbiased estimate leaves out the pairs of an image with itself on two sides of three, so it is below zero.
-    assert found.values["kernel_distance[judge]"] < 0
-    assert found.values["class_score[judge]"] == found.reference_values["class_score[judge]"]
+    assert result.values["kernel_distance[judge]"] < 0
+    assert result.values["class_score[judge]"] == result.reference_values["class_score[judge]"]
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(0.0, 1.0), (1e4, 4.0)])
 def test_score_lies_between_one_and_the_number_of_classes(kit: Any, scale: float, expected: float) -> None:
-    """A network without opinion scores 1; one that is sure, of every class equally often, scores their number."""
+    """Uniform probabilities score 1; certain ones score the number of classes if each occurs equally often."""
     images = np.zeros((40, 3, 2, 2), dtype=np.uint8)
     images.reshape(40, 12)[np.arange(40), np.arange(40) % 4] = 255
-    found = run(
+    result = run(
         generated=kit.npz("sure", images.transpose(0, 2, 3, 1).copy()),
         extractor=str(kit.torchscript("sure", scale=scale)),
         metrics="score",
     )
-    assert found.values["class_score[sure]"] == pytest.approx(expected, rel=1e-6)
+    assert result.values["class_score[sure]"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_score_of_a_class_that_never_occurs(kit: Any) -> None:
-    """Logits so far apart that probabilities are exactly zero: three classes occur, so the score is 3."""
+    """Logits are so far apart that probabilities are exactly zero; three classes occur, so the score is 3."""
     images = np.zeros((30, 3, 2, 2), dtype=np.uint8)
     images.reshape(30, 12)[np.arange(30), np.arange(30) % 3] = 255
-    found = run(
+    result = run(
         generated=kit.npz("sure", images.transpose(0, 2, 3, 1).copy()),
         extractor=str(kit.torchscript("sure", scale=1e4)),
         metrics="score",
     )
-    assert found.values["class_score[sure]"] == pytest.approx(3, rel=1e-6)
+    assert result.values["class_score[sure]"] == pytest.approx(3, rel=1e-6)
 
 
 def test_score_over_parts(kit: Any, judge: str) -> None:
-    """Three parts of 100: their mean lies below the score of all, and the spread is that of three numbers."""
+    """The mean of three parts of 100 is below the score of all images, and the spread is that of three scores."""
     images = kit.npz("images", kit.draw(300, 6))
     whole = run(generated=images, extractor=judge, metrics="score", score_splits=1)
     parts = run(generated=images, extractor=judge, metrics="score", score_splits=3)
@@ -164,7 +164,7 @@ def test_score_over_parts(kit: Any, judge: str) -> None:
 
 
 class Images(torch.utils.data.Dataset[Tensor]):
-    """Images as torch-fidelity takes them."""
+    """A data set of images in the form that torch-fidelity takes."""
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
         self.images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
@@ -177,7 +177,7 @@ class Images(torch.utils.data.Dataset[Tensor]):
 
 
 class Registered(torch_fidelity.FeatureExtractorBase):
-    """The pixel values as an extractor of torch-fidelity."""
+    """Pixel values as an extractor of torch-fidelity."""
 
     def __init__(self, name: str, features_list: list[str], **settings: object) -> None:
         super().__init__(name, features_list)
@@ -200,7 +200,7 @@ class Registered(torch_fidelity.FeatureExtractorBase):
         return tuple(outputs[name] for name in self.features_list)
 
 
-def test_same_as_the_front_door_of_torch_fidelity(kit: Any, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_equal_those_of_torch_fidelity(kit: Any, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "tokdyn-test", Registered)
     ours, theirs = kit.draw(220, 7, high=220), kit.draw(150, 8, low=20)
     expected = torch_fidelity.calculate_metrics(
@@ -217,7 +217,7 @@ def test_same_as_the_front_door_of_torch_fidelity(kit: Any, judge: str, monkeypa
         save_cpu_ram=True,  # no worker processes
         verbose=False,
     )
-    found = run(
+    result = run(
         generated=kit.npz("ours", ours),
         reference=kit.npz("theirs", theirs),
         extractor=judge,
@@ -233,11 +233,11 @@ def test_same_as_the_front_door_of_torch_fidelity(kit: Any, judge: str, monkeypa
         "precision": torch_fidelity.KEY_METRIC_PRECISION,
         "recall": torch_fidelity.KEY_METRIC_RECALL,
     }
-    # torch-fidelity sums in float32 there.
-    assert {name: found.values[f"{name}[judge]"] for name in names} == pytest.approx(
+    # torch-fidelity sums in float32 here.
+    assert {name: result.values[f"{name}[judge]"] for name in names} == pytest.approx(
         {name: expected[key] for name, key in names.items()}, abs=CLOSE
     )
-    assert found.spread["class_score[judge]"] == pytest.approx(expected[torch_fidelity.KEY_METRIC_ISC_STD], abs=CLOSE)
-    assert found.spread["kernel_distance[judge]"] == pytest.approx(
+    assert result.spread["class_score[judge]"] == pytest.approx(expected[torch_fidelity.KEY_METRIC_ISC_STD], abs=CLOSE)
+    assert result.spread["kernel_distance[judge]"] == pytest.approx(
         expected[torch_fidelity.KEY_METRIC_KID_STD], abs=CLOSE
     )

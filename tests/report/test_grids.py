@@ -1,4 +1,4 @@
-"""Grids are exact to the pixel: every image is where it belongs, unchanged but for its size."""
+"""Grids are exact to the pixel: every image is in its place, unchanged but for its size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARGIN, GAP = 12, 4
 
 
 def solid(count: int, height: int = 8, width: int = 8) -> np.ndarray:
-    """Images of one colour each, all different."""
+    """Make images of one colour each, all different."""
     images = np.zeros((count, height, width, 3), dtype=np.uint8)
     images[..., 0] = np.arange(count)[:, None, None] * 3
     images[..., 2] = 200
@@ -36,14 +36,14 @@ def test_every_image_is_in_its_place(count, columns, scale):
         assert (page[y - 1, x] == 255).all()
 
 
-def test_small_images_are_enlarged_without_smoothing_and_large_ones_are_left():
+def test_small_images_are_enlarged_without_smoothing_and_large_ones_are_not():
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     page = image_grid(image)
     assert np.array_equal(page[MARGIN:-MARGIN, MARGIN:-MARGIN], image[0].repeat(3, 0).repeat(3, 1))
     assert image_grid(solid(1, 256, 256)).shape == (256 + 2 * MARGIN, 256 + 2 * MARGIN, 3)
 
 
-def test_texts_make_room_for_themselves():
+def test_texts_enlarge_the_page():
     plain = image_grid(solid(6), 3)
     titled = image_grid(solid(6), 3, ["a very long caption that cannot fit"] * 6, ["row"] * 2, ["column"] * 3, "Title")
     assert titled.shape[0] > plain.shape[0]
@@ -60,16 +60,16 @@ def test_any_name_can_be_drawn(name):
 
 @pytest.mark.parametrize("texts", [{"captions": ["a"]}, {"row_titles": ["a"]}, {"column_titles": ["a"] * 4}])
 def test_wrong_number_of_texts_is_refused(texts):
-    with pytest.raises(InputError, match=f"{next(iter(texts))} were given for a grid that has"):
+    with pytest.raises(InputError, match=next(iter(texts))):
         image_grid(solid(6), 3, **texts)
 
 
 def test_nothing_to_show_is_refused():
-    with pytest.raises(InputError, match="at least one image"):
+    with pytest.raises(InputError, match=r"\(0, 8, 8, 3\)"):
         image_grid(solid(0))
 
 
-def test_bytes_survive_the_way_into_a_model_and_back():
+def test_bytes_survive_conversion_to_model_inputs_and_back():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
     assert np.array_equal(to_pixels(to_signed(levels, None)), levels.permute(0, 2, 3, 1).numpy())
 
@@ -82,8 +82,8 @@ def test_any_number_of_channels_is_shown_in_colour_and_clamped(channels):
     assert pixels[1].min() == 255
 
 
-def test_two_channels_are_no_image():
-    with pytest.raises(InputError, match="expected"):
+def test_two_channels_are_refused():
+    with pytest.raises(InputError, match=r"\(1, 2, 4, 4\)"):
         to_pixels(torch.zeros(1, 2, 4, 4))
 
 

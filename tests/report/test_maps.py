@@ -1,4 +1,4 @@
-"""Boundary maps: what is noted during sampling, and what a shaded image shows."""
+"""Boundary maps: what is recorded during sampling, and how images are shaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS, BATCH, GRID = 7, 3, (4, 6)
 
 
 def steps() -> list[StepState]:
-    """A run whose masks are random and whose predictions are easy to check."""
+    """Make a trajectory of random masks and of predictions that are easy to check."""
     draw = torch.Generator().manual_seed(0)
     states = []
     for index in range(STEPS):
@@ -38,20 +38,20 @@ def record(**settings: object) -> MapRecorder:
     return recorder
 
 
-def test_recorder_counts_every_step_and_shows_the_chosen_ones():
+def test_recorder_counts_every_step_and_keeps_some_of_them():
     maps = record(images=2, frames=3).maps()
     keeps = torch.stack([step.routing.keep[:2].view(2, *GRID) for step in steps()])
-    torch.testing.assert_close(maps.often, keeps.float().mean(0))
+    torch.testing.assert_close(maps.frequency, keeps.float().mean(0))
     assert [frame.index for frame in maps.frames] == [0, 3, 6]
     for frame in maps.frames:
         assert torch.equal(frame.keep, keeps[frame.index])
         torch.testing.assert_close(frame.picture, steps()[frame.index].x0()[:2])
 
 
-def test_recorder_shows_the_noisy_image_on_request_and_no_more_than_there_is():
+def test_recorder_keeps_noisy_images_on_request_and_no_more_than_there_are():
     maps = record(images=9, frames=99, background="noisy").maps()
     assert len(maps.frames) == STEPS
-    assert maps.often.shape == (BATCH, *GRID)
+    assert maps.frequency.shape == (BATCH, *GRID)
     assert torch.equal(maps.frames[2].picture, steps()[2].x)
 
 
@@ -87,14 +87,14 @@ def test_all_kept_is_the_image_itself():
 
 @pytest.mark.parametrize("name", ["日本", "caf\udce9", "$5$ \\frac{", "great white shark, white shark, man-eater"])
 def test_any_name_can_be_drawn(tmp_path, name):
-    """Folder names become titles of rows; matplotlib warns of missing glyphs, which is an error here."""
+    """Folder names become row titles; matplotlib warns of missing glyphs, and warnings are errors here."""
     maps = record(images=1, frames=2).maps()
     finals = to_pixels(torch.zeros(1, 3, 8, 12))
     assert draw_maps(maps, finals, to_pixels, tmp_path / "maps.png", [name], title=name).is_file()
 
 
-def test_a_flat_picture_takes_flat_rows(tmp_path):
-    """The page grows by as much as the pictures are high: about a third for a third of the height."""
+def test_low_images_take_low_rows(tmp_path):
+    """The page grows with the height of the images: to about a third for a third of the height."""
     heights = []
     for rows in (12, 4):
         finals = np.zeros((3, rows, 12, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Previews of a training run: files, reproducibility, and no trace in the run."""
+"""Previews of a training run: files, reproducibility, and no effect on the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = {"sample_size": 8, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_cl
 
 
 def recipe(kind: str, **sections: object) -> Recipe:
-    """A recipe that names what a preview asks for."""
+    """Make a recipe with the sections that a preview reads."""
     base = {
         "name": "tiny",
         "model": {"kind": kind, "name": "tiny/2" if kind == "dit" else "tiny"},
@@ -40,7 +40,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_chunking_model_gets_samples_and_maps(tmp_path):
+def test_a_chunking_model_gets_samples_and_maps(tmp_path):
     network = model(DCDiT)
     state = torch.get_rng_state()
     draw_preview(network, recipe("dcdit"), tmp_path, 1200)
@@ -58,22 +58,22 @@ def test_several_budgets_are_rows_of_one_picture(tmp_path):
         assert double.width > single.width
 
 
-def test_dit_gets_samples_alone_and_the_same_ones_every_time(tmp_path):
-    network, asked = model(DiT), recipe("dit")
-    first, second = (draw_preview(network, asked, tmp_path / name, 1) for name in "ab")
+def test_dit_gets_samples_without_maps_and_always_the_same(tmp_path):
+    network, settings = model(DiT), recipe("dit")
+    first, second = (draw_preview(network, settings, tmp_path / name, 1) for name in "ab")
     assert [path.parent.name for path in first] == ["samples"]
     with Image.open(first[0]) as one, Image.open(second[0]) as two:
         assert np.array_equal(np.asarray(one), np.asarray(two))
 
 
 @pytest.mark.parametrize("objective", [{"kind": "noise"}, {"kind": "flow"}])
-def test_usual_sampler_fits_the_objective(tmp_path, objective):
+def test_the_default_sampler_fits_the_objective(tmp_path, objective):
     network = model(DiT, learn_sigma=objective["kind"] == "noise")
-    asked = recipe("dit", objective=objective, preview={"images": 1})
-    assert draw_preview(network, asked, tmp_path, 1)[0].is_file()
+    settings = recipe("dit", objective=objective, preview={"images": 1})
+    assert draw_preview(network, settings, tmp_path, 1)[0].is_file()
 
 
 def test_latents_without_their_autoencoder_are_shown_in_false_colours(tmp_path):
     network = model(DiT, in_channels=4)
-    asked = recipe("dit", data={"kind": "latents", "path": str(tmp_path / "gone")})
-    assert draw_preview(network, asked, tmp_path, 1)[0].is_file()
+    settings = recipe("dit", data={"kind": "latents", "path": str(tmp_path / "gone")})
+    assert draw_preview(network, settings, tmp_path, 1)[0].is_file()

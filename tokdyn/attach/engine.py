@@ -71,7 +71,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     frame = replace(frame, view=view)
     if as_given and _nothing_acts(frame, blocks):
         block = _note(context, view, site, named)
-        if not frame.handlers.sublayers:
+        if len(frame.handlers.sublayers) == 0:
             return call(*args, **kwargs)
         return class_swap.within(replace(frame, block=block), call, *args, **kwargs)
     inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
@@ -168,9 +168,11 @@ def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
     """Whether a block is computed for all samples as it would be without methods."""
     view, handlers = frame.view, frame.handlers
-    if handlers.gates or handlers.kernels or frame.context.guard is not None or view.lengths or view.idle:
+    if len(handlers.gates) or len(handlers.kernels) or frame.context.guard is not None:
         return False
-    return view.index is None or not blocks.follow
+    if view.lengths is not None or len(view.idle):
+        return False
+    return view.index is None or len(blocks.follow) == 0
 
 
 def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
@@ -279,7 +281,7 @@ def _beside(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, 
 def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
     """Call attention or MLP of a block through the methods around it."""
     view = frame.view
-    if not frame.handlers.sublayers:
+    if len(frame.handlers.sublayers) == 0:
         return call(*args, **kwargs)
     named = {**dict(zip(site.names, args, strict=False)), **kwargs}
     positional = site.names[: len(args)]

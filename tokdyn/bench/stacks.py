@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tokdyn.attach import attachment_of, load, unwrap
 from tokdyn.calibration.after_training import rewrap
-from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
+from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Drop, Sampler
 from tokdyn.diffusion.schedulers import SchedulerName
@@ -150,5 +150,5 @@ def attach_stack(model: Any, stack: Stack) -> Any:
     if stack.methods:
         rewrap(model, [from_settings(each) for each in stack.methods])
     if (stack.tail_drop or stack.uncond_tail_drop) and not takes_tail_drop(model):
-        raise cannot_drop(model)
+        raise tail_drop_error(model)
     return model.eval()

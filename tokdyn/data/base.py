@@ -1,4 +1,4 @@
-"""What every data set of tokdyn offers: labelled tensors by index, alone or in batches."""
+"""The interface of a data set: labelled tensors by index, one at a time or in batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
     Attributes:
         shape: (C, H, W) of every sample.
         class_names: one name per label.
-        can_flip: whether samples can be had mirrored left to right.
+        can_flip: whether mirrored samples are available.
     """
 
     shape: tuple[int, int, int]
@@ -36,11 +36,11 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """Reads samples and says which ones they are.
+        """Read samples and report which ones were read.
 
         Args:
             indices: B sample numbers.
-            flips: B booleans, True where the sample is wanted mirrored left to right; None for no flips.
+            flips: B booleans, True where the sample is to be mirrored left to right; None for no flips.
 
         Returns:
             Samples (B, C, H, W) float32, labels (B,) int64, and the B numbers of the samples that were read. They
@@ -49,18 +49,18 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, object]:
-        """Describes the content in plain JSON values: equal descriptions mean equal samples."""
+        """Describe the content in plain JSON values: equal descriptions mean equal samples."""
 
     def batch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
-        """Returns samples (B, C, H, W) float32 and labels (B,) int64; arguments as in `fetch`."""
+        """Return samples (B, C, H, W) float32 and labels (B,) int64; arguments as in `fetch`."""
         samples, labels, _ = self.fetch(indices, flips)
         return samples, labels
 
     def require_flip(self) -> None:
-        """Raises a DataError if samples cannot be had mirrored."""
+        """Raise a DataError if there are no mirrored samples."""
         if not self.can_flip:
             raise DataError(
-                "flip=true was asked for, but these latents have no flipped copies: write them with "
+                "flip=true needs mirrored copies, and these latents have none: write them with "
                 "`tokdyn features ... flip=true`, or train with flip=false."
             )
 
@@ -72,7 +72,7 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
         return (self[index] for index in range(len(self)))
 
     def _checked(self, indices: Sequence[int], limit: int | None) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Returns the indices as an array; raises IndexError outside 0 .. limit - 1 (no upper limit if None)."""
+        """Return the indices as an array; raise an IndexError outside 0 .. limit - 1 (no upper limit if None)."""
         array = np.asarray(indices, dtype=np.int64).reshape(-1)
         if array.size and (array.min() < 0 or (limit is not None and array.max() >= limit)):
             wanted = int(array.min() if array.min() < 0 else array.max())
@@ -81,7 +81,7 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
 
 def to_signed(pixels: Tensor, flips: Sequence[bool] | None) -> Tensor:
-    """Turns bytes into model inputs.
+    """Turn bytes into model inputs.
 
     Args:
         pixels: (B, C, H, W) uint8.
@@ -92,6 +92,6 @@ def to_signed(pixels: Tensor, flips: Sequence[bool] | None) -> Tensor:
     """
     samples = pixels.to(torch.float32).div_(127.5).sub_(1.0)
     if flips is not None and any(flips):
-        chosen = torch.as_tensor(list(flips), dtype=torch.bool)
-        samples[chosen] = samples[chosen].flip(-1)
+        mirrored = torch.as_tensor(list(flips), dtype=torch.bool)
+        samples[mirrored] = samples[mirrored].flip(-1)
     return samples

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels of the wanted size, whatever its mode and orientation."""
+"""Decodes image files to pixels of a given size, whatever their mode and orientation."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tokdyn.errors import DataError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_ELONGATED = 64  # of how many times the target's pixels an image may be resized before it is cropped
+_ELONGATED = 64  # an image is cropped before it is resized if resizing all of it gives more than 64 times the pixels
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {  # EXIF orientation -> what turns the image upright
+_UPRIGHT = {  # EXIF orientation -> the transposition that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -27,7 +28,7 @@ _UPRIGHT = {  # EXIF orientation -> what turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on damaged files, depending on format and place of the damage.
+# What Pillow's decoders raise on damaged files, depending on the format and on where the damage is.
 _DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
     struct.error, zlib.error,
@@ -36,9 +37,9 @@ _DAMAGE = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Pillow's remarks about files (odd tags, damaged EXIF blocks): readable files are fine, others raise.
+    """Silence Pillow's warnings about odd tags and damaged EXIF blocks; unreadable files still raise.
 
-    The list of warning filters belongs to the process, so this goes around the threads that decode, not into them.
+    The list of warning filters belongs to the process, so wrap this around the threads that decode, not inside them.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -46,14 +47,14 @@ def quiet() -> Iterator[None]:
 
 
 def decode(content: bytes, name: str, size: tuple[int, int] | None, channels: int) -> NDArray[np.uint8]:
-    """Decodes an image file, turns it upright, resizes and centre-crops it.
+    """Decode an image file, turn it upright, resize it and crop its centre.
 
-    Transparent pixels lie on white, unless four channels keep the alpha. Samples of 16 bits are scaled to 8, colour
-    profiles are ignored, and of an animation the first frame is taken.
+    Transparent pixels are put on white, unless four channels keep the alpha. Samples of 16 bits are scaled to 8, colour
+    profiles are ignored, and of an animation the first frame is decoded.
 
     Args:
         content: the bytes of the file.
-        name: how error messages call the file.
+        name: name of the file in error messages.
         size: (rows, columns) of the result; None leaves the image at its own size.
         channels: 1 grey, 3 RGB, 4 RGBA.
 
@@ -61,7 +62,7 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None, channels: in
         (channels, rows, columns) uint8.
 
     Raises:
-        DataError: the file is not an image, damaged, truncated or too large to be decoded safely.
+        DataError: the file is not an image, is damaged or truncated, or is too large to be decoded safely.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -71,22 +72,23 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None, channels: in
         pixels = np.array(picture).reshape(picture.height, picture.width, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"{name}: the image claims more pixels than are decoded safely ({error}). If it is meant to be that "
-            "large, shrink it first; else remove it, or leave it out with on_error=skip."
+            f"{name}: the image has more pixels than are decoded safely ({error}). If it is meant to be that large, "
+            "shrink it; otherwise remove it, or skip it with on_error=skip."
         ) from error
     except _DAMAGE as error:
-        reason = "its content is of no known format" if isinstance(error, UnidentifiedImageError) else error
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{name}: not a readable image ({reason}). Repair or remove it, or leave such files out with on_error=skip."
+            f"{name}: not a readable image ({reason}). Repair or remove it, or skip such files with on_error=skip."
         ) from error
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.ascontiguousarray(rearrange(pixels, "rows columns channels -> channels rows columns"))
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes an image to cover `size` and crops the centre, as ADM (2105.05233) and DiT (2212.09748) prepare theirs.
+    """Resize an image to cover `size` and crop the centre, as ADM (2105.05233) and DiT (2212.09748) prepare theirs.
 
-    The image is halved with a box filter while both sides stay at least the target's, then resized with a bicubic
-    filter so that one side matches and the other one covers, then cropped. For a square target this is their rule.
+    The image is halved with a box filter while both sides stay at least as long as the target's, then resized with a
+    bicubic filter so that one side matches and the other one covers, then cropped. For a square target this is the rule
+    of those papers.
 
     Args:
         image: an image with 8 bits per channel.
@@ -108,14 +110,14 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _centre_resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
-    """What cropping `image` at `box` after resizing it to `size` gives, without the pixels that would be cropped."""
+    """Resize `image` to `size` and crop it at `box`, computing the pixels inside the box only."""
     across, down = image.width / size[0], image.height / size[1]
     source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
     return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC, box=source)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Converts any mode to the wanted one of 8 bits per channel, on white where it is transparent."""
+    """Convert an image to `mode`, with 8 bits per channel and transparent pixels on white."""
     if image.mode == mode and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -127,7 +129,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """Scales grey images of 16-bit integers (0 to 65535) or of floats (0 to 1, else 0 to 255) to bytes."""
+    """Scale grey images of 16-bit integers (0 to 65535) or of floats (0 to 1, else 0 to 255) to bytes."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
@@ -136,9 +138,9 @@ def _to_bytes(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Applies the orientation that the camera wrote into the file's EXIF block, if there is one."""
+    """Turn the image as the orientation in the file's EXIF block says, if there is one."""
     try:
         orientation = source.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGE:  # a damaged note beside an intact picture
+    except _DAMAGE:  # the EXIF block is damaged, the image is not
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image

@@ -1,4 +1,4 @@
-"""How well a choice of tokens covers the places where the detail is."""
+"""Scores how well the kept tokens cover the detail of an image."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tokdyn.errors import DataError
 
 @dataclass(frozen=True)
 class DetailScore:
-    """A token choice measured against the truth about detail; all values are means over samples.
+    """How well kept tokens cover the detail; all values are means over samples.
 
     Attributes:
         recall: share of the detail pixels that lie in kept tokens.
-        kept: share of the tokens that are kept, which is the recall expected from keeping as many at random.
+        kept: share of tokens kept, which is also the recall expected of a random choice of as many.
         best: recall of the best choice of as many tokens per sample.
     """
 
@@ -26,12 +26,12 @@ class DetailScore:
 
     @property
     def lift(self) -> float:
-        """Recall as a multiple of chance: 1 is what a random choice reaches."""
+        """Recall as a multiple of chance; a random choice reaches 1."""
         return self.recall / self.kept if self.kept else 0.0
 
 
 def detail_score(keep: Tensor, grid: tuple[int, int], masks: Tensor) -> DetailScore:
-    """Scores which tokens are kept against where the detail is.
+    """Score kept tokens against masks of the detail.
 
     Args:
         keep: (B, N) bool, True where a token is kept, N tokens in raster order.
@@ -39,21 +39,24 @@ def detail_score(keep: Tensor, grid: tuple[int, int], masks: Tensor) -> DetailSc
         masks: (B, H, W) bool, True where there is detail; rows divide H and columns divide W.
 
     Returns:
-        The score. Samples without detail are left out.
+        The score over the samples that have any detail.
+
+    Raises:
+        DataError: the shapes do not fit each other, or no mask marks any detail.
     """
     rows, columns = grid
     batch, height, width = masks.shape
     if keep.shape != (batch, rows * columns):
         raise DataError(
-            f"keep is {tuple(keep.shape)}, but {batch} masks on a {rows}x{columns} grid need "
-            f"({batch}, {rows * columns})."
+            f"keep has shape {tuple(keep.shape)}, expected ({batch}, {rows * columns}) for {batch} masks on a "
+            f"{rows}x{columns} grid."
         )
     if height % rows or width % columns:
         raise DataError(f"Masks of {height}x{width} pixels cannot be divided into {rows}x{columns} equal tokens.")
     detail = F.avg_pool2d(masks[:, None].double(), (height // rows, width // columns)).flatten(1)
     present = detail.sum(1) > 0
     if not present.any():
-        raise DataError("None of the masks marks any detail, so there is nothing to score.")
+        raise DataError("None of the masks marks any detail: give at least one that does.")
     keep, detail = keep[present].to(detail.device), detail[present]
     total = detail.sum(1)
     recall = (detail * keep).sum(1) / total

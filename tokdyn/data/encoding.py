@@ -1,4 +1,4 @@
-"""From images to the latents of each shard, the same whatever the batch order and however often a run was cut off."""
+"""Encodes images into the latents of each shard; the result depends neither on batch order nor on interruptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tokdyn.data.base import Dataset
-from tokdyn.data.hashing import Purpose, hashed
+from tokdyn.data.hashing import Purpose, generators
 from tokdyn.data.shards import DTYPES
 from tokdyn.data.vae import LatentScaling, encode
 from tokdyn.errors import DataError
@@ -20,14 +20,14 @@ from tokdyn.errors import DataError
 
 @dataclass(frozen=True)
 class Encoder:
-    """An autoencoder and how it is used.
+    """An autoencoder and its settings.
 
     Attributes:
         vae: a diffusers autoencoder for images.
-        scaling: applied to its latents.
-        posterior: take the "mean" or one "sample".
-        seed: of the samples.
-        dtype: of the result: fp32, fp16 or bf16.
+        scaling: scaling that is applied to its latents.
+        posterior: store the "mean" of the posterior, or one "sample" of it.
+        seed: seed of the samples.
+        dtype: type of the stored latents: fp32, fp16 or bf16.
     """
 
     vae: nn.Module
@@ -37,21 +37,20 @@ class Encoder:
     dtype: Literal["fp32", "fp16", "bf16"]
 
     def __call__(self, images: Tensor, indices: Sequence[int], mirrored: bool) -> Tensor:
-        """Returns the latents (b, c, h, w) to store of images (b, C, H, W) with these numbers."""
-        generators = None
+        """Encode images (b, C, H, W) with these numbers, mirrored or not, into the latents (b, c, h, w) to store."""
+        noise = None
         if self.posterior == "sample":
-            keys = hashed(self.seed, Purpose.POSTERIOR, np.asarray(indices), int(mirrored)) >> np.uint64(1)
-            generators = [torch.Generator().manual_seed(key) for key in keys.tolist()]
+            noise = generators(self.seed, Purpose.POSTERIOR, np.asarray(indices), int(mirrored))
         weight = next(self.vae.parameters())
         images = (images.flip(-1) if mirrored else images).to(weight.device, weight.dtype)
-        latents = encode(self.vae, images, self.scaling, generators).to(DTYPES[self.dtype]).cpu()
+        latents = encode(self.vae, images, self.scaling, noise).to(DTYPES[self.dtype]).cpu()
         if not torch.isfinite(latents).all():
-            raise DataError(f"The latents are too large for dtype={self.dtype}; set dtype=bf16 or dtype=fp32.")
+            raise DataError(f"The latents are too large for dtype={self.dtype}: set dtype=bf16 or dtype=fp32.")
         return latents
 
 
 class Part(NamedTuple):
-    """What a shard holds: latents (n, c, h, w), labels (n,) and latents of the mirrored images (n, c, h, w) or None."""
+    """Content of a shard: latents (n, c, h, w), labels (n,), and latents of mirrored images (n, c, h, w) or None."""
 
     latents: Tensor
     labels: Tensor
@@ -59,7 +58,7 @@ class Part(NamedTuple):
 
 
 class _Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor, list[int]]]):
-    """Consecutive images, a range of them per item."""
+    """Ranges of consecutive images, one range per item."""
 
     def __init__(self, dataset: Dataset, ranges: Sequence[range]) -> None:
         self.dataset = dataset
@@ -78,19 +77,19 @@ def encode_parts(
     workers: int,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, Part]]:
-    """Encodes images part by part.
+    """Encode images part by part; a part becomes a shard.
 
     Args:
         encoder: the autoencoder.
         dataset: the images.
         parts: image numbers of each part.
-        batch_size: images encoded at once.
+        batch_size: images per call of the autoencoder.
         flip: encode the mirrored images as well.
         workers: processes that decode images.
-        advance: called with the number of images done.
+        advance: called with the number of images finished since its last call.
 
     Yields:
-        Number and content of every part that holds a readable image.
+        Number and content of each part that has a readable image.
     """
     starts = [(number, at) for number, part in enumerate(parts) for at in range(0, len(part), batch_size)]
     batches = _Batches(dataset, [parts[number][at : at + batch_size] for number, at in starts])
@@ -98,7 +97,7 @@ def encode_parts(
     done: list[Part] = []
     for (number, at), (images, labels, used) in zip(starts, loader, strict=True):
         wanted = parts[number][at : at + batch_size]
-        # An unreadable image was replaced by a readable one, which has its own place already.
+        # An unreadable image was replaced by a readable one, which is encoded under its own number.
         kept = [place for place, (want, use) in enumerate(zip(wanted, used, strict=True)) if want == use]
         if kept:
             images, numbers = images[kept], [wanted[place] for place in kept]

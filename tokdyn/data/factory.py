@@ -1,4 +1,4 @@
-"""From the data section of a recipe to a data set."""
+"""Opens the data set that the data section of a recipe describes."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ _DEFAULT_SIZE = 32  # pixels, of procedural shapes
 
 
 def open_data(config: DataConfig) -> Dataset:
-    """Opens the data that a config describes.
+    """Open the data set that a config describes.
 
     Args:
         config: the data section of a recipe.
 
     Returns:
-        The data set; for small sets of images decoded and held in memory.
+        The data set; a small set of images is decoded and held in memory.
 
     Raises:
-        DataError: the data are missing, empty, damaged, or do not fit the config.
+        DataError: the data are missing, empty or damaged, or do not fit the config.
     """
     if config.kind == "shapes":
         if config.path is not None:
             raise DataError(
-                f"path={config.path} has no effect on kind=shapes, which are drawn; set kind=images or kind=latents."
+                f"path={config.path} has no effect on kind=shapes, which are drawn: set kind=images or kind=latents."
             )
         size = rows_and_columns(config.size or _DEFAULT_SIZE)
         return ShapesDataset(size, config.channels, config.num_classes, config.seed, config.length)
     if config.path is None:
-        raise DataError(f"kind={config.kind} needs a path, that of the folder{_OR_ZIP[config.kind]}.")
+        raise DataError(f"kind={config.kind} needs a path: give that of the folder{_OR_ZIP[config.kind]}.")
     if config.kind == "latents":
         return _open_latents(config, config.path)
     if config.size is None:
-        raise DataError("kind=images needs a size in pixels, for example data.size=32 or data.size=32x48.")
+        raise DataError("kind=images needs a size in pixels: give data.size=32 or data.size=32x48, for example.")
     return ImageDataset(
         open_source(config.path),
         rows_and_columns(config.size),
@@ -53,10 +53,10 @@ def _open_latents(config: DataConfig, path: str) -> LatentDataset:
     latents = LatentDataset(path)
     if config.size is not None and rows_and_columns(config.size) != latents.shape[1:]:
         rows, columns = latents.shape[1:]
-        raise DataError(f"The latents in {path} are {rows}x{columns}, not of size={config.size}; leave data.size out.")
+        raise DataError(f"The latents in {path} are {rows}x{columns}, not size={config.size}: leave data.size out.")
     if config.num_classes is not None and config.num_classes != latents.num_classes:
         raise DataError(
-            f"The latents in {path} have {latents.num_classes} classes, not num_classes={config.num_classes}; correct "
+            f"The latents in {path} have {latents.num_classes} classes, not num_classes={config.num_classes}: correct "
             "data.num_classes or leave it out."
         )
     if config.flip:

@@ -41,25 +41,25 @@ class FeaturesConfig(BaseModel):
     Attributes:
         path: folder or zip of images.
         vae: folder or hub id of a diffusers autoencoder.
-        out: folder for the latents; the same command continues one that was cut off.
+        out: folder for the latents; the same command resumes one that was interrupted.
         subfolder: folder of the autoencoder below `vae`; by default `vae` itself, then its "vae".
         kind: "images" or "shapes".
         size: pixels, one number or (rows, columns), also written "256x384".
-        channels: of the images.
-        num_classes: as for training.
+        channels: channels of the images.
+        num_classes: expected number of classes, as for training.
         on_error: "raise" stops at an unreadable image, "skip" leaves it out.
         length: number of procedural shapes.
-        seed: of procedural shapes and of posterior samples.
+        seed: seed of procedural shapes and of posterior samples.
         posterior: store the "mean" of the posterior or one "sample".
         flip: store the latents of the mirrored images as well.
         dtype: stored type: fp32, fp16 or bf16.
         scaling_factor: replaces the autoencoder's own.
         shift_factor: replaces the autoencoder's own.
-        batch_size: images encoded at once.
+        batch_size: images per call of the autoencoder.
         shard_size: images per file.
         workers: processes that decode images.
         device: "auto", "cpu", "cuda", "cuda:1" ...
-        vae_dtype: in which the autoencoder runs: fp32, fp16 or bf16.
+        vae_dtype: type that the autoencoder computes in: fp32, fp16 or bf16.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,22 +88,22 @@ class FeaturesConfig(BaseModel):
 
     @property
     def data(self) -> DataConfig:
-        """The images to encode; decoded when needed, because each is needed once."""
+        """The images to encode, decoded on demand because each is used once."""
         names = ("kind", "path", "size", "channels", "num_classes", "on_error", "length", "seed")
         return DataConfig(**{name: getattr(self, name) for name in names}, in_memory=False)
 
 
 @dataclass(frozen=True)
 class FeaturesReport:
-    """What `write_features` did.
+    """Outcome of `write_features`.
 
     Attributes:
-        out: the folder.
+        out: folder of the latents.
         count: samples in it, flipped copies not counted.
-        skipped: unreadable images left out.
+        skipped: unreadable images that were left out.
         shape: (c, h, w) of a latent.
-        shards: files.
-        resumed: files that were there already.
+        shards: number of files.
+        resumed: files that an earlier run had already written.
         size: bytes of all files.
     """
 
@@ -119,11 +119,11 @@ class FeaturesReport:
 def write_features(
     config: FeaturesConfig, vae: nn.Module | None = None, dataset: Dataset | None = None
 ) -> FeaturesReport:
-    """Encodes a data set and writes latents that `LatentDataset` reads.
+    """Encode a data set into latents that `LatentDataset` reads.
 
-    Shards are written to a temporary file and renamed, and `index.json` comes last. If a run is cut off, the same
-    call writes the shards that are missing and ends with the same files: the noise of a posterior sample is a pure
-    function of (seed, image number, mirrored), and batches never reach across shards.
+    Each shard is written to a temporary file and renamed, and `index.json` comes last. After an interruption the same
+    call writes the missing shards and ends with the same files: the noise of a posterior sample is a pure function of
+    (seed, image number, mirrored), and no batch reaches across shards.
 
     Args:
         config: the settings.
@@ -131,10 +131,10 @@ def write_features(
         dataset: images to encode, instead of opening `config.data`.
 
     Returns:
-        What was done.
+        The outcome.
 
     Raises:
-        DataError: images or autoencoder cannot be used, or the folder holds other latents.
+        DataError: the images or the autoencoder cannot be used, or the folder holds other latents.
     """
     settle_memory()
     folder = Path(config.out).expanduser()
@@ -144,28 +144,28 @@ def write_features(
     channels = cast(Any, vae).config.get("in_channels")
     if channels is not None and channels != dataset.shape[0]:
         raise DataError(
-            f"{type(vae).__name__} takes images of {channels} channels, but these have {dataset.shape[0]}; set "
+            f"{type(vae).__name__} takes images of {channels} channels, but these have {dataset.shape[0]}: set "
             f"channels={channels} or use another autoencoder."
         )
     encoder = Encoder(vae, _scaling(config, vae), config.posterior, config.seed, config.dtype)
     fingerprint = _fingerprint(config, encoder, source, dataset)
     if (folder / INDEX).exists() and read_index(folder).fingerprint != fingerprint:
         raise DataError(
-            f"{folder} holds latents of other images or settings; choose another out, or delete the folder."
+            f"{folder} holds latents of other images or settings: choose another out, or delete the folder."
         )
     starts = range(0, len(dataset), config.shard_size)
     parts = [range(start, min(start + config.shard_size, len(dataset))) for start in starts]
     paths = [folder / shard_name(number) for number in range(len(parts))]
-    present = {number for number, path in enumerate(paths) if _whole(path, config, fingerprint)}
+    complete = {number for number, path in enumerate(paths) if _is_complete(path, config, fingerprint)}
     with progress(f"Encoding to {folder.name}", len(dataset)) as advance:
-        advance(sum(len(parts[number]) for number in present))
-        missing = [number for number in range(len(parts)) if number not in present]
-        wanted = [parts[number] for number in missing]
+        advance(sum(len(parts[number]) for number in complete))
+        missing = [number for number in range(len(parts)) if number not in complete]
+        missing_parts = [parts[number] for number in missing]
         settings = (config.batch_size, config.flip, config.workers)
-        for number, part in encode_parts(encoder, dataset, wanted, *settings, advance):
+        for number, part in encode_parts(encoder, dataset, missing_parts, *settings, advance):
             write_shard(paths[missing[number]], *part, fingerprint)
-    found = [path for path in paths if path.exists()]  # a part without any readable image has no file
-    shards = [open_shard(path, config.dtype, config.flip, fingerprint) for path in found]
+    paths = [path for path in paths if path.exists()]  # a part without any readable image has no file
+    shards = [open_shard(path, config.dtype, config.flip, fingerprint) for path in paths]
     index = LatentIndex(
         fingerprint=fingerprint,
         count=sum(len(shard["labels"]) for shard in shards),
@@ -180,34 +180,34 @@ def write_features(
         vae=source,
         shards=tuple(
             ShardEntry(file=path.name, count=len(shard["labels"]), size=path.stat().st_size)
-            for path, shard in zip(found, shards, strict=True)
+            for path, shard in zip(paths, shards, strict=True)
         ),
     )
     write_index(folder, index)
     return FeaturesReport(
-        folder, index.count, len(dataset) - index.count, index.shape, len(shards), len(present),
+        folder, index.count, len(dataset) - index.count, index.shape, len(shards), len(complete),
         sum(entry.size for entry in index.shards),
     )  # fmt: skip
 
 
 def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Module, VaeIdentity]:
-    """Returns the autoencoder, on its device and in evaluation mode, and its identity."""
+    """Return the autoencoder, in evaluation mode on its device, and its identity."""
     loaded = None
     if vae is None:
         if config.vae is None:
-            raise DataError("No autoencoder is given; set vae to a folder or hub id of a diffusers autoencoder.")
+            raise DataError("No autoencoder is given: set vae to the folder or hub id of a diffusers autoencoder.")
         device, local = open_device(config.device), Path(config.vae).expanduser()
         vae, loaded = load_vae(config.vae, config.subfolder), str(local.resolve()) if local.is_dir() else config.vae
     subfolder = config.subfolder if loaded else None
-    found = VaeIdentity(kind=type(vae).__name__, source=loaded, subfolder=subfolder, sha256=weights_digest(vae))
+    identity = VaeIdentity(kind=type(vae).__name__, source=loaded, subfolder=subfolder, sha256=weights_digest(vae))
     if loaded:
         with quiet_diffusers():
             vae = vae.to(device, DTYPES[config.vae_dtype])
-    return vae.eval(), found
+    return vae.eval(), identity
 
 
 def _scaling(config: FeaturesConfig, vae: nn.Module) -> LatentScaling:
-    """Returns the autoencoder's scaling with the replacements of the config."""
+    """Return the autoencoder's scaling, with the replacements of the config."""
     scaling = scaling_of(vae)
     if config.scaling_factor is not None:
         scaling = scaling.model_copy(update={"factor": config.scaling_factor})
@@ -217,17 +217,17 @@ def _scaling(config: FeaturesConfig, vae: nn.Module) -> LatentScaling:
 
 
 def _fingerprint(config: FeaturesConfig, encoder: Encoder, source: VaeIdentity, dataset: Dataset) -> str:
-    """Returns a hash of everything that decides the stored values."""
-    decisive = {
+    """Return a hash of everything that decides the stored values."""
+    deciding = {
         "data": dataset.identity(), "vae": source.sha256, "vae_dtype": str(next(encoder.vae.parameters()).dtype),
         "scaling": encoder.scaling.model_dump(), "posterior": config.posterior, "seed": config.seed,
         "flip": config.flip, "dtype": config.dtype, "shard_size": config.shard_size,
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def _whole(path: Path, config: FeaturesConfig, fingerprint: str) -> bool:
-    """Says whether a shard is there already; a damaged one will be written again."""
+def _is_complete(path: Path, config: FeaturesConfig, fingerprint: str) -> bool:
+    """Return whether a shard is already written; a damaged one is not and will be written again."""
     if not path.exists():
         return False
     try:

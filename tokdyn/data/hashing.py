@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 _MASK = (1 << 64) - 1
@@ -18,12 +19,13 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 class Purpose(IntEnum):
-    """What a random number is for; draws for different purposes are independent."""
+    """What a random number is for; numbers for different purposes are independent."""
 
     SHAPE = 1
     ORDER = 2
     FLIP = 3
     POSTERIOR = 4
+    HELD_OUT = 5
 
 
 def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -34,7 +36,7 @@ def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint64]:
-    """Returns 64 random bits for every key (seed, purpose, *counters).
+    """Return 64 random bits for every key (seed, purpose, *counters).
 
     Args:
         seed: any integer.
@@ -51,11 +53,20 @@ def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint
 
 
 def uniform(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.float64]:
-    """Returns one uniform number in [0, 1) for every key; arguments as in `hashed`."""
+    """Return one uniform number in [0, 1) for every key; arguments as in `hashed`."""
     return (hashed(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def generators(seed: int, purpose: Purpose, *counters: ArrayLike) -> list[torch.Generator]:
+    """Return one torch generator on the CPU for every key; arguments as in `hashed`.
+
+    A CPU generator reads the low 32 bits of its seed only, so the parts of a key are mixed and not put side by side.
+    """
+    bits = hashed(seed, purpose, *counters) >> np.uint64(1)  # torch takes seeds below 2**63
+    return [torch.Generator().manual_seed(value) for value in bits.tolist()]
+
+
 def permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
-    """Returns the order of epoch `epoch`: a permutation of range(length), a pure function of its arguments."""
+    """Return the order of epoch `epoch`: a permutation of range(length), a pure function of its arguments."""
     keys = hashed(seed, Purpose.ORDER, epoch, np.arange(length, dtype=np.uint64))
     return np.argsort(keys, kind="stable").astype(np.int64)

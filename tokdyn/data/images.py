@@ -13,21 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokdyn.data.base import Dataset, to_signed
+from tokdyn.data.classes import ClassFolders, class_folders
 from tokdyn.data.decode import decode, quiet
 from tokdyn.data.preload import decode_all
 from tokdyn.data.sources import EXTENSIONS, Source
 from tokdyn.errors import DataError
 
-_NAMED = 5  # broken files that a warning names
+_NAMED = 5  # how many broken files a warning names
 
 
 class ImageDataset(Dataset):
-    """Images of a source, resized and centre-cropped, labelled by the first folder of their path.
+    """Images of a folder or zip, resized and centre-cropped, labelled by the first folder of their path.
 
-    Images that lie at the root form one class "all". Decoded images are held as bytes if they fit into the memory
-    limit; then images that cannot be read are found at once, and "skip" leaves them out. Otherwise images are decoded
-    when asked for, and "skip" puts the next readable image in the place of an unreadable one, so that the length of
-    an epoch does not depend on what has been read so far.
+    Images at the root form one class "all"; `tokdyn.data.classes` numbers the folders. Decoded images are held as bytes
+    if they fit into the memory limit; unreadable images are then found at the start, and "skip" leaves them out. Larger
+    sets are decoded on demand, and "skip" puts the next readable image in the place of an unreadable one, so that the
+    length of an epoch does not depend on what has been read so far.
     """
 
     def __init__(
@@ -40,16 +41,16 @@ class ImageDataset(Dataset):
         in_memory: bool | None = None,
         memory_limit: int = 2 * 1024**3,
     ) -> None:
-        """Lists the files and, if they fit, decodes them.
+        """List the files and decode them if they fit into memory.
 
         Args:
-            source: folder or zip.
+            source: folder or zip of images.
             size: (rows, columns) in pixels.
             channels: 1, 3 or 4.
             num_classes: expected number of classes; 1 puts all images into one class "all".
-            on_error: what to do about images that cannot be read.
-            in_memory: hold decoded images in memory; None if they take at most `memory_limit` bytes.
-            memory_limit: in bytes.
+            on_error: "raise" at an image that cannot be read, or "skip" it.
+            in_memory: hold decoded images in memory; None does so if they take at most `memory_limit` bytes.
+            memory_limit: bytes that decoded images may take when `in_memory` is None.
         """
         self.source = source
         self.shape = (channels, *size)
@@ -68,7 +69,7 @@ class ImageDataset(Dataset):
         return len(self.names)
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """Reads images; see `Dataset.fetch`."""
+        """Read images; see `Dataset.fetch`."""
         wanted = self._checked(indices, len(self))
         if self._pixels is not None:
             used, pixels = wanted.tolist(), self._pixels[torch.from_numpy(wanted)]
@@ -82,7 +83,7 @@ class ImageDataset(Dataset):
         return to_signed(pixels, flips), torch.from_numpy(self.labels[used]), used
 
     def identity(self) -> dict[str, object]:
-        """Describes the content: names, labels and geometry."""
+        """Describe the content: names, labels and geometry."""
         listing = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
         digest = sha256(listing.encode(errors="surrogateescape"))  # names need not be valid UTF-8
         return {"kind": "images", "shape": list(self.shape), "files": digest.hexdigest()}
@@ -92,7 +93,7 @@ class ImageDataset(Dataset):
         return decode(self.source.read(name), f"{name} in {self.source.path}", self.shape[1:], self.shape[0])
 
     def _next_readable(self, index: int) -> tuple[int, NDArray[np.uint8]]:
-        """Decodes an image, or with on_error "skip" the first one after it that can be decoded."""
+        """Decode an image, or with on_error "skip" the first readable one from it on."""
         for place in range(index, index + len(self)):
             place %= len(self)
             if self.names[place] in self._broken:
@@ -103,11 +104,13 @@ class ImageDataset(Dataset):
                 if self.on_error == "raise":
                     raise
                 self._broken[self.names[place]] = str(error)
-                warnings.warn(f"{len(self._broken)} unreadable image(s) skipped so far, now: {error}", stacklevel=2)
+                warnings.warn(
+                    f"{len(self._broken)} unreadable image(s) skipped so far, the last: {error}", stacklevel=2
+                )
         raise DataError(f"None of the {len(self)} images in {self.source.path} can be read.")
 
     def _load(self) -> None:
-        """Decodes all images into memory and leaves out the broken ones, or raises at the first of them."""
+        """Decode all images into memory; leave out the broken ones, or raise the error of the first."""
         with quiet():
             title, stop = f"Decoding {self.source.path.name}", self.on_error == "raise"
             pixels, broken = decode_all(self._decode, len(self.names), self.shape, title, stop)
@@ -119,7 +122,7 @@ class ImageDataset(Dataset):
         self._pixels = pixels
 
     def _leave_out(self, broken: dict[int, DataError]) -> None:
-        """Removes images from the list and says so; classes keep their numbers."""
+        """Remove broken images from the list with a warning; classes keep their numbers."""
         if len(broken) == len(self.names):
             raise DataError(f"None of the {len(self)} images in {self.source.path} can be read: {broken[0]}")
         names = [self.names[index] for index in broken]
@@ -135,32 +138,32 @@ class ImageDataset(Dataset):
 
 
 def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Returns the class names and the label of every file; refuses what cannot be labelled in one way only."""
+    """Return the class names and the label of every file; refuse files that lie partly in class folders."""
     if not names:
-        known = " ".join(sorted(EXTENSIONS))
-        raise DataError(f"{source.path} holds no images; expected files ending in one of {known}, in class folders.")
-    if num_classes == 1:
-        return ("all",), np.zeros(len(names), dtype=np.int64)
+        extensions = " ".join(sorted(EXTENSIONS))
+        raise DataError(f"{source.path} holds no images: give files ending in one of {extensions}, in class folders.")
     at_root = [name for name in names if "/" not in name]
-    if at_root and len(at_root) < len(names):
+    if num_classes == 1 or len(at_root) == len(names):
+        classes = ClassFolders(("all",), np.zeros(len(names), dtype=np.int64), None)
+    elif at_root:
         raise DataError(
             f"{source.path} holds {len(at_root)} image(s) beside its class folders, such as {at_root[0]}: move them "
             "into a class folder or away, or set num_classes=1 to put all images into one class."
         )
-    folders = ["all" if at_root else name.split("/", 1)[0] for name in names]
-    class_names = tuple(sorted(set(folders)))
-    if num_classes is not None and num_classes != len(class_names):
-        shown = ", ".join(class_names[:_NAMED]) + (", ..." if len(class_names) > _NAMED else "")
+    else:
+        classes = class_folders(names)
+    count = len(classes.names)
+    if num_classes is not None and num_classes != count:
+        shown = ", ".join(classes.names[:_NAMED]) + (", ..." if count > _NAMED else "")
         raise DataError(
-            f"{source.path} holds {len(class_names)} class folder(s) ({shown}), but num_classes={num_classes}; "
-            "correct num_classes or leave it out."
+            f"{source.path} holds {count} class folder(s) ({shown}), but num_classes={num_classes}: correct "
+            "num_classes or leave it out."
         )
     nested = {name.split("/", 2)[1] for name in names if name.count("/") >= 2}
-    if len(class_names) == 1 and not at_root and len(nested) > 1 and all(name.count("/") >= 2 for name in names):
+    if num_classes != 1 and count == 1 and len(nested) > 1 and all(name.count("/") >= 2 for name in names):
         warnings.warn(
-            f"All images in {source.path} lie below the one folder {class_names[0]}, which makes one class. If its "
-            f"{len(nested)} folders are the classes, set path={source.path / class_names[0]}.",
+            f"All images in {source.path} lie below the one folder {classes.names[0]}, which makes one class. If its "
+            f"{len(nested)} folders are the classes, set path={source.path / classes.names[0]}.",
             stacklevel=3,
         )
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return class_names, np.array([numbers[folder] for folder in folders], dtype=np.int64)
+    return classes.names, classes.labels

@@ -1,4 +1,4 @@
-"""Precomputed latents as a data set, read memory-mapped."""
+"""Precomputed latents as a data set, memory-mapped."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tokdyn.errors import DataError
 class LatentDataset(Dataset):
     """Latents that `tokdyn features` wrote, scaled and ready for a model.
 
-    Shards are mapped, not loaded: only the samples that are asked for are read, and each is compared with its
-    checksum. `index` says which autoencoder decodes them and how they are scaled.
+    Shards are mapped, not loaded: only requested samples are read, and each is compared with its checksum. `index`
+    names the autoencoder that decodes them and the scaling that was applied.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the index and checks every shard's size and layout.
+        """Read the index and check the size and layout of every shard.
 
         Args:
             folder: the `out` of `tokdyn features`.
@@ -39,7 +39,7 @@ class LatentDataset(Dataset):
         self._ends = np.cumsum([shard.count for shard in self.index.shards])
         self._shards: dict[int, dict[str, Tensor]] = {}
         if not len(self._ends) or self._ends[-1] != self.index.count:
-            raise DataError(f"{self.folder}: the shards do not add up to {self.index.count} samples; write them again.")
+            raise DataError(f"{self.folder}: the shards do not add up to {self.index.count} samples: write them again.")
         for number in range(len(self.index.shards)):
             self._shard(number)
 
@@ -48,30 +48,30 @@ class LatentDataset(Dataset):
         return self.index.count
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """Reads latents; see `Dataset.fetch`. A flipped sample is the latent of the mirrored image."""
+        """Read latents; see `Dataset.fetch`. A flipped sample is the latent of the mirrored image."""
         wanted = self._checked(indices, len(self))
         flipped = np.zeros(len(wanted), dtype=np.bool_) if flips is None else np.asarray(flips, dtype=np.bool_)
         if flipped.any():
             self.require_flip()
         samples = torch.empty(len(wanted), *self.shape)
         labels = torch.empty(len(wanted), dtype=torch.int64)
-        homes = np.searchsorted(self._ends, wanted, side="right")
-        for number, flip in {*zip(homes.tolist(), flipped.tolist(), strict=True)}:
-            chosen = np.flatnonzero((homes == number) & (flipped == flip))
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        for number, flip in {*zip(shards.tolist(), flipped.tolist(), strict=True)}:
+            places = np.flatnonzero((shards == number) & (flipped == flip))
             entry = self.index.shards[number]
-            rows = torch.from_numpy(wanted[chosen] - (self._ends[number] - entry.count))
-            latents, own = read_rows(
+            rows = torch.from_numpy(wanted[places] - (self._ends[number] - entry.count))
+            latents, latent_labels = read_rows(
                 self.folder / entry.file, self._shard(number), "flipped" if flip else "latents", rows
             )
-            samples[chosen], labels[chosen] = latents.float(), own
+            samples[places], labels[places] = latents.float(), latent_labels
         return samples, labels, wanted.tolist()
 
     def identity(self) -> dict[str, object]:
-        """Describes the content."""
+        """Describe the content."""
         return {"kind": "latents", "fingerprint": self.index.fingerprint, "count": self.index.count}
 
     def _shard(self, number: int) -> dict[str, Tensor]:
-        """Returns a shard, mapped once in every process."""
+        """Return a shard, mapped once per process."""
         if number not in self._shards:
             entry, index = self.index.shards[number], self.index
             path = self.folder / entry.file
@@ -79,7 +79,7 @@ class LatentDataset(Dataset):
             if len(shard["labels"]) != entry.count or path.stat().st_size != entry.size:
                 raise DamagedShardError(
                     f"{path} does not hold the {entry.count} samples that were written ({path.stat().st_size} bytes "
-                    f"instead of {entry.size}); delete it and run the same `tokdyn features` again."
+                    f"instead of {entry.size}): delete it and run the same `tokdyn features` again."
                 )
             self._shards[number] = shard
         return self._shards[number]

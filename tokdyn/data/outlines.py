@@ -1,8 +1,8 @@
-"""Ten shapes as signed distances: negative inside, positive outside, in units of the object's radius.
+"""Outlines of ten shapes as signed distances: negative inside, positive outside, in units of the object's radius.
 
-Every function takes coordinates x (to the right) and y (down) of any equal shape. Shapes lie within the unit disc up
-to a few hundredths, and remain of their class when mirrored or tilted a little. Where an exact distance is not needed
-the distance to the nearest bounding line stands in for it: its zero is the outline all the same.
+Every function takes coordinates x (to the right) and y (down), two arrays of equal shape. Shapes lie within the unit
+disc up to a few hundredths, and remain of their class when mirrored or tilted a little. Where an exact distance is not
+needed, the distance to the nearest bounding line is returned instead: it is zero on the same outline.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ Field = NDArray[np.float32]
 
 
 def circle(x: Field, y: Field) -> Field:
-    """A filled disc."""
+    """Return the distance to a filled disc."""
     return np.hypot(x, y) - np.float32(0.92)
 
 
 def square(x: Field, y: Field) -> Field:
-    """A filled square."""
+    """Return the distance to a filled square."""
     return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.74)
 
 
 def triangle(x: Field, y: Field) -> Field:
-    """A filled equilateral triangle with one corner on top."""
+    """Return the distance to a filled equilateral triangle with one corner on top."""
     slope = np.float32(np.sqrt(3) / 2)
     return np.maximum(slope * np.abs(x) - y / 2, y) - np.float32(0.5)
 
 
 def star(x: Field, y: Field) -> Field:
-    """A star with five points."""
+    """Return the distance to a star with five points."""
     fifth = np.float32(2 * np.pi / 5)
     angle = np.arctan2(x, -y)
     folded = np.abs(angle - fifth * np.rint(angle / fifth))  # 0 at a point, pi/5 at a notch
@@ -45,23 +45,23 @@ def star(x: Field, y: Field) -> Field:
 
 
 def ring(x: Field, y: Field) -> Field:
-    """A circle with a round hole."""
+    """Return the distance to a circle with a round hole."""
     return np.abs(np.hypot(x, y) - np.float32(0.71)) - np.float32(0.22)
 
 
 def frame(x: Field, y: Field) -> Field:
-    """A square with a square hole."""
+    """Return the distance to a square with a square hole."""
     return np.abs(np.maximum(np.abs(x), np.abs(y)) - np.float32(0.57)) - np.float32(0.18)
 
 
 def cross(x: Field, y: Field) -> Field:
-    """An upright cross with equal arms."""
+    """Return the distance to an upright cross with equal arms."""
     long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
     return np.maximum(long - np.float32(0.93), short - np.float32(0.27))
 
 
 def heart(x: Field, y: Field) -> Field:
-    """A heart: a square on its corner with a half disc on each upper side."""
+    """Return the distance to a heart: a square on its corner with a half disc on each upper side."""
     half = np.float32(0.55)
     y = y - np.float32(0.06)
     u, v = np.float32(np.sqrt(0.5)) * (x + y), np.float32(np.sqrt(0.5)) * (x - y)
@@ -72,14 +72,14 @@ def heart(x: Field, y: Field) -> Field:
 
 
 def crescent(x: Field, y: Field) -> Field:
-    """A moon: a disc without a second disc at its right."""
+    """Return the distance to a crescent moon: a disc without a second disc at its right."""
     disc, hole = np.hypot(x, y) - np.float32(0.95), np.hypot(x - np.float32(0.5), y) - np.float32(0.72)
     rest: Field = np.maximum(disc, -hole)
     return rest
 
 
 def hourglass(x: Field, y: Field) -> Field:
-    """Two triangles that meet at their tips."""
+    """Return the distance to an hourglass: two triangles that meet at their tips."""
     slope = np.float32(0.85)
     sides = (np.abs(x) - slope * np.abs(y) - np.float32(0.06)) / np.float32(np.sqrt(1 + slope**2))
     both: Field = np.maximum(np.abs(y) - np.float32(0.78), sides)

@@ -16,24 +16,23 @@ from tokdyn.errors import DataError
 from tokdyn.progress import progress
 
 _CHUNK = 64  # images that a thread decodes before it reports progress
-_SLOW = 1e-3  # seconds per image from which threads pay: below, they mostly wait for the interpreter's lock
+_SLOW = 1e-3  # seconds per image above which threads pay off: below, they mostly wait for the interpreter's lock
 
 
 def decode_all(
     read: Callable[[int], NDArray[np.uint8]], count: int, shape: tuple[int, int, int], title: str, stop: bool
 ) -> tuple[Tensor, dict[int, DataError]]:
-    """Decodes images into one tensor.
+    """Decode images into one tensor, on several threads if that pays off.
 
     Args:
-        read: returns an image (C, H, W) by its number, or raises a DataError.
+        read: decodes the image (C, H, W) of a number, or raises a DataError.
         count: number of images (N).
         shape: (C, H, W).
         title: shown beside the progress bar.
-        stop: end early when an image cannot be read.
+        stop: stop at the first image that cannot be read.
 
     Returns:
-        Images (N, C, H, W) uint8, undefined where they could not be read; and why those could not, by number in
-        ascending order.
+        Images (N, C, H, W) uint8, undefined where they could not be read, and the errors of those by number, ascending.
     """
     pixels = torch.empty(count, *shape, dtype=torch.uint8)
     view = pixels.numpy()

@@ -1,4 +1,4 @@
-"""Procedural images: a textured object on a smooth background, and the truth about where the detail is."""
+"""Procedural images: a textured object on a smooth background, with a ground-truth mask of the detail."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ShapesDataset(Dataset):
 
     A shape has a fine texture and an outline of its own colour. The background varies slowly, over about the whole
     image. In every channel the object is brighter than any background, or darker than any, so the class can always
-    be told from the object, and only from it. Place, size, tilt, texture and colours are random.
+    be told from the object, and only from the object. Place, size, tilt, texture and colours are random.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class ShapesDataset(Dataset):
         seed: int = 0,
         length: int = 50_000,
     ) -> None:
-        """Checks the settings.
+        """Check the settings.
 
         Args:
             size: (rows, columns) in pixels, each at least 16.
             channels: number of colour channels.
-            num_classes: use the first so many shapes; None for all ten.
-            seed: of the content.
-            length: samples in one epoch; larger indices work all the same.
+            num_classes: use this many of the shapes; None uses all ten.
+            seed: seed of the content.
+            length: samples in one epoch; larger indices are valid too.
         """
         count = len(OUTLINES) if num_classes is None else num_classes
         if not 1 <= count <= len(OUTLINES):
@@ -63,20 +63,20 @@ class ShapesDataset(Dataset):
         return self.length
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """Draws images; see `Dataset.fetch`."""
+        """Draw images; see `Dataset.fetch`."""
         wanted = self._checked(indices, None)
         labels = torch.from_numpy(wanted % self.num_classes)
         return to_signed(torch.from_numpy(self.pixels(wanted)), flips), labels, wanted.tolist()
 
     def identity(self) -> dict[str, object]:
-        """Describes the content."""
+        """Describe the content."""
         return {
             "kind": "shapes", "version": 1, "shape": list(self.shape), "classes": self.num_classes,
             "seed": self.seed, "length": self.length,
         }  # fmt: skip
 
     def pixels(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Returns images (B, C, H, W) as bytes."""
+        """Return images (B, C, H, W) as bytes."""
         wanted = self._checked(indices, None)  # type: ignore[arg-type]
         images = np.empty((len(wanted), *self.shape), dtype=np.uint8)
         for part in self._parts(len(wanted)):
@@ -84,7 +84,7 @@ class ShapesDataset(Dataset):
         return images
 
     def detail_masks(self, indices: Sequence[int]) -> Tensor:
-        """Returns (B, H, W) bool: True on the object with its texture and outline, False on the smooth background."""
+        """Return (B, H, W) bool: True on the object with its texture and outline, False on the smooth background."""
         wanted = self._checked(indices, None)
         masks = np.empty((len(wanted), *self.shape[1:]), dtype=np.bool_)
         for part in self._parts(len(wanted)):
@@ -93,7 +93,7 @@ class ShapesDataset(Dataset):
         return torch.from_numpy(masks)
 
     def detail_mask(self, index: int) -> Tensor:
-        """Returns the (H, W) bool mask of one image; see `detail_masks`."""
+        """Return the (H, W) bool mask of one image; see `detail_masks`."""
         return self.detail_masks([index])[0]
 
     def _parts(self, count: int) -> list[slice]:
@@ -101,13 +101,13 @@ class ShapesDataset(Dataset):
         return [slice(start, start + step) for start in range(0, count, step)]
 
     def _draws(self, indices: NDArray[np.int64]) -> Floats:
-        """Returns the random numbers (B, K, 1, 1) in [0, 1) that decide everything about the images."""
+        """Return the random numbers (B, K, 1, 1) in [0, 1) that decide everything about the images."""
         count = _BASE_DRAWS + _CHANNEL_DRAWS * self.shape[0]
         draws = uniform(self.seed, Purpose.SHAPE, indices[:, None], np.arange(count))
         return draws.astype(np.float32)[:, :, None, None]
 
     def _distance(self, labels: NDArray[np.int64], draws: Floats) -> tuple[Floats, Floats, Floats]:
-        """Returns the signed distance to the outline and the coordinates about the object, each (B, H, W) in pixels."""
+        """Return the signed distance to the outline and the coordinates about the object, each (B, H, W) in pixels."""
         _, rows, columns = self.shape
         radius = (0.30 + 0.12 * draws[:, 0]) * np.float32(min(rows, columns))
         centre_x = radius + draws[:, 1] * (columns - 2 * radius)
@@ -118,14 +118,14 @@ class ShapesDataset(Dataset):
         along, across = np.cos(tilt) * x + np.sin(tilt) * y, np.cos(tilt) * y - np.sin(tilt) * x
         distance = np.empty_like(along)
         for label, outline in enumerate(OUTLINES.values()):
-            chosen = np.flatnonzero(labels == label)
-            if chosen.size:
-                scale = radius[chosen]
-                distance[chosen] = outline(along[chosen] / scale, across[chosen] / scale) * scale
+            members = np.flatnonzero(labels == label)
+            if members.size:
+                scale = radius[members]
+                distance[members] = outline(along[members] / scale, across[members] / scale) * scale
         return distance, along, across
 
     def _draw(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Draws images (B, C, H, W)."""
+        """Draw images (B, C, H, W)."""
         channels, rows, columns = self.shape
         draws = self._draws(indices)
         distance, along, across = self._distance(indices % self.num_classes, draws)
@@ -148,7 +148,7 @@ class ShapesDataset(Dataset):
 
 
 def _texture(along: Floats, across: Floats, period: Floats, draws: Floats) -> Floats:
-    """Returns stripes, checks or dots (B, H, W) in [0, 1], with (B, 1, 1) periods in pixels, from four draws."""
+    """Return stripes, checks or dots (B, H, W) in [0, 1], with (B, 1, 1) periods in pixels, from four draws."""
     angle = np.float32(np.pi) * draws[:, 0]
     pitch = np.float32(2 * np.pi) / period
     turn = np.float32(2 * np.pi) * draws[:, 1:3]
@@ -160,7 +160,7 @@ def _texture(along: Floats, across: Floats, period: Floats, draws: Floats) -> Fl
 
 
 def _wave(rows: int, columns: int, draws: Floats) -> Floats:
-    """Returns a plane wave (B, H, W) in [-1, 1] of 0.2 to 0.9 periods across the shorter side, from three draws."""
+    """Return a plane wave (B, H, W) in [-1, 1] of 0.2 to 0.9 periods across the shorter side, from three draws."""
     angle = np.float32(2 * np.pi) * draws[:, 0]
     pitch = np.float32(2 * np.pi) * (0.2 + 0.7 * draws[:, 1]) / min(rows, columns)
     x, y = np.arange(columns, dtype=np.float32), np.arange(rows, dtype=np.float32)[:, None]

@@ -23,17 +23,17 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class DamagedShardError(DataError):
-    """A shard that cannot be what was written."""
+    """A shard does not hold what was written to it."""
 
 
 class VaeIdentity(BaseModel):
-    """Which autoencoder wrote the latents.
+    """Identity of the autoencoder that wrote the latents.
 
     Attributes:
         kind: its class in diffusers.
         source: the absolute path or the hub id that it was loaded from; None if it was not loaded.
-        subfolder: of it.
-        sha256: of its weights as they were loaded.
+        subfolder: folder below the source that it was loaded from.
+        sha256: hash of its weights as they were loaded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +45,7 @@ class VaeIdentity(BaseModel):
 
 
 class LatentOrigin(BaseModel):
-    """What turns latents back into pictures: the autoencoder, and the scaling that was applied to them."""
+    """What decodes latents: the autoencoder that wrote them, and the scaling that was applied."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +54,7 @@ class LatentOrigin(BaseModel):
 
 
 class ShardEntry(BaseModel):
-    """One shard: its file, how many samples and how many bytes it holds."""
+    """File name, number of samples and number of bytes of one shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,19 +68,19 @@ class LatentIndex(BaseModel):
 
     Attributes:
         format: name of this layout.
-        version: of this layout.
-        fingerprint: of everything that decides the values; shards carry the same one.
-        count: samples, without flipped copies.
+        version: version of this layout.
+        fingerprint: hash of everything that decides the values; every shard carries the same one.
+        count: number of samples, flipped copies not counted.
         shape: (c, h, w) of a latent.
-        dtype: in which latents are stored.
+        dtype: type of the stored latents.
         flipped: whether the latents of mirrored images are stored as well.
-        class_names: one per label.
+        class_names: one name per label.
         image_size: (rows, columns) of the encoded images in pixels.
         posterior: "mean" or "sample".
-        seed: of the posterior samples.
-        scaling: already applied to the stored latents.
-        vae: the autoencoder.
-        shards: in the order of the samples.
+        seed: seed of the posterior samples.
+        scaling: scaling that was applied to the stored latents.
+        vae: autoencoder that encoded them.
+        shards: the shards, in the order of the samples.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,16 +102,16 @@ class LatentIndex(BaseModel):
 
     @property
     def origin(self) -> LatentOrigin:
-        """What turns these latents back into pictures."""
+        """What decodes these latents."""
         return LatentOrigin(vae=self.vae, scaling=self.scaling)
 
 
 def read_index(folder: Path) -> LatentIndex:
-    """Reads `index.json`; raises a DataError if it is missing, damaged or of another version."""
+    """Read `index.json`; raise a DataError if it is missing, damaged or of another version."""
     path = folder / INDEX
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} {found}; give the path of a folder that `tokdyn features` wrote.")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {problem}: give the path of a folder that `tokdyn features` wrote.")
     if not path.is_file():
         unfinished = any(folder.glob("shard_*.safetensors"))
         advice = (
@@ -125,30 +125,30 @@ def read_index(folder: Path) -> LatentIndex:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"
-        raise DataError(f"{path} is damaged or of another version ({reason}); write the latents again.") from error
+        raise DataError(f"{path} is damaged or of another version ({reason}): write the latents again.") from error
 
 
 def write_index(folder: Path, index: LatentIndex) -> None:
-    """Writes `index.json` in one step."""
+    """Write `index.json` atomically."""
     text = json.dumps(index.model_dump(mode="json"), indent=2) + "\n"
     with replacing(folder / INDEX) as half:
         half.write_text(text, encoding="utf-8")
 
 
 def shard_name(number: int) -> str:
-    """Returns the file name of a shard."""
+    """Return the file name of a shard."""
     return f"shard_{number:05d}.safetensors"
 
 
 def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | None, fingerprint: str) -> None:
-    """Writes a shard in one step, so that a shard that exists is whole.
+    """Write a shard atomically, so that a shard that exists is complete.
 
     Args:
         path: of the file.
         latents: (n, c, h, w).
         labels: (n,) int64.
-        flipped: latents of the mirrored images (n, c, h, w), if wanted.
-        fingerprint: of the run.
+        flipped: (n, c, h, w) latents of the mirrored images, or None.
+        fingerprint: hash of everything that decides the values.
     """
     tensors = {"latents": latents.contiguous(), "labels": labels.contiguous()}
     if flipped is not None:
@@ -163,13 +163,13 @@ def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | N
 def open_shard(
     path: Path, dtype: str, flipped: bool, fingerprint: str, shape: tuple[int, int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Maps a shard into memory and checks that it is what the index says.
+    """Map a shard into memory and check that it is what the index describes.
 
     Args:
         path: of the file.
         dtype: stored type.
         flipped: whether it must hold flipped copies.
-        fingerprint: that it must carry.
+        fingerprint: fingerprint that it must carry.
         shape: (c, h, w) of a latent; None for any.
 
     Returns:
@@ -184,28 +184,28 @@ def open_shard(
             owner = (file.metadata() or {}).get("fingerprint")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; run the same `tokdyn features` again to write it.") from error
+        raise DataError(f"{path} is missing: run the same `tokdyn features` again to write it.") from error
     except (SafetensorError, OSError) as error:
         raise _damaged(path, str(error)) from error
     if owner != fingerprint:
-        raise DataError(f"{path} belongs to other latents; give each run of `tokdyn features` its own folder.")
+        raise DataError(f"{path} belongs to other latents: give each run of `tokdyn features` its own folder.")
     count = len(tensors["labels"]) if "labels" in tensors else 0
     shape = tuple(tensors["latents"].shape[1:]) if shape is None and "latents" in tensors else shape or ()
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"labels": ((count,), torch.int64)}
     for name in ("latents", "flipped") if flipped else ("latents",):
         expected |= {name: ((count, *shape), DTYPES[dtype]), f"{name}_crc32": ((count,), torch.int64)}
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if found != expected:
-        raise _damaged(path, f"it holds {_shown(found)} instead of {_shown(expected)}")
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if layout != expected:
+        raise _damaged(path, f"it holds {_shown(layout)} instead of {_shown(expected)}")
     return tensors
 
 
 def read_rows(path: Path, tensors: Mapping[str, Tensor], name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Reads samples of a shard and compares them with their checksums.
+    """Read samples of a shard and verify their checksums.
 
     Args:
-        path: of the file, for errors.
-        tensors: the shard.
+        path: path of the shard, for errors.
+        tensors: content of the shard.
         name: "latents" or "flipped".
         rows: (b,) int64 numbers of the samples.
 
@@ -220,12 +220,12 @@ def read_rows(path: Path, tensors: Mapping[str, Tensor], name: str, rows: Tensor
 
 
 def checksum(latent: Tensor, label: int) -> int:
-    """Returns a CRC-32 over the bytes of a contiguous latent and its label."""
+    """Return a CRC-32 over the bytes of a contiguous latent and its label."""
     return zlib.crc32(latent.reshape(-1).view(torch.uint8).numpy().data, label & 0xFFFFFFFF)
 
 
 def _damaged(path: Path, reason: str) -> DamagedShardError:
-    return DamagedShardError(f"{path} is damaged ({reason}); delete it and run the same `tokdyn features` again.")
+    return DamagedShardError(f"{path} is damaged ({reason}): delete it and run the same `tokdyn features` again.")
 
 
 def _shown(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -1,4 +1,4 @@
-"""Where image files lie: a folder or a zip, listed in the same order and read by name."""
+"""Folders and zips of image files, listed in the same order and read by name."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Source(Protocol):
     path: Path
 
     def names(self) -> list[str]:
-        """Returns the image files as paths with forward slashes relative to the root, sorted part by part."""
+        """Return the image files as paths with forward slashes relative to the root, sorted part by part."""
 
     def read(self, name: str) -> bytes:
-        """Returns the bytes of one file; raises a DataError that names it."""
+        """Return the bytes of one file; raise a DataError that names it."""
 
 
 class FolderSource:
@@ -34,26 +34,26 @@ class FolderSource:
         self.path = path
 
     def names(self) -> list[str]:
-        """Returns the image files; see `Source`."""
-        found: list[str] = []
-        seen: set[str] = set()
-        for folder, children, files in os.walk(self.path, onerror=self._refused, followlinks=True):
+        """Return the image files; see `Source`."""
+        names: list[str] = []
+        visited: set[str] = set()
+        for folder, children, files in os.walk(self.path, onerror=self._raise, followlinks=True):
             real = os.path.realpath(folder)
-            if real in seen:  # a link to a folder above itself
+            if real in visited:  # a link to a folder above itself
                 children.clear()
                 continue
-            seen.add(real)
+            visited.add(real)
             below = Path(folder).relative_to(self.path)
-            found.extend((below / name).as_posix() for name in files)
+            names.extend((below / name).as_posix() for name in files)
             children[:] = [name for name in children if not _hidden(name)]
-        return _images(found)
+        return _images(names)
 
-    def _refused(self, error: OSError) -> None:
-        """A folder that cannot be listed would otherwise be missing without a word."""
+    def _raise(self, error: OSError) -> None:
+        """Raise the error of a folder that cannot be listed, because `os.walk` would leave the folder out silently."""
         raise DataError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
 
     def read(self, name: str) -> bytes:
-        """Returns the bytes of one file; see `Source`."""
+        """Return the bytes of one file; see `Source`."""
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
@@ -61,41 +61,41 @@ class FolderSource:
 
 
 class ZipSource:
-    """Image files in a zip, or in one folder of it; opened anew in every process that reads."""
+    """Image files in a zip, or in one folder of it; every process that reads opens the archive anew."""
 
-    def __init__(self, path: Path, inside: str = "") -> None:
-        """Opens the archive.
+    def __init__(self, path: Path, folder: str = "") -> None:
+        """Open the archive.
 
         Args:
             path: the zip file.
-            inside: folder in the archive that counts as the root, "" for the archive itself.
+            folder: folder in the archive that is taken as the root; "" takes the archive itself.
         """
         self.path = path
-        self.inside = f"{inside.strip('/')}/" if inside.strip("/") else ""
+        self.folder = f"{folder.strip('/')}/" if folder.strip("/") else ""
         self._archive: tuple[int, zipfile.ZipFile] | None = None
 
     def names(self) -> list[str]:
-        """Returns the image files; see `Source`."""
+        """Return the image files; see `Source`."""
         names = self._open().namelist()
-        if self.inside and not any(name.startswith(self.inside) for name in names):
-            raise DataError(f"There is no folder {self.inside} in {self.path}; leave it out, or correct it.")
-        return _images([name.removeprefix(self.inside) for name in names if name.startswith(self.inside)])
+        if self.folder and not any(name.startswith(self.folder) for name in names):
+            raise DataError(f"There is no folder {self.folder} in {self.path}: leave it out, or correct it.")
+        return _images([name.removeprefix(self.folder) for name in names if name.startswith(self.folder)])
 
     def read(self, name: str) -> bytes:
-        """Returns the bytes of one file; see `Source`."""
+        """Return the bytes of one file; see `Source`."""
         try:
-            return self._open().read(self.inside + name)
+            return self._open().read(self.folder + name)
         except (OSError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
             raise DataError(f"{name} in {self.path} cannot be read: {error}.") from error
 
     def _open(self) -> zipfile.ZipFile:
-        """Returns the archive as opened by this process: a file position must not be shared after a fork."""
+        """Return the archive as opened by this process; a file position must not be shared after a fork."""
         if self._archive is None or self._archive[0] != os.getpid():
             try:
                 self._archive = (os.getpid(), zipfile.ZipFile(self.path))
             except (zipfile.BadZipFile, OSError, EOFError) as error:
                 raise DataError(
-                    f"{self.path} is not a readable zip file ({error}); give a folder of images or an intact .zip."
+                    f"{self.path} is not a readable zip file ({error}): give a folder of images or an intact .zip."
                 ) from error
         return self._archive[1]
 
@@ -104,16 +104,16 @@ class ZipSource:
 
 
 def open_source(path: str | Path) -> Source:
-    """Opens a folder, a zip, or a folder inside a zip (`pictures.zip/train`).
+    """Open a folder, a zip, or a folder inside a zip (`pictures.zip/train`).
 
     Args:
-        path: where the images are.
+        path: path of the images.
 
     Returns:
         The source of the files.
 
     Raises:
-        DataError: there is nothing at the path, or it is neither a folder nor a zip.
+        DataError: nothing exists at the path, or it is neither a folder nor a zip.
     """
     path = Path(path).expanduser()
     try:
@@ -123,12 +123,12 @@ def open_source(path: str | Path) -> Source:
         if archive is not None:
             with archive.open("rb") as file:
                 if not zipfile.is_zipfile(file):
-                    raise DataError(f"{archive} is neither a folder nor a zip file; give a folder of images or a .zip.")
+                    raise DataError(f"{archive} is neither a folder nor a zip file: give a folder of images or a .zip.")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     if archive is not None:
         return ZipSource(archive, path.relative_to(archive).as_posix() if archive != path else "")
-    raise DataError(f"There is no file or folder {path}; give the path of a folder or zip of images.")
+    raise DataError(f"There is no file or folder {path}: give the path of a folder or zip of images.")
 
 
 def _hidden(part: str) -> bool:
@@ -136,7 +136,7 @@ def _hidden(part: str) -> bool:
 
 
 def _images(names: list[str]) -> list[str]:
-    """Keeps the visible files with the extension of an image, sorted by their parts."""
+    """Keep the visible files with the extension of an image, sorted by the parts of their path."""
     paths = [PurePosixPath(name) for name in names if not name.endswith("/")]
     kept = [path for path in paths if path.suffix.lower() in EXTENSIONS and not any(map(_hidden, path.parts))]
     return [path.as_posix() for path in sorted(kept, key=lambda path: path.parts)]

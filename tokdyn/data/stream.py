@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, rank), so resuming a run needs nothing but the step."""
+"""Batches as a pure function of (seed, step, rank), so that resuming a run needs nothing but the step."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from tokdyn.errors import DataError
 class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """An endless sequence of batches over a data set, shuffled anew in every epoch.
 
-    Samples are numbered through all epochs by one counter: sample c is place c % n of epoch c // n. Step s of all
-    ranks together takes the counters s * G to (s + 1) * G - 1 with G = batch_size * world, and each rank takes its own
-    contiguous part. No sample repeats within an epoch, batches run across the border of two epochs, and ranks
-    together see the same samples for any world size of equal G.
+    Samples are counted through all epochs: sample c is at place c % n of epoch c // n. Step s of all ranks together
+    takes counters s * G to (s + 1) * G - 1 with G = batch_size * world, and each rank takes a contiguous part of them.
+    No sample repeats within an epoch, a batch may span two epochs, and for equal G the ranks together see the same
+    samples whatever their number.
     """
 
     def __init__(
         self, dataset: Dataset, batch_size: int, seed: int, rank: int = 0, world: int = 1, flip: bool = False
     ) -> None:
-        """Checks the settings.
+        """Check the settings.
 
         Args:
             dataset: the samples.
             batch_size: samples per step and rank (B).
-            seed: of order and flips.
+            seed: seed of the order and the flips.
             rank: number of this process, 0 to world - 1.
             world: number of processes.
             flip: mirror each sample with probability 1/2, drawn from (seed, counter).
         """
         if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}, but a batch needs at least one sample.")
+            raise DataError(f"batch_size is {batch_size}: give at least 1.")
         if not 0 <= rank < world:
-            raise DataError(f"rank {rank} is not one of the {world} processes 0 to {world - 1}.")
+            raise DataError(f"rank is {rank}, expected 0 to {world - 1} for {world} process(es).")
         if len(dataset) == 0:
-            raise DataError("The data set is empty, so there is nothing to draw batches from.")
+            raise DataError("The data set is empty: give one with at least one sample.")
         if flip:
             dataset.require_flip()
         self.dataset = dataset
@@ -54,39 +54,39 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def counters(self, step: int) -> NDArray[np.int64]:
-        """Returns the (B,) sample counters of this rank at `step`."""
+        """Return the (B,) sample counters of this rank at `step`."""
         if step < 0:
             raise IndexError(f"step {step} is negative")
         start = (step * self.world + self.rank) * self.batch_size
         return np.arange(start, start + self.batch_size, dtype=np.int64)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """Returns the (B,) sample numbers of this rank at `step`."""
+        """Return the (B,) sample numbers of this rank at `step`."""
         counters = self.counters(step)
         epochs, places = np.divmod(counters, len(self.dataset))
         indices = np.empty_like(counters)
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            indices[chosen] = self._order(int(epoch))[places[chosen]]
+            current = epochs == epoch
+            indices[current] = self._order(int(epoch))[places[current]]
         return indices
 
     def flips(self, step: int) -> NDArray[np.bool_] | None:
-        """Returns (B,) booleans, True where the sample is mirrored at `step`; None without flips."""
+        """Return (B,) booleans, True where the sample is mirrored at `step`; None without flips."""
         if not self.flip:
             return None
         return (hashed(self.seed, Purpose.FLIP, self.counters(step)) >> np.uint64(63)).astype(np.bool_)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Returns samples (B, C, H, W) and labels (B,) of this rank at `step`, any non-negative number."""
+        """Return samples (B, C, H, W) and labels (B,) of this rank at `step`, any non-negative number."""
         flips = self.flips(step)
         return self.dataset.batch(self.indices(step).tolist(), None if flips is None else flips.tolist())
 
     def epoch(self, step: int) -> float:
-        """Returns how many epochs all ranks together have seen before `step`."""
+        """Return how many epochs all ranks together have seen before `step`."""
         return step * self.batch_size * self.world / len(self.dataset)
 
     def loader(self, start: int, stop: int, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Returns a loader over the batches of steps start .. stop - 1, in order.
+        """Return a loader over the batches of steps start .. stop - 1, in order.
 
         Args:
             start: first step.
@@ -99,12 +99,12 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             sampler=range(start, stop),
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            # Starting a loader draws a number: from here, and not from the global state that a resumed run restores.
+            # Starting a loader draws a number: not from the global state, which a resumed run has restored.
             generator=torch.Generator().manual_seed(self.seed & (2**63 - 1)),
         )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Returns the order of an epoch, remembering the last two of them."""
+        """Return the order of an epoch, caching the last two of them."""
         if epoch not in self._orders:
             while len(self._orders) > 1:
                 del self._orders[next(iter(self._orders))]

@@ -1,4 +1,4 @@
-"""Image autoencoders of diffusers behind one interface: load, encode to model-ready latents, decode."""
+"""Image autoencoders of diffusers: loads them, encodes images to model inputs, decodes model inputs to images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokdyn.errors import DataError
 
 
 class LatentScaling(BaseModel):
-    """What turns an autoencoder's latents z into model inputs x = (z - mean) / std * factor.
+    """Affine map from an autoencoder's latents z to model inputs: `x = (z - mean) / std * factor`.
 
     Attributes:
         factor: the autoencoder's scaling factor.
@@ -34,12 +34,12 @@ class LatentScaling(BaseModel):
     std: tuple[float, ...] = (1.0,)
 
     def apply(self, latents: Tensor) -> Tensor:
-        """Returns model inputs (B, C, h, w) from latents (B, C, h, w)."""
+        """Return model inputs (B, C, h, w) from latents (B, C, h, w)."""
         mean, std = self._columns(latents)
         return (latents - mean) / std * self.factor
 
     def invert(self, inputs: Tensor) -> Tensor:
-        """Returns latents (B, C, h, w) from model inputs (B, C, h, w)."""
+        """Return latents (B, C, h, w) from model inputs (B, C, h, w)."""
         mean, std = self._columns(inputs)
         return inputs / self.factor * std + mean
 
@@ -49,7 +49,7 @@ class LatentScaling(BaseModel):
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silences what diffusers and the hub's client remark beside doing what they are told; what fails still raises."""
+    """Silence warnings and logs of diffusers and the hub's client; errors still raise."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -63,7 +63,7 @@ def quiet_diffusers() -> Iterator[None]:
 
 
 def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
-    """Loads any diffusers autoencoder for images.
+    """Load any diffusers autoencoder for images.
 
     Args:
         path: folder of `save_pretrained`, of a pipeline, or an id on the hub.
@@ -95,15 +95,15 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             failure = failure or error
     raise DataError(
-        f"No autoencoder can be loaded from {path} ({failure}); give vae a folder written by save_pretrained, the "
+        f"No autoencoder can be loaded from {path} ({failure}): give vae a folder written by save_pretrained, the "
         "folder of a pipeline, or a hub id that can be reached from here."
     ) from failure
 
 
 def scaling_of(vae: nn.Module) -> LatentScaling:
-    """Reads the scaling that the config of an autoencoder (or of its family) prescribes.
+    """Read the scaling from the config of an autoencoder.
 
-    Per-channel statistics count only for autoencoders with a posterior: the others apply theirs when they encode.
+    Per-channel statistics count only for autoencoders with a posterior; the others apply them while encoding.
     """
     config: Any = vae.config
     factor = config.get("scaling_factor")
@@ -118,31 +118,31 @@ def scaling_of(vae: nn.Module) -> LatentScaling:
 def encode(
     vae: nn.Module, images: Tensor, scaling: LatentScaling, generators: Sequence[torch.Generator] | None = None
 ) -> Tensor:
-    """Encodes images to model inputs.
+    """Encode images to model inputs.
 
     Args:
         vae: a diffusers autoencoder for images.
         images: (B, C, H, W) in [-1, 1], on the device and of the dtype of the autoencoder.
-        scaling: applied to the latents.
-        generators: B generators to sample the posterior with; None takes its mean.
+        scaling: scaling to apply to the latents.
+        generators: B generators that sample the posterior; None takes its mean.
 
     Returns:
         (B, c, h, w) float32.
 
     Raises:
-        DataError: the autoencoder does not take such images or does not give finite latents (B, c, h, w).
+        DataError: the autoencoder does not take such images, or does not give finite latents (B, c, h, w).
     """
     try:
         with torch.no_grad():
             output = vae.encode(images)  # type: ignore[operator]
     except torch.OutOfMemoryError as error:
         raise DataError(
-            f"{len(images)} images do not fit into the memory of {images.device}; lower batch_size."
+            f"{len(images)} images do not fit into the memory of {images.device}: lower batch_size."
         ) from error
     except RuntimeError as error:
         raise DataError(
-            f"{type(vae).__name__} cannot encode images of shape {tuple(images.shape[1:])} ({error}); choose size and "
-            "channels that it takes."
+            f"{type(vae).__name__} cannot encode images of shape {tuple(images.shape[1:])} ({error}): choose a size "
+            "and channels that it takes."
         ) from error
     posterior = getattr(output, "latent_dist", None)
     if posterior is not None and generators is not None:
@@ -154,7 +154,7 @@ def encode(
         latents = (output.latents if hasattr(output, "latents") else output.latent).float()
     if latents.ndim != 4:
         raise DataError(
-            f"{type(vae).__name__} gives latents of {latents.ndim} dimensions; only image autoencoders fit."
+            f"{type(vae).__name__} gives latents of {latents.ndim} dimensions, expected 4: use an image autoencoder."
         )
     for axis in (2, 3):
         size, cells = images.shape[axis], latents.shape[axis]
@@ -162,19 +162,19 @@ def encode(
         if cells * factor != size:
             raise DataError(
                 f"{type(vae).__name__} turns {size} pixels into {cells} latents of {factor} pixels, which is "
-                f"{cells * factor}; choose a size that {factor} divides."
+                f"{cells * factor}: choose a size that {factor} divides."
             )
     latents = scaling.apply(latents)
     if not torch.isfinite(latents).all():
         raise DataError(
-            f"{type(vae).__name__} gives latents that are not finite in {images.dtype}; set vae_dtype=fp32 or use an "
+            f"{type(vae).__name__} gives latents that are not finite in {images.dtype}: set vae_dtype=fp32 or use an "
             "autoencoder that is made for this precision."
         )
     return latents
 
 
 def decode(vae: nn.Module, inputs: Tensor, scaling: LatentScaling) -> Tensor:
-    """Decodes model inputs (B, c, h, w) to images (B, C, H, W) float32 in [-1, 1]."""
+    """Decode model inputs (B, c, h, w) to images (B, C, H, W) float32 in [-1, 1]."""
     weight = next(vae.parameters())
     with torch.no_grad():
         latents = scaling.invert(inputs.to(weight.device, torch.float32)).to(weight.dtype)
@@ -183,7 +183,7 @@ def decode(vae: nn.Module, inputs: Tensor, scaling: LatentScaling) -> Tensor:
 
 
 def weights_digest(vae: nn.Module) -> str:
-    """Returns a SHA-256 over names, shapes, types and values of all weights."""
+    """Return a SHA-256 over names, shapes, types and values of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

@@ -1,1 +1,1 @@
-"""See the modules of this package."""
+"""Training objectives, and sampling on diffusers' schedulers."""

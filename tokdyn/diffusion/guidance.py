@@ -1,4 +1,4 @@
-"""One model call per step: classifier-free guidance (arXiv 2207.12598) and Lite-CFG in a single batch."""
+"""Classifier-free guidance (arXiv 2207.12598) and Lite-CFG (arXiv 2603.06351), both branches in one model call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from tokdyn.diffusion.objective import Objective
@@ -18,12 +19,12 @@ GuidanceChannels = Literal["all", "three"]
 
 @dataclass(frozen=True)
 class Denoised:
-    """What one call said about a batch.
+    """The model's output for one step.
 
     Attributes:
         prediction: (B, C, H, W) noise or velocity, guided.
         variance: (B, C, H, W) learned variance of the conditional branch, or None.
-        routing: the model's routing of the whole call, conditional branch first; None for models without one.
+        routing: routing of the whole call, conditional branch first; None for models that do not route tokens.
     """
 
     prediction: Tensor
@@ -36,15 +37,15 @@ class Branches:
 
     Args:
         model: takes ``(x, timestep=, class_labels=)`` and, when it routes tokens, ``tail_drop=``.
-        objective: what it was trained with.
+        objective: objective that the model was trained with.
         labels: (B,) int64 class of each image.
         guidance: scale; 1 means none.
         channels: which channels of the prediction are guided; the variance never is.
         tail_drop: fraction of the kept tokens that the conditional branch drops, or points (noise level, fraction).
-        uncond_tail_drop: that of the unconditional branch.
+        uncond_tail_drop: the same for the unconditional branch.
 
     Raises:
-        UnsupportedModelError: tokens are to be dropped in a model that has no such setting.
+        UnsupportedModelError: a tail drop is set for a model that cannot drop tokens.
     """
 
     def __init__(
@@ -63,29 +64,27 @@ class Branches:
         if guidance != 1.0:
             self._labels[True] = torch.cat([labels, torch.full_like(labels, null_class(model))])
         self._drops = tail_drop, uncond_tail_drop
-        self._chunked = takes_tail_drop(model)
-        self._known: dict[tuple[float, float], float | Tensor] = {}
-        if not self._chunked and (drops(tail_drop) or (guidance != 1.0 and drops(uncond_tail_drop))):
-            raise cannot_drop(model)
+        self._routes = takes_tail_drop(model)
+        self._pairs: dict[tuple[float, float], Tensor] = {}
+        if not self._routes and (drops(tail_drop) or (guidance != 1.0 and drops(uncond_tail_drop))):
+            raise tail_drop_error(model)
 
     def _budget(self, guided: bool, level: float) -> dict[str, float | Tensor]:
-        """The tail drop of a call; pairs of both branches are made once."""
-        if not self._chunked:
+        """Return the tail-drop argument of a call; the tensor for a pair of branches is built once."""
+        if not self._routes:
             return {}
         cond, uncond = (at(drop, level) for drop in self._drops)
         if not guided or cond == uncond:
             return {"tail_drop": cond}
-        if (cond, uncond) not in self._known:
-            labels = self._labels[False]
-            pair = torch.tensor([cond, uncond], device=labels.device)
-            self._known[cond, uncond] = pair.repeat_interleave(len(labels))
-        return {"tail_drop": self._known[cond, uncond]}
+        if (cond, uncond) not in self._pairs:
+            pair = torch.tensor([cond, uncond], device=self._labels[False].device)
+            self._pairs[cond, uncond] = repeat(pair, "branch -> (branch batch)", batch=len(self._labels[False]))
+        return {"tail_drop": self._pairs[cond, uncond]}
 
     def __call__(self, x: Tensor, timestep: Tensor, guided: bool, level: float = 1.0) -> Denoised:
         """Evaluate the model on ``x`` (B, C, H, W) at ``timestep``, a tensor without dimensions.
 
-        When not ``guided``, the unconditional branch is not computed. The noise level decides about tail drops that
-        change with it.
+        Unless ``guided``, the unconditional branch is not computed. Tail drops may depend on the noise ``level``.
         """
         batch, labels = len(x), self._labels[guided]
         output = self._model(
@@ -108,41 +107,41 @@ class Branches:
 
 
 def drops(tail_drop: Curve) -> bool:
-    """Whether any token is dropped at any noise level."""
+    """Return whether a tail drop drops any token at any noise level."""
     return tail_drop > 0 if isinstance(tail_drop, int | float) else any(value > 0 for _, value in tail_drop)
 
 
-def cannot_drop(model: nn.Module) -> UnsupportedModelError:
-    """What to say about a tail drop for a model that has none."""
+def tail_drop_error(model: nn.Module) -> UnsupportedModelError:
+    """Build the error for a tail drop on a model that cannot drop tokens."""
     return UnsupportedModelError(
         f"{type(model).__name__} computes every token and cannot drop any: leave tail_drop and uncond_tail_drop at 0, "
-        "or sample a model with dynamic chunking"
+        "or sample a model with dynamic chunking."
     )
 
 
 def takes_tail_drop(model: nn.Module) -> bool:
-    """Whether the model's forward has a ``tail_drop``; sees through ``torch.compile``."""
+    """Return whether the model's forward takes ``tail_drop``; looks through ``torch.compile``."""
     return "tail_drop" in inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
 def null_class(model: nn.Module) -> int:
-    """The label that means no class: the one after the last."""
+    """Return the label that means no class, the one after the last class."""
     return num_classes(model)
 
 
 def num_classes(model: nn.Module) -> int:
-    """How many classes the model knows, under our name or under that of diffusers."""
+    """Return the number of classes, which our models and diffusers' call by different names."""
     config: Any = model.config
     count = config.get("num_classes", config.get("num_embeds_ada_norm"))
     if count is None:
         raise UnsupportedModelError(
-            f"the configuration of {type(model).__name__} has no num_classes: sample a class-conditional model"
+            f"The configuration of {type(model).__name__} has no num_classes: sample a class-conditional model."
         )
     return int(count)
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) of the images or latents that the model makes."""
+    """Return the shape (C, H, W) of the images or latents that the model generates."""
     config: Any = model.config
     size = config["sample_size"]
     rows, columns = (size, size) if isinstance(size, int) else size

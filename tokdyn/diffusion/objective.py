@@ -1,4 +1,4 @@
-"""What the network is trained to predict: noise with a learned variance, or the velocity of a straight flow.
+"""Training objectives: noise prediction with a learned variance, or the velocity of a straight flow.
 
 The *noise level* used throughout tokdyn is ``sigma / (alpha + sigma)`` with ``x_t = alpha x_0 + sigma noise``. It runs
 from 0 (clean) to 1 (noise), is the flow time itself for the flow objective, and gives the same number to the same
@@ -21,12 +21,12 @@ from tokdyn.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch of noisy images and what is needed to score a prediction on it.
+    """A batch of noisy images and what is needed to score a prediction for it.
 
     Attributes:
         x_t: (B, C, H, W) noisy images.
-        timestep: (B,) what the model is told: int64 in [0, T) for noise, float in [0, T] for flow.
-        noise: (B, C, H, W) the noise that was mixed in.
+        timestep: (B,) timestep given to the model: int64 in [0, T) for noise, float in [0, T] for flow.
+        noise: (B, C, H, W) noise that was mixed in.
         x0: (B, C, H, W) clean images.
         level: (B,) noise level in [0, 1].
     """
@@ -39,19 +39,19 @@ class Noised:
 
 
 class Objective(BaseModel):
-    """A training objective, and the arithmetic that a sampler shares with it.
+    """A training objective, with the arithmetic that samplers share with it.
 
     ``noise``: the network predicts the noise of a variance-preserving process (arXiv 2006.11239) and, with
     ``learn_sigma``, where the variance of each reverse step lies between its two bounds (arXiv 2102.09672).
-    ``flow``: the network predicts ``noise - x_0`` on the straight path ``x_s = (1 - s) x_0 + s noise``; it is told
+    ``flow``: the network predicts ``noise - x_0`` on the straight path ``x_s = (1 - s) x_0 + s noise``; its timestep is
     ``T s``. A flow has no variance to learn, so ``learn_sigma`` is False there.
 
     Attributes:
-        kind: which of the two.
+        kind: ``noise`` or ``flow``.
         num_train_timesteps: T.
-        beta_schedule: noise only.
-        learn_sigma: whether the network has a second half of output channels for the variance.
-        timestep_sampling: how training draws times; ``logit_normal`` (arXiv 2403.03206) is for flow only.
+        beta_schedule: schedule of the noise process; unused by a flow.
+        learn_sigma: whether the network predicts the variance in a second half of output channels.
+        timestep_sampling: how training draws timesteps; ``logit_normal`` (arXiv 2403.03206) is for flow only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,7 +83,7 @@ class Objective(BaseModel):
         return betas(self.beta_schedule, self.num_train_timesteps)
 
     def scales(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixing weights at ``timestep`` (B,): ``x_t = alpha x_0 + sigma noise``, both (B,) float64."""
+        """Return ``alpha`` and ``sigma`` of ``x_t = alpha x_0 + sigma noise`` at ``timestep`` (B,), (B,) float64."""
         if self.kind == "flow":
             time = timestep.double() / self.num_train_timesteps
             return 1.0 - time, time
@@ -91,16 +91,16 @@ class Objective(BaseModel):
         return tables.alpha[timestep], tables.sigma[timestep]
 
     def level(self, timestep: Tensor) -> Tensor:
-        """The noise level ``sigma / (alpha + sigma)`` at ``timestep`` (B,): (B,) float32 in [0, 1]."""
+        """Return the noise level ``sigma / (alpha + sigma)`` at ``timestep`` (B,): (B,) float32 in [0, 1]."""
         alpha, sigma = self.scales(timestep)
         return (sigma / (alpha + sigma)).float()
 
     def add_noise(self, x0: Tensor, generator: torch.Generator | None = None) -> Noised:
-        """Draw a timestep and noise for every image and mix them.
+        """Draw a timestep and noise for every image and mix them in.
 
         Args:
             x0: (B, C, H, W) clean images or latents.
-            generator: source of both draws; the global one when None. It may live on another device than ``x0``.
+            generator: source of both draws; None uses the global one. It may live on another device than ``x0``.
         """
         device = x0.device if generator is None else generator.device
         timestep = self._draw_timesteps(len(x0), device, generator).to(x0.device)
@@ -108,20 +108,20 @@ class Objective(BaseModel):
         return self.mix(x0, noise, timestep)
 
     def mix(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
-        """Mix given ``noise`` into ``x0``, both (B, C, H, W), at given ``timestep`` (B,)."""
+        """Mix ``noise`` into ``x0``, both (B, C, H, W), at ``timestep`` (B,)."""
         alpha, sigma = (_column(scale, x0) for scale in self.scales(timestep))
         return Noised(alpha * x0 + sigma * noise, timestep, noise, x0, self.level(timestep))
 
     def loss(self, output: Tensor, noised: Noised) -> Tensor:
-        """Score a prediction.
+        """Compute the loss of a prediction.
 
         Mean squared error over all dimensions; with a learned variance, plus the variational bound in bits per
         dimension, weighted T / 1000, through which only the variance is trained (arXiv 2102.09672, section 3.1; the
         weighting is that of its public code, which DiT trains with).
 
         Args:
-            output: (B, C or 2C, H, W) what the network said about ``noised.x_t``. A flow ignores a second half.
-            noised: the batch it was shown.
+            output: (B, C or 2C, H, W) network output for ``noised.x_t``. A flow ignores a second half.
+            noised: the batch that the network was given.
 
         Returns:
             (B,) float32 (float64 for float64 images) loss of each sample.
@@ -139,31 +139,31 @@ class Objective(BaseModel):
         Raises:
             UnsupportedModelError: the number of channels is not what this objective needs.
         """
-        found = output.shape[1]
+        returned = output.shape[1]
         allowed = {channels, 2 * channels} if self.kind == "flow" else {channels * (1 + self.learn_sigma)}
-        if found not in allowed:
+        if returned not in allowed:
             raise UnsupportedModelError(
-                f"the model returned {found} channels for images of {channels}, but a {self.kind} objective with "
-                f"learn_sigma={self.learn_sigma} needs {min(allowed)}: build the model with the same learn_sigma"
+                f"The model returned {returned} channels for images of {channels}, but a {self.kind} objective with "
+                f"learn_sigma={self.learn_sigma} needs {min(allowed)}: build the model with the same learn_sigma."
             )
         output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         return output[:, :channels], output[:, channels:] if self.learn_sigma else None
 
     def predict_x0(self, prediction: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """The clean images (B, C, H, W) implied by a prediction (B, C, H, W) about ``x_t`` at ``timestep`` (B,)."""
+        """Return the clean images (B, C, H, W) that a prediction for ``x_t`` (B, C, H, W) implies at ``timestep``."""
         alpha, sigma = (_column(scale, x_t) for scale in self.scales(timestep))
         return x_t - sigma * prediction if self.kind == "flow" else (x_t - sigma * prediction) / alpha
 
     def prediction_for(self, x0: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """The inverse of :meth:`predict_x0`: what the network would have to say to imply ``x0``."""
+        """Return the prediction that implies the clean images ``x0``; the inverse of :meth:`predict_x0`."""
         alpha, sigma = (_column(scale, x_t) for scale in self.scales(timestep))
         return (x_t - x0) / sigma if self.kind == "flow" else (x_t - alpha * x0) / sigma
 
     def log_variance(self, variance: Tensor, timestep: Tensor) -> Tensor:
-        """Log variance of the reverse step from the network's second half (arXiv 2102.09672, eq. 15).
+        """Return the log variance of the reverse step from the network's second half (arXiv 2102.09672, eq. 15).
 
         Args:
-            variance: (B, C, H, W), -1 for the lower bound and 1 for the upper one.
+            variance: (B, C, H, W), -1 at the lower bound and 1 at the upper one.
             timestep: (B,) int64.
         """
         tables = self._tables(variance.device)
@@ -199,5 +199,5 @@ class Objective(BaseModel):
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B,) in the type of ``like`` (B, ...), shaped to multiply it."""
+    """Return values (B,) in the type of ``like`` (B, ...), shaped to multiply it."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))

@@ -1,4 +1,4 @@
-"""Randomness that belongs to an image: its seed alone decides its noise, whatever batch it is made in."""
+"""Randomness per image: the seed of an image alone decides its noise, whatever batch it is in."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ from torch import Tensor
 
 _STEP_STREAM = 0x9E3779B97F4A7C15  # keeps the step noise of a seed apart from its initial noise
 _SEED_RANGE = 2**63
+_LOW = 2**32 - 1
+_SPREAD = 0x9E3779B1  # odd, so that different high halves of a seed stay different
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, one stream per image, drawn on the CPU so that a seed means the same on every device.
+    """Draw standard normal noise for each image from its own seed, on the CPU so that it is equal for every device.
 
     Args:
         seeds: B seeds.
-        shape: of one image.
+        shape: shape of one image.
 
     Returns:
         (B, *shape) float32 on the CPU.
     """
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(_cpu_seed(seed))) for seed in seeds])
 
 
 def step_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
-    """One generator per image for the noise of the steps.
+    """Make one generator per image for the noise of the steps.
 
-    They live where the model runs, because a copy from the host would wait for the device at every step. An image made
-    by a stochastic scheduler therefore depends on the kind of device; one made by a deterministic scheduler does not.
+    They live on the model's device, because a copy from the host would make the host wait at every step. An image drawn
+    by a stochastic scheduler therefore depends on the kind of device; one drawn by a deterministic scheduler does not.
     """
-    return [torch.Generator(device).manual_seed((seed + _STEP_STREAM) % _SEED_RANGE) for seed in seeds]
+    bases = [_cpu_seed(seed) for seed in seeds] if device.type == "cpu" else seeds
+    return [torch.Generator(device).manual_seed((seed + _STEP_STREAM) % _SEED_RANGE) for seed in bases]
+
+
+def _cpu_seed(seed: int) -> int:
+    """Fold a seed into its low 32 bits, which are all that a CPU generator reads; smaller seeds stay as they are."""
+    return (seed & _LOW) ^ ((seed >> 32) * _SPREAD & _LOW)

@@ -1,11 +1,13 @@
-"""What a sampling run tells about itself, step by step."""
+"""What sampling reports about each step: the state that callbacks get, kept tokens and time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tokdyn.diffusion.objective import Objective
@@ -13,16 +15,16 @@ from tokdyn.diffusion.objective import Objective
 
 @dataclass(frozen=True)
 class StepState:
-    """What a callback sees, after the model has spoken and before the scheduler moves on.
+    """State of a step, as a callback gets it between the model call and the scheduler's step.
 
     Attributes:
-        index: step, counted from 0.
-        timestep: (B,) what the model was told, on the model's device.
+        index: number of the step, from 0.
+        timestep: (B,) timestep given to the model, on the model's device.
         level: noise level in [0, 1].
         x: (B, C, H, W) noisy images.
         prediction: (B, C, H, W) guided and clipped.
         routing: the model's routing, conditional branch first, or None.
-        objective: what the model was trained with.
+        objective: objective that the model was trained with.
     """
 
     index: int
@@ -34,22 +36,22 @@ class StepState:
     objective: Objective
 
     def x0(self) -> Tensor:
-        """(B, C, H, W) the clean images predicted at this step."""
+        """Return the clean images (B, C, H, W) predicted at this step."""
         return self.objective.predict_x0(self.prediction, self.x, self.timestep)
 
     def keep(self) -> Tensor | None:
-        """(B, N) bool, the tokens kept in the conditional branch; None for models that compute every token."""
+        """Return the tokens kept in the conditional branch, (B, N) bool; None for models without routing."""
         return None if self.routing is None else self.routing.keep[: len(self.x)]
 
 
 @dataclass(frozen=True)
 class KeptCounts:
-    """Tokens that one step kept.
+    """Numbers of tokens that one step kept.
 
     Attributes:
         tokens: N, tokens of an image before any is dropped.
-        cond: (B,) int64, kept in the conditional branch.
-        uncond: (B,) int64, kept in the unconditional branch; None when it was not computed.
+        cond: (B,) int64, tokens kept in the conditional branch.
+        uncond: (B,) int64, tokens kept in the unconditional branch; None if it was not computed.
     """
 
     tokens: int
@@ -57,21 +59,21 @@ class KeptCounts:
     uncond: Tensor | None
 
     def fraction(self) -> float:
-        """Kept tokens over all tokens, both branches together."""
+        """Return kept tokens over all tokens, both branches together."""
         both = self.cond if self.uncond is None else torch.cat([self.cond, self.uncond])
         return float(both.double().mean()) / self.tokens
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step cost.
+    """Cost of one step.
 
     Attributes:
-        index: step, counted from 0.
-        timestep: what the model was told.
+        index: number of the step, from 0.
+        timestep: timestep given to the model.
         level: noise level in [0, 1].
         guided: whether the unconditional branch was computed.
-        seconds: wall time of the step, the whole batch together.
+        seconds: wall time of the step for the whole batch.
         counts: tokens kept, or None for models that compute every token.
     """
 
@@ -85,7 +87,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Generation:
-    """The result of :func:`tokdyn.diffusion.sampling.generate`.
+    """Result of :func:`tokdyn.diffusion.sampling.generate`.
 
     Attributes:
         images: (B, C, H, W) float32, on the model's device.
@@ -104,14 +106,46 @@ class KeptLedger:
         self._tokens = 0
 
     def add(self, routing: Any) -> None:
-        """Note the counts of one step; None for a model without routing. The masks are not held."""
+        """Record the counts of one step, or nothing for a model without routing; masks are not kept alive."""
         if routing is not None:
             self._counts.append(routing.kept)
             self._tokens = routing.keep.shape[1]
 
     def split(self, guided: list[bool], batch: int) -> list[KeptCounts | None]:
-        """The counts of every step, split into branches of ``batch`` images; None at each step without routing."""
+        """Return the counts of every step by branches of ``batch`` images; None at each step without routing."""
         if not self._counts:
             return [None] * len(guided)
-        branches = iter(torch.cat(self._counts).cpu().view(-1, batch))
+        branches = iter(rearrange(torch.cat(self._counts).cpu(), "(branch image) -> branch image", image=batch))
         return [KeptCounts(self._tokens, next(branches), next(branches) if both else None) for both in guided]
+
+
+class StepTimer:
+    """Marks points in time and reads the differences once, at the end.
+
+    On CUDA the marks are events in the stream; elsewhere they are the host's clock.
+
+    Args:
+        device: where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+
+    def mark(self) -> None:
+        """Mark the end of the work enqueued so far."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._events.append(event)
+        else:
+            self._times.append(perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the seconds between neighbouring marks; waits for the device once."""
+        if self._cuda:
+            self._events[-1].synchronize()
+            pairs = zip(self._events, self._events[1:], strict=False)
+            return [start.elapsed_time(end) / 1000.0 for start, end in pairs]
+        return [end - start for start, end in zip(self._times, self._times[1:], strict=False)]

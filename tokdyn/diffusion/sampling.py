@@ -1,4 +1,4 @@
-"""Draws images from a model with diffusers' schedulers, and records what each step cost."""
+"""Draws images from a model with diffusers' schedulers, and records the cost of each step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from tokdyn.diffusion.clock import StepClock
 from tokdyn.diffusion.guidance import Branches, GuidanceChannels, image_shape, num_classes
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.randomness import initial_noise, step_generators
-from tokdyn.diffusion.records import Generation, KeptLedger, StepRecord, StepState
+from tokdyn.diffusion.records import Generation, KeptLedger, StepRecord, StepState, StepTimer
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import InputError
 from tokdyn.ops.linear import weights_cast_once
@@ -23,7 +22,7 @@ from tokdyn.ops.schedules import Curve, check_curve
 
 def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
     if not 0.0 <= interval[0] <= interval[1] <= 1.0:
-        raise ValueError("two noise levels are needed, low then high, between 0 and 1")
+        raise ValueError("expected two noise levels between 0 and 1, the lower one first")
     return interval
 
 
@@ -45,18 +44,18 @@ Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class Sampler(BaseModel):
-    """How images are drawn.
+    """Settings of sampling.
 
     Attributes:
-        scheduler: ``ddpm``, ``ddim`` or ``dpm`` for noise, ``euler`` for flow; None means ddpm or euler.
+        scheduler: ``ddpm``, ``ddim`` or ``dpm`` for noise, ``euler`` for flow; None takes ddpm or euler.
         steps: model calls per image.
         guidance: scale of classifier-free guidance; 1 means none, and then no unconditional branch is computed.
         guidance_channels: ``all`` channels of the prediction, or the first ``three`` as the public DiT code guides.
-        guidance_interval: noise levels (see ``tokdyn.diffusion.objective``), ends included, in which guidance acts
-            (arXiv 2404.07724); outside of it the unconditional branch is not computed.
-        tail_drop: fraction of the kept tokens to drop, the least certain first; or points (noise level, fraction)
-            between which it runs in straight lines, 1 being pure noise.
-        uncond_tail_drop: the same for the unconditional branch (Lite-CFG, arXiv 2603.06351); None means as the other.
+        guidance_interval: noise levels (see ``tokdyn.diffusion.objective``), ends included, at which guidance acts
+            (arXiv 2404.07724); at others the unconditional branch is not computed.
+        tail_drop: fraction of the kept tokens to drop, the least certain first; or points (noise level, fraction),
+            joined by straight lines, where level 1 is pure noise.
+        uncond_tail_drop: the same for the unconditional branch (Lite-CFG, arXiv 2603.06351); None takes tail_drop.
         clip: clamp each prediction of the clean image to [-1, 1]: right for pixels, wrong for latents.
     """
 
@@ -72,7 +71,7 @@ class Sampler(BaseModel):
     clip: bool = False
 
     def guided_at(self, level: float) -> bool:
-        """Whether guidance acts at a noise level."""
+        """Return whether guidance acts at a noise level."""
         return self.guidance != 1.0 and self.guidance_interval[0] <= level <= self.guidance_interval[1]
 
 
@@ -89,29 +88,29 @@ def generate(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Generation:
-    """Draw one image per label.
+    """Generate one image per label.
 
-    An image depends on its own label and seed and on the settings, not on its batch. The loop itself never waits for
-    the device.
+    An image depends on its own label and seed and on the settings, not on its batch. The loop never makes the host wait
+    for the device.
 
     Args:
         model: a :class:`tokdyn.models.DiT`, :class:`tokdyn.models.DCDiT` or anything that is called like them.
-        sampler: how to draw.
-        objective: what the model was trained with.
+        sampler: the settings.
+        objective: objective that the model was trained with.
         labels: (B,) classes; ``num_classes`` means no class.
         seeds: (B,) non-negative seeds.
-        callback: called at every step; what it does is part of the time of that step.
-        device: moves the model there first; None leaves it where it is.
-        dtype: computes the model under autocast in this type; None means in the type of its weights.
+        callback: called at every step, within the measured time of that step.
+        device: move the model there first; None leaves it where it is.
+        dtype: autocast type that the model computes in; None uses the type of its weights.
 
     Raises:
-        InputError: labels and seeds that do not fit each other or the model.
-        RecipeError: a scheduler or number of steps that does not fit the objective.
-        UnsupportedModelError: tokens are to be dropped in a model that computes all of them.
+        InputError: labels and seeds do not fit each other or the model.
+        RecipeError: the scheduler or the number of steps does not fit the objective.
+        UnsupportedModelError: a tail drop is set for a model that cannot drop tokens.
     """
     model = model if device is None else model.to(device)
     parameter = next(model.parameters())
-    device, trajectory = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+    device, state_dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
     seed_list, label_list = _checked(seeds, labels, num_classes(model))
     name = sampler.scheduler or default_scheduler(objective)
     scheduler = open_scheduler(name, sampler.steps, objective)
@@ -125,31 +124,31 @@ def generate(
         sampler.tail_drop,
         unconditional,
     )
-    x = initial_noise(seed_list, image_shape(model)).to(device, trajectory)
+    x = initial_noise(seed_list, image_shape(model)).to(device, state_dtype)
     extra = {"generator": step_generators(seed_list, device)} if name == "ddpm" else {}
     timesteps, levels = scheduler.timesteps.to(device), _levels(objective, scheduler.timesteps)
     guided = [sampler.guided_at(level) for level in levels]
-    ledger, clock = KeptLedger(), StepClock(device)
+    ledger, timer = KeptLedger(), StepTimer(device)
     with _evaluating(model), torch.no_grad(), _autocast(device, dtype), weights_cast_once():
-        clock.mark()
+        timer.mark()
         for index, timestep in enumerate(timesteps):
-            told = timestep.expand(len(x))
+            batch_timestep = timestep.expand(len(x))
             denoised = network(x.to(parameter.dtype), timestep, guided[index], levels[index])
-            prediction = denoised.prediction.to(trajectory)
+            prediction = denoised.prediction.to(state_dtype)
             if sampler.clip:
-                clean = objective.predict_x0(prediction, x, told).clamp(-1.0, 1.0)
-                prediction = objective.prediction_for(clean, x, told)
+                clean = objective.predict_x0(prediction, x, batch_timestep).clamp(-1.0, 1.0)
+                prediction = objective.prediction_for(clean, x, batch_timestep)
             if callback is not None:
-                callback(StepState(index, told, levels[index], x, prediction, denoised.routing, objective))
+                callback(StepState(index, batch_timestep, levels[index], x, prediction, denoised.routing, objective))
             if name == "ddpm" and denoised.variance is not None:
-                prediction = torch.cat([prediction, denoised.variance.to(trajectory)], dim=1)
+                prediction = torch.cat([prediction, denoised.variance.to(state_dtype)], dim=1)
             x = scheduler.step(prediction, scheduler.timesteps[index], x, return_dict=False, **extra)[0]
             ledger.add(denoised.routing)
-            clock.mark()
-    forget: Any = getattr(model, "_reset_stateful_cache", None)
-    if forget is not None:  # as diffusers' pipelines do when they have made their images
-        forget()
-    columns = scheduler.timesteps.double().tolist(), levels, guided, clock.seconds(), ledger.split(guided, len(x))
+            timer.mark()
+    reset_cache: Any = getattr(model, "_reset_stateful_cache", None)
+    if reset_cache is not None:  # as diffusers' pipelines do at the end of a trajectory
+        reset_cache()
+    columns = scheduler.timesteps.double().tolist(), levels, guided, timer.seconds(), ledger.split(guided, len(x))
     records = [StepRecord(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
     return Generation(x.float().clone(), records)
 
@@ -163,21 +162,21 @@ def _levels(objective: Objective, timesteps: Tensor) -> list[float]:
 def _checked(
     seeds: Tensor | Sequence[int], labels: Tensor | Sequence[int], classes: int
 ) -> tuple[list[int], list[int]]:
-    """Seeds and labels as lists, checked before anything is computed."""
+    """Return seeds and labels as lists, checked before anything is computed."""
     seed_list, label_list = [int(seed) for seed in seeds], [int(label) for label in labels]
     if len(seed_list) != len(label_list) or not seed_list:
-        raise InputError(f"got {len(label_list)} labels and {len(seed_list)} seeds: give one of each per image")
+        raise InputError(f"Got {len(label_list)} labels and {len(seed_list)} seeds: give one of each per image.")
     if min(seed_list) < 0:
-        raise InputError(f"seed {min(seed_list)} is negative: seeds are 0 or more")
+        raise InputError(f"Seed {min(seed_list)} is negative: seeds are 0 or more.")
     wrong = [label for label in label_list if not 0 <= label <= classes]
     if wrong:
-        raise InputError(f"class {wrong[0]} does not exist: the model knows 0 to {classes - 1}, and {classes} for none")
+        raise InputError(f"Class {wrong[0]} does not exist: give 0 to {classes - 1}, or {classes} for no class.")
     return seed_list, label_list
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration, then whatever it was."""
+    """Put the model into evaluation mode, and back into its own mode at the end."""
     training = model.training
     model.eval()
     try:
@@ -187,5 +186,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Entered once around the loop, so that weights are cast once and not at every step; not so in inference mode."""
+    """Return an autocast context for the whole loop, so that weights are cast once, not at every step.
+
+    Autocast keeps the cast weights under `torch.no_grad`, but not in inference mode.
+    """
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32)

@@ -17,7 +17,7 @@ _MAX_BETA = 0.999
 
 
 def betas(kind: BetaSchedule, steps: int) -> Tensor:
-    """Noise variance added at each of ``steps`` steps.
+    """Return the noise variance added at each of ``steps`` steps.
 
     The linear schedules were published for 1000 steps; for another number their ends are scaled by ``1000 / steps``
     (arXiv 2102.09672), so that the process ends in noise whatever its length.
@@ -69,7 +69,7 @@ class NoiseTables:
 
 @lru_cache(maxsize=32)
 def noise_tables(kind: BetaSchedule, steps: int, device: torch.device) -> NoiseTables:
-    """All constants of the process on one device, computed once, fit for training even when sampling came first."""
+    """Compute all constants of the process once per device, usable in training even if sampling came first."""
     with torch.inference_mode(False), torch.device("cpu"):
         return _noise_tables(betas(kind, steps), device)
 

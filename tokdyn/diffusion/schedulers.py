@@ -21,12 +21,12 @@ _LOWEST_HALF_LOG_SNR = -5.2
 
 
 def default_scheduler(objective: Objective) -> SchedulerName:
-    """The scheduler an objective's papers sample with."""
+    """Return the scheduler that the papers of an objective sample with."""
     return "euler" if objective.kind == "flow" else "ddpm"
 
 
 def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any:
-    """Build a diffusers scheduler with its timesteps set, all its tables on the CPU, where reading them is free.
+    """Build a diffusers scheduler with its timesteps set and its tables on the CPU, where reading them is free.
 
     - ``ddpm``: ancestral sampling on timesteps spread evenly from T - 1 to 0, as DiT samples (arXiv 2102.09672).
     - ``ddim``: deterministic DDIM (arXiv 2010.02502), run as the first-order DPM-Solver++, which is the same update
@@ -36,15 +36,15 @@ def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any
 
     Args:
         name: which scheduler.
-        steps: how many times the model is called.
-        objective: what the model was trained with.
+        steps: model calls per image.
+        objective: objective that the model was trained with.
 
     Raises:
         RecipeError: the scheduler does not fit the objective, or the number of steps does not fit the scheduler.
     """
     if (name == "euler") != (objective.kind == "flow"):
         fitting = "euler" if objective.kind == "flow" else "ddpm, ddim or dpm"
-        raise RecipeError(f"scheduler={name} cannot sample a {objective.kind} objective: use {fitting}")
+        raise RecipeError(f"scheduler={name} cannot sample a {objective.kind} objective: use {fitting}.")
     total = objective.num_train_timesteps
     if name == "euler":
         flow = _SCHEDULERS.FlowMatchEulerDiscreteScheduler(num_train_timesteps=total)
@@ -55,7 +55,7 @@ def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any
     if name == "ddpm":
         if not 2 <= steps <= total:
             raise RecipeError(
-                f"scheduler=ddpm takes 2 to {total} steps, not {steps}: change steps, or use ddim for a single one"
+                f"scheduler=ddpm takes 2 to {total} steps, not {steps}: change steps, or use ddim for a single one."
             )
         variance = "learned_range" if objective.learn_sigma else "fixed_small"
         ancestral = _SCHEDULERS.DDPMScheduler(**tables, variance_type=variance, clip_sample=False)
@@ -68,14 +68,14 @@ def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any
 
 
 def _spread(last: int, steps: int) -> list[int]:
-    """``steps`` timesteps from ``last`` down to 0, both included."""
+    """Return ``steps`` timesteps spread evenly from ``last`` to 0, both included."""
     timesteps: NDArray[np.float64] = np.linspace(last, 0, steps).round()
     return [int(timestep) for timestep in timesteps]
 
 
 def _trailing(solver: Any, name: str, steps: int) -> list[int]:
-    """``steps`` timesteps of equal distance that end one distance above the clean image (arXiv 2305.08891)."""
+    """Return ``steps`` equally spaced timesteps that end one spacing above the clean image (arXiv 2305.08891)."""
     usable = int((solver.lambda_t >= _LOWEST_HALF_LOG_SNR).sum())
     if not 1 <= steps <= usable:
-        raise RecipeError(f"scheduler={name} takes 1 to {usable} steps on this noise schedule, not {steps}")
+        raise RecipeError(f"scheduler={name} takes 1 to {usable} steps on this noise schedule, not {steps}.")
     return [int(timestep) - 1 for timestep in np.linspace(usable, 0, steps, endpoint=False).round()]

@@ -1,4 +1,4 @@
-"""The variational bound of arXiv 2102.09672, as far as the learned variance needs it."""
+"""The variational bound of arXiv 2102.09672, which trains the learned variance."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _SMALLEST_PROBABILITY = 1e-12
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N1 || N2) of diagonal Gaussians, element by element, in nats. All arguments broadcast together."""
+    """Compute KL(N1 || N2) of diagonal Gaussians, element by element, in nats. All arguments broadcast together."""
     difference = log_variance2 - log_variance1
     return 0.5 * (difference + torch.expm1(-difference) + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
 
 def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Negative log-likelihood of 8-bit values under a Gaussian integrated over each bin (arXiv 2006.11239, eq. 13).
+    """Compute the negative log-likelihood of 8-bit values under a Gaussian (arXiv 2006.11239, eq. 13).
 
-    The first and the last bin reach to infinity. The normal distribution function is exact here; public
-    implementations approximate it with a tanh.
+    The Gaussian is integrated over the bin of each value; the first and the last bin reach to infinity. The normal
+    distribution function is exact here; public implementations approximate it with a tanh.
 
     Args:
         x: (...) values in [-1, 1], one of 256 levels.
@@ -36,9 +36,9 @@ def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tens
     lower = inverse * (x - mean - _HALF_BIN)
     # P(lower < z < upper) from the tail in which both are small, where the difference keeps its digits.
     swap = lower > 0
-    inside = torch.special.ndtr(torch.where(swap, -lower, upper)) - torch.special.ndtr(torch.where(swap, -upper, lower))
+    middle = torch.special.ndtr(torch.where(swap, -lower, upper)) - torch.special.ndtr(torch.where(swap, -upper, lower))
     probability = torch.where(
-        x < -0.999, torch.special.ndtr(upper), torch.where(x > 0.999, torch.special.ndtr(-lower), inside)
+        x < -0.999, torch.special.ndtr(upper), torch.where(x > 0.999, torch.special.ndtr(-lower), middle)
     )
     return -probability.clamp(min=_SMALLEST_PROBABILITY).log()
 
@@ -51,7 +51,7 @@ def bound_bits(
     log_variance: Tensor,
     first: Tensor,
 ) -> Tensor:
-    """One term of the variational bound per sample, in bits per dimension (arXiv 2102.09672, eq. 4 to 7).
+    """Compute one term of the variational bound per sample, in bits per dimension (arXiv 2102.09672, eq. 4 to 7).
 
     Args:
         x0: (B, C, H, W) clean images.

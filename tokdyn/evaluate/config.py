@@ -1,4 +1,4 @@
-"""What `tokdyn eval` measures and with what: one strict, immutable model."""
+"""Settings of `tokdyn eval`: one strict, immutable model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMM_PREFIX = "timm:"
 
 
 def _split_commas(value: object) -> object:
-    """Reads `frechet,kid`, as a command line gives it, as a list."""
+    """Split `frechet,kid`, as it is typed on a command line, into a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -27,29 +27,29 @@ class EvalConfig(BaseModel):
         generated: Images to judge: a folder, a zip, or an npz with `arr_0` uint8 (N, H, W, 3) and, if the samples are
             conditional, `arr_1` integer labels (N,).
         reference: Images to compare with (folder, zip, npz), or statistics: a file written through `cache`, or an npz
-            with `mu` (F,) and `sigma` (F, F). May be left out for `score` and `class_accuracy`.
+            with `mu` (F,) and `sigma` (F, F). `score` and `class_accuracy` do without one.
         extractor: `inception` (the network of FID), the path of a TorchScript file, or `timm:NAME`. A TorchScript file
             is a program: use only files you trust.
-        metrics: What to measure; None measures everything that the inputs allow.
-        batch_size: Images per forward pass of the extractor.
+        metrics: Metrics to compute; None computes all that the inputs allow.
+        batch_size: Images per call of the extractor.
         limit: At most this many generated images, chosen at random with `seed`; None uses all.
         reference_limit: The same for the reference.
-        input_size: Every image is resized (short side, then centre crop) to this many pixels before the extractor sees
-            it. None leaves images at their own size, except that a timm model gets the size it was trained on.
+        input_size: Side in pixels that every image is resized to (short side, then centre crop) before the extractor.
+            None leaves images at their own size, except that a timm model gets the size it was trained on.
         weights: A local Inception weights file, instead of the downloaded one. Only with `extractor=inception`.
         checkpoint: Local weights of a timm model (safetensors or a state dict), instead of the pretrained ones.
-        cache: A .safetensors file that keeps the reference's features and statistics: written if it does not exist,
-            otherwise read instead of the reference images, and refused unless extractor and reference are the same.
-        kid_subsets: Random subsets that the kernel distance is averaged over (arXiv:1801.01401).
+        cache: A .safetensors file that keeps the reference's features and statistics. It is written if it does not
+            exist, otherwise read instead of the reference images, and refused if extractor or reference differ.
+        kid_subsets: Random subsets that the kernel distance is averaged over (arXiv 1801.01401).
         kid_subset_size: Images per subset; halved to fit a smaller set, which the result says.
-        score_splits: Parts that the score is averaged over (arXiv:1606.03498); fewer for a small set, which the result
+        score_splits: Parts that the score is averaged over (arXiv 1606.03498); fewer for a small set, which the result
             says.
-        neighbours: k of precision and recall (arXiv:1904.06991).
+        neighbours: k of precision and recall (arXiv 1904.06991).
         on_error: `raise` stops at the first image that cannot be read, `skip` leaves such images out, which the result
             says.
-        out: Folder that receives `evaluation.json`; None writes nothing.
+        out: Folder for `evaluation.json`; None writes nothing.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-        seed: Of the random choices above.
+        seed: Seed of the random choices above.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,9 +77,11 @@ class EvalConfig(BaseModel):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         if self.weights is not None and self.extractor != INCEPTION:
-            raise ValueError(f"weights= is for extractor=inception, not for extractor={self.extractor}")
+            raise ValueError(f"weights= is for extractor=inception, not for extractor={self.extractor}: leave it out")
         if self.checkpoint is not None and not self.extractor.startswith(TIMM_PREFIX):
-            raise ValueError(f"checkpoint= is for extractor=timm:NAME, not for extractor={self.extractor}")
+            raise ValueError(
+                f"checkpoint= is for extractor=timm:NAME, not for extractor={self.extractor}: leave it out"
+            )
         if self.cache is not None and self.cache.suffix != ".safetensors":
             raise ValueError(f"cache= must name a .safetensors file, not {self.cache.name}")
         if self.cache is not None and self.reference is None:

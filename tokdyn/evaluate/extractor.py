@@ -1,4 +1,4 @@
-"""Feature extractors: uint8 images in, features and perhaps class logits out, whoever made the network."""
+"""Feature extractors: networks that map uint8 images to features and, with a classifier, to logits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Forward = Callable[[Tensor], object]
 
 
 class ExtractorInfo(BaseModel):
-    """What identifies an extractor: numbers are comparable only if all of this is equal.
+    """Identity of an extractor; numbers are comparable only if all of it is equal.
 
     Attributes:
         kind: Where the network comes from.
-        name: What its numbers are called after.
-        sha256: Of the weights (Inception), of the program file (TorchScript), or of name and tensors (timm).
+        name: Name that its numbers carry.
+        sha256: Hash of the weights (Inception), of the program file (TorchScript), or of name and tensors (timm).
         input_size: Side in pixels that images are resized to beforehand; None leaves them at their own size.
-        standard: The published Inception network, whose numbers alone are called FID, IS and KID.
+        standard: Whether it is the published Inception network, whose numbers alone are called FID, IS and KID.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class ExtractorInfo(BaseModel):
     standard: bool = False
 
     def same_network(self, other: ExtractorInfo) -> bool:
-        """Whether features of both may be compared; a file that was only renamed is the same network."""
+        """Return whether features of both may be compared; a file that was only renamed is the same network."""
         return (self.kind, self.sha256, self.input_size) == (other.kind, other.sha256, other.input_size)
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class ExtractorInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What an extractor said about B images, on the CPU.
+    """Outputs of an extractor for B images, on the CPU.
 
     Attributes:
         features: (B, F) float32.
@@ -63,10 +63,10 @@ class Extractor:
     """A network with its identity.
 
     Attributes:
-        info: Its identity.
+        info: Identity of the network.
         forward: Takes uint8 (B, 3, H, W) on `device`; returns features (B, F), or (features, logits (B, C)), or a
             mapping with the keys `features` and, if it has a classifier, `logits`.
-        device: Where the network is.
+        device: Device of the network.
     """
 
     info: ExtractorInfo
@@ -74,10 +74,10 @@ class Extractor:
     device: torch.device
 
     def __call__(self, images: Tensor) -> Outputs:
-        """Features and logits of uint8 images (B, 3, H, W).
+        """Compute features and logits of uint8 images (B, 3, H, W).
 
         Raises:
-            CheckpointError: The network cannot take such images, or returns something else than the contract says.
+            CheckpointError: The network cannot take such images, or its output breaks the contract of `forward`.
         """
         try:
             with torch.inference_mode():
@@ -85,19 +85,19 @@ class Extractor:
         except torch.OutOfMemoryError as error:
             raise CheckpointError(
                 f"{self.info.name} ran out of memory on {len(images)} images of {tuple(images.shape[1:])}: "
-                "lower batch_size or input_size"
+                "lower batch_size or input_size."
             ) from error
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise CheckpointError(
                 f"{self.info.name} cannot take uint8 images of shape {tuple(images.shape)} ({reason.strip()}): "
-                "set input_size to the size it expects, or use another extractor"
+                "set input_size to the size it expects, or use another extractor."
             ) from error
         return _read_outputs(raw, len(images), self.info.name)
 
 
 def _read_outputs(raw: object, count: int, name: str) -> Outputs:
-    """Checks what a network returned for `count` images against the contract of `Extractor.forward`."""
+    """Check what a network returned for `count` images against the contract of `Extractor.forward`."""
     features: object
     logits: object
     if isinstance(raw, Tensor):
@@ -109,7 +109,7 @@ def _read_outputs(raw: object, count: int, name: str) -> Outputs:
     else:
         raise CheckpointError(
             f"{name} returned {_describe(raw)}: an extractor returns features (B, F), or (features, logits (B, C)), or "
-            "a dict with the keys 'features' and 'logits'"
+            "a dict with the keys 'features' and 'logits'."
         )
     return Outputs(
         _matrix(features, count, name, "features"), None if logits is None else _matrix(logits, count, name, "logits")
@@ -117,20 +117,20 @@ def _read_outputs(raw: object, count: int, name: str) -> Outputs:
 
 
 def _matrix(value: object, count: int, name: str, what: str) -> Tensor:
-    """`value` as float32 (count, width) on the CPU, if that is what it is."""
+    """Return `value` as float32 (count, width) on the CPU; reject anything that is not a finite matrix of that size."""
     if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != count or value.shape[1] == 0:
         raise CheckpointError(
-            f"{name} returned {_describe(value)} as {what} of {count} images: expected one row of numbers per image, "
-            f"({count}, width)"
+            f"{name} returned {_describe(value)} as {what} of {count} images, expected one row per image, ({count}, "
+            "width): use an extractor that returns that."
         )
     matrix = value.detach().to("cpu", torch.float32)
     if not torch.isfinite(matrix).all():
-        raise CheckpointError(f"{name} returned {what} that are NaN or infinite: its weights are damaged or unsuited")
+        raise CheckpointError(f"{name} returned {what} that are NaN or infinite: check its weights.")
     return matrix
 
 
 def _describe(value: object) -> str:
-    """One short phrase for an unexpected output."""
+    """Describe an unexpected output in a short phrase."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -141,6 +141,6 @@ def _describe(value: object) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""One pass of an extractor over a set of images."""
+"""Runs an extractor over a set of images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,19 +17,19 @@ from tokdyn.errors import CheckpointError, DataError
 from tokdyn.evaluate.extractor import Extractor, Outputs
 from tokdyn.evaluate.images import ImageSet, Labels, Pixels
 
-_BATCHES_HELD = 4  # batches of images that wait for others of their size before an incomplete batch is run
+_BATCHES_HELD = 4  # so many batches of images may wait for others of their size before an incomplete batch is run
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extractor said about a set of images.
+    """Outputs of an extractor for a set of images.
 
     Attributes:
         features: (N, F) float32.
         logits: (N, C) float32 or None.
-        labels: Of the N images, or None.
-        image_size: (rows, columns) that the extractor was given, or None if they differed.
-        unreadable: Sentences on images that were left out.
+        labels: Labels of the N images, or None.
+        image_size: (rows, columns) of the extractor's inputs, or None if they differed.
+        unreadable: Error messages of images that were left out.
     """
 
     features: Tensor
@@ -39,7 +40,7 @@ class Extracted:
 
 
 def choose(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Ascending positions of all `count` images, or of `limit` of them drawn at random without replacement."""
+    """Return ascending positions of all `count` images, or of `limit` of them drawn at random without replacement."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
@@ -53,19 +54,19 @@ def extract(
     on_error: Literal["raise", "skip"],
     advance: Callable[[int], None],
 ) -> Extracted:
-    """Runs the extractor over the images at `indices`, in batches of one image size; rows keep the order of indices.
+    """Run the extractor over the images at `indices`, in batches of one image size; rows keep the order of `indices`.
 
     Args:
-        images: The set.
-        indices: Ascending positions in it.
+        images: The set of images.
+        indices: Ascending positions in the set.
         extractor: The network.
-        batch_size: Images per forward pass.
+        batch_size: Images per call of the network.
         on_error: What to do about an image that cannot be read.
         advance: Called with the number of images finished since its last call.
 
     Raises:
         DataError: An image cannot be read, or fewer than two can.
-        CheckpointError: The network does not take the images or breaks its contract.
+        CheckpointError: The network does not take the images, or breaks its contract.
     """
     rows = _Rows(len(indices))
     waiting: dict[tuple[int, ...], list[tuple[int, Pixels]]] = {}
@@ -73,8 +74,9 @@ def extract(
 
     def run(shape: tuple[int, ...]) -> None:
         batch = waiting.pop(shape)
-        stacked = torch.from_numpy(np.stack([image for _, image in batch])).permute(0, 3, 1, 2).contiguous()
-        rows.write([row for row, _ in batch], extractor(stacked), extractor.info.name)
+        stacked = torch.from_numpy(np.stack([image for _, image in batch]))
+        outputs = extractor(rearrange(stacked, "b h w c -> b c h w").contiguous())
+        rows.write([row for row, _ in batch], outputs, extractor.info.name)
         advance(len(batch))
 
     sizes: set[tuple[int, ...]] = set()
@@ -96,7 +98,7 @@ def extract(
         run(shape)
     kept = rows.kept()
     if len(kept) < 2:
-        raise DataError(f"fewer than two of the {len(indices)} images in {images.path} can be read: {unreadable[-1]}")
+        raise DataError(f"Fewer than two of the {len(indices)} images in {images.path} can be read: {unreadable[-1]}")
     features, logits = rows.finished()
     labels = None if images.labels is None else images.labels.at(indices[kept.numpy()])
     (size,) = sizes if len(sizes) == 1 else (None,)
@@ -104,7 +106,7 @@ def extract(
 
 
 class _Rows:
-    """Rows of features and logits, filled batch by batch in any order."""
+    """Rows of features and logits, written batch by batch in any order."""
 
     def __init__(self, count: int) -> None:
         self._written = torch.zeros(count, dtype=torch.bool)
@@ -112,7 +114,7 @@ class _Rows:
         self._logits: Tensor | None = None
 
     def write(self, rows: Sequence[int], outputs: Outputs, name: str) -> None:
-        """Puts a batch in its place; every batch must be as wide as the first."""
+        """Write a batch into its rows; every batch must be as wide as the first."""
         count = len(self._written)
         if self._features is None:
             self._features = torch.empty(count, outputs.features.shape[1])
@@ -123,20 +125,20 @@ class _Rows:
             ):
                 raise CheckpointError(
                     f"{name} returned rows of another width for images of another size: set input_size, so that all "
-                    "images have one"
+                    "images have one size."
                 )
             if held is not None and new is not None:
                 held[list(rows)] = new
         self._written[list(rows)] = True
 
     def kept(self) -> Tensor:
-        """Ascending positions of the rows written."""
+        """Return the ascending positions of the rows written."""
         return self._written.nonzero()[:, 0]
 
     def finished(self) -> tuple[Tensor, Tensor | None]:
-        """Features and logits of the rows written."""
+        """Return features and logits of the rows written."""
         if self._features is None:
-            raise DataError("no image could be read")
+            raise DataError("No image could be read: give at least two readable ones.")
         kept = self.kept()
         if len(kept) == len(self._written):
             return self._features, self._logits

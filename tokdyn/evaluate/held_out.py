@@ -1,4 +1,4 @@
-"""Diffusion loss on images that training never saw, by noise level, with noise that is the same for every model."""
+"""Diffusion loss on held-out images by noise level, with the same noise for every model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from einops import reduce
 from torch import Tensor
 
 from tokdyn.data import Dataset
+from tokdyn.data.hashing import Purpose, generators
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import InputError
@@ -19,15 +22,15 @@ from tokdyn.progress import progress
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The loss of a model on images it was not trained on.
+    """Loss of a model on images that it was not trained on.
 
     Attributes:
         loss: mean over images and noise levels of the error of the prediction alone, without the variational bound.
         spread: standard error of that mean over the images.
-        levels: middle of each bin of noise levels, 0 is clean.
-        by_level: mean in each bin; None where no draw fell.
-        kept: mean share of tokens kept, None for a model that computes all.
-        images: that were used.
+        levels: middle of each bin of noise levels; 0 is clean.
+        by_level: mean loss in each bin; None for an empty bin.
+        kept: mean share of tokens kept; None for a model that computes every token.
+        images: number of images used.
     """
 
     loss: float
@@ -50,47 +53,47 @@ def held_out_loss(
     bins: int = 10,
     seed: int = 0,
 ) -> HeldOutLoss:
-    """Score the predictions of a model at times and noise that depend on the seed and the image alone.
+    """Compute the loss of a model at timesteps and noise that depend on the seed and the image alone.
 
-    Times are stratified: of M images each gets a time in another M-th of the range, dealt out at random, so that means
-    of few images are comparable.
+    Timesteps are stratified: each of M images gets one from another M-th of the range, assigned at random, so that
+    means over few images are comparable.
 
     Args:
-        model: a `DiT` or `DCDiT`, wrapped or not; it computes in evaluation mode on the device of its weights.
-        objective: what it was trained to predict.
-        dataset: held out.
+        model: a `DiT` or `DCDiT`, wrapped or not; it runs in evaluation mode on the device of its weights.
+        objective: objective that it was trained with.
+        dataset: images that it was not trained on.
         images: M, taken evenly from the dataset.
-        repeats: times and noises for each image; repeat r is what the seed + r gives.
-        batch_size: of the calls.
-        tail_drop: of a chunking model; a number, or points (noise level, share).
-        bins: of noise levels.
-        seed: of times and noise.
+        repeats: timesteps and noises per image; repeat r is the first one of the seed + r.
+        batch_size: images per call of the model.
+        tail_drop: tail drop of a model that routes tokens; a number, or points (noise level, share).
+        bins: number of bins of noise levels.
+        seed: seed of timesteps and noise.
 
     Raises:
-        InputError: fewer than two images.
+        InputError: there are fewer than two images.
     """
     count = min(images, len(dataset))
     if count < 2:
-        raise InputError(f"a held-out loss needs at least 2 images, got {count}.")
-    chosen = [index * len(dataset) // count for index in range(count)]
+        raise InputError(f"A held-out loss needs at least 2 images, got {count}: raise images.")
+    indices = [index * len(dataset) // count for index in range(count)]
     device = next(model.parameters()).device
-    chunked = takes_tail_drop(model)
+    routes = takes_tail_drop(model)
     losses, levels, kept, training = [], [], [], model.training
     model.eval()
     try:
         with torch.inference_mode(), progress("held-out loss", repeats * -(-count // batch_size)) as advance:
             for repeat in range(repeats):
-                generator = torch.Generator().manual_seed(seed + repeat)
+                (generator,) = generators(seed + repeat, Purpose.HELD_OUT)
                 order = torch.randperm(count, generator=generator)
                 times = (order + torch.rand(count, generator=generator)) / count
                 for start in range(0, count, batch_size):
-                    part = chosen[start : start + batch_size]
+                    part = indices[start : start + batch_size]
                     x, labels = dataset.batch(part)
-                    noise = torch.stack([_noise(seed + repeat, index, x.shape[1:]) for index in part])
-                    told = _times(objective, times[start : start + batch_size])
-                    noised = objective.mix(x.to(device), noise.to(device), told.to(device))
-                    more = {"tail_drop": _drops(tail_drop, noised.level)} if chunked else {}
-                    out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **more)
+                    noise = _noise(seed + repeat, part, x.shape[1:])
+                    timesteps = _timesteps(objective, times[start : start + batch_size])
+                    noised = objective.mix(x.to(device), noise.to(device), timesteps.to(device))
+                    budget = {"tail_drop": _tail_drops(tail_drop, noised.level)} if routes else {}
+                    out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **budget)
                     losses.append(_error(objective, out.sample, noised).cpu())
                     levels.append(noised.level.cpu())
                     if getattr(out, "routing", None) is not None:
@@ -101,25 +104,28 @@ def held_out_loss(
     return _result(torch.cat(losses), torch.cat(levels), torch.cat(kept) if kept else None, bins, count, repeats)
 
 
-def _drops(curve: Curve, levels: Tensor) -> float | Tensor:
-    """The tail drop, or (B,) tail drops at noise levels."""
+def _tail_drops(curve: Curve, levels: Tensor) -> float | Tensor:
+    """Return the tail drop, or (B,) tail drops at noise levels (B,) if it depends on them."""
     if isinstance(curve, int | float):
         return curve
     return torch.tensor([at(curve, level) for level in levels.tolist()], device=levels.device)
 
 
-def _noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed((seed << 32) + index))
+def _noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Draw noise (B, *shape) that depends on the seed and on each of the B sample numbers alone."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=own) for own in generators(seed, Purpose.HELD_OUT, np.asarray(indices))]
+    )
 
 
-def _times(objective: Objective, share: Tensor) -> Tensor:
-    """Timesteps at shares of the range."""
-    told = share * objective.num_train_timesteps
-    return told if objective.kind == "flow" else told.long().clamp(max=objective.num_train_timesteps - 1)
+def _timesteps(objective: Objective, share: Tensor) -> Tensor:
+    """Return timesteps at shares (B,) of their range."""
+    timesteps = share * objective.num_train_timesteps
+    return timesteps if objective.kind == "flow" else timesteps.long().clamp(max=objective.num_train_timesteps - 1)
 
 
 def _error(objective: Objective, output: Tensor, noised: Any) -> Tensor:
-    """(B,) mean squared error of the prediction."""
+    """Return the (B,) mean squared error of the prediction."""
     prediction, _ = objective.split(output, noised.x0.shape[1])
     target = noised.noise if objective.kind == "noise" else noised.noise - noised.x0
     error: Tensor = (prediction - target).square().flatten(1).mean(dim=1)
@@ -127,12 +133,12 @@ def _error(objective: Objective, output: Tensor, noised: Any) -> Tensor:
 
 
 def _result(losses: Tensor, levels: Tensor, kept: Tensor | None, bins: int, count: int, repeats: int) -> HeldOutLoss:
-    each = losses.view(repeats, count).mean(dim=0)
+    per_image = reduce(losses, "(repeat image) -> image", "mean", image=count)
     place = (levels * bins).long().clamp(0, bins - 1)
     means = [losses[place == number] for number in range(bins)]
     return HeldOutLoss(
         loss=losses.mean().item(),
-        spread=(each.std() / count**0.5).item(),
+        spread=(per_image.std() / count**0.5).item(),
         levels=tuple((number + 0.5) / bins for number in range(bins)),
         by_level=tuple(part.mean().item() if len(part) else None for part in means),
         kept=None if kept is None else kept.mean().item(),

@@ -1,4 +1,4 @@
-"""The images on either side of an evaluation: a folder, a zip or an npz, at their own or at one common size."""
+"""Sets of images to evaluate: a folder, a zip or an npz, at their own or at one common size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokdyn.data.classes import class_folders
 from tokdyn.data.decode import decode, fit
 from tokdyn.data.sources import Source, open_source
 from tokdyn.errors import DataError
@@ -23,34 +24,45 @@ from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
 
 Pixels = NDArray[np.uint8]
 
-_RECORD, _BUDGET = "sample.json", "tail_drop_"  # how `tokdyn sample` names things
+_RECORD, _BUDGET = "sample.json", "tail_drop_"  # names that `tokdyn sample` writes
 _DECODED_AHEAD = 64  # images that threads decode while the extractor works
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes of images.
+    """Labels of images.
 
     Attributes:
-        values: (N,) int64.
-        num_classes: How many classes were counted to number them by the order of their names; None if they were
-            numbers from the start, and the largest possible one is not known.
+        values: (N,) int64, labels as training numbers them (see `tokdyn.data.classes`), or those of an npz.
+        num_classes: Number of class folders, or None for an npz, which does not say how many classes there are.
+        numbers: Number that the folder of each label is named by; None unless all folders are named by numbers.
     """
 
     values: NDArray[np.int64]
     num_classes: int | None = None
+    numbers: tuple[int, ...] | None = None
 
     def at(self, indices: NDArray[np.int64]) -> Labels:
-        """Of some of the images."""
-        return Labels(self.values[indices], self.num_classes)
+        """Return the labels of some of the images."""
+        return replace(self, values=self.values[indices])
+
+    def among(self, classes: int) -> NDArray[np.int64]:
+        """Return the labels (N,) in the numbering of a network with so many classes.
+
+        If the folders are only some of its classes, as in a folder that `tokdyn sample` wrote for a few classes,
+        the numbers that they are named by are the labels.
+        """
+        if self.numbers is None or self.num_classes == classes:
+            return self.values
+        return np.array(self.numbers, dtype=np.int64)[self.values]
 
 
 class ImageSet(Protocol):
     """Images in a fixed order, read one after the other.
 
     Attributes:
-        path: Where they lie.
-        labels: Class of each, or None if nothing says it.
+        path: Folder or file of the images.
+        labels: Class of each image, or None if it is not known.
     """
 
     @property
@@ -65,15 +77,15 @@ class ImageSet(Protocol):
         """Number of images."""
 
     def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
-        """Yields the images (H, W, 3) at ascending positions, or the error of one that cannot be read.
+        """Yield the images (H, W, 3) at ascending positions, or the error of one that cannot be read.
 
         Args:
             indices: Ascending positions.
-            size: Side to resize to (short side, then centre crop, as DiT prepares its data); None keeps each as it is.
+            size: Side to resize to (short side, then centre crop, as DiT prepares its data); None keeps their own size.
         """
 
     def fingerprint(self) -> str:
-        """Hash of the listing: names, sizes and, in archives, checksums; cheap, and the same on another machine."""
+        """Hash the listing: names, sizes and, in archives, checksums; it is equal on another machine."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class ImageFiles:
 
     @property
     def path(self) -> Path:
-        """Of the folder or zip."""
+        """Path of the folder or zip."""
         return self.source.path
 
     def __len__(self) -> int:
@@ -94,7 +106,7 @@ class ImageFiles:
         return len(self.names)
 
     def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
-        """See `ImageSet`; decodes ahead on several threads."""
+        """See `ImageSet`; threads decode ahead."""
 
         def read(index: int) -> Pixels | DataError:
             name = self.names[index]
@@ -123,13 +135,13 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class NpzFile:
-    """The images of an npz, with `arr_1` as labels."""
+    """Images of an npz, with `arr_1` as labels."""
 
     npz: NpzImages
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """Path of the file."""
         return self.npz.path
 
     @property
@@ -152,23 +164,23 @@ class NpzFile:
 
 
 def open_images(path: Path) -> ImageSet:
-    """Opens a folder, a zip or an npz of images, or the folder of a sampling run; reads no image yet.
+    """Open a folder, a zip or an npz of images, or the folder of a sampling job, without reading an image.
 
     Raises:
-        DataError: There is nothing there, or no images, or only one.
+        DataError: There is nothing at the path, or there are fewer than two images.
     """
     if not path.exists() and not any(parent.is_file() for parent in path.parents):
-        raise DataError(f"there is no {path}: give a folder of images, a .zip or an .npz")
-    path = _images_of_run(path)
+        raise DataError(f"There is no {path}: give a folder of images, a .zip or an .npz.")
+    path = _single_images(path)
     images: ImageSet = NpzFile(_open_npz(path)) if path.suffix == ".npz" and path.is_file() else _open_files(path)
     if len(images) < 2:
-        found = "one image" if len(images) else "no images"
-        raise DataError(f"{path} holds {found}: two or more are needed, and thousands for numbers to mean something")
+        count = "one image" if len(images) else "no images"
+        raise DataError(f"{path} holds {count}: give two or more, and thousands for meaningful numbers.")
     return images
 
 
-def _images_of_run(path: Path) -> Path:
-    """The single images, if `path` is what `tokdyn sample` wrote: the pictures beside them must not be measured."""
+def _single_images(path: Path) -> Path:
+    """Return the single images if `tokdyn sample` wrote `path`, so that the figures beside them are not measured."""
     record = next((place / _RECORD for place in (path, path.parent) if (place / _RECORD).is_file()), None)
     if record is None or not path.is_dir() or (record.parent != path and not path.name.startswith(_BUDGET)):
         return path
@@ -177,9 +189,9 @@ def _images_of_run(path: Path) -> Path:
             return place
     budgets = sorted(place.name for place in path.glob(f"{_BUDGET}*"))
     if any((path / name / kind).exists() for name in budgets for kind in ("images", "samples.npz")):
-        raise DataError(f"{path} holds the images of {len(budgets)} budgets: choose one of {', '.join(budgets)} in it")
+        raise DataError(f"{path} holds the images of {len(budgets)} budgets: give one of {', '.join(budgets)} in it.")
     raise DataError(
-        f"{path} holds pictures about a sampling run, and no single images: sample with format=folder or format=npz"
+        f"{path} holds figures of a sampling job, and no single images: sample with format=folder or format=npz."
     )
 
 
@@ -187,8 +199,8 @@ def _open_npz(path: Path) -> NpzImages:
     keys = npz_keys(path)
     if IMAGES not in keys:
         raise DataError(
-            f"{path} holds the arrays {', '.join(sorted(keys)) or '(none)'}: expected {IMAGES}, uint8 (N, H, W, 3), as "
-            "`tokdyn sample format=npz` writes it"
+            f"{path} holds the arrays {', '.join(sorted(keys)) or '(none)'}, expected {IMAGES}, uint8 (N, H, W, 3): "
+            "write it with `tokdyn sample format=npz`."
         )
     return open_npz_images(path)
 
@@ -196,14 +208,10 @@ def _open_npz(path: Path) -> NpzImages:
 def _open_files(path: Path) -> ImageFiles:
     source = open_source(path)
     names = source.names()
-    folders = [name.split("/", 1)[0] for name in names]
     if not names or not all("/" in name for name in names):
         return ImageFiles(source, names, None)
-    if all(folder.isdecimal() for folder in folders):
-        return ImageFiles(source, names, Labels(np.array([int(folder) for folder in folders], dtype=np.int64)))
-    numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
-    values = np.array([numbers[folder] for folder in folders], dtype=np.int64)
-    return ImageFiles(source, names, Labels(values, len(numbers)))
+    classes = class_folders(names)
+    return ImageFiles(source, names, Labels(classes.labels, len(classes.names), classes.numbers))
 
 
 def _archive_lines(path: Path) -> list[str]:

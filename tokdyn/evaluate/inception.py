@@ -19,21 +19,21 @@ LOGITS = "logits_unbiased"  # (B, 1008), what IS is defined on
 
 
 def cached_weights() -> Path:
-    """Where the downloaded weights lie, or would."""
+    """Return the path of the downloaded weights, whether they exist or not."""
     return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(URL_INCEPTION_V3).name)
 
 
 def open_inception(weights: Path | None, input_size: int | None, device: torch.device) -> Extractor:
-    """The network of FID; it resizes images of any size to 299 x 299 itself, as the original did (bilinear, TF 1).
+    """Open the network of FID, which resizes images of any size to 299 x 299 itself (bilinear, as in TensorFlow 1).
 
-    Other weights than the published ones may be used, but then the numbers are not called FID, IS and KID.
+    Other weights than the published ones may be used, but their numbers are not called FID, IS and KID.
 
     Raises:
         CheckpointError: The weights are missing and cannot be downloaded, or are not weights of this network.
     """
     path = _download() if weights is None else weights
     if not path.is_file():
-        raise CheckpointError(f"there are no Inception weights at {path}: check weights=, or leave it out to download")
+        raise CheckpointError(f"There are no Inception weights at {path}: correct weights=, or leave it out.")
     sha256 = file_sha256(path)
     if sha256 != PUBLISHED_SHA256:
         _check_plain_tensors(path)
@@ -42,7 +42,9 @@ def open_inception(weights: Path | None, input_size: int | None, device: torch.d
             "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=str(path)
         ).to(device)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not hold the weights of torch-fidelity's Inception network") from error
+        raise CheckpointError(
+            f"{path} does not hold the weights of torch-fidelity's Inception network: correct weights= or leave it out."
+        ) from error
     standard = sha256 == PUBLISHED_SHA256
     info = ExtractorInfo(
         kind="inception",
@@ -55,7 +57,7 @@ def open_inception(weights: Path | None, input_size: int | None, device: torch.d
 
 
 def _download() -> Path:
-    """The cached weights, downloaded first if they are not there."""
+    """Return the cached weights, downloading them first if necessary."""
     path = cached_weights()
     if not path.is_file():
         try:
@@ -65,15 +67,15 @@ def _download() -> Path:
             )
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"the Inception weights cannot be downloaded ({error}): put {URL_INCEPTION_V3} at {path}, or name a "
-                "local copy with weights=FILE, or use another network with extractor=FILE.ts or extractor=timm:NAME"
+                f"The Inception weights cannot be downloaded ({error}): put {URL_INCEPTION_V3} at {path}, or give a "
+                "local copy with weights=FILE, or use another network with extractor=FILE.ts or extractor=timm:NAME."
             ) from error
     return path
 
 
 def _check_plain_tensors(path: Path) -> None:
-    """Refuses a file that holds more than tensors: torch-fidelity unpickles what it is given."""
+    """Reject a file that holds more than tensors, because torch-fidelity unpickles what it is given."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is not a plain file of tensors, so it is not loaded as weights") from error
+        raise CheckpointError(f"{path} is not a plain file of tensors: give weights of which it is one.") from error

@@ -1,4 +1,4 @@
-"""From features and logits to named numbers, and to sentences on how far they can be trusted."""
+"""Computes named metrics from features and logits, and warns where they are unreliable."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tokdyn.evaluate import metrics as formulas
 from tokdyn.evaluate.config import EvalConfig, Metric
 from tokdyn.evaluate.extractor import Extractor, ExtractorInfo
 from tokdyn.evaluate.features import Extracted
+from tokdyn.evaluate.images import Labels
 from tokdyn.evaluate.plan import label_obstacle
 from tokdyn.evaluate.result import metric_name
 from tokdyn.evaluate.statistics import Statistics, moments_of
@@ -18,7 +19,7 @@ from tokdyn.evaluate.statistics import Statistics, moments_of
 
 @dataclass
 class Findings:
-    """Numbers as they come in; see `EvalResult` for the fields."""
+    """Metrics as they are computed; the fields are those of `EvalResult`."""
 
     extractor: ExtractorInfo
     values: dict[str, float] = field(default_factory=dict)
@@ -27,14 +28,14 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def add(self, metric: str, value: float, spread: float | None = None) -> None:
-        """Records a number under the name it may carry."""
+        """Record a metric under the name that it may carry."""
         name = metric_name(metric, self.extractor)
         self.values[name] = value
         if spread is not None:
             self.spread[name] = spread
 
     def use(self, setting: str, asked: int, used: int, why: str) -> int:
-        """Records the setting in force, with a note if it is not the one asked for."""
+        """Record the value of a setting that is in force, with a note if it was reduced."""
         self.used[setting] = used
         if used != asked:
             self.notes.append(f"{setting} reduced from {asked} to {used}: {why}")
@@ -48,56 +49,60 @@ def measure(
     generated: Extracted,
     reference: Statistics | None,
 ) -> Findings:
-    """Computes the metrics, which `plan` has found possible.
+    """Compute the metrics, which `plan` has found possible.
 
     Args:
         config: Settings.
-        metrics: What to compute.
-        extractor: The network that saw both sides.
-        generated: What it said about the generated images.
-        reference: What is known of the reference.
+        metrics: Metrics to compute.
+        extractor: Network that produced the features of both sides.
+        generated: Its outputs for the generated images.
+        reference: Statistics of the reference.
     """
-    found = Findings(extractor.info)
-    features, theirs = generated.features, None if reference is None else reference.features
+    findings = Findings(extractor.info)
+    features, reference_features = generated.features, None if reference is None else reference.features
     if "frechet" in metrics and reference is not None:
-        found.add("frechet_distance", formulas.frechet_distance(moments_of(features), reference.moments))
+        findings.add("frechet_distance", formulas.frechet_distance(moments_of(features), reference.moments))
     if "score" in metrics and generated.logits is not None:
-        _score(config, found, generated.logits)
-    if "kid" in metrics and theirs is not None:
-        fewer = min(len(features), len(theirs))
+        _add_score(config, findings, generated.logits)
+    if "kid" in metrics and reference_features is not None:
+        fewer = min(len(features), len(reference_features))
         size = formulas.subset_size(fewer, config.kid_subset_size)
-        found.use("kid_subset_size", config.kid_subset_size, size, f"the smaller set has {fewer} images")
-        found.used["kid_subsets"] = config.kid_subsets
-        found.add("kernel_distance", *formulas.kernel_distance(features, theirs, config.kid_subsets, size, config.seed))
-    if "precision_recall" in metrics and theirs is not None:
-        found.used["neighbours"] = config.neighbours
-        precision, recall = formulas.precision_recall(features, theirs, config.neighbours, extractor.device)
-        found.add("precision", precision)
-        found.add("recall", recall)
+        findings.use("kid_subset_size", config.kid_subset_size, size, f"the smaller set has {fewer} images")
+        findings.used["kid_subsets"] = config.kid_subsets
+        distance = formulas.kernel_distance(features, reference_features, config.kid_subsets, size, config.seed)
+        findings.add("kernel_distance", *distance)
+    if "precision_recall" in metrics and reference_features is not None:
+        findings.used["neighbours"] = config.neighbours
+        both = formulas.precision_recall(features, reference_features, config.neighbours, extractor.device)
+        for name, value in zip(("precision", "recall"), both, strict=True):
+            findings.add(name, value)
     if "class_accuracy" in metrics and generated.logits is not None and generated.labels is not None:
-        found.add("class_accuracy", formulas.class_accuracy(generated.logits, generated.labels.values))
-    return found
+        _add_accuracy(findings, generated.logits, generated.labels)
+    return findings
 
 
-def measure_alone(config: EvalConfig, extractor: ExtractorInfo, seen: Extracted) -> dict[str, float]:
-    """What a reference scores by itself: a yardstick for the score and class accuracy of generated images."""
-    found = Findings(extractor)
-    if seen.logits is not None:
-        _score(config, found, seen.logits)
-        if seen.labels is not None and label_obstacle(extractor, seen.logits.shape[1], seen.labels) is None:
-            found.add("class_accuracy", formulas.class_accuracy(seen.logits, seen.labels.values))
-    return found.values
+def measure_alone(config: EvalConfig, extractor: ExtractorInfo, extracted: Extracted) -> dict[str, float]:
+    """Score the reference by itself, as a yardstick for the class score and accuracy of generated images."""
+    findings = Findings(extractor)
+    if extracted.logits is not None:
+        _add_score(config, findings, extracted.logits)
+        if (
+            extracted.labels is not None
+            and label_obstacle(extractor, extracted.logits.shape[1], extracted.labels) is None
+        ):
+            _add_accuracy(findings, extracted.logits, extracted.labels)
+    return findings.values
 
 
-def doubts(
+def reliability_warnings(
     metrics: Sequence[Metric], extractor: ExtractorInfo, generated: Extracted, reference: Statistics | None
 ) -> Iterator[str]:
-    """Sentences on what makes the numbers unreliable or hard to compare."""
+    """Yield what makes the numbers unreliable or hard to compare, a sentence each."""
     if extractor.kind == "inception" and not extractor.standard:
         yield f"{extractor.name} are not the published Inception weights: the numbers are not FID, IS or KID"
     yield from generated.unreadable
     if generated.image_size is None:
-        yield "the generated images differ in size, perhaps other pictures lie among them: if not, set input_size"
+        yield "the generated images differ in size, so figures may lie among them: if none do, set input_size"
     if reference is None:
         return
     origin, width = reference.origin, generated.features.shape[1]
@@ -122,13 +127,18 @@ def doubts(
 
 
 def _pixels(size: tuple[int, int] | None) -> str:
-    """An image size in words."""
+    """Describe an image size."""
     return "of several sizes" if size is None else f"{size[0]} x {size[1]} pixels"
 
 
-def _score(config: EvalConfig, found: Findings, logits: Tensor) -> None:
-    """Adds the class score of logits (N, C)."""
+def _add_score(config: EvalConfig, findings: Findings, logits: Tensor) -> None:
+    """Add the class score of logits (N, C)."""
     splits = formulas.score_splits(len(logits), config.score_splits)
-    found.use("score_splits", config.score_splits, splits, f"{len(logits)} images")
+    findings.use("score_splits", config.score_splits, splits, f"{len(logits)} images")
     mean, spread = formulas.class_score(logits, splits, config.seed)
-    found.add("class_score", mean, spread if splits > 1 else None)
+    findings.add("class_score", mean, spread if splits > 1 else None)
+
+
+def _add_accuracy(findings: Findings, logits: Tensor, labels: Labels) -> None:
+    """Add the class accuracy of logits (N, C)."""
+    findings.add("class_accuracy", formulas.class_accuracy(logits, labels.among(logits.shape[1])))

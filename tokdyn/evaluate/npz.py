@@ -1,4 +1,4 @@
-"""npz archives: images read as a stream, so that 50,000 of them need not fit in memory, and small arrays."""
+"""npz archives: images as a stream, because 50,000 of them may not fit in memory, and small arrays."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ LABELS = "arr_1"
 
 
 def npz_keys(path: Path) -> set[str]:
-    """Names of the arrays in the file."""
+    """Return the names of the arrays in the file."""
     with _opened(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def npz_array(path: Path, key: str) -> NDArray[Any]:
-    """One whole array."""
+    """Read one whole array; raise a DataError if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             array: NDArray[Any] = arrays[key]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: the array {key} cannot be read ({error})") from error
+        raise DataError(f"{path}: the array {key} cannot be read ({error}): write it again.") from error
     return array
 
 
@@ -39,9 +39,9 @@ class NpzImages:
     """The images of an npz, in file order.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
         shape: (N, H, W, 3).
-        labels: (N,) int64 from `arr_1`, or None.
+        labels: (N,) int64 from `arr_1`, or None if there is no such array.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class NpzImages:
         return self.shape[0]
 
     def images(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        """The images (H, W, 3) at ascending positions, one at a time.
+        """Yield the images (H, W, 3) at ascending positions, one at a time.
 
         Raises:
             DataError: The file ends early or is damaged.
@@ -69,14 +69,14 @@ class NpzImages:
                     data = file.read(size)
                     position += 1
                     if len(data) != size:
-                        raise DataError(f"{self.path} ends before image {index} of {len(self)}: write it again")
+                        raise DataError(f"{self.path} ends before image {index} of {len(self)}: write it again.")
                     yield np.frombuffer(data, dtype=np.uint8).reshape(self.shape[1:])
         except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise DataError(f"{self.path} is damaged ({error}): write it again") from error
+            raise DataError(f"{self.path} is damaged ({error}): write it again.") from error
 
 
 def open_npz_images(path: Path) -> NpzImages:
-    """Checks the header and the labels; reads no image.
+    """Open the images of an npz after checking its header and labels; read no image.
 
     Raises:
         DataError: The arrays are not those that `tokdyn sample format=npz` writes.
@@ -85,10 +85,11 @@ def open_npz_images(path: Path) -> NpzImages:
         with _opened(path) as archive, archive.open(f"{IMAGES}.npy") as file:
             shape, fortran, dtype = _read_header(file)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: the array {IMAGES} cannot be read ({error}): write it again") from error
+        raise DataError(f"{path}: the array {IMAGES} cannot be read ({error}): write it again.") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape[1:]:
         raise DataError(
-            f"{path}: {IMAGES} is {dtype} of shape {shape}, expected uint8 of shape (N, H, W, 3) in C order"
+            f"{path}: {IMAGES} is {dtype} of shape {shape}, expected uint8 of shape (N, H, W, 3) in C order: write it "
+            "as `tokdyn sample format=npz` does."
         )
     labels = None
     if LABELS in npz_keys(path):
@@ -96,7 +97,7 @@ def open_npz_images(path: Path) -> NpzImages:
         if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise DataError(
                 f"{path}: {LABELS} is {labels.dtype} of shape {labels.shape}, expected one integer label for each of "
-                f"the {shape[0]} images"
+                f"the {shape[0]} images: correct the labels, or remove them."
             )
         labels = labels.astype(np.int64)
     return NpzImages(path, (shape[0], shape[1], shape[2], shape[3]), labels)
@@ -104,17 +105,17 @@ def open_npz_images(path: Path) -> NpzImages:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The file as the zip archive that every npz is."""
+    """Open an npz as the zip archive that it is."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path} is not an npz archive ({error})") from error
+        raise DataError(f"{path} is not an npz archive ({error}): write it again.") from error
     with archive:
         yield archive
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and type of the array that follows in the file."""
+    """Read the shape, order and type of the array that follows in the file."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)

@@ -1,4 +1,4 @@
-"""Which metrics the inputs allow, decided before any work is done."""
+"""Decides which metrics the inputs allow, before any work is done."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tokdyn.evaluate.images import Labels
 
 @dataclass(frozen=True)
 class Facts:
-    """What an evaluation has to work with.
+    """What is known of the inputs of an evaluation.
 
     Attributes:
-        extractor: The network.
-        classes: Number of its logits, 0 for none.
+        extractor: Identity of the network.
+        classes: Number of its logits, 0 without a classifier.
         generated: Number of generated images.
-        labels: The classes asked for.
-        reference: Number of reference images, None if not known.
+        labels: Labels of the generated images, or None.
+        reference: Number of reference images, or None if it is not known.
         moments: Whether the reference has a mean and covariance.
-        features: Whether it has features.
+        features: Whether the reference has features.
     """
 
     extractor: ExtractorInfo
@@ -35,27 +35,27 @@ class Facts:
 
 
 def plan(config: EvalConfig, facts: Facts) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
-    """Chooses the metrics: those asked for, or all that are possible.
+    """Choose the metrics: those that were asked for, or all that are possible.
 
     Returns:
         The metrics, and a note on each one that was left out.
 
     Raises:
-        DataError: One that was asked for is not possible, or none is.
+        DataError: A metric that was asked for is not possible, or none is.
     """
     reasons = {metric: _obstacle(metric, config, facts) for metric in config.metrics or METRICS}
     if config.metrics is not None:
         for metric, reason in reasons.items():
             if reason:
-                raise DataError(f"{metric} cannot be measured: {reason}")
+                raise DataError(f"{metric} cannot be measured: {reason}.")
     possible = tuple(metric for metric, reason in reasons.items() if reason is None)
     if not possible:
-        raise DataError(f"nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}")
+        raise DataError(f"Nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}.")
     return possible, tuple(f"{metric} left out: {reason}" for metric, reason in reasons.items() if reason)
 
 
 def _obstacle(metric: Metric, config: EvalConfig, facts: Facts) -> str | None:
-    """Why a metric cannot be measured, or None."""
+    """Return why a metric cannot be measured, or None."""
     checks = {
         "frechet": _no_moments,
         "score": _no_logits,
@@ -97,20 +97,21 @@ def _no_classes(config: EvalConfig, facts: Facts) -> Iterator[str]:
 
 
 def label_obstacle(extractor: ExtractorInfo, classes: int, labels: Labels | None) -> str | None:
-    """Why labels cannot be compared with the network's answers, or None.
+    """Return why labels cannot be compared with the network's classes, or None.
 
     Args:
-        extractor: The network.
+        extractor: Identity of the network.
         classes: Number of its logits.
-        labels: Of the images.
+        labels: Labels of the images, or None.
     """
     if extractor.kind == "inception":
         return f"the {classes} outputs of {extractor.name} are not numbered as data sets number their classes"
     if labels is None:
         return "the images have no classes, put them into class folders or labels into arr_1 of the npz"
-    if labels.num_classes is not None and labels.num_classes != classes:
+    if labels.num_classes not in (None, classes) and labels.numbers is None:
         return f"the images have {labels.num_classes} class folders, {extractor.name} has {classes} classes"
-    lowest, highest = int(labels.values.min()), int(labels.values.max())
+    values = labels.among(classes)
+    lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= classes:
         return f"the labels reach from {lowest} to {highest}, {extractor.name} has {classes} classes"
     return None

@@ -1,4 +1,4 @@
-"""The side that generated images are compared with: images, images seen before, or published statistics."""
+"""The reference of an evaluation: images, cached statistics of images, or published statistics."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tokdyn.evaluate.statistics import (
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A reference that an extractor has seen before.
+class StatisticsReference:
+    """A reference whose statistics were computed before.
 
     Attributes:
-        path: The file of statistics.
-        statistics: What it holds.
+        path: Path of the file of statistics.
+        statistics: Content of that file.
     """
 
     path: Path
@@ -35,14 +35,14 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Unseen:
+class ImageReference:
     """A reference of images.
 
     Attributes:
-        path: Where it was read from.
+        path: Path that they were opened from.
         images: The images.
-        published: Moments that came with them and stand for a larger set, as in ADM's reference batches
-            (arXiv:2105.05233); used with the Inception network alone, which they are of.
+        published: Moments that came with the images and stand for a larger set, as in ADM's reference batches
+            (arXiv 2105.05233). They belong to the Inception network and are used with it alone.
     """
 
     path: Path
@@ -50,40 +50,40 @@ class Unseen:
     published: Statistics | None
 
 
-Reference = Seen | Unseen
+Reference = StatisticsReference | ImageReference
 
 
 def open_reference(config: EvalConfig) -> Reference | None:
-    """Opens the reference, or the cache in its place; looks at no image yet.
+    """Open the reference, or the cache in its place, without reading an image.
 
     Raises:
-        DataError: It is missing, damaged or empty, or the cache is of another reference.
+        DataError: The reference is missing, damaged or empty, or the cache belongs to another one.
     """
     path = config.reference
     if path is None:
         return None
     if path.suffix == ".safetensors" and path.is_file():
-        return _without_cache(config, Seen(path, load_statistics(path)))
+        return _without_cache(config, StatisticsReference(path, load_statistics(path)))
     published = None
     if path.suffix == ".npz" and path.is_file() and {"mu", "sigma"} <= npz_keys(path):
         published = load_moments(path)
         if IMAGES not in npz_keys(path):
-            return _without_cache(config, Seen(path, published))
-    return _or_cached(config, Unseen(path, open_images(path), published))
+            return _without_cache(config, StatisticsReference(path, published))
+    return _or_cached(config, ImageReference(path, open_images(path), published))
 
 
 def check_extractor(reference: Reference, extractor: ExtractorInfo, width: int) -> None:
-    """Refuses statistics that another network made.
+    """Refuse statistics that another network made.
 
     Args:
-        reference: As opened.
-        extractor: The network of this evaluation.
-        width: Its number of features.
+        reference: The reference.
+        extractor: Identity of the network of this evaluation.
+        width: Number of its features.
 
     Raises:
-        DataError: They are of another network, or of another width.
+        DataError: The statistics were made by another network, or have another width.
     """
-    if isinstance(reference, Seen):
+    if isinstance(reference, StatisticsReference):
         statistics: Statistics | None = reference.statistics
     else:
         statistics = reference.published if extractor.standard else None
@@ -91,66 +91,70 @@ def check_extractor(reference: Reference, extractor: ExtractorInfo, width: int) 
         return
     if statistics.origin is not None and not statistics.origin.extractor.same_network(extractor):
         raise DataError(
-            f"{reference.path} was made with the {statistics.origin.extractor}, but this run uses the {extractor}: "
-            "use that extractor, or make the statistics again with cache=ANOTHER.safetensors"
+            f"{reference.path} was made with the {statistics.origin.extractor}, but this evaluation uses the "
+            f"{extractor}: use that extractor, or make the statistics again with cache=ANOTHER.safetensors."
         )
     if len(statistics.moments.mean) != width:
         raise DataError(
-            f"{reference.path} holds statistics of {len(statistics.moments.mean)} features, {extractor.name} has "
-            f"{width}: another network made them"
+            f"{reference.path} holds statistics of {len(statistics.moments.mean)} features, but {extractor.name} has "
+            f"{width}: use the network that made them."
         )
 
 
 def measure_reference(
-    config: EvalConfig, reference: Unseen, extractor: ExtractorInfo, seen: Extracted, values: dict[str, float]
+    config: EvalConfig,
+    reference: ImageReference,
+    extractor: ExtractorInfo,
+    extracted: Extracted,
+    values: dict[str, float],
 ) -> Statistics:
-    """Statistics of a reference that the extractor has just seen; fills the cache.
+    """Compute the statistics of a reference of images, and write the cache if there is to be one.
 
     Args:
         config: Settings.
-        reference: The images.
-        extractor: The network.
-        seen: What it said about them.
-        values: Numbers that the reference has by itself.
+        reference: The reference.
+        extractor: Identity of the network.
+        extracted: Outputs of the network for the images.
+        values: Metrics of the reference by itself.
     """
     published = reference.published if extractor.standard else None
-    moments = moments_of(seen.features) if published is None else published.moments
+    moments = moments_of(extracted.features) if published is None else published.moments
     origin = Origin(
         extractor=extractor,
-        images=len(seen.features),
-        image_size=seen.image_size,
+        images=len(extracted.features),
+        image_size=extracted.image_size,
         source=reference.path.name,
         fingerprint=_fingerprint(config, reference.images),
         published_moments=published is not None,
         values=values,
     )
     if config.cache is not None:
-        save_statistics(config.cache, seen.features, moments, origin)
-    return Statistics(moments, seen.features, origin)
+        save_statistics(config.cache, extracted.features, moments, origin)
+    return Statistics(moments, extracted.features, origin)
 
 
-def _without_cache(config: EvalConfig, reference: Seen) -> Seen:
-    """The reference, unless statistics should be made of statistics."""
+def _without_cache(config: EvalConfig, reference: StatisticsReference) -> StatisticsReference:
+    """Return the reference; refuse to cache statistics of statistics."""
     if config.cache is not None:
-        raise DataError(f"{reference.path} holds statistics, not images: leave out cache=")
+        raise DataError(f"{reference.path} holds statistics, not images: leave out cache=.")
     return reference
 
 
-def _or_cached(config: EvalConfig, reference: Unseen) -> Reference:
-    """The cache, if there is one and it is of this reference; otherwise the reference."""
+def _or_cached(config: EvalConfig, reference: ImageReference) -> Reference:
+    """Return the cached statistics of the reference if they exist and match; otherwise the reference."""
     if config.cache is None or not config.cache.exists():
         return reference
     statistics = load_statistics(config.cache)
     if statistics.origin is None or statistics.origin.fingerprint != _fingerprint(config, reference.images):
         raise DataError(
             f"{config.cache} does not hold the statistics of {reference.path} as it is now and with this "
-            "reference_limit and seed: delete it, or name another file with cache="
+            "reference_limit and seed: delete it, or name another file with cache=."
         )
-    return Seen(config.cache, statistics)
+    return StatisticsReference(config.cache, statistics)
 
 
 def _fingerprint(config: EvalConfig, images: ImageSet) -> str:
-    """Of the images chosen from the reference."""
+    """Identify the images chosen from the reference."""
     limit = config.reference_limit
     choice = "all" if limit is None or limit >= len(images) else f"{limit} drawn with seed {config.seed}"
     return f"{images.fingerprint()} {choice}"

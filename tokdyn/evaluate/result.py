@@ -1,4 +1,4 @@
-"""What an evaluation found, under honest names, with everything needed to repeat it."""
+"""The result of an evaluation, with everything that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ PACKAGES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 
 class EvalResult(BaseModel):
-    """One evaluation.
+    """Result of one evaluation.
 
     Attributes:
         values: The metrics by name. FID, IS and KID are measured with the published Inception network and nothing
             else; every other number carries the name of its network in brackets.
         spread: Standard deviation of a metric over its subsets (kernel distance) or parts (score).
-        reference_values: Numbers of the reference by itself, as a yardstick.
-        generated_images: Images measured.
-        reference_images: Images compared with; None without a reference, or if its file does not say.
-        extractor: The network.
+        reference_values: Metrics of the reference by itself, as a yardstick.
+        generated_images: Number of images measured.
+        reference_images: Number of images compared with; None without a reference, or if its file does not say.
+        extractor: Identity of the network.
         used: Settings in force after any reduction for small sets.
         warnings: What makes a number unreliable or hard to compare.
         notes: What was reduced or left out, and why.
-        config: The settings asked for.
-        versions: Of the packages that numbers depend on.
-        machine: What it ran on.
+        config: Settings asked for.
+        versions: Versions of the packages that the numbers depend on.
+        machine: Machine that the evaluation ran on.
         seconds: Wall time of each part.
     """
 
@@ -53,21 +53,21 @@ class EvalResult(BaseModel):
     seconds: dict[str, float]
 
     def to_json(self) -> str:
-        """Indented JSON; `EvalResult.model_validate_json` reads it back."""
+        """Return indented JSON, which `EvalResult.model_validate_json` reads back."""
         return self.model_dump_json(indent=2)
 
     def save(self, path: Path) -> None:
-        """Writes the JSON, making the folder if need be."""
+        """Write the JSON, creating the folder if needed."""
         with replacing(path) as half:
             half.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def metric_name(metric: str, extractor: ExtractorInfo) -> str:
-    """The name a number may carry.
+    """Return the name that a number may carry.
 
     Args:
         metric: `frechet_distance`, `class_score`, `kernel_distance`, `precision`, `recall` or `class_accuracy`.
-        extractor: The network it was measured with.
+        extractor: Identity of the network that it was measured with.
     """
     inception = {"frechet_distance": "FID", "class_score": "IS", "kernel_distance": "KID"}
     if extractor.standard and metric in inception:
@@ -76,7 +76,7 @@ def metric_name(metric: str, extractor: ExtractorInfo) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
+    """Return the versions of Python and of the packages that the numbers depend on."""
     return {
         "python": platform.python_version(),
         "tokdyn": __version__,

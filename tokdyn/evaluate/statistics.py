@@ -1,4 +1,4 @@
-"""What is known of a set of images once an extractor has seen it, and the file that keeps it."""
+"""Statistics of a set of images as an extractor sees it, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Origin(BaseModel):
 
     Attributes:
         format: Version of the file layout.
-        extractor: The network that made the features.
-        images: How many images it saw.
+        extractor: Network that computed the features.
+        images: Number of images.
         image_size: (rows, columns) of all of them, or None if they differed.
         source: Name of the folder or file of images.
-        fingerprint: Of the listing of that source and of the choice made from it.
-        published_moments: Whether the moments were not made from these images but came with them.
-        values: Numbers that the reference alone has, such as its class accuracy.
+        fingerprint: Hash of the listing of that source, and the choice made from it.
+        published_moments: Whether the moments came with the images instead of being computed from them.
+        values: Metrics of the reference by itself, such as its class accuracy.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,12 +59,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """A set of images as an extractor sees it.
+    """Statistics of a set of images as an extractor sees it.
 
     Attributes:
         moments: Mean and covariance of the features.
-        features: (N, F) float32; None if a file holds the moments only.
-        origin: None if a file does not say.
+        features: (N, F) float32, or None if a file holds the moments only.
+        origin: Where they come from, or None if a file does not say.
     """
 
     moments: Moments
@@ -73,13 +73,13 @@ class Statistics:
 
 
 def moments_of(features: Tensor) -> Moments:
-    """Moments of features (N, F), N at least 2, in float64."""
-    found = fid_features_to_statistics(features.double())
-    return Moments(found["mu"], np.atleast_2d(found["sigma"]))
+    """Compute the moments of features (N, F), N at least 2, in float64."""
+    statistics = fid_features_to_statistics(features.double())
+    return Moments(statistics["mu"], np.atleast_2d(statistics["sigma"]))
 
 
 def save_statistics(path: Path, features: Tensor, moments: Moments, origin: Origin) -> None:
-    """Writes features (N, F), moments and origin; the file appears whole or not at all."""
+    """Write features (N, F), moments and origin atomically."""
     tensors = {
         "features": features.contiguous(),
         "mu": torch.from_numpy(moments.mean),
@@ -90,17 +90,19 @@ def save_statistics(path: Path, features: Tensor, moments: Moments, origin: Orig
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Reads a file written by `save_statistics`.
+    """Read a file written by `save_statistics`.
 
     Raises:
-        DataError: It is damaged, or something else.
+        DataError: The file is damaged, or something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read as cached statistics ({error}): delete it and make it again") from error
+        raise DataError(
+            f"{path} cannot be read as cached statistics ({error}): delete it and make it again."
+        ) from error
     try:
         origin = Origin.model_validate(json.loads(metadata["tokdyn"]))
         features, mean, covariance = (
@@ -109,17 +111,17 @@ def load_statistics(path: Path) -> Statistics:
             tensors["sigma"].double().numpy(),
         )
     except (KeyError, ValueError, ValidationError) as error:
-        raise DataError(f"{path} holds no statistics of tokdyn eval: make one with cache=FILE.safetensors") from error
+        raise DataError(f"{path} holds no statistics of tokdyn eval: make one with cache=FILE.safetensors.") from error
     if origin.format != FORMAT:
-        raise DataError(f"{path} has format {origin.format}, this version reads {FORMAT}: make it again with cache=")
+        raise DataError(f"{path} has format {origin.format}, this version reads {FORMAT}: make it again with cache=.")
     width = features.shape[-1]
     if features.shape != (origin.images, width) or mean.shape != (width,) or covariance.shape != (width, width):
-        raise DataError(f"{path} is damaged, its arrays do not fit together: delete it and make it again")
+        raise DataError(f"{path} is damaged, its arrays do not fit together: delete it and make it again.")
     return Statistics(_finite(path, mean, covariance), features, origin)
 
 
 def load_moments(path: Path) -> Statistics:
-    """Reads `mu` and `sigma` of an npz, as other programs publish them; who made them it cannot say.
+    """Read `mu` and `sigma` of an npz, as other programs publish them without saying which network made them.
 
     Raises:
         DataError: The arrays are not a mean and a covariance.
@@ -127,13 +129,14 @@ def load_moments(path: Path) -> Statistics:
     mean, covariance = (npz_array(path, key).astype(np.float64) for key in ("mu", "sigma"))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(
-            f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}, expected (F,) and (F, F) for one F"
+            f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}, expected (F,) and (F, F) for one F: give "
+            "an npz with a mean and a covariance."
         )
     return Statistics(_finite(path, mean, covariance))
 
 
 def _finite(path: Path, mean: NDArray[np.float64], covariance: NDArray[np.float64]) -> Moments:
-    """The moments, if they are numbers."""
+    """Return the moments if they are finite; otherwise raise a DataError."""
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise DataError(f"{path} holds a mean or covariance that is NaN or infinite: make the statistics again")
+        raise DataError(f"{path} holds a mean or covariance that is NaN or infinite: make the statistics again.")
     return Moments(mean, covariance)

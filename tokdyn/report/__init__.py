@@ -1,1 +1,1 @@
-"""See the modules of this package."""
+"""Figures: image grids, boundary maps, and curves of cost and quality."""

@@ -1,4 +1,4 @@
-"""From what a model makes, pixels or latents, to pictures."""
+"""Decodes what a model generates, pixels or latents, into pictures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Decoder:
     """Turns samples into bytes.
 
     Attributes:
-        vae: the autoencoder; None if the samples are pixels.
-        scaling: of the latents.
+        vae: autoencoder that decodes the samples; None if they are pixels.
+        scaling: scaling of the latents.
     """
 
     vae: nn.Module | None = None
@@ -36,7 +36,7 @@ class Decoder:
         return self.vae is not None
 
     def __call__(self, samples: Tensor) -> Pixels:
-        """(B, H, W, 3) uint8 from samples (B, C, h, w)."""
+        """Decode samples (B, C, h, w) into (B, H, W, 3) uint8."""
         if self.vae is None or self.scaling is None:
             return to_pixels(samples)
         parts = [decode(self.vae, part, self.scaling).cpu() for part in torch.split(samples, _AT_ONCE)]
@@ -52,24 +52,24 @@ def open_decoder(
 ) -> Decoder:
     """Choose how samples become pictures.
 
-    A model makes latents if it was trained on latents, if nothing is known of its data and ``vae`` is given, or if
-    nothing is known and it has neither 1 nor 3 channels.
+    A model generates latents if it was trained on latents. If its data are not known, it does so if ``vae`` is given or
+    if it has neither 1 nor 3 channels.
 
     Args:
-        channels: of the samples.
-        data: what the model was trained on, if that is known.
-        vae: path or hub id; None takes the autoencoder that wrote the training data.
+        channels: channels of the samples.
+        data: data that the model was trained on, if known.
+        vae: path or hub id of an autoencoder; None takes the one that wrote the training data.
         device: where to decode.
-        latents: what made the training data; None reads it from the folder of ``data``, if that is there. Its scaling
-            is undone, also when another autoencoder is given.
+        latents: origin of the training latents; None reads it from the folder of ``data``, if that still exists. Its
+            scaling is undone even if another autoencoder is given.
 
     Raises:
-        RecipeError: the model makes latents and no autoencoder is known, or the autoencoder does not fit.
+        RecipeError: the model generates latents and no autoencoder is known, or the autoencoder does not fit.
         DataError: the autoencoder cannot be loaded.
     """
     if data is not None and data.kind != "latents":
         if vae is not None:
-            raise RecipeError(f"vae={vae} has no effect: the model was trained on pixels ({data.kind}); leave it out.")
+            raise RecipeError(f"vae={vae} has no effect: the model was trained on pixels ({data.kind}): leave it out.")
         return Decoder()
     if data is None and vae is None and channels in (1, 3):
         return Decoder()
@@ -80,26 +80,26 @@ def open_decoder(
         autoencoder = load_vae(latents.vae.source, latents.vae.subfolder)
         if weights_digest(autoencoder) != latents.vae.sha256:
             raise RecipeError(
-                f"{latents.vae.source} is no longer the autoencoder that the training data were made with: give "
-                "vae=PATH where that one is now"
+                f"{latents.vae.source} is no longer the autoencoder that encoded the training data: give vae=PATH with "
+                "the place where that one is now."
             )
     else:
         raise RecipeError(
-            f"the model makes latents of {channels} channels and nothing says which autoencoder decodes them: "
-            "give vae=PATH or vae=HUB_ID, such as vae=stabilityai/sd-vae-ft-ema"
+            f"The model generates latents of {channels} channels and no autoencoder is known that decodes them: give "
+            "vae=PATH or vae=HUB_ID, such as vae=stabilityai/sd-vae-ft-ema."
         )
     settings: Any = autoencoder.config
     if settings.get("latent_channels", channels) != channels:
         raise RecipeError(
-            f"the model makes latents of {channels} channels, but the autoencoder decodes "
-            f"{settings['latent_channels']}: give vae= the one that the training data were made with"
+            f"The model generates latents of {channels} channels, but the autoencoder decodes "
+            f"{settings['latent_channels']}: give vae=PATH of the one that encoded the training data."
         )
     scaling = latents.scaling if latents is not None else scaling_of(autoencoder)
     return Decoder(autoencoder.to(device), scaling)
 
 
 def _origin(data: DataConfig | None) -> LatentOrigin | None:
-    """What made the latents that a model was trained on, if they are still there."""
+    """Return the origin of the latents that a model was trained on, or None if their folder is gone."""
     if data is None or data.path is None:
         return None
     try:

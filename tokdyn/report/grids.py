@@ -1,4 +1,4 @@
-"""Pictures of many images: a grid with captions, row titles and column titles, exact to the pixel."""
+"""Draws grids of images with captions, row titles and column titles, exact to the pixel."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def image_grid(
     title: str | None = None,
     scale: int | None = None,
 ) -> Pixels:
-    """Lay images out in rows.
+    """Draw images in rows of equal length.
 
     Args:
         images: (N, H, W, 3) uint8, row after row.
         columns: images per row; None makes the grid about square.
-        captions: N texts below the images.
-        row_titles: one text left of each row.
+        captions: N texts to write below the images.
+        row_titles: one text to the left of each row.
         column_titles: one text above each column.
-        title: one line above everything.
+        title: one line above the grid.
         scale: whole factor to enlarge by, without smoothing; None enlarges small images to about 96 pixels.
 
     Returns:
@@ -51,7 +51,7 @@ def image_grid(
         ("column_titles", column_titles, columns),
     ):
         if texts is not None and len(texts) != expected:
-            raise InputError(f"{len(texts)} {name} were given for a grid that has {expected}.")
+            raise InputError(f"{len(texts)} {name} were given for a grid of {expected}: give one text for each.")
     captions, row_titles, column_titles = (
         texts and [drawable(text) for text in texts] for texts in (captions, row_titles, column_titles)
     )
@@ -98,7 +98,7 @@ def _width(font: ImageFont.FreeTypeFont, text: str) -> int:
 
 
 def _shortened(font: ImageFont.FreeTypeFont, text: str, width: int) -> str:
-    """The text, or as much of it as fits with an ellipsis."""
+    """Return the text, shortened with an ellipsis if it does not fit."""
     if font.getlength(text) <= width:
         return text
     kept = next((n for n in range(len(text), 0, -1) if font.getlength(text[:n] + "…") <= width), 0)

@@ -1,4 +1,4 @@
-"""Boundary maps: which tokens a model kept, where in the image and when in the trajectory."""
+"""Boundary maps: which tokens a model kept, at which place of the image and at which step of the trajectory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import repeat
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -21,24 +22,24 @@ from tokdyn.report.pixels import Pixels
 from tokdyn.report.style import INK, MUTED, drawable, figure_style, save_figure
 
 _CELL = 8  # pixels that a cell is drawn with, at least
-_LEFT = 0.22  # share of its colour that a dropped cell keeps
-_PAPER = 246  # grey level that it fades to
+_FADED = 0.22  # share of its colour that a dropped cell keeps
+_PAPER = 246  # grey level that a dropped cell fades to
 _BORDER = 0.45  # how much darker the border of the kept cells is
 _TILE = 1.2  # inches, the width of a picture
-_LETTERS = 12  # of a row's name to an inch
+_LETTERS = 12  # letters of a row's name per inch
 
 Background = Literal["prediction", "noisy"]
 
 
 @dataclass(frozen=True)
 class MapFrame:
-    """One chosen step.
+    """One recorded step.
 
     Attributes:
-        index: step, counted from 0.
+        index: number of the step, from 0.
         level: noise level in [0, 1].
-        keep: (n, R, C) bool, the tokens kept in the conditional branch.
-        picture: (n, channels, H, W) the predicted clean images, or the noisy ones.
+        keep: (n, R, C) bool, tokens kept in the conditional branch.
+        picture: (n, channels, H, W) predicted clean images, or noisy ones.
     """
 
     index: int
@@ -49,56 +50,56 @@ class MapFrame:
 
 @dataclass(frozen=True)
 class Maps:
-    """What a trajectory kept.
+    """Tokens kept over a trajectory.
 
     Attributes:
-        frames: the chosen steps, in order.
-        often: (n, R, C) float32, the share of all steps in which each token was kept.
+        frames: the recorded steps, in order.
+        frequency: (n, R, C) float32, share of all steps in which each token was kept.
     """
 
     frames: tuple[MapFrame, ...]
-    often: Tensor
+    frequency: Tensor
 
 
 class MapRecorder:
-    """A callback for `tokdyn.diffusion.sampling.generate` that remembers what was kept.
+    """A callback for `tokdyn.diffusion.sampling.generate` that records which tokens were kept.
 
     Everything stays on the device until `maps` is called.
 
     Args:
-        steps: number of steps of the run.
-        images: how many images of the batch to follow, the first ones.
+        steps: number of steps of the trajectory.
+        images: how many images to record, the first ones of the batch.
         frames: how many steps to show, spread evenly, first and last included.
-        background: show kept cells on the predicted clean image, or on the noisy image that the model saw.
+        background: draw the kept cells on the predicted clean image, or on the noisy image that the model was given.
     """
 
     def __init__(self, steps: int, images: int = 4, frames: int = 6, background: Background = "prediction") -> None:
-        chosen = torch.linspace(0, steps - 1, min(frames, steps)).round().long().tolist()
-        self._chosen, self._images, self._background = set(chosen), images, background
+        shown = torch.linspace(0, steps - 1, min(frames, steps)).round().long().tolist()
+        self._shown, self._images, self._background = set(shown), images, background
         self._frames: list[MapFrame] = []
         self._total: Tensor | None = None
         self._steps = 0
 
     def __call__(self, step: StepState) -> None:
-        """Note one step."""
+        """Record one step."""
         if step.routing is None:
             return
         keep = step.routing.keep[: min(self._images, len(step.x))].unflatten(1, step.routing.grid)
         self._total = keep.float() if self._total is None else self._total + keep
         self._steps += 1
-        if step.index in self._chosen:
+        if step.index in self._shown:
             picture = step.x0() if self._background == "prediction" else step.x
             self._frames.append(MapFrame(step.index, step.level, keep.clone(), picture[: len(keep)].clone()))
 
     def maps(self) -> Maps:
-        """What was noted, on the host.
+        """Return what was recorded, on the host.
 
         Raises:
             InputError: the model computed every token, so there is nothing to show.
         """
         if self._total is None:
             raise InputError(
-                "the model computes every token, so there are no maps: leave maps off, or sample a DC-DiT."
+                "The model computes every token, so there are no maps: leave maps off, or sample a DC-DiT."
             )
         frames = tuple(
             MapFrame(frame.index, frame.level, frame.keep.cpu(), frame.picture.cpu()) for frame in self._frames
@@ -107,7 +108,7 @@ class MapRecorder:
 
 
 def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
-    """Fade the cells that were not kept and draw the border of those that were.
+    """Fade the dropped cells and draw the border of the kept ones.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -118,14 +119,14 @@ def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
     """
     height, width = pixels.shape[:2]
     factor = max(1, -(-_CELL * keep.shape[0] // height), -(-_CELL * keep.shape[1] // width))
-    image = pixels.repeat(factor, 0).repeat(factor, 1).astype(np.float32)
+    image = repeat(pixels, "h w rgb -> (h rows) (w columns) rgb", rows=factor, columns=factor).astype(np.float32)
     rows = np.arange(len(image)) * keep.shape[0] // len(image)
     columns = np.arange(image.shape[1]) * keep.shape[1] // image.shape[1]
     mask = keep[rows][:, columns]
-    around = np.pad(mask, 1, constant_values=True)  # the frame of the image is no border
-    inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-    faded = np.where(mask[..., None], image, _LEFT * image + (1.0 - _LEFT) * _PAPER)
-    faded = np.where((mask & ~inside)[..., None], (1.0 - _BORDER) * faded, faded)
+    padded = np.pad(mask, 1, constant_values=True)  # the edge of the image is no border
+    interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    faded = np.where(mask[..., None], image, _FADED * image + (1.0 - _FADED) * _PAPER)
+    faded = np.where((mask & ~interior)[..., None], (1.0 - _BORDER) * faded, faded)
     shaded: Pixels = faded.round().astype(np.uint8)
     return shaded
 
@@ -138,18 +139,18 @@ def draw_maps(
     names: Sequence[str] | None = None,
     title: str = "Tokens kept over the trajectory",
 ) -> Path:
-    """Draw one row per image: chosen steps with dropped cells faded, the final image, and how often each cell was kept.
+    """Draw a row per image: recorded steps with dropped cells faded, the final image, how often each cell was kept.
 
     Args:
         maps: from a `MapRecorder`.
         finals: (n, H, W, 3) uint8 final images.
-        to_pixels: turns predicted images, or latents, into (n, H, W, 3) uint8.
+        to_pixels: converts predicted images, or latents, to (n, H, W, 3) uint8.
         path: file to write.
         names: n row titles.
-        title: of the figure.
+        title: title of the figure.
     """
-    often, steps = maps.often.numpy(), len(maps.frames)
-    count = len(often)
+    frequency, steps = maps.frequency.numpy(), len(maps.frames)
+    count = len(frequency)
     with figure_style():
         engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
         tall = _TILE * finals.shape[1] / finals.shape[2]
@@ -163,8 +164,8 @@ def draw_maps(
             axes[0, column].set_title(heading, fontsize=9, fontweight="normal", loc="center", color=INK)
         for row in range(count):
             _show(axes[row, steps], finals[row], "")
-            heat = axes[row, steps + 1].imshow(often[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-            _bare(axes[row, steps + 1], f"{often[row].mean():.0%}")
+            heat = axes[row, steps + 1].imshow(frequency[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            _bare(axes[row, steps + 1], f"{frequency[row].mean():.0%}")
             if names is not None:
                 axes[row, 0].set_ylabel(_fitting(names[row], tall), fontsize=9.5, fontweight="bold", color=INK)
         for column, heading in ((steps, "final image"), (steps + 1, "kept, share\nof all steps")):
@@ -177,18 +178,18 @@ def draw_maps(
 
 
 def _fitting(name: str, inches: float) -> str:
-    """The name, cut with an ellipsis to what can be written along so many inches."""
+    """Return the name, shortened with an ellipsis to what fits along so many inches."""
     letters = max(4, int(_LETTERS * inches))
     return drawable(name if len(name) <= letters else name[: letters - 1] + "…")
 
 
 def _show(axes: Axes, pixels: Pixels, caption: str) -> None:
-    axes.imshow(pixels)  # smoothed only where it has to be made smaller
+    axes.imshow(pixels)  # interpolated only if the page makes it smaller
     _bare(axes, caption)
 
 
 def _bare(axes: Axes, caption: str) -> None:
-    """No ticks and no frame; the caption, a kept share, below."""
+    """Remove ticks and frame, and write the caption, a kept share, below."""
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])

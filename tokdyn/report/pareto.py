@@ -1,4 +1,4 @@
-"""Quality against cost, drawn from rows of JSON."""
+"""Draws quality against cost from rows of JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_points(path: Path, cost: str, quality: str, series: str = "model", labe
         path: the file.
         cost: key of the cost; dots reach into nested objects.
         quality: key of the quality, likewise.
-        series: key of the line's name.
+        series: key of the name of the line.
         label: key of the text beside the point; rows without it get none.
 
     Raises:
@@ -56,33 +56,33 @@ def read_points(path: Path, cost: str, quality: str, series: str = "model", labe
         raise DataError(f"{path} holds no list of rows: expected [{{...}}, ...] or {{'rows': [{{...}}, ...]}}.")
     points = []
     for number, row in enumerate(rows):
-        found = {name: _reach(row, key) for name, key in (("cost", cost), ("quality", quality), ("series", series))}
+        values = {name: _look_up(row, key) for name, key in (("cost", cost), ("quality", quality), ("series", series))}
         for name, key in (("cost", cost), ("quality", quality)):
-            if isinstance(found[name], bool) or not isinstance(found[name], int | float):
+            if isinstance(values[name], bool) or not isinstance(values[name], int | float):
                 raise DataError(f"{path}: row {number} has no number under '{key}'; it has {', '.join(sorted(row))}.")
-        if found["series"] is None:
+        if values["series"] is None:
             raise DataError(f"{path}: row {number} has nothing under '{series}'; it has {', '.join(sorted(row))}.")
-        text = _reach(row, label)
+        text = _look_up(row, label)
         points.append(
             ParetoPoint(
-                series=str(found["series"]),
+                series=str(values["series"]),
                 label="" if text is None else str(text),
-                cost=found["cost"],
-                quality=found["quality"],
+                cost=values["cost"],
+                quality=values["quality"],
             )
         )
     return points
 
 
 def frontier(points: Sequence[ParetoPoint], higher_is_better: bool = False) -> list[ParetoPoint]:
-    """The points that no other one beats in both cost and quality, by rising cost."""
+    """Return the points that no other one beats in both cost and quality, by rising cost."""
     sign = -1.0 if higher_is_better else 1.0
-    best, chosen = math.inf, []
+    best, optimal = math.inf, []
     for point in sorted(points, key=lambda point: (point.cost, sign * point.quality)):
         if sign * point.quality < best:
             best = sign * point.quality
-            chosen.append(point)
-    return chosen
+            optimal.append(point)
+    return optimal
 
 
 def draw_pareto(
@@ -98,17 +98,17 @@ def draw_pareto(
     """Draw one line per series through its points by rising cost, and the Pareto frontier behind them.
 
     Args:
-        points: what to draw.
+        points: the points to draw.
         path: file to write.
         cost_name: label of the horizontal axis, with its unit.
         quality_name: label of the vertical axis, with its network if it is a distance.
-        title: of the figure.
+        title: title of the figure.
         higher_is_better: whether more quality is better.
-        note: small text below, for the machine and the budget.
-        joined: draw the lines; without them there are points alone.
+        note: small text below the axes, such as the machine and the budget.
+        joined: connect the points of a series by lines.
     """
     if not points:
-        raise InputError("there are no points to draw.")
+        raise InputError("There are no points to draw: give at least one.")
     names = list(dict.fromkeys(point.series for point in points))
     with figure_style():
         figure = Figure(figsize=(6.8, 4.4), layout="constrained")
@@ -139,7 +139,7 @@ def draw_pareto(
 
 
 def _frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[ParetoPoint]) -> None:
-    """A staircase: what quality can be had for at most this cost."""
+    """Draw the best quality that each cost can buy, as a staircase."""
     right = max(point.cost for point in points)
     costs, qualities = [*(point.cost for point in best), right], [*(point.quality for point in best), best[-1].quality]
     axes.step(costs, qualities, where="post", color="#cfcfcf", linewidth=3, zorder=1, label="Pareto frontier")
@@ -158,10 +158,10 @@ def _labels(axes: Axes, points: Sequence[ParetoPoint]) -> None:
         )
 
 
-def _reach(row: Mapping[str, Any], key: str) -> Any:
-    """The value under a key, or under a path of keys joined by dots; None if there is none."""
+def _look_up(row: Mapping[str, Any], key: str) -> Any:
+    """Return the value under a key, or under keys joined by dots; None if there is none."""
     if key in row:
         return row[key]
     head, _, rest = key.partition(".")
     inner = row.get(head)
-    return _reach(inner, rest) if rest and isinstance(inner, Mapping) else None
+    return _look_up(inner, rest) if rest and isinstance(inner, Mapping) else None

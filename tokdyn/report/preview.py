@@ -1,4 +1,4 @@
-"""Sample grids and boundary maps during a training run, and false colours where no autoencoder is at hand."""
+"""Draws sample grids and boundary maps during training, in false colours if no autoencoder is available."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ _LATENT_RANGE = 3.0  # scaled latents are about standard normal
 
 
 def draw_preview(model: Any, recipe: Recipe, folder: Path, step: int) -> list[Path]:
-    """Write `samples/step_X.png` and, for a chunking model, `maps/step_X.png`.
+    """Write `samples/step_X.png` and, for a model that routes tokens, `maps/step_X.png`.
 
-    Nothing of a run depends on it: the global random state and the model's mode are left as they are.
+    Training does not depend on it: the global random state and the model's mode are left as they are.
 
     Args:
         model: the averaged model, on its device.
-        recipe: of the run; its `preview` section says what to draw.
-        folder: of the run.
-        step: optimizer steps taken.
+        recipe: recipe of the run, whose `preview` section says what to draw.
+        folder: folder of the run.
+        step: number of optimizer steps taken.
 
     Returns:
-        The files.
+        The files written.
     """
-    wanted, chunked = recipe.preview, takes_tail_drop(model)
+    settings, routes = recipe.preview, takes_tail_drop(model)
     to_picture, latents, remark = _decoder(model, recipe)
-    usual: SchedulerName = "euler" if recipe.objective.kind == "flow" else "ddim"
-    sampler = wanted.sampler or Sampler(scheduler=usual, steps=_STEPS, clip=not latents)
-    labels = [index % model.config.num_classes for index in range(wanted.images)]
-    seeds = [wanted.seed + index for index in range(wanted.images)]
+    scheduler: SchedulerName = "euler" if recipe.objective.kind == "flow" else "ddim"
+    sampler = settings.sampler or Sampler(scheduler=scheduler, steps=_STEPS, clip=not latents)
+    labels = [index % model.config.num_classes for index in range(settings.images)]
+    seeds = [settings.seed + index for index in range(settings.images)]
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else None
     name, title = f"step_{step:07d}.png", f"{recipe.name}, step {step:,}{remark}"
-    drops = wanted.tail_drops if chunked else (0.0,)
+    drops = settings.tail_drops if routes else (0.0,)
     files, rows = [], []
     for number, drop in enumerate(drops):
-        budget = sampler.model_copy(update={"tail_drop": drop}) if chunked else sampler
-        recorder = MapRecorder(budget.steps, _MAPPED) if chunked and wanted.maps and number == 0 else None
-        made = generate(model, budget, recipe.objective, labels, seeds, callback=recorder, dtype=dtype)
-        pixels = to_picture(made.images)
+        budget = sampler.model_copy(update={"tail_drop": drop}) if routes else sampler
+        recorder = MapRecorder(budget.steps, _MAPPED) if routes and settings.maps and number == 0 else None
+        generation = generate(model, budget, recipe.objective, labels, seeds, callback=recorder, dtype=dtype)
+        pixels = to_picture(generation.images)
         rows.append(pixels)
         if recorder is not None:
             shown = [str(label) for label in labels[:_MAPPED]]
@@ -69,9 +69,9 @@ def draw_preview(model: Any, recipe: Recipe, folder: Path, step: int) -> list[Pa
 
 
 def _decoder(model: Any, recipe: Recipe) -> tuple[Callable[[Tensor], Pixels], bool, str]:
-    """What makes pictures of samples, whether they are latents, and what to say in the title.
+    """Return a function from samples to pictures, whether the samples are latents, and a remark for the title.
 
-    A run must not end because the autoencoder of its latents is out of reach, so those are then shown as they are.
+    Training must not stop because the autoencoder of its latents is out of reach, so latents then get false colours.
     """
     try:
         decoder = open_decoder(model.config.in_channels, recipe.data, None, next(model.parameters()).device)

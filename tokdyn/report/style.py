@@ -1,4 +1,4 @@
-"""One look for every figure: colours that colour-blind readers can tell apart, quiet axes, units in the labels."""
+"""One style for every figure: colours that colour-blind readers can tell apart, quiet axes, units in the labels."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ _SETTINGS: Any = {
 
 
 def font_file(bold: bool = False) -> Path:
-    """The font of every picture."""
+    """Return the path of the font that every figure uses."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
 
 
 def drawable(text: str) -> str:
-    """The text with a box in the place of every character that the font does not have."""
+    """Replace every character that the font lacks with a box."""
     return "".join(letter if ord(letter) in _glyphs() else _BOX for letter in text)
 
 
@@ -64,13 +64,13 @@ def _glyphs() -> frozenset[int]:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """The settings above, for the duration; figures are made without a window or a global state."""
+    """Apply the settings above to figures made in the block, without a window or global state."""
     with matplotlib.rc_context(_SETTINGS):
         yield
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure (PNG, SVG or PDF by its suffix), making the folder if need be."""
+    """Write a figure (PNG, SVG or PDF by its suffix), creating the folder if needed."""
     with replacing(path) as half:
         kind = path.suffix.removeprefix(".")
         figure.savefig(half, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.12, facecolor="white")

@@ -1,4 +1,4 @@
-"""Sampling a trained model to pictures: `sample(SampleConfig(model="runs/x", count=16))`."""
+"""Samples a trained model into pictures: `sample(SampleConfig(model="runs/x", count=16))`."""
 
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.costs import StepCost

@@ -1,4 +1,4 @@
-"""What each step of a sampling run cost: tokens, FLOPs and time, as means over images."""
+"""Cost of each step of a sampling job: tokens, FLOPs and time, as means over images."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tokdyn.cost import StepStats, flops_per_image, model_parts, stats
 from tokdyn.cost.blocks import PARTS
 from tokdyn.diffusion.records import StepRecord
 
-CHUNKING = ("router", "residual", "dechunk")  # what a cache around the chunking of a DC-DiT passes by
+CHUNKING = ("router", "residual", "dechunk")  # parts of a DC-DiT that a cached step skips
 _AVERAGED = ("kept", "uncond_kept", "gflops", "milliseconds")
 
 
 class StepCost(BaseModel):
-    """One step, mean over all images that were made.
+    """Cost of one step, mean over images.
 
     Attributes:
-        timestep: what the model was told.
+        timestep: timestep given to the model.
         level: noise level in [0, 1].
-        kept: share of the tokens kept in the conditional branch, of a wrapped model the smallest share that a block
-            saw; None for a model that computes every token, and where no block ran.
-        uncond_kept: the same for the unconditional branch; None where it was not computed.
-        gflops: 1e9 FLOPs per image, both branches together, and what methods on the model spend and save; a
-            multiply-add is 2 FLOPs. None where methods act in more calls than `tokdyn.stats` remembers.
-        milliseconds: per image.
+        kept: share of the tokens kept in the conditional branch; for a wrapped model, the smallest share that a block
+            computed. None for a model that computes every token, and if no block ran.
+        uncond_kept: the same for the unconditional branch; None if it was not computed.
+        gflops: 1e9 FLOPs per image, both branches and methods included; a multiply-add is 2 FLOPs. None if methods act
+            in more calls than `tokdyn.stats` keeps.
+        milliseconds: time per image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,29 +42,31 @@ class StepCost(BaseModel):
 
 
 def step_costs(model: Any, records: Sequence[StepRecord], images: int) -> tuple[StepCost, ...]:
-    """What each step of one batch cost, mean over its images.
+    """Return the cost of each step of one batch, mean over its images.
 
     Args:
-        model: for its FLOPs.
+        model: model that was sampled.
         records: the steps of the batch.
-        images: B, how many images it holds.
+        images: B, the number of images in it.
     """
     if attachment_of(model) is None:
         return tuple(_step_cost(model, record, images) for record in records)
     steps: tuple[StepStats | None, ...] = stats(model).steps
-    if len(steps) != len(records):  # it does not remember them all
+    if len(steps) != len(records):  # there are more calls than statistics are kept of
         steps = (None,) * len(records)
     return tuple(_wrapped(model, record, images, step) for record, step in zip(records, steps, strict=True))
 
 
-def joined(earlier: Sequence[StepCost], before: int, later: Sequence[StepCost], after: int) -> tuple[StepCost, ...]:
-    """Means over two sets of images whose steps are the same.
+def merge_costs(
+    earlier: Sequence[StepCost], before: int, later: Sequence[StepCost], after: int
+) -> tuple[StepCost, ...]:
+    """Average the costs of two sets of images that were sampled in the same steps.
 
     Args:
-        earlier: means over the first set; empty if there is none.
-        before: images in it.
-        later: means over the second set; empty if there is none.
-        after: images in it.
+        earlier: means over the first set, or empty.
+        before: number of images in the first set.
+        later: means over the second set, or empty.
+        after: number of images in the second set.
     """
     if not earlier or not later:
         return tuple(earlier or later)
@@ -81,7 +83,7 @@ def joined(earlier: Sequence[StepCost], before: int, later: Sequence[StepCost], 
 
 
 def mean_kept(steps: Sequence[StepCost]) -> float | None:
-    """Share of the tokens kept, over steps, images and branches; None if nothing says it."""
+    """Return the share of the tokens kept, mean over steps, images and branches; None if it is not known."""
     shares = [share for step in steps for share in (step.kept, step.uncond_kept) if share is not None]
     return sum(shares) / len(shares) if shares else None
 
@@ -100,14 +102,12 @@ def _step_cost(model: Any, record: StepRecord, images: int) -> StepCost:
 
 
 def _wrapped(model: Any, record: StepRecord, images: int, step: StepStats | None) -> StepCost:
-    """Of a model that methods act on: what its blocks and the methods did, and the rest of the model as it is."""
+    """Return the cost of a step of a wrapped model: blocks and methods as recorded, everything else as computed."""
     if step is None:
         return _cost(record, images, [], None)
     outside = {name: flops for name, flops in model_parts(model).items() if name not in PARTS}
-    passed_by = sum(flops for name, flops in outside.items() if name in CHUNKING)
-    flops = sum(
-        (call.flops or 0) + call.samples * sum(outside.values()) - call.reused * passed_by for call in step.calls
-    )
+    skipped = sum(flops for name, flops in outside.items() if name in CHUNKING)
+    flops = sum((call.flops or 0) + call.samples * sum(outside.values()) - call.reused * skipped for call in step.calls)
     least = [count for call in step.calls for count in call.kept]
     cells = step.calls[0].cells
     halves = [least[:images], least[images:]] if record.guided else [least]
@@ -116,7 +116,7 @@ def _wrapped(model: Any, record: StepRecord, images: int, step: StepStats | None
 
 
 def _share(kept: Sequence[int | None], cells: int) -> float | None:
-    """The mean share of the cells, over the images that were computed."""
+    """Return the share of the cells kept, mean over the images that were computed."""
     computed = [count for count in kept if count is not None]
     return sum(computed) / (cells * len(computed)) if computed else None
 

@@ -1,4 +1,4 @@
-"""Tells whether the images in a folder were made as they would be made now, so that only missing ones are made."""
+"""Decides whether the images in a folder were sampled as they would be now, so that only missing ones are sampled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DECIDING = frozenset(
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """What decides the images of a folder, as JSON data. The number of images and the batch size do not."""
+    """Return what decides the images, as JSON data; the number of images and the batch size do not."""
     settings = job.config.model_dump(mode="json", include=set(_DECIDING))
     return settings | {
         "classes": list(job.classes),
@@ -49,22 +49,22 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def _methods(job: Job) -> list[dict[str, Any]] | None:
-    """The methods that act on the model; the weights above include theirs."""
-    carried = attachment_of(job.model)
-    if carried is None:
+    """Describe the methods on the model; their weights are part of the digest of the model."""
+    attachment = attachment_of(job.model)
+    if attachment is None:
         return None
-    return [to_settings(each) for each in carried.methods]
+    return [to_settings(method) for method in attachment.methods]
 
 
 def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResult]:
-    """What is known of the images that a folder holds already, by tail drop; empty if it holds none.
+    """Return the results of the images that a folder holds already, by tail drop; empty if it holds none.
 
     Args:
-        folder: the ``out`` of the run.
-        now: from `identity`.
+        folder: the ``out`` of the job.
+        now: the present identity, from `identity`.
 
     Raises:
-        RecipeError: images made in another way, or of unknown origin, lie there, and must not be mixed with new ones.
+        RecipeError: the folder holds images of other settings or of unknown origin, not to be mixed with new ones.
     """
     if not any(folder.rglob("images/**/*.png")):
         return {}
@@ -73,15 +73,15 @@ def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResu
         earlier = dict(content["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            f"{folder} holds images, but no {RESULT} that says how they were made: choose another out"
+            f"{folder} holds images, but no {RESULT} that says how they were made: choose another out."
         ) from error
     changed = [key for key, value in now.items() if earlier.get(key) != value]
     if changed:
         raise RecipeError(
-            f"{folder} holds images made with another {', another '.join(changed)}: choose another out, or remove them"
+            f"{folder} holds images made with another {', another '.join(changed)}: choose another out, or remove them."
         )
     try:
         budgets = [BudgetResult.model_validate(budget) for budget in content["budgets"]]
-    except (ValidationError, KeyError, TypeError):  # of another version: the images are good, what they cost is lost
+    except (ValidationError, KeyError, TypeError):  # of another version: only the costs of the images are lost
         budgets = []
     return {budget.tail_drop: budget for budget in budgets}

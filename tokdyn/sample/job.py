@@ -1,4 +1,4 @@
-"""Everything that is decided before the first image is made."""
+"""Prepares a sampling job: everything that is decided before the first image is sampled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokdyn.attach import attachment_of, load, unwrap
-from tokdyn.diffusion.guidance import cannot_drop, takes_tail_drop
+from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import UnsupportedModelError
@@ -23,19 +23,19 @@ from tokdyn.sample.loading import ModelInfo, load_model
 
 @dataclass(frozen=True)
 class Job:
-    """A sampling run that is ready to start.
+    """A sampling job that is ready to start.
 
     Attributes:
-        config: what was asked for.
-        model: on its device.
-        objective: what the model was trained to predict.
+        config: settings that were asked for.
+        model: model on its device.
+        objective: objective that the model was trained with.
         info: where the model came from.
-        decoder: turns samples into bytes.
-        classes: labels that are dealt out to the images in turn.
-        scheduler: the one in force.
+        decoder: decodes samples into bytes.
+        classes: labels, which are assigned to the images in turn.
+        scheduler: scheduler in force.
         clip: whether predictions are clamped.
-        device: where the model runs.
-        dtype: type of matrix products under autocast; None means float32. On a CPU without instructions for the type
+        device: device of the model.
+        dtype: type of matrix products under autocast; None is float32. On a CPU without instructions for the type,
             tokdyn's own models compute in float32.
         out: folder to write to.
     """
@@ -54,21 +54,21 @@ class Job:
 
     @property
     def labels(self) -> list[int]:
-        """The class of each image."""
+        """Label of each image."""
         return [self.classes[index % len(self.classes)] for index in range(self.config.count)]
 
     @property
     def names(self) -> list[str]:
-        """The class of each image in words."""
+        """Class name of each image."""
         return [class_name(label, self.info, self.model) for label in self.labels]
 
     @property
     def precision(self) -> str:
-        """As the settings name it."""
+        """Precision in force, as the settings name it."""
         return "fp32" if self.dtype is None else "bf16"
 
     def described(self) -> dict[str, Any]:
-        """The model in a few words, for sample.json."""
+        """Describe the model for sample.json."""
         return {
             "path": str(self.info.path),
             "name": self.info.name,
@@ -78,7 +78,7 @@ class Job:
         }
 
     def used(self) -> dict[str, Any]:
-        """What the settings left open, as it was decided."""
+        """Return the settings in force that the config may leave open."""
         return {
             "scheduler": self.scheduler,
             "clip": self.clip,
@@ -100,17 +100,17 @@ def prepare(config: SampleConfig) -> Job:
     require_folder(out)
     if config.maps and not takes_tail_drop(model):
         raise UnsupportedModelError(
-            f"{info.path} is a {type(model).__name__}, which computes every token: there are no maps to draw, leave "
-            "maps off"
+            f"{info.path} is a {type(model).__name__}, which computes every token, so there are no maps to draw: leave "
+            "maps off."
         )
     if not takes_tail_drop(model) and (any(config.tail_drop) or config.drop_curve or config.uncond_tail_drop):
-        raise cannot_drop(model)
+        raise tail_drop_error(model)
     scheduler = config.scheduler or default_scheduler(objective)
-    open_scheduler(scheduler, config.steps, objective)  # says what does not fit
+    open_scheduler(scheduler, config.steps, objective)  # raises if the settings do not fit
     decoder = open_decoder(model.config.in_channels, info.data, config.vae, device, info.latents)
     model.to(device)
     if config.methods is not None:
-        if attachment_of(model) is not None:  # the folder holds those that it was trained with too, or means others
+        if attachment_of(model) is not None:  # the folder replaces the methods that the model was trained with
             unwrap(model)
         load(model, config.methods)
     return Job(

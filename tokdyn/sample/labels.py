@@ -1,4 +1,4 @@
-"""Which class each image gets."""
+"""Classes to sample: names and numbers become labels, and labels become names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NO_CLASS = "none"
 
 
 def class_numbers(classes: Sequence[int | str] | None, info: ModelInfo, model: Any) -> tuple[int, ...]:
-    """The labels to make.
+    """Return the labels to sample.
 
     Args:
-        classes: names, numbers or "none"; a name that looks like a number is a name. None means all classes.
-        info: for the names.
-        model: for the number of classes; the number after the last one means no class.
+        classes: names, numbers or "none"; a name that looks like a number is a name. None takes all classes.
+        info: class names of the model.
+        model: number of classes; the number after the last one means no class.
 
     Raises:
         RecipeError: there is no such class.
@@ -28,12 +28,12 @@ def class_numbers(classes: Sequence[int | str] | None, info: ModelInfo, model: A
     if classes is None:
         return tuple(range(total))
     if not classes:
-        raise RecipeError("classes is empty: name some, or leave it out for all")
+        raise RecipeError("classes is empty: name some, or leave it out for all.")
     return tuple(_number(entry, info.class_names, total) for entry in classes)
 
 
 def class_name(label: int, info: ModelInfo, model: Any) -> str:
-    """The name of a class if the model came with names and they can be drawn, else its number."""
+    """Return the name of a class if it is known and can be drawn, otherwise its number."""
     if label == model.config.num_classes:
         return "no class"
     name = info.class_names[label] if label < len(info.class_names) else str(label)
@@ -48,7 +48,7 @@ def _number(entry: int | str, names: Sequence[str], total: int) -> int:
     if isinstance(entry, int) or entry.isdecimal():
         if 0 <= int(entry) < total:
             return int(entry)
-        raise RecipeError(f"class {entry} does not exist: the model knows 0 to {total - 1}, and {NO_CLASS}")
+        raise RecipeError(f"class {entry} does not exist: give 0 to {total - 1}, or {NO_CLASS}.")
     close = difflib.get_close_matches(entry, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names[:12]) or f'0 to {total - 1}'}"
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names[:12]) or f'0 to {total - 1}'}."
     raise RecipeError(f"class {entry} does not exist: {hint}")

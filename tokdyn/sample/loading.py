@@ -1,4 +1,4 @@
-"""From a path to a model that can be sampled, and what it was trained on."""
+"""Loads a model for sampling, with what is known of its training."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tokdyn.train.snapshot import METHODS
 from tokdyn.train.state import newest
 
 _FACTS = "tokdyn.json"
-_PARTS = frozenset({"model", "ema", "checkpoints", "transformer"})  # folder names that do not name a run
+_PARTS = frozenset({"model", "ema", "checkpoints", "transformer"})  # folders that are not named after a run
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Where a model came from.
+    """Where a model came from and what is known of its training.
 
     Attributes:
-        path: the folder or file that was read.
-        name: of the run, or of the file.
-        step: optimizer steps it was trained for, if a checkpoint says it.
-        data: what it was trained on, if that was saved with it.
-        latents: what turns its latents into pictures, if it was trained on latents and that was saved with it.
-        class_names: one per class, empty if they were not saved.
+        path: folder or file that was read.
+        name: name of the run, or of the file.
+        step: number of optimizer steps of a checkpoint, if known.
+        data: data that the model was trained on, if known.
+        latents: origin of the latents that the model was trained on, if it was and that is known.
+        class_names: one name per class, empty if they are not known.
     """
 
     path: Path
@@ -49,13 +49,13 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
 
     Args:
         path: a training folder (its finished model, else its newest checkpoint), a checkpoint folder, a folder of
-            `save_pretrained`, or any file that `tokdyn.checkpoints.read` knows.
-        ema: take the averaged weights where there are both.
+            `save_pretrained`, or any file that `tokdyn.checkpoints.read` reads.
+        ema: take the averaged weights if there are both.
 
     Returns:
-        The model in evaluation mode on the CPU, with the methods that it was trained with; what it was trained to
-        predict; and where it came from. Without a tokdyn.json beside the weights the objective is DiT's: noise over
-        1000 steps; a flow for weights of SiT.
+        The model in evaluation mode on the CPU, with the methods that it was trained with; its objective; and where it
+        came from. Without a tokdyn.json beside the weights the objective is DiT's, noise over 1000 steps, or a flow for
+        weights of SiT.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.
@@ -67,31 +67,31 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         load(model, place / METHODS)
     facts = _facts(place)
     try:
-        objective = Objective(**facts.get("objective", _usual(model)))
+        objective = Objective(**facts.get("objective", _default_objective(model)))
         data = DataConfig(**facts["data"]) if facts.get("data") else None
         latents = LatentOrigin(**facts["latents"]) if facts.get("latents") else None
     except (ValidationError, TypeError) as error:
         raise CheckpointError(
-            f"{place / _FACTS} does not describe an objective and data of this version; save the model again."
+            f"{place / _FACTS} does not describe an objective and data of this version: save the model again."
         ) from error
     name, names = str(facts.get("name") or _name(start)), facts.get("class_names") or ()
     if not isinstance(names, list | tuple) or len(names) > model.config.num_classes:
         raise CheckpointError(
-            f"{place / _FACTS} does not list the {model.config.num_classes} classes of the model; save the model again."
+            f"{place / _FACTS} does not list the {model.config.num_classes} classes of the model: save the model again."
         )
     info = ModelInfo(place, name, step, data, latents, tuple(map(str, names)))
     return model, objective, info
 
 
-def _usual(model: DiT | DCDiT) -> dict[str, Any]:
-    """The objective of a model of which nothing is written; only flows have a clock of their own."""
+def _default_objective(model: DiT | DCDiT) -> dict[str, Any]:
+    """Return the objective of a model that is saved without one; only flows map their timesteps."""
     if tuple(model.config.timestep_map) != (1.0, 0.0):
         return {"kind": "flow"}
     return {"learn_sigma": model.config.learn_sigma}
 
 
 def _name(path: Path) -> str:
-    """What a run is called when nothing says it: its folder, or the file."""
+    """Return the name of a run that is not named in its files: that of its folder, or of the file."""
     if path.is_file():
         return path.stem
     parts = reversed(path.absolute().parts)
@@ -99,7 +99,7 @@ def _name(path: Path) -> str:
 
 
 def _locate(path: Path, ema: bool) -> tuple[Path, int | None]:
-    """The folder or file with the weights, and the step of a checkpoint."""
+    """Return the folder or file with the weights, and the step of a checkpoint."""
     which = "ema" if ema else "model"
     if not path.is_dir() or (path / "config.json").is_file():
         return path, None
@@ -114,12 +114,12 @@ def _locate(path: Path, ema: bool) -> tuple[Path, int | None]:
             return checkpoint.folder / which, checkpoint.step
     if (path / "recipe.yaml").is_file():
         raise CheckpointError(
-            f"{path} is a training folder without a {'finished model or a ' if ema else ''}checkpoint; train on first."
+            f"{path} is a training folder without a {'finished model or a ' if ema else ''}checkpoint: resume training."
         )
     return path, None
 
 
 def _facts(place: Path) -> dict[str, Any]:
-    """What training wrote beside the weights; empty if nothing."""
+    """Read what training wrote beside the weights; empty if there is nothing."""
     file = (place if place.is_dir() else place.parent) / _FACTS
     return json_object(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""What a sampling run did, as sample.json keeps it."""
+"""The result of a sampling job, as sample.json stores it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tokdyn.files import replacing
 from tokdyn.sample.config import SampleConfig
-from tokdyn.sample.costs import StepCost, joined, mean_kept
+from tokdyn.sample.costs import StepCost, mean_kept, merge_costs
 
 
 class _Frozen(BaseModel):
@@ -18,21 +18,21 @@ class _Frozen(BaseModel):
 
 
 class BudgetResult(_Frozen):
-    """The images of one tail drop.
+    """Result of one tail drop.
 
     Attributes:
-        tail_drop: of the conditional branch.
-        images: how many there are now.
-        made: how many of them this run made.
-        measured: how many the costs below are means over. Those of a folder that was continued include the images of
-            earlier runs, as far as sample.json knows of them; an image that was made twice counts twice.
-        seconds: spent in the model and the scheduler by this run.
-        images_per_second: made in those seconds.
+        tail_drop: tail drop of the conditional branch.
+        images: number of images that exist now.
+        made: number of images that this job sampled.
+        measured: number of images that the costs below are means over. In a folder that was resumed they include those
+            of earlier jobs that sample.json knows of; an image that was sampled twice counts twice.
+        seconds: time that this job spent in the model and the scheduler.
+        images_per_second: images sampled per second of that time.
         kept: mean share of tokens over steps, images and branches; None for a model that computes every token.
-        tflops_per_image: 1e12 FLOPs, all steps and branches together, methods included; a multiply-add is 2 FLOPs.
-            None where they are not known for all steps.
-        steps: what each step cost; empty if nothing was measured.
-        files: what was written.
+        tflops_per_image: 1e12 FLOPs of all steps and branches, methods included; a multiply-add is 2 FLOPs. None if
+            they are not known for all steps.
+        steps: cost of each step; empty if nothing was measured.
+        files: files that were written.
     """
 
     tail_drop: float
@@ -47,14 +47,14 @@ class BudgetResult(_Frozen):
     files: tuple[Path, ...] = ()
 
     def with_batch(self, costs: Sequence[StepCost], images: int) -> BudgetResult:
-        """The same after one more batch.
+        """Return the result after one more batch.
 
         Args:
-            costs: what its steps cost, from `step_costs`.
-            images: how many images it holds.
+            costs: cost of each step of the batch, from `step_costs`.
+            images: number of images in the batch.
         """
-        steps = joined(self.steps, self.measured, costs, images)
-        known = [cost.gflops for cost in steps if cost.gflops is not None]
+        steps = merge_costs(self.steps, self.measured, costs, images)
+        gflops = [cost.gflops for cost in steps if cost.gflops is not None]
         seconds = self.seconds + sum(cost.milliseconds for cost in costs) * images / 1e3
         return BudgetResult(
             tail_drop=self.tail_drop,
@@ -64,24 +64,24 @@ class BudgetResult(_Frozen):
             seconds=seconds,
             images_per_second=(self.made + images) / seconds,
             kept=mean_kept(steps),
-            tflops_per_image=None if len(known) < len(steps) else sum(known) / 1e3,
+            tflops_per_image=None if len(gflops) < len(steps) else sum(gflops) / 1e3,
             steps=steps,
             files=self.files,
         )
 
 
 class SampleResult(_Frozen):
-    """One sampling run, as sample.json keeps it.
+    """Result of one sampling job, as sample.json stores it.
 
     Attributes:
-        settings: what was asked for.
-        identity: what decides the images; a folder is continued only if it is the same.
+        settings: settings that were asked for.
+        identity: what decides the images; a folder is resumed only if it is equal.
         model: path, name, class, parameters and step of the model.
         used: scheduler, clipping, precision and device in force.
         budgets: one entry per tail drop.
         files: pictures of all budgets together.
         seconds: wall time, loading and writing included.
-        machine: what it ran on.
+        machine: machine that the job ran on.
     """
 
     settings: SampleConfig
@@ -94,6 +94,6 @@ class SampleResult(_Frozen):
     machine: dict[str, str | int]
 
     def save(self, path: Path) -> None:
-        """Write the JSON, making the folder if need be."""
+        """Write the JSON, creating the folder if needed."""
         with replacing(path) as half:
             half.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The sampling run: every budget batch by batch, then the pictures about it."""
+"""Runs a sampling job: samples every budget batch by batch, then draws the pictures about it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tokdyn.diffusion.records import StepRecord, StepState
@@ -18,7 +19,7 @@ from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
 from tokdyn.report.maps import MapRecorder, draw_maps
 from tokdyn.report.pixels import Pixels, write_png
-from tokdyn.report.trajectory import Trajectory, draw_trajectory, trajectory
+from tokdyn.report.trajectory import Trajectory, draw_trajectory, join_batches
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.costs import step_costs
 from tokdyn.sample.identity import RESULT, earlier_budgets, identity
@@ -31,11 +32,11 @@ _SIDE_BY_SIDE = 8  # images in the picture that compares budgets
 
 
 def sample(config: SampleConfig) -> SampleResult:
-    """Make images and write them, with sample.json beside them.
+    """Sample images and write them, with sample.json beside them.
 
-    Files in ``out`` (in ``out/tail_drop_X`` for each budget, if there are several): `grid.png`, or `images/`, or
-    `samples.npz`; with ``maps`` also `maps.png`, and `trajectory.png` in ``out``; for several grids `budgets.png`.
-    A folder of images is continued: those that exist are kept.
+    Files in ``out`` (in ``out/tail_drop_X`` for each of several budgets): `grid.png`, or `images/`, or `samples.npz`;
+    with ``maps`` also `maps.png`, and `trajectory.png` in ``out``; for several grids `budgets.png`. A folder of images
+    is resumed: existing ones are kept.
 
     Raises:
         TokdynError: a setting, the model or the folder does not fit.
@@ -43,13 +44,13 @@ def sample(config: SampleConfig) -> SampleResult:
     began = perf_counter()
     settle_memory()
     job = prepare(config)
-    continued, budgets = {}, {}
+    deciding, budgets = {}, {}
     if config.format == "folder":
-        continued = identity(job)
-        budgets = earlier_budgets(job.out, continued)
+        deciding = identity(job)
+        budgets = earlier_budgets(job.out, deciding)
     result = SampleResult(
         settings=config,
-        identity=continued,
+        identity=deciding,
         model=job.described(),
         used=job.used(),
         budgets=(),
@@ -58,8 +59,8 @@ def sample(config: SampleConfig) -> SampleResult:
         machine=describe(job.device),
     )
 
-    def note(budget: BudgetResult) -> None:
-        """Keep what a folder holds so far, so that a run that is cut off can be continued and its cost is known."""
+    def record(budget: BudgetResult) -> None:
+        """Store the state of a folder, so that an interrupted job can be resumed and its cost is known."""
         budgets[budget.tail_drop] = budget
         if config.format == "folder":
             result.model_copy(update={"budgets": tuple(budgets.values())}).save(job.out / RESULT)
@@ -68,49 +69,49 @@ def sample(config: SampleConfig) -> SampleResult:
     for drop, sink in sinks.items():
         if config.maps and not sink.missing() and not (_folder(job, drop) / _MAPS).is_file():
             raise RecipeError(
-                f"all images of {_folder(job, drop)} are there already, so there is no trajectory to draw maps of: "
-                "choose another out, or leave maps off"
+                f"All images of {_folder(job, drop)} exist already, so there is no trajectory to draw maps of: choose "
+                "another out, or leave maps off."
             )
     batches = sum(-(-len(sink.missing()) // config.batch_size) for sink in sinks.values())
-    runs = []
+    trajectories = []
     with progress("sampling", batches * config.steps) as advance:
         for drop, sink in sinks.items():
             start = budgets.get(drop) or BudgetResult(tail_drop=drop)
-            there = config.count - len(sink.missing())
-            start = start.model_copy(update={"images": there, "made": 0, "seconds": 0.0, "images_per_second": None})
-            note(start)
+            existing = config.count - len(sink.missing())
+            start = start.model_copy(update={"images": existing, "made": 0, "seconds": 0.0, "images_per_second": None})
+            record(start)
             try:
-                budget, run = _budget(job, start, sink, advance, note)
+                budget, trajectory = _sample_budget(job, start, sink, advance, record)
             except BaseException:
                 sink.discard()
                 raise
-            note(budget)
-            runs += [] if run is None else [run]
-    done = {
+            record(budget)
+            trajectories += [] if trajectory is None else [trajectory]
+    outcome = {
         "budgets": tuple(budgets.values()),
-        "files": _overviews(job, runs, sinks),
+        "files": _draw_overviews(job, trajectories, sinks),
         "seconds": perf_counter() - began,
     }
-    result = result.model_copy(update=done)
+    result = result.model_copy(update=outcome)
     result.save(job.out / RESULT)
     return result
 
 
-def _budget(
+def _sample_budget(
     job: Job,
     budget: BudgetResult,
     sink: Sink,
     advance: Callable[[int], None],
-    note: Callable[[BudgetResult], None],
+    record: Callable[[BudgetResult], None],
 ) -> tuple[BudgetResult, Trajectory | None]:
-    """Make the missing images of one tail drop.
+    """Sample the missing images of one tail drop.
 
     Args:
-        job: the run.
-        budget: what is known of the images that are there.
+        job: the job.
+        budget: result of the images that exist already.
         sink: takes the images.
         advance: moves the progress bar by a number of steps.
-        note: is told the state after every batch.
+        record: called with the state after every batch.
     """
     config, missing, drop = job.config, sink.missing(), budget.tail_drop
     labels, names = job.labels, job.names
@@ -127,19 +128,19 @@ def _budget(
                 job.objective,
                 [labels[index] for index in indices],
                 [config.seed + index for index in indices],
-                callback=_watch(recorder if config.maps and finals is None else None, advance),
+                callback=_step_callback(recorder if config.maps and finals is None else None, advance),
                 dtype=job.dtype,
             )
             pixels = job.decoder(_finite(job, generation.images))
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"{len(indices)} images do not fit into the memory of {job.device}; lower batch_size."
+                f"{len(indices)} images do not fit into the memory of {job.device}: lower batch_size."
             ) from error
         sink.write(indices, pixels)
         batches.append(generation.steps)
         finals = pixels[: config.map_images] if finals is None else finals
         budget = budget.with_batch(step_costs(job.model, generation.steps, len(indices)), len(indices))
-        note(budget)
+        record(budget)
     files = [sink.close()]
     path = _folder(job, drop) / _MAPS
     if config.maps and finals is not None:
@@ -148,30 +149,30 @@ def _budget(
         draw_maps(recorder.maps(), finals, job.decoder, path, shown, title)
     if config.maps:
         files.append(path)
-    run = trajectory(f"tail drop {drop:g}", batches, len(missing)) if batches else None
-    return budget.model_copy(update={"files": tuple(files)}), run
+    trajectory = join_batches(f"tail drop {drop:g}", batches, len(missing)) if batches else None
+    return budget.model_copy(update={"files": tuple(files)}), trajectory
 
 
 def _finite(job: Job, images: Tensor) -> Tensor:
-    """The images, unless the model has lost its numbers."""
+    """Return the images; raise a CheckpointError if they are not finite."""
     if not torch.isfinite(images).all():
         raise CheckpointError(
-            f"{job.info.path} makes images of values that are not finite (precision {job.precision}): its weights are "
-            "damaged, or guidance is far too large"
+            f"{job.info.path} generates values that are not finite (precision {job.precision}): check its weights, or "
+            "lower guidance."
         )
     return images
 
 
-def _overviews(job: Job, runs: list[Trajectory], sinks: dict[float, Sink]) -> tuple[Path, ...]:
-    """Pictures of all budgets together."""
+def _draw_overviews(job: Job, trajectories: list[Trajectory], sinks: dict[float, Sink]) -> tuple[Path, ...]:
+    """Draw the pictures of all budgets together."""
     files = []
-    if job.config.maps and runs:
-        files.append(draw_trajectory(runs, job.out / "trajectory.png"))
+    if job.config.maps and trajectories:
+        files.append(draw_trajectory(trajectories, job.out / "trajectory.png"))
     grids = {drop: np.concatenate(sink.pixels) for drop, sink in sinks.items() if isinstance(sink, GridSink)}
     if len(grids) > 1:
         side_by_side = np.stack([grid[:_SIDE_BY_SIDE] for grid in grids.values()], axis=1)
         page = image_grid(
-            side_by_side.reshape(-1, *side_by_side.shape[2:]),
+            rearrange(side_by_side, "image budget h w rgb -> (image budget) h w rgb"),
             columns=len(grids),
             row_titles=job.names[: len(side_by_side)],
             column_titles=[f"tail drop {drop:g}" for drop in grids],
@@ -194,12 +195,12 @@ def _sink(job: Job, folder: Path) -> Sink:
     return GridSink(folder / "grid.png", job.names, job.config.columns)
 
 
-def _watch(recorder: MapRecorder | None, advance: Callable[[int], None]) -> Callback:
-    """A callback that moves the progress bar and feeds the recorder."""
+def _step_callback(recorder: MapRecorder | None, advance: Callable[[int], None]) -> Callback:
+    """Return a callback that moves the progress bar and feeds the recorder."""
 
-    def watch(step: StepState) -> None:
+    def callback(step: StepState) -> None:
         if recorder is not None:
             recorder(step)
         advance(1)
 
-    return watch
+    return callback

@@ -1,4 +1,4 @@
-"""Where pictures go: one grid, a folder that can be continued, or an npz."""
+"""Writers of sampled images: one grid, a folder that can be resumed, or an npz."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from tokdyn.report.pixels import Pixels, write_png
 
 
 class Sink(Protocol):
-    """Takes the images of one budget, in rising order."""
+    """Takes the images of one budget, in ascending order."""
 
     def missing(self) -> list[int]:
-        """The images that are still to be made."""
+        """Return the images that are still to be sampled."""
 
     def write(self, indices: Sequence[int], pixels: Pixels) -> None:
-        """Take (B, H, W, 3) uint8 images."""
+        """Take images (B, H, W, 3) uint8."""
 
     def close(self) -> Path:
-        """Finish; returns the file or folder that was written."""
+        """Finish, and return the file or folder that was written."""
 
     def discard(self) -> None:
-        """Give up; nothing half-written stays."""
+        """Give up, and remove what is incomplete."""
 
 
 class GridSink:
     """All images in one PNG.
 
     Args:
-        path: of the PNG.
-        captions: one per image.
+        path: path of the PNG.
+        captions: one caption per image.
         columns: images per row; None makes it about square.
     """
 
@@ -45,7 +45,7 @@ class GridSink:
         self.pixels: list[Pixels] = []
 
     def missing(self) -> list[int]:
-        """All of them: a grid is always made anew."""
+        """Return all images; a grid is always sampled anew."""
         return list(range(len(self._captions)))
 
     def write(self, indices: Sequence[int], pixels: Pixels) -> None:
@@ -61,16 +61,16 @@ class GridSink:
 
 
 class FolderSink:
-    """One PNG per image; those that exist are kept.
+    """One PNG per image; existing ones are kept.
 
     Args:
-        folder: to write to.
-        below: for each image, the folder inside; empty for none.
+        folder: folder to write to.
+        subfolders: subfolder of each image; empty for none.
     """
 
-    def __init__(self, folder: Path, below: Sequence[str]) -> None:
+    def __init__(self, folder: Path, subfolders: Sequence[str]) -> None:
         self._folder = folder
-        self._files = [folder / inside / f"{index:06d}.png" for index, inside in enumerate(below)]
+        self._files = [folder / subfolder / f"{index:06d}.png" for index, subfolder in enumerate(subfolders)]
 
     def missing(self) -> list[int]:
         """See `Sink`."""
@@ -86,15 +86,15 @@ class FolderSink:
         return self._folder
 
     def discard(self) -> None:
-        """See `Sink`; the images that are there are whole, and stay to be continued."""
+        """See `Sink`; existing images are complete and are kept for resuming."""
 
 
 class NpzSink:
-    """`arr_0` images uint8 (N, H, W, 3) and `arr_1` labels int64 (N,), written as they come.
+    """An npz, written as images come: `arr_0` uint8 (N, H, W, 3), and labels `arr_1` int64 (N,).
 
     Args:
-        path: of the npz.
-        labels: one per image.
+        path: path of the npz.
+        labels: one label per image.
     """
 
     def __init__(self, path: Path, labels: Sequence[int]) -> None:
@@ -104,7 +104,7 @@ class NpzSink:
         self._images: IO[bytes] | None = None
 
     def missing(self) -> list[int]:
-        """All of them: an archive is always made anew."""
+        """Return all images; an archive is always sampled anew."""
         return list(range(len(self._labels)))
 
     def write(self, indices: Sequence[int], pixels: Pixels) -> None:
@@ -134,7 +134,7 @@ class NpzSink:
         """See `Sink`."""
         for part in (self._images, self._archive):
             if part is not None:
-                with suppress(OSError, ValueError):  # a full disk refuses this too
+                with suppress(OSError, ValueError):  # on a full disk closing fails too
                     part.close()
         with suppress(OSError):
             self._half.unlink()
