@@ -27,8 +27,8 @@ from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.cost import model_parts
 from tokdyn.models import DCDiT
-from tokdyn.ops.device import autocast_is_slow
-from tokdyn.ops.linear import weights_cast_once
+from tokdyn.ops.layers import weights_cast_once
+from tokdyn.ops.precision import autocast_is_slow
 from tokdyn.train.setup import compile_parts
 
 FORWARD = {("S", "fp32"): 1.12, ("S", "bf16"): 1.4, ("B", "fp32"): 1.06, ("B", "bf16"): 1.3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tokdyn.cost import Flops, compute_matched_steps, count, flops_per_image, ke
 from tokdyn.cost.counting import attention_formulas
 from tokdyn.errors import InputError
 from tokdyn.models import DCDiT, DiT
-from tokdyn.ops import attention_backend
+from tokdyn.ops import attention_backend, plain
 
 DATA = Path(__file__).parent / "parity" / "data"
 SMALL: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "sample_size": 8}
@@ -161,17 +160,14 @@ def test_any_order_of_arguments(model: type[DiT] | type[DCDiT]) -> None:
     assert found.counted == found.total
 
 
-def test_smoothing_on_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The form that CUDA takes, run on CPU: a band matrix per axis."""
-    dechunk = importlib.import_module("tokdyn.ops.dechunk")
-    monkeypatch.setattr(dechunk, "_smooth_by_lists", dechunk._smooth_on_grid)
+def test_smoothing_on_the_grid() -> None:
+    """The plain functions, which CUDA runs: a band matrix per axis."""
     for size in ((8, 8), (4, 12), (2, 130)):
         model = DCDiT(**{**SMALL, "sample_size": size}).eval()
         x = torch.randn(2, 4, *size)
-        total, _, output = count(model, x, timestep=5, class_labels=torch.tensor([0, 1]))
+        with plain():
+            total, _, output = count(model, x, timestep=5, class_labels=torch.tensor([0, 1]))
         kept = output.routing.keep.sum(dim=1).tolist()
-        with attention_backend("split"):
-            total, _, _ = count(model, x, timestep=5, class_labels=torch.tensor([0, 1]))
         assert total == sum(model_parts(model, kept, device="cuda").values())
 
 

@@ -5,8 +5,9 @@ import torch
 
 from tokdyn import ops
 from tokdyn.models import DCDiT, DiT
-from tokdyn.models.blocks import DiTBlock, gated_add, modulated_norm
-from tokdyn.ops import device
+from tokdyn.models.blocks import DiTBlock
+from tokdyn.ops import precision
+from tokdyn.ops.layers import gated_add, modulated_norm
 from tokdyn.tokens import Packing
 
 
@@ -95,7 +96,7 @@ def test_rows_that_do_not_lie_together_are_gated_and_normed_alike():
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("build", ["dit", "dcdit"])
 def test_autocast_in_a_type_that_the_processor_lacks_computes_in_fp32(build, instructions, monkeypatch):
-    monkeypatch.setitem(device._CPU_HALVES, torch.bfloat16, instructions)
+    monkeypatch.setitem(precision._CPU_HALVES, torch.bfloat16, instructions)
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
     model = DiT(patch_size=2, **sizes) if build == "dit" else DCDiT(**sizes)

@@ -30,8 +30,8 @@ class Watch(TorchDispatchMode):
 
 def emulate(monkeypatch):
     for name, module in list(sys.modules.items()):
-        if name.startswith("tokdyn.") and "asking_waits" in vars(module):
-            monkeypatch.setattr(module, "asking_waits", lambda x: True)
+        if name.startswith("tokdyn.") and "synchronises" in vars(module):
+            monkeypatch.setattr(module, "synchronises", lambda x: True)
 
 
 @pytest.fixture

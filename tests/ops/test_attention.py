@@ -9,6 +9,7 @@ from tokdyn import ops
 from tokdyn.errors import InputError
 from tokdyn.models.blocks import DiTBlock
 from tokdyn.ops import attention
+from tokdyn.ops.cpu.attention import choose
 
 
 def packing_of(lengths):
@@ -80,7 +81,7 @@ def test_keys_filled_up_in_bf16_change_nothing(backend):
     ],
 )
 def test_rows_are_padded_where_that_costs_less_than_calls(lengths, dtype, path):
-    assert attention._choose(lengths, torch.device("cpu"), dtype, 8) == path
+    assert choose(lengths, dtype) == path
 
 
 @settings(deadline=None, max_examples=30)
@@ -105,9 +106,9 @@ def test_padded_training_in_bf16_is_the_loop_up_to_rounding(lengths, heads):
 def test_training_in_bf16_takes_one_call_a_sample_where_lengths_differ_widely():
     """In fp32, so the gradients are those of fp32 up to the rounding of what comes in and goes out."""
     cpu, lengths = torch.device("cpu"), [40] * 60 + [200] * 4
-    assert attention._choose(lengths, cpu, torch.bfloat16, 8, learning=True) == "split"
-    assert attention._choose([250, 260, 270], cpu, torch.bfloat16, 8, learning=True) == "padded"
-    assert attention._choose([510, 520, 530], cpu, torch.bfloat16, 8, learning=True) == "split"  # no two products there
+    assert choose(lengths, torch.bfloat16, learning=True) == "split"
+    assert choose([250, 260, 270], torch.bfloat16, learning=True) == "padded"
+    assert choose([510, 520, 530], torch.bfloat16, learning=True) == "split"  # no two products there
     assert attention.computed_pairs(lengths, cpu, torch.bfloat16, 8, learning=True) == sum(n * n for n in lengths)
     qkv = torch.randn(sum(lengths), 3 * 16).bfloat16().requires_grad_()
     out = ops.packed_attention(qkv, 2, packing_of(lengths))
@@ -123,7 +124,7 @@ def test_training_in_bf16_takes_one_call_a_sample_where_lengths_differ_widely():
 
 def test_the_kernel_for_packed_rows_is_only_asked_for_what_it_has():
     """Widths 384/6 and 1152/16 have it; 60/5 = 12 is no multiple of 8 and 512/1 is too wide."""
-    takes = attention._varlen_takes
+    takes = attention._has_variable_length
     assert all(takes(torch.bfloat16, width, (9, 0)) for width in (64, 72, 8, 256))
     assert not any(takes(torch.bfloat16, width, (9, 0)) for width in (12, 512))
     assert not takes(torch.float32, 64, (9, 0))

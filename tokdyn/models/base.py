@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokdyn.errors import InputError
 from tokdyn.models.blocks import CellEmbedder, DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder
 from tokdyn.ops import sincos_position
-from tokdyn.ops.device import autocast_is_slow
+from tokdyn.ops.precision import autocast_is_slow
 from tokdyn.tokens import Grid, Routing
 
 

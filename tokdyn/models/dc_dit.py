@@ -14,9 +14,10 @@ from tokdyn.methods import Chunking, ChunkingModule
 from tokdyn.methods.routers import RouterName
 from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
-from tokdyn.models.scaffold import RMSNorm, Scaffold, fastest_layout
+from tokdyn.models.scaffold import RMSNorm, Scaffold
 from tokdyn.models.sizes import dc_dit_settings
-from tokdyn.ops.linear import product_dtype
+from tokdyn.ops.layers import convolution_layout
+from tokdyn.ops.precision import product_dtype
 from tokdyn.tokens import Grid, Routing
 
 
@@ -157,7 +158,7 @@ class DCDiT(Transformer):
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, in_channels, rows, columns) to dense tokens (B, N, D)."""
         cells = F.pixel_unshuffle(x, self.config.patch_size)
-        cells = cells.contiguous(memory_format=fastest_layout(cells, self.encoder.narrowest))
+        cells = cells.contiguous(memory_format=convolution_layout(cells, self.encoder.narrowest))
         tokens: Tensor = self.encoder(self.x_embedder(cells), self.adaptor(condition))
         return tokens
 

@@ -8,10 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from tokdyn.ops.group_norm import group_norm_silu
-from tokdyn.ops.normalization import rms_norm
-
-_WIDE = 96  # channels; see `fastest_layout`
+from tokdyn.ops.layers import convolution_layout, group_norm_silu, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -53,21 +50,6 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def fastest_layout(x: Tensor, narrowest: int) -> torch.memory_format:
-    """Memory layout of maps: channels-last, where tokens are a view of the map, but for some training on CPU.
-
-    In half types, group normalisation of channels-last maps takes longer there than of contiguous ones, convolutions
-    take less; the sum is less from about 96 channels on.
-
-    Args:
-        x: (B, C, rows, columns).
-        narrowest: the least channels that maps have on their way.
-    """
-    half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
-    training_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-    return torch.contiguous_format if training_on_cpu and half and narrowest < _WIDE else torch.channels_last
-
-
 class Scaffold(nn.Module):
     """Residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first."""
 
@@ -81,7 +63,7 @@ class Scaffold(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, inputs, R, C) and (B, D) to tokens (B, R * C, outputs)."""
-        x = x.contiguous(memory_format=fastest_layout(x, self.narrowest))
+        x = x.contiguous(memory_format=convolution_layout(x, self.narrowest))
         for layer in self.layers:
             x = layer(x, condition)
         tokens: Tensor = self.norm(x.permute(0, 2, 3, 1).flatten(1, 2))

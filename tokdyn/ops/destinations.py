@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.ops.hashing import mix
+from tokdyn.ops.dropping import mix
 from tokdyn.tokens import Grid, cells
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 
+_MASK = 0xFFFFFFFF
+
 
 def kept_count(count: int, rate: float) -> int:
     """Tokens left of `count` at a rate in [0, 1): never fewer than one.
@@ -98,3 +100,11 @@ def drop_guidance(strong: Tensor, weak: Tensor, scale: float = 1.5) -> Tensor:
         scale: 1 is the strong one.
     """
     return torch.lerp(weak, strong, scale)
+
+
+def mix(number: Tensor) -> Tensor:
+    """32 well-mixed bits of an int64 number (Wang's multiply-xorshift, with 32-bit arithmetic)."""
+    number = number & _MASK
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        number = ((number ^ (number >> shift)) * factor) & _MASK
+    return number ^ (number >> 16)

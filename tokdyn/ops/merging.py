@@ -15,10 +15,8 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 from tokdyn.ops.destinations import Destinations
-from tokdyn.ops.device import halves_multiply_slowly
-from tokdyn.ops.precision import exact
-
-_GROUP, _MANY = 64, 512  # scores whose largest is found at once on CPU, and from how many scores it pays
+from tokdyn.ops.dispatch import has_cpu_form
+from tokdyn.ops.precision import exact, halves_multiply_slowly
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def _match_equal(metric: Tensor, length: int, into: Destinations, away: int) -> 
         candidates = into.others
         metric = metric.index_select(0, candidates.flatten())
         inverse = inverse.index_select(0, candidates.flatten())
-    best, column = _largest(metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT)
+    best, column = largest(metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT)
     best = best * inverse.view_as(best)
     if into.others is None:  # destinations stay
         best = best.masked_fill(into.mask.view_as(best), -math.inf)
@@ -172,7 +170,7 @@ def _match_ragged(
         places.split_with_sizes([table.shape[1]] * len(table)), table, away, strict=True,
     ):  # fmt: skip
         if gone:
-            best, column = _largest(rows @ unit.mT)
+            best, column = largest(rows @ unit.mT)
             best = (best * scale).masked_fill(mask, -math.inf)
             top = best.topk(gone, sorted=False).indices
             target, order = place.index_select(0, column.index_select(0, top)).sort()
@@ -197,20 +195,11 @@ def _unit(metric: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return metric.index_select(0, index) * inverse.index_select(0, index)[:, None], inverse
 
 
-def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of (..., K) scores and where it is.
-
-    The maximum with its place is slow on CPU and the maximum alone is not: take it over groups, then look into one.
-    """
-    many = scores.shape[-1]
-    if scores.device.type != "cpu" or torch.compiler.is_compiling() or many < _MANY or many % _GROUP:
-        best, place = scores.max(dim=-1)
-        return best, place
-    groups = scores.reshape(-1, many // _GROUP, _GROUP)
-    best, group = groups.amax(dim=-1).max(dim=-1)
-    first = torch.arange(len(groups), device=scores.device) * (many // _GROUP)
-    inside = groups.flatten(0, 1).index_select(0, first + group).max(dim=-1).indices
-    return best.view(scores.shape[:-1]), (inside + group * _GROUP).view(scores.shape[:-1])
+@has_cpu_form
+def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest of (..., K) scores and its index, both (...)."""
+    best, place = scores.max(dim=-1)
+    return best, place
 
 
 def merge(x: Tensor, plan: Merging, size: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.ops.device import asking_waits
+from tokdyn.ops.dispatch import synchronises
 
 
 def select(probability: Tensor, force_ends: bool = False) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Te
     if isinstance(fraction, Tensor):
         if fraction.shape not in ((), (1,), (batch,)):
             raise InputError(f"tail_drop has shape {tuple(fraction.shape)}, expected a float or ({batch},).")
-        if not asking_waits(fraction) and not bool(((fraction >= 0) & (fraction <= 1)).all()):
+        if not synchronises(fraction) and not bool(((fraction >= 0) & (fraction <= 1)).all()):
             raise InputError(f"tail_drop is {fraction.tolist()}, expected fractions between 0 and 1.")
         share = fraction.to(probability.device, torch.float32).reshape(-1, 1)
     else:

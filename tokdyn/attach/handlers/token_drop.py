@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tokdyn.attach.run import Run
 from tokdyn.methods import TokenDrop
-from tokdyn.ops.dropping import kept_count, put_back, subset, take
-from tokdyn.ops.hashing import mix
+from tokdyn.ops.dropping import kept_count, mix, put_back, subset, take
 
 
 @dataclass(frozen=True)
