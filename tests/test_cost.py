@@ -116,7 +116,7 @@ def test_dit_equals_the_counter(settings: dict[str, Any], batch: int) -> None:
         {"encoder_depth": 1, "decoder_depth": 3, "scaffold_width": 16},
         {"scaffold_width": 32},
         {"sample_size": (4, 12), "learn_sigma": False, "in_channels": 3},
-        {"smoothing": False, "official_init": True, "force_ends": True},
+        {"sigma": None, "official_init": True, "force_ends": True},
     ],
     ids=str,
 )

@@ -100,7 +100,7 @@ def settings_classes(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_settings_inside_official_training_files(
     same: Callable[..., bool], dcdit: Callable[..., DCDiT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = dcdit(num_heads=2, smoothing_sigma=1.25)
+    model = dcdit(num_heads=2, sigma=1.25)
     with monkeypatch.context() as patch:
         config = settings_classes(patch).Config()
         torch.save(
@@ -109,8 +109,8 @@ def test_settings_inside_official_training_files(
     assert "config" not in sys.modules
     found = read(tmp_path / "a.pt")
     assert same(model, found)
-    assert (found.config["num_heads"], found.config["smoothing_sigma"], found.config["target"]) == (2, 1.25, 16.0)
-    assert read(tmp_path / "a.pt", smoothing_sigma=1.0).config["smoothing_sigma"] == 1.0
+    assert (found.config["num_heads"], found.config["sigma"], found.config["target"]) == (2, 1.25, 16.0)
+    assert read(tmp_path / "a.pt", sigma=1.0).config["sigma"] == 1.0
     with pytest.raises(CheckpointError, match=r"num_heads=4, given for .* contradicts its settings, where it is 2"):
         read(tmp_path / "a.pt", num_heads=4)
 
@@ -227,8 +227,8 @@ def test_own_folders(
     for model in (
         dit(timestep_shift=1, mlp_norm_eps=1e-5),
         dit(sample_size=(4, 8)),
-        dcdit(patch_size=2, smoothing_sigma=1.5, force_ends=False, target=8.0, num_heads=8),
-        dcdit(router="random", smoothing=False),
+        dcdit(patch_size=2, sigma=1.5, force_ends=False, target=8.0, num_heads=8),
+        dcdit(router="random", sigma=None),
     ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         model.save_pretrained(folder, max_shard_size=max_shard_size)

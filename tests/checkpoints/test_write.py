@@ -58,7 +58,7 @@ def test_a_dit_with_the_function_of_diffusers(
 
 @pytest.mark.parametrize("first", DCDIT)
 @pytest.mark.parametrize("second", DCDIT)
-@pytest.mark.parametrize("settings", [{}, {"force_ends": False, "target": 9.0, "smoothing_sigma": 3.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"force_ends": False, "target": 9.0, "sigma": 3.0}], ids=str)
 def test_a_dcdit_through_two_layouts(
     dcdit: Make, same: Make, tmp_path: Path, first: Layout, second: Layout, settings: dict[str, Any]
 ) -> None:
@@ -170,7 +170,7 @@ def test_what_a_layout_cannot_hold_of_a_dcdit(
 
 
 def test_the_official_code_does_some_things_always(dcdit: Make, tmp_path: Path) -> None:
-    written = write(dcdit(force_ends=False, smoothing=False), tmp_path / "x.safetensors", "official")
+    written = write(dcdit(force_ends=False, sigma=None), tmp_path / "x.safetensors", "official")
     assert [note.split()[4] for note in written.notes] == ["keeps", "smooths"]
     assert write(dcdit(), tmp_path / "y.safetensors", "official").notes == ()
 

@@ -1,6 +1,7 @@
 """DiT and DC-DiT: laws that hold for every router, grid and patch size, and life as a diffusers model."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import tokdyn
+from tokdyn import checkpoints
 from tokdyn.errors import InputError
 from tokdyn.models import DCDiT, DiT
+from tokdyn.recipe.model_settings import ModelSettings
 
 ROUTERS = ["spatial_predictability", "cosine", "random"]
 SMALL = {"hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 10, "sample_size": 8}
@@ -119,9 +122,9 @@ def test_a_fresh_model_keeps_about_one_in_n_and_the_official_start_does_not(rout
 
 @pytest.mark.parametrize("regime", ["one token", "none dropped", "all kept", "half dropped"])
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("smoothing", [True, False])
-def test_gradients_are_finite_and_reach_every_parameter(router, regime, smoothing):
-    model = dc_dit(router=router, smoothing=smoothing)
+@pytest.mark.parametrize("sigma", [1.0, None])
+def test_gradients_are_finite_and_reach_every_parameter(router, regime, sigma):
+    model = dc_dit(router=router, sigma=sigma)
     if regime in ("one token", "all kept"):
         torch.nn.init.constant_(model.chunking.router.bias, -30.0 if regime == "one token" else 30.0)
     x, t, y = arguments(model)
@@ -176,6 +179,34 @@ def test_save_load_and_copy_are_exact(kind, tmp_path):
     assert torch.equal(loaded(*arguments(model)).sample, expected)
     model.blocks[0].attn.qkv.weight.data.zero_()
     assert torch.equal(twin(*arguments(model)).sample, expected)
+
+
+@pytest.mark.parametrize(
+    ("saved", "sigma"),
+    [
+        ({"smoothing": True, "smoothing_sigma": 2.0}, 2.0),
+        ({"smoothing": False, "smoothing_sigma": 2.0}, None),
+        ({"smoothing_sigma": 0.5}, 0.5),
+        ({"smoothing": True}, 1.0),
+        ({"sigma": 3.0}, 3.0),
+        ({"sigma": None}, None),
+        ({}, 1.0),
+    ],
+    ids=str,
+)
+def test_saved_configurations_of_earlier_versions_load(saved, sigma, tmp_path):
+    model = awake(DCDiT(**SMALL, sigma=sigma))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("sigma") == sigma
+    (tmp_path / "config.json").write_text(json.dumps(config | saved))
+    loaded = DCDiT.from_pretrained(tmp_path)
+    assert loaded.config.sigma == loaded.chunking.config.sigma == sigma
+    assert "smoothing" not in loaded.config
+    assert torch.equal(loaded(*arguments(model)).sample, model(*arguments(model)).sample)
+    assert checkpoints.read(tmp_path).config.sigma == sigma
+    assert ModelSettings(**saved).overrides.get("sigma", 1.0) == sigma
+    assert DCDiT.from_pretrained(tmp_path, smoothing=False).config.sigma is None
 
 
 @pytest.mark.parametrize("kind", ["dit", "dcdit"])
@@ -283,7 +314,7 @@ def test_wrong_input_is_named(call, words):
     [
         ({"router": "oracle"}, "router: input should be 'spatial_predictability', 'cosine' or 'random', got 'oracle'"),
         ({"target": 1.0}, "target: input should be greater than 1"),
-        ({"smoothing_sigma": -1.0}, "smoothing_sigma: input should be greater than 0"),
+        ({"sigma": -1.0}, "sigma: input should be greater than 0"),
         ({"scaffold_width": 0}, "scaffold_width must be at least 1"),
         ({"num_heads": 0}, "num_heads is 0, expected at least 1"),
         ({"patch_size": 0}, "patch_size is 0"),

@@ -35,7 +35,7 @@ def read(
             time runs from 0, noise, to 1, and it predicts image - noise. It becomes a `DiT` for the flow objective.
         ema: take the averaged weights where a checkpoint holds both.
         **config: settings of the model that the weights leave open: `num_heads` (known for widths 384, 768, 1024 and
-            1152), `sample_size` (where there is no position table or its grid is not square), `smoothing_sigma`
+            1152), `sample_size` (where there is no position table or its grid is not square), `sigma`
             (default 1.0, and 2.0 for official weights from 64x64 tokens on, as published), `patch_size` of a DC-DiT
             (default 1), `target` of a DyDiT (the share of the FLOPs that it was trained to, which no tensor says;
             default 0.7). `timestep_shift=0, mlp_norm_eps=1e-6` gives diffusers' weights the function of facebook's DiT,
@@ -126,7 +126,7 @@ def _read_dcdit(
     patch = config.get("patch_size", stored.get("patch_size", 1))
     settings = settle(DCDiT, dcdit_settings(tensors, origin, patch), stored, config, origin)
     settings["sample_size"] = size = grid_size(tensors, patch, settings.get("sample_size"), origin)
-    if official and "smoothing_sigma" not in settings:
-        settings["smoothing_sigma"] = 2.0 if size[0] * size[1] >= 64 * 64 * patch * patch else 1.0
+    if official and "sigma" not in settings:
+        settings["sigma"] = 2.0 if size[0] * size[1] >= 64 * 64 * patch * patch else 1.0
     model: DCDiT = fill(DCDiT, settings, tensors, origin)
     return model

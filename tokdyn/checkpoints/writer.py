@@ -106,7 +106,11 @@ def _own(model: DiT | DCDiT, place: Path, dtype: torch.dtype, facts: Mapping[str
 def _file(
     model: DiT | DCDiT, place: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, notes: tuple[str, ...]
 ) -> Written:
-    settings = {name: value for name, value in model.config.items() if not name.startswith("_") and value is not None}
+    settings = {
+        name: value
+        for name, value in model.config.items()
+        if not name.startswith("_") and (value is not None or name == "sigma")
+    }
     settings.pop("out_channels", None)  # follows from the others
     with replacing(place) as half:
         save_file(_cast(tensors, dtype), half, metadata={"format": "pt", NOTES: json.dumps(settings)})
@@ -152,7 +156,7 @@ def _unlike_official(model: DCDiT) -> tuple[str, ...]:
     notes = []
     if not model.config.force_ends:
         notes.append("the official code always keeps the first and the last cell, which this model does not.")
-    if not model.config.smoothing:
+    if model.config.sigma is None:
         notes.append("the official code always smooths when it de-chunks, which this model does not.")
     return tuple(notes)
 

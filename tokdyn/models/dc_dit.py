@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from tokdyn.methods.routers import RouterName
 from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
 from tokdyn.models.scaffold import RMSNorm, Scaffold
-from tokdyn.models.sizes import dc_dit_settings
+from tokdyn.models.sizes import dc_dit_settings, renamed_settings
 from tokdyn.ops.layers import convolution_layout
 from tokdyn.ops.precision import product_dtype
 from tokdyn.tokens import Grid, Routing
@@ -39,8 +40,7 @@ class DCDiT(Transformer):
         scaffold_width: width e of encoder and decoder, D/4 if None.
         target: N, cells per kept token.
         router: "spatial_predictability" (v2), "cosine" (v1) or "random" (ablation).
-        smoothing: smooth kept tokens by confidence when de-chunking.
-        smoothing_sigma: width of that kernel in cells.
+        sigma: width in cells of the kernel that smooths kept tokens by confidence when de-chunking; None skips that.
         force_ends: always keep the first and last cell; on in the official code.
         official_init: start as the public code does: router bias -1.1, Xavier residual.
         position_scale: what a step from cell to cell adds to a coordinate of the positions. p over the patch size of
@@ -72,8 +72,7 @@ class DCDiT(Transformer):
         scaffold_width: int | None = None,
         target: float = 4.0,
         router: RouterName = "spatial_predictability",
-        smoothing: bool = True,
-        smoothing_sigma: float = 1.0,
+        sigma: float | None = 1.0,
         force_ends: bool = False,
         official_init: bool = False,
         position_scale: float = 1.0,
@@ -88,11 +87,10 @@ class DCDiT(Transformer):
         width = hidden_size // 4 if scaffold_width is None else scaffold_width
         if min(encoder_depth, decoder_depth, width) < 1:
             raise InputError("encoder_depth, decoder_depth and scaffold_width must be at least 1.")
-        sigma = smoothing_sigma if smoothing else None
         if not target > 1.0:
             raise InputError(f"target: input should be greater than 1 cell a token, got {target}; a DiT keeps all.")
-        if not smoothing_sigma > 0.0:
-            raise InputError(f"smoothing_sigma: input should be greater than 0 cells, got {smoothing_sigma}.")
+        if sigma is not None and not sigma > 0.0:
+            raise InputError(f"sigma: input should be greater than 0 cells, got {sigma}.")
         if not position_scale > 0.0:
             raise InputError(f"position_scale: input should be greater than 0, got {position_scale}.")
         chunking = Chunking(target=target, router=router, sigma=sigma, force_ends=force_ends)
@@ -104,6 +102,11 @@ class DCDiT(Transformer):
         self.decoder = Scaffold(hidden_size, width, decoder_depth, hidden_size, change_first=True)
         self.adaptor = nn.LayerNorm(hidden_size) if condition_adaptor else nn.Identity()
         self._initialize()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Take the constructor's settings from a saved configuration, which an earlier version may have saved."""
+        return super().extract_init_dict(renamed_settings(config_dict), **renamed_settings(kwargs))
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> DCDiT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tokdyn.errors import InputError
@@ -31,3 +32,15 @@ def dc_dit_settings(name: str) -> dict[str, Any]:
     if size not in SHAPES:
         raise InputError(f"there is no DC-DiT named '{name}'; known are {', '.join(SHAPES)}.")
     return dict(SHAPES[size])
+
+
+def renamed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate settings of a DC-DiT that an earlier version saved.
+
+    `smoothing` and `smoothing_sigma` became `sigma`, which is None where there is no smoothing.
+    """
+    current = dict(settings)
+    if not {"smoothing", "smoothing_sigma"} & set(current):
+        return current
+    smoothing, width = current.pop("smoothing", True), current.pop("smoothing_sigma", current.get("sigma", 1.0))
+    return {**current, "sigma": width if smoothing else None}
