@@ -137,13 +137,13 @@ def main_network(given: argparse.Namespace) -> dict[str, Any]:
         model(x, time, labels, plan=plan)
 
     def blocks() -> None:
-        inside, rows = model._fastest(dense)  # as a call of a model would
+        inside, rows = model._compute_precision(dense)  # as a call of a model would
         with inside:
             for block in model.blocks:
                 rows = block(rows, condition)
 
     def plain() -> None:
-        inside, rows = model._fastest(dense)
+        inside, rows = model._compute_precision(dense)
         with inside:
             for block in model.blocks:
                 rows = official.dense_block(block, rows, condition)

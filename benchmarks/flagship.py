@@ -134,7 +134,7 @@ def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             x = official.dense_block(block, x, condition)
 
     with sampling("bf16" if dtype == torch.bfloat16 else "fp32"):
-        precision, dense = model._fastest(torch.randn(8, 1024, 384))
+        precision, dense = model._compute_precision(torch.randn(8, 1024, 384))
         rows = dense.flatten(0, 1).index_select(0, packing.index)
         sides = {"packed": lambda: run(rows, packing), "dense": lambda: run(dense, None), "plain": lambda: plain(dense)}
         with precision:

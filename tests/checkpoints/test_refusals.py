@@ -38,7 +38,7 @@ def official(dcdit: Callable[..., DCDiT]) -> dict[str, Tensor]:
         ({"sample_size": (4, 16)}, "contradicts .* those of a grid of 8 x 8 tokens"),
         ({"num_heads": 5}, "num_heads=5 does not divide the width 32"),
         ({"width": 32}, "'width' is no setting of DCDiT; known are"),
-        ({"sigma": -1.0}, "no DCDiT can be built for .*sigma: input should be greater than 0"),
+        ({"sigma": -1.0}, "DCDiT .*sigma is -1.0"),
         ({"target": 0.5}, "no DCDiT can be built for .*target"),
     ],
     ids=str,

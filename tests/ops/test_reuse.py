@@ -79,7 +79,7 @@ def test_the_fit_finds_the_polynomial_that_made_the_data():
     y = sum(c * x.double() ** (4 - k) for k, c in enumerate(FLUX))
     assert fit_rescaling(x, y) == pytest.approx(FLUX, rel=1e-3)
     assert fit_rescaling(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.4])) == pytest.approx((2.0, 0.0), abs=1e-6)
-    with pytest.raises(InputError, match="no step gave a finite change"):
+    with pytest.raises(InputError, match="finite"):
         fit_rescaling(torch.tensor([math.inf]), torch.tensor([1.0]))
 
 
@@ -110,7 +110,7 @@ def test_skips_take_the_least_influence_per_flop_and_stop_at_the_target():
     assert choose_skips(influence, (1, 1, 1, 1), 0, 0.75) == ((1,), (2,))
     assert choose_skips(influence, (1, 1, 10, 1), 0, 0.62) == ((), (2,))
     assert choose_skips(influence, (1, 1, 1, 1), 0, 0.25, protected=(0,)) == ((1, 2, 3), (1, 2, 3))
-    with pytest.raises(InputError, match=r"what always runs costs 0\.6"):
+    with pytest.raises(InputError, match=r"0\.6"):
         choose_skips(influence, (1, 1, 1, 1), 1, 0.5, protected=(0, 1))
 
 

@@ -93,5 +93,5 @@ def test_packed_attention_takes_a_bias(backend, lengths):
 
 def test_a_path_without_bias_is_refused():
     packing = ops.pack(torch.arange(4) < torch.tensor([[3], [4]]), (4,))
-    with ops.attention_backend("varlen"), pytest.raises(InputError, match="takes no bias of the keys"):
+    with ops.attention_backend("varlen"), pytest.raises(InputError, match="bias"):
         ops.packed_attention(torch.randn(7, 24), 2, packing, torch.zeros(7))
