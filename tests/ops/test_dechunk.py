@@ -153,7 +153,7 @@ def test_the_pairs_that_smoothing_sums_grow_with_the_number_of_tokens():
         _, _, keep = case((side, side), 0.25, 4, batch=1)
         packing = ops.pack(keep, (side, side))
         found.append(len(cpu._neighbours(packing, torch.full((packing.total,), 6.0), 1.0)[0]) / packing.total)
-    assert found[1] == pytest.approx(found[0], rel=0.25)  # the border of the small grid cuts discs
+    assert found[1] == pytest.approx(found[0], rel=0.25)  # discs are clipped at the border of the small grid
 
 
 def test_long_axes_blur_by_shifted_sums():
@@ -192,7 +192,7 @@ def test_nearest_on_a_grid_whose_keys_need_64_bits():
 
 @settings(deadline=None, max_examples=25)
 @given(grids, shares, seeds)
-def test_constants_come_back_and_outputs_stay_in_the_hull(grid, share, seed):
+def test_constants_are_preserved_and_outputs_stay_in_the_hull(grid, share, seed):
     features, probability, keep = case(grid, share, seed)
     constant = ops.dechunk(torch.full_like(features, 1.75), probability, keep, grid, 1.0)
     torch.testing.assert_close(constant, torch.full_like(constant, 1.75), rtol=0, atol=1e-3)  # eps over p >= 1e-4
@@ -217,7 +217,7 @@ def test_everything_kept_with_certainty_is_the_identity(grid, seed):
 
 @settings(deadline=None, max_examples=20)
 @given(grids, shares, seeds)
-def test_a_sample_does_not_depend_on_its_batch_mates(grid, share, seed):
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(grid, share, seed):
     features, probability, keep = case(grid, share, seed)
     together = ops.dechunk(features, probability, keep, grid, 1.0)
     lengths = keep.sum(1).tolist()

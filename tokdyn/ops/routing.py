@@ -5,6 +5,7 @@ Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351; H-Net, arXiv 2
 
 from __future__ import annotations
 
+import math
 from typing import Any, SupportsFloat
 
 import torch
@@ -73,6 +74,25 @@ def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Te
     order = probability.masked_fill(~keep, float("inf")).argsort(dim=1, stable=True)
     first = torch.arange(keep.shape[1], device=keep.device) < dropped
     return keep & ~torch.zeros_like(keep).scatter_(1, order, first)
+
+
+def tail_kept(kept: int, fraction: float) -> int:
+    """Count the tokens of a sample that `tail_drop` leaves, for a number that is known on the host.
+
+    Args:
+        kept: n, tokens before tail drop.
+        fraction: f in [0, 1].
+
+    Returns:
+        n - floor(n f), at least 1; n f in fp32, as in `tail_drop`.
+    """
+    return kept - min(math.floor(_fp32(kept * _fp32(fraction))), kept - 1)
+
+
+def _fp32(x: float) -> float:
+    """Round to fp32, without a tensor that torch.compile would trace."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 def most_probable(probability: Tensor, counts: tuple[int, ...]) -> Tensor:

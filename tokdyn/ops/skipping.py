@@ -88,7 +88,7 @@ def skip_budget(
     least = float(rest + cost[:, sorted(set(protected))].sum())
     if flops * whole < least:
         raise InputError(
-            f"{flops:g} of the FLOPs cannot be reached: the parts that always run take {least / whole:.3g}; ask for more."
+            f"{flops:g} of the FLOPs cannot be reached: what always runs takes {least / whole:.3g}; ask for more."
         )
     return whole, flops * whole
 
