@@ -4,10 +4,12 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,6 +225,17 @@ PAIRS = [
 
 def test_every_form_has_a_case():
     assert set(dispatch.cpu_forms()) == set(CASES)
+
+
+def test_only_ops_imports_the_forms():
+    package = Path(ops.__file__).parents[1]
+    found = set()
+    for path in package.rglob("*.py"):
+        if path.parent.name != "cpu" and re.search(
+            r"^\s*(from|import) .*\bops(\.| import )cpu\b", path.read_text(), re.M
+        ):
+            found.add(path.relative_to(package).as_posix())
+    assert found == {"ops/__init__.py"}
 
 
 def build(case: Case, dtype: torch.dtype) -> tuple[tuple[Any, ...], list[Tensor]]:
