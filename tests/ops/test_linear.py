@@ -182,15 +182,20 @@ def test_a_wrong_width_raises_the_error_of_the_layer():
 
 
 @halves
+@pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("counting", [True, False])
-def test_checkpoints_may_be_counted(counting):
-    made, x = layer(), torch.randn(300, 24, requires_grad=True)
+def test_checkpoints_may_be_counted(counting, gelu):
+    """The counter's hooks exist while the checkpoint is computed, and no longer when it is recomputed."""
+    made, x = layer(outputs=400), torch.randn(300, 24, requires_grad=True)
     with AUTOCAST, FlopCounterMode(display=False) if counting else torch.enable_grad() as counter:
-        out = torch.utils.checkpoint.checkpoint(linear, x, made, use_reentrant=False)
+        out = torch.utils.checkpoint.checkpoint(linear, x, made, gelu, use_reentrant=False)
     out.float().sum().backward()
-    assert x.grad is not None
+    found, x.grad = x.grad, None
+    with AUTOCAST:
+        linear(x, made, gelu).float().sum().backward()
+    torch.testing.assert_close(found, x.grad)
     if counting:
-        assert counter.get_total_flops() == 2 * 300 * 24 * 40
+        assert counter.get_total_flops() == 2 * 300 * 24 * 400
 
 
 @halves
