@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tokdyn.errors import InputError
@@ -88,4 +89,4 @@ def unpack(rows: Tensor, packing: Packing) -> Tensor:
     """
     count, width = len(packing.lengths), cells(packing.grid)
     dense = rows.new_zeros(count * width, rows.shape[1]).index_copy(0, packing.index, rows)
-    return dense.view(count, width, rows.shape[1])
+    return rearrange(dense, "(b n) d -> b n d", b=count)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -52,7 +53,7 @@ def size_bias(size: Tensor, text: int = 0, image: str = "last") -> Tensor:
 
 def with_key_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Add a bias (B, S) of the keys to an attention mask, which may be bool, additive or None."""
-    bias = bias.to(dtype)[:, None, None]
+    bias = rearrange(bias.to(dtype), "b s -> b 1 1 s")
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
