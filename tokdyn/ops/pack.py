@@ -82,7 +82,7 @@ def unpack(rows: Tensor, packing: Packing) -> Tensor:
 
     Args:
         rows: (T, D).
-        packing: that they were packed with.
+        packing: the one that they were packed with.
 
     Returns:
         (B, N, D).
