@@ -38,6 +38,7 @@ class Case:
         build: arguments of the function for a type; a module's parameters count as arguments.
         dtypes: types to try.
         learns: gradients are wanted.
+        frozen: indices of arguments that require none.
         autocast: call it in autocast to bf16.
         marks: of pytest.
     """
@@ -45,6 +46,7 @@ class Case:
     build: Callable[[torch.dtype], tuple[Any, ...]]
     dtypes: tuple[torch.dtype, ...] = (FLOAT, DOUBLE)
     learns: bool = True
+    frozen: tuple[int, ...] = ()
     autocast: bool = False
     marks: tuple[Any, ...] = field(default=())
 
@@ -181,7 +183,12 @@ CASES: dict[Callable[..., Any], dict[str, Case]] = {
         "plain": Case(lambda dtype: (randn(2, 9, 3 * 16)(dtype), 2)),
         "bf16, short": Case(lambda dtype: (randn(2, 9, 3 * 16)(dtype), 2), (HALF,)),
         "bf16, long": Case(lambda dtype: (randn(1, 520, 3 * 16)(dtype), 2), (HALF,), learns=False),
-        "bf16, biased": Case(lambda dtype: (randn(2, 9, 3 * 16)(dtype), 2, randn(2, 9)(dtype)), (HALF,)),
+        "biased": Case(lambda dtype: (randn(2, 9, 3 * 16)(dtype), 2, randn(2, 9)(dtype)), (FLOAT, DOUBLE, HALF)),
+        "frozen bias": Case(
+            lambda dtype: (randn(2, 9, 3 * 16)(dtype), 2, randn(2, 9)(dtype)), (FLOAT, DOUBLE, HALF), frozen=(2,)
+        ),
+        "bf16, long, training": Case(lambda dtype: (randn(1, 520, 3 * 16)(dtype), 2), (HALF,)),
+        "strided": Case(lambda dtype: (randn(2, 3 * 16, 9)(dtype).transpose(1, 2), 2)),
         "biased, no gradients": Case(
             lambda dtype: (randn(2, 9, 3 * 16)(dtype), 2, randn(2, 9)(dtype)), (FLOAT, HALF), learns=False
         ),
@@ -192,7 +199,10 @@ CASES: dict[Callable[..., Any], dict[str, Case]] = {
         "bf16, padded": Case(attended([40, 33, 38], heads=3), (HALF,)),
         "bf16, split": Case(attended([40] * 60 + [200] * 4), (HALF,)),
         "bf16, no gradients": Case(attended([40, 33, 300]), (HALF,), learns=False),
-        "biased": Case(attended([40, 33, 38], biased=True), (FLOAT, HALF), learns=False),
+        "biased": Case(attended([40, 33, 38], biased=True), (FLOAT, HALF)),
+        "frozen bias": Case(attended([40, 33, 38], biased=True), (FLOAT, HALF), frozen=(3,)),
+        "frozen bias, split": Case(attended([4, 3, 300], biased=True), (FLOAT, HALF), frozen=(3,)),
+        "biased, no gradients": Case(attended([40, 33, 38], biased=True), (FLOAT, HALF), learns=False),
     },
     attention.pairs_of: {
         "equal": Case(lambda dtype: (torch.empty(0, dtype=dtype), (16, 16), 8, True, False), (FLOAT,), learns=False),
@@ -242,7 +252,9 @@ def build(case: Case, dtype: torch.dtype) -> tuple[tuple[Any, ...], list[Tensor]
     """Return the arguments of a case and those tensors among them that gradients are wanted for."""
     torch.manual_seed(0)
     arguments, leaves = case.build(dtype), []
-    for argument in arguments:
+    for place, argument in enumerate(arguments):
+        if place in case.frozen:
+            continue
         if isinstance(argument, nn.Module):
             leaves += argument.parameters()
         elif isinstance(argument, Tensor) and argument.is_floating_point():

@@ -55,7 +55,8 @@ def has_cpu_form(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def dispatched(*args: P.args, **kwargs: P.kwargs) -> T:
         if may_replace(args[0] if args else kwargs[first]):
-            out: T | None = _forms[dispatched](*args, **kwargs)
+            form: Callable[P, T | None] | None = _forms.get(dispatched)
+            out = None if form is None else form(*args, **kwargs)
             if out is not None:
                 return out
         return function(*args, **kwargs)

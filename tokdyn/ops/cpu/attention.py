@@ -85,32 +85,42 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
         if query.requires_grad and rows <= _SHORT:
             return _two_products(query, key, value, bias)
         key, value, bias = _aligned_keys(key, value, bias)
-    elif bias is None and query.dtype in _EXACT and query.requires_grad and _has_fused_gradients():
-        out: Tensor = _FusedAttention.apply(query, key, value)
-        return out
     mask = bias if bias is None else bias.to(query.dtype)
+    if query.requires_grad and _has_kernels() and _fits(query, mask):
+        out: Tensor = _FusedAttention.apply(query, key, value, mask)
+        return out
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def _has_fused_gradients() -> bool:
+def _has_kernels() -> bool:
+    """Whether this PyTorch has the fused kernel for the CPU and the one for its gradients."""
     return torch_private.flash_attention is not None and torch_private.flash_attention_backward is not None
+
+
+def _fits(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether the fused kernels take these arguments."""
+    takes = query.dtype in (*_EXACT, torch.bfloat16) and query.stride(-1) == 1 and query.numel() > 0
+    return takes and (mask is None or not mask.requires_grad)
 
 
 class _FusedAttention(torch.autograd.Function):
     """The kernel behind `scaled_dot_product_attention` for (B, H, N, d), with a second derivative."""
 
     @staticmethod
-    def forward(context, query, key, value):  # type: ignore[no-untyped-def]
-        out, sums = torch_private.flash_attention(query, key, value)
-        context.save_for_backward(query, key, value, out, sums)
+    def forward(context, query, key, value, mask):  # type: ignore[no-untyped-def]
+        out, sums = torch_private.flash_attention(query, key, value, attn_mask=mask)
+        context.save_for_backward(query, key, value, mask, out, sums)
         return out
 
     @staticmethod
     def backward(context, gradient):  # type: ignore[no-untyped-def]
-        query, key, value, out, sums = context.saved_tensors
+        query, key, value, mask, out, sums = context.saved_tensors
         if torch.is_grad_enabled():
-            return differentiable_gradients(F.scaled_dot_product_attention, (query, key, value), gradient)
-        return torch_private.flash_attention_backward(gradient, query, key, value, out, sums, 0.0, False)
+            return differentiable_gradients(F.scaled_dot_product_attention, (query, key, value, mask), gradient)
+        slopes = torch_private.flash_attention_backward(
+            gradient, query, key, value, out, sums, 0.0, False, attn_mask=mask
+        )
+        return *slopes, None
 
 
 def _two_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -230,7 +240,7 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def _split(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
     """Make one call per sample."""
     wide = _learns_in_bf16(qkv, key_bias)
-    if (wide or (qkv.dtype in _EXACT and key_bias is None)) and _has_fused_gradients():
+    if (wide or (qkv.dtype in _EXACT and key_bias is None)) and _has_kernels():
         out: Tensor = _SplitAttention.apply((qkv.float() if wide else qkv).contiguous(), heads, packing.lengths)
         return out.to(qkv.dtype)
     rows = qkv.view(1, len(qkv), 3, heads, -1).split_with_sizes(packing.lengths, dim=1)
