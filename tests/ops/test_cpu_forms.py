@@ -3,6 +3,7 @@
 `CASES` holds arguments for each registered pair; a form without a case fails `test_every_form_has_a_case`.
 """
 
+import inspect
 import os
 import re
 import subprocess
@@ -318,17 +319,26 @@ def test_a_form_equals_its_plain_function(function, case, dtype):
         assert not isinstance(x, Tensor) or torch.equal(x, old), "an argument was written over"
 
 
-PRIVATE = sorted(name for name, value in vars(torch_private).items() if name.islower() and not name.startswith("_"))
-LOOKED_UP = [
-    name for name in PRIVATE if name not in {"annotations", "find", "has_hooks", "nn", "runs_plainly", "torch"}
-]
+STATE = ("forward_mode", "tracing_state", "transforms_active")
+NOT_KERNELS = {"annotations", "cpu_capabilities", "find", "has_hooks", "nn", "runs_plainly", "torch", *STATE}
+KERNELS = sorted(name for name in vars(torch_private) if name.islower() and name[0] != "_" and name not in NOT_KERNELS)
 
 
-@pytest.mark.parametrize("name", LOOKED_UP)
-def test_without_a_private_part_of_pytorch_the_results_are_the_same(name, monkeypatch):
+def functions_that_use(name: str) -> list[Callable[..., Any]]:
+    """Return the functions whose CPU form is in a module that asks for a private name."""
+    forms = dispatch.cpu_forms().items()
+    return [
+        function for function, form in forms if f"torch_private.{name}" in inspect.getsource(inspect.getmodule(form))
+    ]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_without_a_private_kernel_the_results_are_the_same(name, monkeypatch):
     monkeypatch.setattr(torch_private, name, None)
-    for function, cases in CASES.items():
-        for case in cases.values():
+    functions = functions_that_use(name)
+    assert functions
+    for function in functions:
+        for case in CASES[function].values():
             dtype = case.dtypes[-1]
             arguments, leaves = build(case, dtype)
             with dispatch.plain():
@@ -337,6 +347,13 @@ def test_without_a_private_part_of_pytorch_the_results_are_the_same(name, monkey
             assert_near(found, wanted, near)
             if leaves and isinstance(found[0], Tensor):
                 assert_near(gradients(found[0], leaves), gradients(wanted[0], leaves), near)
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_where_a_transform_could_not_be_noticed_no_form_runs(name, monkeypatch):
+    assert dispatch.may_replace(torch.zeros(2))
+    monkeypatch.setattr(torch_private, name, None)
+    assert not dispatch.may_replace(torch.zeros(2))
 
 
 def test_a_missing_name_is_none():
