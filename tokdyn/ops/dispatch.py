@@ -3,7 +3,7 @@
 A function that is decorated with `has_cpu_form` is its formula in plain PyTorch. `tokdyn.ops.cpu` registers a faster
 form of it with `cpu_form`. A call on a CPU tensor asks the CPU form first, which returns None where the plain function
 is the better choice. Compiled, traced and transformed code always runs the plain function, and so does everything
-within `plain()`.
+within `plain()`. Forms with gradients of their own leave second derivatives to a plain function.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokdyn.ops import torch_private
 
@@ -95,3 +96,25 @@ def may_replace(x: Any) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch_private.runs_plainly()
     )
+
+
+def differentiable_gradients(
+    function: Callable[..., Tensor], arguments: tuple[Any, ...], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Compute gradients by running a plain function again, so that they can be differentiated.
+
+    For a backward pass that was asked for a graph of its own (`create_graph=True`), in which grad mode is on.
+
+    Args:
+        function: what the fast forward computed, in operators that have second derivatives.
+        arguments: of the function, saved as inputs so that they are still part of the graph.
+        gradient: of the function's result.
+
+    Returns:
+        One entry for each argument: its gradient, or None if it requires none.
+    """
+    wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", enabled=False):  # fused attention is differentiable once
+        out = function(*arguments)
+    found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
+    return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in arguments)

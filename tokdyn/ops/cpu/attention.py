@@ -14,9 +14,8 @@ from torch import Tensor
 
 from tokdyn.ops import attention, torch_private
 from tokdyn.ops.attention import Backend
-from tokdyn.ops.cpu.autograd import differentiable_gradients
 from tokdyn.ops.cpu.linear import empty_rows
-from tokdyn.ops.dispatch import cpu_form
+from tokdyn.ops.dispatch import cpu_form, differentiable_gradients
 from tokdyn.tokens import Packing, Padding, aligned
 
 _CALL, _CALL_BF16 = 3_500, 13_000  # what a call for one more sample costs, in pairs of query and key

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.ops import torch_private
-from tokdyn.ops.cpu.autograd import differentiable_gradients
 from tokdyn.ops.dechunk import EPS, P_MIN
 from tokdyn.ops.dechunk import plug_back as plain_plug_back
 from tokdyn.ops.dechunk import smooth as plain_smooth
-from tokdyn.ops.dispatch import cpu_form
+from tokdyn.ops.dispatch import cpu_form, differentiable_gradients
 from tokdyn.tokens import Packing, cells
 
 _PART, _SMALL_PART = 1 << 20, 1 << 18  # elements that stay in the cache while they are multiplied, or added to

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokdyn.ops import layers, torch_private
-from tokdyn.ops.cpu.autograd import differentiable_gradients
 from tokdyn.ops.cpu.linear import empty_rows
-from tokdyn.ops.dispatch import cpu_form
+from tokdyn.ops.dispatch import cpu_form, differentiable_gradients
 from tokdyn.ops.precision import product_dtype
 from tokdyn.tokens import Packing
 

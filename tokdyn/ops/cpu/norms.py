@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokdyn.ops import layers, torch_private
-from tokdyn.ops.cpu.autograd import differentiable_gradients
-from tokdyn.ops.dispatch import cpu_form
+from tokdyn.ops.dispatch import cpu_form, differentiable_gradients
 from tokdyn.ops.precision import exact
 
 _ROWS = 512  # rows that stay in the cache from one operation to the next
