@@ -167,6 +167,7 @@ def test_smoothing_on_the_grid() -> None:
         x = torch.randn(2, 4, *size)
         with plain():
             total, _, output = count(model, x, timestep=5, class_labels=torch.tensor([0, 1]))
+            assert tokdyn.flops(model, x, timestep=5).counted == tokdyn.flops(model, x, timestep=5).total
         kept = output.routing.keep.sum(dim=1).tolist()
         assert total == sum(model_parts(model, kept, device="cuda").values())
 

@@ -45,6 +45,11 @@ def plain() -> Iterator[None]:
         _plain.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether the plain functions were asked for, by `plain()` or the environment."""
+    return _plain.get()
+
+
 def has_cpu_form(function: Callable[P, T]) -> Callable[P, T]:
     """Let the registered CPU form of a function answer where it can.
 
@@ -92,7 +97,7 @@ def may_replace(x: Any) -> bool:
     """Whether CPU forms may run on this: an ordinary tensor on the CPU, outside of graphs, traces and transforms."""
     return (
         not synchronises(x)
-        and not _plain.get()
+        and not is_plain()
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch_private.runs_plainly()
     )
