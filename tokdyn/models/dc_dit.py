@@ -199,11 +199,11 @@ class DCDiT(Transformer):
         with precision:
             grid, steps, condition = self._embed_condition(hidden_states, timestep, class_labels)
             tokens = self._encode(hidden_states, condition)
-            tokens, routing = self._run_blocks(tokens, grid, steps, condition, tail_drop, plan)
+            tokens, routing = self._chunked(tokens, grid, steps, condition, tail_drop, plan)
             sample = self._decode(tokens, condition, grid)
         return DCDiTOutput(sample, routing) if return_dict else (sample,)
 
-    def _run_blocks(
+    def _chunked(
         self,
         tokens: Tensor,
         grid: Grid,
