@@ -1,11 +1,11 @@
-"""Which attention path is fastest for ragged rows: the measurements behind the thresholds of `tokdyn.ops.attention`.
+"""Measure the attention paths for packed tokens; the thresholds of `tokdyn.ops.cpu.attention` follow from the result.
 
     python -m benchmarks.attention --out benchmarks/results/attention-cpu.json
 
-Eight samples, 6 heads of 64, forward and with gradients, fp32 and bf16. For samples of different length: one call a
-sample against padding to the longest, with other lengths in every round, as a router makes them: kernels that are
-compiled for each new length show what that costs. For equal ones: the fused kernel against two matrix products. "auto"
-is what tokdyn chooses by itself. Takes about two minutes on two cores.
+Eight samples, 6 heads of 64, with and without gradients, fp32 and bf16. For samples of different length: one call per
+sample against padding to the longest. Lengths change in every round, as those of a router do, so that kernels which are
+compiled for each new length pay for that. For samples of equal length: the fused kernel against two matrix products.
+"auto" is the choice of tokdyn. Takes about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from benchmarks import markdown
@@ -34,16 +35,16 @@ ROUNDS, WARMUP = 7, 2
 
 
 def ragged(spread: float, rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
-    """Samples of `rows` tokens, a share of them more or less: one call a sample against padding to the longest."""
+    """Measure one call per sample against padding, for samples of `rows` tokens, up to a share more or less."""
     torch.manual_seed(rows)
 
-    def drawn() -> tuple[Packing, Tensor]:
+    def draw() -> tuple[Packing, Tensor]:
         lengths = (rows * (1 + spread * (2 * torch.rand(SAMPLES) - 1))).long()
         packing = ops.pack(torch.arange(2 * rows) < lengths[:, None], (2 * rows,))
         return packing, torch.randn(packing.total, 3 * WIDTH).to(dtype).requires_grad_(train)
 
     def side(backend: Backend) -> Callable[[], None]:
-        calls = iter([drawn() for _ in range(ROUNDS + WARMUP)])  # of its own: nothing another side made is there yet
+        calls = iter([draw() for _ in range(ROUNDS + WARMUP)])  # own ones: no kernel is compiled for them yet
 
         def run() -> None:
             packing, qkv = next(calls)
@@ -58,12 +59,12 @@ def ragged(spread: float, rows: int, dtype: torch.dtype, train: bool) -> dict[st
 
 
 def equal(rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
-    """Samples of exactly `rows` tokens: the fused kernel against two matrix products."""
+    """Measure the fused kernel against two matrix products, for samples of `rows` tokens."""
     torch.manual_seed(rows)
     qkv = torch.randn(SAMPLES, rows, 3 * WIDTH).to(dtype).requires_grad_(train)
 
     def parts() -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = qkv.view(SAMPLES, rows, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=HEADS).unbind(0)
         return query, key, value
 
     def fused() -> Tensor:
@@ -80,7 +81,7 @@ def equal(rows: int, dtype: torch.dtype, train: bool) -> dict[str, Any]:
 
 
 def step(run: Callable[[], Tensor], source: Tensor, train: bool) -> None:
-    """One forward, and the gradient of the source if it trains."""
+    """Run forward, and compute the gradient of the source if it trains."""
     with torch.set_grad_enabled(train):
         out = run()
         if train:
@@ -88,7 +89,7 @@ def step(run: Callable[[], Tensor], source: Tensor, train: bool) -> None:
 
 
 def row(kind: str, rows: int, dtype: torch.dtype, train: bool, times: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """One line of the table."""
+    """Build one row of the table."""
     medians = {name: entry["median_ms"] for name, entry in times.items()}
     return {
         "samples": kind,
@@ -101,12 +102,12 @@ def row(kind: str, rows: int, dtype: torch.dtype, train: bool, times: dict[str, 
 
 
 def table(rows: list[dict[str, Any]], samples: str) -> str:
-    """In Markdown, as the page on performance has it."""
-    chosen = [row for row in rows if row["samples"] == samples]
-    names = list(chosen[0]["median_ms"])
+    """Format rows as the Markdown table of docs/performance.md."""
+    selected = [row for row in rows if row["samples"] == samples]
+    names = list(selected[0]["median_ms"])
     spread = ["more or less"] if samples == "ragged" else []
     lines = []
-    for each in chosen:
+    for each in selected:
         about = [each["dtype"], "yes" if each["train"] else "no", str(each["rows"])]
         about += [f"{each['spread']:.0%}"] if spread else []
         lines.append(about + [f"{each['median_ms'][name]:.2f}" for name in names])
@@ -114,7 +115,7 @@ def table(rows: list[dict[str, Any]], samples: str) -> str:
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure everything, print it and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="save the result as JSON")
     given = parser.parse_args()

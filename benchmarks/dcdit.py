@@ -1,11 +1,11 @@
-"""Speed of the whole DC-DiT on this machine: against the formulation of its equations, and against what FLOPs promise.
+"""Measure the speed of the whole DC-DiT against a direct reading of its equations, and against what FLOPs promise.
 
     python -m benchmarks.dcdit --out benchmarks/results/dcdit-cpu.json
 
-Ten to fifteen minutes on two cores with nothing else running. Exits with 1 if a bar is missed. Both sides have the same
-weights and keep the same quarter of the tokens, and run in turn in one process; medians count. `--compile` compiles the
-convolutions of the model, and the whole of the other side. Under autocast tokdyn computes in fp32 on a CPU that has no
-instructions for bf16, where the other side does what PyTorch does: `computed` in the result says which.
+Takes ten to fifteen minutes on two idle cores, and exits with 1 if a bar is missed. Both sides have the same weights
+and keep the same quarter of the tokens, and run in turn in one process; medians count. `--compile` compiles the
+convolutions of the model, and all of the other side. Under autocast, tokdyn computes in fp32 on a CPU without
+instructions for bf16, and the other side does what PyTorch does; `computed` in the result names the type.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.cost import model_parts
 from tokdyn.models import DCDiT
-from tokdyn.ops.device import autocast_is_slow
-from tokdyn.ops.linear import weights_cast_once
+from tokdyn.ops.layers import weights_cast_once
+from tokdyn.ops.precision import autocast_is_slow
 from tokdyn.train.setup import compile_parts
 
 FORWARD = {("S", "fp32"): 1.12, ("S", "bf16"): 1.4, ("B", "fp32"): 1.06, ("B", "bf16"): 1.3}
@@ -38,11 +38,11 @@ KEPT = 0.25
 
 
 def case(size: str, batch: int) -> tuple[DCDiT, tuple[Tensor, Tensor, Tensor], Tensor]:
-    """A model with random weights, a batch, and a quarter of its tokens."""
+    """Build a model with random weights, a batch, and a plan that keeps a quarter of the tokens."""
     torch.manual_seed(0)
     model = DCDiT.named(size)
     with torch.no_grad():
-        for parameter in model.parameters():  # what starts at zero would be free of charge for nobody, but be sure
+        for parameter in model.parameters():  # some start at zero, which no kernel should profit from
             if parameter.requires_grad:
                 parameter.add_(0.01 * torch.randn_like(parameter))
     x, time, labels = torch.randn(batch, 4, 32, 32), torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
@@ -50,25 +50,25 @@ def case(size: str, batch: int) -> tuple[DCDiT, tuple[Tensor, Tensor, Tensor], T
 
 
 def precision(name: str) -> AbstractContextManager[Any]:
-    """Autocast for matrix products, or nothing."""
+    """Return autocast to bf16, or a context that does nothing."""
     return torch.autocast("cpu", torch.bfloat16) if name == "bf16" else nullcontext()
 
 
 @contextmanager
 def sampling(name: str) -> Iterator[None]:
-    """What the loop of a sampler computes in: entered once, so that neither side casts its weights at every call."""
-    with torch.no_grad(), precision(name), weights_cast_once():  # in inference mode autocast keeps no casts
+    """Compute as the loop of a sampler does; entered once, so that neither side casts its weights in every call."""
+    with torch.no_grad(), precision(name), weights_cast_once():  # autocast keeps no casts in inference mode
         yield
 
 
 def computed(name: str) -> str:
-    """What tokdyn's side computes in."""
+    """Return the type that tokdyn's side computes in."""
     with precision(name):
         return "fp32" if autocast_is_slow(torch.zeros(())) else name
 
 
 def sides(model: DCDiT, compiled: bool) -> dict[str, Callable[..., Tensor]]:
-    """Both formulations."""
+    """Return the functions of both sides by name."""
     other: Callable[..., Tensor] = partial(official.forward, model)
     if compiled:
         compile_parts(model, "scaffold")
@@ -77,7 +77,7 @@ def sides(model: DCDiT, compiled: bool) -> dict[str, Callable[..., Tensor]]:
 
 
 def forward(size: str, name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """A call of a sampler, batch 8."""
+    """Measure a call of a sampler, batch 8."""
     model, inputs, plan = case(size, 8)
     model.eval()
     both = sides(model, given.compile)
@@ -94,7 +94,7 @@ def forward(size: str, name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def step(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Forward and backward of DC-DiT-S, batch 16."""
+    """Measure forward and backward of DC-DiT-S, batch 16."""
     model, inputs, plan = case("S", 16)
     model.train()
     both = sides(model, given.compile)
@@ -118,17 +118,17 @@ def _step(model: DCDiT, side: Callable[..., Tensor], inputs: tuple[Tensor, ...],
 def _peak(name: str, side: str) -> float:
     child = [sys.executable, "-m", "benchmarks.dcdit", "--peak", name, side]
     runs = [subprocess.run(child, check=True, capture_output=True, text=True).stdout for _ in range(5)]
-    return sorted(map(float, runs))[2]  # it differs by two percent from process to process
+    return sorted(map(float, runs))[2]  # they differ by two percent from process to process
 
 
 def peak_here(name: str, side: str) -> float:
-    """MiB that a first step adds at its peak."""
+    """Measure the MiB that a first step adds at its peak."""
     model, inputs, plan = case("S", 16)
     return timing.peak_growth_mib(partial(_step, model, sides(model, False)[side], inputs, plan, name))
 
 
 def main_network(given: argparse.Namespace) -> dict[str, Any]:
-    """The whole of DC-DiT-S in bf16 against its blocks on all tokens, batch 8: tokdyn's own, and in plain PyTorch."""
+    """Measure DC-DiT-S in bf16 against its blocks on all tokens, tokdyn's own and in plain PyTorch, batch 8."""
     model, (x, time, labels), plan = case("S", 8)
     model.eval()
     dense, condition = torch.randn(8, 1024, 384), torch.randn(8, 384)
@@ -137,13 +137,13 @@ def main_network(given: argparse.Namespace) -> dict[str, Any]:
         model(x, time, labels, plan=plan)
 
     def blocks() -> None:
-        inside, rows = model._fastest(dense)  # as a call of a model would
+        inside, rows = model._compute_precision(dense)  # as a call of a model would
         with inside:
             for block in model.blocks:
                 rows = block(rows, condition)
 
     def plain() -> None:
-        inside, rows = model._fastest(dense)
+        inside, rows = model._compute_precision(dense)
         with inside:
             for block in model.blocks:
                 rows = official.dense_block(block, rows, condition)
@@ -161,7 +161,7 @@ def main_network(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def dechunk_growth(given: argparse.Namespace) -> dict[str, Any]:
-    """De-chunking from 1,024 to 65,536 tokens, a quarter kept, width 384, one image."""
+    """Measure how de-chunking grows from 1,024 to 65,536 tokens: a quarter kept, width 384, one image."""
     times = {}
     for side in (32, 64, 128, 256):
         torch.manual_seed(0)
@@ -180,7 +180,7 @@ def dechunk_growth(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Calls and steps in Markdown, as the page on performance has them."""
+    """Format calls and steps as the Markdown table of docs/performance.md."""
     lines = []
     for row in rows:
         if "equations" in row["times"]:
@@ -197,7 +197,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """Measure everything, print it, save it."""
+    """Measure everything, print it and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="save the result as JSON")
     parser.add_argument("--rounds", type=int, default=9)

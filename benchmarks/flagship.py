@@ -1,8 +1,8 @@
-"""Speed of DC-DiT's parts on this machine: de-chunking, the share outside the blocks, packed blocks against dense ones.
+"""Measure the parts of DC-DiT: de-chunking, the share outside the blocks, packed blocks against dense ones.
 
     python -m benchmarks.flagship --out benchmarks/results/flagship-cpu.json
 
-Takes five to ten minutes on two cores with nothing else running. Exits with 1 if a bar is missed.
+Takes five to ten minutes on two idle cores, and exits with 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BARS = {32: 5.0, 64: 10.0, 128: 30.0}
 
 
 def dechunk_case(batch: int, side: int, width: int = 384) -> tuple[torch.Tensor, ...]:
-    """Random kept tokens, a quarter of the cells."""
+    """Draw random kept tokens, a quarter of the cells."""
     probability = torch.rand(batch, side * side)
     keep = torch.rand(batch, side * side) < 0.25
     features = torch.randn(int(keep.sum()), width)
@@ -36,7 +36,7 @@ def dechunk_case(batch: int, side: int, width: int = 384) -> tuple[torch.Tensor,
 
 
 def dechunk(batch: int, side: int, rounds: int) -> dict[str, Any]:
-    """Our de-chunk against the all-pairs one, forward, fp32."""
+    """Measure de-chunking against the all-pairs form, forward in fp32."""
     features, probability, keep, padded, order, real = dechunk_case(batch, side)
     grid = (side, side)
     ours = ops.dechunk(features, probability, keep, grid, 1.0)
@@ -60,7 +60,7 @@ def dechunk(batch: int, side: int, rounds: int) -> dict[str, Any]:
 
 
 def dechunk_memory() -> float:
-    """Peak memory that de-chunking with gradients adds at 128x128, batch 2, in MiB (a fresh process)."""
+    """Measure the peak MiB that de-chunking with gradients adds at 128x128, batch 2, in a fresh process."""
     features, probability, keep, *_ = dechunk_case(2, 128)
     features.requires_grad_()
     probability.requires_grad_()
@@ -72,7 +72,7 @@ def dechunk_memory() -> float:
 
 
 class Stopwatch:
-    """Adds up the time spent inside chosen modules of one forward."""
+    """Sum up the time spent inside some modules."""
 
     def __init__(self, modules: torch.nn.ModuleList) -> None:
         import time
@@ -91,7 +91,7 @@ class Stopwatch:
 
 
 def outside_share(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Share of a DC-DiT-S forward (batch 8, a quarter kept) spent outside the blocks."""
+    """Measure the share of a DC-DiT-S forward that is spent outside the blocks: batch 8, a quarter kept."""
     import time
 
     torch.manual_seed(0)
@@ -114,9 +114,9 @@ def outside_share(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """The blocks of DC-DiT-S on packed rows against the same blocks on all 1024 tokens, batch 8, and in plain PyTorch.
+    """Measure the blocks of DC-DiT-S on packed rows against all 1024 tokens, also in plain PyTorch, batch 8.
 
-    Bf16 is autocast, as a call of the model would compute it: in fp32 on a CPU that has no instructions for bf16.
+    bf16 is autocast as the model would compute it, in fp32 on a CPU without instructions for bf16.
     """
     torch.manual_seed(0)
     model = DCDiT.named("S").eval()
@@ -134,7 +134,7 @@ def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             x = official.dense_block(block, x, condition)
 
     with sampling("bf16" if dtype == torch.bfloat16 else "fp32"):
-        precision, dense = model._fastest(torch.randn(8, 1024, 384))
+        precision, dense = model._compute_precision(torch.randn(8, 1024, 384))
         rows = dense.flatten(0, 1).index_select(0, packing.index)
         sides = {"packed": lambda: run(rows, packing), "dense": lambda: run(dense, None), "plain": lambda: plain(dense)}
         with precision:
@@ -155,7 +155,7 @@ def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def in_processes(dtype: torch.dtype, rounds: int, processes: int) -> dict[str, Any]:
-    """`packed_blocks` in processes of their own: where memory lies differs, and moves the ratio by a few percent."""
+    """Run `packed_blocks` in several processes: where their memory lies moves the ratio by a few percent."""
     name = str(dtype).removeprefix("torch.")
     child = [sys.executable, "-m", "benchmarks.flagship", "--packed-only", name, "--rounds", str(rounds)]
     runs = [
@@ -166,11 +166,11 @@ def in_processes(dtype: torch.dtype, rounds: int, processes: int) -> dict[str, A
 
 
 def main() -> int:
-    """Measure everything, print it, save it."""
+    """Measure everything, print it and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="save the result as JSON")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--processes", type=int, default=5, help="for packed blocks; the median counts")
+    parser.add_argument("--processes", type=int, default=5, help="to measure packed blocks in; the median counts")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--packed-only", help=argparse.SUPPRESS)
     given = parser.parse_args()

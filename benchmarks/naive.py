@@ -1,6 +1,6 @@
-"""The dense formulation of DC-DiT's parts, written from the paper's equations: what an all-pairs implementation does.
+"""The dense formulation of DC-DiT's parts, written from the paper's equations, over all pairs of tokens.
 
-Only used as the other side of comparisons.
+It is only the other side of comparisons.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def dense_dechunk(padded: Tensor, probability: Tensor, order: Tensor, real: Tensor, keep: Tensor, side: int) -> Tensor:
-    """Smoothing over all pairs of kept tokens, then the nearest kept token of every cell over all of them (sigma 1).
+    """Smooth over all pairs of kept tokens with sigma 1, then find the nearest kept token of every cell among all.
 
     Args:
-        padded: (B, M, D) kept tokens, M the most of any sample.
+        padded: (B, M, D) kept tokens, M those of the longest sample.
         probability: (B, N).
-        order: (B, M) cell of each kept token.
+        order: (B, M) int64, the cell of each kept token.
         real: (B, M) bool, false for padding.
         keep: (B, N) bool.
         side: rows and columns of the grid.
@@ -35,12 +35,12 @@ def dense_dechunk(padded: Tensor, probability: Tensor, order: Tensor, real: Tens
 
 
 def squares(a: Tensor, b: Tensor) -> Tensor:
-    """(B, n, 2) and (B, m, 2) coordinates to (B, n, m) squared distances."""
+    """Compute squared distances (B, n, m) between coordinates (B, n, 2) and (B, m, 2)."""
     return (a[:, :, None, 0] - b[:, None, :, 0]) ** 2 + (a[:, :, None, 1] - b[:, None, :, 1]) ** 2
 
 
 def chunk_by_sorting(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Cells of the kept tokens, padded: (B, M) int64 and (B, M) bool, by one sort over all cells."""
+    """Sort all cells to find the kept ones, padded: their cells (B, M) int64, and which are real, (B, M) bool."""
     counts = keep.sum(1)
     longest = int(counts.max())
     cell = torch.arange(keep.shape[1], device=keep.device)

@@ -1,6 +1,6 @@
-"""DC-DiT as one reads its equations: sorts for packing, modulation repeated per token, all pairs in de-chunking.
+"""DC-DiT as its equations read: sorts for packing, modulation repeated for each token, all pairs in de-chunking.
 
-Only used as the other side of comparisons; `tests/bench/test_official.py` holds it to the model of the package.
+It is only the other side of comparisons; `tests/bench/test_official.py` compares it with the model of the package.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from benchmarks.naive import dense_dechunk
@@ -16,14 +17,14 @@ from tokdyn.models import DCDiT
 
 
 def forward(model: DCDiT, x: Tensor, timestep: Tensor, labels: Tensor, plan: Tensor | None = None) -> Tensor:
-    """What `model(x, timestep, labels, plan=plan).sample` is, computed without tokdyn's operators.
+    """Compute `model(x, timestep, labels, plan=plan).sample` without tokdyn's operators.
 
     Args:
-        model: its weights are used; square grids, no tail drop, smoothing with sigma 1.
-        x: (B, C, H, W).
+        model: its weights are used. Grids are square, sigma is 1, and there is no tail drop.
+        x: (B, channels, rows, columns).
         timestep: (B,).
         labels: (B,).
-        plan: (B, N) bool, the tokens to keep.
+        plan: (B, N) bool, the tokens to keep; None leaves that to the router.
     """
     condition = F.silu(model.t_embedder.mlp[0](_frequencies(timestep, x.dtype)))
     condition = model.t_embedder.mlp[2](condition) + model.y_embedder.embedding_table(labels)
@@ -45,7 +46,7 @@ def forward(model: DCDiT, x: Tensor, timestep: Tensor, labels: Tensor, plan: Ten
     padded[real] = rows
     spread = dense_dechunk(padded.float(), probability, order, real, keep, side)
     chosen = torch.where(keep, probability, 1 - probability)
-    through = chosen + (1 - chosen).detach()  # 1 going forward, the identity going back
+    through = chosen + (1 - chosen).detach()  # 1 forward, the identity backward
     tokens = (spread * through[..., None] + model.chunking.residual(tokens).float()).to(tokens.dtype)
     maps = tokens.transpose(1, 2).reshape(len(x), -1, side, side)
     for layer in model.decoder.layers:
@@ -54,8 +55,7 @@ def forward(model: DCDiT, x: Tensor, timestep: Tensor, labels: Tensor, plan: Ten
     shift, scale = model.final_layer.adaLN_modulation(condition).chunk(2, dim=1)
     out = model.final_layer.linear(F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None])
     patch = model.config.patch_size
-    image = out.view(len(x), side, side, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-    return image.reshape(len(x), -1, side * patch, side * patch)
+    return rearrange(out, "b (r c) (p q channels) -> b channels (r p) (c q)", r=side, p=patch, q=patch)
 
 
 def _frequencies(timestep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,17 +75,17 @@ def _rms(norm: Any, x: Tensor) -> Tensor:
 
 
 def _probability(model: DCDiT, tokens: Tensor, side: int) -> Tensor:
-    """(B, N); the router computes in fp32."""
+    """Compute boundary probabilities (B, N), in fp32 as the router does."""
     with torch.autocast(tokens.device.type, enabled=False):
         maps = tokens.float().transpose(1, 2).reshape(len(tokens), -1, side, side)
         return torch.sigmoid(model.chunking.router(maps, None, 1).reshape(len(tokens), -1))
 
 
 def _chunk(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Kept rows (T, D), their cells (B, M), which of these are real (B, M), and the rows of each sample."""
+    """Return kept rows (T, D), their cells (B, M), which of these are real (B, M), and the rows of each sample."""
     count, cell = keep.shape[1], torch.arange(keep.shape[1], device=keep.device)
     order = torch.argsort(cell + (~keep) * count, dim=1)
-    back = torch.argsort(order, dim=1)  # the place of every cell among the kept ones
+    back = torch.argsort(order, dim=1)  # the rank of every cell
     lengths = keep.sum(dim=1)
     longest = int(lengths.max())
     ranked = torch.argsort(torch.where(keep, back, back + count), dim=1)[:, :longest]
@@ -95,7 +95,7 @@ def _chunk(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, list[i
 
 
 def _block(block: Any, rows: Tensor, condition: Tensor, lengths: list[int]) -> Tensor:
-    """A block on packed rows: its modulation repeated for every token, attention sample by sample."""
+    """Run a block on packed rows with its modulation repeated for every token, and attention sample by sample."""
     repeats = torch.tensor(lengths, device=rows.device)
     parts = block.adaLN_modulation(condition).repeat_interleave(repeats, dim=0).chunk(6, dim=1)
     shift1, scale1, gate1, shift2, scale2, gate2 = parts
@@ -106,7 +106,7 @@ def _block(block: Any, rows: Tensor, condition: Tensor, lengths: list[int]) -> T
 
 
 def dense_block(block: Any, x: Tensor, condition: Tensor) -> Tensor:
-    """A block of a DiT on all tokens (B, N, D), in plain PyTorch."""
+    """Run a block of a DiT on all tokens (B, N, D), in plain PyTorch."""
     parts = block.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
     shift1, scale1, gate1, shift2, scale2, gate2 = parts
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tokdyn.cost import Flops, compute_matched_steps, count, flops_per_image, ke
 from tokdyn.cost.counter import attention_formulas
 from tokdyn.errors import InputError
 from tokdyn.models import DCDiT, DiT
-from tokdyn.ops import attention_backend
+from tokdyn.ops import attention_backend, plain
 
 DATA = Path(__file__).parent / "parity" / "data"
 SMALL: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "sample_size": 8}
@@ -117,7 +116,7 @@ def test_dit_agrees_with_the_counter(settings: dict[str, Any], batch: int) -> No
         {"encoder_depth": 1, "decoder_depth": 3, "scaffold_width": 16},
         {"scaffold_width": 32},
         {"sample_size": (4, 12), "learn_sigma": False, "in_channels": 3},
-        {"smoothing": False, "official_init": True, "force_ends": True},
+        {"sigma": None, "official_init": True, "force_ends": True},
     ],
     ids=str,
 )
@@ -161,17 +160,15 @@ def test_arguments_may_come_in_any_order(model: type[DiT] | type[DCDiT]) -> None
     assert found.counted == found.total
 
 
-def test_smoothing_with_band_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The form that runs on CUDA, here on CPU: one band matrix per axis."""
-    dechunk = importlib.import_module("tokdyn.ops.dechunk")
-    monkeypatch.setattr(dechunk, "_smooth_by_lists", dechunk._smooth_on_grid)
+def test_smoothing_on_the_grid() -> None:
+    """The plain functions, which CUDA runs: a band matrix per axis."""
     for size in ((8, 8), (4, 12), (2, 130)):
         model = DCDiT(**{**SMALL, "sample_size": size}).eval()
         x = torch.randn(2, 4, *size)
-        total, _, output = count(model, x, timestep=5, class_labels=torch.tensor([0, 1]))
+        with plain():
+            total, _, output = count(model, x, timestep=5, class_labels=torch.tensor([0, 1]))
+            assert tokdyn.flops(model, x, timestep=5).counted == tokdyn.flops(model, x, timestep=5).total
         kept = output.routing.keep.sum(dim=1).tolist()
-        with attention_backend("split"):
-            total, _, _ = count(model, x, timestep=5, class_labels=torch.tensor([0, 1]))
         assert total == sum(model_parts(model, kept, device="cuda").values())
 
 

@@ -1,4 +1,4 @@
-"""The frozen state that flows through a model: the grid, where packed tokens lie, and what a router decided."""
+"""The frozen state that flows through a model: token grids, packings and routing decisions."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ Grid = tuple[int, ...]
 
 
 TILE = 16
-"""Rows that attention kernels take at once: padded rows are a multiple of it, which costs less than an odd end."""
+"""Rows that attention kernels process at once; padding to a multiple of it costs less than an incomplete tile."""
 
 
 def aligned(rows: int) -> int:
-    """The next multiple of `TILE`."""
+    """Round a number of rows up to a multiple of `TILE`."""
     return -(-rows // TILE) * TILE
 
 
 def cells(grid: Grid) -> int:
-    """Number of cells of a grid, which is the number of tokens N of a dense sequence."""
+    """Count the cells of a grid, which is the number of tokens N of a dense sequence."""
     return math.prod(grid)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the kept tokens of a batch lie: the rows of a packed (T, D) tensor, sample after sample in raster order.
+    """Where packed rows (T, D) come from: the kept tokens of a batch, sample after sample in raster order.
 
     Attributes:
-        lengths: kept tokens of each sample, on the host; they sum to T.
-        index: (T,) int64, row of each kept token in the dense (B*N, D) tensor.
-        sample: (T,) int64, the sample each token belongs to.
-        cell: (T,) int64, raster index of each token in its own grid.
+        lengths: number of kept tokens of each sample, on the host; they sum to T.
+        index: (T,) int64, the row of each kept token in the dense (B * N, D) tensor.
+        sample: (T,) int64, the sample that each token belongs to.
+        cell: (T,) int64, the raster index of each token in its grid.
         cu_seqlens: (B + 1,) int32, offsets of the samples in the packed rows.
         grid: the dense grid, N cells.
     """
@@ -50,17 +50,17 @@ class Packing:
 
     @property
     def total(self) -> int:
-        """Packed rows T."""
+        """The number of packed rows T."""
         return sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Rows of the longest sample, M."""
+        """The number of rows M of the longest sample."""
         return max(self.lengths)
 
     @cached_property
     def padded(self) -> Padding:
-        """The index maps between packed rows and a padded (B, R, D) tensor, made once for all blocks."""
+        """The index maps between packed and padded rows, built once for all blocks."""
         return Padding.of(self)
 
 
@@ -70,8 +70,8 @@ class Padding:
 
     Attributes:
         rows: R, the rows of the longest sample, aligned to `TILE`.
-        gather: (B*R,) int64, packed row of each padded slot; empty slots repeat a row of their own sample.
-        scatter: (T,) int64, padded slot of each packed row.
+        gather: (B * R,) int64, the packed row of each padded slot; empty slots repeat a row of their sample.
+        scatter: (T,) int64, the padded slot of each packed row.
         bias: (B, 1, 1, R) fp32, 0 for real keys and -inf for empty slots.
     """
 
@@ -82,7 +82,7 @@ class Padding:
 
     @staticmethod
     def of(packing: Packing) -> Padding:
-        """Build the maps on the packing's device without a host synchronisation."""
+        """Build the maps on the packing's device, without a synchronisation with the host."""
         import torch
 
         starts = packing.cu_seqlens[:-1].to(packing.index.dtype)
@@ -99,15 +99,15 @@ class Padding:
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided for one forward.
+    """The decisions of a router in one call.
 
     Attributes:
         probability: (B, N) fp32, boundary probability p of every cell.
-        keep: (B, N) bool, the tokens that the blocks saw.
+        keep: (B, N) bool, the tokens that the blocks see.
         natural_keep: (B, N) bool, the tokens with p > 0.5, before tail drop.
         grid: the token grid, N cells.
-        losses: auxiliary losses by name, scalars; "ratio" is the ratio loss over the whole batch at the model's target.
-        decided: (B, N) bool, the tokens that were chosen before tail drop, where that was not the router's p > 0.5.
+        losses: auxiliary losses by name, scalars; "ratio" is the ratio loss of the whole batch at the model's target.
+        decided: (B, N) bool, the tokens selected before tail drop, if not by p > 0.5 alone; otherwise None.
     """
 
     probability: Tensor
@@ -119,10 +119,10 @@ class Routing:
 
     @property
     def kept(self) -> Tensor:
-        """(B,) int64, tokens kept of each sample."""
+        """The number of kept tokens of each sample, (B,) int64."""
         return self.keep.sum(dim=1)
 
     @property
     def natural_kept(self) -> Tensor:
-        """(B,) int64, tokens kept of each sample before tail drop."""
+        """The number of kept tokens of each sample before tail drop, (B,) int64."""
         return self.natural_keep.sum(dim=1)

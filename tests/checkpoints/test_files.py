@@ -103,7 +103,7 @@ def settings_classes(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_settings_inside_official_training_files(
     same: Callable[..., bool], dcdit: Callable[..., DCDiT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = dcdit(num_heads=2, smoothing_sigma=1.25)
+    model = dcdit(num_heads=2, sigma=1.25)
     with monkeypatch.context() as patch:
         config = settings_classes(patch).Config()
         torch.save(
@@ -113,8 +113,8 @@ def test_settings_inside_official_training_files(
     model_read = read(tmp_path / "a.pt")
     assert same(model, model_read)
     config_read = model_read.config
-    assert (config_read["num_heads"], config_read["smoothing_sigma"], config_read["target"]) == (2, 1.25, 16.0)
-    assert read(tmp_path / "a.pt", smoothing_sigma=1.0).config["smoothing_sigma"] == 1.0
+    assert (config_read["num_heads"], config_read["sigma"], config_read["target"]) == (2, 1.25, 16.0)
+    assert read(tmp_path / "a.pt", sigma=1.0).config["sigma"] == 1.0
     with pytest.raises(CheckpointError, match=r"num_heads=4.* 2\.$"):
         read(tmp_path / "a.pt", num_heads=4)
 
@@ -265,8 +265,8 @@ def test_own_folders_keep_every_setting(
     for model in (
         dit(timestep_shift=1, mlp_norm_eps=1e-5),
         dit(sample_size=(4, 8)),
-        dcdit(patch_size=2, smoothing_sigma=1.5, force_ends=False, target=8.0, num_heads=8),
-        dcdit(router="random", smoothing=False),
+        dcdit(patch_size=2, sigma=1.5, force_ends=False, target=8.0, num_heads=8),
+        dcdit(router="random", sigma=None),
     ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -63,7 +63,7 @@ def test_diffusers_weights(same: Callable[..., bool], dit: Callable[..., DiT], s
 
 @pytest.mark.parametrize(
     "settings",
-    [{"router": "cosine"}, {"router": "random"}, {"patch_size": 2}, {"smoothing": False, "smoothing_sigma": 3.0}],
+    [{"router": "cosine"}, {"router": "random"}, {"patch_size": 2}, {"sigma": None}],
     ids=str,
 )
 def test_own_state_dict(same: Callable[..., bool], dcdit: Callable[..., DCDiT], settings: dict[str, Any]) -> None:
@@ -94,17 +94,17 @@ def test_half_precision_weights_become_fp32(dcdit: Callable[..., DCDiT]) -> None
 
 def test_defaults_of_official_weights(dcdit: Callable[..., DCDiT]) -> None:
     small, large = to_official(dcdit()), to_official(dcdit(sample_size=64, depth=1))
-    assert read(small, num_heads=4).config["smoothing_sigma"] == 1.0
-    assert read(large, num_heads=4).config["smoothing_sigma"] == 2.0
-    given = read(large, num_heads=2, smoothing_sigma=1.5, target=16.0, force_ends=False)
-    assert (given.config["smoothing_sigma"], given.config["num_heads"], given.config["target"]) == (1.5, 2, 16.0)
+    assert read(small, num_heads=4).config["sigma"] == 1.0
+    assert read(large, num_heads=4).config["sigma"] == 2.0
+    given = read(large, num_heads=2, sigma=1.5, target=16.0, force_ends=False)
+    assert (given.config["sigma"], given.config["num_heads"], given.config["target"]) == (1.5, 2, 16.0)
     assert not given.config["force_ends"]
 
 
 def test_own_weights_have_the_defaults_of_the_class(dcdit: Callable[..., DCDiT]) -> None:
     """Even on a grid of 64x64; only official weights of that size were trained with a wider kernel."""
     model = dcdit(sample_size=64, depth=1)
-    assert read(model.state_dict(), num_heads=4).config["smoothing_sigma"] == model.config["smoothing_sigma"] == 1.0
+    assert read(model.state_dict(), num_heads=4).config["sigma"] == model.config["sigma"] == 1.0
 
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])

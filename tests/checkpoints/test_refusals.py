@@ -38,7 +38,7 @@ def official(dcdit: Callable[..., DCDiT]) -> dict[str, Tensor]:
         ({"sample_size": (4, 16)}, r"sample_size=\(4, 16\) .*8x8"),
         ({"num_heads": 5}, "num_heads=5 .* 32"),
         ({"width": 32}, r"DCDiT .*'width'.*hidden_size"),
-        ({"smoothing_sigma": -1.0}, r"DCDiT .*smoothing_sigma.* 0"),
+        ({"sigma": -1.0}, r"DCDiT .*sigma.* -1"),
         ({"target": 0.5}, r"DCDiT .*target"),
     ],
     ids=str,

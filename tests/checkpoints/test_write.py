@@ -56,7 +56,7 @@ def test_dit_that_computes_like_diffusers(dit: Make, same: Make, tmp_path: Path,
 
 @pytest.mark.parametrize("first", DCDIT)
 @pytest.mark.parametrize("second", DCDIT)
-@pytest.mark.parametrize("settings", [{}, {"force_ends": False, "target": 9.0, "smoothing_sigma": 3.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"force_ends": False, "target": 9.0, "sigma": 3.0}], ids=str)
 def test_dcdit_through_two_layouts(
     dcdit: Make, same: Make, tmp_path: Path, first: Layout, second: Layout, settings: dict[str, Any]
 ) -> None:
@@ -170,7 +170,7 @@ def test_layouts_refuse_dcdits_they_cannot_hold(
 
 
 def test_differences_from_the_official_code_are_noted(dcdit: Make, tmp_path: Path) -> None:
-    written = write(dcdit(force_ends=False, smoothing=False), tmp_path / "x.safetensors", "official")
+    written = write(dcdit(force_ends=False, sigma=None), tmp_path / "x.safetensors", "official")
     assert len(written.notes) == 2
     assert write(dcdit(), tmp_path / "y.safetensors", "official").notes == ()
 

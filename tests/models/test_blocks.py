@@ -1,12 +1,13 @@
-"""A block on packed rows is the block on each sample alone, in its values and in its gradients."""
+"""A block on packed rows equals the block on each sample alone, in values and gradients; autocast and hooks."""
 
 import pytest
 import torch
 
 from tokdyn import ops
 from tokdyn.models import DCDiT, DiT
-from tokdyn.models.blocks import DiTBlock, gated_add, modulated_norm
-from tokdyn.ops import device
+from tokdyn.models.blocks import DiTBlock
+from tokdyn.ops import precision
+from tokdyn.ops.layers import gated_add, modulated_norm
 from tokdyn.tokens import Packing
 
 
@@ -19,7 +20,7 @@ def packed(counts, grid=(16, 32)) -> Packing:
 
 @pytest.mark.parametrize("counts", [(5, 9, 1), (200, 301, 250), (40, 512, 30)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_are_those_of_single_samples(counts, dtype):
+def test_values_and_gradients_equal_those_of_single_samples(counts, dtype):
     torch.manual_seed(0)
     block, packing = DiTBlock(24, 3, 4.0).to(dtype), packed(counts)
     with torch.no_grad():
@@ -43,7 +44,7 @@ def test_values_and_gradients_are_those_of_single_samples(counts, dtype):
         torch.testing.assert_close(found, wanted, rtol=near, atol=near * wanted.abs().max().item())
 
 
-def test_gated_add_by_sample_has_the_right_derivative():
+def test_the_derivative_of_gated_add():
     torch.manual_seed(0)
     packing = packed((200, 260))
     shapes = (packing.total, 3), (2, 3), (packing.total, 3)
@@ -52,7 +53,7 @@ def test_gated_add_by_sample_has_the_right_derivative():
 
 
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2])
-def test_the_modulated_norm_by_sample_has_the_right_derivative(frozen):
+def test_the_derivative_of_the_modulated_norm(frozen):
     torch.manual_seed(0)
     packing = packed((200, 260))
     shapes = (packing.total, 3), (2, 3), (2, 3)
@@ -61,7 +62,7 @@ def test_the_modulated_norm_by_sample_has_the_right_derivative(frozen):
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_under_autocast_norms_write_and_gates_read_the_type_of_the_products(dense):
+def test_under_autocast_norms_write_and_gates_read_bf16(dense):
     torch.manual_seed(0)
     packing = None if dense else packed((200, 260))
     rows = (2, 230, 24) if dense else (packing.total, 24)
@@ -82,7 +83,7 @@ def test_under_autocast_norms_write_and_gates_read_the_type_of_the_products(dens
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
 
 
-def test_rows_that_do_not_lie_together_are_gated_and_normed_alike():
+def test_strided_rows_are_gated_and_normed_alike():
     torch.manual_seed(0)
     x, y = torch.randn(2, 24, 230).transpose(1, 2), torch.randn(2, 24, 230).bfloat16().transpose(1, 2)
     shift, scale, gate = (torch.randn(2, 24) for _ in range(3))
@@ -94,8 +95,8 @@ def test_rows_that_do_not_lie_together_are_gated_and_normed_alike():
 
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("build", ["dit", "dcdit"])
-def test_autocast_in_a_type_that_the_processor_lacks_computes_in_fp32(build, instructions, monkeypatch):
-    monkeypatch.setitem(device._CPU_HALVES, torch.bfloat16, instructions)
+def test_autocast_computes_in_fp32_without_instructions_for_bf16(build, instructions, monkeypatch):
+    monkeypatch.setitem(precision._CPU_HALVES, torch.bfloat16, instructions)
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
     model = DiT(patch_size=2, **sizes) if build == "dit" else DCDiT(**sizes)
@@ -131,14 +132,14 @@ def test_fp64_models_stay_in_fp64_under_autocast(build):
             assert torch.equal(model(x, 10, labels).sample, wanted)
 
 
-def test_a_model_without_data_says_what_shape_its_output_has():
+def test_a_meta_model_infers_the_shape_of_its_output():
     with torch.device("meta"):
         model = DiT(sample_size=16, patch_size=1, hidden_size=32, depth=1, num_heads=2, num_classes=3)
         out = model(torch.empty(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, dtype=torch.long))
     assert out.sample.shape == (2, 8, 16, 16)
 
 
-def test_what_goes_into_a_branch_may_be_changed_in_place():
+def test_a_hook_may_change_the_input_of_a_sublayer_in_place():
     torch.manual_seed(0)
     block, packing = DiTBlock(24, 3, 4.0), packed((200, 260))
     block.mlp.register_forward_pre_hook(lambda _, given: given[0].mul_(0.9))

@@ -1,4 +1,4 @@
-"""On an accelerator a forward asks for values once, when it packs. Emulated on CPU; counted where there is CUDA."""
+"""A forward synchronises with an accelerator once, when it packs. Emulated on the CPU; counted where there is CUDA."""
 
 import sys
 import warnings
@@ -9,29 +9,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokdyn.models import DCDiT
 
-# Operators whose result has a size that depends on the data, or that hand a value to the host.
-ASKING = ("nonzero.", "_local_scalar_dense", "masked_select", "unique", "repeat_interleave.Tensor", "bincount", "item")
+# Operators whose result has a size that depends on the data, or that return a value to the host.
+SYNCHRONISING = (
+    "nonzero.",
+    "_local_scalar_dense",
+    "masked_select",
+    "unique",
+    "repeat_interleave.Tensor",
+    "bincount",
+    "item",
+)
 
 
 class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
         boolean_index = "aten.index." in name and any(
             x is not None and x.dtype == torch.bool for x in args[1] if isinstance(x, torch.Tensor)
         )
-        if any(word in name for word in ASKING) or boolean_index:
-            self.asked.append(name)
+        if any(word in name for word in SYNCHRONISING) or boolean_index:
+            self.found.append(name)
         return func(*args, **(kwargs or {}))
 
 
 def emulate(monkeypatch):
     for name, module in list(sys.modules.items()):
-        if name.startswith("tokdyn.") and "asking_waits" in vars(module):
-            monkeypatch.setattr(module, "asking_waits", lambda x: True)
+        if name.startswith("tokdyn.") and "synchronises" in vars(module):
+            monkeypatch.setattr(module, "synchronises", lambda x: True)
 
 
 @pytest.fixture
@@ -51,19 +59,19 @@ def run(model, device="cpu"):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_one_question_per_forward(emulated, train):
+def test_one_synchronisation_per_forward(emulated, train):
     model = DCDiT.named("tiny", sample_size=8)
     expected = model(torch.zeros(1, 4, 8, 8), 1).sample
     emulated.clear()
     with Watch() as watch, torch.set_grad_enabled(train):
         sample = run(model)
-    assert watch.asked == []
+    assert watch.found == []
     assert len(emulated) == 1
     assert sample.isfinite().all()
     assert expected.isfinite().all()
 
 
-def test_the_emulated_path_computes_the_same(monkeypatch):
+def test_the_emulated_path_gives_the_same_result(monkeypatch):
     torch.manual_seed(0)
     model = DCDiT.named("tiny", sample_size=8).double()
     for parameter in model.parameters():

@@ -1,11 +1,11 @@
-"""Slow, dense restatements of the formulas, to compare the fast ones with."""
+"""Slow, dense forms of the formulas, as references."""
 
 import torch
 from torch import Tensor
 
 
 def dense_dechunk(features: Tensor, probability: Tensor, keep: Tensor, grid: tuple[int, ...], sigma: float) -> Tensor:
-    """The published formula, sample by sample, all pairs."""
+    """Compute the published formula sample by sample over all pairs."""
     axes = torch.meshgrid(*(torch.arange(size, dtype=features.dtype) for size in grid), indexing="ij")
     place = torch.stack(axes, -1).reshape(keep.shape[1], -1)
     out, start = [], 0

@@ -1,4 +1,4 @@
-"""Packed rows: every path equals a loop over the samples, with gradients."""
+"""Attention of packed tokens: every path equals a loop over the samples, with gradients."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from tokdyn import ops
 from tokdyn.errors import InputError
 from tokdyn.models.blocks import DiTBlock
 from tokdyn.ops import attention
+from tokdyn.ops.cpu.attention import choose
 
 
 def packing_of(lengths):
@@ -45,7 +46,7 @@ def test_every_path_equals_the_loop(lengths, backend, grad):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-def test_rows_that_do_not_lie_together():
+def test_strided_rows():
     lengths = [20, 17, 30]
     qkv = torch.randn(3 * 16, sum(lengths), dtype=torch.float64).t()
     with ops.attention_backend("split"):
@@ -53,8 +54,8 @@ def test_rows_that_do_not_lie_together():
     torch.testing.assert_close(out, loop(qkv, 2, lengths), rtol=0, atol=1e-12)
 
 
-def test_long_rows_take_the_kernel_and_agree():
-    """Beyond the thresholds the fused kernel runs, also under autograd."""
+def test_long_rows_equal_the_loop():
+    """They are above the thresholds from which the fused kernel runs."""
     lengths = [200, 170, 300]
     packing = packing_of(lengths)
     qkv = torch.randn(sum(lengths), 3 * 16, dtype=torch.float64, requires_grad=True)
@@ -62,7 +63,7 @@ def test_long_rows_take_the_kernel_and_agree():
 
 
 @pytest.mark.parametrize("backend", ["auto", "split", "padded"])
-def test_keys_filled_up_in_bf16_change_nothing(backend):
+def test_masked_keys_of_zeros_in_bf16_change_nothing(backend):
     lengths = [16, 250, 7]
     qkv = torch.randn(sum(lengths), 3 * 16).bfloat16()
     with ops.attention_backend(backend), torch.no_grad():
@@ -76,16 +77,16 @@ def test_keys_filled_up_in_bf16_change_nothing(backend):
         ([60, 64, 70], torch.float32, "padded"),  # calls cost more than some empty rows
         ([250, 260, 270], torch.float32, "split"),
         ([250, 260, 270], torch.bfloat16, "padded"),
-        ([20, 30, 500], torch.bfloat16, "split"),  # two samples of nearly empty rows
+        ([20, 30, 500], torch.bfloat16, "split"),  # two samples would be padding almost entirely
     ],
 )
-def test_rows_are_padded_where_that_costs_less_than_calls(lengths, dtype, path):
-    assert attention._choose(lengths, torch.device("cpu"), dtype, 8) == path
+def test_samples_are_padded_if_that_costs_less_than_calls(lengths, dtype, path):
+    assert choose(lengths, dtype) == path
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.sampled_from([1, 2, 3]))
-def test_padded_training_in_bf16_is_the_loop_up_to_rounding(lengths, heads):
+def test_padded_training_in_bf16_equals_the_loop_up_to_rounding(lengths, heads):
     torch.manual_seed(0)
     packing = packing_of(lengths)
     qkv = torch.randn(sum(lengths), 3 * 8 * heads).bfloat16().requires_grad_()
@@ -102,12 +103,12 @@ def test_padded_training_in_bf16_is_the_loop_up_to_rounding(lengths, heads):
             torch.testing.assert_close(part.double(), reference, rtol=0.04, atol=near + 1e-3)
 
 
-def test_training_in_bf16_takes_one_call_a_sample_where_lengths_differ_widely():
-    """In fp32, so the gradients are those of fp32 up to the rounding of what comes in and goes out."""
+def test_training_in_bf16_on_very_different_lengths_computes_in_fp32():
+    """Results and gradients are those of fp32, rounded to bf16."""
     cpu, lengths = torch.device("cpu"), [40] * 60 + [200] * 4
-    assert attention._choose(lengths, cpu, torch.bfloat16, 8, learning=True) == "split"
-    assert attention._choose([250, 260, 270], cpu, torch.bfloat16, 8, learning=True) == "padded"
-    assert attention._choose([510, 520, 530], cpu, torch.bfloat16, 8, learning=True) == "split"  # no two products there
+    assert choose(lengths, torch.bfloat16, learning=True) == "split"
+    assert choose([250, 260, 270], torch.bfloat16, learning=True) == "padded"
+    assert choose([510, 520, 530], torch.bfloat16, learning=True) == "split"  # too long for two products
     assert attention.computed_pairs(lengths, cpu, torch.bfloat16, 8, learning=True) == sum(n * n for n in lengths)
     qkv = torch.randn(sum(lengths), 3 * 16).bfloat16().requires_grad_()
     out = ops.packed_attention(qkv, 2, packing_of(lengths))
@@ -121,17 +122,17 @@ def test_training_in_bf16_takes_one_call_a_sample_where_lengths_differ_widely():
     torch.testing.assert_close(found, slope.bfloat16(), rtol=0, atol=0)
 
 
-def test_the_kernel_for_packed_rows_is_only_asked_for_what_it_has():
-    """Widths 384/6 and 1152/16 have it; 60/5 = 12 is no multiple of 8 and 512/1 is too wide."""
-    takes = attention._varlen_takes
+def test_widths_of_the_variable_length_kernel():
+    """It takes 384 / 6 and 1152 / 16; 60 / 5 = 12 is not a multiple of 8, and 512 / 1 is too wide."""
+    takes = attention._has_variable_length
     assert all(takes(torch.bfloat16, width, (9, 0)) for width in (64, 72, 8, 256))
     assert not any(takes(torch.bfloat16, width, (9, 0)) for width in (12, 512))
     assert not takes(torch.float32, 64, (9, 0))
     assert not takes(torch.float16, 64, (7, 5))
 
 
-def test_an_unknown_backend_is_named():
-    with pytest.raises(InputError, match="no attention backend 'flash'; known are auto, split"):
+def test_an_unknown_backend_raises():
+    with pytest.raises(InputError, match=r"'flash'.*auto, split, padded, varlen"):
         ops.attention_backend("flash").__enter__()
 
 

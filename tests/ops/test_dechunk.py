@@ -1,7 +1,7 @@
 """De-chunking: equal to the dense formula on any grid, and its laws."""
 
 import math
-import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.ops.reference import dense_dechunk
 from tokdyn import ops
 from tokdyn.errors import InputError
-from tokdyn.ops.dechunk import _neighbours, _smooth_by_lists, _smooth_on_grid
+from tokdyn.ops.cpu import dechunk as cpu
+from tokdyn.ops.dechunk import smooth
 from tokdyn.ops.nearest import nearest_kept
 
 grids = st.one_of(
@@ -33,12 +34,13 @@ def case(grid, share, seed, batch=3, width=5, dtype=torch.float64):
 
 
 @settings(deadline=None, max_examples=60)
-@given(grids, shares, seeds, st.sampled_from([0.5, 1.0, 2.0]))
-def test_equals_the_dense_formula_with_gradients(grid, share, seed, sigma):
+@given(grids, shares, seeds, st.sampled_from([0.5, 1.0, 2.0]), st.booleans())
+def test_equals_the_dense_formula_with_gradients(grid, share, seed, sigma, plain):
     features, probability, keep = case(grid, share, seed)
     features.requires_grad_()
     probability.requires_grad_()
-    ours = ops.dechunk(features, probability, keep, grid, sigma)
+    with ops.plain() if plain else nullcontext():
+        ours = ops.dechunk(features, probability, keep, grid, sigma)
     theirs = dense_dechunk(features, probability, keep, grid, sigma)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     for mine, reference in zip(
@@ -51,15 +53,15 @@ def test_equals_the_dense_formula_with_gradients(grid, share, seed, sigma):
 
 @settings(deadline=None, max_examples=40)
 @given(grids, shares, seeds, st.sampled_from([None, 1.0]), st.sampled_from([1, 30, 1 << 20]))
-def test_the_gate_hands_back_what_the_dense_one_does(grid, share, seed, sigma, part):
-    """The gradients of all that has one, in whatever parts the cells are gone through."""
+def test_the_gate_has_the_gradients_of_a_dense_gate(grid, share, seed, sigma, part):
+    """For parts of any size."""
     features, probability, keep = case(grid, share, seed)
     gate = torch.rand_like(probability)
     wanted = [t.requires_grad_() for t in (features, probability, gate)]
     packing = ops.pack(keep, grid)
     weight = torch.randn(*keep.shape, features.shape[1], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[_neighbours.__module__], "_PART", part)
+        patch.setattr(cpu, "_PART", part)
         ours = ops.dechunk_packed(features, probability, keep, packing, sigma, gate)
         found = torch.autograd.grad((ours * weight).sum(), wanted, allow_unused=True)
     theirs = ops.straight_through(ops.dechunk(features, probability, keep, grid, sigma), gate)
@@ -77,30 +79,31 @@ def test_the_gate_hands_back_what_the_dense_one_does(grid, share, seed, sigma, p
 @given(
     grids, shares, seeds, st.sampled_from([torch.float64, torch.bfloat16]), st.booleans(), st.sampled_from([7, 1000])
 )
-def test_what_is_added_is_added_in_whatever_parts(grid, share, seed, dtype, learning, part):
+def test_the_residual_is_added_for_parts_of_any_size(grid, share, seed, dtype, learning, part):
     features, probability, keep = case(grid, share, seed)
     start = torch.randn(features.shape[1], *keep.shape, dtype=torch.float64).permute(1, 2, 0)
     before, packing = start.clone(), ops.pack(keep, grid)
     with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(learning):
-        patch.setattr(sys.modules[_neighbours.__module__], "_SMALL_PART", part)
-        out = ops.dechunk_packed(features, probability, keep, packing, 1.0, onto=start, dtype=dtype)
+        patch.setattr(cpu, "_SMALL_PART", part)
+        out = ops.dechunk_packed(features, probability, keep, packing, 1.0, residual=start, dtype=dtype)
     wanted = ops.dechunk(features, probability, keep, grid, 1.0) + before
     assert torch.equal(out, wanted.to(dtype))
     assert torch.equal(start, before)
 
 
-def test_the_gate_costs_no_dense_rows():
-    """What is kept for the backward pass of the gate are packed rows."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_gate_keeps_packed_rows_for_its_gradient(plain):
     features, probability, keep = case((32, 32), 0.25, 0, width=64)
     saved = []
     packing = ops.pack(keep, (32, 32))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t)
+    with hooks, ops.plain() if plain else nullcontext():
         ops.dechunk_packed(features.requires_grad_(), probability, keep, packing, None, probability.clone())
     assert saved.count(features.shape) == 1
     assert not [shape for shape in saved if math.prod(shape) >= keep.numel() * 64]
 
 
-def test_a_lone_token_of_little_confidence_still_hears_the_others():
+def test_a_token_of_little_confidence_is_smoothed_by_distant_ones():
     """Its own weight is 1e-4, so the Gaussian counts out to 7.3 sigmas in fp32."""
     keep = torch.zeros(1, 32 * 32, dtype=torch.bool)
     keep[0, [0, 7]] = True
@@ -122,8 +125,8 @@ def test_kernels_narrower_than_a_cell_and_wider_than_the_grid(grid, sigma):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_what_is_not_a_number_comes_out_as_such():
-    """A diverged model shows in its loss and is no error of de-chunking."""
+def test_nan_probabilities_give_nan_in_their_own_sample_alone():
+    """A diverged model shows in its loss; de-chunking raises no error."""
     features, probability, keep = case((5, 5), 0.4, 2)
     probability[1] = math.nan
     out = ops.dechunk(features, probability, keep, (5, 5), 1.0)
@@ -134,30 +137,32 @@ def test_what_is_not_a_number_comes_out_as_such():
 @settings(deadline=None, max_examples=30)
 @given(grids, shares, seeds)
 def test_both_forms_of_smoothing_agree(grid, share, seed):
-    """CUDA smooths on the grid, CPU over neighbour lists; the sums are the same."""
+    """The plain function smooths on the grid, the CPU form over lists of neighbours."""
     features, probability, keep = case(grid, share, seed)
     packing = ops.pack(keep, grid)
     kept = probability.flatten()[packing.index].clamp(1e-4, 1 - 1e-4)
-    lists = _smooth_by_lists(features, kept, packing, 1.0)
-    torch.testing.assert_close(_smooth_on_grid(features, kept, packing, 1.0), lists, rtol=0, atol=1e-12)
+    with ops.plain():
+        on_grid = smooth(features, kept, packing, 1.0)
+    torch.testing.assert_close(on_grid, smooth(features, kept, packing, 1.0), rtol=0, atol=1e-12)
 
 
-def test_the_work_of_smoothing_grows_with_the_number_of_tokens():
+def test_the_pairs_that_smoothing_sums_grow_with_the_number_of_tokens():
     """Sixteen times the cells have sixteen times the pairs; all pairs of tokens would be 256 times as many."""
     found = []
     for side in (64, 256):
         _, _, keep = case((side, side), 0.25, 4, batch=1)
         packing = ops.pack(keep, (side, side))
-        found.append(len(_neighbours(packing, torch.full((packing.total,), 6.0), 1.0)[0]) / packing.total)
-    assert found[1] == pytest.approx(found[0], rel=0.25)  # the border of the small grid cuts discs
+        found.append(len(cpu._neighbours(packing, torch.full((packing.total,), 6.0), 1.0)[0]) / packing.total)
+    assert found[1] == pytest.approx(found[0], rel=0.25)  # discs are clipped at the border of the small grid
 
 
 def test_long_axes_blur_by_shifted_sums():
     features, probability, keep = case((200, 3), 0.3, 1)
     packing = ops.pack(keep, (200, 3))
     kept = probability.flatten()[packing.index].clamp(1e-4, 1 - 1e-4)
-    lists = _smooth_by_lists(features, kept, packing, 1.0)
-    torch.testing.assert_close(_smooth_on_grid(features, kept, packing, 1.0), lists, rtol=0, atol=1e-12)
+    with ops.plain():
+        on_grid = smooth(features, kept, packing, 1.0)
+    torch.testing.assert_close(on_grid, smooth(features, kept, packing, 1.0), rtol=0, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=60)
@@ -187,7 +192,7 @@ def test_nearest_on_a_grid_whose_keys_need_64_bits():
 
 @settings(deadline=None, max_examples=25)
 @given(grids, shares, seeds)
-def test_constants_come_back_and_outputs_stay_in_the_hull(grid, share, seed):
+def test_constants_are_preserved_and_outputs_stay_in_the_hull(grid, share, seed):
     features, probability, keep = case(grid, share, seed)
     constant = ops.dechunk(torch.full_like(features, 1.75), probability, keep, grid, 1.0)
     torch.testing.assert_close(constant, torch.full_like(constant, 1.75), rtol=0, atol=1e-3)  # eps over p >= 1e-4
@@ -212,7 +217,7 @@ def test_everything_kept_with_certainty_is_the_identity(grid, seed):
 
 @settings(deadline=None, max_examples=20)
 @given(grids, shares, seeds)
-def test_a_sample_does_not_depend_on_its_batch_mates(grid, share, seed):
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(grid, share, seed):
     features, probability, keep = case(grid, share, seed)
     together = ops.dechunk(features, probability, keep, grid, 1.0)
     lengths = keep.sum(1).tolist()
@@ -234,23 +239,23 @@ def test_half_precision_is_smoothed_in_fp32():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"features": torch.zeros(3, 4)}, "one row a token"),
-        ({"probability": torch.zeros(2, 5)}, "must be equal"),
-        ({"grid": (4, 5)}, "for the grid"),
-        ({"grid": (1, 1, 4, 4)}, "1 to 3 sizes"),
-        ({"keep": torch.zeros(2, 16, dtype=torch.bool)}, "keeps no token"),
-        ({"sigma": -1.0}, "not negative"),
-        ({"sigma": math.nan}, "finite width"),
-        ({"sigma": math.inf}, "finite width"),
-        ({"grid": (-4, -4)}, "at least 1 cell"),
-        ({"keep": torch.ones(2, 16, dtype=torch.int64)}, "expected torch.bool"),
-        ({"keep": torch.zeros(0, 16, dtype=torch.bool), "probability": torch.zeros(0, 16)}, "B at least 1"),
-        ({"keep": torch.ones(2, 16, dtype=torch.bool, device="meta")}, "meta device"),
-        ({"features": torch.zeros(2, 4, dtype=torch.int64)}, "expected real numbers"),
-        ({"features": torch.zeros(2, 0)}, "one row a token"),
+        ({"features": torch.zeros(3, 4)}, r"\(2, D\)"),
+        ({"probability": torch.zeros(2, 5)}, r"\(2, 5\)"),
+        ({"grid": (4, 5)}, r"\(4, 5\)"),
+        ({"grid": (1, 1, 4, 4)}, r"\(1, 1, 4, 4\)"),
+        ({"keep": torch.zeros(2, 16, dtype=torch.bool)}, "sample 0"),
+        ({"sigma": -1.0}, "-1.0"),
+        ({"sigma": math.nan}, "nan"),
+        ({"sigma": math.inf}, "inf"),
+        ({"grid": (-4, -4)}, r"\(-4, -4\)"),
+        ({"keep": torch.ones(2, 16, dtype=torch.int64)}, "torch.int64"),
+        ({"keep": torch.zeros(0, 16, dtype=torch.bool), "probability": torch.zeros(0, 16)}, r"\(0, 16\)"),
+        ({"keep": torch.ones(2, 16, dtype=torch.bool, device="meta")}, "meta"),
+        ({"features": torch.zeros(2, 4, dtype=torch.int64)}, "torch.int64"),
+        ({"features": torch.zeros(2, 0)}, r"\(2, D\)"),
     ],
 )
-def test_wrong_input_is_named(change, words):
+def test_wrong_input_raises(change, words):
     keep = torch.zeros(2, 16, dtype=torch.bool)
     keep[:, 3] = True
     given_ = {"features": torch.zeros(2, 4), "probability": torch.zeros(2, 16), "keep": keep, "grid": (4, 4)}

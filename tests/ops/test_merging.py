@@ -1,4 +1,4 @@
-"""Token merging: equal to a loop over tokens, a projection, and blind to batch mates."""
+"""Token merging: equal to a loop over tokens, a projection, and independent of the rest of the batch."""
 
 import math
 
@@ -36,7 +36,7 @@ def plan_of(packing, x, ratio, **choices):
 
 
 def loop(packing, x, ratio, bucket=2):
-    """ToMe for diffusion, token by token: what every row becomes."""
+    """Merge token by token as ToMe for diffusion does; return what every row becomes."""
     out, first = x.clone(), 0
     for length in packing.lengths:
         rows, places = x[first : first + length], packing.cell[first : first + length]
@@ -80,13 +80,13 @@ def test_merging_is_a_projection_that_keeps_means_and_sizes(grid, share, ratio, 
     assert sums == list(packing.lengths)
     for before, after in zip(x.split(packing.lengths), once.split(packing.lengths), strict=True):
         torch.testing.assert_close(after.mean(0), before.mean(0), rtol=0, atol=1e-12)
-    assert torch.equal(plan.slot[plan.keep], torch.arange(len(plan.keep)))  # the kept rows stand for themselves
+    assert torch.equal(plan.slot[plan.keep], torch.arange(len(plan.keep)))  # kept rows are their own merged rows
     assert not into.mask[plan.source].any()
     assert (plan.slot[plan.source] == plan.slot[into.table[into.table >= 0]][:, None]).any(0).all()
 
 
 @given(grids, shares, seeds)
-def test_a_sample_does_not_depend_on_its_batch_mates(grid, share, seed):
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(grid, share, seed):
     packing, x = case(grid, share, seed)
     _, plan = plan_of(packing, x, 0.5, seed=1)
     together = unmerge(merge(x, plan), plan)
@@ -99,7 +99,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(grid, share, seed):
         )
 
 
-def test_sizes_weigh_rows_as_if_they_were_there_several_times():
+def test_sizes_weigh_rows_like_repetitions():
     packing, x = case((6, 6), 1.0, 5)
     size = torch.randint(1, 4, (packing.total,)).double()
     into = destinations(packing.cell, packing.sample, 3, packing.grid)
@@ -112,7 +112,7 @@ def test_sizes_weigh_rows_as_if_they_were_there_several_times():
         assert plan.size[row] == size[members].sum()
 
 
-def test_destinations_change_with_the_step_and_not_with_the_sample():
+def test_destinations_depend_on_the_step_and_not_on_the_sample():
     packing, _ = case((8, 8), 1.0, 0)
     tables = [destinations(packing.cell, packing.sample, 3, (8, 8), seed=4, step=step).table for step in (0, 1)]
     assert not torch.equal(tables[0], tables[1])
@@ -133,8 +133,8 @@ def test_gradients_reach_every_row():
     assert torch.autograd.gradcheck(lambda rows: unmerge(merge(rows, plan), plan), x)
 
 
-@pytest.mark.parametrize(("bucket", "ratio", "words"), [(0, 0.5, "positive number of cells"), (2, 1.0, r"in \[0, 1\)")])
-def test_wrong_settings_are_named(bucket, ratio, words):
+@pytest.mark.parametrize(("bucket", "ratio", "words"), [(0, 0.5, "bucket is 0"), (2, 1.0, r"1\.0.*\[0, 1\)")])
+def test_wrong_settings_raise(bucket, ratio, words):
     packing, x = case((4, 4), 1.0, 0)
     with pytest.raises(InputError, match=words):
         plan_of(packing, x, ratio, bucket=bucket)

@@ -1,4 +1,4 @@
-"""Fp32 convolutions: switched on for CUDA alone, and the setting comes back as it was."""
+"""Full fp32 convolutions: only for CUDA, and the setting is restored afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Schedules, cache decisions, skipping and dropping as pure functions."""
+"""Curves over the noise level, cache decisions, block skipping and token dropping."""
 
 import math
 
@@ -13,10 +13,10 @@ from tokdyn.ops.dropping import kept_count, put_back, random_subset, take
 from tokdyn.ops.schedules import at, check_curve
 from tokdyn.ops.skipping import block_influence, choose_skips, gate
 
-FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)  # TeaCache's, published
+FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)  # published for TeaCache
 
 
-def test_a_curve_runs_in_straight_lines():
+def test_a_curve_is_interpolated_linearly():
     curve = ((0.2, 0.0), (0.6, 0.8), (1.0, 0.4))
     assert [at(curve, level) for level in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)] == pytest.approx([0, 0, 0.4, 0.8, 0.6, 0.4])
     assert at(0.3, 0.7) == 0.3
@@ -32,12 +32,12 @@ def test_a_curve_runs_in_straight_lines():
         (((1.5, 0.0),), "rise"),
     ],
 )
-def test_wrong_curves_are_named(curve, words):
+def test_wrong_curves_raise(curve, words):
     with pytest.raises(InputError, match=words):
         check_curve(curve, 0, 1)
 
 
-def test_relative_change_is_told_sample_by_sample():
+def test_relative_change_of_each_sample():
     before = torch.tensor([[[2.0, -2.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
     now = torch.tensor([[[3.0, -2.0]], [[0.0, 0.0]], [[1.0, 0.0]]])
     assert relative_change(now, before).tolist() == [0.25, 0.0, math.inf]
@@ -52,7 +52,7 @@ def test_the_polynomial_is_clamped():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.01, 2))
-def test_reuse_goes_on_until_the_threshold_is_reached(changes, threshold):
+def test_outputs_are_reused_until_the_threshold_is_reached(changes, threshold):
     total, since = torch.zeros(1), 0.0
     for change in changes:
         reuse, total = accumulate(total, torch.tensor([change]), threshold)
@@ -61,7 +61,7 @@ def test_reuse_goes_on_until_the_threshold_is_reached(changes, threshold):
         since = since if reuse else 0.0
 
 
-def test_the_ends_of_the_threshold():
+def test_thresholds_of_zero_and_infinity():
     total = torch.zeros(3)
     change = torch.tensor([0.0, 5.0, math.nan])
     assert accumulate(total, change, 0.0)[0].tolist() == [False] * 3
@@ -74,17 +74,17 @@ def test_extrapolation_is_exact_on_straight_lines():
     assert extrapolate(torch.tensor(5.0), torch.tensor(3.0), 1.5) == 8.0
 
 
-def test_the_fit_finds_the_polynomial_that_made_the_data():
+def test_the_fit_recovers_a_polynomial():
     x = torch.linspace(0.01, 0.3, 40)
     y = sum(c * x.double() ** (4 - k) for k, c in enumerate(FLUX))
     assert fit_rescaling(x, y) == pytest.approx(FLUX, rel=1e-3)
     assert fit_rescaling(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.4])) == pytest.approx((2.0, 0.0), abs=1e-6)
-    with pytest.raises(InputError, match="no step gave a finite change"):
+    with pytest.raises(InputError, match="finite"):
         fit_rescaling(torch.tensor([math.inf]), torch.tensor([1.0]))
 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.sampled_from([0.0, 0.3, 0.5, 0.99]))
-def test_dropped_tokens_pass_by(batch, count, rate):
+def test_dropped_tokens_are_put_back_unchanged(batch, count, rate):
     x = torch.randn(batch, count, 3)
     index = random_subset(batch, count, rate, generator=torch.Generator().manual_seed(0))
     assert index.shape == (batch, kept_count(count, rate))
@@ -98,23 +98,23 @@ def test_dropped_tokens_pass_by(batch, count, rate):
     assert kept_count(count, 0.0) == count
 
 
-def test_influence_sees_direction_only():
+def test_influence_depends_on_direction_alone():
     x = torch.randn(2, 5, 4)
     torch.testing.assert_close(block_influence(x, 3 * x), torch.zeros(2), rtol=0, atol=1e-6)
     torch.testing.assert_close(block_influence(x, -x), torch.full((2,), 2.0))
 
 
-def test_skips_take_the_least_influence_per_flop_and_stop_at_the_target():
+def test_blocks_of_least_influence_per_flop_are_skipped_until_the_target():
     influence = torch.tensor([[9.0, 1.0, 5.0, 2.0], [9.0, 3.0, 0.5, 4.0]])
     assert choose_skips(influence, (1, 1, 1, 1), 0, 1.0) == ((), ())
     assert choose_skips(influence, (1, 1, 1, 1), 0, 0.75) == ((1,), (2,))
     assert choose_skips(influence, (1, 1, 10, 1), 0, 0.62) == ((), (2,))
     assert choose_skips(influence, (1, 1, 1, 1), 0, 0.25, protected=(0,)) == ((1, 2, 3), (1, 2, 3))
-    with pytest.raises(InputError, match=r"what always runs costs 0\.6"):
+    with pytest.raises(InputError, match=r"0\.6"):
         choose_skips(influence, (1, 1, 1, 1), 1, 0.5, protected=(0, 1))
 
 
-def test_a_gate_decides_hard_and_learns_soft():
+def test_a_gate_is_hard_forward_and_a_sigmoid_backward():
     logit = torch.tensor([-1.0, 2.0], requires_grad=True)
     assert gate(logit, training=False).tolist() == [0.0, 1.0]
     open_ = gate(logit, training=True, noise=torch.tensor([3.0, -3.0]))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tokdyn import ops
 from tokdyn.errors import InputError
+from tokdyn.ops.routing import tail_kept
 
 seeds = st.integers(0, 10_000)
 fractions = st.floats(0, 1, width=32)
@@ -19,14 +20,14 @@ def probabilities(seed, batch=4, cells=30):
     return torch.rand(batch, cells, generator=torch.Generator().manual_seed(seed))
 
 
-def test_half_is_not_kept_and_nothing_kept_keeps_the_best():
+def test_a_half_is_not_kept_and_the_best_cell_always_is():
     p = torch.tensor([[0.5, 0.6, 0.1], [0.1, 0.3, 0.2]])
     same, keep = ops.select(p)
     assert torch.equal(same, p)
     assert keep.tolist() == [[False, True, False], [False, True, False]]
 
 
-def test_forced_ends_are_kept_with_certainty_and_take_no_gradient():
+def test_forced_ends_are_certain_and_get_no_gradient():
     p = torch.full((2, 5), 0.2, requires_grad=True)
     forced, keep = ops.select(p, force_ends=True)
     assert keep.tolist() == [[True, False, False, False, True]] * 2
@@ -38,7 +39,7 @@ def test_forced_ends_are_kept_with_certainty_and_take_no_gradient():
 
 @settings(deadline=None)
 @given(seeds, fractions)
-def test_tail_drop_keeps_n_minus_floor_of_the_most_probable(seed, fraction):
+def test_tail_drop_keeps_the_most_probable(seed, fraction):
     p, keep = ops.select(probabilities(seed))
     kept = ops.tail_drop(p, keep, fraction)
     assert (keep | ~kept).all()
@@ -53,7 +54,7 @@ def test_tail_drop_keeps_n_minus_floor_of_the_most_probable(seed, fraction):
 
 @settings(deadline=None)
 @given(seeds, fractions, fractions, st.booleans())
-def test_tail_drop_is_nested_also_among_ties(seed, one, other, ties):
+def test_tail_drop_is_nested_even_among_ties(seed, one, other, ties):
     p, keep = ops.select(probabilities(seed))
     if ties:
         p = (p * 4).round() / 4
@@ -63,7 +64,7 @@ def test_tail_drop_is_nested_also_among_ties(seed, one, other, ties):
     assert (ops.tail_drop(p, keep, small) | ~ops.tail_drop(p, keep, large)).all()
 
 
-def test_no_drop_is_the_same_object_and_per_sample_equals_one_by_one():
+def test_tail_drop_of_zero_and_for_each_sample():
     p, keep = ops.select(probabilities(1))
     assert ops.tail_drop(p, keep, 0.0) is keep
     per_sample = torch.tensor([0.0, 0.3, 0.6, 1.0])
@@ -75,8 +76,8 @@ def test_no_drop_is_the_same_object_and_per_sample_equals_one_by_one():
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.6, 0.7, 0.9, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_number_drops_what_a_tensor_with_it_drops_in_any_precision(fraction, dtype):
-    """0.9 in fp32 is less than nine tenths, so in fp64 it would drop 8 tokens of 10."""
+def test_a_number_and_a_tensor_drop_the_same_in_any_type(fraction, dtype):
+    """0.9 in fp32 is below nine tenths, so that in fp64 it would drop 8 tokens of 10."""
     p = 0.5 + probabilities(2, batch=1, cells=400).to(dtype) / 2
     for n in range(1, 401):
         keep = torch.arange(400) < n
@@ -87,28 +88,39 @@ def test_a_number_drops_what_a_tensor_with_it_drops_in_any_precision(fraction, d
             assert torch.equal(number, ops.tail_drop(p, keep[None], torch.full(shape, float(fraction))))
 
 
+@given(st.integers(1, 5000), st.one_of(st.floats(0, 1), st.integers(0, 1000).map(lambda k: k / 1000)))
+def test_the_host_counts_what_tail_drop_keeps(count, fraction):
+    keep = torch.ones(1, count, dtype=torch.bool)
+    assert tail_kept(count, fraction) == int(ops.tail_drop(torch.rand(1, count), keep, fraction).sum())
+
+
+def test_the_host_counts_within_a_graph():
+    counted = torch.compile(lambda x: x * tail_kept(10, 0.9), fullgraph=True, backend="eager")
+    assert counted(torch.ones(1)).item() == 1
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, math.nan])
-def test_a_fraction_outside_its_range_is_refused(fraction):
+def test_a_fraction_outside_its_range_raises(fraction):
     p, keep = ops.select(probabilities(0))
     for given_ in (fraction, torch.tensor(fraction), torch.tensor([0.0, 0.2, fraction, 1.0])):
-        with pytest.raises(InputError, match="between 0 and 1"):
+        with pytest.raises(InputError, match=r"-0\.1|1\.5|nan"):
             ops.tail_drop(p, keep, given_)
 
 
 @pytest.mark.parametrize("fraction", [None, "0.3", [0.1, 0.2, 0.3, 0.4], {"cond": 0.3}])
-def test_what_is_neither_a_number_nor_a_tensor_is_refused(fraction):
+def test_a_fraction_of_another_type_raises(fraction):
     p, keep = ops.select(probabilities(0))
-    with pytest.raises(InputError, match=r"expected a number or a \(4,\) tensor"):
+    with pytest.raises(InputError, match=r"\(4,\)"):
         ops.tail_drop(p, keep, fraction)
 
 
-def test_a_wrong_number_of_fractions_is_refused():
+def test_a_wrong_number_of_fractions_raises():
     p, keep = ops.select(probabilities(0))
-    with pytest.raises(InputError, match=r"expected a float or \(4,\)"):
+    with pytest.raises(InputError, match=r"\(4,\)"):
         ops.tail_drop(p, keep, torch.zeros(3))
 
 
-def test_gate_is_one_forward_and_the_probability_backward():
+def test_the_gate_is_one_forward_and_the_probability_backward():
     features = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     p = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
     out = ops.straight_through(features, p)
@@ -121,7 +133,7 @@ def test_gate_is_one_forward_and_the_probability_backward():
 
 @settings(deadline=None)
 @given(seeds, st.floats(1.5, 20), st.integers(1, 9))
-def test_ratio_loss_in_groups_is_the_mean_over_samples_of_their_group(seed, target, size):
+def test_the_ratio_loss_of_groups_is_their_weighted_mean(seed, target, size):
     p, keep = ops.select(probabilities(seed, batch=7))
     expected = 0.0
     for start in range(0, 7, size):
@@ -131,7 +143,7 @@ def test_ratio_loss_in_groups_is_the_mean_over_samples_of_their_group(seed, targ
     torch.testing.assert_close(ops.ratio_loss(p, keep, target, size), torch.as_tensor(expected))
 
 
-def test_ratio_loss_pushes_towards_the_target_and_is_one_there():
+def test_the_ratio_loss_has_its_minimum_at_the_target():
     for share, sign in ((0.5, 1), (0.1, -1)):  # too many kept: the loss falls with p; too few: it rises
         keep = torch.zeros(2, 100, dtype=torch.bool)
         keep[:, : int(share * 100)] = True
@@ -143,9 +155,9 @@ def test_ratio_loss_pushes_towards_the_target_and_is_one_there():
     torch.testing.assert_close(ops.ratio_loss(torch.full((1, 100), 0.25), keep, 4.0), torch.tensor(1.0))
 
 
-def test_ratio_loss_refuses_impossible_settings():
+def test_impossible_settings_of_the_ratio_loss_raise():
     p, keep = ops.select(probabilities(0))
-    with pytest.raises(InputError, match="more than 1"):
+    with pytest.raises(InputError, match="target is 1"):
         ops.ratio_loss(p, keep, 1.0)
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="group_size is 0"):
         ops.ratio_loss(p, keep, 4.0, 0)

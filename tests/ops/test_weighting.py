@@ -12,7 +12,7 @@ SIZES = torch.tensor([[1, 3, 2, 1, 5], [2, 1, 1, 4, 4]])  # both samples stand f
 
 
 def repeated(x, dim=2):
-    """Keys or values as if none had been merged."""
+    """Repeat keys or values by their sizes, as if none had been merged."""
     return torch.stack([row.repeat_interleave(size, dim=dim - 1) for row, size in zip(x, SIZES, strict=True)])
 
 
@@ -25,7 +25,7 @@ def test_sizes_count_like_repetitions(kind):
     query, key, value = heads(4, 8), heads(5, 8), heads(5, 8)
     mask = {"none": None, "bool": torch.rand(2, 1, 4, 5) < 0.7, "additive": torch.randn(2, 1, 1, 5).double()}[kind]
     if kind == "bool":
-        mask[..., 0] = True  # a row that sees nothing has no attention
+        mask[..., 0] = True  # every query has to see a key
     whole = None if mask is None else repeated(mask.expand(2, 3, 4, 5), dim=4 - 1)
     expected = F.scaled_dot_product_attention(query, repeated(key), repeated(value), attn_mask=whole)
     found = size_weighted_attention(query, key, value, SIZES.double(), mask)
@@ -33,14 +33,14 @@ def test_sizes_count_like_repetitions(kind):
 
 
 @pytest.mark.parametrize("image", ["first", "last"])
-def test_text_stands_for_itself(image):
+def test_text_tokens_have_size_one(image):
     bias = size_bias(SIZES.double(), 2, image)
     ones, sizes = torch.ones(2, 2).double(), SIZES.double()
     assert torch.equal(bias.exp().round(), torch.cat([sizes, ones] if image == "first" else [ones, sizes], dim=1))
 
 
-def test_code_that_takes_no_bias_gets_it():
-    """Only self-attention over as many tokens: neither another length, nor another batch, nor a causal one."""
+def test_a_bias_is_added_in_code_that_takes_none():
+    """Only in self-attention of the same batch and number of tokens that is not causal."""
     query, key, value = heads(5, 8), heads(5, 8), heads(5, 8)
     mode = KeyBias(SIZES.double().log())
     with mode:
@@ -64,8 +64,8 @@ def test_code_that_takes_no_bias_gets_it():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("grad", [False, True])
-def test_own_attention_takes_a_bias(dtype, grad):
-    """Padded keys and two matrix products are paths of their own in bf16."""
+def test_dense_attention_takes_a_bias(dtype, grad):
+    """In bf16, keys are padded and training takes two matrix products."""
     qkv = torch.randn(2, 5, 24, dtype=torch.float64)
     whole = torch.stack([row.repeat_interleave(size, dim=0) for row, size in zip(qkv, SIZES, strict=True)])
     expected = ops.dense_attention(whole, 2)
@@ -73,7 +73,7 @@ def test_own_attention_takes_a_bias(dtype, grad):
     expected = expected.gather(1, first[..., None].expand(-1, -1, 8))
     with torch.set_grad_enabled(grad):
         found = ops.dense_attention(qkv.to(dtype).requires_grad_(grad), 2, SIZES.double().log())
-    tolerance = 1e-12 if dtype == torch.float64 else 0.03  # bf16 has 8 bits: 2^-8 of values up to 3, a few times over
+    tolerance = 1e-12 if dtype == torch.float64 else 0.03  # bf16 has 8 bits: a few times 2^-8 of values up to 3
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
 
@@ -91,7 +91,7 @@ def test_packed_attention_takes_a_bias(backend, lengths):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_a_path_without_bias_is_refused():
+def test_the_variable_length_path_refuses_a_bias():
     packing = ops.pack(torch.arange(4) < torch.tensor([[3], [4]]), (4,))
-    with ops.attention_backend("varlen"), pytest.raises(InputError, match="takes no bias of the keys"):
+    with ops.attention_backend("varlen"), pytest.raises(InputError, match="bias"):
         ops.packed_attention(torch.randn(7, 24), 2, packing, torch.zeros(7))

@@ -9,7 +9,7 @@ from tokdyn.ops.width import flops_loss, flops_share, group_sizes, kept_channels
 
 
 @given(st.integers(1, 5000), st.integers(1, 40))
-def test_groups_share_all_channels_as_equally_as_they_can(channels, groups):
+def test_groups_are_as_equal_as_possible(channels, groups):
     sizes = group_sizes(channels, groups)
     assert len(sizes) == groups
     assert sum(sizes) == channels
@@ -19,7 +19,7 @@ def test_groups_share_all_channels_as_equally_as_they_can(channels, groups):
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=8))
-def test_kept_channels_and_spread_masks_are_those_of_a_loop(groups):
+def test_kept_channels_and_spread_masks_equal_a_loop(groups):
     on, sizes = zip(*groups, strict=True)
     expected, start = [], 0
     for there, size in groups:
@@ -34,13 +34,13 @@ def test_kept_channels_and_spread_masks_are_those_of_a_loop(groups):
 
 
 @pytest.mark.parametrize(("place", "expected"), [("first", [0, 0, 1]), ("last", [1, 0, 0])])
-def test_text_is_always_on(place, expected):
+def test_text_tokens_are_always_on(place, expected):
     assert with_text(torch.zeros(2, 2), 1, place).tolist() == [expected] * 2
     image = torch.zeros(2, 2)
     assert with_text(image, 0, place) is image
 
 
-def test_the_share_of_flops_is_that_of_a_loop_and_leaves_out_what_does_not_run():
+def test_the_share_of_flops_equals_a_loop_and_ignores_skipped_blocks():
     generator = torch.Generator().manual_seed(0)
     heads, channels, tokens, attention, mlp = torch.rand(5, 3, 4, generator=generator, dtype=torch.float64)
     attention[1, 2] = mlp[1, 2] = 0
@@ -53,12 +53,12 @@ def test_the_share_of_flops_is_that_of_a_loop_and_leaves_out_what_does_not_run()
             for block in range(4)
         )
         torch.testing.assert_close(found[sample], ran / (attention[sample].sum() + mlp[sample].sum()))
-    assert found[2] == 0  # nothing ran, and nothing is divided by nothing
+    assert found[2] == 0  # no block ran
     ones = torch.ones(3, 4, dtype=torch.float64)
     torch.testing.assert_close(flops_share(ones, ones, ones, attention, mlp)[:2], ones[:2, 0])
 
 
-def test_the_loss_pulls_the_mean_to_the_target():
+def test_the_loss_pulls_the_mean_share_to_the_target():
     share = torch.tensor([0.4, 0.8], requires_grad=True)
     flops_loss(share, 0.6).backward()
     assert share.grad.tolist() == pytest.approx([0.0, 0.0])

@@ -19,26 +19,26 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="session")
 def cases() -> dict[str, Tensor]:
-    """Recorded inputs, outputs, masks and gradients by name."""
+    """Load recorded inputs, outputs, masks and gradients by name."""
     return load_file(DATA / "dcdit_official_16x16.cases.safetensors")
 
 
 @pytest.fixture(scope="session")
 def facts() -> dict[str, Any]:
-    """Recorded configuration, counts, losses and FLOPs."""
+    """Load the recorded configuration, counts, losses and FLOPs."""
     content: dict[str, Any] = json.loads((DATA / "dcdit_official_16x16.json").read_text())
     return content
 
 
 @pytest.fixture(scope="session")
 def weights() -> Path:
-    """The official weights."""
+    """Return the file of the official weights."""
     return DATA / "dcdit_official_16x16.weights.safetensors"
 
 
 @pytest.fixture
 def official(weights: Path, facts: dict[str, Any]) -> DCDiT:
-    """The official weights in our model."""
+    """Load the official weights into a DCDiT."""
     model = checkpoints.read(weights, num_heads=facts["config"]["num_heads"])
     assert isinstance(model, DCDiT)
     return model
@@ -46,7 +46,7 @@ def official(weights: Path, facts: dict[str, Any]) -> DCDiT:
 
 @pytest.fixture
 def run(official: DCDiT, cases: dict[str, Tensor]) -> Callable[..., Any]:
-    """Runs the recorded inputs at a tail drop."""
+    """Return a function that runs the recorded inputs at a tail drop."""
 
     def call(tail_drop: float | Tensor = 0.0) -> Any:
         return official(cases["in.x"], timestep=cases["in.t"], class_labels=cases["in.y"], tail_drop=tail_drop)

@@ -14,7 +14,7 @@ from tokdyn.models import DiT
 
 
 def reference(layers: int, sample_size: int, patch_size: int, learn_sigma: bool, eps: float) -> DiTTransformer2DModel:
-    """A diffusers model in which every weight is random, modulation and head included."""
+    """Build a diffusers model in which every weight is random, modulation and head included."""
     model = DiTTransformer2DModel(
         num_attention_heads=3,
         attention_head_dim=16,

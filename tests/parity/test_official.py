@@ -57,7 +57,7 @@ def test_gradients(official: DCDiT, run: Callable[..., Any], cases: dict[str, Te
     assert mse.item() == pytest.approx(facts["train"]["mse"], abs=1e-5)
     assert loss.item() == pytest.approx(facts["train"]["loss"], abs=1e-5)
     loss.backward()
-    with torch.no_grad():  # the writer's map of names, applied to the gradients
+    with torch.no_grad():  # map the names of gradients as the writer maps those of weights
         gradients = {name: value.grad for name, value in official.named_parameters() if value.grad is not None}
         for name, value in official.named_parameters():
             value.copy_(gradients.get(name, torch.zeros_like(value)))
@@ -88,7 +88,7 @@ def test_dechunk(cases: dict[str, Tensor]) -> None:
 
 
 def test_lite_guidance_formula(official: DCDiT, cases: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """One batch of both branches, each with its own tail drop; three channels guided."""
+    """Both guidance branches in one batch, each with its own tail drop; three channels are guided."""
     lite = facts["litecfg"]
     half = cases["litecfg.x"][:2]
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_lite_guidance_formula(official: DCDiT, cases: dict[str, Tensor], facts:
 def test_lite_guidance_of_the_sampler(
     official: DCDiT, cases: dict[str, Tensor], facts: dict[str, Any], image: int
 ) -> None:
-    """The sampler's own guidance, one recorded image at a time: their timesteps differ."""
+    """Guidance of the sampler, one recorded image at a time because their timesteps differ."""
     lite = facts["litecfg"]
     branches = Branches(
         official,

@@ -19,12 +19,12 @@ def test_chunking_models(name: str, millions: float) -> None:
 def test_fixed_patch_models(name: str, millions: int) -> None:
     with torch.device("meta"):
         model = DiT.named(name)
-    # The papers give whole millions, rounded either way.
+    # The papers give whole millions, rounded up or down.
     assert sum(value.numel() for value in model.state_dict().values()) / 1e6 == pytest.approx(millions, abs=1)
 
 
 def test_the_public_count_of_the_largest() -> None:
-    """What the public DiT code reports for DiT-XL/2 on a 32x32 latent."""
+    """As the public DiT code reports it for DiT-XL/2 on a 32x32 latent."""
     with torch.device("meta"):
         model = DiT.named("XL/2")
     assert sum(value.numel() for value in model.state_dict().values()) == 675_129_632

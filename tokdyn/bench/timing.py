@@ -18,7 +18,7 @@ import torch
 
 import tokdyn
 from tokdyn.host import describe, keep_large_buffers
-from tokdyn.ops.device import cpu_multiplies
+from tokdyn.ops.precision import cpu_multiplies
 
 
 def prepare(threads: int | None = None) -> None:

@@ -37,7 +37,7 @@ def read(
             objective.
         ema: take the averaged weights where a checkpoint holds both.
         **config: settings that the weights do not determine: `num_heads` (known for widths 384, 768, 1024 and 1152),
-            `sample_size` (if there is no position table, or its grid is not square), `smoothing_sigma` (default 1.0;
+            `sample_size` (if there is no position table, or its grid is not square), `sigma` (default 1.0;
             2.0 for official weights from 64x64 tokens on, as published), `patch_size` of a DC-DiT (default 1), `target`
             of a DyDiT (the share of the FLOPs that it was trained to; default 0.7). `timestep_shift=0,
             mlp_norm_eps=1e-6` makes diffusers' weights compute like facebook's DiT, which they were converted from.
@@ -125,7 +125,7 @@ def _read_dcdit(
     patch = config.get("patch_size", stored.get("patch_size", 1))
     settings = settle(DCDiT, dcdit_settings(tensors, origin, patch), stored, config, origin)
     settings["sample_size"] = size = grid_size(tensors, patch, settings.get("sample_size"), origin)
-    if official and "smoothing_sigma" not in settings:
-        settings["smoothing_sigma"] = 2.0 if size[0] * size[1] >= 64 * 64 * patch * patch else 1.0
+    if official and "sigma" not in settings:
+        settings["sigma"] = 2.0 if size[0] * size[1] >= 64 * 64 * patch * patch else 1.0
     model: DCDiT = fill(DCDiT, settings, tensors, origin)
     return model

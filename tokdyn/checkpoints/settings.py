@@ -10,13 +10,12 @@ from typing import Any
 from tokdyn.checkpoints.files import NOTES, Raw
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
+from tokdyn.models.sizes import renamed_settings
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads of the published widths (S, B, L, XL), which shapes do not determine."""
 
-FREE = frozenset(
-    {"smoothing", "smoothing_sigma", "target", "force_ends", "official_init", "timestep_shift", "mlp_norm_eps"}
-)
+FREE = frozenset({"sigma", "target", "force_ends", "official_init", "timestep_shift", "mlp_norm_eps"})
 """Settings that no tensor depends on, so that the caller may override the stored value."""
 
 
@@ -37,13 +36,14 @@ def settle(
         origin: what messages call the checkpoint.
 
     Returns:
-        Keyword arguments of the model; `sample_size` and `smoothing_sigma` only if a source provides them.
+        Keyword arguments of the model; `sample_size` and `sigma` only if a source provides them.
 
     Raises:
         CheckpointError: a setting is unknown, two sources contradict each other, or the number of heads is unknown or
             does not divide the width.
     """
     known = set(inspect.signature(model.__init__).parameters) - {"self"}
+    stored, given = renamed_settings(stored), renamed_settings(given)
     for name in given:
         if name not in known:
             raise CheckpointError(
@@ -52,7 +52,7 @@ def settle(
     settings = dict(fixed)
     for whose, layer in (("stored with", stored), ("given for", given)):
         for name, value in layer.items():
-            if value is None:
+            if value is None and name != "sigma":  # for which None says that there is no smoothing
                 continue
             value = tuple(value) if isinstance(value, list) else value
             free = name in FREE and name not in fixed
@@ -82,7 +82,7 @@ def own_settings(raw: Raw) -> dict[str, Any]:
     """
     model = {"DiT": DiT, "DCDiT": DCDiT}[raw.config["_class_name"]]
     known = set(inspect.signature(model.__init__).parameters)
-    settings = {name: value for name, value in raw.config.items() if not name.startswith("_")}
+    settings = renamed_settings({name: value for name, value in raw.config.items() if not name.startswith("_")})
     settings.pop("out_channels", None)  # derived, kept in config.json for diffusers' pipelines
     unknown = sorted(set(settings) - known)
     if unknown:
@@ -127,6 +127,7 @@ def noted_settings(model: type[DiT] | type[DCDiT], notes: Any, origin: str) -> d
         CheckpointError: the notes are malformed, or this version does not know one of the settings.
     """
     known = set(inspect.signature(model.__init__).parameters)
+    notes = renamed_settings(notes) if isinstance(notes, Mapping) else notes
     unknown = [notes] if not isinstance(notes, Mapping) else sorted(set(notes) - known)
     if unknown:
         raise CheckpointError(
@@ -139,12 +140,13 @@ def official_settings(raw: Raw) -> dict[str, Any]:
     """Return the settings that official DC-DiT weights imply, and those in their training file."""
     heads = raw.training.lookup("model", "hnet", "num_heads")
     target = raw.training.lookup("training", "downsample_factor")
-    return {
+    settings = {
         "force_ends": True,
         "num_heads": heads[0] if isinstance(heads, list) and heads else None,
-        "smoothing_sigma": raw.training.lookup("model", "hnet", "dechunk_kernel_sigma"),
+        "sigma": raw.training.lookup("model", "hnet", "dechunk_kernel_sigma"),
         "target": target[0] if isinstance(target, list) and target else target,
     }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _same(one: Any, other: Any) -> bool:

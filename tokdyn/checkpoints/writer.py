@@ -106,7 +106,11 @@ def _write_own(model: DiT | DCDiT, place: Path, dtype: torch.dtype, facts: Mappi
 def _write_file(
     model: DiT | DCDiT, place: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, notes: tuple[str, ...]
 ) -> Written:
-    settings = {name: value for name, value in model.config.items() if not name.startswith("_") and value is not None}
+    settings = {
+        name: value
+        for name, value in model.config.items()
+        if not name.startswith("_") and (value is not None or name == "sigma")
+    }
     settings.pop("out_channels", None)  # derived from the other settings
     with replacing(place) as temporary:
         save_file(_cast(tensors, dtype), temporary, metadata={"format": "pt", NOTES: json.dumps(settings)})
@@ -152,7 +156,7 @@ def _differences_from_official(model: DCDiT) -> tuple[str, ...]:
     notes = []
     if not model.config.force_ends:
         notes.append("the official code always keeps the first and the last cell, unlike this model.")
-    if not model.config.smoothing:
+    if model.config.sigma is None:
         notes.append("the official code always smooths when it de-chunks, unlike this model.")
     return tuple(notes)
 

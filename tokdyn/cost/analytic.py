@@ -10,6 +10,7 @@ from typing import Any
 
 from tokdyn.errors import InputError
 from tokdyn.methods.costs import residual_flops, router_flops, smoothing_flops
+from tokdyn.ops.dispatch import is_plain
 
 FREQUENCIES = 256
 """Sine and cosine channels of the timestep embedding in both models."""
@@ -115,7 +116,7 @@ def model_parts(
     parts["router"] = batch * router_flops(config["router"], cells, width)
     parts["residual"] = batch * residual_flops(cells, width)
     parts |= _blocks(config, counts)
-    smoothed = config["smoothing"] and device != "cpu"
+    smoothed = config["sigma"] and (device != "cpu" or is_plain())
     parts["dechunk"] = batch * smoothing_flops((rows, columns), width) if smoothed else 0
     parts["decoder"] = batch * sum(_convolutional(cells, width, *pair) for pair in decoder)
     parts["head"] = batch * (2 * cells * narrow * outputs + 4 * width * narrow)

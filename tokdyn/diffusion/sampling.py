@@ -16,7 +16,7 @@ from tokdyn.diffusion.randomness import initial_noise, step_generators
 from tokdyn.diffusion.records import Generation, KeptLedger, StepRecord, StepState, StepTimer
 from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
 from tokdyn.errors import InputError
-from tokdyn.ops.linear import weights_cast_once
+from tokdyn.ops.layers import weights_cast_once
 from tokdyn.ops.schedules import Curve, check_curve
 
 

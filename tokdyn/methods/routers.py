@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokdyn.methods.layers import Conv2d, GroupNorm, Linear
-from tokdyn.ops.hashing import mix
+from tokdyn.ops.dropping import mix
 
 RouterName = Literal["spatial_predictability", "cosine", "random"]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
@@ -14,40 +16,40 @@ from tokdyn.methods import Chunking, ChunkingModule
 from tokdyn.methods.routers import RouterName
 from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
-from tokdyn.models.scaffold import RMSNorm, Scaffold, fastest_layout
-from tokdyn.models.sizes import dc_dit_settings
-from tokdyn.ops.linear import product_dtype
+from tokdyn.models.scaffold import RMSNorm, Scaffold
+from tokdyn.models.sizes import dc_dit_settings, renamed_settings
+from tokdyn.ops.layers import convolution_layout
+from tokdyn.ops.precision import product_dtype
 from tokdyn.tokens import Grid, Routing
 
 
 class DCDiT(Transformer):
-    """DC-DiT: encoder, router and decoder are narrow and see every cell, the blocks see the kept tokens only.
+    """A DC-DiT: encoder, router and decoder are narrow and see every cell; the blocks see only the kept tokens.
 
     Args:
         sample_size: rows and columns of the input, or one number for both.
-        patch_size: p; a cell is p x p inputs, 1 in the paper.
+        patch_size: p; a cell is p x p inputs. 1 in the paper.
         in_channels: channels of the input.
         hidden_size: D.
-        depth: blocks.
+        depth: number of blocks.
         num_heads: H, a divisor of D.
         mlp_ratio: hidden width of the MLP over D.
-        num_classes: classes; one more row stands for no class.
-        learn_sigma: predict variance channels too.
+        num_classes: number of classes; the embedding has one more row, for no class.
+        learn_sigma: also predict variance channels.
         encoder_depth: residual blocks before the router.
         decoder_depth: residual blocks after de-chunking.
-        scaffold_width: width e of encoder and decoder, D/4 if None.
+        scaffold_width: width of encoder and decoder; None is D / 4.
         target: N, cells per kept token.
         router: "spatial_predictability" (v2), "cosine" (v1) or "random" (ablation).
-        smoothing: smooth kept tokens by confidence when de-chunking.
-        smoothing_sigma: width of that kernel in cells.
+        sigma: width in cells of the kernel that smooths kept tokens by confidence when de-chunking; None skips that.
         force_ends: always keep the first and last cell; on in the official code.
         official_init: start as the public code does: router bias -1.1, Xavier residual.
-        position_scale: what a step from cell to cell adds to a coordinate of the positions. p over the patch size of
-            the DiT that the blocks come from lets them find the positions that they know.
-        condition_adaptor: a LayerNorm between the condition of the blocks and that of encoder, decoder and head, which
-            lets these learn while the embedders are frozen (arXiv 2603.06351, upcycling).
+        position_scale: difference between the coordinates of neighbouring cells. For blocks of a pretrained DiT it is p
+            over the patch size of that DiT, so that the blocks see the positions they were trained with.
+        condition_adaptor: put a LayerNorm between the condition of the blocks and that of encoder, decoder and head, so
+            that these can learn while the embedders are frozen (arXiv 2603.06351, upcycling).
         timestep_shift: see `ops.timestep_frequencies`.
-        timestep_map: (scale, offset); the embedder sees scale * timestep + offset.
+        timestep_map: (scale, offset); the embedder sees `scale * timestep + offset`.
         mlp_norm_eps: epsilon of the norm before the MLP.
         out_channels: follows from the others; accepted so that saved configurations load.
     """
@@ -71,8 +73,7 @@ class DCDiT(Transformer):
         scaffold_width: int | None = None,
         target: float = 4.0,
         router: RouterName = "spatial_predictability",
-        smoothing: bool = True,
-        smoothing_sigma: float = 1.0,
+        sigma: float | None = 1.0,
         force_ends: bool = False,
         official_init: bool = False,
         position_scale: float = 1.0,
@@ -87,13 +88,12 @@ class DCDiT(Transformer):
         width = hidden_size // 4 if scaffold_width is None else scaffold_width
         if min(encoder_depth, decoder_depth, width) < 1:
             raise InputError("encoder_depth, decoder_depth and scaffold_width must be at least 1.")
-        sigma = smoothing_sigma if smoothing else None
         if not target > 1.0:
-            raise InputError(f"target: input should be greater than 1 cell a token, got {target}; a DiT keeps all.")
-        if not smoothing_sigma > 0.0:
-            raise InputError(f"smoothing_sigma: input should be greater than 0 cells, got {smoothing_sigma}.")
+            raise InputError(f"target is {target}, expected more than 1 cell per kept token; use a DiT to keep all.")
+        if sigma is not None and not sigma > 0.0:
+            raise InputError(f"sigma is {sigma}, expected more than 0 cells, or None for no smoothing.")
         if not position_scale > 0.0:
-            raise InputError(f"position_scale: input should be greater than 0, got {position_scale}.")
+            raise InputError(f"position_scale is {position_scale}, expected more than 0.")
         chunking = Chunking(target=target, router=router, sigma=sigma, force_ends=force_ends)
         self.x_embedder = CellEmbedder(in_channels * patch_size**2, width, 3, padding=1)
         self._build(head_width=width)
@@ -105,8 +105,13 @@ class DCDiT(Transformer):
         self._initialize()
 
     @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Take the constructor's settings from a saved configuration, which an earlier version may have saved."""
+        return super().extract_init_dict(renamed_settings(config_dict), **renamed_settings(kwargs))
+
+    @classmethod
     def named(cls, name: str, **overrides: Any) -> DCDiT:
-        """The published model of that name, "S", "B", "L" or "XL", with constructor settings replaced."""
+        """Build the published model of a name, "S", "B", "L" or "XL", with some constructor settings replaced."""
         model: DCDiT = cls(**{**dc_dit_settings(name), **overrides})
         return model
 
@@ -122,7 +127,7 @@ class DCDiT(Transformer):
             self.calibrate_on_noise()
 
     def calibrate_on_noise(self) -> None:
-        """A first calibration, so that an untrained model keeps 1/N of white noise; training repeats it on data."""
+        """Calibrate the router to keep 1/N of white noise; training calibrates it again on data."""
         generator = torch.Generator().manual_seed(0)
         rows, columns = self._grid_of(self.config.sample_size)
         p = self.config.patch_size
@@ -143,29 +148,29 @@ class DCDiT(Transformer):
             hidden_states: as in `forward`.
             timestep: as in `forward`.
             class_labels: as in `forward`.
-            target: N, more than 1; None is the model's own. A curriculum starts with another.
+            target: N, more than 1; None is the model's own.
         """
         target = self.config.target if target is None else target
         if not target > 1.0:
             raise InputError(f"the target is {target}, expected more than 1 cell per kept token.")
-        precision, hidden_states = self._fastest(hidden_states)
+        precision, hidden_states = self._compute_precision(hidden_states)
         with precision:
-            grid, steps, condition = self._start(hidden_states, timestep, class_labels)
+            grid, steps, condition = self._embed_condition(hidden_states, timestep, class_labels)
             logits = self.chunking.logits(self._encode(hidden_states, condition), grid, steps)
         self.chunking.router.calibrate(logits, target)
 
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, in_channels, rows, columns) to dense tokens (B, N, D)."""
+        """Map (B, in_channels, rows, columns) to dense tokens (B, N, D)."""
         cells = F.pixel_unshuffle(x, self.config.patch_size)
-        cells = cells.contiguous(memory_format=fastest_layout(cells, self.encoder.narrowest))
+        cells = cells.contiguous(memory_format=convolution_layout(cells, self.encoder.narrowest))
         tokens: Tensor = self.encoder(self.x_embedder(cells), self.adaptor(condition))
         return tokens
 
     def _decode(self, tokens: Tensor, condition: Tensor, grid: Grid) -> Tensor:
-        """Dense tokens (B, N, D) to (B, out_channels, rows, columns)."""
-        cells = tokens.view(len(tokens), *grid, -1).permute(0, 3, 1, 2)
+        """Map dense tokens (B, N, D) to (B, out_channels, rows, columns)."""
+        cells = rearrange(tokens, "b (r c) d -> b d r c", r=grid[0])
         condition = self.adaptor(condition)
-        return self._image(self.final_layer(self.decoder(cells, condition), condition), grid)
+        return self._unpatchify(self.final_layer(self.decoder(cells, condition), condition), grid)
 
     def forward(
         self,
@@ -180,19 +185,19 @@ class DCDiT(Transformer):
 
         Args:
             hidden_states: (B, in_channels, rows, columns), multiples of the patch size.
-            timestep: a number or (B,).
-            class_labels: (B,) int64; None means no class.
-            tail_drop: fraction of the kept tokens to drop, least probable first; one number or (B,).
-            return_dict: False returns a tuple.
-            plan: (B, N) bool, the tokens to keep of samples where any is set, in place of those that the router asks
-                for; None leaves all to the router.
+            timestep: a number, or (B,).
+            class_labels: (B,) int64; None is no class.
+            tail_drop: fraction of the kept tokens to drop, least probable first; a number, or (B,).
+            return_dict: return a `DCDiTOutput`; otherwise a tuple.
+            plan: (B, N) bool, the tokens to keep. In samples where it is all false, and without a plan, the router
+                decides.
 
         Returns:
             The output, or (sample,).
         """
-        precision, hidden_states = self._fastest(hidden_states)
+        precision, hidden_states = self._compute_precision(hidden_states)
         with precision:
-            grid, steps, condition = self._start(hidden_states, timestep, class_labels)
+            grid, steps, condition = self._embed_condition(hidden_states, timestep, class_labels)
             tokens = self._encode(hidden_states, condition)
             tokens, routing = self._chunked(tokens, grid, steps, condition, tail_drop, plan)
             sample = self._decode(tokens, condition, grid)
@@ -207,7 +212,7 @@ class DCDiT(Transformer):
         tail_drop: float | Tensor,
         plan: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """What lies between encoder and decoder: (B, N, D) to (B, N, D), and what the router decided."""
+        """Chunk dense tokens (B, N, D), run the blocks, and de-chunk; also return the router's decisions."""
         routing = self.chunking.route(tokens, grid, steps, tail_drop, plan)
         rows, packing = self.chunking.chunk(tokens, routing)
         rows = rows + self._positions(grid).index_select(0, packing.cell)
@@ -216,8 +221,8 @@ class DCDiT(Transformer):
                 rows = self._gradient_checkpointing_func(block, rows, condition, packing)
             else:
                 rows = block(rows, condition, packing)
-        maps_in = product_dtype(tokens)  # what the convolutions of the decoder compute in
-        return self.chunking.dechunk(self.norm(rows), tokens, routing, packing, maps_in), routing
+        dtype = product_dtype(tokens)  # of the decoder's convolutions
+        return self.chunking.dechunk(self.norm(rows), tokens, routing, packing, dtype), routing
 
 
 DCDiT.__module__ = "tokdyn"  # diffusers writes the module into model_index.json and finds the class there again

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor
 
 from tokdyn.models.base import DiTOutput, Transformer
@@ -14,21 +15,21 @@ from tokdyn.models.sizes import dit_settings
 
 
 class DiT(Transformer):
-    """DiT: every p x p patch is a token, all blocks see all tokens.
+    """A DiT: every patch of p x p inputs is a token, and all blocks see all tokens.
 
     Args:
         sample_size: rows and columns of the input, or one number for both.
         patch_size: p.
         in_channels: channels of the input.
         hidden_size: D.
-        depth: blocks.
+        depth: number of blocks.
         num_heads: H, a divisor of D.
         mlp_ratio: hidden width of the MLP over D.
-        num_classes: classes; one more row stands for no class.
-        learn_sigma: predict variance channels too.
+        num_classes: number of classes; the embedding has one more row, for no class.
+        learn_sigma: also predict variance channels.
         timestep_shift: see `ops.timestep_frequencies`; 1 for weights that diffusers' DiT runs.
-        timestep_map: (scale, offset); the embedder sees scale * timestep + offset, for weights with another clock.
-        mlp_norm_eps: epsilon of the norm before the MLP; diffusers' DiT has 1e-5.
+        timestep_map: (scale, offset); the embedder sees `scale * timestep + offset`, for weights trained with others.
+        mlp_norm_eps: epsilon of the norm before the MLP; 1e-5 in diffusers' DiT.
         out_channels: follows from the others; accepted so that saved configurations load.
     """
 
@@ -57,7 +58,7 @@ class DiT(Transformer):
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> DiT:
-        """The published model of that name, for example "XL/2", with constructor settings replaced."""
+        """Build the published model of a name such as "XL/2", with some constructor settings replaced."""
         model: DiT = cls(**{**dit_settings(name), **overrides})
         return model
 
@@ -72,23 +73,23 @@ class DiT(Transformer):
 
         Args:
             hidden_states: (B, in_channels, rows, columns), multiples of the patch size.
-            timestep: a number or (B,).
-            class_labels: (B,) int64; None means no class.
-            return_dict: False returns a tuple.
+            timestep: a number, or (B,).
+            class_labels: (B,) int64; None is no class.
+            return_dict: return a `DiTOutput`; otherwise a tuple.
 
         Returns:
             The output, or (sample,).
         """
-        precision, hidden_states = self._fastest(hidden_states)
+        precision, hidden_states = self._compute_precision(hidden_states)
         with precision:
-            grid, _, condition = self._start(hidden_states, timestep, class_labels)
-            x = self.x_embedder(hidden_states).flatten(2).transpose(1, 2) + self._positions(grid)
+            grid, _, condition = self._embed_condition(hidden_states, timestep, class_labels)
+            x = rearrange(self.x_embedder(hidden_states), "b d r c -> b (r c) d") + self._positions(grid)
             for block in self.blocks:
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     x = self._gradient_checkpointing_func(block, x, condition)
                 else:
                     x = block(x, condition)
-            sample = self._image(self.final_layer(x, condition), grid)
+            sample = self._unpatchify(self.final_layer(x, condition), grid)
         return DiTOutput(sample) if return_dict else (sample,)
 
 

@@ -6,29 +6,34 @@ import math
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from tokdyn.ops.group_norm import group_norm_silu
-from tokdyn.ops.normalization import rms_norm
-
-_WIDE = 96  # channels; see `fastest_layout`
+from tokdyn.ops.layers import convolution_layout, group_norm_silu, rms_norm
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the wider type of x and weight: fp32 under autocast."""
+class Scaffold(nn.Module):
+    """Residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first."""
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, inputs: int, outputs: int, depth: int, condition_width: int, change_first: bool) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.narrowest = min(inputs, outputs)
+        change = 0 if change_first else depth - 1
+        widths = [inputs] * (change + 1) + [outputs] * (depth - change)
+        self.layers = nn.ModuleList(ResidualBlock(a, b, condition_width) for a, b in pairwise(widths))
+        self.norm = RMSNorm(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map (B, inputs, R, C) and (B, D) to tokens (B, R * C, outputs)."""
+        x = x.contiguous(memory_format=convolution_layout(x, self.narrowest))
+        for layer in self.layers:
+            x = layer(x, condition)
+        tokens: Tensor = self.norm(rearrange(x, "b d r c -> b (r c) d"))
+        return tokens
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv, + condition, GroupNorm, SiLU, conv, + skip.
+    """Two convolutions with GroupNorm and SiLU before each, the condition added between them, and a skip connection.
 
     Widths that 32 does not divide get gcd(32, width) groups.
     """
@@ -44,45 +49,22 @@ class ResidualBlock(nn.Module):
         self.skip_proj = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, inputs, R, C) and (B, D) to (B, outputs, R, C)."""
+        """Map (B, inputs, R, C) and (B, D) to (B, outputs, R, C)."""
         h = self.conv1(group_norm_silu(x, self.norm1))
         h = h + self.cond_proj(condition)[:, :, None, None]
         h = self.conv2(group_norm_silu(h, self.norm2))
-        skip: Tensor = x if self.skip_proj is None else self.skip_proj(x)
-        out: Tensor = skip + h
+        out: Tensor = h + (x if self.skip_proj is None else self.skip_proj(x))
         return out
 
 
-def fastest_layout(x: Tensor, narrowest: int) -> torch.memory_format:
-    """Memory layout of maps: channels-last, where tokens are a view of the map, but for some training on CPU.
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis, in the wider type of x and weight, which is fp32 under autocast."""
 
-    In half types, group normalisation of channels-last maps takes longer there than of contiguous ones, convolutions
-    take less; the sum is less from about 96 channels on.
-
-    Args:
-        x: (B, C, rows, columns).
-        narrowest: the least channels that maps have on their way.
-    """
-    half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
-    training_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-    return torch.contiguous_format if training_on_cpu and half and narrowest < _WIDE else torch.channels_last
-
-
-class Scaffold(nn.Module):
-    """Residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first."""
-
-    def __init__(self, inputs: int, outputs: int, depth: int, condition_width: int, change_first: bool) -> None:
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.narrowest = min(inputs, outputs)
-        change = 0 if change_first else depth - 1
-        widths = [inputs] * (change + 1) + [outputs] * (depth - change)
-        self.layers = nn.ModuleList(ResidualBlock(a, b, condition_width) for a, b in pairwise(widths))
-        self.norm = RMSNorm(outputs)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, inputs, R, C) and (B, D) to tokens (B, R * C, outputs)."""
-        x = x.contiguous(memory_format=fastest_layout(x, self.narrowest))
-        for layer in self.layers:
-            x = layer(x, condition)
-        tokens: Tensor = self.norm(x.permute(0, 2, 3, 1).flatten(1, 2))
-        return tokens
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return rms_norm(x, self.weight, self.eps)

@@ -1,7 +1,8 @@
-"""The named sizes of the papers (arXiv 2212.09748, 2603.06351) and a tiny one."""
+"""Constructor settings by name: the sizes of the papers (arXiv 2212.09748, 2603.06351) and a tiny one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tokdyn.errors import InputError
@@ -17,7 +18,7 @@ PATCHES = (1, 2, 4, 8)
 
 
 def dit_settings(name: str) -> dict[str, Any]:
-    """Constructor settings of a fixed-patch DiT such as "XL/2"."""
+    """Return the constructor settings of a fixed-patch DiT such as "XL/2"."""
     size, _, patch = name.removeprefix("DiT-").partition("/")
     if size not in SHAPES or patch not in {str(p) for p in PATCHES}:
         known = ", ".join(f"{s}/{{{','.join(map(str, PATCHES))}}}" for s in SHAPES)
@@ -26,8 +27,20 @@ def dit_settings(name: str) -> dict[str, Any]:
 
 
 def dc_dit_settings(name: str) -> dict[str, Any]:
-    """Constructor settings of a DC-DiT such as "S"."""
+    """Return the constructor settings of a DC-DiT such as "S"."""
     size = name.removeprefix("DC-DiT-")
     if size not in SHAPES:
         raise InputError(f"there is no DC-DiT named '{name}'; known are {', '.join(SHAPES)}.")
     return dict(SHAPES[size])
+
+
+def renamed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate settings of a DC-DiT that an earlier version saved.
+
+    `smoothing` and `smoothing_sigma` became `sigma`, which is None where there is no smoothing.
+    """
+    current = dict(settings)
+    if not {"smoothing", "smoothing_sigma"} & set(current):
+        return current
+    smoothing, width = current.pop("smoothing", True), current.pop("smoothing_sigma", current.get("sigma", 1.0))
+    return {**current, "sigma": width if smoothing else None}

@@ -1,7 +1,7 @@
-"""Deciding when the output of the blocks may be reused from an earlier step, and how.
+"""Decide when a cached output of the blocks may be reused, and extrapolate it.
 
-Source: TeaCache (arXiv 2411.19108): the relative change of the modulated input, through a polynomial, adds up until it
-reaches a threshold; then the blocks run again.
+Source: TeaCache (arXiv 2411.19108). The relative change of the modulated input goes through a polynomial and is summed
+over steps; when the sum reaches a threshold, the blocks are computed again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from tokdyn.errors import InputError
 
 
 def relative_change(now: Tensor, before: Tensor) -> Tensor:
-    """|now - before|_1 / |before|_1 of every sample.
+    """Compute `|now - before|_1 / |before|_1` for each sample.
 
     Args:
         now: (B, ...).
-        before: the same shape, an earlier step.
+        before: the shape of now, from an earlier step.
 
     Returns:
-        (B,) fp32. 0 where both are zero, infinite where only `before` is.
+        (B,) fp32; 0 where both are zero, infinity where only `before` is.
     """
     difference = (now.float() - before.float()).abs().flatten(1).sum(1)
     length = before.float().abs().flatten(1).sum(1)
@@ -30,11 +30,11 @@ def relative_change(now: Tensor, before: Tensor) -> Tensor:
 
 
 def rescale(change: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """The polynomial of a change, never below zero.
+    """Evaluate the rescaling polynomial at a change, and clamp it to zero from below.
 
     Args:
         change: (B,).
-        coefficients: highest degree first, as published for TeaCache; (1, 0) leaves the change as it is.
+        coefficients: highest degree first, as published for TeaCache; (1, 0) is the identity.
     """
     out = torch.zeros_like(change)
     for coefficient in coefficients:
@@ -43,15 +43,15 @@ def rescale(change: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def accumulate(total: Tensor, change: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Whether each sample may reuse its last output, and what it has accumulated after that decision.
+    """Decide which samples reuse their last output, and update what they have accumulated.
 
     Args:
-        total: (B,) accumulated since the last computed step.
+        total: (B,) change accumulated since the last computed step.
         change: (B,) rescaled change of this step.
-        threshold: reuse below it; 0 or less never reuses, infinity always does.
+        threshold: reuse below it; 0 or less never reuses, infinity always.
 
     Returns:
-        (B,) bool, and the new (B,) total: 0 where the blocks run. What is not a number is computed.
+        (B,) bool, and the new (B,) total, which is 0 where the blocks are computed. NaN is computed.
     """
     total = total + change
     reuse = (total < threshold) & torch.full_like(total, threshold > 0, dtype=torch.bool)
@@ -59,29 +59,29 @@ def accumulate(total: Tensor, change: Tensor, threshold: float) -> tuple[Tensor,
 
 
 def extrapolate(last: Tensor, before: Tensor, steps: float | Tensor) -> Tensor:
-    """Go on in a straight line: the last computed value plus `steps` times its change over one computed interval."""
+    """Extrapolate linearly: the last computed value plus `steps` times its change since the computed one before it."""
     return torch.lerp(before, last, 1.0 + steps)
 
 
 def fit_rescaling(changes: Tensor, effects: Tensor, degree: int = 4) -> tuple[float, ...]:
-    """The polynomial that predicts how much the output changes from how much the input does (least squares).
+    """Fit the polynomial that predicts how much the output changes from how much the input does, by least squares.
 
     Args:
         changes: (n,) relative changes of the modulated input.
-        effects: (n,) relative changes of the output of the blocks in the same steps.
-        degree: of the polynomial; lowered where there are too few different changes for it.
+        effects: (n,) relative changes of the blocks' output in the same steps.
+        degree: of the polynomial; lowered if there are too few different changes.
 
     Returns:
         Coefficients, highest degree first.
 
     Raises:
-        InputError: no pair of finite numbers.
+        InputError: no step has finite changes.
     """
     x, y = changes.double().flatten(), effects.double().flatten()
     good = x.isfinite() & y.isfinite()
     x, y = x[good], y[good]
     if not len(x):
-        raise InputError("no step gave a finite change; a cache needs at least two different steps to be calibrated.")
+        raise InputError("no step has a finite change; a cache needs at least two different steps to be calibrated.")
     degree = min(degree, len(set(x.tolist())) - 1)
     scale = x.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # well-conditioned powers
     powers = torch.stack([(x / scale) ** k for k in range(degree, -1, -1)], dim=1)

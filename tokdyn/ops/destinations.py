@@ -1,7 +1,7 @@
-"""Which tokens others may be merged into: one in every bucket of neighbouring cells.
+"""Choose the tokens that others may be merged into: one in every bucket of neighbouring cells.
 
-Source: ToMe for diffusion (arXiv 2303.17604), with buckets of cells in place of the 2x2 cells of a full grid, so that
-it works on any set of tokens; on a full grid the two are the same.
+Source: ToMe for diffusion (arXiv 2303.17604). Buckets of any size replace its 2x2 cells, so that it works on any set of
+tokens; with buckets of 2 on a full grid, the two are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.ops.hashing import mix
+from tokdyn.ops.dropping import mix
 from tokdyn.tokens import Grid, cells
 
 
@@ -24,8 +24,8 @@ class Destinations:
 
     Attributes:
         table: (B, K) int64, the row of each bucket's destination, -1 where the bucket holds no row.
-        mask: (T,) bool, which rows they are.
-        others: (B, N - K) int64, the rows that are none, where every cell of the grid has a row; otherwise None.
+        mask: (T,) bool, true for destinations.
+        others: (B, N - K) int64, the other rows, if every cell of the grid has a row; otherwise None.
     """
 
     table: Tensor
@@ -34,7 +34,7 @@ class Destinations:
 
     @property
     def full(self) -> bool:
-        """Every cell of the grid has a row."""
+        """Whether every cell of the grid has a row."""
         return self.others is not None
 
 
@@ -48,7 +48,7 @@ def destinations(
     step: int | Tensor = 0,
     importance: Tensor | None = None,
 ) -> Destinations:
-    """One destination in every bucket of neighbouring cells that holds a token.
+    """Choose one destination in every bucket of neighbouring cells that holds a token.
 
     Args:
         cell: (T,) int64, raster index of each row in its own grid.
@@ -56,16 +56,16 @@ def destinations(
         batch: B.
         grid: 1 to 3 sizes.
         bucket: cells of a bucket along every axis, or along each.
-        seed: None takes the first row of a bucket in raster order; a number takes the one with the smallest hash of
-            seed, step and cell, the same for every sample of that step.
-        step: a number, or (B,) or (1,) of them, that changes the hash from step to step.
-        importance: (T,) takes the most important row of each bucket instead, the first one of equals.
+        seed: None chooses the first row of a bucket in raster order; a number chooses the one with the smallest hash
+            of seed, step and cell, the same for every sample of a step.
+        step: a number, or a tensor (B,) or (1,), that changes the hash from step to step.
+        importance: (T,) chooses the most important row of each bucket instead, the first among equals.
 
     Returns:
-        The destinations of K buckets a sample.
+        The destinations, K buckets per sample.
 
     Raises:
-        InputError: a bucket without cells, or one size for each axis was expected.
+        InputError: the bucket does not have one positive size, or one for each axis.
     """
     place, count = _buckets(cell, grid, _widths(grid, bucket))
     place = place + sample * count
@@ -79,8 +79,8 @@ def destinations(
         key = mix(mix(mix(torch.tensor(seed, device=cell.device)) + step) + cell) * cells(grid) + cell
     else:
         key = rows
-    none = torch.iinfo(torch.int64).max
-    least = key.new_full((batch * count,), none).scatter_reduce(0, place, key, "amin")
+    largest = torch.iinfo(torch.int64).max
+    least = key.new_full((batch * count,), largest).scatter_reduce(0, place, key, "amin")
     chosen = key == least.index_select(0, place)
     if importance is not None:
         chosen &= key < len(cell)
@@ -99,7 +99,9 @@ def grid_destinations(
     seed: int | None = None,
     step: int | Tensor = 0,
 ) -> Destinations:
-    """The same for samples that have all cells of the grid; it depends on nothing else, so one serves many blocks.
+    """Choose destinations for samples that have all cells of the grid.
+
+    They depend on nothing else, so many blocks can share them.
 
     Args:
         batch: B.
@@ -127,15 +129,17 @@ def grid_destinations(
 
 
 def _widths(grid: Grid, bucket: int | Sequence[int]) -> list[int]:
-    """Cells of a bucket along every axis."""
+    """Return the cells of a bucket along each axis."""
     widths = [bucket] * len(grid) if isinstance(bucket, int) else list(bucket)
     if len(widths) != len(grid) or min(widths) < 1:
-        raise InputError(f"the bucket is {bucket}, expected a positive number of cells for each axis of {grid}.")
+        raise InputError(
+            f"bucket is {bucket}, expected a positive number of cells, or one for each axis of the grid {grid}."
+        )
     return widths
 
 
 def _buckets(cell: Tensor, grid: Grid, widths: Sequence[int]) -> tuple[Tensor, int]:
-    """The bucket of every cell, and how many there are."""
+    """Return the bucket of every cell, and the number of buckets."""
     place, rest, count = torch.zeros_like(cell), cell, 1
     for size, width in zip(reversed(grid), reversed(widths), strict=True):
         place = place + rest.remainder(size).div(width, rounding_mode="floor") * count
@@ -145,7 +149,7 @@ def _buckets(cell: Tensor, grid: Grid, widths: Sequence[int]) -> tuple[Tensor, i
 
 
 def _corners(grid: Grid, widths: Sequence[int], device: torch.device) -> Tensor:
-    """(K,) int64, the first cell of every bucket."""
+    """Return the first cell of every bucket, (K,) int64."""
     cell = torch.zeros(1, dtype=torch.int64, device=device)
     for size, width in zip(grid, widths, strict=True):
         cell = (cell[:, None] * size + torch.arange(0, size, width, device=device)).flatten()

@@ -1,4 +1,4 @@
-"""Dropping random tokens from a span of blocks while training (TREAD, arXiv 2501.04765)."""
+"""Drop random tokens from a span of blocks (TREAD, arXiv 2501.04765), and hash integers to random bits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 
+_MASK = 0xFFFFFFFF
+
 
 def kept_count(count: int, rate: float) -> int:
-    """Tokens left of `count` at a rate in [0, 1): never fewer than one.
+    """Count the tokens that are left of `count` at a drop rate in [0, 1), at least one.
 
     Raises:
-        InputError: the rate is no share below 1.
+        InputError: the rate lies outside [0, 1).
     """
     if not 0.0 <= rate < 1.0:
         raise InputError(f"the rate is {rate}, expected a share of the tokens in [0, 1).")
@@ -24,14 +26,14 @@ def kept_count(count: int, rate: float) -> int:
 def random_subset(
     batch: int, count: int, rate: float, device: torch.device | str = "cpu", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Indices of the tokens that stay, drawn for each sample, in rising order.
+    """Draw the tokens that stay, for each sample, in rising order.
 
     Args:
         batch: B.
-        count: N, tokens of a sample.
+        count: N, tokens per sample.
         rate: share to drop.
-        device: where the indices are needed.
-        generator: where the randomness comes from; torch's own if None.
+        device: of the result.
+        generator: source of randomness; None is torch's global one.
 
     Returns:
         (B, K) int64 with K of `kept_count`.
@@ -41,15 +43,15 @@ def random_subset(
 
 
 def subset(noise: Tensor, lengths: Sequence[int], kept: Sequence[int]) -> Tensor:
-    """The tokens with the smallest numbers of each sample, in rising order.
+    """Select the tokens with the smallest noise of each sample, in rising order.
 
     Args:
         noise: (B, N).
-        lengths: how many of a sample's N are tokens.
-        kept: how many of them to take.
+        lengths: how many of the N entries of each sample are tokens.
+        kept: how many of them to select.
 
     Returns:
-        (B, K) int64, K the most that any sample keeps; a sample that keeps fewer has others behind its own.
+        (B, K) int64 with K the largest of `kept`; a sample that keeps fewer has other tokens after its own.
     """
     count, longest = noise.shape[1], max(kept)
     if min(lengths) < count:
@@ -63,38 +65,46 @@ def subset(noise: Tensor, lengths: Sequence[int], kept: Sequence[int]) -> Tensor
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens at an index: (B, N, ...) and (B, K) to (B, K, ...)."""
+    """Take the tokens at an index: (B, N, ...) and (B, K) to (B, K, ...)."""
     batch, count = x.shape[:2]
     flat = (index + torch.arange(batch, device=index.device)[:, None] * count).flatten()
     return x.reshape(batch * count, *x.shape[2:]).index_select(0, flat).view(*index.shape, *x.shape[2:])
 
 
 def put_back(kept: Tensor, full: Tensor, index: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-    """The full tokens with those at the index replaced: those that were dropped pass by the span unchanged.
+    """Replace the tokens at an index; the others, which were dropped, stay what they were before the span.
 
     Args:
         kept: (B, K, ...).
         full: (B, N, ...).
         index: (B, K) int64.
-        lengths: how many of a sample's K count; None is all.
+        lengths: how many of the K entries of each sample count; None is all.
     """
     batch, count = full.shape[:2]
     flat = (index + torch.arange(batch, device=index.device)[:, None] * count).flatten()
     rows, new = full.reshape(batch * count, *full.shape[2:]), kept.to(full.dtype).flatten(0, 1)
     if lengths is not None and min(lengths) < index.shape[1]:
         longest = index.shape[1]
-        there = [row * longest + at for row, length in enumerate(lengths) for at in range(length)]
-        chosen = torch.tensor(there, device=index.device)
-        flat, new = flat.index_select(0, chosen), new.index_select(0, chosen)
+        places = [row * longest + at for row, length in enumerate(lengths) for at in range(length)]
+        counted = torch.tensor(places, device=index.device)
+        flat, new = flat.index_select(0, counted), new.index_select(0, counted)
     return rows.index_copy(0, flat, new).view_as(full)
 
 
 def drop_guidance(strong: Tensor, weak: Tensor, scale: float = 1.5) -> Tensor:
-    """Weak + scale (strong - weak): two predictions of one model, the weak one with more tokens dropped (TREAD).
+    """Compute `weak + scale * (strong - weak)` for two predictions of a model, the weak one with more tokens dropped.
 
     Args:
-        strong: prediction with few tokens dropped, any shape.
-        weak: the same with many.
-        scale: 1 is the strong one.
+        strong: the prediction with few tokens dropped, any shape.
+        weak: the prediction with many tokens dropped.
+        scale: 1 is the strong prediction.
     """
     return torch.lerp(weak, strong, scale)
+
+
+def mix(number: Tensor) -> Tensor:
+    """Hash int64 numbers to 32 well-mixed bits (Wang's multiply-xorshift, with 32-bit arithmetic)."""
+    number = number & _MASK
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        number = ((number ^ (number >> shift)) * factor) & _MASK
+    return number ^ (number >> 16)

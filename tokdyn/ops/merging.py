@@ -1,6 +1,6 @@
-"""Token merging: similar tokens are averaged before an operation and get its result back after it.
+"""Token merging: average similar tokens before an operation, and give all of them its result.
 
-Source: ToMe for diffusion (arXiv 2303.17604), on any set of tokens. A sample does not depend on its batch mates.
+Source: ToMe for diffusion (arXiv 2303.17604), on any set of tokens. A sample does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 from tokdyn.ops.destinations import Destinations
-from tokdyn.ops.device import halves_multiply_slowly
-from tokdyn.ops.precision import exact
-
-_GROUP, _MANY = 64, 512  # scores whose largest is found at once on CPU, and from how many scores it pays
+from tokdyn.ops.dispatch import has_cpu_form
+from tokdyn.ops.precision import exact, halves_multiply_slowly
 
 
 @dataclass(frozen=True)
 class Merging:
-    """Which rows are averaged into which.
+    """A plan of which rows are averaged into which.
 
     Attributes:
         slot: (T,) int64, the merged row of every row, in [0, M).
-        keep: (M,) int64, the row that each merged row lies at: unmerged rows and destinations, in their own order.
-        source: (T - M,) int64, the rows that were merged into others.
-        order: (T,) int64, all rows, so that those of one merged row are neighbours.
-        start: (M,) int64, where in that order the rows of each merged row begin.
-        size: (M,) fp32, how many rows, or how much of the given sizes, each merged row stands for.
-        lengths: merged rows of each sample, M in all.
-        before: rows of each sample, T in all.
+        keep: (M,) int64, the row that each merged row takes the place of: unmerged rows and destinations, in order.
+        source: (T - M,) int64, the rows that are merged into others.
+        order: (T,) int64, all rows, those of a merged row next to each other.
+        start: (M,) int64, where the rows of each merged row begin in that order.
+        size: (M,) fp32, the number of rows, or the sum of their sizes, that each merged row stands for.
+        lengths: merged rows of each sample, M in total.
+        before: rows of each sample, T in total.
     """
 
     slot: Tensor
@@ -46,7 +44,7 @@ class Merging:
     before: tuple[int, ...]
 
     def sample(self, place: int) -> Merging:
-        """The plan of one sample."""
+        """Return the plan of one sample."""
         row, left = sum(self.before[:place]), sum(self.lengths[:place])
         rows, merged = self.before[place], self.lengths[place]
 
@@ -66,7 +64,7 @@ class Merging:
 
 
 def joined(plans: Sequence[Merging]) -> Merging:
-    """One plan for the samples of several plans, one after the other."""
+    """Concatenate plans into one for the samples of all of them."""
     rows, left = [0], [0]
     for plan in plans:
         rows.append(rows[-1] + len(plan.slot))
@@ -88,7 +86,7 @@ def joined(plans: Sequence[Merging]) -> Merging:
 
 
 def merged_away(length: int, buckets: int, ratio: float) -> int:
-    """Rows of a sample that are merged into others: the ratio of its rows, but never one of possible destinations."""
+    """Count the rows of a sample that are merged into others: a ratio of all, but at most those not destinations."""
     return min(int(length * ratio), max(0, length - buckets))
 
 
@@ -99,34 +97,37 @@ def match(
     ratio: float | Sequence[float],
     size: Tensor | None = None,
 ) -> Merging:
-    """Merge the rows that are most similar to their most similar destination (cosine).
+    """Plan to merge the rows that are most similar to their most similar destination, by cosine.
 
     Args:
-        metric: (T, D), what is compared; rows sample after sample. No gradient comes back to it.
+        metric: (T, D), the features to compare, sample after sample. They get no gradient.
         lengths: rows of each sample.
-        into: from `destinations`.
-        ratio: share of a sample's rows to merge away, in [0, 1), or one for each; at most what is no destination.
-        size: (T,) how many tokens each row stands for already; None is one each.
+        into: the destinations, from `destinations`.
+        ratio: share of the rows to merge into others, in [0, 1), for all samples or one for each.
+        size: (T,) how many tokens each row stands for already; None is 1.
 
     Returns:
-        The plan. It needs no host synchronisation.
+        The plan, made without a synchronisation with the host.
+
+    Raises:
+        InputError: a ratio lies outside [0, 1).
     """
     ratios = [ratio] * len(lengths) if isinstance(ratio, (int, float)) else list(ratio)
     for each in ratios:
         if not 0.0 <= each < 1.0:
             raise InputError(f"the ratio is {each}, expected a share of the tokens in [0, 1).")
     buckets = into.table.shape[1]
-    away = [merged_away(length, buckets, each) for length, each in zip(lengths, ratios, strict=True)]
-    left = tuple(length - gone for length, gone in zip(lengths, away, strict=True))
+    merged = [merged_away(length, buckets, each) for length, each in zip(lengths, ratios, strict=True)]
+    left = tuple(length - count for length, count in zip(lengths, merged, strict=True))
     rows = torch.arange(len(metric), device=metric.device)
     source = place = rows[:0]
-    if any(away):
+    if any(merged):
         metric = metric.detach()
         metric = metric.float() if halves_multiply_slowly(metric) else metric
-        if len(set(zip(lengths, away, strict=True))) == 1:
-            source, place = _match_equal(metric, lengths[0], into, away[0])
+        if len(set(zip(lengths, merged, strict=True))) == 1:
+            source, place = _match_equal(metric, lengths[0], into, merged[0])
         else:
-            source, place = _match_ragged(metric, lengths, into, away)
+            source, place = _match_ragged(metric, lengths, into, merged)
     kept = torch.ones_like(into.mask).index_fill(0, source, False)
     keep = torch.nonzero_static(kept, size=sum(left)).squeeze(1)
     slot = (kept.cumsum(0) - 1).index_select(0, rows.index_copy(0, source, place))
@@ -139,8 +140,8 @@ def match(
     return Merging(slot, keep, source, order, start, total, left, tuple(lengths))
 
 
-def _match_equal(metric: Tensor, length: int, into: Destinations, away: int) -> tuple[Tensor, Tensor]:
-    """The merged rows and where they go, sorted by where they go, for samples of equal length."""
+def _match_equal(metric: Tensor, length: int, into: Destinations, merged: int) -> tuple[Tensor, Tensor]:
+    """Match samples of equal length; return the rows to merge and their destinations, sorted by destination."""
     batch, buckets = into.table.shape
     table = _filled(into.table)
     places, inverse = _unit(metric, table)
@@ -150,31 +151,31 @@ def _match_equal(metric: Tensor, length: int, into: Destinations, away: int) -> 
         candidates = into.others
         metric = metric.index_select(0, candidates.flatten())
         inverse = inverse.index_select(0, candidates.flatten())
-    best, column = _largest(metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT)
+    best, column = largest(metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT)
     best = best * inverse.view_as(best)
     if into.others is None:  # destinations stay
         best = best.masked_fill(into.mask.view_as(best), -math.inf)
-    top = best.topk(away, dim=-1, sorted=False).indices
+    top = best.topk(merged, dim=-1, sorted=False).indices
     place, order = table.gather(1, column.gather(1, top)).sort(dim=1)
     return candidates.gather(1, top.gather(1, order)).flatten(), place.flatten()
 
 
 def _match_ragged(
-    metric: Tensor, lengths: Sequence[int], into: Destinations, away: Sequence[int]
+    metric: Tensor, lengths: Sequence[int], into: Destinations, merged: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The same for samples of different length, one after the other."""
+    """Match samples of different length, one after the other; return what `_match_equal` does."""
     table = _filled(into.table)
     places, inverse = _unit(metric, table)
     sources, targets, first = [], [], 0
     split = list(lengths)
-    for rows, scale, mask, unit, place, gone in zip(
+    for rows, scale, mask, unit, place, count in zip(
         metric.split_with_sizes(split), inverse.split_with_sizes(split), into.mask.split_with_sizes(split),
-        places.split_with_sizes([table.shape[1]] * len(table)), table, away, strict=True,
+        places.split_with_sizes([table.shape[1]] * len(table)), table, merged, strict=True,
     ):  # fmt: skip
-        if gone:
-            best, column = _largest(rows @ unit.mT)
+        if count:
+            best, column = largest(rows @ unit.mT)
             best = (best * scale).masked_fill(mask, -math.inf)
-            top = best.topk(gone, sorted=False).indices
+            top = best.topk(count, sorted=False).indices
             target, order = place.index_select(0, column.index_select(0, top)).sort()
             sources.append(top.index_select(0, order) + first)
             targets.append(target)
@@ -183,46 +184,37 @@ def _match_ragged(
 
 
 def _filled(table: Tensor) -> Tensor:
-    """The table with another destination of the sample in the place of those that are missing: nobody sees it twice."""
+    """Replace missing destinations by another one of the sample, which changes no maximum."""
     return torch.where(table < 0, table.amax(dim=1, keepdim=True).clamp(min=0), table)
 
 
 def _unit(metric: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """(B * K, D) destinations of length one, and (T,) one over the length of every row.
+    """Return destinations (B * K, D) scaled to length one, and one over the length of every row, (T,).
 
-    Only the destinations are scaled: which one is most similar does not depend on the length of the row itself.
+    Rows are not scaled: which destination is most similar to a row does not depend on its length.
     """
     inverse = torch.linalg.vector_norm(metric, dim=-1).clamp(min=1e-12).reciprocal()
     index = table.flatten()
     return metric.index_select(0, index) * inverse.index_select(0, index)[:, None], inverse
 
 
-def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of (..., K) scores and where it is.
-
-    The maximum with its place is slow on CPU and the maximum alone is not: take it over groups, then look into one.
-    """
-    many = scores.shape[-1]
-    if scores.device.type != "cpu" or torch.compiler.is_compiling() or many < _MANY or many % _GROUP:
-        best, place = scores.max(dim=-1)
-        return best, place
-    groups = scores.reshape(-1, many // _GROUP, _GROUP)
-    best, group = groups.amax(dim=-1).max(dim=-1)
-    first = torch.arange(len(groups), device=scores.device) * (many // _GROUP)
-    inside = groups.flatten(0, 1).index_select(0, first + group).max(dim=-1).indices
-    return best.view(scores.shape[:-1]), (inside + group * _GROUP).view(scores.shape[:-1])
+@has_cpu_form
+def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest of (..., K) scores and its index, both (...)."""
+    best, place = scores.max(dim=-1)
+    return best, place
 
 
 def merge(x: Tensor, plan: Merging, size: Tensor | None = None) -> Tensor:
-    """Average rows by a plan.
+    """Average the rows that a plan merges.
 
     Args:
         x: (T, D).
-        plan: the plan.
-        size: (T,) weights of the rows, as given to `match`; None weighs them equally.
+        plan: from `match`.
+        size: (T,) weights of the rows, as passed to `match`; None weighs them equally.
 
     Returns:
-        (M, D), the type of x.
+        (M, D), in the type of x.
     """
     if size is None:
         return F.embedding_bag(plan.order, x, plan.start, mode="mean")

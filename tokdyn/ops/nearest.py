@@ -1,21 +1,18 @@
-"""Plug-back: the nearest kept cell of every cell, exactly, ties to the lowest raster index."""
+"""Plug-back: the nearest kept cell of every cell, exactly; ties go to the lowest raster index."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tokdyn.ops.device import asking_waits
+from tokdyn.ops.dispatch import has_cpu_form
 from tokdyn.tokens import Grid, cells
 
 _BROADCAST_LIMIT = 1 << 24
 
 
 def nearest_kept(keep: Tensor, grid: Grid) -> Tensor:
-    """Raster index of the nearest kept cell (Euclidean), for every cell of a 1-D, 2-D or 3-D grid.
+    """Find the raster index of the nearest kept cell (Euclidean) for every cell of a 1-D, 2-D or 3-D grid.
 
     One pass per axis over keys `squared distance * N + raster index`: the minimum of the keys is the nearest cell and
     breaks ties by raster index, so the passes compose exactly like a separable distance transform.
@@ -32,12 +29,12 @@ def nearest_kept(keep: Tensor, grid: Grid) -> Tensor:
     dtype = torch.int32 if 2 * limit < 2**31 else torch.int64
     best = _along_rows(keep.view(-1, *grid), count, limit, dtype)
     for axis in range(len(grid) - 1, 0, -1):
-        best = _along_axis(best, axis, count)
+        best = along_axis(best, axis, count)
     return best.view(len(keep), count).remainder(count).long()
 
 
 def _along_rows(keep: Tensor, count: int, limit: int, dtype: torch.dtype) -> Tensor:
-    """Keys of the nearest kept cell in the same row: running maximum from the left, minimum from the right."""
+    """Compute keys of the nearest kept cell in the same row: running maximum from the left, minimum from the right."""
     width = keep.shape[-1]
     column = torch.arange(width, device=keep.device, dtype=dtype)
     left = torch.where(keep, column, -width).cummax(dim=-1).values
@@ -49,30 +46,32 @@ def _along_rows(keep: Tensor, count: int, limit: int, dtype: torch.dtype) -> Ten
     return torch.where(distance < width, distance * distance * count + first + nearest, limit)
 
 
-def _along_axis(source: Tensor, axis: int, count: int) -> Tensor:
-    """Minimum over the cells of one axis of their key plus the squared distance along it."""
-    size = source.shape[axis]
-    waits = asking_waits(source)
-    if waits and source.numel() * size <= _BROADCAST_LIMIT:
-        line = torch.arange(size, device=source.device, dtype=source.dtype)
+@has_cpu_form
+def along_axis(keys: Tensor, axis: int, count: int) -> Tensor:
+    """Take the minimum over the cells of one axis of their key plus the squared distance along the axis.
+
+    Args:
+        keys: (B, *grid) integers, `squared distance * N + raster index`.
+        axis: of the tensor, 1 or more.
+        count: N.
+
+    Returns:
+        The shape and type of the keys.
+    """
+    size = keys.shape[axis]
+    if keys.numel() * size <= _BROADCAST_LIMIT:
+        line = torch.arange(size, device=keys.device, dtype=keys.dtype)
         steps = (line[:, None] - line).square() * count
-        return (source.unsqueeze(axis) + steps.view(size, size, *[1] * (source.dim() - axis - 1))).amin(dim=axis + 1)
-    best = source.clone()
+        return (keys.unsqueeze(axis) + steps.view(size, size, *[1] * (keys.dim() - axis - 1))).amin(dim=axis + 1)
+    best = keys.clone()
     for distance in range(1, size):
-        step = distance * distance * count  # nothing farther away can win below this
-        if not waits and int(best.max()) < step:
-            break
-        ahead, behind = best.narrow(axis, distance, size - distance), best.narrow(axis, 0, size - distance)
-        torch.minimum(ahead, source.narrow(axis, 0, size - distance) + step, out=ahead)
-        torch.minimum(behind, source.narrow(axis, distance, size - distance) + step, out=behind)
+        shift_minimum(best, keys, axis, distance, count)
     return best
 
 
-def disc(radius: float, sizes: Sequence[int]) -> tuple[list[tuple[int, ...]], list[float]]:
-    """Integer offsets within a radius that a grid of these sizes has room for, in raster order, and their squares."""
-    offsets: list[tuple[int, ...]] = [()]
-    for size in sizes:
-        reach = min(math.floor(radius), size - 1)
-        offsets = [(*offset, step) for offset in offsets for step in range(-reach, reach + 1)]
-    inside = [offset for offset in offsets if sum(step * step for step in offset) <= radius * radius]
-    return inside, [float(sum(step * step for step in offset)) for offset in inside]
+def shift_minimum(best: Tensor, keys: Tensor, axis: int, distance: int, count: int) -> None:
+    """Lower the best keys to those of the cells at one distance along an axis, in place."""
+    step, length = distance * distance * count, keys.shape[axis] - distance
+    ahead, behind = best.narrow(axis, distance, length), best.narrow(axis, 0, length)
+    torch.minimum(ahead, keys.narrow(axis, 0, length) + step, out=ahead)
+    torch.minimum(behind, keys.narrow(axis, distance, length) + step, out=behind)

@@ -1,8 +1,9 @@
-"""Packing: dense (B, N, D) rows to the kept (T, D) rows and back."""
+"""Packing: between dense (B, N, D) tokens and the kept (T, D) rows."""
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tokdyn.errors import InputError
@@ -10,26 +11,28 @@ from tokdyn.tokens import Grid, Packing, cells
 
 
 def pack(keep: Tensor, grid: Grid) -> Packing:
-    """Plan the packing of the kept tokens. The one host synchronisation of a forward happens here.
+    """Plan the packing of the kept tokens; this is the one synchronisation with the host in a forward.
 
     Args:
         keep: (B, N) bool, at least one kept token in every sample.
         grid: the token grid, N cells.
 
     Returns:
-        The packing; `dense.reshape(B * N, D).index_select(0, packing.index)` are the packed rows.
+        The packing; `dense.reshape(B * N, D).index_select(0, packing.index)` packs.
 
     Raises:
-        InputError: keep is no bool tensor of shape (B, N), is empty or without data, or a sample keeps no token.
+        InputError: keep is not a bool tensor (B, N) with data, or a sample keeps no token.
     """
     if keep.dim() != 2 or keep.shape[1] != cells(grid) or not keep.numel():
         raise InputError(
-            f"keep has shape {tuple(keep.shape)}, expected (B, {cells(grid)}) for the grid {grid}, and B at least 1."
+            f"keep has shape {tuple(keep.shape)}, expected (B, {cells(grid)}) for the grid {grid} with B at least 1."
         )
     if keep.dtype != torch.bool:
         raise InputError(f"keep is a tensor of {keep.dtype}, expected torch.bool.")
     if keep.is_meta:
-        raise InputError("keep is on the meta device, but which tokens are kept is data; use a device that has data.")
+        raise InputError(
+            "keep is on the meta device, which holds no values to pack by; use a device that holds values."
+        )
     counts = keep.sum(dim=1)
     lengths = tuple(counts.tolist())
     if not all(lengths):
@@ -41,11 +44,11 @@ def pack(keep: Tensor, grid: Grid) -> Packing:
 
 
 def pack_index(index: Tensor, lengths: tuple[int, ...], grid: Grid) -> Packing:
-    """Plan the packing of tokens whose number is known: nothing is asked of an accelerator.
+    """Plan the packing of tokens whose number is known, without a synchronisation.
 
     Args:
         index: (B, M) int64, the cells of each sample, rising as far as they count.
-        lengths: how many of its M entries count, at least one for each sample.
+        lengths: how many of the M entries of each sample count, at least one.
         grid: the token grid, N cells.
 
     Returns:
@@ -56,34 +59,34 @@ def pack_index(index: Tensor, lengths: tuple[int, ...], grid: Grid) -> Packing:
     sample = torch.arange(batch, device=device)[:, None].expand(batch, longest)
     cell, sample = index.reshape(-1), sample.reshape(-1)
     if set(lengths) != {longest}:
-        there = torch.tensor([row * longest + at for row, n in enumerate(lengths) for at in range(n)], device=device)
-        cell, sample = cell.index_select(0, there), sample.index_select(0, there)
+        counted = torch.tensor([row * longest + at for row, n in enumerate(lengths) for at in range(n)], device=device)
+        cell, sample = cell.index_select(0, counted), sample.index_select(0, counted)
     return packing_of(lengths, sample, cell, grid)
 
 
 def packing_of(lengths: tuple[int, ...], sample: Tensor, cell: Tensor, grid: Grid) -> Packing:
-    """The packing of tokens that lie sample after sample.
+    """Build the packing of tokens that lie sample after sample.
 
     Args:
-        lengths: tokens of each sample, T in all.
-        sample: (T,) int64, the sample of each.
-        cell: (T,) int64, its raster index in the grid.
-        grid: N cells.
+        lengths: tokens of each sample, T in total.
+        sample: (T,) int64, the sample of each token.
+        cell: (T,) int64, the raster index of each token in the grid.
+        grid: the token grid, N cells.
     """
     offsets = torch.tensor([0, *lengths], device=cell.device).cumsum(0).to(torch.int32)
     return Packing(lengths, sample * cells(grid) + cell, sample, cell, offsets, grid)
 
 
 def unpack(rows: Tensor, packing: Packing) -> Tensor:
-    """Put packed rows back on the dense grid, zero elsewhere.
+    """Put packed rows back on the dense grid, with zeros elsewhere.
 
     Args:
         rows: (T, D).
-        packing: the plan they were packed with.
+        packing: the one that they were packed with.
 
     Returns:
         (B, N, D).
     """
     count, width = len(packing.lengths), cells(packing.grid)
     dense = rows.new_zeros(count * width, rows.shape[1]).index_copy(0, packing.index, rows)
-    return dense.view(count, width, rows.shape[1])
+    return rearrange(dense, "(b n) d -> b n d", b=count)

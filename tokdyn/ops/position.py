@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions and timestep frequencies."""
+"""Sine-cosine embeddings of positions and timesteps."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tokdyn.tokens import Grid
 
 
 def sincos_position(grid: Grid, width: int, scale: float = 1.0) -> Tensor:
-    """Sine-cosine positions at cell coordinates, as in MAE and DiT (arXiv 2212.09748).
+    """Compute sine-cosine embeddings of cell coordinates, as in MAE and DiT (arXiv 2212.09748).
 
     Each axis gets width / axes channels, the fastest axis (columns) first.
 
     Args:
         grid: sizes of the 1 to 3 axes.
         width: D, divisible by twice the number of axes.
-        scale: what a step from cell to cell adds to a coordinate. At 1/2 every second cell of a grid has the positions
-            of a grid half as fine.
+        scale: difference between the coordinates of neighbouring cells. At 1/2, every second cell of a grid has the
+            positions of a grid that is half as fine.
 
     Returns:
         (N, D) fp32, computed in fp64.
 
     Raises:
-        InputError: the width does not divide.
+        InputError: the width is not divisible.
     """
     if width % (2 * len(grid)):
-        raise InputError(f"the width is {width}, expected a multiple of {2 * len(grid)} for the grid {grid}.")
+        raise InputError(f"width is {width}, expected a multiple of {2 * len(grid)} for the grid {grid}.")
     half = width // len(grid) // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     axes = torch.meshgrid(*(scale * torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
@@ -38,12 +38,13 @@ def sincos_position(grid: Grid, width: int, scale: float = 1.0) -> Tensor:
 
 
 def timestep_frequencies(timestep: Tensor, width: int, shift: int = 0, period: float = 10000.0) -> Tensor:
-    """Cosines and sines of the timestep at geometric frequencies.
+    """Compute cosines and sines of the timestep at geometric frequencies.
 
     Args:
         timestep: (B,), integer or real.
-        width: even number of channels.
-        shift: frequencies run to period^(-(half-1)/(half-shift)); 0 in DiT, 1 in diffusers' DiT.
+        width: number of channels, even.
+        shift: the last frequency is `period^(-(half - 1) / (half - shift))` with half = width / 2; 0 in DiT, and 1 in
+            diffusers' DiT.
         period: longest wavelength over 2 pi, in timesteps.
 
     Returns:

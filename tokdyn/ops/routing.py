@@ -1,21 +1,22 @@
-"""Routing: from boundary probabilities to kept sets, the straight-through gate and the ratio loss.
+"""Routing: kept sets from boundary probabilities, tail drop, the straight-through gate and the ratio loss.
 
 Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351; H-Net, arXiv 2507.07955.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from tokdyn.errors import InputError
-from tokdyn.ops.device import asking_waits
+from tokdyn.ops.dispatch import synchronises
 
 
 def select(probability: Tensor, force_ends: bool = False) -> tuple[Tensor, Tensor]:
-    """The natural kept set: p > 0.5, strictly, and never empty.
+    """Select the natural kept set: p > 0.5, strictly, and at least one cell.
 
     Args:
         probability: (B, N) boundary probability.
@@ -36,28 +37,28 @@ def select(probability: Tensor, force_ends: bool = False) -> tuple[Tensor, Tenso
 
 
 def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Tensor:
-    """Drop the least probable kept tokens of each sample, floor(n f) of its n, never the last one.
+    """Drop the least probable floor(n f) of the n kept tokens of each sample, but never all (arXiv 2603.06351 v2).
 
-    Ties fall in raster order, so the sets for f1 < f2 are nested. n f is taken in fp32 whatever the other types, so a
-    number and a tensor that holds it drop the same tokens. Source: arXiv 2603.06351 v2, tail dropping.
+    Ties are broken in raster order, so the kept set of a larger f is a subset of that of a smaller one. n f is computed
+    in fp32 whatever the other types, so that a number and a tensor of it drop the same tokens.
 
     Args:
         probability: (B, N) boundary probability.
         keep: (B, N) bool, the natural kept set.
-        fraction: f in [0, 1], or a (B,) tensor with one per sample (Lite-CFG). On an accelerator the entries of a
-            tensor are clamped to [0, 1], since checking them would make the host wait.
+        fraction: f in [0, 1], or a (B,) tensor with one for each sample (Lite-CFG). Entries of a tensor on an
+            accelerator are clamped to [0, 1], since checking them would make the host wait.
 
     Returns:
         (B, N) bool. At f = 0 it is `keep` itself.
 
     Raises:
-        InputError: a fraction outside [0, 1], a tensor that is not (B,), or neither a number nor a tensor.
+        InputError: a fraction lies outside [0, 1], or is neither a number nor a (B,) tensor.
     """
     batch = keep.shape[0]
     if isinstance(fraction, Tensor):
         if fraction.shape not in ((), (1,), (batch,)):
             raise InputError(f"tail_drop has shape {tuple(fraction.shape)}, expected a float or ({batch},).")
-        if not asking_waits(fraction) and not bool(((fraction >= 0) & (fraction <= 1)).all()):
+        if not synchronises(fraction) and not bool(((fraction >= 0) & (fraction <= 1)).all()):
             raise InputError(f"tail_drop is {fraction.tolist()}, expected fractions between 0 and 1.")
         share = fraction.to(probability.device, torch.float32).reshape(-1, 1)
     else:
@@ -75,15 +76,34 @@ def tail_drop(probability: Tensor, keep: Tensor, fraction: float | Tensor) -> Te
     return keep & ~torch.zeros_like(keep).scatter_(1, order, first)
 
 
+def tail_kept(kept: int, fraction: float) -> int:
+    """Count the tokens of a sample that `tail_drop` leaves, for a number that is known on the host.
+
+    Args:
+        kept: n, tokens before tail drop.
+        fraction: f in [0, 1].
+
+    Returns:
+        n - floor(n f), at least 1; n f in fp32, as in `tail_drop`.
+    """
+    return kept - min(math.floor(_fp32(kept * _fp32(fraction))), kept - 1)
+
+
+def _fp32(x: float) -> float:
+    """Round to fp32, without a tensor that torch.compile would trace."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
+
+
 def most_probable(probability: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The cells of the highest probability of each sample, ties to the lowest raster index; nested in the counts.
+    """Select the most probable cells of each sample; larger sets contain smaller ones, as ties go in raster order.
 
     Args:
         probability: (B, N).
-        counts: cells wanted of each sample, known on the host, from 1 to N.
+        counts: cells to select in each sample, 1 to N, known on the host.
 
     Returns:
-        (B, M) int64 with M the largest count: the wanted cells in raster order, behind them others that fill the row.
+        (B, M) int64 with M the largest count: the selected cells in raster order, then cells that only fill up.
     """
     cell = probability.shape[1]
     order = probability.argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
@@ -95,7 +115,7 @@ def most_probable(probability: Tensor, counts: tuple[int, ...]) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """features * 1 forward; backward as if features had been multiplied by the probability."""
+    """The identity, with the gradients of `features * probability` at a probability of 1."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, probability: Tensor) -> Tensor:
@@ -110,7 +130,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(features: Tensor, probability: Tensor) -> Tensor:
-    """Out * STE(p): the gate is 1 forward and passes the gradient to p as if it were p (arXiv 2507.07955, eq. 7-9).
+    """Apply `out * STE(p)`: the gate is 1 forward, and gives p the gradient of a gate p (arXiv 2507.07955, eq. 7-9).
 
     Args:
         features: (..., D).
@@ -124,27 +144,28 @@ def straight_through(features: Tensor, probability: Tensor) -> Tensor:
 
 
 def ratio_loss(probability: Tensor, natural_keep: Tensor, target: float, group_size: int | None = None) -> Tensor:
-    """N/(N-1) [(1-F)(1-G) + (N-1) F G], F the mean kept share and G the mean probability (arXiv 2507.07955, eq. 10).
+    """Compute `N / (N - 1) ((1 - F) (1 - G) + (N - 1) F G)` (arXiv 2507.07955, eq. 10).
 
-    With F held (it has no gradient) dL/dG is proportional to N F - 1, so it drives the kept share to 1/N.
+    F is the mean kept share and G the mean probability. F has no gradient, and dL/dG is proportional to `N F - 1`, so
+    the loss drives the kept share to 1/N.
 
     Args:
         probability: (B, N) boundary probability.
         natural_keep: (B, N) bool, the kept set before tail drop.
         target: N > 1, tokens per kept token.
-        group_size: samples pooled for F and G; None pools the batch. A last group may be smaller; groups count by
-            their number of samples.
+        group_size: samples that F and G are averaged over; None is the whole batch. The last group may be smaller;
+            groups are weighted by their number of samples.
 
     Returns:
-        Scalar fp32, 1 when F = G = 1/N.
+        A scalar, fp32; 1 for F = G = 1/N.
 
     Raises:
-        InputError: target is not above 1 or group_size is not positive.
+        InputError: target is not above 1, or group_size is not positive.
     """
     if target <= 1.0:
-        raise InputError(f"the target is {target}, expected more than 1 token per kept token.")
+        raise InputError(f"target is {target}, expected more than 1 token per kept token.")
     if group_size is not None and group_size < 1:
-        raise InputError(f"the ratio loss has groups of {group_size} samples, expected at least 1.")
+        raise InputError(f"group_size is {group_size}, expected at least 1 sample.")
     share = natural_keep.float().mean(dim=1)
     mean = probability.float().mean(dim=1)
     size = group_size or len(share)

@@ -1,4 +1,4 @@
-"""Settings that change with the noise level: a number, or points between which the value runs in straight lines."""
+"""Settings that change with the noise level: a number, or points with linear interpolation between them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import pairwise
 from tokdyn.errors import InputError
 
 Curve = float | tuple[tuple[float, float], ...]
-"""One value for all noise levels, or points (level, value) with rising levels; 1 is pure noise, 0 the clean image."""
+"""A value for all noise levels, or points (level, value) with rising levels; 1 is pure noise, 0 the clean image."""
 
 
 def check_curve(curve: Curve, least: float, most: float) -> None:
     """Check the points of a curve.
 
     Raises:
-        InputError: no point, levels that do not rise or lie outside [0, 1], or a value outside [least, most].
+        InputError: there is no point, levels do not rise within [0, 1], or a value lies outside [least, most].
     """
     points: Sequence[tuple[float, float]] = ((0.0, curve),) if isinstance(curve, (int, float)) else curve
     if not points:
@@ -28,7 +28,7 @@ def check_curve(curve: Curve, least: float, most: float) -> None:
 
 
 def at(curve: Curve, level: float) -> float:
-    """The value at a noise level; before the first point and after the last it stays what it is there."""
+    """Evaluate a curve at a noise level; it is constant before the first point and after the last."""
     if isinstance(curve, (int, float)):
         return float(curve)
     place = bisect_right([point[0] for point in curve], level)

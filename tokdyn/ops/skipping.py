@@ -1,4 +1,4 @@
-"""Choosing which blocks to skip at which noise level, from how little they change their input."""
+"""Choose which blocks to skip at which noise level, by how little they change their input or by learned gates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tokdyn.errors import InputError
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """1 - mean cosine between a block's input and output, for every sample (ShortGPT, arXiv 2403.03853, eq. 1).
+    """Compute 1 - the mean cosine between a block's input and output (ShortGPT, arXiv 2403.03853, eq. 1).
 
     Args:
         before: (B, N, D).
         after: (B, N, D).
 
     Returns:
-        (B,) fp32, 0 for a block that only scales its tokens.
+        (B,) fp32; 0 for a block that only scales its tokens.
     """
     return 1.0 - F.cosine_similarity(before.float(), after.float(), dim=-1).flatten(1).mean(1)
 
@@ -31,29 +31,30 @@ def choose_skips(
     flops: float,
     protected: Sequence[int] = (),
 ) -> tuple[tuple[int, ...], ...]:
-    """The blocks to skip at each noise level, for a share of the FLOPs of all levels together.
+    """Choose the blocks to skip at each noise level, for a share of the FLOPs of all levels together.
 
-    Takes away the least influence per FLOP first, until the target is met.
+    Skips blocks in the order of their influence per FLOP, the least first, until the target is met.
 
     Args:
         influence: (levels, blocks).
-        cost: FLOPs of each block, (blocks,) or (levels, blocks) where levels differ; what is free runs.
-        other: FLOPs of everything that is not a block, one number or (levels,).
-        flops: FLOPs to end up with, as a share of what running everything costs, in (0, 1].
-        protected: blocks that always run.
+        cost: FLOPs of each block (a multiply-add is 2), (blocks,), or (levels, blocks) if levels differ; blocks that
+            cost nothing are not skipped.
+        other: FLOPs of everything but the blocks, a number or (levels,).
+        flops: FLOPs to end up with, as a share of running everything, in (0, 1].
+        protected: blocks that are never skipped.
 
     Returns:
-        For each level the blocks that are skipped, rising.
+        The skipped blocks of each level, in rising order.
 
     Raises:
-        InputError: the target is out of reach, or the numbers do not fit.
+        InputError: the target cannot be reached or lies outside (0, 1], or there is not one cost for each block.
     """
     levels, blocks = influence.shape
     costs = torch.as_tensor(cost, dtype=torch.float64, device="cpu")
     if costs.shape[-1:] != (blocks,) or not 0.0 < flops <= 1.0:
         raise InputError(
-            f"there are {costs.shape[-1]} costs for {blocks} blocks and the target is {flops}; expected one cost for "
-            "each block and a share of the FLOPs in (0, 1]."
+            f"there are {costs.shape[-1]} costs for {blocks} blocks and flops is {flops}; expected one cost for each "
+            "block and a share of the FLOPs in (0, 1]."
         )
     table = costs.expand(levels, blocks).tolist()
     spent, goal = skip_budget(costs.expand(levels, blocks), other, flops, protected)
@@ -71,38 +72,38 @@ def choose_skips(
 def skip_budget(
     cost: Tensor, other: float | Tensor, flops: float, protected: Sequence[int] = ()
 ) -> tuple[float, float]:
-    """FLOPs of running everything, and FLOPs to come down to.
+    """Return the FLOPs of running everything and the FLOPs of the target; a multiply-add is 2.
 
     Args:
         cost: (levels, blocks) fp64.
-        other: FLOPs of everything that is not a block, one number or (levels,).
-        flops: share to end up with.
-        protected: blocks that always run.
+        other: FLOPs of everything but the blocks, a number or (levels,).
+        flops: share of them to end up with.
+        protected: blocks that are never skipped.
 
     Raises:
-        InputError: what always runs costs more than that.
+        InputError: the parts that always run cost more than the target.
     """
     rest = torch.as_tensor(other, dtype=torch.float64, device="cpu").expand(len(cost)).sum()
     whole = float(rest + cost.sum())
     least = float(rest + cost[:, sorted(set(protected))].sum())
     if flops * whole < least:
         raise InputError(
-            f"{flops:g} of the FLOPs cannot be reached: what always runs costs {least / whole:.3g}; ask for more."
+            f"{flops:g} of the FLOPs cannot be reached: what always runs takes {least / whole:.3g}; ask for more."
         )
     return whole, flops * whole
 
 
 def gate(logit: Tensor, training: bool, temperature: float = 5.0, noise: Tensor | None = None) -> Tensor:
-    """A learned decision, 0 or 1, that passes its gradient through a sigmoid (straight-through).
+    """Take a learned decision, 0 or 1, that has the gradient of a sigmoid (straight-through).
 
     Args:
         logit: any shape.
-        training: adds Gumbel noise and keeps the gradient; otherwise the decision is logit > 0.
-        temperature: of the sigmoid that gradients see.
-        noise: see `gumbel_difference`; drawn if None.
+        training: add noise and keep the gradient; otherwise the decision is `logit > 0`.
+        temperature: of the sigmoid that the gradient is taken from.
+        noise: of `gumbel_difference`; None draws it.
 
     Returns:
-        0 or 1, the type and shape of logit.
+        0 or 1, in the type and shape of logit.
     """
     if not training:
         return (logit > 0).to(logit.dtype)
@@ -114,5 +115,5 @@ def gate(logit: Tensor, training: bool, temperature: float = 5.0, noise: Tensor 
 
 
 def gumbel_difference(like: Tensor) -> Tensor:
-    """Differences of two Gumbel numbers, which are logistic, in a tensor's shape and type, from torch's generator."""
+    """Draw differences of two Gumbel variables, which are logistic, in the shape and type of a tensor."""
     return torch.logit(torch.rand_like(like).clamp(1e-6, 1 - 1e-6))

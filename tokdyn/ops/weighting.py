@@ -1,7 +1,7 @@
 """Size-weighted attention: a merged token counts as many times as it stands for tokens.
 
-Source: ToMe (arXiv 2210.09461), eq. 1: softmax(q k^T / sqrt(d) + log s). Keys that are there s times get the same
-share of the attention as one key with log s added to its logits.
+Source: ToMe (arXiv 2210.09461), eq. 1, `softmax(q k^T / sqrt(d) + log s)`. One key with log s added to its logits gets
+as much attention as s equal keys.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -18,14 +19,14 @@ from torch.overrides import TorchFunctionMode
 def size_weighted_attention(
     query: Tensor, key: Tensor, value: Tensor, size: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """Attention in which every key counts as often as its size says.
+    """Compute attention in which each key counts as often as its size says.
 
     Args:
         query: (B, H, L, d).
         key: (B, H, S, d).
         value: (B, H, S, d).
         size: (B, S), positive.
-        mask: broadcast to (B, H, L, S); bool, true where a key is seen, or added to the logits.
+        mask: broadcast to (B, H, L, S); bool and true where a key is seen, or added to the logits.
 
     Returns:
         (B, H, L, d).
@@ -34,12 +35,12 @@ def size_weighted_attention(
 
 
 def size_bias(size: Tensor, text: int = 0, image: str = "last") -> Tensor:
-    """What is added to the logits of keys, from what they stand for.
+    """Compute the bias of the logits of keys from their sizes.
 
     Args:
-        size: (B, M) of the image tokens.
-        text: tokens beside them, which stand for themselves.
-        image: whether the image tokens come "first" or "last".
+        size: (B, M), how many tokens each image token stands for.
+        text: number of text tokens in the sequence, which stand for themselves.
+        image: whether image tokens come "first" or "last".
 
     Returns:
         (B, M + text).
@@ -51,8 +52,8 @@ def size_bias(size: Tensor, text: int = 0, image: str = "last") -> Tensor:
 
 
 def with_key_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of attention, bool or additive or none, together with a bias (B, S) of the keys, as one to be added."""
-    bias = bias.to(dtype)[:, None, None]
+    """Add a bias (B, S) of the keys to an attention mask, which may be bool, additive or None."""
+    bias = rearrange(bias.to(dtype), "b s -> b 1 1 s")
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
@@ -61,14 +62,14 @@ def with_key_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tens
 
 
 class KeyBias(TorchFunctionMode):
-    """Within this context, self-attention over as many tokens as the bias is long gets the bias on its keys.
+    """Add a bias to the keys of self-attention in code that takes none, within this context.
 
-    It changes the calls of `torch.nn.functional.scaled_dot_product_attention` in code that takes no bias; what has no
-    such call is left as it was, and `met` says so.
+    It changes calls of `torch.nn.functional.scaled_dot_product_attention` whose batch and number of tokens are those of
+    the bias. `met` says whether there was such a call.
 
     Attributes:
-        bias: (B, S), added to the logits.
-        calls: that it was added in.
+        bias: (B, S), added to the logits of each key.
+        calls: how many calls it was added in.
     """
 
     def __init__(self, bias: Tensor) -> None:
@@ -78,13 +79,13 @@ class KeyBias(TorchFunctionMode):
 
     @property
     def met(self) -> bool:
-        """Whether there was such a call."""
+        """Whether the bias was added in any call."""
         return self.calls > 0
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """A call of any function of torch."""
+        """Add the bias if this is a call of attention that it fits."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             named = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}

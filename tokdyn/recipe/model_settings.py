@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Self, cast
 
@@ -61,6 +62,16 @@ class ModelSettings(BaseModel):
         if self.kind == "dit":
             return 1.0
         return float(self.overrides.get("target", constructor("dcdit")["target"].default))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        """Accept recipes that an earlier version saved."""
+        if not isinstance(given, Mapping) or given.get("kind", "dcdit") != "dcdit":
+            return given
+        from tokdyn.models.sizes import renamed_settings
+
+        return renamed_settings(given)
 
     @model_validator(mode="after")
     def _check_overrides(self) -> Self:

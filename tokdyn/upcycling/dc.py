@@ -21,8 +21,8 @@ _FROM_BASE = (
     "timestep_shift", "timestep_map", "mlp_norm_eps",
 )  # fmt: skip
 _OPEN = (
-    "target", "patch_size", "router", "encoder_depth", "decoder_depth", "scaffold_width", "smoothing",
-    "smoothing_sigma", "force_ends", "condition_adaptor",
+    "target", "patch_size", "router", "encoder_depth", "decoder_depth", "scaffold_width", "sigma",
+    "force_ends", "condition_adaptor",
 )  # fmt: skip
 
 

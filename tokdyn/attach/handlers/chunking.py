@@ -23,11 +23,9 @@ from tokdyn.ops import ratio_loss, select
 from tokdyn.ops.dechunk import smooths_on_grid
 from tokdyn.ops.dropping import take
 from tokdyn.ops.pack import pack_index
-from tokdyn.ops.routing import most_probable, tail_drop
+from tokdyn.ops.routing import most_probable, tail_drop, tail_kept
 from tokdyn.ops.schedules import Curve, at
 from tokdyn.tokens import Grid, Routing
-
-_SLACK = 1e-6  # a share of 0.29 in fp32 is a little less than that, and 100 tokens should still lose 29
 
 
 @dataclass
@@ -83,7 +81,7 @@ class ChunkedBlocks(Bracket):
             lengths = tuple(keep.sum(dim=1).tolist())
         else:
             kept = max(1, round(count / self.method.target))
-            lengths = tuple(kept - min(int(kept * (drop + _SLACK)), kept - 1) for drop in drops)
+            lengths = tuple(tail_kept(kept, drop) for drop in drops)
         index = most_probable(probability, lengths)
         if context.training:
             loss = self.method.loss_weight * ratio_loss(probability, natural, self.method.target)

@@ -12,8 +12,7 @@ from tokdyn.attach.context import CallContext
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import TokenDrop
-from tokdyn.ops.dropping import kept_count, put_back, subset, take
-from tokdyn.ops.hashing import mix
+from tokdyn.ops.dropping import kept_count, mix, put_back, subset, take
 
 
 @dataclass
