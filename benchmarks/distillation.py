@@ -18,10 +18,10 @@ import tokdyn
 from tokdyn import DiT
 from tokdyn.bench.timing import in_turn, machine, prepare, write
 from tokdyn.diffusion.objective import Objective
-from tokdyn.recipe.upcycling import PhaseSettings
 from tokdyn.train.step import RatioTerm, draw, micro_step
-from tokdyn.train.upcycling import Guidance
 from tokdyn.upcycling import Distillation
+from tokdyn.upcycling.phases import Guidance
+from tokdyn.upcycling.settings import PhaseSettings
 
 SLACK = 1.05
 

@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         from tokdyn.calibration.pipelines import is_pipeline
         from tokdyn.errors import RecipeError
         from tokdyn.recipe import Recipe, load
-        from tokdyn.recipe.upcycled import upcycling
+        from tokdyn.recipe.from_base import upcycling
 
         from .train import carry_out
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import tokdyn
 from tokdyn.errors import CompositionError, RecipeError
-from tokdyn.recipe.upcycled import split_methods, upcycling
+from tokdyn.recipe.from_base import split_methods, upcycling
 from tokdyn.sample import load_model
 
 TINY = ["data.size=16", "data.length=64", "training.batch_size=4", "training.log_every=1", "training.sample_every=null"]

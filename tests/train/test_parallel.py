@@ -14,8 +14,8 @@ from tests import processes
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import build_model
+from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import train
-from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.step import RatioTerm, draw, micro_step
 
 Tiny = Callable[..., Recipe]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokdyn.recipe import ChunkingSettings, OptimizerSettings
+from tokdyn.seeds import Stream, generator, mix, seed_everything, splitmix64
 from tokdyn.train import schedule
-from tokdyn.train.seeds import Stream, generator, mix, seed_everything, splitmix64
 
 
 def test_learning_rate() -> None:

@@ -23,9 +23,9 @@ from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
-from tokdyn.train.calls import CallSettings, distil, fresh
-from tokdyn.train.seeds import Stream, seed_everything
-from tokdyn.upcycling.api import check_method, upcycle
+from tokdyn.seeds import Stream, seed_everything
+from tokdyn.upcycling.conversion import check_method, upcycle
+from tokdyn.upcycling.pipelines import CallSettings, distil, fresh
 
 INDEX, REPORT, PICTURE, BEGUN = "model_index.json", "upcycle.json", "images.png", "settings.json"
 _OWN = ("DiTTransformer2DModel", "DiT", "DCDiT")  # of class-conditional pipelines, which recipes train

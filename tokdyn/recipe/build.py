@@ -15,7 +15,7 @@ from tokdyn.data.config import rows_and_columns
 from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.recipe.model_settings import FROM_ELSEWHERE, ModelSettings
 from tokdyn.recipe.schema import Recipe
-from tokdyn.recipe.upcycling import UpcycleSettings
+from tokdyn.upcycling.settings import UpcycleSettings
 
 if TYPE_CHECKING:
     from tokdyn.methods import Method
@@ -173,7 +173,7 @@ def build_model(
     shape = shape or planned_shape(recipe.data)
     if recipe.upcycle is not None:
         from tokdyn.attach.entry import wrap
-        from tokdyn.upcycling.dc import to_dc
+        from tokdyn.upcycling.conversion import to_dc
 
         base = base or open_base(recipe, shape, num_classes)
         with torch.device(device):

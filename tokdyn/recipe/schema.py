@@ -12,8 +12,8 @@ from tokdyn.data import DataConfig
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Sampler
 from tokdyn.recipe.model_settings import BASE, ModelSettings
-from tokdyn.recipe.section import Count, Fraction, Positive, Section
-from tokdyn.recipe.upcycling import UpcycleSettings
+from tokdyn.section import Count, Fraction, Positive, Section
+from tokdyn.upcycling.settings import UpcycleSettings
 
 
 class OptimizerSettings(Section):

@@ -15,15 +15,15 @@ from torch import Tensor
 from tokdyn.errors import TokdynError
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe, dump
+from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import metrics, schedule, state
 from tokdyn.train.metrics import Row
 from tokdyn.train.progress import ProgressLine
-from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.setup import Run
 from tokdyn.train.signals import StopRequest
 from tokdyn.train.snapshot import save_model
 from tokdyn.train.step import RatioTerm, draw, micro_step
-from tokdyn.train.upcycling import Guidance, hold, learning_rate
+from tokdyn.upcycling.phases import Guidance, hold
 
 Preview = Callable[[Any, Recipe, Path, int], object]
 """Draws previews: called with the averaged model, the recipe, the run's folder and the step."""
@@ -122,7 +122,7 @@ class Loop:
     def _step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         run, recipe, trainee = self.run, self.run.recipe, self.run.trainee
         training, device = recipe.training, run.accelerator.device
-        rate = learning_rate(recipe, step, run.steps)
+        rate = schedule.run_learning_rate(recipe, step, run.steps)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         chunking, drop = None, 0.0
@@ -188,7 +188,7 @@ class Loop:
             "images": step * batch,
             "epoch": step * batch / len(run.dataset),
             **means,
-            "lr": learning_rate(recipe, step - 1, run.steps),
+            "lr": schedule.run_learning_rate(recipe, step - 1, run.steps),
         }
         if recipe.chunking is not None:
             self.row["target"] = schedule.target(recipe.chunking, recipe.model.target, step - 1)

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tokdyn.recipe import ChunkingSettings, OptimizerSettings
-from tokdyn.train.seeds import Stream, generator
+from tokdyn.recipe import ChunkingSettings, OptimizerSettings, Recipe
+from tokdyn.seeds import Stream, generator
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -27,6 +27,18 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     progress = min(1.0, (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps))
     left = 1.0 - progress if settings.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.lr * (settings.final_lr + (1.0 - settings.final_lr) * left)
+
+
+def run_learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Learning rate of a step of a run, times the factor of its upcycling phase.
+
+    Args:
+        recipe: The recipe.
+        step: Steps already taken.
+        steps: Steps of the whole run.
+    """
+    rate = learning_rate(recipe.optimizer, step, steps)
+    return rate if recipe.upcycle is None else rate * recipe.upcycle.phase(step)[0].lr
 
 
 def target(settings: ChunkingSettings, model_target: float, step: int) -> float:

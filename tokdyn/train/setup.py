@@ -17,14 +17,14 @@ from tokdyn.errors import RecipeError
 from tokdyn.recipe import OptimizerSettings, Recipe
 from tokdyn.recipe.build import build_model, open_base, planned_steps
 from tokdyn.recipe.explain import nearest
+from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import schedule
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
-from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
-from tokdyn.train.upcycling import always_frozen, freeze
-from tokdyn.upcycling.distill import Distillation
+from tokdyn.upcycling.distillation import Distillation
+from tokdyn.upcycling.phases import always_frozen, freeze
 from tokdyn.upcycling.report import UpcycleReport, report
 
 _CALIBRATION_IMAGES = 64

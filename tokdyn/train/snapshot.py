@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokdyn.attach.class_swap import base_class
 from tokdyn.attach.entry import attachment_of
 from tokdyn.attach.sidecar import load, save
+from tokdyn.checkpoints.optimizer import load_optimizer, optimizer_tensors
 from tokdyn.errors import CheckpointError
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
@@ -89,31 +90,6 @@ def load_weights(model: Any, folder: Path) -> None:
         model.load_state_dict(saved.state_dict())
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {folder} do not belong to this recipe's model: {error}") from error
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to tensors named PARAMETER/MOMENT."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{moment}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for moment, value in state.items()
-    }
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back; moments go to their parameter's device, the step count stays where AdamW put it."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    state: dict[Tensor, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, moment = key.rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(f"The checkpoint has optimizer state for {name}, which this model does not have.")
-        state.setdefault(parameters[name], {})[moment] = value
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved = optimizer.state_dict()
-    saved["state"] = {index: state[parameter] for index, parameter in enumerate(order) if parameter in state}
-    optimizer.load_state_dict(saved)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

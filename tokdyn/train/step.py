@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tokdyn.diffusion.objective import Noised, Objective
 from tokdyn.ops import ratio_loss
-from tokdyn.train.upcycling import Guidance
-from tokdyn.upcycling.distill import Asked
+from tokdyn.upcycling.distillation import Asked
+from tokdyn.upcycling.phases import Guidance
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 `tokdyn.upcycle(base, "dc", target=4)` builds the model, `tokdyn upcycle` trains it too.
 """
 
-from tokdyn.upcycling.api import upcycle
-from tokdyn.upcycling.dc import to_dc
-from tokdyn.upcycling.distill import Distillation
+from tokdyn.upcycling.conversion import to_dc, upcycle
+from tokdyn.upcycling.distillation import Distillation
+from tokdyn.upcycling.pipelines import CallResult, CallSettings, distil
 from tokdyn.upcycling.report import UpcycleReport, report
 
-__all__ = ["Distillation", "UpcycleReport", "report", "to_dc", "upcycle"]
+__all__ = ["CallResult", "CallSettings", "Distillation", "UpcycleReport", "distil", "report", "to_dc", "upcycle"]

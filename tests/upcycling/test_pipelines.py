@@ -15,7 +15,7 @@ from tests.contract.models import TINY
 from tests.contract.pipelines import PIPES, build, images
 from tokdyn import Chunking, FeatureCache
 from tokdyn.errors import CheckpointError, InputError, TokdynError
-from tokdyn.train.calls import CallSettings, distil
+from tokdyn.upcycling.pipelines import CallSettings, distil
 
 QUICK = CallSettings(steps=40, lr=3e-3, checkpoint_every=20)
 

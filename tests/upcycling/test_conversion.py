@@ -14,8 +14,7 @@ from tokdyn.checkpoints import read, to_official
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.ops import sincos_position
 from tokdyn.upcycling import Distillation, report
-from tokdyn.upcycling.dc import corner_plan, patch_of, stride
-from tokdyn.upcycling.distill import Asked, normalised_mse
+from tokdyn.upcycling.distillation import Asked, corner_plan, normalised_mse, patch_of, stride
 
 
 def base(patch: int = 4, **settings: object) -> DiT:

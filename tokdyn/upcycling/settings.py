@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tokdyn.methods import Method
 from tokdyn.methods.written import from_written
-from tokdyn.recipe.section import Positive, Section, Weight
+from tokdyn.section import Positive, Section, Weight
 
 Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
 

@@ -15,11 +15,11 @@ from tests import processes
 from tokdyn.checkpoints import read
 from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.recipe import Recipe, dump, resolve
-from tokdyn.recipe.upcycled import facts_of, upcycling
-from tokdyn.recipe.upcycling import DISTILLED, UpcycleSettings
+from tokdyn.recipe.from_base import facts_of, upcycling
 from tokdyn.sample import load_model
-from tokdyn.train import dry_run, train
-from tokdyn.train.upcycling import Guidance, hold, learning_rate, part_of
+from tokdyn.train import dry_run, schedule, train
+from tokdyn.upcycling.phases import Guidance, hold, part_of
+from tokdyn.upcycling.settings import DISTILLED, UpcycleSettings
 
 WORKER = Path(__file__).parent / "worker.py"
 SMALL = {
@@ -337,7 +337,7 @@ def test_the_recipe_takes_data_and_objective_from_the_base(base: Path) -> None:
 def test_gradients_are_dropped_and_rates_multiplied(base: Path, tmp_path: Path) -> None:
     made = recipe(base, tmp_path)
     assert made.upcycle is not None
-    assert learning_rate(made, 6, 8) == 0.5 * learning_rate(made, 0, 8)
+    assert schedule.run_learning_rate(made, 6, 8) == 0.5 * schedule.run_learning_rate(made, 0, 8)
     model = torch.nn.ModuleDict({"blocks": torch.nn.Linear(1, 1), "decoder": torch.nn.Linear(1, 1)})
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

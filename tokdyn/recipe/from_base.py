@@ -9,7 +9,7 @@ from typing import Any
 from tokdyn.errors import RecipeError
 from tokdyn.files import json_object
 from tokdyn.recipe import Recipe, files, resolve
-from tokdyn.recipe.upcycling import DISTILLED
+from tokdyn.upcycling.settings import DISTILLED
 
 FACTS = "tokdyn.json"
 DEFAULTS = [phase.model_dump() for phase in DISTILLED]

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from tokdyn.attach.controls import losses
 from tokdyn.attach.entry import attached, disabled
 from tokdyn.attach.sidecar import save
+from tokdyn.checkpoints.optimizer import load_optimizer, optimizer_tensors
 from tokdyn.errors import CheckpointError, InputError, TokdynError
 from tokdyn.files import replacing
 from tokdyn.progress import progress
-from tokdyn.recipe.section import Count, Positive, Section
-from tokdyn.train.seeds import Stream, generator, seed_everything
-from tokdyn.train.snapshot import load_optimizer, optimizer_tensors
-from tokdyn.upcycling.distill import normalised_mse
+from tokdyn.section import Count, Positive, Section
+from tokdyn.seeds import Stream, generator, seed_everything
+from tokdyn.upcycling.distillation import normalised_mse
 
 STATE, METRICS, METHODS, TRANSFORMER = "state.safetensors", "metrics.jsonl", "methods", "transformer"
 
@@ -62,7 +62,7 @@ class CallResult:
 
     Attributes:
         folder: with `methods` for `tokdyn.load`, and `transformer` if all of it was trained.
-        rows: step, "output" (see `tokdyn.upcycling.distill.normalised_mse`) and the losses of the methods, by step.
+        rows: step, "output" (see `normalised_mse`) and the losses of the methods, by step.
     """
 
     folder: Path

@@ -14,8 +14,42 @@ from tokdyn.attach.controls import losses as method_losses
 from tokdyn.attach.entry import attachment_of, disabled
 from tokdyn.errors import InputError
 from tokdyn.models import DCDiT, DiT
-from tokdyn.tokens import Grid, Packing
-from tokdyn.upcycling.dc import corner_plan, patch_of, stride
+from tokdyn.tokens import Grid, Packing, cells
+
+
+def stride(student: DCDiT) -> int:
+    """Cells of a DC-DiT on a side of a patch of the base that its blocks come from.
+
+    Raises:
+        InputError: it does not come from a base.
+    """
+    scale = float(student.config.position_scale)
+    if scale >= 1.0:
+        raise InputError(
+            "this DC-DiT was not made from a DiT: its position_scale is 1, so no cell is the corner of a patch."
+        )
+    return round(1.0 / scale)
+
+
+def corner_plan(grid: Grid, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """The fixed plan of the first phase: keep the upper left cell of every patch of the base.
+
+    Args:
+        grid: (rows, columns) of the DC-DiT.
+        step: cells on a side of a patch.
+        device: of the result.
+
+    Returns:
+        (N,) bool, N cells. The kept tokens, in raster order, are those of the base.
+    """
+    corners = [torch.arange(size, device=device) % step == 0 for size in grid]
+    return (corners[0][:, None] & corners[1]).reshape(cells(grid))
+
+
+def patch_of(cell: Tensor, grid: Grid, step: int) -> Tensor:
+    """The patch of the base that cells lie in: (T,) int64 cells of a grid to (T,) int64 places in raster order."""
+    rows, columns = cell // grid[1], cell % grid[1]
+    return (rows // step) * (grid[1] // step) + columns // step
 
 
 def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import Shape, build_model, open_base, planned_shape, planned_steps
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import RatioTerm, draw, micro_step
-from tokdyn.train.upcycling import Guidance, always_frozen, freeze
-from tokdyn.upcycling.distill import Distillation
+from tokdyn.upcycling.distillation import Distillation
+from tokdyn.upcycling.phases import Guidance, always_frozen, freeze
 from tokdyn.upcycling.report import UpcycleReport, report
 
 if TYPE_CHECKING:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.errors import RecipeError
-from tokdyn.recipe import Recipe
-from tokdyn.recipe.upcycling import Part, PhaseSettings, UpcycleSettings
-from tokdyn.train import schedule
-from tokdyn.train.seeds import Stream, generator
-from tokdyn.upcycling.dc import EMBEDDERS
+from tokdyn.seeds import Stream, generator
+from tokdyn.upcycling.conversion import EMBEDDERS
+from tokdyn.upcycling.settings import Part, PhaseSettings, UpcycleSettings
 
 _PARTS: dict[Part, tuple[str, ...]] = {
     "embedders": EMBEDDERS,
@@ -40,18 +38,6 @@ def freeze(model: nn.Module, parts: Iterable[Part]) -> None:
             parameter.requires_grad_(part_of(name) not in parts)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(f"nothing learns: {', '.join(sorted(parts))} are frozen in all phases; let one go.")
-
-
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Learning rate of a step, with the factor of its phase.
-
-    Args:
-        recipe: The recipe.
-        step: Steps already taken.
-        steps: Steps of the whole run.
-    """
-    rate = schedule.learning_rate(recipe.optimizer, step, steps)
-    return rate if recipe.upcycle is None else rate * recipe.upcycle.phase(step)[0].lr
 
 
 def hold(model: nn.Module, phase: PhaseSettings) -> None:
