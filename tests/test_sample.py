@@ -27,7 +27,7 @@ from tokdyn.report.pixels import to_pixels
 from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.sample import run as runs
 from tokdyn.sample.job import prepare
-from tokdyn.train import state, train
+from tokdyn.train import checkpoints, train
 from tokdyn.train.snapshot import save_model
 
 TINY = {"sample_size": (6, 8), "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 4}
@@ -297,7 +297,7 @@ def training_folder(root: Path, finished: bool) -> Path:
         save_model(tiny(2), folder / "ema", FACTS)
 
     for step in (10, 20):
-        state.save(root / "checkpoints", step, write, {}, keep=2)
+        checkpoints.save(root / "checkpoints", step, write, {}, keep=2)
     (root / "recipe.yaml").write_text("name: tiny\n")
     if finished:
         save_model(tiny(3), root / "model", FACTS)

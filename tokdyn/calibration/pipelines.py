@@ -25,7 +25,7 @@ from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
 from tokdyn.seeds import Stream, seed_everything
 from tokdyn.upcycling.conversion import check_method, upcycle
-from tokdyn.upcycling.pipelines import CallSettings, distil, fresh
+from tokdyn.upcycling.pipelines import DistilSettings, distil, require_unused
 
 INDEX, REPORT, PICTURE, BEGUN = "model_index.json", "upcycle.json", "images.png", "settings.json"
 _OWN = ("DiTTransformer2DModel", "DiT", "DCDiT")  # of class-conditional pipelines, which recipes train
@@ -95,10 +95,10 @@ class PipelineConfig(BaseModel):
         return self
 
     @property
-    def distillation(self) -> CallSettings:
+    def distillation(self) -> DistilSettings:
         """The settings of the training."""
-        names = set(CallSettings.model_fields) & set(type(self).model_fields)
-        return CallSettings(**{name: getattr(self, name) for name in names})
+        names = set(DistilSettings.model_fields) & set(type(self).model_fields)
+        return DistilSettings(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def upcycle_pipeline(
     require_folder(out)
     own = {**config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "out", "device"}), "methods": methods}
     if not resume:
-        fresh(out)  # before images are drawn in vain
+        require_unused(out)  # before images are drawn in vain
     elif (out / BEGUN).is_file():
         changed = [name for name, value in json_object(out / BEGUN).items() if own.get(name) != value]
         if changed:

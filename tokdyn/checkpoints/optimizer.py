@@ -1,4 +1,4 @@
-"""The state of an optimizer as named tensors, and back."""
+"""Turn the state of an optimizer into named tensors for a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokdyn.errors import CheckpointError
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to tensors named PARAMETER/MOMENT."""
+    """Return the state of an optimizer as tensors named PARAMETER/MOMENT."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{moment}": torch.as_tensor(value)
@@ -19,13 +19,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back; moments go to their parameter's device, the step count stays where AdamW put it."""
+    """Load what `optimizer_tensors` returned; moments go to the device of their parameter.
+
+    Raises:
+        CheckpointError: There is state for a parameter that the model does not have.
+    """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     state: dict[Tensor, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
         if name not in parameters:
-            raise CheckpointError(f"The checkpoint has optimizer state for {name}, which this model does not have.")
+            raise CheckpointError(
+                f"The checkpoint has optimizer state for {name}, which this model does not have; load it into the "
+                "model that it was saved from."
+            )
         state.setdefault(parameters[name], {})[moment] = value
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = optimizer.state_dict()

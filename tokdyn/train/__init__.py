@@ -1,12 +1,12 @@
-"""Training: one loop for all recipes, on one device or several, that resumes bit for bit."""
+"""Train recipes on one device or several, with runs that resume bit for bit."""
 
-from tokdyn.train.estimate import Plan, dry_run
+from tokdyn.train.estimate import Estimate, dry_run
 from tokdyn.train.loop import EXIT_INTERRUPTED, Preview, Result
 from tokdyn.train.session import train
 
 __all__ = [
     "EXIT_INTERRUPTED",
-    "Plan",
+    "Estimate",
     "Preview",
     "Result",
     "dry_run",

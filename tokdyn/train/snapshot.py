@@ -1,4 +1,4 @@
-"""What a checkpoint holds: weights, averaged weights, optimizer and the running means; written and put back exactly."""
+"""Save and restore what training changes: weights, averaged weights, optimizer state and running means."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
 
 METHODS = "methods"
-"""Folder beside the weights of a model for the methods that it was trained with."""
+"""Folder beside the weights of a model that holds the methods it was trained with."""
 _OPTIMIZER = "optimizer/"
 _WINDOW = "window/"
 
 
 @dataclass
 class Trainee:
-    """What changes while training.
+    """Everything that training changes.
 
     Attributes:
-        model: The network itself, not wrapped for several devices.
-        ema: Its average.
+        model: The network, without its data-parallel wrapper.
+        ema: Its averaged weights.
         optimizer: torch's AdamW over the trainable parameters.
-        window: Means since the last line of metrics.
-        info: What tokdyn.json in every saved model says: objective, data, class names.
+        window: Sums of metrics since the last line of metrics.
+        info: Contents of the tokdyn.json in every saved model: objective, data, class names.
     """
 
     model: Any
@@ -55,10 +55,10 @@ class Trainee:
         )
 
     def restore(self, folder: Path) -> None:
-        """Put back what `save` wrote, in place.
+        """Restore what `save` wrote, in place.
 
         Raises:
-            CheckpointError: The checkpoint does not belong to this model.
+            CheckpointError: The checkpoint cannot be read, or does not belong to this model.
         """
         load_weights(self.model, folder / "model")
         load_weights(self.ema.model, folder / "ema")
@@ -71,10 +71,7 @@ class Trainee:
 
 
 def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
-    """Write a diffusers model, and tokdyn.json beside it, so that sampling knows what it was trained to do.
-
-    Methods that are attached to it go into a folder of their own below.
-    """
+    """Write a diffusers model, its attached methods, and a tokdyn.json that says what it was trained to predict."""
     model.save_pretrained(folder)
     if attachment_of(model) is not None:
         save(model, folder / METHODS)
@@ -82,7 +79,7 @@ def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Copy the weights that `save_pretrained` wrote into an existing model of the same configuration."""
+    """Copy the weights that `save_model` wrote into an existing model of the same configuration."""
     try:
         saved = base_class(model).from_pretrained(folder)  # type: ignore[attr-defined]
         if attachment_of(model) is not None:
@@ -93,4 +90,5 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose name has a prefix, without the prefix."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,7 +1,8 @@
-"""Training the methods of a wrapped transformer against what it says without them, on recorded calls.
+"""Train a wrapped transformer on recorded calls to predict what it predicts without its methods.
 
-For models that no recipe can train, such as those of text-to-image pipelines: `tokdyn.recording` keeps the calls of a
-pipeline that draws images, and the model learns to answer them with fewer tokens as it does with all.
+This is for models that no recipe trains, such as those of text-to-image pipelines: `tokdyn.recording` keeps the
+arguments of the calls that a pipeline makes while it draws, and the transformer learns to answer them with fewer tokens
+as it does with all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,17 +34,18 @@ from tokdyn.upcycling.distillation import normalised_mse
 STATE, METRICS, METHODS, TRANSFORMER = "state.safetensors", "metrics.jsonl", "methods", "transformer"
 
 
-class CallSettings(Section):
-    """How a wrapped transformer learns from recorded calls.
+class DistilSettings(Section):
+    """How a wrapped transformer is trained on recorded calls.
 
     Attributes:
         steps: Optimizer steps.
-        calls: Calls per step, drawn anew in every step.
+        calls: Recorded calls per step, drawn anew in every step.
         lr: Learning rate of AdamW, which has no weight decay here.
-        warmup_steps: The rate rises linearly over this many steps.
+        warmup_steps: Steps over which the learning rate rises linearly to `lr`.
         clip: Largest norm of the gradient.
-        trained: "methods" trains their parts alone and needs no second model; "all" trains the transformer too.
-        seed: Of the draws.
+        trained: "methods" trains only the parameters of the methods and needs no second model; "all" trains the
+            transformer too.
+        seed: Seed of the draws.
         checkpoint_every: Steps between checkpoints.
     """
 
@@ -57,12 +60,12 @@ class CallSettings(Section):
 
 
 @dataclass(frozen=True)
-class CallResult:
-    """What `distil` did.
+class DistilResult:
+    """What `distil` wrote and measured.
 
     Attributes:
-        folder: with `methods` for `tokdyn.load`, and `transformer` if all of it was trained.
-        rows: step, "output" (see `normalised_mse`) and the losses of the methods, by step.
+        folder: Holds `methods` for `tokdyn.load`, and `transformer` if all of it was trained.
+        rows: Metrics of every step: "step", "output" (see `normalised_mse`) and the losses of the methods.
     """
 
     folder: Path
@@ -73,65 +76,74 @@ def distil(
     student: nn.Module,
     calls: Sequence[Mapping[str, Any]],
     folder: str | Path,
-    settings: CallSettings | None = None,
+    settings: DistilSettings | None = None,
     *,
     teacher: nn.Module | None = None,
     resume: bool = False,
     facts: Mapping[str, Any] | None = None,
-) -> CallResult:
-    """Let a wrapped transformer answer recorded calls as its original does.
+) -> DistilResult:
+    """Train a wrapped transformer to answer recorded calls as the original does.
 
     Args:
-        student: wrapped, such as `tokdyn.upcycle(pipe.transformer, "dc", target=4)`.
-        calls: arguments by name, from `tokdyn.recording`.
-        folder: for checkpoints, metrics and the result.
+        student: The wrapped transformer, such as `tokdyn.upcycle(pipe.transformer, "dc", target=4)`.
+        calls: Arguments of the recorded calls by name, from `tokdyn.recording`.
+        folder: Receives checkpoints, metrics and the result.
         settings: None takes the defaults.
-        teacher: the original, frozen; None takes the student without its methods, while only these learn.
-        resume: continue from the last checkpoint in the folder, bit for bit.
-        facts: written to settings.json in the folder.
+        teacher: The original model. None takes the student with its methods disabled, which is possible while only the
+            methods are trained.
+        resume: Continue from the last checkpoint in the folder, bit for bit.
+        facts: Written to settings.json in the folder.
 
     Returns:
         The folder and the metrics of all steps.
 
     Raises:
-        InputError: nothing to learn or to learn from, or no teacher where all of the transformer is trained.
-        CheckpointError: the folder is in use, or holds nothing that can be continued.
+        InputError: There are no calls, no method has parameters, or the whole transformer is to be trained without a
+            teacher.
+        CheckpointError: The folder is in use, or holds no run that can be continued.
+        TokdynError: The loss or its gradient is no longer finite.
     """
-    settings, where = settings or CallSettings(), Path(folder).expanduser()
+    settings, out = settings or DistilSettings(), Path(folder).expanduser()
     parts = attached(student).parts
     if not calls:
-        raise InputError("there are no calls to learn from; record some with tokdyn.recording.")
+        raise InputError("calls is empty; record some with tokdyn.recording.")
     if not len(parts):
-        raise InputError("no method on this model has anything to learn; wrap it with Chunking, for example.")
+        raise InputError(
+            "none of the methods on this model has parameters to train; wrap it with Chunking, for example."
+        )
     if settings.trained == "all" and teacher is None:
-        raise InputError("trained='all' changes the model itself; give a copy of the original as teacher.")
-    learning = list(parts.parameters()) if settings.trained == "methods" else list(student.parameters())
-    before = {parameter: parameter.requires_grad for parameter in student.parameters()}
-    chosen = set(learning)
-    for parameter in before:
-        parameter.requires_grad_(parameter in chosen)
+        raise InputError("trained='all' changes the transformer itself; give a copy of the original as teacher.")
+    trained = list(parts.parameters()) if settings.trained == "methods" else list(student.parameters())
+    required_grad = {parameter: parameter.requires_grad for parameter in student.parameters()}
+    trained_set = set(trained)
+    for parameter in required_grad:
+        parameter.requires_grad_(parameter in trained_set)
     mode = student.training
-    optimizer = torch.optim.AdamW(learning, lr=settings.lr, weight_decay=0.0)
-    rows = _restored(where, student, optimizer, settings) if resume else fresh(where)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+    if resume:
+        rows = _restore(out, student, optimizer, settings)
+    else:
+        require_unused(out)
+        rows = []
     if facts is not None:
-        with replacing(where / "settings.json") as half:
+        with replacing(out / "settings.json") as half:
             half.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     student.train()
     try:
         with progress("distilling", settings.steps - len(rows)) as advance:
             for step in range(len(rows), settings.steps):
-                rows.append(_step(student, teacher, calls, optimizer, learning, settings, step))
+                rows.append(_step(student, teacher, calls, optimizer, trained, settings, step))
                 advance(1)
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                    _checkpoint(where, student, optimizer, settings, rows)
+                    _checkpoint(out, student, optimizer, settings, rows)
     finally:
         student.train(mode)
-        for parameter, wanted in before.items():
-            parameter.requires_grad_(wanted)
-    save(student, where / METHODS)
+        for parameter, required in required_grad.items():
+            parameter.requires_grad_(required)
+    save(student, out / METHODS)
     if settings.trained == "all":
-        student.save_pretrained(where / TRANSFORMER)  # type: ignore[operator]
-    return CallResult(where, tuple(rows))
+        student.save_pretrained(out / TRANSFORMER)  # type: ignore[operator]
+    return DistilResult(out, tuple(rows))
 
 
 def _step(
@@ -139,10 +151,11 @@ def _step(
     teacher: nn.Module | None,
     calls: Sequence[Mapping[str, Any]],
     optimizer: torch.optim.Optimizer,
-    learning: Sequence[nn.Parameter],
-    settings: CallSettings,
+    trained: Sequence[nn.Parameter],
+    settings: DistilSettings,
     step: int,
 ) -> dict[str, float]:
+    """Take an optimizer step and return its metrics."""
     drawn = torch.randint(len(calls), (settings.calls,), generator=generator(settings.seed, Stream.BUDGET, step))
     for group in optimizer.param_groups:
         group["lr"] = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup_steps))
@@ -151,13 +164,13 @@ def _step(
         call = calls[index]
         seed_everything(settings.seed, Stream.MICRO_STEP, step, slot)
         with torch.no_grad(), disabled(student) if teacher is None else nullcontext():
-            wanted = _output((teacher or student)(**call))
-        found = {"output": _error(_output(student(**call)), wanted)}
-        found |= {name: value for name, value in losses(student).items() if value.requires_grad}
-        torch.autograd.backward(sum(found.values(), torch.zeros((), device=wanted.device)) / settings.calls)
-        for name, value in found.items():
+            target = _prediction((teacher or student)(**call))
+        terms = {"output": _error(_prediction(student(**call)), target)}
+        terms |= {name: value for name, value in losses(student).items() if value.requires_grad}
+        torch.autograd.backward(sum(terms.values(), torch.zeros((), device=target.device)) / settings.calls)
+        for name, value in terms.items():
             means[name] = means.get(name, 0.0) + value.item() / settings.calls
-    norm = nn.utils.clip_grad_norm_(learning, settings.clip)
+    norm = nn.utils.clip_grad_norm_(trained, settings.clip)
     if not (torch.isfinite(norm) and math.isfinite(means["output"])):
         raise TokdynError(
             f"the loss or its gradient is not finite in step {step + 1}; lower lr or lengthen warmup_steps."
@@ -167,26 +180,29 @@ def _step(
     return {"step": float(step + 1), **means}
 
 
-def _output(returned: Any) -> Tensor:
-    """The prediction in what a transformer returned."""
+def _prediction(returned: Any) -> Tensor:
+    """Return the prediction from the output of a transformer; some return a list with a tensor per sample."""
     first = getattr(returned, "sample", None)
     first = returned[0] if first is None else first
     return torch.stack(list(first)) if isinstance(first, list | tuple) else first
 
 
-def _error(found: Tensor, wanted: Tensor) -> Tensor:
-    """The error of a prediction over the variance of what is wanted, whatever its shape."""
-    return normalised_mse(found.reshape(-1, 1), wanted.reshape(-1, 1))
+def _error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of a prediction over the variance of all elements of the target."""
+    return normalised_mse(prediction.reshape(-1, 1), target.reshape(-1, 1))
 
 
-def fresh(folder: Path) -> list[dict[str, float]]:
-    """The metrics of a run that begins in a folder: none, and nothing else may be there."""
+def require_unused(folder: Path) -> None:
+    """Reject a folder that holds anything.
+
+    Raises:
+        CheckpointError: It is a file or a folder that is not empty.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty; resume what it holds, or choose another folder.")
-    return []
+        raise CheckpointError(f"{folder} is not empty; continue the run in it with resume, or choose another folder.")
 
 
-def _weights(student: nn.Module, settings: CallSettings) -> nn.Module:
+def _trained_module(student: nn.Module, settings: DistilSettings) -> nn.Module:
     return student if settings.trained == "all" else attached(student)
 
 
@@ -194,13 +210,13 @@ def _checkpoint(
     folder: Path,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
-    settings: CallSettings,
+    settings: DistilSettings,
     rows: Sequence[dict[str, float]],
 ) -> None:
-    """Metrics first, of which a restart takes as many as the state says, then the state."""
+    """Write the metrics, then the state; a run that stops in between resumes with as many rows as the state names."""
     with replacing(folder / METRICS) as half:
         half.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    model = _weights(student, settings)
+    model = _trained_module(student, settings)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(model, optimizer).items()}
     with replacing(folder / STATE) as half:
@@ -208,17 +224,16 @@ def _checkpoint(
         save_file(content, half, {"step": str(len(rows)), "settings": settings.model_dump_json()})
 
 
-def _restored(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, settings: CallSettings
+def _restore(
+    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, settings: DistilSettings
 ) -> list[dict[str, float]]:
-    from safetensors import SafetensorError, safe_open
-
-    model = _weights(student, settings)
+    """Load the last checkpoint into student and optimizer, and return the metrics of the steps before it."""
+    model = _trained_module(student, settings)
     try:
         with safe_open(folder / STATE, "pt") as file:
-            facts = file.metadata()
+            metadata = file.metadata()
         tensors = load_file(folder / STATE)
-        stored, step = CallSettings.model_validate_json(facts["settings"]), int(facts["step"])
+        stored, step = DistilSettings.model_validate_json(metadata["settings"]), int(metadata["step"])
         rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no run that can be continued ({error}).") from error
@@ -226,9 +241,14 @@ def _restored(
         name for name, value in stored.model_dump().items()
         if value != getattr(settings, name) and name not in ("steps", "checkpoint_every")
     ]  # fmt: skip
-    if changed or len(rows) < step:
+    if changed:
         raise CheckpointError(
-            f"{folder} was begun with other settings ({', '.join(changed) or 'its metrics are gone'}); set them back."
+            f"{folder} was started with other settings of {', '.join(changed)}; set them back to resume it."
+        )
+    if len(rows) < step:
+        raise CheckpointError(
+            f"{folder / METRICS} has {len(rows)} rows for {step} steps, so the run cannot be continued; start it "
+            "again in another folder."
         )
     model.load_state_dict({n.removeprefix("model/"): v for n, v in tensors.items() if n.startswith("model/")})
     load_optimizer(
