@@ -102,6 +102,19 @@ def test_the_learning_rate_of_a_step_is_the_one_logged(tmp_path: Path, tiny: Tin
     assert rates == [5e-4, 1e-3, 1e-3]
 
 
+def test_rows_of_metrics_count_images_epochs_and_seconds(tmp_path: Path, tiny: Tiny) -> None:
+    """Of 64 images in batches of 4; the seconds of a resumed run include those before it was stopped."""
+    folder = tmp_path / "run"
+    train(tiny(folder, "training.steps=2"))
+    train(tiny(folder, "training.steps=4"), resume=True)
+    found = metrics.read(folder / "metrics.jsonl")
+    assert [row["images"] for row in found] == [4, 8, 12, 16]
+    assert [row["epoch"] for row in found] == [1 / 16, 2 / 16, 3 / 16, 4 / 16]
+    seconds = [row["seconds"] for row in found]
+    assert seconds == sorted(seconds)
+    assert all(row["images_per_second"] > 0 for row in found)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
     folder = tmp_path / "run"
     settings = ("training.steps=40", "training.checkpoint_every=1", "training.log_every=40", "optimizer.clip=null")

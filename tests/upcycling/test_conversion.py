@@ -28,6 +28,7 @@ def test_blocks_and_embedders_are_copied() -> None:
     student = tokdyn.upcycle(base, "dc", target=4)
     assert isinstance(student, DCDiT)
     assert (student.config.patch_size, student.config.target, student.config.position_scale) == (2, 4, 0.5)
+    assert student.config.condition_adaptor
     assert student.training
     tensors = student.state_dict()
     for name, value in before.items():
@@ -147,6 +148,7 @@ def test_the_encoder_starts_as_the_patch_embedding(patch: int) -> None:
     """The upper left cell of every patch points where the base's token points; its norm is that of white noise."""
     channels = 32 // patch**2  # 32 pixels per patch, and as many channels in the scaffold
     base = small_base(patch, in_channels=channels, hidden_size=64)
+    base.x_embedder.proj.weight.data.mul_(3.0)  # far from a norm of 1, which a norm without a weight would have
     student = tokdyn.upcycle(base, "dc", scaffold_width=32).eval()
     torch.manual_seed(2)
     x = torch.randn(2, channels, 16, 16)

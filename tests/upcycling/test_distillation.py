@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import tokdyn
 from tests.upcycling.models import inputs, small_base
-from tokdyn import DCDiT
+from tokdyn import DCDiT, TokenMerge
 from tokdyn.errors import InputError
 from tokdyn.ops import sincos_position
 from tokdyn.upcycling import Distillation
@@ -192,6 +193,8 @@ def test_gradients_reach_the_student_alone() -> None:
     student = tokdyn.upcycle(base, "dc")
     x, steps, labels = inputs()
     distillation = Distillation(student, base)
+    assert not base.training
+    assert not any(parameter.requires_grad for parameter in base.parameters())
     names = {name for name, _ in distillation.named_parameters()}
     assert names == {f"student.{name}" for name, _ in student.named_parameters()}
     *_, losses = distillation(LossTerms(blocks=True), ALL, x, steps, labels)
@@ -224,10 +227,19 @@ def test_the_tail_drop_reaches_the_student() -> None:
 
 
 def test_the_complete_prediction_is_the_one_without_methods() -> None:
-    base = small_base()
-    student = tokdyn.upcycle(base, "dydit", width_target=0.5)
+    base = small_base().eval()
+    student = tokdyn.wrap(copy.deepcopy(base), [TokenMerge(ratio=0.5)])
     x, steps, labels = inputs()
-    terms = LossTerms(complete=True)
-    _, complete, losses = Distillation(student, None)(terms, torch.zeros(3, dtype=torch.bool), x, steps, labels)
-    assert set(losses) == {"DynamicWidth"}
-    torch.testing.assert_close(complete, base(x, steps, labels).sample, rtol=0.0, atol=0.0)
+    result, complete, _ = Distillation(student, None)(LossTerms(complete=True), ~ALL, x, steps, labels)
+    expected = base(x, steps, labels).sample
+    assert torch.equal(complete, expected)
+    assert not torch.allclose(result.sample, expected)
+
+
+def test_losses_of_methods_are_returned_while_they_train() -> None:
+    student = tokdyn.upcycle(small_base(), "dydit", width_target=0.5)
+    x, steps, labels = inputs()
+    distillation = Distillation(student, None)
+    assert set(distillation(LossTerms(), ~ALL, x, steps, labels)[2]) == {"DynamicWidth"}
+    with torch.no_grad():  # nothing to differentiate
+        assert distillation(LossTerms(), ~ALL, x, steps, labels)[2] == {}
