@@ -52,6 +52,12 @@ def test_published_models_have_their_published_size(name: str, millions: float) 
     assert round(count, digits) == pytest.approx(millions, abs=0.5 if digits == 0 else 1e-9)
 
 
+def test_a_flow_takes_a_base_that_has_learned_a_variance() -> None:
+    """SiT has a second half of output channels, which its objective ignores."""
+    words = ["upcycle.base=SiT-XL/2", "objective={kind: flow}", "data.path=latents"]
+    assert recipe.check("upcycle/dc", words).objective.learn_sigma is False
+
+
 def test_the_cifar10_recipes_match_in_cost() -> None:
     """Parameters, or FLOPs per image, are within 1% of those of the DC-DiT, and runs are equally long."""
     from tokdyn.cost import flops_per_image

@@ -27,6 +27,8 @@ def test_an_estimate_counts_the_model_that_is_built(
     assert estimate.trainable == estimate.parameters - model.pos_embed.numel()
     assert (estimate.tokens, estimate.kept) == (64, 12)
     assert estimate.flops_forward == flops_per_image(model)
+    # in fp32: weights and average of all, gradient and two moments of what is trained
+    assert estimate.memory_fixed == 4 * (2 * estimate.parameters + 3 * estimate.trainable)
     assert estimate.flops_training == pytest.approx(1.5 * (flops_per_image(model) + flops_per_image(model, 0.125)))
     assert (estimate.steps, estimate.images, estimate.samples) == (3, 12, 64)
     assert estimate.seconds is not None

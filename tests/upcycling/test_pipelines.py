@@ -96,12 +96,13 @@ def test_settings_change_what_is_learned(changes: dict[str, Any], tmp_path: Path
 
 
 def test_only_the_methods_learn_unless_all_is_asked_for(tmp_path: Path) -> None:
-    student = new_student()
+    student = new_student().eval()
     required = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     before = {name: value.clone() for name, value in student.state_dict().items()}
     distil(student, [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=2))
     moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
+    assert not student.training
     assert all(name.startswith("tokdyn.") for name in moved)
     assert {name: parameter.requires_grad for name, parameter in student.named_parameters()} == required
 
