@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_said(pipeline: Path, tmp_path: Path) -> None:
         (["speed=3"], "'speed'"),
     ):
         assert message in run(*base, *words, code=2)[1]
-    with pytest.raises(InputError, match="'cache' is not trained into a model"):
+    with pytest.raises(InputError, match="'cache'"):
         upcycle_pipeline(
             PipelineConfig(base=str(pipeline), out=tmp_path / "out", sampling_steps=1, height=16, width=16), ["cache"]
         )
