@@ -49,7 +49,8 @@ def model_arguments(recipe: Recipe, shape: Shape, num_classes: int) -> dict[str,
         num_classes: Labels, without the null class.
     """
     channels, rows, columns = shape
-    overrides = {} if recipe.upcycle is not None else recipe.model.overrides  # those of an upcycled model are its own
+    # overrides of an upcycling recipe are settings of the student, not of the base that this is compared with
+    overrides = {} if recipe.upcycle is not None else recipe.model.overrides
     return {
         "sample_size": rows if rows == columns else (rows, columns),
         "in_channels": channels,
