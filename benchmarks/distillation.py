@@ -1,8 +1,8 @@
-"""What distillation against the base adds to a training step: `python -m benchmarks.distillation --out results.json`.
+"""Measure what distillation adds to a training step: `python -m benchmarks.distillation --out results.json`.
 
-A DC-DiT upcycled from a DiT-S with patches of 4 on 32x32 inputs. The bars: a step with the base takes no longer than a
-step without it and the forward of the base together (5% is left to noise), and what is kept for the backward pass grows
-by no more than one output of every block (1% is left to scalars).
+The student is a DC-DiT upcycled from a DiT-S with patches of 4, on 32x32 inputs. There are two bars. A distilled step
+takes no longer than a plain step and a forward of the base together, with a margin of 5% for noise. The memory kept for
+the backward pass grows by no more than one output of every block, with a margin of 1% for scalars.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import tokdyn
 from tokdyn import DiT
 from tokdyn.bench.timing import in_turn, machine, prepare, write
 from tokdyn.diffusion.objective import Objective
-from tokdyn.recipe.upcycling import PhaseSettings
 from tokdyn.train.step import RatioTerm, draw, micro_step
-from tokdyn.train.upcycling import Guidance
 from tokdyn.upcycling import Distillation
+from tokdyn.upcycling.phases import PhaseBatch
+from tokdyn.upcycling.settings import PhaseSettings
 
 SLACK = 1.05
 
 
 def step(model: Distillation, phase: PhaseSettings, batch: int) -> Callable[[], None]:
-    """A forward and a backward pass on random images, the same in every call."""
+    """Return a function that runs a forward and a backward pass on random images, the same in every call."""
     torch.manual_seed(0)
     draws = draw(Objective(), torch.randn(batch, 4, 32, 32), torch.arange(batch), 1000, 0.1)
-    guidance = Guidance(phase, torch.ones(batch, dtype=torch.bool))
+    phase_batch = PhaseBatch(phase, torch.ones(batch, dtype=torch.bool))
 
     def run() -> None:
-        out = micro_step(model, Objective(), draws, "fp32", RatioTerm(4.0, 0.03, None), guidance)
+        out = micro_step(model, Objective(), draws, "fp32", RatioTerm(4.0, 0.03, None), phase_batch)
         torch.autograd.backward(out.loss)
         for parameter in model.parameters():
             parameter.grad = None
@@ -41,23 +41,23 @@ def step(model: Distillation, phase: PhaseSettings, batch: int) -> Callable[[], 
     return run
 
 
-def kept(run: Callable[[], None], owned: set[int]) -> int:
-    """Bytes kept for the backward pass, weights left out."""
-    seen: dict[int, int] = {}
+def kept_bytes(run: Callable[[], None], weights: set[int]) -> int:
+    """Return the bytes kept for the backward pass, without those of the weights at some addresses."""
+    sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run()
-    return sum(seen.values())
+    return sum(sizes.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, write JSON if asked; exit code 1 where a bar is missed."""
+    """Measure, print and write JSON if asked; exit with 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=7)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     base = DiT.named("S/4", sample_size=32)
     student = tokdyn.upcycle(base, "dc", target=4)
-    both = Distillation(student, base)
+    distillation = Distillation(student, base)
     x, labels = torch.randn(options.batch, 4, 32, 32), torch.arange(options.batch)
     times = torch.full((options.batch,), 500)
 
@@ -76,18 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     def teacher() -> Any:
         return base(x, times, labels)
 
-    plain = step(both, PhaseSettings(name="plain", plan="fixed"), options.batch)
-    distilled = step(both, PhaseSettings(name="distilled", plan="fixed", teacher=1.0), options.batch)
-    found = in_turn({"plain step": plain, "distilled step": distilled, "base": teacher}, options.rounds)
-    ms = {name: each["median_ms"] for name, each in found.items()}
-    owned = {tensor.data_ptr() for model in (base, student) for tensor in model.state_dict().values()}
-    memory = {"plain": kept(plain, owned), "distilled": kept(distilled, owned)}
+    plain = step(distillation, PhaseSettings(name="plain", plan="fixed"), options.batch)
+    distilled = step(distillation, PhaseSettings(name="distilled", plan="fixed", teacher=1.0), options.batch)
+    results = in_turn({"plain step": plain, "distilled step": distilled, "base": teacher}, options.rounds)
+    ms = {name: result["median_ms"] for name, result in results.items()}
+    weights = {tensor.data_ptr() for model in (base, student) for tensor in model.state_dict().values()}
+    memory = {"plain": kept_bytes(plain, weights), "distilled": kept_bytes(distilled, weights)}
     tokens = options.batch * 64
     outputs = len(student.blocks) * tokens * student.config.hidden_size * 4
     result = {
         "machine": machine(),
         "batch": options.batch,
-        "times": found,
+        "times": results,
         "over_plain_and_base": ms["distilled step"] / (ms["plain step"] + ms["base"]),
         "kept_bytes": memory,
         "block_outputs_bytes": outputs,

@@ -1,13 +1,13 @@
-"""The upcycling study on CIFAR-10: DC-DiT from scratch against upcycled ones, with and without distillation.
+"""Compare DC-DiTs on CIFAR-10 that are trained from scratch and upcycled, with and without distillation.
 
     tokdyn train cifar10/dit-base data.path=cifar10_train.zip out=runs/cifar10/dit-base
     python -m benchmarks.upcycling train runs/cifar10 --data cifar10_train.zip
     python -m benchmarks.upcycling measure runs/cifar10 --held-out cifar10_test.zip --judge cifar10_resnet56.ts
 
-The learning rate stays where it is after its warm-up, so a run at half of the base's images is also the runs at a
-quarter and an eighth of them: the first seed goes on to the half and is measured on the way, the others end at an
-eighth. `train` makes the runs one after the other in each of two processes, and continues those that were stopped;
-`measure` writes the held-out loss of every run, and the Frechet distance of its images where a judge is given, to
+The learning rate is constant after its warm-up, so the checkpoints of a run on half of the base's images also stand for
+runs on a quarter and an eighth of them. The first seed trains to the half and is measured at all three; the others end
+at an eighth. `train` makes the runs in two processes and continues those that were stopped. `measure` writes the
+held-out loss of every run, and the Frechet distance of its images if a judge is given, to
 `benchmarks/results/upcycling.json`, draws the curves and prints the table (`table FILE` prints it again).
 """
 
@@ -60,11 +60,11 @@ CURVE = ("images", "seconds", "loss", "teacher", "output", "natural_kept", "tail
 
 @dataclass(frozen=True)
 class Study:
-    """One run.
+    """A run of the comparison.
 
     Attributes:
-        kind: of `KINDS`.
-        seed: of weights, data order and noise.
+        kind: One of `KINDS`.
+        seed: Seed of weights, data order and noise.
     """
 
     kind: str
@@ -72,32 +72,32 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.kind}-{self.seed}"
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of the base's images, at which it is measured."""
+        """The shares of the base's images at which the run is measured."""
         return MARKS[self.kind] if self.seed == 0 else MARKS[self.kind][:1]
 
     def steps(self, share: float, images: int) -> int:
-        """Optimizer steps at a share of the base's images."""
+        """Return the optimizer steps at a share of the base's images."""
         return round(images * share / BATCH)
 
-    def words(self, given: argparse.Namespace) -> list[str]:
-        """The command that trains it."""
-        shortest = self.steps(SHARES[0], given.images)
+    def words(self, options: argparse.Namespace) -> list[str]:
+        """Return the words of the command that trains the run."""
+        shortest = self.steps(SHARES[0], options.images)
         settings = [
-            f"data.path={given.data}", f"out={given.runs / self.name}", f"seed={self.seed}",
-            f"training.images={self.steps(self.shares[-1], given.images) * BATCH}",
-            f"training.precision={given.precision}", "training.sample_every=null",
+            f"data.path={options.data}", f"out={options.runs / self.name}", f"seed={self.seed}",
+            f"training.images={self.steps(self.shares[-1], options.images) * BATCH}",
+            f"training.precision={options.precision}", "training.sample_every=null",
             f"training.checkpoint_every={shortest}", "training.keep_checkpoints=100",
         ]  # fmt: skip
         name = "upcycle/cifar10-width" if self.kind == "width" else "upcycle/cifar10"
         recipe = recipes.load(name, ["data.path=.", "upcycle.base=."])
         assert recipe.upcycle is not None
         assert recipe.chunking is not None
-        settings += [  # the same at every length
+        settings += [  # warm-ups, which do not depend on the length
             f"optimizer.warmup_steps={recipe.optimizer.warmup_steps}",
             f"chunking.budget_warmup_steps={recipe.chunking.budget_warmup_steps}",
         ]
@@ -107,78 +107,79 @@ class Study:
         if self.kind in ("upcycled", "blocks"):
             phases = [{key: value for key, value in phase.items() if key != "output"} for phase in phases]
         chosen = json.dumps(phases[-1:] if self.kind in ("upcycled", "predictions") else phases)
-        return ["train", name, f"upcycle.base={given.base}", f"upcycle.phases={chosen}", *settings]
+        return ["train", name, f"upcycle.base={options.base}", f"upcycle.phases={chosen}", *settings]
 
-    def at(self, share: float, given: argparse.Namespace) -> Path:
-        """The checkpoint at a share of the base's images."""
-        return Path(given.runs / self.name / "checkpoints" / f"step_{self.steps(share, given.images):07d}")
+    def at(self, share: float, options: argparse.Namespace) -> Path:
+        """Return the checkpoint at a share of the base's images."""
+        return Path(options.runs / self.name / "checkpoints" / f"step_{self.steps(share, options.images):07d}")
 
 
 def studies(seeds: int) -> Iterator[Study]:
-    """The runs, the longest first."""
+    """Yield the runs, the longest first."""
     for seed in range(seeds):
         for kind in KINDS:
             if seed == 0 or kind != "width":
                 yield Study(kind, seed)
 
 
-def train(given: argparse.Namespace) -> None:
-    """Make the runs that are not there yet."""
+def train(options: argparse.Namespace) -> None:
+    """Make the runs that are not finished yet."""
     tokdyn = [sys.executable, "-m", "tokdyn.cli.main"]
     threads = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
     def one(study: Study) -> None:
-        folder = given.runs / study.name
+        folder = options.runs / study.name
         if (folder / "model").is_dir():
             return
-        words = study.words(given) + (["--resume"] if (folder / "recipe.yaml").is_file() else [])
-        with open(given.runs / f"{study.name}.log", "a", encoding="utf-8") as log:
+        words = study.words(options) + (["--resume"] if (folder / "recipe.yaml").is_file() else [])
+        with open(options.runs / f"{study.name}.log", "a", encoding="utf-8") as log:
             subprocess.run([*tokdyn, *words], env=threads, stdout=log, stderr=log, check=True)
         print(f"{study.name} is trained", flush=True)
 
-    given.runs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(given.workers) as pool:
-        for _ in pool.map(one, studies(given.seeds)):
+    options.runs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        for _ in pool.map(one, studies(options.seeds)):
             pass
 
 
-def measure(given: argparse.Namespace) -> None:
-    """Measure the runs that are there, and the base."""
-    timing.prepare(given.threads)
-    held_out = open_data(DataConfig(kind="images", path=str(given.held_out), size=32, num_classes=10))
-    known: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+def measure(options: argparse.Namespace) -> None:
+    """Measure the base and the runs that exist."""
+    timing.prepare(options.threads)
+    held_out = open_data(DataConfig(kind="images", path=str(options.held_out), size=32, num_classes=10))
+    known: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     rows: list[dict[str, Any]] = []
     result = {"machine": timing.machine(), "units": "a multiply-add is 2 FLOPs", "rows": rows}
-    places: list[tuple[Study | None, float, Path]] = [(None, 1.0, given.base)]
-    places += [(study, share, study.at(share, given)) for study in studies(given.seeds) for share in study.shares]
+    places: list[tuple[Study | None, float, Path]] = [(None, 1.0, options.base)]
+    places += [(study, share, study.at(share, options)) for study in studies(options.seeds) for share in study.shares]
     for study, share, folder in places:
         if not folder.is_dir():
             continue
         name = study.name if study else "base"
         row = next((row for row in known if row["run"] == name and row["share"] == share), None)
-        row = row or _row(study, share, folder, held_out, given)
-        if given.judge and "frechet" not in row:
-            row["frechet"] = _frechet(f"{name}-{share:g}", folder, given)
+        row = row or _row(study, share, folder, held_out, options)
+        if options.judge and "frechet" not in row:
+            row["frechet"] = _frechet(f"{name}-{share:g}", folder, options)
         rows.append(row)
-        timing.write(given.out, result)
+        timing.write(options.out, result)
     result["curves"] = {
         folder.name: [
             {key: row[key] for key in CURVE if key in row}
             for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         ]
-        for folder in [given.base, *(given.runs / study.name for study in studies(given.seeds))]
+        for folder in [options.base, *(options.runs / study.name for study in studies(options.seeds))]
         if folder.is_dir()
     }
-    timing.write(given.out, result)
+    timing.write(options.out, result)
     print(table(rows))
-    draw(result, given.figures / "cifar10-upcycling.png")
+    draw(result, options.figures / "cifar10-upcycling.png")
 
 
-def _row(study: Study | None, share: float, folder: Path, held_out: Any, given: argparse.Namespace) -> dict[str, Any]:
+def _row(study: Study | None, share: float, folder: Path, held_out: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a run, or the base, at a share of the base's images."""
     model, objective, _ = load_model(folder)
     drops = DROPS if study else (0.0,)
     losses = {
-        f"{drop:g}": asdict(held_out_loss(model, objective, held_out, images=given.count, tail_drop=drop))
+        f"{drop:g}": asdict(held_out_loss(model, objective, held_out, images=options.count, tail_drop=drop))
         for drop in drops
     }
     return {
@@ -186,28 +187,28 @@ def _row(study: Study | None, share: float, folder: Path, held_out: Any, given: 
         "kind": study.kind if study else "base",
         "share": share,
         "seed": study.seed if study else 0,
-        "images": round(share * given.images),
+        "images": round(share * options.images),
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflops_per_forward": flops_per_image(model, losses["0"]["kept"]) / 1e9,
         "held_out": losses,
     }
 
 
-def _frechet(name: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Frechet distance of sampled images at tail drop 0."""
-    out = given.work / name
+def _frechet(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the Frechet distance of images sampled at tail drop 0."""
+    out = options.work / name
     config = SampleConfig(
-        model=str(folder), out=out, format="folder", class_folders=True, count=given.images_to_judge, batch_size=100,
+        model=str(folder), out=out, format="folder", class_folders=True, count=options.images_to_judge, batch_size=100,
         scheduler="dpm", steps=20, precision="fp32",
     )  # fmt: skip
     budget = sample(config).budgets[0]
-    cache = given.work / "reference.safetensors"
-    result = evaluate(EvalConfig(generated=out, reference=given.held_out, extractor=str(given.judge), cache=cache))
+    cache = options.work / "reference.safetensors"
+    result = evaluate(EvalConfig(generated=out, reference=options.held_out, extractor=str(options.judge), cache=cache))
     return {"values": result.values, "spread": result.spread, "tflops_per_image": budget.tflops_per_image}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table of the results page, in Markdown: by kind, then images, then seed."""
+    """Return the table of the results page in Markdown, sorted by kind, images and seed."""
     kinds = ["base", *KINDS]
     rows = sorted(rows, key=lambda row: (kinds.index(row["kind"]), row["images"], row["seed"]))
     judged = any("frechet" in row for row in rows)
@@ -233,7 +234,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Training loss over the images of every run, and the held-out loss where it was measured."""
+    """Draw the training loss of every run over its images, and the held-out losses."""
     with figure_style():
         figure = Figure(figsize=(9.0, 4.4), layout="constrained")
         trained, scored = figure.subplots(1, 2)
@@ -263,33 +264,33 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Train, measure or print."""
+    """Train the runs, measure them, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "measure", "table"))
-    parser.add_argument("runs", type=Path, help="folder of the runs; the JSON of an earlier result for table")
-    parser.add_argument("--base", type=Path, help="run of the base; RUNS/dit-base by default")
+    parser.add_argument("runs", type=Path, help="folder of the runs; for table, the JSON file of an earlier result")
+    parser.add_argument("--base", type=Path, help="folder of the base's run; RUNS/dit-base by default")
     parser.add_argument("--data", type=Path, help="training images")
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--judge", type=Path)
-    parser.add_argument("--images", type=int, default=256000, help="of the base; the others get shares of it")
-    parser.add_argument("--seeds", type=int, default=2, help="of the runs to an eighth")
+    parser.add_argument("--images", type=int, default=256000, help="images that the base was trained on")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of the runs on an eighth of the images")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--count", type=int, default=5000, help="held-out images for the loss")
+    parser.add_argument("--count", type=int, default=5000, help="images for the held-out loss")
     parser.add_argument("--images-to-judge", type=int, default=5000)
     parser.add_argument("--work", type=Path, default=Path("runs/upcycling-samples"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/upcycling.json"))
     parser.add_argument("--figures", type=Path, default=Path("docs/results"))
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
-    given = parser.parse_args()
-    given.base = given.base or given.runs / "dit-base"
-    if given.what == "table":
-        print(table(json.loads(given.runs.read_text())["rows"]))
+    options = parser.parse_args()
+    options.base = options.base or options.runs / "dit-base"
+    if options.what == "table":
+        print(table(json.loads(options.runs.read_text())["rows"]))
         return
-    needed = "data" if given.what == "train" else "held_out"
-    if getattr(given, needed) is None:
-        parser.error(f"{given.what} needs --{needed.replace('_', '-')}")
-    {"train": train, "measure": measure}[given.what](given)
+    needed = "data" if options.what == "train" else "held_out"
+    if getattr(options, needed) is None:
+        parser.error(f"{options.what} needs --{needed.replace('_', '-')}")
+    {"train": train, "measure": measure}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`tokdyn recipes ls | show | copy | check`."""
+"""`tokdyn recipes ls | show | copy | check`: the recipes that ship with the package, and checks of your own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import typer
 from .arguments import split
 from .frame import command, group
 from .output import Json, as_json, table
+from .settings import flags
 
-app = group("recipes", "The recipes that come with the package, and checking your own.")
+app = group("recipes", "List, show and copy the shipped recipes, and check your own.")
 
 
 def _recipe() -> type:
@@ -23,16 +24,16 @@ def ls(ctx: typer.Context, json: Json = False) -> None:
     from tokdyn import recipe
 
     split(ctx.args).no_settings().take()
-    found = recipe.summaries()
+    summaries = recipe.summaries()
     if json:
-        as_json(found)
+        as_json(summaries)
     else:
-        table(["recipe", "what it is for"], found.items())
+        table(["recipe", "what it is for"], summaries.items())
 
 
 @command(app, "show", words=["RECIPE"], examples=["tokdyn recipes show demo"])
 def show(ctx: typer.Context) -> None:
-    """Print a shipped recipe as it is written."""
+    """Print the file of a shipped recipe, comments included."""
     from tokdyn import recipe
 
     (name,) = split(ctx.args).no_settings().take(["RECIPE"])
@@ -41,7 +42,7 @@ def show(ctx: typer.Context) -> None:
 
 @command(app, "copy", words=["RECIPE", "[TO]"], examples=["tokdyn recipes copy demo my-demo.yaml"])
 def copy(ctx: typer.Context) -> None:
-    """Copy a shipped recipe to a file or folder, to edit it."""
+    """Copy a shipped recipe to a file or a folder for editing."""
     from tokdyn import recipe
 
     name, to = split(ctx.args).no_settings().take(["RECIPE"], ["TO"])
@@ -58,11 +59,9 @@ def copy(ctx: typer.Context) -> None:
 def check(ctx: typer.Context) -> None:
     """Validate a recipe and print it with every default.
 
-    The model is built too, without memory for its weights.
+    The check builds the model too, without memory for its weights.
     """
     from tokdyn import recipe
-
-    from .settings import flags
 
     given = split(ctx.args, frozenset(flags(recipe.Recipe)))
     (name,) = given.take(["RECIPE"])

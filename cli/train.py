@@ -1,4 +1,4 @@
-"""`tokdyn train`."""
+"""`tokdyn train`: train a recipe, resume a run, or estimate what it takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -39,9 +39,10 @@ def register(app: typer.Typer) -> None:
     )
     def train(
         ctx: typer.Context,
-        resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Print parameters, FLOPs and estimated time; train nothing.")
+            bool,
+            typer.Option("--dry-run", help="Print parameters, FLOPs, memory and estimated time, and stop."),
         ] = False,
         json: Json = False,
     ) -> None:
@@ -54,26 +55,26 @@ def register(app: typer.Typer) -> None:
 
 
 def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
-    """Plans or trains a recipe, prints what came of it, and ends the command with the exit code of the run."""
+    """Train a recipe, or estimate its run for `--dry-run`; print the result and exit with the code of the run."""
     if dry_run:
-        from tokdyn.train import dry_run as plan
+        from tokdyn.train import dry_run as estimate_run
 
-        planned = plan(recipe)
+        estimate = estimate_run(recipe)
         if json:
-            as_json({**asdict(planned), "seconds": planned.seconds})
+            as_json({**asdict(estimate), "seconds": estimate.seconds})
         else:
-            pairs(planned.lines())
+            pairs(estimate.lines())
         return
     from tokdyn.report.preview import draw_preview
-    from tokdyn.train import train as run
+    from tokdyn.train import train as train_recipe
 
-    result = run(recipe, resume=resume, preview=draw_preview)
-    done = {"folder": result.folder, "step": result.step, "steps": result.steps, "metrics": result.row}
+    result = train_recipe(recipe, resume=resume, preview=draw_preview)
+    summary = {"folder": result.folder, "step": result.step, "steps": result.steps, "metrics": result.row}
     if result.finished and recipe.upcycle is not None and recipe.upcycle.after:
         from tokdyn.calibration.after_training import finish
 
-        done["methods"] = finish(result.folder, recipe.upcycle.after)
-        typer.echo(f"Methods for `tokdyn sample {result.folder} methods={done['methods']}`.", err=True)
+        summary["methods"] = finish(result.folder, recipe.upcycle.after)
+        typer.echo(f"Sample with the methods: tokdyn sample {result.folder} methods={summary['methods']}", err=True)
     if json:
-        as_json(done)
+        as_json(summary)
     raise typer.Exit(result.exit_code)

@@ -1,4 +1,4 @@
-"""`tokdyn upcycle`."""
+"""`tokdyn upcycle`: build a student from a pretrained model and train it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .arguments import split
 from .frame import command
 from .output import Json, as_json, pairs
 from .settings import flags, read
+from .train import carry_out
 
 
 def _settings() -> type:
@@ -19,7 +20,7 @@ def _settings() -> type:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
+    """Add the command."""
 
     @command(
         app,
@@ -34,35 +35,39 @@ def register(app: typer.Typer) -> None:
     )
     def upcycle(
         ctx: typer.Context,
-        base: Annotated[str | None, typer.Option(help="Pretrained model; by default that of the recipe.")] = None,
+        base: Annotated[str | None, typer.Option(help="Pretrained model; by default the one of the recipe.")] = None,
         method: Annotated[
             list[str] | None,
-            typer.Option(help="dc, dydit (trained), cache, skip=SHARE, merge=RATIO (attached afterwards); repeat it."),
+            typer.Option(
+                help="dc, dydit (trained), cache, skip=SHARE, merge=RATIO (attached after training); may be repeated."
+            ),
         ] = None,
         recipe: Annotated[str | None, typer.Option(help="A recipe with a section upcycle.")] = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Print what is copied, parameters, FLOPs and time; train nothing.")
+            bool,
+            typer.Option(
+                "--dry-run", help="Print what is copied, parameters, FLOPs and estimated time, without training."
+            ),
         ] = False,
         json: Json = False,
     ) -> None:
-        """Make a DC-DiT from a pretrained DiT and train it: distilled against the DiT first, then on its own.
+        """Build a DC-DiT from a pretrained DiT and train it, first distilled against the DiT, then on its own.
 
-        The transformer of a text-to-image pipeline of diffusers gets a chunking and learns to answer with fewer tokens
-        as it does with all, on images that it draws: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
+        If the base is a text-to-image pipeline of diffusers, its transformer is wrapped in a chunking and learns, on
+        images that it draws itself, to predict with fewer tokens what it predicts with all of them. The settings are
+        then those of a pipeline: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
         """
         from tokdyn.bases.opening import check_name
         from tokdyn.calibration.pipelines import is_pipeline
         from tokdyn.errors import RecipeError
         from tokdyn.recipe import Recipe, load
-        from tokdyn.recipe.upcycled import upcycling
-
-        from .train import carry_out
+        from tokdyn.recipe.from_base import upcycling_recipe
 
         if is_pipeline(base):
             if dry_run or recipe is not None:
                 raise RecipeError(
-                    f"{base} is a pipeline, which no recipe trains: leave {'--dry-run' if dry_run else '--recipe'} out."
+                    f"{base} is a pipeline, which no recipe trains; leave {'--dry-run' if dry_run else '--recipe'} out."
                 )
             _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
             return
@@ -71,14 +76,14 @@ def register(app: typer.Typer) -> None:
         given = split(ctx.args, frozenset(flags(Recipe)))
         given.take()
         if resume and base is None and recipe is None and not method and "out" in given.settings:
-            made = load(given.settings["out"], given.overrides())  # as it was begun
+            resolved = load(given.settings["out"], given.overrides())  # the recipe that the run was started with
         else:
-            made = upcycling(base, recipe, given.overrides(), method or ())
-        carry_out(made, resume, dry_run, json)
+            resolved = upcycling_recipe(base, recipe, given.overrides(), method or ())
+        carry_out(resolved, resume, dry_run, json)
 
 
 def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> None:
-    """Upcycles the transformer of a pipeline and says what came of it."""
+    """Upcycle the transformer of a pipeline, and print its error and FLOPs."""
     from tokdyn.calibration.pipelines import PipelineConfig, upcycle_pipeline
 
     config = read([*args, f"base={base}"], PipelineConfig)
@@ -89,8 +94,11 @@ def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json
     error = result.report["error"]
     pairs(
         [
-            ("error", f"{error['first']:.3f} before, {error['last']:.3f} after (of the prediction, over its variance)"),
+            (
+                "error",
+                f"{error['first']:.3f} before, {error['last']:.3f} after (mean square, over the teacher's variance)",
+            ),
             ("blocks", f"{result.report['share_of_block_flops']:.1%} of their FLOPs (a multiply-add is 2)"),
         ]
     )
-    typer.echo(f"\nIn {result.folder}: methods for tokdyn.load, and images.png, before and after.")
+    typer.echo(f"\n{result.folder} holds methods for tokdyn.load, and images.png with images before and after.")

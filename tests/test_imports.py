@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. Names on one line do not import each other.
 LAYERS = [
     ["errors"],
-    ["files", "host", "progress"],
+    ["files", "host", "progress", "section", "seeds"],
     ["tokens"],
     ["ops"],
     ["methods"],
@@ -29,9 +29,9 @@ LAYERS = [
     ["bases"],
     ["cost"],
     ["testing"],
-    ["upcycling"],
     ["diffusion"],
     ["data"],
+    ["upcycling"],
     ["recipe"],
     ["train"],
     ["report"],

@@ -1,4 +1,4 @@
-"""Recipes: YAML, extends, key=value settings, and errors that name the key and the cure."""
+"""Recipes: YAML, `extends:`, key=value settings, and errors that name the key and what is valid."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokdyn import recipe
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import Recipe, files, shipped, yaml_text
-from tokdyn.recipe.build import build_model, planned_steps
+from tokdyn.recipe.build import build_model, total_steps
 
 MINIMAL: dict[str, Any] = {"model": {"name": "tiny"}, "data": {}, "training": {"steps": 1}}
 
-# Published, total parameters with the frozen position table, in millions (arXiv 2603.06351; DiT: facebook's code).
+# Parameters in millions with the frozen position table, as published (arXiv 2603.06351; DiT: facebook's code).
 PUBLISHED = {
     "dc-dit-s-256": 34.76,
     "dc-dit-b-256": 137.13,
@@ -36,24 +36,30 @@ def build(*settings: str, **sections: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("name", recipe.names())
-def test_every_shipped_recipe_is_whole(name: str) -> None:
-    # its base is a run of one's own: one of the same shape stands in
-    found = recipe.check(name, ["upcycle.base=shapes"] if name.startswith("upcycle/cifar10") else [])
-    assert found.name == name
-    assert found.description.endswith(".")
-    assert planned_steps(found) > 0
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    # the base of upcycle/cifar10 is a run of the user's, so a base of the same shape takes its place
+    checked = recipe.check(name, ["upcycle.base=shapes"] if name.startswith("upcycle/cifar10") else [])
+    assert checked.name == name
+    assert checked.description.endswith(".")
+    assert total_steps(checked) > 0
 
 
 @pytest.mark.parametrize(("name", "millions"), PUBLISHED.items())
-def test_models_of_the_published_rows_have_their_size(name: str, millions: float) -> None:
+def test_published_models_have_their_published_size(name: str, millions: float) -> None:
     model = build_model(recipe.load(f"imagenet/{name}"), device="meta")
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     digits = len(str(millions).partition(".")[2])
     assert round(count, digits) == pytest.approx(millions, abs=0.5 if digits == 0 else 1e-9)
 
 
-def test_the_cifar10_rows_match() -> None:
-    """Parameters and FLOPs per image within 1% of the flagship's."""
+def test_a_flow_takes_a_base_that_has_learned_a_variance() -> None:
+    """SiT has a second half of output channels, which its objective ignores."""
+    words = ["upcycle.base=SiT-XL/2", "objective={kind: flow}", "data.path=latents"]
+    assert recipe.check("upcycle/dc", words).objective.learn_sigma is False
+
+
+def test_the_cifar10_recipes_match_in_cost() -> None:
+    """Parameters, or FLOPs per image, are within 1% of those of the DC-DiT, and runs are equally long."""
     from tokdyn.cost import flops_per_image
 
     def cost(name: str) -> tuple[float, float]:
@@ -64,11 +70,11 @@ def test_the_cifar10_rows_match() -> None:
     assert cost("dit-params")[0] == pytest.approx(parameters, rel=0.01)
     assert cost("dit-flops")[1] == pytest.approx(flops, rel=0.01)
     assert 4e6 < parameters < 8e6
-    lengths = {planned_steps(recipe.load(name)) * 64 for name in recipe.names() if name.startswith("cifar10/")}
+    lengths = {total_steps(recipe.load(name)) * 64 for name in recipe.names() if name.startswith("cifar10/")}
     assert lengths == {256_000}
 
 
-def test_a_resolved_recipe_reloads_to_itself(tmp_path: Path) -> None:
+def test_a_resolved_recipe_loads_as_itself(tmp_path: Path) -> None:
     for name in recipe.names():
         found = recipe.load(name, ["out=x", "preview.tail_drops=[0, 0.3]"] if "dc" in name else [])
         path = tmp_path / "recipe.yaml"
@@ -77,7 +83,7 @@ def test_a_resolved_recipe_reloads_to_itself(tmp_path: Path) -> None:
         assert recipe.load(tmp_path) == found
 
 
-def test_defaults_follow_the_kind() -> None:
+def test_defaults_depend_on_the_kind() -> None:
     assert build().chunking == recipe.ChunkingSettings()
     dit = build("model.kind=dit", "model.name=S/2")
     assert dit.chunking is None
@@ -87,7 +93,7 @@ def test_defaults_follow_the_kind() -> None:
     assert build("model.target=16").model.target == 16.0
 
 
-def test_settings_are_yaml_and_the_last_wins() -> None:
+def test_settings_are_yaml_and_the_last_one_wins() -> None:
     found = build("optimizer.lr=4e-4", "chunking.tail_drops=[0, 0.3]", "training.ema=0.9", "training.ema=0.99")
     assert found.optimizer.lr == 4e-4
     assert found.chunking is not None
@@ -99,57 +105,57 @@ def test_settings_are_yaml_and_the_last_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "sentence"),
+    ("setting", "named"),
     [
-        ("trainng.steps=2", r"'trainng' is not a setting \(did you mean 'training'\?\)"),
-        ("training.batchsize=2", r"'training\.batchsize' is not a setting \(did you mean 'batch_size'\?\)"),
-        ("preview.sampler.step=2", r"'preview\.sampler\.step' is not a setting \(did you mean 'steps'\?\)"),
-        ("optimizer.zzz=2", r"'optimizer\.zzz' is not a setting \(valid: betas, clip, decay, eps, "),
-        ("optimizer.lr=fast", r"'optimizer\.lr': input should be a valid number.*got 'fast'"),
-        ("optimizer.lr=0", r"'optimizer\.lr': input should be greater than 0, got 0"),
-        ("optimizer.lr=.inf", r"'optimizer\.lr': input should be a finite number"),
-        ("training.precision=bf17", r"'training\.precision' should be 'bf16' or 'fp32', got 'bf17' \(did you mean"),
-        ("training.steps=1.5", r"'training\.steps': input should be a valid integer"),
-        ("training.images=5", r"'training': set either images or steps, not both"),
-        ("training.steps=null", r"set exactly one of training\.images, training\.steps and compute_match"),
-        ("chunking.tail_drops=[0, 1]", r"'chunking\.tail_drops\.1': input should be less than 1, got 1"),
-        ("chunking.curriculum=[[5, 2], [5, 4]]", r"'chunking': the steps of the curriculum should rise"),
-        ("chunking.curriculum=[[0, 2], [5, 8]]", r"curriculum ends at N = 8 but model\.target is 4"),
-        ("model.kind=dit", r"there is no DiT named 'tiny'"),
-        ("model.name=XXL", r"'model': there is no DC-DiT named 'XXL'"),
-        ("model.heads=3", r"'model': 'heads' is not an argument of dcdit.*'num_heads'"),
-        ("model.depth=deep", r"'model': 'depth': input should be a valid integer.*got 'deep'"),
-        ("model.router=oracle", r"'model': 'router': input should be 'spatial_predictability', 'cosine' or 'random'"),
-        ("model.in_channels=3", r"'in_channels' follows from data\.channels; set that instead"),
-        ("objective.kind=sound", r"'objective\.kind' should be 'noise' or 'flow'"),
-        ("objective={kind: flow, learn_sigma: true}", r"'objective': a flow objective has no variance"),
-        ("name=../up", r"'name': string should match pattern"),
-        ("data=null", r"'data': .*got None"),
+        ("trainng.steps=2", r"'trainng' .*'training'"),
+        ("training.batchsize=2", r"'training\.batchsize' .*'batch_size'"),
+        ("preview.sampler.step=2", r"'preview\.sampler\.step' .*'steps'"),
+        ("optimizer.zzz=2", r"'optimizer\.zzz' .*betas, clip, decay, eps, "),
+        ("optimizer.lr=fast", r"'optimizer\.lr': .*'fast'"),
+        ("optimizer.lr=0", r"'optimizer\.lr': .* 0\b"),
+        ("optimizer.lr=.inf", r"'optimizer\.lr': .*inf"),
+        ("training.precision=bf17", r"'training\.precision' .*'bf16' or 'fp32'.*'bf17'"),
+        ("training.steps=1.5", r"'training\.steps': .*1\.5"),
+        ("training.images=5", r"'training': images and steps"),
+        ("training.steps=null", r"training\.images, training\.steps and compute_match"),
+        ("chunking.tail_drops=[0, 1]", r"'chunking\.tail_drops\.1': .* 1\b"),
+        ("chunking.curriculum=[[5, 2], [5, 4]]", r"'chunking': .* curriculum"),
+        ("chunking.curriculum=[[0, 2], [5, 8]]", r"curriculum .* 8.* model\.target is 4"),
+        ("model.kind=dit", r"DiT .*'tiny'"),
+        ("model.name=XXL", r"'model': .*'XXL'"),
+        ("model.heads=3", r"'model': 'heads' .*dcdit.*'num_heads'"),
+        ("model.depth=deep", r"'model': 'depth': .*'deep'"),
+        ("model.router=oracle", r"'model': 'router': .*'spatial_predictability', 'cosine' or 'random'"),
+        ("model.in_channels=3", r"'in_channels' .*data\.channels"),
+        ("objective.kind=sound", r"'objective\.kind' .*'noise' or 'flow'"),
+        ("objective={kind: flow, learn_sigma: true}", r"'objective': .*flow"),
+        ("name=../up", r"'name': .*\.\./up"),
+        ("data=null", r"'data': .*None"),
     ],
 )
-def test_errors_name_the_key_and_the_cure(setting: str, sentence: str) -> None:
-    with pytest.raises(RecipeError, match=sentence) as caught:
+def test_errors_name_the_key_and_what_is_valid(setting: str, named: str) -> None:
+    with pytest.raises(RecipeError, match=named) as caught:
         build(setting)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
 
 
-def test_more_errors_of_sections() -> None:
-    with pytest.raises(RecipeError, match="'model' is required; set it in the recipe or with model=VALUE"):
+def test_sections_that_do_not_agree_are_rejected() -> None:
+    with pytest.raises(RecipeError, match=r"'model' .* model=VALUE"):
         recipe.resolve({"data": {}, "training": {"steps": 1}})
-    with pytest.raises(RecipeError, match="'chunking' has no effect; write chunking=null"):
+    with pytest.raises(RecipeError, match=r"'chunking' .* chunking=null"):
         build("model.kind=dit", "model.name=S/2", "chunking.calibrate=false")
-    with pytest.raises(RecipeError, match="random router learns nothing, so the curriculum has no effect"):
+    with pytest.raises(RecipeError, match=r"random .* chunking\.curriculum=\[\]"):
         build("model.router=random", "chunking.curriculum=[[0, 2], [5, 4]]")
-    with pytest.raises(RecipeError, match="and 2 more"):
+    with pytest.raises(RecipeError, match="2 more"):
         build(*(f"k{index}=1" for index in range(6)))
 
 
-def test_words_that_are_no_settings() -> None:
+def test_words_that_are_not_settings_are_rejected() -> None:
     for word in ("lr", "=3", "a..b=3", ".a=3"):
-        with pytest.raises(RecipeError, match="is not a setting; write key=value"):
+        with pytest.raises(RecipeError, match=f"'{word}' .* key=value"):
             files.parse_overrides([word])
-    with pytest.raises(RecipeError, match="The value of 'a', line 1"):
+    with pytest.raises(RecipeError, match="'a', line 1"):
         files.parse_overrides(["a=[1"])
 
 
@@ -173,27 +179,27 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
     assert recipe.load(tmp_path / "mine.yaml").model == recipe.load("demo").model
 
 
-def test_extends_that_goes_nowhere_or_in_circles(tmp_path: Path) -> None:
+def test_extends_without_target_or_in_a_circle_is_rejected(tmp_path: Path) -> None:
     write(tmp_path, a="extends: b.yaml\n", b="extends: c.yaml\n", c="extends: a.yaml\n", self="extends: self.yaml\n")
-    with pytest.raises(RecipeError, match=r"in a circle: a\.yaml -> b\.yaml -> c\.yaml -> a\.yaml"):
+    with pytest.raises(RecipeError, match=r"a\.yaml -> b\.yaml -> c\.yaml -> a\.yaml"):
         recipe.load(tmp_path / "a.yaml")
     with pytest.raises(RecipeError, match=r"self\.yaml -> self\.yaml"):
         recipe.load(tmp_path / "self.yaml")
     write(tmp_path, lost="extends: demmo\n", many="extends: [a, b]\n", number="3\n", twice="seed: 1\nseed: 2\n")
-    with pytest.raises(RecipeError, match=r"There is no recipe 'demmo'.*did you mean 'demo'"):
+    with pytest.raises(RecipeError, match=r"'demmo'.*'demo'"):
         recipe.load(tmp_path / "lost.yaml")
-    with pytest.raises(RecipeError, match="'extends' should be one path or recipe name"):
+    with pytest.raises(RecipeError, match=r"'extends' .*'a', 'b'"):
         recipe.load(tmp_path / "many.yaml")
-    with pytest.raises(RecipeError, match="`key: value` settings at the top, got int"):
+    with pytest.raises(RecipeError, match=r"number\.yaml .*\bint\b"):
         recipe.load(tmp_path / "number.yaml")
-    with pytest.raises(RecipeError, match=r"line 2, column 1 is not valid YAML: key 'seed' is written twice"):
+    with pytest.raises(RecipeError, match=r"twice\.yaml, line 2, column 1 .*'seed'"):
         recipe.load(tmp_path / "twice.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"binary\.yaml"):
         recipe.load(tmp_path / "binary.yaml")
 
 
-def test_yaml_means_what_it_looks_like() -> None:
+def test_plain_yaml_values_have_the_type_they_look_like() -> None:
     found = yaml_text.parse(
         "{a: 1e-4, b: no, c: on, d: true, e: 1., f: .5, g: 010, h: 2026-01-01, i: ~, j: 1:30, k: -7}", "x"
     )
@@ -201,7 +207,7 @@ def test_yaml_means_what_it_looks_like() -> None:
         "a": 1e-4, "b": "no", "c": "on", "d": True, "e": 1.0, "f": 0.5, "g": "010", "h": "2026-01-01",
         "i": None, "j": "1:30", "k": -7,
     }  # fmt: skip
-    with pytest.raises(RecipeError, match="not valid YAML"):
+    with pytest.raises(RecipeError, match="YAML"):
         yaml_text.parse("!!python/object/apply:os.system [ls]", "x")
 
 
@@ -217,7 +223,7 @@ def test_yaml_round_trip(value: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["photos #1", "a: b", "a: b: c", "- a", "*", "&x", "%d", "@home", "!tag", "x:", "x "])
-def test_text_is_taken_as_typed(text: str) -> None:
+def test_text_is_kept_as_typed(text: str) -> None:
     assert files.parse_overrides([f"data.path={text}"]) == {"data": {"path": text.strip()}}
 
 
@@ -228,12 +234,12 @@ def test_text_is_taken_as_typed(text: str) -> None:
         *[("[1, a]", [1, "a"]), ("{kind: flow}", {"kind": "flow"}), ("'3'", "3"), ('"a #b"', "a #b")],
     ],
 )
-def test_other_values_are_yaml(text: str, value: Any) -> None:
+def test_values_that_are_not_text_are_yaml(text: str, value: Any) -> None:
     assert files.parse_overrides([f"x={text}"]) == {"x": value}
 
 
-def test_the_home_folder_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell leaves the tilde in `out=~/run` alone."""
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand the tilde in `out=~/run`."""
     monkeypatch.setenv("HOME", "/home/someone")
     assert recipe.load("demo", ["out=~/run"]).folder == "/home/someone/run"
 
@@ -243,7 +249,7 @@ keys = st.from_regex(r"[a-z]{1,3}", fullmatch=True)
 
 @given(st.lists(st.tuples(st.lists(keys, min_size=1, max_size=3), scalars), max_size=5))
 def test_settings_round_trip(settings: list[tuple[list[str], Any]]) -> None:
-    """Writing a value as a setting and reading it back gives the value; a later setting wins."""
+    """A value written as a setting is read back as the same value, and a later setting wins."""
     words = [f"{'.'.join(path)}={yaml_text.dump(value).removesuffix('...' + chr(10))}" for path, value in settings]
     found = files.parse_overrides(words)
     if settings:
@@ -260,7 +266,7 @@ def test_settings_round_trip(settings: list[tuple[list[str], Any]]) -> None:
     batch=st.integers(1, 10**6),
     decay=st.sampled_from(["none", "linear", "cosine"]),
 )
-def test_any_recipe_reloads_to_itself(lr: float, drops: list[float], batch: int, decay: str) -> None:
+def test_any_recipe_loads_as_itself(lr: float, drops: list[float], batch: int, decay: str) -> None:
     found = recipe.resolve(
         {
             **MINIMAL,
@@ -279,10 +285,10 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path) -> None:
     assert recipe.show("demo") == shipped.path("demo").read_text()
     copied = recipe.copy("demo", tmp_path)
     assert copied == tmp_path / "demo.yaml"
-    assert copied.read_text() == recipe.show("demo")  # comments and all
+    assert copied.read_text() == recipe.show("demo")  # comments included
     merged = recipe.copy("cifar10/dcdit-random", tmp_path / "new" / "mine.yaml")
     assert recipe.load(merged) == recipe.load("cifar10/dcdit-random")
-    with pytest.raises(RecipeError, match="exists already"):
+    with pytest.raises(RecipeError, match=r"demo\.yaml"):
         recipe.copy("demo", tmp_path)
-    with pytest.raises(RecipeError, match=r"no shipped recipe 'dmo' \(did you mean 'demo'\?\)"):
+    with pytest.raises(RecipeError, match=r"'dmo' .*'demo'"):
         recipe.copy("dmo", tmp_path)

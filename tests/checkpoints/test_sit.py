@@ -16,7 +16,7 @@ from tokdyn.checkpoints import read, to_diffusers, to_facebook
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.models import DCDiT, DiT
-from tokdyn.upcycling.dc import to_dc
+from tokdyn.upcycling.conversion import to_dc
 
 
 def sit(w: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, heads: int = 4) -> Tensor:

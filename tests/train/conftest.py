@@ -1,4 +1,4 @@
-"""A run small enough for tests, and how to look at what it left."""
+"""Recipes of runs small enough for tests, and readers of what a run wrote."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMING = {"images_per_second", "seconds"}
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Recipe]:
-    """tiny(folder, "key=value", ...) -> Recipe."""
+    """A function `tiny(folder, "key=value", ...)` that returns a recipe."""
 
     def make(folder: Path, *settings: str) -> Recipe:
         return resolve(files.deep_merge({**TINY, "out": str(folder)}, files.parse_overrides(settings)))
@@ -31,13 +31,13 @@ def tiny() -> Callable[..., Recipe]:
 
 @pytest.fixture
 def console() -> Console:
-    """What was shown is in console.file.getvalue()."""
+    """A console whose text is console.file.getvalue()."""
     return Console(file=io.StringIO(), width=1000)
 
 
 @pytest.fixture(scope="session")
 def contents() -> Callable[[Path], dict[str, torch.Tensor]]:
-    """Every tensor in every file below a folder, by file and name."""
+    """A function that returns every tensor in every file below a folder, by file and name."""
 
     def read_all(folder: Path) -> dict[str, torch.Tensor]:
         found = {
@@ -53,7 +53,7 @@ def contents() -> Callable[[Path], dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def rows() -> Callable[[Path], list[dict[str, Any]]]:
-    """The metrics of a run without what depends on the clock."""
+    """A function that returns the metrics of a run without its timings."""
 
     def read_rows(folder: Path) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if k not in TIMING} for row in read(folder / "metrics.jsonl")]
@@ -65,7 +65,7 @@ def rows() -> Callable[[Path], list[dict[str, Any]]]:
 def assert_same_run(
     contents: Callable[[Path], dict[str, torch.Tensor]], rows: Callable[[Path], list[dict[str, Any]]]
 ) -> Callable[[Path, Path, int], None]:
-    """Asserts that two runs hold the same bits: weights, average, optimizer, running means, metrics."""
+    """A function that asserts that two runs wrote the same bits: weights, average, optimizer, means, metrics."""
 
     def check(left: Path, right: Path, step: int) -> None:
         for part in (f"checkpoints/step_{step:07d}", "model"):

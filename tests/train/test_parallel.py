@@ -1,4 +1,4 @@
-"""Several devices, or several micro-batches, train what one device with one batch trains."""
+"""Several devices, or several micro-batches, train the same model as one device with one batch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests import processes
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import build_model
+from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import train
-from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.step import RatioTerm, draw, micro_step
 
 Tiny = Callable[..., Recipe]
@@ -23,7 +23,7 @@ WORKER = Path(__file__).parent / "worker.py"
 
 
 def launch(folder: Path, *settings: str) -> None:
-    """Two processes train."""
+    """Train in two processes."""
     processes.launch(WORKER, str(folder), *settings)
 
 
@@ -33,7 +33,7 @@ def test_two_processes_equal_one(
     contents: Callable[[Path], dict[str, Tensor]],
     rows: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
-    """Micro-batch i of one process is what process i draws, so only the order of additions differs (fp32, 1e-5)."""
+    """Micro-batch i of one process equals that of process i, so only the order of additions differs (fp32, 1e-5)."""
     settings = ("training.steps=4", "chunking.budget_warmup_steps=1", "chunking.draw=sample", "data.flip=true")
     launch(tmp_path / "two", *settings)
     train(tiny(tmp_path / "one", *settings, "training.accumulation=2"))
@@ -51,7 +51,7 @@ def gradients(model: Any, recipe: Recipe, parts: int, kind: str) -> dict[str, Te
     x, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
     tail = torch.linspace(0.0, 0.7, 8) if kind == "dcdit" else 0.0
     draws = draw(recipe.objective, x, labels, null_class=10, label_dropout=0.3, tail_drop=tail)
-    # Groups of 2 divide every part, so pooling does not depend on how the batch is cut.
+    # Groups of 2 divide every part, so the pooled loss does not depend on the division.
     chunking = RatioTerm(target=4.0, ratio_weight=0.03, ratio_group=2) if kind == "dcdit" else None
     model.zero_grad(set_to_none=True)
     size = 8 // parts
@@ -63,8 +63,8 @@ def gradients(model: Any, recipe: Recipe, parts: int, kind: str) -> dict[str, Te
 
 
 @pytest.mark.parametrize("kind", ["dit", "dcdit"])
-def test_accumulated_gradients_equal_those_of_the_batch(kind: str, tmp_path: Path, tiny: Tiny) -> None:
-    """Equal up to the order of additions in fp32; weights are random because a fresh DiT has zero gradients inside."""
+def test_accumulated_gradients_equal_those_of_the_whole_batch(kind: str, tmp_path: Path, tiny: Tiny) -> None:
+    """Up to the order of additions in fp32. Zero weights become random, because the gradients of a new DiT are zero."""
     other = ("model={kind: dit, name: tiny/4, patch_size: 4}",) if kind == "dit" else ()
     recipe = tiny(tmp_path, *other)
     seed_everything(0, Stream.WEIGHTS)
@@ -79,6 +79,6 @@ def test_accumulated_gradients_equal_those_of_the_batch(kind: str, tmp_path: Pat
         torch.testing.assert_close(pieces[name], expected, atol=2e-6, rtol=1e-4, msg=name)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, tiny: Tiny) -> None:
-    with pytest.raises(RecipeError, match="batch_size 4 does not divide over 1 processes times accumulation 3"):
+def test_a_batch_that_does_not_divide_is_rejected(tmp_path: Path, tiny: Tiny) -> None:
+    with pytest.raises(RecipeError, match=r"training\.batch_size is 4.*training\.accumulation=3"):
         train(tiny(tmp_path / "run", "training.accumulation=3"))

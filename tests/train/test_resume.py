@@ -1,4 +1,4 @@
-"""A resumed run equals one that never stopped, bit for bit; a changed one is refused."""
+"""A resumed run equals one that never stopped, bit for bit; a run with other settings is not resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokdyn.train import EXIT_INTERRUPTED, train
 Tiny = Callable[..., Recipe]
 Same = Callable[[Path, Path, int], None]
 
-# Everything that could be lost: accumulation, budgets per sample, a curriculum, flips, a schedule, a half-full window.
+# Everything that could be lost: accumulation, budgets per sample, a curriculum, flips, a schedule, a partial window.
 FULL = (
     "training.steps=6",
     "training.accumulation=2",
@@ -48,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
 
 @pytest.fixture
 def half(whole: Path, tmp_path: Path) -> Path:
-    """The run as it was left after step 3, had it been killed before step 6 was saved."""
+    """The run as if it had been killed after step 3 and before step 6 was saved."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoints" / "step_0000006")
@@ -56,14 +56,16 @@ def half(whole: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_resuming_equals_never_stopping(whole: Path, half: Path, tiny: Tiny, assert_same_run: Same) -> None:
+def test_a_resumed_run_equals_one_that_never_stopped(
+    whole: Path, half: Path, tiny: Tiny, assert_same_run: Same
+) -> None:
     result = train(tiny(half, *FULL), resume=True)
     assert result.finished
     assert result.exit_code == 0
     assert_same_run(whole, half, 6)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     whole: Path, tmp_path: Path, tiny: Tiny, assert_same_run: Same, console: Console
 ) -> None:
     folder = tmp_path / "run"
@@ -73,12 +75,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     os.truncate(damaged, damaged.stat().st_size // 2)
     train(tiny(folder, *FULL), resume=True, console=console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "state.safetensors has" in shown
-    assert "at step 3" in shown
+    assert "state.safetensors" in shown
+    assert "step 3" in shown
     assert_same_run(whole, folder, 6)
 
 
-def test_a_finished_run_resumes_to_nothing_or_further(
+def test_a_finished_run_can_be_resumed_and_lengthened(
     whole: Path, tmp_path: Path, tiny: Tiny, assert_same_run: Same
 ) -> None:
     constant = (*FULL, "optimizer.decay=none")
@@ -87,7 +89,7 @@ def test_a_finished_run_resumes_to_nothing_or_further(
     assert train(tiny(twice, *constant, "training.steps=3"), resume=True).row == {}
     assert train(tiny(twice, *constant), resume=True).finished
     train(tiny(once, *constant))
-    for folder in (once, twice):  # a run that ended at step 3 logged there too
+    for folder in (once, twice):  # the run that ended at step 3 has a row for it
         (folder / "metrics.jsonl").unlink()
     assert_same_run(once, twice, 6)
 
@@ -100,7 +102,7 @@ def spawn(folder: Path, *settings: str) -> subprocess.Popen[str]:
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 60
     while not path.exists():
-        assert process.poll() is None, "training ended too early"
+        assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -119,7 +121,7 @@ def test_a_stopped_process_resumes_exactly(
         shown = process.communicate(timeout=60)[0]
     if number == signal.SIGINT:
         assert process.returncode == EXIT_INTERRUPTED
-        assert f"continue with: tokdyn train {folder} --resume" in shown
+        assert f"tokdyn train {folder} --resume" in shown
     else:
         assert process.returncode == -signal.SIGKILL
     newest = max(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
@@ -129,48 +131,48 @@ def test_a_stopped_process_resumes_exactly(
     assert_same_run(reference, folder, newest + 2)
 
 
-def test_changed_settings_are_refused_by_name(half: Path, tiny: Tiny) -> None:
-    with pytest.raises(CheckpointError, match=r"optimizer\.lr \(was 0\.001\), seed \(was 0\)"):
+def test_changed_settings_are_rejected_by_name(half: Path, tiny: Tiny) -> None:
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr .*0\.001.* seed .*0"):
         train(tiny(half, *FULL, "optimizer.lr=2e-3", "seed=1", "training.log_every=2"), resume=True)
-    with pytest.raises(CheckpointError, match=r"training\.steps"):  # the cosine depends on the length
+    with pytest.raises(CheckpointError, match=r"training\.steps"):  # a cosine schedule depends on the length
         train(tiny(half, *FULL, "training.steps=8"), resume=True)
 
 
-def test_other_data_are_refused(half: Path, tiny: Tiny) -> None:
+def test_other_data_are_rejected(half: Path, tiny: Tiny) -> None:
     state = half / "checkpoints" / "step_0000003" / "state.json"
     contents = json.loads(state.read_text())
     contents["data"] = {**contents["data"], "length": 65}
     state.write_text(json.dumps(contents))
-    with pytest.raises(CheckpointError, match="other data"):
+    with pytest.raises(CheckpointError, match=r"data\.path"):
         train(tiny(half, *FULL), resume=True)
 
 
-def test_settings_that_only_round_differently_are_noted(half: Path, tiny: Tiny, console: Console) -> None:
+def test_settings_that_only_change_the_rounding_are_noted(half: Path, tiny: Tiny, console: Console) -> None:
     train(tiny(half, *FULL, "training.gradient_checkpointing=true"), resume=True, console=console)
-    assert "rounding: training.gradient_checkpointing" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "training.gradient_checkpointing" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_folders_that_do_not_fit(tmp_path: Path, tiny: Tiny, console: Console) -> None:
-    with pytest.raises(CheckpointError, match="no run to resume"):
+def test_folders_that_cannot_be_used_are_rejected(tmp_path: Path, tiny: Tiny, console: Console) -> None:
+    with pytest.raises(CheckpointError, match=str(tmp_path / "none")):
         train(tiny(tmp_path / "none"), resume=True)
     assert not (tmp_path / "none").exists()
     used = tmp_path / "used"
     used.mkdir()
     (used / "notes.txt").touch()
-    with pytest.raises(CheckpointError, match="is not empty; continue it with --resume or choose another out=FOLDER"):
+    with pytest.raises(CheckpointError, match=r"--resume .* out="):
         train(tiny(used))
-    (used / "recipe.yaml").touch()  # killed before the first checkpoint
+    (used / "recipe.yaml").touch()  # as if killed before the first checkpoint
     assert train(tiny(used), resume=True, console=console).finished
-    assert "starts again at step 0" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 0" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_wrong_recipe_leaves_no_folder(tmp_path: Path, tiny: Tiny) -> None:
+def test_a_wrong_recipe_writes_no_folder(tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(DataError):
         train(tiny(tmp_path / "run", "data.kind=images", f"data.path={tmp_path / 'missing'}"))
     assert not (tmp_path / "run").exists()
 
 
-def test_metrics_hold_every_step_once(whole: Path, rows: Callable[[Path], list[dict[str, Any]]]) -> None:
+def test_metrics_have_one_row_per_log_step(whole: Path, rows: Callable[[Path], list[dict[str, Any]]]) -> None:
     found = rows(whole)
     assert [row["step"] for row in found] == [4, 6]
     assert [row["target"] for row in found] == pytest.approx([2 + 2 * 3 / 5, 4])
@@ -179,8 +181,8 @@ def test_metrics_hold_every_step_once(whole: Path, rows: Callable[[Path], list[d
     )
 
 
-def test_a_run_that_was_moved_resumes_where_it_is(whole: Path, half: Path, assert_same_run: Same) -> None:
-    recipe = load(half)  # its recipe.yaml names the folder it was copied from
+def test_a_moved_run_is_resumed_in_its_new_folder(whole: Path, half: Path, assert_same_run: Same) -> None:
+    recipe = load(half)  # although its recipe.yaml names the folder that it was copied from
     assert recipe.out == str(half)
     train(recipe, resume=True)
     assert_same_run(whole, half, 6)

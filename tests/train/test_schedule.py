@@ -1,4 +1,4 @@
-"""Everything that changes with the step is a function of it."""
+"""Learning rate, target, tail drop, EMA decay and seeds as functions of the step."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokdyn.recipe import ChunkingSettings, OptimizerSettings
+from tokdyn.seeds import Stream, generator, mix, seed_everything, splitmix64
 from tokdyn.train import schedule
-from tokdyn.train.seeds import Stream, generator, mix, seed_everything, splitmix64
 
 
-def test_learning_rate() -> None:
+def test_the_learning_rate_warms_up_and_decays() -> None:
     settings = OptimizerSettings(lr=1.0, warmup_steps=4, decay="linear", final_lr=0.5)
     rates = [schedule.learning_rate(settings, step, 12) for step in range(13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[8] == pytest.approx(0.75)  # half way down to half
+    assert rates[8] == pytest.approx(0.75)  # half way from 1 to 0.5
     assert rates[12] == pytest.approx(0.5)
     cosine = OptimizerSettings(lr=1.0, decay="cosine")
     assert schedule.learning_rate(cosine, 3, 12) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert schedule.learning_rate(OptimizerSettings(lr=0.1), 10**9, 12) == 0.1
 
 
-def test_curriculum() -> None:
+def test_the_target_follows_the_curriculum() -> None:
     settings = ChunkingSettings(curriculum=((10, 2.0), (20, 4.0), (40, 16.0)))
     found = [schedule.target(settings, 16.0, step) for step in (0, 10, 15, 20, 30, 40, 99)]
     assert found == [2.0, 2.0, 3.0, 4.0, 10.0, 16.0, 16.0]
@@ -41,11 +41,11 @@ def test_budgets_are_drawn_only_after_the_warm_up() -> None:
     assert drawn[:50] == [0.0] * 50
     counts = Counter(float(drop) for drop in drawn[50:])
     assert set(counts) == set(settings.tail_drops)
-    # 1400 draws of 7 values: 200 each with a standard deviation of 13; five of them.
+    # 1400 draws of 7 values are 200 each, with a standard deviation of 13; five of those.
     assert all(abs(count - 200) < 65 for count in counts.values())
 
 
-def test_a_budget_per_step_is_the_same_on_every_device_and_one_per_sample_is_not() -> None:
+def test_budgets_per_step_are_alike_on_all_devices_and_budgets_per_sample_differ() -> None:
     step = ChunkingSettings(budget_warmup_steps=0)
     assert schedule.tail_drop(step, 0, 5, 0, 4) == schedule.tail_drop(step, 0, 5, 4, 4)
     sample = ChunkingSettings(budget_warmup_steps=0, draw="sample")
@@ -57,14 +57,14 @@ def test_a_budget_per_step_is_the_same_on_every_device_and_one_per_sample_is_not
     assert schedule.tail_drop(ChunkingSettings(tail_drops=(0.0,), budget_warmup_steps=0), 0, 5, 0, 4) == 0.0
 
 
-def test_ema_decay() -> None:
+def test_the_ema_decay_warms_up() -> None:
     assert schedule.ema_decay(0.9999, True, 0) == 0.1
     assert schedule.ema_decay(0.9999, True, 90) == 0.91
     assert schedule.ema_decay(0.9999, True, 10**7) == 0.9999
     assert schedule.ema_decay(0.9, False, 0) == 0.9
 
 
-def test_splitmix64() -> None:
+def test_splitmix64_gives_the_reference_outputs() -> None:
     """First outputs of the reference generator (Vigna, prng.di.unimi.it/splitmix64.c) seeded with 1234567."""
     golden = 0x9E3779B97F4A7C15
     found = [splitmix64((1234567 + index * golden) & (2**64 - 1)) for index in range(3)]
@@ -77,7 +77,7 @@ def test_seeds_of_different_places_differ(places: list[tuple[int, int]]) -> None
     assert len(seeds) == len(places) * len(Stream)
 
 
-def test_a_generator_leaves_the_global_one_alone() -> None:
+def test_a_generator_does_not_touch_the_global_one() -> None:
     seed_everything(0, Stream.MICRO_STEP, 1, 2)
     expected = torch.rand(3)
     seed_everything(0, Stream.MICRO_STEP, 1, 2)

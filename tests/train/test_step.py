@@ -1,8 +1,10 @@
-"""The parts of a step: what is drawn, the average of the weights, AdamW's state, metrics."""
+"""The parts of a step: random draws, averaged weights, AdamW, metrics, previews."""
 
 from __future__ import annotations
 
 import copy
+import io
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +12,27 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
+import tokdyn
+from tests.upcycling.models import inputs, small_base
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import RecipeError, TokdynError
-from tokdyn.recipe import OptimizerSettings, Recipe
-from tokdyn.train import metrics, state, train
+from tokdyn.models import DCDiT
+from tokdyn.recipe import OptimizerSettings, Recipe, load
+from tokdyn.train import checkpoints, metrics, train
 from tokdyn.train.ema import Ema
 from tokdyn.train.setup import open_optimizer
-from tokdyn.train.step import draw
+from tokdyn.train.step import RatioTerm, draw, micro_step
+from tokdyn.upcycling import Distillation
+from tokdyn.upcycling.phases import PhaseBatch
+from tokdyn.upcycling.settings import PhaseSettings
 
 Tiny = Callable[..., Recipe]
 
 
-def test_labels_are_dropped_as_often_as_asked() -> None:
+def test_labels_are_dropped_with_the_given_probability() -> None:
     torch.manual_seed(0)
     x, labels = torch.zeros(4000, 1, 1, 1), torch.arange(4000) % 10
     drawn = draw(Objective(), x, labels, null_class=10, label_dropout=0.1)
@@ -34,7 +43,7 @@ def test_labels_are_dropped_as_often_as_asked() -> None:
     assert torch.equal(draw(Objective(), x, labels, 10, 0.0).labels, labels)
 
 
-def test_ema_is_the_weighted_sum() -> None:
+def test_the_average_is_the_weighted_sum() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model[0].bias.requires_grad_(False)
     ema = Ema(model, decay=0.5, warmup=True)
@@ -52,8 +61,25 @@ def test_ema_is_the_weighted_sum() -> None:
     assert model[0].weight.requires_grad
 
 
+def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
+    """Of a student with a weight of its own for every term; fp32."""
+    base = small_base()
+    student = tokdyn.upcycle(base, ["dc", "dydit"], width_target=0.5)
+    phase = PhaseSettings(name="a", diffusion=0.5, teacher=0.25, output=2.0, complete=3.0)
+    weights = {"loss": 0.5, "teacher": 0.25, "output": 2.0, "complete": 3.0, "ratio": 0.125, "DynamicWidth": 1.0}
+    x, _, labels = inputs()
+    draws = draw(Objective(), x, labels, null_class=5, label_dropout=0.0)
+    result = micro_step(
+        Distillation(student, base), Objective(), draws, "fp32", RatioTerm(4.0, 0.125, None),
+        PhaseBatch(phase, torch.ones(3, dtype=torch.bool)),
+    )  # fmt: skip
+    expected = sum(weight * result.metrics[name].item() for name, weight in weights.items())
+    assert result.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert all(result.metrics[name] > 0 for name in weights if name != "DynamicWidth")
+
+
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "loop"])
-def test_optimizers_are_adamw_without_decay_of_vectors(implementation: str) -> None:
+def test_optimizers_are_adamw_without_weight_decay_of_vectors(implementation: str) -> None:
     """Against one step of the formula in fp64; fp32 rounds a step of 0.1 by less than 1e-6."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -76,20 +102,31 @@ def test_the_learning_rate_of_a_step_is_the_one_logged(tmp_path: Path, tiny: Tin
     assert rates == [5e-4, 1e-3, 1e-3]
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
+def test_rows_of_metrics_count_images_epochs_and_seconds(tmp_path: Path, tiny: Tiny) -> None:
+    """Of 64 images in batches of 4; the seconds of a resumed run include those before it was stopped."""
+    folder = tmp_path / "run"
+    train(tiny(folder, "training.steps=2"))
+    train(tiny(folder, "training.steps=4"), resume=True)
+    found = metrics.read(folder / "metrics.jsonl")
+    assert [row["images"] for row in found] == [4, 8, 12, 16]
+    assert [row["epoch"] for row in found] == [1 / 16, 2 / 16, 3 / 16, 4 / 16]
+    seconds = [row["seconds"] for row in found]
+    assert seconds == sorted(seconds)
+    assert all(row["images_per_second"] > 0 for row in found)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
     folder = tmp_path / "run"
     settings = ("training.steps=40", "training.checkpoint_every=1", "training.log_every=40", "optimizer.clip=null")
-    with pytest.raises(TokdynError, match=r"not finite since step \d+ .*the checkpoint of step \d+ is kept.*Lower"):
+    with pytest.raises(TokdynError, match=r"step \d+ .*step \d+ .*optimizer\.lr"):
         train(tiny(folder, *settings, "optimizer.lr=1e30", "training.keep_checkpoints=50"))
-    found = state.newest(folder / "checkpoints")
-    assert found is not None
-    from safetensors.torch import load_file
-
-    weights = load_file(found.folder / "model" / "diffusion_pytorch_model.safetensors")
+    newest = checkpoints.newest(folder / "checkpoints")
+    assert newest is not None
+    weights = load_file(newest.folder / "model" / "diffusion_pytorch_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
+def test_a_truncated_line_of_metrics_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         metrics.append(path, {"step": step, "loss": 0.5})
@@ -100,29 +137,27 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2}\n'
 
 
-def test_a_preview_is_drawn_from_the_average_and_changes_nothing(
+def test_a_preview_gets_the_average_and_does_not_change_the_run(
     tmp_path: Path, tiny: Tiny, assert_same_run: Callable[[Path, Path, int], None]
 ) -> None:
-    seen = []
+    calls = []
 
     def preview(model: nn.Module, recipe: Recipe, folder: Path, step: int) -> None:
-        seen.append((step, folder.name, model.training, recipe.training.sample_every))
+        calls.append((step, folder.name, model.training, recipe.training.sample_every))
         torch.rand(7)
 
     train(tiny(tmp_path / "a", "training.steps=5", "training.sample_every=2"), preview=preview)
-    assert seen == [(2, "a", False, 2), (4, "a", False, 2), (5, "a", False, 2)]
+    assert calls == [(2, "a", False, 2), (4, "a", False, 2), (5, "a", False, 2)]
     train(tiny(tmp_path / "b", "training.steps=5"))
     assert_same_run(tmp_path / "a", tmp_path / "b", 5)
 
 
-def test_a_preview_that_nobody_draws_is_told(tmp_path: Path, tiny: Tiny, console: Console) -> None:
+def test_previews_without_a_function_to_draw_them_are_noted(tmp_path: Path, tiny: Tiny, console: Console) -> None:
     train(tiny(tmp_path / "run", "training.sample_every=1"), console=console)
-    assert "No previews will be drawn" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "training.sample_every" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_live_line_on_a_terminal(tmp_path: Path, tiny: Tiny) -> None:
-    import io
-
+def test_a_terminal_shows_a_live_line(tmp_path: Path, tiny: Tiny) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
     train(tiny(tmp_path / "run", "training.steps=3"), console=console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -131,14 +166,9 @@ def test_the_live_line_on_a_terminal(tmp_path: Path, tiny: Tiny) -> None:
     assert "ETA" in shown
 
 
-@pytest.mark.parametrize("what", ["data.kind=shapes", "objective={kind: flow, timestep_sampling: logit_normal}"])
-def test_what_is_saved_says_how_to_sample(what: str, tmp_path: Path, tiny: Tiny) -> None:
-    import json
-
-    from tokdyn.models import DCDiT
-    from tokdyn.recipe import load
-
-    recipe = tiny(tmp_path / "run", what)
+@pytest.mark.parametrize("setting", ["data.kind=shapes", "objective={kind: flow, timestep_sampling: logit_normal}"])
+def test_saved_models_say_what_they_were_trained_to_predict(setting: str, tmp_path: Path, tiny: Tiny) -> None:
+    recipe = tiny(tmp_path / "run", setting)
     train(recipe)
     for folder in ("model", "checkpoints/step_0000002/model", "checkpoints/step_0000002/ema"):
         info = json.loads((tmp_path / "run" / folder / "tokdyn.json").read_text())
@@ -149,15 +179,15 @@ def test_what_is_saved_says_how_to_sample(what: str, tmp_path: Path, tiny: Tiny)
     assert load(tmp_path / "run") == load(tmp_path / "run" / "model" / "recipe.yaml") == recipe
 
 
-def test_a_tracker_that_is_missing_is_named(tmp_path: Path, tiny: Tiny) -> None:
-    with pytest.raises(RecipeError, match="names no-such-tracker, which is not installed here"):
+def test_a_tracker_that_is_not_installed_is_rejected(tmp_path: Path, tiny: Tiny) -> None:
+    with pytest.raises(RecipeError, match=r"training\.trackers .*no-such-tracker"):
         train(tiny(tmp_path / "run", "training.trackers=[no-such-tracker]"))
     assert not (tmp_path / "run").exists()
 
 
-def test_training_starts_at_the_target_unless_the_official_start_is_asked_for(tmp_path: Path, tiny: Tiny) -> None:
-    """1/4 of 4096 cells of fresh noise: a standard deviation of 0.007, and the router sees other images than it was
-    calibrated on. The official bias of -1.1 keeps almost nothing."""
+def test_a_run_starts_at_its_target_unless_the_official_start_is_asked_for(tmp_path: Path, tiny: Tiny) -> None:
+    """1/4 of 4096 cells has a standard deviation of 0.007, and the images are others than those of the calibration. The
+    official bias of -1.1 keeps almost nothing."""
     large = ("training.batch_size=64", "training.steps=1")
     train(tiny(tmp_path / "run", *large))
     (row,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
@@ -167,8 +197,8 @@ def test_training_starts_at_the_target_unless_the_official_start_is_asked_for(tm
     assert row["natural_kept"] < 0.1
 
 
-def test_a_curriculum_starts_calibrated_to_its_first_target(tmp_path: Path, tiny: Tiny) -> None:
-    """Half of 4096 cells: a standard deviation of 0.008."""
+def test_the_router_is_calibrated_to_the_first_target_of_a_curriculum(tmp_path: Path, tiny: Tiny) -> None:
+    """Half of 4096 cells has a standard deviation of 0.008."""
     large = ("training.batch_size=64", "training.steps=1", "chunking.curriculum=[[0,2.0],[100,4.0]]")
     for router in ("spatial_predictability", "cosine"):
         train(tiny(tmp_path / router, *large, f"model.router={router}"))

@@ -1,6 +1,6 @@
-"""Trains in a process of its own, to be killed or to be one of several: worker.py FOLDER [--resume] key=value...
+"""Train in a process of its own, which a test kills or runs several of: worker.py FOLDER [--resume] key=value...
 
-The recipe is tiny.yaml, or the file of a word recipe=FILE.
+The recipe is tiny.yaml, or the one of the word recipe=FILE.
 """
 
 from __future__ import annotations

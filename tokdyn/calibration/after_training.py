@@ -13,7 +13,7 @@ from tokdyn.calibration.command import calibrate_from_disk
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.errors import InputError, TokdynError
 from tokdyn.methods import Method, TokenMerge
-from tokdyn.recipe.upcycling import AfterSettings
+from tokdyn.upcycling.settings import AfterSettings
 from tokdyn.sample.loading import load_model
 
 

@@ -24,9 +24,9 @@ from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
-from tokdyn.train.calls import CallSettings, distil, fresh
-from tokdyn.train.seeds import Stream, seed_everything
-from tokdyn.upcycling.api import check_method, upcycle
+from tokdyn.seeds import Stream, seed_everything
+from tokdyn.upcycling.conversion import check_method, upcycle
+from tokdyn.upcycling.pipelines import DistilSettings, distil, require_unused
 
 INDEX, REPORT, PICTURE, BEGUN = "model_index.json", "upcycle.json", "images.png", "settings.json"
 _TRAINED_BY_RECIPES = ("DiTTransformer2DModel", "DiT", "DCDiT")  # transformers of class-conditional pipelines
@@ -97,10 +97,10 @@ class PipelineConfig(BaseModel):
         return self
 
     @property
-    def distillation(self) -> CallSettings:
-        """The settings of the distillation."""
-        names = set(CallSettings.model_fields) & set(type(self).model_fields)
-        return CallSettings(**{name: getattr(self, name) for name in names})
+    def distillation(self) -> DistilSettings:
+        """The settings of the training."""
+        names = set(DistilSettings.model_fields) & set(type(self).model_fields)
+        return DistilSettings(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def upcycle_pipeline(
         "methods": methods,
     }
     if not resume:
-        fresh(out)  # fails before any image is drawn
+        require_unused(out)  # before images are drawn in vain
     elif (out / BEGUN).is_file():
         changed = [name for name, value in json_object(out / BEGUN).items() if facts.get(name) != value]
         if changed:

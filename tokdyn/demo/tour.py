@@ -18,7 +18,7 @@ from tokdyn.demo.router import RouterScore, score_router
 from tokdyn.errors import CheckpointError
 from tokdyn.files import UserPath
 from tokdyn.recipe import Recipe
-from tokdyn.recipe.build import planned_steps
+from tokdyn.recipe.build import total_steps
 from tokdyn.sample import SampleConfig, SampleResult, load_model, sample
 from tokdyn.train import train
 
@@ -109,7 +109,7 @@ def demo(settings: DemoSettings) -> DemoResult:
         model, objective, data, range(len(data), len(data) + _DRAWN), LEVELS, pictures / "router.png", settings.seed
     )
     drawn = (*made.files, *(file for budget in made.budgets for file in budget.files), path)
-    return DemoResult(settings.out, drawn, made, scores, steps, planned_steps(recipe), seconds)
+    return DemoResult(settings.out, drawn, made, scores, steps, total_steps(recipe), seconds)
 
 
 def _train(settings: DemoSettings) -> tuple[Recipe, int]:
@@ -124,7 +124,7 @@ def _train(settings: DemoSettings) -> tuple[Recipe, int]:
             f"{settings.out} holds a run with other settings; choose another out=FOLDER, or remove that folder."
         )
     if started and (settings.out / "model").is_dir():
-        return recipe, planned_steps(recipe)
+        return recipe, total_steps(recipe)
     limit = _TimeLimit(60.0 * settings.minutes)
     result = train(recipe, resume=started, preview=limit)
     if not result.finished and not limit.reached:

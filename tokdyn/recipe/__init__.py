@@ -1,4 +1,4 @@
-"""Recipes: YAML with `extends:` and key=value settings, validated by one strict model.
+"""Read, validate, list and copy recipes: YAML with `extends:` and key=value settings, held in one strict model.
 
 recipe = load("cifar10/dcdit-learned", ["data.path=train.zip", "optimizer.lr=3e-4"])
 """
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import files, shipped, yaml_text
+from tokdyn.recipe.build import base_without_weights, build_model
 from tokdyn.recipe.explain import explain
 from tokdyn.recipe.model_settings import ModelSettings
 from tokdyn.recipe.schema import (
@@ -47,11 +48,11 @@ show = shipped.show
 
 
 def resolve(settings: Mapping[str, Any], source: str = "The recipe") -> Recipe:
-    """Validate settings that are already one dict.
+    """Validate the sections of a recipe.
 
     Args:
         settings: The sections, as nested dicts.
-        source: What to call them in an error.
+        source: Where they come from, for an error message.
 
     Raises:
         RecipeError: One sentence that names the key, what was expected and the nearest valid key.
@@ -71,12 +72,12 @@ def load(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
         settings: Words such as "optimizer.lr=4e-4"; values are YAML and a later word wins.
 
     Raises:
-        RecipeError: Anything that is wrong with any of it.
+        RecipeError: The recipe, what it extends or a setting is wrong.
     """
-    found = files.read(str(name))
+    sections = files.read(str(name))
     if (Path(name) / "metrics.jsonl").is_file() or (Path(name) / "checkpoints").is_dir():
-        found["out"] = str(name)
-    return resolve(files.deep_merge(found, files.parse_overrides(settings)), f"Recipe '{name}'")
+        sections["out"] = str(name)
+    return resolve(files.deep_merge(sections, files.parse_overrides(settings)), f"Recipe '{name}'")
 
 
 def dump(recipe: Recipe) -> str:
@@ -90,7 +91,7 @@ def summaries() -> dict[str, str]:
 
 
 def copy(name: str, destination: str | Path) -> Path:
-    """Copy a shipped recipe to edit it; what it extends is merged in, so that the copy stands alone.
+    """Copy a shipped recipe for editing, with everything that it extends merged in.
 
     Args:
         name: The name of a shipped recipe.
@@ -104,7 +105,7 @@ def copy(name: str, destination: str | Path) -> Path:
     if target.is_dir() or target.suffix not in {".yaml", ".yml"}:
         target = target / f"{Path(name).name}.yaml"
     if target.exists():
-        raise RecipeError(f"{target} exists already; choose another place or remove it.")
+        raise RecipeError(f"{target} exists already; choose another file or remove it.")
     text = source.read_text(encoding="utf-8")
     settings = files.read(name)
     if "extends:" in text:
@@ -121,8 +122,6 @@ def check(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
         RecipeError: Anything that is wrong with the recipe.
         TokdynError: The model cannot be built as described.
     """
-    from tokdyn.recipe.build import build_model, planned_base
-
     recipe = load(name, settings)
-    build_model(recipe, device="meta", base=None if recipe.upcycle is None else planned_base(recipe))
+    build_model(recipe, device="meta", base=None if recipe.upcycle is None else base_without_weights(recipe))
     return recipe

@@ -1,25 +1,22 @@
-"""From a recipe to its model."""
+"""Build the model of a recipe, read the base of an upcycling recipe, and count the steps of the run."""
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tokdyn.cost import compute_matched_steps, flops_per_image, model_parts
+from tokdyn.bases import read_base, rows
+from tokdyn.cost import compute_matched_steps, flops_per_image
 from tokdyn.data import DataConfig
 from tokdyn.data.config import rows_and_columns
 from tokdyn.errors import CheckpointError, InputError, RecipeError
-from tokdyn.recipe.model_settings import FROM_ELSEWHERE, ModelSettings
+from tokdyn.models import DCDiT, DiT
+from tokdyn.recipe.model_settings import DERIVED, ModelSettings
 from tokdyn.recipe.schema import Recipe
-from tokdyn.recipe.upcycling import UpcycleSettings
-
-if TYPE_CHECKING:
-    from tokdyn.methods import Method
-    from tokdyn.models import DiT
+from tokdyn.upcycling.conversion import build_student
 
 Shape = tuple[int, int, int]
 _LATENT_CHANNELS = 4  # of the VAEs that the published models were trained on
@@ -27,20 +24,18 @@ _SHAPES_SIZE = 32
 _SHAPES_CLASSES = 10
 
 
-def planned_shape(data: DataConfig) -> Shape:
-    """Return (C, H, W) of the samples as far as the recipe says, without opening the data.
+def stated_shape(data: DataConfig) -> Shape:
+    """Return (C, H, W) of the samples as the recipe states it, without opening the data.
 
     Args:
-        data: The data section. Latents without a size, and images without one, say too little.
+        data: The data section. Without a size it says too little, except for procedural shapes.
 
     Raises:
         RecipeError: The recipe does not say how large the samples are.
     """
     size = data.size or (_SHAPES_SIZE if data.kind == "shapes" else None)
     if size is None:
-        raise RecipeError(
-            f"data.size is needed to plan without reading the {data.kind}; set data.size=32, for example."
-        )
+        raise RecipeError(f"data.size is needed while the {data.kind} are not opened; set data.size=32, for example.")
     channels = _LATENT_CHANNELS if data.kind == "latents" else data.channels
     return (channels, *rows_and_columns(size))
 
@@ -54,98 +49,76 @@ def model_arguments(recipe: Recipe, shape: Shape, num_classes: int) -> dict[str,
         num_classes: Labels, without the null class.
     """
     channels, rows, columns = shape
-    own = {} if recipe.upcycle is not None else recipe.model.overrides  # those are of what the base becomes
+    # overrides of an upcycling recipe are settings of the student, not of the base that this is compared with
+    overrides = {} if recipe.upcycle is not None else recipe.model.overrides
     return {
         "sample_size": rows if rows == columns else (rows, columns),
         "in_channels": channels,
         "num_classes": num_classes,
         "learn_sigma": recipe.objective.learn_sigma,
-        **own,
+        **overrides,
     }
 
 
 def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
-    """Read the pretrained model that an upcycling recipe begins with.
+    """Read the pretrained model that an upcycling recipe starts from.
 
     Args:
-        recipe: With a section `upcycle`.
+        recipe: A recipe with a section `upcycle`.
         shape: (C, H, W) of the samples.
         num_classes: Labels, without the null class.
 
     Raises:
-        CheckpointError: It cannot be read, or is no DiT.
-        RecipeError: It was made for other samples, classes or another objective than the recipe's.
+        CheckpointError: The base cannot be read, or is not a plain DiT.
+        RecipeError: The base was made for other samples, classes or another objective than the recipe's.
     """
-    from tokdyn.bases import read_base
-
-    assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
+    assert recipe.upcycle is not None, "only a recipe with a section upcycle has a base"
     base = read_base(recipe.upcycle.base, ema=recipe.upcycle.ema)
     if base.objective != recipe.objective.kind:
         raise RecipeError(
             f"the base {base.origin} was trained with objective.kind={base.objective}, and the recipe has "
             f"{recipe.objective.kind}; make them equal."
         )
-    return _fitting(base.model, recipe, shape, num_classes)
+    return _require_fit(base.model, recipe, shape, num_classes)
 
 
-def planned_base(recipe: Recipe) -> DiT:
-    """The base of an upcycling recipe without its weights, where it is a known one; else it is read."""
-    from tokdyn.bases import rows
-
-    assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
-    shape, classes = planned_shape(recipe.data), recipe.data.num_classes or _SHAPES_CLASSES
+def base_without_weights(recipe: Recipe) -> DiT:
+    """Return the base of an upcycling recipe on the meta device if `tokdyn models` lists it; otherwise read it."""
+    assert recipe.upcycle is not None, "only a recipe with a section upcycle has a base"
+    shape, classes = stated_shape(recipe.data), recipe.data.num_classes or _SHAPES_CLASSES
     row = None if Path(recipe.upcycle.base).exists() else rows().get(recipe.upcycle.base)
     if row is None:
         return open_base(recipe, shape, classes)
     with torch.device("meta"):
-        return _fitting(row.build(), recipe, shape, classes)
+        return _require_fit(row.build(), recipe, shape, classes)
 
 
-def _fitting(base: Any, recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
-    """A base that the recipe can begin with."""
-    from tokdyn.models import DiT
-
-    assert recipe.upcycle is not None, "there is a base only in a recipe with a section upcycle"
+def _require_fit(base: Any, recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
+    """Return the base, or say why the recipe cannot start from it."""
+    assert recipe.upcycle is not None, "only a recipe with a section upcycle has a base"
     name = recipe.upcycle.base
     if not isinstance(base, DiT):
-        raise CheckpointError(f"upcycle.base {name} is no DiT but a {type(base).__name__}; train that on as it is.")
+        raise CheckpointError(
+            f"upcycle.base {name} is a {type(base).__name__}, expected a DiT; continue the training of a DC-DiT with "
+            "tokdyn train instead."
+        )
     if hasattr(base, "tokdyn"):
         raise CheckpointError(
-            f"upcycle.base {name} has methods of its own (DyDiT); begin with the DiT that it came from."
+            f"upcycle.base {name} carries methods of its own (DyDiT); start from the DiT that it was made from."
         )
     expected = model_arguments(recipe, shape, num_classes)
-    free = {"out_channels"} | (
-        {"learn_sigma"} if recipe.objective.kind == "flow" else set()
-    )  # a flow ignores a second half
-    for key, where in FROM_ELSEWHERE.items():
-        there = base.config[key]
-        if key not in free and (tuple(there) if isinstance(there, list) else there) != expected[key]:
+    ignored = {"out_channels"}
+    if recipe.objective.kind == "flow":
+        ignored.add("learn_sigma")  # a flow uses the first half of the output and ignores the second
+    for key, setting in DERIVED.items():
+        value = base.config[key]
+        if key not in ignored and (tuple(value) if isinstance(value, list) else value) != expected[key]:
             raise RecipeError(
-                f"the base {name} has {key}={there}, and the recipe {expected[key]}; set {where} to what the base was "
-                "trained with, or choose another base."
+                f"the base {name} has {key}={value}, and the recipe {expected[key]}; set {setting} to what the base "
+                "was trained with, or choose another base."
             )
-    found: DiT = base
-    return found
-
-
-def _by_steps(method: Method, recipe: Recipe) -> Method:
-    """The method with a warm-up in calls of the model: a recipe counts optimizer steps, each of several calls."""
-    calls = getattr(method, "warmup", 0) * recipe.training.accumulation
-    return method.model_copy(update={"warmup": calls}) if calls else method
-
-
-def _check_after(settings: UpcycleSettings, model: Any) -> None:
-    """Refuse, before anything is trained, a share of the FLOPs that skipping every block would not come down to."""
-    from tokdyn.cost.blocks import PARTS
-
-    parts = model_parts(model)
-    least = sum(flops for name, flops in parts.items() if name not in PARTS) / sum(parts.values())
-    for each in settings.after:
-        if each.method == "skip" and each.flops is not None and each.flops < least:
-            raise RecipeError(
-                f"upcycle.after: skip cannot come down to {each.flops:g} of the FLOPs: {least:.3g} of them are spent "
-                "outside of the blocks; ask for more."
-            )
+    fitting: DiT = base
+    return fitting
 
 
 def build_model(
@@ -162,33 +135,25 @@ def build_model(
         shape: (C, H, W) of the samples; None takes what the recipe says.
         num_classes: Labels; None takes what the recipe says, or 10 for procedural shapes.
         device: Where to build it; "meta" takes no memory.
-        base: What an upcycled model begins with; None reads it.
+        base: The base of an upcycling recipe; None reads it.
     """
-    from tokdyn.models import DCDiT, DiT
-
     if num_classes is None:
         num_classes = recipe.data.num_classes or (_SHAPES_CLASSES if recipe.data.kind == "shapes" else None)
     if num_classes is None:
-        raise RecipeError("data.num_classes is needed to plan without reading the data; set data.num_classes=1000.")
-    shape = shape or planned_shape(recipe.data)
+        raise RecipeError("data.num_classes is needed while the data are not opened; set data.num_classes=1000.")
+    shape = shape or stated_shape(recipe.data)
     if recipe.upcycle is not None:
-        from tokdyn.attach import wrap
-        from tokdyn.upcycling.dc import to_dc
-
         base = base or open_base(recipe, shape, num_classes)
+        chunked, accumulation = recipe.model.kind == "dcdit", recipe.training.accumulation
         with torch.device(device):
-            chunked = recipe.model.kind == "dcdit"
-            model = to_dc(base, **recipe.model.overrides) if chunked else copy.deepcopy(base).train()
-            methods = [_by_steps(each.build(), recipe) for each in recipe.upcycle.methods]
-            _check_after(recipe.upcycle, model)
-            return (wrap(model, methods) if methods else model).to(device)
-    arguments = model_arguments(recipe, shape, num_classes)
+            student = build_student(recipe.upcycle, base, chunked, accumulation, **recipe.model.overrides)
+            return student.to(device)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
     with torch.device(device):
-        return family.named(recipe.model.name, **arguments)
+        return family.named(recipe.model.name, **model_arguments(recipe, shape, num_classes))
 
 
-def planned_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int | None = None) -> int:
+def total_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int | None = None) -> int:
     """Return how many optimizer steps the run takes.
 
     Args:
@@ -197,16 +162,17 @@ def planned_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int |
         num_classes: Labels; as for `shape`.
 
     Raises:
-        RecipeError: The warm-up of a compute-matched run costs more than the baseline.
+        RecipeError: The warm-up of a compute-matched run costs more than the baseline, or an upcycling run ends before
+            its last phase starts.
     """
     training, match = recipe.training, recipe.compute_match
     if training.steps is not None or training.images is not None:
         steps = training.steps or math.ceil((training.images or 0) / training.batch_size)
-        fixed = sum(phase.steps or 0 for phase in recipe.upcycle.phases) if recipe.upcycle else 0
-        if recipe.upcycle is not None and fixed >= steps:
+        earlier = sum(phase.steps or 0 for phase in recipe.upcycle.phases) if recipe.upcycle else 0
+        if recipe.upcycle is not None and earlier >= steps:
             raise RecipeError(
-                f"the phases before {recipe.upcycle.phases[-1].name!r} take {fixed} steps and the run has {steps}, so "
-                "it never begins; shorten upcycle.phases or lengthen the run."
+                f"the phases before {recipe.upcycle.phases[-1].name!r} take {earlier} steps and the run has {steps}, "
+                "so it never starts; shorten upcycle.phases or lengthen the run."
             )
         return steps
     if match is None or recipe.chunking is None:

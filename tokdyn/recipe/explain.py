@@ -1,4 +1,4 @@
-"""From a failed validation to one sentence: the key, what was expected, and the nearest valid key."""
+"""Turn a failed validation into one sentence: the key, what was expected, and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from tokdyn.errors import RecipeError
 
-_SHOWN = 4  # a fifth mistake is better met after the first four are mended
+_SHOWN = 4  # mistakes per message; the rest appears once these are corrected
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -33,7 +33,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     """List the pydantic models that a field's type may hold, looking through unions, Annotated and containers."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in typing.get_args(annotation) for found in models_in(part)]
+    return [model for part in typing.get_args(annotation) for model in models_in(part)]
 
 
 def valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
@@ -41,14 +41,13 @@ def valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
     Args:
         model: The outermost model.
-        path: Field names from the outermost model inwards; list positions and union tags are passed over.
+        path: Field names from the outermost model inwards; list positions and union tags are ignored.
     """
-    here = [model]
+    models = [model]
     for part in path:
-        fields = [candidate.model_fields[part] for candidate in here if part in candidate.model_fields]
-        inner = [found for field in fields for found in models_in(field.annotation)]
-        here = inner or here
-    return sorted({name for candidate in here for name in candidate.model_fields})
+        fields = [candidate.model_fields[part] for candidate in models if part in candidate.model_fields]
+        models = [inner for field in fields for inner in models_in(field.annotation)] or models
+    return sorted({name for candidate in models for name in candidate.model_fields})
 
 
 def _sentence(model: type[BaseModel], error: Any) -> str:

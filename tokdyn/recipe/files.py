@@ -1,4 +1,4 @@
-"""From a name or path and key=value settings to one dict: `extends:`, deep merge, overrides."""
+"""Read recipe files into nested dicts: find them, follow `extends:`, merge, and parse key=value settings."""
 
 from __future__ import annotations
 

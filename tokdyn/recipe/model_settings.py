@@ -1,4 +1,4 @@
-"""The `model` section: a kind, a named size, and any other argument of that model's constructor."""
+"""The section `model` of a recipe: a kind, a named size, and any other argument of that model's constructor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
+from tokdyn.models import DCDiT, DiT
+from tokdyn.models.sizes import dc_dit_settings, dit_settings
 from tokdyn.recipe.explain import nearest
 
 BASE = "base"
-"""Name of a model that takes its sizes from the pretrained model that it begins with."""
-FROM_ELSEWHERE = {
+"""Name of a model that takes its sizes from the pretrained model it starts from."""
+DERIVED = {
     "sample_size": "data.size",
     "in_channels": "data.channels",
     "num_classes": "data.num_classes",
     "learn_sigma": "objective.learn_sigma",
     "out_channels": "objective.learn_sigma",
 }
+"""Arguments of a model that follow from other sections, and the setting that each follows from."""
 
 
 @cache
@@ -29,8 +32,6 @@ def constructor(kind: str) -> dict[str, inspect.Parameter]:
     Args:
         kind: "dit" or "dcdit".
     """
-    from tokdyn.models import DCDiT, DiT  # imports diffusers, which takes seconds: only once a recipe is read
-
     signature = inspect.signature({"dit": DiT, "dcdit": DCDiT}[kind].__init__, eval_str=True)
     return {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
 
@@ -43,7 +44,8 @@ class ModelSettings(BaseModel):
 
     Attributes:
         kind: "dcdit" (dynamic chunking) or "dit" (fixed patches).
-        name: A named size: "S", "B", "L", "XL", "tiny", for a "dit" with its patch, "S/2"; or "base", see `upcycle`.
+        name: A named size: "S", "B", "L", "XL" or "tiny", for a "dit" with its patch size, as in "S/2"; or "base",
+            which takes the sizes of `upcycle.base`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -53,7 +55,7 @@ class ModelSettings(BaseModel):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The constructor's arguments that this section sets itself."""
+        """The constructor's arguments that this section overrides."""
         return dict(self.__pydantic_extra__ or {})
 
     @property
@@ -76,10 +78,10 @@ class ModelSettings(BaseModel):
     @model_validator(mode="after")
     def _check_overrides(self) -> Self:
         arguments = constructor(self.kind)
-        settable = [name for name in arguments if name not in FROM_ELSEWHERE]
+        settable = [name for name in arguments if name not in DERIVED]
         for key, value in self.overrides.items():
-            if key in FROM_ELSEWHERE:
-                raise ValueError(f"'{key}' follows from {FROM_ELSEWHERE[key]}; set that instead")
+            if key in DERIVED:
+                raise ValueError(f"'{key}' follows from {DERIVED[key]}; set that instead")
             if key not in arguments:
                 raise ValueError(f"'{key}' is not an argument of {self.kind}{nearest(key, settable)}")
             try:
@@ -94,6 +96,4 @@ class ModelSettings(BaseModel):
     def _check_name(self) -> None:
         if self.name == BASE:
             return
-        from tokdyn.models.sizes import dc_dit_settings, dit_settings
-
         {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError

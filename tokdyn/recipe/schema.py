@@ -1,4 +1,4 @@
-"""The recipe: one strict, frozen model of everything a training run depends on."""
+"""The recipe: a strict, frozen model of everything that a training run depends on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tokdyn.data import DataConfig
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Sampler
 from tokdyn.recipe.model_settings import BASE, ModelSettings
-from tokdyn.recipe.section import Count, Fraction, Positive, Section
-from tokdyn.recipe.upcycling import UpcycleSettings
+from tokdyn.section import Count, Fraction, Positive, Section
+from tokdyn.upcycling.settings import UpcycleSettings
 
 
 class OptimizerSettings(Section):
@@ -27,7 +27,7 @@ class OptimizerSettings(Section):
         warmup_steps: The rate rises linearly over this many steps.
         decay: What the rate does after the warm-up: stays, or falls to `final_lr` at the last step.
         final_lr: Where a decay ends, as a fraction of `lr`.
-        clip: Largest norm of the whole gradient; null leaves it alone.
+        clip: Largest norm of the gradient of all parameters together; null does not clip.
         implementation: Which of torch's AdamW kernels runs: fused (the fastest where it exists), foreach or loop.
     """
 
@@ -43,18 +43,18 @@ class OptimizerSettings(Section):
 
 
 class ChunkingSettings(Section):
-    """What training adds for a chunking model (arXiv 2603.06351).
+    """How a chunking model learns to route (arXiv 2603.06351).
 
     Attributes:
-        ratio_weight: Weight of the ratio loss that holds the kept fraction near 1/N.
-        ratio_group: The loss pools this many samples; null pools the whole micro-batch.
-        tail_drops: After the warm-up each step draws one of these tail-drop fractions (multi-budget training).
-        draw: One fraction for the whole step, or one for each sample.
-        budget_warmup_steps: Steps trained without tail drop first.
+        ratio_weight: Weight of the ratio loss, which keeps the fraction of kept tokens near 1/N.
+        ratio_group: Samples over which the ratio loss pools its means; null pools the whole micro-batch.
+        tail_drops: Fractions of which each step draws one after the warm-up (multi-budget training).
+        draw: Whether to draw one fraction for the whole step, or one for each sample.
+        budget_warmup_steps: Steps at the start that are trained without tail drop.
         curriculum: Points (step, N) of the target; empty keeps the model's own N throughout.
-        interpolation: Between two points N is held, or moves in a straight line.
-        calibrate: Start with the router's bias set so that 1/N of a first batch is kept (not with the model's
-            `official_init`).
+        interpolation: Whether N is held between two points, or moves in a straight line.
+        calibrate: Set the router's bias before the first step so that 1/N of a first batch is kept. It has no effect
+            with the model's `official_init`.
     """
 
     ratio_weight: Annotated[float, Field(ge=0.0)] = 0.03
@@ -69,22 +69,22 @@ class ChunkingSettings(Section):
     @model_validator(mode="after")
     def _steps_rise(self) -> Self:
         if any(later[0] <= earlier[0] for earlier, later in pairwise(self.curriculum)):
-            raise ValueError("the steps of the curriculum should rise from point to point")
+            raise ValueError("the steps of the curriculum must rise from point to point")
         return self
 
 
 class TrainingSettings(Section):
-    """The length and the mechanics of a run.
+    """The length of a run, and how its steps are computed, logged and saved.
 
     Attributes:
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
-        images: Length of the run in images; the last step is the first that reaches it.
+        images: Length of the run in images, rounded up to whole steps.
         steps: Length of the run in optimizer steps, instead of `images`.
         accumulation: Micro-batches per step on each device.
         precision: bf16 computes matrix products in bfloat16 (in fp32 on a CPU that has no instructions for it) and
             keeps fp32 weights; fp32 computes in fp32.
         ema: Decay of the averaged weights.
-        ema_warmup: Use min(ema, (1 + t) / (10 + t)) at step t, so that short runs forget their start.
+        ema_warmup: Use min(ema, (1 + t) / (10 + t)) at step t = 0, 1, ..., so that short runs forget their start.
         label_dropout: Fraction of labels replaced by the null class, for guidance.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Run torch.compile on nothing, on the convolutional scaffold (or, in a DiT, nothing), on the
@@ -92,10 +92,10 @@ class TrainingSettings(Section):
         workers: Processes that load data.
         log_every: Steps per line of metrics.
         checkpoint_every: Steps per checkpoint.
-        checkpoint_minutes: Also write a checkpoint when this long has passed since the last one.
-        keep_checkpoints: How many to keep; older ones are removed.
-        sample_every: Steps per preview; null writes none.
-        trackers: Names of accelerate trackers that also get the metrics, such as "tensorboard" or "wandb".
+        checkpoint_minutes: Also write a checkpoint when this many minutes have passed since the last one.
+        keep_checkpoints: Checkpoints to keep; older ones are removed.
+        sample_every: Steps per preview; null draws none.
+        trackers: Names of accelerate trackers that receive the metrics too, such as "tensorboard" or "wandb".
     """
 
     batch_size: Positive = 256
@@ -119,19 +119,19 @@ class TrainingSettings(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.images is not None and self.steps is not None:
-            raise ValueError("set either images or steps, not both; write images=null or steps=null for the other")
+            raise ValueError("images and steps both set the length; set one of them and write null for the other")
         return self
 
 
 class PreviewSettings(Section):
-    """The sample grid and boundary map written every `training.sample_every` steps.
+    """The sample grids and boundary maps drawn every `training.sample_every` steps.
 
     Attributes:
         sampler: How to sample; null takes 25 steps of ddim, or of euler for a flow, without guidance.
-        images: How many images; classes are dealt out in turn.
-        seed: Image i always starts from noise seed + i, so previews can be compared over time.
-        tail_drops: One grid per fraction (a chunking model only).
-        maps: Draw the boundary maps too (a chunking model only).
+        images: Number of images; they go through the classes in turn.
+        seed: Image i starts from the noise of seed + i every time, so that previews can be compared.
+        tail_drops: Tail-drop fractions, with one grid each (chunking models only).
+        maps: Draw the boundary maps too (chunking models only).
     """
 
     sampler: Sampler | None = None
@@ -142,10 +142,10 @@ class PreviewSettings(Section):
 
 
 class ComputeMatch(Section):
-    """Train for as long as a baseline's FLOPs last (arXiv 2603.06351, settings).
+    """Train with as many FLOPs as a baseline takes (arXiv 2603.06351, experimental settings).
 
     Attributes:
-        baseline: Name of the DiT that is matched, such as "S/2", on the same data.
+        baseline: Name of the DiT to match, such as "S/2", on the same data.
         steps: Optimizer steps of the baseline at the same batch size.
         kept: Fraction of tokens that the model keeps before tail drop; null assumes 1/N.
     """
@@ -156,22 +156,22 @@ class ComputeMatch(Section):
 
 
 class Recipe(Section):
-    """Everything a training run depends on. Equal recipes on equal machines train equal models.
+    """Everything that a training run depends on. Equal recipes on equal machines train equal models.
 
     Attributes:
-        name: Names the run; also the default folder, runs/NAME.
+        name: Name of the run, and of its default folder, runs/NAME.
         description: What the recipe is for, in a sentence.
-        seed: Of the weights, the data order, the noise and every other draw.
+        seed: Seed of the weights, the data order, the noise and every other draw.
         out: Folder to write to; null means runs/NAME.
         model: The network.
-        data: What it learns from.
-        objective: What it learns.
-        optimizer: How.
-        chunking: Only for a chunking model, where it defaults to the paper's settings.
+        data: The data that it learns from.
+        objective: What it learns to predict, and at which noise levels.
+        optimizer: AdamW and the learning rate.
+        chunking: How a chunking model learns to route; defaults to the paper's settings, and is null for a "dit".
         training: Length, precision, logging and checkpoints.
         preview: What to draw during the run.
-        compute_match: Derive the number of steps from a baseline's compute, instead of `training.steps`.
-        upcycle: Begin with the blocks of a pretrained DiT; `model.name` is "base" then.
+        compute_match: Derive the number of steps from a baseline's FLOPs, instead of setting `training.steps`.
+        upcycle: Start from a pretrained DiT; `model.name` must be "base" then.
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$")] = "run"
@@ -204,7 +204,7 @@ class Recipe(Section):
             raise ValueError("a 'dit' has no router, so the section 'chunking' has no effect; write chunking=null")
         if self.chunking and self.chunking.curriculum and self.chunking.curriculum[-1][1] != self.model.target:
             raise ValueError(
-                f"the curriculum ends at N = {self.chunking.curriculum[-1][1]:g} but model.target is "
+                f"the curriculum ends at N = {self.chunking.curriculum[-1][1]:g}, but model.target is "
                 f"{self.model.target:g}; make them equal"
             )
         if self.chunking and self.chunking.curriculum and getattr(self.model, "router", None) == "random":
@@ -212,23 +212,25 @@ class Recipe(Section):
                 "a random router learns nothing, so the curriculum has no effect; write chunking.curriculum=[]"
             )
         if (self.model.name == BASE) != (self.upcycle is not None):
-            raise ValueError(
-                "model.name=base takes the sizes of the model that upcycle.base names; set both, or neither"
-            )
+            raise ValueError("model.name=base takes its sizes from upcycle.base; set both, or neither")
         if self.upcycle is not None:
-            self._upcycles(self.upcycle)
+            self._check_upcycling(self.upcycle)
         lengths = (self.training.images, self.training.steps, self.compute_match)
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("set exactly one of training.images, training.steps and compute_match")
         if self.compute_match and self.model.kind == "dit":
-            raise ValueError("compute_match is for a chunking model; give a 'dit' its training.steps")
+            raise ValueError("compute_match is for a chunking model; set training.steps for a 'dit'")
         return self
 
-    def _upcycles(self, settings: UpcycleSettings) -> None:
+    def _check_upcycling(self, settings: UpcycleSettings) -> None:
         if self.compute_match is not None:
-            raise ValueError("give an upcycled model its training.steps, compute_match is for one from scratch")
+            raise ValueError(
+                "compute_match is for a model trained from scratch; set training.steps for an upcycled one"
+            )
         if self.model.kind == "dit" and not settings.methods:
-            raise ValueError("a 'dit' from a base is that base; attach upcycle.methods, or make it a 'dcdit'")
+            raise ValueError(
+                "a 'dit' with model.name=base is the base itself; list upcycle.methods, or set model.kind=dcdit"
+            )
         if self.model.kind == "dit" and self.model.overrides:
             raise ValueError(f"{next(iter(self.model.overrides))!r} follows from the base of a 'dit'; leave it out")
 

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: list, show, copy."""
+"""Find and read the recipes that ship with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML in and out: floats such as 1e-4, no yes/no booleans, no duplicate keys, one error sentence with the place."""
+"""Parse and write YAML in which 1e-4 is a float and `no` a string; errors name the line and the column."""
 
 from __future__ import annotations
 

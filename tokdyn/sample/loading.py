@@ -16,8 +16,8 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 from tokdyn.models import DCDiT, DiT
+from tokdyn.train.checkpoints import newest
 from tokdyn.train.snapshot import METHODS
-from tokdyn.train.state import newest
 
 _FACTS = "tokdyn.json"
 _PARTS = frozenset({"model", "ema", "checkpoints", "transformer"})  # folders that are not named after a run

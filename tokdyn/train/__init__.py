@@ -1,18 +1,14 @@
-"""Training: one loop for all recipes, on one device or several, that resumes bit for bit."""
+"""Train recipes on one device or several, with runs that resume bit for bit."""
 
-from tokdyn.train.calls import CallResult, CallSettings, distil
+from tokdyn.train.estimate import Estimate, dry_run
 from tokdyn.train.loop import EXIT_INTERRUPTED, Preview, Result
-from tokdyn.train.plan import Plan, dry_run
 from tokdyn.train.session import train
 
 __all__ = [
     "EXIT_INTERRUPTED",
-    "CallResult",
-    "CallSettings",
-    "Plan",
+    "Estimate",
     "Preview",
     "Result",
-    "distil",
     "dry_run",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, kept as a second model that can be sampled and saved."""
+"""Keep an exponential moving average of the weights as a second model that can be sampled and saved."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from tokdyn.train.schedule import ema_decay
 
 
 class Ema:
-    """The average, theta_ema <- d theta_ema + (1 - d) theta, of every trainable parameter; the rest is copied.
+    """The averaged model: `average = d * average + (1 - d) * weight` for every trainable parameter.
+
+    Buffers are copied; frozen parameters stay what they were when the average was made.
 
     Args:
-        model: The model to follow. It is deep-copied; the copy needs no gradients.
-        decay: d, with the warm-up of `ema_decay` when `warmup` is set.
-        warmup: Let d rise to its value.
+        model: The model to follow. The average starts as a deep copy, in evaluation mode and without gradients.
+        decay: The final decay d.
+        warmup: Whether d rises to its value, see `ema_decay`.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
@@ -27,18 +29,18 @@ class Ema:
         followed = dict(model.named_parameters())
         copies = dict(self.model.named_parameters())
         averaged = [name for name, parameter in followed.items() if parameter.requires_grad]
-        self._from: list[Tensor] = [followed[name] for name in averaged]
-        self._to: list[Tensor] = [copies[name] for name in averaged]
+        self._weights: list[Tensor] = [followed[name] for name in averaged]
+        self._averages: list[Tensor] = [copies[name] for name in averaged]
         self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step.
+        """Move the average towards the weights after a step.
 
         Args:
             step: Updates made before this one.
         """
         weight = 1.0 - ema_decay(self.decay, self.warmup, step)
-        torch._foreach_lerp_(self._to, self._from, weight)
+        torch._foreach_lerp_(self._averages, self._weights, weight)
         for target, source in self._buffers:
             target.copy_(source)

@@ -1,4 +1,4 @@
-"""The training loop: steps, log lines, checkpoints, previews, and a clean stop."""
+"""Run the training loop: steps, log lines, checkpoints, previews, and a clean stop."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 from tokdyn.errors import TokdynError
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe, dump
-from tokdyn.train import metrics, schedule, state
+from tokdyn.seeds import Stream, seed_everything
+from tokdyn.train import checkpoints, metrics, schedule
 from tokdyn.train.metrics import Row
 from tokdyn.train.progress import ProgressLine
-from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.setup import Run
 from tokdyn.train.signals import StopRequest
 from tokdyn.train.snapshot import save_model
 from tokdyn.train.step import RatioTerm, draw, micro_step
-from tokdyn.train.upcycling import Guidance, hold, learning_rate
+from tokdyn.upcycling.phases import PhaseBatch, drop_frozen_gradients
 
 Preview = Callable[[Any, Recipe, Path, int], object]
-"""Draws previews: called with the averaged model, the recipe, the run's folder and the step."""
+"""A function that draws previews from the averaged model, the recipe, the run's folder and the step."""
 
 EXIT_INTERRUPTED = 130
-_POLL = 8  # steps between the moments at which several processes agree whether to stop
+_POLL = 8  # steps after which several processes agree whether to stop
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Result:
         folder: The run's folder.
         step: Optimizer steps taken since the run was started.
         steps: Steps of the whole run.
-        row: The last line of metrics; empty when no step was logged.
+        row: The last line of metrics; empty if no step was logged.
     """
 
     folder: Path
@@ -60,15 +60,15 @@ class Result:
 
 
 class Loop:
-    """The moving parts of one call of `train`.
+    """The training loop of one call of `train`.
 
     Args:
-        run: What to train.
-        folder: Where to write.
-        spent: Seconds of earlier calls.
-        line: Where progress is shown.
-        stop: Set when the user wants to stop.
-        preview: Draws what the averaged model makes now; None draws nothing.
+        run: The run to continue.
+        folder: The run's folder.
+        spent: Seconds that earlier calls have trained.
+        line: Shows progress.
+        stop: Knows whether the user wants to stop.
+        preview: Draws previews; None draws none.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class Loop:
         self.last_logged = 0
 
     def go(self, start: int) -> Result:
-        """Take every step from `start` to the last, or to where the user stops.
+        """Take the remaining steps, until the last one or until the user stops.
 
         Args:
-            start: Steps taken before.
+            start: Steps already taken.
         """
         run, training = self.run, self.run.recipe.training
         self.last_logged = start
@@ -120,15 +120,16 @@ class Loop:
         return Result(self.folder, step, run.steps, self.row)
 
     def _step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Take one optimizer step over all micro-batches of this process."""
         run, recipe, trainee = self.run, self.run.recipe, self.run.trainee
         training, device = recipe.training, run.accelerator.device
-        rate = learning_rate(recipe, step, run.steps)
+        rate = schedule.run_learning_rate(recipe, step, run.steps)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         chunking, drop = None, 0.0
         if recipe.chunking is not None:
-            now = schedule.target(recipe.chunking, recipe.model.target, step)
-            chunking = RatioTerm(now, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
+            target = schedule.target(recipe.chunking, recipe.model.target, step)
+            chunking = RatioTerm(target, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
         collected: list[dict[str, Tensor]] = []
         for micro in range(training.accumulation):
             x, labels = next(batches)
@@ -141,17 +142,17 @@ class Loop:
             x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             null = trainee.model.config.num_classes
             draws = draw(recipe.objective, x, labels, null, training.label_dropout, tail)
-            guidance = None
+            phase_batch = None
             if recipe.upcycle is not None:
                 first = slot * run.micro_batch
-                guidance = Guidance.at(recipe.upcycle, recipe.seed, step, first, run.micro_batch)
+                phase_batch = PhaseBatch.draw(recipe.upcycle, recipe.seed, step, first, run.micro_batch)
             last = micro == training.accumulation - 1
             with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-                out = micro_step(run.wrapped, recipe.objective, draws, training.precision, chunking, guidance)
+                out = micro_step(run.wrapped, recipe.objective, draws, training.precision, chunking, phase_batch)
                 run.accelerator.backward(out.loss / training.accumulation)
             collected.append(out.metrics)
         if recipe.upcycle is not None:
-            hold(trainee.model, recipe.upcycle.phase(step)[0])
+            drop_frozen_gradients(trainee.model, recipe.upcycle.phase(step)[0])
         parameters = [parameter for group in trainee.optimizer.param_groups for parameter in group["params"]]
         norm = run.accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip or float("inf"))
         run.stepper.step()
@@ -166,17 +167,19 @@ class Loop:
         trainee.window.add(step + 1, {**means, "grad_norm": norm})
 
     def _check_finite(self, step: int) -> None:
-        bad = self.run.trainee.window.first_bad(self.run.accelerator)
+        """Stop the run if a loss or gradient was not finite since it started."""
+        bad = self.run.trainee.window.first_nonfinite(self.run.accelerator)
         if bad is None:
             return
-        last = state.steps_of(self.folder / "checkpoints")
+        last = checkpoints.steps_of(self.folder / "checkpoints")
         kept = f"the checkpoint of step {last[-1]} is kept" if last else "there is no checkpoint yet"
         raise TokdynError(
-            f"The loss or its gradient is not finite since step {bad} (noticed at step {step}); {kept}. Lower "
+            f"The loss or its gradient is not finite since step {bad} (found at step {step}); {kept}. Lower "
             "optimizer.lr, lengthen optimizer.warmup_steps or set training.precision=fp32."
         )
 
     def _log(self, step: int) -> None:
+        """Write and show the means since the last line of metrics."""
         run, recipe = self.run, self.run.recipe
         self._check_finite(step)
         means = run.trainee.window.means(run.accelerator)
@@ -188,7 +191,7 @@ class Loop:
             "images": step * batch,
             "epoch": step * batch / len(run.dataset),
             **means,
-            "lr": learning_rate(recipe, step - 1, run.steps),
+            "lr": schedule.run_learning_rate(recipe, step - 1, run.steps),
         }
         if recipe.chunking is not None:
             self.row["target"] = schedule.target(recipe.chunking, recipe.model.target, step - 1)
@@ -202,7 +205,7 @@ class Loop:
         self.line.log(step, self.row)
 
     def _agree(self, step: int) -> tuple[bool, bool]:
-        """Return whether to stop and whether a timed checkpoint is due, the same on every process."""
+        """Return whether to stop and whether a timed checkpoint is due; all processes get the same answer."""
         minutes = self.run.recipe.training.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self.last_save > 60.0 * minutes
         mine = (self.stop.requested, due)
@@ -216,6 +219,7 @@ class Loop:
         return stopping, timed
 
     def _save(self, step: int) -> None:
+        """Write a checkpoint."""
         run, recipe = self.run, self.run.recipe
         self._check_finite(step)
         if run.accelerator.is_main_process:
@@ -228,11 +232,12 @@ class Loop:
                 "versions": {"torch": torch.__version__},
             }
             root, keep = self.folder / "checkpoints", recipe.training.keep_checkpoints
-            state.save(root, step, run.trainee.save, contents, keep)
+            checkpoints.save(root, step, run.trainee.save, contents, keep)
         run.accelerator.wait_for_everyone()
         self.last_save = time.monotonic()
 
     def _draw(self, step: int) -> None:
+        """Draw previews."""
         run = self.run
         self._check_finite(step)
         if run.accelerator.is_main_process and self.preview is not None:
@@ -240,6 +245,7 @@ class Loop:
         run.accelerator.wait_for_everyone()
 
     def _finish(self, step: int) -> None:
+        """Write the averaged model, which `tokdyn sample` loads."""
         run = self.run
         if run.accelerator.is_main_process:
 
@@ -247,7 +253,7 @@ class Loop:
                 save_model(run.trainee.ema.model, folder, run.trainee.info)
                 (folder / "recipe.yaml").write_text(dump(run.recipe), encoding="utf-8")
 
-            state.write_folder(self.folder / "model", write)
+            checkpoints.write_folder(self.folder / "model", write)
         run.accelerator.wait_for_everyone()
         taken = duration(self.spent + time.monotonic() - self.began)
         self.line.note(f"Finished {step} steps in {taken}; the model is in {self.folder / 'model'}.")

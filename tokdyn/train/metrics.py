@@ -1,4 +1,4 @@
-"""Means between two log lines, without waiting for the device, and the file they end up in."""
+"""Average metrics between two log lines without waiting for the device, and keep them in a file."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tokdyn.errors import CheckpointError
-from tokdyn.train.state import write_text
+from tokdyn.train.checkpoints import write_text
 
 Row = dict[str, Any]
 
 
 class Window:
-    """Sums of step metrics since the last log line, kept on the device.
+    """Sums of the metrics of every step since the last log line, kept on the device.
 
     Args:
-        device: Where the metrics are computed.
+        device: The device that computes the metrics.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
-        self._first_bad = torch.full((), -1.0, device=device)
+        self._first_nonfinite = torch.full((), -1.0, device=device)
         self.steps = 0
 
     def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Take in the metrics of one step, scalars by name, and remember the first step with one that is not finite."""
+        """Add the metrics of a step, scalars by name, and remember the first step with one that is not finite."""
         self.steps += 1
         for name, value in metrics.items():
             scalar = torch.as_tensor(value, dtype=torch.float32, device=self._device)
             self._sums[name] = self._sums.get(name, torch.zeros_like(scalar)) + scalar
-            bad = ~torch.isfinite(scalar) & (self._first_bad < 0)
-            self._first_bad = torch.where(bad, float(step), self._first_bad)
+            bad = ~torch.isfinite(scalar) & (self._first_nonfinite < 0)
+            self._first_nonfinite = torch.where(bad, float(step), self._first_nonfinite)
 
     def means(self, accelerator: Accelerator) -> Row:
-        """Return the mean of each metric over the steps and over all devices; waits for the device."""
+        """Return the mean of every metric over the steps and all devices. Waits for the device."""
         if not self._sums:
             return {}
         stacked: Tensor = accelerator.reduce(torch.stack(list(self._sums.values())), "mean")
         return dict(zip(self._sums, (stacked / self.steps).tolist(), strict=True))
 
-    def first_bad(self, accelerator: Accelerator) -> int | None:
-        """Return the first step since the run started with a metric that is not finite; waits for the device."""
-        found = [int(step) for step in accelerator.gather(self._first_bad.reshape(1)).tolist() if step >= 0]
-        return min(found, default=None)
+    def first_nonfinite(self, accelerator: Accelerator) -> int | None:
+        """Return the first step of this call of `train` with a metric that is not finite. Waits for the device."""
+        steps = [int(step) for step in accelerator.gather(self._first_nonfinite.reshape(1)).tolist() if step >= 0]
+        return min(steps, default=None)
 
     def clear(self) -> None:
         """Start the next window."""
@@ -61,7 +61,7 @@ class Window:
         return {"steps": torch.tensor(self.steps), **{f"sum/{name}": value for name, value in self._sums.items()}}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` returned."""
+        """Restore the state that `tensors` returned."""
         self.steps = int(tensors["steps"])
         self._sums = {
             name.removeprefix("sum/"): value.to(self._device)
@@ -76,11 +76,13 @@ def append(path: Path, row: Row) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror or error}).") from error
+        raise CheckpointError(
+            f"{path} could not be written ({error.strerror or error}); free some space, then continue with --resume."
+        ) from error
 
 
 def read(path: Path) -> list[Row]:
-    """Read the metrics file; a last line that was cut off by a crash is passed over."""
+    """Read the metrics file, skipping a last line that a crash has truncated."""
     if not path.is_file():
         return []
     rows = []
@@ -93,7 +95,7 @@ def read(path: Path) -> list[Row]:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop the rows after a step, which a resumed run will write again."""
+    """Remove the rows after a step, which a resumed run will write again."""
     if path.is_file():
         rows = [row for row in read(path) if row["step"] <= step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

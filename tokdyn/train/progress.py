@@ -1,4 +1,4 @@
-"""The live line on a terminal; one plain line per log step elsewhere."""
+"""Show the progress of a run: a live line on a terminal, one plain line per log step elsewhere."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SHOWN = {"loss": "loss {:.4f}", "kept": "kept {:.1%}", "images_per_second": "{:
 
 
 class ProgressLine:
-    """Shows how a run is going, on stderr.
+    """The progress of a run on stderr.
 
     Args:
         total: Steps of the whole run.
-        start: Steps taken before.
+        start: Steps already taken.
         shown: Whether to show anything; False on all but one of several processes.
-        console: Where to show it.
+        console: Shows it in place of stderr.
     """
 
     def __init__(self, total: int, start: int, shown: bool, console: Console | None = None) -> None:
@@ -49,21 +49,21 @@ class ProgressLine:
             self._live.stop()
 
     def note(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the screen."""
         if self._shown:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, done: int) -> None:
-        """Move the bar; costs nothing."""
+        """Move the bar."""
         if self._live is not None:
             self._live.update(self._task, completed=done)
 
     def log(self, done: int, row: dict[str, Any]) -> None:
-        """Show the means of the last log window.
+        """Show the means since the last line of metrics.
 
         Args:
             done: Steps taken.
-            row: The line of metrics.
+            row: The new line of metrics.
         """
         words = [text.format(row[name]) for name, text in _SHOWN.items() if name in row]
         taken = done - self._start

@@ -1,4 +1,4 @@
-"""Which changes of a recipe a run may be resumed with."""
+"""Decide with which changes of its recipe a run may be resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HARMLESS = (
     "training.sample_every",
     "training.trackers",
 )
-"""Do not touch what is computed; `data.path` and `upcycle.base` because the content is compared by itself."""
+"""Do not change what is computed. Data and base may lie elsewhere, because their contents are compared instead."""
 
 ROUNDING = (
     "training.accumulation",
@@ -33,10 +33,10 @@ ROUNDING = (
     "training.compile",
     "optimizer.implementation",
 )
-"""Compute the same up to rounding."""
+"""Change results only by rounding."""
 
 LENGTH = ("training.images", "training.steps", "compute_match")
-"""May change as long as no schedule depends on the length."""
+"""May change if no schedule depends on the length."""
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -62,20 +62,20 @@ def _is_one_of(key: str, group: tuple[str, ...]) -> bool:
 def check_resumable(
     stored: dict[str, Any], recipe: Recipe, data: dict[str, Any], folder: str, base: dict[str, str] | None = None
 ) -> list[str]:
-    """Refuse to resume with settings that would make it another run.
+    """Refuse to resume a run with settings, data or a base that would make it another run.
 
     Args:
-        stored: The state.json of the checkpoint, with its "recipe" and "data".
-        recipe: What the run is resumed with.
-        data: The identity of the data that is open now.
-        folder: The run, for the error.
-        base: The identity of what an upcycled model begins with.
+        stored: The state.json of the checkpoint, with its "recipe", "data" and "base".
+        recipe: The recipe that the run is resumed with.
+        data: The identity of the data that are open.
+        folder: The run's folder, for an error message.
+        base: Name and SHA-256 of the base of an upcycled model.
 
     Returns:
-        Keys that changed and let the rest of the run differ by rounding.
+        Changed keys that let the rest of the run differ by rounding.
 
     Raises:
-        CheckpointError: Names the keys that changed and what they were.
+        CheckpointError: A key changed that must not, or data or base are others; the message says which.
     """
     old = resolve(stored["recipe"], f"The recipe stored in {folder}")
     allowed = HARMLESS + ROUNDING + (LENGTH if recipe.optimizer.decay == "none" else ())
@@ -85,17 +85,17 @@ def check_resumable(
         before = flatten(old.model_dump(mode="json"))
         listed = ", ".join(f"{key} (was {before.get(key)!r})" for key in refused)
         raise CheckpointError(
-            f"{folder} was started with other settings: {listed}. Set them back to resume it, or choose another "
-            "out=FOLDER to start anew."
+            f"{folder} was started with other settings: {listed}. Set them back to resume the run, or choose another "
+            "out=FOLDER to start a new one."
         )
     if (stored.get("base") or {}).get("sha256") != (base or {}).get("sha256"):
         raise CheckpointError(
-            f"{folder} began with other weights than upcycle.base {base and base['base']} holds now; name the base "
-            "that it began with to resume it."
+            f"{folder} was started from other weights than upcycle.base {base and base['base']} holds; set "
+            "upcycle.base to the original base to resume the run."
         )
     if stored["data"] != data:
         raise CheckpointError(
             f"{folder} was trained on other data than {recipe.data.path or 'the recipe describes'}: the number, order "
-            "or content of the samples differs. Point data.path at the same data to resume it."
+            "or content of the samples differs. Set data.path to the original data to resume the run."
         )
     return [key for key in changed if _is_one_of(key, ROUNDING)]

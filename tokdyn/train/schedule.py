@@ -1,4 +1,4 @@
-"""What changes with the step, each a pure function of it: learning rate, target, tail drop, EMA decay."""
+"""Learning rate, target, tail drop and EMA decay, each as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tokdyn.recipe import ChunkingSettings, OptimizerSettings
-from tokdyn.train.seeds import Stream, generator
+from tokdyn.recipe import ChunkingSettings, OptimizerSettings, Recipe
+from tokdyn.seeds import Stream, generator
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Learning rate of a step.
+    """Return the learning rate of a step.
 
     Args:
         settings: Peak, warm-up and decay.
@@ -29,11 +29,23 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
     return settings.lr * (settings.final_lr + (1.0 - settings.final_lr) * left)
 
 
-def target(settings: ChunkingSettings, model_target: float, step: int) -> float:
-    """N of a step: one of N tokens should be kept.
+def run_learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Return the learning rate of a step of a run, with the factor of its upcycling phase.
 
     Args:
-        settings: The curriculum and how to move between its points.
+        recipe: The recipe.
+        step: Steps already taken.
+        steps: Steps of the whole run.
+    """
+    rate = learning_rate(recipe.optimizer, step, steps)
+    return rate if recipe.upcycle is None else rate * recipe.upcycle.phase(step)[0].lr
+
+
+def target(settings: ChunkingSettings, model_target: float, step: int) -> float:
+    """Return N of a step: one of N tokens should be kept.
+
+    Args:
+        settings: The curriculum, and how N moves between its points.
         model_target: N without a curriculum.
         step: Steps already taken.
     """
@@ -50,18 +62,17 @@ def target(settings: ChunkingSettings, model_target: float, step: int) -> float:
 
 
 def tail_drop(settings: ChunkingSettings, seed: int, step: int, first: int, batch: int) -> float | Tensor:
-    """Tail-drop fraction of a step (multi-budget training, arXiv 2603.06351 v2).
+    """Draw the tail-drop fraction of a step (multi-budget training, arXiv 2603.06351 v2).
 
     Args:
-        settings: The budgets, and the steps before the first draw.
+        settings: The fractions to draw from, and the steps before the first draw.
         seed: The recipe's seed.
         step: Steps already taken.
-        first: Number, within the step, of this micro-batch's first sample.
-        batch: Samples in this micro-batch.
+        first: Number, within the step, of the first sample of the micro-batch.
+        batch: Samples in the micro-batch.
 
     Returns:
-        0.0 during the warm-up; then one fraction that every device draws alike, or with `draw: sample` a (batch,)
-        tensor of one per sample.
+        0.0 during the warm-up; then one fraction, the same on every device, or with `draw: sample` a (batch,) tensor.
     """
     budgets = settings.tail_drops
     if step < settings.budget_warmup_steps or budgets == (0.0,):
@@ -78,11 +89,11 @@ def tail_drop(settings: ChunkingSettings, seed: int, step: int, first: int, batc
 
 
 def ema_decay(decay: float, warmup: bool, step: int) -> float:
-    """Decay of the averaged weights: min(decay, (1 + t) / (10 + t)), so that short runs forget their start.
+    """Return the decay of the averaged weights: min(decay, (1 + t) / (10 + t)), so that short runs forget their start.
 
     Args:
         decay: The final decay.
-        warmup: Whether to rise to it.
-        step: Steps already averaged, t.
+        warmup: Whether the decay rises to it.
+        step: Updates already made, t.
     """
     return min(decay, (1 + step) / (10 + step)) if warmup else decay

@@ -1,4 +1,4 @@
-"""One call of `train`: start in an empty folder or continue where a run was left."""
+"""Start a run in an empty folder, or resume the run that a folder holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from tokdyn.errors import CheckpointError
 from tokdyn.host import settle_memory
 from tokdyn.recipe import Recipe, dump
-from tokdyn.train import metrics, state
+from tokdyn.train import checkpoints, metrics
 from tokdyn.train.loop import Loop, Preview, Result
 from tokdyn.train.progress import ProgressLine
 from tokdyn.train.resume import check_resumable, flatten
@@ -21,50 +21,52 @@ from tokdyn.train.signals import StopRequest
 def train(
     recipe: Recipe, resume: bool = False, console: Console | None = None, preview: Preview | None = None
 ) -> Result:
-    """Train a recipe, or continue where it was left.
+    """Train a recipe, or resume its run.
 
     Args:
-        recipe: What to train; a resumed run takes the same one, apart from settings that change nothing.
-        resume: Continue from the newest complete checkpoint in the recipe's folder, bit for bit.
-        console: Where progress is shown; stderr by default.
-        preview: Draws the previews that `training.sample_every` asks for: `tokdyn.report.preview.draw_preview`, or
-            a function of one's own.
+        recipe: The recipe; to resume a run, the same one apart from settings that change nothing.
+        resume: Continue from the newest undamaged checkpoint in the recipe's folder, bit for bit.
+        console: Shows progress in place of stderr.
+        preview: Draws the previews that `training.sample_every` asks for: `tokdyn.report.preview.draw_preview`, or a
+            function of your own.
 
     Raises:
-        CheckpointError: The folder is in use (without `resume`), or holds nothing that can be resumed (with it), or
-            the disk refused a checkpoint.
+        CheckpointError: The folder is not empty (without `resume`), or holds no run that can be resumed (with it), or a
+            checkpoint could not be written.
         TokdynError: The recipe or the data are wrong, or the loss is no longer finite.
     """
     settle_memory()
     folder = Path(recipe.folder)
-    found = None
+    checkpoint = None
     if resume:
-        found = _newest_or_none(folder)
+        checkpoint = _newest_or_none(folder)
     else:
         _check_unused(folder)
     accelerator = open_accelerator(recipe)
-    run = set_up(recipe, accelerator, fresh=found is None)
+    run = set_up(recipe, accelerator, fresh=checkpoint is None)
     start, spent, notes = 0, 0.0, []
-    if found is not None:
-        differing = check_resumable(found.state, recipe, run.dataset.identity(), str(folder), run.base)
-        run.trainee.restore(found.folder)
-        start, spent = found.step, float(found.state["seconds"])
-        notes = [*found.skipped, f"Resumed {folder} at step {start}."]
+    if checkpoint is not None:
+        differing = check_resumable(checkpoint.state, recipe, run.dataset.identity(), str(folder), run.base)
+        run.trainee.restore(checkpoint.folder)
+        start, spent = checkpoint.step, float(checkpoint.state["seconds"])
+        notes = [*checkpoint.skipped, f"Resumed {folder} at step {start}."]
         if differing:
-            notes.append(f"Changed since the run was started, and able to change its rounding: {', '.join(differing)}.")
+            notes.append(f"Changed since the run was started, which may change its rounding: {', '.join(differing)}.")
     elif resume:
-        notes = [f"{folder} has no checkpoint yet; it starts again at step 0."]
+        notes = [f"{folder} has no checkpoint yet, so the run starts again at step 0."]
     if recipe.training.sample_every and preview is None:
-        notes.append("No previews will be drawn: training.sample_every is set, but no function to draw them is given.")
+        notes.append(
+            "No previews will be drawn: training.sample_every is set, but train was given no preview function."
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        state.write_text(folder / "recipe.yaml", dump(recipe))
+        checkpoints.write_text(folder / "recipe.yaml", dump(recipe))
         metrics.truncate(folder / "metrics.jsonl", start)
         if run.upcycled is not None:
             if start == 0:
-                notes += [f"{what:<12} {text}" for what, text in run.upcycled.lines()]
-            state.write_text(
+                notes += [f"{name:<12} {value}" for name, value in run.upcycled.lines()]
+            checkpoints.write_text(
                 folder / "upcycle.json", json.dumps({**(run.base or {}), **run.upcycled.as_dict()}, indent=1)
             )
     if recipe.training.trackers:
@@ -86,8 +88,8 @@ def _check_unused(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
 
 
-def _newest_or_none(folder: Path) -> state.Checkpoint | None:
-    found = state.newest(folder / "checkpoints")
-    if found is None and not (folder / "recipe.yaml").is_file():
+def _newest_or_none(folder: Path) -> checkpoints.Checkpoint | None:
+    checkpoint = checkpoints.newest(folder / "checkpoints")
+    if checkpoint is None and not (folder / "recipe.yaml").is_file():
         raise CheckpointError(f"There is no run to resume in {folder}; start it without --resume.")
-    return found
+    return checkpoint

@@ -1,4 +1,4 @@
-"""Everything a run consists of, built from its recipe in one order on every device."""
+"""Build the parts of a run from its recipe, in the same order on every device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tokdyn.data import BatchStream, Dataset, LatentDataset, open_data
 from tokdyn.data.vae import weights_digest
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import OptimizerSettings, Recipe
-from tokdyn.recipe.build import build_model, open_base, planned_steps
+from tokdyn.recipe.build import build_model, open_base, total_steps
 from tokdyn.recipe.explain import nearest
+from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import schedule
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
-from tokdyn.train.seeds import Stream, seed_everything
 from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
-from tokdyn.train.upcycling import always_frozen, freeze
-from tokdyn.upcycling.distill import Distillation
+from tokdyn.upcycling.distillation import Distillation
+from tokdyn.upcycling.phases import always_frozen, freeze
 from tokdyn.upcycling.report import UpcycleReport, report
 
 _CALIBRATION_IMAGES = 64
@@ -33,19 +33,19 @@ _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.M
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to take its first, or its next, step.
+    """A run that is ready to take its next step.
 
     Attributes:
         recipe: The recipe.
         accelerator: Knows the device and the other processes.
         dataset: The samples.
-        stream: Micro-batches of this process by number, step * accumulation + micro.
+        stream: Micro-batches of this process by number, `step * accumulation + micro`.
         trainee: Model, average, optimizer and running means.
-        wrapped: The model as it is called: itself, or its data-parallel wrapper.
+        wrapped: What a step calls: the model, or the distillation of a student, in its data-parallel wrapper if any.
         stepper: The optimizer as accelerate wraps it.
         steps: Optimizer steps of the whole run.
-        base: Name and SHA-256 of the weights of what an upcycled model begins with.
-        upcycled: What it took from there.
+        base: Name and SHA-256 of the base of an upcycled model; None for other models.
+        upcycled: What an upcycled model copied from its base; None for other models.
     """
 
     recipe: Recipe
@@ -65,12 +65,12 @@ class Run:
         return self.stream.batch_size
 
     def slot(self, micro: int) -> int:
-        """Number a micro-batch within its step over all devices."""
+        """Return the number of a micro-batch within its step, over all devices."""
         return micro * self.stream.world + self.stream.rank
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:
-    """Join the other processes, if any; on CPU unless there is an accelerator.
+    """Choose the device, and join the other processes if there are any.
 
     Raises:
         RecipeError: A tracker is not installed, or the launcher asks for a kind of parallelism other than one
@@ -81,14 +81,14 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     if missing:
         raise RecipeError(
             f"training.trackers names {missing[0]}, which is not installed here{nearest(missing[0], known)}; install "
-            "it or take it off the list."
+            "it, or leave it out."
         )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # autocast is part of the step, so that sampling and training use the same one
         log_with=list(recipe.training.trackers) or None,
         project_dir=recipe.folder,
-        # which parts of an upcycled model have gradients changes from phase to phase
+        # the parts of an upcycled model that have gradients differ from phase to phase
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if recipe.upcycle else None,
     )
     if accelerator.distributed_type not in _DISTRIBUTED:
@@ -100,17 +100,17 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def micro_batch_size(recipe: Recipe, processes: int) -> int:
-    """Split the global batch over devices and accumulated micro-batches.
+    """Return the size of a micro-batch on one device.
 
     Raises:
-        RecipeError: It does not divide.
+        RecipeError: The batch does not divide over devices and accumulated micro-batches.
     """
     training = recipe.training
     parts = training.accumulation * processes
     if training.batch_size % parts:
         raise RecipeError(
-            f"training.batch_size {training.batch_size} does not divide over {processes} processes times "
-            f"accumulation {training.accumulation}; choose a multiple of {parts}."
+            f"training.batch_size is {training.batch_size}, which does not divide over {processes} processes times "
+            f"training.accumulation={training.accumulation}; choose a multiple of {parts}."
         )
     return training.batch_size // parts
 
@@ -133,13 +133,13 @@ def open_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
 
 
 def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
-    """Set the router's bias on a first batch, the same on every device, for the N of the first step.
+    """Set the router's bias to the N of the first step on a first batch, which is the same on every device.
 
     Args:
         model: A DCDiT on `device`.
-        recipe: The recipe, of a chunking model.
-        dataset: Where the batch comes from.
-        device: Where to run it.
+        recipe: The recipe of a chunking model.
+        dataset: The data to take the batch from.
+        device: The device of the model.
     """
     count = min(_CALIBRATION_IMAGES, len(dataset))
     x, labels = BatchStream(dataset, count, recipe.seed)[0]
@@ -152,7 +152,7 @@ def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device
 
 
 def compile_parts(model: Any, what: str | bool) -> None:
-    """Compile parts of a model in place; names and state dict stay as they are, so checkpoints do too.
+    """Compile parts of a model in place; its parameters keep their names, so checkpoints stay the same.
 
     Args:
         model: A DiT or DCDiT.
@@ -160,14 +160,14 @@ def compile_parts(model: Any, what: str | bool) -> None:
     """
     if what in ("blocks", "all"):
         for block in model.blocks:
-            block.compile(dynamic=hasattr(model, "encoder"))  # kept tokens differ from step to step
+            block.compile(dynamic=hasattr(model, "encoder"))  # the number of kept tokens differs from step to step
     if what in ("scaffold", "all") and hasattr(model, "encoder"):
         model.encoder.compile(dynamic=False)
         model.decoder.compile(dynamic=False)
 
 
 def model_info(recipe: Recipe, dataset: Dataset, base: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return what tokdyn.json beside saved weights says."""
+    """Return the contents of the tokdyn.json that is saved beside the weights."""
     return {
         "name": recipe.name,
         "objective": recipe.objective.model_dump(mode="json"),
@@ -184,14 +184,14 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
     Args:
         recipe: The recipe.
         accelerator: From `open_accelerator`.
-        fresh: Calibrate the router; False when a checkpoint will be restored over it.
+        fresh: Whether to calibrate the router; False if a checkpoint will be restored.
     """
     dataset = open_data(recipe.data)
     micro_batch = micro_batch_size(recipe, accelerator.num_processes)
     stream = BatchStream(
         dataset, micro_batch, recipe.seed, accelerator.process_index, accelerator.num_processes, recipe.data.flip
     )
-    steps = planned_steps(recipe, dataset.shape, dataset.num_classes)
+    steps = total_steps(recipe, dataset.shape, dataset.num_classes)
     base = None if recipe.upcycle is None else open_base(recipe, dataset.shape, dataset.num_classes)
     seed_everything(recipe.seed, Stream.WEIGHTS)
     model = build_model(recipe, dataset.shape, dataset.num_classes, base=base).to(accelerator.device)
@@ -203,7 +203,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
         identity = {"base": recipe.upcycle.base, "sha256": weights_digest(base)}
         freeze(model, always_frozen(recipe.upcycle))
         upcycled = report(base, model)
-        called = Distillation(model, base.to(accelerator.device) if recipe.upcycle.compares else None)
+        called = Distillation(model, base.to(accelerator.device) if recipe.upcycle.needs_teacher else None)
     ema = Ema(model, recipe.training.ema, recipe.training.ema_warmup)
     if recipe.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""Ctrl-C finishes the step and saves; a second one stops at once."""
+"""Catch Ctrl-C, so that a run finishes its step and saves; a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM set `requested` the first time and interrupt the second time.
+    """A context in which the first SIGINT or SIGTERM sets `requested` and the second one interrupts.
 
-    Outside the main thread, where Python delivers no signals, it changes nothing.
+    It has no effect outside the main thread, where Python delivers no signals.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()  # the next one does what it did before
+        self._restore()  # so that the next signal interrupts
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

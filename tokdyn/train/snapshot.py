@@ -1,4 +1,4 @@
-"""What a checkpoint holds: weights, averaged weights, optimizer and the running means; written and put back exactly."""
+"""Save and restore what training changes: weights, averaged weights, optimizer state and running means."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokdyn.attach import attachment_of, base_class, load, save
+from tokdyn.checkpoints.optimizer import load_optimizer, optimizer_tensors
 from tokdyn.errors import CheckpointError
 from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
 
 METHODS = "methods"
-"""Folder beside the weights of a model for the methods that it was trained with."""
+"""Folder beside the weights of a model that holds the methods it was trained with."""
 _OPTIMIZER = "optimizer/"
 _WINDOW = "window/"
 
 
 @dataclass
 class Trainee:
-    """What changes while training.
+    """Everything that training changes.
 
     Attributes:
-        model: The network itself, not wrapped for several devices.
-        ema: Its average.
+        model: The network, without its data-parallel wrapper.
+        ema: Its averaged weights.
         optimizer: torch's AdamW over the trainable parameters.
-        window: Means since the last line of metrics.
-        info: What tokdyn.json in every saved model says: objective, data, class names.
+        window: Sums of metrics since the last line of metrics.
+        info: Contents of the tokdyn.json in every saved model: objective, data, class names.
     """
 
     model: Any
@@ -52,10 +53,10 @@ class Trainee:
         )
 
     def restore(self, folder: Path) -> None:
-        """Put back what `save` wrote, in place.
+        """Restore what `save` wrote, in place.
 
         Raises:
-            CheckpointError: The checkpoint does not belong to this model.
+            CheckpointError: The checkpoint cannot be read, or does not belong to this model.
         """
         load_weights(self.model, folder / "model")
         load_weights(self.ema.model, folder / "ema")
@@ -68,10 +69,7 @@ class Trainee:
 
 
 def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
-    """Write a diffusers model, and tokdyn.json beside it, so that sampling knows what it was trained to do.
-
-    Methods that are attached to it go into a folder of their own below.
-    """
+    """Write a diffusers model, its attached methods, and a tokdyn.json that says what it was trained to predict."""
     model.save_pretrained(folder)
     if attachment_of(model) is not None:
         save(model, folder / METHODS)
@@ -79,7 +77,7 @@ def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Copy the weights that `save_pretrained` wrote into an existing model of the same configuration."""
+    """Copy the weights that `save_model` wrote into an existing model of the same configuration."""
     try:
         saved = base_class(model).from_pretrained(folder)  # type: ignore[attr-defined]
         if attachment_of(model) is not None:
@@ -89,30 +87,6 @@ def load_weights(model: Any, folder: Path) -> None:
         raise CheckpointError(f"The weights in {folder} do not belong to this recipe's model: {error}") from error
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to tensors named PARAMETER/MOMENT."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{moment}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for moment, value in state.items()
-    }
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back; moments go to their parameter's device, the step count stays where AdamW put it."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    state: dict[Tensor, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, moment = key.rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(f"The checkpoint has optimizer state for {name}, which this model does not have.")
-        state.setdefault(parameters[name], {})[moment] = value
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved = optimizer.state_dict()
-    saved["state"] = {index: state[parameter] for index, parameter in enumerate(order) if parameter in state}
-    optimizer.load_state_dict(saved)
-
-
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose name has a prefix, without the prefix."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

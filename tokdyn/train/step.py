@@ -1,4 +1,4 @@
-"""One micro-step as pure functions: what is drawn, and the loss of what was drawn."""
+"""Draw the randomness of a micro-batch, and compute its loss, each as a pure function."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from tokdyn.diffusion.objective import Noised, Objective
 from tokdyn.ops import ratio_loss
-from tokdyn.train.upcycling import Guidance
-from tokdyn.upcycling.distill import Asked
+from tokdyn.upcycling.distillation import LossTerms
+from tokdyn.upcycling.phases import PhaseBatch
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random about a micro-batch of B images.
+    """The random draws for a micro-batch of B images.
 
     Attributes:
         noised: Noisy images, times and noise.
-        labels: (B,) int64 classes, some replaced by the null class.
-        tail_drop: Fraction of kept tokens to drop: 0.0, one number, or (B,).
+        labels: (B,) int64 classes, some of them replaced by the null class.
+        tail_drop: Fraction of the kept tokens to drop, one number or (B,).
     """
 
     noised: Noised
@@ -30,7 +30,7 @@ class Draws:
     tail_drop: float | Tensor = 0.0
 
     def slice(self, part: slice) -> Draws:
-        """Return the draws of some of the samples."""
+        """Return the draws of a part of the samples."""
         tensors = {name: value[part] for name, value in vars(self.noised).items()}
         drop = self.tail_drop[part] if isinstance(self.tail_drop, Tensor) else self.tail_drop
         return Draws(replace(self.noised, **tensors), self.labels[part], drop)
@@ -43,7 +43,7 @@ class RatioTerm:
     Attributes:
         target: N, one of N tokens should be kept.
         ratio_weight: Weight of the ratio loss.
-        ratio_group: Samples that it pools; None pools the micro-batch.
+        ratio_group: Samples over which it pools its means; None pools the micro-batch.
     """
 
     target: float
@@ -57,8 +57,8 @@ class StepLoss:
 
     Attributes:
         loss: Scalar to differentiate.
-        metrics: Scalars without gradient, still on the device: "loss" (diffusion); for a chunking model "ratio",
-            "probability", "kept" (fraction after tail drop) and "natural_kept" (before); of an upcycled model
+        metrics: Scalars without gradient, on the device: "loss" (diffusion); for a chunking model "ratio",
+            "probability", "kept" (fraction after tail drop) and "natural_kept" (before it); for an upcycled model
             "teacher", "output", "complete" and the losses of its methods.
     """
 
@@ -77,12 +77,12 @@ def draw(
     """Draw times, noise and dropped labels from torch's global generator.
 
     Args:
-        objective: What is learned.
+        objective: Draws times and noise.
         x: (B, C, H, W) clean images.
         labels: (B,) classes.
-        null_class: Class that stands for "no class".
-        label_dropout: Chance that a label is replaced.
-        tail_drop: Already drawn, the same on every device (see `schedule.tail_drop`).
+        null_class: The class that stands for no class.
+        label_dropout: Probability that a label is replaced by the null class.
+        tail_drop: Passed on; it is drawn by `schedule.tail_drop`, alike on every device.
     """
     noised = objective.add_noise(x)
     dropped = torch.rand(labels.shape, device=labels.device) < label_dropout
@@ -92,7 +92,7 @@ def draw(
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the context that a forward pass runs in: bfloat16 matrix products, or none."""
+    """Return the context of a forward pass: bfloat16 matrix products for "bf16", none for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -102,17 +102,17 @@ def micro_step(
     draws: Draws,
     precision: str,
     chunking: RatioTerm | None = None,
-    guidance: Guidance | None = None,
+    phase_batch: PhaseBatch | None = None,
 ) -> StepLoss:
-    """Run the model on one micro-batch and score it.
+    """Run the model on a micro-batch and compute its loss.
 
     Args:
-        model: A DiT or DCDiT, possibly wrapped for several devices.
-        objective: What is learned.
+        model: A DiT, a DCDiT or a `tokdyn.upcycling.Distillation`, possibly in a data-parallel wrapper.
+        objective: The diffusion loss.
         draws: The micro-batch.
         precision: "bf16" or "fp32".
-        chunking: Given for a chunking model only.
-        guidance: Given for a `tokdyn.upcycle.Distillation` only.
+        chunking: The ratio loss, for chunking models.
+        phase_batch: The phase, for a `Distillation`.
     """
     noised = draws.noised
     arguments: dict[str, Any] = {"timestep": noised.timestep, "class_labels": draws.labels}
@@ -121,21 +121,21 @@ def micro_step(
     compared: dict[str, Tensor] = {}
     complete: Tensor | None = None
     with autocast(noised.x_t.device, precision):
-        if guidance is None:
+        if phase_batch is None:
             output = model(noised.x_t, **arguments)
         else:
-            phase, planned = guidance.phase, guidance.planned.to(noised.x_t.device)
-            asked = Asked(phase.teacher > 0, phase.output > 0, phase.complete > 0)
-            output, complete, compared = model(asked, planned, noised.x_t, **arguments)
+            phase, on_fixed_plan = phase_batch.phase, phase_batch.on_fixed_plan.to(noised.x_t.device)
+            terms = LossTerms(phase.teacher > 0, phase.output > 0, phase.complete > 0)
+            output, complete, compared = model(terms, on_fixed_plan, noised.x_t, **arguments)
     diffusion = objective.loss(output.sample, noised).mean()
     metrics = {"loss": diffusion.detach()}
     loss = diffusion
-    if guidance is not None:
+    if phase_batch is not None:
         if complete is not None:
             compared["complete"] = objective.loss(complete, noised).mean()
         metrics |= {name: value.detach() for name, value in compared.items()}
-        loss = guidance.phase.diffusion * diffusion
-        loss = sum((guidance.weight(name) * value for name, value in compared.items()), loss)
+        loss = phase_batch.phase.diffusion * diffusion
+        loss = sum((phase_batch.weight(name) * value for name, value in compared.items()), loss)
     if chunking is None:
         return StepLoss(loss, metrics)
     routing = output.routing

@@ -1,4 +1,4 @@
-"""What an upcycled model took from its base, what is new and what is frozen, and what both cost."""
+"""Report what a student copied from its base, what is new, what is frozen, and what both cost."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tokdyn.methods import DynamicWidth
 from tokdyn.models import DCDiT, DiT
 from tokdyn.tokens import cells
 
-_FIXED = "pos_embed"
+_POSITIONS = "pos_embed"  # a fixed table that the report leaves out
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Some tensors of a model.
+    """A set of a model's tensors.
 
     Attributes:
-        names: of each.
-        parameters: numbers in them together.
+        names: Their names.
+        parameters: Their elements, all together.
     """
 
     names: tuple[str, ...]
@@ -33,22 +33,29 @@ class Tensors:
     def __str__(self) -> str:
         return f"{len(self.names):,} tensors, {self.parameters:,} parameters"
 
+    @property
+    def _modules(self) -> str:
+        return ", ".join(dict.fromkeys(name.partition(".")[0] for name in self.names))
+
+    def described(self) -> str:
+        """Return the counts with the top-level modules that the tensors belong to."""
+        return f"{self} ({self._modules})" if self.names else "nothing"
+
 
 @dataclass(frozen=True)
 class UpcycleReport:
-    """What became of a base.
+    """A student beside its base, without the fixed table of positions.
 
     Attributes:
-        copied: tensors that are equal to those of the base by the same name.
-        new: all others, but for the fixed table of positions.
-        frozen: tensors that do not learn in any phase.
-        left_behind: tensors of the base that have no equal there: its patch embedding and its head.
-        tokens_before: tokens of an image in the blocks of the base.
-        tokens_after: the same of the new model on average, as far as its router keeps what it aims at, or None if it
-            has none.
+        copied: Tensors of the student that equal those of the base by the same name.
+        new: All other tensors of the student.
+        frozen: Tensors of the student that learn in no phase.
+        left_behind: Tensors of the base that the student did not copy: its patch embedding and its head.
+        tokens_before: Tokens per image in the blocks of the base.
+        tokens_after: Tokens per image in the blocks of the student, on average, if its router meets its target.
         flops_before: FLOPs of one forward of the base on one image; a multiply-add is 2 FLOPs.
-        flops_after: the same of the new model, keeping what it aims at, at full width.
-        width: share of the blocks' FLOPs that DynamicWidth on the new model is trained down to; None without it.
+        flops_after: FLOPs of one forward of the student on one image, if its router meets its target, at full width.
+        width: Target of an attached DynamicWidth, as a share of the FLOPs of the blocks; None without one.
     """
 
     copied: Tensors
@@ -62,16 +69,14 @@ class UpcycleReport:
     width: float | None = None
 
     def lines(self) -> list[tuple[str, str]]:
-        """Say it in (what, how much) pairs with units."""
+        """Return the report as (name, value with unit) pairs."""
         ratio = self.flops_after / self.flops_before
+        narrowed = "" if self.width is None else f"; DynamicWidth is trained to {self.width:.0%} of its blocks'"
         return [
             ("copied", str(self.copied)),
-            ("new", f"{self.new} ({self._parts(self.new)})"),
-            ("frozen", f"{self.frozen} ({self._parts(self.frozen)})" if self.frozen.names else "nothing"),
-            (
-                "left behind",
-                f"{self.left_behind} ({self._parts(self.left_behind)})" if self.left_behind.names else "nothing",
-            ),
+            ("new", self.new.described()),
+            ("frozen", self.frozen.described()),
+            ("left behind", self.left_behind.described()),
             (
                 "tokens",
                 f"{self.tokens_before:,} per image before, {self.tokens_after:,.0f} expected in the blocks after",
@@ -79,56 +84,50 @@ class UpcycleReport:
             (
                 "forward",
                 f"{self.flops_before / 1e9:,.2f} GFLOP per image before, {self.flops_after / 1e9:,.2f} after "
-                f"({ratio:.2f}x, multiply-add = 2){self._narrowed()}",
+                f"({ratio:.2f}x, multiply-add = 2){narrowed}",
             ),
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same in lists and numbers, as JSON takes it."""
+        """Return the report as lists and numbers for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(f"{what:<12} {text}" for what, text in self.lines())
-
-    def _narrowed(self) -> str:
-        return "" if self.width is None else f"; DynamicWidth is trained to {self.width:.0%} of its blocks'"
-
-    @staticmethod
-    def _parts(tensors: Tensors) -> str:
-        return ", ".join(dict.fromkeys(name.partition(".")[0] for name in tensors.names))
+        return "\n".join(f"{name:<12} {value}" for name, value in self.lines())
 
 
 def report(base: DiT, student: Any) -> UpcycleReport:
-    """Compare a new model with the base that it was made from, before either has learned anything.
+    """Compare a student with its base, before either has been trained further.
 
     Args:
-        base: the pretrained model.
-        student: from `tokdyn.upcycle`.
+        base: The pretrained model.
+        student: What `tokdyn.upcycle` made of it.
 
     Raises:
-        InputError: the base is no `DiT`.
+        InputError: The base is not a `DiT`, or the student neither a `DiT` nor a `DCDiT`.
     """
     if not (isinstance(base, DiT) and isinstance(student, DiT | DCDiT)):
-        raise InputError(f"a report compares a DiT with what was made of it, not a {type(base).__name__}.")
+        raise InputError(
+            f"a report compares a DiT with the DiT or DCDiT made from it, not a {type(base).__name__} with a "
+            f"{type(student).__name__}."
+        )
     before, after = dict(base.state_dict()), dict(student.state_dict())
-    equal = [name for name in after if name in before and _equal(before[name], after[name])]
-    new = [name for name in after if name not in equal and name != _FIXED]
-    learning = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-    frozen = [name for name in after if name not in learning and name != _FIXED]
+    equal = {name for name in after if name in before and _equal(before[name], after[name])} | {_POSITIONS}
+    learning = {name for name, parameter in student.named_parameters() if parameter.requires_grad} | {_POSITIONS}
     chunked = isinstance(student, DCDiT)
     attachment = attachment_of(student)
-    carried = () if attachment is None else attachment.methods
+    methods = () if attachment is None else attachment.methods
     grid = student._grid_of(student.config.sample_size)
     return UpcycleReport(
-        copied=_tensors([name for name in equal if name != _FIXED], after),
-        new=_tensors(new, after),
-        frozen=_tensors(frozen, after),
-        left_behind=_tensors([name for name in before if name not in equal and name != _FIXED], before),
+        copied=_tensors([name for name in after if name in equal - {_POSITIONS}], after),
+        new=_tensors([name for name in after if name not in equal], after),
+        frozen=_tensors([name for name in after if name not in learning], after),
+        left_behind=_tensors([name for name in before if name not in equal], before),
         tokens_before=cells(base._grid_of(base.config.sample_size)),
         tokens_after=cells(grid) / (student.config.target if chunked else 1.0),
         flops_before=flops_per_image(base),
         flops_after=flops_per_image(student),
-        width=next((each.target for each in carried if isinstance(each, DynamicWidth)), None),
+        width=next((each.target for each in methods if isinstance(each, DynamicWidth)), None),
     )
 
 

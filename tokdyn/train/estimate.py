@@ -1,11 +1,11 @@
-"""`--dry-run`: what a recipe would train, what it costs and how long it takes; nothing is written."""
+"""Estimate for `--dry-run` what a recipe trains, what it costs and how long it takes, without writing anything."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,46 +13,45 @@ from torch import Tensor
 from tokdyn.cost import flops_per_image
 from tokdyn.data import open_data
 from tokdyn.host import settle_memory
+from tokdyn.models import DiT
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe
-from tokdyn.recipe.build import Shape, build_model, open_base, planned_shape, planned_steps
+from tokdyn.recipe.build import Shape, build_model, open_base, stated_shape, total_steps
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import RatioTerm, draw, micro_step
-from tokdyn.train.upcycling import Guidance, always_frozen, freeze
-from tokdyn.upcycling.distill import Distillation
+from tokdyn.upcycling.distillation import Distillation
+from tokdyn.upcycling.phases import PhaseBatch, always_frozen, freeze
 from tokdyn.upcycling.report import UpcycleReport, report
 
-if TYPE_CHECKING:
-    from tokdyn.models import DiT
-
 _FLOAT = 4  # bytes; weights, gradients, moments and average are fp32
-_TIMED = 2  # steps, after one to warm up
-_BUDGET = {"cpu": 1e12}  # FLOPs of one timed step; other devices take more
-_BUDGET_ELSEWHERE = 5e13
+_TIMED = 2  # timed steps, after one that warms up
+_STEP_FLOPS = {"cpu": 1e12}  # FLOPs of a timed step at most, by type of device
+_STEP_FLOPS_ELSEWHERE = 5e13
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a recipe comes to. One FLOP is one multiplication or one addition.
+class Estimate:
+    """The size, the cost and the duration of a run. A multiply-add is 2 FLOPs.
 
     Attributes:
-        parameters: All of them, with the frozen position table.
-        trainable: Those that are learned.
+        parameters: All parameters, with the frozen position table.
+        trainable: Parameters that are learned.
         tokens: Cells of the token grid.
-        kept: Tokens that the transformer blocks see on average over the training budgets.
-        flops_forward: FLOPs of one forward pass of one image without tail drop.
-        flops_training: Mean FLOPs of training on one image: three forwards, averaged over the budgets; of an upcycled
-            model with the forward of the base and the complete pass in the phases that have them.
+        kept: Tokens that the transformer blocks compute, on average over the training budgets.
+        flops_forward: FLOPs of one forward pass on one image without tail drop.
+        flops_training: Mean FLOPs of training on one image: three forward passes, averaged over the budgets; for an
+            upcycled model also those of the base and of the student with its methods disabled, in the phases that run
+            them.
         steps: Optimizer steps.
         images: Images over all steps.
-        samples: Images in the data set; None when the data were not opened.
+        samples: Images in the data set; None if the data were not opened.
         memory_fixed: Bytes for weights, gradients, AdamW's moments and the average.
-        memory_activations: Bytes saved for the backward pass of one micro-batch on one device; None if not timed.
-        seconds_per_step: Measured here on a smaller batch and scaled; None if not timed.
+        memory_activations: Bytes kept for the backward pass of one micro-batch on one device; None if not timed.
+        seconds_per_step: Measured on this machine with a smaller batch and scaled up; None if not timed.
         timed_images: Images in the timed batch.
         device: Where the timing ran.
-        note: What was left out and why; empty if nothing.
-        upcycled: What an upcycled model takes from its base.
+        note: What is missing from the estimate, and why; empty if nothing is.
+        upcycled: What an upcycled model copies from its base; None for other models.
     """
 
     parameters: int
@@ -79,10 +78,10 @@ class Plan:
 
     @property
     def _mean_over(self) -> str:
-        return "the budgets" if self.upcycled is None else "the budgets and phases, with what the base computes"
+        return "the budgets" if self.upcycled is None else "the budgets and phases, the base included"
 
     def lines(self) -> list[tuple[str, str]]:
-        """Say it in (what, how much) pairs with units."""
+        """Return the estimate as (name, value with unit) pairs."""
         epochs = f", {self.images / self.samples:.1f} epochs of {self.samples:,}" if self.samples else ""
         lines = [
             ("parameters", f"{self.parameters:,} ({self.trainable:,} trainable)"),
@@ -103,23 +102,21 @@ class Plan:
         return lines
 
 
-def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
-    """Validate a recipe completely and say what it comes to.
-
-    Opens the data, builds the model and takes three small steps where memory allows.
+def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
+    """Open the data, build the model, take three small steps if memory allows, and estimate the run from them.
 
     Args:
-        recipe: The recipe. Without data.path the shape it states is used, with random images.
-        time_steps: Take the steps.
+        recipe: The recipe. Without data.path it takes random images of the stated shape.
+        time_steps: Whether to take the steps.
 
     Raises:
         TokdynError: The recipe, the data or the model are wrong.
     """
     dataset = None if recipe.data.path is None and recipe.data.kind != "shapes" else open_data(recipe.data)
-    shape = planned_shape(recipe.data) if dataset is None else dataset.shape
+    shape = stated_shape(recipe.data) if dataset is None else dataset.shape
     classes = None if dataset is None else dataset.num_classes
     base = None if recipe.upcycle is None else open_base(recipe, shape, classes or recipe.data.num_classes or 0)
-    steps = planned_steps(recipe, shape, classes)
+    steps = total_steps(recipe, shape, classes)
     model = build_model(recipe, shape, classes, "meta" if base is None else "cpu", base)
     if recipe.upcycle is not None:
         freeze(model, always_frozen(recipe.upcycle))
@@ -133,7 +130,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     micro_batch = micro_batch_size(recipe, 1)
-    budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
+    budget = _STEP_FLOPS.get(device.type, _STEP_FLOPS_ELSEWHERE)
     count = max(1, min(micro_batch, int(budget / (3.0 * mean))))
     seconds = activations = None
     if time_steps and fixed < _free_memory(device):
@@ -145,15 +142,15 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
         per_image, saved = _measure(recipe, shape, classes, x.to(device), base)
         seconds, activations = per_image * recipe.training.batch_size, round(saved * micro_batch)
     elif time_steps:
-        notes.append(f"not timed: {fixed / 2**30:.1f} GiB do not fit into the free memory here")
+        notes.append(f"not timed: weights and optimizer need {fixed / 2**30:.1f} GiB, more than {device} has free")
     images = steps * recipe.training.batch_size
-    return Plan(
+    return Estimate(
         parameters=total,
         trainable=trainable,
         tokens=tokens,
         kept=kept * tokens,
         flops_forward=full,
-        flops_training=3.0 * mean + _guidance(recipe, steps, base, full),
+        flops_training=3.0 * mean + _comparison_flops(recipe, steps, base, full),
         steps=steps,
         images=images,
         samples=None if dataset is None else len(dataset),
@@ -168,14 +165,14 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Plan:
 
 
 def _budgets(recipe: Recipe) -> list[float]:
-    """Kept fractions, assuming 1/N before tail drop, of the budgets that training draws."""
+    """Return the kept fraction of every budget that training draws, assuming 1/N before tail drop."""
     assumed = recipe.compute_match.kept if recipe.compute_match else None
     kept = assumed or 1.0 / recipe.model.target
     return [kept * (1.0 - drop) for drop in (recipe.chunking.tail_drops if recipe.chunking else (0.0,))]
 
 
 def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
-    """FLOPs per image without tail drop, their mean over the budgets, and the mean kept fraction."""
+    """Return FLOPs per image without tail drop, their mean over the budgets, and the mean kept fraction."""
     if recipe.chunking is None:
         flops = flops_per_image(model)
         return flops, flops, 1.0
@@ -184,8 +181,8 @@ def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
     return flops_per_image(model), sum(costs) / len(costs), sum(budgets) / len(budgets)
 
 
-def _guidance(recipe: Recipe, steps: int, base: DiT | None, full: float) -> float:
-    """FLOPs per image that the phases of upcycling add, mean over the steps."""
+def _comparison_flops(recipe: Recipe, steps: int, base: DiT | None, full: float) -> float:
+    """Return the FLOPs per image that the phases of an upcycling run add, mean over the steps."""
     if recipe.upcycle is None or base is None:
         return 0.0
     teacher = flops_per_image(base)
@@ -196,26 +193,31 @@ def _guidance(recipe: Recipe, steps: int, base: DiT | None, full: float) -> floa
 
 
 def _free_memory(device: torch.device) -> float:
+    """Return the free memory of a device in bytes, infinity where it cannot be read."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
     if device.type == "cpu" and meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
         return float(lines["MemAvailable"].split()[0]) * 1024.0
-    return float("inf")  # unknown here, so the steps are tried
+    return float("inf")  # unknown, so let the steps run
 
 
 def _measure(
     recipe: Recipe, shape: Shape, classes: int | None, x: Tensor, base: DiT | None = None
 ) -> tuple[float, float]:
-    """Seconds per image of whole steps of the first phase, and bytes per image saved for the backward pass."""
+    """Time whole steps of the first phase.
+
+    Returns:
+        Seconds per image, and bytes per image kept for the backward pass.
+    """
     settle_memory()
     model = build_model(recipe, shape, classes, base=base).to(x.device).train()
-    called, guidance = model, None
+    called, phase_batch = model, None
     if recipe.upcycle is not None and base is not None:
         freeze(model, always_frozen(recipe.upcycle))
-        called = Distillation(model, base.to(x.device) if recipe.upcycle.compares else None)
-        guidance = Guidance.at(recipe.upcycle, recipe.seed, 0, 0, len(x))
+        called = Distillation(model, base.to(x.device) if recipe.upcycle.needs_teacher else None)
+        phase_batch = PhaseBatch.draw(recipe.upcycle, recipe.seed, 0, 0, len(x))
     compile_parts(model, recipe.training.compile)
     if recipe.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -238,7 +240,7 @@ def _measure(
         saved.clear()
         draws = draw(recipe.objective, x, labels, model.config.num_classes, recipe.training.label_dropout, drop)
         began = time.perf_counter()
-        out = micro_step(called, recipe.objective, draws, recipe.training.precision, chunking, guidance)
+        out = micro_step(called, recipe.objective, draws, recipe.training.precision, chunking, phase_batch)
         torch.autograd.backward(out.loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The base of every section of a recipe, and the numbers that they are made of."""
+"""The base class of a recipe's sections and other strict settings, and the number types of their fields."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused and nothing can be changed after validation."""
+    """Settings that refuse unknown keys and infinite numbers, and cannot be changed once they are validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

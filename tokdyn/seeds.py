@@ -1,4 +1,4 @@
-"""Every random draw is a function of (seed, step, slot), so nothing about randomness needs to be saved."""
+"""Derive every random draw from (seed, purpose, step, slot), so that a checkpoint needs no random state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
-    """What a seed is for, so that two uses never share one."""
+    """The purpose of a draw, so that draws for two purposes never share a seed."""
 
     WEIGHTS = 0
     MICRO_STEP = 1

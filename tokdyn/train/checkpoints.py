@@ -1,4 +1,4 @@
-"""Checkpoint folders that are either complete or recognised as not: written aside, synced, renamed, checked."""
+"""Write checkpoint folders that appear complete or not at all, and find the newest one that is undamaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Checkpoint:
     """A complete checkpoint.
 
     Attributes:
-        folder: Where it is.
+        folder: Its folder.
         step: Optimizer steps taken.
         state: The contents of its state.json.
         skipped: One sentence for each newer checkpoint that was damaged.
@@ -51,6 +51,7 @@ def steps_of(root: Path) -> list[int]:
 
 
 def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +60,7 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new text, never half of it."""
+    """Write a small file so that a reader sees the old or the new text, never a part of it."""
     half = path.with_name(f"{_HALF}{path.name}")
     with half.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -73,11 +74,11 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Write a folder so that it appears complete or not at all, replacing one of the same name.
 
     Args:
-        target: Where the folder will be.
-        write: Fills the folder it is given.
+        target: Path of the folder.
+        write: Writes the contents into the folder that it is given.
 
     Raises:
-        CheckpointError: The disk refused; nothing of the attempt stays behind, and an older folder is untouched.
+        CheckpointError: The system refused to write. Nothing of the attempt is left, and an older folder is untouched.
     """
     half = target.with_name(f"{_HALF}{target.name}")
     try:
@@ -94,12 +95,13 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(half, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{target} could not be written ({reason}); checkpoints written before are untouched. Make room, then "
+            f"{target} could not be written ({reason}); earlier checkpoints are untouched. Free some space, then "
             "continue with --resume."
         ) from error
 
 
 def _remove(folder: Path) -> None:
+    """Remove a folder so that it disappears at once, by renaming it first."""
     aside = folder.with_name(f"{_HALF}old_{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -117,12 +119,12 @@ def save(root: Path, step: int, write: Callable[[Path], None], state: dict[str, 
     Args:
         root: The `checkpoints` folder.
         step: Optimizer steps taken.
-        write: Writes the weights and the optimizer into the folder it is given.
+        write: Writes the weights and the optimizer into the folder that it is given.
         state: JSON data for state.json; the sizes and hashes of all files are added.
-        keep: Checkpoints to keep, this one included.
+        keep: Checkpoints to keep, including this one.
 
     Raises:
-        CheckpointError: The disk refused.
+        CheckpointError: The system refused to write.
     """
 
     def write_all(folder: Path) -> None:
@@ -143,7 +145,9 @@ def save(root: Path, step: int, write: Callable[[Path], None], state: dict[str, 
             if old < step:
                 _remove(folder_of(root, old))
     except OSError as error:
-        raise CheckpointError(f"{target} is saved, but {root} could not be tidied: {error}.") from error
+        raise CheckpointError(
+            f"{target} is saved, but older checkpoints in {root} could not be removed ({error}); remove them by hand."
+        ) from error
     return target
 
 
@@ -151,7 +155,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """Read state.json and compare every file with the size and hash it lists.
 
     Raises:
-        CheckpointError: Names the file that is missing, cut short or changed.
+        CheckpointError: A file is missing, truncated or changed; the message names it.
     """
     path = folder / "state.json"
     try:
@@ -163,8 +167,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a complete checkpoint: its state.json cannot be read.") from error
     if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder} has checkpoint format {state.get('format')}, this version reads {FORMAT}; use the version of "
-            "tokdyn that wrote it."
+            f"{folder} has checkpoint format {state.get('format')}, and this version of tokdyn reads {FORMAT}; use the "
+            "version that wrote it."
         )
     for name, (size, digest) in expected.items():
         file = folder / name
@@ -175,21 +179,21 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"The checkpoint {folder} is damaged: {name} has {file.stat().st_size} bytes of {size}."
             )
         if _digest(file) != digest:
-            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} is not what was written.")
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} has changed since it was written.")
     return {**state, "step": step}
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """Find the newest complete checkpoint, passing over damaged ones.
+    """Find the newest undamaged checkpoint.
 
     Args:
         root: The `checkpoints` folder.
 
     Returns:
-        The checkpoint, or None when there never was one.
+        The checkpoint, or None if the folder has none.
 
     Raises:
-        CheckpointError: There are checkpoints and all of them are damaged.
+        CheckpointError: There are checkpoints, and all of them are damaged.
     """
     skipped: list[str] = []
     for step in reversed(steps_of(root)):
@@ -200,6 +204,6 @@ def newest(root: Path) -> Checkpoint | None:
             skipped.append(str(error))
     if skipped:
         raise CheckpointError(
-            f"No checkpoint in {root} can be used. {' '.join(skipped)} Start again in another folder."
+            f"No checkpoint in {root} can be used. {' '.join(skipped)} Start a new run in another folder."
         )
     return None

@@ -1,0 +1,175 @@
+"""Building a student: what it copies, how its new parts start, and which settings are rejected."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+import tokdyn
+from tests.upcycling.models import inputs, small_base
+from tokdyn import DCDiT, DiT, DynamicWidth
+from tokdyn.checkpoints import read, to_official
+from tokdyn.errors import CheckpointError, InputError
+from tokdyn.upcycling import report
+from tokdyn.upcycling.distillation import corner_plan
+
+COPIED = ("blocks.", "t_embedder.", "y_embedder.")
+EMBEDDERS = ("t_embedder.", "y_embedder.")
+
+
+def test_blocks_and_embedders_are_copied() -> None:
+    base = small_base()
+    before = copy.deepcopy(base.state_dict())
+    student = tokdyn.upcycle(base, "dc", target=4)
+    assert isinstance(student, DCDiT)
+    assert (student.config.patch_size, student.config.target, student.config.position_scale) == (2, 4, 0.5)
+    assert student.config.condition_adaptor
+    assert student.training
+    tensors = student.state_dict()
+    for name, value in before.items():
+        assert torch.equal(base.state_dict()[name], value)
+        if name.startswith(COPIED):
+            assert torch.equal(tensors[name], value)
+            assert tensors[name].data_ptr() != base.state_dict()[name].data_ptr()
+
+
+def test_embedders_are_frozen() -> None:
+    student = tokdyn.upcycle(small_base(), "dc")
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name in student.state_dict() if name.startswith(EMBEDDERS)} | {"pos_embed"}
+
+
+def test_report_counts_copied_new_and_frozen_tensors() -> None:
+    base = small_base()
+    student = tokdyn.upcycle(base, "dc", target=4)
+    before, after = base.state_dict(), student.state_dict()
+    result = report(base, student)
+    copied = [name for name in before if name.startswith(COPIED)]
+    assert set(result.copied.names) == set(copied)
+    assert result.copied.parameters == sum(before[name].numel() for name in copied)
+    assert set(result.new.names) == set(after) - set(copied) - {"pos_embed"}
+    assert result.frozen.parameters == sum(after[name].numel() for name in after if name.startswith(EMBEDDERS))
+    assert {name.partition(".")[0] for name in result.left_behind.names} == {"x_embedder", "final_layer"}
+    assert (result.tokens_before, result.tokens_after) == (16, 16.0)
+    assert result.flops_before == tokdyn.cost.flops_per_image(base)
+    assert result.flops_after == tokdyn.cost.flops_per_image(student)
+    assert "multiply-add = 2" in str(result)
+    with pytest.raises(InputError, match="DCDiT"):
+        report(student, base)
+
+
+@pytest.mark.parametrize(
+    ("patch", "settings", "cell"),
+    [(2, {}, 1), (4, {"target": 16}, 1), (4, {"target": 2.0}, 2), (4, {"patch_size": 1}, 1), (8, {"target": 4}, 4)],
+)
+def test_cells_keep_as_many_tokens_as_the_base_has(patch: int, settings: dict[str, float], cell: int) -> None:
+    assert tokdyn.upcycle(small_base(patch), "dc", **settings).config.patch_size == cell
+
+
+def test_the_student_has_the_dtype_of_the_base() -> None:
+    student = tokdyn.upcycle(small_base().to(torch.bfloat16), "dc")
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments", "named"),
+    [
+        (lambda: small_base(1), {}, "patch_size is 1"),
+        (lambda: small_base(4), {"patch_size": 3}, "patch_size is 3"),
+        (lambda: small_base(4), {"depth": 3}, "depth .* 2"),
+        (lambda: small_base(4), {"position_scale": 2.0}, "position_scale"),
+        (lambda: small_base(4), {"foo": 1}, "foo .* encoder_depth"),
+        (lambda: small_base(4), {"target": 0}, "target is 0"),
+        (lambda: small_base(4), {"target": "4"}, "target is '4'"),
+        (lambda: small_base(4), {"method": 3}, "3.* dc or dydit"),
+        (lambda: small_base(4), {"method": "dcc"}, "'dcc'.* dc or dydit"),
+        (lambda: small_base(4), {"method": "cache"}, r"'cache'.* tokdyn\.calibrate"),
+        (lambda: small_base(4), {"method": []}, r"method is \[\]"),
+        (lambda: small_base(4), {"method": ["dc", "dc"]}, r"method is \['dc', 'dc'\]"),
+        (lambda: small_base(4), {"width_target": 0.5}, "width_target .* dydit"),
+        (lambda: small_base(4), {"method": "dydit", "target": 4}, "target .* dc"),
+        (lambda: tokdyn.upcycle(small_base(4), "dc"), {}, "DC-DiT"),
+        (lambda: tokdyn.wrap(small_base(4), [DynamicWidth()]), {}, r"tokdyn\.unwrap"),
+    ],
+)
+def test_settings_that_do_not_fit_are_rejected(
+    base: Callable[[], torch.nn.Module], arguments: dict[str, object], named: str
+) -> None:
+    with pytest.raises(InputError, match=named):
+        tokdyn.upcycle(base(), **arguments)
+
+
+def test_width_settings_reach_the_method() -> None:
+    student = tokdyn.upcycle(small_base(), ["dc", "dydit"], width_target=0.6, encoder_depth=2)
+    assert isinstance(student, DCDiT)
+    assert student.config.encoder_depth == 2
+    assert [method.target for method in student.tokdyn.methods] == [0.6]
+    copied = tokdyn.upcycle(small_base(), "dydit")
+    assert isinstance(copied, DiT)
+    assert copied.tokdyn.methods == (DynamicWidth(),)
+
+
+def test_a_saved_student_computes_the_same(tmp_path: Path) -> None:
+    student = tokdyn.upcycle(small_base(), "dc", target=4).eval()
+    student.save_pretrained(tmp_path / "student")
+    x, steps, labels = inputs()
+    with torch.no_grad():
+        expected = student(x, steps, labels).sample
+        for loaded in (DCDiT.from_pretrained(tmp_path / "student"), read(tmp_path / "student")):
+            assert torch.equal(loaded.eval()(x, steps, labels).sample, expected)
+            assert torch.equal(loaded(x[:, :, :8], steps, labels).sample, student(x[:, :, :8], steps, labels).sample)
+
+
+def test_a_student_does_not_fit_the_official_layout() -> None:
+    with pytest.raises(CheckpointError, match="patch_size"):
+        to_official(tokdyn.upcycle(small_base(), "dc", target=4))
+    with pytest.raises(CheckpointError, match="position_scale"):
+        to_official(tokdyn.upcycle(small_base(2), "dc"))
+
+
+def test_a_pipeline_of_diffusers_runs_a_student(tmp_path: Path) -> None:
+    student = tokdyn.upcycle(small_base(in_channels=4), "dc").eval()
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+    DiTPipeline(student, vae, DDIMScheduler()).save_pretrained(tmp_path / "pipe")
+    pipe = DiTPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe([1, 2], num_inference_steps=2, guidance_scale=1.5, output_type="np").images
+    assert image.shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_the_encoder_starts_as_the_patch_embedding(patch: int) -> None:
+    """The upper left cell of every patch points where the base's token points; its norm is that of white noise."""
+    channels = 32 // patch**2  # 32 pixels per patch, and as many channels in the scaffold
+    base = small_base(patch, in_channels=channels, hidden_size=64)
+    base.x_embedder.proj.weight.data.mul_(3.0)  # far from a norm of 1, which a norm without a weight would have
+    student = tokdyn.upcycle(base, "dc", scaffold_width=32).eval()
+    torch.manual_seed(2)
+    x = torch.randn(2, channels, 16, 16)
+    size = 32 // patch
+    with torch.no_grad():
+        expected = base.x_embedder(x).flatten(2).transpose(1, 2)
+        encoded = student._encode(x, torch.zeros(2, 64))[:, corner_plan((size, size), 2)]
+    cosine = torch.nn.functional.cosine_similarity(encoded, expected, dim=-1)
+    assert cosine.min() > 1 - 1e-5  # fp32
+    assert encoded.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)  # of random pixels
+
+
+def test_a_narrow_scaffold_starts_as_in_a_new_model() -> None:
+    narrow = tokdyn.upcycle(small_base(2, in_channels=4, hidden_size=64), "dc", scaffold_width=8)  # 16 pixels per patch
+    assert narrow.encoder.layers[-1].conv2.weight.abs().sum() > 0
+
+
+def test_a_new_router_keeps_its_target() -> None:
+    """It is calibrated after the encoder got its start; the mean of 8 x 256 cells varies by less than 6%."""
+    student = tokdyn.upcycle(small_base(4, hidden_size=192, sample_size=32), "dc").eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        routing = student(torch.randn(8, 3, 32, 32), 500, None).routing
+    assert routing.kept.float().mean().item() == pytest.approx(64, rel=0.06)

@@ -1,0 +1,168 @@
+"""Transformers of text-to-image pipelines learn from recorded calls to predict with fewer tokens."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tokdyn
+from tests.contract.models import TINY
+from tests.contract.pipelines import build, images
+from tokdyn import Chunking, FeatureCache
+from tokdyn.errors import CheckpointError, InputError, TokdynError
+from tokdyn.upcycling import DistilSettings, distil
+from tokdyn.upcycling.distillation import normalised_mse
+
+QUICK = DistilSettings(steps=40, lr=3e-3, checkpoint_every=20)
+FLUX = TINY["FluxTransformer2DModel"]
+
+
+def recorded(pipe: Any, name: str) -> list[dict[str, Any]]:
+    """Return the calls that a pipeline makes while it draws."""
+    with tokdyn.recording(pipe.transformer) as calls:
+        images(pipe, name)
+    return calls
+
+
+def new_student() -> Any:
+    """Build the same student every time."""
+    torch.manual_seed(3)
+    return tokdyn.upcycle(FLUX.build(), "dc", target=2)
+
+
+def trained_tensors(student: Any) -> dict[str, torch.Tensor]:
+    """Copy the parameters of a student's methods."""
+    return {name: value.detach().clone() for name, value in student.tokdyn.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["Flux", "PixArt", "Z-Image"])
+@pytest.mark.parametrize("trained", ["methods", "all"])
+def test_the_error_falls_and_the_pipeline_draws(name: str, trained: str, tmp_path: Path) -> None:
+    pipe = build(name)
+    calls = recorded(pipe, name)
+    student = tokdyn.upcycle(pipe.transformer, "dc", target=2)
+    original = copy.deepcopy(pipe.transformer.state_dict())
+    teacher = pipe.transformer if trained == "all" else None
+    settings = QUICK.model_copy(update={"trained": trained})
+    result = distil(student, calls, tmp_path / "run", settings, teacher=teacher)
+    first, last = (sum(row["output"] for row in rows) for rows in (result.rows[:10], result.rows[-10:]))
+    assert last < 0.9 * first
+    assert all("Chunking" in row for row in result.rows)
+    assert all(torch.equal(value, original[key]) for key, value in pipe.transformer.state_dict().items())
+    if trained == "all":
+        pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / "run" / "transformer").eval()
+    tokdyn.load(pipe.transformer, tmp_path / "run" / "methods")
+    pipe.transformer.eval()
+    assert torch.isfinite(images(pipe, name)).all()
+    assert tokdyn.stats(pipe.transformer).calls[0].kept[0] < tokdyn.stats(pipe.transformer).calls[0].cells
+
+
+def test_the_first_error_is_the_one_of_the_untrained_student(tmp_path: Path) -> None:
+    call = FLUX.inputs(1)
+    student = new_student().train()
+    with torch.no_grad():
+        with tokdyn.disabled(student):
+            target = student(**call).sample
+        expected = normalised_mse(student(**call).sample.reshape(-1, 1), target.reshape(-1, 1)).item()
+    rows = distil(new_student(), [call], tmp_path / "run", DistilSettings(steps=1)).rows
+    assert rows[0]["step"] == 1
+    assert rows[0]["output"] == pytest.approx(expected, rel=1e-4)  # fp32
+
+
+def test_the_first_step_moves_parameters_by_the_learning_rate(tmp_path: Path) -> None:
+    """AdamW's first step is the rate times the sign of the gradient; a warm-up of four steps starts at a quarter."""
+    for warmup, rate in ((0, 1e-3), (4, 2.5e-4)):
+        student = new_student()
+        before = trained_tensors(student)
+        distil(student, [FLUX.inputs(1)], tmp_path / str(warmup), DistilSettings(steps=1, lr=1e-3, warmup_steps=warmup))
+        moved = max((value - before[name]).abs().max().item() for name, value in trained_tensors(student).items())
+        assert moved == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"clip": 1e-12}, {"calls": 2}, {"seed": 1}])
+def test_settings_change_what_is_learned(changes: dict[str, Any], tmp_path: Path) -> None:
+    call = FLUX.inputs(1)
+    calls = [{**call, "hidden_states": scale * call["hidden_states"]} for scale in (0.5, 1.0, 1.5, 2.0)]
+    students = [new_student(), new_student()]
+    distil(students[0], calls, tmp_path / "plain", DistilSettings(steps=3))
+    distil(students[1], calls, tmp_path / "changed", DistilSettings(steps=3, **changes))
+    plain, changed = (trained_tensors(student) for student in students)
+    assert any(not torch.equal(value, changed[name]) for name, value in plain.items())
+
+
+def test_only_the_methods_learn_unless_all_is_asked_for(tmp_path: Path) -> None:
+    student = new_student().eval()
+    required = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    distil(student, [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=2))
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert not student.training
+    assert all(name.startswith("tokdyn.") for name in moved)
+    assert {name: parameter.requires_grad for name, parameter in student.named_parameters()} == required
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    calls = [FLUX.inputs(1)]
+    settings = DistilSettings(steps=6, checkpoint_every=2)
+    whole = new_student()
+    all_rows = distil(whole, calls, tmp_path / "whole", settings).rows
+    distil(new_student(), calls, tmp_path / "half", settings.model_copy(update={"steps": 4}))
+    resumed = new_student()
+    rows = distil(resumed, calls, tmp_path / "half", settings, resume=True).rows
+    assert rows == all_rows
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_folder_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
+    calls, run = [FLUX.inputs(1)], tmp_path / "run"
+    settings = DistilSettings(steps=1)
+    distil(new_student(), calls, run, settings)
+    with pytest.raises(CheckpointError, match="run"):
+        distil(new_student(), calls, run, settings)
+    with pytest.raises(CheckpointError, match=r"\blr\b"):
+        distil(new_student(), calls, run, settings.model_copy(update={"lr": 1.0}), resume=True)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl has 0 rows for 1 steps"):
+        distil(new_student(), calls, run, settings, resume=True)
+    shutil.rmtree(run)
+    with pytest.raises(CheckpointError, match="run"):
+        distil(new_student(), calls, run, settings, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TokdynError, match=r"step \d+; .*lr"):
+        distil(new_student(), [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=50, lr=1e18, clip=1e18))
+    assert not (tmp_path / "run" / "methods").exists()
+
+
+def test_a_run_that_stopped_between_metrics_and_state_is_resumed(tmp_path: Path) -> None:
+    """Metrics are written first, so a stop in between leaves a row too many and never one too few."""
+    calls = [FLUX.inputs(1)]
+    student = new_student()
+    distil(student, calls, tmp_path / "run", DistilSettings(steps=2))
+    with open(tmp_path / "run" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3.0, "output": 1.0}\n')
+    rows = distil(student, calls, tmp_path / "run", DistilSettings(steps=3), resume=True).rows
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["output"] != 1.0
+
+
+def test_models_without_anything_to_learn_are_rejected(tmp_path: Path) -> None:
+    model, calls = FLUX.build(), [FLUX.inputs(1)]
+    with pytest.raises(InputError, match=type(model).__name__):
+        distil(model, calls, tmp_path / "run")
+    tokdyn.wrap(model, [FeatureCache()])
+    with pytest.raises(InputError, match="Chunking"):
+        distil(model, calls, tmp_path / "run")
+    tokdyn.wrap(tokdyn.unwrap(model), [Chunking(target=2)])
+    with pytest.raises(InputError, match=r"tokdyn\.recording"):
+        distil(model, [], tmp_path / "run")
+    with pytest.raises(InputError, match="teacher"):
+        distil(model, calls, tmp_path / "run", DistilSettings(trained="all"))
+    assert not (tmp_path / "run").exists()

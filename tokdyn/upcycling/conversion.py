@@ -1,0 +1,277 @@
+"""Build the student from a pretrained model: which tensors are copied, and how the new ones start."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from tokdyn.attach import attachment_of, wrap
+from tokdyn.bases import open_base
+from tokdyn.cost import model_parts
+from tokdyn.cost.blocks import PARTS
+from tokdyn.errors import InputError, RecipeError
+from tokdyn.methods import Chunking, DynamicWidth, Method
+from tokdyn.models import DCDiT, DiT
+from tokdyn.upcycling.settings import TRAINED, AfterSettings, AttachedMethod, UpcycleSettings
+
+INSTEAD_OF_TRAINING = {
+    "merge": "attach tokdyn.TokenMerge() with tokdyn.wrap",
+    "skip": "call tokdyn.calibrate(model, calls, tokdyn.DepthSkip(), flops=...)",
+    "cache": "call tokdyn.calibrate(model, calls, tokdyn.FeatureCache(), flops=...)",
+}
+"""What to do with each method that needs no training."""
+EMBEDDERS = ("t_embedder.", "y_embedder.")
+"""Prefixes of the parameters that embed timestep and class."""
+COPIED = ("blocks.", *EMBEDDERS)
+"""Prefixes of the parameters that a DC-DiT copies from a DiT; encoder, router, decoder and head are new."""
+_FROM_BASE = (
+    "sample_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes", "learn_sigma",
+    "timestep_shift", "timestep_map", "mlp_norm_eps",
+)  # fmt: skip
+_FREE = (
+    "target", "patch_size", "router", "encoder_depth", "decoder_depth", "scaffold_width", "smoothing",
+    "smoothing_sigma", "force_ends", "condition_adaptor",
+)  # fmt: skip
+
+
+def check_method(name: Any) -> None:
+    """Reject a method that is not trained into a model.
+
+    Raises:
+        InputError: The method is unknown, or needs no training; the message says what to do instead.
+    """
+    if name in INSTEAD_OF_TRAINING:
+        raise InputError(f"{name!r} needs no training; {INSTEAD_OF_TRAINING[name]}.")
+    if name not in TRAINED:
+        untrained = ", ".join(INSTEAD_OF_TRAINING)
+        raise InputError(
+            f"there is no method {name!r}; choose {' or '.join(TRAINED)} ({untrained} are attached without training)."
+        )
+
+
+def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **settings: Any) -> Any:
+    """Build a student with fewer tokens or less width from a pretrained model, ready to be trained.
+
+    ``dc`` turns a `DiT` into a `DCDiT` (arXiv 2603.06351): it copies the blocks and the embedders, and freezes the
+    embedders; encoder, router, decoder and head are new. For any other transformer that an adapter knows, it copies the
+    model and wraps its blocks in a `Chunking`; the copy computes what the model did until it drops tokens. ``dydit``
+    attaches a `DynamicWidth` (arXiv 2410.03456) whose gates start open.
+
+    Args:
+        base: A model, a name that `tokdyn models` lists, the path of a checkpoint, or an id of the hub. It is not
+            changed.
+        method: "dc", "dydit", or a list of both.
+        **settings: Settings of ``dc``, such as target, patch_size, router or encoder_depth, and those of `DynamicWidth`
+            with the prefix ``width_``, such as width_target=0.7.
+
+    Returns:
+        The student in training mode. `tokdyn.upcycling.report(base, student)` lists what is copied, new and frozen.
+
+    Raises:
+        InputError: A method is unknown or needs no training, or a setting does not fit.
+        UnsupportedModelError: No adapter knows the model.
+    """
+    names = list(method) if isinstance(method, list | tuple) else [method]
+    for name in names:
+        check_method(name)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"method is {names}; name at least one method, and each only once.")
+    model = base if isinstance(base, nn.Module) else open_base(base)
+    if attachment_of(model) is not None:
+        raise InputError(f"this {type(model).__name__} is wrapped; call tokdyn.unwrap on it first.")
+    width_settings = {key.removeprefix("width_"): value for key, value in settings.items() if key.startswith("width_")}
+    dc_only = {key: value for key, value in settings.items() if not key.startswith("width_")}
+    if width_settings and "dydit" not in names:
+        raise InputError(
+            f"width_{next(iter(width_settings))} is a setting of dydit, which is not among the methods; add dydit or "
+            "leave the setting out."
+        )
+    if dc_only and "dc" not in names:
+        raise InputError(
+            f"{next(iter(dc_only))} is a setting of dc, which is not among the methods; add dc or leave it out."
+        )
+    attached: list[Method] = []
+    if "dc" not in names:
+        student: Any = copy.deepcopy(model)
+    elif isinstance(model, DiT):
+        student = to_dc(model, **dc_only)
+    elif isinstance(model, DCDiT):
+        raise InputError("the base is a DC-DiT already; continue its training, or attach methods with tokdyn.wrap.")
+    else:
+        student = copy.deepcopy(model)
+        attached.append(Chunking(**dc_only))
+    if "dydit" in names:
+        attached.append(DynamicWidth(**width_settings))
+    return wrap(student.train(), attached) if attached else student
+
+
+def build_student(
+    settings: UpcycleSettings, base: DiT, chunked: bool, accumulation: int = 1, **overrides: Any
+) -> nn.Module:
+    """Build the student of an upcycling run, with the methods of its recipe attached.
+
+    Args:
+        settings: The section `upcycle` of the recipe.
+        base: The pretrained model; it is not changed.
+        chunked: Build a DC-DiT; otherwise copy the base.
+        accumulation: Calls of the model per optimizer step.
+        **overrides: Settings of the DC-DiT, see `dc_settings`.
+
+    Returns:
+        The student in training mode.
+
+    Raises:
+        InputError: An override does not fit the base.
+        RecipeError: A method to attach after training asks for what it cannot reach on this model.
+    """
+    student: Any = to_dc(base, **overrides) if chunked else copy.deepcopy(base).train()
+    methods = [_counted_in_calls(each, accumulation) for each in settings.methods]
+    _check_skipping(settings.after, student)
+    return wrap(student, methods) if methods else student  # type: ignore[no-any-return]
+
+
+def _counted_in_calls(method: AttachedMethod, accumulation: int) -> Method:
+    """Build a method whose warm-up counts calls of the model; the recipe counts optimizer steps."""
+    built = method.build()
+    calls = getattr(built, "warmup", 0) * accumulation
+    return built.model_copy(update={"warmup": calls}) if calls else built
+
+
+def _check_skipping(after: Sequence[AfterSettings], model: nn.Module) -> None:
+    """Reject, before anything is trained, a share of the FLOPs that even skipping every block would exceed."""
+    parts = model_parts(model)
+    least = sum(flops for name, flops in parts.items() if name not in PARTS) / sum(parts.values())
+    for each in after:
+        if each.method == "skip" and each.flops is not None and each.flops < least:
+            raise RecipeError(
+                f"upcycle.after: skip cannot reach flops={each.flops:g}, because the parts outside the blocks take "
+                f"{least:.3g} of the FLOPs; raise flops above that."
+            )
+
+
+def dc_settings(base: DiT, target: float = 4.0, patch_size: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Return the settings of the DC-DiT that takes over the blocks of a DiT.
+
+    Args:
+        base: A DiT with patches of p x p.
+        target: N, cells per kept token.
+        patch_size: Side of the DC-DiT's cells, a proper divisor of p. None takes p / sqrt(N), which keeps as many
+            tokens as the base has, or the next smaller divisor.
+        **settings: Settings of `DCDiT` that do not follow from the base: router, encoder_depth, scaffold_width, ...
+
+    Raises:
+        InputError: A setting follows from the base or is unknown, or the patch size is no proper divisor of p.
+    """
+    if not isinstance(target, int | float) or not target > 1.0:
+        raise InputError(f"target is {target!r}, expected more than 1 cell per kept token.")
+    known = inspect.signature(DCDiT.__init__).parameters
+    for name in settings:
+        if name in _FROM_BASE:
+            raise InputError(f"{name} follows from the base, where it is {base.config[name]!r}; leave it out.")
+        if name == "position_scale":
+            raise InputError("position_scale follows from the patch sizes of base and student; leave it out.")
+        if name not in known:
+            raise InputError(f"{name} is not a setting of a DC-DiT; choose from {', '.join(_FREE)}.")
+    base_patch = base.config.patch_size
+    if patch_size is None:
+        wanted = base_patch / math.sqrt(target)
+        patch_size = max(
+            size for size in range(1, base_patch + 1) if base_patch % size == 0 and size <= max(wanted, 1.0)
+        )
+    if not 1 <= patch_size < base_patch or base_patch % patch_size:
+        raise InputError(
+            f"patch_size is {patch_size}, but the base has patches of {base_patch}; choose a smaller divisor of "
+            f"{base_patch}."
+        )
+    inherited = {name: base.config[name] for name in _FROM_BASE}
+    size = inherited["sample_size"]
+    inherited["sample_size"] = tuple(size) if isinstance(size, list) else size
+    inherited["timestep_map"] = tuple(inherited["timestep_map"])
+    scale = patch_size / base_patch  # neighbouring patches of the base stay one unit of position apart
+    own = {"target": target, "patch_size": patch_size, "position_scale": scale, "condition_adaptor": True}
+    return {**inherited, **own, **settings}
+
+
+@torch.no_grad()
+def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **settings: Any) -> DCDiT:
+    """Build a DC-DiT with the blocks and the embedders of a DiT, and freeze the embedders.
+
+    Where cells are half as wide as the base's patches and the scaffold is wide enough, the encoder starts as the patch
+    embedding of the base. Everything else starts as in any new `DCDiT`, from torch's global generator. Tokens keep the
+    positions of the base: the upper left cell of each of its patches has the position of that patch.
+
+    Args:
+        base: The pretrained model; it is not changed and shares no tensor with the result.
+        target: N, cells per kept token.
+        patch_size: See `dc_settings`.
+        **settings: See `dc_settings`.
+
+    Returns:
+        The DC-DiT in training mode, on the device and in the dtype of the base.
+
+    Raises:
+        InputError: See `dc_settings`.
+    """
+    student = DCDiT(**dc_settings(base, target, patch_size, **settings))
+    parameters = dict(student.named_parameters())
+    for name, parameter in base.named_parameters():
+        if name.startswith(COPIED):
+            parameters[name].copy_(parameter)
+    _start_as_patch_embedding(student, base)
+    if not (student.config.official_init or student.pos_embed.is_meta):
+        student.calibrate_on_noise()  # again, because the encoder has changed
+    for name, parameter in student.named_parameters():
+        if name.startswith(EMBEDDERS):
+            parameter.requires_grad_(False)
+    reference = next(base.parameters())
+    student = student.to(reference.device)
+    if reference.dtype != next(student.parameters()).dtype:
+        student = student.to(reference.dtype)
+    result: DCDiT = student.train()
+    return result
+
+
+def _start_as_patch_embedding(student: DCDiT, base: DiT) -> None:
+    """Let the encoder start as the patch embedding of the base, up to the norm at its end.
+
+    A patch of 2x2 cells lies in the 3x3 window around its upper left cell. The first convolution copies each pixel of
+    the patch to a channel of its own, the residual branches start at zero, and the last skip projection is the patch
+    embedding. The norm divides a token by its root mean square, so its weight starts at the root mean square that
+    white noise has after the embedding.
+
+    Does nothing if cells are not half as wide as patches, or the scaffold has fewer channels than a patch has pixels.
+    """
+    cell, patch = student.config.patch_size, base.config.patch_size
+    channels = base.config.in_channels
+    pixels = channels * patch * patch
+    convolution: Any = student.x_embedder.proj
+    layers: Any = student.encoder.layers
+    skip = layers[-1].skip_proj
+    if patch != 2 * cell or convolution.out_channels < pixels or skip is None:
+        return
+    # Pixel (i, j) of cell (p, q) of the patch is channel (c, i, j) of the unshuffled image, seen at tap (1 + p, 1 + q).
+    copies = rearrange(torch.eye(channels * cell * cell), "(c i j) source -> c i j source", i=cell, j=cell)
+    taps = torch.zeros(2, 2, 3, 3)
+    for p in range(2):
+        for q in range(2):
+            taps[p, q, 1 + p, 1 + q] = 1.0
+    kernel = torch.einsum("c i j s, p q u v -> c p i q j s u v", copies, taps)
+    convolution.weight[:pixels] = rearrange(kernel, "c p i q j s u v -> (c p i q j) s u v")
+    convolution.bias[:pixels].zero_()
+    embedding: Any = base.x_embedder.proj
+    skip.weight.zero_()
+    skip.weight[:, :pixels, 0, 0] = rearrange(embedding.weight, "d c row column -> d (c row column)")
+    skip.bias.copy_(embedding.bias)
+    for layer in layers:
+        layer.conv2.weight.zero_()
+        layer.conv2.bias.zero_()
+    power = embedding.weight.square().sum(dim=(1, 2, 3)) + embedding.bias.square()
+    student.encoder.norm.weight.fill_(power.mean().sqrt())

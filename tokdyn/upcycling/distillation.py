@@ -1,0 +1,217 @@
+"""Distill a student against its frozen base: the outputs of the blocks, token by token, and the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokdyn.attach import attachment_of, disabled
+from tokdyn.attach import losses as method_losses
+from tokdyn.errors import InputError
+from tokdyn.models import DCDiT, DiT
+from tokdyn.tokens import Grid, Packing
+
+
+def cells_per_patch_side(student: DCDiT) -> int:
+    """Return how many cells of a DC-DiT lie along a side of a patch of its base.
+
+    Raises:
+        InputError: The DC-DiT was not made from a DiT.
+    """
+    scale = float(student.config.position_scale)
+    if scale >= 1.0:
+        raise InputError(
+            "this DC-DiT was not made from a DiT, because its position_scale is 1; make one with "
+            "tokdyn.upcycle(base, 'dc')."
+        )
+    return round(1.0 / scale)
+
+
+def corner_plan(grid: Grid, side: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the fixed plan, which keeps the upper left cell of every patch of the base.
+
+    Args:
+        grid: (rows, columns) of the DC-DiT.
+        side: Cells along a side of a patch.
+        device: Device of the result.
+
+    Returns:
+        (N,) bool. The kept tokens, in raster order, correspond to the tokens of the base.
+    """
+    rows, columns = (torch.arange(size, device=device) % side == 0 for size in grid)
+    return rearrange(rows[:, None] & columns, "rows columns -> (rows columns)")
+
+
+def patch_of(cell: Tensor, grid: Grid, side: int) -> Tensor:
+    """Return the patch of the base that each cell lies in.
+
+    Args:
+        cell: (T,) int64, cells of the DC-DiT in raster order.
+        grid: (rows, columns) of the DC-DiT.
+        side: Cells along a side of a patch.
+
+    Returns:
+        (T,) int64, patches in raster order.
+    """
+    row, column = cell // grid[1], cell % grid[1]
+    return (row // side) * (grid[1] // side) + column // side
+
+
+def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared error over the teacher's variance.
+
+    Args:
+        student: (T, D).
+        teacher: (T, D), without gradient.
+
+    Returns:
+        Scalar: the mean of (student - teacher)^2, over the mean over channels of the teacher's variance over the T
+        rows. A student that predicts the mean of every channel reaches 1.
+    """
+    target = teacher.float()
+    variance = (target - target.mean(dim=0)).square().mean().clamp(min=1e-12)  # `var` takes three times as long
+    return (student.float() - target).square().mean() / variance
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a call of `Distillation` computes beside the student's prediction.
+
+    Attributes:
+        blocks: The error between the outputs of the student's blocks and those of the teacher's.
+        output: The error between the predictions of both.
+        complete: The prediction of the student with its methods disabled.
+    """
+
+    blocks: bool = False
+    output: bool = False
+    complete: bool = False
+
+
+class Distillation(nn.Module):
+    """A student, and the frozen teacher that its blocks come from.
+
+    The teacher is not a submodule, so it is neither trained, saved nor sent to other processes.
+
+    Args:
+        student: A `DCDiT` from `to_dc`, or a copy of the teacher; either may be wrapped.
+        teacher: The base; None if nothing is compared with it.
+    """
+
+    def __init__(self, student: Any, teacher: DiT | None) -> None:
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # torch does not register modules inside a tuple
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+
+    @property
+    def teacher(self) -> DiT:
+        """The base.
+
+        Raises:
+            InputError: There is none.
+        """
+        (teacher,) = self._teacher
+        if teacher is None:
+            raise InputError("there is no teacher to compare the student with; give Distillation the base.")
+        return teacher
+
+    def forward(
+        self,
+        terms: LossTerms,
+        on_fixed_plan: Tensor,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        tail_drop: float | Tensor = 0.0,
+    ) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
+        """Run the student, and the teacher if something is compared with it.
+
+        Args:
+            terms: What to compute beside the prediction.
+            on_fixed_plan: (B,) bool, samples that keep the tokens of the fixed plan.
+            hidden_states: (B, C, rows, columns).
+            timestep: (B,).
+            class_labels: (B,).
+            tail_drop: Tail drop of the student.
+
+        Returns:
+            The output of the student; its prediction with methods disabled, if asked for; and the losses by name:
+            "teacher" (mean over the blocks of the normalised error between each token and the teacher's token of the
+            patch that it lies in), "output" (the normalised error of the prediction) and those of attached methods.
+        """
+        inputs = (hidden_states, timestep, class_labels)
+        arguments: dict[str, Any] = {}
+        if isinstance(self.student, DCDiT):
+            side = cells_per_patch_side(self.student)
+            plan = corner_plan(self._grid(hidden_states), side, hidden_states.device)
+            arguments = {"tail_drop": tail_drop, "plan": on_fixed_plan[:, None] & plan}
+        theirs: list[tuple[Tensor, Any]] = []
+        target = None
+        if terms.blocks or terms.output:
+            with torch.inference_mode(), _outputs_of(self.teacher.blocks if terms.blocks else []) as theirs:
+                target = self.teacher(*inputs).sample
+        with _outputs_of(self.student.blocks if terms.blocks else []) as ours:
+            result = self.student(*inputs, **arguments)
+        losses: dict[str, Tensor] = {}
+        if attachment_of(self.student) is not None:
+            losses |= {name: value for name, value in method_losses(self.student).items() if value.requires_grad}
+        if terms.blocks:
+            losses["teacher"] = self._block_error(ours, theirs, self._grid(hidden_states))
+        if target is not None and terms.output:
+            pixels = [rearrange(image, "b c r k -> (b r k) c") for image in (result.sample, target)]
+            losses["output"] = normalised_mse(*pixels)
+        complete = None
+        if terms.complete:
+            with disabled(self.student):
+                complete = self.student(*inputs, **arguments).sample
+        return result, complete, losses
+
+    def _grid(self, x: Tensor) -> Grid:
+        patch = self.student.config.patch_size
+        return x.shape[-2] // patch, x.shape[-1] // patch
+
+    def _block_error(
+        self, ours: Sequence[tuple[Tensor, Packing | None]], theirs: Sequence[tuple[Tensor, Any]], grid: Grid
+    ) -> Tensor:
+        """Return the normalised error of each block's tokens, mean over the blocks.
+
+        Args:
+            ours: Outputs of the student's blocks: (B, N, D), or packed (T, D) with their packing.
+            theirs: Outputs of the teacher's blocks, (B, P, D) with P patches.
+            grid: (rows, columns) of the student.
+        """
+        packing = ours[0][1]
+        rows = None  # of the teacher's (B * P, D) tokens, the one that belongs to each packed token
+        if packing is not None:
+            patches = theirs[0][0].shape[1]
+            rows = packing.sample * patches + patch_of(packing.cell, grid, cells_per_patch_side(self.student))
+        errors = []
+        for (own, _), (target, _) in zip(ours, theirs, strict=True):
+            targets = rearrange(target, "b p d -> (b p) d")
+            own = rearrange(own, "... d -> (...) d")
+            errors.append(normalised_mse(own, targets if rows is None else targets.index_select(0, rows)))
+        return torch.stack(errors).mean()
+
+
+@contextmanager
+def _outputs_of(blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[list[tuple[Tensor, Any]]]:
+    """Collect the outputs of blocks inside the context, each with the packing that the block was called with."""
+    outputs: list[tuple[Tensor, Any]] = []
+
+    def collect(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        outputs.append((out, args[2] if len(args) > 2 else None))
+
+    handles = [block.register_forward_hook(collect) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,218 @@
+"""The section `upcycle` of a recipe: the base, the phases of a run, and the methods that it trains or attaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tokdyn.errors import RecipeError
+from tokdyn.methods import Method
+from tokdyn.methods.registry import from_settings
+from tokdyn.section import Positive, Section, Weight
+
+Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
+TRAINED = ("dc", "dydit")
+"""Methods that are trained into a model, as `tokdyn.upcycle` and `tokdyn upcycle --method` name them."""
+
+
+class AttachedMethod(BaseModel):
+    """A method that is attached to the student while it trains, with its settings beside its name.
+
+    In a recipe its warm-up counts optimizer steps, however many calls of the model each of them takes.
+
+    Attributes:
+        method: "DynamicWidth".
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: Literal["DynamicWidth"]
+
+    @model_validator(mode="after")
+    def _builds(self) -> Self:
+        self.build()  # an InputError is a ValueError, which pydantic reports with the key
+        return self
+
+    def build(self) -> Method:
+        """Build the method from its settings."""
+        return from_settings({"method": self.method, **(self.__pydantic_extra__ or {})})
+
+
+class PhaseSettings(Section):
+    """A phase of an upcycling run.
+
+    Attributes:
+        name: Name of the phase in messages.
+        steps: Its optimizer steps; null, only for the last phase, lasts until the end of the run.
+        plan: Which tokens the blocks compute: "fixed" keeps the upper left cell of every patch of the base, "learned"
+            keeps what the router chooses, "handover" moves from the first to the second, sample by sample.
+        teacher: Weight of the error between the outputs of the student's blocks and those of the frozen base, over the
+            variance of the latter.
+        output: Weight of the error between the predictions of both, over the variance of the base's.
+        diffusion: Weight of the diffusion loss.
+        complete: Weight of the diffusion loss of the student with its methods disabled, on the same noisy images: DyDiT
+            (arXiv 2410.03456) uses it to keep the whole network trained.
+        frozen: Parts that do not learn: "embedders" (of timestep and class), "blocks", "router", "methods" (trained
+            parameters of attached methods), "scaffold" (everything else).
+        lr: Factor on the learning rate.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    steps: Positive | None = None
+    plan: Literal["fixed", "handover", "learned"] = "learned"
+    teacher: Weight = 0.0
+    output: Weight = 0.0
+    diffusion: Weight = 1.0
+    complete: Weight = 0.0
+    frozen: tuple[Part, ...] = ("embedders",)
+    lr: Annotated[float, Field(gt=0.0)] = 1.0
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if not (self.teacher or self.output or self.diffusion or self.complete):
+            raise ValueError(
+                f"phase {self.name!r} has no loss; give it a weight for teacher, output, diffusion or complete"
+            )
+        return self
+
+
+class AfterSettings(Section):
+    """A method that is attached to the student when its training has ended.
+
+    Attributes:
+        method: "cache" and "skip" are calibrated on images that the student draws, "merge" is attached as it is.
+        flops: Share of the FLOPs that the calibration aims at. skip needs one; for a cache, null keeps its threshold.
+        ratio: Share of the tokens that merge merges.
+        steps: Model calls per image during the calibration; use as many as for sampling later.
+        guidance: Scale of guidance during the calibration; use the one of sampling later.
+        count: Images that the calibration draws.
+    """
+
+    method: Literal["cache", "skip", "merge"]
+    flops: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    steps: Positive = 50
+    guidance: Annotated[float, Field(ge=1.0)] = 1.0
+    count: Positive = 8
+
+    @model_validator(mode="after")
+    def _has_the_right_target(self) -> Self:
+        if self.method == "skip" and self.flops is None:
+            raise ValueError("skip needs a share of the FLOPs to aim at; add flops=0.7, for example")
+        if self.method == "merge" and self.flops is not None:
+            raise ValueError("merge has no flops; leave it out, and set ratio to choose how many tokens are merged")
+        return self
+
+
+DISTILLED = (
+    PhaseSettings(name="distill", steps=5000, plan="fixed", teacher=1.0),
+    PhaseSettings(name="handover", steps=500, plan="handover", teacher=1.0),
+    PhaseSettings(name="finetune"),
+)
+"""The default phases: distillation on the fixed plan, a short handover to the router, then ordinary training."""
+
+
+class UpcycleSettings(Section):
+    """How a run starts from a pretrained model (upcycling, arXiv 2603.06351).
+
+    Attributes:
+        base: The pretrained model: a name that `tokdyn models` lists, a file or a folder.
+        ema: Take the averaged weights of a base that holds both.
+        methods: Methods attached while the student trains, outermost first; they are saved beside it.
+        after: Methods attached when training has ended, and saved in the folder `methods` of the run.
+        phases: The phases in order; the last one lasts until the end of the run.
+    """
+
+    base: Annotated[str, Field(min_length=1)]
+    ema: bool = True
+    methods: tuple[AttachedMethod, ...] = ()
+    after: tuple[AfterSettings, ...] = ()
+    phases: Annotated[tuple[PhaseSettings, ...], Field(min_length=1)] = DISTILLED
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        for phase in self.phases[:-1]:
+            if phase.steps is None:
+                raise ValueError(f"phase {phase.name!r} has no steps; only the last phase may leave them out")
+        for methods in (self.methods, self.after):
+            names = [each.method for each in methods]
+            if len(set(names)) < len(names):
+                raise ValueError(f"the methods {', '.join(names)} repeat one; name each only once")
+        if any(phase.complete for phase in self.phases) and not self.methods:
+            raise ValueError(
+                "complete trains the student with its methods disabled, and upcycle.methods is empty; leave it out"
+            )
+        if self.phases[-1].steps is not None:
+            raise ValueError(
+                f"phase {self.phases[-1].name!r} is the last and lasts until the end of the run; leave its steps out"
+            )
+        return self
+
+    def phase(self, step: int) -> tuple[PhaseSettings, float]:
+        """Return the phase of a step and the fraction of the phase that has passed, in [0, 1).
+
+        Args:
+            step: Steps already taken.
+        """
+        for phase in self.phases:
+            if phase.steps is None or step < phase.steps:
+                return phase, 0.0 if phase.steps is None else step / phase.steps
+            step -= phase.steps
+        raise AssertionError("the last phase has no end")
+
+    def shares(self, steps: int) -> list[tuple[PhaseSettings, float]]:
+        """Return every phase with its share of the steps of a run.
+
+        Args:
+            steps: Steps of the run.
+        """
+        shares, left = [], steps
+        for phase in self.phases:
+            taken = left if phase.steps is None else min(phase.steps, left)
+            shares.append((phase, taken / steps))
+            left -= taken
+        return shares
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any phase compares the student with the base."""
+        return any(phase.teacher or phase.output for phase in self.phases)
+
+
+def split_methods(methods: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Split the values of `--method` into methods that are trained and settings of those attached after training.
+
+    Args:
+        methods: Such as ["dc", "dydit", "cache", "skip=0.7", "merge=0.3"]; the number is the share of the FLOPs that a
+            calibration aims at, or the ratio of merge.
+
+    Returns:
+        Names of trained methods, and the fields of an `AfterSettings` for each of the others.
+
+    Raises:
+        RecipeError: A method is unknown or listed twice, or its number is not one.
+    """
+    trained, after, names = [], [], []
+    for text in methods:
+        name, equals, number = text.partition("=")
+        names.append(name)
+        if name in TRAINED and not equals:
+            trained.append(name)
+            continue
+        if name not in ("cache", "skip", "merge"):
+            raise RecipeError(
+                f"--method {text} is unknown; choose dc or dydit, which are trained, or cache, skip=SHARE or "
+                "merge=RATIO, which are attached after training."
+            )
+        fields: dict[str, Any] = {"method": name}
+        if equals:
+            try:
+                fields["ratio" if name == "merge" else "flops"] = float(number)
+            except ValueError as error:
+                raise RecipeError(f"--method {text}: {number!r} is not a number; write {name}=0.7.") from error
+        after.append(fields)
+    if len(set(names)) < len(names):
+        raise RecipeError(f"--method {', '.join(methods)} repeats a method; name each only once.")
+    return trained, after
