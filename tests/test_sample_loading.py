@@ -21,7 +21,7 @@ from tokdyn.report.decoding import open_decoder
 from tokdyn.report.pixels import to_pixels
 from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.sample.job import prepare
-from tokdyn.train import state, train
+from tokdyn.train import checkpoints, train
 from tokdyn.train.snapshot import save_model
 
 
@@ -40,7 +40,7 @@ def training_folder(root: Path, finished: bool) -> Path:
         save_model(tiny(2), folder / "ema", FACTS)
 
     for step in (10, 20):
-        state.save(root / "checkpoints", step, write, {}, keep=2)
+        checkpoints.save(root / "checkpoints", step, write, {}, keep=2)
     (root / "recipe.yaml").write_text("name: tiny\n")
     if finished:
         save_model(tiny(3), root / "model", FACTS)

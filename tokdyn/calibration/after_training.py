@@ -13,8 +13,8 @@ from tokdyn.calibration.command import calibrate_from_disk
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.errors import InputError, TokdynError
 from tokdyn.methods import Method, TokenMerge
-from tokdyn.upcycling.settings import AfterSettings
 from tokdyn.sample.loading import load_model
+from tokdyn.upcycling.settings import AfterSettings
 
 
 def finish(folder: Path, after: Sequence[AfterSettings]) -> Path:
