@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.contract.models import TINY, latents
 from tokdyn.adapters import adapter_for
-from tokdyn.adapters.base import Stack
+from tokdyn.adapters.base import Blocks
 from tokdyn.tokens import cells
 
 LEVELS = (0.98, 0.85, 0.72, 0.6, 0.47, 0.34, 0.21, 0.08)
@@ -52,7 +52,7 @@ def watch_blocks(model: nn.Module, call: dict[str, Any]) -> list[tuple[Tensor, T
         count = cells(adapter.grid(model, call))
         return x[:, :count] if where == "first" else x[:, -count:]
 
-    def watcher(stack: Stack) -> Callable[..., None]:
+    def watcher(stack: Blocks) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             named = {**dict(zip(inspect.signature(block.forward).parameters, args, strict=False)), **kwargs}
             before = image(named[stack.tokens], stack.image)
@@ -62,7 +62,7 @@ def watch_blocks(model: nn.Module, call: dict[str, Any]) -> list[tuple[Tensor, T
 
         return hook
 
-    for stack in adapter.stacks:
+    for stack in adapter.blocks:
         blocks = model.get_submodule(stack.path)
         handles += [block.register_forward_hook(watcher(stack), with_kwargs=True) for block in blocks]
     try:
