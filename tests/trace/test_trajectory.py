@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokdyn.trace.observation import SAME, Observation, conditioning, main_input, resemblance
+from tokdyn.trace.observation import SAME, Observation, compare, conditioning, main_input
 from tokdyn.trace.trajectory import MOST_BRANCHES, Position, Tracker, Trajectory
 
 
@@ -97,8 +97,20 @@ def test_another_prompt_on_the_same_latents_takes_nothing_over() -> None:
 
 def test_steps_whose_levels_round_to_one_number_are_steps() -> None:
     trajectory, x = Trajectory(), noise(0)
-    places = [call(trajectory, (1 - 0.02 * step) * x + 0.01 * noise(step + 1), 0.996).place for step in range(4)]
-    assert places == [0, 0, 0, 0]
+    positions = [call(trajectory, x + 0.002 * step * noise(step + 1), 0.996) for step in range(4)]
+    assert [position.place for position in positions] == [0, 0, 0, 0]
+    assert [position.steps for position in positions] == [(0,), (1,), (2,), (3,)]
+    assert len({position.branch for position in positions}) == 1
+
+
+def test_branches_with_latents_of_their_own_are_branches_but_not_the_unconditional_one() -> None:
+    """At one level, latents that moved further than rounding explains; in doubt the larger budget is taken."""
+    trajectory, x = Trajectory(), noise(0)
+    first, second = call(trajectory, x, 0.9), call(trajectory, x + 0.1, 0.9)
+    later = call(trajectory, 0.9 * x, 0.8), call(trajectory, 0.9 * x + 0.2, 0.8)
+    assert (first.place, second.place) == (0, 1)
+    assert first.branch == later[0].branch != second.branch == later[1].branch
+    assert not second.unconditional
 
 
 def test_a_loop_over_one_call_is_no_growing_number_of_branches() -> None:
@@ -179,11 +191,9 @@ def test_what_a_sampler_makes_of_latents_and_predictions_resembles_them(
     seed: int, a: float, b: float, batch: int
 ) -> None:
     x, predicted, other = (noise(seed + i, batch) for i in range(3))
-    if abs(a) + abs(b) > 0.1:
-        torch.testing.assert_close(
-            resemblance(a * x + b * predicted, [x, predicted]), torch.ones(batch), rtol=0, atol=1e-3
-        )
-    assert (resemblance(other, [x, predicted]) < 0.4).all()
+    if abs(b) > 0.1:
+        torch.testing.assert_close(compare(a * x + b * predicted, [x, predicted]), torch.ones(batch), rtol=0, atol=1e-3)
+    assert (compare(other, [x, predicted])[:, 0] < 0.4).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,10 +202,10 @@ def test_resemblance_is_a_correlation_of_what_changed(seed: int, share: float, b
     a, b = noise(seed, batch), noise(seed + 1, batch)
     mixed = share * a + (1 - share) * b
     expected = torch.nn.functional.cosine_similarity(mixed.flatten(1), a.flatten(1)).abs()
-    torch.testing.assert_close(resemblance(mixed, [a]), expected, rtol=0, atol=1e-4)
-    assert (resemblance(a, [a.clone()]) == SAME).all()
+    torch.testing.assert_close(compare(mixed, [a])[:, 0], expected, rtol=0, atol=1e-4)
+    assert (compare(a, [a.clone()])[:, 0] == SAME).all()
     beside = torch.ones(batch, 4, 8, 8)  # a reference image stays what it is in every step
-    both = resemblance(torch.cat([mixed, beside], 1), [torch.cat([a, beside], 1)])
+    both = compare(torch.cat([mixed, beside], 1), [torch.cat([a, beside], 1)])[:, 0]
     torch.testing.assert_close(both, expected, rtol=0, atol=1e-4)
 
 
@@ -244,5 +254,5 @@ def test_positions_of_one_observation_need_one_transfer(monkeypatch: pytest.Monk
     counted = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: counted.append(1) or tolist(self))
-    Tracker().place(Observation(torch.tensor([[0.5, 1.0, 3.0], [0.5, 1.0, 4.0]])))
+    Tracker().place(Observation(torch.tensor([[0.5, 1.0, 0.1, 3.0], [0.5, 1.0, 0.1, 4.0]])))
     assert len(counted) == 1

@@ -280,6 +280,7 @@ def _handlers(blueprint: Blueprint, parts: nn.ModuleDict) -> Handlers:
         tuple(each for each in built if isinstance(each, Kernel)),
         own_chunking=caches[0] if caches else None,
         separates_text=any(placed.traits.reads != "nothing" for placed in blueprint.placed),
+        counts=any(placed.traits.reads in ("count", "grid") for placed in blueprint.placed),
         slots=len(built),
     )
 

@@ -20,6 +20,7 @@ from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Exchange, Frame, Inner, Sublayer
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
+from tokdyn.errors import InputError
 from tokdyn.tokens import cells
 from tokdyn.trace.calls import BlockTrace
 
@@ -117,13 +118,17 @@ def _arrive(context: CallContext, frame: Frame, named: Named, blocks: Blocks) ->
 def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
     """Count the image tokens of what the first block gets.
 
-    The grid is read only where text lies in the same sequence and a method has to tell the two apart; where none has
-    to, all tokens are treated alike.
+    The grid is read only where text lies in the same sequence and a method tells the two apart. Where it cannot be read
+    and no method needs it, all tokens are treated alike.
     """
     if context.adapter.grid is None:
         context.readings.grid.put((tokens.shape[1],))
     elif blocks.image != "all" and frame.handlers.separates_text:
-        return cells(context.grid)
+        try:
+            return cells(context.grid)
+        except InputError:
+            if frame.handlers.counts:
+                raise
     return tokens.shape[1]
 
 

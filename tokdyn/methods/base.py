@@ -51,7 +51,8 @@ class Traits:
         stage: where it acts.
         tokens: what those inside it see: the full grid, a subset of the cells, or merged tokens.
         needs_grid: it works only on all cells of the grid.
-        reads: what it has to know of the image tokens: nothing, how many there are, or the sizes of their grid.
+        reads: what it has to know of the image tokens: nothing, which they are where text lies in the same
+            sequence (and does without where that cannot be told), how many there are, or the sizes of their grid.
         moving: the set of tokens changes from step to step, with the data or at random.
         remembers: it keeps something from one step to the next.
         needs_level: it acts by the noise level.
@@ -72,7 +73,7 @@ class Traits:
     stage: Stage
     tokens: Literal["full", "subset", "merged"] = "full"
     needs_grid: bool = False
-    reads: Literal["nothing", "count", "grid"] = "nothing"
+    reads: Literal["nothing", "split", "count", "grid"] = "nothing"
     moving: bool = False
     remembers: bool = False
     needs_level: bool = False

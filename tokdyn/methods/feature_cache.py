@@ -66,6 +66,7 @@ class FeatureCache(Method):
             remembers=True,
             needs_level=True,
             phases=frozenset({"sample"}),
+            reads="split",
             compares=self.compares,
             diverges=self.compares,
             owns=owns | ({"skipping": frozenset({0})} if first else {}),

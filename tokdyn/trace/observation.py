@@ -22,8 +22,9 @@ class Observation:
     """One call, seen from outside.
 
     Attributes:
-        values: (B, 2 + K) fp32. The noise level of each sample (1 is pure noise), how much its input resembles that of
-            the call before (`resemblance`), and K elements that tell its conditioning from others.
+        values: (B, 3 + K) fp32. The noise level of each sample (1 is pure noise), how much its input resembles that of
+            the call before and how far it moved from it (`compare`), and K elements that tell its conditioning from
+            others.
         branch: name of the guidance branch, where a pipeline gave one.
         step: index of the step, where a pipeline gave one.
     """
@@ -33,8 +34,8 @@ class Observation:
     step: int | None = None
 
 
-def resemblance(x: Tensor, before: Sequence[Tensor]) -> Tensor:
-    """Say how well each sample's input is explained by a combination of what was there a step before.
+def compare(x: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Say how well each sample's input is explained by what was there a step before, and how far it moved.
 
     A sampler makes the next latents of the latents and of what the model predicted from them, so that those of one
     image are nearly explained; those of another image are not. Elements that are exactly equal to the latents before
@@ -45,18 +46,34 @@ def resemblance(x: Tensor, before: Sequence[Tensor]) -> Tensor:
         before: the input of the call before, first, and what was predicted from it; each of the shape of x.
 
     Returns:
-        (B,) fp32 multiple correlation, from 0 to 1; `SAME` where no element changed.
+        (B, 2) fp32: the multiple correlation, from 0 to 1, or `SAME` where no element changed; and the distance from
+        the input before, relative to that input.
     """
     flat = x.flatten(1)
     changed = flat != before[0].flatten(1)
-    target = (flat.float() * changed)[:, None]
-    basis = torch.stack([each.flatten(1).float() * changed for each in before], dim=1)
-    gram, along = basis @ basis.mT, basis @ target.mT
+    vectors = [each.flatten(1).float() * changed for each in (*before, x)]
+    products = _inner_products(vectors)
+    gram, along, whole = products[:, :-1, :-1], products[:, :-1, -1:], products[:, -1, -1]
     size = gram.diagonal(dim1=1, dim2=2)
-    ridge = 1e-6 * size.amax(1).clamp_min(torch.finfo(torch.float32).tiny)  # predictions may be nearly the same
+    tiny = torch.finfo(torch.float32).tiny
+    ridge = 1e-6 * size.amax(1).clamp_min(tiny)  # predictions may be nearly the same
     solved, _ = torch.linalg.solve_ex(gram + torch.diag_embed(ridge[:, None].expand_as(size)), along)
-    explained = (solved * along).sum((1, 2)) / target.square().sum((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(changed.any(1), explained.clamp(0, 1).sqrt(), SAME)
+    explained = (solved * along).sum((1, 2)) / whole.clamp_min(tiny)
+    alike = torch.where(changed.any(1), explained.clamp(0, 1).sqrt(), SAME)
+    distance = (whole - 2 * along[:, 0, 0] + size[:, 0]).clamp_min(0)
+    return torch.stack([alike, (distance / size[:, 0].clamp_min(tiny)).sqrt()], dim=1)
+
+
+def _inner_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Multiply K vectors (B, E) with each other: (B, K, K).
+
+    Sums, not matrix products, so that counters of FLOPs do not take them for the model's.
+    """
+    rows = [[torch.empty(0)] * len(vectors) for _ in vectors]
+    for i, a in enumerate(vectors):
+        for j, b in enumerate(vectors[: i + 1]):
+            rows[i][j] = rows[j][i] = (a * b).sum(1)
+    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 
 def as_input(output: Any, x: Tensor) -> Tensor | None:

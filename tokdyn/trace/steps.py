@@ -10,7 +10,7 @@ import torch
 
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.trace.calls import CallTrace
-from tokdyn.trace.observation import Observation
+from tokdyn.trace.observation import SAME, Observation
 from tokdyn.trace.trajectory import Tracker
 
 
@@ -64,7 +64,7 @@ def last_run(history: Sequence[CallTrace], adapter: ModelAdapter) -> list[Placed
 
 def _by_level(levels: tuple[float, ...]) -> Observation:
     """Stand in for an observation that a graph of torch.compile had no room for: only the noise levels are known."""
-    return Observation(torch.tensor([[level, 1.0] for level in levels]))
+    return Observation(torch.tensor([[level, SAME, 0.0] for level in levels]))
 
 
 def halves_of(

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokdyn.trace.observation import SAME, UNKNOWN, Observation, as_input, conditioning, main_input, resemblance
+from tokdyn.trace.observation import SAME, UNKNOWN, Observation, as_input, compare, conditioning, main_input
 
-RESEMBLES = 0.5
+RESEMBLES = 0.4
 """Correlation from which on an input is taken for the latents that follow those of the call before.
 
-Steps of ODE samplers of first order lie at 1, of DDPM in 25 steps above 0.65; independent noise lies around 0.
+Steps of ODE samplers of first order lie at 1, of DDPM in 25 steps above 0.65; independent noise lies around 0.1.
+"""
+ROUNDED = 0.01
+"""Share by which latents may move between steps whose noise levels round to one number (bf16 has 8 bits).
+
+More at one noise level is another branch of the step, with latents of its own.
 """
 MOST_BRANCHES = 4  # calls on one input that can be branches of guidance; more are a loop over one call
 _REMEMBERED = 8  # branches whose steps are counted
@@ -38,6 +43,7 @@ class Position:
             for a sample holds only while this is equal.
         steps: (B) step of each sample within its image, counted for this branch.
         run: number of the trajectory, counted over those that began for all samples at once.
+        same_input: whether all calls of the step so far had one input.
     """
 
     branch: Hashable
@@ -45,6 +51,7 @@ class Position:
     images: tuple[Hashable, ...]
     steps: tuple[int, ...]
     run: int
+    same_input: bool = True
 
     @property
     def label(self) -> str | int:
@@ -53,15 +60,16 @@ class Position:
 
     @property
     def unconditional(self) -> bool:
-        """Whether this is the unconditional one of two branches in calls of their own."""
-        return self.branch == "uncond" or (not isinstance(self.branch, str) and self.place > 0)
+        """Whether this is the unconditional one of two branches in calls of their own, which have one input."""
+        return self.branch == "uncond" or (not isinstance(self.branch, str) and self.place > 0 and self.same_input)
 
 
 @dataclass
 class Tracker:
     """Turns observations into positions, one after the other; replayed on recorded observations it says the same.
 
-    Calls whose inputs and noise levels are equal are branches of one step. A sample begins a new image where its noise
+    Calls at equal noise levels are branches of one step, unless their latents moved so little that the levels of two
+    steps were rounded to one. A sample begins a new image where its noise
     level rises, its input does not resemble the one before, or the batch has another size.
     """
 
@@ -70,6 +78,7 @@ class Tracker:
     _images: list[int] = field(default_factory=list)
     _levels: tuple[float, ...] = ()
     _place: int = 0
+    _same_input: bool = True
     _seen: dict[Hashable, int] = field(default_factory=dict)
     _known: OrderedDict[Hashable, list[tuple[Hashable, int]]] = field(default_factory=OrderedDict)
 
@@ -81,20 +90,23 @@ class Tracker:
         """Say where a call is; one transfer from the device."""
         rows: list[list[float]] = observation.values.tolist()
         levels, alike = tuple(row[0] for row in rows), [row[1] for row in rows]
-        same_step = levels == self._levels and all(value == SAME for value in alike)
+        same_input = all(value == SAME for value in alike)
+        moved = any(row[2] > ROUNDED for row in rows) and all(value >= RESEMBLES for value in alike)
+        same_step = levels == self._levels and (same_input or moved)
         name = observation.branch
         loops = self._place + 1 >= MOST_BRANCHES if name is None else name in self._seen
         if same_step and loops:  # a loop over one call, or a run that was broken off in its first step
             self.clear()
             same_step = False
         if same_step:
-            self._place += 1
+            self._place, self._same_input = self._place + 1, self._same_input and same_input
         else:
             self._begin_step(levels, alike, told=observation.step is not None)
-        conditions = [tuple(row[2:]) for row in rows]
+        conditions = [tuple(row[3:]) for row in rows]
         branch = self._branch(name, conditions)
         images = tuple(zip(self._images, conditions, strict=True))
-        return Position(branch, self._place, images, self._count(branch, images, observation.step), self.run)
+        steps = self._count(branch, images, observation.step)
+        return Position(branch, self._place, images, steps, self.run, self._same_input)
 
     def _begin_step(self, levels: tuple[float, ...], alike: list[float], told: bool) -> None:
         """Note a new step, and the samples whose image begins with it."""
@@ -111,7 +123,7 @@ class Tracker:
             if new:
                 self._image += 1
                 images[sample] = self._image
-        self._images, self._levels, self._place, self._seen = images, levels, 0, {}
+        self._images, self._levels, self._place, self._same_input, self._seen = images, levels, 0, True, {}
 
     def _branch(self, name: str | None, conditions: list[tuple[float, ...]]) -> Hashable:
         """Tell a branch by its name or by what it is conditioned on; equal calls in one step by their order."""
@@ -184,6 +196,7 @@ class Trajectory:
             list(tracker._images),
             tracker._levels,
             tracker._place,
+            tracker._same_input,
             dict(tracker._seen),
             OrderedDict((key, list(value)) for key, value in tracker._known.items()),
         )
@@ -202,14 +215,11 @@ class Trajectory:
         self._unplaced = True
         x = main_input(arguments)
         if x is None or x.is_meta:
-            batch = len(level)
-            return Observation(
-                torch.stack([level, torch.full_like(level, UNKNOWN)], dim=1).expand(batch, 2), self.branch, self.step
-            )
+            unknown = torch.full_like(level, UNKNOWN)
+            return Observation(torch.stack([level, unknown, unknown], dim=1), self.branch, self.step)
         batch, device = len(x), x.device
-        alike = self._resemblance(x.detach()).to(device)
-        values = torch.stack([level.to(device).expand(batch) if len(level) == 1 else level.to(device), alike], dim=1)
-        return Observation(torch.cat([values, conditioning(arguments, batch, device)], dim=1), self.branch, self.step)
+        columns = [level.to(device).expand(batch)[:, None], self._compared(x.detach())]
+        return Observation(torch.cat([*columns, conditioning(arguments, batch, device)], dim=1), self.branch, self.step)
 
     def position(self, observation: Observation | None, batch: int) -> Position:
         """Say where the call that was observed last is; asked once a call.
@@ -220,7 +230,7 @@ class Trajectory:
         """
         if observation is None:
             self._tracker.clear()
-            observation = Observation(torch.tensor([[0.0, UNKNOWN]] * batch), self.branch)
+            observation = Observation(torch.tensor([[0.0, UNKNOWN, UNKNOWN]] * batch), self.branch)
         self._unplaced = False
         return self._tracker.place(observation)
 
@@ -241,19 +251,19 @@ class Trajectory:
         if len(prediction) % 2 == 0:
             self._predicted.append(torch.cat([prediction[half:], prediction[:half]]))
 
-    def _resemblance(self, x: Tensor) -> Tensor:
-        """(B,) how much an input resembles the one before, which it replaces."""
+    def _compared(self, x: Tensor) -> Tensor:
+        """(B, 2) comparison of an input with the one before, which it replaces."""
         before, source, version = self._input, self._source, _version(x)
         if source is not None and source[0]() is x and version is not None and source[1] == version:
-            return torch.full((len(x),), SAME, device=x.device)
-        alike = torch.full((len(x),), UNKNOWN, device=x.device)
+            return torch.tensor([SAME, 0.0], device=x.device).expand(len(x), 2)
+        compared = torch.full((len(x), 2), UNKNOWN, device=x.device)
         if before is not None and before.shape == x.shape and before.device == x.device:
-            alike = resemblance(x, [before, *self._predicted])
-            if not x.is_cuda and bool((alike == SAME).all()):
-                return alike
+            compared = compare(x, [before, *self._predicted])
+            if not x.is_cuda and bool((compared[:, 0] == SAME).all()):
+                return compared
         self._input, self._predicted = x.clone(), []
         self._source = (weakref.ref(x), -1 if version is None else version)
-        return alike
+        return compared
 
 
 def _version(x: Tensor) -> int | None:

@@ -112,7 +112,8 @@ class Handlers:
         sublayers: around attention and MLP.
         kernels: in place of what a block computes.
         own_chunking: the cache around the chunking that DC-DiT does itself; None for other models.
-        separates_text: whether a method has to tell image tokens from text tokens in one sequence.
+        separates_text: whether a method tells image tokens from text tokens in one sequence.
+        counts: whether it has to.
         slots: of state that the handlers use together.
         edges: blocks at which a bracket opens or closes.
     """
@@ -123,6 +124,7 @@ class Handlers:
     kernels: tuple[Kernel, ...] = ()
     own_chunking: Any = None
     separates_text: bool = False
+    counts: bool = False
     slots: int = 0
     edges: frozenset[int] = field(init=False)
 

@@ -173,11 +173,12 @@ def call_chunked(
     if cache is None or context.training or cache.never:
         return hidden(model, tokens, grid, steps, condition, tail_drop, plan)  # type: ignore[no-any-return]
     tokens, inner = cache.open(frame, view, tokens, None)
-    branch = cache.memory.branches[context.position.branch]
+    branch = cache.memory.branches.get(context.position.branch)
     running = [place for place in range(view.batch) if place not in inner.idle]
     if len(running) == view.batch:
         result, routing = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
     else:
+        assert branch is not None
         assert branch.routing is not None
         result, routing = tokens, branch.routing
         if running:
@@ -192,7 +193,8 @@ def call_chunked(
             result = tokens.index_copy(0, part.places, some.to(tokens.dtype))
             routing = _mixed(routing, decided, part.places)
     result, _ = cache.close(frame, inner, result)
-    branch.routing = replace(routing, probability=routing.probability.detach(), losses={})
+    if branch is not None:
+        branch.routing = replace(routing, probability=routing.probability.detach(), losses={})
     return result, routing
 
 
