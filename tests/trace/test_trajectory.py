@@ -192,7 +192,8 @@ def test_what_a_sampler_makes_of_latents_and_predictions_resembles_them(
 ) -> None:
     x, predicted, other = (noise(seed + i, batch) for i in range(3))
     if abs(b) > 0.1:
-        torch.testing.assert_close(compare(a * x + b * predicted, [x, predicted]), torch.ones(batch), rtol=0, atol=1e-3)
+        found = compare(a * x + b * predicted, [x, predicted])[:, 0]
+        torch.testing.assert_close(found, torch.ones(batch), rtol=0, atol=1e-3)
     assert (compare(other, [x, predicted])[:, 0] < 0.4).all()
 
 
