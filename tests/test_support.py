@@ -79,7 +79,7 @@ def test_a_method_that_needs_sizes_asks_for_them(monkeypatch: pytest.MonkeyPatch
 
     model = type("X", (torch.nn.Module,), {})()
     model.blocks = torch.nn.ModuleList([Block(), Block()])
-    monkeypatch.setattr("tokdyn.adapters.registry._REGISTERED", [family()])
+    monkeypatch.setattr("tokdyn.adapters.registry.REGISTERED", [family()])
     with pytest.raises(UnsupportedModelError, match=r"Chunking .* give the adapter 'x' width= and heads="):
         tokdyn.wrap(model, [Chunking()])
 

@@ -53,6 +53,7 @@ def attach(
     overrides: Mapping[str, Call] | None = None,
     *,
     prepare: Call | None = None,
+    conclude: Call | None = None,
     outside: Call | None = None,
 ) -> None:
     """Let calls of this one module go through `call(module, plain, args, kwargs)`, where `plain` is its call as it was.
@@ -64,11 +65,12 @@ def attach(
             (or None) before its arguments.
         prepare: `prepare(module, args, kwargs)` is called first, and `call` gets its result as one more argument. It is
             no part of the graphs that torch.compile makes; in the middle of a larger graph the result is None.
+        conclude: `conclude(module, output)` is called last, outside of graphs too; comes with `prepare`.
         outside: takes the place of `call` where this thread is in no frame.
     """
     base = type(module)
     assert not hasattr(base, "_tokdyn_base"), f"{base.__name__} is attached already"
-    module.__class__ = _class_for(base, call, tuple((overrides or {}).items()), prepare, outside)
+    module.__class__ = _class_for(base, call, tuple((overrides or {}).items()), prepare, conclude, outside)
 
 
 def is_attached(module: nn.Module) -> bool:
@@ -105,16 +107,21 @@ def _class_for(base: type, *parts: Any) -> type:
 
 
 def _subclass(
-    base: type, call: Call, overrides: tuple[tuple[str, Call], ...], prepare: Call | None, outside: Call | None
+    base: type,
+    call: Call,
+    overrides: tuple[tuple[str, Call], ...],
+    prepare: Call | None,
+    conclude: Call | None,
+    outside: Call | None,
 ) -> type:
     plain = base.__call__  # found here: torch.compile does not look into some classes
     if outside is not None:
         __call__ = _calling_in_frames(plain, call, outside)
     else:
-        __call__ = _calling(plain, call) if prepare is None else _calling_prepared(plain, call, prepare)
+        __call__ = _calling(plain, call) if prepare is None else _calling_prepared(plain, call, prepare, conclude)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        return _new, (base, call, overrides, prepare, outside), self.__dict__
+        return _new, (base, call, overrides, prepare, conclude, outside), self.__dict__
 
     names: dict[str, Any] = {
         "__call__": __call__,
@@ -145,14 +152,19 @@ def _calling_in_frames(plain: Call, call: Call, outside: Call) -> Call:
     return __call__
 
 
-def _calling_prepared(plain: Call, call: Call, prepare: Call) -> Call:
+def _calling_prepared(plain: Call, call: Call, prepare: Call, conclude: Call | None) -> Call:
     from torch._dynamo.eval_frame import skip_code
 
-    apart: Call = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
+    first: Call = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
+    last: Call | None = None if conclude is None else torch.compiler.disable(conclude)  # type: ignore[no-untyped-call]
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        prepared = None if torch.compiler.is_compiling() else apart(self, args, kwargs)
-        return call(self, plain, args, kwargs, prepared)
+        compiling = torch.compiler.is_compiling()
+        prepared = None if compiling else first(self, args, kwargs)
+        out = call(self, plain, args, kwargs, prepared)
+        if last is not None and not compiling:
+            last(self, out)
+        return out
 
     skip_code(__call__.__code__)  # the graph begins with `call`
     return __call__

@@ -65,7 +65,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     sites = attachment.sites(model)
     check_sublayers(model, methods, sites.values(), attachment.blueprint.sizes.depth)
     model.tokdyn = attachment
-    class_swap.attach(model, _call_model, _overrides(model, adapter), prepare=_prepare)
+    class_swap.attach(model, _call_model, _overrides(model, adapter), prepare=_prepare, conclude=_conclude)
     if methods:
         attach_sites(model, attachment)
     return model
@@ -158,8 +158,11 @@ def _forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
     frame: Frame | None = class_swap.current()
     if frame is not None and frame.context.model is model:
         return hidden(model, *args, **kwargs)
-    prepared = None if torch.compiler.is_compiling() else _prepare(model, args, kwargs)
-    return _call_model(model, hidden, args, kwargs, prepared)
+    if torch.compiler.is_compiling():
+        return _call_model(model, hidden, args, kwargs)
+    out = _call_model(model, hidden, args, kwargs, _prepare(model, args, kwargs))
+    _conclude(model, out)
+    return out
 
 
 def _acts(attachment: Attachment | None) -> bool:
@@ -188,6 +191,13 @@ def _prepare(
         named = dict(attachment.meter.arguments)
     training = model.training and torch.is_grad_enabled()
     return grid, None if training else attachment.observe(model, named)
+
+
+def _conclude(model: nn.Module, output: Any) -> None:
+    """Note what the model predicted: a sampler makes the next latents of it."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.trajectory.note(output)
 
 
 def _call_model(
@@ -246,8 +256,6 @@ def _call(
     finally:
         context.release()
         recompute.release(bound)
-    if seen is not None and not torch.compiler.is_compiling():
-        attachment.trajectory.note(out)
     attachment.losses = context.losses
     attachment.remember(context.finish())
     return out

@@ -169,7 +169,7 @@ class Trajectory:
         self._input: Tensor | None = None  # a copy, since latents may be written over
         self._predicted: list[Tensor] = []  # from that input, copies too
         self._source: tuple[Any, int] | None = None
-        self._unplaced = False
+        self._unplaced = self._observed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trajectory:
         return Trajectory()  # a copy of a model begins its own
@@ -212,7 +212,7 @@ class Trajectory:
         """
         if self._unplaced:  # nobody asked where the call before was, so that what is known is older than it
             self._tracker.clear()
-        self._unplaced = True
+        self._unplaced = self._observed = True
         x = main_input(arguments)
         if x is None or x.is_meta:
             unknown = torch.full_like(level, UNKNOWN)
@@ -241,7 +241,7 @@ class Trajectory:
         Args:
             output: whatever the model returned. With guidance as halves of a batch, each half explains the other, too.
         """
-        x = self._input
+        x, self._observed = self._input if self._observed else None, False
         prediction = None if x is None else as_input(output, x)
         if prediction is None or len(self._predicted) >= 2 * _PREDICTIONS:
             return
