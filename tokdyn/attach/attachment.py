@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach.checks import own_methods
-from tokdyn.attach.context import CallContext, Lazy, Readings, Settings
+from tokdyn.attach.context import Settings, open_context
 from tokdyn.attach.handlers import load_handlers
 from tokdyn.attach.handlers.base import Bracket, Exchange, Frame, Gate, Handlers, Kernel, Plan, Sublayer, build_handlers
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
 from tokdyn.attach.inferred import Guard, samples
-from tokdyn.attach.offload import Residency, home
+from tokdyn.attach.offload import home
 from tokdyn.attach.provenance import SamplerCheck
 from tokdyn.attach.recompute import Replays
 from tokdyn.attach.sites import Sites, argument_names, blocks_of, find_sites
-from tokdyn.attach.view import FollowedArguments, TokenView
+from tokdyn.attach.view import TokenView
 from tokdyn.attach.width.layout import Layout, layouts_of
 from tokdyn.compose import Placed, compose
 from tokdyn.methods import Method, Sizes
@@ -175,23 +175,15 @@ class Attachment(nn.Module):
         level = None if adapter.level is None else adapter.level(model, arguments)
         training = model.training and gradients
         trace = CallTrace(level, training=training, observed=seen, branch=trajectory.branch)
-        readings = Readings(
-            Lazy(lambda: _read_grid(context)),
-            Lazy(lambda: tuple(trace.levels.tolist())),
-            Lazy(lambda: trajectory.position(seen, trace.batch)),
-            FollowedArguments(),
-        )
         guard = None
         if adapter.inferred:
             caches = bool(self.handlers.brackets)
             guard = Guard(type(model).__name__, self.blueprint.sizes.depth, samples(arguments), caches=caches)
         counted = None if self.meter is None else self.meter.counted
         slots: list[Any] = [None] * self.handlers.slots
-        context = CallContext(
-            model, adapter, arguments, self.settings, trace, slots, readings, guard, Residency(), counted, {}
-        )
+        context = open_context(model, adapter, arguments, self.settings, trace, slots, trajectory, guard, counted)
         if grid is not None:
-            readings.grid.put(grid)
+            context.readings.grid.put(grid)
         recomputable = gradients and (training or not self.remembers)
         remember = self.replays.remember if recomputable else None
         return Frame(
@@ -283,10 +275,3 @@ def _handlers(blueprint: Blueprint, parts: nn.ModuleDict) -> Handlers:
         counts=any(placed.traits.reads in ("count", "grid") for placed in blueprint.placed),
         slots=len(built),
     )
-
-
-def _read_grid(context: CallContext) -> Grid:
-    """Read the token grid of a call."""
-    read = context.adapter.grid
-    assert read is not None, "methods that need a grid were refused"
-    return context.check_grid(read(context.model, context.arguments))

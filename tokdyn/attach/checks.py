@@ -6,7 +6,7 @@ every method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from tokdyn.adapters import ModelAdapter, known_adapters
 from tokdyn.attach.sites import Site
 from tokdyn.attach.width.layout import unfit
 from tokdyn.compose import compose
-from tokdyn.errors import CompositionError, UnsupportedModelError
+from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
 from tokdyn.methods import METHODS, Chunking, Method
 from tokdyn.methods.base import Sizes, Stage, Traits
 
@@ -90,6 +90,20 @@ def check_sublayers(model: nn.Module, methods: Sequence[Method], sites: Iterable
                     f"{last} has an {_SUBLAYERS[kind]} of its own to merge around; choose other blocks, or another "
                     "where."
                 )
+
+
+def check_arguments(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
+    """Refuse arguments that hold something for every cell, where blocks may see fewer tokens.
+
+    Raises:
+        InputError: names the argument and why.
+    """
+    for name, reason in adapter.refuse.items():
+        value = named.get(name)
+        if isinstance(value, Mapping):  # attention arguments: a LoRA scale is welcome
+            value = next((key for key in value if key.startswith("ip_")), None)
+        if value is not None and value is not False:
+            raise InputError(f"{name} cannot be used with fewer tokens in {type(model).__name__}: {reason}.")
 
 
 def _unknown(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:

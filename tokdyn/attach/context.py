@@ -20,7 +20,7 @@ from tokdyn.attach.view import FollowedArguments, TokenView
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, cells
 from tokdyn.trace.calls import CallTrace
-from tokdyn.trace.trajectory import Position
+from tokdyn.trace.trajectory import Position, Trajectory
 
 Value = TypeVar("Value")
 
@@ -193,6 +193,47 @@ class CallContext:
         self.arguments, self.readings.followed = {}, FollowedArguments()
         self.readings.grid.close()
         self.readings.position.close()
+
+
+def open_context(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    arguments: Mapping[str, Any],
+    settings: Settings,
+    trace: CallTrace,
+    slots: list[Any],
+    trajectory: Trajectory,
+    guard: Guard | None,
+    counted: Callable[[], int] | None,
+) -> CallContext:
+    """Open the context of a call, of which nothing has been read yet.
+
+    Args:
+        model: the wrapped model.
+        adapter: of its family.
+        arguments: of the call, by name.
+        settings: what the user set for it.
+        trace: empty.
+        slots: of the handlers, empty.
+        trajectory: that the call is part of.
+        guard: checks of a model whose adapter was inferred.
+        counted: FLOPs so far, while they are counted.
+    """
+    readings = Readings(
+        Lazy(lambda: _read_grid(context)),
+        Lazy(lambda: tuple(trace.levels.tolist())),
+        Lazy(lambda: trajectory.position(trace.observed, trace.batch)),
+        FollowedArguments(),
+    )
+    context = CallContext(model, adapter, arguments, settings, trace, slots, readings, guard, Residency(), counted, {})
+    return context
+
+
+def _read_grid(context: CallContext) -> Grid:
+    """Read the token grid of a call."""
+    read = context.adapter.grid
+    assert read is not None, "methods that need a grid were refused"
+    return context.check_grid(read(context.model, context.arguments))
 
 
 def is_offloaded(module: nn.Module) -> bool:

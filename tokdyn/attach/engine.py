@@ -173,9 +173,8 @@ def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
     """Whether a block is computed for all samples as it would be without methods."""
     view, handlers = frame.view, frame.handlers
-    if len(handlers.gates) or len(handlers.kernels) or frame.context.guard is not None:
-        return False
-    if view.lengths is not None or len(view.idle):
+    acting = len(handlers.gates) + len(handlers.kernels) + len(view.idle)
+    if acting or frame.context.guard is not None or view.lengths is not None:
         return False
     return view.index is None or len(blocks.follow) == 0
 
@@ -276,16 +275,14 @@ def _note(context: CallContext, view: TokenView, site: Site, named: Mapping[str,
 
 def _beside(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
     """Count the text tokens that a block gets, and the tokens of an encoder that it attends to in cross-attention."""
-    text, encoder = named.get(blocks.text or ""), None
-    if blocks.products is not None and blocks.products.cross:
-        encoder = named.get(blocks.products.context)
+    products, text = blocks.products, named.get(blocks.text or "")
+    encoder = named.get(products.context) if products is not None and products.cross else None
     beside = named[blocks.tokens].shape[1] - image
     return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
 
 
 def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
     """Call attention or MLP of a block through the methods around it."""
-    view = frame.view
     if len(frame.handlers.sublayers) == 0:
         return call(*args, **kwargs)
     named = {**dict(zip(site.names, args, strict=False)), **kwargs}
@@ -295,9 +292,9 @@ def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], 
         return call(*[arguments.pop(name) for name in positional], **arguments)
 
     for sublayer in reversed(frame.handlers.sublayers):
-        inner = partial(_around, sublayer, frame, view, site, inner)
+        inner = partial(_around, sublayer, frame, site, inner)
     return inner(**named)
 
 
-def _around(sublayer: Sublayer, frame: Frame, view: TokenView, site: Site, call: Call, **named: Any) -> Any:
-    return sublayer.around(frame, view, site, call, named)
+def _around(sublayer: Sublayer, frame: Frame, site: Site, call: Call, **named: Any) -> Any:
+    return sublayer.around(frame, frame.view, site, call, named)

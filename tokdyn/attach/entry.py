@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,17 +12,9 @@ from torch import nn
 
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.attach import class_swap, recompute
+from tokdyn.attach import class_swap, containers, recompute
 from tokdyn.attach.attachment import Attachment, sizes_of
-from tokdyn.attach.checks import check, check_sublayers
-from tokdyn.attach.containers import (
-    check_model,
-    check_parts_unsharded,
-    check_sharding,
-    check_target,
-    check_top,
-    inner_model,
-)
+from tokdyn.attach.checks import check, check_arguments, check_sublayers
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
@@ -50,7 +42,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
         UnsupportedModelError: a model that no adapter knows, or that a method does not fit.
         InputError: the model is wrapped already, or settings do not fit its blocks.
     """
-    check_target(model)
+    containers.check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
     for each in methods:
@@ -60,8 +52,8 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     check(model, adapter, methods, sizes_of(model, adapter))
     attachment = Attachment(model, adapter, methods)
     warn_of_another_model(model, methods)
-    check_sharding(model, attachment)
-    check_parts_unsharded(model, attachment)
+    containers.check_sharding(model, attachment)
+    containers.check_parts_unsharded(model, attachment)
     sites = attachment.sites(model)
     check_sublayers(model, methods, sites.values(), attachment.blueprint.sizes.depth)
     model.tokdyn = attachment
@@ -100,11 +92,11 @@ def unwrap(model: Model) -> Model:
     Raises:
         InputError: the model is not wrapped, or somebody else has changed its class since.
     """
-    if attachment_of(model) is None and attachment_of(inner_model(model)) is not None:
+    if attachment_of(model) is None and attachment_of(containers.inner_model(model)) is not None:
         raise InputError(f"what is wrapped is the model in this {type(model).__name__}; unwrap that.")
     attached(model)
     modules = list(model.modules())
-    check_top(model, modules)
+    containers.check_top(model, modules)
     del model.tokdyn
     for module in modules:
         class_swap.detach(module)
@@ -134,8 +126,8 @@ def attached(model: nn.Module) -> Attachment:
     Raises:
         InputError: it is not wrapped.
     """
-    check_model(model)
-    found = attachment_of(inner_model(model))
+    containers.check_model(model)
+    found = attachment_of(containers.inner_model(model))
     if found is None:
         raise InputError(f"this {type(model).__name__} is not wrapped; call tokdyn.wrap(model, methods) first.")
     return found
@@ -229,7 +221,7 @@ def _call(
     if attachment is None or not _acts(attachment):
         return class_swap.within(None, plain, model, *args, **kwargs)
     if attachment.blueprint.reduces:
-        _refuse(model, attachment.adapter, named)
+        check_arguments(model, attachment.adapter, named)
     edges = attachment.handlers.edges.intersection(named.get("skip_layers") or ())
     if edges:
         raise InputError(
@@ -237,7 +229,7 @@ def _call(
             "leave out other blocks, or skip that one with tokdyn.DepthSkip."
         )
     if not torch.compiler.is_compiling():
-        check_sharding(model, attachment)
+        containers.check_sharding(model, attachment)
     if attachment.meter is not None:
         named = dict(attachment.meter.arguments)
     gradients = torch.is_grad_enabled()
@@ -259,16 +251,6 @@ def _call(
     attachment.losses = context.losses
     attachment.remember(context.finish())
     return out
-
-
-def _refuse(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
-    """Refuse arguments that hold something for every cell, where blocks may see fewer tokens."""
-    for name, reason in adapter.refuse.items():
-        value = named.get(name)
-        if isinstance(value, Mapping):  # attention arguments: a LoRA scale is welcome
-            value = next((key for key in value if key.startswith("ip_")), None)
-        if value is not None and value is not False:
-            raise InputError(f"{name} cannot be used with fewer tokens in {type(model).__name__}: {reason}.")
 
 
 def _reset_stateful_cache(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
