@@ -25,10 +25,11 @@ def register(app: typer.Typer) -> None:
         """List the methods: what they do, when and where they act, their settings, and which models they work on."""
         from tokdyn.catalog import methods as catalog
         from tokdyn.errors import InputError
-        from tokdyn.methods import METHODS
+        from tokdyn.methods import METHODS, find_method
 
         (wanted,) = split(ctx.args).no_settings().take(optional=["METHOD"])
-        entries = [entry for entry in catalog() if wanted in ("", entry.name)]
+        method = find_method(wanted)
+        entries = [entry for entry in catalog() if not wanted or (method and entry.name == method.__name__)]
         if not entries:
             raise InputError(f"there is no method {wanted!r}; the methods are {', '.join(METHODS)}.")
         if json:

@@ -10,9 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from tokdyn.diffusion.sampling import GuidanceScale, Steps
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
+from tokdyn.methods.registry import short_name
 from tokdyn.sample.config import listed
 
-Knob = Literal["drop", "uncond", "merge", "skip", "cache"]
+Knob = Annotated[Literal["drop", "uncond", "merge", "skip", "cache"], BeforeValidator(short_name)]
 KNOBS: tuple[Knob, ...] = ("drop", "uncond", "merge", "skip", "cache")
 
 

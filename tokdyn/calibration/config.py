@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from tokdyn.diffusion.sampling import GuidanceScale, Steps
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
+from tokdyn.methods.registry import short_name
 
 Target = Annotated[float, Field(gt=0.0, lt=1.0)]
 _SKIP_SETTINGS = ("levels", "protected", "sequential")
@@ -55,7 +56,7 @@ class CalibrateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    method: Literal["skip", "cache"]
+    method: Annotated[Literal["skip", "cache"], BeforeValidator(short_name)]
     out: UserPath | None = None
     flops: Target | None = None
     levels: PositiveInt = 10

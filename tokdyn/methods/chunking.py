@@ -6,6 +6,7 @@ Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -37,6 +38,8 @@ class Chunking(Method):
         force_ends: always keep the first and the last cell, as the official code does.
         loss_weight: of the ratio loss.
     """
+
+    aliases: ClassVar[tuple[str, ...]] = ("dc",)
 
     target: float = Field(default=4.0, ge=1.0)
     router: RouterName = "spatial_predictability"

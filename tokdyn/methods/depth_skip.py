@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -34,6 +34,8 @@ class DepthSkip(Method):
         loss_weight: of the FLOPs loss of learned gates.
         fingerprint: what the table was calibrated on; another model is warned about.
     """
+
+    aliases: ClassVar[tuple[str, ...]] = ("skip",)
 
     blocks: tuple[int, ...] = ()
     levels: tuple[float, float] = (0.0, 1.0)

@@ -5,7 +5,7 @@ Source: DyDiT, arXiv 2410.03456.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -39,6 +39,8 @@ class DynamicWidth(Method):
         warmup: calls in training over which the target falls from 1 to `target`.
         loss_weight: of the FLOPs loss.
     """
+
+    aliases: ClassVar[tuple[str, ...]] = ("dydit", "width")
 
     target: float = Field(default=0.7, gt=0.0, le=1.0)
     heads: bool = True

@@ -5,7 +5,7 @@ Source: TeaCache, arXiv 2411.19108; the first-block variant is ParaAttention's.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,8 @@ class FeatureCache(Method):
         extrapolate: continue the last two computed outputs in a straight line instead of repeating the last.
         fingerprint: what the polynomial was calibrated on; another model or sampler is warned about.
     """
+
+    aliases: ClassVar[tuple[str, ...]] = ("cache", "teacache")
 
     threshold: float = 0.1
     indicator: Literal["input", "first_block"] = "input"

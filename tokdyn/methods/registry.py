@@ -40,6 +40,18 @@ def find_method(name: str) -> type[Method] | None:
     return next((each for each in METHODS.values() if wanted in map(_plain, (each.__name__, *each.aliases))), None)
 
 
+def full_name(name: Any) -> Any:
+    """Turn any name of a method into the name of its class; what names no method stays as it is."""
+    method = find_method(name) if isinstance(name, str) else None
+    return name if method is None else method.__name__
+
+
+def short_name(name: Any) -> Any:
+    """Turn any name of a method into its first alias, which command lines and recipes use."""
+    method = find_method(name) if isinstance(name, str) else None
+    return name if method is None else method.aliases[0] if method.aliases else method.__name__
+
+
 def _plain(name: str) -> str:
     return name.replace("-", "").replace("_", "").lower()
 

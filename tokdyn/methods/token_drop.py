@@ -5,6 +5,8 @@ Source: TREAD, arXiv 2501.04765.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
@@ -22,6 +24,8 @@ class TokenDrop(Method):
         blocks: first and last block of the span; None is the paper's stretch, blocks 2 to 8 of 12, in proportion.
         seed: of the subsets in sampling, which follow from it, the noise level and the cell.
     """
+
+    aliases: ClassVar[tuple[str, ...]] = ("tread",)
 
     rate: float = Field(default=0.5, ge=0.0, lt=1.0)
     blocks: Span | None = None

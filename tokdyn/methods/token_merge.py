@@ -5,7 +5,7 @@ Source: ToMe for diffusion, arXiv 2303.17604; weighting by size from ToMe, arXiv
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,6 +32,8 @@ class TokenMerge(Method):
         weighted: let a merged token count in attention as often as it stands for tokens (arXiv 2210.09461).
         reuse: blocks in a row that share one matching, which the first of them makes.
     """
+
+    aliases: ClassVar[tuple[str, ...]] = ("merge", "tome")
 
     ratio: Curve = 0.5
     where: Literal["attention", "mlp", "both"] = "attention"

@@ -19,6 +19,7 @@ from tokdyn.cost import model_parts
 from tokdyn.cost.blocks import PARTS
 from tokdyn.errors import InputError, RecipeError
 from tokdyn.methods import Chunking, DynamicWidth, Method
+from tokdyn.methods.registry import short_name
 from tokdyn.models import DCDiT, DiT
 from tokdyn.upcycling.settings import TRAINED, AfterSettings, AttachedMethod, UpcycleSettings
 
@@ -37,8 +38,8 @@ _FROM_BASE = (
     "timestep_shift", "timestep_map", "mlp_norm_eps",
 )  # fmt: skip
 _FREE = (
-    "target", "patch_size", "router", "encoder_depth", "decoder_depth", "scaffold_width", "smoothing",
-    "smoothing_sigma", "force_ends", "condition_adaptor",
+    "target", "patch_size", "router", "encoder_depth", "decoder_depth", "scaffold_width", "sigma",
+    "force_ends", "condition_adaptor",
 )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def check_method(name: Any) -> None:
     Raises:
         InputError: The method is unknown, or needs no training; the message says what to do instead.
     """
+    name = short_name(name)
     if name in INSTEAD_OF_TRAINING:
         raise InputError(f"{name!r} needs no training; {INSTEAD_OF_TRAINING[name]}.")
     if name not in TRAINED:
@@ -79,7 +81,7 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
         InputError: A method is unknown or needs no training, or a setting does not fit.
         UnsupportedModelError: No adapter knows the model.
     """
-    names = list(method) if isinstance(method, list | tuple) else [method]
+    names = [short_name(name) for name in (method if isinstance(method, list | tuple) else [method])]
     for name in names:
         check_method(name)
     if not names or len(set(names)) < len(names):

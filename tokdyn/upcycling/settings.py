@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tokdyn.errors import RecipeError
 from tokdyn.methods import Method
-from tokdyn.methods.registry import from_settings
+from tokdyn.methods.registry import from_settings, full_name, short_name
 from tokdyn.section import Positive, Section, Weight
 
 Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
@@ -28,7 +28,7 @@ class AttachedMethod(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    method: Literal["DynamicWidth"]
+    method: Annotated[Literal["DynamicWidth"], BeforeValidator(full_name)]
 
     @model_validator(mode="after")
     def _builds(self) -> Self:
@@ -90,7 +90,7 @@ class AfterSettings(Section):
         count: Images that the calibration draws.
     """
 
-    method: Literal["cache", "skip", "merge"]
+    method: Annotated[Literal["cache", "skip", "merge"], BeforeValidator(short_name)]
     flops: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
     steps: Positive = 50
@@ -197,6 +197,7 @@ def split_methods(methods: Sequence[str]) -> tuple[list[str], list[dict[str, Any
     trained, after, names = [], [], []
     for text in methods:
         name, equals, number = text.partition("=")
+        name = short_name(name)
         names.append(name)
         if name in TRAINED and not equals:
             trained.append(name)
