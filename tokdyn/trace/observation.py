@@ -14,6 +14,7 @@ from torch import Tensor
 
 LEVEL_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 """Names that models give to the argument that holds the noise level."""
+_AT_ONCE = 1 << 22  # elements that are multiplied at once
 SAME, UNKNOWN = 2.0, -2.0  # beyond what a correlation can be
 
 
@@ -49,9 +50,8 @@ def compare(x: Tensor, before: Sequence[Tensor]) -> Tensor:
         (B, 2) fp32: the multiple correlation, from 0 to 1, or `SAME` where no element changed; and the distance from
         the input before, relative to that input.
     """
-    flat = x.flatten(1)
-    changed = flat != before[0].flatten(1)
-    vectors = [each.flatten(1).float() * changed for each in (*before, x)]
+    changed = (x != before[0]).flatten(1)
+    vectors = torch.stack([each.flatten(1) for each in (*before, x)], dim=1).float() * changed[:, None]
     products = _inner_products(vectors)
     gram, along, whole = products[:, :-1, :-1], products[:, :-1, -1:], products[:, -1, -1]
     size = gram.diagonal(dim1=1, dim2=2)
@@ -64,16 +64,14 @@ def compare(x: Tensor, before: Sequence[Tensor]) -> Tensor:
     return torch.stack([alike, (distance / size[:, 0].clamp_min(tiny)).sqrt()], dim=1)
 
 
-def _inner_products(vectors: Sequence[Tensor]) -> Tensor:
-    """Multiply K vectors (B, E) with each other: (B, K, K).
+def _inner_products(vectors: Tensor) -> Tensor:
+    """Multiply K vectors (B, K, E) with each other: (B, K, K).
 
     Sums, not matrix products, so that counters of FLOPs do not take them for the model's.
     """
-    rows = [[torch.empty(0)] * len(vectors) for _ in vectors]
-    for i, a in enumerate(vectors):
-        for j, b in enumerate(vectors[: i + 1]):
-            rows[i][j] = rows[j][i] = (a * b).sum(1)
-    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    if vectors.numel() * vectors.shape[1] <= _AT_ONCE:
+        return (vectors[:, :, None] * vectors[:, None]).sum(-1)
+    return torch.stack([(vectors * vectors[:, place, None]).sum(-1) for place in range(vectors.shape[1])], dim=1)
 
 
 def as_input(output: Any, x: Tensor) -> Tensor | None:
