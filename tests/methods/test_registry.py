@@ -16,8 +16,10 @@ NAMES = [(name, method) for method in METHODS.values() for name in (method.__nam
 
 @pytest.mark.parametrize(("name", "method"), NAMES)
 def test_every_name_finds_its_method_in_any_spelling(name, method):
-    for spelling in (name, name.lower(), name.upper(), f"{name[:2]}-{name[2:]}", f"{name[:2]}_{name[2:]}"):
+    full = method.__name__
+    for spelling in (name, full.lower(), full.upper(), f"{full[:5]}-{full[5:]}", f"{full[:5]}_{full[5:]}"):
         assert find_method(spelling) is method
+    assert find_method(method.aliases[0].title()) is None
     assert from_settings({"method": name}) == method()
     assert full_name(name) == method.__name__
     assert short_name(name) == method.aliases[0]

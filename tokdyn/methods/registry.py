@@ -35,9 +35,9 @@ def register_method(method: Kind) -> Kind:
 
 
 def find_method(name: str) -> type[Method] | None:
-    """Find a method by its name or one of its aliases, in any spelling of case, with dashes or underscores."""
-    wanted = _plain(name)
-    return next((each for each in METHODS.values() if wanted in map(_plain, (each.__name__, *each.aliases))), None)
+    """Find a method by one of its aliases, or by its name in any spelling of case, with dashes or underscores."""
+    plain = name.replace("-", "").replace("_", "").lower()
+    return next((each for each in METHODS.values() if name in each.aliases or plain == each.__name__.lower()), None)
 
 
 def full_name(name: Any) -> Any:
@@ -50,10 +50,6 @@ def short_name(name: Any) -> Any:
     """Turn any name of a method into its first alias, which command lines and recipes use."""
     method = find_method(name) if isinstance(name, str) else None
     return name if method is None else method.aliases[0] if method.aliases else method.__name__
-
-
-def _plain(name: str) -> str:
-    return name.replace("-", "").replace("_", "").lower()
 
 
 def to_settings(method: Method) -> dict[str, Any]:
