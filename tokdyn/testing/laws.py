@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach import attached, base_class, disabled, load, save, unwrap, wrap
+from tokdyn.attach import attached, disabled, load, save, unwrap, wrap
 from tokdyn.cost import flops
 from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings, to_settings
@@ -186,8 +186,3 @@ def _distance(expected: Tensor, found: Tensor) -> float:
         return float("inf")
     difference = (expected - found).abs().max() if expected.numel() else torch.zeros(())
     return float(difference.nan_to_num(float("inf")))
-
-
-def class_of(model: nn.Module) -> str:
-    """Name of a model's own class."""
-    return base_class(model).__name__

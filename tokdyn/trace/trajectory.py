@@ -6,6 +6,7 @@ from what the calls look like, sample by sample, and in doubt a call begins a ne
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
@@ -171,11 +172,8 @@ class Trajectory:
         self._source: tuple[Any, int] | None = None
         self._unplaced = self._observed = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Trajectory:
-        return Trajectory()  # a copy of a model begins its own
-
     def __reduce__(self) -> Any:
-        return Trajectory, ()
+        return Trajectory, ()  # a copy of a model begins its own
 
     def begin(self) -> None:
         """Begin a trajectory: the next call takes nothing over."""
@@ -189,17 +187,7 @@ class Trajectory:
         other = Trajectory()
         other.branch, other.step = self.branch, self.step
         other._input, other._source, other._predicted = self._input, self._source, list(self._predicted)
-        tracker = self._tracker
-        other._tracker = Tracker(
-            tracker.run,
-            tracker._image,
-            list(tracker._images),
-            tracker._levels,
-            tracker._place,
-            tracker._same_input,
-            dict(tracker._seen),
-            OrderedDict((key, list(value)) for key, value in tracker._known.items()),
-        )
+        other._tracker = copy.deepcopy(self._tracker)
         return other
 
     @torch.no_grad()

@@ -55,11 +55,8 @@ class Memory:
     run: int = -1
     branches: OrderedDict[Hashable, BranchMemory] = field(default_factory=OrderedDict)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
-        return Memory()  # a copy of a model begins its own trajectory
-
     def __reduce__(self) -> Any:
-        return Memory, ()
+        return Memory, ()  # a copy of a model begins its own trajectory
 
     def clear(self) -> None:
         """Forget the trajectory."""
