@@ -1,8 +1,12 @@
-"""A tiny model as training saves it, and settings that sample it quickly."""
+"""A tiny model as training saves it, settings that sample it quickly, and the pictures read back."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image
 
 from tokdyn import DCDiT
 from tokdyn.data.config import DataConfig
@@ -29,3 +33,9 @@ def tiny(seed: int, kind: type = DCDiT, **settings: object) -> torch.nn.Module:
         if parameter.requires_grad:
             parameter.data.add_(0.1 * torch.randn(parameter.shape))
     return model
+
+
+def png(path: Path) -> np.ndarray:
+    """Read a picture as an array of shape (height, width, channels)."""
+    with Image.open(path) as image:
+        return np.asarray(image)

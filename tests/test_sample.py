@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests.sampling import FACTS, QUICK, tiny
+from tests.sampling import FACTS, QUICK, png, tiny
 from tokdyn import DiT
 from tokdyn.cost import flops_per_image
 from tokdyn.diffusion.sampling import Sampler, generate
@@ -25,11 +24,6 @@ def saved(tmp_path: Path) -> Path:
     """Save a DC-DiT as training does."""
     save_model(tiny(0), tmp_path / "saved", FACTS)
     return tmp_path / "saved"
-
-
-def png(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 def test_a_grid_and_its_record_are_written(saved, tmp_path):

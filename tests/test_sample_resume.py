@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import tokdyn
-from tests.sampling import FACTS, QUICK, tiny
+from tests.sampling import FACTS, QUICK, png, tiny
 from tokdyn import FeatureCache
 from tokdyn.errors import RecipeError
 from tokdyn.sample import SampleConfig, sample
@@ -23,11 +22,6 @@ def saved(tmp_path: Path) -> Path:
     """Save a DC-DiT as training does."""
     save_model(tiny(0), tmp_path / "saved", FACTS)
     return tmp_path / "saved"
-
-
-def png(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 def test_existing_images_are_kept_and_missing_ones_sampled(saved, tmp_path):
