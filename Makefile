@@ -7,15 +7,16 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # Tests run in $(JOBS) processes; one thread each keeps them from competing.
-test demo lint: export MPLBACKEND ?= Agg
-test: export OMP_NUM_THREADS ?= 1
+test test-all demo lint: export MPLBACKEND ?= Agg
+test test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test bench lint format wheel clean
+.PHONY: help setup demo test test-all bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small DC-DiT, sample it at three budgets, draw pictures (about 3 minutes on 2 cores)"
-	@echo "make test    the whole default test suite"
+	@echo "make test    the default test suite: models, methods and laws pairwise (at most 8 minutes on 2 cores)"
+	@echo "make test-all  the whole product of models, methods and laws, and the slow tests"
 	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
@@ -37,6 +38,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) --product -m 'not gpu'
 
 bench: $(STAMP)
 	mkdir -p runs/bench

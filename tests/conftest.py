@@ -16,9 +16,44 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.pairwise import covering
+
 # Deadlines measure the machine and not the code; derandomised runs fail the same way for everybody.
 settings.register_profile("tokdyn", deadline=None, derandomize=True)
 settings.load_profile("tokdyn")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--product",
+        action="store_true",
+        help="run whole products of models, methods and laws instead of a pairwise covering of them (make test-all)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a pairwise covering of the tests of each group, `@pytest.mark.pairwise(group)`.
+
+    The law, which is the test function, is one factor and each parameter another. A test that is named on the command
+    line is all there is to cover, so it always runs.
+    """
+    if config.getoption("product"):
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if mark := item.get_closest_marker("pairwise"):
+            groups.setdefault(mark.args[0], []).append(item)
+    left_out: set[pytest.Item] = set()
+    for group in groups.values():
+        rows = [
+            [("law", item.nodeid.split("[")[0]), *((name, str(value)) for name, value in item.callspec.params.items())]
+            for item in group
+        ]
+        left_out.update(group)
+        left_out.difference_update(group[index] for index in covering(rows))
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tests.contract.foreign import INFERRED
 from tests.contract.models import TINY, latents, of_diffusers, sample, works
 from tests.contract.siblings import TWINS
 from tests.contract.test_chunking import twice
-from tests.contract.test_wrap import ACTIVE, PAIRS
+from tests.contract.test_wrap import ACTIVE, every
 from tests.contract.widths import random_gates
 from tokdyn import Chunking, CompositionError, DepthSkip, DynamicWidth, FeatureCache, InputError, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
@@ -48,7 +48,7 @@ def test_plain_models(name):
     assert {"projections", "attention", "mlp"} <= set(found.parts)
 
 
-@pytest.mark.parametrize(("name", "methods"), PAIRS)
+@every
 def test_computed_equals_counted(name, methods):
     model = wrapped(name, ACTIVE[methods])
     plain = tokdyn.flops(TINY[name].build(), **TINY[name].inputs(3))

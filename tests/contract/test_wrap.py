@@ -56,7 +56,13 @@ NEUTRAL = {
 MODELS = sorted(TINY)
 PAIRS = [(name, methods) for name, methods in product(MODELS, ACTIVE) if works(name, ACTIVE[methods])]
 REFUSED = sorted({*product(MODELS, ACTIVE)} - {*PAIRS})
-every = pytest.mark.parametrize(("name", "methods"), PAIRS)
+
+
+def every(law):
+    """Check a law for every method on every model; by default, for a pairwise covering of laws, methods and models."""
+    return pytest.mark.pairwise("laws")(pytest.mark.parametrize(("name", "methods"), PAIRS)(law))
+
+
 neutral = pytest.mark.parametrize(
     ("name", "methods"), [pair for pair in product(MODELS, NEUTRAL) if works(pair[0], NEUTRAL[pair[1]])]
 )
