@@ -34,8 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a pairwise covering of the tests of each group, `@pytest.mark.pairwise(group)`.
 
-    The law, which is the test function, is one factor and each parameter another. A test that is named on the command
-    line is all there is to cover, so it always runs.
+    The test function is one factor and each parameter another. A test that is named on the command line is all there is
+    to cover, so it always runs.
     """
     if config.getoption("product"):
         return
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out: set[pytest.Item] = set()
     for group in groups.values():
         rows = [
-            [("law", item.nodeid.split("[")[0]), *((name, str(value)) for name, value in item.callspec.params.items())]
+            [("test", item.nodeid.split("[")[0]), *((name, str(value)) for name, value in item.callspec.params.items())]
             for item in group
         ]
         left_out.update(group)

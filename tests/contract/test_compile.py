@@ -8,21 +8,12 @@ import torch._dynamo.testing
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import tokdyn
-from tests.contract.models import TINY, sample, works
-from tests.contract.widths import random_gates
+from tests.contract.models import TINY, sample
+from tests.contract.stacks import ACTIVE, PAIRS, prepare
 from tokdyn.attach import wrap
-from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, TokenMerge
 
-STACKS = {
-    "nothing": [],
-    "merge": [TokenMerge()],
-    "weighted": [TokenMerge(seed=3, weighted=True, reuse=2)],
-    "chunk": [Chunking(target=3), TokenMerge(ratio=0.3)],
-    "width": [DynamicWidth()],
-    "both": [TokenMerge(where="both"), DepthSkip(blocks=(1,))],
-}
-
-
+COMPILED = ("merge", "merge-both", "merge-weighted", "skip", "chunk", "chunk-merge", "width", "chunk-width")
+"""Stacks without decisions that leave the graph."""
 BROKEN = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
 
 
@@ -41,16 +32,12 @@ def plain_is_one(name):
     return True
 
 
-@pytest.mark.parametrize("methods", STACKS)
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.pairwise("laws")
+@pytest.mark.parametrize(("name", "methods"), [pair for pair in PAIRS if pair[1] in COMPILED])
 @torch.no_grad()
 def test_one_graph(name, methods):
     inputs = TINY[name].inputs(2)
-    if not works(name, STACKS[methods]):
-        pytest.skip("refused")
-    model = wrap(TINY[name].build(), STACKS[methods])
-    if methods == "width":
-        random_gates(model)
+    model = prepare(wrap(TINY[name].build(), ACTIVE[methods]), methods)
     expected = sample(model(**inputs))
     try:
         found = compiled(model, inputs)
@@ -61,12 +48,19 @@ def test_one_graph(name, methods):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_an_empty_wrap_is_one_graph():
+    inputs = TINY["DiT"].inputs(2)
+    model = TINY["DiT"].build()
+    torch.testing.assert_close(compiled(wrap(model, []), inputs), sample(model(**inputs)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["DiT", "PixArtTransformer2DModel"])
 @torch.no_grad()
 def test_calls_are_remembered_without_compiling_again(name):
     """Statistics grow with every call, and what a graph reads must not."""
     torch._dynamo.reset()
-    model = wrap(TINY[name].build(), STACKS["chunk"])
+    model = wrap(TINY[name].build(), ACTIVE["chunk-merge"])
     counter = torch._dynamo.testing.CompileCounter()
     fast = torch.compile(model, fullgraph=True, backend=counter)
     for level in (0.9, 0.7, 0.5, 0.3):

@@ -56,8 +56,8 @@ def positions(name, rows, columns):
     ("name", "through", "backend"),
     [
         ("FluxTransformer2DModel", through_torch, "eager"),
-        ("FluxTransformer2DModel", through_module, "aot_eager"),
-        ("Flux2Transformer2DModel", through_torch, "aot_eager"),
+        pytest.param("FluxTransformer2DModel", through_module, "aot_eager", marks=pytest.mark.slow),
+        pytest.param("Flux2Transformer2DModel", through_torch, "aot_eager", marks=pytest.mark.slow),
         ("Flux2Transformer2DModel", through_module, "eager"),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_grid_that_position_ids_say_is_noticed(name, through, backend):
     assert torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_within_a_larger_graph_another_grid_is_an_error(backend):
     """There, ids are read when the graph is made; the graph checks that they still say the same."""

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.kit import of_diffusers, one_of, sample
+from tests.contract.kit import SHARED, of_diffusers, sample
 from tests.contract.siblings import TWINS, WAN, wan_inputs
 from tokdyn import Chunking, DepthSkip, TokenDrop, TokenMerge
+from tokdyn.testing import check_method
 
 METHODS = {
     "merge": [TokenMerge(ratio=0.4, where="both", seed=3), DepthSkip(blocks=(2,))],
     "chunk": [Chunking(target=2), TokenMerge(ratio=0.3)],
+    "drop": [TokenDrop(rate=0.5, blocks=(0, 2)), TokenMerge(ratio=0.3)],
 }
 every = pytest.mark.parametrize("name", sorted(TWINS))
 
@@ -18,30 +20,12 @@ every = pytest.mark.parametrize("name", sorted(TWINS))
 @every
 @pytest.mark.parametrize("methods", METHODS)
 @torch.no_grad()
-def test_methods_act_and_do_not_depend_on_batch_mates(name, methods):
-    tiny = TWINS[name]
-    model = tiny.build()
-    plain = sample(model(**tiny.inputs(3)))
-    together = sample(tokdyn.wrap(model, METHODS[methods])(**tiny.inputs(3)))
-    assert not torch.equal(together, plain)
-    for i in range(3):
-        alone = sample(model(**one_of(tiny.inputs(3), i)))
-        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-6)
-    assert torch.equal(sample(tokdyn.unwrap(model)(**tiny.inputs(3))), plain)
-
-
-@every
-def test_gradients_of_dropped_tokens_are_the_same_with_checkpointing(name):
-    found = []
-    for checkpointing in (False, True):
-        model = tokdyn.wrap(TWINS[name].build().train(), [TokenDrop(rate=0.5, blocks=(0, 2)), TokenMerge(ratio=0.3)])
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        torch.manual_seed(0)
-        sample(model(**TWINS[name].inputs(2))).square().mean().backward()
-        found.append([p.grad for p in model.parameters() if p.grad is not None])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+def test_methods_act_and_obey_the_laws(name, methods):
+    model, call = TWINS[name].build(), TWINS[name].inputs(2)
+    with torch.enable_grad():
+        check_method(METHODS[methods], model, call, shared=SHARED, tolerance=1e-5)
+    plain = sample(model(**call))
+    assert not torch.equal(sample(tokdyn.wrap(model, METHODS[methods]).train(methods == "drop")(**call)), plain)
 
 
 @torch.no_grad()

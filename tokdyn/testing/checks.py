@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def check_method(
     *,
     shared: Collection[str] = (),
     tolerance: float = 1e-4,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Hold a method to the laws on a model.
 
@@ -34,13 +35,14 @@ def check_method(
         call: keyword arguments of a call, for a batch of at least two samples.
         shared: names of arguments that have no batch, such as position ids.
         tolerance: largest difference that rounding explains.
+        prepare: changes each wrapped model in place before it is used, as `tokdyn.calibrate_router` does.
 
     Raises:
         AssertionError: a law is broken; the message says which and by how much.
         InputError: the call has a single sample.
     """
     methods = (method,) if isinstance(method, Method) else tuple(method)
-    case = Case(lambda: copy.deepcopy(model), call, methods, shared, tolerance)
+    case = Case(lambda: copy.deepcopy(model), call, methods, shared, tolerance, prepare)
     if case.batch < 2:
         raise InputError(f"the call has {case.batch} sample, and the laws compare samples; give it at least two.")
     for law in LAWS:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.adapters import adapter_for
 from tokdyn.attach import attached, disabled, load, save, unwrap, wrap
 from tokdyn.cost import flops
 from tokdyn.methods import Method
@@ -27,7 +28,9 @@ class Case:
         call: keyword arguments of a call of the model, for a batch of at least two samples.
         methods: that the model is wrapped with.
         shared: names of arguments that have no batch.
-        tolerance: largest difference of predictions that rounding explains.
+        tolerance: largest difference that rounding explains, of predictions and, relative to their largest entry, of
+            gradients.
+        prepare: changes the wrapped model in place before it is used; calibrates a router or opens gates, for instance.
     """
 
     build: Callable[[], nn.Module]
@@ -35,6 +38,7 @@ class Case:
     methods: tuple[Method, ...]
     shared: Collection[str] = ()
     tolerance: float = 1e-4
+    prepare: Callable[[nn.Module], object] | None = None
 
     @property
     def name(self) -> str:
@@ -42,10 +46,13 @@ class Case:
         return f"{' and '.join(type(method).__name__ for method in self.methods)} on {type(self.build()).__name__}"
 
     def wrapped(self) -> nn.Module:
-        """Build the model and wrap it; trained parts start the same each time."""
+        """Build the model, wrap it and prepare it; trained parts start the same each time."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return wrap(self.build().eval(), self.methods)
+            model = wrap(self.build().eval(), self.methods)
+            if self.prepare is not None:
+                self.prepare(model)
+            return model
 
     def one(self, place: int) -> dict[str, Any]:
         """Select the arguments of one sample."""
@@ -75,15 +82,28 @@ def disabled_is_the_original(case: Case) -> None:
 
 
 @torch.no_grad()
+def wrapping_keeps_class_and_weights(case: Case) -> None:
+    """A wrapped model is of its class and name, and its state dict gains only keys that begin with `tokdyn.`."""
+    original, model = case.build(), case.wrapped()
+    model(**case.call)
+    assert isinstance(model, type(original)), f"{case.name}: wrapped, it is not a {type(original).__name__}"
+    assert type(model).__name__ == type(original).__name__, f"{case.name}: wrapping renames the class"
+    keys = [key for key in model.state_dict() if not key.startswith("tokdyn.")]
+    assert keys == list(original.state_dict()), f"{case.name}: wrapping changes the keys of the weights"
+
+
+@torch.no_grad()
 def unwrapping_restores_the_original(case: Case) -> None:
-    """`tokdyn.unwrap` leaves class, state dict and predictions as they were."""
+    """`tokdyn.unwrap` leaves classes, attributes, state dict and predictions as they were."""
     original = case.build().eval()
-    model = case.wrapped()
+    model, plain = case.wrapped(), prediction(original(**case.call))
     model(**case.call)
     unwrap(model)
-    assert type(model) is type(original), f"{case.name}: unwrapping leaves the class {type(model)}"
+    for (name, one), (_, two) in zip(original.named_modules(), model.named_modules(), strict=True):
+        assert type(two) is type(one), f"{case.name}: unwrapping leaves the class {type(two)} of {name!r}"
+        left = sorted(vars(two).keys() - vars(one).keys())
+        assert not left, f"{case.name}: unwrapping leaves the attributes {', '.join(left)} on {name!r}"
     assert model.state_dict().keys() == original.state_dict().keys(), f"{case.name}: unwrapping changes the state dict"
-    plain = prediction(original(**case.call))
     _equal(case, plain, prediction(model(**case.call)), "after unwrapping, it differs from the original")
 
 
@@ -97,15 +117,32 @@ def samples_do_not_depend_on_each_other(case: Case) -> None:
 
 
 @torch.no_grad()
+def other_models_stay_as_they_are(case: Case) -> None:
+    """Wrapping and calling one model changes nothing in another of its class."""
+    other = case.build().eval()
+    plain = prediction(other(**case.call))
+    case.wrapped()(**case.call)
+    _equal(case, plain, prediction(other(**case.call)), "a model of its class that is not wrapped changes")
+
+
+@torch.no_grad()
 def copies_compute_with_their_own_weights(case: Case) -> None:
-    """A deep copy predicts the same, and goes on to do so when the weights of the original change."""
+    """A deep copy predicts the same when the weights of the original change, and something else when its own do."""
     model = case.wrapped()
-    twin = copy.deepcopy(model)
+    model(**case.call)
+    twin, second = copy.deepcopy(model), copy.deepcopy(model)
     before = prediction(twin(**case.call))
     for parameter in model.parameters():
         parameter.zero_()
-    after = prediction(copy.deepcopy(twin)(**case.call))
+    after = prediction(second(**case.call))
     _equal(case, before, after, "a copy changes with the weights of the original")
+    scaled = case.build().eval()
+    for changed in (twin, scaled):
+        for name, parameter in changed.named_parameters():
+            parameter.mul_(1.0 if name.startswith("tokdyn.") else 1.1)
+    with disabled(twin):
+        after = prediction(twin(**case.call))
+    _equal(case, prediction(scaled(**case.call)), after, "a copy does not compute with the weights it was given")
 
 
 @torch.no_grad()
@@ -125,9 +162,19 @@ def saved_methods_load(case: Case) -> None:
 
 @torch.no_grad()
 def computed_flops_are_the_counted_ones(case: Case) -> None:
-    """The FLOPs that are computed from what the methods did equal those that are counted (multiply-add = 2)."""
-    cost = flops(case.wrapped(), **case.call)
-    assert cost.counted == cost.total, f"{case.name}: {cost.total} FLOPs are computed, {cost.counted} are counted"
+    """The FLOPs that are computed from what the methods did equal those that are counted (multiply-add = 2).
+
+    So do those of the dense model, which statistics compare with, and those with the methods disabled.
+    """
+    model, plain = case.wrapped(), flops(case.build().eval(), **case.call).counted
+    for training in (False, True):
+        cost = flops(model.train(training), **case.call)
+        assert cost.counted == cost.total, f"{case.name}: {cost.total} FLOPs are computed, {cost.counted} are counted"
+        if cost.dense is not None and not adapter_for(model).chunked:
+            assert cost.dense == plain, f"{case.name}: {cost.dense} FLOPs are said to be dense, and {plain} are"
+    with disabled(model.eval()):
+        cost = flops(model, **case.call)
+    assert cost.counted == cost.total == plain, f"{case.name}: disabled, it costs {cost.counted} FLOPs, and not {plain}"
 
 
 def gradients_are_the_same_with_checkpointing(case: Case) -> None:
@@ -135,24 +182,29 @@ def gradients_are_the_same_with_checkpointing(case: Case) -> None:
     found = []
     for checkpointing in (False, True):
         model: Any = case.wrapped().train()
-        if not hasattr(model, "enable_gradient_checkpointing"):
+        enable = getattr(model, "enable_gradient_checkpointing", getattr(model, "set_grad_checkpointing", None))
+        if enable is None:
             return
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            enable()
         torch.manual_seed(0)
-        loss = sum(prediction(model(**case.call)).float().square().mean() for _ in range(2))
+        loss = sum(weight * prediction(model(**case.call)).float().square().mean() for weight in (1, 2))
         loss.backward()  # type: ignore[union-attr]
         found.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
     plain, recomputed = found
     assert plain.keys() == recomputed.keys(), f"{case.name}: checkpointing gives other parameters a gradient"
     for name, gradient in plain.items():
-        _close(case, gradient, recomputed[name], f"checkpointing changes the gradient of {name}")
+        scale = gradient.abs().max().clamp(min=1e-4)
+        what = f"checkpointing changes the gradient of {name}, relative to its largest entry"
+        _close(case, gradient / scale, recomputed[name] / scale, what)
 
 
 LAWS: tuple[Callable[[Case], None], ...] = (
     disabled_is_the_original,
+    wrapping_keeps_class_and_weights,
     unwrapping_restores_the_original,
     samples_do_not_depend_on_each_other,
+    other_models_stay_as_they_are,
     copies_compute_with_their_own_weights,
     saved_methods_load,
     computed_flops_are_the_counted_ones,
