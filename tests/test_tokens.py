@@ -14,7 +14,7 @@ lengths_of_samples = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 
 
 def packing_of(lengths, spare=3):
-    """Pack the first cells of every sample but those at the front, so that no index is trivial."""
+    """Keep the last cells of every sample, so that no index is trivial."""
     keep = torch.zeros(len(lengths), max(lengths) + spare, dtype=torch.bool)
     for row, length in zip(keep, lengths, strict=True):
         row[-length:] = True
