@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 test test-all demo lint: export MPLBACKEND ?= Agg
 test test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all bench lint format wheel clean
+.PHONY: help setup demo test test-all bench mutants lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test    the default test suite: models, methods and laws pairwise (at most 8 minutes on 2 cores)"
 	@echo "make test-all  the whole product of models, methods and laws, and the slow tests"
 	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
+	@echo "make mutants [ROOM=ops] [SAMPLE=300]  make mistakes one at a time, count what tests notice (hours)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make wheel   build dist/*.whl from the tracked files"
@@ -46,6 +47,19 @@ bench: $(STAMP)
 	mkdir -p runs/bench
 	$(BIN)/python -m benchmarks.flagship --out runs/bench/flagship.json
 
+# mutmut lives in an environment of its own, which borrows everything else from $(VENV).
+MUTANTS := $(VENV)-mutants
+mutants: $(MUTANTS)/.installed
+	$(MUTANTS)/bin/python tests/mutants $(ROOM) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(KNOWN),--known) $(if $(LIST),--list) --jobs $(or $(MUTANT_JOBS),1)
+
+$(MUTANTS)/.installed: $(STAMP)
+	test -x $(MUTANTS)/bin/python || $(PYTHON) -m venv $(MUTANTS)
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if p.endswith("site-packages")), sep="\n")' \
+		>"$$($(MUTANTS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
+	$(MUTANTS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +75,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-mutants build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

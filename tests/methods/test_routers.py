@@ -148,3 +148,59 @@ def test_random_boundaries_are_drawn_per_sample_in_training_only():
     assert not torch.equal(drawn[0], drawn[2])
     assert torch.equal(router(x[:1], steps[2:])[0], drawn[2])
     assert not any(parameter.requires_grad for parameter in router.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_stand_for_their_routers(name):
+    kinds = {"spatial_predictability": SpatialPredictabilityRouter, "cosine": CosineRouter, "random": RandomRouter}
+    assert type(build_router(name, 16, 4.0)) is kinds[name]
+    assert build_router(name, 1, 4.0)(torch.randn(1, 1, 3, 3), torch.zeros(1)).isfinite().all()
+
+
+def test_a_fresh_spatial_router_keeps_less_than_half():
+    router = SpatialPredictabilityRouter(64)
+    torch.nn.init.zeros_(router.score[3].weight)
+    assert (
+        router(tokens((2, 2), 64, dtype=torch.float32), torch.zeros(3)).tolist()
+        == [[[pytest.approx(-1.1)] * 2] * 2] * 3
+    )
+
+
+def test_a_calibration_lies_between_the_last_kept_and_the_first_dropped():
+    router = CosineRouter(8)
+    torch.nn.init.constant_(router.bias, 3.0)
+    logits = torch.tensor([[1.0, 5.0], [3.0, 9.0]])  # the two largest are 9 and 5, then 3
+    router.calibrate(logits, 2.0)
+    assert router.bias.item() == pytest.approx(3.0 - 4.0)
+    router.calibrate(torch.tensor([2.0, 8.0]), 100.0)  # at least one is kept
+    assert router.bias.item() == pytest.approx(-1.0 - 5.0)
+    router.calibrate(torch.tensor([2.0, 8.0]), 1.0)  # all of them: there is no first dropped
+    assert router.bias.item() == pytest.approx(-6.0 - 2.0)
+    assert router.bias.requires_grad
+
+
+def test_a_random_router_is_calibrated_exactly():
+    router = RandomRouter(4.0)
+    assert router.bias.item() == pytest.approx(-math.log(3.0))
+    router.calibrate(torch.randn(10), 16.0)
+    assert router.bias.item() == pytest.approx(-math.log(15.0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_frames_of_one_sample_have_noise_of_their_own(training):
+    router = RandomRouter(4.0).train(training)
+    logits = router(torch.zeros(6, 1, 4, 4), torch.tensor([5, 9]), 3)
+    assert logits.shape == (6, 4, 4)
+    assert len({tuple(row.flatten().tolist()) for row in logits}) == 6
+    if not training:
+        alone = router(torch.zeros(3, 1, 4, 4), torch.tensor([9]), 3)
+        assert torch.equal(alone, logits[3:])
+
+
+def test_noise_of_close_timesteps_differs():
+    """Flow times are fractions: a 64th of a timestep makes other noise, less does not."""
+    router = RandomRouter(4.0).eval()
+    x = torch.zeros(1, 1, 8, 8)
+    at = {step: router(x, torch.tensor([step])) for step in (5.0, 5.0 + 1 / 64, 5.0 + 1 / 1024)}
+    assert not torch.equal(at[5.0], at[5.0 + 1 / 64])
+    assert torch.equal(at[5.0], at[5.0 + 1 / 1024])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from tokdyn import ops
 from tokdyn.errors import InputError
@@ -120,6 +121,52 @@ def test_training_in_bf16_on_very_different_lengths_computes_in_fp32():
     (slope,) = torch.autograd.grad((expected * weight.float()).sum(), source)
     torch.testing.assert_close(out, expected.bfloat16(), rtol=0, atol=0)
     torch.testing.assert_close(found, slope.bfloat16(), rtol=0, atol=0)
+
+
+ELSEWHERE = torch.device("meta")  # stands for a device without the variable-length kernel, where samples are padded
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=5), st.booleans())
+def test_pairs_are_counted_as_each_path_computes_them(lengths, biased):
+    alone = sum(n * n for n in lengths)
+    padded = alone if len(set(lengths)) == 1 else len(lengths) * (-(-max(lengths) // 16) * 16) ** 2
+
+    def count(device):
+        return attention.computed_pairs(lengths, device, torch.float32, 8, biased=biased)
+
+    for device in (torch.device("cpu"), ELSEWHERE):
+        with ops.plain():
+            assert count(device) == (alone if device.type == "cpu" else padded)
+            for backend, pairs in (("split", alone), ("padded", padded), ("varlen", alone)):
+                with ops.attention_backend(backend):
+                    assert count(device) == pairs
+
+
+def test_plain_attention_computes_samples_apart_on_the_cpu():
+    """Neither padding nor a mask: the fused kernel sees as many rows as there are, once for each sample."""
+    lengths, seen = [3, 5, 2], []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                seen.append(args[0].shape[-2])
+            return func(*args, **(kwargs or {}))
+
+    with ops.plain(), Watch():
+        ops.packed_attention(torch.randn(10, 24), 2, packing_of(lengths))
+        ops.packed_attention(torch.randn(9, 24), 2, packing_of([3, 3, 3]))
+    assert seen == [*lengths, 3]
+
+
+def test_the_backend_is_forced_within_its_context_alone():
+    assert attention.forced_backend() == "auto"
+    with ops.attention_backend("split"):
+        with ops.attention_backend("padded"):
+            assert attention.forced_backend() == "padded"
+        with pytest.raises(ZeroDivisionError), ops.attention_backend("padded"):
+            raise ZeroDivisionError
+        assert attention.forced_backend() == "split"
+    assert attention.forced_backend() == "auto"
 
 
 def test_widths_of_the_variable_length_kernel():

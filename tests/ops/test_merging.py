@@ -1,5 +1,6 @@
 """Token merging: equal to a loop over tokens, a projection, and independent of the rest of the batch."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from tokdyn import ops
 from tokdyn.errors import InputError
-from tokdyn.ops.destinations import destinations
-from tokdyn.ops.merging import match, merge, merged_away, unmerge
+from tokdyn.ops.destinations import destinations, grid_destinations
+from tokdyn.ops.dropping import mix
+from tokdyn.ops.merging import joined, match, merge, merged_away, unmerge
 
 grids = st.one_of(
     st.tuples(st.integers(1, 30)),
@@ -97,6 +99,97 @@ def test_a_sample_does_not_depend_on_the_rest_of_its_batch(grid, share, seed):
         torch.testing.assert_close(
             unmerge(merge(rows, alone), alone), together.split(packing.lengths)[b], rtol=0, atol=1e-12
         )
+
+
+@given(grids, shares, seeds, st.sampled_from([1, 2, 3, "axes"]), st.sampled_from(["raster", "seed", "importance"]))
+def test_every_bucket_has_the_destination_that_was_asked_for(grid, share, seed, bucket, how):
+    packing, x = case(grid, share, seed)
+    widths = [2, 1, 3][: len(grid)] if bucket == "axes" else [bucket] * len(grid)
+    importance, step = (x[:, 0] * 2).round(), torch.tensor([3, 5, 8])
+    choices = {"raster": {}, "seed": {"seed": seed, "step": step}, "importance": {"importance": importance}}[how]
+    into = destinations(packing.cell, packing.sample, 3, grid, bucket=widths if bucket == "axes" else bucket, **choices)
+    rows = {}
+    for row, (cell, sample) in enumerate(zip(packing.cell.tolist(), packing.sample.tolist(), strict=True)):
+        place, rest, count = 0, cell, 1
+        for size, width in zip(reversed(grid), reversed(widths), strict=True):
+            place += rest % size // width * count
+            rest, count = rest // size, count * -(-size // width)
+        rows.setdefault((sample, place), []).append(row)
+    noise = mix(mix(mix(torch.tensor(seed)) + step[packing.sample]) + packing.cell)
+    best = {
+        "raster": lambda row: row,
+        "seed": lambda row: (noise[row].item(), row),
+        "importance": lambda row: (-importance[row].item(), row),
+    }[how]
+    assert into.table.shape == (3, count)
+    for sample in range(3):
+        for place in range(count):
+            inside = rows.get((sample, place))
+            assert into.table[sample, place] == (-1 if inside is None else min(inside, key=best))
+    chosen = into.table[into.table >= 0]
+    assert torch.equal(into.mask.nonzero().flatten(), chosen.sort().values)
+    assert into.full == (packing.total == 3 * math.prod(grid))
+    if into.full:
+        assert into.others.flatten().tolist() == [
+            row for row in range(packing.total) if row not in set(chosen.tolist())
+        ]
+
+
+@given(grids, seeds, st.sampled_from([1, 2, 3, "axes"]), st.sampled_from([None, 0, 7]), st.booleans())
+def test_destinations_of_full_grids_are_those_of_their_rows(grid, seed, bucket, choice, per_sample):
+    packing, _ = case(grid, 1.0, seed)
+    bucket = [2, 1, 3][: len(grid)] if bucket == "axes" else bucket
+    step = torch.tensor([3, 5, 8]) if per_sample else torch.tensor([4])
+    found = grid_destinations(3, grid, torch.device("cpu"), bucket, choice, step)
+    keep = torch.ones(3, math.prod(grid), dtype=torch.bool)
+    packing = ops.pack(keep, grid)
+    expected = destinations(packing.cell, packing.sample, 3, grid, bucket, choice, step)
+    assert torch.equal(found.table, expected.table)
+    assert torch.equal(found.mask, expected.mask)
+    assert torch.equal(found.others, expected.others)
+
+
+@given(grids, shares, ratios, seeds)
+def test_a_plan_is_that_of_its_samples_joined(grid, share, ratio, seed):
+    packing, x = case(grid, share, seed)
+    _, plan = plan_of(packing, x, ratio)
+    alone = [plan.sample(place) for place in range(3)]
+    whole = unmerge(merge(x, plan), plan).split(packing.lengths)
+    for rows, own, length, everything in zip(x.split(packing.lengths), alone, plan.lengths, whole, strict=True):
+        assert own.lengths == (length,)
+        assert own.before == (len(rows),)
+        torch.testing.assert_close(
+            unmerge(merge(rows, own), own),
+            everything,
+        )
+    again = joined(alone)
+    for field in dataclasses.fields(plan):
+        one, other = getattr(plan, field.name), getattr(again, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    back = joined([alone[2], alone[0]])
+    parts = x.split(packing.lengths)
+    expected = [unmerge(merge(parts[place], alone[place]), alone[place]) for place in (2, 0)]
+    rows = torch.cat([parts[2], parts[0]])
+    torch.testing.assert_close(unmerge(merge(rows, back), back), torch.cat(expected), rtol=0, atol=1e-12)
+
+
+def test_ratios_may_differ_between_samples():
+    packing, x = case((6, 6), 1.0, 3)
+    into = destinations(packing.cell, packing.sample, 3, packing.grid)
+    wanted = (0.0, 0.3, 0.7)
+    plan = match(x, packing.lengths, into, wanted)
+    assert plan.lengths == tuple(36 - merged_away(36, 9, ratio) for ratio in wanted)
+    for place, (rows, ratio) in enumerate(zip(x.split(packing.lengths), wanted, strict=True)):
+        one = ops.pack(torch.ones(1, 36, dtype=torch.bool), (6, 6))
+        _, alone = plan_of(one, rows, ratio)
+        assert torch.equal(plan.sample(place).slot, alone.slot)
+
+
+@pytest.mark.parametrize(
+    ("length", "buckets", "ratio", "merged"), [(36, 9, 0.5, 18), (36, 9, 0.9, 27), (5, 9, 0.9, 0), (7, 2, 0.5, 3)]
+)
+def test_a_share_is_merged_away_but_no_destination(length, buckets, ratio, merged):
+    assert merged_away(length, buckets, ratio) == merged
 
 
 def test_sizes_weigh_rows_like_repetitions():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from tokdyn.errors import InputError
 from tokdyn.ops.caching import accumulate, extrapolate, fit_rescaling, relative_change, rescale
 from tokdyn.ops.dropping import kept_count, put_back, random_subset, take
 from tokdyn.ops.schedules import at, check_curve
-from tokdyn.ops.skipping import block_influence, choose_skips, gate
+from tokdyn.ops.skipping import block_influence, choose_skips, gate, gumbel_difference
 
 FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)  # published for TeaCache
 
@@ -112,6 +113,87 @@ def test_blocks_of_least_influence_per_flop_are_skipped_until_the_target():
     assert choose_skips(influence, (1, 1, 1, 1), 0, 0.25, protected=(0,)) == ((1, 2, 3), (1, 2, 3))
     with pytest.raises(InputError, match=r"0\.6"):
         choose_skips(influence, (1, 1, 1, 1), 1, 0.5, protected=(0, 1))
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 5), st.sampled_from([0.2, 0.5, 0.8, 1.0]), st.booleans(), st.integers(0, 10_000)
+)
+def test_skips_are_the_shortest_beginning_of_the_order_that_meets_the_target(levels, blocks, flops, by_level, seed):
+    generator = torch.Generator().manual_seed(seed)
+    influence = torch.randint(0, 4, (levels, blocks), generator=generator).float()
+    cost = torch.randint(0, 3, (levels, blocks) if by_level else (blocks,), generator=generator).double()
+    other = torch.randint(0, 3, (levels,), generator=generator).double()
+    protected = [block for block in range(blocks) if torch.rand((), generator=generator) < 0.3]
+    table = cost.expand(levels, blocks)
+    whole = float(other.sum() + table.sum())
+    cells = [(v, b) for v in range(levels) for b in range(blocks) if table[v, b] > 0 and b not in protected]
+    cells.sort(key=lambda cell: (float(influence[cell] / table[cell]), *cell))
+    least = whole - sum(float(table[cell]) for cell in cells)
+    if flops * whole < least:
+        with pytest.raises(InputError, match=f"{flops:g}"):
+            choose_skips(influence, cost, other, flops, protected)
+        return
+    count = 0
+    while whole - sum(float(table[cell]) for cell in cells[:count]) > flops * whole:
+        count += 1
+    chosen = cells[:count]
+    expected = tuple(tuple(sorted(b for v, b in chosen if v == level)) for level in range(levels))
+    assert choose_skips(influence, cost, other, flops, protected) == expected
+
+
+@pytest.mark.parametrize(("cost", "flops"), [((1, 1), 0.5), (((1, 1, 1), (1, 1, 1)), 0.0), ((1, 1, 1), 1.1)])
+def test_costs_and_shares_that_cannot_be_raise(cost, flops):
+    with pytest.raises(InputError, match=f"{len(cost) if cost == (1, 1) else 3} costs for 3 blocks.*{flops}"):
+        choose_skips(torch.ones(2, 3), torch.tensor(cost), 0, flops)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_noise_of_gates_is_logistic_and_within_bounds(dtype):
+    """At most logit(1 - 1e-6) = 13.8 either way: gates that start at 14 stay open."""
+    torch.manual_seed(0)
+    noise = gumbel_difference(torch.zeros(4_000_000, dtype=dtype))
+    assert noise.dtype == dtype
+    assert noise.abs().max() < 13.9
+    shares = [(noise < level).double().mean().item() for level in (-2.0, 0.0, 2.0)]
+    assert shares == pytest.approx([1 / (1 + math.exp(-level)) for level in (-2.0, 0.0, 2.0)], abs=2e-3)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=5, unique_by=lambda p: p[0]),
+    st.floats(0, 1),
+)
+def test_a_curve_is_that_of_numpy(points, level):
+    points = sorted(points)
+    expected = numpy.interp(level, [x for x, _ in points], [y for _, y in points])
+    assert at(tuple(points), level) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("good", [0.0, 1.0, ((0.0, 0.0), (1.0, 1.0)), ((0.5, 0.3),)])
+def test_the_ends_of_the_ranges_are_allowed(good):
+    check_curve(good, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, ((0.0, -0.1),), ((-0.1, 0.0),), ((0.0, 0.0), (0.5, 0.0), (0.4, 0.0))])
+def test_curves_just_outside_the_ranges_raise(bad):
+    with pytest.raises(InputError, match=r"0\.\d|1\.1"):
+        check_curve(bad, 0.0, 1.0)
+
+
+def test_changes_are_relative_and_in_fp32():
+    before = torch.full((2, 3), 2.0, dtype=torch.bfloat16)
+    change = relative_change(before + torch.tensor([[1.0], [-1.0]]).bfloat16(), before)
+    assert change.dtype == torch.float32
+    assert change.tolist() == [0.5, 0.5]
+
+
+def test_the_fit_of_few_changes_is_of_a_lower_degree_and_of_large_ones_exact():
+    x = torch.tensor([1e3, 2e3, 3e3, 4e3, 5e3])
+    assert fit_rescaling(x, 3 * x + 1, degree=2) == pytest.approx((0.0, 3.0, 1.0), abs=1e-6)
+    assert fit_rescaling(x[:1], x[:1] * 2) == pytest.approx((2e3,))
+    assert len(fit_rescaling(x, x)) == 5
+    noisy = torch.cat([x, torch.tensor([math.nan])])
+    assert fit_rescaling(noisy, torch.cat([2 * x, torch.ones(1)]), degree=1) == pytest.approx((2.0, 0.0), abs=1e-6)
+    assert fit_rescaling(torch.zeros(2), torch.zeros(2)) == pytest.approx((0.0,))
 
 
 def test_a_gate_is_hard_forward_and_a_sigmoid_backward():

@@ -62,6 +62,39 @@ def test_a_bias_is_added_in_code_that_takes_none():
     assert all(torch.equal(one, other) for one, other in zip(others, plain, strict=True))
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_bias_is_added_to_the_mask_and_other_arguments_stay(by_name):
+    query, key, value = heads(5, 8), heads(5, 8), heads(5, 8)
+    mask = torch.randn(2, 1, 5, 5, dtype=torch.float64)
+    with KeyBias(SIZES.double().log()) as mode:
+        if by_name:
+            found = F.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=mask, scale=0.1)
+        else:
+            found = F.scaled_dot_product_attention(query, key, value, mask, 0.0, False, scale=0.1)
+    assert mode.met
+    logits = query @ key.mT * 0.1 + mask + SIZES.double().log()[:, None, None]
+    torch.testing.assert_close(found, logits.softmax(-1) @ value, rtol=0, atol=1e-12)
+
+
+def test_a_bias_meets_only_attention_of_its_own_rows():
+    query, key = heads(5, 8), heads(5, 8)
+    with KeyBias(torch.randn(2, 4)) as mode:
+        F.scaled_dot_product_attention(query, key, key)
+        F.scaled_dot_product_attention(query[:, :, :4], key, key)
+        F.scaled_dot_product_attention(query[:, 0], key[:, 0], key[:, 0])
+    assert not mode.met
+    with KeyBias(torch.randn(2, 5)) as mode:
+        F.scaled_dot_product_attention(query[:, 0], key[:, 0], key[:, 0])  # no axis of heads
+        F.scaled_dot_product_attention(query, key[:, :, :4], key[:, :, :4])
+    assert not mode.met
+
+
+def test_masks_of_another_type_take_that_of_the_query():
+    query = torch.randn(2, 1, 5, 8)
+    found = size_weighted_attention(query, query, query, SIZES, torch.randn(2, 1, 1, 5).double())
+    assert found.dtype == query.dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("grad", [False, True])
 def test_dense_attention_takes_a_bias(dtype, grad):
