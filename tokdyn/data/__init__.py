@@ -1,4 +1,4 @@
-"""Data sets, and the stream of batches that training draws from them."""
+"""Open data sets of images or latents, and draw batches from them for training."""
 
 from tokdyn.data.base import Dataset
 from tokdyn.data.config import DataConfig

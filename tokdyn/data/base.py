@@ -1,4 +1,4 @@
-"""The interface of a data set: labelled tensors by index, one at a time or in batches."""
+"""Define the interface of a data set: labelled tensors by index, one at a time or in batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
     Attributes:
         shape: (C, H, W) of every sample.
         class_names: one name per label.
-        can_flip: whether mirrored samples are available.
+        can_flip: whether samples can be mirrored left to right; latents only if their mirrored copies are stored.
     """
 
     shape: tuple[int, int, int]
@@ -27,7 +27,7 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of labels."""
+        """The number of classes."""
         return len(self.class_names)
 
     @abstractmethod
@@ -36,20 +36,20 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """Read samples and report which ones were read.
+        """Read samples and their labels.
 
         Args:
-            indices: B sample numbers.
-            flips: B booleans, True where the sample is to be mirrored left to right; None for no flips.
+            indices: the indices of B samples.
+            flips: B booleans, True for samples to mirror left to right; None mirrors none.
 
         Returns:
-            Samples (B, C, H, W) float32, labels (B,) int64, and the B numbers of the samples that were read. They
-            differ from `indices` only where an unreadable sample was replaced by another one.
+            Samples (B, C, H, W) float32, labels (B,) int64, and the indices of the B samples that were read. An index
+            differs from the requested one only if that sample is unreadable and another was read in its place.
         """
 
     @abstractmethod
     def identity(self) -> dict[str, object]:
-        """Describe the content in plain JSON values: equal descriptions mean equal samples."""
+        """Return a description of the content as JSON values. Data sets with equal descriptions have equal samples."""
 
     def batch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
         """Return samples (B, C, H, W) float32 and labels (B,) int64; arguments as in `fetch`."""
@@ -57,7 +57,7 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
         return samples, labels
 
     def require_flip(self) -> None:
-        """Raise a DataError if there are no mirrored samples."""
+        """Raise a DataError if samples cannot be mirrored."""
         if not self.can_flip:
             raise DataError(
                 "flip=true needs mirrored copies, and these latents have none: write them with "
@@ -72,7 +72,10 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
         return (self[index] for index in range(len(self)))
 
     def _checked(self, indices: Sequence[int], limit: int | None) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the indices as an array; raise an IndexError outside 0 .. limit - 1 (no upper limit if None)."""
+        """Return the indices as an array (B,); raise an IndexError unless all are in 0 .. limit - 1.
+
+        There is no upper limit if `limit` is None.
+        """
         array = np.asarray(indices, dtype=np.int64).reshape(-1)
         if array.size and (array.min() < 0 or (limit is not None and array.max() >= limit)):
             wanted = int(array.min() if array.min() < 0 else array.max())
@@ -81,11 +84,11 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
 
 def to_signed(pixels: Tensor, flips: Sequence[bool] | None) -> Tensor:
-    """Turn bytes into model inputs.
+    """Scale bytes to the range [-1, 1] of model inputs, and mirror some samples.
 
     Args:
         pixels: (B, C, H, W) uint8.
-        flips: B booleans, True where the sample is to be mirrored left to right; None for no flips.
+        flips: B booleans, True for samples to mirror left to right; None mirrors none.
 
     Returns:
         (B, C, H, W) float32 in [-1, 1]; byte v becomes v / 127.5 - 1.

@@ -1,4 +1,4 @@
-"""Labels of image files by the class folders they lie in, one rule for training and for evaluation."""
+"""Label image files by the class folders that they lie in. Training and evaluation both follow this rule."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_LARGEST = 2**31 - 1  # a folder with a longer name is a date or a checksum, and no class number
+_LARGEST = 2**31 - 1  # a larger number in a folder's name is a date or a checksum, not the number of a class
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Class folders of a set of image files.
+    """The class folders of N image files.
 
     Attributes:
-        names: folder name of each label.
+        names: folder name of each class, in the order of the labels.
         labels: (N,) int64, label of each file.
-        numbers: number that each folder is named by, in the order of the labels; None unless all names are numbers and
-            no two of them are equal.
+        numbers: folder name of each class as a number; None unless all names are different numbers.
     """
 
     names: tuple[str, ...]
@@ -30,8 +29,8 @@ class ClassFolders:
 def class_folders(files: Sequence[str]) -> ClassFolders:
     """Label files by the first folder of their path.
 
-    Folders are labelled from 0 in the order of their names, which is the order of their values if all names are
-    numbers: 2 comes before 10. Folders 0 to n - 1 are therefore labelled by their own numbers, padded or not.
+    The folders get the labels 0, 1, ... in alphabetical order, or in numerical order (2 before 10) if all names are
+    numbers. Folders named 0 to n - 1, with or without leading zeros, therefore get their own numbers as labels.
 
     Args:
         files: N paths with forward slashes, each with at least one folder.

@@ -1,4 +1,4 @@
-"""The data section of a recipe."""
+"""Define the section `data` of a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 
 def _rows_and_columns(value: object) -> object:
-    """Accept "32x48" for (32, 48), as it is typed on a command line; reject what is not a size."""
+    """Convert a size such as 32, "32" or "32x48" to one number or (rows, columns); reject other values."""
     sides = value.split("x") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     numbers = [int(side) for side in sides if type(side) is int or (isinstance(side, str) and side.isdecimal())]
     if len(numbers) != len(sides) or len(numbers) not in (1, 2) or min(numbers) < 1:
@@ -20,21 +20,22 @@ Size = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(
 
 
 class DataConfig(BaseModel):
-    """Which data to train on; `open_data` turns it into a data set.
+    """The data to train on; `tokdyn.data.open_data` opens the data set.
 
     Attributes:
-        kind: "shapes" (procedural), "images" (folder or zip with class folders) or "latents" (`tokdyn features`).
-        path: folder or zip file; images and latents need it.
-        size: pixels, one number or (rows, columns), also written "32x48". Images need it, shapes take 32 by default,
-            and latents have their own, which a size given here must equal.
-        channels: 1 grey, 3 colour, 4 colour and alpha (shapes: four colour channels). Latents have their own.
-        flip: mirror half of the samples left to right, drawn anew for every epoch.
-        on_error: "raise" stops at the first unreadable image, "skip" leaves such images out with a warning.
+        kind: "shapes" (procedural images), "images" (folder or zip with class folders) or "latents" (written by
+            `tokdyn features`).
+        path: folder or zip file; required for images and latents.
+        size: image size in pixels, one number or (rows, columns), also written "32x48". Required for images; 32 by
+            default for shapes; latents have a size of their own, in latent pixels, which a size given here must equal.
+        channels: 1 grey, 3 colour, 4 colour and alpha (shapes: four colour channels). Ignored for latents.
+        flip: mirror each sample left to right with probability 1/2, drawn anew in every epoch.
+        on_error: "raise" stops at the first unreadable image; "skip" leaves such images out with a warning.
         seed: seed of the procedural shapes.
         num_classes: expected number of classes. 1 puts all images into one class; shapes may have 1 to 10.
         length: samples in one epoch of the procedural shapes.
         in_memory: hold decoded images in memory as bytes; None does so if they take at most `memory_limit` bytes.
-        memory_limit: bytes that decoded images may take when `in_memory` is None; 2 GiB by default.
+        memory_limit: bytes that decoded images may take if `in_memory` is None; 2 GiB by default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,5 +54,5 @@ class DataConfig(BaseModel):
 
 
 def rows_and_columns(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (rows, columns) of a size that may be a single number."""
+    """Return a size as (rows, columns); a single number stands for a square."""
     return (size, size) if isinstance(size, int) else size

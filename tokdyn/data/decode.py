@@ -1,4 +1,4 @@
-"""Decodes image files to pixels of a given size, whatever their mode and orientation."""
+"""Decode image files of any mode and orientation to pixels of a given size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from tokdyn.errors import DataError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_ELONGATED = 64  # an image is cropped before it is resized if resizing all of it gives more than 64 times the pixels
+_ELONGATED = 64  # an image is cropped while it is resized if resizing all of it gave over 64 times the pixels needed
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> the transposition that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,7 +28,7 @@ _UPRIGHT = {  # EXIF orientation -> the transposition that turns the image uprig
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on damaged files, depending on the format and on where the damage is.
+# Exceptions of Pillow's decoders on damaged files, depending on the format and on the place of the damage.
 _DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
     struct.error, zlib.error,
@@ -37,9 +37,9 @@ _DAMAGE = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Pillow's warnings about odd tags and damaged EXIF blocks; unreadable files still raise.
+    """Return a context that silences Pillow's warnings about odd tags and damaged EXIF blocks. Errors still raise.
 
-    The list of warning filters belongs to the process, so wrap this around the threads that decode, not inside them.
+    All threads of a process share its warning filters, so enter the context outside the threads that decode.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -49,14 +49,14 @@ def quiet() -> Iterator[None]:
 def decode(content: bytes, name: str, size: tuple[int, int] | None, channels: int) -> NDArray[np.uint8]:
     """Decode an image file, turn it upright, resize it and crop its centre.
 
-    Transparent pixels are put on white, unless four channels keep the alpha. Samples of 16 bits are scaled to 8, colour
+    Transparent pixels are blended with white, unless there are 4 channels. 16-bit values are scaled to 8 bits, colour
     profiles are ignored, and of an animation the first frame is decoded.
 
     Args:
         content: the bytes of the file.
-        name: name of the file in error messages.
+        name: name of the file, for error messages.
         size: (rows, columns) of the result; None leaves the image at its own size.
-        channels: 1 grey, 3 RGB, 4 RGBA.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Returns:
         (channels, rows, columns) uint8.
@@ -72,23 +72,22 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None, channels: in
         pixels = np.array(picture).reshape(picture.height, picture.width, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"{name}: the image has more pixels than are decoded safely ({error}). If it is meant to be that large, "
-            "shrink it; otherwise remove it, or skip it with on_error=skip."
+            f"{name} has more pixels than can be decoded safely ({error}): shrink it, remove it, or skip it with "
+            "on_error=skip."
         ) from error
     except _DAMAGE as error:
         reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{name}: not a readable image ({reason}). Repair or remove it, or skip such files with on_error=skip."
+            f"{name} is not a readable image ({reason}): repair or remove it, or skip such files with on_error=skip."
         ) from error
     return np.ascontiguousarray(rearrange(pixels, "rows columns channels -> channels rows columns"))
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an image to cover `size` and crop the centre, as ADM (2105.05233) and DiT (2212.09748) prepare theirs.
+    """Resize an image to cover `size` and crop its centre, as ADM (arXiv 2105.05233) and DiT (2212.09748) do.
 
-    The image is halved with a box filter while both sides stay at least as long as the target's, then resized with a
-    bicubic filter so that one side matches and the other one covers, then cropped. For a square target this is the rule
-    of those papers.
+    The image is halved with a box filter as long as both sides stay at least as long as the target's. Then it is
+    resized with a bicubic filter to the smallest size that covers the target, and cropped.
 
     Args:
         image: an image with 8 bits per channel.
@@ -110,14 +109,20 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _centre_resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
-    """Resize `image` to `size` and crop it at `box`, computing the pixels inside the box only."""
+    """Resize an image to `size` and crop it at `box`, computing only the pixels inside the box.
+
+    Args:
+        image: the image.
+        size: (width, height) to resize to.
+        box: left, top, right and bottom of the crop, in pixels of the resized image.
+    """
     across, down = image.width / size[0], image.height / size[1]
     source = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
     return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC, box=source)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to `mode`, with 8 bits per channel and transparent pixels on white."""
+    """Convert an image to a mode with 8 bits per channel; blend transparent pixels with white unless it is "RGBA"."""
     if image.mode == mode and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -129,7 +134,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """Scale grey images of 16-bit integers (0 to 65535) or of floats (0 to 1, else 0 to 255) to bytes."""
+    """Scale a grey image to bytes from 16-bit integers, or from floats in [0, 1] or, if one is above 1, [0, 255]."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
@@ -138,7 +143,7 @@ def _to_bytes(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Turn the image as the orientation in the file's EXIF block says, if there is one."""
+    """Turn an image upright by the orientation in the EXIF block of `source`, the image as opened from its file."""
     try:
         orientation = source.getexif().get(_ORIENTATION_TAG)
     except _DAMAGE:  # the EXIF block is damaged, the image is not

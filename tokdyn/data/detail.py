@@ -1,4 +1,4 @@
-"""Scores how well the kept tokens cover the detail of an image."""
+"""Score how well the kept tokens cover the detail of an image, given a mask of the pixels that have detail."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tokdyn.errors import DataError
 
 @dataclass(frozen=True)
 class DetailScore:
-    """How well kept tokens cover the detail; all values are means over samples.
+    """The score of a choice of kept tokens; all values are means over samples, between 0 and 1.
 
     Attributes:
         recall: share of the detail pixels that lie in kept tokens.
-        kept: share of tokens kept, which is also the recall expected of a random choice of as many.
-        best: recall of the best choice of as many tokens per sample.
+        kept: kept share, which is also the expected recall of a random choice of equally many tokens.
+        best: largest recall that equally many tokens per sample can reach.
     """
 
     recall: float
@@ -26,7 +26,7 @@ class DetailScore:
 
     @property
     def lift(self) -> float:
-        """Recall as a multiple of chance; a random choice reaches 1."""
+        """Recall divided by that of a random choice of equally many tokens; 0 if no tokens are kept."""
         return self.recall / self.kept if self.kept else 0.0
 
 
@@ -34,15 +34,15 @@ def detail_score(keep: Tensor, grid: tuple[int, int], masks: Tensor) -> DetailSc
     """Score kept tokens against masks of the detail.
 
     Args:
-        keep: (B, N) bool, True where a token is kept, N tokens in raster order.
+        keep: (B, N) bool, True for kept tokens, N tokens in raster order.
         grid: (rows, columns) of tokens, N = rows * columns.
-        masks: (B, H, W) bool, True where there is detail; rows divide H and columns divide W.
+        masks: (B, H, W) bool, True for pixels with detail; H is a multiple of rows and W of columns.
 
     Returns:
         The score over the samples that have any detail.
 
     Raises:
-        DataError: the shapes do not fit each other, or no mask marks any detail.
+        DataError: the shapes contradict each other, or no mask marks any detail.
     """
     rows, columns = grid
     batch, height, width = masks.shape

@@ -1,4 +1,8 @@
-"""Encodes images into the latents of each shard; the result depends neither on batch order nor on interruptions."""
+"""Encode images into latents, shard by shard. A shard is one file of latents.
+
+The noise of a posterior sample depends on the seed and the image alone, so that neither the batches nor an interruption
+change the latents.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,14 @@ from tokdyn.errors import DataError
 
 @dataclass(frozen=True)
 class Encoder:
-    """An autoencoder and its settings.
+    """An autoencoder and its settings; calling it encodes images.
 
     Attributes:
         vae: a diffusers autoencoder for images.
         scaling: scaling that is applied to its latents.
-        posterior: store the "mean" of the posterior, or one "sample" of it.
+        posterior: "mean" encodes to the mean of the posterior, "sample" to one sample of it.
         seed: seed of the samples.
-        dtype: type of the stored latents: fp32, fp16 or bf16.
+        dtype: dtype of the stored latents: fp32, fp16 or bf16.
     """
 
     vae: nn.Module
@@ -37,7 +41,19 @@ class Encoder:
     dtype: Literal["fp32", "fp16", "bf16"]
 
     def __call__(self, images: Tensor, indices: Sequence[int], mirrored: bool) -> Tensor:
-        """Encode images (b, C, H, W) with these numbers, mirrored or not, into the latents (b, c, h, w) to store."""
+        """Encode images into the latents to store.
+
+        Args:
+            images: (b, C, H, W) in [-1, 1].
+            indices: the indices of the b images, which seed the posterior samples.
+            mirrored: whether to mirror the images left to right first.
+
+        Returns:
+            (b, c, h, w) in the dtype `dtype`, on the CPU.
+
+        Raises:
+            DataError: the autoencoder cannot encode the images, or the latents overflow `dtype`.
+        """
         noise = None
         if self.posterior == "sample":
             noise = generators(self.seed, Purpose.POSTERIOR, np.asarray(indices), int(mirrored))
@@ -50,7 +66,13 @@ class Encoder:
 
 
 class Part(NamedTuple):
-    """Content of a shard: latents (n, c, h, w), labels (n,), and latents of mirrored images (n, c, h, w) or None."""
+    """The content of a shard.
+
+    Attributes:
+        latents: (n, c, h, w).
+        labels: (n,) int64.
+        flipped: (n, c, h, w) latents of the mirrored images, or None.
+    """
 
     latents: Tensor
     labels: Tensor
@@ -58,7 +80,7 @@ class Part(NamedTuple):
 
 
 class _Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor, list[int]]]):
-    """Ranges of consecutive images, one range per item."""
+    """A data set whose items are batches: the images of one range of indices each."""
 
     def __init__(self, dataset: Dataset, ranges: Sequence[range]) -> None:
         self.dataset = dataset
@@ -77,19 +99,19 @@ def encode_parts(
     workers: int,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[int, Part]]:
-    """Encode images part by part; a part becomes a shard.
+    """Encode images part by part; each part is the content of one shard.
 
     Args:
         encoder: the autoencoder.
         dataset: the images.
-        parts: image numbers of each part.
+        parts: for each part, the indices of its images.
         batch_size: images per call of the autoencoder.
         flip: encode the mirrored images as well.
-        workers: processes that decode images.
+        workers: number of processes that decode images; 0 decodes in this process.
         advance: called with the number of images finished since its last call.
 
     Yields:
-        Number and content of each part that has a readable image.
+        The index and the content of each part. Unreadable images are left out, and so is a part without a readable one.
     """
     starts = [(number, at) for number, part in enumerate(parts) for at in range(0, len(part), batch_size)]
     batches = _Batches(dataset, [parts[number][at : at + batch_size] for number, at in starts])
@@ -97,7 +119,7 @@ def encode_parts(
     done: list[Part] = []
     for (number, at), (images, labels, used) in zip(starts, loader, strict=True):
         wanted = parts[number][at : at + batch_size]
-        # An unreadable image was replaced by a readable one, which is encoded under its own number.
+        # The data set reads another image in place of an unreadable one; that image is encoded under its own index.
         kept = [place for place, (want, use) in enumerate(zip(wanted, used, strict=True)) if want == use]
         if kept:
             images, numbers = images[kept], [wanted[place] for place in kept]
@@ -110,6 +132,7 @@ def encode_parts(
 
 
 def _joined(parts: Sequence[Part]) -> Part:
+    """Concatenate the batches of a part."""
     flipped = [part.flipped for part in parts if part.flipped is not None]
     latents, labels = torch.cat([part.latents for part in parts]), torch.cat([part.labels for part in parts])
     return Part(latents, labels, torch.cat(flipped) if flipped else None)

@@ -1,4 +1,4 @@
-"""Opens the data set that the data section of a recipe describes."""
+"""Open the data set that the section `data` of a recipe describes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def open_data(config: DataConfig) -> Dataset:
     """Open the data set that a config describes.
 
     Args:
-        config: the data section of a recipe.
+        config: the section `data` of a recipe.
 
     Returns:
-        The data set; a small set of images is decoded and held in memory.
+        The data set. Images are decoded here if they are to be held in memory (`config.in_memory`).
 
     Raises:
-        DataError: the data are missing, empty or damaged, or do not fit the config.
+        DataError: the data are missing, empty or damaged, or contradict the config.
     """
     if config.kind == "shapes":
         if config.path is not None:
             raise DataError(
-                f"path={config.path} has no effect on kind=shapes, which are drawn: set kind=images or kind=latents."
+                f"path={config.path} has no effect with kind=shapes, which are drawn: remove path, or set kind=images "
+                "or kind=latents."
             )
         size = rows_and_columns(config.size or _DEFAULT_SIZE)
         return ShapesDataset(size, config.channels, config.num_classes, config.seed, config.length)
@@ -50,14 +51,17 @@ def open_data(config: DataConfig) -> Dataset:
 
 
 def _open_latents(config: DataConfig, path: str) -> LatentDataset:
+    """Open latents, and check that they have the size, the classes and the mirrored copies that the config asks for."""
     latents = LatentDataset(path)
     if config.size is not None and rows_and_columns(config.size) != latents.shape[1:]:
         rows, columns = latents.shape[1:]
-        raise DataError(f"The latents in {path} are {rows}x{columns}, not size={config.size}: leave data.size out.")
+        raise DataError(
+            f"The latents in {path} are {rows}x{columns}, but data.size={config.size}: correct data.size or remove it."
+        )
     if config.num_classes is not None and config.num_classes != latents.num_classes:
         raise DataError(
-            f"The latents in {path} have {latents.num_classes} classes, not num_classes={config.num_classes}: correct "
-            "data.num_classes or leave it out."
+            f"The latents in {path} have {latents.num_classes} classes, but data.num_classes={config.num_classes}: "
+            "correct data.num_classes or remove it."
         )
     if config.flip:
         latents.require_flip()

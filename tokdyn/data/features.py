@@ -1,4 +1,4 @@
-"""`tokdyn features`: encodes a data set once, so that training reads latents instead of images."""
+"""Encode a data set once, so that training reads latents instead of images (`tokdyn features`)."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ class FeaturesConfig(BaseModel):
     """Settings of `tokdyn features`.
 
     Attributes:
-        path: folder or zip of images.
+        path: folder or zip of images; required for kind=images.
         vae: folder or hub id of a diffusers autoencoder.
-        out: folder for the latents; the same command resumes one that was interrupted.
-        subfolder: folder of the autoencoder below `vae`; by default `vae` itself, then its "vae".
-        kind: "images" or "shapes".
-        size: pixels, one number or (rows, columns), also written "256x384".
+        out: folder for the latents. The same command continues after an interruption.
+        subfolder: folder of the autoencoder below `vae`; None looks in `vae` itself, then in its folder "vae".
+        kind: "images", or "shapes" (procedural images).
+        size: image size in pixels, one number or (rows, columns), also written "256x384".
         channels: channels of the images.
-        num_classes: expected number of classes, as for training.
-        on_error: "raise" stops at an unreadable image, "skip" leaves it out.
+        num_classes: expected number of classes; 1 puts all images into one class.
+        on_error: "raise" stops at an unreadable image; "skip" leaves it out.
         length: number of procedural shapes.
         seed: seed of procedural shapes and of posterior samples.
-        posterior: store the "mean" of the posterior or one "sample".
-        flip: store the latents of the mirrored images as well.
-        dtype: stored type: fp32, fp16 or bf16.
-        scaling_factor: replaces the autoencoder's own.
-        shift_factor: replaces the autoencoder's own.
+        posterior: store the "mean" of the posterior, or one "sample" of it.
+        flip: store the latents of the mirrored images as well, so that training can mirror samples.
+        dtype: dtype of the stored latents: fp32, fp16 or bf16.
+        scaling_factor: scaling factor to use in place of the autoencoder's own.
+        shift_factor: shift to use in place of the autoencoder's own.
         batch_size: images per call of the autoencoder.
         shard_size: images per file.
-        workers: processes that decode images.
-        device: "auto", "cpu", "cuda", "cuda:1" ...
-        vae_dtype: type that the autoencoder computes in: fp32, fp16 or bf16.
+        workers: number of processes that decode images; 0 decodes in the main process.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
+        vae_dtype: dtype that the autoencoder computes in: fp32, fp16 or bf16.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,22 +88,22 @@ class FeaturesConfig(BaseModel):
 
     @property
     def data(self) -> DataConfig:
-        """The images to encode, decoded on demand because each is used once."""
+        """The settings of the data set to encode. Images are decoded on demand, because each is used once."""
         names = ("kind", "path", "size", "channels", "num_classes", "on_error", "length", "seed")
         return DataConfig(**{name: getattr(self, name) for name in names}, in_memory=False)
 
 
 @dataclass(frozen=True)
 class FeaturesReport:
-    """Outcome of `write_features`.
+    """The result of `write_features`.
 
     Attributes:
         out: folder of the latents.
-        count: samples in it, flipped copies not counted.
-        skipped: unreadable images that were left out.
+        count: number of samples, mirrored copies not counted.
+        skipped: number of unreadable images that were left out.
         shape: (c, h, w) of a latent.
         shards: number of files.
-        resumed: files that an earlier run had already written.
+        resumed: number of files that existed already.
         size: bytes of all files.
     """
 
@@ -121,17 +121,16 @@ def write_features(
 ) -> FeaturesReport:
     """Encode a data set into latents that `LatentDataset` reads.
 
-    Each shard is written to a temporary file and renamed, and `index.json` comes last. After an interruption the same
-    call writes the missing shards and ends with the same files: the noise of a posterior sample is a pure function of
-    (seed, image number, mirrored), and no batch reaches across shards.
+    Each shard, a file of latents, is written to a temporary file and renamed, and `index.json` is written last. After
+    an interruption the same call writes the missing shards, and the files are the same as without the interruption.
 
     Args:
         config: the settings.
-        vae: an autoencoder to use as it is, instead of loading `config.vae`.
-        dataset: images to encode, instead of opening `config.data`.
+        vae: autoencoder to use in place of `config.vae`; it keeps its device and dtype.
+        dataset: images to encode in place of `config.data`.
 
     Returns:
-        The outcome.
+        What was written.
 
     Raises:
         DataError: the images or the autoencoder cannot be used, or the folder holds other latents.
@@ -144,14 +143,15 @@ def write_features(
     channels = cast(Any, vae).config.get("in_channels")
     if channels is not None and channels != dataset.shape[0]:
         raise DataError(
-            f"{type(vae).__name__} takes images of {channels} channels, but these have {dataset.shape[0]}: set "
+            f"{type(vae).__name__} takes images with {channels} channels, but these have {dataset.shape[0]}: set "
             f"channels={channels} or use another autoencoder."
         )
     encoder = Encoder(vae, _scaling(config, vae), config.posterior, config.seed, config.dtype)
     fingerprint = _fingerprint(config, encoder, source, dataset)
     if (folder / INDEX).exists() and read_index(folder).fingerprint != fingerprint:
         raise DataError(
-            f"{folder} holds latents of other images or settings: choose another out, or delete the folder."
+            f"{folder} holds latents that were made from other images or settings: choose another out, or delete the "
+            "folder."
         )
     starts = range(0, len(dataset), config.shard_size)
     parts = [range(start, min(start + config.shard_size, len(dataset))) for start in starts]
@@ -164,7 +164,7 @@ def write_features(
         settings = (config.batch_size, config.flip, config.workers)
         for number, part in encode_parts(encoder, dataset, missing_parts, *settings, advance):
             write_shard(paths[missing[number]], *part, fingerprint)
-    paths = [path for path in paths if path.exists()]  # a part without any readable image has no file
+    paths = [path for path in paths if path.exists()]  # a part without a readable image has no file
     shards = [open_shard(path, config.dtype, config.flip, fingerprint) for path in paths]
     index = LatentIndex(
         fingerprint=fingerprint,
@@ -191,7 +191,7 @@ def write_features(
 
 
 def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Module, VaeIdentity]:
-    """Return the autoencoder, in evaluation mode on its device, and its identity."""
+    """Return the autoencoder in evaluation mode, and its identity; load it from `config.vae` if `vae` is None."""
     loaded = None
     if vae is None:
         if config.vae is None:
@@ -207,7 +207,7 @@ def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Modu
 
 
 def _scaling(config: FeaturesConfig, vae: nn.Module) -> LatentScaling:
-    """Return the autoencoder's scaling, with the replacements of the config."""
+    """Return the autoencoder's scaling, with the factor and the shift of the config in place of its own."""
     scaling = scaling_of(vae)
     if config.scaling_factor is not None:
         scaling = scaling.model_copy(update={"factor": config.scaling_factor})
@@ -217,7 +217,7 @@ def _scaling(config: FeaturesConfig, vae: nn.Module) -> LatentScaling:
 
 
 def _fingerprint(config: FeaturesConfig, encoder: Encoder, source: VaeIdentity, dataset: Dataset) -> str:
-    """Return a hash of everything that decides the stored values."""
+    """Return a hash of everything that the stored latents depend on."""
     deciding = {
         "data": dataset.identity(), "vae": source.sha256, "vae_dtype": str(next(encoder.vae.parameters()).dtype),
         "scaling": encoder.scaling.model_dump(), "posterior": config.posterior, "seed": config.seed,
@@ -227,7 +227,7 @@ def _fingerprint(config: FeaturesConfig, encoder: Encoder, source: VaeIdentity, 
 
 
 def _is_complete(path: Path, config: FeaturesConfig, fingerprint: str) -> bool:
-    """Return whether a shard is already written; a damaged one is not and will be written again."""
+    """Return whether a shard exists and is undamaged; raise a DataError if it belongs to other latents."""
     if not path.exists():
         return False
     try:

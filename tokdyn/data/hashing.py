@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a value depends only on its key, never on what was drawn before it.
+"""Draw counter-based random numbers: a number depends only on its key, not on what was drawn before it.
 
-The mixer is the SplitMix64 finaliser (Steele, Lea, Flood 2014). It is spelled out in integer arithmetic, so the data
-order of a run stays the same across library versions and machines.
+A key is (seed, purpose, counters). Its parts are mixed by the finaliser of SplitMix64 (Steele, Lea, Flood 2014), which
+is written out in integer arithmetic so that the order of the data is the same on all machines and library versions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 class Purpose(IntEnum):
-    """What a random number is for; numbers for different purposes are independent."""
+    """The purpose of a random number. Numbers for different purposes are independent."""
 
     SHAPE = 1
     ORDER = 2
@@ -29,6 +29,7 @@ class Purpose(IntEnum):
 
 
 def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Apply one step of SplitMix64 to each element."""
     state = state + _STEP
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND
@@ -40,7 +41,7 @@ def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint
 
     Args:
         seed: any integer.
-        purpose: what the bits are for.
+        purpose: the purpose of the bits.
         *counters: non-negative integers or arrays of them, broadcast against each other.
 
     Returns:
@@ -60,13 +61,13 @@ def uniform(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.flo
 def generators(seed: int, purpose: Purpose, *counters: ArrayLike) -> list[torch.Generator]:
     """Return one torch generator on the CPU for every key; arguments as in `hashed`.
 
-    A CPU generator reads the low 32 bits of its seed only, so the parts of a key are mixed and not put side by side.
+    A CPU generator reads only the low 32 bits of its seed, so the parts of a key are mixed, not put side by side.
     """
     bits = hashed(seed, purpose, *counters) >> np.uint64(1)  # torch takes seeds below 2**63
     return [torch.Generator().manual_seed(value) for value in bits.tolist()]
 
 
 def permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
-    """Return the order of epoch `epoch`: a permutation of range(length), a pure function of its arguments."""
+    """Return the order of the samples in an epoch, a permutation of range(length) that the arguments alone decide."""
     keys = hashed(seed, Purpose.ORDER, epoch, np.arange(length, dtype=np.uint64))
     return np.argsort(keys, kind="stable").astype(np.int64)

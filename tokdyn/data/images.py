@@ -1,4 +1,4 @@
-"""Image folders and zips with one folder per class."""
+"""Read images from a folder or zip with one folder per class, as a data set."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tokdyn.data.preload import decode_all
 from tokdyn.data.sources import EXTENSIONS, Source
 from tokdyn.errors import DataError
 
-_NAMED = 5  # how many broken files a warning names
+_NAMED = 5  # number of files or classes that a message lists
 
 
 class ImageDataset(Dataset):
     """Images of a folder or zip, resized and centre-cropped, labelled by the first folder of their path.
 
-    Images at the root form one class "all"; `tokdyn.data.classes` numbers the folders. Decoded images are held as bytes
-    if they fit into the memory limit; unreadable images are then found at the start, and "skip" leaves them out. Larger
-    sets are decoded on demand, and "skip" puts the next readable image in the place of an unreadable one, so that the
-    length of an epoch does not depend on what has been read so far.
+    `tokdyn.data.classes` numbers the folders; if no image is in a folder, all form one class "all". Small sets are
+    decoded at the start and held in memory as bytes; with on_error "skip", unreadable images are then left out. Larger
+    sets are decoded on demand; with "skip", the next readable image is then read in place of an unreadable one, so that
+    the length of an epoch does not depend on what has been read so far.
     """
 
     def __init__(
@@ -46,11 +46,15 @@ class ImageDataset(Dataset):
         Args:
             source: folder or zip of images.
             size: (rows, columns) in pixels.
-            channels: 1, 3 or 4.
+            channels: 1 (grey), 3 (RGB) or 4 (RGBA).
             num_classes: expected number of classes; 1 puts all images into one class "all".
-            on_error: "raise" at an image that cannot be read, or "skip" it.
+            on_error: "raise" the error of an unreadable image, or "skip" the image with a warning.
             in_memory: hold decoded images in memory; None does so if they take at most `memory_limit` bytes.
-            memory_limit: bytes that decoded images may take when `in_memory` is None.
+            memory_limit: bytes that decoded images may take if `in_memory` is None.
+
+        Raises:
+            DataError: there are no images, only some of them are in class folders, the number of classes is not the
+                expected one, or an image cannot be read.
         """
         self.source = source
         self.shape = (channels, *size)
@@ -83,17 +87,18 @@ class ImageDataset(Dataset):
         return to_signed(pixels, flips), torch.from_numpy(self.labels[used]), used
 
     def identity(self) -> dict[str, object]:
-        """Describe the content: names, labels and geometry."""
+        """Return a description of the content: file names, labels and shape. See `Dataset.identity`."""
         listing = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
         digest = sha256(listing.encode(errors="surrogateescape"))  # names need not be valid UTF-8
         return {"kind": "images", "shape": list(self.shape), "files": digest.hexdigest()}
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
+        """Return one image (C, H, W)."""
         name = self.names[index]
         return decode(self.source.read(name), f"{name} in {self.source.path}", self.shape[1:], self.shape[0])
 
     def _next_readable(self, index: int) -> tuple[int, NDArray[np.uint8]]:
-        """Decode an image, or with on_error "skip" the first readable one from it on."""
+        """Return an image (C, H, W) and its index; with on_error "skip", the first readable image from `index` on."""
         for place in range(index, index + len(self)):
             place %= len(self)
             if self.names[place] in self._broken:
@@ -110,7 +115,7 @@ class ImageDataset(Dataset):
         raise DataError(f"None of the {len(self)} images in {self.source.path} can be read.")
 
     def _load(self) -> None:
-        """Decode all images into memory; leave out the broken ones, or raise the error of the first."""
+        """Decode all images into memory; with on_error "skip" leave out unreadable ones, otherwise raise an error."""
         with quiet():
             title, stop = f"Decoding {self.source.path.name}", self.on_error == "raise"
             pixels, broken = decode_all(self._decode, len(self.names), self.shape, title, stop)
@@ -122,7 +127,7 @@ class ImageDataset(Dataset):
         self._pixels = pixels
 
     def _leave_out(self, broken: dict[int, DataError]) -> None:
-        """Remove broken images from the list with a warning; classes keep their numbers."""
+        """Remove unreadable images from the list, with a warning. The labels of the others do not change."""
         if len(broken) == len(self.names):
             raise DataError(f"None of the {len(self)} images in {self.source.path} can be read: {broken[0]}")
         names = [self.names[index] for index in broken]
@@ -138,7 +143,12 @@ class ImageDataset(Dataset):
 
 
 def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return the class names and the label of every file; refuse files that lie partly in class folders."""
+    """Return the class names and the labels (N,) of N files.
+
+    Raises:
+        DataError: there are no files, only some of them are in class folders, or the number of classes is not
+            `num_classes`.
+    """
     if not names:
         extensions = " ".join(sorted(EXTENSIONS))
         raise DataError(f"{source.path} holds no images: give files ending in one of {extensions}, in class folders.")
@@ -148,7 +158,7 @@ def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple
     elif at_root:
         raise DataError(
             f"{source.path} holds {len(at_root)} image(s) beside its class folders, such as {at_root[0]}: move them "
-            "into a class folder or away, or set num_classes=1 to put all images into one class."
+            "into a class folder, remove them, or set num_classes=1 to put all images into one class."
         )
     else:
         classes = class_folders(names)
@@ -157,7 +167,7 @@ def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple
         shown = ", ".join(classes.names[:_NAMED]) + (", ..." if count > _NAMED else "")
         raise DataError(
             f"{source.path} holds {count} class folder(s) ({shown}), but num_classes={num_classes}: correct "
-            "num_classes or leave it out."
+            "num_classes or remove it."
         )
     nested = {name.split("/", 2)[1] for name in names if name.count("/") >= 2}
     if num_classes != 1 and count == 1 and len(nested) > 1 and all(name.count("/") >= 2 for name in names):

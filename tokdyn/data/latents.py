@@ -1,4 +1,4 @@
-"""Precomputed latents as a data set, memory-mapped."""
+"""Read the latents that `tokdyn features` wrote, as a memory-mapped data set."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from tokdyn.errors import DataError
 
 
 class LatentDataset(Dataset):
-    """Latents that `tokdyn features` wrote, scaled and ready for a model.
+    """Latents that `tokdyn features` wrote, already scaled as model inputs.
 
-    Shards are mapped, not loaded: only requested samples are read, and each is compared with its checksum. `index`
-    names the autoencoder that decodes them and the scaling that was applied.
+    The files are mapped into memory: a sample is read when it is requested, and then compared with its checksum.
+
+    Attributes:
+        folder: folder of the latents.
+        index: content of index.json, which names the autoencoder and the scaling.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -29,7 +32,7 @@ class LatentDataset(Dataset):
             folder: the `out` of `tokdyn features`.
 
         Raises:
-            DataError: something is missing, damaged or does not belong together.
+            DataError: a file is missing, is damaged, or belongs to other latents.
         """
         self.folder = Path(folder).expanduser()
         self.index: LatentIndex = read_index(self.folder)
@@ -44,11 +47,11 @@ class LatentDataset(Dataset):
             self._shard(number)
 
     def __len__(self) -> int:
-        """Number of samples, flipped copies not counted."""
+        """Number of samples, mirrored copies not counted."""
         return self.index.count
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
-        """Read latents; see `Dataset.fetch`. A flipped sample is the latent of the mirrored image."""
+        """Read latents; see `Dataset.fetch`. A mirrored sample is the stored latent of the mirrored image."""
         wanted = self._checked(indices, len(self))
         flipped = np.zeros(len(wanted), dtype=np.bool_) if flips is None else np.asarray(flips, dtype=np.bool_)
         if flipped.any():
@@ -67,11 +70,11 @@ class LatentDataset(Dataset):
         return samples, labels, wanted.tolist()
 
     def identity(self) -> dict[str, object]:
-        """Describe the content."""
+        """See `Dataset.identity`."""
         return {"kind": "latents", "fingerprint": self.index.fingerprint, "count": self.index.count}
 
     def _shard(self, number: int) -> dict[str, Tensor]:
-        """Return a shard, mapped once per process."""
+        """Return the tensors of a shard, which is opened once per process."""
         if number not in self._shards:
             entry, index = self.index.shards[number], self.index
             path = self.folder / entry.file

@@ -1,8 +1,9 @@
-"""Outlines of ten shapes as signed distances: negative inside, positive outside, in units of the object's radius.
+"""Compute the outlines of ten shapes as signed distances: negative inside, positive outside.
 
-Every function takes coordinates x (to the right) and y (down), two arrays of equal shape. Shapes lie within the unit
-disc up to a few hundredths, and remain of their class when mirrored or tilted a little. Where an exact distance is not
-needed, the distance to the nearest bounding line is returned instead: it is zero on the same outline.
+Every function takes coordinates x (to the right) and y (down), two arrays of equal shape in units of the shape's
+radius, and returns an array of that shape in the same units. The shapes lie within the unit disc, up to a few
+hundredths, and can still be told apart when they are mirrored or tilted a little. Some distances are those to the
+nearest bounding line, not to the outline itself; both are zero on the outline.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decodes a small set of images once, so that training pays for it only at the start."""
+"""Decode a set of images at once, so that training does not decode them again in every epoch."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from tokdyn.errors import DataError
 from tokdyn.progress import progress
 
 _CHUNK = 64  # images that a thread decodes before it reports progress
-_SLOW = 1e-3  # seconds per image above which threads pay off: below, they mostly wait for the interpreter's lock
+_SLOW = 1e-3  # seconds per image above which threads pay off; below, they mostly wait for the interpreter's lock
 
 
 def decode_all(
     read: Callable[[int], NDArray[np.uint8]], count: int, shape: tuple[int, int, int], title: str, stop: bool
 ) -> tuple[Tensor, dict[int, DataError]]:
-    """Decode images into one tensor, on several threads if that pays off.
+    """Decode images into one tensor, on several threads if decoding is slow.
 
     Args:
-        read: decodes the image (C, H, W) of a number, or raises a DataError.
+        read: called with an index, returns the image (C, H, W) or raises a DataError.
         count: number of images (N).
         shape: (C, H, W).
         title: shown beside the progress bar.
-        stop: stop at the first image that cannot be read.
+        stop: stop soon after the first image that cannot be read.
 
     Returns:
-        Images (N, C, H, W) uint8, undefined where they could not be read, and the errors of those by number, ascending.
+        Images (N, C, H, W) uint8, and the errors of unreadable images by index, in ascending order. The pixels of
+        unreadable images are undefined, and with `stop` those of later images too.
     """
     pixels = torch.empty(count, *shape, dtype=torch.uint8)
     view = pixels.numpy()

@@ -1,4 +1,4 @@
-"""Procedural images: a textured object on a smooth background, with a ground-truth mask of the detail."""
+"""Draw procedural images: a textured shape on a smooth background, with a ground-truth mask of the detail."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Floats = NDArray[np.float32]
 
 
 class ShapesDataset(Dataset):
-    """Endless labelled images of ten shapes; image i is a pure function of (seed, i), and its class is i mod classes.
+    """Endless labelled images of ten shapes. Image i depends on (seed, i) alone, and its class is i mod num_classes.
 
     A shape has a fine texture and an outline of its own colour. The background varies slowly, over about the whole
-    image. In every channel the object is brighter than any background, or darker than any, so the class can always
-    be told from the object, and only from the object. Place, size, tilt, texture and colours are random.
+    image. In every channel the shape is either brighter or darker than all of the background, so that the class can
+    always be told from the shape, and from nothing else. Position, size, tilt, texture and colours are random.
     """
 
     def __init__(
@@ -42,13 +42,18 @@ class ShapesDataset(Dataset):
         Args:
             size: (rows, columns) in pixels, each at least 16.
             channels: number of colour channels.
-            num_classes: use this many of the shapes; None uses all ten.
+            num_classes: number of different shapes; None uses all ten.
             seed: seed of the content.
             length: samples in one epoch; larger indices are valid too.
+
+        Raises:
+            DataError: the size is too small, or there are not so many shapes.
         """
         count = len(OUTLINES) if num_classes is None else num_classes
         if not 1 <= count <= len(OUTLINES):
-            raise DataError(f"num_classes={count}, but shapes come in 1 to {len(OUTLINES)} classes.")
+            raise DataError(
+                f"num_classes={count}, but there are {len(OUTLINES)} shapes: choose 1 to {len(OUTLINES)} classes."
+            )
         if min(size) < SMALLEST_SIDE:
             raise DataError(
                 f"size={size[0]}x{size[1]} is too small for shapes: give at least {SMALLEST_SIDE} pixels a side."
@@ -59,7 +64,7 @@ class ShapesDataset(Dataset):
         self.length = length
 
     def __len__(self) -> int:
-        """Nominal number of images; any non-negative index works."""
+        """Number of images in an epoch; larger indices are valid too."""
         return self.length
 
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
@@ -69,7 +74,7 @@ class ShapesDataset(Dataset):
         return to_signed(torch.from_numpy(self.pixels(wanted)), flips), labels, wanted.tolist()
 
     def identity(self) -> dict[str, object]:
-        """Describe the content."""
+        """See `Dataset.identity`."""
         return {
             "kind": "shapes", "version": 1, "shape": list(self.shape), "classes": self.num_classes,
             "seed": self.seed, "length": self.length,
@@ -84,7 +89,7 @@ class ShapesDataset(Dataset):
         return images
 
     def detail_masks(self, indices: Sequence[int]) -> Tensor:
-        """Return (B, H, W) bool: True on the object with its texture and outline, False on the smooth background."""
+        """Return masks (B, H, W) bool: True on the shape with its texture and outline, False on the background."""
         wanted = self._checked(indices, None)
         masks = np.empty((len(wanted), *self.shape[1:]), dtype=np.bool_)
         for part in self._parts(len(wanted)):
@@ -97,17 +102,21 @@ class ShapesDataset(Dataset):
         return self.detail_masks([index])[0]
 
     def _parts(self, count: int) -> list[slice]:
+        """Divide `count` images into slices that are drawn at once."""
         step = max(1, _PIXELS_AT_ONCE // (self.shape[1] * self.shape[2]))
         return [slice(start, start + step) for start in range(0, count, step)]
 
     def _draws(self, indices: NDArray[np.int64]) -> Floats:
-        """Return the random numbers (B, K, 1, 1) in [0, 1) that decide everything about the images."""
+        """Return the random numbers (B, K, 1, 1) in [0, 1) that the images are drawn from."""
         count = _BASE_DRAWS + _CHANNEL_DRAWS * self.shape[0]
         draws = uniform(self.seed, Purpose.SHAPE, indices[:, None], np.arange(count))
         return draws.astype(np.float32)[:, :, None, None]
 
     def _distance(self, labels: NDArray[np.int64], draws: Floats) -> tuple[Floats, Floats, Floats]:
-        """Return the signed distance to the outline and the coordinates about the object, each (B, H, W) in pixels."""
+        """Return three arrays (B, H, W) in pixels: the signed distance to the outline, and each pixel's coordinates.
+
+        The coordinates are relative to the centre of the shape, along and across its tilted axis.
+        """
         _, rows, columns = self.shape
         radius = (0.30 + 0.12 * draws[:, 0]) * np.float32(min(rows, columns))
         centre_x = radius + draws[:, 1] * (columns - 2 * radius)
@@ -125,7 +134,7 @@ class ShapesDataset(Dataset):
         return distance, along, across
 
     def _draw(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Draw images (B, C, H, W)."""
+        """Draw images (B, C, H, W) uint8."""
         channels, rows, columns = self.shape
         draws = self._draws(indices)
         distance, along, across = self._distance(indices % self.num_classes, draws)
@@ -148,7 +157,14 @@ class ShapesDataset(Dataset):
 
 
 def _texture(along: Floats, across: Floats, period: Floats, draws: Floats) -> Floats:
-    """Return stripes, checks or dots (B, H, W) in [0, 1], with (B, 1, 1) periods in pixels, from four draws."""
+    """Return textures (B, H, W) in [0, 1]: stripes, checks or dots.
+
+    Args:
+        along: (B, H, W) coordinates along the axis of the shape, in pixels.
+        across: (B, H, W) coordinates across it.
+        period: (B, 1, 1) periods in pixels.
+        draws: (B, 4, 1, 1) random numbers in [0, 1): direction, two phases and kind.
+    """
     angle = np.float32(np.pi) * draws[:, 0]
     pitch = np.float32(2 * np.pi) / period
     turn = np.float32(2 * np.pi) * draws[:, 1:3]
@@ -160,7 +176,13 @@ def _texture(along: Floats, across: Floats, period: Floats, draws: Floats) -> Fl
 
 
 def _wave(rows: int, columns: int, draws: Floats) -> Floats:
-    """Return a plane wave (B, H, W) in [-1, 1] of 0.2 to 0.9 periods across the shorter side, from three draws."""
+    """Return plane waves (B, H, W) in [-1, 1], with 0.2 to 0.9 periods per length of the shorter side.
+
+    Args:
+        rows: H.
+        columns: W.
+        draws: (B, 3, 1, 1) random numbers in [0, 1): direction, frequency and phase.
+    """
     angle = np.float32(2 * np.pi) * draws[:, 0]
     pitch = np.float32(2 * np.pi) * (0.2 + 0.7 * draws[:, 1]) / min(rows, columns)
     x, y = np.arange(columns, dtype=np.float32), np.arange(rows, dtype=np.float32)[:, None]

@@ -1,4 +1,7 @@
-"""The files of precomputed latents: `index.json` and safetensors shards with a checksum for every sample."""
+"""Read and write the files of precomputed latents: `index.json`, and shards.
+
+A shard is a safetensors file with some of the samples and a checksum for each of them.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class DamagedShardError(DataError):
-    """A shard does not hold what was written to it."""
+    """Raised if the content of a shard is not what was written to it."""
 
 
 class VaeIdentity(BaseModel):
-    """Identity of the autoencoder that wrote the latents.
+    """The identity of the autoencoder that encoded latents.
 
     Attributes:
-        kind: its class in diffusers.
-        source: the absolute path or the hub id that it was loaded from; None if it was not loaded.
-        subfolder: folder below the source that it was loaded from.
-        sha256: hash of its weights as they were loaded.
+        kind: name of the autoencoder's class in diffusers.
+        source: absolute path or hub id that it was loaded from; None if the caller passed the object itself.
+        subfolder: folder below the source that was asked for; None if none was.
+        sha256: hash of the weights as they were loaded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +48,12 @@ class VaeIdentity(BaseModel):
 
 
 class LatentOrigin(BaseModel):
-    """What decodes latents: the autoencoder that wrote them, and the scaling that was applied."""
+    """What is needed to decode latents.
+
+    Attributes:
+        vae: the autoencoder that encoded them.
+        scaling: the scaling that was applied to them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +62,13 @@ class LatentOrigin(BaseModel):
 
 
 class ShardEntry(BaseModel):
-    """File name, number of samples and number of bytes of one shard."""
+    """One shard in the index.
+
+    Attributes:
+        file: file name.
+        count: number of samples.
+        size: number of bytes of the file.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,14 +83,14 @@ class LatentIndex(BaseModel):
     Attributes:
         format: name of this layout.
         version: version of this layout.
-        fingerprint: hash of everything that decides the values; every shard carries the same one.
-        count: number of samples, flipped copies not counted.
+        fingerprint: hash of everything that the latents depend on; every shard holds the same one.
+        count: number of samples, mirrored copies not counted.
         shape: (c, h, w) of a latent.
-        dtype: type of the stored latents.
+        dtype: dtype of the stored latents.
         flipped: whether the latents of mirrored images are stored as well.
         class_names: one name per label.
         image_size: (rows, columns) of the encoded images in pixels.
-        posterior: "mean" or "sample".
+        posterior: whether the latents are the "mean" or a "sample" of the posterior.
         seed: seed of the posterior samples.
         scaling: scaling that was applied to the stored latents.
         vae: autoencoder that encoded them.
@@ -102,7 +116,7 @@ class LatentIndex(BaseModel):
 
     @property
     def origin(self) -> LatentOrigin:
-        """What decodes these latents."""
+        """The autoencoder and the scaling of these latents."""
         return LatentOrigin(vae=self.vae, scaling=self.scaling)
 
 
@@ -136,7 +150,7 @@ def write_index(folder: Path, index: LatentIndex) -> None:
 
 
 def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
+    """Return the file name of the shard with an index."""
     return f"shard_{number:05d}.safetensors"
 
 
@@ -144,11 +158,11 @@ def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | N
     """Write a shard atomically, so that a shard that exists is complete.
 
     Args:
-        path: of the file.
+        path: path of the file.
         latents: (n, c, h, w).
         labels: (n,) int64.
         flipped: (n, c, h, w) latents of the mirrored images, or None.
-        fingerprint: hash of everything that decides the values.
+        fingerprint: hash of everything that the latents depend on.
     """
     tensors = {"latents": latents.contiguous(), "labels": labels.contiguous()}
     if flipped is not None:
@@ -163,21 +177,22 @@ def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | N
 def open_shard(
     path: Path, dtype: str, flipped: bool, fingerprint: str, shape: tuple[int, int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Map a shard into memory and check that it is what the index describes.
+    """Map a shard into memory and check its layout. Checksums are compared later, by `read_rows`.
 
     Args:
-        path: of the file.
-        dtype: stored type.
-        flipped: whether it must hold flipped copies.
-        fingerprint: fingerprint that it must carry.
-        shape: (c, h, w) of a latent; None for any.
+        path: path of the file.
+        dtype: expected dtype of the latents: fp32, fp16 or bf16.
+        flipped: whether the shard must hold the latents of mirrored images.
+        fingerprint: expected fingerprint.
+        shape: expected (c, h, w) of a latent; None accepts any.
 
     Returns:
-        "latents" (n, c, h, w), "labels" (n,), "latents_crc32" (n,), and with flipped copies "flipped" and
-        "flipped_crc32". Values are read from the file when they are used.
+        The tensors by name: "latents" (n, c, h, w), "labels" (n,) and "latents_crc32" (n,), with `flipped` also
+        "flipped" (n, c, h, w) and "flipped_crc32" (n,). Elements are read from the file when they are used.
 
     Raises:
-        DataError: the shard is missing, damaged, or belongs to other latents.
+        DamagedShardError: the shard is damaged.
+        DataError: the shard is missing, or belongs to other latents.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -204,13 +219,16 @@ def read_rows(path: Path, tensors: Mapping[str, Tensor], name: str, rows: Tensor
     """Read samples of a shard and verify their checksums.
 
     Args:
-        path: path of the shard, for errors.
-        tensors: content of the shard.
+        path: path of the shard, for error messages.
+        tensors: the tensors of the shard, from `open_shard`.
         name: "latents" or "flipped".
-        rows: (b,) int64 numbers of the samples.
+        rows: (b,) int64 indices of the samples within the shard.
 
     Returns:
-        (b, c, h, w) in the stored type, and labels (b,).
+        Latents (b, c, h, w) in the stored dtype, and labels (b,).
+
+    Raises:
+        DamagedShardError: a sample does not match its checksum.
     """
     latents, labels, sums = tensors[name][rows], tensors["labels"][rows], tensors[f"{name}_crc32"][rows].tolist()
     for row, latent, label, expected in zip(rows.tolist(), latents, labels.tolist(), sums, strict=True):
@@ -220,7 +238,7 @@ def read_rows(path: Path, tensors: Mapping[str, Tensor], name: str, rows: Tensor
 
 
 def checksum(latent: Tensor, label: int) -> int:
-    """Return a CRC-32 over the bytes of a contiguous latent and its label."""
+    """Return the CRC-32 of a contiguous latent and its label."""
     return zlib.crc32(latent.reshape(-1).view(torch.uint8).numpy().data, label & 0xFFFFFFFF)
 
 

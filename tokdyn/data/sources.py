@@ -1,4 +1,4 @@
-"""Folders and zips of image files, listed in the same order and read by name."""
+"""List and read the image files of a folder or a zip, in the same order from both."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ EXTENSIONS = frozenset(
 
 
 class Source(Protocol):
-    """A set of image files."""
+    """A folder or zip of image files; `path` is its path."""
 
     path: Path
 
     def names(self) -> list[str]:
-        """Return the image files as paths with forward slashes relative to the root, sorted part by part."""
+        """Return the paths of the image files, relative to the root and with forward slashes, sorted part by part."""
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of one file; raise a DataError that names it."""
+        """Return the bytes of one file; raise a DataError with its name if it cannot be read."""
 
 
 class FolderSource:
-    """Image files below a folder; links are followed."""
+    """The image files below a folder, linked folders included."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class FolderSource:
 
 
 class ZipSource:
-    """Image files in a zip, or in one folder of it; every process that reads opens the archive anew."""
+    """The image files in a zip, or in one folder of it. Each process that reads opens the archive for itself."""
 
     def __init__(self, path: Path, folder: str = "") -> None:
         """Open the archive.
@@ -78,7 +78,9 @@ class ZipSource:
         """Return the image files; see `Source`."""
         names = self._open().namelist()
         if self.folder and not any(name.startswith(self.folder) for name in names):
-            raise DataError(f"There is no folder {self.folder} in {self.path}: leave it out, or correct it.")
+            raise DataError(
+                f"There is no folder {self.folder} in {self.path}: correct it, or give the path of the zip alone."
+            )
         return _images([name.removeprefix(self.folder) for name in names if name.startswith(self.folder)])
 
     def read(self, name: str) -> bytes:
@@ -89,7 +91,7 @@ class ZipSource:
             raise DataError(f"{name} in {self.path} cannot be read: {error}.") from error
 
     def _open(self) -> zipfile.ZipFile:
-        """Return the archive as opened by this process; a file position must not be shared after a fork."""
+        """Return the archive, opened by this process: after a fork, two processes must not share a file position."""
         if self._archive is None or self._archive[0] != os.getpid():
             try:
                 self._archive = (os.getpid(), zipfile.ZipFile(self.path))
@@ -132,6 +134,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def _hidden(part: str) -> bool:
+    """Return whether a part of a path is hidden or is the folder of metadata that macOS adds to zips."""
     return part.startswith(".") or part == "__MACOSX"
 
 

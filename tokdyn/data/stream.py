@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, rank), so that resuming a run needs nothing but the step."""
+"""Draw batches as a function of the seed, the step and the rank, so that a run can resume from the step alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tokdyn.errors import DataError
 
 
 class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """An endless sequence of batches over a data set, shuffled anew in every epoch.
+    """An endless sequence of batches over a data set of n samples, shuffled anew in every epoch.
 
-    Samples are counted through all epochs: sample c is at place c % n of epoch c // n. Step s of all ranks together
-    takes counters s * G to (s + 1) * G - 1 with G = batch_size * world, and each rank takes a contiguous part of them.
-    No sample repeats within an epoch, a batch may span two epochs, and for equal G the ranks together see the same
-    samples whatever their number.
+    A counter numbers the samples of all epochs: counter c is at position c % n of epoch c // n. In step s, all ranks
+    together take the counters s * G to (s + 1) * G - 1, where G = batch_size * world, and each rank takes a contiguous
+    part of them. So no sample repeats within an epoch, a batch may span two epochs, and for the same G the ranks
+    together see the same samples however many there are.
     """
 
     def __init__(
@@ -32,13 +32,16 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         Args:
             dataset: the samples.
             batch_size: samples per step and rank (B).
-            seed: seed of the order and the flips.
-            rank: number of this process, 0 to world - 1.
+            seed: seed of the order and of the flips.
+            rank: rank of this process, 0 to world - 1.
             world: number of processes.
-            flip: mirror each sample with probability 1/2, drawn from (seed, counter).
+            flip: mirror each sample left to right with probability 1/2, drawn from (seed, counter).
+
+        Raises:
+            DataError: a setting is out of range, the data set is empty, or its samples cannot be mirrored.
         """
         if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}: give at least 1.")
+            raise DataError(f"batch_size is {batch_size}: set it to 1 or more.")
         if not 0 <= rank < world:
             raise DataError(f"rank is {rank}, expected 0 to {world - 1} for {world} process(es).")
         if len(dataset) == 0:
@@ -54,14 +57,14 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def counters(self, step: int) -> NDArray[np.int64]:
-        """Return the (B,) sample counters of this rank at `step`."""
+        """Return the counters (B,) of this rank's samples in a step."""
         if step < 0:
             raise IndexError(f"step {step} is negative")
         start = (step * self.world + self.rank) * self.batch_size
         return np.arange(start, start + self.batch_size, dtype=np.int64)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """Return the (B,) sample numbers of this rank at `step`."""
+        """Return the indices (B,) in the data set of this rank's samples in a step."""
         counters = self.counters(step)
         epochs, places = np.divmod(counters, len(self.dataset))
         indices = np.empty_like(counters)
@@ -71,18 +74,18 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return indices
 
     def flips(self, step: int) -> NDArray[np.bool_] | None:
-        """Return (B,) booleans, True where the sample is mirrored at `step`; None without flips."""
+        """Return for a step (B,) booleans, True for samples to mirror; None if `flip` is False."""
         if not self.flip:
             return None
         return (hashed(self.seed, Purpose.FLIP, self.counters(step)) >> np.uint64(63)).astype(np.bool_)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return samples (B, C, H, W) and labels (B,) of this rank at `step`, any non-negative number."""
+        """Return the samples (B, C, H, W) and labels (B,) of this rank in a step, which is any non-negative number."""
         flips = self.flips(step)
         return self.dataset.batch(self.indices(step).tolist(), None if flips is None else flips.tolist())
 
     def epoch(self, step: int) -> float:
-        """Return how many epochs all ranks together have seen before `step`."""
+        """Return the number of epochs, with a fraction, that all ranks together have seen before a step."""
         return step * self.batch_size * self.world / len(self.dataset)
 
     def loader(self, start: int, stop: int, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -91,7 +94,8 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         Args:
             start: first step.
             stop: step after the last one.
-            workers: processes that prepare batches; the batches are the same for any number.
+            workers: number of processes that prepare batches; 0 prepares them in this process. The batches do not
+                depend on it.
         """
         return DataLoader(
             self,
@@ -99,12 +103,12 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             sampler=range(start, stop),
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            # Starting a loader draws a number: not from the global state, which a resumed run has restored.
+            # Starting a loader draws a random number, which must not come from torch's global generator.
             generator=torch.Generator().manual_seed(self.seed & (2**63 - 1)),
         )
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the order of an epoch, caching the last two of them."""
+        """Return the order of the samples (n,) in an epoch; the orders of the last two epochs are cached."""
         if epoch not in self._orders:
             while len(self._orders) > 1:
                 del self._orders[next(iter(self._orders))]

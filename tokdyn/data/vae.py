@@ -1,4 +1,4 @@
-"""Image autoencoders of diffusers: loads them, encodes images to model inputs, decodes model inputs to images."""
+"""Load diffusers' image autoencoders, encode images to latents scaled as model inputs, and decode them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tokdyn.errors import DataError
 
 
 class LatentScaling(BaseModel):
-    """Affine map from an autoencoder's latents z to model inputs: `x = (z - mean) / std * factor`.
+    """The affine map from an autoencoder's latents z to model inputs: `x = (z - mean) / std * factor`.
 
     Attributes:
         factor: the autoencoder's scaling factor.
-        mean: shift, one number or one per channel.
-        std: divisor, one number or one per channel.
+        mean: shift; one element, or one per channel.
+        std: divisor; one element, or one per channel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +49,7 @@ class LatentScaling(BaseModel):
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence warnings and logs of diffusers and the hub's client; errors still raise."""
+    """Return a context that silences warnings and logs of diffusers and the hub's client. Errors still raise."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -66,14 +66,14 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
     """Load any diffusers autoencoder for images.
 
     Args:
-        path: folder of `save_pretrained`, of a pipeline, or an id on the hub.
-        subfolder: folder of the autoencoder below `path`; None looks at `path` itself and then at its "vae".
+        path: folder of `save_pretrained`, folder of a pipeline, or hub id.
+        subfolder: folder of the autoencoder below `path`; None looks in `path` itself, then in its folder "vae".
 
     Returns:
         The autoencoder in evaluation mode, in float32 on the CPU.
 
     Raises:
-        DataError: nothing can be loaded from there, or it is not an autoencoder.
+        DataError: nothing can be loaded from the path, or it is not an autoencoder for images.
     """
     import diffusers
 
@@ -103,7 +103,7 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
 def scaling_of(vae: nn.Module) -> LatentScaling:
     """Read the scaling from the config of an autoencoder.
 
-    Per-channel statistics count only for autoencoders with a posterior; the others apply them while encoding.
+    The means and deviations per channel are read only for autoencoders with a posterior; others apply them in `encode`.
     """
     config: Any = vae.config
     factor = config.get("scaling_factor")
@@ -118,19 +118,20 @@ def scaling_of(vae: nn.Module) -> LatentScaling:
 def encode(
     vae: nn.Module, images: Tensor, scaling: LatentScaling, generators: Sequence[torch.Generator] | None = None
 ) -> Tensor:
-    """Encode images to model inputs.
+    """Encode images to latents, scaled as model inputs.
 
     Args:
         vae: a diffusers autoencoder for images.
-        images: (B, C, H, W) in [-1, 1], on the device and of the dtype of the autoencoder.
+        images: (B, C, H, W) in [-1, 1], on the device and in the dtype of the autoencoder.
         scaling: scaling to apply to the latents.
-        generators: B generators that sample the posterior; None takes its mean.
+        generators: B generators on the CPU to sample the posterior with, one per image; None takes the mean of the
+            posterior.
 
     Returns:
         (B, c, h, w) float32.
 
     Raises:
-        DataError: the autoencoder does not take such images, or does not give finite latents (B, c, h, w).
+        DataError: the autoencoder cannot encode the images, or does not give finite latents (B, c, h, w).
     """
     try:
         with torch.no_grad():
@@ -174,7 +175,7 @@ def encode(
 
 
 def decode(vae: nn.Module, inputs: Tensor, scaling: LatentScaling) -> Tensor:
-    """Decode model inputs (B, c, h, w) to images (B, C, H, W) float32 in [-1, 1]."""
+    """Decode scaled latents (B, c, h, w) to images (B, C, H, W), float32 in [-1, 1], on the autoencoder's device."""
     weight = next(vae.parameters())
     with torch.no_grad():
         latents = scaling.invert(inputs.to(weight.device, torch.float32)).to(weight.dtype)
@@ -182,10 +183,10 @@ def decode(vae: nn.Module, inputs: Tensor, scaling: LatentScaling) -> Tensor:
     return images.float().clamp(-1, 1)
 
 
-def weights_digest(vae: nn.Module) -> str:
-    """Return a SHA-256 over names, shapes, types and values of all weights."""
+def weights_digest(model: nn.Module) -> str:
+    """Return a SHA-256 over the names, shapes, dtypes and elements of a module's parameters and buffers."""
     digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

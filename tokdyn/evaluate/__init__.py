@@ -1,7 +1,8 @@
-"""Measuring generated images: Frechet distance, class score, kernel distance, precision, recall, class accuracy.
+"""Measure generated images: Frechet distance, class score, kernel distance, precision, recall, class accuracy.
 
-The formulas are torch-fidelity's. The numbers are called FID, IS and KID only if the published Inception network made
-them; with any other network they carry its name.
+The formulas are torch-fidelity's. The first three are called FID, IS and KID only if they were measured with the
+published Inception network; otherwise their names say which network it was, as in `frechet_distance[NETWORK]`. An
+extractor is a network that maps images to the features (and logits) that the metrics are computed from.
 """
 
 from tokdyn.evaluate.config import EvalConfig

@@ -1,4 +1,4 @@
-"""Settings of `tokdyn eval`: one strict, immutable model."""
+"""The settings of `tokdyn eval`, checked by pydantic; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMM_PREFIX = "timm:"
 
 
 def _split_commas(value: object) -> object:
-    """Split `frechet,kid`, as it is typed on a command line, into a list."""
+    """Split a string such as "frechet,kid" into a list; other values are returned unchanged."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
@@ -24,30 +24,31 @@ class EvalConfig(BaseModel):
     """Settings of one evaluation.
 
     Attributes:
-        generated: Images to judge: a folder, a zip, or an npz with `arr_0` uint8 (N, H, W, 3) and, if the samples are
-            conditional, `arr_1` integer labels (N,).
+        generated: Images to measure: a folder, a zip, or an npz with `arr_0` uint8 (N, H, W, 3) and, if the images have
+            classes, `arr_1` integer labels (N,).
         reference: Images to compare with (folder, zip, npz), or statistics: a file written through `cache`, or an npz
-            with `mu` (F,) and `sigma` (F, F). `score` and `class_accuracy` do without one.
-        extractor: `inception` (the network of FID), the path of a TorchScript file, or `timm:NAME`. A TorchScript file
-            is a program: use only files you trust.
+            with `mu` (F,) and `sigma` (F, F). `score` and `class_accuracy` need no reference.
+        extractor: Network that computes the features: `inception` (the network of FID), the path of a TorchScript file,
+            or `timm:NAME`. A TorchScript file is a program: use only files you trust.
         metrics: Metrics to compute; None computes all that the inputs allow.
         batch_size: Images per call of the extractor.
         limit: At most this many generated images, chosen at random with `seed`; None uses all.
-        reference_limit: The same for the reference.
+        reference_limit: At most this many reference images, chosen at random with `seed`; None uses all.
         input_size: Side in pixels that every image is resized to (short side, then centre crop) before the extractor.
             None leaves images at their own size, except that a timm model gets the size it was trained on.
         weights: A local Inception weights file, instead of the downloaded one. Only with `extractor=inception`.
         checkpoint: Local weights of a timm model (safetensors or a state dict), instead of the pretrained ones.
-        cache: A .safetensors file that keeps the reference's features and statistics. It is written if it does not
-            exist, otherwise read instead of the reference images, and refused if extractor or reference differ.
-        kid_subsets: Random subsets that the kernel distance is averaged over (arXiv 1801.01401).
-        kid_subset_size: Images per subset; halved to fit a smaller set, which the result says.
-        score_splits: Parts that the score is averaged over (arXiv 1606.03498); fewer for a small set, which the result
-            says.
+        cache: A .safetensors file for the reference's features and statistics. If it does not exist, it is written;
+            otherwise it is read in place of the reference images, and refused if it belongs to another extractor or
+            reference.
+        kid_subsets: Number of random subsets that the kernel distance is averaged over (arXiv 1801.01401).
+        kid_subset_size: Images per subset; half of the smaller set if that has fewer images, with a note in the result.
+        score_splits: Number of parts that the score is averaged over (arXiv 1606.03498); reduced for a small set, with
+            a note in the result.
         neighbours: k of precision and recall (arXiv 1904.06991).
-        on_error: `raise` stops at the first image that cannot be read, `skip` leaves such images out, which the result
-            says.
-        out: Folder for `evaluation.json`; None writes nothing.
+        on_error: `raise` stops at the first image that cannot be read; `skip` leaves such images out and lists them in
+            the result.
+        out: Folder for `evaluation.json`; None writes no file.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
         seed: Seed of the random choices above.
     """
@@ -77,15 +78,17 @@ class EvalConfig(BaseModel):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         if self.weights is not None and self.extractor != INCEPTION:
-            raise ValueError(f"weights= is for extractor=inception, not for extractor={self.extractor}: leave it out")
+            raise ValueError(f"weights= is for extractor=inception, not for extractor={self.extractor}: remove weights")
         if self.checkpoint is not None and not self.extractor.startswith(TIMM_PREFIX):
             raise ValueError(
-                f"checkpoint= is for extractor=timm:NAME, not for extractor={self.extractor}: leave it out"
+                f"checkpoint= is for extractor=timm:NAME, not for extractor={self.extractor}: remove checkpoint"
             )
         if self.cache is not None and self.cache.suffix != ".safetensors":
             raise ValueError(f"cache= must name a .safetensors file, not {self.cache.name}")
         if self.cache is not None and self.reference is None:
             raise ValueError("cache= keeps the statistics of a reference: give reference= too")
         if self.metrics is not None and not self.metrics:
-            raise ValueError(f"metrics= is empty: name some of {', '.join(METRICS)}, or leave it out for all")
+            raise ValueError(
+                f"metrics= is empty: name some of {', '.join(METRICS)}, or leave the setting out to compute all"
+            )
         return self

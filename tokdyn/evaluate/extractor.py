@@ -1,4 +1,4 @@
-"""Feature extractors: networks that map uint8 images to features and, with a classifier, to logits."""
+"""Run feature extractors: networks that map uint8 images to features and, if they have a classifier, to logits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Forward = Callable[[Tensor], object]
 
 
 class ExtractorInfo(BaseModel):
-    """Identity of an extractor; numbers are comparable only if all of it is equal.
+    """The identity of an extractor. Metrics can be compared only if they were measured with the same extractor.
 
     Attributes:
         kind: Where the network comes from.
-        name: Name that its numbers carry.
+        name: Name of the network, which is part of the names of its metrics.
         sha256: Hash of the weights (Inception), of the program file (TorchScript), or of name and tensors (timm).
         input_size: Side in pixels that images are resized to beforehand; None leaves them at their own size.
-        standard: Whether it is the published Inception network, whose numbers alone are called FID, IS and KID.
+        standard: Whether it is the published Inception network; only its metrics are called FID, IS and KID.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class ExtractorInfo(BaseModel):
     standard: bool = False
 
     def same_network(self, other: ExtractorInfo) -> bool:
-        """Return whether features of both may be compared; a file that was only renamed is the same network."""
+        """Return whether features of the two extractors can be compared. The name does not matter."""
         return (self.kind, self.sha256, self.input_size) == (other.kind, other.sha256, other.input_size)
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network with its identity.
+    """A network together with its identity; calling it computes the features of images.
 
     Attributes:
         info: Identity of the network.
@@ -77,7 +77,7 @@ class Extractor:
         """Compute features and logits of uint8 images (B, 3, H, W).
 
         Raises:
-            CheckpointError: The network cannot take such images, or its output breaks the contract of `forward`.
+            CheckpointError: The network fails on the images, or does not return what `forward` has to return.
         """
         try:
             with torch.inference_mode():
@@ -97,7 +97,11 @@ class Extractor:
 
 
 def _read_outputs(raw: object, count: int, name: str) -> Outputs:
-    """Check what a network returned for `count` images against the contract of `Extractor.forward`."""
+    """Convert what a network returned for `count` images to `Outputs`.
+
+    Raises:
+        CheckpointError: It is not what `Extractor.forward` has to return.
+    """
     features: object
     logits: object
     if isinstance(raw, Tensor):
@@ -117,11 +121,21 @@ def _read_outputs(raw: object, count: int, name: str) -> Outputs:
 
 
 def _matrix(value: object, count: int, name: str, what: str) -> Tensor:
-    """Return `value` as float32 (count, width) on the CPU; reject anything that is not a finite matrix of that size."""
+    """Return a matrix with `count` rows as float32 on the CPU.
+
+    Args:
+        value: Output of the network.
+        count: Number of images.
+        name: The network's name, for error messages.
+        what: "features" or "logits", for error messages.
+
+    Raises:
+        CheckpointError: `value` is not such a matrix, or has NaN or infinite elements.
+    """
     if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != count or value.shape[1] == 0:
         raise CheckpointError(
-            f"{name} returned {_describe(value)} as {what} of {count} images, expected one row per image, ({count}, "
-            "width): use an extractor that returns that."
+            f"{name} returned {_describe(value)} as {what} of {count} images, expected a tensor of shape ({count}, "
+            "width): use an extractor that returns one row per image."
         )
     matrix = value.detach().to("cpu", torch.float32)
     if not torch.isfinite(matrix).all():
@@ -130,7 +144,7 @@ def _matrix(value: object, count: int, name: str, what: str) -> Tensor:
 
 
 def _describe(value: object) -> str:
-    """Describe an unexpected output in a short phrase."""
+    """Describe an unexpected output for an error message, such as "a tensor of shape (2, 3, 4)"."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

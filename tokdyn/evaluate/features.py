@@ -1,4 +1,4 @@
-"""Runs an extractor over a set of images."""
+"""Run an extractor over a set of images, in batches of images of one size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokdyn.errors import CheckpointError, DataError
 from tokdyn.evaluate.extractor import Extractor, Outputs
 from tokdyn.evaluate.images import ImageSet, Labels, Pixels
 
-_BATCHES_HELD = 4  # so many batches of images may wait for others of their size before an incomplete batch is run
+_BATCHES_HELD = 4  # so many batches of images may wait for more of their size before an incomplete batch is run
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Extracted:
         logits: (N, C) float32 or None.
         labels: Labels of the N images, or None.
         image_size: (rows, columns) of the extractor's inputs, or None if they differed.
-        unreadable: Error messages of images that were left out.
+        unreadable: Error messages of images that could not be read and were left out.
     """
 
     features: Tensor
@@ -40,7 +40,7 @@ class Extracted:
 
 
 def choose(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Return ascending positions of all `count` images, or of `limit` of them drawn at random without replacement."""
+    """Return the indices of all `count` images, or of `limit` random ones, in ascending order."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
@@ -54,19 +54,22 @@ def extract(
     on_error: Literal["raise", "skip"],
     advance: Callable[[int], None],
 ) -> Extracted:
-    """Run the extractor over the images at `indices`, in batches of one image size; rows keep the order of `indices`.
+    """Run an extractor over some images of a set.
 
     Args:
         images: The set of images.
-        indices: Ascending positions in the set.
+        indices: Ascending indices of the images.
         extractor: The network.
         batch_size: Images per call of the network.
-        on_error: What to do about an image that cannot be read.
+        on_error: Whether to raise the error of an image that cannot be read, or to leave the image out.
         advance: Called with the number of images finished since its last call.
 
+    Returns:
+        One row per image that could be read, in the order of `indices`.
+
     Raises:
-        DataError: An image cannot be read, or fewer than two can.
-        CheckpointError: The network does not take the images, or breaks its contract.
+        DataError: An image cannot be read and `on_error` is "raise", or fewer than two images can be read.
+        CheckpointError: The network fails on the images, or returns something other than features and logits.
     """
     rows = _Rows(len(indices))
     waiting: dict[tuple[int, ...], list[tuple[int, Pixels]]] = {}
@@ -96,17 +99,17 @@ def extract(
                 run(max(waiting, key=lambda shape: len(waiting[shape])))
     for shape in list(waiting):
         run(shape)
-    kept = rows.kept()
-    if len(kept) < 2:
+    written = rows.written()
+    if len(written) < 2:
         raise DataError(f"Fewer than two of the {len(indices)} images in {images.path} can be read: {unreadable[-1]}")
     features, logits = rows.finished()
-    labels = None if images.labels is None else images.labels.at(indices[kept.numpy()])
+    labels = None if images.labels is None else images.labels.at(indices[written.numpy()])
     (size,) = sizes if len(sizes) == 1 else (None,)
     return Extracted(features, logits, labels, None if size is None else (size[0], size[1]), tuple(unreadable))
 
 
 class _Rows:
-    """Rows of features and logits, written batch by batch in any order."""
+    """A matrix of features and one of logits, whose rows are written batch by batch in any order."""
 
     def __init__(self, count: int) -> None:
         self._written = torch.zeros(count, dtype=torch.bool)
@@ -114,7 +117,11 @@ class _Rows:
         self._logits: Tensor | None = None
 
     def write(self, rows: Sequence[int], outputs: Outputs, name: str) -> None:
-        """Write a batch into its rows; every batch must be as wide as the first."""
+        """Write the outputs of a batch into the given rows.
+
+        Raises:
+            CheckpointError: The outputs have another width than those of the first batch; `name` is the network's.
+        """
         count = len(self._written)
         if self._features is None:
             self._features = torch.empty(count, outputs.features.shape[1])
@@ -131,15 +138,15 @@ class _Rows:
                 held[list(rows)] = new
         self._written[list(rows)] = True
 
-    def kept(self) -> Tensor:
-        """Return the ascending positions of the rows written."""
+    def written(self) -> Tensor:
+        """Return the ascending indices of the rows that were written."""
         return self._written.nonzero()[:, 0]
 
     def finished(self) -> tuple[Tensor, Tensor | None]:
-        """Return features and logits of the rows written."""
+        """Return the features and logits of the rows that were written."""
         if self._features is None:
             raise DataError("No image could be read: give at least two readable ones.")
-        kept = self.kept()
-        if len(kept) == len(self._written):
+        written = self.written()
+        if len(written) == len(self._written):
             return self._features, self._logits
-        return self._features[kept], None if self._logits is None else self._logits[kept]
+        return self._features[written], None if self._logits is None else self._logits[written]

@@ -1,4 +1,7 @@
-"""Diffusion loss on held-out images by noise level, with the same noise for every model."""
+"""Measure the diffusion loss on held-out images by noise level, with the same noise for every model.
+
+Held-out images are images that the model was not trained on.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,15 @@ from tokdyn.progress import progress
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Loss of a model on images that it was not trained on.
+    """The loss of a model on held-out images.
 
     Attributes:
-        loss: mean over images and noise levels of the error of the prediction alone, without the variational bound.
-        spread: standard error of that mean over the images.
-        levels: middle of each bin of noise levels; 0 is clean.
+        loss: mean squared error of the predicted noise (or velocity, for a flow) over images and noise levels, without
+            the variational bound.
+        spread: standard error of `loss` over the images.
+        levels: middle of each bin of noise levels; level 0 is the clean image.
         by_level: mean loss in each bin; None for an empty bin.
-        kept: mean share of tokens kept; None for a model that computes every token.
+        kept: mean kept share; None for a model that computes every token.
         images: number of images used.
     """
 
@@ -53,19 +57,21 @@ def held_out_loss(
     bins: int = 10,
     seed: int = 0,
 ) -> HeldOutLoss:
-    """Compute the loss of a model at timesteps and noise that depend on the seed and the image alone.
+    """Compute the loss of a model on held-out images, with timesteps and noise that depend on the seed alone.
 
-    Timesteps are stratified: each of M images gets one from another M-th of the range, assigned at random, so that
-    means over few images are comparable.
+    The timesteps are stratified, so that means over few images can be compared: their range is divided into M equal
+    parts, one for each image at random, and each image gets a random timestep from its part.
 
     Args:
-        model: a `DiT` or `DCDiT`, wrapped or not; it runs in evaluation mode on the device of its weights.
-        objective: objective that it was trained with.
-        dataset: images that it was not trained on.
-        images: M, taken evenly from the dataset.
-        repeats: timesteps and noises per image; repeat r is the first one of the seed + r.
+        model: a `DiT` or `DCDiT`, wrapped or not. It runs in evaluation mode on the device of its weights, and is then
+            put back into its former mode.
+        objective: the objective that the model was trained with.
+        dataset: images that the model was not trained on.
+        images: M, the number of images to use, spread evenly over the dataset; all if there are fewer.
+        repeats: number of timesteps and noises per image; the r-th are those of `repeats=1` with seed + r, from r = 0.
         batch_size: images per call of the model.
-        tail_drop: tail drop of a model that routes tokens; a number, or points (noise level, share).
+        tail_drop: tail drop of a model that takes one: a number, or points (noise level, share) to interpolate between.
+            Other models ignore it.
         bins: number of bins of noise levels.
         seed: seed of timesteps and noise.
 
@@ -74,7 +80,10 @@ def held_out_loss(
     """
     count = min(images, len(dataset))
     if count < 2:
-        raise InputError(f"A held-out loss needs at least 2 images, got {count}: raise images.")
+        raise InputError(
+            f"A held-out loss needs at least 2 images, got {count} (images={images}, {len(dataset)} in the data set): "
+            "raise images, or give more data."
+        )
     indices = [index * len(dataset) // count for index in range(count)]
     device = next(model.parameters()).device
     routes = takes_tail_drop(model)
@@ -105,27 +114,27 @@ def held_out_loss(
 
 
 def _tail_drops(curve: Curve, levels: Tensor) -> float | Tensor:
-    """Return the tail drop, or (B,) tail drops at noise levels (B,) if it depends on them."""
+    """Return the tail drop as a number, or as a tensor (B,) if it depends on the noise levels (B,)."""
     if isinstance(curve, int | float):
         return curve
     return torch.tensor([at(curve, level) for level in levels.tolist()], device=levels.device)
 
 
 def _noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Draw noise (B, *shape) that depends on the seed and on each of the B sample numbers alone."""
+    """Draw noise (B, *shape); the noise of each of the B images depends on the seed and on its index alone."""
     return torch.stack(
         [torch.randn(tuple(shape), generator=own) for own in generators(seed, Purpose.HELD_OUT, np.asarray(indices))]
     )
 
 
 def _timesteps(objective: Objective, share: Tensor) -> Tensor:
-    """Return timesteps at shares (B,) of their range."""
+    """Return the timesteps (B,) at the given positions (B,), from 0 to 1, in the range of the objective's timesteps."""
     timesteps = share * objective.num_train_timesteps
     return timesteps if objective.kind == "flow" else timesteps.long().clamp(max=objective.num_train_timesteps - 1)
 
 
 def _error(objective: Objective, output: Tensor, noised: Any) -> Tensor:
-    """Return the (B,) mean squared error of the prediction."""
+    """Return the mean squared error (B,) of the predicted noise, or of the predicted velocity for a flow."""
     prediction, _ = objective.split(output, noised.x0.shape[1])
     target = noised.noise if objective.kind == "noise" else noised.noise - noised.x0
     error: Tensor = (prediction - target).square().flatten(1).mean(dim=1)
@@ -133,6 +142,7 @@ def _error(objective: Objective, output: Tensor, noised: Any) -> Tensor:
 
 
 def _result(losses: Tensor, levels: Tensor, kept: Tensor | None, bins: int, count: int, repeats: int) -> HeldOutLoss:
+    """Average losses, noise levels and kept shares, each (repeats * count,)."""
     per_image = reduce(losses, "(repeat image) -> image", "mean", image=count)
     place = (levels * bins).long().clamp(0, bins - 1)
     means = [losses[place == number] for number in range(bins)]

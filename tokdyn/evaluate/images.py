@@ -1,4 +1,4 @@
-"""Sets of images to evaluate: a folder, a zip or an npz, at their own or at one common size."""
+"""Read sets of images to evaluate from a folder, a zip or an npz, at their own or at one common size."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ _DECODED_AHEAD = 64  # images that threads decode while the extractor works
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of images.
+    """The labels of a set of images.
 
     Attributes:
-        values: (N,) int64, labels as training numbers them (see `tokdyn.data.classes`), or those of an npz.
-        num_classes: Number of class folders, or None for an npz, which does not say how many classes there are.
-        numbers: Number that the folder of each label is named by; None unless all folders are named by numbers.
+        values: (N,) int64 labels: the index of the image's class folder in sorted order (see `tokdyn.data.classes`), or
+            the label that an npz gives.
+        num_classes: Number of class folders; None for an npz, which does not say how many classes there are.
+        numbers: For each class folder the number that is its name; None unless all folders are named by numbers.
     """
 
     values: NDArray[np.int64]
@@ -47,10 +48,13 @@ class Labels:
         return replace(self, values=self.values[indices])
 
     def among(self, classes: int) -> NDArray[np.int64]:
-        """Return the labels (N,) in the numbering of a network with so many classes.
+        """Return the labels (N,) as a network numbers its classes.
 
-        If the folders are only some of its classes, as in a folder that `tokdyn sample` wrote for a few classes,
-        the numbers that they are named by are the labels.
+        If there are fewer class folders than the network has classes, as in a folder that `tokdyn sample` wrote for a
+        few classes, the numbers that the folders are named by are the labels.
+
+        Args:
+            classes: Number of classes of the network.
         """
         if self.numbers is None or self.num_classes == classes:
             return self.values
@@ -85,12 +89,15 @@ class ImageSet(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Hash the listing: names, sizes and, in archives, checksums; it is equal on another machine."""
+        """Return a hash of the names and sizes of the files and, in archives, of their checksums.
+
+        It does not depend on the path, so that it is the same on another machine.
+        """
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files in a folder or zip; the first folder of a name is the class."""
+    """Image files in a folder or zip. If all files are in subfolders, the first folder of a path is the class."""
 
     source: Source
     names: Sequence[str]
@@ -106,7 +113,7 @@ class ImageFiles:
         return len(self.names)
 
     def images(self, indices: Sequence[int], size: int | None) -> Iterator[Pixels | DataError]:
-        """See `ImageSet`; threads decode ahead."""
+        """See `ImageSet`; threads decode images before they are asked for."""
 
         def read(index: int) -> Pixels | DataError:
             name = self.names[index]
@@ -135,7 +142,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class NpzFile:
-    """Images of an npz, with `arr_1` as labels."""
+    """The images `arr_0` of an npz, with `arr_1` as their labels if the file has that array."""
 
     npz: NpzImages
 
@@ -164,10 +171,12 @@ class NpzFile:
 
 
 def open_images(path: Path) -> ImageSet:
-    """Open a folder, a zip or an npz of images, or the folder of a sampling job, without reading an image.
+    """Open a folder, a zip or an npz of images, without decoding one.
+
+    In a folder that `tokdyn sample` wrote, the sampled images are opened and the pictures beside them are not.
 
     Raises:
-        DataError: There is nothing at the path, or there are fewer than two images.
+        DataError: There is nothing at the path, or it holds fewer than two images.
     """
     if not path.exists() and not any(parent.is_file() for parent in path.parents):
         raise DataError(f"There is no {path}: give a folder of images, a .zip or an .npz.")
@@ -180,7 +189,11 @@ def open_images(path: Path) -> ImageSet:
 
 
 def _single_images(path: Path) -> Path:
-    """Return the single images if `tokdyn sample` wrote `path`, so that the figures beside them are not measured."""
+    """Return the path of the sampled images if `tokdyn sample` wrote the folder `path`; otherwise `path`.
+
+    Raises:
+        DataError: The sampling job wrote only pictures of many images, or images with several tail drops.
+    """
     record = next((place / _RECORD for place in (path, path.parent) if (place / _RECORD).is_file()), None)
     if record is None or not path.is_dir() or (record.parent != path and not path.name.startswith(_BUDGET)):
         return path
@@ -189,13 +202,17 @@ def _single_images(path: Path) -> Path:
             return place
     budgets = sorted(place.name for place in path.glob(f"{_BUDGET}*"))
     if any((path / name / kind).exists() for name in budgets for kind in ("images", "samples.npz")):
-        raise DataError(f"{path} holds the images of {len(budgets)} budgets: give one of {', '.join(budgets)} in it.")
+        raise DataError(
+            f"{path} holds the images of {len(budgets)} tail drops: give one of its folders, {', '.join(budgets)}."
+        )
     raise DataError(
-        f"{path} holds figures of a sampling job, and no single images: sample with format=folder or format=npz."
+        f"{path} was written by `tokdyn sample`, but holds only pictures of many images, no single ones: sample with "
+        "format=folder or format=npz."
     )
 
 
 def _open_npz(path: Path) -> NpzImages:
+    """Open an npz; raise a DataError if it has no array of images."""
     keys = npz_keys(path)
     if IMAGES not in keys:
         raise DataError(
@@ -206,6 +223,7 @@ def _open_npz(path: Path) -> NpzImages:
 
 
 def _open_files(path: Path) -> ImageFiles:
+    """Open a folder or zip; the images have classes if all of them are in subfolders."""
     source = open_source(path)
     names = source.names()
     if not names or not all("/" in name for name in names):
@@ -215,9 +233,11 @@ def _open_files(path: Path) -> ImageFiles:
 
 
 def _archive_lines(path: Path) -> list[str]:
+    """Return the name, size and checksum of each file in a zip or npz."""
     with zipfile.ZipFile(path) as archive:
         return [f"{entry.filename} {entry.file_size} {entry.CRC}" for entry in archive.infolist()]
 
 
 def _hash_lines(lines: list[str]) -> str:
+    """Return the SHA-256 of lines of text, which does not depend on their order."""
     return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()

@@ -1,4 +1,4 @@
-"""The Inception network of FID, IS and KID, as torch-fidelity ships it."""
+"""Open the Inception network that FID, IS and KID are defined on, as torch-fidelity implements it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ from tokdyn.evaluate.extractor import Extractor, ExtractorInfo, file_sha256
 # The weights that published numbers were measured with.
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FEATURES = "2048"  # torch-fidelity's name of the pooled layer, (B, 2048)
-LOGITS = "logits_unbiased"  # (B, 1008), what IS is defined on
+LOGITS = "logits_unbiased"  # torch-fidelity's name of the logits that IS is defined on, (B, 1008)
 
 
 def cached_weights() -> Path:
-    """Return the path of the downloaded weights, whether they exist or not."""
+    """Return the path that the weights are downloaded to; the file may not exist yet."""
     return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(URL_INCEPTION_V3).name)
 
 
 def open_inception(weights: Path | None, input_size: int | None, device: torch.device) -> Extractor:
-    """Open the network of FID, which resizes images of any size to 299 x 299 itself (bilinear, as in TensorFlow 1).
+    """Open the network of FID, which itself resizes images of any size to 299 x 299 (bilinear, as in TensorFlow 1).
 
-    Other weights than the published ones may be used, but their numbers are not called FID, IS and KID.
+    Args:
+        weights: File with the weights; None takes the published ones, and downloads them if necessary. With other
+            weights the metrics are not called FID, IS and KID.
+        input_size: Side in pixels that images are resized to before they are given to the network; None does not.
+        device: Device of the network.
 
     Raises:
         CheckpointError: The weights are missing and cannot be downloaded, or are not weights of this network.
     """
     path = _download() if weights is None else weights
     if not path.is_file():
-        raise CheckpointError(f"There are no Inception weights at {path}: correct weights=, or leave it out.")
+        raise CheckpointError(
+            f"There are no Inception weights at {path}: correct weights=, or remove it to use the published ones."
+        )
     sha256 = file_sha256(path)
     if sha256 != PUBLISHED_SHA256:
         _check_plain_tensors(path)
@@ -43,7 +49,8 @@ def open_inception(weights: Path | None, input_size: int | None, device: torch.d
         ).to(device)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} does not hold the weights of torch-fidelity's Inception network: correct weights= or leave it out."
+            f"{path} does not hold the weights of torch-fidelity's Inception network: correct weights=, or remove it "
+            "to use the published ones."
         ) from error
     standard = sha256 == PUBLISHED_SHA256
     info = ExtractorInfo(
@@ -57,7 +64,7 @@ def open_inception(weights: Path | None, input_size: int | None, device: torch.d
 
 
 def _download() -> Path:
-    """Return the cached weights, downloading them first if necessary."""
+    """Return the path of the published weights, after downloading them if necessary."""
     path = cached_weights()
     if not path.is_file():
         try:
@@ -74,8 +81,11 @@ def _download() -> Path:
 
 
 def _check_plain_tensors(path: Path) -> None:
-    """Reject a file that holds more than tensors, because torch-fidelity unpickles what it is given."""
+    """Raise a CheckpointError if a file holds more than tensors, because torch-fidelity unpickles it."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is not a plain file of tensors: give weights of which it is one.") from error
+        raise CheckpointError(
+            f"{path} is not a file of tensors alone, which is required because other pickles can run code: save the "
+            "state dict with torch.save."
+        ) from error

@@ -1,4 +1,4 @@
-"""Computes named metrics from features and logits, and warns where they are unreliable."""
+"""Compute the metrics of an evaluation by name, and say which of them are unreliable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokdyn.evaluate.statistics import Statistics, moments_of
 
 @dataclass
 class Findings:
-    """Metrics as they are computed; the fields are those of `EvalResult`."""
+    """The metrics computed so far; `values`, `spread`, `used` and `notes` are those of `EvalResult`."""
 
     extractor: ExtractorInfo
     values: dict[str, float] = field(default_factory=dict)
@@ -28,14 +28,24 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def add(self, metric: str, value: float, spread: float | None = None) -> None:
-        """Record a metric under the name that it may carry."""
+        """Record a metric under the name that `metric_name` gives it."""
         name = metric_name(metric, self.extractor)
         self.values[name] = value
         if spread is not None:
             self.spread[name] = spread
 
     def use(self, setting: str, asked: int, used: int, why: str) -> int:
-        """Record the value of a setting that is in force, with a note if it was reduced."""
+        """Record the value that is used for a setting, with a note if it was reduced.
+
+        Args:
+            setting: Name of the setting.
+            asked: Value in the settings.
+            used: Value that is used.
+            why: Reason to reduce it.
+
+        Returns:
+            The value that is used.
+        """
         self.used[setting] = used
         if used != asked:
             self.notes.append(f"{setting} reduced from {asked} to {used}: {why}")
@@ -49,14 +59,14 @@ def measure(
     generated: Extracted,
     reference: Statistics | None,
 ) -> Findings:
-    """Compute the metrics, which `plan` has found possible.
+    """Compute metrics that `plan` has found possible.
 
     Args:
         config: Settings.
         metrics: Metrics to compute.
-        extractor: Network that produced the features of both sides.
-        generated: Its outputs for the generated images.
-        reference: Statistics of the reference.
+        extractor: Network that computed the features of the generated images and of the reference.
+        generated: Features and logits of the generated images.
+        reference: Statistics of the reference; None without one.
     """
     findings = Findings(extractor.info)
     features, reference_features = generated.features, None if reference is None else reference.features
@@ -82,7 +92,7 @@ def measure(
 
 
 def measure_alone(config: EvalConfig, extractor: ExtractorInfo, extracted: Extracted) -> dict[str, float]:
-    """Score the reference by itself, as a yardstick for the class score and accuracy of generated images."""
+    """Compute the class score and accuracy of the reference images, to compare those of generated images with."""
     findings = Findings(extractor)
     if extracted.logits is not None:
         _add_score(config, findings, extracted.logits)
@@ -97,12 +107,12 @@ def measure_alone(config: EvalConfig, extractor: ExtractorInfo, extracted: Extra
 def reliability_warnings(
     metrics: Sequence[Metric], extractor: ExtractorInfo, generated: Extracted, reference: Statistics | None
 ) -> Iterator[str]:
-    """Yield what makes the numbers unreliable or hard to compare, a sentence each."""
+    """Yield a sentence about each thing that makes the metrics unreliable or hard to compare."""
     if extractor.kind == "inception" and not extractor.standard:
-        yield f"{extractor.name} are not the published Inception weights: the numbers are not FID, IS or KID"
+        yield f"{extractor.name} are not the published Inception weights: the metrics are not FID, IS or KID"
     yield from generated.unreadable
     if generated.image_size is None:
-        yield "the generated images differ in size, so figures may lie among them: if none do, set input_size"
+        yield "the generated images differ in size, so other pictures may be among them: if not, set input_size"
     if reference is None:
         return
     origin, width = reference.origin, generated.features.shape[1]
@@ -116,8 +126,8 @@ def reliability_warnings(
         for side, count in sides:
             if count <= width:
                 yield (
-                    f"{name} is unreliable: the covariance of {count} {side} images has not full rank for {width} "
-                    f"features, give more than {width} images (10,000 or more for numbers to be compared)"
+                    f"{name} is unreliable: the covariance of {width} features does not have full rank with {count} "
+                    f"{side} images, give more than {width} images (10,000 or more for values to be compared)"
                 )
     if origin is not None and origin.image_size != generated.image_size:
         yield (
@@ -127,12 +137,12 @@ def reliability_warnings(
 
 
 def _pixels(size: tuple[int, int] | None) -> str:
-    """Describe an image size."""
+    """Describe an image size (rows, columns) in words; None means several sizes."""
     return "of several sizes" if size is None else f"{size[0]} x {size[1]} pixels"
 
 
 def _add_score(config: EvalConfig, findings: Findings, logits: Tensor) -> None:
-    """Add the class score of logits (N, C)."""
+    """Add the class score of the logits (N, C) to the findings."""
     splits = formulas.score_splits(len(logits), config.score_splits)
     findings.use("score_splits", config.score_splits, splits, f"{len(logits)} images")
     mean, spread = formulas.class_score(logits, splits, config.seed)
@@ -140,5 +150,5 @@ def _add_score(config: EvalConfig, findings: Findings, logits: Tensor) -> None:
 
 
 def _add_accuracy(findings: Findings, logits: Tensor, labels: Labels) -> None:
-    """Add the class accuracy of logits (N, C)."""
+    """Add the class accuracy of the logits (N, C) to the findings."""
     findings.add("class_accuracy", formulas.class_accuracy(logits, labels.among(logits.shape[1])))

@@ -1,4 +1,4 @@
-"""The metrics as functions of features and logits, with torch-fidelity's formulas."""
+"""Compute the metrics from features and logits, with torch-fidelity's formulas."""
 
 from __future__ import annotations
 
@@ -22,46 +22,49 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from tokdyn.evaluate.statistics import Moments
 
-IMAGES_PER_SPLIT = 100  # over fewer images, the mean of exp(KL) depends on their number more than on their content
+IMAGES_PER_SPLIT = 100  # with fewer, the class score depends on the number of images more than on their content
 DISTANCE_ROWS = 2500  # rows of the distance matrix at a time: 1 GB of float64 against 50,000 images
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """Compute `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))` (arXiv 1706.08500, eq. 6)."""
+    """Compute the Frechet distance `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))` (arXiv 1706.08500, eq. 6)."""
     pairs = [{"mu": side.mean, "sigma": side.covariance} for side in (one, other)]
     return float(fid_statistics_to_metric(*pairs, verbose=False)[KEY_METRIC_FID])
 
 
 def class_score(logits: Tensor, splits: int, seed: int) -> tuple[float, float]:
-    """Compute `exp(E KL(p(y|x) || p(y)))` (arXiv 1606.03498): mean and standard deviation over random parts.
+    """Compute the Inception Score `exp(E KL(p(y|x) || p(y)))` (arXiv 1606.03498) of any classifier.
 
     Args:
         logits: (N, C), N at least `splits`.
-        splits: Number of parts.
-        seed: Seed of the shuffle before the division.
+        splits: Number of random parts to divide the images into.
+        seed: Seed of the division.
+
+    Returns:
+        Mean and standard deviation of the scores of the parts.
     """
     logits = logits.double()
-    # A class that no image has any probability of would give log 0; exp(-700) is as good as none.
+    # A class with probability 0 for every image would give log 0, so the smallest probability is about exp(-700).
     logits = logits.clamp_min(logits.amax(dim=1, keepdim=True) - 700)
     result = isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=seed)
     return float(result[KEY_METRIC_ISC_MEAN]), float(result[KEY_METRIC_ISC_STD])
 
 
 def score_splits(count: int, wanted: int) -> int:
-    """Return the number of parts wanted, or as many as leave 100 images in each, but at least one."""
+    """Return `wanted`, reduced so that each part of `count` images has at least 100 of them; at least 1."""
     return max(1, min(wanted, count // IMAGES_PER_SPLIT))
 
 
 def kernel_distance(
     generated: Tensor, reference: Tensor, subsets: int, subset_size: int, seed: int
 ) -> tuple[float, float]:
-    """Compute the unbiased squared MMD with the kernel `(x.y / F + 1)^3` in float64 (arXiv 1801.01401, section 4).
+    """Compute the kernel distance: unbiased squared MMD with kernel `(x.y / F + 1)^3` (arXiv 1801.01401, section 4).
 
     Args:
-        generated: (N, F).
-        reference: (M, F).
+        generated: (N, F) features of the generated images; computed in float64.
+        reference: (M, F) features of the reference images.
         subsets: Number of random subsets to average over.
-        subset_size: Images in each, at most N and M.
+        subset_size: Images in each subset, at most N and M.
         seed: Seed of the choice of subsets.
 
     Returns:
@@ -79,7 +82,10 @@ def kernel_distance(
 
 
 def subset_size(smaller: int, wanted: int) -> int:
-    """Return the size wanted, or half of the smaller set if that has fewer images, so that subsets still differ."""
+    """Return the size of random subsets: `wanted`, or half of the smaller set's images if that set has fewer.
+
+    With a whole set in each subset, the subsets would not differ.
+    """
     return wanted if smaller >= wanted else max(2, smaller // 2)
 
 
@@ -89,10 +95,14 @@ def precision_recall(
     """Compute precision and recall by k-nearest-neighbour balls (arXiv 1904.06991, eq. 1 and 2).
 
     Args:
-        generated: (N, F), N greater than `neighbours`.
-        reference: (M, F), M greater than `neighbours`.
+        generated: (N, F) features of the generated images, N greater than `neighbours`.
+        reference: (M, F) features of the reference images, M greater than `neighbours`.
         neighbours: k.
-        device: Device of the distances; they are in float64, so that ties do not depend on the order of the images.
+        device: Device to compute the distances on, if it is a CUDA device; otherwise the CPU does. They are computed in
+            float64, so that ties do not depend on the order of the images.
+
+    Returns:
+        Precision and recall, between 0 and 1.
     """
     device = device if device.type == "cuda" else torch.device("cpu")
     result = prc_features_to_metric(
@@ -108,10 +118,10 @@ def precision_recall(
 
 
 def _fraction(value: float, count: int) -> float:
-    """Return the fraction of `count` that was meant, without the rounding of float32."""
+    """Return the share of `count` images that a float32 value stands for, without its rounding."""
     return round(value * count) / count
 
 
 def class_accuracy(logits: Tensor, labels: NDArray[np.int64]) -> float:
-    """Compute the fraction of images (N,) whose largest logit (N, C) is that of their label."""
+    """Compute the share of images whose largest logit is that of their label, from logits (N, C) and labels (N,)."""
     return float((logits.argmax(dim=1).numpy() == labels).mean())

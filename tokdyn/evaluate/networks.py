@@ -1,4 +1,4 @@
-"""Opens the extractor that the settings name: Inception, a timm model or a TorchScript file."""
+"""Open the extractor that the settings name: Inception, a timm model or a TorchScript file."""
 
 from __future__ import annotations
 
@@ -32,16 +32,22 @@ def open_extractor(config: EvalConfig) -> Extractor:
 
 
 def open_torchscript(path: Path, input_size: int | None, device: torch.device) -> Extractor:
-    """Load a TorchScript network that takes uint8 (B, 3, H, W); it is named after its file.
+    """Load a TorchScript network, which is named after its file.
 
-    A TorchScript file is a program and runs as one: load only files you trust.
+    A TorchScript file is a program: load only files you trust.
+
+    Args:
+        path: File with a network that takes uint8 (B, 3, H, W) and returns what `Extractor.forward` has to return.
+        input_size: Side in pixels that images are resized to before they are given to the network; None does not.
+        device: Device of the network.
 
     Raises:
         CheckpointError: There is no such file, or it is not TorchScript.
     """
     if not path.is_file():
         raise CheckpointError(
-            f"There is no extractor {path}: extractor is 'inception', 'timm:NAME' or the path of a TorchScript file."
+            f"There is no extractor {path}: set extractor to 'inception', 'timm:NAME' or the path of a TorchScript "
+            "file."
         )
     try:
         with warnings.catch_warnings():  # torch announces the end of TorchScript; files in circulation still need it

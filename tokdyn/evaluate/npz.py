@@ -1,4 +1,4 @@
-"""npz archives: images as a stream, because 50,000 of them may not fit in memory, and small arrays."""
+"""Read npz archives: small arrays at once, and images one by one, because 50,000 of them may not fit in memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LABELS = "arr_1"
 
 
 def npz_keys(path: Path) -> set[str]:
-    """Return the names of the arrays in the file."""
+    """Return the names of the arrays in an npz; raise a DataError if the file is not one."""
     with _opened(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def npz_array(path: Path, key: str) -> NDArray[Any]:
-    """Read one whole array; raise a DataError if it cannot be read."""
+    """Read one array of an npz at once; raise a DataError if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             array: NDArray[Any] = arrays[key]
@@ -52,7 +52,7 @@ class NpzImages:
         return self.shape[0]
 
     def images(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images (H, W, 3) at ascending positions, one at a time.
+        """Yield the images (H, W, 3) with the given indices, which are in ascending order, one at a time.
 
         Raises:
             DataError: The file ends early or is damaged.
@@ -76,10 +76,10 @@ class NpzImages:
 
 
 def open_npz_images(path: Path) -> NpzImages:
-    """Open the images of an npz after checking its header and labels; read no image.
+    """Check the header of `arr_0` and the labels of an npz, without reading an image.
 
     Raises:
-        DataError: The arrays are not those that `tokdyn sample format=npz` writes.
+        DataError: The arrays do not have the shape and dtype that `tokdyn sample format=npz` writes.
     """
     try:
         with _opened(path) as archive, archive.open(f"{IMAGES}.npy") as file:
@@ -105,7 +105,7 @@ def open_npz_images(path: Path) -> NpzImages:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open an npz as the zip archive that it is."""
+    """Open an npz as a zip archive; raise a DataError if it is not one."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -115,7 +115,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read the shape, order and type of the array that follows in the file."""
+    """Read the header of an array: its shape, whether it is in Fortran order, and its dtype."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)

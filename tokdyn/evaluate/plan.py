@@ -1,4 +1,4 @@
-"""Decides which metrics the inputs allow, before any work is done."""
+"""Decide which metrics the inputs allow, before features are extracted."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tokdyn.evaluate.images import Labels
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the inputs of an evaluation.
+    """The properties of the inputs that decide which metrics are possible.
 
     Attributes:
         extractor: Identity of the network.
-        classes: Number of its logits, 0 without a classifier.
+        classes: Number of logits of the network; 0 if it has no classifier.
         generated: Number of generated images.
         labels: Labels of the generated images, or None.
         reference: Number of reference images, or None if it is not known.
-        moments: Whether the reference has a mean and covariance.
+        moments: Whether there is a reference, which always has a mean and a covariance.
         features: Whether the reference has features.
     """
 
@@ -35,13 +35,13 @@ class Facts:
 
 
 def plan(config: EvalConfig, facts: Facts) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
-    """Choose the metrics: those that were asked for, or all that are possible.
+    """Choose the metrics to compute: those of `config.metrics`, or all that are possible.
 
     Returns:
-        The metrics, and a note on each one that was left out.
+        The metrics, and a note on each metric that was left out.
 
     Raises:
-        DataError: A metric that was asked for is not possible, or none is.
+        DataError: A metric of `config.metrics` is not possible, or none is possible at all.
     """
     reasons = {metric: _obstacle(metric, config, facts) for metric in config.metrics or METRICS}
     if config.metrics is not None:
@@ -55,7 +55,7 @@ def plan(config: EvalConfig, facts: Facts) -> tuple[tuple[Metric, ...], tuple[st
 
 
 def _obstacle(metric: Metric, config: EvalConfig, facts: Facts) -> str | None:
-    """Return why a metric cannot be measured, or None."""
+    """Return the reason why a metric cannot be measured, or None if it can."""
     checks = {
         "frechet": _no_moments,
         "score": _no_logits,
@@ -81,7 +81,10 @@ def _too_few_neighbours(config: EvalConfig, facts: Facts) -> Iterator[str]:
     yield from _no_features(config, facts)
     fewest = min(facts.generated, facts.generated if facts.reference is None else facts.reference)
     if fewest <= config.neighbours:
-        yield f"{fewest} images have no {config.neighbours} neighbours, lower neighbours= or give more images"
+        yield (
+            f"with {fewest} images an image does not have {config.neighbours} neighbours, lower neighbours= or give "
+            "more images"
+        )
 
 
 def _no_logits(config: EvalConfig, facts: Facts) -> Iterator[str]:
@@ -97,15 +100,15 @@ def _no_classes(config: EvalConfig, facts: Facts) -> Iterator[str]:
 
 
 def label_obstacle(extractor: ExtractorInfo, classes: int, labels: Labels | None) -> str | None:
-    """Return why labels cannot be compared with the network's classes, or None.
+    """Return the reason why labels cannot be compared with the network's classes, or None if they can.
 
     Args:
         extractor: Identity of the network.
-        classes: Number of its logits.
-        labels: Labels of the images, or None.
+        classes: Number of logits of the network.
+        labels: Labels of the images, or None if they have none.
     """
     if extractor.kind == "inception":
-        return f"the {classes} outputs of {extractor.name} are not numbered as data sets number their classes"
+        return f"the {classes} outputs of {extractor.name} are not in the order of a data set's classes"
     if labels is None:
         return "the images have no classes, put them into class folders or labels into arr_1 of the npz"
     if labels.num_classes not in (None, classes) and labels.numbers is None:

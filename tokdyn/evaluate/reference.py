@@ -1,4 +1,4 @@
-"""The reference of an evaluation: images, cached statistics of images, or published statistics."""
+"""Open the reference of an evaluation: images, cached statistics of images, or published statistics."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tokdyn.evaluate.statistics import (
 
 @dataclass(frozen=True)
 class StatisticsReference:
-    """A reference whose statistics were computed before.
+    """A reference whose statistics are read from a file.
 
     Attributes:
-        path: Path of the file of statistics.
-        statistics: Content of that file.
+        path: Path of the file.
+        statistics: Content of the file.
     """
 
     path: Path
@@ -36,13 +36,14 @@ class StatisticsReference:
 
 @dataclass(frozen=True)
 class ImageReference:
-    """A reference of images.
+    """A reference whose statistics have to be computed from images.
 
     Attributes:
-        path: Path that they were opened from.
+        path: Path of the images.
         images: The images.
-        published: Moments that came with the images and stand for a larger set, as in ADM's reference batches
-            (arXiv 2105.05233). They belong to the Inception network and are used with it alone.
+        published: Mean and covariance that are stored beside the images and were computed from a larger set, as in
+            ADM's reference batches (arXiv 2105.05233). They were made with the published Inception network and are
+            used only with it. None if there are none.
     """
 
     path: Path
@@ -54,10 +55,13 @@ Reference = StatisticsReference | ImageReference
 
 
 def open_reference(config: EvalConfig) -> Reference | None:
-    """Open the reference, or the cache in its place, without reading an image.
+    """Open the reference, or its cached statistics if they exist, without decoding an image.
+
+    Returns:
+        The reference; None if the settings have none.
 
     Raises:
-        DataError: The reference is missing, damaged or empty, or the cache belongs to another one.
+        DataError: The reference is missing, damaged or empty, or the cache belongs to another reference.
     """
     path = config.reference
     if path is None:
@@ -73,15 +77,15 @@ def open_reference(config: EvalConfig) -> Reference | None:
 
 
 def check_extractor(reference: Reference, extractor: ExtractorInfo, width: int) -> None:
-    """Refuse statistics that another network made.
+    """Refuse statistics that were made with another network.
 
     Args:
         reference: The reference.
         extractor: Identity of the network of this evaluation.
-        width: Number of its features.
+        width: Number of features of this network.
 
     Raises:
-        DataError: The statistics were made by another network, or have another width.
+        DataError: The statistics were made with another network, or have another number of features.
     """
     if isinstance(reference, StatisticsReference):
         statistics: Statistics | None = reference.statistics
@@ -108,14 +112,14 @@ def measure_reference(
     extracted: Extracted,
     values: dict[str, float],
 ) -> Statistics:
-    """Compute the statistics of a reference of images, and write the cache if there is to be one.
+    """Compute the statistics of a reference of images, and write them to `config.cache` if it is set.
 
     Args:
         config: Settings.
         reference: The reference.
         extractor: Identity of the network.
-        extracted: Outputs of the network for the images.
-        values: Metrics of the reference by itself.
+        extracted: Features and logits of the reference images.
+        values: Class score and accuracy of the reference images, stored with the statistics.
     """
     published = reference.published if extractor.standard else None
     moments = moments_of(extracted.features) if published is None else published.moments
@@ -134,27 +138,31 @@ def measure_reference(
 
 
 def _without_cache(config: EvalConfig, reference: StatisticsReference) -> StatisticsReference:
-    """Return the reference; refuse to cache statistics of statistics."""
+    """Return the reference; raise a DataError if `cache` is set, because statistics are not cached again."""
     if config.cache is not None:
         raise DataError(f"{reference.path} holds statistics, not images: leave out cache=.")
     return reference
 
 
 def _or_cached(config: EvalConfig, reference: ImageReference) -> Reference:
-    """Return the cached statistics of the reference if they exist and match; otherwise the reference."""
+    """Return the cached statistics of the reference if the cache exists; otherwise the reference.
+
+    Raises:
+        DataError: The cache belongs to other images.
+    """
     if config.cache is None or not config.cache.exists():
         return reference
     statistics = load_statistics(config.cache)
     if statistics.origin is None or statistics.origin.fingerprint != _fingerprint(config, reference.images):
         raise DataError(
-            f"{config.cache} does not hold the statistics of {reference.path} as it is now and with this "
-            "reference_limit and seed: delete it, or name another file with cache=."
+            f"{config.cache} was not made from the images that {reference.path} now holds, with this reference_limit "
+            "and seed: delete it, or name another file with cache=."
         )
     return StatisticsReference(config.cache, statistics)
 
 
 def _fingerprint(config: EvalConfig, images: ImageSet) -> str:
-    """Identify the images chosen from the reference."""
+    """Return a text that identifies the images of the reference and the choice made from them."""
     limit = config.reference_limit
     choice = "all" if limit is None or limit >= len(images) else f"{limit} drawn with seed {config.seed}"
     return f"{images.fingerprint()} {choice}"

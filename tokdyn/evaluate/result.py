@@ -1,4 +1,4 @@
-"""The result of an evaluation, with everything that is needed to repeat it."""
+"""Hold the result of an evaluation, with everything that is needed to repeat it, and write it as JSON."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ PACKAGES = ("torch", "torch-fidelity", "timm", "numpy", "pillow")
 
 
 class EvalResult(BaseModel):
-    """Result of one evaluation.
+    """The result of one evaluation.
 
     Attributes:
-        values: The metrics by name. FID, IS and KID are measured with the published Inception network and nothing
-            else; every other number carries the name of its network in brackets.
-        spread: Standard deviation of a metric over its subsets (kernel distance) or parts (score).
-        reference_values: Metrics of the reference by itself, as a yardstick.
-        generated_images: Number of images measured.
-        reference_images: Number of images compared with; None without a reference, or if its file does not say.
+        values: The metrics by name. FID, IS and KID are measured with the published Inception network; other names end
+            with the name of the network in brackets.
+        spread: Standard deviation of a metric over its subsets (kernel distance) or parts (class score), by name.
+        reference_values: Class score and accuracy of the reference images, to compare those of generated images with.
+        generated_images: Number of generated images that were measured.
+        reference_images: Number of reference images; None without a reference, or if its file does not say.
         extractor: Identity of the network.
-        used: Settings in force after any reduction for small sets.
-        warnings: What makes a number unreliable or hard to compare.
-        notes: What was reduced or left out, and why.
-        config: Settings asked for.
-        versions: Versions of the packages that the numbers depend on.
+        used: Values of the settings that are reduced for small sets, as used.
+        warnings: Sentences about what makes a metric unreliable or hard to compare.
+        notes: Sentences about settings that were reduced and metrics that were left out.
+        config: The settings as the user gave them.
+        versions: Versions of Python and of the packages that the metrics depend on.
         machine: Machine that the evaluation ran on.
-        seconds: Wall time of each part.
+        seconds: Wall time of each part of the evaluation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,13 +57,13 @@ class EvalResult(BaseModel):
         return self.model_dump_json(indent=2)
 
     def save(self, path: Path) -> None:
-        """Write the JSON, creating the folder if needed."""
+        """Write the result as JSON, atomically; creates the folder if needed."""
         with replacing(path) as half:
             half.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def metric_name(metric: str, extractor: ExtractorInfo) -> str:
-    """Return the name that a number may carry.
+    """Return the name of a metric in a result: FID, IS or KID, or the metric with the network's name in brackets.
 
     Args:
         metric: `frechet_distance`, `class_score`, `kernel_distance`, `precision`, `recall` or `class_accuracy`.
@@ -76,7 +76,7 @@ def metric_name(metric: str, extractor: ExtractorInfo) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the numbers depend on."""
+    """Return the versions of Python and of the packages that the metrics depend on."""
     return {
         "python": platform.python_version(),
         "tokdyn": __version__,

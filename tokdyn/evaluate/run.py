@@ -1,4 +1,4 @@
-"""Runs an evaluation: opens and checks the inputs, extracts features, computes metrics."""
+"""Run an evaluation: open and check the inputs, extract features, compute metrics."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ RESULT_FILE = "evaluation.json"
 
 
 def evaluate(config: EvalConfig) -> EvalResult:
-    """Measure generated images, against a reference if there is one.
+    """Measure generated images, compared with a reference if there is one.
 
-    Whatever can be refused is refused before the long work begins: one image goes through the extractor first.
+    Unsuitable inputs are refused at the start: the extractor is tried on one image before it runs on all.
 
     Args:
         config: The settings.
 
     Returns:
-        The metrics, with what is needed to repeat them.
+        The metrics, with everything that is needed to repeat the evaluation. It is also written to
+        `config.out/evaluation.json` if `config.out` is set.
 
     Raises:
         DataError: Images or statistics are missing, unreadable, too few or of another network.
-        CheckpointError: The extractor is missing, or breaks the contract of extractors.
+        CheckpointError: The extractor is missing, fails on the images, or does not return features.
         InputError: There is no such device.
     """
     started = perf_counter()
@@ -111,7 +112,7 @@ def _facts(
     reference: Reference | None,
     extractor: Extractor,
 ) -> Facts:
-    """Collect what is known of the inputs, one image extracted; refuse statistics of another network."""
+    """Return the properties of the inputs, found with one image; refuse statistics of another network."""
     first = _first_outputs(generated, indices, extractor)
     features, count = False, None
     if isinstance(reference, StatisticsReference):
@@ -133,14 +134,14 @@ def _facts(
 
 
 def _readable(facts: Facts, extracted: Extracted, statistics: Statistics | None) -> Facts:
-    """Return the facts of the images that could be read."""
+    """Return the facts with the numbers and labels of the images that could be read."""
     origin = None if statistics is None else statistics.origin
     reference = facts.reference if origin is None else origin.images
     return replace(facts, generated=len(extracted.features), labels=extracted.labels, reference=reference)
 
 
 def _first_outputs(images: ImageSet, indices: NDArray[np.int64], extractor: Extractor) -> Outputs:
-    """Run the extractor on the first readable image."""
+    """Run the extractor on the first readable image; raise a DataError if there is none."""
     error: DataError | None = None
     with quiet():
         for image in images.images(indices.tolist(), extractor.info.input_size):
@@ -153,7 +154,7 @@ def _first_outputs(images: ImageSet, indices: NDArray[np.int64], extractor: Extr
 def _extract(
     config: EvalConfig, title: str, images: ImageSet, indices: NDArray[np.int64], extractor: Extractor
 ) -> Extracted:
-    """Run the extractor over the images with a progress bar."""
+    """Run the extractor over the images, with a progress bar of that title."""
     with progress(f"{title} images", len(indices)) as advance:
         return extract(images, indices, extractor, config.batch_size, config.on_error, advance)
 
@@ -161,7 +162,10 @@ def _extract(
 def _reference_statistics(
     config: EvalConfig, reference: Reference, extractor: Extractor
 ) -> tuple[Statistics, tuple[str, ...]]:
-    """Return the statistics of the reference, and the errors of its images that could not be read."""
+    """Return the statistics of the reference, and the error messages of images that could not be read.
+
+    The extractor runs only if the reference consists of images.
+    """
     if isinstance(reference, StatisticsReference):
         return reference.statistics, ()
     indices = choose(len(reference.images), config.reference_limit, config.seed)

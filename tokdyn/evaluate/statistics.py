@@ -1,4 +1,4 @@
-"""Statistics of a set of images as an extractor sees it, and the file that stores them."""
+"""Compute, save and load the statistics of a set of images: features, and their mean and covariance."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Origin(BaseModel):
         format: Version of the file layout.
         extractor: Network that computed the features.
         images: Number of images.
-        image_size: (rows, columns) of all of them, or None if they differed.
+        image_size: (rows, columns) of the extractor's inputs, or None if they differed.
         source: Name of the folder or file of images.
-        fingerprint: Hash of the listing of that source, and the choice made from it.
-        published_moments: Whether the moments came with the images instead of being computed from them.
-        values: Metrics of the reference by itself, such as its class accuracy.
+        fingerprint: Hash of the names and sizes of the images in `source`, with the choice made from them.
+        published_moments: Whether mean and covariance were stored beside the images, not computed from them.
+        values: Class score and accuracy of the images, by name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +51,7 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (F,) and covariance (F, F), float64."""
+    """The mean (F,) and the covariance (F, F) of features, float64."""
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
@@ -59,12 +59,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a set of images as an extractor sees it.
+    """The statistics of a set of images.
 
     Attributes:
         moments: Mean and covariance of the features.
-        features: (N, F) float32, or None if a file holds the moments only.
-        origin: Where they come from, or None if a file does not say.
+        features: (N, F) float32, or None if the file holds the moments only.
+        origin: Where the statistics come from, or None if the file does not say.
     """
 
     moments: Moments
@@ -79,7 +79,7 @@ def moments_of(features: Tensor) -> Moments:
 
 
 def save_statistics(path: Path, features: Tensor, moments: Moments, origin: Origin) -> None:
-    """Write features (N, F), moments and origin atomically."""
+    """Write features (N, F), moments and origin to a safetensors file, atomically."""
     tensors = {
         "features": features.contiguous(),
         "mu": torch.from_numpy(moments.mean),
@@ -93,7 +93,7 @@ def load_statistics(path: Path) -> Statistics:
     """Read a file written by `save_statistics`.
 
     Raises:
-        DataError: The file is damaged, or something else.
+        DataError: The file is damaged, or was not written by `save_statistics`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -111,17 +111,27 @@ def load_statistics(path: Path) -> Statistics:
             tensors["sigma"].double().numpy(),
         )
     except (KeyError, ValueError, ValidationError) as error:
-        raise DataError(f"{path} holds no statistics of tokdyn eval: make one with cache=FILE.safetensors.") from error
+        raise DataError(
+            f"{path} was not written by tokdyn eval: make statistics with cache=FILE.safetensors."
+        ) from error
     if origin.format != FORMAT:
-        raise DataError(f"{path} has format {origin.format}, this version reads {FORMAT}: make it again with cache=.")
+        raise DataError(
+            f"{path} has format {origin.format}, and this version of tokdyn reads {FORMAT}: make it again with cache=."
+        )
     width = features.shape[-1]
     if features.shape != (origin.images, width) or mean.shape != (width,) or covariance.shape != (width, width):
-        raise DataError(f"{path} is damaged, its arrays do not fit together: delete it and make it again.")
+        raise DataError(
+            f"{path} is damaged, its arrays do not have the shapes (N, F), (F,) and (F, F): delete it and make it "
+            "again."
+        )
     return Statistics(_finite(path, mean, covariance), features, origin)
 
 
 def load_moments(path: Path) -> Statistics:
-    """Read `mu` and `sigma` of an npz, as other programs publish them without saying which network made them.
+    """Read the mean `mu` and the covariance `sigma` of an npz, the form in which statistics are published.
+
+    Returns:
+        The statistics, without features and without an origin, because the file does not say which network made them.
 
     Raises:
         DataError: The arrays are not a mean and a covariance.
@@ -136,7 +146,7 @@ def load_moments(path: Path) -> Statistics:
 
 
 def _finite(path: Path, mean: NDArray[np.float64], covariance: NDArray[np.float64]) -> Moments:
-    """Return the moments if they are finite; otherwise raise a DataError."""
+    """Return the moments; raise a DataError if they are not finite."""
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{path} holds a mean or covariance that is NaN or infinite: make the statistics again.")
     return Moments(mean, covariance)

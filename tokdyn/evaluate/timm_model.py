@@ -1,4 +1,4 @@
-"""Extractors from timm: pooled features before the classifier, and the classifier's logits."""
+"""Use timm models as extractors: the features are those before the classifier, the logits are the classifier's."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ from tokdyn.evaluate.extractor import Extractor, ExtractorInfo
 
 
 def open_timm(name: str, checkpoint: Path | None, input_size: int | None, device: torch.device) -> Extractor:
-    """Load `name` with local weights, or with its pretrained ones.
+    """Open a timm model. It normalises images with the mean and standard deviation of its training.
 
-    Images are resized to `input_size`, or to the size the model was trained on, and normalised as it was trained.
+    Args:
+        name: timm's name of the model.
+        checkpoint: File with the weights; None takes the pretrained ones.
+        input_size: Side in pixels that images are resized to; None takes the size that the model was trained on.
+        device: Device of the network.
 
     Raises:
         CheckpointError: timm has no such model, or its weights are missing or belong to another model.
@@ -48,7 +52,7 @@ def open_timm(name: str, checkpoint: Path | None, input_size: int | None, device
 
 
 def _pretrained(name: str) -> Any:
-    """Create the model with the pretrained weights that timm names for it, from the local cache or the hub."""
+    """Create the model with its pretrained weights, from timm's local cache or the hub."""
     try:
         network: Any = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -60,7 +64,7 @@ def _pretrained(name: str) -> Any:
 
 
 def _from_file(name: str, checkpoint: Path) -> Any:
-    """Create the model with weights from a file; its number of classes is that of the file."""
+    """Create the model with weights from a file, and with the number of classes that the file has."""
     if not checkpoint.is_file():
         raise CheckpointError(f"There is no checkpoint {checkpoint} for timm:{name}: correct checkpoint=.")
     try:
@@ -70,7 +74,7 @@ def _from_file(name: str, checkpoint: Path) -> Any:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(
-            f"{checkpoint} is neither safetensors nor a plain file of tensors: give a state dict."
+            f"{checkpoint} is neither a safetensors file nor a torch file of tensors alone: give a state dict."
         ) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -89,7 +93,7 @@ def _from_file(name: str, checkpoint: Path) -> Any:
 
 
 def _tensors_sha256(name: str, network: Any) -> str:
-    """Hash the name and every tensor, so that equal weights hash equal however they were stored."""
+    """Return a hash of the name and of every tensor, which does not depend on the file that the weights came from."""
     digest = hashlib.sha256(name.encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())

@@ -1,4 +1,4 @@
-"""Samples a trained model into pictures: `sample(SampleConfig(model="runs/x", count=16))`."""
+"""Sample images from a trained model and write them to files: `sample(SampleConfig(model="runs/x", count=16))`."""
 
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.costs import StepCost

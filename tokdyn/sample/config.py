@@ -1,4 +1,4 @@
-"""Settings of `tokdyn sample`: one strict, immutable model."""
+"""The settings of `tokdyn sample`, checked by pydantic; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from tokdyn.files import UserPath
 
 
 def listed(value: Any) -> Any:
-    """Split `0,0.3`, as it is typed on a command line, into a list, and wrap a single number into one."""
+    """Turn a string such as "0,0.3" into the list of its parts, and a single number into a list of one.
+
+    Other values are returned unchanged.
+    """
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, int | float) else value
 
 
 def _two_levels(value: Any) -> Any:
-    """Split `0.2,0.8` into two noise levels."""
+    """Split a string such as "0.2,0.8" into two noise levels."""
     values = listed(value)
     if not isinstance(values, list | tuple) or len(values) != 2:
         raise ValueError(f"expected two noise levels LOW,HIGH, got {value}")
@@ -28,13 +31,13 @@ def _two_levels(value: Any) -> Any:
 
 
 def _distinct_budgets(drops: tuple[float, ...]) -> tuple[float, ...]:
-    """Reject budgets that would share a folder, whose name has six digits."""
+    """Reject tail drops that would share a folder, because its name holds only six digits of the tail drop."""
     if not drops:
-        raise ValueError("tail_drop is empty: tail_drop=0 drops nothing")
+        raise ValueError("tail_drop is empty: give at least one share; tail_drop=0 drops nothing")
     names = [f"{drop:g}" for drop in drops]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
-        raise ValueError(f"the budget {repeated[0]} is listed twice")
+        raise ValueError(f"the tail drop {repeated[0]} is listed twice, to six digits: remove one of the two")
     return drops
 
 
@@ -43,30 +46,33 @@ class SampleConfig(BaseModel):
 
     Attributes:
         model: A training folder, one of its checkpoints, a folder of `save_pretrained`, or a checkpoint file.
-        out: Folder to write to; None takes samples/NAME, after the model.
-        format: One PNG `grid`, a `folder` of PNGs (resumed where it stopped), or an `npz` with `arr_0` uint8
-            (N, H, W, 3) and `arr_1` labels (N,).
-        count: Number of images; classes are assigned in turn.
-        classes: Names or numbers of the classes to sample, `none` for no class; None takes all of them.
-        seed: Image i starts from seed + i, whatever the batch size and the budget.
+        out: Folder to write to; None takes samples/NAME, where NAME is the model's.
+        format: One PNG `grid`; a `folder` with a PNG per image, which can be resumed; or an `npz` with `arr_0` uint8
+            (N, H, W, 3) and `arr_1`, the labels (N,).
+        count: Number of images; the classes are assigned to them in turn.
+        classes: Names or numbers of the classes to sample; `none` is unconditional. None takes all classes.
+        seed: The noise of image i has the seed `seed` + i, whatever the batch size and the tail drop.
         batch_size: Images per model call, before guidance doubles it.
         scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; None takes ddpm or euler.
-        steps: Model calls per image.
-        guidance: Scale of classifier-free guidance; 1 means none.
+        steps: Sampling steps per image.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
         guidance_channels: Guide `all` channels, or the first `three` as the public DiT and DC-DiT code does.
-        guidance_interval: Noise levels LOW,HIGH between which guidance acts; 1 is pure noise.
-        tail_drop: Fraction of the kept tokens to drop; several make the same images at several budgets.
-        drop_curve: Points [[LEVEL, FRACTION], ...] with rising noise levels, in place of tail_drop; the fraction runs
-            from one to the next in straight lines, and level 1 is pure noise.
-        uncond_tail_drop: The same for the unconditional branch (Lite-CFG), a number or points; None takes tail_drop.
+        guidance_interval: Noise levels LOW,HIGH between which guidance acts; level 1 is pure noise.
+        tail_drop: Share of the kept tokens to drop. With several, the same images are sampled with each.
+        drop_curve: Points [[LEVEL, SHARE], ...] with ascending noise levels, in place of tail_drop; the share is
+            interpolated linearly between them. Level 1 is pure noise.
+        uncond_tail_drop: Tail drop of the unconditional branch (Lite-CFG): a share or points. None takes that of the
+            conditional branch.
         clip: Clamp predicted images to [-1, 1] at each step; None does so for pixels and not for latents.
-        methods: Folder with methods that act while sampling, from `tokdyn calibrate`, `tokdyn upcycle` or
-            `tokdyn.save`, in place of those that the model was trained with.
+        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, in place of
+            those that the model was trained with.
         vae: Autoencoder that decodes latents, a path or a hub id; None takes the one that encoded the training data.
-        maps: Also draw which tokens were kept over the trajectory, and kept tokens and time against noise level.
-        map_images: Number of images in that picture.
-        map_steps: Number of steps in that picture.
-        class_folders: Put the images of format=folder into one folder per class, from which evaluation reads labels.
+        maps: Also draw which tokens were kept along the trajectory (maps.png), and the kept tokens and the time against
+            the noise level (trajectory.png).
+        map_images: Number of images in maps.png.
+        map_steps: Number of steps in maps.png.
+        class_folders: With format=folder, write the images of each class into a subfolder, from which evaluation reads
+            the labels.
         columns: Images per row of the grid; None makes it about square.
         ema: Use the averaged weights.
         precision: `bf16` computes matrix products in bfloat16; `auto` does so on a GPU only.
@@ -122,7 +128,12 @@ class SampleConfig(BaseModel):
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def sampler(self, tail_drop: float, clip: bool) -> Sampler:
-        """Return the sampler of one budget."""
+        """Return the sampler of these settings.
+
+        Args:
+            tail_drop: One of the shares in `tail_drop`; ignored if there is a drop_curve.
+            clip: Whether to clamp predicted images.
+        """
         return Sampler(
             scheduler=self.scheduler,
             steps=self.steps,

@@ -1,4 +1,4 @@
-"""Cost of each step of a sampling job: tokens, FLOPs and time, as means over images."""
+"""Compute what each step of a sampling job cost: kept tokens, FLOPs and time, as means over images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tokdyn.cost import StepStats, flops_per_image, model_parts, stats
 from tokdyn.cost.blocks import PARTS
 from tokdyn.diffusion.records import StepRecord
 
-CHUNKING = ("router", "residual", "dechunk")  # parts of a DC-DiT that a cached step skips
+CHUNKING = ("router", "residual", "dechunk")
+"""Parts of a DC-DiT that a cached step skips."""
 _AVERAGED = ("kept", "uncond_kept", "gflops", "milliseconds")
 
 
@@ -23,11 +24,11 @@ class StepCost(BaseModel):
     Attributes:
         timestep: timestep given to the model.
         level: noise level in [0, 1].
-        kept: share of the tokens kept in the conditional branch; for a wrapped model, the smallest share that a block
-            computed. None for a model that computes every token, and if no block ran.
-        uncond_kept: the same for the unconditional branch; None if it was not computed.
-        gflops: 1e9 FLOPs per image, both branches and methods included; a multiply-add is 2 FLOPs. None if methods act
-            in more calls than `tokdyn.stats` keeps.
+        kept: kept share in the conditional branch; for a wrapped model, the smallest share that a block computed. None
+            if every token was computed, or if no block ran.
+        uncond_kept: kept share in the unconditional branch; None as for `kept`, and without guidance.
+        gflops: 1e9 FLOPs per image, both branches and methods included; a multiply-add is 2 FLOPs. None if the model is
+            wrapped and made more calls than `tokdyn.stats` keeps.
         milliseconds: time per image.
     """
 
@@ -45,28 +46,31 @@ def step_costs(model: Any, records: Sequence[StepRecord], images: int) -> tuple[
     """Return the cost of each step of one batch, mean over its images.
 
     Args:
-        model: model that was sampled.
-        records: the steps of the batch.
-        images: B, the number of images in it.
+        model: model that was sampled; if it is wrapped, its `tokdyn.stats` must still be those of this batch.
+        records: what was recorded in each step of the batch.
+        images: B, the number of images in the batch.
     """
     if attachment_of(model) is None:
         return tuple(_step_cost(model, record, images) for record in records)
     steps: tuple[StepStats | None, ...] = stats(model).steps
-    if len(steps) != len(records):  # there are more calls than statistics are kept of
+    if len(steps) != len(records):  # there were more calls than tokdyn.stats keeps
         steps = (None,) * len(records)
-    return tuple(_wrapped(model, record, images, step) for record, step in zip(records, steps, strict=True))
+    return tuple(_wrapped_step_cost(model, record, images, step) for record, step in zip(records, steps, strict=True))
 
 
 def merge_costs(
     earlier: Sequence[StepCost], before: int, later: Sequence[StepCost], after: int
 ) -> tuple[StepCost, ...]:
-    """Average the costs of two sets of images that were sampled in the same steps.
+    """Average the costs of two sets of images that were sampled with the same steps.
 
     Args:
-        earlier: means over the first set, or empty.
+        earlier: mean cost of each step over the first set, or empty.
         before: number of images in the first set.
-        later: means over the second set, or empty.
+        later: mean cost of each step over the second set, or empty.
         after: number of images in the second set.
+
+    Returns:
+        The means over both sets, None where either of them is; the costs of one set if the other has none.
     """
     if not earlier or not later:
         return tuple(earlier or later)
@@ -83,12 +87,13 @@ def merge_costs(
 
 
 def mean_kept(steps: Sequence[StepCost]) -> float | None:
-    """Return the share of the tokens kept, mean over steps, images and branches; None if it is not known."""
+    """Return the mean kept share over steps, images and branches; None if no step has one."""
     shares = [share for step in steps for share in (step.kept, step.uncond_kept) if share is not None]
     return sum(shares) / len(shares) if shares else None
 
 
 def _step_cost(model: Any, record: StepRecord, images: int) -> StepCost:
+    """Return the cost of a step of a model that is not wrapped."""
     counts = record.counts
     branches: list[Tensor] = []
     if counts is not None:
@@ -101,8 +106,11 @@ def _step_cost(model: Any, record: StepRecord, images: int) -> StepCost:
     return _cost(record, images, [float(b.double().mean()) / counts.tokens for b in branches] if counts else [], flops)
 
 
-def _wrapped(model: Any, record: StepRecord, images: int, step: StepStats | None) -> StepCost:
-    """Return the cost of a step of a wrapped model: blocks and methods as recorded, everything else as computed."""
+def _wrapped_step_cost(model: Any, record: StepRecord, images: int, step: StepStats | None) -> StepCost:
+    """Return the cost of a step of a wrapped model.
+
+    The FLOPs of blocks and methods come from its statistics, those of the other parts from the model's configuration.
+    """
     if step is None:
         return _cost(record, images, [], None)
     outside = {name: flops for name, flops in model_parts(model).items() if name not in PARTS}
@@ -116,7 +124,7 @@ def _wrapped(model: Any, record: StepRecord, images: int, step: StepStats | None
 
 
 def _share(kept: Sequence[int | None], cells: int) -> float | None:
-    """Return the share of the cells kept, mean over the images that were computed."""
+    """Return the mean kept share from the kept tokens of each image; None stands for an image that was not computed."""
     computed = [count for count in kept if count is not None]
     return sum(computed) / (cells * len(computed)) if computed else None
 

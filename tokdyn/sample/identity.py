@@ -1,4 +1,7 @@
-"""Decides whether the images in a folder were sampled as they would be now, so that only missing ones are sampled."""
+"""Decide whether a folder of images can be resumed: whether its images were sampled with the present settings.
+
+The identity of a job is everything that decides what its images look like. It is stored in sample.json beside them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _DECIDING = frozenset(
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """Return what decides the images, as JSON data; the number of images and the batch size do not."""
+    """Return the identity of a job as JSON data. The number of images and the batch size are not part of it."""
     settings = job.config.model_dump(mode="json", include=set(_DECIDING))
     return settings | {
         "classes": list(job.classes),
@@ -49,7 +52,7 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def _methods(job: Job) -> list[dict[str, Any]] | None:
-    """Describe the methods on the model; their weights are part of the digest of the model."""
+    """Return the settings of the methods attached to the model. Their weights are part of the model's digest."""
     attachment = attachment_of(job.model)
     if attachment is None:
         return None
@@ -57,14 +60,14 @@ def _methods(job: Job) -> list[dict[str, Any]] | None:
 
 
 def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResult]:
-    """Return the results of the images that a folder holds already, by tail drop; empty if it holds none.
+    """Return the stored results of the images in a folder, by tail drop; empty if it holds no images.
 
     Args:
-        folder: the ``out`` of the job.
-        now: the present identity, from `identity`.
+        folder: the setting `out` of the job.
+        now: the identity of the job.
 
     Raises:
-        RecipeError: the folder holds images of other settings or of unknown origin, not to be mixed with new ones.
+        RecipeError: the folder holds images that were made with other settings, or without a sample.json.
     """
     if not any(folder.rglob("images/**/*.png")):
         return {}
@@ -73,7 +76,7 @@ def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResu
         earlier = dict(content["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            f"{folder} holds images, but no {RESULT} that says how they were made: choose another out."
+            f"{folder} holds images, but no {RESULT} that says how they were made: choose another out, or remove them."
         ) from error
     changed = [key for key, value in now.items() if earlier.get(key) != value]
     if changed:
@@ -82,6 +85,6 @@ def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResu
         )
     try:
         budgets = [BudgetResult.model_validate(budget) for budget in content["budgets"]]
-    except (ValidationError, KeyError, TypeError):  # of another version: only the costs of the images are lost
+    except (ValidationError, KeyError, TypeError):  # written by another version: only the costs of its images are lost
         budgets = []
     return {budget.tail_drop: budget for budget in budgets}

@@ -1,4 +1,4 @@
-"""Prepares a sampling job: everything that is decided before the first image is sampled."""
+"""Prepare a sampling job: load the model, and settle and check everything before the first image is sampled."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Job:
     """A sampling job that is ready to start.
 
     Attributes:
-        config: settings that were asked for.
-        model: model on its device.
-        objective: objective that the model was trained with.
+        config: the settings as the user gave them.
+        model: the model, on its device.
+        objective: the objective that the model was trained with.
         info: where the model came from.
-        decoder: decodes samples into bytes.
-        classes: labels, which are assigned to the images in turn.
-        scheduler: scheduler in force.
-        clip: whether predictions are clamped.
+        decoder: converts the sampled images or latents to bytes.
+        classes: labels to sample; they are assigned to the images in turn.
+        scheduler: the scheduler: that of the settings, or the objective's default.
+        clip: whether predicted images are clamped.
         device: device of the model.
-        dtype: type of matrix products under autocast; None is float32. On a CPU without instructions for the type,
+        dtype: dtype of matrix products under autocast; None is float32. On a CPU without instructions for the dtype,
             tokdyn's own models compute in float32.
         out: folder to write to.
     """
@@ -54,21 +54,21 @@ class Job:
 
     @property
     def labels(self) -> list[int]:
-        """Label of each image."""
+        """The label of each image."""
         return [self.classes[index % len(self.classes)] for index in range(self.config.count)]
 
     @property
     def names(self) -> list[str]:
-        """Class name of each image."""
+        """The class name of each image."""
         return [class_name(label, self.info, self.model) for label in self.labels]
 
     @property
     def precision(self) -> str:
-        """Precision in force, as the settings name it."""
+        """The precision that is used, "fp32" or "bf16"."""
         return "fp32" if self.dtype is None else "bf16"
 
     def described(self) -> dict[str, Any]:
-        """Describe the model for sample.json."""
+        """Return the description of the model in sample.json."""
         return {
             "path": str(self.info.path),
             "name": self.info.name,
@@ -78,7 +78,7 @@ class Job:
         }
 
     def used(self) -> dict[str, Any]:
-        """Return the settings in force that the config may leave open."""
+        """Return for sample.json what was chosen for the settings that may be None or "auto"."""
         return {
             "scheduler": self.scheduler,
             "clip": self.clip,
@@ -89,10 +89,10 @@ class Job:
 
 
 def prepare(config: SampleConfig) -> Job:
-    """Load the model and its autoencoder and check them against the settings.
+    """Load the model, its methods and its autoencoder, and check them against the settings. Writes nothing.
 
     Raises:
-        TokdynError: something is missing or does not fit.
+        TokdynError: a file is missing, or a setting is not possible with this model.
     """
     device = open_device(config.device)
     model, objective, info = load_model(config.model, config.ema)
@@ -100,13 +100,13 @@ def prepare(config: SampleConfig) -> Job:
     require_folder(out)
     if config.maps and not takes_tail_drop(model):
         raise UnsupportedModelError(
-            f"{info.path} is a {type(model).__name__}, which computes every token, so there are no maps to draw: leave "
-            "maps off."
+            f"maps=true is not possible with {info.path}: it is a {type(model).__name__}, which computes every token. "
+            "Set maps=false."
         )
     if not takes_tail_drop(model) and (any(config.tail_drop) or config.drop_curve or config.uncond_tail_drop):
         raise tail_drop_error(model)
     scheduler = config.scheduler or default_scheduler(objective)
-    open_scheduler(scheduler, config.steps, objective)  # raises if the settings do not fit
+    open_scheduler(scheduler, config.steps, objective)  # raises if the settings are not possible together
     decoder = open_decoder(model.config.in_channels, info.data, config.vae, device, info.latents)
     model.to(device)
     if config.methods is not None:

@@ -1,4 +1,4 @@
-"""Classes to sample: names and numbers become labels, and labels become names."""
+"""Convert the names and numbers of classes to labels, and labels to names."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ NO_CLASS = "none"
 
 
 def class_numbers(classes: Sequence[int | str] | None, info: ModelInfo, model: Any) -> tuple[int, ...]:
-    """Return the labels to sample.
+    """Return the labels of classes; "none" becomes the label of unconditional samples, the number of classes.
 
     Args:
-        classes: names, numbers or "none"; a name that looks like a number is a name. None takes all classes.
-        info: class names of the model.
-        model: number of classes; the number after the last one means no class.
+        classes: names, numbers or "none"; None takes all classes. A number that is the name of a class is read as the
+            name.
+        info: holds the names of the model's classes.
+        model: its configuration holds the number of classes.
 
     Raises:
-        RecipeError: there is no such class.
+        RecipeError: the list is empty, or there is no such class.
     """
     total = model.config.num_classes
     if classes is None:
         return tuple(range(total))
     if not classes:
-        raise RecipeError("classes is empty: name some, or leave it out for all.")
+        raise RecipeError("classes is empty: name at least one class, or leave the setting out to sample all.")
     return tuple(_number(entry, info.class_names, total) for entry in classes)
 
 
 def class_name(label: int, info: ModelInfo, model: Any) -> str:
-    """Return the name of a class if it is known and can be drawn, otherwise its number."""
+    """Return the name of a class, or its number if the name is not known or has characters that cannot be drawn."""
     if label == model.config.num_classes:
         return "no class"
     name = info.class_names[label] if label < len(info.class_names) else str(label)
@@ -41,6 +42,7 @@ def class_name(label: int, info: ModelInfo, model: Any) -> str:
 
 
 def _number(entry: int | str, names: Sequence[str], total: int) -> int:
+    """Return the label of one entry of the setting `classes`; the model has `total` classes."""
     if str(entry) in names:  # also a number, so that 1 means the same alone and in a list
         return names.index(str(entry))
     if entry == NO_CLASS:

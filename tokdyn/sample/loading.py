@@ -1,4 +1,4 @@
-"""Loads a model for sampling, with what is known of its training."""
+"""Load a model for sampling, with its objective and what is known of its training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokdyn.train.checkpoints import newest
 from tokdyn.train.snapshot import METHODS
 
 _FACTS = "tokdyn.json"
-_PARTS = frozenset({"model", "ema", "checkpoints", "transformer"})  # folders that are not named after a run
+_PARTS = frozenset({"model", "ema", "checkpoints", "transformer"})  # names of folders inside a run or a pipeline
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ class ModelInfo:
 
     Attributes:
         path: folder or file that was read.
-        name: name of the run, or of the file.
-        step: number of optimizer steps of a checkpoint, if known.
-        data: data that the model was trained on, if known.
-        latents: origin of the latents that the model was trained on, if it was and that is known.
-        class_names: one name per class, empty if they are not known.
+        name: name of the training run, or of the folder or file.
+        step: optimizer steps taken before a checkpoint was written; None if the model is not from a checkpoint.
+        data: settings of the data that the model was trained on; None if not known.
+        latents: which autoencoder made the latents that the model was trained on, and how; None for pixels, and if not
+            known.
+        class_names: names of the classes in the order of their labels; empty if not known.
     """
 
     path: Path
@@ -48,17 +49,18 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
     """Load a model for sampling.
 
     Args:
-        path: a training folder (its finished model, else its newest checkpoint), a checkpoint folder, a folder of
-            `save_pretrained`, or any file that `tokdyn.checkpoints.read` reads.
-        ema: take the averaged weights if there are both.
+        path: a training folder (of which the finished model is read, or if there is none the newest checkpoint), a
+            checkpoint folder, a folder of `save_pretrained`, or any file that `tokdyn.checkpoints.read` reads.
+        ema: take the averaged weights of a checkpoint, not the last ones. With False, the finished model of a training
+            folder is skipped, because it holds averaged weights.
 
     Returns:
-        The model in evaluation mode on the CPU, with the methods that it was trained with; its objective; and where it
-        came from. Without a tokdyn.json beside the weights the objective is DiT's, noise over 1000 steps, or a flow for
-        weights of SiT.
+        The model, in evaluation mode on the CPU, with the methods of its training attached; its objective; and where it
+        came from. If there is no tokdyn.json beside the weights, the objective is that of the original DiT (noise
+        prediction, 1000 steps), or flow matching if the model maps its timesteps as SiT does.
 
     Raises:
-        CheckpointError: there is no model, or it is damaged.
+        CheckpointError: there is no model at the path, or it is damaged.
     """
     start = Path(path).expanduser()
     place, step = _locate(start, ema)
@@ -72,7 +74,8 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         latents = LatentOrigin(**facts["latents"]) if facts.get("latents") else None
     except (ValidationError, TypeError) as error:
         raise CheckpointError(
-            f"{place / _FACTS} does not describe an objective and data of this version: save the model again."
+            f"{place / _FACTS} does not describe an objective and data that this version of tokdyn reads: save the "
+            "model again."
         ) from error
     name, names = str(facts.get("name") or _name(start)), facts.get("class_names") or ()
     if not isinstance(names, list | tuple) or len(names) > model.config.num_classes:
@@ -84,14 +87,14 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
 
 
 def _default_objective(model: DiT | DCDiT) -> dict[str, Any]:
-    """Return the objective of a model that is saved without one; only flows map their timesteps."""
+    """Return the objective of a model that was saved without one: flow matching if its timesteps are mapped."""
     if tuple(model.config.timestep_map) != (1.0, 0.0):
         return {"kind": "flow"}
     return {"learn_sigma": model.config.learn_sigma}
 
 
 def _name(path: Path) -> str:
-    """Return the name of a run that is not named in its files: that of its folder, or of the file."""
+    """Return a name for a model without a tokdyn.json: that of its file, or of the run's folder."""
     if path.is_file():
         return path.stem
     parts = reversed(path.absolute().parts)
@@ -99,7 +102,7 @@ def _name(path: Path) -> str:
 
 
 def _locate(path: Path, ema: bool) -> tuple[Path, int | None]:
-    """Return the folder or file with the weights, and the step of a checkpoint."""
+    """Return the folder or file that holds the weights, and the step if it is in a checkpoint."""
     which = "ema" if ema else "model"
     if not path.is_dir() or (path / "config.json").is_file():
         return path, None
@@ -120,6 +123,6 @@ def _locate(path: Path, ema: bool) -> tuple[Path, int | None]:
 
 
 def _facts(place: Path) -> dict[str, Any]:
-    """Read what training wrote beside the weights; empty if there is nothing."""
+    """Read the tokdyn.json beside the weights; {} if there is none."""
     file = (place if place.is_dir() else place.parent) / _FACTS
     return json_object(file) if file.is_file() else {}

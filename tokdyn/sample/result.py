@@ -1,4 +1,4 @@
-"""The result of a sampling job, as sample.json stores it."""
+"""Hold the result of a sampling job, and write it as sample.json."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class _Frozen(BaseModel):
 
 
 class BudgetResult(_Frozen):
-    """Result of one tail drop.
+    """The result of sampling with one tail drop.
 
     Attributes:
         tail_drop: tail drop of the conditional branch.
         images: number of images that exist now.
         made: number of images that this job sampled.
-        measured: number of images that the costs below are means over. In a folder that was resumed they include those
-            of earlier jobs that sample.json knows of; an image that was sampled twice counts twice.
+        measured: number of images that the costs below are means over. In a resumed folder, images of earlier jobs
+            that sample.json lists are included; an image that was sampled twice counts twice.
         seconds: time that this job spent in the model and the scheduler.
-        images_per_second: images sampled per second of that time.
-        kept: mean share of tokens over steps, images and branches; None for a model that computes every token.
+        images_per_second: images that this job sampled per second of that time; None if it sampled none.
+        kept: mean kept share over steps, images and branches; None for a model that computes every token.
         tflops_per_image: 1e12 FLOPs of all steps and branches, methods included; a multiply-add is 2 FLOPs. None if
             they are not known for all steps.
         steps: cost of each step; empty if nothing was measured.
@@ -47,7 +47,7 @@ class BudgetResult(_Frozen):
     files: tuple[Path, ...] = ()
 
     def with_batch(self, costs: Sequence[StepCost], images: int) -> BudgetResult:
-        """Return the result after one more batch.
+        """Return a copy of this result to which one more batch is added.
 
         Args:
             costs: cost of each step of the batch, from `step_costs`.
@@ -71,15 +71,16 @@ class BudgetResult(_Frozen):
 
 
 class SampleResult(_Frozen):
-    """Result of one sampling job, as sample.json stores it.
+    """The result of one sampling job, as sample.json stores it.
 
     Attributes:
-        settings: settings that were asked for.
-        identity: what decides the images; a folder is resumed only if it is equal.
-        model: path, name, class, parameters and step of the model.
-        used: scheduler, clipping, precision and device in force.
+        settings: the settings as the user gave them.
+        identity: everything that decides what the images look like, if they are in a folder; otherwise empty. The
+            folder is resumed only by a job with an equal identity.
+        model: path, name, class, number of parameters and step of the model.
+        used: the scheduler, clipping, precision and device that were used, and whether images are decoded latents.
         budgets: one entry per tail drop.
-        files: pictures of all budgets together.
+        files: pictures that compare the tail drops.
         seconds: wall time, loading and writing included.
         machine: machine that the job ran on.
     """
@@ -94,6 +95,6 @@ class SampleResult(_Frozen):
     machine: dict[str, str | int]
 
     def save(self, path: Path) -> None:
-        """Write the JSON, creating the folder if needed."""
+        """Write the result as JSON, atomically; creates the folder if needed."""
         with replacing(path) as half:
             half.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Runs a sampling job: samples every budget batch by batch, then draws the pictures about it."""
+"""Run a sampling job: sample the images with each tail drop, batch by batch, then draw the maps and overviews."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ _SIDE_BY_SIDE = 8  # images in the picture that compares budgets
 
 
 def sample(config: SampleConfig) -> SampleResult:
-    """Sample images and write them, with sample.json beside them.
+    """Sample images and write them to the folder `config.out`, with the result in sample.json.
 
-    Files in ``out`` (in ``out/tail_drop_X`` for each of several budgets): `grid.png`, or `images/`, or `samples.npz`;
-    with ``maps`` also `maps.png`, and `trajectory.png` in ``out``; for several grids `budgets.png`. A folder of images
-    is resumed: existing ones are kept.
+    By `config.format`, the images are in `grid.png`, `images/` or `samples.npz`; if there are several tail drops, each
+    has its own folder `tail_drop_X`. With `config.maps`, `maps.png` lies beside the images and `trajectory.png` in
+    `out`. If there are several grids, `budgets.png` in `out` compares them. With format=folder, images that exist are
+    kept and only missing ones are sampled.
 
     Raises:
-        TokdynError: a setting, the model or the folder does not fit.
+        TokdynError: the model cannot be read, a setting is not possible with it, or the folder holds other images.
     """
     began = perf_counter()
     settle_memory()
@@ -108,10 +109,13 @@ def _sample_budget(
 
     Args:
         job: the job.
-        budget: result of the images that exist already.
-        sink: takes the images.
+        budget: the result so far, of images that exist already.
+        sink: writes the images.
         advance: moves the progress bar by a number of steps.
-        record: called with the state after every batch.
+        record: called with the result so far after every batch.
+
+    Returns:
+        The result, and the trajectory to draw; None if no image was missing.
     """
     config, missing, drop = job.config, sink.missing(), budget.tail_drop
     labels, names = job.labels, job.names
@@ -164,7 +168,7 @@ def _finite(job: Job, images: Tensor) -> Tensor:
 
 
 def _draw_overviews(job: Job, trajectories: list[Trajectory], sinks: dict[float, Sink]) -> tuple[Path, ...]:
-    """Draw the pictures of all budgets together."""
+    """Draw the pictures that compare the tail drops, and return their paths."""
     files = []
     if job.config.maps and trajectories:
         files.append(draw_trajectory(trajectories, job.out / "trajectory.png"))
@@ -182,10 +186,12 @@ def _draw_overviews(job: Job, trajectories: list[Trajectory], sinks: dict[float,
 
 
 def _folder(job: Job, drop: float) -> Path:
+    """Return the folder for the images of one tail drop."""
     return job.out if len(job.config.tail_drop) == 1 else job.out / f"tail_drop_{drop:g}"
 
 
 def _sink(job: Job, folder: Path) -> Sink:
+    """Return the writer of the job's format."""
     if job.config.format == "npz":
         return NpzSink(folder / "samples.npz", job.labels)
     if job.config.format == "folder":
@@ -196,7 +202,7 @@ def _sink(job: Job, folder: Path) -> Sink:
 
 
 def _step_callback(recorder: MapRecorder | None, advance: Callable[[int], None]) -> Callback:
-    """Return a callback that moves the progress bar and feeds the recorder."""
+    """Return a callback for `generate` that moves the progress bar, and passes each step to the recorder if any."""
 
     def callback(step: StepState) -> None:
         if recorder is not None:

@@ -1,4 +1,4 @@
-"""Writers of sampled images: one grid, a folder that can be resumed, or an npz."""
+"""Write sampled images: as one grid, as a folder of PNGs that can be resumed, or as an npz."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tokdyn.report.pixels import Pixels, write_png
 
 
 class Sink(Protocol):
-    """Takes the images of one budget, in ascending order."""
+    """A writer of the images of one tail drop, which are numbered from 0 and written in ascending order."""
 
     def missing(self) -> list[int]:
-        """Return the images that are still to be sampled."""
+        """Return the indices of the images that are still to be sampled."""
 
     def write(self, indices: Sequence[int], pixels: Pixels) -> None:
-        """Take images (B, H, W, 3) uint8."""
+        """Take B more images, (B, H, W, 3) uint8, with their indices."""
 
     def close(self) -> Path:
-        """Finish, and return the file or folder that was written."""
+        """Finish writing, and return the path of the file or folder."""
 
     def discard(self) -> None:
-        """Give up, and remove what is incomplete."""
+        """Stop writing after an error, and remove incomplete files."""
 
 
 class GridSink:
-    """All images in one PNG.
+    """Writes all images into one PNG, when it is closed.
 
     Args:
         path: path of the PNG.
@@ -45,7 +45,7 @@ class GridSink:
         self.pixels: list[Pixels] = []
 
     def missing(self) -> list[int]:
-        """Return all images; a grid is always sampled anew."""
+        """Return the indices of all images: an existing grid is replaced."""
         return list(range(len(self._captions)))
 
     def write(self, indices: Sequence[int], pixels: Pixels) -> None:
@@ -57,15 +57,15 @@ class GridSink:
         return write_png(image_grid(np.concatenate(self.pixels), self._columns, self._captions), self._path)
 
     def discard(self) -> None:
-        """See `Sink`; nothing is written before the end."""
+        """See `Sink`; there is nothing to remove, because nothing is written before `close`."""
 
 
 class FolderSink:
-    """One PNG per image; existing ones are kept.
+    """Writes one PNG per image, `000000.png` and so on; PNGs that exist are kept.
 
     Args:
         folder: folder to write to.
-        subfolders: subfolder of each image; empty for none.
+        subfolders: subfolder of each image; "" is the folder itself.
     """
 
     def __init__(self, folder: Path, subfolders: Sequence[str]) -> None:
@@ -86,11 +86,13 @@ class FolderSink:
         return self._folder
 
     def discard(self) -> None:
-        """See `Sink`; existing images are complete and are kept for resuming."""
+        """See `Sink`; there is nothing to remove, because each PNG is written atomically."""
 
 
 class NpzSink:
-    """An npz, written as images come: `arr_0` uint8 (N, H, W, 3), and labels `arr_1` int64 (N,).
+    """Writes an npz batch by batch: the images as `arr_0`, uint8 (N, H, W, 3), and the labels as `arr_1`, int64 (N,).
+
+    The file appears when it is closed.
 
     Args:
         path: path of the npz.
@@ -104,7 +106,7 @@ class NpzSink:
         self._images: IO[bytes] | None = None
 
     def missing(self) -> list[int]:
-        """Return all images; an archive is always sampled anew."""
+        """Return the indices of all images: an existing archive is replaced."""
         return list(range(len(self._labels)))
 
     def write(self, indices: Sequence[int], pixels: Pixels) -> None:

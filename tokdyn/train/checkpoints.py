@@ -1,4 +1,8 @@
-"""Write checkpoint folders that appear complete or not at all, and find the newest one that is undamaged."""
+"""Write the checkpoints of a training run, and find the newest undamaged one.
+
+Each is a folder `step_0001000` below `checkpoints`, with a state.json that lists the size and hash of its files. It is
+written under another name and renamed, so that an interruption leaves a complete checkpoint or none.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from safetensors import SafetensorError
 from tokdyn.errors import CheckpointError
 
 _NAME = re.compile(r"^step_(\d+)$")
-_HALF = ".half_"  # prefix of folders that are being written or removed
+_HALF = ".half_"  # prefix of files and folders that are being written or removed
 FORMAT = 1
 
 
@@ -26,10 +30,10 @@ class Checkpoint:
     """A complete checkpoint.
 
     Attributes:
-        folder: Its folder.
-        step: Optimizer steps taken.
-        state: The contents of its state.json.
-        skipped: One sentence for each newer checkpoint that was damaged.
+        folder: The checkpoint's folder.
+        step: Optimizer steps taken before it was written.
+        state: The contents of state.json.
+        skipped: One sentence about each newer checkpoint, all of which are damaged.
     """
 
     folder: Path
@@ -39,12 +43,12 @@ class Checkpoint:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint below a `checkpoints` folder."""
+    """Return the path of a step's checkpoint; `root` is the `checkpoints` folder of the run."""
     return root / f"step_{step:07d}"
 
 
 def steps_of(root: Path) -> list[int]:
-    """List the steps that have a checkpoint folder, complete or not, in rising order."""
+    """List in ascending order the steps that have a folder in `root`, damaged ones included."""
     if not root.is_dir():
         return []
     return sorted(int(match.group(1)) for entry in root.iterdir() if (match := _NAME.match(entry.name)))
@@ -60,7 +64,7 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new text, never a part of it."""
+    """Replace the text of a file atomically: a reader sees the old or the new text, never a part of it."""
     half = path.with_name(f"{_HALF}{path.name}")
     with half.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -71,14 +75,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder so that it appears complete or not at all, replacing one of the same name.
+    """Write a folder so that it appears complete or not at all. It replaces an older folder of the same name.
 
     Args:
         target: Path of the folder.
-        write: Writes the contents into the folder that it is given.
+        write: Called with the path of a temporary folder, into which it writes the contents.
 
     Raises:
-        CheckpointError: The system refused to write. Nothing of the attempt is left, and an older folder is untouched.
+        CheckpointError: The system refused to write. The temporary folder is removed, and an older folder is untouched.
     """
     half = target.with_name(f"{_HALF}{target.name}")
     try:
@@ -101,7 +105,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder so that it disappears at once, by renaming it first."""
+    """Remove a folder after renaming it, so that it is never seen in part."""
     aside = folder.with_name(f"{_HALF}old_{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -109,22 +113,26 @@ def _remove(folder: Path) -> None:
 
 
 def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(root: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint, point `latest` at it and remove the oldest ones.
+    """Write a checkpoint, write its name to the file `latest`, and remove the oldest checkpoints.
 
     Args:
         root: The `checkpoints` folder.
         step: Optimizer steps taken.
-        write: Writes the weights and the optimizer into the folder that it is given.
+        write: Called with the path of a folder, into which it writes the weights and the optimizer state.
         state: JSON data for state.json; the sizes and hashes of all files are added.
         keep: Checkpoints to keep, including this one.
 
+    Returns:
+        The checkpoint's folder.
+
     Raises:
-        CheckpointError: The system refused to write.
+        CheckpointError: The checkpoint could not be written, or an old one not removed.
     """
 
     def write_all(folder: Path) -> None:
@@ -152,7 +160,10 @@ def save(root: Path, step: int, write: Callable[[Path], None], state: dict[str, 
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read state.json and compare every file with the size and hash it lists.
+    """Read the state.json of a checkpoint, and compare every file with the size and hash listed there.
+
+    Returns:
+        The contents of state.json, with "step" as an int.
 
     Raises:
         CheckpointError: A file is missing, truncated or changed; the message names it.
@@ -190,7 +201,7 @@ def newest(root: Path) -> Checkpoint | None:
         root: The `checkpoints` folder.
 
     Returns:
-        The checkpoint, or None if the folder has none.
+        The checkpoint, or None if the folder does not exist or has no checkpoints.
 
     Raises:
         CheckpointError: There are checkpoints, and all of them are damaged.

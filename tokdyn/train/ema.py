@@ -1,4 +1,4 @@
-"""Keep an exponential moving average of the weights as a second model that can be sampled and saved."""
+"""Keep an exponential moving average (EMA) of the weights, as a second model that can be sampled and saved."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from tokdyn.train.schedule import ema_decay
 class Ema:
     """The averaged model: `average = d * average + (1 - d) * weight` for every trainable parameter.
 
-    Buffers are copied; frozen parameters stay what they were when the average was made.
+    Buffers are copied at every update. Frozen parameters are copied once, when this object is made.
 
     Args:
-        model: The model to follow. The average starts as a deep copy, in evaluation mode and without gradients.
+        model: The model whose weights are averaged. The average starts as a deep copy of it, in evaluation mode and
+            without gradients.
         decay: The final decay d.
-        warmup: Whether d rises to its value, see `ema_decay`.
+        warmup: Whether d rises to its final value, see `tokdyn.train.schedule.ema_decay`.
+
+    Attributes:
+        model: The averaged model.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
@@ -35,7 +39,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the weights after a step.
+        """Move the average towards the weights, after an optimizer step.
 
         Args:
             step: Updates made before this one.

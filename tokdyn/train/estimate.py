@@ -1,4 +1,4 @@
-"""Estimate for `--dry-run` what a recipe trains, what it costs and how long it takes, without writing anything."""
+"""Estimate the size, the cost and the duration of a training run, for `tokdyn train --dry-run`; writes no files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tokdyn.upcycling.distillation import Distillation
 from tokdyn.upcycling.phases import PhaseBatch, always_frozen, freeze
 from tokdyn.upcycling.report import UpcycleReport, report
 
-_FLOAT = 4  # bytes; weights, gradients, moments and average are fp32
-_TIMED = 2  # timed steps, after one that warms up
-_STEP_FLOPS = {"cpu": 1e12}  # FLOPs of a timed step at most, by type of device
+_FLOAT = 4  # bytes; weights, gradients, AdamW's moments and the average are fp32
+_TIMED = 2  # number of timed steps, after one that warms up
+_STEP_FLOPS = {"cpu": 1e12}  # largest number of FLOPs of a timed step, by type of device
 _STEP_FLOPS_ELSEWHERE = 5e13
 
 
@@ -34,22 +34,22 @@ class Estimate:
     """The size, the cost and the duration of a run. A multiply-add is 2 FLOPs.
 
     Attributes:
-        parameters: All parameters, with the frozen position table.
-        trainable: Parameters that are learned.
-        tokens: Cells of the token grid.
-        kept: Tokens that the transformer blocks compute, on average over the training budgets.
+        parameters: Number of parameters, the frozen position table included.
+        trainable: Number of parameters that are learned.
+        tokens: Tokens per image.
+        kept: Tokens per image that the transformer blocks compute, mean over the tail drops that training draws.
         flops_forward: FLOPs of one forward pass on one image without tail drop.
-        flops_training: Mean FLOPs of training on one image: three forward passes, averaged over the budgets; for an
-            upcycled model also those of the base and of the student with its methods disabled, in the phases that run
-            them.
-        steps: Optimizer steps.
-        images: Images over all steps.
+        flops_training: Mean FLOPs of training on one image: three forward passes, averaged over the tail drops; for an
+            upcycled model also the passes of its teacher and of the student with its methods disabled, in the phases
+            that run them.
+        steps: Optimizer steps of the run.
+        images: Images of all steps together.
         samples: Images in the data set; None if the data were not opened.
-        memory_fixed: Bytes for weights, gradients, AdamW's moments and the average.
+        memory_fixed: Bytes for weights, gradients, AdamW's moments and the averaged weights.
         memory_activations: Bytes kept for the backward pass of one micro-batch on one device; None if not timed.
-        seconds_per_step: Measured on this machine with a smaller batch and scaled up; None if not timed.
+        seconds_per_step: Seconds per step, scaled up from smaller batches timed on this machine; None if not timed.
         timed_images: Images in the timed batch.
-        device: Where the timing ran.
+        device: The device that steps were timed on.
         note: What is missing from the estimate, and why; empty if nothing is.
         upcycled: What an upcycled model copies from its base; None for other models.
     """
@@ -73,7 +73,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Estimated time of the whole run on this machine."""
+        """Estimated seconds of the whole run on this machine; None if not timed."""
         return None if self.seconds_per_step is None else self.seconds_per_step * self.steps
 
     @property
@@ -81,7 +81,7 @@ class Estimate:
         return "the budgets" if self.upcycled is None else "the budgets and phases, the base included"
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return the estimate as (name, value with unit) pairs."""
+        """Return the estimate as pairs of a name and a text: the value with its unit."""
         epochs = f", {self.images / self.samples:.1f} epochs of {self.samples:,}" if self.samples else ""
         lines = [
             ("parameters", f"{self.parameters:,} ({self.trainable:,} trainable)"),
@@ -103,11 +103,14 @@ class Estimate:
 
 
 def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
-    """Open the data, build the model, take three small steps if memory allows, and estimate the run from them.
+    """Estimate a run: open its data, build its model, and time a few training steps on a small batch.
+
+    No files are written. Steps are not timed if the weights and the optimizer need more memory than is free; the
+    result's `note` says so.
 
     Args:
-        recipe: The recipe. Without data.path it takes random images of the stated shape.
-        time_steps: Whether to take the steps.
+        recipe: The recipe. If it has no data.path, random images of the shape that it states are used.
+        time_steps: Whether to time training steps.
 
     Raises:
         TokdynError: The recipe, the data or the model are wrong.
@@ -126,7 +129,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
     full, mean, kept = _flops(recipe, model)
     tokens = model.pos_embed.shape[1]
     fixed = _FLOAT * (2 * total + 3 * trainable)
-    notes = [] if dataset is not None else [f"data.path is not set, so random {recipe.data.kind} stand in"]
+    notes = [] if dataset is not None else [f"data.path is not set, so random {recipe.data.kind} were used"]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     micro_batch = micro_batch_size(recipe, 1)
@@ -165,14 +168,17 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
 
 
 def _budgets(recipe: Recipe) -> list[float]:
-    """Return the kept fraction of every budget that training draws, assuming 1/N before tail drop."""
+    """Return the kept share under each tail drop that training draws.
+
+    Before tail drop it is assumed to be compute_match.kept, or 1/N if the recipe has no such setting.
+    """
     assumed = recipe.compute_match.kept if recipe.compute_match else None
     kept = assumed or 1.0 / recipe.model.target
     return [kept * (1.0 - drop) for drop in (recipe.chunking.tail_drops if recipe.chunking else (0.0,))]
 
 
 def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
-    """Return FLOPs per image without tail drop, their mean over the budgets, and the mean kept fraction."""
+    """Return the forward FLOPs per image without tail drop, their mean over the tail drops, and the mean kept share."""
     if recipe.chunking is None:
         flops = flops_per_image(model)
         return flops, flops, 1.0
@@ -182,7 +188,14 @@ def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
 
 
 def _comparison_flops(recipe: Recipe, steps: int, base: DiT | None, full: float) -> float:
-    """Return the FLOPs per image that the phases of an upcycling run add, mean over the steps."""
+    """Return the FLOPs per image that comparing with the teacher and the dense student adds, mean over the steps.
+
+    Args:
+        recipe: The recipe; only upcycling runs compare.
+        steps: Optimizer steps of the run.
+        base: The teacher.
+        full: Forward FLOPs of the student, counted for the pass with its methods disabled.
+    """
     if recipe.upcycle is None or base is None:
         return 0.0
     teacher = flops_per_image(base)
@@ -193,7 +206,7 @@ def _comparison_flops(recipe: Recipe, steps: int, base: DiT | None, full: float)
 
 
 def _free_memory(device: torch.device) -> float:
-    """Return the free memory of a device in bytes, infinity where it cannot be read."""
+    """Return the free memory of a device in bytes, or infinity if it cannot be read."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
@@ -206,10 +219,17 @@ def _free_memory(device: torch.device) -> float:
 def _measure(
     recipe: Recipe, shape: Shape, classes: int | None, x: Tensor, base: DiT | None = None
 ) -> tuple[float, float]:
-    """Time whole steps of the first phase.
+    """Time training steps on one batch; in an upcycling run, steps of the first phase.
+
+    Args:
+        recipe: The recipe.
+        shape: (C, H, W) of an image.
+        classes: Number of classes; None takes the recipe's.
+        x: (B, C, H, W) images, on the device to time.
+        base: The base of an upcycled model.
 
     Returns:
-        Seconds per image, and bytes per image kept for the backward pass.
+        Seconds per image (the fastest step), and bytes per image kept for the backward pass.
     """
     settle_memory()
     model = build_model(recipe, shape, classes, base=base).to(x.device).train()
@@ -222,7 +242,7 @@ def _measure(
     if recipe.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = open_optimizer(model, recipe.optimizer)
-    owned = {parameter.data_ptr() for parameter in model.parameters()}
+    parameter_storages = {parameter.data_ptr() for parameter in model.parameters()}
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     chunking, drop = None, 0.0
     if recipe.chunking is not None:
@@ -230,9 +250,9 @@ def _measure(
         drop = sum(recipe.chunking.tail_drops) / len(recipe.chunking.tail_drops)
     saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def count_saved(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
+        if storage.data_ptr() not in parameter_storages:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -248,7 +268,7 @@ def _measure(
             torch.accelerator.synchronize(x.device)
         return time.perf_counter() - began
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(count_saved, lambda tensor: tensor):
         step()
     activations = sum(saved.values())
     return min(step() for _ in range(_TIMED)) / len(x), activations / len(x)

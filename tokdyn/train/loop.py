@@ -1,4 +1,4 @@
-"""Run the training loop: steps, log lines, checkpoints, previews, and a clean stop."""
+"""Run the training loop: take steps, write log lines and checkpoints, draw previews, and stop when the user asks."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from tokdyn.train.step import RatioTerm, draw, micro_step
 from tokdyn.upcycling.phases import PhaseBatch, drop_frozen_gradients
 
 Preview = Callable[[Any, Recipe, Path, int], object]
-"""A function that draws previews from the averaged model, the recipe, the run's folder and the step."""
+"""A function `preview(model, recipe, folder, step)` that draws previews; `model` is the averaged model."""
 
 EXIT_INTERRUPTED = 130
-_POLL = 8  # steps after which several processes agree whether to stop
+_POLL = 8  # several processes agree whether to stop every so many steps
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `train` ended.
+    """The result of `train`.
 
     Attributes:
         folder: The run's folder.
-        step: Optimizer steps taken since the run was started.
-        steps: Steps of the whole run.
-        row: The last line of metrics; empty if no step was logged.
+        step: Optimizer steps taken since the run was started, those before it was resumed included.
+        steps: Optimizer steps of the whole run.
+        row: The last line of metrics; empty if this call logged none.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 when finished, 130 when interrupted."""
+        """The exit code of `tokdyn train`: 0 if the run is finished, 130 if it was interrupted."""
         return 0 if self.finished else EXIT_INTERRUPTED
 
 
@@ -63,12 +63,12 @@ class Loop:
     """The training loop of one call of `train`.
 
     Args:
-        run: The run to continue.
+        run: The run to start or to continue.
         folder: The run's folder.
-        spent: Seconds that earlier calls have trained.
-        line: Shows progress.
-        stop: Knows whether the user wants to stop.
-        preview: Draws previews; None draws none.
+        spent: Seconds of training before the run was resumed.
+        line: Shows the progress.
+        stop: Set when the user asks to stop.
+        preview: Draws the previews; None draws none.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Loop:
         self.last_logged = 0
 
     def go(self, start: int) -> Result:
-        """Take the remaining steps, until the last one or until the user stops.
+        """Take the remaining steps, until the last one or until the user asks to stop.
 
         Args:
             start: Steps already taken.
@@ -120,7 +120,12 @@ class Loop:
         return Result(self.folder, step, run.steps, self.row)
 
     def _step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Take one optimizer step over all micro-batches of this process."""
+        """Take one optimizer step, on the micro-batches of this process.
+
+        Args:
+            step: Steps already taken.
+            batches: Yields the images (B, C, H, W) and the labels (B,) of the micro-batches.
+        """
         run, recipe, trainee = self.run, self.run.recipe, self.run.trainee
         training, device = recipe.training, run.accelerator.device
         rate = schedule.run_learning_rate(recipe, step, run.steps)
@@ -167,19 +172,19 @@ class Loop:
         trainee.window.add(step + 1, {**means, "grad_norm": norm})
 
     def _check_finite(self, step: int) -> None:
-        """Stop the run if a loss or gradient was not finite since it started."""
+        """Raise a TokdynError if a loss or a gradient has not been finite; called before anything is written."""
         bad = self.run.trainee.window.first_nonfinite(self.run.accelerator)
         if bad is None:
             return
         last = checkpoints.steps_of(self.folder / "checkpoints")
         kept = f"the checkpoint of step {last[-1]} is kept" if last else "there is no checkpoint yet"
         raise TokdynError(
-            f"The loss or its gradient is not finite since step {bad} (found at step {step}); {kept}. Lower "
+            f"The loss or its gradient has not been finite since step {bad} (found at step {step}); {kept}. Lower "
             "optimizer.lr, lengthen optimizer.warmup_steps or set training.precision=fp32."
         )
 
     def _log(self, step: int) -> None:
-        """Write and show the means since the last line of metrics."""
+        """Write and show the mean metrics of the steps since the last log line."""
         run, recipe = self.run, self.run.recipe
         self._check_finite(step)
         means = run.trainee.window.means(run.accelerator)
@@ -205,7 +210,10 @@ class Loop:
         self.line.log(step, self.row)
 
     def _agree(self, step: int) -> tuple[bool, bool]:
-        """Return whether to stop and whether a timed checkpoint is due; all processes get the same answer."""
+        """Return whether to stop, and whether a checkpoint is due by time. All processes get the same answer.
+
+        Several processes ask each other only every `_POLL` steps; between those both answers are False.
+        """
         minutes = self.run.recipe.training.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self.last_save > 60.0 * minutes
         mine = (self.stop.requested, due)
@@ -219,7 +227,7 @@ class Loop:
         return stopping, timed
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, on the main process."""
         run, recipe = self.run, self.run.recipe
         self._check_finite(step)
         if run.accelerator.is_main_process:
@@ -237,7 +245,7 @@ class Loop:
         self.last_save = time.monotonic()
 
     def _draw(self, step: int) -> None:
-        """Draw previews."""
+        """Draw previews, on the main process."""
         run = self.run
         self._check_finite(step)
         if run.accelerator.is_main_process and self.preview is not None:
@@ -245,7 +253,7 @@ class Loop:
         run.accelerator.wait_for_everyone()
 
     def _finish(self, step: int) -> None:
-        """Write the averaged model, which `tokdyn sample` loads."""
+        """Write the averaged model into the folder `model`, from which `tokdyn sample` loads it."""
         run = self.run
         if run.accelerator.is_main_process:
 

@@ -1,4 +1,7 @@
-"""Average metrics between two log lines without waiting for the device, and keep them in a file."""
+"""Average the training metrics between two log lines, and store the averages as lines of JSON in metrics.jsonl.
+
+Sums are kept on the device, so that a training step need not wait for it; only a log line does.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from tokdyn.errors import CheckpointError
 from tokdyn.train.checkpoints import write_text
 
 Row = dict[str, Any]
+"""One line of metrics.jsonl: values by name, with the step under "step"."""
 
 
 class Window:
-    """Sums of the metrics of every step since the last log line, kept on the device.
+    """Running sums of each metric over the steps since the last log line, as fp32 tensors on the device.
 
     Args:
-        device: The device that computes the metrics.
+        device: The device that the sums stay on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +35,14 @@ class Window:
         self.steps = 0
 
     def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add the metrics of a step, scalars by name, and remember the first step with one that is not finite."""
+        """Add the metrics of one step to the sums, without waiting for the device.
+
+        If a metric is NaN or infinite, the step is remembered, unless an earlier one is.
+
+        Args:
+            step: Optimizer steps taken, this one included.
+            metrics: Scalars by name.
+        """
         self.steps += 1
         for name, value in metrics.items():
             scalar = torch.as_tensor(value, dtype=torch.float32, device=self._device)
@@ -40,28 +51,35 @@ class Window:
             self._first_nonfinite = torch.where(bad, float(step), self._first_nonfinite)
 
     def means(self, accelerator: Accelerator) -> Row:
-        """Return the mean of every metric over the steps and all devices. Waits for the device."""
+        """Return the mean of each metric over the steps and all processes, without resetting the sums.
+
+        Waits for the device, and every process has to call it. A step without a metric counts as 0 in its mean.
+        """
         if not self._sums:
             return {}
         stacked: Tensor = accelerator.reduce(torch.stack(list(self._sums.values())), "mean")
         return dict(zip(self._sums, (stacked / self.steps).tolist(), strict=True))
 
     def first_nonfinite(self, accelerator: Accelerator) -> int | None:
-        """Return the first step of this call of `train` with a metric that is not finite. Waits for the device."""
+        """Return the first step, on any process, that had a NaN or infinite metric; None if there is none.
+
+        All steps since this object was made count: `clear` does not forget them, and checkpoints do not hold them.
+        Waits for the device, and every process has to call it.
+        """
         steps = [int(step) for step in accelerator.gather(self._first_nonfinite.reshape(1)).tolist() if step >= 0]
         return min(steps, default=None)
 
     def clear(self) -> None:
-        """Start the next window."""
+        """Reset the sums, after a log line."""
         self._sums = {}
         self.steps = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors, for a checkpoint."""
+        """Return the sums and the number of steps as tensors, for a checkpoint."""
         return {"steps": torch.tensor(self.steps), **{f"sum/{name}": value for name, value in self._sums.items()}}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the state that `tensors` returned."""
+        """Restore the sums and the number of steps from what `tensors` returned."""
         self.steps = int(tensors["steps"])
         self._sums = {
             name.removeprefix("sum/"): value.to(self._device)
@@ -71,7 +89,11 @@ class Window:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add one line of JSON to the metrics file."""
+    """Append a row to a metrics file as one line of JSON.
+
+    Raises:
+        CheckpointError: The system refused to write.
+    """
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -82,7 +104,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Read the metrics file, skipping a last line that a crash has truncated."""
+    """Return the rows of a metrics file, without lines that a crash left incomplete; [] if there is no file."""
     if not path.is_file():
         return []
     rows = []
@@ -94,8 +116,8 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def truncate(path: Path, step: int) -> None:
-    """Remove the rows after a step, which a resumed run will write again."""
+def remove_after(path: Path, step: int) -> None:
+    """Remove the rows of steps after `step` from a metrics file: a run that resumes there writes them again."""
     if path.is_file():
         rows = [row for row in read(path) if row["step"] <= step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Show the progress of a run: a live line on a terminal, one plain line per log step elsewhere."""
+"""Show the progress of a training run: a live bar on a terminal, otherwise one line of text per log line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SHOWN = {"loss": "loss {:.4f}", "kept": "kept {:.1%}", "images_per_second": "{:
 
 
 class ProgressLine:
-    """The progress of a run on stderr.
+    """The progress of a run, as a context that shows it on stderr.
 
     Args:
         total: Steps of the whole run.
         start: Steps already taken.
-        shown: Whether to show anything; False on all but one of several processes.
-        console: Shows it in place of stderr.
+        shown: Whether to show anything; True for one of several processes.
+        console: Where to show the progress; stderr if None.
     """
 
     def __init__(self, total: int, start: int, shown: bool, console: Console | None = None) -> None:
@@ -49,28 +49,28 @@ class ProgressLine:
             self._live.stop()
 
     def note(self, text: str) -> None:
-        """Print a line that stays on the screen."""
+        """Print a line of text that stays on the screen."""
         if self._shown:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, done: int) -> None:
-        """Move the bar."""
+        """Move the bar to the number of steps taken; does nothing if stderr is not a terminal."""
         if self._live is not None:
             self._live.update(self._task, completed=done)
 
     def log(self, done: int, row: dict[str, Any]) -> None:
-        """Show the means since the last line of metrics.
+        """Show some metrics of a new log line and the time that is left.
 
         Args:
             done: Steps taken.
-            row: The new line of metrics.
+            row: The metrics by name.
         """
-        words = [text.format(row[name]) for name, text in _SHOWN.items() if name in row]
+        parts = [text.format(row[name]) for name, text in _SHOWN.items() if name in row]
         taken = done - self._start
         if taken > 0:
             left = (time.monotonic() - self._began) / taken * (self._total - done)
-            words.append(f"ETA {duration(left)}")
-        text = "  ".join(words)
+            parts.append(f"ETA {duration(left)}")
+        text = "  ".join(parts)
         if self._live is not None:
             self._live.update(self._task, completed=done, text=text)
         else:

@@ -1,4 +1,4 @@
-"""Decide with which changes of its recipe a run may be resumed."""
+"""Decide which settings of its recipe may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HARMLESS = (
     "training.sample_every",
     "training.trackers",
 )
-"""Do not change what is computed. Data and base may lie elsewhere, because their contents are compared instead."""
+"""Settings that do not change what is computed. The data and the base may be moved: their contents are compared."""
 
 ROUNDING = (
     "training.accumulation",
@@ -33,14 +33,14 @@ ROUNDING = (
     "training.compile",
     "optimizer.implementation",
 )
-"""Change results only by rounding."""
+"""Settings that change the results only by rounding."""
 
 LENGTH = ("training.images", "training.steps", "compute_match")
-"""May change if no schedule depends on the length."""
+"""Settings of the length of the run, which may change if the learning rate does not decay over it."""
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested settings into one dict with dotted keys; lists stay whole."""
+    """Turn nested settings into one dict with dotted keys such as "data.path". Lists are not taken apart."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         path = f"{prefix}{key}"
@@ -56,26 +56,27 @@ def changed_keys(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _is_one_of(key: str, group: tuple[str, ...]) -> bool:
+    """Return whether a dotted key, or a section that holds it, is in a group of settings."""
     return any(key == entry or key.startswith(f"{entry}.") for entry in group)
 
 
 def check_resumable(
     stored: dict[str, Any], recipe: Recipe, data: dict[str, Any], folder: str, base: dict[str, str] | None = None
 ) -> list[str]:
-    """Refuse to resume a run with settings, data or a base that would make it another run.
+    """Refuse to resume a run whose settings, data or base differ from those it was started with.
 
     Args:
-        stored: The state.json of the checkpoint, with its "recipe", "data" and "base".
-        recipe: The recipe that the run is resumed with.
-        data: The identity of the data that are open.
-        folder: The run's folder, for an error message.
-        base: Name and SHA-256 of the base of an upcycled model.
+        stored: The contents of the checkpoint's state.json: the "recipe", "data" and "base" of the run.
+        recipe: The recipe to resume with.
+        data: `Dataset.identity()` of the data to resume with.
+        folder: The run's folder, for error messages.
+        base: Name ("base") and SHA-256 ("sha256") of the base of an upcycled model.
 
     Returns:
-        Changed keys that let the rest of the run differ by rounding.
+        The changed settings that make the rest of the run differ by rounding.
 
     Raises:
-        CheckpointError: A key changed that must not, or data or base are others; the message says which.
+        CheckpointError: A setting changed that must not, the data are not the same, or the base is not.
     """
     old = resolve(stored["recipe"], f"The recipe stored in {folder}")
     allowed = HARMLESS + ROUNDING + (LENGTH if recipe.optimizer.decay == "none" else ())

@@ -1,4 +1,7 @@
-"""Learning rate, target, tail drop and EMA decay, each as a pure function of the step."""
+"""Compute the learning rate, N, the tail drop and the EMA decay of a training step, as functions of the step alone.
+
+N is the target of a chunking model: one of N tokens should be kept.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from tokdyn.seeds import Stream, generator
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Return the learning rate of a step.
+    """Return the learning rate of a step, before the factor of an upcycling phase.
 
     Args:
-        settings: Peak, warm-up and decay.
+        settings: Peak, warm-up and decay of the learning rate.
         step: Steps already taken.
         steps: Steps of the whole run.
     """
@@ -30,7 +33,7 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
 
 
 def run_learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Return the learning rate of a step of a run, with the factor of its upcycling phase.
+    """Return the learning rate of a step, multiplied in an upcycling run by the factor of the phase.
 
     Args:
         recipe: The recipe.
@@ -42,11 +45,11 @@ def run_learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def target(settings: ChunkingSettings, model_target: float, step: int) -> float:
-    """Return N of a step: one of N tokens should be kept.
+    """Return N in a step.
 
     Args:
-        settings: The curriculum, and how N moves between its points.
-        model_target: N without a curriculum.
+        settings: The curriculum of N: its points (step, N) and the interpolation between them.
+        model_target: N if the recipe has no curriculum.
         step: Steps already taken.
     """
     points = settings.curriculum
@@ -62,17 +65,20 @@ def target(settings: ChunkingSettings, model_target: float, step: int) -> float:
 
 
 def tail_drop(settings: ChunkingSettings, seed: int, step: int, first: int, batch: int) -> float | Tensor:
-    """Draw the tail-drop fraction of a step (multi-budget training, arXiv 2603.06351 v2).
+    """Draw the tail drop of a micro-batch, the share of the kept tokens to drop (arXiv 2603.06351 v2, multi-budget).
+
+    It is a function of the seed, the step and, with `draw: sample`, the number of the sample, so that it does not
+    depend on the number of devices.
 
     Args:
-        settings: The fractions to draw from, and the steps before the first draw.
+        settings: The tail drops to draw from, and the number of steps before the first draw.
         seed: The recipe's seed.
         step: Steps already taken.
-        first: Number, within the step, of the first sample of the micro-batch.
-        batch: Samples in the micro-batch.
+        first: Index, within the step, of the first sample of the micro-batch.
+        batch: Samples in the micro-batch, B.
 
     Returns:
-        0.0 during the warm-up; then one fraction, the same on every device, or with `draw: sample` a (batch,) tensor.
+        0.0 during the warm-up; then one number for all samples of the step, or with `draw: sample` a tensor (B,).
     """
     budgets = settings.tail_drops
     if step < settings.budget_warmup_steps or budgets == (0.0,):
@@ -89,11 +95,13 @@ def tail_drop(settings: ChunkingSettings, seed: int, step: int, first: int, batc
 
 
 def ema_decay(decay: float, warmup: bool, step: int) -> float:
-    """Return the decay of the averaged weights: min(decay, (1 + t) / (10 + t)), so that short runs forget their start.
+    """Return the decay of the averaged weights in a step.
+
+    With warm-up it is `min(decay, (1 + t) / (10 + t))`, so that the average of a short run forgets the initial weights.
 
     Args:
         decay: The final decay.
-        warmup: Whether the decay rises to it.
+        warmup: Whether the decay rises to its final value.
         step: Updates already made, t.
     """
     return min(decay, (1 + step) / (10 + step)) if warmup else decay

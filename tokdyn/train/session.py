@@ -1,4 +1,4 @@
-"""Start a run in an empty folder, or resume the run that a folder holds."""
+"""Start a training run in an empty folder, or resume the run that a folder holds."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ from tokdyn.train.signals import StopRequest
 def train(
     recipe: Recipe, resume: bool = False, console: Console | None = None, preview: Preview | None = None
 ) -> Result:
-    """Train a recipe, or resume its run.
+    """Train a model as a recipe says, or resume its run.
+
+    The first Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and returns; a second one interrupts at once.
 
     Args:
-        recipe: The recipe; to resume a run, the same one apart from settings that change nothing.
-        resume: Continue from the newest undamaged checkpoint in the recipe's folder, bit for bit.
-        console: Shows progress in place of stderr.
+        recipe: The recipe. A run is resumed with the recipe that started it, apart from the settings that
+            `tokdyn.train.resume` allows to change.
+        resume: Continue from the newest undamaged checkpoint in the recipe's folder, bit for bit. If the run has no
+            checkpoint yet, start again at step 0.
+        console: Where to show the progress; stderr if None.
         preview: Draws the previews that `training.sample_every` asks for: `tokdyn.report.preview.draw_preview`, or a
             function of your own.
 
+    Returns:
+        The steps taken and the last metrics. `finished` is False if the run was interrupted.
+
     Raises:
-        CheckpointError: The folder is not empty (without `resume`), or holds no run that can be resumed (with it), or a
-            checkpoint could not be written.
+        CheckpointError: Without `resume`, the folder is not empty; with it, the folder holds no run, the run cannot
+            continue with this recipe, or all its checkpoints are damaged; or a checkpoint could not be written.
         TokdynError: The recipe or the data are wrong, or the loss is no longer finite.
     """
     settle_memory()
@@ -62,7 +69,7 @@ def train(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.write_text(folder / "recipe.yaml", dump(recipe))
-        metrics.truncate(folder / "metrics.jsonl", start)
+        metrics.remove_after(folder / "metrics.jsonl", start)
         if run.upcycled is not None:
             if start == 0:
                 notes += [f"{name:<12} {value}" for name, value in run.upcycled.lines()]
@@ -84,11 +91,13 @@ def train(
 
 
 def _check_unused(folder: Path) -> None:
+    """Raise a CheckpointError unless the folder is empty or does not exist."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
 
 
 def _newest_or_none(folder: Path) -> checkpoints.Checkpoint | None:
+    """Return the newest undamaged checkpoint of a run, or None if it was stopped before its first one."""
     checkpoint = checkpoints.newest(folder / "checkpoints")
     if checkpoint is None and not (folder / "recipe.yaml").is_file():
         raise CheckpointError(f"There is no run to resume in {folder}; start it without --resume.")

@@ -1,4 +1,4 @@
-"""Build the parts of a run from its recipe, in the same order on every device."""
+"""Build the parts of a training run from its recipe: data, model, optimizer and averaged weights."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ class Run:
 
     Attributes:
         recipe: The recipe.
-        accelerator: Knows the device and the other processes.
-        dataset: The samples.
-        stream: Micro-batches of this process by number, `step * accumulation + micro`.
-        trainee: Model, average, optimizer and running means.
-        wrapped: What a step calls: the model, or the distillation of a student, in its data-parallel wrapper if any.
-        stepper: The optimizer as accelerate wraps it.
+        accelerator: Holds the device and the connection to the other processes.
+        dataset: The images and labels to train on.
+        stream: The micro-batches of this process; micro-batch m of a step has the index `step * accumulation + m`.
+        trainee: Model, averaged weights, optimizer and sums of metrics.
+        wrapped: The module that a training step calls: the model, or the `Distillation` of an upcycled model, with its
+            data-parallel wrapper if there are several processes.
+        stepper: The optimizer, wrapped by accelerate.
         steps: Optimizer steps of the whole run.
-        base: Name and SHA-256 of the base of an upcycled model; None for other models.
+        base: Name ("base") and SHA-256 ("sha256") of the base of an upcycled model; None for other models.
         upcycled: What an upcycled model copied from its base; None for other models.
     """
 
@@ -65,23 +66,23 @@ class Run:
         return self.stream.batch_size
 
     def slot(self, micro: int) -> int:
-        """Return the number of a micro-batch within its step, over all devices."""
+        """Return the index of this process's micro-batch `micro` among those of all processes in a step."""
         return micro * self.stream.world + self.stream.rank
 
 
 def open_accelerator(recipe: Recipe) -> Accelerator:
-    """Choose the device, and join the other processes if there are any.
+    """Choose the device, and connect to the other processes if there are any.
 
     Raises:
-        RecipeError: A tracker is not installed, or the launcher asks for a kind of parallelism other than one
-            replica per device.
+        RecipeError: A tracker is not installed, or the launcher asks for a kind of parallelism other than data
+            parallelism.
     """
     known = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     missing = [name for name in recipe.training.trackers if name not in known]
     if missing:
         raise RecipeError(
             f"training.trackers names {missing[0]}, which is not installed here{nearest(missing[0], known)}; install "
-            "it, or leave it out."
+            "it, or remove it from training.trackers."
         )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -100,10 +101,14 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def micro_batch_size(recipe: Recipe, processes: int) -> int:
-    """Return the size of a micro-batch on one device.
+    """Return the number of images in a micro-batch.
+
+    Args:
+        recipe: The recipe.
+        processes: Number of processes that train together.
 
     Raises:
-        RecipeError: The batch does not divide over devices and accumulated micro-batches.
+        RecipeError: The batch size is not a multiple of processes times accumulated micro-batches.
     """
     training = recipe.training
     parts = training.accumulation * processes
@@ -116,7 +121,7 @@ def micro_batch_size(recipe: Recipe, processes: int) -> int:
 
 
 def open_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters; vectors and scalars get no weight decay."""
+    """Build AdamW for the trainable parameters. Vectors and scalars, such as biases, get no weight decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": settings.weight_decay},
@@ -133,11 +138,13 @@ def open_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
 
 
 def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
-    """Set the router's bias to the N of the first step on a first batch, which is the same on every device.
+    """Set the router's bias so that it keeps 1/N of the tokens of one batch, N being that of the first step.
+
+    The batch and its noise depend on the seed alone, so that all processes get the same bias.
 
     Args:
-        model: A DCDiT on `device`.
-        recipe: The recipe of a chunking model.
+        model: A DCDiT on `device`; changed in place.
+        recipe: The recipe, with a section `chunking`.
         dataset: The data to take the batch from.
         device: The device of the model.
     """
@@ -151,23 +158,24 @@ def calibrate(model: Any, recipe: Recipe, dataset: Dataset, device: torch.device
         model.calibrate_router(noised.x_t.to(device), noised.timestep.to(device), labels.to(device), target)
 
 
-def compile_parts(model: Any, what: str | bool) -> None:
-    """Compile parts of a model in place; its parameters keep their names, so checkpoints stay the same.
+def compile_parts(model: Any, parts: str | bool) -> None:
+    """Compile parts of a model with torch.compile, in place. Parameter names, and so checkpoints, stay the same.
 
     Args:
         model: A DiT or DCDiT.
-        what: False, "scaffold", "blocks" or "all".
+        parts: The setting `training.compile`: False (nothing), "blocks", "scaffold" (the encoder and decoder of a
+            DCDiT; nothing for a DiT) or "all".
     """
-    if what in ("blocks", "all"):
+    if parts in ("blocks", "all"):
         for block in model.blocks:
             block.compile(dynamic=hasattr(model, "encoder"))  # the number of kept tokens differs from step to step
-    if what in ("scaffold", "all") and hasattr(model, "encoder"):
+    if parts in ("scaffold", "all") and hasattr(model, "encoder"):
         model.encoder.compile(dynamic=False)
         model.decoder.compile(dynamic=False)
 
 
 def model_info(recipe: Recipe, dataset: Dataset, base: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return the contents of the tokdyn.json that is saved beside the weights."""
+    """Return the contents of the tokdyn.json that is saved beside the weights: objective, data, class names, base."""
     return {
         "name": recipe.name,
         "objective": recipe.objective.model_dump(mode="json"),
@@ -179,12 +187,15 @@ def model_info(recipe: Recipe, dataset: Dataset, base: dict[str, str] | None = N
 
 
 def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
-    """Build a run.
+    """Build the parts of a run, in the same order and from the same seed on every process.
 
     Args:
         recipe: The recipe.
-        accelerator: From `open_accelerator`.
-        fresh: Whether to calibrate the router; False if a checkpoint will be restored.
+        accelerator: The result of `open_accelerator`.
+        fresh: Whether the run starts at step 0. Only then is the router calibrated; a checkpoint holds its bias.
+
+    Raises:
+        TokdynError: The recipe, the data or the base are wrong.
     """
     dataset = open_data(recipe.data)
     micro_batch = micro_batch_size(recipe, accelerator.num_processes)

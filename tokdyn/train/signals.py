@@ -1,4 +1,4 @@
-"""Catch Ctrl-C, so that a run finishes its step and saves; a second Ctrl-C stops at once."""
+"""Catch Ctrl-C and SIGTERM, so that a run can finish its step and save; a second one interrupts it at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM sets `requested` and the second one interrupts.
+    """A context in which the first SIGINT or SIGTERM sets `requested`, and the next one acts as usual.
 
-    It has no effect outside the main thread, where Python delivers no signals.
+    In a thread other than the main one it has no effect, because Python handles signals in the main thread only.
+
+    Attributes:
+        requested: Whether a signal came.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Save and restore what training changes: weights, averaged weights, optimizer state and running means."""
+"""Save and restore everything that training changes: weights, averaged weights, optimizer state, sums of metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
 
 METHODS = "methods"
-"""Folder beside the weights of a model that holds the methods it was trained with."""
+"""Name of the folder beside a model's weights that holds the methods attached to it."""
 _OPTIMIZER = "optimizer/"
 _WINDOW = "window/"
 
@@ -30,10 +30,10 @@ class Trainee:
 
     Attributes:
         model: The network, without its data-parallel wrapper.
-        ema: Its averaged weights.
+        ema: The model's averaged weights.
         optimizer: torch's AdamW over the trainable parameters.
-        window: Sums of metrics since the last line of metrics.
-        info: Contents of the tokdyn.json in every saved model: objective, data, class names.
+        window: Sums of metrics since the last log line.
+        info: Contents of the tokdyn.json that is saved beside the weights: objective, data, class names.
     """
 
     model: Any
@@ -53,7 +53,7 @@ class Trainee:
         )
 
     def restore(self, folder: Path) -> None:
-        """Restore what `save` wrote, in place.
+        """Restore in place what `save` wrote into a folder.
 
         Raises:
             CheckpointError: The checkpoint cannot be read, or does not belong to this model.
@@ -69,7 +69,7 @@ class Trainee:
 
 
 def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
-    """Write a diffusers model, its attached methods, and a tokdyn.json that says what it was trained to predict."""
+    """Write a diffusers model into a folder, with the methods attached to it, and `info` as tokdyn.json."""
     model.save_pretrained(folder)
     if attachment_of(model) is not None:
         save(model, folder / METHODS)
@@ -77,7 +77,11 @@ def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Copy the weights that `save_model` wrote into an existing model of the same configuration."""
+    """Copy the weights that `save_model` wrote to a folder into an existing model, in place.
+
+    Raises:
+        CheckpointError: The weights cannot be read, or are those of a model with another configuration.
+    """
     try:
         saved = base_class(model).from_pretrained(folder)  # type: ignore[attr-defined]
         if attachment_of(model) is not None:

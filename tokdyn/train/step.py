@@ -1,4 +1,8 @@
-"""Draw the randomness of a micro-batch, and compute its loss, each as a pure function."""
+"""Draw the randomness of a micro-batch, and compute its loss.
+
+A micro-batch is the part of a training step's batch that one process computes at once. Drawing and computing are apart,
+so that the loss is a pure function of the model and the draws.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ class Draws:
     """The random draws for a micro-batch of B images.
 
     Attributes:
-        noised: Noisy images, times and noise.
+        noised: Noisy images, their timesteps and the noise.
         labels: (B,) int64 classes, some of them replaced by the null class.
-        tail_drop: Fraction of the kept tokens to drop, one number or (B,).
+        tail_drop: Share of the kept tokens to drop: a number, or a tensor (B,).
     """
 
     noised: Noised
@@ -30,7 +34,7 @@ class Draws:
     tail_drop: float | Tensor = 0.0
 
     def slice(self, part: slice) -> Draws:
-        """Return the draws of a part of the samples."""
+        """Return the draws of some of the samples."""
         tensors = {name: value[part] for name, value in vars(self.noised).items()}
         drop = self.tail_drop[part] if isinstance(self.tail_drop, Tensor) else self.tail_drop
         return Draws(replace(self.noised, **tensors), self.labels[part], drop)
@@ -38,12 +42,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class RatioTerm:
-    """The ratio loss of a chunking model.
+    """The settings of a chunking model's ratio loss, which holds the kept share at 1/N.
 
     Attributes:
-        target: N, one of N tokens should be kept.
+        target: N: one of N tokens should be kept.
         ratio_weight: Weight of the ratio loss.
-        ratio_group: Samples over which it pools its means; None pools the micro-batch.
+        ratio_group: Number of samples over which the loss averages the kept share; None averages over the micro-batch.
     """
 
     target: float
@@ -57,9 +61,10 @@ class StepLoss:
 
     Attributes:
         loss: Scalar to differentiate.
-        metrics: Scalars without gradient, on the device: "loss" (diffusion); for a chunking model "ratio",
-            "probability", "kept" (fraction after tail drop) and "natural_kept" (before it); for an upcycled model
-            "teacher", "output", "complete" and the losses of its methods.
+        metrics: Scalars without gradient, on the device: "loss" (the diffusion loss); for a chunking model "ratio" (the
+            ratio loss), "probability" (mean boundary probability), "kept" (kept share after tail drop) and
+            "natural_kept" (before it); for an upcycled model "teacher", "output", "complete" and the losses of its
+            methods, as far as its phase has them.
     """
 
     loss: Tensor
@@ -74,15 +79,16 @@ def draw(
     label_dropout: float,
     tail_drop: float | Tensor = 0.0,
 ) -> Draws:
-    """Draw times, noise and dropped labels from torch's global generator.
+    """Draw timesteps, noise and label dropout from torch's global generator.
 
     Args:
-        objective: Draws times and noise.
+        objective: Draws the timesteps and the noise.
         x: (B, C, H, W) clean images.
-        labels: (B,) classes.
-        null_class: The class that stands for no class.
+        labels: (B,) int64 classes.
+        null_class: The label of unconditional samples.
         label_dropout: Probability that a label is replaced by the null class.
-        tail_drop: Passed on; it is drawn by `schedule.tail_drop`, alike on every device.
+        tail_drop: Copied into the result. It is drawn elsewhere, by `tokdyn.train.schedule.tail_drop`, because all
+            processes need the same.
     """
     noised = objective.add_noise(x)
     dropped = torch.rand(labels.shape, device=labels.device) < label_dropout
@@ -92,7 +98,7 @@ def draw(
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the context of a forward pass: bfloat16 matrix products for "bf16", none for "fp32"."""
+    """Return the context to run a forward pass in: bfloat16 autocast for "bf16", no autocast for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -108,11 +114,11 @@ def micro_step(
 
     Args:
         model: A DiT, a DCDiT or a `tokdyn.upcycling.Distillation`, possibly in a data-parallel wrapper.
-        objective: The diffusion loss.
+        objective: Computes the diffusion loss.
         draws: The micro-batch.
         precision: "bf16" or "fp32".
-        chunking: The ratio loss, for chunking models.
-        phase_batch: The phase, for a `Distillation`.
+        chunking: The settings of the ratio loss, for chunking models.
+        phase_batch: The loss weights of the upcycling phase and the samples on a fixed plan, for a `Distillation`.
     """
     noised = draws.noised
     arguments: dict[str, Any] = {"timestep": noised.timestep, "class_labels": draws.labels}
