@@ -5,7 +5,7 @@ import torch
 
 from tests.contract.models import TINY, sample
 from tokdyn.adapters import adapter_for
-from tokdyn.adapters.tokens import follow, join, split
+from tokdyn.adapters.tokens import join, select_tokens, split
 from tokdyn.attach import argument_names, disabled, wrap
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import TokenMerge
@@ -38,9 +38,9 @@ def repeat_tokens(model, inputs):
         text, x = split(named[stack.tokens], None if stack.image == "all" else count, stack.image)
         rows = index.expand(len(x), -1)
         named[stack.tokens] = join(text, x[:, index], stack.image)
-        for how in stack.follow:
-            if named.get(how.name) is not None:
-                named[how.name] = follow(named[how.name], how, stack, rows, count)
+        for argument in stack.follow:
+            if named.get(argument.name) is not None:
+                named[argument.name] = select_tokens(named[argument.name], argument, stack, rows, count)
         return tuple(named[name] for name in names[: len(args)]), {name: named[name] for name in kwargs}
 
     for stack in adapter.blocks:
