@@ -92,7 +92,7 @@ def test_packed_duplicates_count_as_often_as_they_were_there():
 
 def test_what_has_no_softmax_is_refused_when_it_is_wrapped():
     model = TINY["SanaTransformer2DModel"].build()
-    with pytest.raises(UnsupportedModelError, match="linear attention; leave weighted out"):
+    with pytest.raises(UnsupportedModelError, match="weighted"):
         wrap(model, [TokenMerge(weighted=True)])
     wrap(model, [TokenMerge()])
 
@@ -104,10 +104,10 @@ def test_attention_that_cannot_be_weighted_is_refused_when_it_is_called():
     model = TINY["PixArtTransformer2DModel"].build()
     model.transformer_blocks[2].attn1.set_processor(AttnProcessor())
     wrap(model, [TokenMerge(weighted=True)])
-    with pytest.raises(UnsupportedModelError, match=r"attention of block 2 does not call torch\.nn\.functional"):
+    with pytest.raises(UnsupportedModelError, match=r"block 2 .*scaled_dot_product_attention"):
         model(**TINY["PixArtTransformer2DModel"].inputs(1))
 
 
 def test_weights_without_attention_are_refused():
-    with pytest.raises(InputError, match="weighted counts keys of attention"):
+    with pytest.raises(InputError, match=r"weighted.*where='mlp'"):
         TokenMerge(where="mlp", weighted=True)
