@@ -48,50 +48,50 @@ def test_what_goes_together_is_ordered_by_stage(methods):
 
 
 @pytest.mark.parametrize(
-    ("methods", "sentence"),
+    ("methods", "named"),
     [
-        ([Chunking(), Chunking(target=2)], r"two Chunking decide the token grid; keep one of them\."),
+        ([Chunking(), Chunking(target=2)], "two Chunking .*token grid"),
         (
             [Chunking(), FeatureCache()],
-            r"FeatureCache remembers .* inside Chunking .*; put FeatureCache before Chunking",
+            "FeatureCache .*Chunking .*FeatureCache before Chunking",
         ),
-        ([TokenMerge(), TokenMerge(ratio=0.2)], r"two TokenMerge decide the merging around attention; keep one"),
+        ([TokenMerge(), TokenMerge(ratio=0.2)], "two TokenMerge .*merging around attention"),
         (
             [TokenMerge(where="both"), TokenMerge(where="mlp", blocks=(0, 1))],
-            r"two TokenMerge decide the merging around mlp of blocks 0, 1; give them different blocks",
+            "two TokenMerge .*merging around mlp of blocks 0, 1;",
         ),
-        ([DepthSkip(blocks=(3, 4)), DepthSkip(blocks=(4, 5))], r"two DepthSkip decide the skipping of block 4; give"),
+        ([DepthSkip(blocks=(3, 4)), DepthSkip(blocks=(4, 5))], "two DepthSkip .*skipping of block 4;"),
         (
             [FeatureCache(indicator="first_block"), DepthSkip(blocks=(0, 3))],
-            r"FeatureCache and DepthSkip decide the skipping of block 0; give them different blocks",
+            "FeatureCache and DepthSkip .*skipping of block 0;",
         ),
-        ([DepthSkip(learned=True), DepthSkip(blocks=(5,))], r"two DepthSkip decide the skipping of block 5"),
+        ([DepthSkip(learned=True), DepthSkip(blocks=(5,))], "two DepthSkip .*skipping of block 5;"),
         (
             [FeatureCache(indicator="first_block"), Chunking()],
-            r"FeatureCache begins behind the first block, but Chunking begins with it; use .* indicator='input'",
+            "FeatureCache .*Chunking .*FeatureCache .*indicator='input'",
         ),
         (
             [TokenDrop(), FeatureCache()],
-            r"TokenDrop acts only in training and FeatureCache only in sampling; wrap with",
+            "TokenDrop .*training .*FeatureCache .*sampling",
         ),
         (
             [Chunking(), TokenMerge(partition="grid")],
-            r"TokenMerge needs all cells .* inside Chunking .*partition='bucket'",
+            "TokenMerge .*Chunking .*partition='bucket'",
         ),
-        ([TokenDrop(), TokenMerge(partition="grid")], r"TokenMerge needs all cells .* inside TokenDrop"),
+        ([TokenDrop(), TokenMerge(partition="grid")], "TokenMerge .*TokenDrop .*partition='bucket'"),
         (
             [TokenDrop(blocks=(1, 5)), TokenDrop(blocks=(4, 8))],
-            r"blocks 1 to 5 and TokenDrop over blocks 4 to 8 overlap",
+            "TokenDrop .*blocks 1 to 5 .*TokenDrop .*blocks 4 to 8",
         ),
-        ([TokenDrop(blocks=(4, 6)), TokenDrop(blocks=(2, 8))], r"encloses .* put TokenDrop first in the list"),
-        ([FeatureCache(), FeatureCache(threshold=0.3)], r"two FeatureCache decide the residual of the stack; keep one"),
-        ([DynamicWidth(), DynamicWidth(target=0.5)], r"two DynamicWidth decide the attention heads; keep one"),
-        ([DynamicWidth(), DepthSkip(learned=True)], r"DepthSkip and DynamicWidth each learn to hold the FLOPs"),
+        ([TokenDrop(blocks=(4, 6)), TokenDrop(blocks=(2, 8))], "TokenDrop .*blocks 2 to 8 .*TokenDrop .*blocks 4 to 6"),
+        ([FeatureCache(), FeatureCache(threshold=0.3)], "two FeatureCache .*residual of all blocks"),
+        ([DynamicWidth(), DynamicWidth(target=0.5)], "two DynamicWidth .*attention heads"),
+        ([DynamicWidth(), DepthSkip(learned=True)], "DepthSkip and DynamicWidth .*FLOPs"),
     ],
     ids=lambda value: "+".join(type(m).__name__ for m in value) if isinstance(value, list) else "",
 )
-def test_what_does_not_go_together_is_refused_in_words(methods, sentence):
-    with pytest.raises(CompositionError, match=sentence) as caught:
+def test_methods_that_do_not_go_together_are_named(methods, named):
+    with pytest.raises(CompositionError, match=named) as caught:
         compose(methods, DEPTH)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
@@ -100,17 +100,14 @@ def test_what_does_not_go_together_is_refused_in_words(methods, sentence):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (
-            lambda: compose([TokenDrop(blocks=(2, 12))], DEPTH) or compose([TokenDrop(blocks=(2, 12))], DEPTH),
-            "from 0 to 11",
-        ),
-        (lambda: compose([DepthSkip(blocks=(12,))], DEPTH), "no block 12 in a model of 12 blocks"),
-        (lambda: DepthSkip(blocks=(1,), learned=True), "give one of blocks, table and learned"),
-        (lambda: DepthSkip(blocks=(1,), levels=(0.8, 0.2)), "no stretch within 0 to 1"),
-        (lambda: DynamicWidth(heads=False, channels=False, tokens=False), "has no effect"),
-        (lambda: FeatureCache(steps=(1, 2)), "0 among them"),
-        (lambda: FeatureCache(coefficients=()), r"\(1, 0\) takes the change"),
-        (lambda: TokenMerge(ratio=((0.9, 0.2), (0.1, 0.4))), "should rise"),
+        (lambda: compose([TokenDrop(blocks=(2, 12))], DEPTH), r"\(2, 12\).* 0 to 11"),
+        (lambda: compose([DepthSkip(blocks=(12,))], DEPTH), r"block 12 .* 0 to 11"),
+        (lambda: DepthSkip(blocks=(1,), learned=True), r"blocks, table .*learned=True"),
+        (lambda: DepthSkip(blocks=(1,), levels=(0.8, 0.2)), r"0\.8 to 0\.2"),
+        (lambda: DynamicWidth(heads=False, channels=False, tokens=False), "heads, channels and tokens"),
+        (lambda: FeatureCache(steps=(1, 2)), r"steps .*\(1, 2\)"),
+        (lambda: FeatureCache(coefficients=()), r"coefficients .*\(1, 0\)"),
+        (lambda: TokenMerge(ratio=((0.9, 0.2), (0.1, 0.4))), r"\(0\.9, 0\.2\)"),
     ],
 )
 def test_settings_that_cannot_be_are_named(make, words):

@@ -61,9 +61,11 @@ def family(**changes: object) -> ModelAdapter:
 def test_reasons() -> None:
     assert unsupported(family(), TokenMerge(where="both")) is None
     reason = unsupported(family(blocks=(Blocks("blocks", mlp=()),)), TokenMerge(where="both"))
-    assert reason == "the blocks have no MLP of their own to merge around"
+    assert reason is not None
+    assert "MLP" in reason
+    assert "attention" not in reason
     assert "no grid=" in str(unsupported(family(grid=None), TokenMerge()))
-    assert "cannot be inferred" in str(unsupported(family(grid=None, inferred=True), Chunking()))
+    assert "docs/adapters.md" in str(unsupported(family(grid=None, inferred=True), Chunking()))
     assert unsupported(family(grid=None, inferred=True), FeatureCache()) is None
     assert "neighbouring cells" in str(unsupported(family(dense=True), TokenMerge(where="mlp")))
     assert unsupported(family(dense=True), TokenMerge()) is None
@@ -109,8 +111,8 @@ def test_methods_lists_what_acts_when_and_where() -> None:
     assert entries["DepthSkip"]["stage"] == "block"
     assert entries["TokenMerge"]["settings"]["ratio"] == 0.5
     text = run("methods", "FeatureCache")
-    assert text.startswith("FeatureCache: Reusing what the blocks did")
+    assert text.startswith("FeatureCache: ")
     assert "TokenMerge:" not in text
     assert re.search(r"not on +timm ViT\n", text)
-    assert re.search(r"threshold +accumulated change .*\[float, default 0\.1\]", text)
+    assert re.search(r"threshold +\S.*\[float, default 0\.1\]", text)
     assert "'Nope'" in run("methods", "Nope", code=2)

@@ -72,7 +72,7 @@ def test_another_model_is_told_once_with_the_reason_and_the_cure():
 
 def test_the_warning_points_at_the_line_of_the_user():
     mark = tokdyn.DepthSkip(fingerprint="SiT:0:0")
-    with pytest.warns(UserWarning, match="the model is a DiT, not a SiT") as found:
+    with pytest.warns(UserWarning, match="DiT.* SiT") as found:
         tokdyn.wrap(TINY["DiT"].build(), [mark])
     assert found[0].filename == __file__
 

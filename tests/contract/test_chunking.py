@@ -79,7 +79,7 @@ def test_guidance_branches_have_budgets(name):
         model(**twice(single))
         first, second = kept(model)[:2], kept(model)[2:]
         full, lean = (first, second) if how == "cond_first" else (second, first)
-        with pytest.raises(InputError, match="the batch holds 3 samples, which are not two halves"):
+        with pytest.raises(InputError, match=r"tail_drop .* 3 samples"):
             model(**TINY[name].inputs(3))
     assert full == (round(model.tokdyn.records[-1].cells / 3),) * 2
     assert lean == (full[0] - int(full[0] * 0.9),) * 2
@@ -140,11 +140,11 @@ def test_merging_inside_works_on_any_set_of_tokens():
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (1.5, "tail_drop is 1.5, expected a share between 0 and 1"),
-        ("much", "tail_drop is much, expected a share"),
-        (torch.tensor([0.1, -0.2]), "expected a share between 0 and 1"),
-        (torch.zeros(2, 2), r"tail_drop has shape \(2, 2\), expected one number or one for each sample"),
-        ({"cond": 0.1}, r"tail_drop has the branches \['cond'\], expected 'cond' and 'uncond'"),
+        (1.5, r"tail_drop .*1\.5"),
+        ("much", r"tail_drop .*much"),
+        (torch.tensor([0.1, -0.2]), r"tail_drop .*-0\.2"),
+        (torch.zeros(2, 2), r"tail_drop .*\(2, 2\)"),
+        ({"cond": 0.1}, r"tail_drop .*\['cond'\].*'uncond'"),
     ],
 )
 def test_wrong_budgets_are_named(value, words):
@@ -154,13 +154,13 @@ def test_wrong_budgets_are_named(value, words):
 
 
 def test_budgets_need_chunking_and_one_value_for_each_sample():
-    with pytest.raises(InputError, match="wrapped without Chunking, so it has no kept tokens"):
+    with pytest.raises(InputError, match=r"tokdyn\.Chunking"):
         tokdyn.set_tail_drop(tokdyn.wrap(TINY["DiT"].build(), [TokenMerge()]), 0.5)
     model = chunked("DiT")
     tokdyn.set_tail_drop(model, torch.tensor([0.0, 0.1, 0.2]))
     with pytest.raises(InputError, match="tail_drop has 3 entries, but the batch holds 2 samples"):
         model(**TINY["DiT"].inputs(2))
-    with pytest.raises(InputError, match="wrapped without Chunking, so it has no router"):
+    with pytest.raises(InputError, match=r"router.*tokdyn\.Chunking"):
         tokdyn.calibrate_router(tokdyn.wrap(TINY["DiT"].build(), [TokenMerge()]), **TINY["DiT"].inputs(2))
 
 

@@ -244,9 +244,9 @@ def test_on_the_meta_device(name, methods):
 
 def test_decisions_by_data_need_data():
     model = tokdyn.wrap(TINY["DiT"].build(), [Chunking(target=2)]).to("meta")
-    with pytest.raises(InputError, match=r"depends on its data .* move it off the meta device"):
+    with pytest.raises(InputError, match="meta device"):
         tokdyn.flops(model, **TINY["DiT"].inputs(2))
-    with pytest.raises(InputError, match=r"depends on the call; call tokdyn\.flops\(model, \*inputs\)"):
+    with pytest.raises(InputError, match=r"tokdyn\.flops\(model, \*inputs\)"):
         tokdyn.flops(model)
 
 

@@ -83,5 +83,5 @@ def test_damage_is_named(change, sentence, tmp_path):
     model = TINY["DiT"].build()
     with pytest.raises(CheckpointError, match=sentence):
         load(model, tmp_path)
-    with pytest.raises(InputError, match="is not wrapped"):
+    with pytest.raises(InputError, match=r"tokdyn\.wrap"):
         unwrap(model)

@@ -97,12 +97,12 @@ def test_dropping_guides_in_sampling_and_repeats_itself(name):
 
 def test_dropping_needs_token_drop_and_a_share():
     with (
-        pytest.raises(InputError, match="wrapped without TokenDrop"),
+        pytest.raises(InputError, match=r"DiT.*tokdyn\.TokenDrop"),
         tokdyn.dropping(tokdyn.wrap(TINY["DiT"].build(), [TokenMerge()]), 0.3),
     ):
         pass
     with (
-        pytest.raises(InputError, match=r"the rate is 1\.0, expected a share"),
+        pytest.raises(InputError, match=r"1\.0"),
         tokdyn.dropping(tokdyn.wrap(TINY["DiT"].build(), [TokenDrop()]), 1.0),
     ):
         pass

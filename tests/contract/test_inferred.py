@@ -121,7 +121,7 @@ def test_gradients_are_the_same_with_checkpointing(name):
 def test_what_leaves_out_or_merges_tokens_is_refused(name):
     model = INFERRED[name].tiny.build()
     for method in (TokenMerge(), TokenDrop(), Chunking(), DynamicWidth()):
-        words = f"{type(method).__name__} does not fit {name}: .*docs/adapters.md .*tokdyn.register_adapter"
+        words = f"{type(method).__name__} .*{name}: .*docs/adapters.md .*tokdyn.register_adapter"
         with pytest.raises(UnsupportedModelError, match=words):
             wrap(model, [method])
 
@@ -153,5 +153,5 @@ def test_what_does_not_hold_is_refused_in_the_first_call(name, batch):
 @pytest.mark.parametrize("name", sorted(UNFIT))
 def test_what_would_be_misread_is_refused_at_once(name):
     tiny, words = UNFIT[name]
-    with pytest.raises(UnsupportedModelError, match=f"{name} cannot be wrapped: {words}"):
+    with pytest.raises(UnsupportedModelError, match=f"{name} .*{words}"):
         wrap(tiny.build(), [DepthSkip(blocks=(0,))])

@@ -170,14 +170,14 @@ def test_effects_are_cached(kind):
 @torch.no_grad()
 def test_a_cache_over_lists_with_something_between_is_refused():
     model = wrap(build(UShaped), [FeatureCache()])
-    with pytest.raises(UnsupportedModelError, match=r"the blocks in 'out_blocks' get a tensor .* are not the tokens"):
+    with pytest.raises(UnsupportedModelError, match="'out_blocks'"):
         model(*inputs())
 
 
 @torch.no_grad()
 def test_equal_numbers_of_words_and_patches_cannot_be_told_apart():
     model = wrap(build(Words, words=24), [DepthSkip(blocks=(0,))])
-    with pytest.raises(UnsupportedModelError, match=r"two tensors of the shape .* another number of text tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"\(2, 24, 16\)"):
         model(*inputs())
     skipped = wrap(build(Words, words=23), [DepthSkip(blocks=(0,))])
     skipped(*inputs())
@@ -258,12 +258,12 @@ class Hidden(Model):
 
 
 BAD = {
-    Twice: "block 0, of 'blocks', came where block 4 was expected",
-    Half: "2 of its 4 blocks were called",
-    Smaller: r"its blocks turn a tensor \(2, 24, 16\) into a tensor \(2, 12, 16\)",
-    Many: "its blocks return a tuple of 3",
-    OnMaps: r"its blocks get a tensor \(2, 16, 4, 6\) as 'x', not tokens",
-    Hidden: r"the blocks in 'blocks' get a tensor \(2, 24, 16\), which are not the tokens a tensor \(2, 5, 16\)",
+    Twice: "block 0.*'blocks'.*block 4",
+    Half: "2 of its 4 blocks",
+    Smaller: r"\(2, 24, 16\).*\(2, 12, 16\)",
+    Many: "tuple of 3",
+    OnMaps: r"\(2, 16, 4, 6\).*'x'",
+    Hidden: r"'blocks'.*\(2, 24, 16\).*\(2, 5, 16\)",
 }
 
 
@@ -274,7 +274,7 @@ def test_what_does_not_hold_is_refused(kind, method):
     model = build(kind)
     plain = model(*inputs())
     wrap(model, [method])
-    with pytest.raises(UnsupportedModelError, match=f"no adapter knows {kind.__name__}.*({BAD[kind]}).*docs/adapters"):
+    with pytest.raises(UnsupportedModelError, match=f"{kind.__name__}.*({BAD[kind]}).*docs/adapters"):
         model(*inputs())
     assert torch.equal(tokdyn.unwrap(model)(*inputs()), plain)
 
@@ -288,7 +288,7 @@ class Late(Model):
 
 def test_without_a_known_name_for_the_noise_level_what_needs_it_is_refused():
     for method in (FeatureCache(), DepthSkip(blocks=(0,), levels=(0.5, 1.0)), DepthSkip(learned=True)):
-        with pytest.raises(UnsupportedModelError, match="none of the model's arguments is called timestep, timesteps"):
+        with pytest.raises(UnsupportedModelError, match="timestep, timesteps, t, time"):
             wrap(build(Late), [method])
     wrap(build(Late), [DepthSkip(blocks=(0,))])(*inputs())
 
@@ -302,11 +302,12 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nn.Linear(2, 2), "two or more blocks of one class, each with weights of its own, and there is none"),
-        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "there is none"),
-        (nn.ModuleList([Block(), Long()]), "there is none"),
-        ("a name", "str is no model; give a torch.nn.Module"),
+        (nn.Linear(2, 2), r"Linear.*nn\.ModuleList"),
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), r"Sequential.*nn\.ModuleList"),
+        (nn.ModuleList([Block(), Long()]), r"ModuleList.*nn\.ModuleList"),
+        ("a name", r"str.*torch\.nn\.Module"),
     ],
+    ids=["layer", "layers", "different blocks", "string"],
 )
 def test_what_is_no_transformer_is_refused(model, words):
     with pytest.raises(UnsupportedModelError, match=words):
@@ -315,10 +316,10 @@ def test_what_is_no_transformer_is_refused(model, words):
 
 def test_what_holds_a_known_model_is_not_taken_for_one():
     inner = tokdyn.DiT(sample_size=8, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
-    with pytest.raises(UnsupportedModelError, match="this Wrapper holds a DiT in its 'module'; wrap that one"):
+    with pytest.raises(UnsupportedModelError, match=r"Wrapper.*DiT.*'module'"):
         wrap(Wrapper(inner), [])
     pipeline = type("Pipeline", (), {"transformer": inner})()
-    with pytest.raises(UnsupportedModelError, match=r"Pipeline is no model; give the model in it, pipe\.transformer"):
+    with pytest.raises(UnsupportedModelError, match=r"Pipeline.*pipe\.transformer"):
         wrap(pipeline, [])
 
 
@@ -361,5 +362,5 @@ def test_a_model_that_ran_once_is_one_graph():
 
 
 def test_merging_names_the_way_out():
-    with pytest.raises(UnsupportedModelError, match=r"TokenMerge does not fit Model: .*docs/adapters\.md"):
+    with pytest.raises(UnsupportedModelError, match=r"TokenMerge .*Model: .*docs/adapters\.md"):
         wrap(build(Model), [TokenMerge()])

@@ -204,9 +204,9 @@ def test_what_cannot_be_done_while_weights_are_away_is_named(tmp_path: Any) -> N
     for way in ("cpu_offload", "leaf"):
         model = equip(TINY["DiT"].build(), [Chunking(target=2)])
         WAYS[way](model, tmp_path / way)
-        with pytest.raises(InputError, match="weights of the methods are offloaded; calibrate the router before"):
+        with pytest.raises(InputError, match="calibrate_router"):
             tokdyn.calibrate_router(model, **TINY["DiT"].inputs(2))
-        with pytest.raises(InputError, match="weights of the methods are offloaded; save them before"):
+        with pytest.raises(InputError, match=r"tokdyn\.save"):
             tokdyn.save(model, tmp_path / "methods")
     model = TINY["DiT"].build()
     cpu_offload(model, execution_device=CPU)

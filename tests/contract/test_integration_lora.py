@@ -112,7 +112,7 @@ def test_a_scale_in_the_arguments_is_welcome_and_image_prompts_are_not() -> None
     assert not torch.equal(half, full)
     torch.testing.assert_close(half, expected, rtol=0, atol=1e-6)
     for key in ("ip_adapter_image_embeds", "ip_hidden_states"):
-        with pytest.raises(InputError, match="joint_attention_kwargs cannot be used with fewer tokens"):
+        with pytest.raises(InputError, match="joint_attention_kwargs"):
             model(**inputs, joint_attention_kwargs={key: [torch.zeros(2, 1, 4, 16)]})
 
 
@@ -128,7 +128,7 @@ def test_a_model_inside_a_peft_model(name: str) -> None:
         assert torch.equal(trajectory(outside, name), base)
     torch.manual_seed(5)
     late = get_peft_model(TINY[name].build(), configuration(name))
-    with pytest.raises(UnsupportedModelError, match=r"PeftModel holds the model; call tokdyn\.wrap on the model in it"):
+    with pytest.raises(UnsupportedModelError, match=r"PeftModel .*tokdyn\.wrap.*get_base_model"):
         tokdyn.wrap(late, [TokenMerge()])
     equip(late.get_base_model(), "stack")
     assert torch.equal(trajectory(late, name), with_it)

@@ -39,7 +39,7 @@ def test_arguments_with_an_entry_for_every_cell(name: str, argument: str) -> Non
         model = equip(TINY[name].build(), methods)
         ran: list[int] = []
         model.tokdyn.blocks(model)[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
-        with pytest.raises(InputError, match=rf"^{argument} cannot be used with fewer tokens in {name}: .+\.$"):
+        with pytest.raises(InputError, match=rf"\b{argument}\b.*\b{name}\b.+\.$"):
             model(**{**TINY[name].inputs(2), argument: value_of(argument)})
         assert not ran
         assert not tokdyn.stats(model).calls
@@ -71,7 +71,7 @@ def test_tokens_that_are_split_over_devices(name: str) -> None:
         "FeatureCache": [FeatureCache(threshold=0.1)],
     }
     for method, methods in refused.items():
-        words = f"^{method} cannot be used while context parallelism splits the tokens of this {name}"
+        words = f"^{method} .*{name} "
         early = TINY[name].build()
         apply_context_parallel(early, ContextParallelConfig(ulysses_degree=2), early._cp_plan)
         with pytest.raises(InputError, match=words):
@@ -99,33 +99,30 @@ def test_containers_are_refused_and_looked_through() -> None:
         (AveragedModel, "module", "AveragedModel"),
     ):
         kind = type(make(plain)).__name__
-        words = f"^{kind} holds the model; call tokdyn.wrap on the model in it, model.{path}, then {then} on the result"
-        with pytest.raises(UnsupportedModelError, match=words):
+        with pytest.raises(UnsupportedModelError, match=rf"^{kind} .*tokdyn\.wrap.*model\.{path}, then {then} "):
             tokdyn.wrap(make(plain), [TokenMerge()])
         outside = make(model)
         assert tokdyn.losses(outside) == {}
-        with pytest.raises(InputError, match=f"what is wrapped is the model in this {kind}"):
+        with pytest.raises(InputError, match=kind):
             tokdyn.unwrap(outside)
     assert issubclass(DistributedDataParallel, nn.Module)  # two processes try it, in test_integration_parallel.py
     with tokdyn.disabled(torch.compile(model)):
         assert torch.equal(predict(model, "DiT"), predict(plain, "DiT"))
     assert model.tokdyn.enabled
-    with pytest.raises(InputError, match="this AveragedModel is not wrapped"):
+    with pytest.raises(InputError, match="AveragedModel"):
         tokdyn.stats(AveragedModel(plain))
 
 
 def test_a_pipeline_is_no_model() -> None:
     pipe = build("Wan")
     for action in (lambda: tokdyn.wrap(pipe, [TokenMerge()]), lambda: tokdyn.stats(pipe), lambda: tokdyn.unwrap(pipe)):
-        with pytest.raises(
-            UnsupportedModelError, match=r"^WanPipeline is no model; give the model in it, pipe\.transformer"
-        ):
+        with pytest.raises(UnsupportedModelError, match=r"^WanPipeline .*pipe\.transformer\.$"):
             action()
     pipe.register_modules(transformer_2=TINY["WanTransformer3DModel"].build())
     with pytest.raises(UnsupportedModelError, match=r"pipe\.transformer or pipe\.transformer_2\.$"):
         tokdyn.wrap(pipe, [TokenMerge()])
     for thing in (None, "facebook/DiT-XL-2-256", {"model": pipe}, TINY["DiT"].build().state_dict()):
-        with pytest.raises(UnsupportedModelError, match=r"is no model; give a torch\.nn\.Module\.$"):
+        with pytest.raises(UnsupportedModelError, match=rf"^{type(thing).__name__} .*torch\.nn\.Module\.$"):
             tokdyn.wrap(thing, [TokenMerge()])  # type: ignore[type-var]
 
 
@@ -135,14 +132,14 @@ def test_a_refusal_changes_nothing(name: str) -> None:
     classes = [type(part) for part in model.modules()]
     with pytest.raises(tokdyn.CompositionError):
         tokdyn.wrap(model, [TokenMerge(), TokenMerge(ratio=0.2)])
-    with pytest.raises(InputError, match="no method; give a list of methods"):
+    with pytest.raises(InputError, match=r"'TokenMerge'.*tokdyn\.TokenMerge\("):
         tokdyn.wrap(model, ["TokenMerge"])  # type: ignore[list-item]
-    with pytest.raises(InputError, match="there is no block 9"):
+    with pytest.raises(InputError, match="block 9 "):
         tokdyn.wrap(model, [DepthSkip(blocks=(9,))])
     assert [type(part) for part in model.modules()] == classes
     assert not hasattr(model, "tokdyn")
     equip(model, [TokenMerge()])
-    with pytest.raises(InputError, match="is wrapped already"):
+    with pytest.raises(InputError, match=r"tokdyn\.unwrap"):
         tokdyn.wrap(model, [DepthSkip()])
     assert torch.equal(predict(tokdyn.unwrap(model), name), predict(TINY[name].build(), name))
 
@@ -150,7 +147,7 @@ def test_a_refusal_changes_nothing(name: str) -> None:
 def test_blocks_that_a_call_leaves_out_are_not_those_where_methods_begin_or_end() -> None:
     name = "SD3Transformer2DModel"
     model = equip(TINY[name].build(), [FeatureCache(threshold=0.1)])
-    with pytest.raises(InputError, match=r"^skip_layers leaves out block 0, where a method on this SD3Transformer2D"):
+    with pytest.raises(InputError, match=r"^skip_layers .*block 0.* SD3Transformer2D"):
         model(**TINY[name].inputs(2), skip_layers=[0])
     model = equip(TINY[name].build(), [DepthSkip(blocks=(1,)), TokenMerge(ratio=0.5)])
     out = model(**TINY[name].inputs(2), skip_layers=[0])[0]

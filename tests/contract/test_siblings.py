@@ -31,7 +31,7 @@ def test_methods_act_and_obey_the_laws(name, methods):
 @torch.no_grad()
 def test_models_whose_build_needs_all_tokens_are_refused():
     model = of_diffusers("SkyReelsV2Transformer3DModel", **WAN, num_frame_per_block=2)
-    with pytest.raises(tokdyn.UnsupportedModelError, match="num_frame_per_block lets frames see the ones before"):
+    with pytest.raises(tokdyn.UnsupportedModelError, match="num_frame_per_block"):
         tokdyn.wrap(model, [TokenMerge()])
     assert sample(tokdyn.wrap(model, [DepthSkip(blocks=(1,))])(**wan_inputs(1))).isfinite().all()
     model = of_diffusers(
@@ -40,7 +40,7 @@ def test_models_whose_build_needs_all_tokens_are_refused():
         num_single_layers=2, num_refiner_layers=1, text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8),
         image_condition_type="token_replace",
     )  # fmt: skip
-    with pytest.raises(tokdyn.UnsupportedModelError, match="modulates the tokens of the first frame by their place"):
+    with pytest.raises(tokdyn.UnsupportedModelError, match="image_condition_type"):
         tokdyn.wrap(model, [TokenDrop()])
 
 
@@ -50,5 +50,5 @@ def test_a_grid_that_is_not_that_of_the_tokens_is_refused():
     model, inputs = tokdyn.wrap(tiny.build(), [TokenMerge()]), tiny.inputs(1)
     inputs["img_ids"] = torch.cat([inputs["img_ids"], inputs["img_ids"][:4] + torch.tensor([1.0, 0.0, 0.0])])
     inputs["hidden_states"] = torch.cat([inputs["hidden_states"], inputs["hidden_states"][:, :4]], dim=1)
-    with pytest.raises(tokdyn.InputError, match="is 2 x 4 x 5, but its blocks get 24 image tokens"):
+    with pytest.raises(tokdyn.InputError, match=r"2 x 4 x 5.* 24 "):
         model(**inputs)

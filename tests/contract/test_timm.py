@@ -109,7 +109,7 @@ def test_a_distilled_model_keeps_both_tokens():
 @torch.no_grad()
 def test_blocks_without_one_attention_can_be_skipped_but_not_merged_in(block):
     model, x = timm_vit(block_fn=block), images((32, 48))
-    with pytest.raises(UnsupportedModelError, match="none of its blocks 0 to 3 has an attention of its own"):
+    with pytest.raises(UnsupportedModelError, match=r"TokenMerge.*VisionTransformer.* 0 to 3.*attention"):
         tokdyn.wrap(model, [TokenMerge()])
     skipped = tokdyn.wrap(model, [DepthSkip(blocks=(0, 1, 2, 3))]).forward_features(x)
     tokdyn.unwrap(model).blocks = torch.nn.Sequential()
@@ -118,7 +118,7 @@ def test_blocks_without_one_attention_can_be_skipped_but_not_merged_in(block):
 
 def test_patches_dropped_at_random_are_no_grid():
     model = tokdyn.wrap(timm_vit(patch_drop_rate=0.5), [TokenMerge()]).train()
-    with pytest.raises(InputError, match=r"patch_drop_rate drops patches .* at random while training"):
+    with pytest.raises(InputError, match="patch_drop_rate"):
         model(images((32, 48)))
     assert model.eval()(images((32, 48))).isfinite().all()
 
@@ -126,7 +126,7 @@ def test_patches_dropped_at_random_are_no_grid():
 @pytest.mark.parametrize(("name", "value"), [("attn_mask", torch.ones(99, 99)), ("is_causal", True)])
 def test_masks_over_pairs_of_tokens_are_refused(name, value):
     model = tokdyn.wrap(timm_vit(), [TokenMerge()])
-    with pytest.raises(InputError, match=f"{name} cannot be used with fewer tokens in VisionTransformer"):
+    with pytest.raises(InputError, match=f"{name} .*VisionTransformer"):
         model.forward_features(images((32, 48)), **{name: value})
 
 
@@ -144,7 +144,7 @@ def test_a_class_of_that_name_with_another_structure_is_not_taken_for_it():
     torch.manual_seed(0)
     model = VisionTransformer(image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32).eval()
     torch.nn.init.normal_(model.heads.head.weight)
-    with pytest.raises(UnsupportedModelError, match="TokenMerge does not fit VisionTransformer: no adapter knows it"):
+    with pytest.raises(UnsupportedModelError, match=r"TokenMerge.*VisionTransformer.*docs/adapters\.md"):
         tokdyn.wrap(model, [TokenMerge()])
     with torch.no_grad():
         skipped = tokdyn.wrap(model, [DepthSkip(blocks=(0, 1, 2))])(images((32, 32)))

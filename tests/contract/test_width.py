@@ -173,6 +173,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_attached(name, settings
 
 def test_a_model_with_one_head_has_nothing_to_choose():
     model = tokdyn.DiT(sample_size=8, hidden_size=16, depth=2, num_heads=1)
-    with pytest.raises(InputError, match="single attention head; use tokens=True"):
+    with pytest.raises(InputError, match="tokens=True"):
         tokdyn.wrap(model, [DynamicWidth(tokens=False)])
     tokdyn.wrap(model, [DynamicWidth()])

@@ -81,7 +81,7 @@ def share_of(model):
     spent, whole, layouts = 0.0, 0.0, model.tokdyn.blueprint.layouts
     for call in calls(model):
         attention, mlp = layouts[call.block].flops(call.tokens, call.text)
-        joint = any(layer.rows == "joint" and "channels" in layer.numbers for layer in layouts[call.block].layers)
+        joint = any(layer.rows == "joint" and "channels" in layer.elements for layer in layouts[call.block].layers)
         words = call.text if joint else 0
         rows = (call.mlp_rows + call.samples * words) / (call.samples * (call.tokens + words))
         spent += attention * call.heads + mlp * call.channels * rows

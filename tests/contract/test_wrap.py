@@ -144,17 +144,17 @@ def test_budgets_and_caches_around_the_chunking_of_dc_dit():
 def test_what_the_matrix_refuses_is_refused_before_anything_changes(name, methods):
     model = TINY[name].build()
     kind, attributes = type(model), set(vars(model))
-    with pytest.raises((UnsupportedModelError, CompositionError), match=rf"does not fit {name}: |Chunking.*\.$"):
+    with pytest.raises((UnsupportedModelError, CompositionError), match=rf"{name}: |Chunking.*\.$"):
         wrap(model, ACTIVE[methods])
     assert type(model) is kind
     assert set(vars(model)) == attributes
 
 
 def test_what_cannot_be_wrapped_is_refused():
-    with pytest.raises(UnsupportedModelError, match=r"no adapter knows Linear; docs/adapters\.md"):
+    with pytest.raises(UnsupportedModelError, match=r"Linear.*docs/adapters\.md"):
         wrap(torch.nn.Linear(2, 2), [])
     model = wrap(TINY["DiT"].build(), [])
-    with pytest.raises(InputError, match="wrapped already"):
+    with pytest.raises(InputError, match=r"tokdyn\.unwrap"):
         wrap(model, [])
-    with pytest.raises(InputError, match="is not wrapped"):
+    with pytest.raises(InputError, match=r"tokdyn\.wrap"):
         unwrap(unwrap(model))

@@ -1,4 +1,7 @@
-"""Tensors with an entry for every token: text and image tokens, and arguments that must stay with their tokens."""
+"""Split, join and select tensors along their token axis.
+
+An entry is the slice of a tensor that belongs to one token, such as one row of a rotary table.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,25 @@ from tokdyn.ops.dropping import take
 
 
 def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tensor]:
-    """Split tokens (B, S, D) into text tokens, None where there are none, and `count` image tokens."""
+    """Split a sequence (B, S, D) into its text tokens and its image tokens.
+
+    Args:
+        x: the sequence.
+        count: number of image tokens; None if there are only image tokens.
+        image: where the image tokens are: "first", "last", or "all" if there are only image tokens.
+
+    Returns:
+        Text tokens (B, S - count, D), None if there are none, and image tokens (B, count, D). Both are views of x.
+
+    Raises:
+        InputError: the sequence is shorter than `count`.
+    """
     if image == "all" or count is None:
         return None, x
     text = x.shape[1] - count
     if text < 0:
         raise InputError(
-            f"the grid has {count} cells, but a block gets {x.shape[1]} tokens, so the adapter does not fit the call."
+            f"the grid has {count} cells, but a block gets {x.shape[1]} tokens; correct grid= or image= in the adapter."
         )
     if not text:
         return None, x
@@ -31,36 +46,41 @@ def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tens
 
 
 def join(text: Tensor | None, x: Tensor, image: str) -> Tensor:
-    """Join text and image tokens, the inverse of `split`."""
+    """Join text tokens (B, L, D), or None, and image tokens (B, N, D) into one sequence; the inverse of `split`."""
     if text is None:
         return x
     return torch.cat([x, text] if image == "first" else [text, x], dim=1)
 
 
-def follow(value: Any, how: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:
-    """Select the entries of some tokens of an argument that has one for every token.
+def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:
+    """Select the entries of some image tokens from an argument with a token axis. Entries of text tokens stay.
 
     Args:
-        value: None, a tensor or a tuple or list of tensors.
-        how: says where its tokens are.
-        blocks: says where image tokens lie beside text.
-        index: (B, M) image tokens that stay, rising.
-        count: N, image tokens that `value` has entries for.
+        value: the argument: a tensor, a tuple or list of tensors, or a `PerSample`. Anything else is returned
+            unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out and tensors with fewer than
+            `count` entries.
+        argument: which axis of the argument is its token axis.
+        blocks: says in `joint` whether text tokens come before or after the image tokens on that axis.
+        index: (B, M) int64 image tokens to select, ascending.
+        count: N, the image tokens that the argument has entries for.
 
     Returns:
-        The same structure, with M entries for the image tokens.
+        The same structure, with M entries for image tokens. An argument without a batch axis gains one, as a
+        `PerSample` table, if B is not 1.
     """
     if isinstance(value, (tuple, list)):
-        chosen = range(len(value)) if how.item is None else (how.item,)
+        items = range(len(value)) if argument.item is None else (argument.item,)
         return type(value)(
-            follow(part, how, blocks, index, count) if place in chosen else part for place, part in enumerate(value)
+            select_tokens(part, argument, blocks, index, count) if place in items else part
+            for place, part in enumerate(value)
         )
     if isinstance(value, PerSample):  # an enclosing method has selected before
-        return PerSample.of(follow(value.table, replace(how, axis=how.axis + 1, batched=True), blocks, index, count))
-    if not isinstance(value, Tensor) or value.dim() != (how.dims or value.dim()) or value.shape[how.axis] < count:
+        batched = replace(argument, axis=argument.axis + 1, batched=True)
+        return PerSample.of(select_tokens(value.table, batched, blocks, index, count))
+    axis = argument.axis
+    if not isinstance(value, Tensor) or value.dim() != (argument.dims or value.dim()) or value.shape[axis] < count:
         return value
-    axis = how.axis
-    if not how.batched:
+    if not argument.batched:
         value, axis = value.unsqueeze(0), axis + 1
     moved = value.movedim(axis, 1)
     if len(moved) != len(index):
@@ -73,19 +93,22 @@ def follow(value: Any, how: Follow, blocks: Blocks, index: Tensor, count: int) -
         parts = [beside.expand(len(index), -1), index + offset]
         place = torch.cat(parts if blocks.joint == "last" else parts[::-1], dim=1)
     selected = take(moved.contiguous(), place).movedim(1, axis)
-    return selected if how.batched else PerSample.of(selected)
+    return selected if argument.batched else PerSample.of(selected)
 
 
-def of_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: Blocks) -> dict[str, Any]:
-    """Select the entries of some samples of a batch; what has no batch is shared by all.
+def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: Blocks) -> dict[str, Any]:
+    """Select some samples from every argument whose first axis is the batch. Other arguments stay as they are.
 
     Args:
-        named: arguments by name.
-        rows: (b,) int64, the samples.
-        batch: B.
-        blocks: says which arguments have no batch.
+        named: the arguments of a block, by name.
+        rows: (b,) int64 positions of the samples in the batch.
+        batch: B; a tensor whose first axis has another length has no batch axis.
+        blocks: names in `follow` the arguments that have no batch axis whatever their shape.
+
+    Returns:
+        All arguments, by name.
     """
-    shared = {how.name for how in blocks.follow if not how.batched}
+    shared = {argument.name for argument in blocks.follow if not argument.batched}
     selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
         if id(value) not in selected:
@@ -104,10 +127,11 @@ def _rows(value: Any, rows: Tensor, batch: int, shared: bool) -> Any:
 
 
 class PerSample:
-    """A table (B, S, ...) in the place of one (S, ...) that models write without a batch.
+    """Tables (B, S, ...), one for each sample, for model code that expects a single table (S, ...).
 
-    It answers the ways in which rotary embeddings are read: `table[None, None]`, `table[None, :, None]`,
-    `table.unsqueeze(1)` and `table.to(device)`.
+    It supports the operations that models apply to rotary tables, in which a leading None gives the batch axis its
+    place: `table[None, None]` is (B, 1, S, ...), `table[None, :, None]` is (B, S, 1, ...), and `table.unsqueeze(1)` is
+    (B, S, 1, ...). An index that does not begin with None fails an assertion.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -115,18 +139,18 @@ class PerSample:
 
     @staticmethod
     def of(table: Tensor) -> Tensor | PerSample:
-        """Wrap a table, unless it is of a single sample, which needs no batch."""
+        """Wrap a table (B, S, ...); for one sample return the plain tensor (S, ...) instead."""
         return table[0] if len(table) == 1 else PerSample(table)
 
     def __getitem__(self, key: Any) -> Tensor:
         keys = key if isinstance(key, tuple) else (key,)
-        assert keys[0] is None, "a rotary table is read in a way that is not known"
+        assert keys[0] is None, f"a rotary table of one table per sample is indexed by {key!r}, which is not supported"
         return self.table[(slice(None), *keys[1:])]
 
     def unsqueeze(self, axis: int) -> Tensor:
-        """Insert an axis, counted as if there were no batch."""
+        """Return a tensor with an axis inserted at `axis`, counted as in the table (S, ...) of one sample."""
         return self.table.unsqueeze(axis + 1 if axis >= 0 else axis)
 
     def to(self, *args: Any, **kwargs: Any) -> PerSample:
-        """Move the table to another device or type."""
+        """Return a copy on another device or with another dtype; takes the arguments of `Tensor.to`."""
         return PerSample(self.table.to(*args, **kwargs))

@@ -1,4 +1,7 @@
-"""Methods at work in models that were built without them. Other packages import from here and from nowhere inside."""
+"""Attach methods to models that were built without them.
+
+Other packages import from here and not from the modules inside. docs/design.md follows a call of a wrapped model.
+"""
 
 from tokdyn.attach.attachment import Attachment, Meter
 from tokdyn.attach.checks import Support, support, unsupported

@@ -1,7 +1,6 @@
-"""Which method works on which family of models, and why not.
+"""Decide which method can be attached to which family of models, and give the reason if it cannot.
 
-`unsupported` is the one source: `wrap` asks it about the user's settings, and the support matrix about the examples of
-every method.
+The same rules (`_RULES`) serve `wrap`, for the user's settings, and the support matrix, for examples of every method.
 """
 
 from __future__ import annotations
@@ -20,29 +19,35 @@ from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
 from tokdyn.methods import METHODS, Chunking, Method
 from tokdyn.methods.base import Sizes, Stage, Traits
 
-_DEPTH = 28  # of a model that stands for all
+_DEPTH = 28  # number of blocks assumed for a family when no model is given
 _SUBLAYERS = {"attention": "attention", "mlp": "MLP"}
 
 
 def unsupported(adapter: ModelAdapter, method: Method, depth: int = _DEPTH) -> str | None:
-    """Say why a method with these settings cannot be attached to models of a family; None if it can.
+    """Return why a method with these settings cannot be attached to models of a family.
 
     Args:
-        adapter: of the family.
-        method: the settings.
-        depth: blocks of the model.
+        adapter: the adapter of the family.
+        method: the method with its settings.
+        depth: number of blocks of the model.
+
+    Returns:
+        A clause for a message, without a full stop; None if the method can be attached.
     """
     return _misfit(adapter, method, depth) or _clash(adapter, method, depth)
 
 
 def _misfit(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
-    """Say what of a method does not fit the models."""
+    """Return the reason of the first rule that a method breaks; None if it breaks none."""
     traits = method.traits(depth)
     return next((reason for rule in _RULES if (reason := rule(adapter, method, traits))), None)
 
 
 def _clash(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
-    """Say what does not go together with a model's own chunking; `wrap` leaves that to `compose`."""
+    """Return why a method cannot be combined with a model's own chunking; None if it can.
+
+    `wrap` does not need this, because it composes the user's methods and the model's own.
+    """
     try:
         compose((method, *own_methods(adapter)), depth)
     except CompositionError as error:
@@ -51,15 +56,21 @@ def _clash(adapter: ModelAdapter, method: Method, depth: int) -> str | None:
 
 
 def own_methods(adapter: ModelAdapter) -> tuple[Method, ...]:
-    """List what the models of a family do without being wrapped."""
+    """Return methods that stand for what the models of a family do by themselves: Chunking for DC-DiT, else ()."""
     return (Chunking(),) if adapter.chunked else ()
 
 
 def check(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method], sizes: Sizes) -> None:
-    """Refuse methods that cannot be attached to a model.
+    """Check that each of the methods can be attached to a model. Whether they go together is checked by `compose`.
+
+    Args:
+        model: the model.
+        adapter: the adapter of the model.
+        methods: the methods.
+        sizes: depth, width and heads of the model.
 
     Raises:
-        UnsupportedModelError: names the method, the model and why.
+        UnsupportedModelError: one cannot; the message names the method, the model and the reason.
     """
     whole = None if adapter.whole is None else adapter.whole(model)
     for method in methods:
@@ -68,16 +79,22 @@ def check(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method], si
         if reason is None and traits.tokens != "full":
             reason = whole
         if reason is None and traits.needs_sizes and not (sizes.width and sizes.heads):
-            reason = f"it needs to know the width and the heads; give the adapter {adapter.name!r} width= and heads="
+            reason = f"it needs the width and the number of heads; give the adapter {adapter.name!r} width= and heads="
         if reason is not None:
             raise UnsupportedModelError(f"{type(method).__name__} does not fit {type(model).__name__}: {reason}.")
 
 
 def check_sublayers(model: nn.Module, methods: Sequence[Method], sites: Iterable[Site], depth: int) -> None:
-    """Refuse methods around sublayers that none of the blocks in question has.
+    """Check that methods around attention or MLP find one in the blocks that they act on.
+
+    Args:
+        model: the model, for the message.
+        methods: the methods.
+        sites: all sites of the model.
+        depth: number of blocks.
 
     Raises:
-        UnsupportedModelError: the method would have no effect.
+        UnsupportedModelError: none of these blocks has such a sublayer, so the method would have no effect.
     """
     present = {(site.kind, site.block) for site in sites}
     for method in methods:
@@ -86,51 +103,61 @@ def check_sublayers(model: nn.Module, methods: Sequence[Method], sites: Iterable
         for kind in traits.around:
             if not any((kind, block) in present for block in range(first, last + 1)):
                 raise UnsupportedModelError(
-                    f"{type(method).__name__} does not fit {type(model).__name__}: none of its blocks {first} to "
-                    f"{last} has an {_SUBLAYERS[kind]} of its own to merge around; choose other blocks, or another "
-                    "where."
+                    f"{type(method).__name__} does not fit {type(model).__name__}: in blocks {first} to {last}, "
+                    f"{_SUBLAYERS[kind]} is not a module of its own around which tokens could be merged; choose other "
+                    "blocks, or another where=."
                 )
 
 
 def check_arguments(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
-    """Refuse arguments that hold something for every cell, where blocks may see fewer tokens.
+    """Check that a call of a model whose tokens are reduced has none of the arguments in `adapter.refuse`.
+
+    None and False pass, and so do attention arguments without an image prompt, such as a LoRA scale.
+
+    Args:
+        model: the model, for the message.
+        adapter: the adapter of the model.
+        named: the arguments of the call, by name.
 
     Raises:
-        InputError: names the argument and why.
+        InputError: it has one; the message names the argument and the reason.
     """
     for name, reason in adapter.refuse.items():
         value = named.get(name)
-        if isinstance(value, Mapping):  # attention arguments: a LoRA scale is welcome
+        if isinstance(value, Mapping):  # attention arguments, of which only image prompts are refused
             value = next((key for key in value if key.startswith("ip_")), None)
         if value is not None and value is not False:
-            raise InputError(f"{name} cannot be used with fewer tokens in {type(model).__name__}: {reason}.")
+            raise InputError(
+                f"the argument {name} of {type(model).__name__} cannot be combined with methods that reduce tokens: "
+                f"{reason}."
+            )
 
 
 def _unknown(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Fewer tokens, or narrower blocks, need a declared adapter."""
+    """Refuse fewer tokens and sliced blocks if the adapter declares no grid."""
     if adapter.grid is not None or (traits.tokens == "full" and traits.stage != Stage.KERNEL):
         return None
     if not adapter.inferred:
         return f"its adapter {adapter.name!r} has no grid=; give it one, or use DepthSkip or FeatureCache"
     return (
-        "no adapter knows it, and where its tokens lie on the grid and what else has an entry for each of them cannot "
-        "be inferred; write an adapter as docs/adapters.md shows and call tokdyn.register_adapter on it, or use "
-        "DepthSkip or FeatureCache"
-    )
-
-
-def _dense(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Tokens cannot be left out of blocks that look at neighbouring cells."""
-    if not adapter.dense or traits.around == ("attention",) or traits.tokens == "full":
-        return None
-    return (
-        "it leaves out tokens, but the blocks look at neighbouring cells; use TokenMerge(where='attention'), DepthSkip "
+        "no adapter is declared for it, and neither its token grid nor its arguments with one entry per token can be "
+        "inferred; write an adapter as docs/adapters.md shows and call tokdyn.register_adapter on it, or use DepthSkip "
         "or FeatureCache"
     )
 
 
+def _dense(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Refuse to leave tokens out of blocks that mix neighbouring cells."""
+    if not adapter.dense or traits.around == ("attention",) or traits.tokens == "full":
+        return None
+    return (
+        "it leaves out tokens, but the blocks mix neighbouring cells, by a convolution for example; use "
+        "TokenMerge(where='attention'), DepthSkip or FeatureCache"
+    )
+
+
 def _level(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """What depends on the noise level needs one."""
+    """Refuse settings that depend on the noise level if the adapter cannot read one."""
     if adapter.level is not None or not traits.needs_level:
         return None
     if adapter.inferred:
@@ -138,26 +165,28 @@ def _level(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
             "it depends on the noise level, but none of the model's arguments is called timestep, timesteps, t, time, "
             "sigma or noise_level; write an adapter as docs/adapters.md shows"
         )
-    return "it depends on the noise level, and these models have none; use settings that do not"
+    return "it depends on the noise level, but these models have none; use settings that do not depend on it"
 
 
 def _sublayer(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """A method around sublayers needs blocks that have them."""
+    """Refuse to merge tokens around sublayers that are not modules of their own in any block."""
     missing = [
         _SUBLAYERS[kind] for kind in traits.around if not any(getattr(blocks, kind) for blocks in adapter.blocks)
     ]
-    return f"the blocks have no {' and no '.join(missing)} of their own to merge around" if missing else None
+    if not missing:
+        return None
+    return f"{' and '.join(missing)} of the blocks are not modules of their own; choose another where="
 
 
 def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Keys can be weighed in softmax attention."""
+    """Refuse to weight the keys of linear attention."""
     if adapter.softmax or not traits.weighs_keys:
         return None
-    return "weighted=True weighs the keys of softmax attention, and this is linear attention; leave weighted out"
+    return "weighted=True weights the keys of softmax attention, but attention is linear here; leave weighted out"
 
 
 def _pruning(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Blocks can be pruned where the adapter says what belongs to which head and channel."""
+    """Refuse to slice blocks if the adapter does not declare which weights belong to which head and channel."""
     if traits.prunes is None:
         return None
     for blocks in adapter.blocks:
@@ -174,13 +203,14 @@ _RULES: tuple[Callable[[ModelAdapter, Method, Traits], str | None], ...] = (
 
 @dataclass(frozen=True)
 class Support:
-    """How far a method works on a family.
+    """Whether a method can be attached to a family of models; one entry of the support matrix.
 
     Attributes:
         family: name of the adapter.
         method: name of the method.
-        works: with all settings, with some, or with none.
-        refused: for each kind of settings that is refused, as one writes it, why; the name of the method for all.
+        works: "yes" if all examples of the method can be attached, "partly" if some can, "no" if none can.
+        refused: the reason for each example that cannot be attached, by the call that makes it, such as
+            "TokenMerge(ratio=0.5)"; by the name of the method if none can, all for the same reason.
     """
 
     family: str
@@ -190,13 +220,12 @@ class Support:
 
 
 def support() -> list[Support]:
-    """Fill the matrix of families and methods from the adapters."""
+    """Compute the support matrix: one entry for each declared adapter and each registered method."""
     return [_support(adapter, method) for adapter in known_adapters() for method in METHODS.values()]
 
 
 def _support(adapter: ModelAdapter, method: type[Method]) -> Support:
-    examples = method.examples()
-    reasons = {_as_call(each): unsupported(adapter, each) for each in examples}
+    reasons = {_as_call(example): unsupported(adapter, example) for example in method.examples()}
     refused = {settings: reason for settings, reason in reasons.items() if reason is not None}
     works: Any = "yes" if not refused else "no" if len(refused) == len(reasons) else "partly"
     if works == "no" and len(set(refused.values())) == 1:
@@ -205,6 +234,6 @@ def _support(adapter: ModelAdapter, method: type[Method]) -> Support:
 
 
 def _as_call(method: Method) -> str:
-    """Write the call that makes a method, with what differs from the defaults."""
+    """Write the call that makes a method, with the settings that were given."""
     given = ", ".join(f"{name}={getattr(method, name)!r}" for name in sorted(method.model_fields_set))
     return f"{type(method).__name__}({given})"

@@ -1,7 +1,11 @@
 """Swap the class of one object for a subclass that overrides `__call__`, and swap it back.
 
-The object stays what it is for isinstance, its state dict, its configuration, hooks and pipelines; other objects of its
-class are not touched, and a deep copy computes with its own weights. docs/design.md says what else was tried.
+isinstance checks, state dict, configuration, hooks and pipelines see the same object as before. Other objects of its
+class are not touched. A deep copy is attached too, and computes with its own weights. docs/design.md says what else was
+tried.
+
+While a model is called, its thread holds a frame (`tokdyn.attach.handlers.base.Frame`): which call of the model this
+is and, inside of a block, which samples and tokens the block computes. A thread has one frame or none.
 """
 
 from __future__ import annotations
@@ -27,19 +31,19 @@ _LOCAL = _Local()
 
 
 def current() -> Any:
-    """The frame that this thread is in, None outside of calls of wrapped models."""
+    """Return the frame of this thread; None outside of calls of wrapped models."""
     return _LOCAL.frame
 
 
 def enter(frame: Any) -> Any:
-    """Put this thread into a frame; returns the frame before, to be put back."""
+    """Make a frame the one of this thread and return the previous one, which the caller has to enter again."""
     before = current()
     _LOCAL.frame = frame
     return before
 
 
 def within(frame: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
-    """Call something with this thread in a frame."""
+    """Return `call(*args, **kwargs)`, computed in a frame (None: in no frame); then restore the previous one."""
     before = enter(frame)
     try:
         return call(*args, **kwargs)
@@ -56,17 +60,23 @@ def attach(
     conclude: Call | None = None,
     outside: Call | None = None,
 ) -> None:
-    """Let calls of this one module go through `call(module, plain, args, kwargs)`, where `plain` is its call as it was.
+    """Replace calls of this one module by `call(module, plain, args, kwargs)`.
+
+    `plain` is the `__call__` of the module's own class, so `plain(module, *args, **kwargs)` is the original call. All
+    functions must be defined at the top level of a file, because copies and pickles refer to them by name.
 
     Args:
-        module: attaching twice is a bug.
-        call: a function of a module. With `outside` it is for calls in a frame and gets that first.
-        overrides: methods that the object gets, by name; each is called with the object and the method that it hides
-            (or None) before its arguments.
-        prepare: `prepare(module, args, kwargs)` is called first, and `call` gets its result as one more argument. It is
-            no part of the graphs that torch.compile makes; in the middle of a larger graph the result is None.
-        conclude: `conclude(module, output)` is called last, outside of graphs too; comes with `prepare`.
-        outside: takes the place of `call` where this thread is in no frame.
+        module: asserted not to be attached already.
+        call: the replacement. If `outside` is given, it is used in frames only, as `call(frame, module, plain, args,
+            kwargs)`.
+        overrides: methods that the object gets, by name. Each is called as `method(module, original, *args, **kwargs)`,
+            where `original` is the function of the same name in the module's own class, or None.
+        prepare: `prepare(module, args, kwargs)` runs first, and its result becomes a fifth argument of `call`.
+            torch.compile never traces it: it runs before the graph. When the module is part of a larger graph it does
+            not run, and `call` gets None. Not to be combined with `outside`.
+        conclude: `conclude(module, output)` runs last, under the same conditions as `prepare`, which it needs. What it
+            returns is ignored.
+        outside: `outside(module, plain, args, kwargs)` replaces the calls that are made in no frame.
     """
     base = type(module)
     assert not hasattr(base, "_tokdyn_base"), f"{base.__name__} is attached already"
@@ -74,35 +84,35 @@ def attach(
 
 
 def is_attached(module: nn.Module) -> bool:
-    """Whether calls of this module go through something."""
+    """Return whether `attach` is in effect on this module."""
     return hasattr(type(module), "_tokdyn_base")
 
 
 def attach_like(module: nn.Module, other: nn.Module) -> None:
-    """Let calls of a module go through what those of another go through, unless they do already."""
+    """Attach a module with the `call` and `outside` of another, attached one. An attached module stays as it is."""
     if not is_attached(module):
         call, outside = vars(type(other))["_tokdyn_call"]
         attach(module, call, outside=outside)
 
 
 def detach(module: nn.Module) -> None:
-    """Give a module its own class back."""
+    """Give a module its own class back. A module that is not attached stays as it is."""
     base = getattr(type(module), "_tokdyn_base", None)
     if base is not None:
         module.__class__ = base
 
 
 def base_class(module: nn.Module) -> type:
-    """The class that a module had before it was attached."""
+    """Return a module's own class: the one before `attach` if it is attached."""
     base: type = getattr(type(module), "_tokdyn_base", type(module))
     return base
 
 
-def _class_for(base: type, *parts: Any) -> type:
-    """The subclass of a class with these parts, made once."""
-    key = (base, *parts)
+def _class_for(base: type, *functions: Any) -> type:
+    """Return the subclass that `_subclass` builds of a class and functions, built once for each combination."""
+    key = (base, *functions)
     if key not in _CLASSES:
-        _CLASSES[key] = _subclass(base, *parts)
+        _CLASSES[key] = _subclass(base, *functions)
     return _CLASSES[key]
 
 
@@ -114,11 +124,11 @@ def _subclass(
     conclude: Call | None,
     outside: Call | None,
 ) -> type:
-    plain = base.__call__  # found here: torch.compile does not look into some classes
+    plain = base.__call__  # looked up here, because torch.compile cannot trace the lookup in some classes
     if outside is not None:
-        __call__ = _calling_in_frames(plain, call, outside)
+        __call__ = _call_by_frame(plain, call, outside)
     else:
-        __call__ = _calling(plain, call) if prepare is None else _calling_prepared(plain, call, prepare, conclude)
+        __call__ = _replaced_call(plain, call) if prepare is None else _prepared_call(plain, call, prepare, conclude)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         return _new, (base, call, overrides, prepare, conclude, outside), self.__dict__
@@ -133,18 +143,18 @@ def _subclass(
         "_tokdyn_call": (call, outside),
     }
     for name, method in overrides:
-        names[name] = _hiding(method, getattr(base, name, None))
+        names[name] = _override(method, getattr(base, name, None))
     return type(base.__name__, (base,), names)
 
 
-def _calling(plain: Call, call: Call) -> Call:
+def _replaced_call(plain: Call, call: Call) -> Call:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(self, plain, args, kwargs)
 
     return __call__
 
 
-def _calling_in_frames(plain: Call, call: Call, outside: Call) -> Call:
+def _call_by_frame(plain: Call, call: Call, outside: Call) -> Call:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         frame = _LOCAL.frame
         return outside(self, plain, args, kwargs) if frame is None else call(frame, self, plain, args, kwargs)
@@ -152,7 +162,7 @@ def _calling_in_frames(plain: Call, call: Call, outside: Call) -> Call:
     return __call__
 
 
-def _calling_prepared(plain: Call, call: Call, prepare: Call, conclude: Call | None) -> Call:
+def _prepared_call(plain: Call, call: Call, prepare: Call, conclude: Call | None) -> Call:
     from torch._dynamo.eval_frame import skip_code
 
     first: Call = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
@@ -170,14 +180,17 @@ def _calling_prepared(plain: Call, call: Call, prepare: Call, conclude: Call | N
     return __call__
 
 
-def _hiding(method: Call, hidden: Call | None) -> Call:
+def _override(method: Call, original: Call | None) -> Call:
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return method(self, hidden, *args, **kwargs)
+        return method(self, original, *args, **kwargs)
 
-    return bound if hidden is None else functools.wraps(hidden)(bound)
+    return bound if original is None else functools.wraps(original)(bound)
 
 
-def _new(base: type, *parts: Any) -> Any:
-    """An object for copy and pickle to fill; both find classes by name, and this one has the name of its base."""
-    made: Any = _class_for(base, *parts)
-    return made.__new__(made)
+def _new(base: type, *functions: Any) -> Any:
+    """Create an empty object of the subclass, for copy and pickle to fill.
+
+    By themselves they would look the class up by name, and the subclass has the name of its base.
+    """
+    subclass: Any = _class_for(base, *functions)
+    return subclass.__new__(subclass)

@@ -1,7 +1,7 @@
-"""Unwrap DDP, FSDP and compile containers; reject sharded models that a method cannot run on.
+"""Find the model inside of DDP, FSDP and compile containers; reject sharded models that a method cannot run on.
 
-Where something is only read, containers are looked through. To wrap a model the order matters, and the refusals say
-which order works.
+Functions that only read a model accept it inside of a container. `wrap` does not, because it has to come before some
+containers; the errors say which order works.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from tokdyn.attach.attachment import Attachment
 from tokdyn.errors import InputError, UnsupportedModelError
 
-_HOLDERS = {  # class of a container: the attribute of the model in it, and what to do after wrapping that
+_CONTAINERS = {  # class name: attribute that holds the model, and what to call on the wrapped model afterwards
     "OptimizedModule": ("_orig_mod", "torch.compile"),
     "DistributedDataParallel": ("module", "DistributedDataParallel"),
     "DataParallel": ("module", "DistributedDataParallel"),
@@ -27,44 +27,45 @@ _DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 def held_model(model: Any) -> Any:
-    """Return the model that a container holds; None if it is no container."""
+    """Return the model that a container holds; None if the argument is not a container."""
     for kind in type(model).__mro__:
-        if kind.__name__ in _HOLDERS:
-            path = _HOLDERS[kind.__name__][0]
+        if kind.__name__ in _CONTAINERS:
+            path = _CONTAINERS[kind.__name__][0]
             return model.get_base_model() if path.endswith("()") else getattr(model, path)
     return None
 
 
 def inner_model(model: Any) -> Any:
-    """Take a model out of all containers."""
-    while (found := held_model(model)) is not None:
-        model = found
+    """Return the model inside of all containers; a model without a container is returned itself."""
+    while (held := held_model(model)) is not None:
+        model = held
     return model
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is not a model.
+    """Check that the argument is a torch.nn.Module.
 
     Raises:
-        UnsupportedModelError: a pipeline, or something else.
+        UnsupportedModelError: it is not; for a pipeline the message names the models in it.
     """
     if isinstance(model, nn.Module):
         return
     names = [f"pipe.{name}" for name in _DENOISERS if isinstance(getattr(model, name, None), nn.Module)]
     cure = f"give the model in it, {' or '.join(names)}" if names else "give a torch.nn.Module"
-    raise UnsupportedModelError(f"{type(model).__name__} is no model; {cure}.")
+    raise UnsupportedModelError(f"{type(model).__name__} is not a model; {cure}.")
 
 
 def check_target(model: Any) -> None:
-    """Refuse what is not the model itself.
+    """Check that the argument is a model that `wrap` can attach methods to, and not a container around one.
 
     Raises:
-        UnsupportedModelError: no model, or a container of one such as DistributedDataParallel.
+        UnsupportedModelError: it is not a torch.nn.Module, or it is a container such as DistributedDataParallel or the
+            result of torch.compile; the message says what to wrap instead.
     """
     check_model(model)
     if held_model(model) is None:
         return
-    path, maker = next(_HOLDERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _HOLDERS)
+    path, maker = next(_CONTAINERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _CONTAINERS)
     after = "" if maker is None else f", then {maker} on the result"
     raise UnsupportedModelError(
         f"{type(model).__name__} holds the model; call tokdyn.wrap on the model in it, model.{path}{after}."
@@ -72,48 +73,52 @@ def check_target(model: Any) -> None:
 
 
 def check_sharding(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse methods that cannot run on a sharded model, or on one whose tokens are split over devices.
+    """Check that the methods can run on a model whose weights are sharded or whose tokens are split over devices.
 
     Raises:
-        InputError: names the method and why.
+        InputError: one cannot; the message names it and says why.
     """
     if not attachment.methods:
         return
-    looking = _needs_all_tokens(attachment) if _tokens_are_split(model, attachment) else None
-    if looking is not None:
+    needy = _needs_all_tokens(attachment) if _tokens_are_split(model, attachment) else None
+    if needy is not None:
         raise InputError(
-            f"{looking} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
-            "over devices, since none of them sees the whole grid; leave the context parallelism or the method out."
+            f"{needy} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
+            "over devices, because no device has the whole grid; leave out the context parallelism or the method."
         )
     if not _sharded(model, attachment):
         return
     diverging = _diverging(attachment)
     if diverging is not None:
         raise InputError(
-            f"{diverging} decides by what each process sees which blocks it runs, but the blocks of this "
-            f"{type(model).__name__} are sharded, and all processes have to run the same ones; use "
-            "DistributedDataParallel, or settings that are the same at all noise levels."
+            f"{diverging} may run other blocks in one process than in another, but the blocks of this "
+            f"{type(model).__name__} are sharded, so all processes have to run the same ones; use "
+            "DistributedDataParallel, or settings that do not depend on the sample or its noise level."
         )
 
 
 def check_parts_unsharded(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse parts that are trained beside a model that is sharded already.
+    """Check that methods with trainable parts are not attached to a model that is sharded already.
 
     Raises:
-        InputError: names what to call first.
+        InputError: they are; `wrap` has to come before `fully_shard`.
     """
     if _sharded(model, attachment) and len(attachment.parts):
         raise InputError(
-            f"this {type(model).__name__} is sharded already, and the trained parts of methods would differ between "
-            "processes; call tokdyn.wrap on the model first and fully_shard on the result."
+            f"this {type(model).__name__} is sharded already, so the trainable parts of the methods would not be, and "
+            "would differ between processes; call tokdyn.wrap on the model first and fully_shard on the result."
         )
 
 
 def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Refuse to unwrap a model whose parts were given other classes after it was wrapped.
+    """Check that the class which tokdyn gave each module is still its class, so that the model can be unwrapped.
+
+    Args:
+        model: the wrapped model, for the message.
+        modules: its modules.
 
     Raises:
-        InputError: names who.
+        InputError: another library has changed the class of a module since; the message names that class.
     """
     for part in modules:
         kind = type(part)
@@ -125,23 +130,23 @@ def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 def _needs_all_tokens(attachment: Attachment) -> str | None:
-    """Name a method that has to see all tokens."""
+    """Return the name of a method that needs the whole grid; None if none does."""
     placed = attachment.blueprint.placed
-    return next((each.name for each in placed if each.traits.tokens != "full" or each.traits.compares), None)
+    return next((one.name for one in placed if one.traits.tokens != "full" or one.traits.compares), None)
 
 
 def _diverging(attachment: Attachment) -> str | None:
-    """Name a method that may run other blocks, or run them another number of times, in one process than in another."""
+    """Return the name of a method by which two processes may run other blocks, or a block another number of times."""
     drop = attachment.settings.tail_drop
     several = drop is not None and (isinstance(drop, dict) or len(set(drop)) > 1)
-    for each in attachment.blueprint.placed:
-        if each.traits.diverges or (several and "tail_drop" in each.traits.controls):
-            return each.name
+    for placed in attachment.blueprint.placed:
+        if placed.traits.diverges or (several and "tail_drop" in placed.traits.controls):
+            return placed.name
     return None
 
 
 def _sharded(model: nn.Module, attachment: Attachment) -> bool:
-    """Whether FSDP2 shards the weights (`torch.distributed.fsdp.fully_shard`)."""
+    """Return whether FSDP2 (`torch.distributed.fsdp.fully_shard`) shards the model or its first block."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     places = (model, attachment.first_block(model))
@@ -149,7 +154,7 @@ def _sharded(model: nn.Module, attachment: Attachment) -> bool:
 
 
 def _tokens_are_split(model: nn.Module, attachment: Attachment) -> bool:
-    """Whether diffusers splits the tokens over devices."""
+    """Return whether diffusers splits the tokens over devices (context parallelism)."""
     config = vars(model).get("_parallel_config")
     if getattr(config, "context_parallel_config", None) is not None:
         return True

@@ -1,4 +1,4 @@
-"""What users set and read from call to call in a wrapped model: budgets, losses, the trajectory."""
+"""Set and read what changes from call to call in a wrapped model: budgets, losses, the trajectory."""
 
 from __future__ import annotations
 
@@ -17,29 +17,35 @@ from tokdyn.errors import InputError
 
 
 def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] | None) -> None:
-    """Set the share of the kept tokens that learned chunking drops in the calls to come.
+    """Set the tail drop of all following calls: the share of the kept tokens that Chunking drops as well.
+
+    The least probable of the kept tokens are dropped, and at least one per sample stays.
 
     Args:
-        model: wrapped with Chunking.
-        value: a share in [0, 1] for all samples, a (B,) tensor with one for each, or {"cond": .., "uncond": ..} with
-            one for each branch of guidance (Lite-CFG, arXiv 2603.06351 v2); None goes back to the method's own setting.
+        model: a model wrapped with Chunking, or a wrapped DC-DiT.
+        value: a share in [0, 1] for all samples, a (B,) tensor with one share per sample, or {"cond": .., "uncond": ..}
+            with one share per guidance branch (Lite-CFG, arXiv 2603.06351 v2). None restores the method's own setting.
 
     Raises:
-        InputError: the model has no Chunking, or the value is none of these.
+        InputError: the model is not wrapped or has no Chunking, or the value is not one of these. A tensor of another
+            length than the batch raises an InputError in the call.
     """
     attachment = attached(model)
     if not (attachment.takes("tail_drop") or attachment.adapter.chunked):
-        raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no kept tokens to drop.")
+        raise InputError(
+            f"this {type(model).__name__} is wrapped without Chunking, so it has no kept tokens to drop; wrap it with "
+            "tokdyn.Chunking."
+        )
     if value is None:
         attachment.set(tail_drop=None)
         return
     if isinstance(value, Mapping):
         if set(value) != {"cond", "uncond"}:
-            raise InputError(f"tail_drop has the branches {sorted(value)}, expected 'cond' and 'uncond'.")
+            raise InputError(f"tail_drop has the keys {sorted(value)}; give a share for 'cond' and for 'uncond'.")
         attachment.set(tail_drop={name: _share(share) for name, share in value.items()})
         return
     if isinstance(value, torch.Tensor) and value.dim() > 1:
-        raise InputError(f"tail_drop has shape {tuple(value.shape)}, expected one number or one for each sample (B,).")
+        raise InputError(f"tail_drop has shape {tuple(value.shape)}; give one number or one for each sample, (B,).")
     given = value.flatten().tolist() if isinstance(value, torch.Tensor) else [value]
     attachment.set(tail_drop=tuple(_share(share) for share in given))
 
@@ -50,15 +56,18 @@ def _share(value: Any) -> float:
     except (TypeError, ValueError):
         share = -1.0
     if not 0.0 <= share <= 1.0:
-        raise InputError(f"tail_drop is {value}, expected a share between 0 and 1.")
+        raise InputError(f"tail_drop is {value}; give a share between 0 and 1.")
     return share
 
 
 def losses(model: nn.Module) -> dict[str, Tensor]:
-    """Return the auxiliary losses of the last call in training, weighted as the methods say, by the name of the method.
+    """Return the auxiliary losses of the last call, to be added to the training loss of the model.
 
-    Add their sum to the loss of the model. Read them before the next call: two forwards before one backward have losses
-    of their own.
+    Read them after every forward: the next call of the model replaces them.
+
+    Returns:
+        Scalars with gradients, by the name of the method that they belong to, already multiplied by its `loss_weight`.
+        Empty if the last call was not in training mode with gradients, or no method has a loss.
 
     Raises:
         InputError: the model is not wrapped.
@@ -68,18 +77,26 @@ def losses(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def dropping(model: nn.Module, rate: float) -> Iterator[None]:
-    """Let TokenDrop act at a rate, in sampling too: for guidance by a prediction that saw fewer tokens.
+    """Let TokenDrop drop this share of the tokens while the context is open, in sampling too.
 
-    `ops.dropping.drop_guidance` combines the two predictions (TREAD, arXiv 2501.04765: rates 0.3 and 0.7, scale 1.5).
+    A prediction from fewer tokens serves as the weak one of guidance: `tokdyn.ops.dropping.drop_guidance` combines two
+    predictions (TREAD, arXiv 2501.04765: rates 0.3 and 0.7, scale 1.5).
+
+    Args:
+        model: a model wrapped with TokenDrop.
+        rate: share of the tokens to drop, in [0, 1).
 
     Raises:
-        InputError: the model has no TokenDrop, or the rate is no share below 1.
+        InputError: the model is not wrapped or has no TokenDrop, or the rate is not in [0, 1).
     """
     attachment = attached(model)
     if not attachment.takes("drop_rate"):
-        raise InputError(f"this {type(model).__name__} is wrapped without TokenDrop, so no tokens can be dropped.")
+        raise InputError(
+            f"this {type(model).__name__} is wrapped without TokenDrop, so no tokens can be dropped; wrap it with "
+            "tokdyn.TokenDrop."
+        )
     if not 0.0 <= rate < 1.0:
-        raise InputError(f"the rate is {rate}, expected a share of the tokens in [0, 1).")
+        raise InputError(f"the rate is {rate}; give the share of the tokens to drop, at least 0 and below 1.")
     before = attachment.settings.drop_rate
     attachment.set(drop_rate=rate)
     try:
@@ -90,26 +107,34 @@ def dropping(model: nn.Module, rate: float) -> Iterator[None]:
 
 @torch.no_grad()
 def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
-    """Shift the bias of Chunking's router so that it asks for 1/N of the tokens of one batch.
+    """Shift the bias of Chunking's router so that, of one batch, it keeps 1/N of the tokens, with N the target.
+
+    This calls the model once. Statistics, caches and losses stay as they are.
 
     Args:
-        model: wrapped with Chunking.
-        *inputs: of a call of the model.
-        **arguments: of the same.
+        model: a model wrapped with Chunking.
+        *inputs: positional arguments of the call.
+        **arguments: keyword arguments of the call.
 
     Raises:
-        InputError: the model has no Chunking, or what is changed now would be lost or differ between processes.
+        InputError: the model is not wrapped or has no Chunking, is inside of a container such as
+            DistributedDataParallel, or is offloaded, so that the new bias would be lost.
     """
     attachment = attached(model)
     if not attachment.takes("calibrate_router"):
-        raise InputError(f"this {type(model).__name__} is wrapped without Chunking, so it has no router.")
+        raise InputError(
+            f"this {type(model).__name__} is wrapped without Chunking, so it has no router to calibrate; wrap it with "
+            "tokdyn.Chunking."
+        )
     if model is not inner_model(model):
         raise InputError(
-            f"{type(model).__name__} holds the model, and processes would calibrate it on batches of their own; "
-            f"calibrate the router of the model before, on one process or on all."
+            f"{type(model).__name__} holds the model, and each process would calibrate the router on another batch; "
+            "call calibrate_router on the model itself, before it is put into the container."
         )
     if weights_are_offloaded(model, attachment, writing=True):
-        raise InputError("the weights of the methods are offloaded; calibrate the router before offloading the model.")
+        raise InputError(
+            "the weights of the methods are offloaded; call calibrate_router before offload is enabled on the model."
+        )
     attachment.set(calibrating=True)
     try:
         with untraced(attachment):
@@ -119,9 +144,9 @@ def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
 
 
 def reset(model: nn.Module) -> None:
-    """Forget the trajectory, what caches remember of it, and its statistics: the next call begins a new one.
+    """Forget the current trajectory, its caches and its statistics; the next call begins a new one.
 
-    Pipelines of diffusers do the same when they have made their images, except that the statistics stay to be read.
+    diffusers pipelines end the trajectory themselves after each image, and keep the statistics.
 
     Raises:
         InputError: the model is not wrapped.

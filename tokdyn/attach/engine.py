@@ -1,6 +1,8 @@
-"""A block call of a wrapped model: brackets, gates, groups of samples, kernels, and the call as it was.
+"""Call the blocks of a wrapped model through its handlers: brackets, gates, groups of samples, kernels.
 
-Dense and packed tokens take the same path; what differs between them, their `TokenView` knows.
+Dense and packed tokens take the same path; their `TokenView` takes care of the differences. In every function `frame`
+is the frame of the call, `module` the module that is called, `site` its site, `call` or `inner` its original call, and
+`named` the arguments by name. docs/design.md has a drawing.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ Named = dict[str, Any]
 
 
 def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
-    """Call a module of a wrapped model within a call of the model; `plain` is its call as it was."""
+    """Call a module of a wrapped model during a call of the model; `plain(module, ...)` is its original call."""
     site: Site | None = vars(module).get("_tokdyn_site") or frame.sites.get(id(module))
     if site is None:
         return plain(module, *args, **kwargs)
@@ -45,7 +47,7 @@ def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, .
 
 
 def call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
-    """Call one block, or skip it."""
+    """Call or skip a block, and add to the trace the FLOPs that were counted meanwhile."""
     counted = frame.context.counted
     if counted is None:
         return _call_block(frame, module, site, call, args, kwargs)
@@ -63,7 +65,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         plain = partial(class_swap.base_class(module).__call__, module, *args, **kwargs)
         site = context.guard.begin(frame.sites, module, named, plain)
     blocks, edge = site.blocks, site.block in frame.handlers.edges
-    view = context.view = _arrive(context, frame, named, blocks)
+    view = context.view = _view_of(context, frame, named, blocks)
     if edge:
         named[blocks.tokens], view = _open(replace(frame, view=view), module, site, named)
     as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
@@ -71,7 +73,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         named[blocks.packing] = view.packing
     frame = replace(frame, view=view)
     if as_given and _nothing_acts(frame, blocks):
-        block = _note(context, view, site, named)
+        block = _record(context, view, site, named)
         if len(frame.handlers.sublayers) == 0:
             return call(*args, **kwargs)
         return class_swap.within(replace(frame, block=block), call, *args, **kwargs)
@@ -85,12 +87,12 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
 
 
 def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], named: Named) -> Any:
-    """Call a module with arguments by name, handed on the way they were given."""
+    """Call a module with arguments by name, passing the first ones by position as its caller did."""
     return call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
 
 
-def _arrive(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -> TokenView:
-    """Say what a block gets: the view of the block before, or at the first block that of all tokens."""
+def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -> TokenView:
+    """Return the view of a block's tokens: the previous block's, or all tokens at the first, which begins the trace."""
     view, tokens, packing = context.view, named[blocks.tokens], None
     batch = len(tokens)
     if blocks.packing is not None:
@@ -109,17 +111,16 @@ def _arrive(context: CallContext, frame: Frame, named: Named, blocks: Blocks) ->
     if not context.trace.batch:
         trace = context.trace
         trace.batch, trace.cells = batch, count
-        trace.text, trace.context = _beside(named, blocks, count)
+        trace.text, trace.context = _other_tokens(named, blocks, count)
         if context.readings.grid.known:
             context.check_grid(context.grid)
     return view
 
 
 def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
-    """Count the image tokens of what the first block gets.
+    """Count the image tokens that the first block gets, reading the grid only if text tokens have to be told apart.
 
-    The grid is read only where text lies in the same sequence and a method tells the two apart. Where it cannot be read
-    and no method needs it, all tokens are treated alike.
+    If the grid cannot be read and no method depends on it, all tokens are treated as image tokens.
     """
     if context.adapter.grid is None:
         context.readings.grid.put((tokens.shape[1],))
@@ -133,7 +134,7 @@ def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Bl
 
 
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
-    """Open the brackets that begin with a block."""
+    """Open the brackets that begin with a block; return its tokens and their view afterwards."""
     context, view, tokens = frame.context, frame.view, named[site.blocks.tokens]
     brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
     if not brackets:
@@ -143,7 +144,7 @@ def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Te
     text, x = view.split(tokens, site.blocks)
     block = BlockCall(module, site, named)
     for bracket in brackets:
-        if not view.all_idle:  # otherwise nothing is computed within
+        if not view.all_idle:  # else no block inside of it will run
             x, view = bracket.open(frame, view, x, block)
     tokens = join(text, x, site.blocks.image)
     if before is not None:
@@ -153,7 +154,7 @@ def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Te
 
 
 def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
-    """Close the brackets that end with a block."""
+    """Close the brackets that end with a block; return its tokens afterwards."""
     context, view = frame.context, frame.view
     brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
     if not brackets:
@@ -171,7 +172,7 @@ def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
 
 
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
-    """Whether a block is computed for all samples as it would be without methods."""
+    """Return whether a block is computed for all samples together and without a change to its call or arguments."""
     view, handlers = frame.view, frame.handlers
     acting = len(handlers.gates) + len(handlers.kernels) + len(view.idle)
     if acting or frame.context.guard is not None or view.lengths is not None:
@@ -180,16 +181,16 @@ def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
 
 
 def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
-    """Compute a block for the samples that it runs for, and return its results by name."""
+    """Compute a block for the samples that do not skip it, and return "tokens" and "text" of all samples."""
     context, view, blocks = frame.context, frame.view, site.blocks
     results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
-    given, device = dict(results), named[blocks.tokens].device
+    inputs, device = dict(results), named[blocks.tokens].device
     groups = _groups(frame, site.block)
     if groups is not None and not groups and is_offloaded(module):
         context.residency.skipped(module)
     if groups is None:
         results |= _compute(frame, module, site, inner, named, None)
-    elif context.guard is not None and groups:  # which arguments have a batch is not known: compute all, keep some
+    elif context.guard is not None and groups:  # unknown which arguments have a batch: compute all samples, keep some
         everything = _compute(frame, module, site, inner, named, None)
         rows = torch.tensor([place for places in groups for place in places], device=device)
         for name, value in everything.items():
@@ -206,22 +207,21 @@ def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: 
     for gate in frame.handlers.gates:
         weight = gate.weight(context, view, site.block)
         if weight is not None:
-            _mix(results, given, weight, view)
+            _scale_change(results, inputs, weight, view)
     return results
 
 
-def _mix(results: Named, given: Named, weight: Tensor, view: TokenView) -> None:
-    """Add the effect of a block as far as a learned gate lets it through."""
+def _scale_change(results: Named, inputs: Named, weight: Tensor, view: TokenView) -> None:
+    """Replace results by `input + weight * (result - input)`, with a weight (B,) for each sample."""
+    packing = view.packing
+    factor = weight.view(-1, 1, 1) if packing is None else weight.index_select(0, packing.sample)[:, None]
     for name, value in results.items():
-        if value is not None and given.get(name) is not None:
-            share = (
-                weight.view(-1, 1, 1) if view.packing is None else weight.index_select(0, view.packing.sample)[:, None]
-            )
-            results[name] = torch.lerp(given[name].to(value.dtype), value, share.to(value.dtype))
+        if value is not None and inputs.get(name) is not None:
+            results[name] = torch.lerp(inputs[name].to(value.dtype), value, factor.to(value.dtype))
 
 
 def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
-    """Group the samples that a block runs for by what they must share; None where all are computed together."""
+    """Group the samples that do not skip a block by length and kernel keys; None if all samples run together."""
     context, view, handlers = frame.context, frame.view, frame.handlers
     gates = [gate for gate in handlers.gates if gate.always(context, block) is not False]
     if view.all_idle or any(gate.always(context, block) for gate in gates):
@@ -246,12 +246,12 @@ def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
 
 
 def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named, part: Part | None) -> Named:
-    """Compute a block for one group of samples, or for all, and return its results by name."""
+    """Compute a block for the samples of a part, or for all if it is None, and return its results by name."""
     context, blocks = frame.context, site.blocks
     view = frame.view if part is None else part.view
     arguments = named if part is None else part.take(named, blocks)
     arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part)}
-    block = _note(context, view, site, arguments)
+    block = _record(context, view, site, arguments)
     inside = replace(frame, view=view, block=block, exchange=Exchange(view.samples))
     for kernel in frame.handlers.kernels:
         inner = partial(kernel.run, inside, module, site, inner)
@@ -261,20 +261,20 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
     return dict(zip(blocks.returns, out if isinstance(out, tuple) else (out,), strict=False))
 
 
-def _note(context: CallContext, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
-    """Note that a block is computed for a view."""
+def _record(context: CallContext, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
+    """Add a computation of a block to the call's trace and return its record."""
     rows = None
     if view.packing is not None and len(set(view.packing.lengths)) > 1:
         rows = view.packing.lengths
     tokens = view.room if view.packing is None else view.packing.longest
-    beside = (0, 0) if view.packing is not None else _beside(named, site.blocks, tokens)
+    beside = (0, 0) if view.packing is not None else _other_tokens(named, site.blocks, tokens)
     block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=context.which(view))
     context.trace.blocks.append(block)
     return block
 
 
-def _beside(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
-    """Count the text tokens that a block gets, and the tokens of an encoder that it attends to in cross-attention."""
+def _other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
+    """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
     products, text = blocks.products, named.get(blocks.text or "")
     encoder = named.get(products.context) if products is not None and products.cross else None
     beside = named[blocks.tokens].shape[1] - image
@@ -282,7 +282,7 @@ def _beside(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, 
 
 
 def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
-    """Call attention or MLP of a block through the methods around it."""
+    """Call the attention or MLP of a block through the handlers around it, of which the first is the outermost."""
     if len(frame.handlers.sublayers) == 0:
         return call(*args, **kwargs)
     named = {**dict(zip(site.names, args, strict=False)), **kwargs}
@@ -292,9 +292,9 @@ def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], 
         return call(*[arguments.pop(name) for name in positional], **arguments)
 
     for sublayer in reversed(frame.handlers.sublayers):
-        inner = partial(_around, sublayer, frame, site, inner)
+        inner = partial(_call_through, sublayer, frame, site, inner)
     return inner(**named)
 
 
-def _around(sublayer: Sublayer, frame: Frame, site: Site, call: Call, **named: Any) -> Any:
+def _call_through(sublayer: Sublayer, frame: Frame, site: Site, call: Call, **named: Any) -> Any:
     return sublayer.around(frame, frame.view, site, call, named)

@@ -1,6 +1,7 @@
-"""Hold a model without a declared adapter to what was inferred of it, and learn in its first call what blocks return.
+"""Check a model whose adapter was inferred, and learn in its first call what its blocks return.
 
-Everything is judged by what the blocks really get and return, never by the names of classes.
+`tokdyn.adapters.infer` guesses an adapter from the structure of a model. Here the tensors that the blocks get and
+return are compared with that guess; class names do not matter.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ _CURE = "register an adapter for it (docs/adapters.md)"
 
 
 def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
-    """Learn what a block returns from the shapes of what it got and returned.
+    """Learn what a block returns, from the shapes of its arguments and results.
 
     Args:
-        blocks: with `returns` unknown.
-        named: arguments of the block by name.
-        out: what it returned.
+        blocks: a declaration whose `returns` is unknown.
+        named: the arguments of a call of the block, by name.
+        out: the result of the call.
 
     Returns:
-        The blocks with `returns` and, if text comes back too, `text`; or what does not fit.
+        The declaration with `returns` and, if the block returns text tokens too, `text`; or the reason, a clause for an
+        error message, why this block cannot be wrapped.
     """
     x = named.get(blocks.tokens)
     if not isinstance(x, Tensor) or x.dim() != 3:
@@ -39,7 +41,7 @@ def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
     if not isinstance(out, tuple):
         return replace(blocks, returns=("tokens",)) if out.shape == x.shape else _changed(x, out)
     if len(parts) == 1:
-        return "its blocks return a tuple of one tensor"
+        return "its blocks return a tuple of one tensor, not the tensor itself"
     texts = [name for name, value in named.items() if name != blocks.tokens and _tokens(value)]
     ways = [
         (place, name)
@@ -51,22 +53,23 @@ def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
         return _changed(x, out)
     if len({place for place, _ in ways}) > 1:
         return (
-            f"its blocks return two tensors of the shape {tuple(x.shape)}, and it cannot be told which of them holds "
-            "the image; call it once with another number of text tokens"
+            f"its blocks return two tensors of the shape {tuple(x.shape)}, which does not show which of them holds the "
+            "image tokens; call the model first with a number of text tokens that differs from that of image tokens"
         )
     place, text = ways[0]
     return replace(blocks, text=text, returns=("tokens", "text") if place == 0 else ("text", "tokens"))
 
 
 def flow(before: Tensor, after: Tensor) -> str:
-    """Say how the tokens that one list of blocks left go into the next.
+    """Compare the result of one list of blocks with the input of the next list.
 
     Args:
-        before: (B, N, D), what the last block of a blocks returned.
-        after: (B, S, D), what the first block of the next blocks gets.
+        before: (B, N, D), the tokens that the last block of the first list returned.
+        after: (B, S, D), the tokens that the first block of the next list gets.
 
     Returns:
-        "all", or "first" or "last" where they lie beside other tokens, "changed" if only the shape is the same, "none".
+        "all" if both are equal; "first" or "last" if `after` is `before` with other tokens behind or ahead of it;
+        "changed" if the shapes are equal and the values are not; "none" otherwise.
     """
     count = before.shape[1]
     if after.shape == before.shape:
@@ -80,15 +83,16 @@ def flow(before: Tensor, after: Tensor) -> str:
 
 @dataclass
 class Guard:
-    """What is expected of one call of a model whose adapter was inferred.
+    """Checks one call of a model whose adapter was inferred.
 
     Attributes:
-        model: name of its class.
+        model: class name of the model.
         depth: number of blocks.
-        batch: samples of the call, as far as its arguments tell.
-        caches: whether a cache spans several lists of blocks.
-        next: the block that has to come next.
-        before: path of the list that the block before is in, and what that block returned.
+        batch: samples of the call; None if the arguments do not show it.
+        caches: whether a bracket, such as a FeatureCache, spans the blocks, so that tokens must not change between two
+            lists of blocks.
+        next: index of the block that has to be called next.
+        before: path of the list that the previous block is in, and the tokens that it returned; None before the first.
     """
 
     model: str
@@ -99,16 +103,21 @@ class Guard:
     before: tuple[str, Tensor] | None = None
 
     def begin(self, sites: Sites, module: nn.Module, named: Mapping[str, Any], plain: Callable[[], Any]) -> Site:
-        """Check a block before it is called, and learn what it returns the first time.
+        """Check a block before it is called.
+
+        The first time, call it once more than the model does, without gradients, to learn what it returns.
 
         Args:
-            sites: of the model; updated when something is learned.
+            sites: the sites of the model; those of the block's list are replaced when something is learned.
             module: the block.
-            named: its arguments.
-            plain: calls the block as it was.
+            named: the arguments of the call, by name.
+            plain: makes the original call of the block, with these arguments.
 
         Returns:
-            Its site, which may know more now.
+            The site of the block, with `blocks.returns` known.
+
+        Raises:
+            UnsupportedModelError: the call is not what was inferred.
         """
         site = sites[id(module)]
         if site.block != self.next:
@@ -119,14 +128,14 @@ class Guard:
         self.next += 1
         if not site.blocks.returns:
             with torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
-                found = learn(site.blocks, named, plain())
-            if isinstance(found, Blocks) and self.before is not None:
-                found = self._joined(found, named[found.tokens])
-            if isinstance(found, str):
-                raise self._refusal(found)
+                learned = learn(site.blocks, named, plain())
+            if isinstance(learned, Blocks) and self.before is not None:
+                learned = self._joined(learned, named[learned.tokens])
+            if isinstance(learned, str):
+                raise self._refusal(learned)
             for key, other in sites.items():
-                if other.blocks.path == found.path:
-                    sites[key] = replace(other, blocks=found)
+                if other.blocks.path == learned.path:
+                    sites[key] = replace(other, blocks=learned)
         x = named[site.blocks.tokens]
         if self.before is not None and self.before[0] == site.blocks.path and x.shape != self.before[1].shape:
             raise self._refusal(_changed(self.before[1], x))
@@ -135,33 +144,53 @@ class Guard:
         return sites[id(module)]
 
     def after(self, blocks: Blocks, given: Tensor, out: Any) -> None:
-        """Check what a block returned."""
+        """Check the result of a block.
+
+        Args:
+            blocks: the declaration of the block's list, with `returns` known.
+            given: the tokens that the block got.
+            out: the result.
+
+        Raises:
+            UnsupportedModelError: the number of results, or the shape of the tokens, is not what was learned.
+        """
         parts = out if isinstance(out, tuple) else (out,)
         if len(parts) != len(blocks.returns):
-            raise self._refusal(f"its blocks return now one thing, now another: {_shape(out)}")
+            raise self._refusal(
+                f"one of its blocks returned {_shape(out)}, but {len(blocks.returns)} tensor(s) in its first call"
+            )
         x = parts[blocks.returns.index("tokens")]
         if not isinstance(x, Tensor) or x.shape != given.shape:
             raise self._refusal(_changed(given, x))
 
     def end(self) -> None:
-        """Check that all blocks were called."""
+        """Check at the end of the model's call that all blocks were called.
+
+        Raises:
+            UnsupportedModelError: some were not.
+        """
         if self.next != self.depth:
-            raise self._refusal(f"{self.next} of its {self.depth} blocks were called")
+            raise self._refusal(f"only {self.next} of its {self.depth} blocks were called")
 
     def _joined(self, blocks: Blocks, x: Tensor) -> Blocks | str:
-        """Learn where the image tokens of the blocks before lie among the tokens of these."""
+        """Add to a declaration where the tokens of the previous list lie in x (B, S, D), the tokens of this list.
+
+        Returns:
+            The declaration; or the reason, a clause for an error message, why the two lists cannot be wrapped together.
+        """
         assert self.before is not None
-        how = flow(self.before[1], x)
-        if how == "none" or (how == "changed" and self.caches):
+        place = flow(self.before[1], x)
+        if place == "none" or (place == "changed" and self.caches):
             return (
-                f"the blocks in {blocks.path!r} get {_shape(x)}, which are not the tokens {_shape(self.before[1])} "
-                f"that those in {self.before[0]!r} left"
+                f"the blocks in {blocks.path!r} get {_shape(x)}, which does not hold the tokens "
+                f"({_shape(self.before[1])}) that the blocks in {self.before[0]!r} returned"
             )
-        return blocks if how in ("all", "changed") else replace(blocks, image=how)  # type: ignore[arg-type]
+        return blocks if place in ("all", "changed") else replace(blocks, image=place)  # type: ignore[arg-type]
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"no adapter knows {self.model}, and what was read off its structure does not hold: {reason}; {_CURE}."
+            f"no adapter is declared for {self.model}, and the one inferred from its structure is wrong: {reason}; "
+            f"{_CURE}."
         )
 
 
@@ -182,13 +211,16 @@ def _shape(value: Any) -> str:
 
 
 def _devices(named: Mapping[str, Any]) -> list[int]:
-    """List the accelerators whose random state a block may use."""
+    """Return the indices of the CUDA devices that a block's arguments are on, whose random state it may use."""
     found = {value.device for value in named.values() if isinstance(value, Tensor) and value.device.type == "cuda"}
     return sorted(device.index or 0 for device in found)
 
 
 def samples(arguments: Mapping[str, Any]) -> int | None:
-    """Count the samples of a call by its first argument with an entry a sample: a tensor, or a list of tensors."""
+    """Return the number of samples of a call; None if no argument shows it.
+
+    It is the length of the first argument that is a tensor of two or more axes, or a list of tensors.
+    """
     for value in arguments.values():
         if isinstance(value, Tensor) and value.dim() > 1:
             return len(value)

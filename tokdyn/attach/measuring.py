@@ -1,4 +1,4 @@
-"""Calls of a wrapped model that leave no trace, to measure it or to calibrate what it carries."""
+"""Call a model without changing its statistics and caches, to count its FLOPs or to calibrate its methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from tokdyn.attach.entry import attach_sites, attachment_of, unwrap, wrap
 
 @contextmanager
 def untraced(attachment: Attachment) -> Iterator[None]:
-    """Let calls of the model see the trajectory and the caches as they are, and leave them so."""
+    """Restore history, losses, trajectory and caches afterwards, as if the calls made meanwhile had not happened.
+
+    These calls continue the current trajectory and use what is cached.
+    """
     history, losses, trajectory = attachment.history, attachment.losses, attachment.trajectory
     watch, attachment.watch = attachment.watch, None
     memories = [(cache, cache.memory) for cache in attachment.caches]
@@ -32,25 +35,33 @@ def untraced(attachment: Attachment) -> Iterator[None]:
 
 @contextmanager
 def metered(model: nn.Module, meter: Meter) -> Iterator[Attachment]:
-    """Let calls of a model be traced while their FLOPs are counted, whether it is wrapped, disabled or neither."""
+    """Trace calls of a model and count their FLOPs, whether it is wrapped, disabled or not wrapped at all.
+
+    Args:
+        model: restored afterwards. If its methods are disabled, it computes without them here too.
+        meter: the counter and the arguments of the calls.
+
+    Yields:
+        The attachment that records the calls.
+    """
     attachment = attachment_of(model)
     if attachment is None:
         wrap(model, [])
     elif not attachment.enabled or not attachment.methods:
         model.tokdyn = Attachment(model, attachment.adapter, [])
-    tracing = attachment_of(model)
-    assert tracing is not None
+    recording = attachment_of(model)
+    assert recording is not None
     bare = attachment is None or not attachment.methods  # calls of its blocks do not go through the engine yet
     if bare:
-        attach_sites(model, tracing)
-    tracing.meter = meter
+        attach_sites(model, recording)
+    recording.meter = meter
     try:
-        yield tracing
+        yield recording
     finally:
-        tracing.meter = None
+        recording.meter = None
         if attachment is None:
             unwrap(model)
         else:
             model.tokdyn = attachment
-            for block in tracing.blocks(model) if bare else []:
+            for block in recording.blocks(model) if bare else []:
                 detach(block)

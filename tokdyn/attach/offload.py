@@ -1,7 +1,7 @@
-"""Offloaded weights: hooks of accelerate and diffusers bring them to the computing device and back.
+"""Work with offloaded weights, which hooks of accelerate and diffusers bring to the computing device and back.
 
-These hooks hang on the forward of a block. Methods look at the first norm of a block before it runs, and skip blocks
-whose hooks other blocks rely on; both need the care of this module.
+The hooks run when a block is called. Methods, however, use the first norm of a block before the block is called, and
+skip blocks whose hooks would onload or offload the weights of other blocks. This module makes up for both.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 
 
 def home(model: nn.Module) -> torch.device:
-    """Find the device that a model computes on, which is another than that of its weights while they are offloaded."""
+    """Return the device that a model computes on, even if its weights are offloaded to another."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            device = getattr(each, "execution_device", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            device = getattr(part, "execution_device", None)
             if device is not None:
                 return torch.device(device)
         group = _group(module)
@@ -30,12 +30,14 @@ def home(model: nn.Module) -> torch.device:
 
 
 def weights_are_offloaded(model: nn.Module, part: nn.Module, writing: bool = False) -> bool:
-    """Whether the weights of a part are offloaded between calls of the model.
+    """Return whether parameters of a part of a model cannot be read between calls of the model.
+
+    They cannot if they are on the meta device or offloaded to disk.
 
     Args:
-        model: that the part is in.
-        part: to look at.
-        writing: whether what is written into the parameters now would be lost.
+        model: the model that holds the part.
+        part: the module to look at.
+        writing: also count parameters whose changes would be lost, because each onload copies them from another tensor.
     """
     own = {id(parameter) for parameter in part.parameters()}
     if any(parameter.is_meta for parameter in part.parameters()):
@@ -44,17 +46,18 @@ def weights_are_offloaded(model: nn.Module, part: nn.Module, writing: bool = Fal
         group = _group(module)
         if group is None or not (group.offload_to_disk_path or (writing and group.stream)):
             continue
-        members = [parameter for each in group.modules for parameter in each.parameters()]
+        members = [parameter for member in group.modules for parameter in member.parameters()]
         if own & {id(parameter) for parameter in (*members, *group.parameters)}:
             return True
     return False
 
 
 class Residency:
-    """Which groups of blocks that diffusers offloads are on the computing device, during one call of a model.
+    """Keeps track, during one call of a model, of which groups of blocks are on the computing device.
 
-    In such a group the first block onloads the weights of all and the last offloads them. That goes wrong where one of
-    the two is skipped, or where a block runs once for each of several groups of samples.
+    diffusers offloads blocks in groups: the first block of a group onloads the weights of all its blocks, and the last
+    one offloads them. This fails if the first or the last is skipped, or if a block runs more than once, for several
+    groups of samples.
     """
 
     def __init__(self) -> None:
@@ -62,7 +65,10 @@ class Residency:
 
     @contextmanager
     def present(self, block: nn.Module) -> Iterator[None]:
-        """Make the weights of a block usable, whether it is about to run or to be skipped."""
+        """Have the weights of a block on the computing device, whether or not the block runs afterwards.
+
+        A group that diffusers onloads stays onloaded until its last block runs or is skipped.
+        """
         self._onload(_group(block))
         hook: Any = vars(block).get("_hf_hook")
         if hook is None:
@@ -75,7 +81,7 @@ class Residency:
             hook.post_forward(block, None)
 
     def around(self, block: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Make the call of a block, `call(block, ...)`, onload and offload its group."""
+        """Return a function that calls `call(block, ...)` and onloads and offloads the group of the block around it."""
         group = _group(block)
         return partial(call, block) if group is None else partial(self._around, group, block, call)
 
@@ -83,7 +89,7 @@ class Residency:
         if group.onload_leader not in (None, block):
             self._onload(group)
         self._onloaded.add(id(group))
-        following = _hook(block).next_group  # this block onloads it while it computes
+        following = _hook(block).next_group  # diffusers onloads this group while the block computes
         if following is not None and not following.onload_self:
             self._onloaded.add(id(following))
         out = call(block, *args, **kwargs)
@@ -92,7 +98,7 @@ class Residency:
         return out
 
     def skipped(self, block: nn.Module) -> None:
-        """Offload the group of a block that is skipped, if the block is the last of it."""
+        """Offload the group of a block that is skipped, if the block is the last one of its group."""
         group = _group(block)
         if group is not None and group.offload_leader is block and id(group) in self._onloaded:
             group.offload_()
@@ -113,6 +119,6 @@ def _hook(module: nn.Module) -> Any:
 
 
 def _group(module: nn.Module) -> Any:
-    """Find the group of a block that diffusers offloads; None for others."""
+    """Return the group in which diffusers offloads a block; None if it does not."""
     hook = _hook(module)
     return None if hook is None else hook.group

@@ -1,10 +1,10 @@
-"""Blocks that are recomputed in the backward pass, by gradient checkpointing.
+"""Support gradient checkpointing: recompute blocks in the backward pass under the conditions of their first call.
 
-Two ways lead there. Models of diffusers hold the function that checkpoints, and for one call it is bound to the call's
-context (`bind`): brackets and gates act outside of what is recomputed, so that nothing is drawn, decided or counted
-twice. Other models call `torch.utils.checkpoint` in their forward (timm, forks of the public DiT): then a block is
-called again when its call is long over, with the tensor that it got the first time, and that tensor leads back to the
-context as it was then (`Replays`).
+There are two cases. Models of diffusers store the function that checkpoints; `bind` replaces it for one call of the
+model, so that brackets and gates act outside of the recomputed part, and nothing is drawn, decided or counted twice.
+Other models (timm, forks of the public DiT) call `torch.utils.checkpoint` in their forward. Their blocks are called
+again after the call of the model has ended, with the same tensor of tokens as the first time, and by this tensor
+`Replays` looks up the frame of the first time.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tokdyn.attach.view import FollowedArguments
 from tokdyn.errors import InputError
 
 _FUNCTION = "_gradient_checkpointing_func"
-_TOKENS = object()  # stands for the tokens that lead back to a frame, which must not hold them
-_NEXT = 0  # in the place of the id of a block: whichever comes next
+_TOKENS = object()  # stands in a stored frame for the tokens it is looked up by, which it must not keep alive
+_NEXT = 0  # in place of the id of a block: whichever block is called next
 _REPLAYS: WeakKeyDictionary[nn.Module, ReferenceType[Replays]] = WeakKeyDictionary()
-_HIDDEN: WeakSet[nn.Module] = WeakSet()  # blocks that ran without gradients in a call that wants them
+_HIDDEN: WeakSet[nn.Module] = WeakSet()  # blocks that ran without gradients in a call of the model with gradients
 
 
 class Replays:
-    """Frames of a model's block calls, by the tokens that the blocks got, as long as these are kept."""
+    """The frames of a model's block calls, by the tensor of tokens that the block got, as long as that tensor lives."""
 
     def __init__(self) -> None:
         self._frames: Any = WeakTensorKeyDictionary()
@@ -47,7 +47,7 @@ class Replays:
         return Replays, ()
 
     def remember(self, frame: Frame, module: nn.Module, site: Site, named: dict[str, Any]) -> None:
-        """Make a way back to the frame of a block that is about to be called."""
+        """Store the frame of a block that is about to be called, with its arguments by name."""
         if torch.compiler.is_compiling():
             return
         if not torch.is_grad_enabled():
@@ -58,22 +58,31 @@ class Replays:
         self._frames.setdefault(tokens, {})[id(module)] = _detached(frame, tokens, _TOKENS)
 
     def find(self, module: nn.Module, value: Any) -> Frame | None:
-        """Find the frame that an argument of a block leads back to."""
+        """Return the frame stored for a block and one of its arguments; None if there is none."""
         frames = self._frames.get(value) if isinstance(value, Tensor) else None
         frame: Frame | None = frames and (frames.get(id(module)) or frames.get(_NEXT))
         return None if frame is None else _detached(frame, _TOKENS, value)
 
     def go_on(self, frame: Frame, site: Site, out: Any) -> None:
-        """After a block was recomputed, let the next one, if it is too, go on in the same frame."""
+        """Store the frame of a recomputed block for its result `out`, so that a block recomputed next finds it."""
         tokens = out[site.blocks.returns.index("tokens")] if isinstance(out, tuple) else out
         self._frames.setdefault(tokens, {})[_NEXT] = _detached(frame, tokens, _TOKENS)
 
 
 def call_outside(module: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a module of a wrapped model outside of every call of the model: recompute it, or call it as it was.
+    """Call a module of a wrapped model while no call of the model is running.
+
+    A block that is called by the backward pass is recomputed in its frame. Any other call is the original call.
+
+    Args:
+        module: the module.
+        plain: its original call, `plain(module, *args, **kwargs)`.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Raises:
-        InputError: the checkpointing hides the tensors that lead back.
+        InputError: the backward pass recomputes a block by reentrant checkpointing, which hides the tensors by which
+            frames are looked up.
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
         return plain(module, *args, **kwargs)
@@ -89,14 +98,17 @@ def call_outside(module: nn.Module, plain: Callable[..., Any], args: tuple[Any, 
             return out
     if module in _HIDDEN:
         raise InputError(
-            "gradient checkpointing with use_reentrant=True recomputes blocks outside of the call of a wrapped model; "
-            "use use_reentrant=False."
+            "gradient checkpointing with use_reentrant=True cannot recompute the blocks of a wrapped model; set "
+            "use_reentrant=False."
         )
     return plain(module, *args, **kwargs)
 
 
 def _detached(frame: Frame, old: Any, new: Any) -> Frame:
-    """Copy a frame so that blocks can run in it without an effect on its call, with one object in place of another."""
+    """Copy a frame so that running blocks in it changes neither trace nor losses of its call.
+
+    In the state of the handlers, the object `old` is replaced by `new`.
+    """
     context = copy.copy(frame.context)
     context.trace, context.losses, context.arguments, context.guard = context.trace.blank(), {}, {}, None
     context.readings = Readings(
@@ -107,7 +119,7 @@ def _detached(frame: Frame, old: Any, new: Any) -> Frame:
 
 
 def _replaced(state: Any, old: Any, new: Any) -> Any:
-    """Copy the state of a handler with one object in place of another."""
+    """Copy the state of a handler; where it is or holds the object `old`, the copy has `new`."""
     if not is_dataclass(state) or isinstance(state, type):
         return new if state is old else state
     changed = {field.name: new for field in fields(state) if getattr(state, field.name) is old}
@@ -115,7 +127,11 @@ def _replaced(state: Any, old: Any, new: Any) -> Any:
 
 
 def bind(model: nn.Module, frame: Frame) -> list[tuple[nn.Module, Any]]:
-    """Bind the checkpointing of a model to one call; returns what `release` needs."""
+    """Let the checkpointing function of a diffusers model, if it has one, run blocks through the engine in this frame.
+
+    Returns:
+        The modules and functions that `release` restores after the call.
+    """
     bound = []
     for module in model.modules():
         function = module.__dict__.get(_FUNCTION)
@@ -126,13 +142,13 @@ def bind(model: nn.Module, frame: Frame) -> list[tuple[nn.Module, Any]]:
 
 
 def release(bound: list[tuple[nn.Module, Any]]) -> None:
-    """Put back what `bind` replaced."""
+    """Restore the functions that `bind` replaced."""
     for module, function in bound:
         module.__dict__[_FUNCTION] = function
 
 
 def _checkpointing(function: Any, frame: Frame) -> Any:
-    """Let checkpointing go on inside of what the engine does around a block."""
+    """Return a checkpointing function that checkpoints a block inside of the brackets, gates and kernels around it."""
 
     def checkpoint(module: nn.Module, *args: Any) -> Any:
         site = frame.sites.get(id(module))
@@ -144,7 +160,10 @@ def _checkpointing(function: Any, frame: Frame) -> Any:
 
 
 class _Checkpointed:
-    """The innermost call of a block, recomputed in the frame that it was computed in."""
+    """The original call of a block under checkpointing, which is recomputed in the frame of the first time.
+
+    Tensors of the frame's exchange become arguments and results of the checkpointed function.
+    """
 
     def __init__(self, function: Any, module: nn.Module, root: Frame) -> None:
         self._function, self._module, self._root = function, module, root
@@ -160,8 +179,8 @@ class _Checkpointed:
             nonlocal runs, several
             inside = Exchange(exchange.samples, dict(zip(names, again[len(args) :], strict=True)))
             here = replace(frame, exchange=inside)
-            if runs:  # what is recomputed is noted nowhere
-                here = replace(_apart(here), exchange=inside)
+            if runs:  # a recomputation adds nothing to traces and losses
+                here = replace(_without_records(here), exchange=inside)
             runs += 1
             out = class_swap.within(
                 here, class_swap.base_class(self._module).__call__, self._module, *again[: len(args)]
@@ -175,8 +194,8 @@ class _Checkpointed:
         return out[:own] if several else out[0]
 
 
-def _apart(frame: Frame) -> Frame:
-    """Copy a frame so that what is noted in it goes nowhere."""
+def _without_records(frame: Frame) -> Frame:
+    """Copy a frame with a trace and losses of its own, which are discarded."""
     context: CallContext = copy.copy(frame.context)
     context.trace, context.losses = context.trace.blank(), {}
     block = replace(frame.block, attention=[], mlp=[], saved={}, mlp_rows=None)

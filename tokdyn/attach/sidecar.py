@@ -1,4 +1,8 @@
-"""Save and load the methods of a wrapped model: two small files, beside its weights or anywhere else."""
+"""Save and load the methods of a wrapped model.
+
+They are two files in a folder of their own or beside the model's weights: `tokdyn_config.json` with the settings, and
+`tokdyn.safetensors` with the trained parts, if there are any.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write the methods of a wrapped model and their trained parts; the model itself is not written.
+    """Write the methods of a wrapped model and their trained parts, without the model's own weights.
 
     Args:
-        model: a wrapped model.
-        folder: made if need be.
+        model: a wrapped model, or a container such as DistributedDataParallel around one.
+        folder: created if it does not exist; files of an earlier call are replaced.
 
     Returns:
         The folder.
@@ -40,30 +44,34 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     attachment, where = attached(model), Path(folder).expanduser()
     model = inner_model(model)
     if weights_are_offloaded(model, attachment):
-        raise InputError("the weights of the methods are offloaded; save them before offloading the model.")
-    methods = [to_settings(each) for each in attachment.methods]
+        raise InputError(
+            "the weights of the methods are offloaded; call tokdyn.save before offload is enabled on the model."
+        )
+    methods = [to_settings(method) for method in attachment.methods]
     content = {"tokdyn": __version__, "model": type(model).__name__, "methods": methods}
     weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}
     if weights:
-        with replacing(where / WEIGHTS) as half:
-            save_file(weights, half)
-    with replacing(where / CONFIG) as half:
-        half.write_text(json.dumps(content, indent=1) + "\n")
+        with replacing(where / WEIGHTS) as temporary:
+            save_file(weights, temporary)
+    with replacing(where / CONFIG) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     return where
 
 
 def load(model: Model, folder: str | Path) -> Model:
-    """Wrap a model with the methods that `save` wrote.
+    """Wrap a model, in place, with the methods that `save` wrote.
 
     Args:
-        model: not wrapped; of the class that the methods were saved from.
-        folder: from `save`.
+        model: a model that is not wrapped, of the class that the methods were saved from.
+        folder: the folder that `save` returned.
 
     Returns:
         The same object, wrapped.
 
     Raises:
-        CheckpointError: files are missing, damaged, of another class or of methods that this version does not know.
+        CheckpointError: a file is missing or damaged, was written for another model class or other sizes, or names a
+            method that is not registered here.
+        CompositionError, UnsupportedModelError, InputError: as in `wrap`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -72,21 +80,24 @@ def load(model: Model, folder: str | Path) -> Model:
     content = json_object(where / CONFIG)
     if content.get("model") != type(model).__name__:
         raise CheckpointError(
-            f"{where / CONFIG} holds methods for a {content.get('model')}, but this is a {type(model).__name__}."
+            f"{where / CONFIG} holds methods for a {content.get('model')}, but this is a {type(model).__name__}; give "
+            "another folder or a model of that class."
         )
-    wrap(model, [_method(each, where / CONFIG) for each in content.get("methods", [])])
+    wrap(model, [_method(settings, where / CONFIG) for settings in content.get("methods", [])])
     expected = set(attached(model).state_dict())
     try:
         weights = load_file(where / WEIGHTS) if expected else {}
         attached(model).load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         unwrap(model)
-        raise CheckpointError(f"{where / WEIGHTS} does not fit the methods beside it ({error}).") from error
+        raise CheckpointError(
+            f"{where / WEIGHTS} does not hold the weights of the methods in {CONFIG} ({error}); save them again."
+        ) from error
     return model
 
 
 def _method(settings: Any, path: Path) -> Method:
-    """Make a method from what a file holds of it."""
+    """Make a method from its settings in the file at `path`, which is named if they are wrong."""
     try:
         return from_settings(settings)
     except InputError as error:

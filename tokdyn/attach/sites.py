@@ -1,4 +1,7 @@
-"""Which modules of a model are blocks, sublayers and layers: found when it is wrapped, and again in a copy of it."""
+"""Find the modules of a model whose calls go through the handlers: its blocks, their sublayers and layers.
+
+Modules are found when the model is wrapped, and again in a copy of the model.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,22 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
-from tokdyn.attach.class_swap import base_class
+from tokdyn.attach.class_swap import attach_like, base_class, is_attached
 from tokdyn.attach.width.layout import Layer, Layout, reach
 from tokdyn.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module whose calls go through the handlers.
+    """The role of one module whose calls go through the handlers.
 
     Attributes:
-        kind: what it is; "stream" is an identity that the tokens pass between attention and MLP.
-        block: index of its block, counted over all lists of blocks.
-        blocks: the list that its block is in.
-        names: arguments of its forward, in order.
-        layer: what the outputs and inputs of a layer belong to; None for other modules.
+        kind: the role; "stream" is an identity module through which tokens pass between attention and MLP
+            (`Blocks.stream`), and "layer" a linear layer that DynamicWidth slices or masks.
+        block: index of the block that the module is or is in, counted over all lists of blocks.
+        blocks: the adapter's declaration of the list that this block is in.
+        names: names of the arguments of the module's forward, in order; () for a layer.
+        layer: which outputs and inputs of a layer belong to heads and MLP channels; None for other modules.
     """
 
     kind: Literal["block", "attention", "mlp", "stream", "layer"]
@@ -35,20 +39,20 @@ class Site:
 
 
 Sites = dict[int, Site]
-"""Sites by the id of their module; a module that took the place of another one is added when it is seen."""
+"""Sites by the id of their module. A module that replaces another after wrapping is added when its block is called."""
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Name the arguments of a module's forward, without self."""
+    """Return the names of the arguments of a module's forward, in order and without self."""
     forward: Any = base_class(module).__dict__.get("forward") or type(module).forward
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
-    """List the blocks of a blocks.
+    """Return the modules in one of a model's lists of blocks.
 
     Raises:
-        UnsupportedModelError: the model has none in that place.
+        UnsupportedModelError: there is no list of modules at `blocks.path`.
     """
     try:
         modules = model.get_submodule(blocks.path)
@@ -56,8 +60,8 @@ def blocks_of(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
         modules = nn.Identity()
     if not isinstance(modules, (nn.ModuleList, nn.Sequential)):
         raise UnsupportedModelError(
-            f"the adapter of {type(model).__name__} says that its blocks are in {blocks.path!r}, and there is no list "
-            "of modules there; correct the adapter."
+            f"the adapter of {type(model).__name__} declares blocks in {blocks.path!r}, but the model has no "
+            "nn.ModuleList or nn.Sequential there; correct the path in the adapter."
         )
     return list(modules)
 
@@ -69,17 +73,18 @@ def find_sites(
     layouts: Sequence[Layout] = (),
     stream: bool = False,
 ) -> Sites:
-    """Find the sites of a model.
+    """Find the blocks of a model and, on request, the modules inside of them that methods need.
 
     Args:
-        model: any.
-        adapter: of the model.
-        sublayers: find attention and MLP of the blocks too.
-        layouts: of the blocks, to find their layers too.
-        stream: find where their tokens pass between attention and MLP too.
+        model: the model, wrapped or not.
+        adapter: the adapter of the model.
+        sublayers: whether to find attention and MLP of the blocks too.
+        layouts: one for each block, to find the layers that can be sliced or masked too; () leaves the layers out.
+        stream: whether to find the modules of kind "stream" too, if `sublayers` is set.
 
     Raises:
-        UnsupportedModelError: a block does not take the arguments that the adapter speaks of.
+        UnsupportedModelError: there are no blocks where the adapter declares them, or a block lacks an argument that
+            the adapter names.
     """
     sites: Sites = {}
     number = 0
@@ -100,7 +105,13 @@ def find_sites(
 
 
 def layer_sites(block: nn.Module, site: Site, layout: Layout) -> Sites:
-    """Find the layers of a block whose inputs or outputs may be set to zero, as they are now."""
+    """Find the layers that a block has now and whose inputs or outputs may be multiplied by masks.
+
+    Args:
+        block: the module.
+        site: the site of the block.
+        layout: the layout of the block.
+    """
     sites: Sites = {}
     for layer in layout.layers:
         module = reach(block, layer.names)
@@ -109,13 +120,39 @@ def layer_sites(block: nn.Module, site: Site, layout: Layout) -> Sites:
     return sites
 
 
+def attach_layers(sites: Sites, block: nn.Module, site: Site, layout: Layout, only_tokens: bool = False) -> None:
+    """Attach the layers of a block that are not attached yet, such as LoRA layers added after wrapping.
+
+    Args:
+        sites: the sites of the model, which are updated.
+        block: the block, which is attached.
+        site: the site of the block.
+        layout: the layout of the block.
+        only_tokens: whether only tokens are selected; layers are then needed only if the MLP is not a module of its
+            own.
+    """
+    if only_tokens and not layout.parallel:
+        return
+    for key, layer_site in layer_sites(block, site, layout).items():
+        assert layer_site.layer is not None
+        module = reach(block, layer_site.layer.names)
+        assert module is not None
+        known = sites.get(key)  # may belong to a deleted layer whose id is used again
+        if known is not None and known.layer is layer_site.layer and is_attached(module):
+            continue
+        for inside in module.modules():  # an adapter layer replaced the layer that it holds now
+            sites.pop(id(inside), None)
+        attach_like(module, block)
+        sites[key] = layer_site
+
+
 def _block_arguments(block: nn.Module, blocks: Blocks) -> tuple[str, ...]:
-    """Name a block's arguments and check that those of the adapter are among them."""
+    """Return the names of a block's arguments, after checking that the adapter's names are among them."""
     names = argument_names(block)
     for name in (blocks.tokens, blocks.text):
         if name is not None and name not in names:
             raise UnsupportedModelError(
-                f"the adapter says that the blocks in {blocks.path!r} hold tokens in {name!r}, but "
+                f"the adapter says that the blocks in {blocks.path!r} take tokens as the argument {name!r}, but "
                 f"{type(block).__name__} takes {', '.join(names)}; correct the adapter."
             )
     return names

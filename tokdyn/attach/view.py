@@ -1,7 +1,7 @@
-"""Which samples and which tokens a block call is about, and how tensors are brought to them and back.
+"""Describe which samples and tokens a block call is about, and select and restore their entries in tensors.
 
-A `TokenView` is frozen and passed as an argument. Dense tokens (B, S, D), with text beside them or not, and packed
-tokens (T, D) answer the same questions, so that the engine has one path for both.
+A `TokenView` is frozen and passed as an argument. It has the same interface for dense tokens (B, S, D), with or without
+text tokens in the same sequence, and for packed tokens (T, D), so that the engine has one path for both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import follow, join, of_samples, split
+from tokdyn.adapters.tokens import join, select_samples, select_tokens, split
 from tokdyn.ops.pack import pack_index, packing_of
 from tokdyn.tokens import Packing
 
@@ -23,18 +23,20 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class TokenView:
-    """Samples and tokens of a block call.
+    """The samples and image tokens of a block call.
 
     Attributes:
-        samples: places in the batch of the model's call, one for each sample of the view.
-        cells: N, cells of the full grid of each sample.
-        device: where the tokens are.
-        room: M, image tokens of a sample that there is room for; N while all are there.
-        index: (B, M) cells whose tokens are there, rising; None while all are there, and for packed tokens.
-        lengths: (B) tokens of each sample that count where they differ; the slots behind them hold nothing.
-        packing: where packed rows lie; None for dense tokens.
-        idle: places within the view of samples whose tokens pass through the blocks unchanged.
-        source: slots of the brackets that chose the tokens, outermost first.
+        samples: for each sample of the view, its position in the batch of the model's call.
+        cells: N, cells of the full grid of one sample.
+        room: M, the image tokens that one sample has room for in a dense tensor (B, M, D), or the most that a sample
+            has in packed tokens. It is N while no token is left out.
+        device: device of the tokens.
+        index: (B, M) int64 cells of the tokens, ascending; None while no token is left out, and for packed tokens.
+        lengths: number of tokens of each sample, B in all, if they differ; the entries of `index` and of tensors behind
+            them are padding. None if every sample has M, and for packed tokens.
+        packing: which cells and samples packed rows belong to; None for dense tokens.
+        idle: positions within the view of the samples that skip all blocks until the bracket that said so closes.
+        source: slots of the brackets that selected the tokens, outermost first.
     """
 
     samples: tuple[int, ...]
@@ -49,36 +51,40 @@ class TokenView:
 
     @property
     def batch(self) -> int:
-        """Samples of the view."""
+        """Number of samples in the view."""
         return len(self.samples)
 
     @property
     def all_idle(self) -> bool:
-        """Whether no sample is computed."""
+        """Whether all samples are idle."""
         return len(self.idle) == len(self.samples)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Image tokens of each sample."""
+        """Number of image tokens of each sample, without padding."""
         return (self.packing.lengths if self.packing is not None else self.lengths) or (self.room,) * self.batch
 
     def reduced(self, index: Tensor, sizes: Sequence[int], slot: int) -> TokenView:
-        """Make the view of fewer tokens that a bracket chose.
+        """Return the view of the tokens that a bracket selected from this one.
 
         Args:
-            index: (B, M) cells of the grid.
-            sizes: tokens of each sample, at most M.
-            slot: of the bracket.
+            index: (B, M) int64 cells of the selected tokens, ascending.
+            sizes: number of selected tokens of each sample, at most M.
+            slot: the slot of the bracket.
         """
         lengths = tuple(sizes) if len(set(sizes)) > 1 else None
         return replace(self, room=index.shape[1], index=index, lengths=lengths, source=(*self.source, slot))
 
     def split(self, x: Tensor, blocks: Blocks) -> tuple[Tensor | None, Tensor]:
-        """Split what a block gets or returns into text tokens, None where there are none, and image tokens."""
+        """Split x (B, S, D), tokens of this view that a block gets or returns, into text and image tokens.
+
+        Returns:
+            Text tokens (B, L, D), None if the sequence has none, and image tokens (B, M, D).
+        """
         return split(x, self.room, blocks.image)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """List the cell and the sample of every image token, (T,) int64 each."""
+        """Return the cell and the sample (its position in the view) of every image token, (T,) int64 each."""
         if self.packing is not None:
             return self.packing.cell, self.packing.sample
         index = self.index
@@ -87,15 +93,15 @@ class TokenView:
         return index.reshape(-1), torch.arange(self.batch, device=self.device).repeat_interleave(index.shape[1])
 
     def take(self, places: Sequence[int]) -> Part:
-        """Take some of the samples, which must be of one length in a dense view.
+        """Select some samples of the view. In a dense view they must all have the same number of tokens.
 
         Args:
-            places: of the samples within this view.
+            places: positions of the samples within this view.
         """
         chosen, samples = torch.tensor(places, device=self.device), tuple(self.samples[place] for place in places)
         if self.packing is not None:
             rows = torch.isin(self.packing.sample, chosen).nonzero().squeeze(1)
-            packing = _some(self.packing, places, rows)
+            packing = _packing_of_some(self.packing, places, rows)
             view = replace(self, samples=samples, room=packing.longest, packing=packing, idle=frozenset())
             return Part(view, self, chosen, rows)
         length = self.sizes[places[0]]
@@ -104,7 +110,13 @@ class TokenView:
         return Part(view, self, chosen, chosen)
 
     def padded(self, rows: Tensor) -> tuple[Tensor, TokenView]:
-        """Turn packed rows (T, D) into (B, M, D), each sample's tokens first, for brackets; dense tokens stay."""
+        """Turn packed rows (T, D) into dense tokens (B, M, D), because brackets work on those.
+
+        Each sample's tokens come first; copies of its last token fill the rest. Dense tokens stay as they are.
+
+        Returns:
+            The dense tokens and their view.
+        """
         if self.packing is None:
             return rows, self
         packing = self.packing
@@ -117,7 +129,15 @@ class TokenView:
         return rows.index_select(0, place).view(self.batch, packing.longest, -1), view
 
     def packed(self, x: Tensor, before: Packing) -> tuple[Tensor, TokenView]:
-        """Turn (B, M, D) into packed rows (T, D), the opposite of `padded`; `before` is the packing it came from."""
+        """Turn dense tokens (B, M, D) of this view into packed rows (T, D); the inverse of `padded`.
+
+        Args:
+            x: the tokens.
+            before: the packing that `padded` got, reused if the number of tokens of each sample is the same.
+
+        Returns:
+            The packed rows and their view.
+        """
         assert self.index is not None
         packing = before if self.sizes == before.lengths else pack_index(self.index, self.sizes, before.grid)
         slot = torch.arange(x.shape[1], device=x.device)
@@ -129,13 +149,14 @@ class TokenView:
 
 @dataclass(frozen=True)
 class Part:
-    """Some samples of a view, computed apart from the others.
+    """Some samples of a view, which are computed separately from the others.
 
     Attributes:
-        view: of these samples alone.
-        whole: the view that they are taken from.
-        places: (b,) int64, their places in it.
-        rows: (b,) or (t,) int64, what is selected of dense or of packed tokens.
+        view: the view of these samples alone.
+        whole: the view that they are selected from.
+        places: (b,) int64 positions of these samples in `whole`.
+        rows: int64 indices along axis 0 of a tensor of tokens: `places` for dense tokens, the (t,) rows of these
+            samples for packed tokens.
     """
 
     view: TokenView
@@ -144,35 +165,42 @@ class Part:
     rows: Tensor
 
     def take(self, named: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
-        """Select the entries of these samples and their tokens; arguments without a batch are shared by all.
+        """Select the entries of these samples, without padding, from the arguments of a block.
 
-        Arguments that follow the tokens are left to `FollowedArguments`.
+        Arguments without a batch axis stay as they are, and so do those in `blocks.follow` if the tokens are dense:
+        `FollowedArguments` selects from these.
 
         Args:
-            named: arguments of a block or a sublayer, by name.
-            blocks: says what they are.
+            named: the arguments for all samples, by name.
+            blocks: the adapter's declaration of the block.
+
+        Returns:
+            All arguments, by name.
         """
         batch = self.whole.batch
         if self.view.packing is None:
-            following = {how.name for how in blocks.follow}
+            following = {argument.name for argument in blocks.follow}
             rest = {name: value for name, value in named.items() if name not in following}
-            chosen = {**named, **of_samples(rest, self.places, batch, blocks)}
-            if blocks.tokens in chosen:
-                chosen[blocks.tokens] = self._shortened(chosen[blocks.tokens], blocks)
-            return chosen
+            selected = {**named, **select_samples(rest, self.places, batch, blocks)}
+            if blocks.tokens in selected:
+                selected[blocks.tokens] = self._unpadded(selected[blocks.tokens], blocks)
+            return selected
         assert blocks.packing is not None
         rest = {name: value for name, value in named.items() if name not in (blocks.tokens, blocks.packing)}
         rows = {blocks.tokens: named[blocks.tokens].index_select(0, self.rows), blocks.packing: self.view.packing}
-        return {**named, **of_samples(rest, self.places, batch, blocks), **rows}
+        return {**named, **select_samples(rest, self.places, batch, blocks), **rows}
 
     def scatter(self, name: str, whole: Any, part: Any, blocks: Blocks) -> Any:
-        """Put the results of these samples in the place of what was there.
+        """Write the results of these samples into a tensor for all samples.
 
         Args:
-            name: "tokens" or "text".
-            whole: of all samples, or None.
-            part: of these; None wins.
-            blocks: says where image tokens lie.
+            name: "tokens" or "text", which of the block's results this is.
+            whole: the tensor for all samples, which is not changed; may be None.
+            part: the results of these samples; may be None.
+            blocks: the adapter's declaration of the block.
+
+        Returns:
+            A copy of `whole` with the entries of these samples replaced; `part` itself if either of them is None.
         """
         if whole is None or part is None:
             return part
@@ -183,8 +211,8 @@ class Part:
             part = join(text, torch.cat([x, behind.to(x.dtype)], dim=1), blocks.image)
         return whole.index_copy(0, self.rows if name == "tokens" else self.places, part.to(whole.dtype))
 
-    def _shortened(self, x: Tensor, blocks: Blocks) -> Tensor:
-        """Leave out the slots that hold nothing."""
+    def _unpadded(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """Leave out the padding of x (b, S, D): all image tokens behind the number that these samples have."""
         length, room = self.view.room, self.whole.room
         if length == room:
             return x
@@ -192,8 +220,14 @@ class Part:
         return join(text, own[:, :length], blocks.image)
 
 
-def _some(packing: Packing, places: Sequence[int], rows: Tensor) -> Packing:
-    """Make the packing of some of the samples."""
+def _packing_of_some(packing: Packing, places: Sequence[int], rows: Tensor) -> Packing:
+    """Make the packing of some samples.
+
+    Args:
+        packing: the packing of all samples.
+        places: positions of the samples in it.
+        rows: (t,) int64, their packed rows.
+    """
     lengths = tuple(packing.lengths[place] for place in places)
     cell = packing.cell.index_select(0, rows)
     sample = torch.repeat_interleave(torch.tensor(lengths, device=cell.device), output_size=len(cell))
@@ -201,37 +235,38 @@ def _some(packing: Packing, places: Sequence[int], rows: Tensor) -> Packing:
 
 
 class FollowedArguments:
-    """Arguments brought to the tokens of a view, kept while block after block asks for the same."""
+    """Selects from the arguments in `Blocks.follow`, and remembers the results, since most blocks get the same ones."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[Any, Tensor | None, Any]] = {}
+        self._selected: dict[Any, tuple[Any, Tensor | None, Any]] = {}
 
     def select(self, named: Mapping[str, Any], blocks: Blocks, view: TokenView, part: Part | None) -> dict[str, Any]:
-        """Give the arguments that follow the tokens entries for the tokens of a view alone.
+        """Select the entries of a view's tokens from the arguments that have one entry per token.
 
         Args:
-            named: arguments of a block by name, of all samples.
-            blocks: says which of them follow the tokens.
-            view: the tokens.
-            part: how its samples are taken from another view; None if it has all of them.
+            named: the arguments of a block for all samples and cells, by name.
+            blocks: the adapter's declaration of the block.
+            view: the samples and tokens to select.
+            part: the part that `view` belongs to; None if `view` has all samples of the arguments.
 
         Returns:
-            Those that change, by name.
+            The arguments that change, by name.
         """
         selected: dict[str, Any] = {}
-        for how in blocks.follow if part is not None or view.index is not None else ():
-            value = selected.get(how.name, named.get(how.name))  # an argument may follow along two axes
+        for argument in blocks.follow if part is not None or view.index is not None else ():
+            name = argument.name
+            value = selected.get(name, named.get(name))  # an argument may have two token axes
             if value is None:
                 continue
-            key = (how.name, how.axis, view.samples, view.room, view.source)
+            key = (name, argument.axis, view.samples, view.room, view.source)
             index = (part.whole if part else view).index
-            kept = self._kept.get(key)
-            if kept is None or kept[0] is not value or kept[1] is not index:
-                fitting = value
-                if part is not None and how.name not in selected:
-                    fitting = of_samples({how.name: value}, part.places, part.whole.batch, blocks)[how.name]
+            known = self._selected.get(key)
+            if known is None or known[0] is not value or known[1] is not index:
+                entries = value
+                if part is not None and name not in selected:
+                    entries = select_samples({name: value}, part.places, part.whole.batch, blocks)[name]
                 if view.index is not None:
-                    fitting = follow(fitting, how, blocks, view.index, view.cells)
-                kept = self._kept[key] = value, index, fitting
-            selected[how.name] = kept[2]
+                    entries = select_tokens(entries, argument, blocks, view.index, view.cells)
+                known = self._selected[key] = value, index, entries
+            selected[name] = known[2]
         return selected

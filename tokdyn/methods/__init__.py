@@ -1,4 +1,4 @@
-"""Token-reduction methods: each an immutable configuration, its modules, its cost and its losses."""
+"""Token-reduction methods: the settings of each and, if it is trained, its modules. They know nothing of any model."""
 
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.chunking import Chunking, ChunkingModule

@@ -1,4 +1,4 @@
-"""What every method's configuration shares, and what it says of itself to the rules of composition."""
+"""Define the base class of methods, and the traits by which a method answers every question of other code about it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from tokdyn.errors import InputError
 
 Phase = Literal["train", "sample"]
 Span = tuple[int, int]
-"""First and last block of a stretch, both included; negative numbers count from the end, -1 is the last block."""
+"""First and last of consecutive blocks, both included; negative numbers count from the end, -1 is the last block."""
 
 
 class Stage(IntEnum):
-    """Where a method acts, outermost first. The order is fixed; within a stage it is the order of the user's list."""
+    """Where a method acts, from the outermost to the innermost: BLOCKS is all blocks together, SPAN some of them.
 
-    STACK = 1
+    Methods act in this order whatever their order in the user's list; within one stage the list decides.
+    """
+
+    BLOCKS = 1
     SPAN = 2
     BLOCK = 3
     SUBLAYER = 4
@@ -28,13 +31,13 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a method prunes of the blocks of a model.
+    """What a method leaves out of the computation of a block.
 
     Attributes:
-        heads: attention heads.
-        channels: MLP channels.
-        tokens: tokens of the MLP.
-        stream: whether tokens are chosen by what they are before norm and modulation.
+        heads: whether it leaves out attention heads.
+        channels: whether it leaves out MLP channels.
+        tokens: whether it leaves tokens out of the MLP.
+        stream: whether it selects those tokens by their values before norm and modulation.
     """
 
     heads: bool
@@ -45,29 +48,34 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method with its settings says of itself: the answers to all questions that other code asks about it.
+    """The properties of a method with its settings, which other code asks for instead of the method's class.
 
     Attributes:
-        stage: where it acts.
-        tokens: what those inside it see: the full grid, a subset of the cells, or merged tokens.
-        needs_grid: it works only on all cells of the grid.
-        reads: what it has to know of the image tokens: nothing, which they are where text lies in the same
-            sequence (and does without where that cannot be told), how many there are, or the sizes of their grid.
-        moving: the set of tokens changes from step to step, with the data or at random.
-        remembers: it keeps something from one step to the next.
-        needs_level: it acts by the noise level.
-        phases: when it acts; a method that acts in one only has no effect in the other.
-        owns: things that only one method may decide; blocks in which, None for all.
-        span: the blocks it encloses, counted from the front; None is all.
-        learns: what its loss holds at a target; two losses on one quantity would fight.
-        aligned: a sublayer whose tokens it decides about by those of the block, so that they have to be the same.
-        around: sublayers that it acts around, which the blocks must have.
-        weighs_keys: it adds to the logits of keys, which takes softmax attention.
-        prunes: what it prunes of the blocks, None if nothing.
-        needs_sizes: it builds parts that take the width of the model and its number of heads.
-        compares: it decides by comparing what the model sees with what it saw before, for which it needs all tokens.
-        diverges: it may run other blocks in one process than in another, by what each of them sees.
-        controls: the functions of `tokdyn.attach.controls` that act on it.
+        stage: where the method acts.
+        tokens: the tokens that methods inside of it and the blocks get: the "full" grid, a "subset" of its tokens, or
+            "merged" ones.
+        needs_grid: the method works only on all cells of the grid.
+        reads: what the method needs to know about the image tokens: "nothing"; the "split" between image and text
+            tokens in one sequence, if it can be found; their "count"; or the sizes of their "grid".
+        moving: the method selects other tokens in every step or call.
+        remembers: the method keeps tensors of one step for the next.
+        needs_level: the method depends on the noise level.
+        phases: when the method acts: "train", "sample" or both.
+        owns: decisions that only one method may make, by name, and the blocks in which this method makes them; None
+            for all blocks.
+        span: the blocks that the method acts on, counted from the front; None for all.
+        learns: the quantity that a loss of the method holds at a target; None without such a loss. Two methods must not
+            hold the same quantity.
+        aligned: the sublayer for which the method selects tokens by the tokens of the block, so that both must have the
+            same tokens; None otherwise.
+        around: the sublayers that the method acts around, which must be modules of their own.
+        weighs_keys: the method adds a bias to the logits of keys, which needs softmax attention.
+        prunes: what the method leaves out of the computation of a block; None if nothing.
+        needs_sizes: `build` needs the width of the model and its number of heads.
+        compares: the method decides by comparing tokens with those of the step before, for which it needs all of them.
+        diverges: in two processes with different samples the method may run different blocks, or a different number of
+            groups of samples.
+        controls: the functions of `tokdyn.attach.controls` that act on the method.
     """
 
     stage: Stage
@@ -93,12 +101,12 @@ class Traits:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a method needs to know of a model to build its parts.
+    """The sizes of a model, from which methods build their trainable parts.
 
     Attributes:
-        width: D.
-        heads: H.
-        weights: numbers in the weights of each block; the cost of its matrix products is proportional to it.
+        width: D; 0 if unknown.
+        heads: H; 0 if unknown.
+        weights: number of parameters of each block, to which the cost of its matrix products is proportional.
     """
 
     width: int
@@ -107,12 +115,16 @@ class Sizes:
 
     @property
     def depth(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks of the model."""
         return len(self.weights)
 
 
 class Method(BaseModel):
-    """An immutable, strict configuration: one object serves Python, YAML, JSON and the command line."""
+    """The base class of methods: an immutable configuration with checked settings and no knowledge of any model.
+
+    The same object is built from Python, YAML, JSON and the command line. Unknown or wrong settings raise an
+    InputError. docs/methods/adding.md shows how to write a method.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -126,46 +138,56 @@ class Method(BaseModel):
             raise InputError(_sentence(type(self), error)) from error
 
     def build(self, sizes: Sizes) -> nn.Module | None:
-        """The trainable parts for a model of these sizes; None if there are none."""
+        """Build the trainable parts for a model of these sizes; None if there are none."""
         return None
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """List settings that differ in what they ask of a model, the usual ones first; they fill the support matrix."""
+        """Return one example of each kind of settings that a model may or may not support, the usual one first.
+
+        The support matrix has an entry for each of them.
+        """
         return (cls(),)
 
     def traits(self, depth: int) -> Traits:
-        """Say what the rules of composition, and all other code, need to know.
+        """Return the properties of this method on a model.
 
         Args:
-            depth: blocks of the model.
+            depth: number of blocks of the model.
+
+        Raises:
+            InputError: the settings name a block that the model does not have.
         """
         raise NotImplementedError
 
 
 def _sentence(method: type[BaseModel], error: ValidationError) -> str:
-    """The first thing that is wrong with the settings."""
-    found = error.errors()[0]
-    if isinstance(cause := found.get("ctx", {}).get("error"), InputError):
+    """Write the first of pydantic's errors as a sentence."""
+    first = error.errors()[0]
+    if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
         return f"{method.__name__}: {cause}"
-    setting = str(found["loc"][0])
-    if found["type"] == "extra_forbidden":
+    setting = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
         known = ", ".join(method.model_fields)
         return f"{method.__name__} has no setting {setting!r}; known are {known}."
-    reason = found["msg"][0].lower() + found["msg"][1:]
-    return f"{method.__name__}: {setting}: {reason}, got {found['input']!r}."
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{method.__name__}: {setting}: {reason}, got {first['input']!r}."
 
 
 def resolve(span: Span, depth: int) -> Span:
-    """A span with its ends counted from the front.
+    """Return a span with both ends counted from the front.
+
+    Args:
+        span: first and last block; negative numbers count from the end.
+        depth: number of blocks of the model.
 
     Raises:
-        InputError: an end outside the model, or the last block before the first.
+        InputError: an end is not a block of the model, or the last block comes before the first.
     """
     first, last = (end + depth if end < 0 else end for end in span)
     if not 0 <= first <= last < depth:
         raise InputError(
-            f"blocks {span} are not a stretch of a model of {depth} blocks; give the first and the last block, "
-            f"from 0 to {depth - 1}, or from the end with negative numbers."
+            f"blocks={span} is not a span of a model of {depth} blocks; give the first and the last block, from 0 to "
+            f"{depth - 1}, or counted from the end as negative numbers."
         )
     return first, last

@@ -1,6 +1,6 @@
-"""Learned chunking: keep the tokens a router asks for, run the blocks on them, spread the result over the grid.
+"""Learned chunking: keep the tokens that a router selects, run the blocks on them, and restore the grid.
 
-Source: Dynamic Chunking Diffusion Transformer, arXiv 2603.06351.
+Dynamic Chunking Diffusion Transformer, arXiv 2603.06351.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from tokdyn.tokens import Grid, Packing, Routing
 class Chunking(Method):
     """Settings of learned chunking.
 
-    In a model that was built without it, the same number of tokens is kept of every sample, the most probable ones, so
-    that every attention kernel works and nothing is masked; `ragged` keeps those that the router asks for.
+    A router computes a boundary probability p for every cell. By default the 1/N most probable tokens of every sample
+    are kept: with the same number for all samples, every attention kernel works, and no mask is needed. With `ragged`
+    the tokens with p > 0.5 are kept.
 
     Attributes:
-        target: N, tokens per kept token that the ratio loss holds; 1 keeps all and changes nothing.
-        router: how boundary probabilities are computed.
-        sigma: width of the de-chunking kernel in cells; None skips the smoothing.
-        tail_drop: share of the kept tokens to drop, least probable first, or points (noise level, share);
-            `tokdyn.set_tail_drop` sets it from call to call.
-        ragged: keep the tokens with p > 0.5, as many as there are; samples of different length are computed apart.
+        target: N, cells per kept token, at which the ratio loss holds the router; 1 keeps all tokens and has no effect.
+        router: the kind of router.
+        sigma: standard deviation, in cells, of the Gaussian that smooths the result over the grid; None leaves the
+            smoothing out.
+        tail_drop: share of the kept tokens to drop as well, least probable first, or points (noise level, share) that
+            are interpolated. `tokdyn.set_tail_drop` replaces it for the following calls.
+        ragged: keep the tokens with p > 0.5, as many as there are. Samples with different numbers of tokens are then
+            computed separately.
         force_ends: always keep the first and the last cell, as the official code does.
-        loss_weight: of the ratio loss.
+        loss_weight: weight of the ratio loss.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ("dc",)
@@ -56,9 +59,9 @@ class Chunking(Method):
         return tail_drop
 
     def traits(self, depth: int) -> Traits:
-        """It owns the token grid; what the blocks see depends on the image."""
+        """Return the traits: the method decides which tokens all blocks get, by image and noise level."""
         return Traits(
-            Stage.STACK,
+            Stage.BLOCKS,
             tokens="subset",
             moving=True,
             reads="grid",
@@ -71,14 +74,18 @@ class Chunking(Method):
         )
 
     def build(self, sizes: Sizes) -> ChunkingModule | None:
-        """The router and the residual projection, unless all tokens are kept."""
+        """Build the router and the residual projection; None if the target is 1, which keeps all tokens."""
         return None if self.target == 1.0 else ChunkingModule(self, sizes.width)
 
 
 class ChunkingModule(nn.Module):
-    """The router and the residual projection around a stretch of blocks.
+    """The router and the residual projection around consecutive blocks, and what is computed with them.
 
-    The residual projection starts at zero, so at the start the grid is exactly what de-chunking made of it.
+    The residual projection starts at zero, so that at first it adds nothing to the de-chunked grid.
+
+    Args:
+        config: the settings.
+        width: D.
     """
 
     def __init__(self, config: Chunking, width: int) -> None:
@@ -90,7 +97,7 @@ class ChunkingModule(nn.Module):
         nn.init.zeros_(self.residual.bias)
 
     def logits(self, tokens: Tensor, grid: Grid, timestep: Tensor) -> Tensor:
-        """Boundary logits (B, N) of dense tokens (B, N, D) on a grid; frames of a video are looked at one by one."""
+        """Compute boundary logits (B, N) of dense tokens (B, N, D) on a grid, for each frame of a video separately."""
         with torch.autocast(tokens.device.type, enabled=False):
             *frames, rows, columns = (1, *grid) if len(grid) == 1 else grid
             count = math.prod(frames)
@@ -101,45 +108,45 @@ class ChunkingModule(nn.Module):
     def route(
         self, tokens: Tensor, grid: Grid, timestep: Tensor, drop: float | Tensor = 0.0, plan: Tensor | None = None
     ) -> Routing:
-        """Decide which tokens the blocks see.
+        """Decide which tokens to keep: those with p > 0.5 or those of a plan, without the tail drop.
 
         Args:
             tokens: (B, N, D).
-            grid: (rows, columns).
-            timestep: (B,).
-            drop: tail drop, one fraction or (B,).
-            plan: (B, N) bool, for samples where any is set the tokens to keep before tail drop. Probabilities, and the
-                losses on them, stay the router's own.
+            grid: (rows, columns), N cells.
+            timestep: (B,), from 0 to 1000, pure noise.
+            drop: tail drop, one share or (B,).
+            plan: (B, N) bool, the tokens to keep before tail drop, for each sample in which any is set. Probabilities
+                and the ratio loss are those of the router in any case.
 
         Returns:
             The decision, with the ratio loss over the whole batch.
         """
         probability, natural = select(torch.sigmoid(self.logits(tokens, grid, timestep)), self.config.force_ends)
-        chosen = natural if plan is None else torch.where(plan.any(dim=1, keepdim=True), plan, natural)
-        keep = tail_drop(probability, chosen, drop)
+        selected = natural if plan is None else torch.where(plan.any(dim=1, keepdim=True), plan, natural)
+        keep = tail_drop(probability, selected, drop)
         loss = ratio_loss(probability, natural, self.config.target)
-        decided = None if plan is None else chosen
+        decided = None if plan is None else selected
         return Routing(probability, keep, natural, grid, {"ratio": loss}, decided)
 
     def chunk(self, tokens: Tensor, routing: Routing) -> tuple[Tensor, Packing]:
-        """Pack the kept tokens: (B, N, D) to (T, D) and the packing."""
+        """Pack the kept tokens (B, N, D) into rows (T, D), sample after sample; return the rows and their packing."""
         packing = pack(routing.keep, routing.grid)
         return tokens.reshape(-1, tokens.shape[-1]).index_select(0, packing.index), packing
 
     def dechunk(
         self, rows: Tensor, tokens: Tensor, routing: Routing, packing: Packing, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Spread the blocks' output over the grid and add the residual.
+        """De-chunk: give every cell the smoothed output of its nearest kept token, and add the residual projection.
 
-        y = out * STE(p_sel) + W_res tokens, in fp32, p_sel = p where a token was chosen (p > 0.5, or by a
-        plan) and 1 - p elsewhere.
+        With `out` these outputs (B, N, D), the result is `out * STE(p_sel) + W_res tokens`, in fp32. p_sel is p for
+        tokens that were selected before tail drop and 1 - p for others; STE(p_sel) is 1 with the gradient of p_sel.
 
         Args:
             rows: (T, D), output of the blocks.
-            tokens: (B, N, D), what was chunked.
+            tokens: (B, N, D), the tokens before chunking.
             routing: the decision.
-            packing: where the rows belong.
-            dtype: of the result, the tokens' by default.
+            packing: the packing of the rows.
+            dtype: dtype of the result; None for that of `tokens`.
 
         Returns:
             (B, N, D).
@@ -148,7 +155,7 @@ class ChunkingModule(nn.Module):
             residual: Tensor = self.residual(exact(tokens))
             p = routing.probability
             decided = routing.natural_keep if routing.decided is None else routing.decided
-            chosen = torch.where(decided, p, 1 - p) if torch.is_grad_enabled() else None
+            p_sel = torch.where(decided, p, 1 - p) if torch.is_grad_enabled() else None
             return dechunk_packed(
-                exact(rows), p, routing.keep, packing, self.config.sigma, chosen, residual, dtype or tokens.dtype
+                exact(rows), p, routing.keep, packing, self.config.sigma, p_sel, residual, dtype or tokens.dtype
             )

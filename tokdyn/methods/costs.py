@@ -1,4 +1,7 @@
-"""FLOPs of what methods compute besides the blocks: matrix products and convolutions, a multiply-add is 2 FLOPs."""
+"""Compute the FLOPs of what methods compute besides the blocks; a multiply-add is 2 FLOPs.
+
+Matrix products and convolutions count; sums, norms and activations do not.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from tokdyn.tokens import Grid, cells
 
 
 def router_flops(router: RouterName, count: int, width: int) -> int:
-    """A router on one image.
+    """Compute the FLOPs of a router on one image.
 
     Args:
-        router: its name.
+        router: the name of the router.
         count: N, cells of the grid.
         width: D.
     """
@@ -24,25 +27,26 @@ def router_flops(router: RouterName, count: int, width: int) -> int:
 
 
 def residual_flops(count: int, width: int) -> int:
-    """The residual projection of learned chunking on one image of N cells and width D."""
+    """Compute the FLOPs of Chunking's residual projection on one image of `count` cells and width D."""
     return 2 * count * width * width
 
 
 def smoothing_flops(grid: Grid, width: int) -> int:
-    """Smoothing on the grid of one image: a square band matrix per axis, on the D features and the weights.
+    """Compute the FLOPs of de-chunking's smoothing on the grid of one image of width D.
 
-    Longer axes are smoothed by shifted sums, and lists of neighbours by weighted ones: neither is a matrix product.
+    Each axis of up to `BAND` cells is a product with a square band matrix, on D features and one weight per cell.
+    Longer axes are smoothed by shifted sums, which are not counted.
     """
     return 2 * cells(grid) * (width + 1) * sum(size for size in grid if size <= BAND)
 
 
 def matching_flops(count: int, buckets: int, full: bool, width: int) -> int:
-    """Comparing the tokens of one image with the destinations that they may be merged into.
+    """Compute the FLOPs of comparing the tokens of one image with the destinations that they may be merged into.
 
     Args:
-        count: tokens.
-        buckets: K, destinations.
-        full: there is a token in every cell of the grid; then destinations are not compared with each other.
+        count: number of tokens.
+        buckets: number of destinations, one in each bucket.
+        full: whether every cell of the grid has a token; destinations are then not compared with each other.
         width: D.
     """
     return 2 * (count - buckets if full else count) * buckets * width

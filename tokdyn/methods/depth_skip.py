@@ -1,4 +1,4 @@
-"""Skipping blocks, depending on the noise level: by hand, by calibration, or learned."""
+"""Skipping blocks, depending on the noise level: by hand, by calibration, or by learned gates."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from tokdyn.methods.registry import register_method
 from tokdyn.ops import timestep_frequencies
 
 Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
+"""Rows (low, high, blocks): these blocks are skipped at noise levels from low to high, both included."""
 
 
 @register_method
 class DepthSkip(Method):
-    """Settings of depth skipping; a skipped block returns what it was given.
+    """Settings of depth skipping. A skipped block returns its input. Give one of `blocks`, `table` and `learned`.
 
-    Learned gates start open. Training draws each gate with Gumbel noise and passes its gradient through a sigmoid; the
-    loss 2 (r - target)^2, r the share of the blocks' FLOPs that ran on average, is in `tokdyn.losses`. In evaluation a
-    gate is open or shut by the noise level alone, and what is shut is not computed.
+    Learned gates start open. In training every block runs; each gate is drawn with Gumbel noise, multiplies the change
+    of its block by 0 or 1, and gets its gradient through a sigmoid. `tokdyn.losses` then has the loss
+    `2 (r - target)^2`, where r is the mean share of the blocks' FLOPs whose gates are open. In sampling a gate depends
+    on the noise level only, and a block whose gate is shut does not run.
 
     Attributes:
-        blocks: skip these blocks; negative numbers count from the end.
-        levels: the noise levels between which `blocks` are skipped; 1 is pure noise.
-        table: what a calibration found: rows (low, high, blocks) of noise levels and the blocks skipped there.
-        learned: train one gate for each block and noise level.
-        target: share of the blocks' FLOPs that learned gates end up with.
-        loss_weight: of the FLOPs loss of learned gates.
-        fingerprint: what the table was calibrated on; another model is warned about.
+        blocks: the blocks to skip; negative numbers count from the end.
+        levels: lowest and highest noise level at which `blocks` are skipped; 1 is pure noise.
+        table: blocks to skip at each noise level, as calibration writes it: rows (low, high, blocks).
+        learned: train a gate for each block, as a function of the noise level.
+        target: share of the blocks' FLOPs at which the loss holds learned gates.
+        loss_weight: weight of the loss of learned gates.
+        fingerprint: identifies the model that the table was calibrated on; `wrap` warns about another model.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ("skip",)
@@ -48,17 +50,23 @@ class DepthSkip(Method):
     @model_validator(mode="after")
     def _fits(self) -> DepthSkip:
         if bool(self.blocks) + bool(self.table) + self.learned > 1:
-            raise InputError("give one of blocks, table and learned=True; they all decide which blocks are skipped.")
+            raise InputError("blocks, table and learned=True each decide which blocks are skipped; give only one.")
         for low, high in (self.levels, *((low, high) for low, high, _ in self.table)):
             if not 0.0 <= low < high <= 1.0:
-                raise InputError(f"the noise levels {low:g} to {high:g} are no stretch within 0 to 1.")
+                raise InputError(
+                    f"blocks cannot be skipped at noise levels from {low:g} to {high:g}; give a lower and a higher "
+                    "level within 0 to 1."
+                )
         return self
 
     def rows(self, depth: int) -> Rows:
-        """The table in force, with blocks counted from the front.
+        """Return the table, or `blocks` and `levels` as a table, with blocks counted from the front.
+
+        Args:
+            depth: number of blocks of the model.
 
         Raises:
-            InputError: a block that the model does not have.
+            InputError: the model does not have one of the blocks.
         """
         rows = self.table or ((*self.levels, self.blocks),)
         for block in (block for _, _, blocks in rows for block in blocks):
@@ -67,15 +75,15 @@ class DepthSkip(Method):
         return tuple((low, high, tuple(sorted({block % depth for block in blocks}))) for low, high, blocks in rows)
 
     def skipped(self, level: float, depth: int) -> frozenset[int]:
-        """The blocks that are skipped at a noise level, without learned gates."""
+        """Return the blocks that `table` or `blocks` skip at a noise level, in a model of `depth` blocks."""
         return frozenset(block for low, high, blocks in self.rows(depth) if low <= level <= high for block in blocks)
 
     def build(self, sizes: Sizes) -> SkipGates | None:
-        """The gates, if they are learned."""
+        """Build the gates if they are learned; None otherwise."""
         return SkipGates(sizes.depth) if self.learned else None
 
     def traits(self, depth: int) -> Traits:
-        """It decides for the blocks it may skip."""
+        """Return the traits: the method decides about the blocks that it may skip, by the noise level."""
         rows = self.rows(depth)
         return Traits(
             Stage.BLOCK,
@@ -87,15 +95,19 @@ class DepthSkip(Method):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """Skip at all levels, at some, and by learned gates."""
+        """Return one example each that skips at all noise levels, at some, and by learned gates."""
         return cls(blocks=(1,)), cls(blocks=(1,), levels=(0.5, 1.0)), cls(learned=True)
 
 
 class SkipGates(nn.Module):
-    """One gate for each block: a linear function of the sines and cosines of the noise level."""
+    """One gate for each block, a linear function of sines and cosines of the noise level.
+
+    Args:
+        depth: number of blocks.
+    """
 
     FREQUENCIES = 256
-    OPEN = 5.0  # a gate that starts so is drawn shut once in 150 times
+    OPEN = 5.0  # initial logit, with which a gate is drawn shut once in 150 times
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -104,7 +116,7 @@ class SkipGates(nn.Module):
         nn.init.constant_(self.score.bias, self.OPEN)
 
     def forward(self, level: Tensor) -> Tensor:
-        """Logits (B, depth) at noise levels (B,)."""
+        """Compute the logits (B, depth) of the gates at noise levels (B,); a gate is open above 0."""
         frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
         with torch.autocast(level.device.type, enabled=False):
             logits: Tensor = self.score(frequencies)

@@ -1,6 +1,6 @@
-"""Heads and MLP channels that depend on the noise level, and MLP tokens that depend on the image.
+"""Heads and MLP channels that depend on the noise level, and MLP tokens that depend on the image (DyDiT).
 
-Source: DyDiT, arXiv 2410.03456.
+arXiv 2410.03456.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from tokdyn.ops import timestep_frequencies
 
 @register_method
 class DynamicWidth(Method):
-    """Settings of dynamic width: gates are trained with the model, and in sampling what is off is not computed.
+    """Settings of dynamic width: trained gates decide which parts of a block run, and in sampling the others do not.
 
-    Every block has gates for its attention heads and for as many groups of MLP channels. They depend on the noise level
-    alone; the first of each is always on. A small network in every block decides for each image token whether the MLP
-    sees it. All gates start open. Training draws them with Gumbel noise and passes their gradient through a sigmoid;
-    `tokdyn.losses` holds 2 (r - target)^2, r the share of the FLOPs of attention and MLP that ran on average.
+    Every block has one gate for each attention head and for each of as many groups of MLP channels. These depend on the
+    noise level only, and the first head and the first group are always on. A small network in every block decides for
+    each image token whether it goes through the MLP. All gates start open. In training they are drawn with Gumbel noise
+    and get their gradient through a sigmoid. `tokdyn.losses` then has the loss `2 (r - target)^2`, where r is the mean
+    share of the FLOPs of attention and MLP whose gates are open.
 
     Attributes:
-        target: share of the FLOPs of attention and MLP that training ends up with; at 1 everything stays on.
-        heads: let the noise level choose attention heads.
-        channels: let the noise level choose groups of MLP channels.
-        tokens: let each token choose whether the MLP sees it.
-        token_input: what the gates of tokens see: what the MLP gets, or, as in the public code of DyDiT, the tokens
-            before norm and modulation, in models whose adapter says where those are (tokdyn's own).
-        embedding: width of a two-layer network between the noise level and its gates, as in the paper, where it is the
-            model's own timestep embedding; None lets gates be linear in the sines and cosines of the level.
-        temperature: of the sigmoid through which gates get their gradient.
-        warmup: calls in training over which the target falls from 1 to `target`.
-        loss_weight: of the FLOPs loss.
+        target: share of the FLOPs of attention and MLP at which the loss holds the gates; at 1 there are no gates.
+        heads: whether attention heads have gates.
+        channels: whether groups of MLP channels have gates.
+        tokens: whether tokens have gates in front of the MLP.
+        token_input: the tensor that gates of tokens read: the input of the MLP ("mlp"), or, as in the public code of
+            DyDiT, the tokens before norm and modulation ("stream"), which needs a model whose adapter declares where
+            these are (tokdyn's own).
+        embedding: width of a two-layer network between the noise level and the gates; None makes the gates linear in
+            sines and cosines of the level. The paper uses the model's own timestep embedding here.
+        temperature: temperature of the sigmoid through which gates get their gradient.
+        warmup: number of training calls over which the target falls from 1 to `target`.
+        loss_weight: weight of the loss.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ("dydit", "width")
@@ -55,21 +57,27 @@ class DynamicWidth(Method):
     @model_validator(mode="after")
     def _does_something(self) -> DynamicWidth:
         if not (self.heads or self.channels or self.tokens):
-            raise InputError("heads, channels and tokens are all off, so DynamicWidth has no effect; set one of them.")
+            raise InputError(
+                "heads, channels and tokens are all False, so DynamicWidth has no effect; set one of them to True."
+            )
         return self
 
     def build(self, sizes: Sizes) -> WidthGates | None:
-        """The gates; None where everything stays on."""
+        """Build the gates; None if the target is 1.
+
+        Raises:
+            InputError: the model has a single head, and tokens have no gates either, so there is nothing to decide.
+        """
         return None if self.target == 1.0 else WidthGates(self, sizes)
 
     def traits(self, depth: int) -> Traits:
-        """It owns the masks and learns to meet a FLOPs target."""
+        """Return the traits: the method decides about heads, channels and MLP tokens, and learns to meet a target."""
         stream = self.tokens and self.token_input == "stream"
         owned = {"attention heads": self.heads, "MLP channels": self.channels, "tokens of the MLP": self.tokens}
         return Traits(
             Stage.KERNEL,
             needs_level=self.heads or self.channels,
-            owns={thing: None for thing, chosen in owned.items() if chosen},
+            owns={part: None for part, gated in owned.items() if gated},
             learns="FLOPs",
             reads="count" if self.tokens else "nothing",
             needs_sizes=True,
@@ -80,23 +88,27 @@ class DynamicWidth(Method):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """Choose everything, no tokens, heads alone, and tokens alone."""
+        """Return one example each with all gates, without those of tokens, with those of heads and of tokens only."""
         return cls(), cls(tokens=False), cls(channels=False, tokens=False), cls(heads=False, channels=False)
 
 
 class WidthGates(nn.Module):
-    """Gates of heads and channel groups, linear in the sines and cosines of the noise level, and of tokens.
+    """The gates of heads and groups of MLP channels, by noise level, and of tokens, by their values.
+
+    Args:
+        method: the settings.
+        sizes: the sizes of the model.
 
     Attributes:
-        embedding: a network that the noise level goes through first; None where there is none.
-        heads: makes (B, depth (H - 1)) logits; None where heads are not chosen, or there is one only.
+        embedding: network between the sines and cosines of the noise level and the gates; None if there is none.
+        heads: linear layer that computes depth (H - 1) logits; None if heads have no gates or H is 1.
         channels: the same for groups of MLP channels.
-        tokens: for each block a network that makes a logit of every token; None where tokens are not chosen.
-        calls: how often it was called in training.
+        tokens: for each block a network that computes a logit for every token; None if tokens have no gates.
+        calls: number of calls in training so far, a scalar tensor.
     """
 
     FREQUENCIES = 256
-    OPEN = 15.0  # beyond the noise, which ends at 13.8: at the start nothing is drawn shut
+    OPEN = 15.0  # initial logit, beyond the largest noise, 13.8, so that no gate is drawn shut at the start
     OPEN_TOKENS = 35.0
     SQUEEZE = 16  # D over the hidden width of the networks for tokens
 
@@ -105,8 +117,8 @@ class WidthGates(nn.Module):
         self.depth, self.gates = sizes.depth, sizes.heads - 1
         if not self.gates and not method.tokens:
             raise InputError(
-                "DynamicWidth(tokens=False) has nothing to choose in a model with a single attention head; use "
-                "tokens=True."
+                "DynamicWidth(tokens=False) has no effect on a model with a single attention head, which is always on; "
+                "use tokens=True."
             )
         by_level = (method.heads or method.channels) and self.gates > 0
         width = method.embedding if by_level else None
@@ -127,7 +139,11 @@ class WidthGates(nn.Module):
         return gates
 
     def forward(self, level: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Logits (B, depth, H - 1) of heads and of channel groups, without the first of each, at levels (B,)."""
+        """Compute the logits of heads and of groups of channels at noise levels (B,); a gate is open above 0.
+
+        Returns:
+            (B, depth, H - 1) logits, without the first head and group; None for a kind without gates.
+        """
         frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
         if self.embedding is not None:
             with torch.autocast(frequencies.device.type, enabled=False):
@@ -137,10 +153,10 @@ class WidthGates(nn.Module):
 
     @property
     def level_flops(self) -> int:
-        """Of the decisions about heads and channels at one noise level; a multiply-add is 2."""
-        layers = [each for each in (self.heads, self.channels) if each is not None]
-        layers += [] if self.embedding is None else [each for each in self.embedding if isinstance(each, nn.Linear)]
-        return sum(2 * each.in_features * each.out_features for each in layers)
+        """FLOPs of the gates of heads and channels at one noise level; a multiply-add is 2."""
+        layers = [layer for layer in (self.heads, self.channels) if layer is not None]
+        layers += [] if self.embedding is None else [layer for layer in self.embedding if isinstance(layer, nn.Linear)]
+        return sum(2 * layer.in_features * layer.out_features for layer in layers)
 
     def _logits(self, gates: nn.Linear | None, frequencies: Tensor) -> Tensor | None:
         if gates is None:
@@ -150,7 +166,7 @@ class WidthGates(nn.Module):
         return logits.view(-1, self.depth, self.gates).to(frequencies.device)
 
     def token_logits(self, block: int, x: Tensor) -> Tensor:
-        """Logits (B, N) of the tokens (B, N, D) that the MLP of a block gets."""
+        """Compute the logits (B, N), or (T,), of the gates of a block's tokens (B, N, D), or (T, D)."""
         assert self.tokens is not None
         first = self.tokens[block][0]  # type: ignore[index]
         with torch.autocast(x.device.type, enabled=False):
@@ -159,29 +175,29 @@ class WidthGates(nn.Module):
 
     @property
     def token_flops(self) -> int:
-        """Of the network that decides about a token; a multiply-add is 2."""
+        """FLOPs of the gate of one token; a multiply-add is 2."""
         first = self.tokens[0][0] if self.tokens is not None else None  # type: ignore[index]
         return 0 if first is None else 2 * first.out_features * (first.in_features + 1)
 
     def target(self, method: DynamicWidth) -> Tensor | float:
-        """What the share of the FLOPs is held at now."""
+        """Return the share of the FLOPs at which the loss holds the gates now, during the warm-up or after it."""
         if not method.warmup:
             return method.target
         return 1.0 - (1.0 - method.target) * (self.calls / method.warmup).clamp(max=1.0)
 
 
 def _fit(x: Tensor, weight: Tensor) -> Tensor:
-    """In the type of a weight and where it is, unless hooks bring it to its inputs."""
+    """Convert x to the dtype and device of a weight; to its dtype only if the weight is offloaded (meta)."""
     return x.to(weight.dtype) if weight.is_meta else x.to(weight)
 
 
 def _embedding(inputs: int, width: int) -> nn.Sequential:
-    """As a model embeds its timestep."""
+    """Build a two-layer network like the one by which DiT embeds its timestep."""
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def _token_gate(width: int, hidden: int, bias: float) -> nn.Sequential:
-    """Open for any token: the last layer starts at its bias alone."""
+    """Build the gate of a block's tokens; its last layer starts with zero weights, so that it is open for any token."""
     last = nn.Linear(hidden, 1)
     nn.init.zeros_(last.weight)
     nn.init.constant_(last.bias, bias)

@@ -1,6 +1,6 @@
-"""Reusing what the blocks did in an earlier step when their input has hardly changed.
+"""Skipping the blocks in steps where their input has hardly changed, and reusing the effect of an earlier step.
 
-Source: TeaCache, arXiv 2411.19108; the first-block variant is ParaAttention's.
+TeaCache, arXiv 2411.19108; the first-block variant is ParaAttention's.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from tokdyn.methods.registry import register_method
 TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 """Coefficients published with TeaCache (arXiv 2411.19108) for FLUX.1-dev and the indicator "input".
 
-Published with thresholds 0.25, 0.4, 0.6 and 0.8, for 1.5, 1.8, 2.0 and 2.25 times the speed.
+With the thresholds 0.25, 0.4, 0.6 and 0.8 the authors measured speed-ups of 1.5, 1.8, 2.0 and 2.25.
 """
 
 
 @register_method
 class FeatureCache(Method):
-    """Settings of feature caching. Acts in sampling only; a calibration fits the polynomial, nothing is trained.
+    """Settings of feature caching. It acts in sampling only. Nothing is trained; calibration may fit the polynomial.
+
+    The effect of the blocks, their output minus their input, is remembered for each guidance branch. A sample whose
+    indicator has changed by less than the threshold since its last computed step skips the blocks and gets that effect.
 
     Attributes:
-        threshold: accumulated change below which a step reuses the last output; 0 or less never does.
-        indicator: what is compared from step to step: the modulated "input" of the first block, or the residual of the
-            "first_block", which then runs in every step.
-        coefficients: polynomial of the change, highest degree first; (1, 0) takes the change as it is.
-        steps: compute exactly these steps, counted from 0, and no others; the indicator is not used then.
-        num_steps: steps of the sampler; with it, the last step is always computed.
-        extrapolate: continue the last two computed outputs in a straight line instead of repeating the last.
-        fingerprint: what the polynomial was calibrated on; another model or sampler is warned about.
+        threshold: accumulated relative change of the indicator below which a step is cached; at 0 or less every step is
+            computed.
+        indicator: the tensor that is compared from step to step: the modulated "input" of the first block, or the
+            effect of the "first_block", which then runs in every step.
+        coefficients: polynomial that maps the relative change of the indicator to that of the output, highest degree
+            first; (1, 0) is the identity.
+        steps: the steps to compute, counted from 0; all others are cached, and the indicator is not used. None decides
+            by the threshold.
+        num_steps: number of steps of the sampler, so that the last one is always computed; None if unknown.
+        extrapolate: extrapolate the last two computed effects linearly in the noise level, instead of repeating one.
+        fingerprint: identifies the model and sampler that the polynomial was calibrated with; others raise a warning.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ("cache", "teacache")
@@ -48,22 +54,22 @@ class FeatureCache(Method):
     @model_validator(mode="after")
     def _fits(self) -> FeatureCache:
         if not self.coefficients:
-            raise InputError("coefficients are empty; (1, 0) takes the change as it is.")
+            raise InputError("coefficients are empty; give those of a polynomial, such as (1, 0), the identity.")
         if self.steps is not None and (0 not in self.steps or sorted(set(self.steps)) != [*self.steps]):
-            raise InputError(f"steps are {self.steps}; give the computed steps in rising order, 0 among them.")
+            raise InputError(f"steps are {self.steps}; give the steps to compute in ascending order, 0 among them.")
         return self
 
     @property
     def compares(self) -> bool:
-        """Whether the change of the indicator decides; otherwise steps are set, or none is ever reused."""
+        """Whether the change of the indicator decides which steps are cached."""
         return self.steps is None and self.threshold > 0
 
     def traits(self, depth: int) -> Traits:
-        """Memory of the whole stack from step to step, while sampling; an indicator must be computed in every step."""
+        """Return the traits: in sampling, the effect of all blocks, or of all but the first, is kept between steps."""
         first = self.indicator == "first_block"
-        owns: dict[str, frozenset[int] | None] = {"residual of the stack": None}
+        owns: dict[str, frozenset[int] | None] = {"residual of all blocks": None}
         return Traits(
-            Stage.STACK,
+            Stage.BLOCKS,
             span=(1, depth - 1) if first else None,
             remembers=True,
             needs_level=True,
@@ -76,5 +82,5 @@ class FeatureCache(Method):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """Compare the input of the first block, and what it adds."""
+        """Return one example for each indicator."""
         return cls(), cls(indicator="first_block")

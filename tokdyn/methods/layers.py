@@ -1,7 +1,7 @@
-"""Layers that compute in the type of their input, whatever the type of their weights.
+"""Layers that compute in the dtype of their input, whatever the dtype of their weights.
 
-Routers and residuals are computed in fp32 also in a bf16 model. The layers are called like any other, so that what is
-hung on them by others is heard: hooks that bring offloaded weights back, LoRA, counters.
+With them routers and residual projections compute in fp32 in a bf16 model too. They are modules that are called in the
+usual way, so that hooks on them run: those of offloading, LoRA and FLOP counters.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from tokdyn.ops.precision import full_convolutions
 
 
 class Linear(nn.Linear):
-    """A linear map of (..., D) in the type of its input."""
+    """A linear layer that computes in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) to (..., E)."""
+        """Map (..., D) to (..., E)."""
         return F.linear(input, self.weight.to(input), _like(self.bias, input))
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution in the type of its input, and in full fp32 where that is the type."""
+    """A convolution that computes in the dtype of its input; fp32 is computed without TF32."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, E, H, W)."""
+        """Map (B, inputs, rows, columns) to (B, outputs, rows, columns)."""
         with full_convolutions(input.device):
             out: Tensor = self._conv_forward(input, self.weight.to(input), _like(self.bias, input))
             return out
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the type of its input; a group of a single value becomes the bias."""
+    """Group normalisation that computes in the dtype of its input; a group of a single value becomes the bias."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, ...) to the same."""
+        """Normalise (B, C, ...)."""
         weight, bias = _like(self.weight, input), _like(self.bias, input)
-        return torch.group_norm(input, self.num_groups, weight, bias, self.eps)  # without the check of F.group_norm
+        return torch.group_norm(input, self.num_groups, weight, bias, self.eps)  # F.group_norm refuses single values
 
 
 def _like(value: Tensor | None, x: Tensor) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""The methods by name: one name and one list of aliases for each, wherever a method is written."""
+"""Look up methods by name, and turn them into settings for files and back.
+
+Python, files, the command line and tables all accept the same names: that of the class, and its aliases.
+"""
 
 from __future__ import annotations
 
@@ -9,70 +12,82 @@ from tokdyn.errors import InputError
 from tokdyn.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
-"""Every method by the name of its class."""
+"""The registered methods by the name of their class, in the order in which tables list them."""
 Kind = TypeVar("Kind", bound=type[Method])
 
 
 def register_method(method: Kind) -> Kind:
-    """Let files, the command line and tables know a method; a decorator of its class.
+    """Register a method, so that files, the command line and tables accept its name and aliases; a class decorator.
 
-    Its handlers are registered with `tokdyn.attach.handles`; docs/methods/adding.md shows both.
+    The function that builds the method's handlers is registered separately, with `tokdyn.attach.handles`;
+    docs/methods/adding.md shows both. Registering a class again changes nothing.
+
+    Args:
+        method: the class of the method.
 
     Returns:
-        The class.
+        The same class.
 
     Raises:
-        InputError: it is no method, or another method has its name or one of its aliases.
+        InputError: the argument is not a subclass of Method, or another method has its name or one of its aliases.
     """
     if not (isinstance(method, type) and issubclass(method, Method)):
-        raise InputError(f"register_method got {method!r}, expected a subclass of tokdyn.methods.Method.")
+        raise InputError(f"register_method got {method!r}; give it a subclass of tokdyn.methods.Method.")
     for name in (method.__name__, *method.aliases):
         other = find_method(name)
         if other is not None and other is not method:
-            raise InputError(f"there is a method called {name!r} already, {other.__name__}; choose another name.")
+            raise InputError(f"the name {name!r} is taken by the method {other.__name__}; choose another name.")
     METHODS[method.__name__] = method
     return method
 
 
 def find_method(name: str) -> type[Method] | None:
-    """Find a method by one of its aliases, or by its name in any spelling of case, with dashes or underscores."""
+    """Return the method with this name or alias; None if there is none.
+
+    Aliases match exactly. Class names match in any case, and with any dashes and underscores: `TokenMerge`,
+    `token-merge` and `token_merge` are the same.
+    """
     plain = name.replace("-", "").replace("_", "").lower()
-    return next((each for each in METHODS.values() if name in each.aliases or plain == each.__name__.lower()), None)
+    return next((kind for kind in METHODS.values() if name in kind.aliases or plain == kind.__name__.lower()), None)
 
 
 def full_name(name: Any) -> Any:
-    """Turn any name of a method into the name of its class; what names no method stays as it is."""
+    """Return the class name of the method with this name or alias; return a value that names no method unchanged."""
     method = find_method(name) if isinstance(name, str) else None
     return name if method is None else method.__name__
 
 
 def short_name(name: Any) -> Any:
-    """Turn any name of a method into its first alias, which command lines and recipes use."""
+    """Return the first alias of the method with this name or alias, or its class name if it has no alias.
+
+    Command lines and recipes use this form. Return a value that names no method unchanged.
+    """
     method = find_method(name) if isinstance(name, str) else None
     return name if method is None else method.aliases[0] if method.aliases else method.__name__
 
 
 def to_settings(method: Method) -> dict[str, Any]:
-    """Write a method as `from_settings` reads it: its name under "method", its settings beside it, ready for JSON."""
+    """Return a JSON-ready dictionary for `from_settings`: the class name under "method", and all settings by name."""
     return {"method": type(method).__name__, **method.model_dump(mode="json")}
 
 
 def from_settings(settings: Any) -> Method:
-    """Make a method from what JSON, YAML or the command line hold of it.
+    """Build a method from settings that were read from JSON, YAML or the command line.
 
     Args:
-        settings: a mapping such as {"method": "TokenMerge", "ratio": 0.3}; lists stand for tuples.
+        settings: a mapping such as {"method": "TokenMerge", "ratio": 0.3}, with any name or alias of the method. Lists
+            are turned into tuples, and settings that are missing have their defaults.
 
     Raises:
-        InputError: it names no method, or a setting does not fit.
+        InputError: "method" is missing or is not the name of a registered method, or a setting is unknown or wrong.
     """
     name = settings.get("method") if isinstance(settings, Mapping) else None
     method = find_method(name) if isinstance(name, str) else None
     if method is None:
-        raise InputError(f"there is no method {name!r}; this version knows {', '.join(METHODS)}.")
-    return method(**{str(key): _frozen(value) for key, value in settings.items() if key != "method"})
+        raise InputError(f"there is no method {name!r}; known methods are {', '.join(METHODS)}.")
+    return method(**{str(key): _as_tuples(value) for key, value in settings.items() if key != "method"})
 
 
-def _frozen(value: Any) -> Any:
-    """Turn lists into the tuples that methods have."""
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _as_tuples(value: Any) -> Any:
+    """Turn lists into tuples, at every level, because settings of methods are immutable."""
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""Routers: modules that give every cell of a 2-D token map a boundary logit; p = sigmoid(logit).
+"""Routers: modules that compute a boundary logit for every cell of a 2-D token map. Its sigmoid is the probability p.
 
-Every router ends in one additive `bias`, so every router can be calibrated to keep 1/N of a batch (see `calibrate`).
-They compute in fp32 whatever the model's type, because decisions near p = 0.5 flip in bf16.
+Every router adds one scalar `bias` to its logits, so that it can be calibrated to keep 1/N of a batch (`calibrate`).
+Routers compute in fp32 whatever the dtype of the model, because decisions near p = 0.5 would flip in bf16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ RouterName = Literal["spatial_predictability", "cosine", "random"]
 
 
 def build_router(name: RouterName, width: int, target: float) -> Router:
-    """The router of that name for tokens of the given width."""
+    """Build a router.
+
+    Args:
+        name: the name of the router.
+        width: D.
+        target: N, cells per kept token; only the random router uses it.
+    """
     if name == "spatial_predictability":
         return SpatialPredictabilityRouter(width)
     if name == "cosine":
@@ -30,24 +36,33 @@ def build_router(name: RouterName, width: int, target: float) -> Router:
 
 
 class Router(nn.Module, ABC):
-    """Boundary logits of a token map."""
+    """The base class of routers."""
 
     @property
     @abstractmethod
     def bias(self) -> nn.Parameter:
-        """The additive bias of the logit, one number."""
+        """The scalar that is added to every logit, as a parameter of shape (1,)."""
 
     @abstractmethod
     def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
-        """Logits (B F, R, C) of the F frames of tokens (B F, D, R, C), fp32 or fp64 in any layout; timestep (B,)."""
+        """Compute boundary logits; cells with a logit above 0 are kept.
+
+        Args:
+            tokens: (B F, D, R, C) fp32 or fp64, in any memory format; the frames of a sample are consecutive.
+            timestep: (B,), from 0 to 1000, pure noise.
+            frames: F, frames of each sample.
+
+        Returns:
+            (B F, R, C) logits.
+        """
 
     @torch.no_grad()
     def calibrate(self, logits: Tensor, target: float) -> None:
-        """Shift the bias so that 1/target of these logits are above 0.
+        """Shift the bias in place so that 1/target of these logits would be above 0.
 
         Args:
-            logits: any shape, computed with the current bias.
-            target: N, tokens per kept token.
+            logits: logits of any shape, computed with the current bias.
+            target: N, cells per kept token.
         """
         kept = max(1, round(logits.numel() / target))
         ranked = logits.flatten().float().sort(descending=True).values
@@ -56,9 +71,13 @@ class Router(nn.Module, ABC):
 
 
 class SpatialPredictabilityRouter(Router):
-    """v2 of arXiv 2603.06351: a token is kept if its neighbourhood predicts it badly.
+    """The router of arXiv 2603.06351 v2, which keeps tokens that their neighbourhood predicts badly.
 
-    z = conv1x1(x); r = z - conv3x3(z); logit = conv1x1(SiLU(GroupNorm(conv3x3(r)))).
+    With `z = conv1x1(x)` and the prediction error `r = z - conv3x3(z)`, the logit is
+    `conv1x1(SiLU(GroupNorm(conv3x3(r))))`.
+
+    Args:
+        width: D.
     """
 
     def __init__(self, width: int) -> None:
@@ -76,21 +95,25 @@ class SpatialPredictabilityRouter(Router):
 
     @property
     def bias(self) -> nn.Parameter:
-        """The bias of the last convolution."""
+        """The bias of the last convolution, (1,)."""
         return self.score[3].bias  # type: ignore[return-value]
 
     def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
-        """Logits (B F, R, C) of tokens (B F, D, R, C)."""
+        """Compute logits (B F, R, C) from tokens (B F, D, R, C); the timestep is not used."""
         latent = self.proj(tokens)
         logits: Tensor = self.score(latent - self.context(latent))
         return logits.squeeze(1)
 
 
 class CosineRouter(Router):
-    """v1 of arXiv 2603.06351: p = (1 - cos(W_q x, mean of the neighbours' W_k x)) / 2.
+    """The router of arXiv 2603.06351 v1, for which no code was published.
 
-    No public code exists. Padding is zero: the cosine ignores the length of the mean, so a border cell is compared
-    with the mean of the neighbours it has. `bias` is added to logit(p), 0 being the formula as published.
+    The probability is `p = (1 - cos(W_q x, mean of W_k x over the 8 neighbours)) / 2`. The mean is padded with zeros;
+    since the cosine ignores its length, a border cell is compared with the mean of the neighbours that it has. The bias
+    is added to logit(p); at 0 this is the published formula.
+
+    Args:
+        width: D.
     """
 
     def __init__(self, width: int) -> None:
@@ -103,7 +126,7 @@ class CosineRouter(Router):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Identity projections and a uniform average of the eight neighbours."""
+        """Initialise the projections as identities and the mean as a uniform one over the eight neighbours."""
         nn.init.eye_(self.query.weight)
         nn.init.eye_(self.key.weight)
         self.neighbours.weight.fill_(1 / 8)
@@ -111,24 +134,27 @@ class CosineRouter(Router):
 
     @property
     def bias(self) -> nn.Parameter:
-        """The offset added to logit(p)."""
+        """The scalar added to logit(p), (1,)."""
         return self.offset
 
     def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
-        """Logits (B F, R, C) of tokens (B F, D, R, C)."""
+        """Compute logits (B F, R, C) from tokens (B F, D, R, C); the timestep is not used."""
         rows = tokens.permute(0, 2, 3, 1)
         query = F.normalize(self.query(rows), dim=-1)
         key = F.normalize(self.key(rows), dim=-1).permute(0, 3, 1, 2)
-        around = F.normalize(self.neighbours(key), dim=1).permute(0, 2, 3, 1)
-        cosine = (query * around).sum(dim=-1)
+        mean = F.normalize(self.neighbours(key), dim=1).permute(0, 2, 3, 1)
+        cosine = (query * mean).sum(dim=-1)
         return torch.logit((1 - cosine) / 2, eps=1e-6) + self.offset.to(cosine)
 
 
 class RandomRouter(Router):
-    """The paper's ablation: boundaries at random, 1/N of the cells in expectation; nothing is learned.
+    """A router that keeps 1/N of the cells at random, for the ablation in arXiv 2603.06351. It has no trained weights.
 
-    While training, each sample draws its own noise from torch's generator. In evaluation the noise is a hash of cell
-    and timestep, so a sample depends on neither its batch mates nor the generator.
+    In training mode each sample draws its noise from torch's generator. In evaluation mode the noise is a hash of cell
+    and timestep, so that the result depends neither on the other samples of the batch nor on the generator.
+
+    Args:
+        target: N, more than 1.
     """
 
     def __init__(self, target: float) -> None:
@@ -137,15 +163,15 @@ class RandomRouter(Router):
 
     @property
     def bias(self) -> nn.Parameter:
-        """Minus log(N - 1): the logit of a uniform number exceeds it with probability 1/N."""
+        """The scalar `-log(N - 1)`, (1,): added to the logit of a uniform number, it leaves 1/N of them above 0."""
         return self.offset
 
     def calibrate(self, logits: Tensor, target: float) -> None:
-        """Set the exact bias; the logits do not matter."""
+        """Set the bias to `-log(N - 1)`, whatever the logits are."""
         nn.init.constant_(self.offset, -math.log(target - 1))
 
     def forward(self, tokens: Tensor, timestep: Tensor, frames: int = 1) -> Tensor:
-        """Logits (B F, R, C) for tokens (B F, D, R, C)."""
+        """Draw logits (B F, R, C) for tokens (B F, D, R, C), of which only the shape matters."""
         _, _, rows, columns = tokens.shape
         batch = len(tokens) // frames
         if self.training:

@@ -1,7 +1,4 @@
-"""Training on some of the tokens: a random part of them passes by a span of blocks.
-
-Source: TREAD, arXiv 2501.04765.
-"""
+"""Training with fewer tokens: a random share of them skips a span of blocks (TREAD, arXiv 2501.04765)."""
 
 from __future__ import annotations
 
@@ -15,14 +12,15 @@ from tokdyn.methods.registry import register_method
 
 @register_method
 class TokenDrop(Method):
-    """Settings of token dropping. Acts in training only; nothing is trained.
+    """Settings of token dropping. It acts in training only, and has no trainable parts.
 
-    With `tokdyn.dropping` it acts in sampling too, for guidance by a prediction that saw fewer tokens.
+    Inside of `tokdyn.dropping` it acts in sampling too, to make the weak prediction of guidance.
 
     Attributes:
-        rate: share of the tokens that passes by the span, in [0, 1).
-        blocks: first and last block of the span; None is the paper's stretch, blocks 2 to 8 of 12, in proportion.
-        seed: of the subsets in sampling, which follow from it, the noise level and the cell.
+        rate: share of the tokens that skips the span, in [0, 1).
+        blocks: first and last block of the span; None is the span of the paper, blocks 2 to 8 of 12, scaled to the
+            depth of the model.
+        seed: seed of the tokens dropped in sampling, which also depend on the noise level and the cell.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ("tread",)
@@ -32,7 +30,7 @@ class TokenDrop(Method):
     seed: int = 0
 
     def traits(self, depth: int) -> Traits:
-        """A random subset inside a span, while training."""
+        """Return the traits: in training, a random subset of the tokens in a span of blocks."""
         span = (depth // 6, max(depth // 6, 2 * depth // 3)) if self.blocks is None else resolve(self.blocks, depth)
         return Traits(
             Stage.SPAN,

@@ -1,6 +1,6 @@
 """Token merging around attention, the MLP, or both: similar tokens share one computation.
 
-Source: ToMe for diffusion, arXiv 2303.17604; weighting by size from ToMe, arXiv 2210.09461.
+ToMe for diffusion (arXiv 2303.17604); weighting by size from ToMe (arXiv 2210.09461).
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from tokdyn.ops.schedules import Curve, check_curve
 
 @register_method
 class TokenMerge(Method):
-    """Settings of token merging. Nothing is trained.
+    """Settings of token merging. It needs no training.
+
+    The grid is divided into buckets of neighbouring cells. One token of each bucket is a destination; other tokens are
+    averaged with the destination that they are most similar to, and get the sublayer's result for it.
 
     Attributes:
-        ratio: share of the tokens that is merged away, in [0, 1), or points (noise level, share). On a full grid with
-            buckets of 2x2 cells at most 0.75 can be.
-        where: which sublayers of a block see merged tokens.
-        partition: "bucket" works on any set of tokens; "grid" insists on the full grid.
-        bucket: cells along each axis that share a destination.
-        seed: choose destinations at random, from this seed, the noise level and the cell; None takes the first cell of
-            each bucket.
-        important: let the token with the longest features be the destination of its bucket.
-        blocks: first and last block in which tokens are merged; None is all.
-        weighted: let a merged token count in attention as often as it stands for tokens (arXiv 2210.09461).
-        reuse: blocks in a row that share one matching, which the first of them makes.
+        ratio: share of the tokens that is merged into others, in [0, 1), or points (noise level, share) that are
+            interpolated. At most all tokens but the destinations are merged: 0.75 on a full grid with 2 x 2 buckets.
+        where: the sublayers of a block that compute on merged tokens.
+        partition: "bucket" works on any set of tokens; "grid" refuses to be combined with methods that leave tokens
+            out.
+        bucket: cells of a bucket along each axis.
+        seed: choose destinations at random, depending on this seed, the noise level and the cell; None takes the first
+            cell of each bucket.
+        important: let the token with the largest norm be the destination of its bucket.
+        blocks: first and last block in which tokens are merged; None for all blocks.
+        weighted: add the logarithm of the number of tokens that a merged token stands for to its logits as a key
+            (arXiv 2210.09461).
+        reuse: number of consecutive blocks that use the matching of the first of them.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ("merge", "tome")
@@ -54,11 +59,13 @@ class TokenMerge(Method):
     @model_validator(mode="after")
     def _with_effect(self) -> Self:
         if self.weighted and self.where == "mlp":
-            raise InputError("weighted counts keys of attention, but where='mlp' merges around the MLP; leave one out.")
+            raise InputError(
+                "weighted=True acts on the keys of attention, but where='mlp' merges around the MLP only; omit one."
+            )
         return self
 
     def traits(self, depth: int) -> Traits:
-        """It merges within a sublayer, and needs the full grid only if it is told to."""
+        """Return the traits: tokens are merged around sublayers; the full grid is needed if `partition` says so."""
         span = None if self.blocks is None else resolve(self.blocks, depth)
         where = None if span is None else frozenset(range(span[0], span[1] + 1))
         sublayers: tuple[Literal["attention", "mlp"], ...] = (
@@ -78,6 +85,6 @@ class TokenMerge(Method):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """Merge around each sublayer, by noise level, and with weighted keys."""
+        """Return one example for each `where`, one with a curve over noise levels and one with weighted keys."""
         curve = ((0.0, 0.0), (1.0, 0.5))
         return cls(), cls(where="mlp"), cls(where="both"), cls(ratio=curve), cls(weighted=True)

@@ -1,4 +1,4 @@
-"""Methods at work: the handlers of one method in each file."""
+"""The handlers of the methods, those of one method in each file; see `tokdyn.attach.handlers.base`."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,14 @@
-"""What a handler is: a method at work in a model. There are four kinds, by where they act.
+"""Define the four kinds of handlers. A handler is the object that carries out a method in a wrapped model.
+
+- A bracket acts around consecutive blocks: it opens before the first one, where it may select tokens, and closes after
+  the last one, where it restores the token grid.
+- A gate decides for each sample whether a block runs.
+- A sublayer handler acts around the attention or the MLP of a block.
+- A kernel computes a block, or some of its layers, in another way, such as with sliced weights.
+
+The methods below share their arguments: `frame` is where the thread is, `view` the samples and tokens of the block
+call, `site` the role of the module that is called, and `named` the arguments of its call, by name. What a handler
+keeps during a call of the model goes into `frame.context.slots[slot]`, at a number that its `Plan` gives it.
 
 A file in this folder holds the handlers of one method and registers the function that builds them with `@handles`.
 """
@@ -23,17 +33,17 @@ from tokdyn.methods.base import Method, Sizes
 from tokdyn.trace.calls import BlockTrace
 
 Inner = Callable[[dict[str, Any]], Any]
-"""A call of a block that takes its arguments by name."""
+"""A call of a block that takes the block's arguments as one dictionary, by name."""
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The block call at which a bracket opens.
+    """The call of a block, as a bracket gets it that opens before this block.
 
     Attributes:
         module: the block.
-        site: of the block.
-        named: its arguments by name.
+        site: the site of the block.
+        named: the arguments of the call, by name.
     """
 
     module: nn.Module
@@ -42,80 +52,99 @@ class BlockCall:
 
 
 class Bracket(ABC):
-    """A method around the blocks `first` to `last`."""
+    """A handler around consecutive blocks.
+
+    Attributes:
+        first: index of the first block inside, counted over all lists of blocks.
+        last: index of the last block inside.
+    """
 
     first: int
     last: int
 
     @abstractmethod
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
-        """Reduce the tokens x (B, N, D) before the first block, or decide which samples skip the blocks."""
+        """Act before the first block: select tokens, or decide which samples skip the blocks.
+
+        Returns:
+            The image tokens (B, M, D) that the blocks get in place of x (B, N, D), and their view.
+        """
 
     @abstractmethod
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        """Restore the tokens behind the last block, and return the view that the bracket opened on."""
+        """Act after the last block, which returned x (B, M, D).
+
+        Returns:
+            Image tokens (B, N, D) for the view that `open` got, and this view.
+        """
 
 
 class Gate(ABC):
-    """A method that decides whether a block runs."""
+    """A handler that decides for each sample whether a block runs. A block that does not run returns its input."""
 
     @abstractmethod
     def always(self, context: CallContext, block: int) -> bool | None:
-        """Whether the block is skipped, where that is the same for all samples and noise levels; else None."""
+        """Return whether the block is skipped, if all samples and noise levels agree; None if they differ."""
 
     @abstractmethod
     def skips(self, context: CallContext, view: TokenView, block: int) -> Sequence[bool]:
-        """Whether the block is skipped, for every sample of the view."""
+        """Return for every sample of the view whether it skips the block. Called only if `always` returns None."""
 
     @abstractmethod
     def weight(self, context: CallContext, view: TokenView, block: int) -> Tensor | None:
-        """(B,) share of the block's effect that is added, 0 or 1 with a gradient; None adds all of it."""
+        """Return a (B,) factor for the block's change (output minus input), 0 or 1 with a gradient; None if it is 1."""
 
 
 class Sublayer(ABC):
-    """A method around the attention or the MLP of a block."""
+    """A handler around the attention or the MLP of a block."""
 
     @abstractmethod
     def around(self, frame: Frame, view: TokenView, site: Site, call: Callable[..., Any], named: dict[str, Any]) -> Any:
-        """Compute the sublayer; `call` is the sublayer as it was and takes its arguments by name."""
+        """Return what the sublayer returns. `call(**named)` computes the sublayer without this handler."""
 
 
 class Kernel(ABC):
-    """A method that computes a block, or layers of it, in another way."""
+    """A handler that computes a block, or layers of it, in another way."""
 
     @abstractmethod
     def key(self, context: CallContext, view: TokenView, block: int) -> Sequence[Hashable] | None:
-        """What must be equal for samples to be computed together, for every sample; None if all can be."""
+        """Return a key for every sample of the view; samples with equal keys are computed together. None: all are."""
 
     @abstractmethod
     def run(self, frame: Frame, module: nn.Module, site: Site, inner: Inner, named: dict[str, Any]) -> Any:
-        """Compute the block for samples of one key; `inner` is the block as it was."""
+        """Return what the block `module` returns for samples with equal keys, which `frame.view` holds.
+
+        `inner(named)` computes the block without this handler.
+        """
 
     @abstractmethod
     def layer(
         self, frame: Frame, module: nn.Module, site: Site, call: Callable[..., Any], x: Tensor, *rest: Any
     ) -> Tensor:
-        """Compute a layer that the adapter names in `Blocks.width`; `call` is the layer as it was."""
+        """Return what the layer `module`, one that the adapter names in `Blocks.width`, returns for x (..., D).
+
+        `call(x, *rest)` computes the layer without this handler.
+        """
 
     @abstractmethod
     def forget(self) -> None:
-        """Let go what was made of the model's weights."""
+        """Drop everything that was derived from the model's weights, such as slices of them."""
 
 
 @dataclass(frozen=True)
 class Handlers:
-    """The handlers of a model by where they act, outermost first.
+    """The handlers of a model by kind, in each kind the outermost first.
 
     Attributes:
-        brackets: around blocks.
-        gates: on blocks.
-        sublayers: around attention and MLP.
-        kernels: in place of what a block computes.
-        own_chunking: the cache around the chunking that DC-DiT does itself; None for other models.
-        separates_text: whether a method tells image tokens from text tokens in one sequence.
-        counts: whether it has to.
-        slots: of state that the handlers use together.
-        edges: blocks at which a bracket opens or closes.
+        brackets: the brackets, except for `own_chunking`.
+        gates: the gates.
+        sublayers: the handlers around attention and MLP.
+        kernels: the kernels.
+        own_chunking: the FeatureCache around DC-DiT's own chunking; None in other models, or without a FeatureCache.
+        separates_text: whether a method distinguishes image tokens from text tokens in one sequence, if it can.
+        counts: whether a method cannot do without that distinction.
+        slots: number of slots of state that the handlers use, all together.
+        edges: indices of the blocks before which a bracket opens or after which one closes.
     """
 
     brackets: tuple[Bracket, ...] = ()
@@ -135,14 +164,14 @@ class Handlers:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Tensors with a graph that pass between the inside of a block and what is around it.
+    """Tensors that require gradients and pass into or out of the computation of a block, besides its arguments.
 
-    Gradient checkpointing hands `given` in as arguments of what is recomputed, and `returned` out as results.
+    Under gradient checkpointing, `given` become arguments of the recomputed function, and `returned` its results.
 
     Attributes:
-        samples: that the given tensors have entries for, by their places in the batch.
-        given: by name.
-        returned: by the samples they are about.
+        samples: positions in the batch of the samples that the tensors in `given` have entries for.
+        given: tensors for the inside of the block, by name, such as masks.
+        returned: tensors from the inside of the block, by the samples (positions in the batch) that they are about.
     """
 
     samples: tuple[int, ...] = ()
@@ -152,17 +181,17 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a thread is: in a call of the model and, inside of a block, in the computation of some of its samples.
+    """What a thread is computing: a call of the model and, inside of a block, the block for some samples of the batch.
 
     Attributes:
-        context: of the call.
-        handlers: of the model.
-        sites: of the model.
-        remember: called before a block with frame, module, site and arguments by name, so that others can recompute the
-            block; None where nobody needs it.
-        view: samples and tokens that the block is computed for; of no samples outside of blocks.
-        block: trace of the computation.
-        exchange: of the computation.
+        context: the call of the model.
+        handlers: the handlers of the model.
+        sites: the sites of the model.
+        remember: called before a block with frame, module, site and arguments by name, so that the block can be
+            recomputed in this frame; None if gradients are not wanted.
+        view: the samples and tokens that the block is computed for; without samples outside of blocks.
+        block: where this computation of the block is recorded.
+        exchange: tensors that pass into and out of this computation.
     """
 
     context: CallContext
@@ -176,15 +205,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the handlers of a method are built from.
+    """What the handlers of one method are built from.
 
     Attributes:
         placed: the method and its traits.
-        module: its trainable parts, None if it has none.
-        sizes: of the model.
-        adapter: of the model.
-        layouts: of the blocks, where a method computes parts of their layers.
-        slot: first of the slots of state that the handlers may use, one each, in the order in which they are returned.
+        module: the trainable parts of the method; None if it has none.
+        sizes: depth, width and heads of the model.
+        adapter: the adapter of the model.
+        layouts: the layouts of all blocks if a method of the stack prunes blocks, else ().
+        slot: the slot of the first handler; each further handler has the next one, in the order in which the builder
+            returns them.
     """
 
     placed: Placed
@@ -196,12 +226,12 @@ class Plan:
 
     @property
     def method(self) -> Any:
-        """The configuration."""
+        """The method, an immutable configuration."""
         return self.placed.method
 
     @property
     def span(self) -> tuple[int, int]:
-        """First and last block that the method is about."""
+        """Indices of the first and the last block that the method acts on."""
         return self.placed.traits.span or (0, self.sizes.depth - 1)
 
 
@@ -210,7 +240,10 @@ _BUILDERS: dict[type[Method], Builder] = {}
 
 
 def handles(method: type[Method]) -> Callable[[Builder], Builder]:
-    """Register the function that builds the handlers of a method; a later one takes the place of an earlier one."""
+    """Return a decorator that registers the function which builds the handlers of a method.
+
+    Registering another function for the same method replaces the first.
+    """
 
     def register(build: Builder) -> Builder:
         _BUILDERS[method] = build
@@ -223,7 +256,7 @@ def build_handlers(plan: Plan) -> Sequence[object]:
     """Build the handlers of a method.
 
     Raises:
-        InputError: nobody registered how.
+        InputError: no function is registered for the method.
     """
     build = _BUILDERS.get(type(plan.method))
     if build is None:

@@ -1,6 +1,6 @@
-"""Chunking at work: the blocks see the tokens that a router keeps, and their effect is spread over the grid.
+"""The handler of Chunking: run all blocks on the tokens that a router keeps, and restore the full grid afterwards.
 
-In DC-DiT, which chunks its tokens itself, what is done here is around that: budgets, and caches on the full grid.
+DC-DiT chunks its tokens itself. For that model, `call_chunked` applies tail drops and FeatureCache around its own code.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tokdyn.tokens import Grid, Routing
 
 @dataclass
 class Chunked:
-    """What was decided in a call.
+    """The state between the first and the last block.
 
     Attributes:
         start: (B, N, D) the tokens before the blocks.
-        index: (B, M) cells that were kept.
-        lengths: (B) tokens that were kept of each sample.
-        routing: the router's probabilities and choice.
-        view: that the bracket opened on.
+        index: (B, M) int64 cells of the kept tokens.
+        lengths: number of kept tokens of each sample.
+        routing: the router's probabilities, and the tokens that it keeps before tail drop.
+        view: the view of `start`.
     """
 
     start: Tensor
@@ -49,11 +49,16 @@ class Chunked:
 
 @dataclass(eq=False)
 class ChunkedBlocks(Bracket):
-    """A bracket around all blocks.
+    """Runs all blocks on the kept tokens only, and restores the full grid after the last block.
 
-    What is spread is the change that the blocks made, h - x: a cell without a token of its own keeps what it had before
-    them and gets the change of the nearest kept one. Where every token is kept, nothing is smoothed and the residual
-    projection is still zero, the model computes what it did before.
+    De-chunking is applied to the change that the blocks made, output minus input: every cell gets its token from before
+    the blocks plus the change of the kept token nearest to it on the grid. If all tokens are kept, smoothing is off and
+    the residual projection still has its initial zeros, the output equals that of the model without Chunking.
+
+    Attributes:
+        method: the settings.
+        module: the router and the residual projection.
+        slot: slot of the state, a `Chunked` between the first and the last block.
     """
 
     method: Chunking
@@ -63,7 +68,10 @@ class ChunkedBlocks(Bracket):
     slot: int
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
-        """Keep the most probable tokens of each sample: (B, N, D) to (B, M, D)."""
+        """Keep the most probable tokens of each sample, (B, N, D) to (B, M, D); all of them if the target is 1.
+
+        In training this adds the ratio loss. While `calibrate_router` runs, the router's bias is adjusted first.
+        """
         if self.method.target == 1.0:
             return x, view
         context, (batch, count, width) = frame.context, x.shape
@@ -92,7 +100,7 @@ class ChunkedBlocks(Bracket):
         return take(x, index), view.reduced(index, lengths, self.slot)
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        """Spread the change of the kept tokens: (B, M, D) to (B, N, D)."""
+        """De-chunk the change of the kept tokens and add it to the grid: (B, M, D) to (B, N, D)."""
         context = frame.context
         state: Chunked | None = context.slots[self.slot]
         if state is None:
@@ -115,10 +123,15 @@ class ChunkedBlocks(Bracket):
 
 
 def tail_drops(context: CallContext, view: TokenView, default: Curve) -> tuple[float, ...]:
-    """Read the tail drop of every sample: what `tokdyn.set_tail_drop` set, else the method's own setting.
+    """Return the tail drop of every sample: the value from `tokdyn.set_tail_drop`, else the method's own setting.
+
+    Args:
+        context: the call of the model.
+        view: the samples.
+        default: the method's own setting, one share or a curve over noise levels.
 
     Raises:
-        InputError: the batch does not have the samples that a value was set for.
+        InputError: a value was set for another number of samples, or for two branches while the batch is odd.
     """
     value = context.settings.tail_drop
     if value is None:
@@ -132,8 +145,8 @@ def tail_drops(context: CallContext, view: TokenView, default: Curve) -> tuple[f
     context.trace.halves = True
     if view.batch % 2:
         raise InputError(
-            f"tail_drop has a value for each guidance branch, but the batch holds {view.batch} samples, which are not "
-            "two halves; call the model with both branches, or set one number."
+            f"tail_drop has a value for each guidance branch, but a batch of {view.batch} samples has no two halves; "
+            "call the model with both branches in one batch, or set one number."
         )
     half = view.batch // 2
     first, second = (value[name] for name in context.adapter.halves)
@@ -156,9 +169,21 @@ def call_chunked(
     tail_drop: float | Tensor,
     plan: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
-    """Stand in for `DCDiT._chunked`: samples whose effect is reused are not computed.
+    """Replace `DCDiT._chunked`: apply the tail drop that was set, and skip the samples that FeatureCache reuses.
 
-    The routing of such a sample is the one of the step that was computed.
+    Args:
+        model: the DC-DiT.
+        hidden: the original `_chunked`, called as `hidden(model, tokens, ...)`.
+        tokens: (B, N, D) dense tokens.
+        grid: their grid.
+        steps: (B,) timesteps.
+        condition: (B, D).
+        tail_drop: one share or (B,), used if none was set with `tokdyn.set_tail_drop`.
+        plan: (B, N) bool, tokens to keep in place of the router's decision; None leaves the decision to the router.
+
+    Returns:
+        The tokens (B, N, D) after the blocks, and the routing. A skipped sample has the routing of the step in which it
+        was last computed.
     """
     frame: Frame | None = class_swap.current()
     if frame is None or frame.context.model is not model:
@@ -183,30 +208,30 @@ def call_chunked(
         result, routing = tokens, branch.routing
         if running:
             part = view.take(running)
-            given = (tokens, grid, steps, condition, tail_drop, plan)
-            some, decided = class_swap.within(
+            arguments = (tokens, grid, steps, condition, tail_drop, plan)
+            computed, decided = class_swap.within(
                 replace(frame, view=part.view),
                 hidden,
                 model,
-                *(_rows(value, part.places, view.batch) for value in given),
+                *(_select_samples(value, part.places, view.batch) for value in arguments),
             )
-            result = tokens.index_copy(0, part.places, some.to(tokens.dtype))
-            routing = _mixed(routing, decided, part.places)
+            result = tokens.index_copy(0, part.places, computed.to(tokens.dtype))
+            routing = _updated(routing, decided, part.places)
     result, _ = cache.close(frame, inner, result)
     if branch is not None:
         branch.routing = replace(routing, probability=routing.probability.detach(), losses={})
     return result, routing
 
 
-def _rows(value: Any, places: Tensor, batch: int) -> Any:
-    """Select the entries of some samples."""
+def _select_samples(value: Any, places: Tensor, batch: int) -> Any:
+    """Select the entries of some samples from a tensor with a batch axis; return anything else unchanged."""
     if isinstance(value, Tensor) and value.dim() and len(value) == batch:
         return value.index_select(0, places)
     return value
 
 
-def _mixed(before: Routing, decided: Routing, rows: Tensor) -> Routing:
-    """Put the decisions of some samples in the place of earlier ones."""
+def _updated(before: Routing, decided: Routing, places: Tensor) -> Routing:
+    """Replace the entries of some samples (b,) in an earlier routing of all samples by new decisions."""
     names = ("probability", "keep", "natural_keep")
-    changed = {name: getattr(before, name).index_copy(0, rows, getattr(decided, name)) for name in names}
+    changed = {name: getattr(before, name).index_copy(0, places, getattr(decided, name)) for name in names}
     return replace(decided, **changed)

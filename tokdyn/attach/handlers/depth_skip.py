@@ -1,4 +1,4 @@
-"""DepthSkip at work: a gate on every block, by the noise level of each sample."""
+"""The handlers of DepthSkip: gates that skip blocks by the noise level of each sample."""
 
 from __future__ import annotations
 
@@ -16,30 +16,42 @@ from tokdyn.ops.skipping import gate
 
 @dataclass(eq=False)
 class TableGate(Gate):
-    """Gates that a table shuts between noise levels."""
+    """Gates given by a table: each row lists the blocks that are skipped between two noise levels.
+
+    Attributes:
+        method: the settings, with the table.
+        depth: number of blocks of the model.
+    """
 
     method: DepthSkip
     depth: int
 
     def always(self, context: CallContext, block: int) -> bool | None:
-        """Whether the table skips the block at all levels or at none; None where it depends."""
+        """Return whether the table skips the block, if it does so at all noise levels or at none; else None."""
         rows = [(low, high) for low, high, blocks in self.method.rows(self.depth) if block in blocks]
         return False if not rows else True if (0.0, 1.0) in rows else None
 
     def skips(self, context: CallContext, view: TokenView, block: int) -> Sequence[bool]:
-        """Look each sample's level up in the table."""
+        """Look up the noise level of each sample in the table."""
         levels = context.levels(view)
         skipped = {level: block in self.method.skipped(level, self.depth) for level in set(levels)}
         return [skipped[level] for level in levels]
 
     def weight(self, context: CallContext, view: TokenView, block: int) -> Tensor | None:
-        """Nothing is learned."""
+        """Return None: the whole change of a block that runs is added."""
         return None
 
 
 @dataclass(eq=False)
 class LearnedGate(Gate):
-    """Gates that are trained; see `tokdyn.methods.DepthSkip`."""
+    """Learned gates: in sampling open or shut, in training random 0 or 1 with a gradient.
+
+    Attributes:
+        method: the settings.
+        module: the trained parts, which compute logits from the noise level.
+        sizes: depth, width and heads of the model.
+        slot: in sampling, which samples skip which block; in training, the gates that were drawn.
+    """
 
     method: DepthSkip
     module: SkipGates
@@ -47,11 +59,11 @@ class LearnedGate(Gate):
     slot: int
 
     def always(self, context: CallContext, block: int) -> bool | None:
-        """In training every block runs."""
+        """Return False in training, where every block runs; None in sampling."""
         return False if context.training else None
 
     def skips(self, context: CallContext, view: TokenView, block: int) -> Sequence[bool]:
-        """Read the gates at the noise level of each sample; they are asked once a call."""
+        """Return whose gate is shut. The gates of all blocks are computed at the first block of a call."""
         shut: list[tuple[float, ...]] | None = context.slots[self.slot]
         if shut is None:
             columns = (self._logits(context, view) <= 0).T.tolist()
@@ -60,7 +72,10 @@ class LearnedGate(Gate):
         return [bool(value) for value in shut[block]]
 
     def weight(self, context: CallContext, view: TokenView, block: int) -> Tensor | None:
-        """In training (B,) 0 or 1 with a gradient; the gates of all blocks are drawn at the first."""
+        """Return None in sampling; in training draw the (B,) gates of the block, 0 or 1 with a gradient.
+
+        The first block of a call draws the gates of all blocks, and adds the loss on the share of the FLOPs.
+        """
         if not context.training:
             return None
         drawn: Tensor | None = context.slots[self.slot]
@@ -73,7 +88,7 @@ class LearnedGate(Gate):
         return drawn[:, block]
 
     def _logits(self, context: CallContext, view: TokenView) -> Tensor:
-        """(B, depth) or (1, depth) logits, open above 0."""
+        """Compute the (B, depth) or (1, depth) logits of the gates, which are open above 0."""
         score = self.module.score
         levels = context.level_tensor(view, view.device)
         context.trace.spend("DepthSkip gates", 2 * len(levels) * score.in_features * score.out_features)
@@ -83,7 +98,7 @@ class LearnedGate(Gate):
 
 @handles(DepthSkip)
 def build(plan: Plan) -> Sequence[object]:
-    """Build learned gates or a table."""
+    """Build learned gates if the method has trainable parts, else gates from its table."""
     if plan.module is not None:
         return [LearnedGate(plan.method, plan.module, plan.sizes, plan.slot)]
     return [TableGate(plan.method, plan.sizes.depth)]

@@ -1,7 +1,9 @@
-"""DynamicWidth at work: gates by noise level on heads and MLP channels, and by token on the MLP.
+"""The handlers of DynamicWidth: compute some heads and MLP channels, and run the MLP on some tokens.
 
-In training, and while a model is compiled, everything is computed and multiplied by masks of 0 and 1. In sampling,
-samples with the same gates are computed together on sliced weights, and the MLP gets only the tokens that chose it.
+Which heads and groups of MLP channels are on depends on the noise level, and which tokens go through the MLP on the
+tokens themselves. In training, and while a model is compiled, everything is computed and multiplied by masks of 0 and
+1. In sampling, samples with the same gates are computed together on sliced weights, and the MLP gets the selected
+tokens only.
 """
 
 from __future__ import annotations
@@ -16,21 +18,19 @@ from torch import Tensor, nn
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Inner, Kernel, Plan, Sublayer, handles
-from tokdyn.attach.sites import Site
+from tokdyn.attach.sites import Site, attach_layers
 from tokdyn.attach.view import TokenView
 from tokdyn.attach.width.layout import Layout, On
 from tokdyn.attach.width.rows import (
     STREAM,
-    find_layers,
     input_mask,
     into_mlp,
     note_saved,
     out_of_mlp,
-    select_channels,
     select_tokens,
     token_mask,
 )
-from tokdyn.attach.width.slices import Slices
+from tokdyn.attach.width.slices import Slices, select_channels
 from tokdyn.methods import DynamicWidth, WidthGates
 from tokdyn.ops.skipping import gate, gumbel_difference
 from tokdyn.ops.width import flops_loss, flops_share
@@ -40,14 +40,16 @@ KINDS: tuple[Kind, Kind] = ("heads", "channels")
 
 @dataclass
 class Widths:
-    """What was decided in a call, and what came of it so far.
+    """The gates of one call, and in training what they cost so far.
 
     Attributes:
         batch: B.
-        masks: (B, depth, H) 0 or 1 for heads and for groups of channels, where all are computed; None in sampling.
-        on: what is computed for every sample in every block; None where everything is.
-        spent: (block, sample, FLOPs of attention and of the MLP) as far as gates decide; a multiply-add is 2.
-        shares: (block, samples, share of the tokens that the MLP saw of each).
+        masks: (B, depth, H) of 0 and 1 for heads and for groups of MLP channels, if all are computed; None in sampling.
+        on: in sampling, for every sample and block, the heads and groups of channels to compute; None for a block that
+            is computed in full.
+        spent: with masks, (block, sample, (FLOPs of attention, FLOPs of the MLP)), counting the layers that gates
+            decide about as if all were on; a multiply-add is 2.
+        shares: with masks, (block, samples, (b,) share of the tokens of each sample that went through the MLP).
     """
 
     batch: int
@@ -59,7 +61,16 @@ class Widths:
 
 @dataclass(eq=False)
 class DynamicBlocks(Bracket, Kernel):
-    """A bracket around all blocks, which decides everything once, and the kernel of each of them."""
+    """A bracket around all blocks, which computes the gates once, and the kernel that computes each block by them.
+
+    Attributes:
+        method: the settings.
+        module: the trained gates.
+        layouts: of each block, which outputs and inputs of its layers belong to which head and channel.
+        last: index of the last block of the model.
+        slot: slot of the call's `Widths`.
+        slices: the sliced weights.
+    """
 
     method: DynamicWidth
     module: WidthGates
@@ -70,11 +81,11 @@ class DynamicBlocks(Bracket, Kernel):
     slices: Slices = field(default_factory=Slices)
 
     def forget(self) -> None:
-        """Let sliced weights go."""
+        """Drop the sliced weights."""
         self.slices.clear()
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
-        """Ask the gates."""
+        """Compute the gates of all blocks. The tokens stay as they are."""
         context = frame.context
         masked = context.training or torch.compiler.is_compiling()
         if self.module.heads is None and self.module.channels is None:  # the noise level does not matter
@@ -99,13 +110,16 @@ class DynamicBlocks(Bracket, Kernel):
         return x, view
 
     def _draw(self, context: CallContext, view: TokenView, logits: Tensor) -> Tensor:
-        """(B, depth, H) 0 or 1, in training with a gradient; the first of each is always 1."""
+        """Draw masks (B, depth, H) of 0 and 1, in training with a gradient, from logits (B or 1, depth, H - 1).
+
+        The first head or group of each block has no gate and is always 1.
+        """
         logits = logits.expand(view.batch, *logits.shape[1:])
         drawn = gate(logits, context.training, self.method.temperature)
         return torch.cat([torch.ones_like(drawn[..., :1]), drawn], dim=2)
 
     def _decide(self, context: CallContext, view: TokenView, device: torch.device) -> list[list[On | None]]:
-        """Say what is computed for every sample in every block; samples at one level share the answer."""
+        """Compute `Widths.on`. Samples at the same noise level share one list."""
         sample_levels = context.levels(view)
         levels = list(dict.fromkeys(sample_levels))
         logits = self.module(torch.tensor(levels, device=device))
@@ -115,20 +129,20 @@ class DynamicBlocks(Bracket, Kernel):
         for row, level in enumerate(levels):
             decided[level] = []
             for block, layout in enumerate(self.layouts):
-                whole = [True] * len(layout.sizes["channels"])
+                all_channels = [True] * len(layout.sizes["channels"])
                 on = On(
                     (True, *(heads[row][block] if heads else [True] * self.module.gates)),
-                    (True, *channels[row][block]) if channels else tuple(whole),
+                    (True, *channels[row][block]) if channels else tuple(all_channels),
                 )
                 decided[level].append(None if all(on.heads) and all(on.channels) else on)
         return [decided[level] for level in sample_levels]
 
     def _spend(self, context: CallContext, levels: int) -> None:
-        """Note what the gates of heads and channels cost."""
+        """Record the FLOPs of the gates of heads and channels at a number of noise levels."""
         context.trace.spend("DynamicWidth gates", levels * self.module.level_flops)
 
     def key(self, context: CallContext, view: TokenView, block: int) -> Sequence[Hashable] | None:
-        """Say what is computed for every sample."""
+        """Return for every sample the heads and channels to compute; None if everything is computed."""
         widths: Widths = context.slots[self.slot]
         on = [blocks[block] for blocks in widths.on]
         return on if any(on) else None
@@ -143,7 +157,7 @@ class DynamicBlocks(Bracket, Kernel):
     def _masked(
         self, frame: Frame, module: nn.Module, site: Site, widths: Widths, inner: Inner, named: dict[str, Any]
     ) -> Any:
-        """Compute the block with masks; what it costs is noted for the loss."""
+        """Compute the block with masks, and add its cost to `widths` for the FLOPs loss."""
         assert widths.masks is not None
         samples, device, given = frame.view.samples, named[site.blocks.tokens].device, frame.exchange.given
         rows = None if len(samples) == widths.batch else torch.tensor(samples, device=device)
@@ -152,7 +166,7 @@ class DynamicBlocks(Bracket, Kernel):
         if frame.context.training and self.module.tokens is not None:
             given["noise"] = gumbel_difference(torch.empty(len(samples), frame.block.tokens, device=device))
         layout = self.layouts[site.block]
-        find_layers(frame, module, site, layout)
+        attach_layers(frame.sites, module, site, layout)
         out = inner(named)
         lengths = frame.block.rows or (frame.block.tokens,) * len(samples)
         widths.spent += tuple(
@@ -165,14 +179,14 @@ class DynamicBlocks(Bracket, Kernel):
     def _pruned(
         self, frame: Frame, module: nn.Module, site: Site, on: On | None, inner: Inner, named: dict[str, Any]
     ) -> Any:
-        """Compute the block for samples with the same gates, on sliced weights if it can be sliced."""
+        """Compute the block for samples with the same gates, on sliced weights if it can be sliced, else with masks."""
         layout = self.layouts[site.block]
-        find_layers(frame, module, site, layout, only_tokens=True)
+        attach_layers(frame.sites, module, site, layout, only_tokens=True)
         if on is None:
             return inner(named)
         pruned = self.slices.pruned(site.block, module, layout, on, frame.sites)
         if pruned is None:
-            find_layers(frame, module, site, layout)
+            attach_layers(frame.sites, module, site, layout)
             device = named[site.blocks.tokens].device
             masks = {kind: torch.tensor([on.of(kind)], device=device).float() for kind in KINDS if on.of(kind)}
             frame.exchange.given.update({str(kind): mask for kind, mask in masks.items()})
@@ -192,7 +206,7 @@ class DynamicBlocks(Bracket, Kernel):
     def layer(
         self, frame: Frame, module: nn.Module, site: Site, call: Callable[..., Any], x: Tensor, *rest: Any
     ) -> Tensor:
-        """Compute a layer with masked inputs, or on the rows of the tokens that the MLP sees."""
+        """Compute a layer with masked inputs, or on the tokens that go through the MLP."""
         layer, layout = site.layer, self.layouts[site.block]
         assert layer is not None
         if layer.out and self.module.tokens is None:
@@ -208,7 +222,7 @@ class DynamicBlocks(Bracket, Kernel):
         return out
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        """Add the FLOPs loss."""
+        """Add the FLOPs loss in training. The tokens stay as they are."""
         context = frame.context
         widths: Widths | None = context.slots[self.slot]
         if widths is None:  # no sample was computed
@@ -222,7 +236,7 @@ class DynamicBlocks(Bracket, Kernel):
         return x, view
 
     def _share(self, widths: Widths, device: torch.device) -> Tensor:
-        """(B,) share of the FLOPs that were spent, of the blocks that ran."""
+        """Compute the (B,) share of the FLOPs that were spent, of those that the blocks which ran have in full."""
         depth = len(self.layouts)
         spent = [[[0.0] * depth for _ in range(widths.batch)] for _ in range(2)]
         for block, sample, flops in widths.spent:
@@ -244,15 +258,19 @@ class DynamicBlocks(Bracket, Kernel):
 
 @dataclass(eq=False)
 class TokenChoice(Sublayer):
-    """Around the MLP of a block: only the tokens that choose it go in.
+    """Runs the MLP of a block on the tokens that its gate selects; the MLP adds nothing to the others.
 
-    Where gates see the tokens before norm and modulation, it also notes those as they pass.
+    With `token_input="stream"` the gate reads the tokens before norm and modulation. This handler then also sees them
+    on their way to the norm, and keeps them until the MLP is called.
+
+    Attributes:
+        blocks: the bracket and kernel of the same method.
     """
 
     blocks: DynamicBlocks
 
     def around(self, frame: Frame, view: TokenView, site: Site, call: Callable[..., Any], named: dict[str, Any]) -> Any:
-        """Compute the MLP of the tokens that choose it; the others get 0."""
+        """Compute the MLP of the selected tokens, and 0 for the others. Attention is computed unchanged."""
         method, gates = self.blocks.method, self.blocks.module
         if site.kind == "stream" and method.token_input == "stream":
             frame.exchange.given[STREAM] = next(iter(named.values()))
@@ -267,7 +285,7 @@ class TokenChoice(Sublayer):
 
 @handles(DynamicWidth)
 def build(plan: Plan) -> Sequence[object]:
-    """Build bracket and kernel, and the choice of tokens; nothing where everything stays on."""
+    """Build the bracket and kernel, and the handler of the MLP if tokens have gates; nothing if nothing has gates."""
     if plan.module is None:
         return []
     blocks = DynamicBlocks(plan.method, plan.module, plan.layouts, plan.sizes.depth - 1, plan.slot)

@@ -1,4 +1,9 @@
-"""FeatureCache at work: when hardly anything has changed, blocks are skipped and their remembered effect is added."""
+"""The handlers of FeatureCache: skip the blocks in some steps, and add the effect that they had in an earlier step.
+
+The effect of blocks is their output minus their input. A step is cached if the settings list it, or if the accumulated
+change of a tensor, the indicator, since the last computed step is below a threshold. Each guidance branch has a memory
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +30,14 @@ class BranchMemory:
     """What is remembered of one guidance branch.
 
     Attributes:
-        images: (B) what each sample was; a sample that is another now is computed.
-        indicator: (B, ...) of the step before.
-        total: (B,) accumulated change.
-        effect: (B, N, D) what the blocks added when they were last computed, for each sample.
+        images: for each sample an identifier of its image and conditioning; a sample whose identifier has changed is
+            computed.
+        indicator: (B, ...) the indicator of the previous step.
+        total: (B,) the change of the indicator, accumulated since the last computed step.
+        effect: (B, N, D) the effect of the blocks when each sample was last computed; None before the first time.
         level: (B,) the noise level at which that was.
-        before: effect and level of the computed step before that, where effects are extrapolated.
-        routing: what the router of DC-DiT decided last.
+        before: effect and noise level of the computed step before that one; None unless effects are extrapolated.
+        routing: the latest routing of a DC-DiT; None for other models.
     """
 
     images: tuple[Hashable, ...]
@@ -45,11 +51,11 @@ class BranchMemory:
 
 @dataclass
 class Memory:
-    """The guidance branches of the trajectory that a model is on.
+    """What is remembered of the current trajectory.
 
     Attributes:
         run: number of the trajectory.
-        branches: what is remembered of each, the most recent last.
+        branches: the memory of each guidance branch; the one that was written last is at the end.
     """
 
     run: int = -1
@@ -63,11 +69,19 @@ class Memory:
         self.branches.clear()
 
     def fork(self) -> Memory:
-        """Make a memory that goes on from here without an effect on this one."""
+        """Return a copy that can be changed without an effect on this memory. Tensors are shared."""
         return Memory(self.run, OrderedDict((key, replace(branch)) for key, branch in self.branches.items()))
 
     def get(self, context: CallContext, shape: torch.Size) -> BranchMemory | None:
-        """Look up the branch of a call; None at its first step, or if its shape is another now."""
+        """Return the memory of the branch that a call belongs to, after forgetting an earlier trajectory.
+
+        Args:
+            context: the call of the model.
+            shape: shape of the indicator.
+
+        Returns:
+            The memory; None at the first step of the branch, or if its indicator had another shape.
+        """
         position = context.position
         if position.run != self.run:
             self.clear()
@@ -76,7 +90,7 @@ class Memory:
         return branch if branch is not None and branch.indicator.shape == shape else None
 
     def put(self, context: CallContext, branch: BranchMemory) -> None:
-        """Remember the branch of a call."""
+        """Store the memory of the branch that a call belongs to; of too many branches, forget the oldest."""
         self.branches[context.position.branch] = branch
         while len(self.branches) > MOST_BRANCHES:
             self.branches.popitem(last=False)
@@ -84,14 +98,14 @@ class Memory:
 
 @dataclass
 class Reuse:
-    """What was decided in a call.
+    """The state between the first and the last block.
 
     Attributes:
         start: (B, N, D) the tokens before the blocks.
-        reused: (B) whether each sample adds its remembered effect.
-        fresh: (B) whether each sample is another image than the one that is remembered.
-        branch: the memory.
-        view: that the bracket opened on.
+        reused: for each sample, whether its blocks are skipped and the remembered effect is added.
+        fresh: for each sample, whether another image or conditioning is remembered, or none.
+        branch: the memory of the branch.
+        view: the view of `start`.
     """
 
     start: Tensor
@@ -103,9 +117,14 @@ class Reuse:
 
 @dataclass(eq=False)
 class CachedBlocks(Bracket):
-    """A bracket around the blocks that may be skipped.
+    """Decides for each sample whether it skips the blocks `first` to `last`, and adds the remembered effect if so.
 
-    With the first block as indicator it opens behind that block, and `FirstBlock` tells it what the block added.
+    With `indicator="first_block"` it opens after the first block, whose effect `FirstBlock` puts into its slot.
+
+    Attributes:
+        method: the settings.
+        slot: slot of the state: a `Reuse` between the first and the last block.
+        memory: what is remembered from call to call.
     """
 
     method: FeatureCache
@@ -116,11 +135,14 @@ class CachedBlocks(Bracket):
 
     @property
     def never(self) -> bool:
-        """Whether no step is ever reused."""
+        """Whether the settings let no step be cached, so that the handler has no effect."""
         return self.method.steps is None and not self.method.compares
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
-        """Decide for every sample whether it reuses; the blocks skip those samples."""
+        """Decide for every sample whether it is reused, and mark those samples as idle, so that the blocks skip them.
+
+        `block` is None for a DC-DiT, whose own chunking calls this.
+        """
         context = frame.context
         if context.training or self.never:
             return x, view
@@ -140,7 +162,10 @@ class CachedBlocks(Bracket):
         return x, replace(view, idle=idle)
 
     def indicator(self, context: CallContext, x: Tensor, block: BlockCall | None) -> Tensor:
-        """(B, ...) what is compared from step to step; of computed steps that are set, only the shape matters."""
+        """Compute the indicator (B, ...) that is compared from step to step.
+
+        If the settings list the computed steps, only the shape of the indicator matters, and it is x itself.
+        """
         if self.method.indicator == "first_block":
             added: Tensor = context.slots[self.slot]
             return added
@@ -156,21 +181,28 @@ class CachedBlocks(Bracket):
     def _decide(
         self, branch: BranchMemory, indicator: Tensor, steps: Sequence[int], fresh: Sequence[bool]
     ) -> list[bool]:
-        """Decide whether each sample reuses; the accumulated change goes on."""
+        """Decide for each sample whether it is reused, and update the accumulated change of the branch.
+
+        Args:
+            branch: the memory of the branch; `total` is updated.
+            indicator: (B, ...) the indicator of this step.
+            steps: for each sample, the number of its step.
+            fresh: for each sample, whether another image is remembered; such a sample is computed.
+        """
         last = [self.method.num_steps is not None and step >= self.method.num_steps - 1 for step in steps]
         if self.method.steps is not None:
             computed = [step in self.method.steps for step in steps]
-            return [not any(why) for why in zip(computed, last, fresh, strict=True)]
+            return [not any(reasons) for reasons in zip(computed, last, fresh, strict=True)]
         change = rescale(relative_change(indicator, branch.indicator), self.method.coefficients)
         forced = [one or other for one, other in zip(last, fresh, strict=True)]
-        if any(forced):  # not a number is below no threshold
+        if any(forced):  # NaN is not below any threshold
             change = change.masked_fill(torch.tensor(forced, device=change.device), math.nan)
         reuse, branch.total = accumulate(branch.total, change, self.method.threshold)
         decided: list[bool] = reuse.tolist()
         return decided
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        """Add the remembered effect where it is reused, remember the new one elsewhere."""
+        """Add the remembered effect to samples that are reused, and remember the new effect of the others."""
         context, state = frame.context, frame.context.slots[self.slot]
         if not isinstance(state, Reuse):
             return x, view
@@ -193,7 +225,7 @@ class CachedBlocks(Bracket):
         return torch.where(chosen, start + self._effect(branch, level), x), state.view
 
     def _remember(self, branch: BranchMemory, x: Tensor, level: Tensor, state: Reuse) -> None:
-        """Remember the effects of the samples that were computed."""
+        """Remember the effects of the samples that were computed, x - start, at these noise levels (B,)."""
         assert branch.effect is not None
         assert branch.level is not None
         effect, when, fresh = (x - state.start).detach(), level, torch.tensor(state.fresh, device=x.device)
@@ -204,11 +236,11 @@ class CachedBlocks(Bracket):
             before = torch.where(wide, earlier[0], before[0]), torch.where(kept, earlier[1], before[1])
             effect, when = torch.where(wide, branch.effect, effect), torch.where(kept, branch.level, level)
         branch.effect, branch.level = effect, when
-        # a fresh sample has no step before: equal levels are not extrapolated
+        # a fresh sample has no earlier step: equal levels are not extrapolated
         branch.before = (before[0], torch.where(fresh, when, before[1])) if self.method.extrapolate else None
 
     def _effect(self, branch: BranchMemory, level: Tensor) -> Tensor:
-        """(B, N, D) the remembered effect, or its continuation to this noise level."""
+        """Return the remembered effect (B, N, D), extrapolated to these noise levels (B,) if the settings say so."""
         assert branch.effect is not None
         assert branch.level is not None
         if not self.method.extrapolate or branch.before is None:
@@ -221,11 +253,11 @@ class CachedBlocks(Bracket):
 
 @dataclass(eq=False)
 class FirstBlock(Bracket):
-    """A bracket around the first block alone: what the block adds is the indicator of a cache.
+    """A bracket around the first block alone, whose effect is the indicator of a cache.
 
     Attributes:
-        cache: that is told.
-        slot: of this bracket.
+        cache: the cache, which opens after the first block.
+        slot: slot of the tokens before the block.
         compared: whether the values of the indicator matter, and not only its shape.
     """
 
@@ -236,12 +268,12 @@ class FirstBlock(Bracket):
     last: int = 0
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
-        """Remember what the block gets."""
+        """Keep the tokens that the block gets, if the indicator is compared."""
         frame.context.slots[self.slot] = x if self.compared else None
         return x, view
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        """Tell the cache what the block added."""
+        """Put the effect of the block, or a tensor of its shape, into the slot of the cache."""
         slots = frame.context.slots
         slots[self.cache.slot] = (x - slots[self.slot] if self.compared else x).detach()
         slots[self.slot] = None
@@ -250,7 +282,7 @@ class FirstBlock(Bracket):
 
 @handles(FeatureCache)
 def build(plan: Plan) -> Sequence[object]:
-    """Build the cache, behind the first block where that is the indicator."""
+    """Build the cache; if the first block is the indicator, also the bracket around that block."""
     method: FeatureCache = plan.method
     last = plan.sizes.depth - 1
     if method.indicator == "first_block":

@@ -1,4 +1,4 @@
-"""TokenDrop at work: a random subset of the tokens sees a span of blocks, the others skip it."""
+"""The handler of TokenDrop: run a span of blocks on a random subset of the tokens; the others skip it unchanged."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tokdyn.ops.dropping import kept_count, mix, put_back, subset, take
 
 @dataclass
 class Dropped:
-    """What was dropped in a call.
+    """The state between the first and the last block of the span.
 
     Attributes:
         start: (B, N, D) the tokens before the span.
-        index: (B, M) places of the tokens that see it, among those.
-        lengths: (B) how many they are.
-        view: that the bracket opened on.
+        index: (B, M) int64 positions, along N, of the tokens that run through the span.
+        lengths: number of these tokens of each sample.
+        view: the view of `start`.
     """
 
     start: Tensor
@@ -34,7 +34,14 @@ class Dropped:
 
 @dataclass(eq=False)
 class DroppedSpan(Bracket):
-    """A bracket around the blocks `first` to `last`."""
+    """Drops tokens before the block `first` and puts them back after the block `last`.
+
+    Acts in training, and in sampling inside of `tokdyn.attach.controls.dropping`.
+
+    Attributes:
+        method: the settings.
+        slot: slot of the state, a `Dropped` while tokens are left out.
+    """
 
     method: TokenDrop
     first: int
@@ -42,10 +49,10 @@ class DroppedSpan(Bracket):
     slot: int
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
-        """Keep a random subset of each sample: (B, N, D) to (B, M, D)."""
-        context, forced = frame.context, frame.context.settings.drop_rate
-        rate = self.method.rate if forced is None else forced
-        if not (context.training or forced is not None) or int(x.shape[1] * rate) == 0:
+        """Select a random subset of each sample's tokens: (B, N, D) to (B, M, D)."""
+        context, sampling_rate = frame.context, frame.context.settings.drop_rate
+        rate = self.method.rate if sampling_rate is None else sampling_rate
+        if not (context.training or sampling_rate is not None) or int(x.shape[1] * rate) == 0:
             return x, view
         noise = torch.rand(x.shape[:2], device=x.device) if context.training else self._hash(context, view, x)
         lengths = tuple(kept_count(size, rate) for size in view.sizes)
@@ -55,13 +62,13 @@ class DroppedSpan(Bracket):
         return take(x, index), view.reduced(cells, lengths, self.slot)
 
     def _hash(self, context: CallContext, view: TokenView, x: Tensor) -> Tensor:
-        """(B, N) values that depend on noise level and cell alone: sampling is repeatable, in any batch."""
+        """Hash noise level, seed and cell into (B, N) values, so that sampling is repeatable in a batch of any size."""
         levels = torch.tensor([round(1e6 * level) for level in context.levels(view)], device=x.device)[:, None]
         cell = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if view.index is None else view.index
         return mix(mix(levels + self.method.seed * 1_000_003) + cell).double()
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        """Put the others back as they were."""
+        """Put the results among the tokens that skipped the span: (B, M, D) to (B, N, D)."""
         state: Dropped | None = frame.context.slots[self.slot]
         if state is None:
             return x, view
@@ -71,5 +78,5 @@ class DroppedSpan(Bracket):
 
 @handles(TokenDrop)
 def build(plan: Plan) -> Sequence[object]:
-    """Build the bracket around its span."""
+    """Build the bracket around the method's span of blocks."""
     return [DroppedSpan(plan.method, *plan.span, plan.slot)]

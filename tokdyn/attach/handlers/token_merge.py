@@ -1,4 +1,8 @@
-"""TokenMerge at work: a sublayer sees merged tokens, and every token gets the result of the one it was merged into."""
+"""The handler of TokenMerge: compute a sublayer on merged tokens, and copy each result to the tokens it stands for.
+
+In every bucket of cells one token is the destination. The other tokens that are most similar to a destination are
+averaged with it; each of those then gets the sublayer's result for its destination.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokdyn.adapters.tokens import follow, join, of_samples, split
+from tokdyn.adapters.tokens import join, select_samples, select_tokens, split
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.handlers.base import Frame, Plan, Sublayer, handles
@@ -29,11 +33,12 @@ _BIAS = "key_bias"  # attention with an argument of this name adds it to the log
 
 @dataclass
 class Matchings:
-    """What blocks of a call share.
+    """What the blocks of one call share.
 
     Attributes:
-        destinations: that depend on cells and noise level alone, by the view.
-        plans: for each sample a matching and its place in it, by sublayer, window of blocks and tokens.
+        destinations: destinations that depend on cell and noise level only, by samples and source of the view.
+        plans: matchings that several blocks use, by sublayer, window of `reuse` blocks and source of the view. For each
+            sample (its position in the batch) the matching that it is part of, and its position there.
     """
 
     destinations: dict[Hashable, Destinations] = field(default_factory=dict)
@@ -42,7 +47,14 @@ class Matchings:
 
 @dataclass(eq=False)
 class MergedTokens(Sublayer):
-    """Around attention, MLP or both, in the blocks `first` to `last`."""
+    """Merges tokens around attention, MLP or both.
+
+    Attributes:
+        method: the settings.
+        first: index of the first block in which tokens are merged.
+        last: index of the last.
+        slot: slot of the call's `Matchings`.
+    """
 
     method: TokenMerge
     first: int
@@ -50,7 +62,7 @@ class MergedTokens(Sublayer):
     slot: int
 
     def around(self, frame: Frame, view: TokenView, site: Site, call: Callable[..., Any], named: dict[str, Any]) -> Any:
-        """Merge, compute, unmerge."""
+        """Merge, compute and unmerge in the sublayers and blocks of the settings; elsewhere compute only."""
         wanted = site.kind != "stream" and self.method.where in (site.kind, "both")
         if not wanted or not self.first <= site.block <= self.last:
             return call(**named)
@@ -71,17 +83,17 @@ class MergedTokens(Sublayer):
         named: dict[str, Any],
         ratios: Sequence[float],
     ) -> Any:
-        """Compute samples that merge equally much together, and the others apart."""
-        groups = [[i for i, found in enumerate(ratios) if found == ratio] for ratio in dict.fromkeys(ratios)]
+        """Compute each group of samples with the same ratio, and put the results into the order of the batch."""
+        groups = [[i for i, other in enumerate(ratios) if other == ratio] for ratio in dict.fromkeys(ratios)]
         outputs = []
         for places in groups:
             part = view.take(places)
             inside = replace(frame, view=part.view)
-            given = of_samples(named, part.places, view.batch, site.blocks)
-            outputs.append(class_swap.within(inside, self.around, inside, part.view, site, call, given))
+            arguments = select_samples(named, part.places, view.batch, site.blocks)
+            outputs.append(class_swap.within(inside, self.around, inside, part.view, site, call, arguments))
         order = torch.tensor([i for places in groups for i in places], device=view.device).argsort()
         if isinstance(outputs[0], tuple):
-            return tuple(torch.cat(each).index_select(0, order) for each in zip(*outputs, strict=True))
+            return tuple(torch.cat(results).index_select(0, order) for results in zip(*outputs, strict=True))
         return torch.cat(outputs).index_select(0, order)
 
     def _merged(
@@ -93,7 +105,10 @@ class MergedTokens(Sublayer):
         named: dict[str, Any],
         ratios: Sequence[float],
     ) -> Any:
-        """Merge the image tokens of all samples, each by its ratio, which is the same for all in a dense view."""
+        """Merge the image tokens of all samples, compute the sublayer, and unmerge its result.
+
+        `ratios` has the share of tokens to merge away of each sample; in a dense view all are equal.
+        """
         blocks, before, packing = site.blocks, named[site.names[0]], view.packing
         if packing is None and int(view.room * ratios[0]) == 0:
             return call(**named)
@@ -104,18 +119,18 @@ class MergedTokens(Sublayer):
         if plan is None:
             return call(**named)
         merged = merge(rows, plan)
-        seen = frame.block.attention if site.kind == "attention" else frame.block.mlp
+        counts = frame.block.attention if site.kind == "attention" else frame.block.mlp
         if packing is None:
             left = len(plan.keep) // view.batch
-            seen.append((view.batch, left))
+            counts.append((view.batch, left))
             merged = join(text, merged.view(view.batch, left, -1), place)
         else:
-            seen.extend((1, length) for length in plan.lengths)
+            counts.extend((1, length) for length in plan.lengths)
         # attention may be given its tokens a second time, as keys
-        given = {name: merged if value is before else value for name, value in named.items()}
-        given |= self._followed(view, site, plan, named)
+        arguments = {name: merged if value is before else value for name, value in named.items()}
+        arguments |= self._followed(view, site, plan, named)
         weighted = self.method.weighted and site.kind == "attention"
-        out = _weighted(view, site, call, given, plan, text, place) if weighted else call(**given)
+        out = _weighted(view, site, call, arguments, plan, text, place) if weighted else call(**arguments)
         first, *rest = out if isinstance(out, tuple) else (out,)
         if packing is None:
             text, y = split(first, left, place)
@@ -126,31 +141,35 @@ class MergedTokens(Sublayer):
         return (whole, *rest) if isinstance(out, tuple) else whole
 
     def _followed(self, view: TokenView, site: Site, plan: Merging, named: dict[str, Any]) -> dict[str, Any]:
-        """Bring arguments that follow the tokens to the merged ones, which lie where their destinations do."""
+        """Select from arguments with one entry per token the entries of the tokens that are left.
+
+        A merged token has the entry of its destination. Returns the arguments that change, by name.
+        """
         blocks, packing = site.blocks, view.packing
         if packing is not None:
             if blocks.packing not in named:
                 return {}
             sample, cell = (values.index_select(0, plan.keep) for values in (packing.sample, packing.cell))
             return {blocks.packing: packing_of(plan.lengths, sample, cell, packing.grid)}
-        following = [how for how in blocks.follow if named.get(how.name) is not None]
+        following = [argument for argument in blocks.follow if named.get(argument.name) is not None]
         if not following:
             return {}
         first = torch.arange(view.batch, device=plan.keep.device)[:, None] * view.room
         kept = plan.keep.view(view.batch, -1) - first
         followed: dict[str, Any] = {}
-        for how in following:  # an argument may follow along two axes
-            followed[how.name] = follow(followed.get(how.name, named[how.name]), how, blocks, kept, view.room)
+        for argument in following:  # an argument may have two token axes
+            value = followed.get(argument.name, named[argument.name])
+            followed[argument.name] = select_tokens(value, argument, blocks, kept, view.room)
         return followed
 
     def _plan(self, frame: Frame, view: TokenView, site: Site, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
-        """Find what the samples of a view merge, or take it over from an earlier block; None if nothing merges.
+        """Match the tokens of a view, or reuse the matching of an earlier block; None if no token is merged.
 
         Args:
-            frame: of the block.
+            frame: the frame of the block call.
             view: the samples that are computed.
-            site: of the sublayer.
-            rows: (T, D), its input.
+            site: the site of the sublayer.
+            rows: (T, D) image tokens in the input of the sublayer, sample after sample.
             ratios: share of the tokens to merge away, for each sample.
         """
         if self.method.reuse == 1:
@@ -158,33 +177,34 @@ class MergedTokens(Sublayer):
         key = (site.kind, (site.block - self.first) // self.method.reuse, view.source)
         plans = self._matchings(frame.context).plans.setdefault(key, {})
         new = [place for place, sample in enumerate(view.samples) if sample not in plans]
-        if new:  # samples that skipped the block in which others were matched
+        if new:  # samples that skipped the block in which the others were matched
             plan = self._match(frame.context, view, rows, ratios)
             if plan is None:
                 return None
             plans.update({view.samples[place]: (plan, place) for place in new})
-        chosen = [plans[sample] for sample in view.samples]
-        one = chosen[0][0]
-        if len(one.lengths) == view.batch and all(plan is one and place == i for i, (plan, place) in enumerate(chosen)):
-            return one
-        return joined([plan.sample(place) for plan, place in chosen])
+        matched = [plans[sample] for sample in view.samples]
+        first = matched[0][0]
+        whole = len(first.lengths) == view.batch
+        if whole and all(plan is first and place == i for i, (plan, place) in enumerate(matched)):
+            return first
+        return joined([plan.sample(place) for plan, place in matched])
 
     def _match(self, context: CallContext, view: TokenView, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
-        """Match the rows as they are now."""
+        """Match the rows (T, D) by their present values; None if no token is merged."""
         sizes = view.sizes if len(rows) == sum(view.sizes) else (len(rows) // view.batch,) * view.batch
         choose = self._important if self.method.important else self._fixed
         into = choose(context, view, rows)
         buckets = into.table.shape[1]
-        gone = [merged_away(size, buckets, ratio) for size, ratio in zip(sizes, ratios, strict=True)]
-        if not any(gone):
+        merged = [merged_away(size, buckets, ratio) for size, ratio in zip(sizes, ratios, strict=True)]
+        if not any(merged):
             return None
-        alike = into.others is not None and len(set(gone)) == 1
-        for size in (size for size, away in zip(sizes, gone, strict=True) if away):
+        alike = into.others is not None and len(set(merged)) == 1
+        for size in (size for size, count in zip(sizes, merged, strict=True) if count):
             context.trace.spend("TokenMerge matching", matching_flops(size, buckets, alike, rows.shape[1]))
         return match(rows, sizes, into, ratios[0] if len(set(ratios)) == 1 else list(ratios))
 
     def _fixed(self, context: CallContext, view: TokenView, rows: Tensor) -> Destinations:
-        """Choose destinations by cell and noise level alone, once for all blocks of a call."""
+        """Choose destinations by cell, seed and noise level only, once for all blocks of a call."""
         known, key = self._matchings(context).destinations, (view.samples, view.source)
         device = rows.device
         if key in known:
@@ -201,16 +221,16 @@ class MergedTokens(Sublayer):
         return chosen
 
     def _important(self, context: CallContext, view: TokenView, rows: Tensor) -> Destinations:
-        """Choose the longest row of every bucket."""
+        """Choose the token with the largest norm in every bucket."""
         length = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
         return destinations(*view.rows(), view.batch, context.grid, self.method.bucket, importance=length)
 
     def _matchings(self, context: CallContext) -> Matchings:
-        """What blocks of this call share."""
+        """Return what the blocks of this call share."""
         if context.slots[self.slot] is None:
             context.slots[self.slot] = Matchings()
-        found: Matchings = context.slots[self.slot]
-        return found
+        matchings: Matchings = context.slots[self.slot]
+        return matchings
 
 
 def _weighted(
@@ -222,16 +242,19 @@ def _weighted(
     text: Tensor | None,
     place: str,
 ) -> Any:
-    """Let a merged token count in attention as often as it stands for tokens (arXiv 2210.09461, eq. 1).
+    """Call attention with log s added to the logits of each key that stands for s tokens (arXiv 2210.09461, eq. 1).
 
     Args:
-        view: the samples.
-        site: of the attention.
+        view: the samples that are computed.
+        site: the site of the attention.
         call: the attention.
-        named: its arguments.
-        plan: what was merged.
-        text: tokens that lie beside those of the image in the same sequence.
-        place: where image tokens lie in it.
+        named: the arguments of the call, with merged tokens.
+        plan: which tokens were merged.
+        text: text tokens in the same sequence as the image tokens; None if there are none.
+        place: where the image tokens are in that sequence, "first", "last" or "all".
+
+    Raises:
+        UnsupportedModelError: attention does not call PyTorch's scaled_dot_product_attention on these keys.
     """
     if view.packing is not None:
         return call(**named, **{_BIAS: plan.size.log()})
@@ -247,14 +270,14 @@ def _weighted(
         out = call(**named)
     if not mode.met:
         raise UnsupportedModelError(
-            f"TokenMerge(weighted=True) weighs the keys of softmax attention, but attention of block {site.block} does "
-            f"not call torch.nn.functional.scaled_dot_product_attention on its {bias.shape[1]} tokens; leave weighted "
-            "out, or let the model attend with PyTorch's own function."
+            f"TokenMerge(weighted=True) adds a bias to the keys of softmax attention, but the attention of block "
+            f"{site.block} does not call torch.nn.functional.scaled_dot_product_attention on its {bias.shape[1]} "
+            "tokens; leave weighted out, or choose an attention backend that calls this function."
         )
     return out
 
 
 @handles(TokenMerge)
 def build(plan: Plan) -> Sequence[object]:
-    """Build the handler of its blocks."""
+    """Build the handler."""
     return [MergedTokens(plan.method, *plan.span, plan.slot)]

@@ -1,1 +1,1 @@
-"""Blocks computed for some attention heads and MLP channels alone, on sliced weights."""
+"""Compute blocks for some attention heads and MLP channels only, on sliced weights; used by DynamicWidth."""

@@ -1,7 +1,7 @@
 """Build a shallow copy of a block whose linear layers are replaced by slices.
 
-The modules on the way to these layers are copied without their weights, everything else is shared. The copy is made for
-every call, so that it cannot miss what happens to the block.
+Modules on the path to these layers are copied without their weights; everything else is shared with the block. The copy
+is made for every call, so that it always reflects the present state of the block.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tokdyn.attach.class_swap import base_class
 from tokdyn.attach.width.layout import Layout, Names, On, reach
 
 
-class Places(Protocol):
-    """What takes the place of what; see `tokdyn.attach.width.slices.Slice`."""
+class Replacements(Protocol):
+    """Which modules replace which; see the attributes of `tokdyn.attach.width.slices.Slice`."""
 
     @property
     def on(self) -> On: ...  # noqa: D102
@@ -35,9 +35,18 @@ class Places(Protocol):
 
 
 def sources_of(block: nn.Module, layout: Layout, on: On) -> dict[Names, nn.Module] | None:
-    """List the modules to replace, in order; None if one of them, or a module around one, cannot be replaced."""
+    """Return the modules of a block to replace by slices, by their names on the path from the block.
+
+    Args:
+        block: the block.
+        layout: the layout of the block.
+        on: the heads and channels to compute.
+
+    Returns:
+        The modules; None if one of them, or a module on the path to it, cannot be replaced safely.
+    """
     whole: dict[Kind, bool] = {"heads": all(on.heads), "channels": all(on.channels)}
-    found: dict[Names, nn.Module] = {}
+    sources: dict[Names, nn.Module] = {}
     free: dict[Names, nn.Module] = {(): block}
     if not _free(block):
         return None
@@ -52,18 +61,18 @@ def sources_of(block: nn.Module, layout: Layout, on: On) -> dict[Names, nn.Modul
             if module is None or not _free(module):
                 return None
             free[names[:end]] = module
-        if layer.norm is None and not _plain(free[names]):
+        if layer.norm is None and not _sliceable(free[names]):
             return None
-        found[names] = free[names]
-    return found
+        sources[names] = free[names]
+    return sources
 
 
 def _free(module: nn.Module) -> bool:
-    """Whether nothing holds on to this very object: no hook, no forward of its own, no compiled code."""
+    """Return whether a copy can stand in for a module: it has no hook, no forward of its own, no compiled code."""
     held = vars(module)
     if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
         return False
-    own = held.get("forward")  # hooks that were taken off leave the class's own function there, bound to the module
+    own = held.get("forward")  # hooks that were removed leave the class's own function there, bound to the module
     if own is not None and (getattr(own, "__func__", None), getattr(own, "__self__", None)) != (
         type(module).forward,
         module,
@@ -73,22 +82,29 @@ def _free(module: nn.Module) -> bool:
 
 
 def readable(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer whose weights can be used without calling it."""
+    """Return whether a module is an nn.Linear whose weights can be used directly, without calling the module."""
     if base_class(module) is not nn.Linear or module._parameters.get("weight") is None or not _free(module):
         return False
     return all(type(weight) in (nn.Parameter, Tensor) and not weight.is_meta for weight in weights_of(module))
 
 
-def _plain(module: nn.Module) -> bool:
-    """Whether a linear layer can be sliced: a slice follows its weights, but gives them no gradients."""
+def _sliceable(module: nn.Module) -> bool:
+    """Return whether a linear layer can be sliced: a slice passes no gradients on to the weights that it is made of."""
     wanted = torch.is_grad_enabled()
     return readable(module) and not any(
         weight.is_inference() or (wanted and weight.requires_grad) for weight in weights_of(module)
     )
 
 
-def pruned_copy(block: nn.Module, layout: Layout, found: Places, sites: Mapping[int, Any]) -> nn.Module:
-    """Build a copy of a block with slices in the place of layers."""
+def pruned_copy(block: nn.Module, layout: Layout, slices: Replacements, sites: Mapping[int, Any]) -> nn.Module:
+    """Build a shallow copy of a block whose layers are replaced by slices, and whose numbers of heads fit them.
+
+    Args:
+        block: the block, which is not changed.
+        layout: the layout of the block.
+        slices: the slices.
+        sites: the sites of the model; copies of modules in it keep their sites.
+    """
     copies: dict[Names, nn.Module] = {(): shallow(block, base_class(block))}
 
     def copied(names: Names) -> nn.Module:
@@ -96,37 +112,37 @@ def pruned_copy(block: nn.Module, layout: Layout, found: Places, sites: Mapping[
             above = copied(names[:-1])._modules
             original = above[names[-1]]
             assert original is not None
-            copies[names] = above[names[-1]] = _part(original, sites.get(id(original)))
+            copies[names] = above[names[-1]] = _copy_with_site(original, sites.get(id(original)))
         return copies[names]
 
-    for names, module in found.modules.items():
-        site = sites.get(id(found.sources[names])) if layout.parallel else None
-        put = module
-        if site is not None:  # of a layer, which has fewer outputs or inputs now
-            left = site.layer.split * found.sizes["heads"] // layout.total("heads")
-            put = shallow(module, type(found.sources[names]))
-            vars(put)["_tokdyn_site"] = replace(site, layer=replace(site.layer, split=left))
-        copied(names[:-1])._modules[names[-1]] = put
+    for names, module in slices.modules.items():
+        site = sites.get(id(slices.sources[names])) if layout.parallel else None
+        replacement = module
+        if site is not None:  # the site of a layer, which has fewer outputs or inputs now
+            left = site.layer.split * slices.sizes["heads"] // layout.total("heads")
+            replacement = shallow(module, type(slices.sources[names]))
+            vars(replacement)["_tokdyn_site"] = replace(site, layer=replace(site.layer, split=left))
+        copied(names[:-1])._modules[names[-1]] = replacement
     width = layout.width
-    own = {name: found.sizes.get("channels", 0) for name in width.hiddens if name in vars(block)}
+    own = {name: slices.sizes.get("channels", 0) for name in width.hiddens if name in vars(block)}
     vars(copies[()]).update(own)
     for path in width.attention:
         names = tuple(path.split("."))
         if reach(block, names) is None:
             continue
         numbers = vars(copied(names))
-        heads = sum(found.on.heads)
+        heads = sum(slices.on.heads)
         for attributes, value in (
             (width.counts, heads),
-            (width.inners, found.sizes["heads"]),
-            (width.hiddens, found.sizes.get("channels", 0)),
+            (width.inners, slices.sizes["heads"]),
+            (width.hiddens, slices.sizes.get("channels", 0)),
         ):
             numbers.update({name: value for name in attributes if name in numbers})
     return copies[()]
 
 
-def _part(module: nn.Module, site: Any) -> nn.Module:
-    """Copy a part of a block, which keeps its site without being known by its id."""
+def _copy_with_site(module: nn.Module, site: Any) -> nn.Module:
+    """Copy a module with its site, which is stored in the copy because sites are looked up by the id of a module."""
     if site is None:
         return shallow(module, base_class(module))
     other = shallow(module, type(module))
@@ -135,15 +151,18 @@ def _part(module: nn.Module, site: Any) -> nn.Module:
 
 
 def shallow(module: nn.Module, kind: type) -> nn.Module:
-    """Copy a module as an object of a class, with a dictionary of submodules of its own; everything else is shared."""
-    made: Any = kind
-    other: nn.Module = made.__new__(made)
+    """Copy a module as an object of the class `kind`, with a dictionary of submodules of its own.
+
+    Everything else, such as parameters, is shared with the module.
+    """
+    untyped: Any = kind
+    other: nn.Module = untyped.__new__(untyped)
     vars(other).update(vars(module))
     vars(other)["_modules"] = dict(module._modules)
-    vars(other).pop("forward", None)  # bound to the module
+    vars(other).pop("forward", None)  # a bound method of the original
     return other
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
-    """List the parameters that a module holds itself."""
+    """Return the parameters that a module holds itself, without those of submodules."""
     return [value for value in module._parameters.values() if value is not None]

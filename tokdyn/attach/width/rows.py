@@ -1,4 +1,9 @@
-"""Which heads, channels and MLP tokens the layers of a block see: masks, selected rows, and what layers did without."""
+"""Select tokens for the MLP of a block, mask the inputs of its layers, and record the FLOPs that this saves.
+
+The functions share some arguments: `gates` are the trained gates, `temperature` is that of their Gumbel-sigmoid in
+training, `frame` is the frame of the block call, `site` the site of the MLP or layer that is computed, and x its input,
+(B, S, D) or packed rows (T, D). Row i of a dense x is row i of x flattened to (B S, D).
+"""
 
 from __future__ import annotations
 
@@ -11,30 +16,33 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.tokens import split
 from tokdyn.adapters.width import Kind
-from tokdyn.attach.class_swap import attach_like, is_attached
 from tokdyn.attach.handlers.base import Frame
-from tokdyn.attach.sites import Site, layer_sites
+from tokdyn.attach.sites import Site
 from tokdyn.attach.width.copies import readable
-from tokdyn.attach.width.layout import Layer, Layout, reach
+from tokdyn.attach.width.layout import Layer, Layout
 from tokdyn.attach.width.slices import Slice
 from tokdyn.methods import WidthGates
 from tokdyn.ops.skipping import gate
 from tokdyn.ops.width import spread, with_text
 
-_ROWS, _MASK = "rows", "mask"  # what the layer into the MLP hands to the layer out of it
+_ROWS, _MASK = "rows", "mask"  # names in `Exchange.given`: what the first layer of the MLP hands to its last layer
 STREAM = "stream"
-"""Name of the tokens before the norm ahead of the MLP, which a block shows on their way there."""
+"""Name in `Exchange.given` of the tokens before the norm ahead of the MLP; see `Blocks.stream`."""
 
 
 def _place(site: Site) -> str:
-    """Say where image tokens lie in what the MLP gets."""
+    """Return where image tokens are in the input of the MLP: "first", "last" or "all"."""
     return site.blocks.inside_mlp or site.blocks.image
 
 
 def _logits(gates: WidthGates, frame: Frame, site: Site, x: Tensor) -> tuple[Tensor, int]:
-    """Compute logits (B, M) of the image tokens in x, (T,) of packed rows, and count the text tokens beside them."""
+    """Compute the logits of a block's token gate from x, or from the stored `STREAM`, which is removed then.
+
+    Returns:
+        Logits (B, M) of the image tokens, or (T,) of packed rows; and the number of text tokens of each sample in x.
+    """
     if site.blocks.stream is not None and (stream := frame.exchange.given.pop(STREAM, None)) is not None:
-        assert stream.shape == x.shape, "methods that merge tokens on the way were refused"
+        assert stream.shape == x.shape, "compose refuses methods that merge tokens between the stream and the MLP"
         x = stream
     if frame.view.packing is not None:
         text, image = None, x
@@ -47,11 +55,15 @@ def _logits(gates: WidthGates, frame: Frame, site: Site, x: Tensor) -> tuple[Ten
 
 
 def token_mask(gates: WidthGates, frame: Frame, site: Site, x: Tensor, temperature: float) -> Tensor:
-    """Draw 0 or 1 for every token of (B, S, D) or of packed rows, in training with a gradient."""
+    """Draw whether each token goes through the MLP: (B, S), or (T,) for packed rows, of 0 and 1.
+
+    In training the result has a gradient. Text tokens are always 1. The share of 1 of each sample is put into
+    `frame.exchange.returned`.
+    """
     logits, text = _logits(gates, frame, site, x)
     noise = frame.exchange.given.get("noise")
     if noise is not None:
-        noise = _of_view(frame, noise).to(logits)
+        noise = _select_view(frame, noise).to(logits)
     if frame.view.packing is None:
         drawn = gate(
             logits, frame.context.training, temperature, None if noise is None else noise[:, : logits.shape[1]]
@@ -69,16 +81,19 @@ def token_mask(gates: WidthGates, frame: Frame, site: Site, x: Tensor, temperatu
     return whole
 
 
-def _of_view(frame: Frame, given: Tensor) -> Tensor:
-    """Select the entries of the samples of a view from those of the samples that the block was given."""
+def _select_view(frame: Frame, values: Tensor) -> Tensor:
+    """Select the samples of the frame's view from values (b, ...) for the samples of its exchange."""
     if frame.view.samples == frame.exchange.samples:
-        return given
+        return values
     row = {sample: row for row, sample in enumerate(frame.exchange.samples)}
-    return given.index_select(0, torch.tensor([row[sample] for sample in frame.view.samples], device=given.device))
+    return values.index_select(0, torch.tensor([row[sample] for sample in frame.view.samples], device=values.device))
 
 
 def _sample_of_rows(frame: Frame, kind: Kind, x: Tensor) -> Tensor:
-    """List the sample (T,) of each packed row that attention or the MLP gets; merging may have left fewer rows."""
+    """Return the sample (T,) of each packed row of x, the input of attention ("heads") or of the MLP ("channels").
+
+    TokenMerge may have left fewer rows than the block has.
+    """
     assert frame.view.packing is not None
     lengths = frame.view.packing.lengths
     if sum(lengths) != len(x):
@@ -88,7 +103,10 @@ def _sample_of_rows(frame: Frame, kind: Kind, x: Tensor) -> Tensor:
 
 
 def _rows(gates: WidthGates, frame: Frame, site: Site, x: Tensor) -> Tensor | None:
-    """List the rows, in x as (B S, D), of the tokens that the MLP sees; None if it sees all."""
+    """Return the indices of the rows of x that go through the MLP, text tokens included; None if all do.
+
+    Their number is recorded in the trace of the block.
+    """
     logits, text = _logits(gates, frame, site, x)
     whole = with_text(logits, text, _place(site)) > 0 if text else logits > 0
     rows = whole.flatten().nonzero().flatten()
@@ -97,13 +115,13 @@ def _rows(gates: WidthGates, frame: Frame, site: Site, x: Tensor) -> Tensor | No
 
 
 def select_tokens(gates: WidthGates, frame: Frame, site: Site, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute an MLP on the tokens of x (B, S, D) or (T, D) that it sees, of all samples together; the others get 0."""
+    """Compute an MLP, `call`, on the tokens of x that its gate selects, of all samples together; the others get 0."""
     rows = _rows(gates, frame, site, x)
-    return call(x) if rows is None else _put(x, rows, call)
+    return call(x) if rows is None else _apply_to_rows(x, rows, call)
 
 
-def _put(x: Tensor, rows: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function to some rows of x (..., D); the others get 0."""
+def _apply_to_rows(x: Tensor, rows: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function to some rows of x; the others get 0."""
     flat = x.reshape(-1, x.shape[-1])
     out = call(flat.index_select(0, rows)[None])[0]
     return out.new_zeros(len(flat), out.shape[1]).index_copy(0, rows, out).view(*x.shape[:-1], -1)
@@ -119,9 +137,11 @@ def into_mlp(
     x: Tensor,
     *args: Any,
 ) -> Tensor:
-    """Compute the layer into an MLP that is no module of its own, with channels of 0 for tokens that it does not see.
+    """Compute the first layer of an MLP that is not a module of its own, for the tokens that its gate selects.
 
-    They stay 0 through the activation, up to the layer out of the MLP.
+    The MLP channels of the other tokens are 0, and stay 0 through the activation up to the last layer. Outputs of the
+    layer that belong to heads are computed for all tokens. The selection is passed on to `out_of_mlp` in the exchange.
+    `call(x, *args)` computes the layer `module` for all tokens.
     """
     layer = site.layer
     assert layer is not None
@@ -137,24 +157,28 @@ def into_mlp(
     if isinstance(module, nn.Linear):
         _save(frame, layer, x, rows, (module.out_features - layer.split) * x.shape[-1])
     if not layer.split:
-        return _put(x, rows, lambda some: call(some, *args))
-    (weight, rest), (bias, over) = _split_weight(module, layer.split, 0)
-    out = _put(x, rows, lambda some: F.linear(some, rest, over))
-    return torch.cat([F.linear(x, weight, bias), out], dim=-1)
+        return _apply_to_rows(x, rows, lambda some: call(some, *args))
+    (head_weight, mlp_weight), (head_bias, mlp_bias) = _split_weight(module, layer.split, 0)
+    out = _apply_to_rows(x, rows, lambda some: F.linear(some, mlp_weight, mlp_bias))
+    return torch.cat([F.linear(x, head_weight, head_bias), out], dim=-1)
 
 
 def out_of_mlp(
     frame: Frame, module: nn.Module, layer: Layer, call: Callable[..., Any], x: Tensor, *args: Any
 ) -> Tensor:
-    """Compute the layer out of such an MLP and of the attention beside it."""
+    """Compute the common last layer of attention and of an MLP that is not a module of its own.
+
+    Its input is the outputs of the heads followed by the channels of the MLP. Tokens that `into_mlp` did not select get
+    the part of attention only. `call(x, *args)` computes the layer `module` for all tokens.
+    """
     rows, mask = frame.exchange.given.get(_ROWS), frame.exchange.given.get(_MASK)
     if rows is not None and readable(module):
-        (weight, rest), (bias, _) = _split_weight(module, layer.split, 1)
+        (head_weight, mlp_weight), (bias, _) = _split_weight(module, layer.split, 1)
         flat = x.flatten(0, 1)
-        out = F.linear(flat[:, : layer.split], weight, bias)
-        seen = F.linear(flat.index_select(0, rows)[:, layer.split :], rest)
-        _save(frame, layer, x, rows, rest.numel())
-        return out.index_add(0, rows, seen.to(out.dtype)).view(*x.shape[:2], -1)
+        out = F.linear(flat[:, : layer.split], head_weight, bias)
+        mlp = F.linear(flat.index_select(0, rows)[:, layer.split :], mlp_weight)
+        _save(frame, layer, x, rows, mlp_weight.numel())
+        return out.index_add(0, rows, mlp.to(out.dtype)).view(*x.shape[:2], -1)
     if rows is not None:
         mask = x.new_zeros(x.shape[0] * x.shape[1]).index_fill(0, rows, 1.0).view(x.shape[:2])
     if mask is not None:
@@ -164,14 +188,23 @@ def out_of_mlp(
 
 
 def _save(frame: Frame, layer: Layer, x: Tensor, rows: Tensor, elements: int) -> None:
-    """Note the FLOPs that some elements of a weight did not spend on tokens that the MLP does not see."""
+    """Record the FLOPs saved by a number of elements of a weight, which ran over these rows of x only."""
     frame.block.save(".".join(layer.names), 2 * elements * (x.numel() // x.shape[-1] - len(rows)))
 
 
 def _split_weight(
     layer: Any, split: int, axis: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """Split weight and bias of a linear layer along an axis; along the second, the bias goes with the first part."""
+    """Split weight and bias of a linear layer into the part of the heads and the part of the MLP.
+
+    Args:
+        layer: the layer.
+        split: number of its outputs or inputs that belong to heads.
+        axis: 0 to split its outputs; 1 to split its inputs, and then the whole bias goes with the heads.
+
+    Returns:
+        Both weights, and both biases, None where there is none.
+    """
     weight, bias = layer.weight, layer.bias
     first, second = weight.tensor_split([split], dim=axis)
     if bias is None or axis == 1:
@@ -179,33 +212,8 @@ def _split_weight(
     return (first, second), (bias[:split], bias[split:])
 
 
-def find_layers(frame: Frame, block: nn.Module, site: Site, layout: Layout, only_tokens: bool = False) -> None:
-    """Attach the layers of a block, also those that took the place of others after wrapping.
-
-    Args:
-        frame: of the call.
-        block: the module.
-        site: of the block.
-        layout: of the block.
-        only_tokens: whether only tokens are selected, which takes layers where the MLP is no module of its own.
-    """
-    if only_tokens and not layout.parallel:
-        return
-    for key, found in layer_sites(block, site, layout).items():
-        assert found.layer is not None
-        module = reach(block, found.layer.names)
-        assert module is not None
-        known = frame.sites.get(key)  # of a layer that is gone, if its id is used again
-        if known is not None and known.layer is found.layer and is_attached(module):
-            continue
-        for inside in module.modules():  # an adapter layer took the place of a layer that it holds now
-            frame.sites.pop(id(inside), None)
-        attach_like(module, block)
-        frame.sites[key] = found
-
-
 def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
-    """Note the FLOPs that a pruned block did not spend on the rows that its layers saw."""
+    """Record the FLOPs that the slices `taken` saved in a block, by the number of rows that each of its layers got."""
     call = frame.block
     text = call.samples * call.text
     rows = {
@@ -214,22 +222,26 @@ def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
     }
     if call.mlp_rows is not None:
         rows["mlp"] = int(call.mlp_rows)
-    beside = () if site.blocks.products is None else site.blocks.products.beside  # sees no merged tokens
+    beside = () if site.blocks.products is None else site.blocks.products.beside  # gets tokens before merging
     attentions = {path.partition(".")[0] for path in layout.width.attention}
     for layer in layout.layers:
-        numbers = taken.without.get(layer.names)
-        if not numbers:
+        elements = taken.without.get(layer.names)
+        if not elements:
             continue
         if layer.names[0] in attentions:
             inside = "block" if layer.names[0] in beside else "attention"
         else:
             inside = "block" if layout.parallel else "mlp"
-        seen = {"text": text, "image": rows[inside], "joint": rows[inside] + text}[layer.rows]
-        call.save(".".join(layer.names), 2 * numbers * seen)
+        count = {"text": text, "image": rows[inside], "joint": rows[inside] + text}[layer.rows]
+        call.save(".".join(layer.names), 2 * elements * count)
 
 
 def input_mask(frame: Frame, layer: Layer, layout: Layout, x: Tensor) -> Tensor | None:
-    """Spread masks over the inputs of a layer: (1 or B, 1, C), or (1 or T, C) for packed rows; None without masks."""
+    """Return the mask of a layer's inputs, in which the value of each head or group is repeated for its channels.
+
+    Returns:
+        (1 or B, 1, C), or (1 or T, C) for packed rows; None if the exchange holds no masks for this layer.
+    """
     masks = [frame.exchange.given.get(kind) for kind in layer.into]
     samples = max((len(mask) for mask in masks if mask is not None), default=0)
     if not samples:
@@ -240,14 +252,7 @@ def input_mask(frame: Frame, layer: Layer, layout: Layout, x: Tensor) -> Tensor 
     ]
     whole = torch.cat(parts, dim=1)
     if samples > 1:
-        whole = _of_view(frame, whole)
+        whole = _select_view(frame, whole)
     if frame.view.packing is None:
         return whole[:, None]
     return whole.index_select(0, _sample_of_rows(frame, layer.into[0], x)) if samples > 1 else whole
-
-
-def select_channels(table: Any, index: Tensor) -> Any:
-    """Select channels of a table, or of each of several."""
-    if isinstance(table, (tuple, list)):
-        return type(table)(select_channels(each, index) for each in table)
-    return table.index_select(-1, index.to(table.device))

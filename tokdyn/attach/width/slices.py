@@ -1,7 +1,7 @@
-"""Slice the weights of a block, so that its own code computes some heads and MLP channels alone.
+"""Slice the weights of a block, so that the block's own code computes some heads and MLP channels only.
 
-The block itself is not changed; see `tokdyn.attach.width.copies`. The sliced weights are kept until other heads are
-asked for or a weight changes.
+The block itself is not changed; see `tokdyn.attach.width.copies`. Sliced weights are kept until other heads or channels
+are wanted or a weight has changed.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from tokdyn.attach.width.copies import pruned_copy, shallow, sources_of, weights
 from tokdyn.attach.width.layout import Layer, Layout, Names, On
 from tokdyn.ops.width import kept_channels
 
-_COMPARED = 16  # elements of each weight that are compared: a write to .data leaves no other trace
+_COMPARED = 16  # elements of each weight that are compared, because a write to .data can be detected in no other way
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Detects weights that changed since they were sliced.
+    """Detects whether a weight has changed since it was sliced.
 
     Attributes:
-        weight: itself.
-        version: counts its in-place changes.
-        address: of its elements.
-        few: a view of some of its elements.
-        were: their values when it was sliced.
+        weight: the weight.
+        version: the number of in-place changes to it at that time.
+        address: the address of its elements at that time.
+        few: a view of some of its elements, which always has their present values.
+        before: a copy of these elements from that time.
     """
 
     weight: Tensor
     version: int
     address: int
     few: Tensor
-    were: Tensor
+    before: Tensor
 
     @staticmethod
     def of(weight: Tensor) -> Snapshot:
@@ -47,33 +47,33 @@ class Snapshot:
         return Snapshot(weight, weight._version, weight.data_ptr(), few, few.clone())
 
     def same(self, weight: Tensor) -> bool:
-        """Whether nothing has replaced, moved or changed the weight, writes to `.data` excepted."""
+        """Return whether `weight` is the same tensor, neither moved nor changed. Writes to `.data` are not detected."""
         return weight is self.weight and weight._version == self.version and weight.data_ptr() == self.address
 
 
 def _few(weight: Tensor) -> Tensor:
-    """View some elements of a weight, from all over it."""
+    """Return a view of a few elements that are spread over a weight."""
     flat = weight.detach().view(-1) if weight.is_contiguous() else weight.detach()[0].reshape(-1)
     return flat[:: max(1, len(flat) // _COMPARED)][:_COMPARED]
 
 
 def unwritten(snapshots: Iterable[Snapshot]) -> bool:
-    """Whether no weight was written to through `.data`; the host waits for each accelerator once."""
-    places: dict[torch.device, list[Snapshot]] = {}
-    for each in snapshots:
-        places.setdefault(each.few.device, []).append(each)
+    """Return whether none of the weights was written to through `.data`. Synchronises with each device once."""
+    by_device: dict[torch.device, list[Snapshot]] = {}
+    for snapshot in snapshots:
+        by_device.setdefault(snapshot.few.device, []).append(snapshot)
     return all(
-        torch.equal(torch.cat([each.few for each in here]), torch.cat([each.were for each in here]))
-        for here in places.values()
+        torch.equal(torch.cat([one.few for one in same]), torch.cat([one.before for one in same]))
+        for same in by_device.values()
     )
 
 
 class Selected(nn.Module):
-    """Select outputs of a module.
+    """Calls a module and selects some of its outputs.
 
     Args:
-        inner: any module.
-        index: (n,) int64, along the last axis of what it returns.
+        inner: the module, which returns one tensor.
+        index: (n,) int64 outputs to select, along the last axis.
     """
 
     def __init__(self, inner: nn.Module, index: Tensor) -> None:
@@ -81,23 +81,23 @@ class Selected(nn.Module):
         self.inner, self.index = inner, index
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., n)."""
+        """Return `inner(x)` (..., C) reduced to the selected outputs (..., n)."""
         out: Tensor = self.inner(x)
         return out.index_select(-1, self.index)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What was sliced of a block.
+    """The slices of one block's layers.
 
     Attributes:
-        on: for which heads and channels.
-        sources: the layers, and the norms behind them.
-        snapshots: their weights.
-        modules: what takes the place of which module.
-        columns: channels of the heads that are on; None if all are.
-        sizes: how many heads and channels are on.
-        without: for every layer that was cut, the numbers of its weight that are not in the slice.
+        on: the heads and channels that the slices compute.
+        sources: the modules that the slices replace, layers or the norms after them, by their paths from the block.
+        snapshots: snapshots of their weights.
+        modules: the slices, by the same paths.
+        columns: (n,) int64 channels of the heads that are on, among those of all heads; None if all heads are on.
+        sizes: number of channels of the heads that are on, and of the MLP channels that are on.
+        without: for every sliced layer, the number of elements of its weight that the slice lacks.
     """
 
     on: On
@@ -109,7 +109,10 @@ class Slice:
     without: dict[Names, int]
 
     def holds(self, on: On, sources: dict[Names, nn.Module]) -> bool:
-        """Whether the slice is still the one that is asked for."""
+        """Return whether these are slices for the heads and channels `on`, of these modules with their present weights.
+
+        Writes to `.data` are not detected; see `unwritten`.
+        """
         if self.on != on or any(self.sources.get(names) is not module for names, module in sources.items()):
             return False
         weights = [weight for module in sources.values() for weight in weights_of(module)]
@@ -119,55 +122,55 @@ class Slice:
 
 
 class Slices:
-    """The latest slice of each block of a model. Copies of the model start without."""
+    """The latest slices of each block of a model. A copy of the model starts without slices."""
 
     def __init__(self) -> None:
-        self._of: dict[int, Slice] = {}
+        self._by_block: dict[int, Slice] = {}
 
     def __reduce__(self) -> Any:
         return Slices, ()
 
     def clear(self) -> None:
-        """Forget all slices."""
-        self._of = {}
+        """Drop all slices."""
+        self._by_block = {}
 
     def check(self) -> None:
-        """Forget all slices if a weight was written to through `.data`; called once a call of the model."""
-        if not unwritten(each for one in self._of.values() for each in one.snapshots):
+        """Drop all slices if a weight was written to through `.data`; to be called once in a call of the model."""
+        if not unwritten(snapshot for one in self._by_block.values() for snapshot in one.snapshots):
             self.clear()
 
     def pruned(
         self, number: int, block: nn.Module, layout: Layout, on: On, sites: Mapping[int, Any]
     ) -> tuple[nn.Module, Slice] | None:
-        """Build a block that computes some heads and channels alone.
+        """Build a copy of a block that computes some heads and channels only.
 
         Args:
-            number: of the block in the model.
-            block: stays as it is.
-            layout: of the block.
-            on: what is computed.
-            sites: of the model; copies of attention and MLP keep theirs.
+            number: index of the block in the model.
+            block: the block, which is not changed.
+            layout: the layout of the block.
+            on: the heads and channels to compute.
+            sites: the sites of the model; the copies of attention and MLP keep theirs.
 
         Returns:
-            The block and its slice; None if it cannot be sliced: a layer is no plain linear layer, its weights are not
-            there or want gradients, or hooks hold on to the modules.
+            The copy and its slices. None if the block cannot be sliced safely: a layer is not an nn.Linear, its weights
+            are offloaded or require gradients, or a module has hooks.
         """
         sliceable = layout.width.sliceable
         sources = sources_of(block, layout, on) if sliceable is None or sliceable(block) else None
         if sources is None:
-            self._of.pop(number, None)
+            self._by_block.pop(number, None)
             return None
-        found = self._of.get(number)
-        if found is None or not found.holds(on, sources):
-            self._of.pop(number, None)  # before the new one is made
-            found = self._of[number] = _sliced(layout, sources, on)
-        return pruned_copy(block, layout, found, sites), found
+        slices = self._by_block.get(number)
+        if slices is None or not slices.holds(on, sources):
+            self._by_block.pop(number, None)  # frees its memory before the new one is made
+            slices = self._by_block[number] = _slice_layers(layout, sources, on)
+        return pruned_copy(block, layout, slices, sites), slices
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _sliced(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
-    """Slice the weights."""
+def _slice_layers(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
+    """Slice the weights of these modules of a block for the heads and channels that are on."""
     kept = {kind: kept_channels(on.of(kind), sizes) for kind, sizes in layout.sizes.items() if sizes}
     modules: dict[Names, nn.Module] = {}
     without: dict[Names, int] = {}
@@ -181,13 +184,13 @@ def _sliced(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
             modules[names] = Selected(source, _shared(layer, layout, on)[1].to(device))
         elif layer.shared > 1:
             rows, again = _shared(layer, layout, on)
-            pruned = _cut(source, rows.to(device), None)
-            modules[names] = Selected(pruned, _places(rows, again).to(device))
+            pruned = _slice_linear(source, rows.to(device), None)
+            modules[names] = Selected(pruned, torch.searchsorted(rows, again).to(device))
             without[names] = source.weight.numel() - pruned.weight.numel()
         else:
             rows_of = {"out": layer.out, "into": layer.into}
             index = {side: _index(kinds, kept, layout).to(device) if kinds else None for side, kinds in rows_of.items()}
-            pruned = _cut(source, index["out"], index["into"])
+            pruned = _slice_linear(source, index["out"], index["into"])
             modules[names] = pruned
             without[names] = source.weight.numel() - pruned.weight.numel()
     columns = None if all(on.heads) else kept["heads"]
@@ -197,7 +200,13 @@ def _sliced(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
 
 
 def _index(kinds: tuple[Kind, ...], kept: Mapping[Kind, Tensor], layout: Layout) -> Tensor:
-    """List the outputs or inputs of a layer that stay."""
+    """Return the indices of a layer's outputs or inputs that stay.
+
+    Args:
+        kinds: what the outputs or inputs belong to, in order.
+        kept: the channels of heads and of the MLP that stay.
+        layout: the layout of the block.
+    """
     parts, start = [], 0
     for kind in kinds:
         parts.append(kept[kind] + start)
@@ -206,21 +215,20 @@ def _index(kinds: tuple[Kind, ...], kept: Mapping[Kind, Tensor], layout: Layout)
 
 
 def _shared(layer: Layer, layout: Layout, on: On) -> tuple[Tensor, Tensor]:
-    """List the outputs needed by heads that share keys and values, and the output of every channel of every head."""
+    """Return the outputs that a layer has to compute for the heads that are on, if several heads share its outputs.
+
+    Returns:
+        The outputs, each once, ascending; and for every channel of every head that is on the output that it is.
+    """
     size = layout.sizes["heads"][0]
-    groups = [head // layer.shared for head, there in enumerate(on.heads) if there]
+    groups = [head // layer.shared for head, is_on in enumerate(on.heads) if is_on]
     channels = torch.arange(size)
     again = torch.cat([group * size + channels for group in groups])
     return torch.unique(again), again
 
 
-def _places(rows: Tensor, again: Tensor) -> Tensor:
-    """Find each wanted output among those that are computed."""
-    return torch.searchsorted(rows, again)
-
-
-def _cut(layer: Any, out: Tensor | None, into: Tensor | None) -> Any:
-    """Build a linear layer with some of the outputs and inputs of another."""
+def _slice_linear(layer: Any, out: Tensor | None, into: Tensor | None) -> Any:
+    """Build a linear layer with some outputs and some inputs of another, given as int64 indices; None keeps all."""
     weight, bias = layer.weight.detach(), layer.bias if layer.bias is None else layer.bias.detach()
     if out is not None:
         weight, bias = weight.index_select(0, out), bias if bias is None else bias.index_select(0, out)
@@ -230,3 +238,10 @@ def _cut(layer: Any, out: Tensor | None, into: Tensor | None) -> Any:
     pruned._parameters = {"weight": weight, "bias": bias}
     pruned.out_features, pruned.in_features = weight.shape
     return pruned
+
+
+def select_channels(table: Any, index: Tensor) -> Any:
+    """Select channels (n,) along the last axis of a tensor, or of each tensor in a tuple or list."""
+    if isinstance(table, (tuple, list)):
+        return type(table)(select_channels(part, index) for part in table)
+    return table.index_select(-1, index.to(table.device))
