@@ -83,13 +83,15 @@ def of_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: Block
         named: arguments by name.
         rows: (b,) int64, the samples.
         batch: B.
-        blocks: says which arguments have no batch.
+        blocks: says which arguments have no batch, and which have several entries per sample.
     """
     shared = {how.name for how in blocks.follow if not how.batched}
     selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
         if id(value) not in selected:
-            selected[id(value)] = _rows(value, rows, batch, name in shared)
+            several = name in blocks.rounds and isinstance(value, Tensor) and len(value) > batch
+            chosen = torch.cat([rows + start for start in range(0, len(value), batch)]) if several else rows
+            selected[id(value)] = _rows(value, chosen, len(value) if several else batch, name in shared)
     return {name: selected[id(value)] for name, value in named.items()}
 
 
