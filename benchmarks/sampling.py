@@ -63,8 +63,8 @@ def stacked(name: str, steps: int, cached: float) -> tuple[nn.Module, dict[str, 
     }.get(name, [])
     if methods:
         model = tokdyn.wrap(model, methods)
-        for part in model.tokdyn.parts.values() if width in methods else ():
-            if hasattr(part, "channels"):
+        for method, part in tokdyn.parts(model):
+            if method == width:
                 _set_gates(part)
     if isinstance(model, DCDiT):
         model.register_forward_pre_hook(_planned, with_kwargs=True)

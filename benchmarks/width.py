@@ -47,7 +47,8 @@ def of_diffusers() -> nn.Module:
 
 def set_gates(model: nn.Module, others: list[int]) -> None:
     """Turn on head and channel group 0, which are always on, and `others` in every block at all noise levels."""
-    gates: Any = model.tokdyn.parts["0"]
+    gates: Any
+    ((_, gates),) = tokdyn.parts(model)
     row = torch.full((HEADS - 1,), -1.0)
     row[[group - 1 for group in others]] = 1.0
     with torch.no_grad():

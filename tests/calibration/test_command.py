@@ -83,7 +83,7 @@ def test_skip_writes_methods_report_and_picture(saved, tmp_path):
     whole = sum(row["other_flops"] + sum(row["block_flops"]) for row in rows)
     assert found["flops"] == pytest.approx(spent / whole)
     model = tokdyn.load(load_model(saved)[0], out)
-    assert model.tokdyn.methods[0].table == tuple((r["low"], r["high"], tuple(r["skipped"])) for r in rows)
+    assert tokdyn.parts(model)[0][0].table == tuple((r["low"], r["high"], tuple(r["skipped"])) for r in rows)
 
 
 def test_share_of_flops_holds_for_the_drawn_trajectories(saved, tmp_path):

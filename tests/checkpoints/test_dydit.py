@@ -106,12 +106,12 @@ def test_token_gates_read_the_tokens_before_norm_and_modulation(weights: dict[st
     """Gates that read the input of the MLP select other tokens, so the reader needs this setting to be exact."""
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([100, 100]), torch.tensor([0, 3])
     model = read(weights, num_heads=HEADS)
-    (method,) = tokdyn.attach.attached(model).methods
-    gates = tokdyn.attach.attached(model).state_dict()
+    ((method, gates),) = tokdyn.parts(model)
     expected = model(x, timestep=t, class_labels=y).sample
     tokdyn.unwrap(model)
     tokdyn.wrap(model, [method.model_copy(update={"token_input": "mlp"})])
-    tokdyn.attach.attached(model).load_state_dict(gates)
+    ((_, others),) = tokdyn.parts(model)
+    others.load_state_dict(gates.state_dict())
     assert not torch.allclose(model(x, timestep=t, class_labels=y).sample, expected, atol=1e-3)
 
 
@@ -120,7 +120,7 @@ def test_training_file_records_the_target(weights: dict[str, Tensor], tmp_path: 
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": wrapped, "ema": weights, "args": Namespace(token_ratio=0.5, lr=1e-4)}, path)
     model = read(path, num_heads=HEADS)
-    (method,) = tokdyn.attach.attached(model).methods
+    ((method, _),) = tokdyn.parts(model)
     assert isinstance(method, tokdyn.DynamicWidth)
     assert (method.target, method.token_input) == (0.5, "stream")
 
@@ -129,7 +129,7 @@ def test_gates_get_gradients(weights: dict[str, Tensor]) -> None:
     model = read(weights, num_heads=HEADS).train()
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([100, 900]), torch.tensor([0, 3])
     model(x, timestep=t, class_labels=y).sample.square().mean().backward()
-    for name, parameter in tokdyn.attach.attached(model).named_parameters():
+    for name, parameter in model.tokdyn.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all()
 

@@ -54,10 +54,12 @@ def test_one_command_trains_and_attaches_a_stack(base: Path, tmp_path: Path) -> 
     methods = json.loads((out / "methods" / "tokdyn_config.json").read_text())["methods"]
     assert [method["method"] for method in methods] == ["FeatureCache", "TokenMerge", "DynamicWidth"]
     model, *_ = load_model(out)
-    trained = {name: value.clone() for name, value in model.tokdyn.parts["0"].state_dict().items()}
+    ((_, gates),) = tokdyn.parts(model)
+    trained = {name: value.clone() for name, value in gates.state_dict().items()}
     tokdyn.unwrap(model)
     tokdyn.load(model, out / "methods")
-    assert all(bool((model.tokdyn.parts["2"].state_dict()[name] == value).all()) for name, value in trained.items())
+    _, _, (_, loaded) = tokdyn.parts(model)
+    assert all(bool((loaded.state_dict()[name] == value).all()) for name, value in trained.items())
     sampled = ["steps=50", "count=2", "device=cpu", f"methods={out / 'methods'}", f"out={tmp_path / 'images'}"]
     run("sample", out, *sampled)
     assert json.loads((tmp_path / "images" / "sample.json").read_text())["budgets"][0]["tflops_per_image"] > 0
@@ -112,5 +114,5 @@ def test_methods_that_cannot_be_combined_leave_the_trained_ones_attached(base: P
     before = {name: value.clone() for name, value in model.tokdyn.state_dict().items()}
     with pytest.raises((CompositionError, RecipeError)):
         rewrap(model, [tokdyn.DynamicWidth(target=0.7)])
-    assert [type(each).__name__ for each in model.tokdyn.methods] == ["DynamicWidth"]
+    assert [type(method).__name__ for method, _ in tokdyn.parts(model)] == ["DynamicWidth"]
     assert all(bool((value == before[name]).all()) for name, value in model.tokdyn.state_dict().items())

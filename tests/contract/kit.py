@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.adapters import ADAPTERS
+import tokdyn
+from tokdyn import FeatureCache
+from tokdyn.adapters import ADAPTERS, adapter_for
 from tokdyn.attach import unsupported
 from tokdyn.methods import Method
+from tokdyn.ops.caching import relative_change
 
 SHARED = {"img_ids", "txt_ids", "image_rotary_emb", "added_cond_kwargs", "num_frames", "height", "width"}
 """Arguments that have no batch."""
@@ -92,3 +96,47 @@ def sample(output: Any) -> Tensor:
         return output
     found = output[0] if isinstance(output, tuple) else output.sample
     return found if isinstance(found, Tensor) else torch.stack(list(found))
+
+
+def moved(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a call with latents that have moved, of every sample by another distance."""
+    name, x = next(iter(inputs.items()))
+    generator = torch.Generator().manual_seed(5)
+    later = [each + 0.1 * 2**place * torch.randn(each.shape, generator=generator) for place, each in enumerate(x)]
+    return {**inputs, name: later if isinstance(x, list) else torch.stack(later)}
+
+
+def assert_a_cache_compares_what_attention_gets(build: Callable[[], Any], before: Any, after: Any) -> None:
+    """A sample reuses its blocks if the input of the first attention changed by less than the threshold.
+
+    Args:
+        build: makes a model.
+        before: arguments of a call for two samples.
+        after: the same at a later step.
+    """
+    model, seen = build(), []
+    blocks = adapter_for(model).blocks[0]
+    first = next(iter(model.get_submodule(blocks.path).children()))
+    first.get_submodule(blocks.attention[0]).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True
+    )
+    model(**before)
+    model(**after)
+    low, high = sorted(relative_change(seen[1], seen[0]).tolist())
+    assert 0 < 1.05 * low < high
+    for threshold, reused in ((0.99 * low, 0), ((low * high) ** 0.5, 1), (1.01 * high, 2)):
+        model = tokdyn.wrap(build(), [FeatureCache(threshold=threshold)])
+        model(**before)
+        model(**after)
+        assert [call.reused for call in tokdyn.stats(model).calls] == [0, reused]
+
+
+def elements_in_memory() -> int:
+    """Count the elements of all tensors in this process, once for all views of one memory."""
+    gc.collect()
+    found = {}
+    for each in gc.get_objects():
+        if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided and not each.is_meta:
+            storage = each.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes() // each.element_size()
+    return sum(found.values())

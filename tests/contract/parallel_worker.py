@@ -69,7 +69,7 @@ def data_parallel(name: str, methods: list[Any], rank: int) -> dict[str, Any]:
         found["losses"].append(loss.item())
     found["end"] = {key: value.detach().clone() for key, value in model.state_dict().items()}
     found["calls"] = len(tokdyn.stats(together).calls)
-    if tokdyn.attach.attached(together).takes("tail_drop"):
+    if any(isinstance(method, Chunking) for method, _ in tokdyn.parts(together)):
         found["calibration"] = refused(lambda: tokdyn.calibrate_router(together, **half(name, rank)))
     found["unwrapping"] = refused(lambda: tokdyn.unwrap(together))
     found["wrapping"] = refused(lambda: tokdyn.wrap(together, [TokenMerge()]))

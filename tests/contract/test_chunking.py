@@ -22,7 +22,7 @@ def chunked(name, **settings):
 
 
 def kept(model):
-    return model.tokdyn.records[-1].kept
+    return tokdyn.traces(model)[-1].kept
 
 
 def twice(inputs):
@@ -38,9 +38,10 @@ def twice(inputs):
 def test_nothing_dropped_and_nothing_smoothed_is_the_plain_model(name):
     """An untrained residual adds nothing, so training starts from the model as it was."""
     model, inputs = chunked(name, ragged=True, sigma=None), TINY[name].inputs(2)
-    model.tokdyn.parts["0"].router.bias.fill_(50.0)
+    ((_, part),) = tokdyn.parts(model)
+    part.router.bias.fill_(50.0)
     found = sample(model(**inputs))
-    assert set(kept(model)) == {model.tokdyn.records[-1].cells}
+    assert set(kept(model)) == {tokdyn.traces(model)[-1].cells}
     torch.testing.assert_close(found, sample(TINY[name].build()(**inputs)), rtol=0, atol=2e-6)
 
 
@@ -70,7 +71,7 @@ def test_guidance_branches_have_budgets(name):
     if how == "calls":
         for _ in range(2):
             model(**{**single, **TINY[name].at(2, 0.7)})
-        named = [record.kept for record in model.tokdyn.records[-2:]]
+        named = [call.kept for call in tokdyn.traces(model)[-2:]]
         with model.cache_context("uncond"):
             model(**{**single, **TINY[name].at(2, 0.6)})
         assert kept(model) == named[1]
@@ -81,7 +82,7 @@ def test_guidance_branches_have_budgets(name):
         full, lean = (first, second) if how == "cond_first" else (second, first)
         with pytest.raises(InputError, match=r"tail_drop .* 3 samples"):
             model(**TINY[name].inputs(3))
-    assert full == (round(model.tokdyn.records[-1].cells / 3),) * 2
+    assert full == (round(tokdyn.traces(model)[-1].cells / 3),) * 2
     assert lean == (full[0] - int(full[0] * 0.9),) * 2
 
 
@@ -105,7 +106,7 @@ def test_kept_sets_are_nested_and_follow_the_noise():
 @every
 def test_every_part_learns_and_the_ratio_loss_is_that_of_dc_dit(name):
     model, inputs = chunked(name), TINY[name].inputs(2)
-    part = model.tokdyn.parts["0"]
+    ((_, part),) = tokdyn.parts(model)
     grids = []
     part.register_forward_hook(lambda *_: None)
     original = part.logits
@@ -131,7 +132,7 @@ def test_every_part_learns_and_the_ratio_loss_is_that_of_dc_dit(name):
 def test_merging_inside_works_on_any_set_of_tokens():
     model = tokdyn.wrap(TINY["FluxTransformer2DModel"].build(), [Chunking(target=2), TokenMerge(ratio=0.3)])
     model(**TINY["FluxTransformer2DModel"].inputs(2))
-    calls = model.tokdyn.records[-1].blocks
+    calls = tokdyn.traces(model)[-1].blocks
     assert {call.tokens for call in calls} == {10}
     assert all(count < 10 for call in calls for _, count in call.attention)
     assert all(call.attention for call in calls)
@@ -170,6 +171,6 @@ def test_calibration_asks_for_its_share():
     model = tokdyn.wrap(tiny.build(), [Chunking(target=4, ragged=True)])
     inputs = tiny.inputs(8)
     tokdyn.calibrate_router(model, **inputs)
-    assert model.tokdyn.records == []
+    assert tokdyn.traces(model) == ()
     model(**inputs)
     assert sum(kept(model)) == 8 * 24 / 4

@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.contract.models import TINY, ids, sample
-from tokdyn.attach import wrap
+from tests.contract.widths import blocks_of
+from tokdyn.attach import traces, wrap
 from tokdyn.methods import DepthSkip, TokenMerge
 
 
@@ -20,9 +21,8 @@ def through_module(model, **how):
 
 def through_blocks(model, **how):
     """As diffusers' compile_repeated_blocks does."""
-    for stack in model.tokdyn.adapter.blocks:
-        for block in getattr(model, stack.path):
-            block.compile(**how)
+    for block in blocks_of(model):
+        block.compile(**how)
     return model
 
 
@@ -41,8 +41,8 @@ def test_later_calls_use_the_same_graph(name, through):
         torch.testing.assert_close(sample(run(**inputs)), sample(plain(**inputs)), rtol=0, atol=1e-6)
         graphs.add(backend.frame_count)
     assert graphs == {3 if through is through_blocks else 1}  # one of four blocks is never called
-    assert [[block.block for block in call.blocks] for call in model.tokdyn.records] == [
-        [block.block for block in call.blocks] for call in plain.tokdyn.records
+    assert [[block.block for block in call.blocks] for call in traces(model)] == [
+        [block.block for block in call.blocks] for call in traces(plain)
     ]
 
 

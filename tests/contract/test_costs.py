@@ -155,8 +155,8 @@ def test_costs_of_two_methods_multiply(name, pair):
     if pair == ("Chunking", "TokenMerge"):
         model = wrapped(name, [EACH[each] for each in pair])
         sample(model(**TINY[name].inputs(2)))
-        ((_, left),) = model.tokdyn.records[-1].blocks[0].attention
-        assert {call.tokens for call in model.tokdyn.records[-1].blocks} == {12}
+        ((_, left),) = tokdyn.traces(model)[-1].blocks[0].attention
+        assert {call.tokens for call in tokdyn.traces(model)[-1].blocks} == {12}
         assert left < 12
         shares[1] = {"projections": left / 12, "attention": (left / 12) ** 2, "mlp": left / 12}
     for part in shares[0]:

@@ -112,7 +112,7 @@ def test_the_temperature_scales_the_gradients_of_gates():
         model = tokdyn.wrap(
             TINY["DiT"].build(), [DynamicWidth(target=0.5, tokens=False, temperature=temperature)]
         ).train()
-        gates = model.tokdyn.parts["0"]
+        ((_, gates),) = tokdyn.parts(model)
         with torch.no_grad():
             gates.heads.bias.zero_()  # at the threshold, where the slope of a sigmoid is a quarter over the temperature
         torch.manual_seed(1)
@@ -126,7 +126,7 @@ def test_gradients_pass_through_the_residual_projection(name):
     """Against finite differences in fp64, with a router that does not depend on its input."""
     torch.manual_seed(0)
     model = tokdyn.wrap(TINY[name].build(), [Chunking(target=4)]).double()
-    part = model.tokdyn.parts["0"]
+    ((_, part),) = tokdyn.parts(model)
     with torch.no_grad():
         for parameter in part.router.parameters():
             parameter.zero_()

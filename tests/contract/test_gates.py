@@ -5,10 +5,17 @@ import torch
 
 import tokdyn
 from tests.contract.models import TINY, one_of, sample, works
+from tests.contract.widths import blocks_of
 from tokdyn import DepthSkip, InputError, TokenDrop, TokenMerge
 from tokdyn.ops.dropping import drop_guidance
 
 MODELS = sorted(name for name in TINY if works(name, [DepthSkip(learned=True)]))
+
+
+def gates_of(model):
+    """The learned gates of the only method."""
+    ((_, gates),) = tokdyn.parts(model)
+    return gates
 
 
 def gated(name, target=0.5, seed=0):
@@ -16,7 +23,7 @@ def gated(name, target=0.5, seed=0):
     model = tokdyn.wrap(TINY[name].build(), [DepthSkip(learned=True, target=target)])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        score = model.tokdyn.parts["0"].score
+        score = gates_of(model).score
         score.weight.copy_(torch.randn(score.weight.shape, generator=generator))
         score.bias.zero_()
     return model
@@ -29,9 +36,9 @@ def test_shut_gates_are_not_computed_and_equal_a_table(name):
     levels = (0.25, 0.75, 0.5)
     clock = {key: torch.cat([tiny.at(1, level)[key] for level in levels]) for key in tiny.at(1, 0.5)}
     together = sample(model(**{**tiny.inputs(3), **clock}))
-    ran = sum(call.samples for call in model.tokdyn.records[-1].blocks)
+    ran = sum(call.samples for call in tokdyn.traces(model)[-1].blocks)
     assert 0 < ran < 12
-    shut = model.tokdyn.parts["0"](torch.tensor(levels)) <= 0
+    shut = gates_of(model)(torch.tensor(levels)) <= 0
     assert ran == int((~shut).sum())
     for i, level in enumerate(levels):
         table = tokdyn.wrap(TINY[name].build(), [DepthSkip(blocks=tuple(shut[i].nonzero().flatten().tolist()))])
@@ -42,7 +49,7 @@ def test_shut_gates_are_not_computed_and_equal_a_table(name):
 @pytest.mark.parametrize("name", ["DiT", "FluxTransformer2DModel", "SD3Transformer2DModel"])
 def test_gates_learn_from_both_losses(name):
     model, inputs = gated(name).train(), TINY[name].inputs(2)
-    score = model.tokdyn.parts["0"].score
+    score = gates_of(model).score
     sample(model(**inputs)).square().mean().backward()
     from_output = score.bias.grad.clone()
     assert from_output.abs().sum() > 0
@@ -52,8 +59,8 @@ def test_gates_learn_from_both_losses(name):
     loss = tokdyn.losses(model)["DepthSkip"]
     torch.manual_seed(3)
     uniform = torch.rand(2, score.out_features).clamp(1e-6, 1 - 1e-6)
-    drawn = (model.tokdyn.parts["0"](torch.full((2,), 0.5)) + torch.logit(uniform) > 0).float()
-    weights = torch.tensor(model.tokdyn.blueprint.sizes.weights, dtype=torch.float32)
+    drawn = (gates_of(model)(torch.full((2,), 0.5)) + torch.logit(uniform) > 0).float()
+    weights = torch.tensor([float(sum(p.numel() for p in block.parameters())) for block in blocks_of(model)])
     share = ((drawn * weights).sum(1) / weights.sum()).mean()
     torch.testing.assert_close(loss, 2 * (share - 0.5) ** 2)
     loss.backward()
@@ -74,7 +81,7 @@ def test_a_budget_is_reached_by_training_on_its_loss_alone():
     ran = []
     for _ in range(8):
         model(**inputs)
-        ran.append(model.tokdyn.losses["DepthSkip"].item())
+        ran.append(tokdyn.losses(model)["DepthSkip"].item())
     assert sum(ran) / len(ran) < 0.02  # 2 (r - 0.5)^2 with r within 0.1
 
 

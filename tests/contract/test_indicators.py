@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.models import TINY, of_diffusers
-from tokdyn.adapters import adapter_for
+from tests.contract.kit import assert_a_cache_compares_what_attention_gets, moved
+from tests.contract.models import TINY, of_diffusers, one_of, sample
 
 
 def wan():
@@ -39,14 +39,24 @@ def hunyuan():
 @pytest.mark.parametrize("variant", [wan, qwen, hunyuan], ids=lambda variant: variant.__name__)
 @torch.no_grad()
 def test_the_indicator_is_what_attention_gets(variant):
-    (model, inputs), seen = variant(), []
-    stack = adapter_for(model).blocks[0]
-    attention = getattr(getattr(model, stack.path)[0], stack.attention[0])
-    attention.register_forward_pre_hook(lambda _, a, k: seen.append([*a, *k.values()][0]), with_kwargs=True)
-    tokdyn.wrap(model, [tokdyn.FeatureCache(threshold=0.5)])
-    model(**inputs)
-    told = next(iter(model.tokdyn.caches[0].memory.branches.values())).indicator
-    torch.testing.assert_close(told, seen[0], rtol=1e-5, atol=1e-6)
+    _, inputs = variant()
+    after = {**moved(inputs), "timestep": 0.9 * inputs["timestep"]}
+    assert_a_cache_compares_what_attention_gets(lambda: variant()[0], inputs, after)
+
+
+@pytest.mark.parametrize("variant", [wan, qwen, hunyuan], ids=lambda variant: variant.__name__)
+@torch.no_grad()
+def test_samples_do_not_depend_on_each_other(variant):
+    """A block that one of two samples skips gets the modulation of the other."""
+    model, inputs = variant()
+    shares = torch.tensor([1.0, 0.2]).view(2, *[1] * (inputs["timestep"].dim() - 1))
+    inputs["timestep"] = (inputs["timestep"] * shares).to(inputs["timestep"].dtype)
+    tokdyn.wrap(model, [tokdyn.DepthSkip(blocks=(1,), levels=(0.3, 1.0))])
+    together = sample(model(**inputs))
+    assert [block.samples for block in tokdyn.traces(model)[-1].blocks] == [2, 1, 2, 2]
+    for i in range(2):
+        alone = sample(model(**one_of(inputs, i)))
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-6)
 
 
 @torch.no_grad()

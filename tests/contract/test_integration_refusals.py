@@ -15,6 +15,7 @@ import tokdyn
 from tests.contract.ecosystem import FEW, equip, predict
 from tests.contract.models import TINY, works
 from tests.contract.pipelines import build
+from tests.contract.widths import blocks_of
 from tokdyn.adapters import ADAPTERS
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
@@ -38,7 +39,7 @@ def test_arguments_with_an_entry_for_every_cell(name: str, argument: str) -> Non
     for methods in (each for each in REDUCING if works(name, each)):
         model = equip(TINY[name].build(), methods)
         ran: list[int] = []
-        model.tokdyn.blocks(model)[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        blocks_of(model)[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))
         with pytest.raises(InputError, match=rf"\b{argument}\b.*\b{name}\b.+\.$"):
             model(**{**TINY[name].inputs(2), argument: value_of(argument)})
         assert not ran
@@ -108,7 +109,7 @@ def test_containers_are_refused_and_looked_through() -> None:
     assert issubclass(DistributedDataParallel, nn.Module)  # two processes try it, in test_integration_parallel.py
     with tokdyn.disabled(torch.compile(model)):
         assert torch.equal(predict(model, "DiT"), predict(plain, "DiT"))
-    assert model.tokdyn.enabled
+    assert not torch.equal(predict(model, "DiT"), predict(plain, "DiT"))
     with pytest.raises(InputError, match="AveragedModel"):
         tokdyn.stats(AveragedModel(plain))
 
@@ -152,4 +153,4 @@ def test_blocks_that_a_call_leaves_out_are_not_those_where_methods_begin_or_end(
     model = equip(TINY[name].build(), [DepthSkip(blocks=(1,)), TokenMerge(ratio=0.5)])
     out = model(**TINY[name].inputs(2), skip_layers=[0])[0]
     assert torch.isfinite(out).all()
-    assert tokdyn.stats(model).calls[-1].blocks == tuple(range(2, model.tokdyn.blueprint.sizes.depth))
+    assert tokdyn.stats(model).calls[-1].blocks == tuple(range(2, len(blocks_of(model))))

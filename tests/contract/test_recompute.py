@@ -200,8 +200,8 @@ def test_statistics_and_losses_count_once():
     model = tokdyn.wrap(DiT("each").train(), [DepthSkip(learned=True, target=0.5)])
     model(latents(2, 4, 8, 12), torch.full((2,), 500.0)).sum().backward()
     before = tokdyn.losses(model)["DepthSkip"]
-    (record,) = model.tokdyn.records
-    assert [block.block for block in record.blocks] == [0, 1, 2, 3]
+    (call,) = tokdyn.traces(model)
+    assert [block.block for block in call.blocks] == [0, 1, 2, 3]
     assert torch.equal(tokdyn.losses(model)["DepthSkip"], before)
 
 

@@ -15,6 +15,7 @@ import torch
 
 import tokdyn
 from tests.contract.models import TINY
+from tests.contract.widths import blocks_of
 from tokdyn import DepthSkip, FeatureCache, TokenMerge
 
 ROOM = Path(tokdyn.attach.__file__).parent
@@ -67,7 +68,7 @@ def test_a_wrapped_block_of_flux_passes_through_seven_files_at_most() -> None:
     )
     passed: list[set[str]] = []
     inside = 0
-    blocks = set(map(id, model.tokdyn.blocks(model)))
+    blocks = set(map(id, blocks_of(model)))
 
     def trace(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal inside

@@ -119,4 +119,4 @@ def test_what_the_gates_of_levels_cost():
         model(**{**ALL["DiT"].inputs(3), **clock("DiT", 0.1, 0.6, 0.6)})
     outputs = gates.depth * gates.gates
     expected = 2 * 2 * (256 * 24 + 24 * 24 + 2 * 24 * outputs)
-    assert model.tokdyn.records[-1].method_flops["DynamicWidth gates"] == expected
+    assert tokdyn.traces(model)[-1].method_flops["DynamicWidth gates"] == expected

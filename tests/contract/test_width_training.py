@@ -156,7 +156,7 @@ def test_other_methods_around_it(name, methods):
             together = sample(model(**{**ALL[name].inputs(3), **clock(name, *levels)}))
             assert (min(call.heads for call in calls(model)) < 1) == narrow
             for i, level in enumerate(levels):
-                model.tokdyn.clear()
+                tokdyn.reset(model)
                 alone = sample(model(**{**one_of(ALL[name].inputs(3), i), **clock(name, level)}))
                 torch.testing.assert_close(alone, together[i : i + 1], rtol=0, atol=2e-6)
     if methods != "cache":

@@ -5,10 +5,11 @@ from itertools import product
 import pytest
 import torch
 
+from tests.contract.kit import assert_a_cache_compares_what_attention_gets, moved
 from tests.contract.models import CLOCKED, TINY, one_of, sample, works
 from tests.contract.stacks import ACTIVE, NEUTRAL, PAIRS, REFUSED, prepare
 from tokdyn.adapters import ADAPTERS
-from tokdyn.attach import set_tail_drop, unwrap, wrap
+from tokdyn.attach import set_tail_drop, traces, unwrap, wrap
 from tokdyn.cost import stats
 from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
 from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenMerge
@@ -83,16 +84,9 @@ MODULATED = [name for name in MODELS if any(name in a.classes and a.blocks[0].mo
 @pytest.mark.parametrize("name", MODULATED)
 @torch.no_grad()
 def test_the_indicator_of_a_cache_is_what_attention_gets(name):
-    model, seen = TINY[name].build(), []
-    stack = next(a for a in ADAPTERS if name in a.classes).blocks[0]
-    attention = getattr(getattr(model, stack.path)[0], stack.attention[0])
-    attention.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True
-    )
-    wrap(model, [FeatureCache(threshold=0.5)])
-    call(model)
-    (branch,) = model.tokdyn.caches[0].memory.branches.values()
-    torch.testing.assert_close(branch.indicator, seen[0], rtol=1e-5, atol=1e-6)
+    tiny = TINY[name]
+    before, after = ({**tiny.inputs(2), **tiny.at(2, level)} for level in (0.6, 0.5))
+    assert_a_cache_compares_what_attention_gets(tiny.build, before, moved(after))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -127,7 +121,7 @@ def test_budgets_and_caches_around_the_chunking_of_dc_dit():
     for level in (0.9, 0.7, 0.6, 0.55, 0.2):
         inputs["hidden_states"] = inputs["hidden_states"] * torch.tensor([1.0, -1.0, 1.02]).view(3, 1, 1, 1)
         output = model(**{**inputs, **tiny.at(3, level)})
-        seen.add(len(model.tokdyn.records[-1].cached))
+        seen.add(len(traces(model)[-1].cached))
         for i in range(3):
             one = alone[i](**{**one_of(inputs, i), **tiny.at(1, level)})
             torch.testing.assert_close(one.sample, output.sample[i : i + 1], rtol=0, atol=2e-6)

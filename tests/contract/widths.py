@@ -40,7 +40,7 @@ def random_gates(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def widths_of(model: Any) -> list[Any]:
     """The gates of a wrapped model."""
-    return [part for part in model.tokdyn.parts.values() if type(part).__name__ == "WidthGates"]
+    return [part for method, part in tokdyn.parts(model) if isinstance(method, DynamicWidth)]
 
 
 def in_double(value: Any) -> Any:
@@ -182,7 +182,7 @@ def clock(name: str, *levels: float) -> dict[str, Tensor]:
 
 def calls(model: nn.Module) -> list[Any]:
     """The blocks that ran in the last call."""
-    return model.tokdyn.records[-1].blocks
+    return tokdyn.traces(model)[-1].blocks
 
 
 def hold(model: nn.Module) -> nn.Module:

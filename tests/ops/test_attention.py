@@ -1,5 +1,7 @@
 """Attention of packed tokens: every path equals a loop over the samples, with gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,9 +171,15 @@ def test_the_backend_is_forced_within_its_context_alone():
     assert attention.forced_backend() == "auto"
 
 
-def test_widths_of_the_variable_length_kernel():
+def test_widths_of_the_variable_length_kernel(monkeypatch):
     """It takes 384 / 6 and 1152 / 16; 60 / 5 = 12 is not a multiple of 8, and 512 / 1 is too wide."""
-    takes = attention._has_variable_length
+
+    def takes(dtype, width, capability):
+        """The kernel computes no pairs of padding."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        rows = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)  # there may be no such device
+        return attention.pairs_of(rows, [3, 5], width, False, False) == 3 * 3 + 5 * 5
+
     assert all(takes(torch.bfloat16, width, (9, 0)) for width in (64, 72, 8, 256))
     assert not any(takes(torch.bfloat16, width, (9, 0)) for width in (12, 512))
     assert not takes(torch.float32, 64, (9, 0))

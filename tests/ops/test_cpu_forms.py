@@ -364,7 +364,8 @@ def test_a_missing_name_is_none():
 
 def runs_a_form() -> bool:
     x = torch.randn(4, 8, requires_grad=True)
-    return "_RMSNorm" in layers.rms_norm(x, torch.ones(8), 1e-5).grad_fn.name()
+    name = layers.rms_norm(x, torch.ones(8), 1e-5).grad_fn.name()
+    return not name.endswith("0")  # as the names of PyTorch's own functions do
 
 
 def test_plain_turns_forms_off():

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.ops.reference import dense_dechunk
 from tokdyn import ops
 from tokdyn.errors import InputError
-from tokdyn.ops.cpu import dechunk as cpu
 from tokdyn.ops.dechunk import smooth
 from tokdyn.ops.nearest import nearest_kept
 
@@ -52,18 +51,22 @@ def test_equals_the_dense_formula_with_gradients(grid, share, seed, sigma, plain
 
 
 @settings(deadline=None, max_examples=40)
-@given(grids, shares, seeds, st.sampled_from([None, 1.0]), st.sampled_from([1, 30, 1 << 20]))
-def test_the_gate_has_the_gradients_of_a_dense_gate(grid, share, seed, sigma, part):
-    """For parts of any size."""
-    features, probability, keep = case(grid, share, seed)
+@given(grids, shares, seeds, st.sampled_from([None, 1.0]))
+def test_the_gate_has_the_gradients_of_a_dense_gate(grid, share, seed, sigma):
+    gate_has_the_gradients_of_a_dense_gate(grid, sigma, *case(grid, share, seed))
+
+
+def test_the_gate_has_its_gradients_where_they_are_computed_in_parts():
+    gate_has_the_gradients_of_a_dense_gate((96, 96), 1.0, *case((96, 96), 0.25, 0, width=100))
+
+
+def gate_has_the_gradients_of_a_dense_gate(grid, sigma, features, probability, keep):
     gate = torch.rand_like(probability)
     wanted = [t.requires_grad_() for t in (features, probability, gate)]
     packing = ops.pack(keep, grid)
     weight = torch.randn(*keep.shape, features.shape[1], dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_PART", part)
-        ours = ops.dechunk_packed(features, probability, keep, packing, sigma, gate)
-        found = torch.autograd.grad((ours * weight).sum(), wanted, allow_unused=True)
+    ours = ops.dechunk_packed(features, probability, keep, packing, sigma, gate)
+    found = torch.autograd.grad((ours * weight).sum(), wanted, allow_unused=True)
     theirs = ops.straight_through(ops.dechunk(features, probability, keep, grid, sigma), gate)
     assert torch.equal(ours, theirs)
     expected = torch.autograd.grad((theirs * weight).sum(), wanted, allow_unused=True)
@@ -76,15 +79,19 @@ def test_the_gate_has_the_gradients_of_a_dense_gate(grid, share, seed, sigma, pa
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    grids, shares, seeds, st.sampled_from([torch.float64, torch.bfloat16]), st.booleans(), st.sampled_from([7, 1000])
-)
-def test_the_residual_is_added_for_parts_of_any_size(grid, share, seed, dtype, learning, part):
-    features, probability, keep = case(grid, share, seed)
+@given(grids, shares, seeds, st.sampled_from([torch.float64, torch.bfloat16]), st.booleans())
+def test_the_residual_is_added(grid, share, seed, dtype, learning):
+    residual_is_added(grid, dtype, learning, *case(grid, share, seed))
+
+
+def test_the_residual_is_added_where_that_is_done_in_parts():
+    residual_is_added((96, 96), torch.bfloat16, False, *case((96, 96), 0.25, 0, width=25))
+
+
+def residual_is_added(grid, dtype, learning, features, probability, keep):
     start = torch.randn(features.shape[1], *keep.shape, dtype=torch.float64).permute(1, 2, 0)
     before, packing = start.clone(), ops.pack(keep, grid)
-    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(learning):
-        patch.setattr(cpu, "_SMALL_PART", part)
+    with torch.set_grad_enabled(learning):
         out = ops.dechunk_packed(features, probability, keep, packing, 1.0, residual=start, dtype=dtype)
     wanted = ops.dechunk(features, probability, keep, grid, 1.0) + before
     assert torch.equal(out, wanted.to(dtype))
@@ -147,12 +154,18 @@ def test_both_forms_of_smoothing_agree(grid, share, seed):
 
 
 def test_the_pairs_that_smoothing_sums_grow_with_the_number_of_tokens():
-    """Sixteen times the cells have sixteen times the pairs; all pairs of tokens would be 256 times as many."""
+    """Sixteen times the cells have sixteen times the pairs; all pairs of tokens would be 256 times as many.
+
+    The gradients need a weight for each pair, so what is kept for them grows with the number of pairs.
+    """
     found = []
     for side in (64, 256):
-        _, _, keep = case((side, side), 0.25, 4, batch=1)
-        packing = ops.pack(keep, (side, side))
-        found.append(len(cpu._neighbours(packing, torch.full((packing.total,), 6.0), 1.0)[0]) / packing.total)
+        features, probability, keep = case((side, side), 0.25, 4, batch=1)
+        packing, kept = ops.pack(keep, (side, side)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            smooth(features.requires_grad_(), probability[keep], packing, 1.0)
+        assert max(kept) > 10 * packing.total
+        found.append(max(kept) / packing.total)
     assert found[1] == pytest.approx(found[0], rel=0.25)  # discs are clipped at the border of the small grid
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import tokdyn
 from tests import processes
 from tokdyn.checkpoints import read
 from tokdyn.errors import CheckpointError, InputError, RecipeError
@@ -186,7 +187,7 @@ def test_methods_train_with_the_student_and_are_saved_beside_it(
     assert train(made.model_copy(update={"out": str(resumed)}), resume=True).finished
     assert_same_run(tmp_path / "run", resumed, 8)
     model, *_ = load_model(tmp_path / "run")
-    assert [type(method).__name__ for method in model.tokdyn.methods] == ["DynamicWidth"]
+    assert [type(method).__name__ for method, _ in tokdyn.parts(model)] == ["DynamicWidth"]
     assert not hasattr(read(tmp_path / "run" / "model"), "tokdyn")
     assert list((tmp_path / "run" / "model" / "methods").glob("*.safetensors"))
     settings = SampleConfig(model=str(resumed), out=tmp_path / "out", count=2, steps=2, device="cpu")
@@ -288,7 +289,7 @@ def test_the_warm_up_of_a_method_counts_steps(base: Path, tmp_path: Path) -> Non
     made = recipe(base, tmp_path / "run", upcycle=width, training={"steps": 4, "accumulation": 2})
     assert train(made).finished
     model, *_ = load_model(tmp_path / "run")
-    (method,), module = model.tokdyn.methods, model.tokdyn.parts["0"]
+    ((method, module),) = tokdyn.parts(model)
     assert module.calls == 8
     assert float(module.target(method)) == pytest.approx(0.8)
 

@@ -108,10 +108,10 @@ def test_width_settings_reach_the_method() -> None:
     student = tokdyn.upcycle(small_base(), ["dc", "dydit"], width_target=0.6, encoder_depth=2)
     assert isinstance(student, DCDiT)
     assert student.config.encoder_depth == 2
-    assert [method.target for method in student.tokdyn.methods] == [0.6]
+    assert [method.target for method, _ in tokdyn.parts(student)] == [0.6]
     copied = tokdyn.upcycle(small_base(), "dydit")
     assert isinstance(copied, DiT)
-    assert copied.tokdyn.methods == (DynamicWidth(),)
+    assert [method for method, _ in tokdyn.parts(copied)] == [DynamicWidth()]
 
 
 def test_a_saved_student_computes_the_same(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_the_warm_up_of_a_method_counts_calls_of_the_model() -> None:
     method = AttachedMethod(method="DynamicWidth", target=0.6, warmup=8)
     settings = SETTINGS.model_copy(update={"methods": (method,)})
     student = build_student(settings, small_base(), chunked=True, accumulation=3)
-    (built,) = student.tokdyn.methods
+    ((built, _),) = tokdyn.parts(student)
     assert (built.target, built.warmup) == (0.6, 24)
 
 

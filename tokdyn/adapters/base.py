@@ -96,6 +96,7 @@ class Blocks:
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
+        rounds: arguments that may hold several entries per sample: one of every sample, then another of every sample.
         attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
             has is used.
         mlp: attributes that may hold the MLP, likewise.
@@ -117,6 +118,7 @@ class Blocks:
     inside_mlp: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
+    rounds: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")
     mlp: tuple[str, ...] = ("ff", "mlp")
     stream: str | None = None

@@ -98,6 +98,7 @@ QWEN = ModelAdapter(
             text="encoder_hidden_states",
             returns=("text", "tokens"),
             follow=(Follow("image_rotary_emb", axis=0, batched=False, item=0), Follow("modulate_index")),
+            rounds=("temb",),  # where reference images have a timestep of their own
             attention=("attn",),
             mlp=("img_mlp",),
             modulated=modulation.qwen,

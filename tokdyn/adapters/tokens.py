@@ -103,7 +103,8 @@ def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: B
         named: the arguments of a block, by name.
         rows: (b,) int64 positions of the samples in the batch.
         batch: B; a tensor whose first axis has another length has no batch axis.
-        blocks: names in `follow` the arguments that have no batch axis whatever their shape.
+        blocks: says in `follow` which arguments have no batch axis whatever their shape, and which have several
+            entries per sample.
 
     Returns:
         All arguments, by name.
@@ -112,7 +113,9 @@ def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: B
     selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
         if id(value) not in selected:
-            selected[id(value)] = _rows(value, rows, batch, name in shared)
+            several = name in blocks.rounds and isinstance(value, Tensor) and len(value) > batch
+            chosen = torch.cat([rows + start for start in range(0, len(value), batch)]) if several else rows
+            selected[id(value)] = _rows(value, chosen, len(value) if several else batch, name in shared)
     return {name: selected[id(value)] for name, value in named.items()}
 
 

@@ -8,7 +8,7 @@ from tokdyn.attach.checks import Support, support, unsupported
 from tokdyn.attach.class_swap import base_class
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.controls import calibrate_router, dropping, losses, reset, set_tail_drop
+from tokdyn.attach.controls import calibrate_router, dropping, losses, parts, reset, set_tail_drop, traces
 from tokdyn.attach.entry import attached, attachment_of, disabled, unwrap, wrap
 from tokdyn.attach.handlers.base import (
     BlockCall,
@@ -63,10 +63,12 @@ __all__ = [
     "losses",
     "metered",
     "other_sampler",
+    "parts",
     "reset",
     "save",
     "set_tail_drop",
     "support",
+    "traces",
     "unsupported",
     "untraced",
     "unwrap",

@@ -14,6 +14,9 @@ from tokdyn.attach.entry import attached
 from tokdyn.attach.measuring import untraced
 from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import InputError
+from tokdyn.methods import Method
+from tokdyn.trace.calls import CallTrace
+from tokdyn.trace.steps import last_run
 
 
 def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] | None) -> None:
@@ -73,6 +76,32 @@ def losses(model: nn.Module) -> dict[str, Tensor]:
         InputError: the model is not wrapped.
     """
     return dict(attached(model).losses)
+
+
+def parts(model: nn.Module) -> list[tuple[Method, nn.Module | None]]:
+    """List the methods of a model in the user's order, each with the module that it trains, or None.
+
+    In the state dict of the model, the names of these modules begin with `tokdyn.parts.` and the place in this list.
+
+    Raises:
+        InputError: the model is not wrapped.
+    """
+    attachment = attached(model)
+    modules = dict(attachment.parts)
+    return [(method, modules.get(str(place))) for place, method in enumerate(attachment.methods)]
+
+
+def traces(model: nn.Module) -> tuple[CallTrace, ...]:
+    """Return what the calls of the last trajectory did, in order, block by block; `tokdyn.stats` is computed from it.
+
+    A trajectory ends when a pipeline has made its images, when another image begins, or with `tokdyn.reset`. In
+    training, every call is one. The last 512 calls are kept.
+
+    Raises:
+        InputError: the model is not wrapped.
+    """
+    attachment = attached(model)
+    return tuple(call.trace for call in last_run(attachment.history, attachment.adapter))
 
 
 @contextmanager
