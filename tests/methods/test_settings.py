@@ -189,7 +189,7 @@ ANSWERS = [
     (
         Chunking(),
         {
-            "stage": Stage.STACK,
+            "stage": Stage.BLOCKS,
             "tokens": "subset",
             "moving": True,
             "reads": "grid",
@@ -267,20 +267,20 @@ ANSWERS = [
     (
         FeatureCache(),
         {
-            "stage": Stage.STACK,
+            "stage": Stage.BLOCKS,
             "remembers": True,
             "needs_level": True,
             "phases": SAMPLE,
             "reads": "split",
             "compares": True,
             "diverges": True,
-            "owns": {"residual of the stack": None},
+            "owns": {"residual of all blocks": None},
             "span": None,
         },
     ),
     (
         FeatureCache(indicator="first_block"),
-        {"span": (1, 11), "owns": {"residual of the stack": None, "skipping": frozenset({0})}},
+        {"span": (1, 11), "owns": {"residual of all blocks": None, "skipping": frozenset({0})}},
     ),
     (FeatureCache(threshold=0.0), {"compares": False, "diverges": False}),
     (FeatureCache(steps=(0, 2)), {"compares": False, "diverges": False}),
