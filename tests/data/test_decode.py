@@ -133,7 +133,7 @@ def test_integers_and_floats():
     unit = grey.astype(np.float32) / 255
     np.testing.assert_array_equal(read(encoded(Image.fromarray(unit), "TIFF"), 1)[..., 0], grey)
     np.testing.assert_array_equal(read(encoded(Image.fromarray(unit * 255), "TIFF"), 1)[..., 0], grey)
-    with pytest.raises(DataError, match=r"^x\.png: "):
+    with pytest.raises(DataError, match=r"^x\.png\b"):
         read(encoded(Image.fromarray(unit * np.float32("nan")), "TIFF"))
 
 
@@ -227,7 +227,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
 def test_broken_files_are_named(content):
-    with quiet(), pytest.raises(DataError, match=r"^cats/7\.jpg: .*on_error=skip") as caught:
+    with quiet(), pytest.raises(DataError, match=r"^cats/7\.jpg\b.*on_error=skip") as caught:
         decode(content, "cats/7.jpg", SIZE, 3)
     assert " object at 0x" not in str(caught.value)
 
@@ -242,5 +242,5 @@ def test_without_a_size_images_keep_their_own():
 
 def test_decompression_bombs_are_refused_by_name():
     bomb = png(60_000, 60_000, 1, 0, b"\0" * 100)
-    with pytest.raises(DataError, match=r"^cats/7\.png: .*3600000000"):
+    with pytest.raises(DataError, match=r"^cats/7\.png\b.*3600000000"):
         decode(bomb, "cats/7.png", SIZE, 3)

@@ -1,4 +1,4 @@
-"""Pretrained models, opened by name, hub id or path."""
+"""Open bases, the pretrained models to start from, by name, hub id or path."""
 
 from tokdyn.bases.opening import Base, open_base, read_base
 from tokdyn.bases.table import Row, rows

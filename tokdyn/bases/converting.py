@@ -1,4 +1,4 @@
-"""Convert any base to another layout."""
+"""Convert a pretrained model to the layout of another project or of tokdyn (`tokdyn convert`)."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ class ConvertConfig(BaseModel):
 
     Attributes:
         source: A checkpoint file or folder, a name of `tokdyn models`, or OWNER/REPO[:FILE_OR_FOLDER] of the hub.
-        destination: A path that does not exist yet: a .safetensors file for `official` and `facebook`, else a folder.
+        destination: A path that does not exist yet: a .safetensors file for `official` and `facebook`, otherwise a
+            folder.
         to: The layout: a folder for diffusers' DiTTransformer2DModel (`diffusers`) or for tokdyn (`tokdyn`), or a file
             for the public code of DC-DiT (`official`) or DiT (`facebook`).
-        kind: The format of the source; null recognises it. SiT has the tensor names of DiT and has to be given.
+        kind: The format of the source; null recognises it. For SiT, set `sit`, because its tensors have the names of
+            DiT's.
         dtype: Dtype of the written tensors.
-        ema: Take the averaged weights where the source holds both.
-        num_heads: Attention heads, if neither the width nor the source determines them.
-        sample_size: Rows and columns of the input, if the source does not determine them.
-        patch_size: Patch size of a DC-DiT whose source does not determine it; null means 1.
-        timestep_shift: Timestep frequencies of diffusers' weights: 0 for those of facebook's DiT, 1 for diffusers'.
-        mlp_norm_eps: Epsilon of the norm before the MLP; 1e-6 in facebook's DiT, 1e-5 in diffusers'.
+        ema: Take the averaged weights if the source holds averaged and plain ones.
+        num_heads: Number of attention heads, if neither the width nor the source determines it.
+        sample_size: Input size in pixels or latent pixels, one number or (rows, columns), if the source does not
+            determine it.
+        patch_size: Patch size of a DC-DiT whose source does not determine it; null takes 1.
+        timestep_shift: Timestep frequencies to read diffusers' weights with: 0 for facebook's, 1 for diffusers' own.
+        mlp_norm_eps: Epsilon of the norm before the MLP: 1e-6 in facebook's DiT, 1e-5 in diffusers'.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,16 +60,16 @@ class Converted:
     """The result of `convert`.
 
     Attributes:
-        source: the source as it was given.
-        sha256: digest of its weights.
+        source: the source as the user gave it.
+        sha256: digest of the source's weights.
         place: the file or folder that was written.
-        layout: layout of `place`.
+        layout: layout of the written model.
         files: the files in the folder, or the file itself.
         model: class name of the model.
         parameters: number of parameters.
-        methods: class names of the methods that the model is wrapped with.
-        objective: what the model was trained to predict.
-        notes: differences in what the other project's code computes, one sentence each.
+        methods: class names of the methods attached to the model.
+        objective: what the model was trained to predict: "noise", or the velocity of a "flow".
+        notes: one sentence for each way in which the other project's code computes something else than the model.
     """
 
     source: str
@@ -108,8 +111,8 @@ def convert(config: ConvertConfig) -> Converted:
 
 
 def _facts(base: Base) -> dict[str, Any]:
-    """Collect what tokdyn.json of a tokdyn folder says: the facts of the source, else what is known about it."""
-    if base.facts or (base.origin not in rows() and base.objective == "noise"):  # a guess, for a bare file
+    """Return the contents of the tokdyn.json to write: those of the source, or if it has none, name and objective."""
+    if base.facts or (base.origin not in rows() and base.objective == "noise"):  # of a bare file, "noise" is a guess
         return base.facts
     objective: dict[str, Any] = {"kind": base.objective}
     if base.objective == "noise":

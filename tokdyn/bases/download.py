@@ -1,4 +1,4 @@
-"""Download a public file with progress, resume it after interruptions, and check its digest."""
+"""Download a public file with a progress bar, resume interrupted downloads, and check the digest."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from tokdyn.errors import CheckpointError
 from tokdyn.files import half_of, replacing, writing
 from tokdyn.progress import progress
 
-_CHUNK = 1 << 20  # bytes; the unit of progress
+_CHUNK = 1 << 20  # bytes that are read at once; the unit of the progress bar
 _TRIES = 3
-_TIMEOUT = 30.0  # seconds without a byte
+_TIMEOUT = 30.0  # seconds without a byte after which a connection is given up
 
 
 class Unreachable(Exception):
-    """The server cannot be reached, or must not be."""
+    """Raised if the server cannot be reached, or if downloads are turned off."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloaded files: TOKDYN_CACHE, or ~/.cache/tokdyn."""
+    """Return the folder of downloaded files: the environment variable TOKDYN_CACHE, or ~/.cache/tokdyn."""
     return Path(os.environ.get("TOKDYN_CACHE") or Path.home() / ".cache" / "tokdyn").expanduser()
 
 
 def fetch(url: str, place: Path, sha256: str | None = None) -> str:
-    """Download a file unless it is already there.
+    """Download a file, unless it exists.
 
-    The digest is written beside the file in the format of `sha256sum`, and a file that is already there is checked
-    against it. A partial download is called PLACE.part; the next call resumes it if the server still has the same file.
+    The digest is written to PLACE.sha256 in the format of `sha256sum`, and a file that exists is checked against it. An
+    interrupted download is kept as PLACE.part; the next call resumes it if the server still has the same file.
 
     Args:
-        url: http or https.
-        place: path of the file.
-        sha256: the expected digest; None accepts any file on the first download.
+        url: http or https URL of the file.
+        place: path to write the file to.
+        sha256: expected digest; None accepts any file on the first download.
 
     Returns:
         The sha256 of the file.
 
     Raises:
-        CheckpointError: the server does not have the file, the connection keeps breaking, or the digest is wrong.
+        CheckpointError: the server does not have the file, the connection breaks repeatedly, or the digest is wrong.
         OutputError: the file cannot be written.
         Unreachable: the server cannot be reached.
     """
@@ -82,13 +82,13 @@ def digest(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _digest(path: Path, size: int, modified: int) -> str:
-    """Compute the digest once for as long as the file does not change, since gigabytes take seconds."""
+    """Compute the sha256, cached until size or time of the file change, because large files take seconds."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_existing(place: Path, sha256: str | None) -> str:
-    """Check the digest of a file that is already there, and return it."""
+    """Return the digest of a file that exists; raise a CheckpointError unless it is the expected one."""
     note = _digest_file(place)
     expected = sha256 or (note.read_text().split(maxsplit=1)[0] if note.is_file() and note.stat().st_size else None)
     actual = digest(place)
@@ -97,23 +97,30 @@ def _check_existing(place: Path, sha256: str | None) -> str:
             f"{place} has the sha256 {actual}, expected {expected}: it changed after it was downloaded; remove it, and "
             "it will be downloaded again."
         )
-    if expected is None:  # the user put it there: from now on it must not change
+    if expected is None:  # the user put the file there, so it must not change from now on
         with replacing(note) as temporary:
             temporary.write_text(f"{actual}  {place.name}\n")
     return actual
 
 
 def _digest_file(place: Path) -> Path:
+    """Return the path of the file that holds the digest of a downloaded file."""
     return place.with_name(f"{place.name}.sha256")
 
 
 def _version_file(part: Path) -> Path:
-    """Return the path of the note that says which version of the file a partial download belongs to."""
+    """Return the path of the file that holds the server's tag of the version that a partial download is part of."""
     return half_of(part).with_suffix(".json")
 
 
 def _complete(url: str, part: Path, name: str) -> None:
-    """Download the missing bytes of a partial file, with a few attempts."""
+    """Download the missing bytes of a partial file, in a few attempts.
+
+    Args:
+        url: URL of the file.
+        part: path of the partial file, which may not exist yet.
+        name: name of the file, for the progress bar.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise Unreachable("HF_HUB_OFFLINE is set")
     reason = ""
@@ -139,7 +146,11 @@ def _complete(url: str, part: Path, name: str) -> None:
 
 
 def _resume(url: str, part: Path, name: str) -> tuple[int, int | None]:
-    """Request the missing bytes and append them; return how many bytes there are now and should be in total."""
+    """Request the missing bytes and append them to the partial file.
+
+    Returns:
+        The size of the partial file now, and that of the complete file (None if the server does not say).
+    """
     have, version = part.stat().st_size if part.is_file() else 0, _version(part)
     headers = {"User-Agent": "tokdyn", "Accept-Encoding": "identity"}
     if have and version:
@@ -154,7 +165,7 @@ def _resume(url: str, part: Path, name: str) -> tuple[int, int | None]:
         total = None if length is None else have + int(length)
         with writing(part):
             tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            # A weak tag says that two versions are equivalent, not that their bytes are equal.
+            # A weak tag promises that two versions are equivalent, not that their bytes are equal, so it is not stored.
             _version_file(part).write_text(json.dumps("" if tag.startswith("W/") else tag))
             file = part.open("ab" if have else "wb")
         with file, progress(f"{name}, MiB", -(-(total or 0) // _CHUNK)) as advance:
@@ -162,7 +173,15 @@ def _resume(url: str, part: Path, name: str) -> tuple[int, int | None]:
 
 
 def _append(answer: HTTPResponse, file: BinaryIO, part: Path, advance: Callable[[int], None], have: int) -> int:
-    """Write the body of an answer to a file, and return the number of bytes."""
+    """Append the body of an answer to a file, and return the number of bytes.
+
+    Args:
+        answer: the server's answer.
+        file: the opened file.
+        part: path of the file, for error messages.
+        advance: moves the progress bar by a number of MiB.
+        have: bytes that were downloaded before.
+    """
     advance(have // _CHUNK)
     received = 0
     while block := answer.read(_CHUNK):
@@ -176,7 +195,7 @@ def _append(answer: HTTPResponse, file: BinaryIO, part: Path, advance: Callable[
 
 
 def _version(part: Path) -> str:
-    """Read which version of the file a partial download belongs to; "" if unknown."""
+    """Return the server's tag of the version that a partial download is part of; "" if it is unknown."""
     try:
         return str(json.loads(_version_file(part).read_text()))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Fetch files from the Hugging Face hub; huggingface_hub provides cache, progress and resuming."""
+"""Download files from the Hugging Face hub. huggingface_hub does the caching, the progress bar and the resuming."""
 
 from __future__ import annotations
 
@@ -27,23 +27,27 @@ _WEIGHTS = tuple(f"*{ending}" for ending in _ENDINGS)
 
 
 def fetch_from_hub(name: str, local: bool = False) -> Path:
-    """Download what a hub id names unless it is in the cache, and return the path of the file or folder.
-
-    Without a part after the colon, that is the transformer of a pipeline, or else the top folder of the repository.
+    """Download the file or folder of a hub id, unless it is in the cache.
 
     Args:
-        name: OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER.
-        local: only look into the cache.
+        name: OWNER/REPO:FILE_OR_FOLDER; or OWNER/REPO, which stands for the transformer if the repository is a
+            pipeline, and otherwise for the top folder of the repository.
+        local: look only into the cache.
+
+    Returns:
+        The path in the cache.
 
     Raises:
-        CheckpointError: the repository or the file does not exist, lies outside of the repository, or access is denied.
-        Unreachable: it is not in the cache, and the hub cannot be reached.
+        CheckpointError: the repository or the file does not exist, the path leaves the repository, or access is denied.
+        Unreachable: the file is not in the cache, and the hub cannot be reached.
     """
     match = HUB_ID.fullmatch(name)
     assert match is not None, "the caller has checked the id"
     repo, inside = match["repo"], match["inside"]
     if inside is not None and ".." in PurePosixPath(inside).parts:
-        raise CheckpointError(f"{name} names {inside!r}, which lies outside of the repository {repo}.")
+        raise CheckpointError(
+            f"{name} names {inside!r}, which is outside of the repository {repo}; give a path without '..'."
+        )
     try:
         if inside is not None and inside.endswith(_ENDINGS):
             return Path(hf_hub_download(repo, inside, local_files_only=local))
@@ -63,13 +67,15 @@ def fetch_from_hub(name: str, local: bool = False) -> Path:
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repo} has no {inside}; see the list of files on its page.") from error
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is not a valid id of a repository: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{repo!r} is not a valid id of a repository, expected OWNER/REPO: {str(error).splitlines()[0]}"
+        ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"the hub refuses access to {repo}: {str(error).splitlines()[0]}") from error
 
 
 def _is_pipeline(repo: str, local: bool) -> bool:
-    """Whether a repository holds a diffusers pipeline."""
+    """Return whether a repository holds a diffusers pipeline."""
     try:
         hf_hub_download(repo, "model_index.json", local_files_only=local)
     except LocalEntryNotFoundError:
@@ -82,7 +88,7 @@ def _is_pipeline(repo: str, local: bool) -> bool:
 
 
 def _cached(repo: str) -> bool:
-    """Whether the cache holds any file of a repository."""
+    """Return whether any file of a repository is in the cache."""
     try:
         snapshot_download(repo, local_files_only=True, allow_patterns=[])
     except LocalEntryNotFoundError:
@@ -91,12 +97,12 @@ def _cached(repo: str) -> bool:
 
 
 def _folder(repo: str, inside: str | None, local: bool) -> Path:
-    """Download a folder with weights: the top folder, or one inside the repository."""
+    """Download a folder with weights and return its path; the top folder of the repository if `inside` is None."""
     if inside is None:
-        patterns, without = ["*.json", *_WEIGHTS], ["*/*"]
+        patterns, ignored = ["*.json", *_WEIGHTS], ["*/*"]
     else:
-        patterns, without = [f"{inside.strip('/')}/*"], []
-    root = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=without, local_files_only=local))
+        patterns, ignored = [f"{inside.strip('/')}/*"], []
+    root = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=local))
     folder = root if inside is None else root / inside.strip("/")
     if not folder.is_dir() or not any(path.name.endswith(_ENDINGS) for path in folder.iterdir()):
         place = "its top folder" if inside is None else inside
@@ -107,7 +113,7 @@ def _folder(repo: str, inside: str | None, local: bool) -> Path:
 
 
 def checked_digest(file: Path) -> str:
-    """Compute the sha256 of a file in the cache of the hub, and compare it with the name of the blob.
+    """Return the sha256 of a file in the hub's cache, after comparing it with the one in the name of the cached file.
 
     Raises:
         CheckpointError: the file is damaged.

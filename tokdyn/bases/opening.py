@@ -29,12 +29,12 @@ class Base:
     """A pretrained model and its origin.
 
     Attributes:
-        model: in evaluation mode, fp32, on the CPU.
-        objective: what it was trained to predict: "noise", or the velocity of a "flow".
+        model: the model, in evaluation mode, in fp32, on the CPU.
+        objective: what the model was trained to predict: "noise", or the velocity of a "flow".
         origin: the name or path that the user gave.
         path: the file or folder that was read.
         sha256: digest of the file with the weights; for several files, digest of the list of their digests and names.
-        facts: content of tokdyn.json beside the weights; empty if there is none.
+        facts: contents of the tokdyn.json beside the weights; empty if there is none.
     """
 
     model: DiT | DCDiT
@@ -46,7 +46,7 @@ class Base:
 
 
 def open_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **config: Any) -> DiT | DCDiT:
-    """Return the model of a base; see `read_base`."""
+    """Find a pretrained model, download it if necessary, and return it; arguments and errors as for `read_base`."""
     return read_base(name, kind, ema, **config).model
 
 
@@ -54,14 +54,14 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
     """Find a base, download it if necessary, and read it.
 
     Args:
-        name: a path, a name listed by `tokdyn models`, or OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER of the hub; the first
-            that exists is taken.
-        kind: the format; None takes that of the named base, or recognises it. SiT files need "sit".
-        ema: take the averaged weights where a checkpoint holds both.
-        **config: see `tokdyn.checkpoints.read`.
+        name: a path, a name that `tokdyn models` lists, or a hub id OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER. An
+            existing path takes precedence, then a listed name.
+        kind: the format; None takes that of a listed base, and otherwise recognises it. SiT files need "sit".
+        ema: take the averaged weights if a checkpoint holds averaged and plain ones.
+        **config: settings that the weights do not determine, see `tokdyn.checkpoints.read`.
 
     Returns:
-        The model and its origin.
+        The model, with the methods stored beside it attached, and its origin.
 
     Raises:
         CheckpointError: there is no such base, it is not in the cache and cannot be downloaded, or it cannot be read.
@@ -81,10 +81,10 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that cannot be a base, without a network.
+    """Refuse a name that cannot be a base, without using the network.
 
     Raises:
-        CheckpointError: the name is neither an existing path, nor a named base, nor a hub id.
+        CheckpointError: the name is neither an existing path, nor listed by `tokdyn models`, nor a hub id.
     """
     if (name and Path(name).expanduser().exists()) or name in rows():
         return
@@ -96,14 +96,17 @@ def check_name(name: str) -> None:
 
 
 def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
-    """Return the path of a base, downloaded if necessary, and its row of the table.
+    """Return the path of a base, downloading it if necessary, and its row in the table of listed bases.
 
     Args:
-        name: see `read_base`.
+        name: the base, as for `read_base`.
         local: do not download.
 
+    Returns:
+        The path of the file or folder, and the row; None for a path or a hub id.
+
     Raises:
-        CheckpointError: see `read_base`.
+        CheckpointError: there is no such base, or it is not in the cache and cannot be downloaded.
     """
     path = Path(name).expanduser()
     if name and path.exists():
@@ -127,7 +130,7 @@ def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
 
 
 def in_cache(row: Row) -> bool:
-    """Whether a base can be opened without a network."""
+    """Return whether a base can be opened without a network."""
     try:
         locate(row.name, local=True)
     except CheckpointError:
@@ -136,7 +139,7 @@ def in_cache(row: Row) -> bool:
 
 
 def _public_file(row: Row, local: bool) -> Path:
-    """Return the path of a public file, downloaded if necessary."""
+    """Return the path of a public file, after downloading it if necessary and not forbidden by `local`."""
     file = cache_folder() / row.file
     if local:
         if not file.is_file():
@@ -147,19 +150,23 @@ def _public_file(row: Row, local: bool) -> Path:
 
 
 def _cache(row: Row | None) -> str:
-    """Return the path in the cache where a base belongs."""
+    """Return the path of the cache that holds a base: the file of a public URL, or the cache of the hub."""
     if row is not None and row.source == "url":
         return str(cache_folder() / row.file)
     return str(constants.HF_HUB_CACHE)
 
 
 def _suggestion(name: str) -> str:
+    """Return a hint with the listed name that is most like a wrong one, or ""."""
     near = difflib.get_close_matches(name, rows(), n=1, cutoff=0.75)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _objective(model: DiT | DCDiT, row: Row | None, facts: dict[str, Any], folder: Path) -> Objective:
-    """Return the objective stored beside the weights, else that of the table, else what the timestep map implies."""
+    """Return the objective that is stored beside the weights; if there is none, that of the row in the table.
+
+    If there is no row either, a model that maps its timesteps is a flow, and any other predicts noise.
+    """
     stated = facts.get("objective")
     if stated is not None:
         kind = stated.get("kind", "noise") if isinstance(stated, dict) else stated
@@ -172,10 +179,12 @@ def _objective(model: DiT | DCDiT, row: Row | None, facts: dict[str, Any], folde
 
 
 def _facts(folder: Path) -> dict[str, Any]:
+    """Return the contents of the tokdyn.json in a folder; {} if there is none."""
     return json_object(folder / _FACTS) if (folder / _FACTS).is_file() else {}
 
 
 def _sha256(files: list[Path]) -> str:
+    """Return the digest of a file, or for several files that of the list of their digests and names."""
     digests = [
         checked_digest(file) if re.fullmatch(r"[0-9a-f]{40,64}", file.resolve().name) else digest(file)
         for file in files

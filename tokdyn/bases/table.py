@@ -1,4 +1,4 @@
-"""The table of named bases: their formats, objectives and sources."""
+"""List the pretrained models that can be opened by name, with their formats, objectives and sources."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tokdyn.models import DCDiT, DiT
 
 Objective = Literal["noise", "flow"]
 Source = Literal["url", "hub", "shipped"]
-"""A public file, a repository of the Hugging Face hub, or a folder inside the package."""
+"""Where a base is: at a public URL, in a repository of the Hugging Face hub, or in a folder of this package."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table.
+    """A base that can be opened by name.
 
     Attributes:
         name: the name that users write.
         kind: format of the checkpoint.
-        objective: what it was trained to predict.
-        source: what kind of place `place` is.
-        place: a URL, OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER of the hub, or the name of a folder in the package.
-        build: builds the model with arbitrary weights.
-        file: name of a public file in the cache.
-        sha256: published digest of a public file; None trusts the first download.
+        objective: what the model was trained to predict: "noise", or the velocity of a "flow".
+        source: whether `place` is a "url", a "hub" id, or a folder that is "shipped" with the package.
+        place: a URL, a hub id OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER, or the name of a folder in the package.
+        build: builds the model with new weights.
+        file: name that a file from a URL gets in the cache.
+        sha256: published digest of a file from a URL; None accepts any file on the first download.
     """
 
     name: str
@@ -48,16 +48,18 @@ class Row:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, including the frozen position table and gates."""
+        """The number of parameters, the frozen position table and gates included."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build().parameters())
 
 
 def _dit(size: int = 32) -> Callable[[], nn.Module]:
+    """Return a function that builds DiT-XL/2 for latents of size x size pixels."""
     return lambda: DiT.named("XL/2", sample_size=size)
 
 
 def _dc_dit(name: str) -> Callable[[], nn.Module]:
+    """Return a function that builds the DC-DiT of a named size."""
     return lambda: DCDiT.named(name)
 
 
@@ -89,21 +91,22 @@ _PUBLISHED = (
 )
 _SHIPPED = ("shapes",)
 TARGETS = {"DyDiT-XL/2-0.7": 0.7, "DyDiT-XL/2-0.5": 0.5}
-"""Shares of the FLOPs that DyDiTs were trained to, which their tensors do not record."""
+"""Shares of the FLOPs that the DyDiTs were trained to use, which their checkpoints do not record."""
 
 
 def rows() -> dict[str, Row]:
-    """Return all bases by name, with the shipped ones that this installation has."""
+    """Return all listed bases by name. Shipped ones are listed if they are installed."""
     shipped = [_shipped(name) for name in _SHIPPED if (shipped_folder(name) / "config.json").is_file()]
     return {row.name: row for row in (*shipped, *_PUBLISHED)}
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the path of a base inside the package."""
+    """Return the path of a shipped base, whether it is installed or not."""
     return Path(str(files("tokdyn.bases") / name))
 
 
 def _shipped(name: str) -> Row:
+    """Return the row of a shipped base, from the files in its folder."""
     folder = shipped_folder(name)
     config = json_object(folder / "config.json")
     family = {"DiT": DiT, "DCDiT": DCDiT}[config["_class_name"]]

@@ -1,4 +1,4 @@
-"""Read and write checkpoints of official DC-DiT, facebook DiT, SiT, DyDiT, diffusers DiT and tokdyn itself."""
+"""Read and write checkpoints in the formats of official DC-DiT, facebook's DiT, SiT, DyDiT, diffusers and tokdyn."""
 
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
 from tokdyn.checkpoints.files import Raw, open_file

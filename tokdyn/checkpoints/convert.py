@@ -1,4 +1,4 @@
-"""Translate state dicts to the names of other projects, exactly inverting how they are read."""
+"""Rename the tensors of a state dict as other projects name them. Reading the result restores the model exactly."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tokdyn.models import DCDiT, DiT
 
 _PLAIN_TIME = {"timestep_map": (1.0, 0.0)}
 FACEBOOK = {"timestep_shift": 0, "mlp_norm_eps": 1e-6, **_PLAIN_TIME}
-"""Settings of facebook's DiT and of official DC-DiT in which diffusers' DiT differs."""
+"""Settings that facebook's DiT and official DC-DiT have, and diffusers' DiT does not."""
 
 
 def to_official(model: DCDiT) -> dict[str, Tensor]:
     """Return the state dict of a DC-DiT under the names of the official code (AMD-AGI/DynamicChunkingDiT).
 
     Args:
-        model: has patch size 1 and the spatial-predictability router, which are all that the official code knows. That
-            code keeps the first and the last cell, so it computes the same only for a model with force_ends=True.
+        model: a model with patch size 1 and the spatial-predictability router; the official code has no others. That
+            code always keeps the first and the last cell, so its outputs equal the model's only if force_ends=True.
 
     Returns:
         Copies of the tensors by name.
 
     Raises:
-        CheckpointError: the official code cannot hold this model.
+        CheckpointError: the official code has no model with these settings.
     """
     own = {"router": "spatial_predictability", "patch_size": 1, "position_scale": 1.0, "condition_adaptor": False}
     _require("the official DC-DiT", {**own, **FACEBOOK}, model)
@@ -37,10 +37,10 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
 
 
 def to_facebook(model: DiT) -> dict[str, Tensor]:
-    """Return the state dict of a DiT under facebook's names, which are tokdyn's own.
+    """Return copies of the tensors of a DiT under facebook's names, which are tokdyn's own.
 
     Raises:
-        CheckpointError: the model computes like diffusers' DiT, so facebook's code would compute something else.
+        CheckpointError: the model has diffusers' settings, so that facebook's code would compute something else.
     """
     _require("facebook's DiT", FACEBOOK, model)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -50,12 +50,12 @@ def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
     """Return the state dict of a DiT for diffusers' DiTTransformer2DModel.
 
     Args:
-        model: has a square grid and the fixed position table, which diffusers builds itself.
-        approximate: also accept a model with facebook's timestep frequencies. diffusers computes slightly different
-            frequencies from the same weights, so its outputs differ.
+        model: a model with a square grid and the sine-cosine position table, which diffusers builds itself.
+        approximate: also accept a model with facebook's timestep frequencies. diffusers has slightly different ones,
+            so that its outputs differ.
 
     Returns:
-        Copies of the tensors by name; the embedders are repeated in every block.
+        Copies of the tensors by name. Every block has a copy of the timestep and class embedders.
 
     Raises:
         CheckpointError: diffusers would compute something else.
@@ -76,7 +76,7 @@ def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
 
 
 def _require(whose: str, settings: Mapping[str, Any], model: DiT | DCDiT) -> None:
-    """Refuse a model whose settings differ from the only ones that some code supports."""
+    """Raise a CheckpointError if a model has other settings than those that the code of `whose` supports."""
     for name, only in settings.items():
         value = model.config[name]
         if (tuple(value) if isinstance(value, list) else value) != only:

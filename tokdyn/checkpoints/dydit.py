@@ -1,4 +1,7 @@
-"""DyDiT (arXiv 2410.03456), a DiT whose blocks hold gates: read it as a `DiT` wrapped with `DynamicWidth`."""
+"""Read DyDiT (arXiv 2410.03456), a DiT with gates in its blocks, as a `DiT` wrapped with `DynamicWidth`.
+
+A gate decides whether an attention head, a group of MLP channels or a token is computed.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,30 @@ _TOKENS = "token_selection.mlp_head"
 
 
 def split_gates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Separate the tensors of the DiT from those of the gates."""
+    """Split the tensors of a DyDiT into those of the DiT and those of the gates, each by DyDiT's names."""
     gates = {name: tensor for name, tensor in tensors.items() if _GATE.match(name)}
     return {name: tensor for name, tensor in tensors.items() if name not in gates}, gates
 
 
 def wrap_with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin: str) -> DiT:
-    """Wrap a DiT with the gates of a DyDiT, so that it computes the same in evaluation and skips what is gated off.
+    """Wrap a DiT with the gates of a DyDiT, in place, so that in evaluation mode it has the outputs of the DyDiT.
 
-    DyDiT's gates of heads and channels read the model's timestep embedding. Here they get a copy of it, so that
-    training the model does not change them. Gates of tokens read the tokens before norm and modulation.
+    The heads, channels and tokens that the gates close are not computed. DyDiT's gates of heads and channels read the
+    model's timestep embedding; here they get a copy of it, so that training the model does not change them. Its gates
+    of tokens read the tokens before norm and modulation.
 
     Args:
         model: the DiT.
         gates: tensors of the gates by DyDiT's names.
-        target: share of the FLOPs that the gates were trained to.
-        origin: what messages call the checkpoint.
+        target: share of the FLOPs that the gates were trained to use, between 0 and 1.
+        origin: name of the checkpoint, for error messages.
+
+    Returns:
+        The same model, in evaluation mode.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape, or channels are grouped differently.
+        CheckpointError: tensors of the gates are missing, unknown or of another shape, the MLP channels do not divide
+            into equal groups, or the target is out of range.
     """
     config = model.config
     width, heads, depth = config.hidden_size, config.num_heads, config.depth
@@ -48,13 +56,12 @@ def wrap_with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin
     hidden = len(model.state_dict()["blocks.0.mlp.fc1.bias"])
     if hidden % heads or len(set(group_sizes(hidden, heads))) > 1:
         raise CheckpointError(
-            f"{origin} cannot be read: it has {hidden} MLP channels in {heads} groups, which tokdyn makes of sizes "
-            f"{', '.join(map(str, group_sizes(hidden, heads)))} and DyDiT of equal sizes."
+            f"{origin} cannot be read: its {hidden} MLP channels do not divide into {heads} equal groups as DyDiT's do "
+            f"(tokdyn's groups would have {', '.join(map(str, group_sizes(hidden, heads)))} channels)."
         )
     if not isinstance(target, (int, float)) or not 0.0 < target < 1.0:
         raise CheckpointError(
-            f"target={target!r}, given for {origin}, must be the share of the FLOPs that it was trained to, between 0 "
-            "and 1."
+            f"target={target!r} for {origin} must be the share of the FLOPs that it was trained to use, in (0, 1)."
         )
     wrap(model, [DynamicWidth(target=target, token_input="stream", embedding=width)])
     part: Any = attached(model).parts["0"]
@@ -65,7 +72,7 @@ def wrap_with_gates(model: DiT, gates: Mapping[str, Tensor], target: Any, origin
 
 @torch.no_grad()
 def _fill(part: WidthGates, model: DiT, gates: Mapping[str, Tensor], depth: int) -> None:
-    """Copy the timestep embedding and the gates into the module of `DynamicWidth`."""
+    """Copy the model's timestep embedding and the gates into `part`, the module of `DynamicWidth`."""
     embedding: Any = part.embedding
     for layer in ("0", "2"):
         embedding[int(layer)].load_state_dict(model.t_embedder.mlp.get_submodule(layer).state_dict())
@@ -80,7 +87,7 @@ def _fill(part: WidthGates, model: DiT, gates: Mapping[str, Tensor], depth: int)
 
 
 def _shapes(width: int, heads: int, depth: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of the gates by DyDiT's names."""
+    """Return the expected shape of each tensor of the gates by DyDiT's names."""
     inner = width // WidthGates.SQUEEZE
     block: dict[str, tuple[int, ...]] = {
         f"{_TOKENS}.0.weight": (inner, width),
@@ -94,7 +101,7 @@ def _shapes(width: int, heads: int, depth: int) -> dict[str, tuple[int, ...]]:
 
 
 def _check(gates: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Refuse incomplete gates."""
+    """Raise a CheckpointError unless the gates are exactly the tensors of these names and shapes."""
     wrong = [
         f"{name} {tuple(gates[name].shape)} for {shape}"
         for name, shape in shapes.items()

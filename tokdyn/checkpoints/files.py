@@ -1,4 +1,4 @@
-"""Read named tensors and settings from single files, sharded files and folders."""
+"""Read the tensors of a checkpoint by name, and the settings stored with them, from a file, shards or a folder."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-METHODS = "tokdyn.safetensors"  # weights of the methods that a model was wrapped with
+METHODS = "tokdyn.safetensors"  # weights of attached methods, which are not those of a model
 NOTES = "_tokdyn"
-"""Key under which settings are stored that a foreign layout has no place for: in diffusers' config.json, which skips
-names with a leading underscore, and in the header of a safetensors file."""
+"""Key under which tokdyn stores the settings that the layout of another project has no key for: in diffusers'
+config.json, of which diffusers ignores names with a leading underscore, and in the header of a safetensors file."""
 EMA_NAMES = ("ema", "ema_state_dict", "model_ema")
 MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module")
 
 
 @dataclass(frozen=True)
 class Raw:
-    """The tensors of a checkpoint under their original names.
+    """The tensors of a checkpoint under their original names, with the settings stored beside them.
 
     Attributes:
         tensors: tensors by name.
-        config: config.json beside the weights, empty if there is none.
-        training: the settings object inside a training file.
-        notes: settings that `tokdyn convert` stored in the file because its layout has no place for them.
-        origin: what messages call the checkpoint.
+        config: contents of the config.json beside the weights; empty if there is none.
+        training: the settings object in a training file of the original project; without attributes if there is none.
+        notes: settings that `tokdyn convert` stored under the key `NOTES`.
+        origin: name of the checkpoint, for error messages.
     """
 
     tensors: dict[str, Tensor]
@@ -45,18 +45,16 @@ class Raw:
 
 
 def open_file(path: str | Path, ema: bool = True) -> Raw:
-    """Read a checkpoint file or folder without interpreting tensor names.
+    """Read a checkpoint file or folder, without recognising its format.
 
     Args:
-        path: a .safetensors, .safetensors.index.json, .pt, .pth or .bin file, a folder that holds one of them, a
-            diffusers pipeline folder (its `transformer`), or a training folder (`ema` and `model` inside).
-        ema: take the averaged weights where a checkpoint holds both.
-
-    Returns:
-        Tensors and settings.
+        path: a .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file; a folder that holds one of them; a
+            folder of a diffusers pipeline, of which `transformer` is read; or a folder with `ema` and `model` inside.
+        ema: take the averaged weights if a checkpoint holds averaged and plain ones.
 
     Raises:
-        CheckpointError: the path does not exist, is ambiguous or damaged, or holds no state dict.
+        CheckpointError: the path does not exist, a folder holds several files with weights, or the file is damaged or
+            does not hold a state dict.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -76,16 +74,17 @@ def open_file(path: str | Path, ema: bool = True) -> Raw:
 def find_state_dict(
     content: Any, ema: bool, origin: str = "the state dict", config: Mapping[str, Any] | None = None
 ) -> Raw:
-    """Find the state dict in the content of a file: the content itself, or the averaged or plain weights inside it.
+    """Find the state dict in the content of a file.
 
     Args:
-        content: a mapping of tensors, or a mapping that holds such mappings under names such as "ema" and "model".
-        ema: take the averaged weights where the content holds both.
-        origin: what messages call the checkpoint.
-        config: the config.json beside it.
+        content: a mapping from names to tensors, or a mapping that holds such mappings under names such as "ema" and
+            "model".
+        ema: take the averaged weights if the content holds averaged and plain ones.
+        origin: name of the checkpoint, for error messages.
+        config: contents of the config.json beside the file.
 
     Raises:
-        CheckpointError: the content holds no state dict.
+        CheckpointError: the content does not hold a state dict.
     """
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -105,7 +104,7 @@ def find_state_dict(
 
 
 def weight_files(path: str | Path, ema: bool = True) -> list[Path]:
-    """List the files that `open_file` reads tensors from: one file, or the shards that an index names."""
+    """List the files that `open_file` reads tensors from, with the same arguments: one file, or the shards."""
     path = Path(path).expanduser()
     file = _weights_in(path, ema) if path.is_dir() else path
     if not file.name.endswith(".index.json"):
@@ -114,7 +113,7 @@ def weight_files(path: str | Path, ema: bool = True) -> list[Path]:
 
 
 def _weights_in(folder: Path, ema: bool) -> Path:
-    """Find the one file with weights in a folder."""
+    """Return the path of the file with the weights in a folder; raise a CheckpointError unless there is exactly one."""
     if (folder / "model_index.json").is_file() and (folder / "transformer").is_dir():
         folder = folder / "transformer"
     found = [p for p in sorted(folder.iterdir()) if p.name.endswith(".safetensors.index.json")]
@@ -132,6 +131,7 @@ def _weights_in(folder: Path, ema: bool) -> Path:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; raise a CheckpointError if it cannot be read."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -140,7 +140,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    """Read the stored settings from the header of a safetensors file, empty if there are none."""
+    """Read the settings under the key `NOTES` in the header of a safetensors file; {} if there are none."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(NOTES, "{}")
     try:
@@ -153,9 +153,10 @@ def _notes(path: Path) -> dict[str, Any]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """List the shards that an index names. All of them lie beside it, so that no index reads files elsewhere.
+    """List the paths of the shards that an index names.
 
-    A shard may be a link, as in the cache of the hub: who placed the link chose what it points to.
+    All shards must lie beside the index, so that an index from a download cannot make other files be read. A shard may
+    be a link, as in the cache of the hub.
 
     Raises:
         CheckpointError: the index is malformed, or names a shard that does not lie beside it.
@@ -169,7 +170,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    """Read the map from tensor names to the names of shards."""
+    """Read an index: the name of the shard for each tensor name."""
     weight_map = json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to shards.")

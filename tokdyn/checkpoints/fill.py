@@ -1,4 +1,4 @@
-"""Load tensors into a model, all of them or none."""
+"""Build a model from the tensors of a checkpoint, if all of them match it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Model = TypeVar("Model", DiT, DCDiT)
 
 
 def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping[str, Tensor], origin: str) -> Model:
-    """Build a model and load every tensor. Only the position table may be missing, since it is fixed.
+    """Build a model with the tensors of a checkpoint. If the position table is missing, it is computed.
 
     Args:
         model_class: `DiT` or `DCDiT`.
-        settings: keyword arguments of the class.
+        settings: keyword arguments of the class; `sample_size` is (rows, columns).
         tensors: tensors by tokdyn's names.
-        origin: what messages call the checkpoint.
+        origin: name of the checkpoint, for error messages.
 
     Returns:
-        The model in evaluation mode.
+        The model, in evaluation mode, in fp32.
 
     Raises:
-        CheckpointError: the settings are impossible, or names or shapes do not match; the message counts the mismatches
-            and names the first of each kind.
+        CheckpointError: the settings are impossible, or names or shapes do not match. The message gives the number of
+            mismatches of each kind and the first names.
     """
     height, width = settings["sample_size"]
     size = height if height == width else (height, width)
     try:
-        with torch.device("meta"):  # shapes are enough: random weights would be thrown away
+        with torch.device("meta"):  # only shapes are needed, because the weights are replaced
             model: Model = model_class(**{**settings, "sample_size": size})
     except TokdynError as error:
         raise CheckpointError(f"{origin} needs a {model_class.__name__} that cannot be built: {error}") from error
@@ -50,7 +50,8 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
         problems = (("missing", missing), ("left over", surplus), ("of another shape", wrong))
         report = "; ".join(f"{len(names)} {problem}: {first_few(names)}" for problem, names in problems if names)
         raise CheckpointError(
-            f"{origin} does not fit a {model_class.__name__}. By tokdyn's names: {report}. Nothing was loaded."
+            f"{origin} does not hold the tensors of a {model_class.__name__}. By tokdyn's names: {report}. Nothing was "
+            "loaded; check the settings that were given."
         )
     own = {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
     if "pos_embed" not in own:
@@ -63,5 +64,5 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
 
 
 def first_few(names: Sequence[str], limit: int = 4) -> str:
-    """List the first few names, with dots if there are more."""
+    """Join the first few names with commas, followed by dots if there are more."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

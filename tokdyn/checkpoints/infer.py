@@ -1,4 +1,4 @@
-"""Infer the settings of a model from the shapes of its tensors, which have tokdyn's names."""
+"""Infer the settings of a model from the shapes of its tensors. All tensors are given by tokdyn's names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from tokdyn.errors import CheckpointError
 from tokdyn.ops import sincos_position
 
 ROUTERS = {"score": "spatial_predictability", "query": "cosine"}
-"""Routers by a submodule that only they have."""
+"""The kind of router for the name of a submodule that no other kind has."""
 
 
 def dit_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
-    """Infer the settings of a `DiT`: all but the heads, and but the grid if there is no position table."""
+    """Infer the settings of a `DiT`, apart from num_heads and sample_size.
+
+    Args:
+        tensors: tensors of the model.
+        origin: name of the checkpoint, for error messages.
+
+    Raises:
+        CheckpointError: a tensor that settings are inferred from is missing or has an impossible shape.
+    """
     shared = _shared_settings(tensors, origin)
     _, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
     shared |= {"patch_size": patch, "in_channels": channels}
@@ -25,10 +33,16 @@ def dit_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
 
 
 def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> dict[str, Any]:
-    """Infer the settings of a `DCDiT` of a given patch size (1 in the official code).
+    """Infer the settings of a `DCDiT`, apart from num_heads and sample_size.
+
+    Args:
+        tensors: tensors of the model.
+        origin: name of the checkpoint, for error messages.
+        patch: the patch size, which the shapes do not determine; 1 in the official code.
 
     Raises:
-        CheckpointError: a tensor is missing, or the input channels do not divide by the patch size.
+        CheckpointError: a tensor that settings are inferred from is missing or has an impossible shape, or the patch
+            size is impossible.
     """
     shared = _shared_settings(tensors, origin)
     narrow, channels, _, _ = _shape(tensors, "x_embedder.proj.weight", 4, origin)
@@ -49,24 +63,28 @@ def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> di
     return shared | _output(tensors, channels, origin)
 
 
-def grid_size(
-    tensors: Mapping[str, Tensor], patch: int, given: int | tuple[int, int] | None, origin: str
+def input_size(
+    tensors: Mapping[str, Tensor], patch: int, sample_size: int | tuple[int, int] | None, origin: str
 ) -> tuple[int, int]:
-    """Determine the (rows, columns) of the input from the position table, the given size, or both.
+    """Determine the input size (rows, columns) in pixels or latent pixels.
+
+    It comes from `sample_size` or, if that is None, from the number of positions in the position table. A sine-cosine
+    table also tells rows from columns; of any other table the grid is taken to be square. If there are both a size and
+    a table, they must agree.
 
     Args:
-        tensors: with or without "pos_embed" (1, N, D).
+        tensors: tensors of the model; "pos_embed" (1, N, D) may be missing.
         patch: patch size.
-        given: sample_size from the caller or a config.json.
-        origin: what messages call the checkpoint.
+        sample_size: the size as the caller or a config.json gives it; one number is a square.
+        origin: name of the checkpoint, for error messages.
 
     Raises:
-        CheckpointError: there is neither a table nor a given size, they contradict each other, or the table is not
-            sine-cosine and its length is not a square.
+        CheckpointError: there is neither a size nor a table, they contradict each other, or there is no size and the
+            table is not sine-cosine and N is not a square.
     """
-    size = (given, given) if isinstance(given, int) else given
+    size = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     if size is not None and not (isinstance(size, tuple) and [type(side) for side in size] == [int, int]):
-        raise CheckpointError(f"sample_size={given!r}, given for {origin}, must be an integer or (rows, columns).")
+        raise CheckpointError(f"sample_size={sample_size!r} for {origin} must be an integer or (rows, columns).")
     if "pos_embed" not in tensors:
         if size is None:
             raise CheckpointError(
@@ -85,19 +103,19 @@ def grid_size(
         return rows * patch, columns * patch
     if (size[0] // patch) * (size[1] // patch) != cells:
         raise CheckpointError(
-            f"sample_size={given} with patch_size={patch} has {(size[0] // patch) * (size[1] // patch)} tokens, "
-            f"but {origin} has {cells} positions."
+            f"sample_size={sample_size} with patch_size={patch} has {(size[0] // patch) * (size[1] // patch)} tokens, "
+            f"but {origin} has {cells} positions; set sample_size to the size that it was trained with."
         )
     if grid is not None and grid != (size[0] // patch, size[1] // patch):
         raise CheckpointError(
-            f"sample_size={given} with patch_size={patch} contradicts {origin}, whose positions are those of a "
-            f"{grid[0]}x{grid[1]} grid of tokens."
+            f"sample_size={sample_size} with patch_size={patch} contradicts {origin}, whose positions are those of a "
+            f"{grid[0]}x{grid[1]} grid of tokens; set sample_size=({grid[0] * patch}, {grid[1] * patch})."
         )
     return size
 
 
 def grid_of_table(table: Tensor) -> tuple[int, int] | None:
-    """Recognise the (rows, columns) grid of a sine-cosine table (N, D); None if it is another kind of table."""
+    """Return the token grid (rows, columns) that a sine-cosine table (N, D) was computed for; None for other tables."""
     cells, width = table.shape
     if width % 4 or not table.is_floating_point():
         return None
@@ -112,7 +130,7 @@ def grid_of_table(table: Tensor) -> tuple[int, int] | None:
 
 
 def _shared_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
-    """Infer the settings that both models have."""
+    """Infer the settings that `DiT` and `DCDiT` have in common."""
     width = _shape(tensors, "blocks.0.attn.qkv.weight", 2, origin)[1]
     hidden = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, origin)[0]
     classes = _shape(tensors, "y_embedder.embedding_table.weight", 2, origin)[0] - 1
@@ -128,7 +146,7 @@ def _shared_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, An
 
 
 def _output(tensors: Mapping[str, Tensor], inputs: int, origin: str) -> dict[str, Any]:
-    """Infer whether the final layer also predicts the variance."""
+    """Infer learn_sigma from the outputs per token of the final layer, given the inputs per token."""
     outputs = _shape(tensors, "final_layer.linear.weight", 2, origin)[0]
     if outputs not in (inputs, 2 * inputs):
         raise CheckpointError(
@@ -139,13 +157,13 @@ def _output(tensors: Mapping[str, Tensor], inputs: int, origin: str) -> dict[str
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Count the numbered modules under a prefix: one more than the largest number that follows it."""
+    """Return the number of numbered modules under a prefix, such as "blocks.": one more than the largest number."""
     parts = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
     return 1 + max((int(part) for part in parts if part.isdecimal()), default=-1)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, dims: int, origin: str) -> tuple[int, ...]:
-    """Return the shape of a tensor that settings are inferred from."""
+    """Return the shape of a tensor; raise a CheckpointError if it is missing or does not have `dims` dimensions."""
     if name not in tensors:
         raise CheckpointError(f"{origin} lacks {name!r} (tokdyn's name), from which settings are inferred.")
     shape = tuple(tensors[name].shape)

@@ -1,7 +1,7 @@
-"""Tensor names: strip the prefixes of wrappers, and translate between tokdyn's names and those of other code.
+"""Remove the prefixes of wrappers from tensor names, and translate names between tokdyn and other projects.
 
-tokdyn's DiT has facebook's names (arXiv 2212.09748). Every map is a list of (foreign prefix, own prefix) pairs that is
-read in both directions, so that writing inverts reading by construction.
+tokdyn's DiT has the names of facebook's (arXiv 2212.09748). A map is a list of pairs (prefix of the other project,
+tokdyn's prefix). Reading and writing use the same map in opposite directions, so that one inverts the other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from tokdyn.errors import CheckpointError
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
-"""Modules that DataParallel, torch.compile and FSDP insert into a name, at its start or inside."""
+"""Parts that DataParallel, torch.compile and FSDP insert into the names of tensors, at the start or inside."""
 
 OFFICIAL = (
     ("hnet.encoder.rmsnorm.", "encoder.norm."),
@@ -49,10 +49,14 @@ _EMBEDDERS = (
 
 
 def without_wrappers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Remove from all names the parts that wrappers insert.
+    """Remove the parts that wrappers insert from all names.
+
+    Args:
+        tensors: tensors by name.
+        origin: name of the checkpoint, for error messages.
 
     Raises:
-        CheckpointError: two tensors end up with the same name.
+        CheckpointError: two tensors have the same name then.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -64,7 +68,7 @@ def without_wrappers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Te
 
 
 def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Replace the first matching prefix."""
+    """Replace the prefix of a name by the first pair (old, new) that matches; other names are returned unchanged."""
     for old, new in pairs:
         if name.startswith(old):
             return new + name[len(old) :]
@@ -72,18 +76,23 @@ def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def reverse(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Reverse the direction of a map; longer prefixes come first."""
+    """Return a map in the opposite direction, with longer prefixes first so that the most specific one matches."""
     return sorted(((own, foreign) for foreign, own in pairs), key=lambda pair: -len(pair[0]))
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Translate the tensors of a DiTTransformer2DModel to facebook's names.
+    """Translate the tensors of diffusers' DiTTransformer2DModel to facebook's names.
 
-    diffusers repeats the timestep and class embedders in every block and stores q, k and v apart. A stored position
-    table is dropped, since it is the fixed one.
+    diffusers has timestep and class embedders in every block, of which one is taken, and separate q, k and v, which are
+    joined. A stored position table is left out, because it is always the same.
+
+    Args:
+        tensors: tensors by diffusers' names.
+        origin: name of the checkpoint, for error messages.
 
     Raises:
-        CheckpointError: blocks have different embedders, which tokdyn's DiT cannot hold, or q, k and v are incomplete.
+        CheckpointError: the embedders differ between blocks, which tokdyn's DiT cannot represent, or q, k and v are
+            incomplete.
     """
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -112,7 +121,7 @@ def from_diffusers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tens
 
 
 def as_diffusers(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Invert `from_diffusers`, without the position table."""
+    """Translate the tensors of a DiT with `depth` blocks to diffusers' names, without the position table."""
     foreign: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block, _, rest = name.removeprefix("blocks.").partition(".")

@@ -1,4 +1,4 @@
-"""Turn the state of an optimizer into named tensors for a checkpoint, and back."""
+"""Convert the state of an optimizer to named tensors for a checkpoint, and load it from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokdyn.errors import CheckpointError
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state of an optimizer as tensors named PARAMETER/MOMENT."""
+    """Return the state of an optimizer as tensors named PARAMETER/STATE, such as "blocks.0.norm.weight/exp_avg"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{moment}": torch.as_tensor(value)
@@ -19,7 +19,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned; moments go to the device of their parameter.
+    """Load the state that `optimizer_tensors` returned into an optimizer, in place.
+
+    Args:
+        model: The model whose parameters the optimizer updates.
+        optimizer: The optimizer; it keeps its settings. Moments are moved to the device of their parameter.
+        tensors: The state by name.
 
     Raises:
         CheckpointError: There is state for a parameter that the model does not have.

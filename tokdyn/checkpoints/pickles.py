@@ -1,4 +1,8 @@
-"""Read torch's pickled files without running any code in them."""
+"""Read torch's pickled files without running code from them.
+
+Training files of other projects hold settings objects of their own classes. These are read as `Record`, which has the
+attributes and none of the code.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,10 @@ from tokdyn.errors import CheckpointError
 
 
 class Record:
-    """A stand-in for a settings object in a training file: attributes without behaviour."""
+    """The attributes of a settings object in a training file."""
 
     def lookup(self, *path: str) -> Any:
-        """Return the attribute at a path such as ("model", "hnet", "num_heads"), or None."""
+        """Return the nested attribute at a path such as ("model", "hnet", "num_heads"), or None if there is none."""
         value: Any = self
         for name in path:
             value = getattr(value, "__dict__", {}).get(name)
@@ -24,23 +28,24 @@ class Record:
 
 
 _SETTINGS = ("Config", "ModelConfig", "HNetConfig", "TrainingConfig", "DataConfig", "DiffusionConfig", "LoggingConfig")
-STAND_INS: tuple[str, ...] = ("argparse.Namespace", *(f"config.{name}" for name in _SETTINGS))
-"""The only classes allowed beyond torch's own: those in training files of DiT, SiT, DyDiT and DC-DiT."""
+READ_AS_RECORD: tuple[str, ...] = ("argparse.Namespace", *(f"config.{name}" for name in _SETTINGS))
+"""Classes of settings objects in training files of DiT, SiT, DyDiT and DC-DiT. Any other class is refused."""
 
 
 def load_pickled(path: Path) -> Any:
-    """Load a .pt, .pth or .bin file with `weights_only=True` and the stand-ins.
+    """Load a .pt, .pth, .bin or .ckpt file with `weights_only=True`.
 
     Args:
         path: an existing file.
 
     Returns:
-        The saved object, usually a mapping. Settings objects arrive as `Record`.
+        The saved object, usually a mapping. Settings objects of the classes in `READ_AS_RECORD` are a `Record`.
 
     Raises:
-        CheckpointError: the file is damaged, is not a torch file, or holds any other object, which is never built.
+        CheckpointError: the file is damaged, is not a torch file, or holds an object of any other class; such objects
+            are not created.
     """
-    classes: list[Any] = [(Record, name) for name in STAND_INS]
+    classes: list[Any] = [(Record, name) for name in READ_AS_RECORD]
     try:
         with torch.serialization.safe_globals(classes):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -48,10 +53,10 @@ def load_pickled(path: Path) -> Any:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise CheckpointError(
-                f"{path} holds the Python object {refused[1]} and was refused, since loading foreign objects can run "
+                f"{path} holds a Python object of class {refused[1]} and was refused, because loading it could run "
                 "code; save the weights alone, preferably as safetensors, and read that file."
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} cannot be read as a torch checkpoint: it is truncated, damaged or of another kind ({reason})."
+            f"{path} cannot be read as a torch checkpoint: it is truncated, damaged or another kind of file ({reason})."
         ) from error

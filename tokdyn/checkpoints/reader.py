@@ -1,4 +1,4 @@
-"""Recognise the format of a checkpoint by its tensor names and build the model."""
+"""Read a checkpoint of any known format: recognise the format by the tensor names, and build the model."""
 
 from __future__ import annotations
 
@@ -12,42 +12,44 @@ from torch import Tensor
 from tokdyn.checkpoints.dydit import split_gates, wrap_with_gates
 from tokdyn.checkpoints.files import Raw, find_state_dict, open_file
 from tokdyn.checkpoints.fill import fill, first_few
-from tokdyn.checkpoints.infer import dcdit_settings, dit_settings, grid_size
+from tokdyn.checkpoints.infer import dcdit_settings, dit_settings, input_size
 from tokdyn.checkpoints.names import OFFICIAL, from_diffusers, rename, without_wrappers
 from tokdyn.checkpoints.settings import diffusers_settings, noted_settings, official_settings, own_settings, settle
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 
 Kind = Literal["dc-dit", "dit", "sit", "dydit", "diffusers", "tokdyn"]
-"""Formats: official DC-DiT, facebook DiT, SiT (which has facebook's names), DyDiT, diffusers DiT, tokdyn's own."""
+"""Formats: official DC-DiT, facebook's DiT, SiT (with the tensor names of facebook's DiT), DyDiT, diffusers' DiT,
+tokdyn's own."""
 _SIT_TIMESTEP_MAP = (-0.001, 1.0)  # SiT's time is 1 - s at noise level s; tokdyn passes the timestep 1000 * s
 
 
 def read(
     source: str | Path | Mapping[str, Any], kind: Kind | None = None, *, ema: bool = True, **config: Any
 ) -> DiT | DCDiT:
-    """Load a checkpoint of any known format; sizes are inferred from the shapes of the tensors.
+    """Load a checkpoint of any known format. Most settings of the model are inferred from the shapes of the tensors.
 
     Args:
-        source: a file or folder (safetensors, sharded safetensors, torch, diffusers, tokdyn), or a state dict, which
-            may be nested as {"ema": ..., "model": ...} like in training files and may carry the prefixes of
-            DataParallel, torch.compile and FSDP.
-        kind: the format; None recognises it. SiT (arXiv 2401.08740) has to be given as "sit": it has DiT's names, but
-            its time runs from 0 (noise) to 1 (image), and it predicts image - noise. It becomes a `DiT` for the flow
-            objective.
-        ema: take the averaged weights where a checkpoint holds both.
-        **config: settings that the weights do not determine: `num_heads` (known for widths 384, 768, 1024 and 1152),
-            `sample_size` (if there is no position table, or its grid is not square), `sigma` (default 1.0;
-            2.0 for official weights from 64x64 tokens on, as published), `patch_size` of a DC-DiT (default 1), `target`
-            of a DyDiT (the share of the FLOPs that it was trained to; default 0.7). `timestep_shift=0,
-            mlp_norm_eps=1e-6` makes diffusers' weights compute like facebook's DiT, which they were converted from.
+        source: a file or folder (safetensors, sharded safetensors, torch, diffusers, tokdyn), or a state dict. A state
+            dict may be nested, {"ema": ..., "model": ...}, and its names may have the prefixes of DataParallel,
+            torch.compile and FSDP.
+        kind: the format; None recognises it. SiT (arXiv 2401.08740) is not recognised, because its tensors have the
+            names of DiT's: set "sit". It becomes a `DiT` for the flow objective; the mapping of its time, which runs
+            from 0 (noise) to 1 (image), and the sign of its prediction, image - noise, are converted.
+        ema: take the averaged weights if a checkpoint holds averaged and plain ones.
+        **config: settings that the weights do not determine: `num_heads` (known for widths 384, 768, 1024 and 1152);
+            `sample_size` (if there is no position table, or the grid is not square and the table is not sine-cosine);
+            `sigma` (default 1.0; 2.0 for official weights with 64x64 tokens or more, as published); `patch_size` of a
+            DC-DiT (default 1); `target` of a DyDiT, the share of the FLOPs that it was trained to use (default 0.7).
+            With `timestep_shift=0, mlp_norm_eps=1e-6`, diffusers' weights compute as in facebook's DiT, from which they
+            were converted.
 
     Returns:
-        The model in evaluation mode, fp32, on the CPU. Official DC-DiT weights come with force_ends=True, as they were
-        trained. A DyDiT is a `DiT` wrapped with `DynamicWidth`.
+        The model, in evaluation mode, in fp32, on the CPU. Official DC-DiT weights get force_ends=True, with which they
+        were trained. A DyDiT is a `DiT` wrapped with `DynamicWidth`.
 
     Raises:
-        CheckpointError: the source cannot be read, has no known format, is incomplete, or contradicts `config`.
+        CheckpointError: the source cannot be read, is of an unknown format, is incomplete, or contradicts `config`.
     """
     if not isinstance(source, (str, Path, Mapping)):
         raise CheckpointError(f"the source is a {type(source).__name__}; expected a path or a state dict.")
@@ -59,11 +61,15 @@ def read(
     own = raw.config.get("_class_name") in ("DiT", "DCDiT")
     path_words = re.split(r"[^a-z]+", "/".join(Path(raw.origin).parts[-2:]).lower())
     if kind is None and found == "dit" and "sit" in path_words and not (own or raw.notes):
-        raise CheckpointError(f"{raw.origin} may be SiT or DiT, whose tensors have the same names; set kind.")
+        raise CheckpointError(
+            f"{raw.origin} may be SiT or DiT, whose tensors have the same names; set kind to 'sit' or 'dit'."
+        )
     if kind not in (None, found) and not (found == "dit" and kind in ("sit", "tokdyn")):
-        raise CheckpointError(f"{raw.origin} has tensors of kind {found!r} and cannot be read as kind={kind!r}.")
+        raise CheckpointError(
+            f"{raw.origin} has the tensors of kind {found!r} and cannot be read as kind={kind!r}; remove kind."
+        )
     if kind == "sit" and own:
-        raise CheckpointError(f"{raw.origin} was written by tokdyn and knows its time already; leave kind out.")
+        raise CheckpointError(f"{raw.origin} was written by tokdyn, so kind='sit' is not needed; remove kind.")
     if found == "diffusers":
         return _read_dit(from_diffusers(tensors, raw.origin), diffusers_settings(raw), config, raw.origin)
     family = DCDiT if found in ("dc-dit", "tokdyn") else DiT
@@ -82,7 +88,10 @@ def read(
 
 
 def recognise(tensors: Mapping[str, Tensor], origin: str = "the state dict") -> Kind:
-    """Recognise the format by the tensor names ("dit" for both DiT and SiT).
+    """Recognise the format of a checkpoint by its tensor names.
+
+    Returns:
+        The format; "dit" for both DiT and SiT.
 
     Raises:
         CheckpointError: no known format has these names.
@@ -98,21 +107,22 @@ def recognise(tensors: Mapping[str, Tensor], origin: str = "the state dict") -> 
     if any(name.startswith("blocks.") and ".attn.qkv." in name for name in tensors):
         return "dit"
     raise CheckpointError(
-        f"{origin} has no known format: its tensors are {first_few(sorted(tensors))}. Known are official DC-DiT "
-        "(hnet.*), facebook "
-        "DiT (blocks.*.attn.qkv), DyDiT (blocks.*.attn_rate), diffusers DiT "
+        f"{origin} is of an unknown format: its tensors are {first_few(sorted(tensors))}. Known are official DC-DiT "
+        "(hnet.*), facebook's DiT (blocks.*.attn.qkv), DyDiT (blocks.*.attn_rate), diffusers' DiT "
         "(transformer_blocks.*.norm1.emb.class_embedder) and tokdyn's own."
     )
 
 
 def _read_dit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], origin: str) -> DiT:
+    """Build a `DiT` from tensors by tokdyn's names, settings stored with them, and settings of the caller."""
     settings = settle(DiT, dit_settings(tensors, origin), stored, config, origin)
-    settings["sample_size"] = grid_size(tensors, settings["patch_size"], settings.get("sample_size"), origin)
+    settings["sample_size"] = input_size(tensors, settings["patch_size"], settings.get("sample_size"), origin)
     model: DiT = fill(DiT, settings, tensors, origin)
     return model
 
 
 def _read_dydit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], raw: Raw) -> DiT:
+    """Build a `DiT` with `DynamicWidth` from the tensors of a DyDiT; other arguments as for `_read_dit`."""
     plain, gates = split_gates(tensors)
     target = config.get("target", raw.training.lookup("token_ratio") or 0.7)
     model = _read_dit(plain, stored, {name: value for name, value in config.items() if name != "target"}, raw.origin)
@@ -122,9 +132,10 @@ def _read_dydit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: M
 def _read_dcdit(
     tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], origin: str, official: bool
 ) -> DCDiT:
+    """Build a `DCDiT` from tensors by tokdyn's names; other arguments as for `_read_dit`."""
     patch = config.get("patch_size", stored.get("patch_size", 1))
     settings = settle(DCDiT, dcdit_settings(tensors, origin, patch), stored, config, origin)
-    settings["sample_size"] = size = grid_size(tensors, patch, settings.get("sample_size"), origin)
+    settings["sample_size"] = size = input_size(tensors, patch, settings.get("sample_size"), origin)
     if official and "sigma" not in settings:
         settings["sigma"] = 2.0 if size[0] * size[1] >= 64 * 64 * patch * patch else 1.0
     model: DCDiT = fill(DCDiT, settings, tensors, origin)

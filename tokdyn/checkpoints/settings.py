@@ -1,4 +1,4 @@
-"""Settings that accompany a checkpoint, and how they are combined with inferred ones and the caller's."""
+"""Read the settings stored with a checkpoint, and combine them with inferred settings and those of the caller."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import renamed_settings
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Attention heads of the published widths (S, B, L, XL), which shapes do not determine."""
+"""Number of attention heads for each published width (S, B, L, XL), which shapes do not determine."""
 
 FREE = frozenset({"sigma", "target", "force_ends", "official_init", "timestep_shift", "mlp_norm_eps"})
-"""Settings that no tensor depends on, so that the caller may override the stored value."""
+"""Settings that no tensor's shape depends on, of which the caller may override the stored value."""
 
 
 def settle(
@@ -26,17 +26,17 @@ def settle(
     given: Mapping[str, Any],
     origin: str,
 ) -> dict[str, Any]:
-    """Combine inferred, stored and given settings; none may contradict another.
+    """Combine inferred settings, stored settings and those of the caller, which must not contradict each other.
 
     Args:
         model: the class to build.
         fixed: settings inferred from shapes.
         stored: settings from a config.json or a training file.
-        given: settings from the caller.
-        origin: what messages call the checkpoint.
+        given: settings of the caller.
+        origin: name of the checkpoint, for error messages.
 
     Returns:
-        Keyword arguments of the model; `sample_size` and `sigma` only if a source provides them.
+        Keyword arguments of the model. `sample_size` and `sigma` are missing if they are neither stored nor given.
 
     Raises:
         CheckpointError: a setting is unknown, two sources contradict each other, or the number of heads is unknown or
@@ -52,7 +52,7 @@ def settle(
     settings = dict(fixed)
     for whose, layer in (("stored with", stored), ("given for", given)):
         for name, value in layer.items():
-            if value is None and name != "sigma":  # for which None says that there is no smoothing
+            if value is None and name != "sigma":  # None means "not set", but sigma=None turns smoothing off
                 continue
             value = tuple(value) if isinstance(value, list) else value
             free = name in FREE and name not in fixed
@@ -78,7 +78,7 @@ def own_settings(raw: Raw) -> dict[str, Any]:
     """Return the settings in the config.json of a folder that tokdyn wrote.
 
     Raises:
-        CheckpointError: this version does not know one of the settings.
+        CheckpointError: this version of tokdyn does not know one of the settings.
     """
     model = {"DiT": DiT, "DCDiT": DCDiT}[raw.config["_class_name"]]
     known = set(inspect.signature(model.__init__).parameters)
@@ -87,17 +87,18 @@ def own_settings(raw: Raw) -> dict[str, Any]:
     unknown = sorted(set(settings) - known)
     if unknown:
         raise CheckpointError(
-            f"config.json of {raw.origin} has {unknown[0]!r}, which {model.__name__} of this version does not know."
+            f"config.json of {raw.origin} has {unknown[0]!r}, which {model.__name__} of this version of tokdyn does "
+            "not know; use the version that wrote it."
         )
     return settings
 
 
 def diffusers_settings(raw: Raw) -> dict[str, Any]:
-    """Return the settings that make a `DiT` compute like diffusers' DiT, with those of its config.json.
+    """Return the settings in diffusers' config.json, with those that make a `DiT` compute like diffusers' DiT.
 
-    The timestep frequencies of diffusers end one step further than facebook's, and the norm before the MLP has an
-    epsilon of its own. A folder that tokdyn wrote also notes the settings of the original model, which count until
-    diffusers has loaded and saved the folder.
+    In diffusers, the timestep frequencies end one step further than in facebook's DiT, and the norm before the MLP has
+    its own epsilon. A config.json that tokdyn wrote also holds the settings of the original model; they are ignored
+    once diffusers has loaded the model and saved it again.
 
     Raises:
         CheckpointError: the config.json describes a variant that a `DiT` cannot compute.
@@ -121,23 +122,29 @@ def diffusers_settings(raw: Raw) -> dict[str, Any]:
 
 
 def noted_settings(model: type[DiT] | type[DCDiT], notes: Any, origin: str) -> dict[str, Any]:
-    """Return the settings that `tokdyn convert` noted in a layout that has no place for them.
+    """Return the settings that `tokdyn convert` stored under the key `NOTES`.
+
+    Args:
+        model: the class to build.
+        notes: the stored value.
+        origin: name of the checkpoint, for error messages.
 
     Raises:
-        CheckpointError: the notes are malformed, or this version does not know one of the settings.
+        CheckpointError: the notes are malformed, or this version of tokdyn does not know one of the settings.
     """
     known = set(inspect.signature(model.__init__).parameters)
     notes = renamed_settings(notes) if isinstance(notes, Mapping) else notes
     unknown = [notes] if not isinstance(notes, Mapping) else sorted(set(notes) - known)
     if unknown:
         raise CheckpointError(
-            f"{origin} notes {unknown[0]!r} under {NOTES}, which {model.__name__} of this version does not know."
+            f"{origin} has {unknown[0]!r} under {NOTES}, which {model.__name__} of this version of tokdyn does not "
+            "know; use the version that wrote it."
         )
     return dict(notes)
 
 
 def official_settings(raw: Raw) -> dict[str, Any]:
-    """Return the settings that official DC-DiT weights imply, and those in their training file."""
+    """Return the settings of official DC-DiT weights: force_ends=True, and those in their training file."""
     heads = raw.training.lookup("model", "hnet", "num_heads")
     target = raw.training.lookup("training", "downsample_factor")
     settings = {
@@ -150,7 +157,7 @@ def official_settings(raw: Raw) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Compare two settings: numbers up to rounding, and a number equals a pair of that number."""
+    """Return whether two settings are equal: floats up to rounding, and a number equals a pair of that number."""
     if isinstance(one, tuple) or isinstance(other, tuple):
         pair, second = (value if isinstance(value, tuple) else (value, value) for value in (one, other))
         return pair == second

@@ -36,7 +36,7 @@ class Written:
     Attributes:
         place: the file or folder.
         files: the files in the folder, or the file itself.
-        notes: differences in what the other project's code computes, one sentence each.
+        notes: one sentence for each way in which the other project's code computes something else than the model.
     """
 
     place: Path
@@ -51,33 +51,34 @@ def write(
     dtype: torch.dtype = torch.float32,
     facts: Mapping[str, Any] | None = None,
 ) -> Written:
-    """Write a model so that `read` can load it and, if it computes the same, so can the other project's code.
+    """Write a model in the layout of another project or of tokdyn. `read` loads the same model back.
 
     Args:
         model: the model, which is not changed.
-        place: a path that does not exist yet: a .safetensors file for "official" and "facebook", else a folder.
+        place: a path that does not exist yet: a .safetensors file for "official" and "facebook", otherwise a folder.
         to: "diffusers" for DiTTransformer2DModel.from_pretrained; "tokdyn" for `from_pretrained` of the model's class,
-            with the methods of a wrapped model beside it; "official" for the public code of DC-DiT; "facebook" for that
+            with the attached methods beside the weights; "official" for the public code of DC-DiT; "facebook" for that
             of DiT.
         dtype: dtype of the written tensors.
-        facts: what is known about the training, written to tokdyn.json of a tokdyn folder.
+        facts: contents of the tokdyn.json in a folder of layout "tokdyn": name, objective, data. Other layouts ignore
+            them.
 
     Returns:
-        What was written.
+        What was written, with notes on what the other project's code computes differently.
 
     Raises:
-        CheckpointError: the layout cannot hold this model.
+        CheckpointError: the layout has no model with these settings, or cannot hold attached methods.
         OutputError: the path exists already, or cannot be written.
     """
     place = Path(place).expanduser()
     if place.exists():
         raise OutputError(f"{place} exists already and is not overwritten; choose another path.")
     if to in FILES and place.suffix != ".safetensors":
-        raise OutputError(f"{place} will be a file of the {to} layout; give it the ending .safetensors.")
+        raise OutputError(f"{place} must end in .safetensors, because the {to} layout is a file; change the ending.")
     if to != "tokdyn" and attachment_of(model) is not None:
         raise CheckpointError(
-            f"the {to} layout cannot hold the methods that this model is wrapped with; write it with to=tokdyn, or "
-            "unwrap it first."
+            f"the {to} layout cannot hold the methods attached to this model; write it with to=tokdyn, or unwrap it "
+            "first."
         )
     if to == "tokdyn":
         return _write_own(model, place, dtype, facts)
@@ -92,6 +93,7 @@ def write(
 
 
 def _write_own(model: DiT | DCDiT, place: Path, dtype: torch.dtype, facts: Mapping[str, Any] | None) -> Written:
+    """Write a folder in tokdyn's layout."""
     if next(model.parameters()).dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     with _new_folder(place) as temporary:
@@ -106,6 +108,7 @@ def _write_own(model: DiT | DCDiT, place: Path, dtype: torch.dtype, facts: Mappi
 def _write_file(
     model: DiT | DCDiT, place: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, notes: tuple[str, ...]
 ) -> Written:
+    """Write tensors to a safetensors file, with the model's settings in the header."""
     settings = {
         name: value
         for name, value in model.config.items()
@@ -118,6 +121,7 @@ def _write_file(
 
 
 def _write_diffusers(model: DiT, place: Path, dtype: torch.dtype) -> Written:
+    """Write a folder that DiTTransformer2DModel.from_pretrained reads."""
     config = model.config
     tensors = _cast(to_diffusers(model, approximate=True), dtype)
     size = config.sample_size
@@ -152,7 +156,7 @@ def _write_diffusers(model: DiT, place: Path, dtype: torch.dtype) -> Written:
 
 
 def _differences_from_official(model: DCDiT) -> tuple[str, ...]:
-    """List what the official code computes differently whatever the settings are."""
+    """Return one sentence for each setting that the official code does not have and that changes the outputs."""
     notes = []
     if not model.config.force_ends:
         notes.append("the official code always keeps the first and the last cell, unlike this model.")

@@ -68,6 +68,6 @@ def generators(seed: int, purpose: Purpose, *counters: ArrayLike) -> list[torch.
 
 
 def permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
-    """Return the order of the samples in an epoch: a permutation of range(length), a function of the arguments alone."""
+    """Return the order of the samples in an epoch, a permutation of range(length) that the arguments alone decide."""
     keys = hashed(seed, Purpose.ORDER, epoch, np.arange(length, dtype=np.uint64))
     return np.argsort(keys, kind="stable").astype(np.int64)

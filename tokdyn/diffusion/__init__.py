@@ -1,1 +1,1 @@
-"""Training objectives, and sampling on diffusers' schedulers."""
+"""Define the training objectives, and sample images with diffusers' schedulers."""

@@ -1,4 +1,7 @@
-"""Classifier-free guidance (arXiv 2207.12598) and Lite-CFG (arXiv 2603.06351), both branches in one model call."""
+"""Apply classifier-free guidance (arXiv 2207.12598) with both branches in one model call.
+
+Lite-CFG (arXiv 2603.06351) gives the unconditional branch a larger tail drop than the conditional one.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ class Denoised:
     """The model's output for one step.
 
     Attributes:
-        prediction: (B, C, H, W) noise or velocity, guided.
+        prediction: (B, C, H, W) predicted noise or velocity, after guidance.
         variance: (B, C, H, W) learned variance of the conditional branch, or None.
-        routing: routing of the whole call, conditional branch first; None for models that do not route tokens.
+        routing: the model's routing of all samples of the call, conditional branch first; None for models that do not
+            route tokens.
     """
 
     prediction: Tensor
@@ -33,16 +37,17 @@ class Denoised:
 
 
 class Branches:
-    """The conditional and the unconditional branch of a batch, evaluated in one call, ``[cond, uncond]``.
+    """The guidance branches of a batch of B images, computed in one model call with the samples ``[cond, uncond]``.
 
     Args:
-        model: takes ``(x, timestep=, class_labels=)`` and, when it routes tokens, ``tail_drop=``.
+        model: takes ``(x, timestep=, class_labels=)`` and, if it routes tokens, ``tail_drop=``.
         objective: objective that the model was trained with.
-        labels: (B,) int64 class of each image.
-        guidance: scale; 1 means none.
-        channels: which channels of the prediction are guided; the variance never is.
-        tail_drop: fraction of the kept tokens that the conditional branch drops, or points (noise level, fraction).
-        uncond_tail_drop: the same for the unconditional branch.
+        labels: (B,) int64 class of each image, on the model's device.
+        guidance: guidance scale; 1 turns guidance off.
+        channels: guide "all" channels of the prediction, or the first "three"; the variance is never guided.
+        tail_drop: share of the kept tokens that the conditional branch drops: a number, or points (noise level, share)
+            to interpolate between.
+        uncond_tail_drop: as `tail_drop`, for the unconditional branch.
 
     Raises:
         UnsupportedModelError: a tail drop is set for a model that cannot drop tokens.
@@ -70,7 +75,10 @@ class Branches:
             raise tail_drop_error(model)
 
     def _budget(self, guided: bool, level: float) -> dict[str, float | Tensor]:
-        """Return the tail-drop argument of a call; the tensor for a pair of branches is built once."""
+        """Return the keyword argument ``tail_drop`` of a call: a number, or (2B,) if the branches differ.
+
+        It is empty for models that do not route tokens. Tensors are cached, so that a step does not copy to the device.
+        """
         if not self._routes:
             return {}
         cond, uncond = (at(drop, level) for drop in self._drops)
@@ -82,9 +90,13 @@ class Branches:
         return {"tail_drop": self._pairs[cond, uncond]}
 
     def __call__(self, x: Tensor, timestep: Tensor, guided: bool, level: float = 1.0) -> Denoised:
-        """Evaluate the model on ``x`` (B, C, H, W) at ``timestep``, a tensor without dimensions.
+        """Call the model for one step.
 
-        Unless ``guided``, the unconditional branch is not computed. Tail drops may depend on the noise ``level``.
+        Args:
+            x: (B, C, H, W) noisy images.
+            timestep: tensor without dimensions.
+            guided: whether to compute the unconditional branch and apply guidance.
+            level: noise level, which tail drops may depend on.
         """
         batch, labels = len(x), self._labels[guided]
         output = self._model(
@@ -100,6 +112,7 @@ class Branches:
         return Denoised(prediction, variance, getattr(output, "routing", None))
 
     def _guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Combine the predictions (B, C, H, W) of the branches."""
         if self._channels == "all":
             return uncond + self._guidance * (cond - uncond)
         guided = uncond[:, :3] + self._guidance * (cond[:, :3] - uncond[:, :3])
@@ -120,17 +133,21 @@ def tail_drop_error(model: nn.Module) -> UnsupportedModelError:
 
 
 def takes_tail_drop(model: nn.Module) -> bool:
-    """Return whether the model's forward takes ``tail_drop``; looks through ``torch.compile``."""
+    """Return whether a model's forward takes ``tail_drop``; for a compiled model, that of the original."""
     return "tail_drop" in inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
 def null_class(model: nn.Module) -> int:
-    """Return the label that means no class, the one after the last class."""
+    """Return the label of unconditional samples, the one after the last class."""
     return num_classes(model)
 
 
 def num_classes(model: nn.Module) -> int:
-    """Return the number of classes, which our models and diffusers' call by different names."""
+    """Return the number of classes: `num_classes` of our models, `num_embeds_ada_norm` of diffusers'.
+
+    Raises:
+        UnsupportedModelError: the model is not class-conditional.
+    """
     config: Any = model.config
     count = config.get("num_classes", config.get("num_embeds_ada_norm"))
     if count is None:

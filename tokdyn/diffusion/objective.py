@@ -1,8 +1,8 @@
-"""Training objectives: noise prediction with a learned variance, or the velocity of a straight flow.
+"""Define the training objectives: noise prediction with a learned variance, and the velocity of a straight flow.
 
 The *noise level* used throughout tokdyn is ``sigma / (alpha + sigma)`` with ``x_t = alpha x_0 + sigma noise``. It runs
-from 0 (clean) to 1 (noise), is the flow time itself for the flow objective, and gives the same number to the same
-signal-to-noise ratio under both objectives.
+from 0 (clean) to 1 (noise). For a flow it is the flow time. Equal signal-to-noise ratios have equal noise levels under
+both objectives.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tokdyn.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch of noisy images and what is needed to score a prediction for it.
+    """A batch of noisy images, with what is needed to compute the loss of a prediction for it.
 
     Attributes:
         x_t: (B, C, H, W) noisy images.
-        timestep: (B,) timestep given to the model: int64 in [0, T) for noise, float in [0, T] for flow.
+        timestep: (B,) timesteps for the model: int64 in [0, T) for a noise objective, float in [0, T] for a flow.
         noise: (B, C, H, W) noise that was mixed in.
         x0: (B, C, H, W) clean images.
         level: (B,) noise level in [0, 1].
@@ -39,19 +39,21 @@ class Noised:
 
 
 class Objective(BaseModel):
-    """A training objective, with the arithmetic that samplers share with it.
+    """What a model is trained to predict, with the arithmetic that training and sampling share.
 
-    ``noise``: the network predicts the noise of a variance-preserving process (arXiv 2006.11239) and, with
-    ``learn_sigma``, where the variance of each reverse step lies between its two bounds (arXiv 2102.09672).
-    ``flow``: the network predicts ``noise - x_0`` on the straight path ``x_s = (1 - s) x_0 + s noise``; its timestep is
-    ``T s``. A flow has no variance to learn, so ``learn_sigma`` is False there.
+    ``noise``: the network predicts the noise of a variance-preserving process (arXiv 2006.11239). With ``learn_sigma``
+    it also predicts the variance of each reverse step, by interpolating between a lower and an upper bound
+    (arXiv 2102.09672).
+    ``flow``: the network predicts the velocity ``noise - x_0`` on the straight path ``x_s = (1 - s) x_0 + s noise``;
+    its timestep is ``T s``. A flow has no variance, so ``learn_sigma`` is False.
 
     Attributes:
         kind: ``noise`` or ``flow``.
         num_train_timesteps: T.
         beta_schedule: schedule of the noise process; unused by a flow.
-        learn_sigma: whether the network predicts the variance in a second half of output channels.
-        timestep_sampling: how training draws timesteps; ``logit_normal`` (arXiv 2403.03206) is for flow only.
+        learn_sigma: whether the network predicts the variance in a second half of its output channels.
+        timestep_sampling: distribution that training draws timesteps from; ``logit_normal`` (arXiv 2403.03206) is for
+            a flow only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,11 +81,11 @@ class Objective(BaseModel):
 
     @property
     def betas(self) -> Tensor:
-        """(T,) float64, the betas of the noise process."""
+        """The betas (T,) float64 of the noise process."""
         return betas(self.beta_schedule, self.num_train_timesteps)
 
     def scales(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``alpha`` and ``sigma`` of ``x_t = alpha x_0 + sigma noise`` at ``timestep`` (B,), (B,) float64."""
+        """Return ``alpha`` and ``sigma`` of ``x_t = alpha x_0 + sigma noise``, each (B,) float64, at timesteps (B,)."""
         if self.kind == "flow":
             time = timestep.double() / self.num_train_timesteps
             return 1.0 - time, time
@@ -91,7 +93,7 @@ class Objective(BaseModel):
         return tables.alpha[timestep], tables.sigma[timestep]
 
     def level(self, timestep: Tensor) -> Tensor:
-        """Return the noise level ``sigma / (alpha + sigma)`` at ``timestep`` (B,): (B,) float32 in [0, 1]."""
+        """Return the noise levels ``sigma / (alpha + sigma)``, (B,) float32 in [0, 1], at timesteps (B,)."""
         alpha, sigma = self.scales(timestep)
         return (sigma / (alpha + sigma)).float()
 
@@ -100,7 +102,7 @@ class Objective(BaseModel):
 
         Args:
             x0: (B, C, H, W) clean images or latents.
-            generator: source of both draws; None uses the global one. It may live on another device than ``x0``.
+            generator: draws both; None takes torch's global one. It may be on another device than ``x0``.
         """
         device = x0.device if generator is None else generator.device
         timestep = self._draw_timesteps(len(x0), device, generator).to(x0.device)
@@ -113,18 +115,18 @@ class Objective(BaseModel):
         return Noised(alpha * x0 + sigma * noise, timestep, noise, x0, self.level(timestep))
 
     def loss(self, output: Tensor, noised: Noised) -> Tensor:
-        """Compute the loss of a prediction.
+        """Compute the loss of each sample.
 
-        Mean squared error over all dimensions; with a learned variance, plus the variational bound in bits per
-        dimension, weighted T / 1000, through which only the variance is trained (arXiv 2102.09672, section 3.1; the
-        weighting is that of its public code, which DiT trains with).
+        It is the mean squared error over all dimensions. With a learned variance, the variational bound in bits per
+        dimension times T / 1000 is added; its gradient reaches the variance alone (arXiv 2102.09672, section 3.1, with
+        the weight of its public code, which DiT uses too).
 
         Args:
-            output: (B, C or 2C, H, W) network output for ``noised.x_t``. A flow ignores a second half.
+            output: (B, C or 2C, H, W) network output for ``noised.x_t``. A flow ignores a second half of channels.
             noised: the batch that the network was given.
 
         Returns:
-            (B,) float32 (float64 for float64 images) loss of each sample.
+            (B,) float32, or float64 for float64 images.
         """
         prediction, variance = self.split(output, noised.x0.shape[1])
         target = noised.noise if self.kind == "noise" else noised.noise - noised.x0
@@ -134,7 +136,14 @@ class Objective(BaseModel):
         return loss
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """Split a network output (B, C or 2C, H, W) into prediction and variance, in at least float32.
+        """Split a network output into the prediction and the variance.
+
+        Args:
+            output: (B, C or 2C, H, W).
+            channels: C.
+
+        Returns:
+            Prediction and variance, each (B, C, H, W) in float32 or float64; the variance is None without learn_sigma.
 
         Raises:
             UnsupportedModelError: the number of channels is not what this objective needs.
@@ -143,27 +152,28 @@ class Objective(BaseModel):
         allowed = {channels, 2 * channels} if self.kind == "flow" else {channels * (1 + self.learn_sigma)}
         if returned not in allowed:
             raise UnsupportedModelError(
-                f"The model returned {returned} channels for images of {channels}, but a {self.kind} objective with "
+                f"The model returned {returned} channels for images with {channels}, but a {self.kind} objective with "
                 f"learn_sigma={self.learn_sigma} needs {min(allowed)}: build the model with the same learn_sigma."
             )
         output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         return output[:, :channels], output[:, channels:] if self.learn_sigma else None
 
     def predict_x0(self, prediction: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """Return the clean images (B, C, H, W) that a prediction for ``x_t`` (B, C, H, W) implies at ``timestep``."""
+        """Return the clean images that a prediction for ``x_t`` implies, all (B, C, H, W), at timesteps (B,)."""
         alpha, sigma = (_column(scale, x_t) for scale in self.scales(timestep))
         return x_t - sigma * prediction if self.kind == "flow" else (x_t - sigma * prediction) / alpha
 
     def prediction_for(self, x0: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """Return the prediction that implies the clean images ``x0``; the inverse of :meth:`predict_x0`."""
+        """Return the prediction that implies the clean images ``x0``; the inverse of `predict_x0`."""
         alpha, sigma = (_column(scale, x_t) for scale in self.scales(timestep))
         return (x_t - x0) / sigma if self.kind == "flow" else (x_t - alpha * x0) / sigma
 
     def log_variance(self, variance: Tensor, timestep: Tensor) -> Tensor:
-        """Return the log variance of the reverse step from the network's second half (arXiv 2102.09672, eq. 15).
+        """Return the log variance (B, C, H, W) of the reverse step, as predicted (arXiv 2102.09672, eq. 15).
 
         Args:
-            variance: (B, C, H, W), -1 at the lower bound and 1 at the upper one.
+            variance: (B, C, H, W), the second half of the network's output: -1 stands for the lower bound of the log
+                variance and 1 for the upper one.
             timestep: (B,) int64.
         """
         tables = self._tables(variance.device)
@@ -172,6 +182,7 @@ class Objective(BaseModel):
         return share * high + (1.0 - share) * low
 
     def _bound(self, prediction: Tensor, variance: Tensor, noised: Noised) -> Tensor:
+        """Return the variational bound (B,) in bits per dimension."""
         tables, x0, x_t, timestep = self._tables(noised.x0.device), noised.x0, noised.x_t, noised.timestep
         weight_x0, weight_xt, log_posterior = (
             _column(table[timestep], x0) for table in (tables.posterior_x0, tables.posterior_xt, tables.log_min)
@@ -189,6 +200,7 @@ class Objective(BaseModel):
         return noise_tables(self.beta_schedule, self.num_train_timesteps, device)
 
     def _draw_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw timesteps (count,) from the distribution of training."""
         if self.kind == "noise":
             return torch.randint(self.num_train_timesteps, (count,), generator=generator, device=device)
         if self.timestep_sampling == "uniform":
@@ -199,5 +211,5 @@ class Objective(BaseModel):
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """Return values (B,) in the type of ``like`` (B, ...), shaped to multiply it."""
+    """Return values (B,) in the dtype of ``like`` (B, ...), reshaped to (B, 1, ...) so that they broadcast to it."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))

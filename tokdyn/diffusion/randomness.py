@@ -1,4 +1,4 @@
-"""Randomness per image: the seed of an image alone decides its noise, whatever batch it is in."""
+"""Draw the noise of each image from its own seed, so that an image does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 
 def step_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
-    """Make one generator per image for the noise of the steps.
+    """Make one generator per image for the noise that a stochastic scheduler adds in each step.
 
-    They live on the model's device, because a copy from the host would make the host wait at every step. An image drawn
-    by a stochastic scheduler therefore depends on the kind of device; one drawn by a deterministic scheduler does not.
+    The generators are on the model's device, because copying noise from the host would synchronise at every step. An
+    image from a stochastic scheduler therefore depends on the type of device; one from a deterministic scheduler does
+    not.
     """
     bases = [_cpu_seed(seed) for seed in seeds] if device.type == "cpu" else seeds
     return [torch.Generator(device).manual_seed((seed + _STEP_STREAM) % _SEED_RANGE) for seed in bases]
 
 
 def _cpu_seed(seed: int) -> int:
-    """Fold a seed into its low 32 bits, which are all that a CPU generator reads; smaller seeds stay as they are."""
+    """Fold a seed into the 32 bits that a CPU generator reads. Seeds below 2^32 are returned unchanged."""
     return (seed & _LOW) ^ ((seed >> 32) * _SPREAD & _LOW)

@@ -1,4 +1,4 @@
-"""What sampling reports about each step: the state that callbacks get, kept tokens and time."""
+"""Record the steps of sampling: the state that callbacks get, the numbers of kept tokens, and the time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tokdyn.diffusion.objective import Objective
 
 @dataclass(frozen=True)
 class StepState:
-    """State of a step, as a callback gets it between the model call and the scheduler's step.
+    """The state of a step, passed to a callback after the model call and before the scheduler's step.
 
     Attributes:
-        index: number of the step, from 0.
-        timestep: (B,) timestep given to the model, on the model's device.
+        index: index of the step, from 0.
+        timestep: (B,) timesteps given to the model, on the model's device.
         level: noise level in [0, 1].
         x: (B, C, H, W) noisy images.
-        prediction: (B, C, H, W) guided and clipped.
-        routing: the model's routing, conditional branch first, or None.
+        prediction: (B, C, H, W) predicted noise or velocity, after guidance and clipping.
+        routing: the model's routing, conditional branch first; None for models that do not route tokens.
         objective: objective that the model was trained with.
     """
 
@@ -40,18 +40,18 @@ class StepState:
         return self.objective.predict_x0(self.prediction, self.x, self.timestep)
 
     def keep(self) -> Tensor | None:
-        """Return the tokens kept in the conditional branch, (B, N) bool; None for models without routing."""
+        """Return a mask (B, N) bool of the tokens kept in the conditional branch; None for models without routing."""
         return None if self.routing is None else self.routing.keep[: len(self.x)]
 
 
 @dataclass(frozen=True)
 class KeptCounts:
-    """Numbers of tokens that one step kept.
+    """The numbers of tokens that were kept in one step.
 
     Attributes:
         tokens: N, tokens of an image before any is dropped.
-        cond: (B,) int64, tokens kept in the conditional branch.
-        uncond: (B,) int64, tokens kept in the unconditional branch; None if it was not computed.
+        cond: (B,) int64, number of tokens kept in the conditional branch.
+        uncond: (B,) int64, number of tokens kept in the unconditional branch; None if it was not computed.
     """
 
     tokens: int
@@ -59,17 +59,17 @@ class KeptCounts:
     uncond: Tensor | None
 
     def fraction(self) -> float:
-        """Return kept tokens over all tokens, both branches together."""
+        """Return the mean kept share over images and branches."""
         both = self.cond if self.uncond is None else torch.cat([self.cond, self.uncond])
         return float(both.double().mean()) / self.tokens
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Cost of one step.
+    """The cost of one step of a batch.
 
     Attributes:
-        index: number of the step, from 0.
+        index: index of the step, from 0.
         timestep: timestep given to the model.
         level: noise level in [0, 1].
         guided: whether the unconditional branch was computed.
@@ -87,7 +87,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Generation:
-    """Result of :func:`tokdyn.diffusion.sampling.generate`.
+    """The result of `tokdyn.diffusion.sampling.generate`.
 
     Attributes:
         images: (B, C, H, W) float32, on the model's device.
@@ -99,20 +99,31 @@ class Generation:
 
 
 class KeptLedger:
-    """Collects the kept counts of every step on the device and moves them to the host once, at the end."""
+    """Collects the numbers of kept tokens of all steps on the device, and copies them to the host once, at the end."""
 
     def __init__(self) -> None:
         self._counts: list[Tensor] = []
         self._tokens = 0
 
     def add(self, routing: Any) -> None:
-        """Record the counts of one step, or nothing for a model without routing; masks are not kept alive."""
+        """Record the numbers of one step; does nothing for a model without routing.
+
+        Only the counts are stored, so that the masks of all steps do not stay in memory.
+        """
         if routing is not None:
             self._counts.append(routing.kept)
             self._tokens = routing.keep.shape[1]
 
     def split(self, guided: list[bool], batch: int) -> list[KeptCounts | None]:
-        """Return the counts of every step by branches of ``batch`` images; None at each step without routing."""
+        """Return the numbers of each step.
+
+        Args:
+            guided: for each step, whether both branches were computed.
+            batch: B, images per branch.
+
+        Returns:
+            One entry per step, all of them None for a model without routing.
+        """
         if not self._counts:
             return [None] * len(guided)
         branches = iter(rearrange(torch.cat(self._counts).cpu(), "(branch image) -> branch image", image=batch))
@@ -120,12 +131,12 @@ class KeptLedger:
 
 
 class StepTimer:
-    """Marks points in time and reads the differences once, at the end.
+    """Measures the time between marks without waiting for the device at each of them.
 
-    On CUDA the marks are events in the stream; elsewhere they are the host's clock.
+    On a CUDA device the marks are events in the stream; otherwise they are times of the host's clock.
 
     Args:
-        device: where the work runs.
+        device: device that runs the measured work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -143,7 +154,7 @@ class StepTimer:
             self._times.append(perf_counter())
 
     def seconds(self) -> list[float]:
-        """Return the seconds between neighbouring marks; waits for the device once."""
+        """Return the seconds between each mark and the next. Waits for the device."""
         if self._cuda:
             self._events[-1].synchronize()
             pairs = zip(self._events, self._events[1:], strict=False)

@@ -1,4 +1,4 @@
-"""Draws images from a model with diffusers' schedulers, and records the cost of each step."""
+"""Sample images from a model with diffusers' schedulers, and record the cost of each step."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tokdyn.ops.schedules import Curve, check_curve
 
 
 def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    """Return an interval of noise levels; raise a ValueError unless it is ascending and in [0, 1]."""
     if not 0.0 <= interval[0] <= interval[1] <= 1.0:
         raise ValueError("expected two noise levels between 0 and 1, the lower one first")
     return interval
@@ -31,31 +32,32 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _shares(curve: Curve) -> Curve:
+    """Return points (noise level, share); raise an error unless the levels ascend and the shares are in [0, 1]."""
     check_curve(curve, 0.0, 1.0)
     return curve
 
 
 Points = Annotated[tuple[tuple[float, float], ...], AfterValidator(_shares)]
-"""Points (noise level, share of the kept tokens)."""
+"""Points (noise level, share), between which the share is interpolated linearly."""
 Drop = Share | Points
-"""A share of the kept tokens, or one that changes with the noise level."""
+"""A tail drop: a share of the kept tokens, constant or depending on the noise level."""
 GuidanceScale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class Sampler(BaseModel):
-    """Settings of sampling.
+    """The settings of sampling.
 
     Attributes:
-        scheduler: ``ddpm``, ``ddim`` or ``dpm`` for noise, ``euler`` for flow; None takes ddpm or euler.
-        steps: model calls per image.
-        guidance: scale of classifier-free guidance; 1 means none, and then no unconditional branch is computed.
-        guidance_channels: ``all`` channels of the prediction, or the first ``three`` as the public DiT code guides.
-        guidance_interval: noise levels (see ``tokdyn.diffusion.objective``), ends included, at which guidance acts
-            (arXiv 2404.07724); at others the unconditional branch is not computed.
-        tail_drop: fraction of the kept tokens to drop, the least certain first; or points (noise level, fraction),
-            joined by straight lines, where level 1 is pure noise.
-        uncond_tail_drop: the same for the unconditional branch (Lite-CFG, arXiv 2603.06351); None takes tail_drop.
+        scheduler: ``ddpm``, ``ddim`` or ``dpm`` for a noise objective, ``euler`` for a flow; None takes ddpm or euler.
+        steps: sampling steps per image.
+        guidance: scale of classifier-free guidance; 1 turns it off, and the unconditional branch is not computed.
+        guidance_channels: guide ``all`` channels of the prediction, or the first ``three`` as the public DiT code does.
+        guidance_interval: lowest and highest noise level (see ``tokdyn.diffusion.objective``) at which guidance acts
+            (arXiv 2404.07724); at other levels the unconditional branch is not computed.
+        tail_drop: share of the kept tokens to drop, the least probable first; or points (noise level, share) with
+            ascending levels, between which it is interpolated linearly. Level 1 is pure noise.
+        uncond_tail_drop: tail drop of the unconditional branch (Lite-CFG, arXiv 2603.06351); None takes `tail_drop`.
         clip: clamp each prediction of the clean image to [-1, 1]: right for pixels, wrong for latents.
     """
 
@@ -90,22 +92,26 @@ def generate(
 ) -> Generation:
     """Generate one image per label.
 
-    An image depends on its own label and seed and on the settings, not on its batch. The loop never makes the host wait
-    for the device.
+    An image depends on its label, its seed and the settings, not on the rest of its batch. The loop over the steps does
+    not synchronise with the device.
 
     Args:
-        model: a :class:`tokdyn.models.DiT`, :class:`tokdyn.models.DCDiT` or anything that is called like them.
+        model: a `tokdyn.models.DiT`, a `tokdyn.models.DCDiT` or any model that is called like them. It runs in
+            evaluation mode, and is then put back into its former mode.
         sampler: the settings.
         objective: objective that the model was trained with.
-        labels: (B,) classes; ``num_classes`` means no class.
+        labels: (B,) classes; the number of classes is the label of unconditional samples.
         seeds: (B,) non-negative seeds.
-        callback: called at every step, within the measured time of that step.
-        device: move the model there first; None leaves it where it is.
-        dtype: autocast type that the model computes in; None uses the type of its weights.
+        callback: called in every step; its time counts as time of the step.
+        device: device to move the model to first; None does not move it.
+        dtype: dtype of matrix products under autocast; None computes in the dtype of the weights.
+
+    Returns:
+        The images (B, C, H, W), pixels or latents as the model generates them, and a record of each step.
 
     Raises:
-        InputError: labels and seeds do not fit each other or the model.
-        RecipeError: the scheduler or the number of steps does not fit the objective.
+        InputError: there are not as many seeds as labels, a seed is negative, or a class does not exist.
+        RecipeError: the scheduler cannot sample this objective, or not in so many steps.
         UnsupportedModelError: a tail drop is set for a model that cannot drop tokens.
     """
     model = model if device is None else model.to(device)
@@ -154,6 +160,7 @@ def generate(
 
 
 def _levels(objective: Objective, timesteps: Tensor) -> list[float]:
+    """Return the noise level of each timestep."""
     alpha, sigma = objective.scales(timesteps)
     levels: list[float] = (sigma / (alpha + sigma)).tolist()
     return levels
@@ -162,12 +169,12 @@ def _levels(objective: Objective, timesteps: Tensor) -> list[float]:
 def _checked(
     seeds: Tensor | Sequence[int], labels: Tensor | Sequence[int], classes: int
 ) -> tuple[list[int], list[int]]:
-    """Return seeds and labels as lists, checked before anything is computed."""
+    """Return seeds and labels as lists; raise an InputError if they are not valid for a model with so many classes."""
     seed_list, label_list = [int(seed) for seed in seeds], [int(label) for label in labels]
     if len(seed_list) != len(label_list) or not seed_list:
         raise InputError(f"Got {len(label_list)} labels and {len(seed_list)} seeds: give one of each per image.")
     if min(seed_list) < 0:
-        raise InputError(f"Seed {min(seed_list)} is negative: seeds are 0 or more.")
+        raise InputError(f"Seed {min(seed_list)} is negative: give seeds of 0 or more.")
     wrong = [label for label in label_list if not 0 <= label <= classes]
     if wrong:
         raise InputError(f"Class {wrong[0]} does not exist: give 0 to {classes - 1}, or {classes} for no class.")
@@ -176,7 +183,7 @@ def _checked(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and back into its own mode at the end."""
+    """Return a context in which the model is in evaluation mode."""
     training = model.training
     model.eval()
     try:
@@ -186,8 +193,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Return an autocast context for the whole loop, so that weights are cast once, not at every step.
+    """Return an autocast context for the whole loop, in which weights are cast once, not in every step.
 
-    Autocast keeps the cast weights under `torch.no_grad`, but not in inference mode.
+    Autocast caches cast weights under `torch.no_grad`, but not in inference mode, so the loop uses the former.
     """
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""The variance-preserving noise schedule: betas and everything that follows from them."""
+"""Compute the variance-preserving noise schedule: its betas, and the constants derived from them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _MAX_BETA = 0.999
 def betas(kind: BetaSchedule, steps: int) -> Tensor:
     """Return the noise variance added at each of ``steps`` steps.
 
-    The linear schedules were published for 1000 steps; for another number their ends are scaled by ``1000 / steps``
-    (arXiv 2102.09672), so that the process ends in noise whatever its length.
+    The linear schedules were published for 1000 steps. For another number, their first and last beta are multiplied by
+    ``1000 / steps`` (arXiv 2102.09672), so that the process ends in noise whatever its length.
 
     Args:
         kind: ``linear`` (arXiv 2006.11239), ``scaled_linear`` (linear in the square root) or ``squaredcos_cap_v2``
@@ -45,7 +45,7 @@ def betas(kind: BetaSchedule, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseTables:
-    """Per-timestep constants of the process, each (T,) float64. Equation numbers are of arXiv 2006.11239.
+    """The constants of the process at each timestep, all (T,) float64. Equation numbers are those of arXiv 2006.11239.
 
     Attributes:
         beta: variance added by step t.
@@ -53,8 +53,8 @@ class NoiseTables:
         sigma: sqrt(1 - abar_t), the share of the noise in x_t (eq. 4).
         posterior_x0: coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) (eq. 7).
         posterior_xt: coefficient of x_t in that mean (eq. 7).
-        log_min: log of the posterior variance (eq. 7), the smallest that the model may predict. It is -inf at t = 0, so
-            its value at t = 1 stands in there, as in arXiv 2102.09672.
+        log_min: log of the posterior variance (eq. 7), the smallest that the model may predict. At t = 0, where that is
+            -inf, the value of t = 1 is used, as in arXiv 2102.09672.
         log_max: log beta_t, the largest variance that the model may predict.
     """
 
@@ -69,12 +69,16 @@ class NoiseTables:
 
 @lru_cache(maxsize=32)
 def noise_tables(kind: BetaSchedule, steps: int, device: torch.device) -> NoiseTables:
-    """Compute all constants of the process once per device, usable in training even if sampling came first."""
+    """Return the constants of the process on a device, cached.
+
+    They are ordinary tensors even if this is first called in inference mode, so that training can use them later.
+    """
     with torch.inference_mode(False), torch.device("cpu"):
         return _noise_tables(betas(kind, steps), device)
 
 
 def _noise_tables(beta: Tensor, device: torch.device) -> NoiseTables:
+    """Compute the constants from the betas (T,)."""
     alpha_bar = torch.cumprod(1.0 - beta, dim=0)
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     variance = beta * (1.0 - previous) / (1.0 - alpha_bar)

@@ -1,4 +1,4 @@
-"""Opens a diffusers scheduler that runs the process a model was trained on, for any number of steps."""
+"""Open a diffusers scheduler for the process that a model was trained on and for any number of steps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SchedulerName = Literal["ddpm", "ddim", "dpm", "euler"]
 
 _SCHEDULERS: Any = diffusers  # their constructors carry no types
 
-# Half the log signal-to-noise ratio from which the deterministic solvers start. The cosine schedule goes beyond it, to
-# where predicting an image means dividing by an alpha near 0; diffusers' `lambda_min_clipped` is for the same.
+# Half the log signal-to-noise ratio at which the deterministic solvers start. The cosine schedule has lower ones, at
+# which predicting an image means dividing by an alpha near 0. diffusers' `lambda_min_clipped` has the same purpose.
 _LOWEST_HALF_LOG_SNR = -5.2
 
 
 def default_scheduler(objective: Objective) -> SchedulerName:
-    """Return the scheduler that the papers of an objective sample with."""
+    """Return the scheduler that DiT (noise) or SiT (flow) samples with: "ddpm" or "euler"."""
     return "euler" if objective.kind == "flow" else "ddpm"
 
 
 def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any:
-    """Build a diffusers scheduler with its timesteps set and its tables on the CPU, where reading them is free.
+    """Build a diffusers scheduler with its timesteps set. Its tables are on the CPU, where reading them is free.
 
     - ``ddpm``: ancestral sampling on timesteps spread evenly from T - 1 to 0, as DiT samples (arXiv 2102.09672).
     - ``ddim``: deterministic DDIM (arXiv 2010.02502), run as the first-order DPM-Solver++, which is the same update
@@ -35,12 +35,12 @@ def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any
     - ``euler``: Euler steps of equal length along a flow.
 
     Args:
-        name: which scheduler.
-        steps: model calls per image.
+        name: the scheduler.
+        steps: sampling steps per image.
         objective: objective that the model was trained with.
 
     Raises:
-        RecipeError: the scheduler does not fit the objective, or the number of steps does not fit the scheduler.
+        RecipeError: the scheduler cannot sample this objective, or not in so many steps.
     """
     if (name == "euler") != (objective.kind == "flow"):
         fitting = "euler" if objective.kind == "flow" else "ddpm, ddim or dpm"
@@ -74,8 +74,14 @@ def _spread(last: int, steps: int) -> list[int]:
 
 
 def _trailing(solver: Any, name: str, steps: int) -> list[int]:
-    """Return ``steps`` equally spaced timesteps that end one spacing above the clean image (arXiv 2305.08891)."""
+    """Return ``steps`` equally spaced timesteps that end one spacing above the clean image (arXiv 2305.08891).
+
+    Raises:
+        RecipeError: there are fewer usable timesteps.
+    """
     usable = int((solver.lambda_t >= _LOWEST_HALF_LOG_SNR).sum())
     if not 1 <= steps <= usable:
-        raise RecipeError(f"scheduler={name} takes 1 to {usable} steps on this noise schedule, not {steps}.")
+        raise RecipeError(
+            f"scheduler={name} takes 1 to {usable} steps on this noise schedule, not {steps}: change steps."
+        )
     return [int(timestep) - 1 for timestep in np.linspace(usable, 0, steps, endpoint=False).round()]

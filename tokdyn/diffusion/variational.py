@@ -1,4 +1,4 @@
-"""The variational bound of arXiv 2102.09672, which trains the learned variance."""
+"""Compute the variational bound of arXiv 2102.09672, by which the learned variance is trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SMALLEST_PROBABILITY = 1e-12
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """Compute KL(N1 || N2) of diagonal Gaussians, element by element, in nats. All arguments broadcast together."""
+    """Compute KL(N1 || N2) of diagonal Gaussians for each element, in nats. All arguments broadcast together."""
     difference = log_variance2 - log_variance1
     return 0.5 * (difference + torch.expm1(-difference) + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
@@ -24,17 +24,17 @@ def discretised_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tens
     distribution function is exact here; public implementations approximate it with a tanh.
 
     Args:
-        x: (...) values in [-1, 1], one of 256 levels.
+        x: (...) values in [-1, 1], each one of 256 levels.
         mean: (...) means.
-        log_scale: (...) logarithm of the standard deviations.
+        log_scale: (...) logarithms of the standard deviations.
 
     Returns:
-        (...) nats.
+        (...) in nats.
     """
     inverse = torch.exp(-log_scale)
     upper = inverse * (x - mean + _HALF_BIN)
     lower = inverse * (x - mean - _HALF_BIN)
-    # P(lower < z < upper) from the tail in which both are small, where the difference keeps its digits.
+    # P(lower < z < upper) is computed in the tail in which both probabilities are small, so that no digits cancel.
     swap = lower > 0
     middle = torch.special.ndtr(torch.where(swap, -lower, upper)) - torch.special.ndtr(torch.where(swap, -upper, lower))
     probability = torch.where(
@@ -56,13 +56,14 @@ def bound_bits(
     Args:
         x0: (B, C, H, W) clean images.
         posterior_mean: (B, C, H, W) mean of q(x_{t-1} | x_t, x_0).
-        posterior_log_variance: broadcasts to (B, C, H, W), its log variance.
+        posterior_log_variance: log variance of q(x_{t-1} | x_t, x_0); broadcasts to (B, C, H, W).
         mean: (B, C, H, W) mean of p(x_{t-1} | x_t).
-        log_variance: (B, C, H, W) its log variance.
-        first: (B,) bool, where t = 0: there the term is the likelihood of x_0, elsewhere a KL divergence.
+        log_variance: (B, C, H, W) log variance of p(x_{t-1} | x_t).
+        first: (B,) bool, True for samples with t = 0, whose term is the negative log-likelihood of x_0. The term of the
+            others is a KL divergence.
 
     Returns:
-        (B,) bits per dimension.
+        (B,) in bits per dimension.
     """
     divergence = gaussian_kl(posterior_mean, posterior_log_variance, mean, log_variance)
     likelihood = discretised_gaussian_nll(x0, mean, 0.5 * log_variance)

@@ -1,6 +1,7 @@
-"""Read, validate, list and copy recipes: YAML with `extends:` and key=value settings, held in one strict model.
+"""Read, validate, list and copy recipes, the YAML files with the settings of a training run.
 
-recipe = load("cifar10/dcdit-learned", ["data.path=train.zip", "optimizer.lr=3e-4"])
+A recipe may extend another one (`extends:`), and key=value settings override it:
+`load("cifar10/dcdit-learned", ["data.path=train.zip", "optimizer.lr=3e-4"])`.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ def resolve(settings: Mapping[str, Any], source: str = "The recipe") -> Recipe:
 
     Args:
         settings: The sections, as nested dicts.
-        source: Where they come from, for an error message.
+        source: Where the sections come from, for error messages.
 
     Raises:
-        RecipeError: One sentence that names the key, what was expected and the nearest valid key.
+        RecipeError: A setting is wrong. The message names the key, what was expected and the nearest valid key.
     """
     try:
         return Recipe.model_validate(dict(settings))
@@ -64,12 +65,13 @@ def resolve(settings: Mapping[str, Any], source: str = "The recipe") -> Recipe:
 
 
 def load(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, everything it extends, and key=value settings over it.
+    """Read a recipe, merge it over the recipes that it extends, and override it with settings.
 
     Args:
-        name: A YAML file, a training folder (its recipe.yaml, with `out` where the folder is now) or the name of a
-            shipped recipe.
-        settings: Words such as "optimizer.lr=4e-4"; values are YAML and a later word wins.
+        name: A YAML file, the name of a shipped recipe, or a training folder, whose recipe.yaml is read with `out` set
+            to that folder.
+        settings: Settings such as "optimizer.lr=4e-4". Values are YAML, and of two settings with one key the later
+            counts.
 
     Raises:
         RecipeError: The recipe, what it extends or a setting is wrong.
@@ -81,7 +83,7 @@ def load(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """Write a recipe as YAML with every default spelled out; `load` gives the same recipe back."""
+    """Return a recipe as YAML text with every default written out; `load` reads the same recipe back."""
     return yaml_text.dump(recipe.model_dump(mode="json"))
 
 
@@ -95,7 +97,10 @@ def copy(name: str, destination: str | Path) -> Path:
 
     Args:
         name: The name of a shipped recipe.
-        destination: A file to write, or a folder to write NAME.yaml into.
+        destination: A file to write, or a folder to write NAME.yaml into; NAME is the last part of the recipe's name.
+
+    Returns:
+        The path of the file.
 
     Raises:
         RecipeError: There is no such recipe, or the destination exists already.
@@ -116,11 +121,15 @@ def copy(name: str, destination: str | Path) -> Path:
 
 
 def check(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """Validate a recipe as `load` does, and build its model without memory (on torch's meta device).
+    """Load a recipe and check that its model can be built, on torch's meta device, which takes no memory.
+
+    Args:
+        name: The recipe, as for `load`.
+        settings: Settings, as for `load`.
 
     Raises:
-        RecipeError: Anything that is wrong with the recipe.
-        TokdynError: The model cannot be built as described.
+        RecipeError: The recipe or a setting is wrong.
+        TokdynError: The model cannot be built.
     """
     recipe = load(name, settings)
     build_model(recipe, device="meta", base=None if recipe.upcycle is None else base_without_weights(recipe))

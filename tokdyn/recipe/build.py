@@ -1,4 +1,7 @@
-"""Build the model of a recipe, read the base of an upcycling recipe, and count the steps of the run."""
+"""Build the model of a recipe, read the base of an upcycling recipe, and compute the number of steps of the run.
+
+A base is the pretrained DiT that upcycling starts from.
+"""
 
 from __future__ import annotations
 
@@ -25,31 +28,30 @@ _SHAPES_CLASSES = 10
 
 
 def stated_shape(data: DataConfig) -> Shape:
-    """Return (C, H, W) of the samples as the recipe states it, without opening the data.
-
-    Args:
-        data: The data section. Without a size it says too little, except for procedural shapes.
+    """Return (C, H, W) of the samples as the section `data` of a recipe states it, without opening the data.
 
     Raises:
-        RecipeError: The recipe does not say how large the samples are.
+        RecipeError: The section does not set a size, and the data are not procedural shapes.
     """
     size = data.size or (_SHAPES_SIZE if data.kind == "shapes" else None)
     if size is None:
-        raise RecipeError(f"data.size is needed while the {data.kind} are not opened; set data.size=32, for example.")
+        raise RecipeError(f"data.size is needed if the {data.kind} are not opened; set data.size=32, for example.")
     channels = _LATENT_CHANNELS if data.kind == "latents" else data.channels
     return (channels, *rows_and_columns(size))
 
 
 def model_arguments(recipe: Recipe, shape: Shape, num_classes: int) -> dict[str, Any]:
-    """Return the constructor's arguments that a recipe fixes beyond the named size.
+    """Return the arguments of the model's constructor that a recipe sets beside the named size.
+
+    For an upcycling recipe, they are those that its base must have.
 
     Args:
         recipe: The recipe.
         shape: (C, H, W) of the samples.
-        num_classes: Labels, without the null class.
+        num_classes: Number of classes, without the null class.
     """
     channels, rows, columns = shape
-    # overrides of an upcycling recipe are settings of the student, not of the base that this is compared with
+    # overrides of an upcycling recipe are settings of the student, not of the base
     overrides = {} if recipe.upcycle is not None else recipe.model.overrides
     return {
         "sample_size": rows if rows == columns else (rows, columns),
@@ -66,7 +68,7 @@ def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
     Args:
         recipe: A recipe with a section `upcycle`.
         shape: (C, H, W) of the samples.
-        num_classes: Labels, without the null class.
+        num_classes: Number of classes, without the null class.
 
     Raises:
         CheckpointError: The base cannot be read, or is not a plain DiT.
@@ -83,7 +85,14 @@ def open_base(recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
 
 
 def base_without_weights(recipe: Recipe) -> DiT:
-    """Return the base of an upcycling recipe on the meta device if `tokdyn models` lists it; otherwise read it."""
+    """Return the base of an upcycling recipe to check the recipe with.
+
+    If the base is one that `tokdyn models` lists, it is built on the meta device and not downloaded; otherwise it is
+    read.
+
+    Raises:
+        TokdynError: As `open_base`.
+    """
     assert recipe.upcycle is not None, "only a recipe with a section upcycle has a base"
     shape, classes = stated_shape(recipe.data), recipe.data.num_classes or _SHAPES_CLASSES
     row = None if Path(recipe.upcycle.base).exists() else rows().get(recipe.upcycle.base)
@@ -94,7 +103,7 @@ def base_without_weights(recipe: Recipe) -> DiT:
 
 
 def _require_fit(base: Any, recipe: Recipe, shape: Shape, num_classes: int) -> DiT:
-    """Return the base, or say why the recipe cannot start from it."""
+    """Return the base; raise a CheckpointError or RecipeError if the recipe cannot start from it."""
     assert recipe.upcycle is not None, "only a recipe with a section upcycle has a base"
     name = recipe.upcycle.base
     if not isinstance(base, DiT):
@@ -104,7 +113,7 @@ def _require_fit(base: Any, recipe: Recipe, shape: Shape, num_classes: int) -> D
         )
     if hasattr(base, "tokdyn"):
         raise CheckpointError(
-            f"upcycle.base {name} carries methods of its own (DyDiT); start from the DiT that it was made from."
+            f"upcycle.base {name} has methods attached (DyDiT); start from the DiT that it was made from."
         )
     expected = model_arguments(recipe, shape, num_classes)
     ignored = {"out_channels"}
@@ -128,19 +137,30 @@ def build_model(
     device: str | torch.device = "cpu",
     base: DiT | None = None,
 ) -> Any:
-    """Build the recipe's model with fresh weights from torch's global generator.
+    """Build the recipe's model, with new weights drawn from torch's global generator.
+
+    The model of an upcycling recipe gets its weights from the base.
 
     Args:
         recipe: The recipe.
-        shape: (C, H, W) of the samples; None takes what the recipe says.
-        num_classes: Labels; None takes what the recipe says, or 10 for procedural shapes.
-        device: Where to build it; "meta" takes no memory.
+        shape: (C, H, W) of the samples; None takes the shape that the recipe states.
+        num_classes: Number of classes; None takes the recipe's, or 10 for procedural shapes.
+        device: Device to build the model on; "meta" takes no memory.
         base: The base of an upcycling recipe; None reads it.
+
+    Returns:
+        A DiT or a DCDiT, for an upcycling recipe with its methods attached.
+
+    Raises:
+        RecipeError: The shape or the number of classes is not given and the recipe does not state it.
+        TokdynError: The model cannot be built, or the base cannot be read.
     """
     if num_classes is None:
         num_classes = recipe.data.num_classes or (_SHAPES_CLASSES if recipe.data.kind == "shapes" else None)
     if num_classes is None:
-        raise RecipeError("data.num_classes is needed while the data are not opened; set data.num_classes=1000.")
+        raise RecipeError(
+            "data.num_classes is needed if the data are not opened; set data.num_classes=1000, for example."
+        )
     shape = shape or stated_shape(recipe.data)
     if recipe.upcycle is not None:
         base = base or open_base(recipe, shape, num_classes)
@@ -154,12 +174,12 @@ def build_model(
 
 
 def total_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int | None = None) -> int:
-    """Return how many optimizer steps the run takes.
+    """Return the number of optimizer steps of a run.
 
     Args:
         recipe: The recipe.
-        shape: (C, H, W) of the samples; None takes what the recipe says. Only `compute_match` needs it.
-        num_classes: Labels; as for `shape`.
+        shape: (C, H, W) of the samples, used for `compute_match` only; None takes the shape that the recipe states.
+        num_classes: Number of classes, used for `compute_match` only; None takes the recipe's.
 
     Raises:
         RecipeError: The warm-up of a compute-matched run costs more than the baseline, or an upcycling run ends before
@@ -172,7 +192,7 @@ def total_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int | N
         if recipe.upcycle is not None and earlier >= steps:
             raise RecipeError(
                 f"the phases before {recipe.upcycle.phases[-1].name!r} take {earlier} steps and the run has {steps}, "
-                "so it never starts; shorten upcycle.phases or lengthen the run."
+                "so this last phase never starts; shorten upcycle.phases or lengthen the run."
             )
         return steps
     if match is None or recipe.chunking is None:

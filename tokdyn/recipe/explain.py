@@ -12,15 +12,15 @@ from pydantic import BaseModel, ValidationError
 
 from tokdyn.errors import RecipeError
 
-_SHOWN = 4  # mistakes per message; the rest appears once these are corrected
+_SHOWN = 4  # mistakes listed in a message; further ones are only counted
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" or, with nothing close, the list of what is valid.
+    """Return a hint for an error message: " (did you mean 'x'?)", or if no valid word is similar, a list of all.
 
     Args:
-        word: What was written.
-        valid: What could have been written.
+        word: The wrong word.
+        valid: The valid words; the hint is empty if there are none.
     """
     choices = sorted(set(valid))
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
@@ -30,18 +30,18 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """List the pydantic models that a field's type may hold, looking through unions, Annotated and containers."""
+    """List the pydantic models in a field's annotation, also inside unions, `Annotated` and containers."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in models_in(part)]
 
 
 def valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """List the keys that may be written at `path` below a pydantic model.
+    """List the valid keys of a section in a pydantic model.
 
     Args:
         model: The outermost model.
-        path: Field names from the outermost model inwards; list positions and union tags are ignored.
+        path: The field names that lead to the section, outermost first; list indices and union tags are ignored.
     """
     models = [model]
     for part in path:
@@ -51,6 +51,7 @@ def valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
 
 def _sentence(model: type[BaseModel], error: Any) -> str:
+    """Describe one of pydantic's errors in the validation of `model`."""
     path = [part for part in error["loc"] if isinstance(part, int) or not part.endswith(")")]
     key = ".".join(str(part) for part in path)
     value = error.get("input")
@@ -77,10 +78,10 @@ def explain(model: type[BaseModel], error: ValidationError, source: str) -> Reci
 
     Args:
         model: The model that was validated.
-        error: What pydantic raised.
-        source: What to call the settings: a path or a recipe name.
+        error: The error that pydantic raised.
+        source: What to call the settings in the message: a path or a recipe name.
     """
-    # A union reports each member's complaint under the same key; the first is enough.
+    # For a union, pydantic reports the error of each member under the same key; the first is enough.
     by_key: dict[str, str] = {}
     for item in error.errors(include_url=False):
         sentence = _sentence(model, item)

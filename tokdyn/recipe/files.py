@@ -1,4 +1,4 @@
-"""Read recipe files into nested dicts: find them, follow `extends:`, merge, and parse key=value settings."""
+"""Read recipe files into nested dicts: find the file, merge it over what it extends, and parse key=value settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Settings = dict[str, Any]
 
 
 def deep_merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Settings:
-    """Lay `top` over `base`: sections are merged key by key, anything else (lists too) is replaced."""
+    """Return `base` overridden by `top`: dicts are merged key by key; all other values, lists too, are replaced."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
@@ -23,11 +23,11 @@ def deep_merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Settings:
 
 
 def locate(name: str, beside: Path | None = None) -> Path:
-    """Find a recipe: a path to a YAML file (relative to `beside` first) or the name of a shipped one.
+    """Find the file of a recipe.
 
     Args:
-        name: A path, or a shipped name such as "cifar10/dit-flops".
-        beside: Folder that a relative path in `extends:` starts from.
+        name: A YAML file, a training folder, or the name of a shipped recipe such as "cifar10/dit-flops".
+        beside: Folder that relative paths start from; None is the current folder.
 
     Raises:
         RecipeError: There is neither such a file nor such a shipped recipe.
@@ -46,14 +46,14 @@ def locate(name: str, beside: Path | None = None) -> Path:
 
 
 def read(name: str, beside: Path | None = None, _chain: tuple[Path, ...] = ()) -> Settings:
-    """Read one recipe and everything that it extends into one dict.
+    """Read a recipe and everything that it extends into one dict.
 
     Args:
-        name: A path or the name of a shipped recipe.
-        beside: Folder that a relative path starts from.
+        name: The recipe, as for `locate`.
+        beside: Folder that relative paths start from; None is the current folder.
 
     Raises:
-        RecipeError: Not found, not YAML, not a mapping, or the files extend each other in a circle.
+        RecipeError: A recipe is not found, is not YAML or not a mapping, or recipes extend each other in a circle.
     """
     path = locate(name, beside)
     if path in _chain:
@@ -76,13 +76,12 @@ def read(name: str, beside: Path | None = None, _chain: tuple[Path, ...] = ()) -
 
 
 def parse_overrides(settings: Iterable[str]) -> Settings:
-    """Turn `key.sub=value` settings into a nested dict; values are YAML, a later setting wins.
+    """Parse settings such as "optimizer.lr=4e-4" or "chunking.tail_drops=[0, 0.3]" into one nested dict.
 
-    Args:
-        settings: Words such as "optimizer.lr=4e-4" or "chunking.tail_drops=[0, 0.3]".
+    Values are YAML, and of two settings with one key the later counts.
 
     Raises:
-        RecipeError: A word without '=', an empty key, or a value that is not YAML.
+        RecipeError: A setting has no '=' or an empty key, or its value is not YAML.
     """
     result: Settings = {}
     for setting in settings:

@@ -1,4 +1,7 @@
-"""Compose the recipe of an upcycling run: a shipped one, what the base was trained with, and the user's settings."""
+"""Compose the recipe of an upcycling run from a shipped recipe, the settings of the base's training and the user's.
+
+A base is the pretrained DiT that upcycling starts from.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ _DEFAULT_PHASES = [phase.model_dump() for phase in DISTILLED]
 
 
 def facts_of(base: str) -> dict[str, Any]:
-    """Return what is known about the training of a base: objective, data, class names. Nothing is downloaded.
+    """Return what is known of the training of a base: objective, data, class names. Downloads nothing.
 
     Args:
-        base: A named base, a file or a folder.
+        base: The name of a base, a file or a folder.
 
     Returns:
-        The contents of its tokdyn.json, or the objective of a base that `tokdyn models` lists, or an empty dict.
+        The contents of the tokdyn.json beside its weights; if there is none, the objective of a base that
+        `tokdyn models` lists; otherwise an empty dict.
     """
     path = Path(base).expanduser()
     row = None if path.exists() else rows().get(base)
@@ -40,26 +44,26 @@ def facts_of(base: str) -> dict[str, Any]:
 def upcycling_recipe(
     base: str | None, name: str | None = None, settings: Iterable[str] = (), methods: Sequence[str] = ()
 ) -> Recipe:
-    """Return the recipe that upcycles a base.
+    """Return the recipe to upcycle a base with.
 
-    Data and objective are those that the base was trained with, as far as that is known. They replace those of a
-    shipped recipe, but not those of a recipe file of the user's, and settings replace both.
+    The sections `data` and `objective` are those of the base's training, as far as they are known. They override a
+    shipped recipe, but not a recipe file of the user's. Settings override both. If settings change the length of the
+    run, phases and warm-ups are scaled with it, unless settings give them too.
 
     Args:
-        base: The base; None keeps that of the recipe.
-        name: A recipe with a section `upcycle`, its file, or the folder of a run; None takes the shipped recipe for the
-            methods.
-        settings: Words such as "training.steps=1000".
-        methods: See `split_methods`. Beside a recipe, only methods that are attached after training.
+        base: The base; None takes that of the recipe.
+        name: A shipped recipe with a section `upcycle`, a recipe file, or a training folder; None takes the shipped
+            recipe for the methods.
+        settings: Settings such as "training.steps=1000".
+        methods: The methods, see `tokdyn.upcycling.settings.split_methods`. With `name`, only methods that are attached
+            after training are allowed.
 
     Raises:
-        RecipeError: Anything that is wrong with any of it.
+        RecipeError: The recipe, a setting or a method is wrong.
     """
     trained, after = split_methods(methods)
     if name is not None and trained:
-        raise RecipeError(
-            f"the recipe '{name}' already says which methods are trained; leave --method {trained[0]} out."
-        )
+        raise RecipeError(f"the recipe '{name}' already says which methods are trained; remove --method {trained[0]}.")
     name = name or f"upcycle/{'-'.join(sorted(trained) or ['dc'])}"
     sections = files.read(name)
     if not isinstance(sections.get("upcycle"), dict):
@@ -86,7 +90,7 @@ def upcycling_recipe(
 
 
 def _in_proportion(sections: files.Settings, overrides: files.Settings) -> files.Settings:
-    """Lay overrides over a recipe; if they change its length, scale phases and warm-ups that they do not set."""
+    """Override a recipe; if its length changes, scale the phases and warm-ups that the overrides do not set."""
     merged = files.deep_merge(sections, overrides)
     training, changed = sections.get("training", {}), overrides.get("training", {})
     if not {"steps", "images", "batch_size"} & set(changed):
@@ -119,7 +123,7 @@ def _in_proportion(sections: files.Settings, overrides: files.Settings) -> files
 
 
 def _steps(training: Any) -> int | None:
-    """Return the optimizer steps of a training section, or None if its length is not given in numbers."""
+    """Return the number of optimizer steps that a section `training` sets, or None if it sets none."""
     steps, images, batch = training.get("steps"), training.get("images"), training.get("batch_size", 256)
     if isinstance(steps, int):
         return steps

@@ -1,4 +1,4 @@
-"""The section `model` of a recipe: a kind, a named size, and any other argument of that model's constructor."""
+"""Define the section `model` of a recipe: a kind, a named size, and arguments of that model's constructor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokdyn.models.sizes import dc_dit_settings, dit_settings
 from tokdyn.recipe.explain import nearest
 
 BASE = "base"
-"""Name of a model that takes its sizes from the pretrained model it starts from."""
+"""Name of a model that takes its sizes from `upcycle.base`, the pretrained model that it starts from."""
 DERIVED = {
     "sample_size": "data.size",
     "in_channels": "data.channels",
@@ -22,12 +22,12 @@ DERIVED = {
     "learn_sigma": "objective.learn_sigma",
     "out_channels": "objective.learn_sigma",
 }
-"""Arguments of a model that follow from other sections, and the setting that each follows from."""
+"""Arguments of a model's constructor that other sections set, each with the setting that decides it."""
 
 
 @cache
 def constructor(kind: str) -> dict[str, inspect.Parameter]:
-    """Return the arguments of a model class, by name, with their types evaluated.
+    """Return the parameters of a model's constructor by name, with evaluated annotations.
 
     Args:
         kind: "dit" or "dcdit".
@@ -37,14 +37,14 @@ def constructor(kind: str) -> dict[str, inspect.Parameter]:
 
 
 class ModelSettings(BaseModel):
-    """Which network to train.
+    """The network to train.
 
-    Any argument of the constructor may be added, such as `depth: 6`; it overrides the named size. Image size,
-    channels, classes and learned sigma follow from the sections `data` and `objective`.
+    Any argument of the model's constructor may be added, such as `depth: 6`; it overrides the named size. Image size,
+    channels, number of classes and learn_sigma are set by the sections `data` and `objective`.
 
     Attributes:
         kind: "dcdit" (dynamic chunking) or "dit" (fixed patches).
-        name: A named size: "S", "B", "L", "XL" or "tiny", for a "dit" with its patch size, as in "S/2"; or "base",
+        name: A named size: "S", "B", "L", "XL" or "tiny", for a "dit" with the patch size, as in "S/2"; or "base",
             which takes the sizes of `upcycle.base`.
     """
 
@@ -55,12 +55,12 @@ class ModelSettings(BaseModel):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The constructor's arguments that this section overrides."""
+        """The arguments of the constructor that this section sets beside the named size."""
         return dict(self.__pydantic_extra__ or {})
 
     @property
     def target(self) -> float:
-        """N: one of N tokens is kept (1.0 for a fixed-patch model)."""
+        """N: one of N tokens should be kept; 1.0 for a "dit"."""
         if self.kind == "dit":
             return 1.0
         return float(self.overrides.get("target", constructor("dcdit")["target"].default))
@@ -68,7 +68,7 @@ class ModelSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, given: Any) -> Any:
-        """Accept recipes that an earlier version saved."""
+        """Rename settings in recipes that an earlier version of tokdyn saved."""
         if not isinstance(given, Mapping) or given.get("kind", "dcdit") != "dcdit":
             return given
         from tokdyn.models.sizes import renamed_settings
@@ -81,7 +81,7 @@ class ModelSettings(BaseModel):
         settable = [name for name in arguments if name not in DERIVED]
         for key, value in self.overrides.items():
             if key in DERIVED:
-                raise ValueError(f"'{key}' follows from {DERIVED[key]}; set that instead")
+                raise ValueError(f"'{key}' is set by {DERIVED[key]}; set that instead")
             if key not in arguments:
                 raise ValueError(f"'{key}' is not an argument of {self.kind}{nearest(key, settable)}")
             try:

@@ -1,4 +1,4 @@
-"""The recipe: a strict, frozen model of everything that a training run depends on."""
+"""Define the recipe: everything that a training run depends on, checked by pydantic; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class OptimizerSettings(Section):
 
     Attributes:
         lr: Peak learning rate.
-        weight_decay: Decoupled weight decay, applied to tensors of two or more dimensions.
+        weight_decay: Decoupled weight decay, applied to tensors with two or more dimensions.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
-        warmup_steps: The rate rises linearly over this many steps.
-        decay: What the rate does after the warm-up: stays, or falls to `final_lr` at the last step.
-        final_lr: Where a decay ends, as a fraction of `lr`.
+        warmup_steps: Number of steps over which the learning rate rises linearly.
+        decay: Learning rate after the warm-up: constant (none), or falling to the final one at the last step.
+        final_lr: Final learning rate of a decay, as a fraction of `lr`.
         clip: Largest norm of the gradient of all parameters together; null does not clip.
-        implementation: Which of torch's AdamW kernels runs: fused (the fastest where it exists), foreach or loop.
+        implementation: Implementation of AdamW in torch: fused (the fastest, if the device has it), foreach or loop.
     """
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
@@ -43,18 +43,20 @@ class OptimizerSettings(Section):
 
 
 class ChunkingSettings(Section):
-    """How a chunking model learns to route (arXiv 2603.06351).
+    """The training of a chunking model's router (arXiv 2603.06351).
 
     Attributes:
-        ratio_weight: Weight of the ratio loss, which keeps the fraction of kept tokens near 1/N.
-        ratio_group: Samples over which the ratio loss pools its means; null pools the whole micro-batch.
-        tail_drops: Fractions of which each step draws one after the warm-up (multi-budget training).
-        draw: Whether to draw one fraction for the whole step, or one for each sample.
-        budget_warmup_steps: Steps at the start that are trained without tail drop.
-        curriculum: Points (step, N) of the target; empty keeps the model's own N throughout.
-        interpolation: Whether N is held between two points, or moves in a straight line.
-        calibrate: Set the router's bias before the first step so that 1/N of a first batch is kept. It has no effect
-            with the model's `official_init`.
+        ratio_weight: Weight of the ratio loss, which holds the kept share at 1/N.
+        ratio_group: Number of samples over which the ratio loss averages the kept share; null averages over the
+            micro-batch.
+        tail_drops: Tail drops (shares of the kept tokens to drop) to draw from after the warm-up, for multi-budget
+            training.
+        draw: Draw one tail drop per step, or one per sample.
+        budget_warmup_steps: Number of steps at the start that are trained without tail drop.
+        curriculum: Points (step, N) of the target; if empty, N is the model's target throughout.
+        interpolation: Between two points, hold the N of the earlier one, or interpolate linearly.
+        calibrate: Before the first step, set the router's bias so that 1/N of the tokens of one batch are kept. It has
+            no effect if the model has `official_init`.
     """
 
     ratio_weight: Annotated[float, Field(ge=0.0)] = 0.03
@@ -69,32 +71,33 @@ class ChunkingSettings(Section):
     @model_validator(mode="after")
     def _steps_rise(self) -> Self:
         if any(later[0] <= earlier[0] for earlier, later in pairwise(self.curriculum)):
-            raise ValueError("the steps of the curriculum must rise from point to point")
+            raise ValueError("the steps of the curriculum's points must ascend; sort the points, one for each step")
         return self
 
 
 class TrainingSettings(Section):
-    """The length of a run, and how its steps are computed, logged and saved.
+    """The length of a run, and the computation, logging and saving of its steps.
 
     Attributes:
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
         images: Length of the run in images, rounded up to whole steps.
-        steps: Length of the run in optimizer steps, instead of `images`.
+        steps: Length of the run in optimizer steps, in place of `images`.
         accumulation: Micro-batches per step on each device.
         precision: bf16 computes matrix products in bfloat16 (in fp32 on a CPU that has no instructions for it) and
             keeps fp32 weights; fp32 computes in fp32.
         ema: Decay of the averaged weights.
-        ema_warmup: Use min(ema, (1 + t) / (10 + t)) at step t = 0, 1, ..., so that short runs forget their start.
-        label_dropout: Fraction of labels replaced by the null class, for guidance.
+        ema_warmup: Use min(ema, (1 + t) / (10 + t)) at step t = 0, 1, ..., so that the average of a short run forgets
+            the initial weights.
+        label_dropout: Share of the labels that are replaced by the null class, as guidance needs it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        compile: Run torch.compile on nothing, on the convolutional scaffold (or, in a DiT, nothing), on the
-            transformer blocks, or on both.
-        workers: Processes that load data.
-        log_every: Steps per line of metrics.
-        checkpoint_every: Steps per checkpoint.
-        checkpoint_minutes: Also write a checkpoint when this many minutes have passed since the last one.
-        keep_checkpoints: Checkpoints to keep; older ones are removed.
-        sample_every: Steps per preview; null draws none.
+        compile: Parts to compile with torch.compile: false (none), the convolutional scaffold of a DC-DiT, the
+            transformer blocks, or all of these.
+        workers: Number of processes that load data; 0 loads them in the main process.
+        log_every: Steps between two lines of metrics.
+        checkpoint_every: Steps between two checkpoints.
+        checkpoint_minutes: Write a checkpoint also if so many minutes have passed since the last one.
+        keep_checkpoints: Number of checkpoints to keep; older ones are removed.
+        sample_every: Steps between two previews; null draws none.
         trackers: Names of accelerate trackers that receive the metrics too, such as "tensorboard" or "wandb".
     """
 
@@ -124,14 +127,14 @@ class TrainingSettings(Section):
 
 
 class PreviewSettings(Section):
-    """The sample grids and boundary maps drawn every `training.sample_every` steps.
+    """The pictures drawn every `training.sample_every` steps: grids of samples, and maps of the kept tokens.
 
     Attributes:
-        sampler: How to sample; null takes 25 steps of ddim, or of euler for a flow, without guidance.
-        images: Number of images; they go through the classes in turn.
-        seed: Image i starts from the noise of seed + i every time, so that previews can be compared.
-        tail_drops: Tail-drop fractions, with one grid each (chunking models only).
-        maps: Draw the boundary maps too (chunking models only).
+        sampler: Settings of sampling; null takes 25 steps of ddim, or of euler for a flow, without guidance.
+        images: Number of images; the classes are assigned to them in turn.
+        seed: The noise of image i has the seed `seed` + i in every preview, so that previews can be compared.
+        tail_drops: Tail drops to sample with, one grid for each (chunking models only).
+        maps: Draw the maps too (chunking models only).
     """
 
     sampler: Sampler | None = None
@@ -142,12 +145,12 @@ class PreviewSettings(Section):
 
 
 class ComputeMatch(Section):
-    """Train with as many FLOPs as a baseline takes (arXiv 2603.06351, experimental settings).
+    """The length of a run that takes as many FLOPs as the training of a baseline (arXiv 2603.06351).
 
     Attributes:
-        baseline: Name of the DiT to match, such as "S/2", on the same data.
-        steps: Optimizer steps of the baseline at the same batch size.
-        kept: Fraction of tokens that the model keeps before tail drop; null assumes 1/N.
+        baseline: Name of the DiT to match, such as "S/2", trained on the same data.
+        steps: Optimizer steps of the baseline, at the same batch size.
+        kept: Kept share of the model before tail drop; null assumes 1/N.
     """
 
     baseline: str
@@ -162,16 +165,16 @@ class Recipe(Section):
         name: Name of the run, and of its default folder, runs/NAME.
         description: What the recipe is for, in a sentence.
         seed: Seed of the weights, the data order, the noise and every other draw.
-        out: Folder to write to; null means runs/NAME.
+        out: Folder to write to; null takes runs/NAME.
         model: The network.
-        data: The data that it learns from.
-        objective: What it learns to predict, and at which noise levels.
+        data: The data to train on.
+        objective: What the model is trained to predict, and at which noise levels.
         optimizer: AdamW and the learning rate.
-        chunking: How a chunking model learns to route; defaults to the paper's settings, and is null for a "dit".
+        chunking: The training of a chunking model's router, the paper's settings by default; null for a "dit".
         training: Length, precision, logging and checkpoints.
-        preview: What to draw during the run.
-        compute_match: Derive the number of steps from a baseline's FLOPs, instead of setting `training.steps`.
-        upcycle: Start from a pretrained DiT; `model.name` must be "base" then.
+        preview: Pictures to draw during the run.
+        compute_match: Compute the number of steps from a baseline's FLOPs, in place of `training.steps`.
+        upcycle: Start from a pretrained DiT; requires model.name=base.
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$")] = "run"
@@ -209,7 +212,7 @@ class Recipe(Section):
             )
         if self.chunking and self.chunking.curriculum and getattr(self.model, "router", None) == "random":
             raise ValueError(
-                "a random router learns nothing, so the curriculum has no effect; write chunking.curriculum=[]"
+                "a random router is not trained, so the curriculum has no effect; write chunking.curriculum=[]"
             )
         if (self.model.name == BASE) != (self.upcycle is not None):
             raise ValueError("model.name=base takes its sizes from upcycle.base; set both, or neither")
@@ -232,7 +235,9 @@ class Recipe(Section):
                 "a 'dit' with model.name=base is the base itself; list upcycle.methods, or set model.kind=dcdit"
             )
         if self.model.kind == "dit" and self.model.overrides:
-            raise ValueError(f"{next(iter(self.model.overrides))!r} follows from the base of a 'dit'; leave it out")
+            raise ValueError(
+                f"{next(iter(self.model.overrides))!r} is set by upcycle.base if model.kind is 'dit'; remove it"
+            )
 
     @property
     def folder(self) -> str:

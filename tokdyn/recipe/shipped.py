@@ -12,7 +12,11 @@ from tokdyn.recipe.explain import nearest
 
 @cache
 def folder() -> Path:
-    """Return the folder of shipped recipes, installed as tokdyn.recipes or beside the package in a bare checkout."""
+    """Return the folder of the shipped recipes: that of tokdyn.recipes, or in a checkout the one beside the package.
+
+    Raises:
+        RecipeError: The folder is missing.
+    """
     checkout = Path(__file__).resolve().parents[2] / "recipes"
     try:
         installed = Path(str(resources.files("tokdyn.recipes")))
@@ -24,17 +28,20 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """List the shipped recipes, such as "demo" and "cifar10/dit-flops". Files that start with '_' only hold a base."""
+    """List the names of the shipped recipes, such as "demo" and "cifar10/dit-flops".
+
+    Files whose name starts with '_' are left out: they are only there for others to extend.
+    """
     root = folder()
-    found = (path for path in root.rglob("*.yaml") if not path.name.startswith("_"))
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in found)
+    recipes = (path for path in root.rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in recipes)
 
 
 def path(name: str) -> Path:
-    """Return the file of a shipped recipe.
+    """Return the path of a shipped recipe.
 
     Raises:
-        RecipeError: There is no such recipe; names the nearest one.
+        RecipeError: There is no such recipe.
     """
     known = names()
     if name not in known:
@@ -43,5 +50,5 @@ def path(name: str) -> Path:
 
 
 def show(name: str) -> str:
-    """Return the text of a shipped recipe as it is written, comments included."""
+    """Return the text of a shipped recipe's file, comments included."""
     return path(name).read_text(encoding="utf-8")

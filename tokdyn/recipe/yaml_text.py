@@ -1,4 +1,4 @@
-"""Parse and write YAML in which 1e-4 is a float and `no` a string; errors name the line and the column."""
+"""Parse and write YAML in which `1e-4` is a float and `no` is a string. Errors name the line and the column."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build one mapping, refusing a key that is written twice."""
+        """Build a mapping; raise an error if a key is written twice."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -44,12 +44,13 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML whose strings stay strings, and whose floats stay floats, when `_Loader` reads them again."""
+    """Safe YAML that `_Loader` reads back with the same types."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    """Write a list on one line, unless it holds dicts."""
     flow = not any(isinstance(item, dict) for item in data)
     return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
 
@@ -62,10 +63,10 @@ def parse(text: str, source: str) -> Any:
 
     Args:
         text: The YAML text.
-        source: What to call it in an error: a path, or the setting it came from.
+        source: What to call the text in error messages: a path, or a setting.
 
     Raises:
-        RecipeError: The text is not valid YAML; names the line and column.
+        RecipeError: The text is not valid YAML.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -80,11 +81,12 @@ def parse(text: str, source: str) -> Any:
 def parse_value(text: str, source: str) -> Any:
     """Parse the value of one setting on a command line.
 
-    It is YAML, but text stays as it was typed: in a path, ` #` starts no comment and `: ` no mapping.
+    Numbers, booleans, null, lists, mappings and quoted text are read as YAML. Any other text is taken literally: ` #`
+    does not start a comment in it, and `: ` does not make a mapping.
 
     Args:
         text: The value.
-        source: What to call it in an error.
+        source: What to call the value in error messages.
 
     Raises:
         RecipeError: A list, mapping or quoted text that is not valid YAML.
@@ -101,5 +103,5 @@ def parse_value(text: str, source: str) -> Any:
 
 
 def dump(data: Any) -> str:
-    """Write plain data (dicts, lists, scalars) as YAML that `parse` reads back to the same data."""
+    """Return dicts, lists and scalars as YAML text that `parse` reads back to the same data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
