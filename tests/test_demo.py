@@ -1,4 +1,4 @@
-"""The router's score and the time limit of the tour. The whole tour runs in tests/cli/test_commands.py."""
+"""The router's score and the time limit of the demo. The whole demo runs in tests/cli/test_commands.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw which tokens the router keeps, beside the true detail."""
+"""Draw which tokens the router keeps, beside the true detail of the images."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ def draw_router(
     path: Path,
     seed: int = 0,
 ) -> Path:
-    """Draw images with all but the true detail faded, then, per noise level, with all but the kept tokens faded.
+    """Draw some images in rows: the clean images without detail faded, then for each noise level without kept tokens.
+
+    In the first row, tokens without true detail are faded. In each further row, which shows the noisy images, tokens
+    that the router drops are.
 
     Args:
         model: a chunking model.
-        objective: what the model was trained with.
+        objective: objective that the model was trained with.
         data: the shapes.
         indices: indices of the images.
         levels: noise levels in [0, 1].
-        path: the file to write.
+        path: path of the PNG to write.
         seed: seed of the noise.
+
+    Returns:
+        `path`.
     """
     rows, titles = [], []
     for level in levels:
@@ -44,7 +50,7 @@ def draw_router(
         rows += [shade(image, mask) for image, mask in zip(to_pixels(noised.x_t), keep, strict=True)]
         titles.append(f"kept at noise level {level:g}")
     images, _ = data.batch(indices)
-    # Detail is known by pixel; a token has detail if any of its pixels has.
+    # A token has detail if any of its pixels has.
     truth = F.adaptive_max_pool2d(data.detail_masks(indices).float(), keep.shape[1:]).bool().numpy()
     rows[:0] = [shade(image, mask) for image, mask in zip(to_pixels(images), truth, strict=True)]
     page = image_grid(np.stack(rows), columns=len(indices), row_titles=["true detail", *titles])

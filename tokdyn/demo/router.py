@@ -15,7 +15,7 @@ from tokdyn.tokens import Routing
 
 @dataclass(frozen=True)
 class RouterScore:
-    """How well kept tokens cover the detail of noisy images.
+    """The score of a router at one noise level.
 
     Attributes:
         level: noise level of the images, in [0, 1].
@@ -32,11 +32,11 @@ def score_router(
     """Compare the tokens that a chunking model keeps with the detail of the shapes.
 
     Args:
-        model: a `DCDiT` trained on such shapes.
-        objective: what the model was trained with.
+        model: a `DCDiT` that was trained on procedural shapes.
+        objective: objective that the model was trained with.
         data: the shapes.
         indices: indices of B images.
-        level: noise level in [0, 1]; the nearest level of the objective is used.
+        level: noise level in [0, 1]; the nearest one that the objective has is used.
         seed: seed of the noise.
 
     Returns:
@@ -51,7 +51,19 @@ def score_router(
 def route_noisy_shapes(
     model: Any, objective: Objective, data: ShapesDataset, indices: Sequence[int], level: float, seed: int
 ) -> tuple[Routing, Noised]:
-    """Call a chunking model on noisy shapes, and return its routing and the shapes. Arguments as in `score_router`."""
+    """Call a chunking model on noisy shapes.
+
+    Args:
+        model: a `DCDiT`; it runs in evaluation mode, and is then put back into its former mode.
+        objective: objective that the model was trained with.
+        data: the shapes.
+        indices: indices of B images.
+        level: noise level in [0, 1]; the nearest one that the objective has is used.
+        seed: seed of the noise.
+
+    Returns:
+        The model's routing, and the noisy images.
+    """
     device = next(model.parameters()).device
     images, labels = data.batch(indices)
     timesteps = torch.arange(objective.num_train_timesteps)

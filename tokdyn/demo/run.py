@@ -1,4 +1,4 @@
-"""Train a small DC-DiT, sample it at three budgets, draw pictures and score its router."""
+"""Run the demo: train a small DC-DiT, sample it with three tail drops, draw pictures and score its router."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _POLL = 5  # training steps between checks of the time limit
 
 
 class DemoSettings(BaseModel):
-    """Settings of the tour.
+    """Settings of the demo.
 
     Attributes:
         out: folder for the run and its pictures.
-        minutes: time limit of the training; the same command resumes unfinished training.
-        training_steps: optimizer steps; null means those of the recipe `demo`.
-        sampling_steps: steps per image.
+        minutes: time limit of the training. The model is then sampled as it is; the same command trains it further.
+        training_steps: optimizer steps; None takes those of the recipe `demo`.
+        sampling_steps: sampling steps per image.
         guidance: scale of classifier-free guidance.
-        count: images per budget; they cycle through the classes.
-        scored: unseen shapes that the router is scored on.
+        count: number of images to sample with each tail drop; the classes are assigned to them in turn.
+        scored: number of images outside the training set to score the router on.
         seed: seed of the training and the samples.
     """
 
@@ -56,16 +56,16 @@ class DemoSettings(BaseModel):
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The result of the tour.
+    """The result of the demo.
 
     Attributes:
         folder: folder of the run.
-        pictures: the files that were drawn.
-        samples: cost of sampling at each budget.
+        pictures: paths of the pictures that were drawn.
+        samples: result of sampling, with the cost for each tail drop.
         router: score of the router at each noise level.
-        steps: optimizer steps so far.
+        steps: optimizer steps taken so far.
         planned: optimizer steps of the whole run.
-        seconds_training: wall time of the training in this call.
+        seconds_training: seconds that this call trained.
     """
 
     folder: Path
@@ -78,11 +78,14 @@ class DemoResult:
 
 
 def demo(settings: DemoSettings) -> DemoResult:
-    """Train the recipe `demo`, or use the finished run in the folder, then sample and score it.
+    """Train a model with the recipe `demo`, then sample it and score its router.
+
+    A stopped run in `settings.out` is resumed, and a finished one is only sampled and scored. If the time limit stops
+    the training, the model is sampled and scored as it is.
 
     Raises:
-        CheckpointError: the folder holds something else.
-        KeyboardInterrupt: the training was interrupted; the same call continues it.
+        CheckpointError: the folder holds a run with other settings, or other files.
+        KeyboardInterrupt: the user interrupted the training; the same call resumes it.
     """
     began = time.perf_counter()
     recipe, steps = _train(settings)
@@ -103,7 +106,7 @@ def demo(settings: DemoSettings) -> DemoResult:
     model, objective, _ = load_model(settings.out)
     data = open_data(recipe.data)
     assert isinstance(data, ShapesDataset)  # as the recipe `demo` says
-    unseen = range(len(data), len(data) + settings.scored)  # beyond the epoch, so not in the training set
+    unseen = range(len(data), len(data) + settings.scored)  # indices beyond the epoch are not in the training set
     scores = tuple(score_router(model, objective, data, unseen, level, settings.seed) for level in LEVELS)
     path = draw_router(
         model, objective, data, range(len(data), len(data) + _DRAWN), LEVELS, pictures / "router.png", settings.seed
@@ -113,7 +116,15 @@ def demo(settings: DemoSettings) -> DemoResult:
 
 
 def _train(settings: DemoSettings) -> tuple[Recipe, int]:
-    """Train, resume a stopped run, or reuse a finished one; return the recipe and the steps so far."""
+    """Start the run, resume it, or leave a finished one as it is.
+
+    Returns:
+        The recipe, and the optimizer steps taken so far.
+
+    Raises:
+        CheckpointError: the folder holds a run with other settings, or other files.
+        KeyboardInterrupt: the user interrupted the training.
+    """
     overrides = [f"out={settings.out}", f"seed={settings.seed}", f"training.sample_every={_POLL}"]
     if settings.training_steps is not None:
         overrides.append(f"training.steps={settings.training_steps}")
@@ -133,7 +144,16 @@ def _train(settings: DemoSettings) -> tuple[Recipe, int]:
 
 
 class _TimeLimit:
-    """A stand-in for drawing previews that stops training like Ctrl-C does when the time is up."""
+    """Stops training when the time is up, by the signal of Ctrl-C.
+
+    It is passed to `train` in place of the function that draws previews, which training calls every few steps.
+
+    Args:
+        seconds: Seconds from now.
+
+    Attributes:
+        reached: Whether the time was up.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds

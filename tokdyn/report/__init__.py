@@ -1,1 +1,1 @@
-"""Figures: image grids, boundary maps, and curves of cost and quality."""
+"""Draw figures: grids of images, boundary maps (which tokens were kept), and curves of cost and quality."""

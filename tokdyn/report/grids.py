@@ -1,4 +1,4 @@
-"""Draws grids of images with captions, row titles and column titles, exact to the pixel."""
+"""Draw grids of images with captions and titles. Images are copied pixel by pixel, not interpolated."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tokdyn.errors import InputError
 from tokdyn.report.pixels import Pixels
 from tokdyn.report.style import INK, MUTED, drawable, font_file
 
-_CELL = 96  # smaller images are enlarged by a whole factor until they are about this wide
-_GAP = 4
-_MARGIN = 12
+_CELL = 96  # pixels; smaller images are enlarged by a whole factor to about this width
+_GAP = 4  # pixels between images
+_MARGIN = 12  # pixels around the grid
 
 
 def image_grid(
@@ -26,7 +26,7 @@ def image_grid(
     title: str | None = None,
     scale: int | None = None,
 ) -> Pixels:
-    """Draw images in rows of equal length.
+    """Draw images in rows of equal length, on a white page.
 
     Args:
         images: (N, H, W, 3) uint8, row after row.
@@ -38,10 +38,13 @@ def image_grid(
         scale: whole factor to enlarge by, without smoothing; None enlarges small images to about 96 pixels.
 
     Returns:
-        (rows, columns, 3) uint8.
+        The page, (height, width, 3) uint8.
+
+    Raises:
+        InputError: the images have another shape, or the number of texts is not that of images, rows or columns.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise InputError(f"images have shape {images.shape}, expected (N, H, W, 3) with at least one image.")
+        raise InputError(f"images has shape {images.shape}, expected (N, H, W, 3) with at least one image.")
     count, height, width, _ = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
@@ -94,11 +97,12 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _width(font: ImageFont.FreeTypeFont, text: str) -> int:
+    """Return the width of a text in pixels."""
     return math.ceil(font.getlength(text))
 
 
 def _shortened(font: ImageFont.FreeTypeFont, text: str, width: int) -> str:
-    """Return the text, shortened with an ellipsis if it does not fit."""
+    """Return the text, shortened with an ellipsis if it is wider than so many pixels."""
     if font.getlength(text) <= width:
         return text
     kept = next((n for n in range(len(text), 0, -1) if font.getlength(text[:n] + "…") <= width), 0)

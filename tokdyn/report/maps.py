@@ -1,4 +1,7 @@
-"""Boundary maps: which tokens a model kept, at which place of the image and at which step of the trajectory."""
+"""Record and draw boundary maps, which show the tokens that a model kept in each step of a trajectory.
+
+A cell is the square of an image that one token stands for.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from tokdyn.errors import InputError
 from tokdyn.report.pixels import Pixels
 from tokdyn.report.style import INK, MUTED, drawable, figure_style, save_figure
 
-_CELL = 8  # pixels that a cell is drawn with, at least
+_CELL = 8  # smallest width of a drawn cell in pixels
 _FADED = 0.22  # share of its colour that a dropped cell keeps
 _PAPER = 246  # grey level that a dropped cell fades to
-_BORDER = 0.45  # how much darker the border of the kept cells is
-_TILE = 1.2  # inches, the width of a picture
+_BORDER = 0.45  # share of its brightness that the border of the kept cells loses
+_TILE = 1.2  # width of a picture in inches
 _LETTERS = 12  # letters of a row's name per inch
 
 Background = Literal["prediction", "noisy"]
@@ -33,13 +36,13 @@ Background = Literal["prediction", "noisy"]
 
 @dataclass(frozen=True)
 class MapFrame:
-    """One recorded step.
+    """One recorded step of n images.
 
     Attributes:
-        index: number of the step, from 0.
+        index: index of the step, from 0.
         level: noise level in [0, 1].
-        keep: (n, R, C) bool, tokens kept in the conditional branch.
-        picture: (n, channels, H, W) predicted clean images, or noisy ones.
+        keep: (n, R, C) bool, True for tokens kept in the conditional branch.
+        picture: (n, channels, H, W) images to draw: the predicted clean ones, or the noisy ones.
     """
 
     index: int
@@ -50,7 +53,7 @@ class MapFrame:
 
 @dataclass(frozen=True)
 class Maps:
-    """Tokens kept over a trajectory.
+    """The tokens kept along a trajectory of n images.
 
     Attributes:
         frames: the recorded steps, in order.
@@ -64,13 +67,13 @@ class Maps:
 class MapRecorder:
     """A callback for `tokdyn.diffusion.sampling.generate` that records which tokens were kept.
 
-    Everything stays on the device until `maps` is called.
+    The tensors stay on the device until `maps` is called, so that recording does not synchronise.
 
     Args:
         steps: number of steps of the trajectory.
-        images: how many images to record, the first ones of the batch.
-        frames: how many steps to show, spread evenly, first and last included.
-        background: draw the kept cells on the predicted clean image, or on the noisy image that the model was given.
+        images: number of images to record, the first ones of the batch.
+        frames: number of steps to record, spread evenly, the first and the last included.
+        background: record the predicted clean images ("prediction") or the noisy images ("noisy") to draw on.
     """
 
     def __init__(self, steps: int, images: int = 4, frames: int = 6, background: Background = "prediction") -> None:
@@ -81,7 +84,7 @@ class MapRecorder:
         self._steps = 0
 
     def __call__(self, step: StepState) -> None:
-        """Record one step."""
+        """Record one step; does nothing for a model that does not route tokens."""
         if step.routing is None:
             return
         keep = step.routing.keep[: min(self._images, len(step.x))].unflatten(1, step.routing.grid)
@@ -92,14 +95,14 @@ class MapRecorder:
             self._frames.append(MapFrame(step.index, step.level, keep.clone(), picture[: len(keep)].clone()))
 
     def maps(self) -> Maps:
-        """Return what was recorded, on the host.
+        """Return what was recorded, on the CPU.
 
         Raises:
-            InputError: the model computed every token, so there is nothing to show.
+            InputError: nothing was recorded, because the model computes every token.
         """
         if self._total is None:
             raise InputError(
-                "The model computes every token, so there are no maps: leave maps off, or sample a DC-DiT."
+                "The model computes every token, so there are no maps to draw: set maps=false, or sample a DC-DiT."
             )
         frames = tuple(
             MapFrame(frame.index, frame.level, frame.keep.cpu(), frame.picture.cpu()) for frame in self._frames
@@ -108,11 +111,11 @@ class MapRecorder:
 
 
 def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
-    """Fade the dropped cells and draw the border of the kept ones.
+    """Fade the dropped cells of an image, and darken the border of the kept ones.
 
     Args:
         pixels: (H, W, 3) uint8.
-        keep: (R, C) bool.
+        keep: (R, C) bool, True for kept cells.
 
     Returns:
         (H', W', 3) uint8, enlarged by a whole factor so that a cell is at least 8 pixels wide.
@@ -123,7 +126,7 @@ def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
     rows = np.arange(len(image)) * keep.shape[0] // len(image)
     columns = np.arange(image.shape[1]) * keep.shape[1] // image.shape[1]
     mask = keep[rows][:, columns]
-    padded = np.pad(mask, 1, constant_values=True)  # the edge of the image is no border
+    padded = np.pad(mask, 1, constant_values=True)  # the edge of the image does not count as a border
     interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     faded = np.where(mask[..., None], image, _FADED * image + (1.0 - _FADED) * _PAPER)
     faded = np.where((mask & ~interior)[..., None], (1.0 - _BORDER) * faded, faded)
@@ -139,15 +142,20 @@ def draw_maps(
     names: Sequence[str] | None = None,
     title: str = "Tokens kept over the trajectory",
 ) -> Path:
-    """Draw a row per image: recorded steps with dropped cells faded, the final image, how often each cell was kept.
+    """Draw one row per image: the recorded steps with dropped cells faded, the final image, and a heat map.
+
+    The heat map shows the share of all steps in which each cell was kept.
 
     Args:
-        maps: from a `MapRecorder`.
+        maps: the result of a `MapRecorder`.
         finals: (n, H, W, 3) uint8 final images.
-        to_pixels: converts predicted images, or latents, to (n, H, W, 3) uint8.
-        path: file to write.
+        to_pixels: converts the recorded pictures (n, channels, H, W), pixels or latents, to (n, H, W, 3) uint8.
+        path: path of the file to write.
         names: n row titles.
         title: title of the figure.
+
+    Returns:
+        `path`.
     """
     frequency, steps = maps.frequency.numpy(), len(maps.frames)
     count = len(frequency)
@@ -178,7 +186,7 @@ def draw_maps(
 
 
 def _fitting(name: str, inches: float) -> str:
-    """Return the name, shortened with an ellipsis to what fits along so many inches."""
+    """Return the name, shortened with an ellipsis if it is longer than so many inches."""
     letters = max(4, int(_LETTERS * inches))
     return drawable(name if len(name) <= letters else name[: letters - 1] + "…")
 
@@ -189,7 +197,7 @@ def _show(axes: Axes, pixels: Pixels, caption: str) -> None:
 
 
 def _bare(axes: Axes, caption: str) -> None:
-    """Remove ticks and frame, and write the caption, a kept share, below."""
+    """Remove ticks and frame of the axes, and write the caption below."""
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -1,4 +1,4 @@
-"""Draws quality against cost from rows of JSON."""
+"""Draw quality against cost, with the Pareto frontier, from rows of JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tokdyn.report.style import COLOURS, INK, MARKERS, MUTED, figure_style, save
 
 
 class ParetoPoint(BaseModel):
-    """One model at one setting.
+    """The cost and the quality of one model with one choice of settings.
 
     Attributes:
         series: name of the line that the point belongs to.
         label: text beside the point.
         cost: tokens, FLOPs or seconds per image; less is better.
-        quality: a distance or a score.
+        quality: a distance (lower is better) or a score (higher is better).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,12 +37,14 @@ class ParetoPoint(BaseModel):
 def read_points(path: Path, cost: str, quality: str, series: str = "model", label: str = "label") -> list[ParetoPoint]:
     """Read points from a JSON file that holds a list of objects, or an object with such a list under ``rows``.
 
+    All keys may have dots, which lead into nested objects.
+
     Args:
-        path: the file.
-        cost: key of the cost; dots reach into nested objects.
-        quality: key of the quality, likewise.
+        path: path of the file.
+        cost: key of the cost.
+        quality: key of the quality.
         series: key of the name of the line.
-        label: key of the text beside the point; rows without it get none.
+        label: key of the text beside the point; a row without it gets no text.
 
     Raises:
         DataError: the file is not such a list, or a row lacks a key.
@@ -50,18 +52,27 @@ def read_points(path: Path, cost: str, quality: str, series: str = "model", labe
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}).") from error
+        raise DataError(f"{path} cannot be read as JSON ({error}): give a JSON file with a list of rows.") from error
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} holds no list of rows: expected [{{...}}, ...] or {{'rows': [{{...}}, ...]}}.")
+        raise DataError(
+            f"{path} does not hold a list of rows, expected [{{...}}, ...] or {{'rows': [{{...}}, ...]}}: give such a "
+            "file."
+        )
     points = []
     for number, row in enumerate(rows):
         values = {name: _look_up(row, key) for name, key in (("cost", cost), ("quality", quality), ("series", series))}
         for name, key in (("cost", cost), ("quality", quality)):
             if isinstance(values[name], bool) or not isinstance(values[name], int | float):
-                raise DataError(f"{path}: row {number} has no number under '{key}'; it has {', '.join(sorted(row))}.")
+                raise DataError(
+                    f"{path}: row {number} has no number under '{key}', its keys are {', '.join(sorted(row))}: name "
+                    "one of these."
+                )
         if values["series"] is None:
-            raise DataError(f"{path}: row {number} has nothing under '{series}'; it has {', '.join(sorted(row))}.")
+            raise DataError(
+                f"{path}: row {number} has nothing under '{series}', its keys are {', '.join(sorted(row))}: name one "
+                "of these."
+            )
         text = _look_up(row, label)
         points.append(
             ParetoPoint(
@@ -75,7 +86,7 @@ def read_points(path: Path, cost: str, quality: str, series: str = "model", labe
 
 
 def frontier(points: Sequence[ParetoPoint], higher_is_better: bool = False) -> list[ParetoPoint]:
-    """Return the points that no other one beats in both cost and quality, by rising cost."""
+    """Return the points that no other point beats in both cost and quality, in order of ascending cost."""
     sign = -1.0 if higher_is_better else 1.0
     best, optimal = math.inf, []
     for point in sorted(points, key=lambda point: (point.cost, sign * point.quality)):
@@ -95,17 +106,23 @@ def draw_pareto(
     note: str = "",
     joined: bool = True,
 ) -> Path:
-    """Draw one line per series through its points by rising cost, and the Pareto frontier behind them.
+    """Draw one line per series through its points in order of ascending cost, and the Pareto frontier behind them.
 
     Args:
         points: the points to draw.
-        path: file to write.
-        cost_name: label of the horizontal axis, with its unit.
-        quality_name: label of the vertical axis, with its network if it is a distance.
+        path: path of the file to write.
+        cost_name: label of the horizontal axis, with the unit.
+        quality_name: label of the vertical axis, with the network if it is a distance.
         title: title of the figure.
-        higher_is_better: whether more quality is better.
-        note: small text below the axes, such as the machine and the budget.
+        higher_is_better: whether a higher quality value is better.
+        note: small text below the axes, such as the machine and the settings.
         joined: connect the points of a series by lines.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: there are no points.
     """
     if not points:
         raise InputError("There are no points to draw: give at least one.")
@@ -139,7 +156,7 @@ def draw_pareto(
 
 
 def _frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[ParetoPoint]) -> None:
-    """Draw the best quality that each cost can buy, as a staircase."""
+    """Draw the best quality that is reached at each cost or less, as a staircase."""
     right = max(point.cost for point in points)
     costs, qualities = [*(point.cost for point in best), right], [*(point.quality for point in best), best[-1].quality]
     axes.step(costs, qualities, where="post", color="#cfcfcf", linewidth=3, zorder=1, label="Pareto frontier")
@@ -159,7 +176,7 @@ def _labels(axes: Axes, points: Sequence[ParetoPoint]) -> None:
 
 
 def _look_up(row: Mapping[str, Any], key: str) -> Any:
-    """Return the value under a key, or under keys joined by dots; None if there is none."""
+    """Return the value under a key, or under nested keys joined by dots; None if there is none."""
     if key in row:
         return row[key]
     head, _, rest = key.partition(".")

@@ -1,4 +1,4 @@
-"""Converts model outputs to bytes, and writes bytes as PNG files."""
+"""Convert images in [-1, 1] to bytes, and write bytes as PNG files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from tokdyn.errors import InputError
 from tokdyn.files import replacing
 
 Pixels = NDArray[np.uint8]
+"""One RGB image (H, W, 3), or a batch (B, H, W, 3), as a NumPy array of bytes."""
 
 
 def to_pixels(images: Tensor) -> Pixels:
-    """Convert images to colour bytes; the inverse of how `tokdyn.data` reads them.
+    """Convert images to RGB bytes. This inverts the scaling from bytes to [-1, 1] that `tokdyn.data` applies.
 
     Args:
-        images: (B, C, H, W) in [-1, 1]; values outside are clamped. Grey becomes colour; of more than 3 channels the
-            first 3 are shown.
+        images: (B, C, H, W) in [-1, 1]; values outside are clamped. A single channel is repeated to RGB, and of more
+            than three the first three are taken.
 
     Returns:
-        (B, H, W, 3) uint8.
+        (B, H, W, 3) uint8, on the CPU.
+
+    Raises:
+        InputError: the images have another number of dimensions, or 2 channels.
     """
     if images.dim() != 4 or images.shape[1] == 2:
-        raise InputError(f"images have shape {tuple(images.shape)}, expected (B, 1, 3 or more channels, H, W).")
+        raise InputError(f"images has shape {tuple(images.shape)}, expected (B, C, H, W) with 1 channel, or 3 or more.")
     colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     levels = ((colour.float() + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
     pixels: Pixels = rearrange(levels, "b c h w -> b h w c").contiguous().cpu().numpy()
@@ -36,7 +40,10 @@ def to_pixels(images: Tensor) -> Pixels:
 
 
 def write_png(pixels: Pixels, path: Path) -> Path:
-    """Write (H, W, 3) uint8 atomically, creating the folder if needed."""
+    """Write an image (H, W, 3) uint8 as PNG, and return `path`.
+
+    The file is written atomically and replaces an existing one. The folder is created if needed.
+    """
     with replacing(path) as half:
         Image.fromarray(pixels).save(half, format="PNG")
     return path

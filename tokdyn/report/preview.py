@@ -1,4 +1,4 @@
-"""Draws sample grids and boundary maps during training, in false colours if no autoencoder is available."""
+"""Draw grids of samples and boundary maps during training, in false colours if no autoencoder is available."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tokdyn.report.pixels import Pixels, to_pixels, write_png
 
 _STEPS = 25
 _MAPPED = 4  # images in the picture of boundary maps
-_LATENT_RANGE = 3.0  # scaled latents are about standard normal
+_LATENT_RANGE = 3.0  # scaled latents are about standard normal, so most are in [-3, 3]
 
 
 def draw_preview(model: Any, recipe: Recipe, folder: Path, step: int) -> list[Path]:
-    """Write `samples/step_X.png` and, for a model that routes tokens, `maps/step_X.png`.
+    """Sample the model, and write `samples/step_X.png` and, if it routes tokens, `maps/step_X.png`.
 
-    Training does not depend on it: the global random state and the model's mode are left as they are.
+    Training is not affected: the global random state is not used, and the model's mode is restored.
 
     Args:
         model: the averaged model, on its device.
-        recipe: recipe of the run, whose `preview` section says what to draw.
+        recipe: recipe of the run; its section `preview` says what to draw.
         folder: folder of the run.
         step: number of optimizer steps taken.
 
     Returns:
-        The files written.
+        The paths of the files.
     """
     settings, routes = recipe.preview, takes_tail_drop(model)
     to_picture, latents, remark = _decoder(model, recipe)
@@ -69,9 +69,9 @@ def draw_preview(model: Any, recipe: Recipe, folder: Path, step: int) -> list[Pa
 
 
 def _decoder(model: Any, recipe: Recipe) -> tuple[Callable[[Tensor], Pixels], bool, str]:
-    """Return a function from samples to pictures, whether the samples are latents, and a remark for the title.
+    """Return a function that converts samples to bytes, whether the samples are latents, and a remark for the title.
 
-    Training must not stop because the autoencoder of its latents is out of reach, so latents then get false colours.
+    If the autoencoder is not available, training must not stop, so latents are then drawn in false colours.
     """
     try:
         decoder = open_decoder(model.config.in_channels, recipe.data, None, next(model.parameters()).device)

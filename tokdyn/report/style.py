@@ -1,4 +1,4 @@
-"""One style for every figure: colours that colour-blind readers can tell apart, quiet axes, units in the labels."""
+"""Give all figures one style, with colours that colour-blind readers can tell apart, and save them."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ _SETTINGS: Any = {
 
 
 def font_file(bold: bool = False) -> Path:
-    """Return the path of the font that every figure uses."""
+    """Return the path of the font of all figures."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
 
 
 def drawable(text: str) -> str:
-    """Replace every character that the font lacks with a box."""
+    """Return the text with a box in place of every character that the font does not have."""
     return "".join(letter if ord(letter) in _glyphs() else _BOX for letter in text)
 
 
@@ -64,13 +64,16 @@ def _glyphs() -> frozenset[int]:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Apply the settings above to figures made in the block, without a window or global state."""
+    """Return a context in which figures have this style; matplotlib's settings are restored afterwards."""
     with matplotlib.rc_context(_SETTINGS):
         yield
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure (PNG, SVG or PDF by its suffix), creating the folder if needed."""
+    """Write a figure as PNG, SVG or PDF, as the ending of `path` says, and return `path`.
+
+    The file is written atomically and replaces an existing one. The folder is created if needed.
+    """
     with replacing(path) as half:
         kind = path.suffix.removeprefix(".")
         figure.savefig(half, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.12, facecolor="white")

@@ -1,4 +1,4 @@
-"""Draws kept tokens and time against the noise level, for one or several budgets."""
+"""Draw the kept tokens and the time of each step against the noise level, for one or several tail drops."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Cost of every step of a trajectory at one budget; S steps of n images.
+    """The cost of the S steps of n images that were sampled with one tail drop.
 
     Attributes:
-        label: name of the budget.
+        label: name in the legend.
         level: (S,) noise level in [0, 1].
-        cond: (S, n) share of the tokens kept in the conditional branch; None for a model that computes every token.
-        uncond: (S, n) the same for the unconditional branch, NaN where it was not computed; None if it never was.
+        cond: (S, n) kept share in the conditional branch; None for a model that computes every token.
+        uncond: (S, n) kept share in the unconditional branch, NaN in steps that did not compute it; None if no step
+            did.
         milliseconds: (S,) time of the step per image.
     """
 
@@ -40,12 +41,15 @@ class Trajectory:
 
 
 def join_batches(label: str, batches: Sequence[Sequence[StepRecord]], images: int) -> Trajectory:
-    """Join the step records of all batches of one budget.
+    """Join the records of batches that were sampled with the same settings.
 
     Args:
-        label: name of the budget.
-        batches: step records of each batch.
-        images: how many images the batches hold together.
+        label: name in the legend.
+        batches: the records of the steps of each batch.
+        images: number of images of all batches together.
+
+    Raises:
+        InputError: there are no records.
     """
     if not batches or not batches[0]:
         raise InputError("There are no step records to draw: give at least one batch.")
@@ -65,10 +69,21 @@ def join_batches(label: str, batches: Sequence[Sequence[StepRecord]], images: in
 
 
 def draw_trajectory(trajectories: Sequence[Trajectory], path: Path, title: str = "What each step costs") -> Path:
-    """Draw kept tokens above and time below, from noise on the left to the finished image on the right.
+    """Draw the kept share (above) and the time of each step (below), from noise on the left to the image on the right.
 
-    Lines are means over images, bands reach from the 10th to the 90th percentile. Colour is the budget; the conditional
-    branch is solid, the unconditional one dashed.
+    Lines are means over images; bands reach from the 10th to the 90th percentile. Each trajectory has its colour; the
+    conditional branch is solid, the unconditional one dashed.
+
+    Args:
+        trajectories: the trajectories to compare.
+        path: path of the file to write.
+        title: title of the figure.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: there are no trajectories.
     """
     if not trajectories:
         raise InputError("There are no trajectories to draw: give at least one.")
