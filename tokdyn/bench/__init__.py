@@ -1,1 +1,1 @@
-"""What models and stacks of methods cost, how fast they are and what they do to the images."""
+"""Measure models and stacks (lists of methods that act together): their cost, their speed and their image quality."""

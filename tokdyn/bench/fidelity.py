@@ -1,4 +1,4 @@
-"""Measure how close images are to those that a reference model draws from the same seeds."""
+"""Measure the similarity of images to those that a reference model draws from the same seeds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 
-WINDOW = 11  # pixels on a side of a window of SSIM
+WINDOW = 11
+"""Side of SSIM's window in pixels."""
 _SIGMA = 1.5  # pixels; window and sigma are those of Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861
 _K1, _K2 = 0.01, 0.03  # stabilising constants of the same paper
 
 
 def psnr(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
-    """Compute the peak signal-to-noise ratio in dB.
+    """Compute the peak signal-to-noise ratio (PSNR) in dB.
 
     Args:
         images: (B, C, H, W).
         reference: (B, C, H, W).
-        peak: largest value that a pixel can take.
+        peak: largest possible value of a pixel.
 
     Returns:
         (B,) float64, `10 * log10(peak**2 / mse)`; infinite for equal images.
@@ -28,18 +29,18 @@ def psnr(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
     Raises:
         InputError: the shapes differ.
     """
-    _same_shape(images, reference)
+    _check_same_shape(images, reference)
     error = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
     return 10.0 * torch.log10(peak**2 / error)
 
 
 def ssim(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
-    """Compute the structural similarity (Wang et al. 2004, eq. 13) over Gaussian windows that lie inside the image.
+    """Compute the structural similarity (SSIM; Wang et al. 2004, eq. 13) over Gaussian windows inside the image.
 
     Args:
         images: (B, C, H, W).
         reference: (B, C, H, W).
-        peak: largest value that a pixel can take.
+        peak: largest possible value of a pixel.
 
     Returns:
         (B,) float64, mean over windows and channels; 1 for equal images.
@@ -47,10 +48,13 @@ def ssim(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
     Raises:
         InputError: the shapes differ, or the images are smaller than a window of 11 pixels.
     """
-    _same_shape(images, reference)
+    _check_same_shape(images, reference)
     if min(images.shape[-2:]) < WINDOW:
         rows, columns = images.shape[-2:]
-        raise InputError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, but these have {rows}x{columns}.")
+        raise InputError(
+            f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, but these have {rows}x{columns}: compare larger "
+            "images, or use PSNR."
+        )
     x, y = images.double(), reference.double()
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x.square(), _blur(y * y) - mean_y.square()
@@ -62,11 +66,11 @@ def ssim(images: Tensor, reference: Tensor, peak: float = 255.0) -> Tensor:
 
 
 def feature_distance(features: Tensor, reference: Tensor) -> float:
-    """Compute the mean distance between paired features, relative to the mean distance among the reference images.
+    """Compute the mean distance between paired features, divided by the mean distance among the reference features.
 
     Args:
-        features: (N, F), N of 2 or more.
-        reference: (N, F); row i was drawn from the same seed as row i of `features`.
+        features: (N, F) features of the images, N of 2 or more.
+        reference: (N, F) features of the reference images; row i belongs to the same seed as row i of `features`.
 
     Returns:
         0 for equal images, about 1 for images that are unrelated to the reference.
@@ -74,9 +78,9 @@ def feature_distance(features: Tensor, reference: Tensor) -> float:
     Raises:
         InputError: the shapes differ, or there are fewer than two images.
     """
-    _same_shape(features, reference)
+    _check_same_shape(features, reference)
     if len(features) < 2:
-        raise InputError(f"a feature distance needs at least two images, got {len(features)}.")
+        raise InputError(f"A feature distance needs at least two images, got {len(features)}: give more.")
     scale = torch.pdist(reference.double()).mean().clamp(min=1e-12)
     return float((features.double() - reference.double()).norm(dim=1).mean() / scale)
 
@@ -92,9 +96,10 @@ def _blur(x: Tensor) -> Tensor:
     return x
 
 
-def _same_shape(images: Tensor, reference: Tensor) -> None:
+def _check_same_shape(images: Tensor, reference: Tensor) -> None:
+    """Raise an InputError if the shapes differ."""
     if images.shape != reference.shape:
         raise InputError(
-            f"got shapes {tuple(images.shape)} and {tuple(reference.shape)}; images and their reference must have the "
+            f"images has shape {tuple(images.shape)} and reference {tuple(reference.shape)}: give two tensors of the "
             "same shape."
         )

@@ -1,4 +1,7 @@
-"""Compute and count the FLOPs of named models, checkpoints and stacks: by part, per forward pass and per image."""
+"""Compute and count the FLOPs of named models, checkpoints and stacks: by part, per call and per image.
+
+A named model is an architecture such as DiT-XL/2, without trained weights. A multiply-add is 2 FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -36,31 +39,31 @@ TRAINING_DROPS = tuple(drop / 10 for drop in range(7))  # tail drops that the pa
 NAMED = tuple(f"DiT-{size}/2" for size in SHAPES if size != "tiny") + tuple(
     f"DC-DiT-{size}" for size in SHAPES if size != "tiny"
 )
-_COUNTED_TIMES = (0.9, 0.5, 0.1)  # shares of the range of timesteps at which the calls of a checkpoint are counted
+_COUNTED_TIMES = (0.9, 0.5, 0.1)  # positions in the range of timesteps at which calls of a checkpoint are counted
 
 
 class FlopsConfig(BaseModel):
     """Settings of `tokdyn bench flops`.
 
     Attributes:
-        models: Named models such as DiT-XL/2 or DC-DiT-S, or anything `tokdyn sample` accepts; null means all named
+        models: Named models such as DiT-XL/2 or DC-DiT-S, or models that `tokdyn sample` accepts; null takes all named
             models.
-        steps: Model calls per image.
-        guidance: Scale of classifier-free guidance; any value but 1 also computes an unconditional branch.
-        sample_size: Rows and columns of the input of named models; 32 is a 256-pixel image in an 8x latent space.
-        in_channels: Input channels of named models.
-        num_classes: Classes of named models.
-        target: N of named DC-DiTs, grid cells per kept token.
-        kept: Share of the tokens that DC-DiTs keep before tail drop. With null, named models keep 1/N, since they have
-            no trained weights, and checkpoints are measured on images that they draw.
+        steps: Sampling steps per image.
+        guidance: Scale of classifier-free guidance; any value but 1 also computes the unconditional branch.
+        sample_size: Input size of named models, rows and columns; 32 is a 256-pixel image in an 8x latent space.
+        in_channels: Number of input channels of named models.
+        num_classes: Number of classes of named models.
+        target: N of named DC-DiTs, cells per kept token.
+        kept: Kept share of DC-DiTs before tail drop. With null, it is 1/N for named models, which have no trained
+            weights, and is measured for checkpoints on images that they draw.
         tail_drop: Share of the kept tokens to drop.
-        uncond_tail_drop: The same for the unconditional branch (Lite-CFG); null means the value of tail_drop.
-        images: Images that checkpoints and stacks draw to measure how many tokens they keep over a trajectory.
-        scheduler: Scheduler for those images; null means ddpm, or euler for a flow.
-        seed: Seed of the first of those images.
-        count: Also count a forward pass with torch's counter, and fail if it differs by more than 0.1%.
-        csv: Write the table to this file.
-        plot: Draw the parts to this PNG.
+        uncond_tail_drop: Tail drop of the unconditional branch (Lite-CFG); null takes tail_drop.
+        images: Number of images that checkpoints and stacks draw to measure their kept share.
+        scheduler: Scheduler to draw these images with; null takes ddpm, or euler for a flow.
+        seed: Seed of the first of these images.
+        count: Also count the FLOPs of calls with torch's counter, and fail if they differ by more than 0.1%.
+        csv: Write the table to this CSV file.
+        plot: Draw the FLOPs by part to this PNG.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,21 +88,23 @@ class FlopsConfig(BaseModel):
 
 @dataclass(frozen=True)
 class FlopsRow:
-    """The cost of one model. FLOPs are per image; a multiply-add is 2.
+    """The cost of one model or stack, per image. A multiply-add is 2 FLOPs.
 
     Attributes:
-        model: name or path.
+        model: name of the model or stack.
         params: number of parameters.
-        tokens: N, cells of the token grid.
-        kept: share of the tokens that the blocks see, mean over branches, steps and images; None if they see all.
-        tokens_from: where `kept` comes from: "all" tokens are computed, "given" by the settings, "target" (1/N), or
-            "measured" on images that the model drew.
-        gflops_per_forward: 1e9 FLOPs of one call with both guidance branches, mean over steps.
+        tokens: tokens per image.
+        kept: share of the tokens that the blocks compute, mean over branches, steps and images; None if they compute
+            all.
+        tokens_from: where `kept` comes from: "all" (all tokens are computed), "given" (by the setting `kept`), "target"
+            (1/N), or "measured" (on images that the model drew).
+        gflops_per_forward: 1e9 FLOPs of one step, both guidance branches included, mean over steps.
         tflops_per_image: 1e12 FLOPs of all steps.
-        parts: `gflops_per_forward` by part.
-        counted_gflops: 1e9 FLOPs of the counted passes; None if nothing was counted.
-        computed_gflops: 1e9 FLOPs computed for the same passes.
-        matched_steps: training steps that cost as much as 400,000 steps of the DiT of the same size with patch size 2.
+        parts: `gflops_per_forward` by part of the model.
+        counted_gflops: 1e9 FLOPs that torch's counter counted in some calls; None if nothing was counted.
+        computed_gflops: 1e9 FLOPs computed for the same calls.
+        matched_steps: training steps that cost as much as 400,000 steps of the DiT of the same size with patch size 2;
+            None for other models than named DC-DiTs.
     """
 
     model: str
@@ -116,11 +121,14 @@ class FlopsRow:
 
 
 def bench_flops(config: FlopsConfig, stacks: Sequence[Stack] = ()) -> list[FlopsRow]:
-    """Compute what models and stacks cost.
+    """Compute the cost of models and stacks.
 
     Args:
-        config: the models and how to compute them.
-        stacks: further rows, which bring their own tail drops.
+        config: the settings. If it names no models, all named models are computed, or none if there are stacks.
+        stacks: stacks to compute as well, each with its own tail drops.
+
+    Returns:
+        One row per model and stack, in this order.
 
     Raises:
         TokdynError: a model cannot be opened, or computed and counted FLOPs differ.
@@ -138,18 +146,18 @@ def bench_flops(config: FlopsConfig, stacks: Sequence[Stack] = ()) -> list[Flops
 
 
 def is_named(name: str) -> bool:
-    """Whether `name` is an architecture such as DiT-XL/2 or DC-DiT-S."""
+    """Return whether `name` is that of a named model such as DiT-XL/2 or DC-DiT-S."""
     size, _, patch = name.removeprefix("DC-").removeprefix("DiT-").partition("/")
     return size in SHAPES and (name.startswith("DC-DiT-") if not patch else not name.startswith("DC-"))
 
 
 def _bare(config: FlopsConfig, name: str) -> Stack:
-    """Build the stack of a model without methods."""
+    """Return the stack of a model without further methods, with the tail drops of the settings."""
     return Stack(name=name, model=name, tail_drop=config.tail_drop, uncond_tail_drop=config.uncond_tail_drop)
 
 
 def named_model(config: FlopsConfig, name: str) -> DiT | DCDiT:
-    """Build a named architecture on the meta device."""
+    """Build a named model on the meta device."""
     shared: dict[str, Any] = {
         "sample_size": config.sample_size, "in_channels": config.in_channels, "num_classes": config.num_classes
     }  # fmt: skip
@@ -162,7 +170,7 @@ def named_model(config: FlopsConfig, name: str) -> DiT | DCDiT:
 
 
 def _cost_of_named(config: FlopsConfig, name: str) -> FlopsRow:
-    """Compute the cost of a named architecture that keeps the configured share of tokens, or its target."""
+    """Compute the cost of a named model. A DC-DiT keeps the share `kept` of the settings, or 1/N."""
     model = named_model(config, name)
     rows, columns = grid_of(model.config)
     drops = _drops(config, _bare(config, name))
@@ -193,7 +201,17 @@ def _cost_of_named(config: FlopsConfig, name: str) -> FlopsRow:
 
 
 def _count_named(model: DiT | DCDiT, kept: float | None) -> tuple[float, float]:
-    """Count a pass of one image. A DC-DiT has to run, so it gets weights of zero and a plan of the tokens to keep."""
+    """Count the FLOPs of a named model's call on one image.
+
+    A DC-DiT has to run for this, so it gets weights of zero, and a plan: a mask of the tokens to keep.
+
+    Args:
+        model: the model, on the meta device.
+        kept: kept share of a DC-DiT; None for a DiT.
+
+    Returns:
+        Counted and computed 1e9 FLOPs.
+    """
     size, channels = model.config.sample_size, model.config.in_channels
     x, time, label = torch.zeros(1, channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     if kept is None:
@@ -211,7 +229,11 @@ def _count_named(model: DiT | DCDiT, kept: float | None) -> tuple[float, float]:
 
 
 def _matched_steps(config: FlopsConfig, model: DCDiT, name: str) -> int | None:
-    """Compute how many steps cost as much as the DiT baseline when steps after the warm-up draw from all tail drops."""
+    """Compute `FlopsRow.matched_steps`. Training draws from all tail drops of the paper after its warm-up.
+
+    Returns:
+        The number of steps, or None if the input size is not a multiple of the baseline's patch size.
+    """
     if config.sample_size % 2:
         return None
     natural = config.kept or 1.0 / config.target
@@ -221,7 +243,7 @@ def _matched_steps(config: FlopsConfig, model: DCDiT, name: str) -> int | None:
 
 
 def _cost_of_stack(config: FlopsConfig, stack: Stack) -> FlopsRow:
-    """Compute the cost of a checkpoint or a stack, measuring its tokens on images that it draws."""
+    """Compute the cost of a checkpoint or a stack. If `kept` is not set, the kept share is measured on drawn images."""
     opened = open_stack(stack)
     model, (rows, columns) = opened.model, grid_of(opened.model.config)
     attachment = attachment_of(model)
@@ -229,9 +251,9 @@ def _cost_of_stack(config: FlopsConfig, stack: Stack) -> FlopsRow:
     chunked = isinstance(model, DCDiT)
     counted = computed = None
     if config.count:
-        passes = _counted_passes(config, opened)
-        counted = sum(each.counted or 0 for each in passes) / 1e9 / config.images
-        computed = sum(each.total for each in passes) / 1e9 / config.images
+        calls = _count_calls(config, opened)
+        counted = sum(call.counted or 0 for call in calls) / 1e9 / config.images
+        computed = sum(call.total for call in calls) / 1e9 / config.images
     if config.kept is not None and chunked and not wrapped:
         shares = [config.kept * (1.0 - drop) for drop in _drops(config, stack)]
         parts = dict.fromkeys(model_parts(model), 0.0)
@@ -244,7 +266,9 @@ def _cost_of_stack(config: FlopsConfig, stack: Stack) -> FlopsRow:
         generation = _draw(config, opened)
         costs = step_costs(model, generation.steps, config.images)
         if any(cost.gflops is None for cost in costs):
-            raise RecipeError(f"{stack.name}: statistics do not hold steps={config.steps} steps; choose fewer.")
+            raise RecipeError(
+                f"steps={config.steps} makes more calls than statistics of {stack.name} hold: choose fewer steps."
+            )
         parts = _measured_parts(model, generation.steps, config.images, wrapped)
         total = sum(parts.values())
         measured = [share for cost in costs for share in (cost.kept, cost.uncond_kept) if share is not None]
@@ -265,26 +289,33 @@ def _cost_of_stack(config: FlopsConfig, stack: Stack) -> FlopsRow:
 
 
 def _drops(config: FlopsConfig, stack: Stack) -> tuple[float, ...]:
-    """Return the tail drop of each guidance branch."""
+    """Return the tail drop of each guidance branch that is computed; raise a RecipeError if one is not constant."""
     unconditional = stack.tail_drop if stack.uncond_tail_drop is None else stack.uncond_tail_drop
     both = (stack.tail_drop, unconditional) if config.guidance != 1.0 else (stack.tail_drop,)
     if not all(isinstance(drop, float) for drop in both):
         raise RecipeError(
-            f"kept cannot be set for the stack {stack.name}, whose tail drop depends on the noise level: leave it out, "
-            "and the tokens are measured."
+            f"kept cannot be set for the stack {stack.name}, whose tail drop depends on the noise level: remove kept, "
+            "and the kept share is measured."
         )
     return tuple(at(drop, 0.5) for drop in both)
 
 
 def _draw(config: FlopsConfig, opened: Opened) -> Generation:
-    """Draw images as `tokdyn sample` does."""
+    """Draw images with a stack, as `tokdyn sample` does."""
     sampler = opened.sampler(config.scheduler, config.steps, config.guidance)
     seeds = range(config.seed, config.seed + config.images)
     return generate(opened.model, sampler, opened.objective, opened.labels(config.images), list(seeds))
 
 
 def _measured_parts(model: Any, steps: Sequence[StepRecord], images: int, wrapped: bool) -> dict[str, float]:
-    """Average 1e9 FLOPs of a call by part over steps and images, with both guidance branches together."""
+    """Return the 1e9 FLOPs of a step by part, both guidance branches included, as means over steps and images.
+
+    Args:
+        model: the model that drew the images; if it is wrapped, its statistics must be those of these images.
+        steps: the records of the steps.
+        images: number of images.
+        wrapped: whether methods are attached to the model.
+    """
     total: Counter[str] = Counter()
     if wrapped:
         outside = {name: spent for name, spent in model_parts(model).items() if name not in PARTS}
@@ -302,8 +333,8 @@ def _measured_parts(model: Any, steps: Sequence[StepRecord], images: int, wrappe
     return {name: spent / 1e9 / images / len(steps) for name, spent in total.items()}
 
 
-def _counted_passes(config: FlopsConfig, opened: Opened) -> list[Flops]:
-    """Count single calls at several timesteps; noise will do as input, since only two sums are compared."""
+def _count_calls(config: FlopsConfig, opened: Opened) -> list[Flops]:
+    """Count the FLOPs of calls at several timesteps. The inputs are noise, because only the two counts are compared."""
     model, objective = opened.model, opened.objective
     size = model.config.sample_size
     shape = (size, size) if isinstance(size, int) else size
@@ -311,21 +342,22 @@ def _counted_passes(config: FlopsConfig, opened: Opened) -> list[Flops]:
     noise = torch.randn(config.images, model.config.in_channels, *shape, generator=generator)
     labels = torch.tensor(opened.labels(config.images))
     options: dict[str, Any] = {"tail_drop": at(opened.stack.tail_drop, 0.5)} if opened.stack.tail_drop else {}
-    passes = []
+    calls = []
     for share in _COUNTED_TIMES:
         time = torch.full((config.images,), share * objective.num_train_timesteps)
         timestep: Tensor = time if objective.kind == "flow" else time.long()
-        passes.append(flops(model, noise, timestep, labels, **options))
-    return passes
+        calls.append(flops(model, noise, timestep, labels, **options))
+    return calls
 
 
 def _checked(row: FlopsRow) -> FlopsRow:
-    """Return the row if its computed and counted FLOPs agree."""
+    """Return the row; raise a TokdynError if its computed and counted FLOPs differ."""
     if row.counted_gflops is not None and row.computed_gflops is not None:
         difference = abs(row.computed_gflops / row.counted_gflops - 1.0)
         if difference > TOLERANCE:
             raise TokdynError(
-                f"{row.model}: computed {row.computed_gflops:.4f} GFLOPs but counted {row.counted_gflops:.4f}, which "
-                f"differ by {difference:.2%} where {TOLERANCE:.1%} is allowed; please report this, or set count=false."
+                f"The computed {row.computed_gflops:.4f} GFLOPs of {row.model} differ by {difference:.2%} from the "
+                f"counted {row.counted_gflops:.4f}, and {TOLERANCE:.1%} is allowed: please report this, or set "
+                "count=false."
             )
     return row

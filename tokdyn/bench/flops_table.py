@@ -24,18 +24,18 @@ GROUPS = {
     "de-chunk": ("dechunk",),
     "head": ("head",),
 }
-"""Parts that the table and the chart show as one."""
+"""Groups of parts whose FLOPs the table and the chart show as a sum."""
 
 
 def grouped(parts: dict[str, float]) -> dict[str, float]:
-    """Sum parts into the groups of `GROUPS`; parts that belong to no group add up to "other"."""
+    """Sum the parts of each group in `GROUPS`, and all other parts as "other". Sums of 0 are left out."""
     sums = {name: sum(parts.get(part, 0.0) for part in members) for name, members in GROUPS.items()}
     other = sum(parts.values()) - sum(sums.values())
     return {name: value for name, value in {**sums, "other": other}.items() if abs(value) > 1e-9}
 
 
 def columns(rows: Sequence[FlopsRow]) -> dict[str, list[str]]:
-    """Return the columns of the table, each with one cell per row, without those that are empty."""
+    """Return the columns of the table by title, each with one text per row. Empty columns are left out."""
     names = [name for name in (*GROUPS, "other") if any(name in grouped(row.parts) for row in rows)]
     table = {
         "model": [row.model for row in rows],
@@ -53,13 +53,14 @@ def columns(rows: Sequence[FlopsRow]) -> dict[str, list[str]]:
 
 
 def _agreement(row: FlopsRow) -> str:
+    """Return the computed FLOPs in percent of the counted ones."""
     assert row.counted_gflops is not None
     assert row.computed_gflops is not None
     return f"{row.computed_gflops / row.counted_gflops:.2%}"
 
 
 def write_csv(rows: Sequence[FlopsRow], path: Path) -> Path:
-    """Write one line per model, with a column for each part."""
+    """Write a CSV file with one line per model and a column for each part; return `path`."""
     parts = list(dict.fromkeys(name for row in rows for name in row.parts))
     fields = [name for name in FlopsRow.__dataclass_fields__ if name != "parts"]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -72,7 +73,7 @@ def write_csv(rows: Sequence[FlopsRow], path: Path) -> Path:
 
 
 def draw_parts(rows: Sequence[FlopsRow], path: Path) -> Path:
-    """Draw one stacked bar per model."""
+    """Draw a bar chart with one bar per model, divided into groups of parts; return `path`."""
     with figure_style():
         figure = Figure(figsize=(8.0, 1.2 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Costs printed in arXiv 2603.06351, and their comparison with computed ones for `tokdyn bench flops --paper`."""
+"""Compare the costs printed in arXiv 2603.06351 with computed ones (`tokdyn bench flops --paper`)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tokdyn.bench.flops import FlopsConfig, named_model
 from tokdyn.cost import flops_per_image
 from tokdyn.models import DCDiT, DiT
 
-STEPS = 250  # model calls per image in all rows
+STEPS = 250  # sampling steps per image in all rows
 
 
 @dataclass(frozen=True)
 class Published:
-    """One printed row: an image of 256 pixels in 250 steps.
+    """One printed row, for images of 256 x 256 pixels sampled in 250 steps.
 
     Attributes:
-        model: named as in `tokdyn models`.
+        model: name of the model, as in `tokdyn models`.
         tflops: 1e12 FLOPs per image; a multiply-add is 2.
         tail_drop: tail drop of the conditional branch; None for a DiT.
         uncond_tail_drop: tail drop of the unconditional branch under Lite-CFG; None without guidance.
@@ -31,7 +31,7 @@ class Published:
     guided: bool = False
 
 
-# arXiv 2603.06351 v2; a multiply-add is 2 FLOPs. The paper does not print the mean kept share before tail drop.
+# From arXiv 2603.06351 v2. The paper does not print the mean kept share before tail drop.
 ROWS = (
     Published("DiT-S/2", 3.02),
     Published("DiT-B/2", 11.46),
@@ -63,12 +63,15 @@ MATCHED_STEPS = {"DC-DiT-S": 421_230, "DC-DiT-B": 408_071, "DC-DiT-L": 486_372, 
 def compare_with_paper(config: FlopsConfig) -> list[dict[str, Any]]:
     """Compare the costs printed in arXiv 2603.06351 with the computed ones, row by row of its tables.
 
-    The paper does not print how many tokens its trained models keep. Without `kept`, DC-DiTs are taken to keep 1/N, and
-    "implied_kept" is the share before tail drop at which the computed cost equals the printed one.
+    The paper does not print the kept share of its models. It is assumed to be `config.kept`, or 1/N if that is None.
+
+    Args:
+        config: the kept share, the target N and the input size; other settings are ignored.
 
     Returns:
-        One mapping per row: model, tail drops, printed and computed TFLOPs per image and their difference, the assumed
-        share of kept tokens before tail drop, and the implied one.
+        One dict per row: model, tail drops, printed and computed TFLOPs per image and their difference, "kept" (the
+        assumed kept share before tail drop), and "implied_kept" (the one for which the computed cost equals the printed
+        one).
     """
     rows: list[dict[str, Any]] = []
     for printed in ROWS:
@@ -92,7 +95,7 @@ def compare_with_paper(config: FlopsConfig) -> list[dict[str, Any]]:
 
 
 def _published_cost(model: DiT | DCDiT, printed: Published, natural: float | None) -> float:
-    """Compute the TFLOPs per image of a published row."""
+    """Compute the TFLOPs per image of a printed row, for a kept share before tail drop (None for a DiT)."""
     kept, unconditional = None, 1.0 if printed.guided else None
     if natural is not None:
         kept = natural * (1.0 - (printed.tail_drop or 0.0))
@@ -102,7 +105,7 @@ def _published_cost(model: DiT | DCDiT, printed: Published, natural: float | Non
 
 
 def _implied_kept(model: DiT | DCDiT, printed: Published) -> float:
-    """Find by bisection the share of kept tokens at which the cost, which rises with it, equals the printed one."""
+    """Find by bisection the kept share before tail drop for which the computed cost equals the printed one."""
     low, high = 0.01, 1.0
     for _ in range(50):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Compare stacks of methods by image quality, FLOPs and time."""
+"""Compare stacks, lists of methods that act together on a model, by image quality, FLOPs and time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tokdyn.progress import progress
 from tokdyn.report.pareto import ParetoPoint, frontier
 from tokdyn.sample import SampleConfig, sample
 
-_BATCH = 100  # images per comparison
+_BATCH = 100  # images that are compared at once
 _RUN_FOLDERS = frozenset({"model", "ema", "checkpoints"})  # folders inside that of a run
 
 
@@ -42,19 +42,21 @@ class QualityConfig(BaseModel):
     """Settings of `tokdyn bench quality`.
 
     Attributes:
-        model: Anything `tokdyn sample` accepts, for stacks that name no model of their own.
-        out: Output folder; images that are already there are kept.
-        count: Images per stack; image i starts from seed + i in every stack.
+        model: Model of the stacks that do not name their own, in any form that `tokdyn sample` accepts.
+        out: Folder to write to. Images that exist there are kept.
+        count: Images per stack; image i has the seed `seed` + i in every stack.
         seed: Seed of the first image.
         batch_size: Images per model call, before guidance doubles it.
-        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null means ddpm or euler.
-        steps: Model calls per image.
-        guidance: Scale of classifier-free guidance; 1 means none.
-        held_out: Images (folder or zip) or latents that no model was trained on, for the held-out diffusion loss.
+        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null takes ddpm or euler.
+        steps: Sampling steps per image.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        held_out: Images (folder or zip) or latents that none of the models was trained on, to measure the diffusion
+            loss on; null does not measure it.
         held_out_count: Number of held-out images.
-        reference: Images or statistics that generated images are compared with, as in `tokdyn eval`.
-        extractor: Network whose features are compared, as in `tokdyn eval`; null leaves out all feature distances.
-        rounds: Timed rounds; in each, every stack draws one batch in turn, and the median counts. 0 measures no time.
+        reference: Images or statistics to compare generated images with, as for `tokdyn eval`.
+        extractor: Network whose features are compared, as for `tokdyn eval`; null measures no feature distances.
+        rounds: Number of timed rounds. In each, every stack draws one batch in turn; the median counts. 0 measures no
+            time.
         timed: Images in a timed batch.
         precision: `bf16` computes matrix products in bfloat16; `auto` does so on a GPU only.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
@@ -90,27 +92,29 @@ class QualityConfig(BaseModel):
 
 @dataclass(frozen=True)
 class QualityRow:
-    """The measurements of one stack; None where a value was not asked for or does not exist.
+    """The measurements of one stack. A value that was not asked for, or that this stack does not have, is None.
 
     Attributes:
         name: name of the stack.
-        model: path of its model.
+        model: path of the model.
         parameters: number of parameters of the model.
-        methods: class names of its methods, outermost first.
-        kept: share of the tokens that the blocks see, mean over steps, images and branches.
+        methods: class names of the attached methods, outermost first.
+        kept: share of the tokens that the blocks compute, mean over steps, images and branches.
         tflops_per_image: 1e12 FLOPs of all steps and branches; a multiply-add is 2 FLOPs.
         milliseconds: milliseconds per image, median over rounds.
-        spread: range of the rounds over their median.
+        spread: (slowest round - fastest round) / median.
         flops_saved: FLOPs saved, as a share of those of the first stack.
         time_saved: time saved, as a share of that of the first stack.
         held_out: mean diffusion loss on held-out images.
         held_out_error: standard error of `held_out` over images.
-        by_level: the held-out loss by noise level, clean first.
+        by_level: the held-out loss by noise level, lowest first.
         psnr: mean PSNR in dB to the first stack's images from the same seeds; infinite if all are equal.
-        ssim: mean SSIM to the same images; 1 for equal images.
-        feature_distance: distance to the same images in the features of the extractor; about 1 for unrelated images.
+        ssim: mean SSIM to these images; 1 for equal images.
+        feature_distance: distance to these images in the features of the extractor: 0 for equal images, about 1 for
+            unrelated ones.
         values: metrics of `tokdyn eval`, by name.
-        front: no other stack has both fewer FLOPs and better quality (see `QualityResult.quality`).
+        front: whether the stack is on the Pareto front: no other stack has both fewer FLOPs and better quality, as
+            measured by `QualityResult.quality`.
     """
 
     name: str
@@ -133,7 +137,7 @@ class QualityRow:
     front: bool = False
 
     def quality(self, name: str) -> float | None:
-        """Return a measurement by name: a field, or a metric of `values`."""
+        """Return a measurement by name: a metric of `values`, or an attribute of the row. None if there is none."""
         value: float | None = (self.values or {}).get(name, getattr(self, name, None))
         return value
 
@@ -143,8 +147,8 @@ class QualityResult:
     """The result of `bench_quality`.
 
     Attributes:
-        rows: one per stack.
-        quality: name of the measurement that ranks the stacks, the lower the better; None if there is none.
+        rows: the measurements of each stack.
+        quality: name of the measurement that ranks the stacks, lower is better; None if there is none for all stacks.
         places: folder of each stack, with its images and sample.json.
         machine: the machine that times were measured on.
     """
@@ -156,18 +160,20 @@ class QualityResult:
 
 
 def bench_quality(config: QualityConfig, stacks: Sequence[Stack]) -> QualityResult:
-    """Draw the same images with every stack and measure them; `quality_page.write_page` shows the result.
+    """Draw images from the same seeds with every stack, and measure them.
+
+    The images are written to `config.out`; `tokdyn.bench.quality_page.write_page` writes the table and the plots.
 
     Args:
         config: what to measure.
-        stacks: one or more; the others are compared with the first.
+        stacks: one stack or more; the first is the one that the others are compared with.
 
     Raises:
-        TokdynError: a stack cannot be opened, or the settings do not fit it.
+        TokdynError: there are no stacks, a stack cannot be opened, or a setting is not possible with it.
     """
     settle_memory()
     if not stacks:
-        raise RecipeError("there are no stacks to measure; give at least one.")
+        raise RecipeError("There are no stacks to measure: give at least one with --stack.")
     require_folder(config.out)
     opened = [open_stack(stack, config.model, config.ema) for stack in stacks]
     if config.held_out is not None:
@@ -189,7 +195,7 @@ def bench_quality(config: QualityConfig, stacks: Sequence[Stack]) -> QualityResu
 
 
 def _draw(config: QualityConfig, opened: Opened, place: Path) -> QualityRow:
-    """Draw the images of one stack and report what they cost."""
+    """Draw the images of one stack into a folder, and return their cost."""
     stack, methods_folder = opened.stack, None
     attachment = attachment_of(opened.model)
     if attachment is not None and attachment.methods:
@@ -225,16 +231,16 @@ def _draw(config: QualityConfig, opened: Opened, place: Path) -> QualityRow:
 
 
 def _check_held_out(opened: Sequence[Opened]) -> None:
-    """Refuse models whose data is unknown, since held-out data is read like training data."""
+    """Raise a RecipeError if the training data of a model is not known, because held-out data is read like it."""
     for each in opened:
         if each.info.data is None:
             raise RecipeError(
-                f"{each.info.path} does not record what it was trained on, so held_out cannot be read: leave it out."
+                f"{each.info.path} does not record what it was trained on, so held_out cannot be read: remove held_out."
             )
 
 
 def _add_held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> QualityRow:
-    """Measure the held-out loss; a cache has none, since its output depends on the step before."""
+    """Add the held-out loss to a row, unless a method reuses results of the step before, such as FeatureCache."""
     attachment = attachment_of(opened.model)
     if attachment is not None and attachment.remembers:
         return row
@@ -248,7 +254,7 @@ def _add_held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> Qua
 
 
 def _add_fidelity(row: QualityRow, place: Path, first: Path) -> QualityRow:
-    """Measure PSNR and SSIM to the images of the first stack."""
+    """Add PSNR and SSIM to the images of the first stack; a row of the first stack itself is returned unchanged."""
     if place == first:
         return row
     images, references = open_images(place), open_images(first)
@@ -264,17 +270,17 @@ def _add_fidelity(row: QualityRow, place: Path, first: Path) -> QualityRow:
 
 
 def _pixels(images: ImageSet, part: range) -> Tensor:
-    """Read some images as (B, 3, H, W) uint8."""
+    """Read the images with some indices as (B, 3, H, W) uint8."""
     readable = [image for image in images.images(list(part), None) if not isinstance(image, DataError)]
     if len(readable) < len(part):
-        raise DataError(f"{images.path} holds images that cannot be read; remove them, and they are drawn again.")
+        raise DataError(f"{images.path} holds images that cannot be read: remove them, and run the command again.")
     return rearrange(torch.from_numpy(np.stack(readable)), "b h w c -> b c h w")
 
 
 def _add_feature_distances(
     config: QualityConfig, rows: Sequence[QualityRow], places: Sequence[Path]
 ) -> list[QualityRow]:
-    """Measure feature distances to the first stack's images and, if there is a reference, to the reference."""
+    """Add feature distances to the first stack's images and, if there is a reference, the metrics of `tokdyn eval`."""
     settings: dict[str, Any] = {"extractor": config.extractor, "device": config.device, "reference": config.reference}
     if config.reference is not None:
         settings["cache"] = config.out / "reference.safetensors"
@@ -291,13 +297,14 @@ def _add_feature_distances(
 
 
 def _features(extractor: Extractor, config: EvalConfig, place: Path) -> Tensor:
+    """Return the features (N, F) of the images in a folder."""
     images = open_images(place)
     with progress(f"features of {place.name}", len(images)) as advance:
         return extract(images, np.arange(len(images)), extractor, config.batch_size, "raise", advance).features
 
 
 def _add_times(config: QualityConfig, opened: Sequence[Opened], rows: Sequence[QualityRow]) -> list[QualityRow]:
-    """Time all stacks in turn on the same batch."""
+    """Add times: all stacks draw a batch with the same labels and seeds, in turn."""
     device = open_device(config.device)
     dtype, labels = product_type(config.precision, device), opened[0].labels(config.timed)
     seeds = [config.seed + number for number in range(config.timed)]
@@ -326,7 +333,7 @@ def _add_times(config: QualityConfig, opened: Sequence[Opened], rows: Sequence[Q
 
 
 def _add_savings(row: QualityRow, first: QualityRow) -> QualityRow:
-    """Compute which share of the first stack's FLOPs and time a stack saves."""
+    """Add the shares of the first stack's FLOPs and time that a stack saves."""
     if row is first:
         return row
 
@@ -341,7 +348,10 @@ def _add_savings(row: QualityRow, first: QualityRow) -> QualityRow:
 
 
 def _ranking_measurement(rows: Sequence[QualityRow]) -> str | None:
-    """Choose what ranks the stacks: a Frechet distance, else the distance to the first stack, else the loss."""
+    """Return the name of the measurement that ranks the stacks, or None if no suitable one exists for all of them.
+
+    A Frechet distance is preferred to the feature distance to the first stack, and that to the held-out loss.
+    """
     names = [name for name in rows[0].values or () if name.lower().startswith(("frechet", "fid"))]
     for name in (*names, "feature_distance", "held_out"):
         if all(row.quality(name) is not None for row in rows[1 if name == "feature_distance" else 0 :]):
@@ -350,14 +360,19 @@ def _ranking_measurement(rows: Sequence[QualityRow]) -> str | None:
 
 
 def _mark_front(rows: Sequence[QualityRow], quality: str) -> list[QualityRow]:
-    """Mark the rows that no other row beats in both FLOPs and quality."""
+    """Set `front` in the rows that no other row beats in both FLOPs and quality."""
     points = points_of(rows, quality)
     best = {point.label for point in frontier(points)}
     return [replace(row, front=row.name in best) for row in rows]
 
 
 def points_of(rows: Sequence[QualityRow], quality: str) -> list[ParetoPoint]:
-    """Return the rows whose cost and quality are known as points of a plot; the first is at distance 0 to itself."""
+    """Return a point of a plot for each row that has a cost and a quality.
+
+    Args:
+        rows: the rows. The first stack has the feature distance 0, because it is compared with itself.
+        quality: name of the measurement of quality.
+    """
     points = []
     for row in rows:
         value = row.quality(quality)

@@ -1,4 +1,4 @@
-"""Show a result of `tokdyn bench quality`: a page with a table and pictures, and the same as JSON."""
+"""Write the result of `tokdyn bench quality`: an HTML page with a table and pictures, and the measurements as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokdyn.report.pareto import draw_pareto
 from tokdyn.report.pixels import write_png
 
 UNITS = "a multiply-add is 2 FLOPs"
-_SHOWN = 8  # images shown of each stack
+_SHOWN = 8  # images of each stack on the page
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
@@ -30,7 +30,7 @@ _STYLE = (
 
 
 def columns(rows: Sequence[QualityRow]) -> dict[str, list[str]]:
-    """Return the columns of the table, each with one cell per row, without those that are empty."""
+    """Return the columns of the table by title, each with one text per row. Empty columns are left out."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.values or ()))
     formats: dict[str, tuple[str, Any]] = {
         "stack": ("", lambda row: row.name),
@@ -55,7 +55,7 @@ def columns(rows: Sequence[QualityRow]) -> dict[str, list[str]]:
 
 
 def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]:
-    """Write quality.json, quality.html, samples.png and, if stacks can be ranked, pareto.png into the output folder.
+    """Write quality.json, quality.html, samples.png and, if stacks can be ranked, pareto.png into `config.out`.
 
     Returns:
         The paths of the files.
@@ -87,13 +87,14 @@ def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]
 
 
 def _first_images(place: Path) -> Any:
-    """Read a few images, spread evenly over the classes, as (B, H, W, 3) uint8."""
+    """Read a few images, spread evenly over a folder and so over the classes, as (B, H, W, 3) uint8."""
     images = open_images(place)
     indices = {number * len(images) // _SHOWN for number in range(min(_SHOWN, len(images)))}
     return np.stack([image for image in images.images(sorted(indices), None) if not isinstance(image, DataError)])
 
 
 def _html(config: QualityConfig, result: QualityResult, ranked: bool) -> str:
+    """Return the page; `ranked` says whether there is a pareto.png."""
     table = columns(result.rows)
     head = "".join(f"<th>{escape(name)}</th>" for name in table)
     body = "".join(
@@ -117,7 +118,7 @@ def _html(config: QualityConfig, result: QualityResult, ranked: bool) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """Replace infinite numbers, which JSON does not have, by text."""
+    """Return the value with text in place of infinite numbers and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _jsonable(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

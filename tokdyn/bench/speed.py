@@ -1,4 +1,7 @@
-"""Time calls and training steps of stacks in turn in one process, and compare the speed-up with that of the FLOPs."""
+"""Time calls and training steps of stacks in turn in one process, and compare time saved with FLOPs saved.
+
+A stack is a list of methods that act together on a model.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +44,22 @@ class SpeedConfig(BaseModel):
     """Settings of `tokdyn bench speed`.
 
     Attributes:
-        model: A named model such as DC-DiT-S (random weights) or anything `tokdyn sample` accepts, for stacks that
-            name no model of their own.
-        batch: Images per call; give several to measure each.
-        size: Rows and columns of the input, one or several; null means the model's own, or 32 for a named model.
-        kept: Share of the tokens that DC-DiTs keep in every image, one or several; null leaves it to the router.
+        model: Model of the stacks that do not name their own: a named model such as DC-DiT-S (random weights), or a
+            model in any form that `tokdyn sample` accepts.
+        batch: Images per call; one number or several.
+        size: Rows and columns of the input; one number or several. null takes the model's own size, or 32 for a named
+            model.
+        kept: Kept share of DC-DiTs, the same in every image; one number or several. null leaves it to the router.
         precision: `fp32`, `bf16` (autocast for matrix products), or both.
         mode: `sample` (a call without gradients), `train` (forward and backward), or both.
-        compile: `none`, or the parts of the model to compile: `scaffold`, `blocks` or `all`. Compilation happens in the
-            warm-up and is not timed.
-        rounds: Timed rounds; in each, every stack runs once in turn, and the median counts.
-        warmup: Rounds before that, which are not timed.
+        compile: `none`, or the parts of the model to compile: `scaffold`, `blocks` or `all`; one or several.
+            Compilation happens in the warm-up and is not timed.
+        rounds: Number of timed rounds. In each, every stack runs once in turn; the median counts.
+        warmup: Number of rounds before that, which are not timed.
         memory: Also measure the peak memory that a call adds.
-        plot: Draw times to this PNG, if several sizes or batches are measured.
+        plot: Draw the times to this PNG; needs several sizes or batches.
         out: Write all results to this JSON file.
-        threads: Processor threads; null means all.
+        threads: Number of CPU threads; null takes all.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
     """
 
@@ -81,12 +85,12 @@ class SpeedConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of settings that every stack is measured with.
+    """One combination of settings, with which every stack is measured.
 
     Attributes:
-        batch: B.
-        size: rows and columns of the input; None means the model's own.
-        kept: share of the tokens that a DC-DiT keeps; None leaves it to the router.
+        batch: B, images per call.
+        size: rows and columns of the input; None takes the model's own.
+        kept: kept share of a DC-DiT; None leaves it to the router.
         precision: precision of matrix products.
         mode: "sample" (no gradients) or "train" (forward and backward).
         compile: the parts of the model to compile.
@@ -106,16 +110,17 @@ class SpeedRow:
 
     Attributes:
         stack: name of the stack.
-        case: what was measured.
-        tokens: N, cells of the token grid.
+        case: the settings.
+        tokens: tokens per image.
         milliseconds: median time of a call, or of a training step.
-        spread: range of the rounds over their median.
-        images_per_second: B over the median.
+        spread: (slowest round - fastest round) / median.
+        images_per_second: B / median.
         gflops: 1e9 FLOPs of the call, or three times as many for a training step; a multiply-add is 2 FLOPs.
-        gflops_per_second: `gflops` over the median.
-        speedup: time of the first stack in this case over the time of this stack.
-        realised: `speedup` over the ratio of the FLOPs; 1 means that all saved FLOPs turn into saved time.
-        peak_mib: MiB that a call adds at its peak; None if it was not asked for.
+        gflops_per_second: `gflops` / median.
+        speedup: time of the first stack / time of this stack, in this case.
+        realised: `speedup` / (FLOPs of the first stack / FLOPs of this stack); 1 if time is saved in proportion to
+            FLOPs.
+        peak_mib: MiB that a call adds at its peak; None if memory was not measured.
     """
 
     stack: str
@@ -132,7 +137,7 @@ class SpeedRow:
 
     @property
     def line(self) -> str:
-        """What the rows of one curve share: the stack and its settings, without size and batch."""
+        """The name of the curve that the row is a point of: the stack and the settings other than size and batch."""
         words = [self.stack, self.case.mode, self.case.precision]
         words += [] if self.case.compile == "none" else [f"compile={self.case.compile}"]
         words += [] if self.case.kept is None else [f"kept={self.case.kept:g}"]
@@ -150,19 +155,24 @@ def cases(config: SpeedConfig) -> Iterator[Case]:
 
 
 def bench_speed(config: SpeedConfig, stacks: Sequence[Stack]) -> list[SpeedRow]:
-    """Time stacks in turn.
+    """Time stacks in turn, with every combination of the settings.
+
+    Sets the number of threads and the global seed of this process.
 
     Args:
         config: what to measure.
-        stacks: one or more; the others are compared with the first.
+        stacks: one stack or more; the first is the one that the others are compared with.
+
+    Returns:
+        One row for each stack in each case.
 
     Raises:
-        TokdynError: a stack cannot be opened, or cannot be timed call by call.
+        TokdynError: there are no stacks, a stack cannot be opened, or it has a method that acts across steps.
     """
     settle_memory()
     timing.prepare(config.threads)
     if not stacks:
-        raise RecipeError("there are no stacks to time; give at least one.")
+        raise RecipeError("There are no stacks to time: give at least one with --stack.")
     device, wanted = open_device(config.device), list(cases(config))
     rows = []
     with progress("timing", len(wanted)) as advance:
@@ -173,10 +183,10 @@ def bench_speed(config: SpeedConfig, stacks: Sequence[Stack]) -> list[SpeedRow]:
 
 
 def growth(rows: Sequence[SpeedRow], along: Literal["tokens", "batch"]) -> dict[str, float]:
-    """Fit the exponent b of time = a * x**b along tokens or batch by least squares on logarithms.
+    """Fit the exponent b of `time = a * x**b`, where x is the tokens of an image or the images of a batch.
 
     Returns:
-        The exponent for every stack and setting with at least three points.
+        The exponent of each curve with at least three points, by the curve's name.
     """
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -187,7 +197,7 @@ def growth(rows: Sequence[SpeedRow], along: Literal["tokens", "batch"]) -> dict[
 
 
 def _measure(config: SpeedConfig, case: Case, stacks: Sequence[Stack], device: torch.device) -> list[SpeedRow]:
-    """Time all stacks in one case."""
+    """Measure all stacks in one case."""
     calls: dict[str, Callable[[], None]] = {}
     costs: dict[str, float] = {}
     tokens: dict[str, int] = {}
@@ -224,7 +234,7 @@ def _measure(config: SpeedConfig, case: Case, stacks: Sequence[Stack], device: t
 
 
 def _compare(row: SpeedRow, first: SpeedRow) -> SpeedRow:
-    """Add the speed-up over the first stack."""
+    """Add the speed-up over the first stack to a row."""
     speedup = first.milliseconds / row.milliseconds
     return replace(row, speedup=speedup, realised=speedup * row.gflops / first.gflops)
 
@@ -232,17 +242,21 @@ def _compare(row: SpeedRow, first: SpeedRow) -> SpeedRow:
 def _prepare(
     config: SpeedConfig, stack: Stack, case: Case, device: torch.device
 ) -> tuple[Any, tuple[Tensor, ...], dict[str, Any]]:
-    """Build the model of a stack on its device, with the inputs and options of its calls."""
+    """Return the model of a stack on the device, with the positional and the keyword arguments of its calls."""
     model = model_of(config, stack, case).to(device)
     inputs, options = _inputs(model, stack, case, device)
     return model, inputs, options
 
 
 def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
-    """Open the checkpoint of a stack, or build its named model with random weights."""
+    """Open the checkpoint of a stack, or build its named model with random weights; attach the methods of the stack.
+
+    Raises:
+        TokdynError: there is no model, it cannot be opened, or a method cannot be timed by single calls.
+    """
     place = stack.model or config.model
     if place is None:
-        raise RecipeError(f"the stack {stack.name} names no model; set its model, or one for all stacks.")
+        raise RecipeError(f"The stack {stack.name} has no model: set its model, or one for all stacks.")
     if not is_named(place):
         model = open_stack(stack, place).model
     else:
@@ -251,21 +265,24 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
         model = DCDiT.named(place, **shared) if place.startswith("DC-") else DiT.named(place, **shared)
         if stack.folder is not None:
             raise RecipeError(
-                f"the stack {stack.name} has folder={stack.folder}, but the named model {place} has no trained weights "
-                "that those methods could fit; name a checkpoint."
+                f"The stack {stack.name} has folder={stack.folder}, but the methods in it need trained weights, which "
+                f"the named model {place} does not have: set model to a checkpoint."
             )
         rewrap(model, [from_settings(each) for each in stack.methods])
     attachment = attachment_of(model)
     if attachment is not None and attachment.remembers:
         raise RecipeError(
-            f"the stack {stack.name} has a FeatureCache, which acts across steps and cannot be timed by single calls; "
+            f"The stack {stack.name} has a FeatureCache, which acts across steps and cannot be timed by single calls: "
             "use tokdyn bench quality."
         )
     return model
 
 
 def _inputs(model: Any, stack: Stack, case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Build noise, timesteps and labels, and for a DC-DiT the plan of tokens to keep or the tail drop."""
+    """Return the arguments of a call: noise, timesteps and labels; and keyword arguments for a DC-DiT.
+
+    These are `plan`, a mask (B, N) of random tokens to keep, if the case sets `kept`, and the stack's `tail_drop`.
+    """
     own = model.config.sample_size
     size = (case.size, case.size) if case.size else (own, own) if isinstance(own, int) else tuple(own)
     generator = torch.Generator().manual_seed(0)
@@ -285,7 +302,7 @@ def _inputs(model: Any, stack: Stack, case: Case, device: torch.device) -> tuple
 
 
 def _run(model: Any, inputs: tuple[Tensor, ...], options: dict[str, Any], case: Case) -> None:
-    """Call the model without gradients, or run forward and backward of the mean square of its output."""
+    """Run one call without gradients, or forward and backward with the mean square of the output as loss."""
     device, training = inputs[0].device, case.mode == "train"
     with nullcontext() if training else torch.inference_mode(), autocast(device, case.precision):
         out = model(*inputs, **options)
@@ -297,7 +314,7 @@ def _run(model: Any, inputs: tuple[Tensor, ...], options: dict[str, Any], case: 
 
 
 def _peak_mib(config: SpeedConfig, stack: Stack, case: Case) -> float:
-    """Measure the MiB that a call adds at its peak, in a new process, since a process keeps memory it once took."""
+    """Measure the MiB that a call adds at its peak, in a new process, because a process keeps memory it has used."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_mib_in_this_process, config, stack, case).result()
 

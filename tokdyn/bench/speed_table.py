@@ -1,4 +1,4 @@
-"""Show the times of stacks as a table, as JSON and as curves."""
+"""Show the times that `tokdyn bench speed` measured as a table, as JSON and as curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tokdyn.report.style import COLOURS, MARKERS, figure_style, save_figure
 
 
 def columns(rows: Sequence[SpeedRow]) -> dict[str, list[str]]:
-    """Return the columns of the table, each with one cell per row, without settings that all rows share."""
+    """Return the columns of the table by title, each with one text per row.
+
+    Settings that are equal in all rows are left out, and so are empty columns.
+    """
     settings = {
         name: [_text(getattr(row.case, name)) for row in rows]
         for name in ("mode", "precision", "compile", "size", "kept", "batch")
@@ -40,11 +43,12 @@ def columns(rows: Sequence[SpeedRow]) -> dict[str, list[str]]:
 
 
 def _text(value: Any) -> str:
+    """Return a setting as text, "-" for None."""
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
-    """Collect the result for JSON: machine, settings, rows, and how time grows with tokens and batch."""
+    """Return the result for JSON: machine, settings, rows, and the exponents of time against tokens and batch."""
     return {
         "machine": timing.machine(),
         "units": "milliseconds per call or training step; a multiply-add is 2 FLOPs",
@@ -55,7 +59,7 @@ def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
-    """Save the plot of `curves` as a PNG."""
+    """Write the plot of `curves` to a file, and return `path`."""
     with figure_style():
         return save_figure(curves(rows), path)
 
@@ -64,11 +68,11 @@ def curves(rows: Sequence[SpeedRow]) -> Figure:
     """Plot time against tokens, or against the batch if all rows have the same tokens; both axes are logarithmic.
 
     Raises:
-        InputError: there is only one size and one batch.
+        InputError: all rows have the same size and the same batch.
     """
     along = "tokens" if len({row.tokens for row in rows}) > 1 else "batch"
     if along == "batch" and len({row.case.batch for row in rows}) < 2:
-        raise InputError("one size and one batch make no curve: give several, such as size=16,32,64.")
+        raise InputError("A curve needs several sizes or batches, but there is one of each: give size=16,32,64.")
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         name = f"{row.line} batch={row.case.batch}" if along == "tokens" else row.line

@@ -1,4 +1,4 @@
-"""Stacks of methods: read them from YAML and open them on a model."""
+"""Read stacks, lists of methods that act together on a model, from YAML, and attach them to their models."""
 
 from __future__ import annotations
 
@@ -23,18 +23,16 @@ from tokdyn.sample.loading import ModelInfo, load_model
 
 
 class Stack(BaseModel):
-    """A stack to measure: a list of methods, the model they act on, and its tail drop.
+    """A stack to measure: a list of methods, with the model that they act on and its tail drop.
 
     Attributes:
         name: name in tables and plots.
-        model: anything `tokdyn sample` accepts; null means the model of the command.
-        folder: folder of methods written by `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, which replace the
-            methods that the model was trained with.
-        methods: put around the methods that the model was trained with, outermost first: a list of
-            {method: NAME, setting: value, ...}.
+        model: the model, in any form that `tokdyn sample` accepts; null takes the model of the command.
+        folder: folder of methods that `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save` wrote. They are attached in
+            place of the methods that the model was trained with.
+        methods: methods to attach around these, outermost first: a list of {method: NAME, setting: value, ...}.
         tail_drop: share of the kept tokens that a chunking model drops, or points [[noise level, share], ...].
-        uncond_tail_drop: the same for the unconditional branch (Lite-CFG, arXiv 2603.06351); null means `tail_drop`.
-        uncond_tail_drop: the same in the unconditional branch (Lite-CFG, arXiv 2603.06351); null means as the other.
+        uncond_tail_drop: tail drop of the unconditional branch (Lite-CFG, arXiv 2603.06351); null takes `tail_drop`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,12 +54,12 @@ class Stack(BaseModel):
 
 @dataclass(frozen=True)
 class Opened:
-    """A stack on its loaded model.
+    """A stack with its model loaded.
 
     Attributes:
         stack: the stack.
-        model: in evaluation mode on the CPU, with the methods attached.
-        objective: what the model was trained to predict.
+        model: the model with the methods attached, in evaluation mode, at first on the CPU.
+        objective: objective that the model was trained with.
         info: where the model came from.
     """
 
@@ -71,14 +69,14 @@ class Opened:
     info: ModelInfo
 
     def sampler(self, scheduler: SchedulerName | None, steps: int, guidance: float) -> Sampler:
-        """Build the default sampler of `tokdyn sample`, with the tail drop of the stack."""
+        """Return the sampler that `tokdyn sample` uses with these settings and the tail drop of the stack."""
         return Sampler(
             scheduler=scheduler, steps=steps, guidance=guidance, tail_drop=self.stack.tail_drop,
             uncond_tail_drop=self.stack.uncond_tail_drop, clip=self.info.latents is None,
         )  # fmt: skip
 
     def labels(self, count: int) -> list[int]:
-        """Return `count` labels, cycling through the classes."""
+        """Return `count` labels, which go through the classes in turn."""
         return [number % self.model.config.num_classes for number in range(count)]
 
 
@@ -106,7 +104,9 @@ def read_stacks(arguments: Sequence[str]) -> tuple[Stack, ...]:
             ) from error
         listed = [content] if inline else content.get("stacks") if isinstance(content, dict) else content
         if not isinstance(listed, list) or not listed or not all(isinstance(each, dict) for each in listed):
-            raise RecipeError(f"{source} holds no stacks; expected a list of {{name: ..., methods: [...]}}.")
+            raise RecipeError(
+                f"{source} does not hold stacks: give a list of {{name: ..., methods: [...]}}, with at least one."
+            )
         for each in listed:
             try:
                 stacks.append(Stack.model_validate(each))
@@ -115,7 +115,7 @@ def read_stacks(arguments: Sequence[str]) -> tuple[Stack, ...]:
     names = [stack.name for stack in stacks]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise RecipeError(f"two stacks are called {repeated[0]}; give each stack a name of its own.")
+        raise RecipeError(f"Two stacks are called {repeated[0]}: give each stack a name of its own.")
     return tuple(stacks)
 
 
@@ -124,15 +124,15 @@ def open_stack(stack: Stack, model: str | None = None, ema: bool = True) -> Open
 
     Args:
         stack: the stack.
-        model: the model of stacks that name none.
-        ema: take the averaged weights where a checkpoint holds both.
+        model: the model, if the stack does not name one.
+        ema: take the averaged weights if a checkpoint holds averaged and plain ones.
 
     Raises:
-        TokdynError: no model is given, or a method or a tail drop does not fit the model.
+        TokdynError: there is no model, it cannot be loaded, or a method or a tail drop cannot be applied to it.
     """
     path = stack.model or model
     if path is None:
-        raise RecipeError(f"the stack {stack.name} names no model; set its model, or one for all stacks.")
+        raise RecipeError(f"The stack {stack.name} has no model: set its model, or one for all stacks.")
     loaded, objective, info = load_model(path, ema)
     return Opened(stack, attach_stack(loaded, stack), objective, info)
 
@@ -141,7 +141,7 @@ def attach_stack(model: Any, stack: Stack) -> Any:
     """Attach the methods of a stack to a loaded model, in place, and return the model in evaluation mode.
 
     Raises:
-        TokdynError: a method or a tail drop does not fit the model.
+        TokdynError: a method or a tail drop cannot be applied to this model.
     """
     if stack.folder is not None:
         if attachment_of(model) is not None:

@@ -1,4 +1,7 @@
-"""Fair timing: fix the allocator, run all sides in turn in one process, take medians and record the machine."""
+"""Time alternatives fairly: run them in turn in one process, take medians, and describe the machine.
+
+A side is one of the alternatives, a function without arguments.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,25 @@ from tokdyn.ops.precision import cpu_multiplies
 
 
 def prepare(threads: int | None = None) -> None:
-    """Set the allocator and the number of threads; call this once, before the first tensor is made."""
+    """Set up this process for timing: allocator, number of CPU threads (None takes all) and torch's seed.
+
+    Call this once, before the first tensor is made.
+    """
     keep_large_buffers()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     torch.manual_seed(0)
 
 
 def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int = 9, warmup: int = 2) -> dict[str, dict[str, float]]:
-    """Run every side once per round, so that other load on the machine slows all of them alike.
+    """Time all sides in turn, once per round, so that other load on the machine slows all of them alike.
+
+    Args:
+        sides: the functions to time, by name.
+        rounds: number of timed rounds.
+        warmup: number of rounds before these, which are not timed.
 
     Returns:
-        For each side the median, smallest and largest time in milliseconds.
+        For each side "median_ms", "min_ms" and "max_ms" in milliseconds.
     """
     for _ in range(warmup):
         for side in sides.values():
@@ -53,10 +64,10 @@ def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int = 9, warmup: int
 
 
 def growth(times: Mapping[int, float]) -> float:
-    """Fit the exponent b of time = a * x**b by least squares on logarithms.
+    """Fit the exponent b of `time = a * x**b` by least squares on logarithms.
 
     Args:
-        times: time by x, such as the number of tokens; two entries or more.
+        times: time for each x, such as a number of tokens; two entries or more.
     """
     points = [(math.log(x), math.log(time)) for x, time in times.items()]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
@@ -66,12 +77,12 @@ def growth(times: Mapping[int, float]) -> float:
 
 
 def ratio(times: Mapping[str, Mapping[str, float]], slow: str, fast: str) -> float:
-    """Divide the median of one side by the median of another."""
+    """Return the median of the side `slow` divided by that of `fast`, from the result of `in_turn`."""
     return times[slow]["median_ms"] / times[fast]["median_ms"]
 
 
 def peak_growth_mib(call: Callable[[], Any]) -> float:
-    """Measure by how many MiB a call raises the peak resident memory of this process (Linux)."""
+    """Return by how many MiB a call raises the peak resident memory of this process. Works on Linux only."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status("VmRSS")
@@ -80,13 +91,13 @@ def peak_growth_mib(call: Callable[[], Any]) -> float:
 
 
 def _status(field: str) -> int:
-    """Read a field of this process's status in KiB."""
+    """Return a field of this process's /proc/self/status in KiB."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1])
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine that results were measured on."""
+    """Return a description of the machine and of the software versions, to store with results."""
     return {
         "processor": describe(torch.device("cpu"))["processor"],
         "cores": os.cpu_count(),
@@ -103,6 +114,6 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Save a result as JSON."""
+    """Write a result as JSON; creates the folder if needed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(result, indent=1) + "\n")

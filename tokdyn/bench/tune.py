@@ -1,4 +1,8 @@
-"""Tune a schedule for a FLOPs target: how tail drop, merging, skipping and caching spread over the noise levels."""
+"""Tune a schedule: find how strongly tail drop, merging, skipping and caching should act at each noise level.
+
+A schedule is a stack (a list of methods with a tail drop) whose settings may change with the noise level. Tuning looks
+for the one with the best images among those that meet a FLOPs target.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,11 @@ class TuneResult:
     """The result of `tune`.
 
     Attributes:
-        folder: holds stack.yaml, tuned.json and the files of `tokdyn bench quality`.
+        folder: folder with stack.yaml (the best schedule), tuned.json and the files of `tokdyn bench quality`.
         stack: the best schedule.
-        trials: all schedules that met the target, best proxy error first.
-        quality: measurements of the unmodified model, the uniform schedule and the finalists.
+        trials: all schedules of the search that met the target, the lowest error first.
+        quality: measurements of the unmodified model, of the uniform schedule (with constant settings), and of the
+            finalists, the schedules with the lowest errors.
     """
 
     folder: Path
@@ -39,13 +44,14 @@ class TuneResult:
 
 
 def tune(config: TuneConfig) -> TuneResult:
-    """Search schedules that meet a FLOPs target, and measure the best of them against the uniform one.
+    """Search schedules that meet a FLOPs target, and compare the best of them with the uniform one.
 
-    The search minimises the distance to the images of the unmodified model from the same seeds. The finalists are then
-    ranked like any stacks of `tokdyn bench quality`, on images from other seeds.
+    The search minimises the squared distance to the unmodified model's images from the same seeds. The schedules with
+    the lowest errors, the finalists, are then compared by `bench_quality` on images from other seeds, together with the
+    uniform schedule, which has the same settings at all noise levels. All files are written to `config.out`.
 
     Raises:
-        TokdynError: the model cannot be opened, or no schedule meets the target.
+        TokdynError: the model cannot be opened, a knob cannot be used with it, or no schedule meets the target.
     """
     settle_memory()
     require_folder(config.out)
@@ -54,7 +60,9 @@ def tune(config: TuneConfig) -> TuneResult:
     usable = usable_knobs(opened, config.guidance != 1.0)
     unusable = [knob for knob in config.knobs or () if knob not in usable]
     if unusable:
-        raise InputError(f"this model and sampler have no knob {unusable[0]}; knobs can be {', '.join(usable)}.")
+        raise InputError(
+            f"The knob {unusable[0]} cannot be used with this model and sampler: choose knobs from {', '.join(usable)}."
+        )
     tuner = Tuner(config, opened, config.knobs or usable)
     tuner.prepare()
     trials = search(tuner)
@@ -69,7 +77,7 @@ def tune(config: TuneConfig) -> TuneResult:
     write_page(measured, quality)
     winner = _best([*finalists, *uniform], quality)
     with replacing(config.out / "stack.yaml") as temporary:
-        temporary.write_text(yaml_text.dump([_set_fields(winner)]), encoding="utf-8")
+        temporary.write_text(yaml_text.dump([_without_defaults(winner)]), encoding="utf-8")
     model = open_stack(winner, ema=config.ema).model
     attachment = attachment_of(model)
     methods = None
@@ -78,9 +86,9 @@ def tune(config: TuneConfig) -> TuneResult:
     content = {
         "settings": config.model_dump(mode="json"),
         "units": "shares of the FLOPs; a multiply-add is 2",
-        "winner": _set_fields(winner),
+        "winner": _without_defaults(winner),
         "sample": sample_command(config, winner, methods),
-        "trials": [{"flops": t.flops, "error": t.error, "stack": _set_fields(t.stack)} for t in trials],
+        "trials": [{"flops": t.flops, "error": t.error, "stack": _without_defaults(t.stack)} for t in trials],
     }
     with replacing(config.out / "tuned.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -88,7 +96,13 @@ def tune(config: TuneConfig) -> TuneResult:
 
 
 def sample_command(config: TuneConfig, stack: Stack, methods: Path | None) -> str:
-    """Build the command line that samples with a stack of tail drops and saved methods."""
+    """Return the shell command that samples with a schedule.
+
+    Args:
+        config: the settings of the search, of which the sampler's are used.
+        stack: the schedule, whose tail drops are written as settings.
+        methods: folder that its methods were saved to; None if it has none.
+    """
     words = ["tokdyn", "sample", config.model, f"steps={config.steps}"]
     words += [f"scheduler={config.scheduler}"] if config.scheduler else []
     words += [f"guidance={config.guidance:g}"] if config.guidance != 1.0 else []
@@ -101,11 +115,12 @@ def sample_command(config: TuneConfig, stack: Stack, methods: Path | None) -> st
 
 
 def _compact(value: Any) -> str:
+    """Return a value as JSON without spaces."""
     return json.dumps(value, separators=(",", ":"))
 
 
 def _best(finalists: Sequence[Stack], quality: QualityResult) -> Stack:
-    """Return the finalist that ranks best, or the one with the highest PSNR if nothing ranks them."""
+    """Return the best finalist by the measurement that ranks stacks, or if there is none by PSNR."""
     rows = {row.name: row for row in quality.rows}
 
     def cost(stack: Stack) -> float:
@@ -116,8 +131,8 @@ def _best(finalists: Sequence[Stack], quality: QualityResult) -> Stack:
     return min(finalists, key=cost).model_copy(update={"name": "tuned"})
 
 
-def _set_fields(stack: Stack) -> dict[str, Any]:
-    """Dump a stack for YAML and JSON without the fields that are not set."""
+def _without_defaults(stack: Stack) -> dict[str, Any]:
+    """Return a stack as JSON data, without settings that have their default."""
     return {
         name: value
         for name, value in stack.model_dump(mode="json", exclude_defaults=True).items()

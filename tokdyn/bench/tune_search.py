@@ -1,4 +1,9 @@
-"""Search schedules that meet a FLOPs target, ranked by a cheap proxy of image quality."""
+"""Search schedules that meet a FLOPs target, ranked by their error on a few images.
+
+A knob is one way to save FLOPs, such as the tail drop or TokenMerge; turning it up saves more. A shape says how far
+each knob is turned relative to the others, at each noise level. Multiplying a shape by a strength at which the FLOPs
+meet the target gives a schedule. Its error is the distance to the unmodified model's images from the same seeds.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +33,18 @@ from tokdyn.progress import progress
 from tokdyn.sample.costs import step_costs
 
 LEVELS = (0.0, 0.5, 1.0)
-"""Noise levels of the points of a curve, which is linear in between."""
-_LARGEST = {"drop": 0.95, "uncond": 0.95, "merge": 0.7}  # values of fully turned knobs
+"""Noise levels at which a knob has a value; between them it is interpolated linearly."""
+_LARGEST = {"drop": 0.95, "uncond": 0.95, "merge": 0.7}  # tail drops and merge ratio of fully turned knobs
 _SKIP_TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the FLOPs that DepthSkip is calibrated for
-_FEWEST_COMPUTED = 0.2  # share of computed steps when the cache is fully turned
-_CLOSE = 0.003  # a schedule this little below the target, in shares of the FLOPs, is close enough
-_FAR = 0.05  # knobs that move in jumps may miss the target by this much
+_FEWEST_COMPUTED = 0.2  # share of computed steps if the knob "cache" is fully turned
+_CLOSE = 0.003  # a schedule is close enough if its share of the FLOPs is so little below the target
+_FAR = 0.05  # knobs that move in jumps may stay below the target by so much
 _ATTEMPTS = 9
 _MUTATION_SPREADS = (0.08, 0.3)  # standard deviations of small and large mutations
 
 
 Shape = dict[Knob, tuple[float, ...]]
-"""How far each knob is turned, in [0, 1]: one value per point of a curve, or a single one for a calibrated method."""
+"""How far each knob is turned, in [0, 1]: one value for each of `LEVELS`, or a single one for a calibrated method."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,11 @@ class Trial:
     """A schedule that was tried.
 
     Attributes:
-        shape: of the knobs, before all of them are turned together to meet the target.
-        strength: the common factor by which they are turned.
+        shape: the shape of the schedule.
+        strength: the factor that the shape is multiplied by.
         stack: the resulting schedule.
-        flops: share of the FLOPs that remains.
-        error: squared distance to the images of the unmodified model, over their variance.
+        flops: FLOPs of the schedule, as a share of those of the unmodified model.
+        error: mean squared distance to the images of the unmodified model, divided by their variance.
     """
 
     shape: Shape
@@ -62,22 +67,22 @@ class Trial:
 
     @property
     def turned(self) -> Shape:
-        """The shape with its knobs turned by the strength."""
+        """The shape multiplied by the strength, at most 1."""
         return {knob: tuple(min(self.strength * value, 1.0) for value in values) for knob, values in self.shape.items()}
 
 
 @dataclass
 class Tuner:
-    """A model with its knobs, which turns them until a FLOPs target is met.
+    """A model with its knobs, which are turned until a FLOPs target is met. Call `prepare` first.
 
     Attributes:
         config: the settings.
-        opened: the model, on its device.
+        opened: the unmodified model, on its device.
         knobs: the knobs to turn.
-        reference: (B, C, H, W) images of the unmodified model.
-        reference_gflops: 1e9 FLOPs of one of them.
-        cache: the calibrated cache, with the threshold that leaves the fewest computed steps.
-        skips: calibrated skip tables, the one that skips least first.
+        reference: (B, C, H, W) images of the unmodified model, on the CPU.
+        reference_gflops: 1e9 FLOPs of one of these images; a multiply-add is 2 FLOPs.
+        cache: the calibrated FeatureCache with the largest threshold; None if the knob "cache" is not used.
+        skips: DepthSkip calibrated for several shares of the FLOPs, the one that skips least first.
     """
 
     config: TuneConfig
@@ -89,11 +94,11 @@ class Tuner:
     skips: tuple[DepthSkip, ...] = ()
 
     def prepare(self) -> None:
-        """Draw the images of the unmodified model, and calibrate methods on its calls."""
+        """Draw the images of the unmodified model, and calibrate FeatureCache and DepthSkip on its calls."""
         bare = replace(self.opened, model=copy.deepcopy(self.opened.model))
         with recording(bare.model, host=True) as calls:
             self.reference, self.reference_gflops = self._draw(bare)
-        if attachment_of(bare.model) is not None:  # calibration measures the model without methods
+        if attachment_of(bare.model) is not None:  # methods are calibrated on the model without others
             unwrap(bare.model)
         least = max(_FEWEST_COMPUTED, 1.5 / self.config.steps)  # the first step is always computed
         if "cache" in self.knobs and least < 1.0:
@@ -108,7 +113,7 @@ class Tuner:
             self.skips = tuple(tables)
 
     def stack(self, shape: Shape, strength: float, name: str = "tuned") -> Stack:
-        """Build the schedule of a shape whose knobs are all turned by the same factor."""
+        """Return the schedule of a shape multiplied by a strength."""
         turned = {knob: [strength * value for value in values] for knob, values in shape.items()}
         methods: list[dict[str, Any]] = []
         if self.cache is not None and "cache" in turned and turned["cache"][0] > 0:
@@ -127,17 +132,18 @@ class Tuner:
         return Stack(name=name, model=self.config.model, methods=tuple(methods), **drops)
 
     def meet_target(self, shape: Shape, guess: float | None = None) -> Trial | None:
-        """Turn the knobs of a shape until the FLOPs are at most the target, and at most 0.3% of all FLOPs below it.
+        """Search the strength at which the FLOPs are at the target, or at most 0.3% of all FLOPs below it.
 
-        Between the closest attempts on either side of the target, FLOPs are assumed to be linear in the strength.
+        In each attempt, the FLOPs are assumed to be linear in the strength between the closest attempts above and below
+        the target.
 
         Args:
-            shape: of the schedule.
-            guess: the strength to try first; None means the largest.
+            shape: the shape of the schedule.
+            guess: the strength to try first; None takes the largest.
 
         Returns:
-            The trial closest below the target. None if the target cannot be met, or if knobs that move in jumps miss it
-            by 5% or more of all FLOPs.
+            The attempt closest below the target. None if the target cannot be met, or if knobs that move in jumps stay
+            below it by more than 5% of all FLOPs.
         """
         target, most, best = self.config.flops, 1.0 / max(max(values) for values in shape.values()), None
         low, above, high, below = 0.0, 1.0, most, 0.0  # strengths on either side of the target, and their FLOPs
@@ -164,7 +170,7 @@ class Tuner:
         return best if best is not None and best.flops >= target - _FAR else None
 
     def try_strength(self, shape: Shape, strength: float) -> Trial | None:
-        """Draw with a schedule; None if its methods do not go together on this model."""
+        """Draw images with a schedule and measure them; None if its methods cannot be combined on this model."""
         stack = self.stack(shape, strength)
         try:
             other = replace(self.opened, stack=stack, model=attach_stack(copy.deepcopy(self.opened.model), stack))
@@ -175,7 +181,7 @@ class Tuner:
         return Trial(shape, strength, stack, spent / self.reference_gflops, float(error))
 
     def _draw(self, opened: Opened) -> tuple[Tensor, float]:
-        """Draw the images of the proxy; return them with the 1e9 FLOPs of one."""
+        """Draw the images (B, C, H, W) that errors are measured on; return them, and the 1e9 FLOPs of one image."""
         config, device = self.config, next(opened.model.parameters()).device
         sampler = opened.sampler(config.scheduler, config.steps, config.guidance)
         all_labels = opened.labels(config.images)
@@ -190,20 +196,20 @@ class Tuner:
             costs = [cost.gflops for cost in step_costs(opened.model, generation.steps, len(seeds))]
             known = [cost for cost in costs if cost is not None]
             if len(known) < len(costs):
-                raise RecipeError(f"statistics do not hold steps={config.steps} steps; choose fewer.")
+                raise RecipeError(f"steps={config.steps} makes more calls than statistics hold: choose fewer steps.")
             spent += sum(known) * len(seeds)
             images.append(generation.images.cpu())
         return torch.cat(images), spent / config.images
 
 
 def _curve(values: Sequence[float], largest: float) -> Any:
-    """Build the curve through `values`, at most `largest`; a number if it is flat."""
+    """Return a setting as points (noise level, value), values being at most `largest`; a number if all are equal."""
     bounded = [round(min(max(value, 0.0), largest), 4) for value in values]
     return bounded[0] if len(set(bounded)) == 1 else tuple(zip(LEVELS, bounded, strict=True))
 
 
 def usable_knobs(opened: Opened, guided: bool) -> tuple[Knob, ...]:
-    """Return the knobs that a model and sampler have."""
+    """Return the knobs that can be used with a model; `guided` says whether guidance is on."""
     knobs: list[Knob] = []
     if takes_tail_drop(opened.model):
         knobs.append("drop")
@@ -215,7 +221,11 @@ def usable_knobs(opened: Opened, guided: bool) -> tuple[Knob, ...]:
 
 
 def initial_shapes(knobs: Sequence[Knob], random: np.random.Generator) -> Iterator[Shape]:
-    """Yield the uniform shape, every knob alone and flat, all knobs together, then random shapes without end."""
+    """Yield shapes to start the search with, without end.
+
+    The first is the uniform shape, then come each knob alone and all knobs together, the same at all noise levels, and
+    after that random shapes.
+    """
     flat: list[Shape] = [uniform_shape(knobs), *({knob: (1.0,) * _width(knob)} for knob in knobs)]
     flat += [{knob: (1.0,) * _width(knob) for knob in knobs}]
     for number, shape in enumerate(flat):
@@ -227,13 +237,13 @@ def initial_shapes(knobs: Sequence[Knob], random: np.random.Generator) -> Iterat
 
 
 def uniform_shape(knobs: Sequence[Knob]) -> Shape:
-    """Build the shape that needs no search: one tail drop for all levels and branches, or the first knob alone."""
+    """Return the uniform shape: the same tail drop at all noise levels and branches, or without one the first knob."""
     budgets = [knob for knob in knobs if knob in ("drop", "uncond")]
     return {knob: (1.0,) * _width(knob) for knob in budgets or knobs[:1]}
 
 
 def mutate(shape: Shape, knobs: Sequence[Knob], random: np.random.Generator) -> Shape:
-    """Build a neighbour of a shape: move its values a little or a lot, and sometimes add or remove a knob."""
+    """Return a random variation of a shape: values moved a little or a lot, and sometimes a knob added or removed."""
     mutated: Shape = {}
     spread = _MUTATION_SPREADS[int(random.integers(len(_MUTATION_SPREADS)))]
     for knob in knobs:
@@ -249,11 +259,15 @@ def mutate(shape: Shape, knobs: Sequence[Knob], random: np.random.Generator) -> 
 
 
 def _width(knob: Knob) -> int:
+    """Return the number of values of a knob in a shape."""
     return 1 if knob in ("skip", "cache") else len(LEVELS)
 
 
 def search(tuner: Tuner) -> list[Trial]:
-    """Explore with a third of the trials, refine the best three shapes with the rest, and sort by error.
+    """Search schedules: try new shapes in a third of the trials, and vary the best three in the others.
+
+    Returns:
+        The schedules that meet the target, the lowest error first.
 
     Raises:
         InputError: no schedule meets the target.
@@ -273,13 +287,13 @@ def search(tuner: Tuner) -> list[Trial]:
             advance(1)
     if not found:
         raise InputError(
-            f"no schedule of the knobs {', '.join(tuner.knobs)} meets flops={config.flops:g}; raise it, or allow other "
-            "knobs."
+            f"No schedule of the knobs {', '.join(tuner.knobs)} meets flops={config.flops:g}: raise flops, or allow "
+            "other knobs."
         )
     return sorted(found, key=lambda trial: trial.error)
 
 
 def uniform_trial(tuner: Tuner, trials: Sequence[Trial] = ()) -> Trial | None:
-    """Return the uniform schedule that meets the target, reusing a trial of the search if it is among them."""
+    """Return the uniform schedule that meets the target, from the trials of the search or tried anew; None if none."""
     shape = uniform_shape(tuner.knobs)
     return next((trial for trial in trials if trial.shape == shape), None) or tuner.meet_target(shape)

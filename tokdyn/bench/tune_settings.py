@@ -1,4 +1,7 @@
-"""Settings of `tokdyn tune`: the knobs of a schedule, the FLOPs target and the search."""
+"""Define the settings of `tokdyn tune`: the FLOPs target, the knobs and the search.
+
+A knob is one way to save FLOPs; a schedule says how strongly each knob acts at each noise level.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +24,27 @@ class TuneConfig(BaseModel):
     """Settings of `tokdyn tune`.
 
     Attributes:
-        model: Anything `tokdyn sample` accepts.
-        flops: Target, as a share of the FLOPs of the same images drawn by the unmodified model.
-        out: Output folder.
-        knobs: What the search may turn: `drop` (tail drop of a chunking model by noise level), `uncond` (the same for
-            the unconditional branch), `merge` (TokenMerge by noise level), `skip` (a calibrated table of skipped
-            blocks), `cache` (a calibrated threshold); null means all that the model has.
-        trials: Schedules that the search tries.
-        images: Images that each trial draws; its error is their distance to those of the unmodified model from the
-            same seeds.
-        finalists: Best schedules that are then measured on `count` images from other seeds, beside the uniform one.
-        count: Images per finalist.
+        model: The model, in any form that `tokdyn sample` accepts.
+        flops: Target, as a share of the unmodified model's FLOPs for the same images.
+        out: Folder to write to.
+        knobs: Ways to save FLOPs that the search may use: `drop` (tail drop of a chunking model by noise level),
+            `uncond` (tail drop of its unconditional branch by noise level), `merge` (TokenMerge by noise level), `skip`
+            (DepthSkip with a calibrated table), `cache` (FeatureCache with a calibrated threshold); null takes all that
+            the model can use.
+        trials: Number of schedules that the search tries.
+        images: Images that each trial draws. The error of a schedule is their distance to the unmodified model's images
+            from the same seeds.
+        finalists: Number of schedules, those with the lowest errors, that are then compared on `count` images from
+            other seeds, together with the uniform schedule, whose settings are the same at all noise levels.
+        count: Images per compared schedule.
         seed: Seed of the search, and of the first image of a trial.
         batch_size: Images per model call, before guidance doubles it.
-        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null means ddpm or euler.
-        steps: Model calls per image.
-        guidance: Scale of classifier-free guidance; 1 means none.
-        held_out: See `tokdyn bench quality`.
-        reference: See `tokdyn bench quality`.
-        extractor: See `tokdyn bench quality`.
+        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null takes ddpm or euler.
+        steps: Sampling steps per image.
+        guidance: Scale of classifier-free guidance; 1 turns it off.
+        held_out: Images or latents to measure the held-out loss on, as for `tokdyn bench quality`.
+        reference: Images or statistics to compare generated images with, as for `tokdyn bench quality`.
+        extractor: Network whose features are compared, as for `tokdyn bench quality`.
         precision: `bf16` computes matrix products in bfloat16; `auto` does so on a GPU only.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
         ema: Use the averaged weights.
