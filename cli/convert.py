@@ -1,4 +1,4 @@
-"""`tokdyn convert`."""
+"""Define `tokdyn convert`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
         if json:
             as_json(asdict(done))
             return
-        methods = f", wrapped with {' and '.join(done.methods)}" if done.methods else ""
+        methods = f", with {' and '.join(done.methods)} attached" if done.methods else ""
         pairs(
             [
                 ("model", f"{done.model}, {done.parameters:,} parameters, {done.objective} objective{methods}"),

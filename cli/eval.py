@@ -1,4 +1,4 @@
-"""`tokdyn eval`."""
+"""Define `tokdyn eval`."""
 
 from __future__ import annotations
 
@@ -49,4 +49,5 @@ def register(app: typer.Typer) -> None:
 
 
 def _number(value: float | None) -> str:
+    """Return a value with four decimals, "-" for None."""
     return "-" if value is None else f"{value:z.4f}"

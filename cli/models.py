@@ -1,4 +1,4 @@
-"""`tokdyn models`."""
+"""Define `tokdyn models`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
         for family in known:
             typer.echo(f"  {family.name}: {', '.join(family.classes)}")
             for reason in dict.fromkeys(family.refused.values()):
-                settings = [written for written, found in family.refused.items() if found == reason]
+                settings = [setting for setting, why in family.refused.items() if why == reason]
                 typer.echo(f"    not {', '.join(settings)}: {reason}")
         typer.echo("Other models: DepthSkip and FeatureCache, if their structure can be read; see docs/adapters.md.")
 

@@ -1,4 +1,4 @@
-"""`tokdyn sample`."""
+"""Define `tokdyn sample`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _settings() -> type:
 
 
 def budget_row(budget: BudgetResult) -> tuple[str, ...]:
-    """Format one row under BUDGET_COLUMNS."""
+    """Format the result of one tail drop as a row under BUDGET_COLUMNS."""
     return (
         f"{budget.tail_drop:g}",
         f"{budget.images}",
@@ -54,7 +54,10 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def sample(ctx: typer.Context, json: Json = False) -> None:
-        """Draw images from a trained model at one or several budgets."""
+        """Draw images from a trained model, with one or several tail drops.
+
+        A tail drop is the share of the kept tokens that is dropped to save compute.
+        """
         from tokdyn.sample import SampleConfig, sample
 
         result = sample(read(ctx.args, SampleConfig, ["model"]))
