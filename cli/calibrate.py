@@ -32,7 +32,10 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def calibrate(ctx: typer.Context, json: Json = False) -> None:
-        """Choose the blocks that DepthSkip skips, or the threshold of FeatureCache, by measuring on sampled images."""
+        """Calibrate DepthSkip or FeatureCache for a model.
+
+        The blocks to skip, or the threshold of the cache, are chosen by measurements on sampled images.
+        """
         from tokdyn.calibration.command import calibrate_from_disk
         from tokdyn.calibration.config import CalibrateConfig
 

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def convert(ctx: typer.Context, json: Json = False) -> None:
-        """Write a checkpoint in the layout of another project, or in tokdyn's own."""
+        """Convert a checkpoint to another project's layout."""
         from tokdyn.bases.converting import ConvertConfig
         from tokdyn.bases.converting import convert as run
 

@@ -27,9 +27,10 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "demo", settings=_settings, examples=["tokdyn demo", "tokdyn demo out=/tmp/demo training_steps=800"])
     def demo(ctx: typer.Context, json: Json = False) -> None:
-        """Train a small DC-DiT, sample it with three tail drops, draw pictures and score its router.
+        """Train a small DC-DiT, sample it, and draw pictures.
 
-        A tail drop is the share of the kept tokens that is dropped to save compute.
+        It is sampled with three tail drops (shares of the kept tokens that are dropped to save compute), and its router
+        is scored.
         """
         from tokdyn.demo import DemoSettings, demo
 

@@ -21,6 +21,7 @@ app.add_typer(recipes.app)
 
 
 def _print_version(wanted: bool) -> None:
+    """Print the version and exit, if --version was given."""
     if wanted:
         typer.echo(f"tokdyn {tokdyn.__version__}")
         raise typer.Exit

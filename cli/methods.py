@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn methods", "tokdyn methods TokenMerge", "tokdyn methods --json"],
     )
     def methods(ctx: typer.Context, json: Json = False) -> None:
-        """List the methods: what each does, where it acts, its settings, and the models that it works on."""
+        """List the methods, their settings and their models."""
         from tokdyn.catalog import methods as catalog
         from tokdyn.errors import InputError
         from tokdyn.methods import METHODS, find_method

@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn models", "tokdyn models sample_size=64 target=16 --json"],
     )
     def models(ctx: typer.Context, json: Json = False) -> None:
-        """List named models with their cost, pretrained models, and the families that methods can be attached to."""
+        """List models: named sizes, pretrained ones, and families.
+
+        Named sizes are listed with their cost, and families of models with the methods that can be attached to them.
+        """
         from tokdyn.catalog import CatalogSettings, bases, catalog, families
 
         entries, pretrained, known = catalog(read(ctx.args, CatalogSettings)), bases(), families()

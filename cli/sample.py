@@ -54,9 +54,10 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def sample(ctx: typer.Context, json: Json = False) -> None:
-        """Draw images from a trained model, with one or several tail drops.
+        """Sample images from a trained model.
 
-        A tail drop is the share of the kept tokens that is dropped to save compute.
+        With several tail drops (shares of the kept tokens that are dropped to save compute), the same images are
+        sampled with each.
         """
         from tokdyn.sample import SampleConfig, sample
 

@@ -21,7 +21,12 @@ _NOTHING = frozenset({"", "null", "~"})  # as in YAML
 
 
 def flags(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the keys of booleans, those in sections included. They may be written without a value."""
+    """Yield the keys of booleans, which may be written without a value, those in sections included.
+
+    Args:
+        model: the pydantic model of the settings, or of a section.
+        prefix: prepended to the keys, such as "training." for a section.
+    """
     for name, info in model.model_fields.items():
         members = _members(info.annotation)
         if bool in members:
@@ -63,7 +68,7 @@ def _texts(model: type[BaseModel]) -> set[str]:
 
 
 def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, "meaning [type, default]") for each setting, those in sections included."""
+    """Yield (key, "meaning [type, default]") for each setting, those in sections included; arguments as for `flags`."""
     meanings = _attributes(model)
     for name, info in model.model_fields.items():
         sections = [m for m in _members(info.annotation) if inspect.isclass(m) and issubclass(m, BaseModel)]

@@ -46,7 +46,10 @@ def register(app: typer.Typer) -> None:
         ] = False,
         json: Json = False,
     ) -> None:
-        """Train a model as a recipe says: a shipped recipe, a YAML file, or the recipe in the folder of a run."""
+        """Train a model with a recipe, or resume a run.
+
+        RECIPE is the name of a shipped recipe, a YAML file, or the folder of a run.
+        """
         from tokdyn import recipe
 
         given = split(ctx.args, frozenset(flags(recipe.Recipe)))

@@ -31,10 +31,10 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def tune(ctx: typer.Context, json: Json = False) -> None:
-        """Find how to use tail drop, merging, skipping and caching for the best images at a given share of the FLOPs.
+        """Find the best methods for a share of the FLOPs.
 
-        Their settings may change with the noise level. The best of the schedules that are tried is written as a stack,
-        and the command that samples with it is printed.
+        The search tries tail drops, merging, skipping and caching with settings that may change with the noise level.
+        The best of them is written as a stack (a list of methods), and the command that samples with it is printed.
         """
         from tokdyn.bench.quality_page import columns
         from tokdyn.bench.tune import tune

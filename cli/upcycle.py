@@ -35,24 +35,33 @@ def register(app: typer.Typer) -> None:
     )
     def upcycle(
         ctx: typer.Context,
-        base: Annotated[str | None, typer.Option(help="Pretrained model; by default the one of the recipe.")] = None,
+        base: Annotated[
+            str | None, typer.Option(help="Pretrained model: a name, path or hub id. By default that of the recipe.")
+        ] = None,
         method: Annotated[
             list[str] | None,
             typer.Option(
-                help="dc, dydit (trained), cache, skip=SHARE, merge=RATIO (attached after training); may be repeated."
+                help="dc or dydit, which are trained, or cache, skip=SHARE or merge=RATIO, which are attached after "
+                "training. May be repeated."
             ),
         ] = None,
-        recipe: Annotated[str | None, typer.Option(help="A recipe with a section upcycle.")] = None,
+        recipe: Annotated[
+            str | None,
+            typer.Option(help="Recipe with a section `upcycle`. By default the shipped one for the methods."),
+        ] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
         dry_run: Annotated[
             bool,
             typer.Option(
-                "--dry-run", help="Print what is copied, parameters, FLOPs and estimated time, without training."
+                "--dry-run",
+                help="Print the tensors to copy, parameters, FLOPs, memory and estimated time, and do not train.",
             ),
         ] = False,
         json: Json = False,
     ) -> None:
-        """Build a DC-DiT from a pretrained DiT and train it, first by distillation from the DiT, then on its own.
+        """Build a DC-DiT from a pretrained DiT, and train it.
+
+        By default it is trained by distillation from the DiT first, and then on its own.
 
         If the base is a text-to-image pipeline of diffusers, Chunking is attached to its transformer, which is trained
         on images that it draws itself to predict with fewer tokens what it predicts with all of them. The settings are
