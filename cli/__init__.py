@@ -1,1 +1,1 @@
-"""The command line: every command parses its arguments, calls the library and prints the result."""
+"""Define the command line. Every command parses its arguments, calls the library and prints the result."""

@@ -1,8 +1,9 @@
 """Split the arguments of a command into positional words and `key=value` settings.
 
 A setting can be written `key=value`, `--key=value` or `--key value`. Dashes in a key become underscores, and dots lead
-into sections (`train.lr=1e-4`). A key in `flags` needs no value: `--maps` is `maps=true`, and `--no-maps` is
-`maps=false`. If a key is repeated, the last value counts, so that a script can append to the settings of another.
+into sections (`optimizer.lr=1e-4`). A flag, the key of a boolean, needs no value: `--maps` is `maps=true`, and
+`--no-maps` is `maps=false`. If a key is repeated, the last value counts, so that settings can be overridden by
+appending others.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ class Words:
     settings: dict[str, str] = field(default_factory=dict)
 
     def take(self, required: Sequence[str] = (), optional: Sequence[str] = ()) -> tuple[str, ...]:
-        """Return the positional words by place, with "" for optional ones that were left out.
+        """Return the positional words, one for each name; "" for optional ones that are missing.
+
+        Args:
+            required: names of words that must be there, for error messages.
+            optional: names of words that may follow them.
 
         Raises:
-            RecipeError: a required word is missing, or there is one word too many.
+            RecipeError: a required word is missing, or there are too many words.
         """
         names = [*required, *optional]
         if len(self.positional) > len(names):
@@ -48,13 +53,9 @@ class Words:
         return (*self.positional, *[""] * (len(names) - len(self.positional)))
 
     def no_settings(self) -> Words:
-        """Return the words of a command that has no settings.
-
-        Raises:
-            RecipeError: there is a setting.
-        """
+        """Return these words; raise a RecipeError if there are settings, for a command that has none."""
         if self.settings:
-            raise RecipeError(f"{self.overrides()[0]} has no effect: this command has no settings; leave it out.")
+            raise RecipeError(f"{self.overrides()[0]} has no effect, because this command has no settings; remove it.")
         return self
 
     def overrides(self) -> list[str]:
@@ -105,5 +106,5 @@ def split(args: Sequence[str], flags: Collection[str] = ()) -> Words:
 
 
 def _name(key: str) -> str:
-    """Spell a key as in Python."""
+    """Return a key with underscores in place of dashes."""
     return key.replace("-", "_")

@@ -1,4 +1,7 @@
-"""`tokdyn bench flops | speed | quality`."""
+"""Define `tokdyn bench flops`, `tokdyn bench speed` and `tokdyn bench quality`.
+
+A stack is a list of methods that act together on a model.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .frame import command, group
 from .output import Json, as_json, table
 from .settings import read
 
-app = group("bench", "Measure what models and stacks of methods cost, how fast they are and what they do to images.")
+app = group("bench", "Measure cost, speed and quality of models and stacks.")
 UNITS = "a multiply-add is 2 FLOPs"
 Stacks = Annotated[
     list[str] | None,
@@ -59,10 +62,11 @@ def flops(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Compute what models and stacks cost by part, and check it with torch's counter.
+    """Compute the FLOPs of models and stacks by part.
 
-    A multiply-add is 2 FLOPs. Named models have no trained weights, so DC-DiT keeps 1/N of its tokens, or kept=SHARE.
-    For checkpoints, the tokens are measured on images that they draw.
+    A stack is a list of methods that act together on a model. The FLOPs are checked with torch's counter; a
+    multiply-add is 2 FLOPs. Named models such as DC-DiT-S have no trained weights, so they are taken to keep 1/N of
+    their tokens, or kept=SHARE. For checkpoints, the kept share is measured on images that they draw.
     """
     from tokdyn.bench.flops import FlopsConfig, bench_flops
     from tokdyn.bench.flops_table import columns, draw_parts, write_csv
@@ -102,9 +106,10 @@ def flops(
     ],
 )
 def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
-    """Time models and stacks of methods in turn, and compare the speed-up with that of the FLOPs.
+    """Time models and stacks in turn.
 
-    All stacks are compared with the first.
+    A stack is a list of methods that act together on a model. All stacks are compared with the first one: the time that
+    they save, and the FLOPs that they save.
     """
     from tokdyn.bench.speed import SpeedConfig, bench_speed
     from tokdyn.bench.speed_table import columns, content, draw
@@ -141,9 +146,10 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     ],
 )
 def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
-    """Measure what stacks of methods do to images, what they cost, and how long they take.
+    """Compare image quality, FLOPs and time of stacks.
 
-    All stacks are compared with the first.
+    A stack is a list of methods that act together on a model. All stacks draw images from the same seeds, and are
+    compared with the first one.
     """
     from tokdyn.bench.quality import QualityConfig, bench_quality
     from tokdyn.bench.quality_page import columns, write_page

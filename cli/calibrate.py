@@ -1,4 +1,4 @@
-"""`tokdyn calibrate`."""
+"""Define `tokdyn calibrate`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def calibrate(ctx: typer.Context, json: Json = False) -> None:
-        """Measure on sampled images which blocks to skip, or when to reuse their output."""
+        """Calibrate DepthSkip or FeatureCache for a model.
+
+        The blocks to skip, or the threshold of the cache, are chosen by measurements on sampled images.
+        """
         from tokdyn.calibration.command import calibrate_from_disk
         from tokdyn.calibration.config import CalibrateConfig
 
@@ -59,6 +62,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _row(level: dict[str, Any]) -> tuple[str, str, str]:
-    """Format a row of the table of skipped blocks."""
+    """Format a row of the table of skipped blocks: a range of noise levels, the blocks, and the error."""
     blocks = ", ".join(map(str, level["skipped"])) or "-"
     return f"{level['low']:.2f} to {level['high']:.2f}", blocks, f"{level['relative_error']:.4f}"

@@ -1,4 +1,4 @@
-"""`tokdyn convert`."""
+"""Define `tokdyn convert`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def convert(ctx: typer.Context, json: Json = False) -> None:
-        """Write a checkpoint in the layout of another project, or in tokdyn's own."""
+        """Convert a checkpoint to another project's layout."""
         from tokdyn.bases.converting import ConvertConfig
         from tokdyn.bases.converting import convert as run
 
@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
         if json:
             as_json(asdict(done))
             return
-        methods = f", wrapped with {' and '.join(done.methods)}" if done.methods else ""
+        methods = f", with {' and '.join(done.methods)} attached" if done.methods else ""
         pairs(
             [
                 ("model", f"{done.model}, {done.parameters:,} parameters, {done.objective} objective{methods}"),

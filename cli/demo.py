@@ -1,4 +1,4 @@
-"""`tokdyn demo`."""
+"""Define `tokdyn demo`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "demo", settings=_settings, examples=["tokdyn demo", "tokdyn demo out=/tmp/demo training_steps=800"])
     def demo(ctx: typer.Context, json: Json = False) -> None:
-        """Train a small DC-DiT, sample it at three budgets, and draw pictures."""
+        """Train a small DC-DiT, sample it, and draw pictures.
+
+        It is sampled with three tail drops (shares of the kept tokens that are dropped to save compute), and its router
+        is scored.
+        """
         from tokdyn.demo import DemoSettings, demo
 
         result = demo(read(ctx.args, DemoSettings))
@@ -37,9 +41,9 @@ def register(app: typer.Typer) -> None:
         typer.echo(f"\nThe model in {result.folder} is trained for {result.steps} of {result.planned} steps.")
         if result.steps < result.planned:
             typer.echo("The time limit stopped the training; repeat the command to resume it.")
-        typer.echo("\nCost of each budget (one image, all sampling steps; a multiply-add is 2 FLOPs):")
+        typer.echo("\nCost with each tail drop (one image, all sampling steps; a multiply-add is 2 FLOPs):")
         table(BUDGET_COLUMNS, map(budget_row, result.samples.budgets))
-        typer.echo("\nDetail that the router keeps (on unseen shapes, whose detail is known):")
+        typer.echo("\nDetail that the router keeps (in images outside the training set, whose detail is known):")
         table(["noise level", "tokens kept", "detail kept", "best possible", "times chance"], map(_row, result.router))
         typer.echo("\nPictures:")
         for path in result.pictures:

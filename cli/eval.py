@@ -1,4 +1,4 @@
-"""`tokdyn eval`."""
+"""Define `tokdyn eval`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def evaluate(ctx: typer.Context, json: Json = False) -> None:
-        """Measure generated images, and compare them with a reference if there is one."""
+        """Measure generated images with FID and related metrics.
+
+        Some metrics compare them with REFERENCE; see docs/evaluation.md.
+        """
         from tokdyn.evaluate import EvalConfig, evaluate
 
         result = evaluate(read(ctx.args, EvalConfig, ["generated", "reference"]))
@@ -49,4 +52,5 @@ def register(app: typer.Typer) -> None:
 
 
 def _number(value: float | None) -> str:
+    """Return a value with four decimals, "-" for None."""
     return "-" if value is None else f"{value:z.4f}"

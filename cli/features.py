@@ -1,4 +1,4 @@
-"""`tokdyn features`."""
+"""Define `tokdyn features`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn features imagenet/train vae=stabilityai/sd-vae-ft-ema out=latents size=256 --flip"],
     )
     def features(ctx: typer.Context, json: Json = False) -> None:
-        """Encode images once with an autoencoder, for training on latents."""
+        """Encode images once, for training on latents."""
         from tokdyn.data import FeaturesConfig, write_features
 
         report = write_features(read(ctx.args, FeaturesConfig, ["path"]))

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, the usage line, and the table of settings in --help."""
+"""Give all commands the same exit codes, usage line, and table of settings in --help."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class Command(TyperCommand):
-    """A command that ends with one sentence on stderr if its input is wrong."""
+    """A command that prints one sentence on stderr and exits with code 2 if its input is wrong.
+
+    Attributes:
+        words: positional words in the usage line.
+        settings: function that returns the pydantic model of the settings; None for a command without settings.
+        examples: command lines that --help shows.
+    """
 
     words: ClassVar[tuple[str, ...]] = ()
-    settings: ClassVar[Any] = None  # () -> the pydantic model
+    settings: ClassVar[Any] = None
     examples: ClassVar[tuple[str, ...]] = ()
 
     def invoke(self, ctx: Any) -> Any:
@@ -35,7 +41,7 @@ class Command(TyperCommand):
             typer.echo(f"{ctx.command_path}: {error}", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
-            if error.errno in (None, errno.EPIPE):  # not from the system, or the reader of a pipe went away
+            if error.errno in (None, errno.EPIPE):  # not an error of the system, or the reader of a pipe has closed it
                 raise
             place = "" if error.filename is None else f"{error.filename}: "
             typer.echo(f"{ctx.command_path}: {place}{error.strerror}.", err=True)
@@ -63,7 +69,7 @@ class Command(TyperCommand):
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning in one line, without its place in the code."""
+    """Print a warning on one line of stderr, without its place in the code."""
     typer.echo(f"Warning: {message}", err=True)
 
 
@@ -94,7 +100,12 @@ def command(
 
 
 def group(name: str, text: str) -> typer.Typer:
-    """Build an empty group of commands whose help is plain text."""
+    """Return an empty group of commands.
+
+    Args:
+        name: name of the group.
+        text: help of the group.
+    """
     return typer.Typer(
         name=name,
         help=text,

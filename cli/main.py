@@ -1,4 +1,4 @@
-"""Entry point of the `tokdyn` command. It imports all commands, which load no model code until they run."""
+"""Define the entry point of the `tokdyn` command. It imports all commands, which load model code when they run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ app.add_typer(recipes.app)
 
 
 def _print_version(wanted: bool) -> None:
+    """Print the version and exit, if --version was given."""
     if wanted:
         typer.echo(f"tokdyn {tokdyn.__version__}")
         raise typer.Exit
@@ -37,8 +38,8 @@ def root(
 
 def main() -> None:
     """Run the command line."""
-    # This has to precede torch: idle OpenMP threads then sleep after about 0.1 ms instead of spinning for 10 ms, which
-    # makes a machine that also does other work five times slower.
+    # Set before torch is imported: idle OpenMP threads then sleep after about 0.1 ms. By default they spin for 10 ms,
+    # which makes tokdyn five times slower on a machine that also does other work.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     app(prog_name="tokdyn")
 

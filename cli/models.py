@@ -1,4 +1,4 @@
-"""`tokdyn models`."""
+"""Define `tokdyn models`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
         examples=["tokdyn models", "tokdyn models sample_size=64 target=16 --json"],
     )
     def models(ctx: typer.Context, json: Json = False) -> None:
-        """List named models with their cost, pretrained models, and the families that methods can be attached to."""
+        """List models: named sizes, pretrained ones, and families.
+
+        Named sizes are listed with their cost, and families of models with the methods that can be attached to them.
+        """
         from tokdyn.catalog import CatalogSettings, bases, catalog, families
 
         entries, pretrained, known = catalog(read(ctx.args, CatalogSettings)), bases(), families()
@@ -54,7 +57,7 @@ def register(app: typer.Typer) -> None:
         for family in known:
             typer.echo(f"  {family.name}: {', '.join(family.classes)}")
             for reason in dict.fromkeys(family.refused.values()):
-                settings = [written for written, found in family.refused.items() if found == reason]
+                settings = [setting for setting, why in family.refused.items() if why == reason]
                 typer.echo(f"    not {', '.join(settings)}: {reason}")
         typer.echo("Other models: DepthSkip and FeatureCache, if their structure can be read; see docs/adapters.md.")
 

@@ -12,7 +12,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and not
 
 
 def as_json(value: Any) -> None:
-    """Print a value as JSON; paths and the like become text."""
+    """Print a value as JSON; values that JSON does not have, such as paths, become text."""
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
@@ -27,23 +27,24 @@ def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> None:
 
 
 def columns(table_columns: dict[str, list[str]]) -> None:
-    """Print a table that is given by column."""
+    """Print a table from its columns: the texts of each column by title."""
     table(list(table_columns), zip(*table_columns.values(), strict=True))
 
 
 def files(paths: Iterable[object]) -> None:
-    """Print the paths of results."""
+    """Print the paths of files, one per line."""
     for path in paths:
         typer.echo(f"  {path}")
 
 
 def pairs(body: Iterable[tuple[str, object]]) -> None:
-    """Print one name and value per line."""
+    """Print one name and its value per line."""
     rows = list(body)
-    width = max(len(what) for what, _ in rows)
-    for what, value in rows:
-        typer.echo(f"{what:<{width}}  {value}")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
 
 
 def _numeric(cell: str) -> bool:
+    """Return whether a cell holds a number, a percentage, or "-" for none."""
     return cell.replace(",", "").replace(".", "", 1).removesuffix("%").lstrip("-").isdigit() or cell == "-"

@@ -1,4 +1,4 @@
-"""`tokdyn recipes ls | show | copy | check`: the recipes that ship with the package, and checks of your own."""
+"""Define `tokdyn recipes ls`, `show`, `copy` and `check`."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def copy(ctx: typer.Context) -> None:
     examples=["tokdyn recipes check my-demo.yaml", "tokdyn recipes check demo optimizer.lr=3e-4"],
 )
 def check(ctx: typer.Context) -> None:
-    """Validate a recipe and print it with every default.
+    """Validate a recipe and print it with all defaults.
 
-    The check builds the model too, without memory for its weights.
+    The check also builds the model, without allocating memory for its weights.
     """
     from tokdyn import recipe
 

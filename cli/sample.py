@@ -1,4 +1,4 @@
-"""`tokdyn sample`."""
+"""Define `tokdyn sample`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _settings() -> type:
 
 
 def budget_row(budget: BudgetResult) -> tuple[str, ...]:
-    """Format one row under BUDGET_COLUMNS."""
+    """Format the result of one tail drop as a row under BUDGET_COLUMNS."""
     return (
         f"{budget.tail_drop:g}",
         f"{budget.images}",
@@ -54,7 +54,11 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def sample(ctx: typer.Context, json: Json = False) -> None:
-        """Draw images from a trained model at one or several budgets."""
+        """Sample images from a trained model.
+
+        With several tail drops (shares of the kept tokens that are dropped to save compute), the same images are
+        sampled with each.
+        """
         from tokdyn.sample import SampleConfig, sample
 
         result = sample(read(ctx.args, SampleConfig, ["model"]))

@@ -1,4 +1,4 @@
-"""Build pydantic settings from the words of a command, and the table of settings in --help."""
+"""Build the pydantic settings of a command from its arguments, and the table of settings in --help."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ _NOTHING = frozenset({"", "null", "~"})  # as in YAML
 
 
 def flags(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the keys of booleans, including those in sections; they may be written without a value."""
+    """Yield the keys of booleans, which may be written without a value, those in sections included.
+
+    Args:
+        model: the pydantic model of the settings, or of a section.
+        prefix: prepended to the keys, such as "training." for a section.
+    """
     for name, info in model.model_fields.items():
         members = _members(info.annotation)
         if bool in members:
@@ -35,9 +40,9 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
     """Build the settings of a command from its arguments.
 
     Args:
-        args: the arguments.
+        args: the arguments after the name of the command.
         model: the pydantic model of the settings.
-        words: keys that positional words stand for, in order.
+        words: keys whose values may also be given as positional words, in order.
 
     Raises:
         RecipeError: there are too many words, a key is unknown, or a value is invalid.
@@ -57,13 +62,13 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
 
 
 def _texts(model: type[BaseModel]) -> set[str]:
-    """Return the keys of texts and paths, which are taken literally."""
+    """Return the keys whose values are texts or paths, which are taken literally, not as YAML."""
     plain = {str, Path, type(None)}
     return {name for name, info in model.model_fields.items() if set(_members(info.annotation)) <= plain}
 
 
 def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, "meaning [type, default]") of every setting, including those in sections."""
+    """Yield (key, "meaning [type, default]") for each setting, those in sections included; arguments as for `flags`."""
     meanings = _attributes(model)
     for name, info in model.model_fields.items():
         sections = [m for m in _members(info.annotation) if inspect.isclass(m) and issubclass(m, BaseModel)]
@@ -86,7 +91,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _type(annotation: Any) -> str:
-    """Describe a type for users: `int`, `ddpm | ddim`, `float or null`."""
+    """Describe the type of a setting for users, such as `int`, `ddpm | ddim` or `float or null`."""
     names = []
     for member in _members(annotation):
         origin = typing.get_origin(member)
@@ -103,7 +108,7 @@ def _type(annotation: Any) -> str:
 
 
 def _text(info: FieldInfo) -> str:
-    """Format a default as a user would write it."""
+    """Return the default of a setting as a user would write it."""
     value = info.get_default(call_default_factory=True)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -1,4 +1,4 @@
-"""`tokdyn train`: train a recipe, resume a run, or estimate what it takes."""
+"""Define `tokdyn train`: train a model, resume a run, or estimate the cost of a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def register(app: typer.Typer) -> None:
         ] = False,
         json: Json = False,
     ) -> None:
-        """Train a recipe: a shipped one, a YAML file, or the folder of a run."""
+        """Train a model with a recipe, or resume a run.
+
+        RECIPE is the name of a shipped recipe, a YAML file, or the folder of a run.
+        """
         from tokdyn import recipe
 
         given = split(ctx.args, frozenset(flags(recipe.Recipe)))
@@ -55,7 +58,10 @@ def register(app: typer.Typer) -> None:
 
 
 def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
-    """Train a recipe, or estimate its run for `--dry-run`; print the result and exit with the code of the run."""
+    """Train a model, and exit with the code of the run; or with `dry_run` print an estimate and return.
+
+    If the run finishes, the methods that its recipe attaches after training are attached and saved too.
+    """
     if dry_run:
         from tokdyn.train import dry_run as estimate_run
 

@@ -1,4 +1,4 @@
-"""`tokdyn tune`."""
+"""Define `tokdyn tune`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def register(app: typer.Typer) -> None:
         ],
     )
     def tune(ctx: typer.Context, json: Json = False) -> None:
-        """Search the schedule of budgets, merging, skipping and caching that does best at a share of the FLOPs."""
+        """Find the best methods for a share of the FLOPs.
+
+        The search tries tail drops, merging, skipping and caching with settings that may change with the noise level.
+        The best of them is written as a stack (a list of methods), and the command that samples with it is printed.
+        """
         from tokdyn.bench.quality_page import columns
         from tokdyn.bench.tune import tune
         from tokdyn.bench.tune_settings import TuneConfig

@@ -1,4 +1,4 @@
-"""`tokdyn upcycle`: build a student from a pretrained model and train it."""
+"""Define `tokdyn upcycle`: build a student from a pretrained model and train it."""
 
 from __future__ import annotations
 
@@ -35,27 +35,36 @@ def register(app: typer.Typer) -> None:
     )
     def upcycle(
         ctx: typer.Context,
-        base: Annotated[str | None, typer.Option(help="Pretrained model; by default the one of the recipe.")] = None,
+        base: Annotated[
+            str | None, typer.Option(help="Pretrained model: a name, path or hub id. By default that of the recipe.")
+        ] = None,
         method: Annotated[
             list[str] | None,
             typer.Option(
-                help="dc, dydit (trained), cache, skip=SHARE, merge=RATIO (attached after training); may be repeated."
+                help="dc or dydit, which are trained, or cache, skip=SHARE or merge=RATIO, which are attached after "
+                "training. May be repeated."
             ),
         ] = None,
-        recipe: Annotated[str | None, typer.Option(help="A recipe with a section upcycle.")] = None,
+        recipe: Annotated[
+            str | None,
+            typer.Option(help="Recipe with a section `upcycle`. By default the shipped one for the methods."),
+        ] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
         dry_run: Annotated[
             bool,
             typer.Option(
-                "--dry-run", help="Print what is copied, parameters, FLOPs and estimated time, without training."
+                "--dry-run",
+                help="Print the tensors to copy, parameters, FLOPs, memory and estimated time, and do not train.",
             ),
         ] = False,
         json: Json = False,
     ) -> None:
-        """Build a DC-DiT from a pretrained DiT and train it, first distilled against the DiT, then on its own.
+        """Build a DC-DiT from a pretrained DiT, and train it.
 
-        If the base is a text-to-image pipeline of diffusers, its transformer is wrapped in a chunking and learns, on
-        images that it draws itself, to predict with fewer tokens what it predicts with all of them. The settings are
+        By default it is trained by distillation from the DiT first, and then on its own.
+
+        If the base is a text-to-image pipeline of diffusers, Chunking is attached to its transformer, which is trained
+        on images that it draws itself to predict with fewer tokens what it predicts with all of them. The settings are
         then those of a pipeline: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
         """
         from tokdyn.bases.opening import check_name
@@ -67,7 +76,8 @@ def register(app: typer.Typer) -> None:
         if is_pipeline(base):
             if dry_run or recipe is not None:
                 raise RecipeError(
-                    f"{base} is a pipeline, which no recipe trains; leave {'--dry-run' if dry_run else '--recipe'} out."
+                    f"{base} is a pipeline, which is trained without a recipe; remove "
+                    f"{'--dry-run' if dry_run else '--recipe'}."
                 )
             _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
             return
@@ -83,7 +93,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> None:
-    """Upcycle the transformer of a pipeline, and print its error and FLOPs."""
+    """Upcycle the transformer of a pipeline, and print the error before and after, and the FLOPs."""
     from tokdyn.calibration.pipelines import PipelineConfig, upcycle_pipeline
 
     config = read([*args, f"base={base}"], PipelineConfig)
@@ -96,7 +106,7 @@ def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json
         [
             (
                 "error",
-                f"{error['first']:.3f} before, {error['last']:.3f} after (mean square, over the teacher's variance)",
+                f"{error['first']:.3f} before, {error['last']:.3f} after (mean square / variance of the teacher)",
             ),
             ("blocks", f"{result.report['share_of_block_flops']:.1%} of their FLOPs (a multiply-add is 2)"),
         ]

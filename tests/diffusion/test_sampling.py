@@ -213,7 +213,7 @@ def test_lite_cfg_drops_per_branch_in_one_call(routed):
         assert record.counts.uncond.sum() < record.counts.cond.sum()
         assert record.counts.tokens == 24
         both = torch.cat([record.counts.cond, record.counts.uncond])
-        assert record.counts.fraction() == pytest.approx(float(both.double().mean()) / 24)
+        assert record.counts.share() == pytest.approx(float(both.double().mean()) / 24)
 
 
 def test_drops_run_along_their_points_with_the_noise_level(routed):

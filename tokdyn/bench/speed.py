@@ -320,6 +320,7 @@ def _peak_mib(config: SpeedConfig, stack: Stack, case: Case) -> float:
 
 
 def _peak_mib_in_this_process(config: SpeedConfig, stack: Stack, case: Case) -> float:
+    """Measure the MiB that a first call adds at its peak to the memory of this process or of the CUDA device."""
     device = open_device(config.device)
     timing.prepare(config.threads)
     model, inputs, options = _prepare(config, stack, case, device)

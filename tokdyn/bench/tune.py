@@ -120,7 +120,7 @@ def _compact(value: Any) -> str:
 
 
 def _best(finalists: Sequence[Stack], quality: QualityResult) -> Stack:
-    """Return the best finalist by the measurement that ranks stacks, or if there is none by PSNR."""
+    """Return the finalist with the best value of the measurement that ranks stacks; without one, the highest PSNR."""
     rows = {row.name: row for row in quality.rows}
 
     def cost(stack: Stack) -> float:

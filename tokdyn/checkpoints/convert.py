@@ -75,9 +75,17 @@ def to_diffusers(model: DiT, approximate: bool = False) -> dict[str, Tensor]:
     return as_diffusers(tensors, model.config["depth"])
 
 
-def _require(whose: str, settings: Mapping[str, Any], model: DiT | DCDiT) -> None:
-    """Raise a CheckpointError if a model has other settings than those that the code of `whose` supports."""
-    for name, only in settings.items():
+def _require(target: str, settings: Mapping[str, Any], model: DiT | DCDiT) -> None:
+    """Raise a CheckpointError if a model has other settings than the only ones that the target's code supports.
+
+    Args:
+        target: name of the other project's model, for error messages.
+        settings: the supported value of each setting.
+        model: the model to convert.
+    """
+    for name, supported in settings.items():
         value = model.config[name]
-        if (tuple(value) if isinstance(value, list) else value) != only:
-            raise CheckpointError(f"{whose} only has {name}={only!r}, but this model has {value!r}.")
+        if (tuple(value) if isinstance(value, list) else value) != supported:
+            raise CheckpointError(
+                f"{target} only has {name}={supported!r}, but this model has {value!r}; convert it to another layout."
+            )

@@ -164,7 +164,7 @@ def _shards(index: Path) -> list[Path]:
     shards = []
     for name in sorted(set(_weight_map(index).values())):
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names the shard {name!r}, which does not lie beside it.")
+            raise CheckpointError(f"{index} names the shard {name!r}, which is not in its folder; put it there.")
         shards.append(index.parent / name)
     return shards
 

@@ -243,8 +243,10 @@ def checksum(latent: Tensor, label: int) -> int:
 
 
 def _damaged(path: Path, reason: str) -> DamagedShardError:
+    """Return the error for a damaged shard."""
     return DamagedShardError(f"{path} is damaged ({reason}): delete it and run the same `tokdyn features` again.")
 
 
 def _shown(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    """Return the names, shapes and dtypes of tensors as text for an error message."""
     return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in sorted(layout.items()))

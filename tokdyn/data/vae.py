@@ -44,6 +44,7 @@ class LatentScaling(BaseModel):
         return inputs / self.factor * std + mean
 
     def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std as tensors (C or 1, 1, 1), on the device and in the dtype of `like`."""
         return (like.new_tensor(self.mean)[:, None, None], like.new_tensor(self.std)[:, None, None])
 
 

@@ -74,7 +74,7 @@ class Branches:
         if not self._routes and (drops(tail_drop) or (guidance != 1.0 and drops(uncond_tail_drop))):
             raise tail_drop_error(model)
 
-    def _budget(self, guided: bool, level: float) -> dict[str, float | Tensor]:
+    def _tail_drop_argument(self, guided: bool, level: float) -> dict[str, float | Tensor]:
         """Return the keyword argument ``tail_drop`` of a call: a number, or (2B,) if the branches differ.
 
         It is empty for models that do not route tokens. Tensors are cached, so that a step does not copy to the device.
@@ -103,7 +103,7 @@ class Branches:
             torch.cat([x, x]) if guided else x,
             timestep=timestep.expand(len(labels)),
             class_labels=labels,
-            **self._budget(guided, level),
+            **self._tail_drop_argument(guided, level),
         )
         prediction, variance = self._objective.split(output.sample, x.shape[1])
         variance = None if variance is None else variance[:batch]

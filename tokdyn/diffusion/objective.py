@@ -197,6 +197,7 @@ class Objective(BaseModel):
         )
 
     def _tables(self, device: torch.device) -> NoiseTables:
+        """Return the constants of the noise process on a device."""
         return noise_tables(self.beta_schedule, self.num_train_timesteps, device)
 
     def _draw_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

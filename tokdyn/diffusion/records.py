@@ -58,7 +58,7 @@ class KeptCounts:
     cond: Tensor
     uncond: Tensor | None
 
-    def fraction(self) -> float:
+    def share(self) -> float:
         """Return the mean kept share over images and branches."""
         both = self.cond if self.uncond is None else torch.cat([self.cond, self.uncond])
         return float(both.double().mean()) / self.tokens

@@ -101,8 +101,8 @@ def held_out_loss(
                     noise = _noise(seed + repeat, part, x.shape[1:])
                     timesteps = _timesteps(objective, times[start : start + batch_size])
                     noised = objective.mix(x.to(device), noise.to(device), timesteps.to(device))
-                    budget = {"tail_drop": _tail_drops(tail_drop, noised.level)} if routes else {}
-                    out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **budget)
+                    options = {"tail_drop": _tail_drops(tail_drop, noised.level)} if routes else {}
+                    out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **options)
                     losses.append(_error(objective, out.sample, noised).cpu())
                     levels.append(noised.level.cpu())
                     if getattr(out, "routing", None) is not None:
@@ -142,7 +142,7 @@ def _error(objective: Objective, output: Tensor, noised: Any) -> Tensor:
 
 
 def _result(losses: Tensor, levels: Tensor, kept: Tensor | None, bins: int, count: int, repeats: int) -> HeldOutLoss:
-    """Average losses, noise levels and kept shares, each (repeats * count,)."""
+    """Compute the means from the losses, noise levels and kept shares of all images and repeats, (repeats * count,)."""
     per_image = reduce(losses, "(repeat image) -> image", "mean", image=count)
     place = (levels * bins).long().clamp(0, bins - 1)
     means = [losses[place == number] for number in range(bins)]

@@ -200,10 +200,10 @@ def _single_images(path: Path) -> Path:
     for place in (path / "images", path / "samples.npz"):
         if place.exists():
             return place
-    budgets = sorted(place.name for place in path.glob(f"{_BUDGET}*"))
-    if any((path / name / kind).exists() for name in budgets for kind in ("images", "samples.npz")):
+    folders = sorted(place.name for place in path.glob(f"{_BUDGET}*"))
+    if any((path / name / kind).exists() for name in folders for kind in ("images", "samples.npz")):
         raise DataError(
-            f"{path} holds the images of {len(budgets)} tail drops: give one of its folders, {', '.join(budgets)}."
+            f"{path} holds the images of {len(folders)} tail drops: give one of its folders, {', '.join(folders)}."
         )
     raise DataError(
         f"{path} was written by `tokdyn sample`, but holds only pictures of many images, no single ones: sample with "

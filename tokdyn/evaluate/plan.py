@@ -55,7 +55,10 @@ def plan(config: EvalConfig, facts: Facts) -> tuple[tuple[Metric, ...], tuple[st
 
 
 def _obstacle(metric: Metric, config: EvalConfig, facts: Facts) -> str | None:
-    """Return the reason why a metric cannot be measured, or None if it can."""
+    """Return the reason why a metric cannot be measured, or None if it can.
+
+    Each check below yields its reasons, the most basic first; the first one is returned.
+    """
     checks = {
         "frechet": _no_moments,
         "score": _no_logits,

@@ -140,7 +140,7 @@ def measure_reference(
 def _without_cache(config: EvalConfig, reference: StatisticsReference) -> StatisticsReference:
     """Return the reference; raise a DataError if `cache` is set, because statistics are not cached again."""
     if config.cache is not None:
-        raise DataError(f"{reference.path} holds statistics, not images: leave out cache=.")
+        raise DataError(f"{reference.path} holds statistics, not images: remove cache=.")
     return reference
 
 

@@ -94,6 +94,7 @@ class ModelSettings(BaseModel):
         return self
 
     def _check_name(self) -> None:
+        """Raise an InputError if there is no size of this name."""
         if self.name == BASE:
             return
         {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError

@@ -226,6 +226,7 @@ class Recipe(Section):
         return self
 
     def _check_upcycling(self, settings: UpcycleSettings) -> None:
+        """Raise a ValueError if the section `upcycle` contradicts the other sections."""
         if self.compute_match is not None:
             raise ValueError(
                 "compute_match is for a model trained from scratch; set training.steps for an upcycled one"

@@ -14,7 +14,7 @@ _REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, and `on`, `no`, `010`, `1:30` and `2026-01-01` are strings."""
+    """Reads safe YAML in which `1e-4` is a number, and `on`, `no`, `010`, `1:30` and `2026-01-01` are strings."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the class attribute is how PyYAML is configured
         first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
@@ -44,7 +44,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that `_Loader` reads back with the same types."""
+    """Writes safe YAML that `_Loader` reads back with the same types."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 

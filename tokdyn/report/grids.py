@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tokdyn.errors import InputError
 from tokdyn.report.pixels import Pixels
-from tokdyn.report.style import INK, MUTED, drawable, font_file
+from tokdyn.report.style import INK, MUTED, font_file, with_drawable_letters
 
 _CELL = 96  # pixels; smaller images are enlarged by a whole factor to about this width
 _GAP = 4  # pixels between images
@@ -56,9 +56,9 @@ def image_grid(
         if texts is not None and len(texts) != expected:
             raise InputError(f"{len(texts)} {name} were given for a grid of {expected}: give one text for each.")
     captions, row_titles, column_titles = (
-        texts and [drawable(text) for text in texts] for texts in (captions, row_titles, column_titles)
+        texts and [with_drawable_letters(text) for text in texts] for texts in (captions, row_titles, column_titles)
     )
-    title = title and drawable(title)
+    title = title and with_drawable_letters(title)
     scale = scale or max(1, round(_CELL / width))
     cell_h, cell_w = height * scale, width * scale
     size = max(11, min(16, cell_w // 8))
@@ -93,6 +93,7 @@ def image_grid(
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return the font of figures in a size in pixels."""
     return ImageFont.truetype(font_file(bold), size)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tokdyn.diffusion.records import StepState
 from tokdyn.errors import InputError
 from tokdyn.report.pixels import Pixels
-from tokdyn.report.style import INK, MUTED, drawable, figure_style, save_figure
+from tokdyn.report.style import INK, MUTED, figure_style, save_figure, with_drawable_letters
 
 _CELL = 8  # smallest width of a drawn cell in pixels
 _FADED = 0.22  # share of its colour that a dropped cell keeps
@@ -181,17 +181,18 @@ def draw_maps(
         bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.09, pad=0.04, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize=8)
         bar.outline.set_visible(False)
-        figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        figure.suptitle(with_drawable_letters(title), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         return save_figure(figure, path)
 
 
 def _fitting(name: str, inches: float) -> str:
     """Return the name, shortened with an ellipsis if it is longer than so many inches."""
     letters = max(4, int(_LETTERS * inches))
-    return drawable(name if len(name) <= letters else name[: letters - 1] + "…")
+    return with_drawable_letters(name if len(name) <= letters else name[: letters - 1] + "…")
 
 
 def _show(axes: Axes, pixels: Pixels, caption: str) -> None:
+    """Draw an image on the axes, with the caption below."""
     axes.imshow(pixels)  # interpolated only if the page makes it smaller
     _bare(axes, caption)
 

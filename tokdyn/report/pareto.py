@@ -130,7 +130,7 @@ def draw_pareto(
     with figure_style():
         figure = Figure(figsize=(6.8, 4.4), layout="constrained")
         axes = figure.subplots()
-        _frontier(axes, frontier(points, higher_is_better), points)
+        _draw_frontier(axes, frontier(points, higher_is_better), points)
         for index, name in enumerate(names):
             members = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
             axes.plot(
@@ -144,7 +144,7 @@ def draw_pareto(
                 label=name,
                 zorder=3,
             )
-        _labels(axes, points)
+        _draw_labels(axes, points)
         axes.set_xlabel(cost_name)
         axes.set_ylabel(f"{quality_name}\n({'higher' if higher_is_better else 'lower'} is better)")
         axes.margins(x=0.1, y=0.12)
@@ -155,14 +155,15 @@ def draw_pareto(
         return save_figure(figure, path)
 
 
-def _frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[ParetoPoint]) -> None:
+def _draw_frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[ParetoPoint]) -> None:
     """Draw the best quality that is reached at each cost or less, as a staircase."""
     right = max(point.cost for point in points)
     costs, qualities = [*(point.cost for point in best), right], [*(point.quality for point in best), best[-1].quality]
     axes.step(costs, qualities, where="post", color="#cfcfcf", linewidth=3, zorder=1, label="Pareto frontier")
 
 
-def _labels(axes: Axes, points: Sequence[ParetoPoint]) -> None:
+def _draw_labels(axes: Axes, points: Sequence[ParetoPoint]) -> None:
+    """Write the label of each point beside it."""
     for point in points:
         axes.annotate(
             point.label,

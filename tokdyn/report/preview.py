@@ -50,9 +50,9 @@ def draw_preview(model: Any, recipe: Recipe, folder: Path, step: int) -> list[Pa
     drops = settings.tail_drops if routes else (0.0,)
     files, rows = [], []
     for number, drop in enumerate(drops):
-        budget = sampler.model_copy(update={"tail_drop": drop}) if routes else sampler
-        recorder = MapRecorder(budget.steps, _MAPPED) if routes and settings.maps and number == 0 else None
-        generation = generate(model, budget, recipe.objective, labels, seeds, callback=recorder, dtype=dtype)
+        drop_sampler = sampler.model_copy(update={"tail_drop": drop}) if routes else sampler
+        recorder = MapRecorder(drop_sampler.steps, _MAPPED) if routes and settings.maps and number == 0 else None
+        generation = generate(model, drop_sampler, recipe.objective, labels, seeds, callback=recorder, dtype=dtype)
         pixels = to_picture(generation.images)
         rows.append(pixels)
         if recorder is not None:

@@ -52,13 +52,14 @@ def font_file(bold: bool = False) -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
 
 
-def drawable(text: str) -> str:
+def with_drawable_letters(text: str) -> str:
     """Return the text with a box in place of every character that the font does not have."""
     return "".join(letter if ord(letter) in _glyphs() else _BOX for letter in text)
 
 
 @lru_cache(maxsize=1)
 def _glyphs() -> frozenset[int]:
+    """Return the code points of the characters that the font has."""
     return frozenset(FT2Font(str(font_file())).get_charmap())
 
 

@@ -87,7 +87,7 @@ def draw_trajectory(trajectories: Sequence[Trajectory], path: Path, title: str =
     """
     if not trajectories:
         raise InputError("There are no trajectories to draw: give at least one.")
-    routed = any(budget.cond is not None for budget in trajectories)
+    routed = any(trajectory.cond is not None for trajectory in trajectories)
     with figure_style():
         figure = Figure(figsize=(6.4, 5.4 if routed else 3.1), layout="constrained")
         axes = figure.subplots(1 + routed, 1, sharex=True, squeeze=False, height_ratios=[1.5, 1] if routed else [1])
@@ -101,23 +101,26 @@ def draw_trajectory(trajectories: Sequence[Trajectory], path: Path, title: str =
 
 
 def _draw_kept(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
+    """Draw the kept shares of all trajectories that have them, with a legend."""
     colours = _colours(len(trajectories))
-    for budget, colour in zip(trajectories, colours, strict=True):
-        for share, dash in ((budget.cond, DASHES[0]), (budget.uncond, DASHES[1])):
+    for trajectory, colour in zip(trajectories, colours, strict=True):
+        for share, dash in ((trajectory.cond, DASHES[0]), (trajectory.uncond, DASHES[1])):
             if share is None:
                 continue
             computed = ~np.isnan(share).any(axis=1)
-            level, share = budget.level[computed], share[computed]
+            level, share = trajectory.level[computed], share[computed]
             low, high = np.quantile(share, [0.1, 0.9], axis=1)
             axes.fill_between(level, low, high, color=colour, alpha=0.14, linewidth=0)
             axes.plot(level, share.mean(axis=1), color=colour, linestyle=dash)
     axes.set_ylabel("tokens kept")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(0, None)
-    handles = [Line2D([], [], color=c, label=budget.label) for budget, c in zip(trajectories, colours, strict=True)]
+    handles = [
+        Line2D([], [], color=c, label=trajectory.label) for trajectory, c in zip(trajectories, colours, strict=True)
+    ]
     if len(trajectories) == 1:
         handles = []
-    if any(budget.uncond is not None for budget in trajectories):
+    if any(trajectory.uncond is not None for trajectory in trajectories):
         colour = MUTED if len(trajectories) > 1 else COLOURS[0]
         names = ("with class", "without class")
         handles += [Line2D([], [], color=colour, ls=d, label=n) for d, n in zip(DASHES, names, strict=False)]
@@ -126,14 +129,18 @@ def _draw_kept(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
 
 
 def _draw_time(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
-    for budget, colour in zip(trajectories, _colours(len(trajectories)), strict=True):
-        axes.plot(budget.level, budget.milliseconds, color=colour, label=budget.label)
+    """Draw the time of each step of all trajectories; times far above the others are cut off."""
+    for trajectory, colour in zip(trajectories, _colours(len(trajectories)), strict=True):
+        axes.plot(trajectory.level, trajectory.milliseconds, color=colour, label=trajectory.label)
     axes.set_ylabel("time per step\nand image [ms]")
-    slowest = max(float(np.quantile(budget.milliseconds, 0.98)) for budget in trajectories)  # the first step warms up
+    slowest = max(
+        float(np.quantile(trajectory.milliseconds, 0.98)) for trajectory in trajectories
+    )  # the first step warms up
     axes.set_ylim(0, 1.15 * slowest)
-    if len(trajectories) > 1 and all(budget.cond is None for budget in trajectories):
+    if len(trajectories) > 1 and all(trajectory.cond is None for trajectory in trajectories):
         axes.legend(loc="best", fontsize=8.5)
 
 
 def _colours(count: int) -> list[str]:
+    """Return a colour for each of `count` trajectories."""
     return [COLOURS[index % len(COLOURS)] for index in range(count)]

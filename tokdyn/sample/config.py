@@ -30,8 +30,8 @@ def _two_levels(value: Any) -> Any:
     return values
 
 
-def _distinct_budgets(drops: tuple[float, ...]) -> tuple[float, ...]:
-    """Reject tail drops that would share a folder, because its name holds only six digits of the tail drop."""
+def _distinct_drops(drops: tuple[float, ...]) -> tuple[float, ...]:
+    """Reject tail drops that are equal to six digits, because the names of their folders hold no more digits."""
     if not drops:
         raise ValueError("tail_drop is empty: give at least one share; tail_drop=0 drops nothing")
     names = [f"{drop:g}" for drop in drops]
@@ -93,7 +93,7 @@ class SampleConfig(BaseModel):
     guidance: GuidanceScale = 1.0
     guidance_channels: GuidanceChannels = "all"
     guidance_interval: Annotated[Interval, BeforeValidator(_two_levels)] = (0.0, 1.0)
-    tail_drop: Annotated[tuple[Share, ...], AfterValidator(_distinct_budgets), BeforeValidator(listed)] = (0.0,)
+    tail_drop: Annotated[tuple[Share, ...], AfterValidator(_distinct_drops), BeforeValidator(listed)] = (0.0,)
     drop_curve: Points | None = None
     uncond_tail_drop: Drop | None = None
     clip: bool | None = None
@@ -125,6 +125,7 @@ class SampleConfig(BaseModel):
         return self
 
     def _changed(self, name: str) -> bool:
+        """Return whether a setting differs from its default."""
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def sampler(self, tail_drop: float, clip: bool) -> Sampler:

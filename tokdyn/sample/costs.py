@@ -70,7 +70,7 @@ def merge_costs(
         after: number of images in the second set.
 
     Returns:
-        The means over both sets, None where either of them is; the costs of one set if the other has none.
+        The means over both sets, each None if one of the two is; the costs of one set if the other is empty.
     """
     if not earlier or not later:
         return tuple(earlier or later)
@@ -130,6 +130,7 @@ def _share(kept: Sequence[int | None], cells: int) -> float | None:
 
 
 def _cost(record: StepRecord, images: int, shares: Sequence[float | None], flops: float | None) -> StepCost:
+    """Return a cost from the kept share of each branch (empty if all tokens were computed) and the FLOPs per image."""
     return StepCost(
         timestep=record.timestep,
         level=record.level,

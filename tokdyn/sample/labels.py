@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokdyn.errors import RecipeError
-from tokdyn.report.style import drawable
+from tokdyn.report.style import with_drawable_letters
 from tokdyn.sample.loading import ModelInfo
 
 NO_CLASS = "none"
@@ -38,7 +38,7 @@ def class_name(label: int, info: ModelInfo, model: Any) -> str:
     if label == model.config.num_classes:
         return "no class"
     name = info.class_names[label] if label < len(info.class_names) else str(label)
-    return name if drawable(name) == name else str(label)
+    return name if with_drawable_letters(name) == name else str(label)
 
 
 def _number(entry: int | str, names: Sequence[str], total: int) -> int:

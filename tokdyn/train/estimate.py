@@ -78,7 +78,8 @@ class Estimate:
 
     @property
     def _mean_over(self) -> str:
-        return "the budgets" if self.upcycled is None else "the budgets and phases, the base included"
+        """What the training FLOPs are averaged over, in words."""
+        return "the tail drops" if self.upcycled is None else "the tail drops and phases, the base included"
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the estimate as pairs of a name and a text: the value with its unit."""
@@ -133,8 +134,8 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     micro_batch = micro_batch_size(recipe, 1)
-    budget = _STEP_FLOPS.get(device.type, _STEP_FLOPS_ELSEWHERE)
-    count = max(1, min(micro_batch, int(budget / (3.0 * mean))))
+    most = _STEP_FLOPS.get(device.type, _STEP_FLOPS_ELSEWHERE)
+    count = max(1, min(micro_batch, int(most / (3.0 * mean))))
     seconds = activations = None
     if time_steps and fixed < _free_memory(device):
         x = (
@@ -167,7 +168,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
     )
 
 
-def _budgets(recipe: Recipe) -> list[float]:
+def _kept_shares(recipe: Recipe) -> list[float]:
     """Return the kept share under each tail drop that training draws.
 
     Before tail drop it is assumed to be compute_match.kept, or 1/N if the recipe has no such setting.
@@ -182,9 +183,9 @@ def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
     if recipe.chunking is None:
         flops = flops_per_image(model)
         return flops, flops, 1.0
-    budgets = _budgets(recipe)
-    costs = [flops_per_image(model, kept) for kept in budgets]
-    return flops_per_image(model), sum(costs) / len(costs), sum(budgets) / len(budgets)
+    shares = _kept_shares(recipe)
+    costs = [flops_per_image(model, kept) for kept in shares]
+    return flops_per_image(model), sum(costs) / len(costs), sum(shares) / len(shares)
 
 
 def _comparison_flops(recipe: Recipe, steps: int, base: DiT | None, full: float) -> float:

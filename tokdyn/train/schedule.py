@@ -80,18 +80,15 @@ def tail_drop(settings: ChunkingSettings, seed: int, step: int, first: int, batc
     Returns:
         0.0 during the warm-up; then one number for all samples of the step, or with `draw: sample` a tensor (B,).
     """
-    budgets = settings.tail_drops
-    if step < settings.budget_warmup_steps or budgets == (0.0,):
+    drops = settings.tail_drops
+    if step < settings.budget_warmup_steps or drops == (0.0,):
         return 0.0
     if settings.draw == "step":
-        return budgets[int(torch.randint(len(budgets), (), generator=generator(seed, Stream.BUDGET, step)))]
+        return drops[int(torch.randint(len(drops), (), generator=generator(seed, Stream.BUDGET, step)))]
     drawn = torch.stack(
-        [
-            torch.randint(len(budgets), (), generator=generator(seed, Stream.BUDGET, step, first + i))
-            for i in range(batch)
-        ]
+        [torch.randint(len(drops), (), generator=generator(seed, Stream.BUDGET, step, first + i)) for i in range(batch)]
     )
-    return torch.tensor(budgets)[drawn]
+    return torch.tensor(drops)[drawn]
 
 
 def ema_decay(decay: float, warmup: bool, step: int) -> float:

@@ -34,10 +34,12 @@ class StopRequest:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle the first signal."""
         self.requested = True
         self._restore()  # so that the next signal interrupts
 
     def _restore(self) -> None:
+        """Restore the handlers of signals from before the context."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -1,8 +1,8 @@
-"""Upcycling (arXiv 2603.06351): a student with fewer tokens or less width, made from a pretrained model and trained.
+"""Upcycle a pretrained model, the base: make a student that computes less from it, and train the student.
 
-`tokdyn.upcycle(base, "dc", target=4)` builds the student. `tokdyn upcycle` also trains it: a recipe takes the student
-of a `DiT` through the phases of its section `upcycle`; `distil` trains the transformer of a text-to-image pipeline on
-calls that were recorded while the pipeline drew images.
+`tokdyn.upcycle(base, "dc", target=4)` builds the student (arXiv 2603.06351), and `tokdyn upcycle` also trains it. The
+student of a `DiT` is trained by a recipe, whose section `upcycle` divides the run into phases. The transformer of a
+text-to-image pipeline is trained by `distil`, on calls that were recorded while the pipeline drew images.
 """
 
 from tokdyn.upcycling.conversion import to_dc, upcycle

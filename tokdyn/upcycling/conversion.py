@@ -1,4 +1,4 @@
-"""Build the student from a pretrained model: which tensors are copied, and how the new ones start."""
+"""Build a student from a pretrained model: copy the tensors that both have, and initialise the new ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INSTEAD_OF_TRAINING = {
     "skip": "call tokdyn.calibrate(model, calls, tokdyn.DepthSkip(), flops=...)",
     "cache": "call tokdyn.calibrate(model, calls, tokdyn.FeatureCache(), flops=...)",
 }
-"""What to do with each method that needs no training."""
+"""For each method that needs no training, the advice that an error gives."""
 EMBEDDERS = ("t_embedder.", "y_embedder.")
 """Prefixes of the parameters that embed timestep and class."""
 COPIED = ("blocks.", *EMBEDDERS)
@@ -44,10 +44,10 @@ _FREE = (
 
 
 def check_method(name: Any) -> None:
-    """Reject a method that is not trained into a model.
+    """Refuse a method that upcycling does not train.
 
     Raises:
-        InputError: The method is unknown, or needs no training; the message says what to do instead.
+        InputError: The method is unknown, or needs no training.
     """
     name = short_name(name)
     if name in INSTEAD_OF_TRAINING:
@@ -55,50 +55,49 @@ def check_method(name: Any) -> None:
     if name not in TRAINED:
         untrained = ", ".join(INSTEAD_OF_TRAINING)
         raise InputError(
-            f"there is no method {name!r}; choose {' or '.join(TRAINED)} ({untrained} are attached without training)."
+            f"There is no method {name!r}; choose {' or '.join(TRAINED)} ({untrained} are attached without training)."
         )
 
 
 def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **settings: Any) -> Any:
     """Build a student with fewer tokens or less width from a pretrained model, ready to be trained.
 
-    ``dc`` turns a `DiT` into a `DCDiT` (arXiv 2603.06351): it copies the blocks and the embedders, and freezes the
-    embedders; encoder, router, decoder and head are new. For any other transformer that an adapter knows, it copies the
-    model and wraps its blocks in a `Chunking`; the copy computes what the model did until it drops tokens. ``dydit``
-    attaches a `DynamicWidth` (arXiv 2410.03456) whose gates start open.
+    ``dc`` makes a `DCDiT` from a `DiT` (arXiv 2603.06351): the blocks and the embedders are copied, the embedders are
+    frozen, and encoder, router, decoder and head are new. From any other transformer that has an adapter it makes a
+    copy with `Chunking` attached, whose outputs equal the base's as long as all tokens are kept. ``dydit`` attaches
+    `DynamicWidth` (arXiv 2410.03456), whose gates are open at first, so that everything is computed.
 
     Args:
-        base: A model, a name that `tokdyn models` lists, the path of a checkpoint, or an id of the hub. It is not
-            changed.
+        base: A model, which is not changed; a name that `tokdyn models` lists; the path of a checkpoint; or a hub id.
         method: "dc", "dydit", or a list of both.
-        **settings: Settings of ``dc``, such as target, patch_size, router or encoder_depth, and those of `DynamicWidth`
-            with the prefix ``width_``, such as width_target=0.7.
+        **settings: Settings of ``dc``, such as target, patch_size, router or encoder_depth, and settings of
+            `DynamicWidth` with the prefix ``width_``, such as width_target=0.7.
 
     Returns:
-        The student in training mode. `tokdyn.upcycling.report(base, student)` lists what is copied, new and frozen.
+        The student, in training mode. `tokdyn.upcycling.report(base, student)` lists what is copied, new and frozen.
 
     Raises:
-        InputError: A method is unknown or needs no training, or a setting does not fit.
-        UnsupportedModelError: No adapter knows the model.
+        InputError: A method is unknown or needs no training, a setting is wrong, or the base is wrapped or a DC-DiT.
+        UnsupportedModelError: There is no adapter for the model.
     """
     names = [short_name(name) for name in (method if isinstance(method, list | tuple) else [method])]
     for name in names:
         check_method(name)
     if not names or len(set(names)) < len(names):
-        raise InputError(f"method is {names}; name at least one method, and each only once.")
+        raise InputError(f"method is {names}; name at least one method, and each once.")
     model = base if isinstance(base, nn.Module) else open_base(base)
     if attachment_of(model) is not None:
-        raise InputError(f"this {type(model).__name__} is wrapped; call tokdyn.unwrap on it first.")
+        raise InputError(f"The base, a {type(model).__name__}, is wrapped; call tokdyn.unwrap on it first.")
     width_settings = {key.removeprefix("width_"): value for key, value in settings.items() if key.startswith("width_")}
     dc_only = {key: value for key, value in settings.items() if not key.startswith("width_")}
     if width_settings and "dydit" not in names:
         raise InputError(
-            f"width_{next(iter(width_settings))} is a setting of dydit, which is not among the methods; add dydit or "
-            "leave the setting out."
+            f"width_{next(iter(width_settings))} is a setting of dydit, which is not among the methods; add dydit, or "
+            "remove the setting."
         )
     if dc_only and "dc" not in names:
         raise InputError(
-            f"{next(iter(dc_only))} is a setting of dc, which is not among the methods; add dc or leave it out."
+            f"{next(iter(dc_only))} is a setting of dc, which is not among the methods; add dc, or remove the setting."
         )
     attached: list[Method] = []
     if "dc" not in names:
@@ -106,7 +105,7 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
     elif isinstance(model, DiT):
         student = to_dc(model, **dc_only)
     elif isinstance(model, DCDiT):
-        raise InputError("the base is a DC-DiT already; continue its training, or attach methods with tokdyn.wrap.")
+        raise InputError("The base is a DC-DiT already; continue its training, or attach methods with tokdyn.wrap.")
     else:
         student = copy.deepcopy(model)
         attached.append(Chunking(**dc_only))
@@ -122,17 +121,17 @@ def build_student(
 
     Args:
         settings: The section `upcycle` of the recipe.
-        base: The pretrained model; it is not changed.
-        chunked: Build a DC-DiT; otherwise copy the base.
+        base: The pretrained model, which is not changed.
+        chunked: Whether the student is a DC-DiT; otherwise it is a copy of the base.
         accumulation: Calls of the model per optimizer step.
-        **overrides: Settings of the DC-DiT, see `dc_settings`.
+        **overrides: Settings of the DC-DiT, see `dc_settings`; ignored if `chunked` is False.
 
     Returns:
-        The student in training mode.
+        The student, in training mode.
 
     Raises:
-        InputError: An override does not fit the base.
-        RecipeError: A method to attach after training asks for what it cannot reach on this model.
+        InputError: An override is wrong, or a method cannot be attached.
+        RecipeError: A method to attach after training has a FLOPs target that it cannot reach on this model.
     """
     student: Any = to_dc(base, **overrides) if chunked else copy.deepcopy(base).train()
     methods = [_counted_in_calls(each, accumulation) for each in settings.methods]
@@ -141,14 +140,14 @@ def build_student(
 
 
 def _counted_in_calls(method: AttachedMethod, accumulation: int) -> Method:
-    """Build a method whose warm-up counts calls of the model; the recipe counts optimizer steps."""
+    """Build a method from a recipe, converting its warm-up from optimizer steps to calls of the model."""
     built = method.build()
     calls = getattr(built, "warmup", 0) * accumulation
     return built.model_copy(update={"warmup": calls}) if calls else built
 
 
 def _check_skipping(after: Sequence[AfterSettings], model: nn.Module) -> None:
-    """Reject, before anything is trained, a share of the FLOPs that even skipping every block would exceed."""
+    """Raise a RecipeError if skip has a FLOPs target below the share that is left when all blocks are skipped."""
     parts = model_parts(model)
     least = sum(flops for name, flops in parts.items() if name not in PARTS) / sum(parts.values())
     for each in after:
@@ -160,26 +159,31 @@ def _check_skipping(after: Sequence[AfterSettings], model: nn.Module) -> None:
 
 
 def dc_settings(base: DiT, target: float = 4.0, patch_size: int | None = None, **settings: Any) -> dict[str, Any]:
-    """Return the settings of the DC-DiT that takes over the blocks of a DiT.
+    """Return the settings of a DC-DiT that can copy the blocks of a DiT.
 
     Args:
-        base: A DiT with patches of p x p.
+        base: A DiT with patches of p x p pixels.
         target: N, cells per kept token.
-        patch_size: Side of the DC-DiT's cells, a proper divisor of p. None takes p / sqrt(N), which keeps as many
-            tokens as the base has, or the next smaller divisor.
-        **settings: Settings of `DCDiT` that do not follow from the base: router, encoder_depth, scaffold_width, ...
+        patch_size: Side of the DC-DiT's cells in pixels, a divisor of p smaller than p. None takes p / sqrt(N), with
+            which it keeps as many tokens as the base has, or the largest divisor below that.
+        **settings: Other settings of `DCDiT` that the base does not determine: router, encoder_depth, scaffold_width,
+            ...
+
+    Returns:
+        All settings of `DCDiT`.
 
     Raises:
-        InputError: A setting follows from the base or is unknown, or the patch size is no proper divisor of p.
+        InputError: A setting is determined by the base or is unknown, the target is not above 1, or the patch size is
+            not a smaller divisor of p.
     """
     if not isinstance(target, int | float) or not target > 1.0:
-        raise InputError(f"target is {target!r}, expected more than 1 cell per kept token.")
+        raise InputError(f"target is {target!r}, expected more than 1 cell per kept token; set it to 4, for example.")
     known = inspect.signature(DCDiT.__init__).parameters
     for name in settings:
         if name in _FROM_BASE:
-            raise InputError(f"{name} follows from the base, where it is {base.config[name]!r}; leave it out.")
+            raise InputError(f"{name} is determined by the base, where it is {base.config[name]!r}; remove it.")
         if name == "position_scale":
-            raise InputError("position_scale follows from the patch sizes of base and student; leave it out.")
+            raise InputError("position_scale is determined by the patch sizes of base and student; remove it.")
         if name not in known:
             raise InputError(f"{name} is not a setting of a DC-DiT; choose from {', '.join(_FREE)}.")
     base_patch = base.config.patch_size
@@ -206,21 +210,22 @@ def dc_settings(base: DiT, target: float = 4.0, patch_size: int | None = None, *
 def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **settings: Any) -> DCDiT:
     """Build a DC-DiT with the blocks and the embedders of a DiT, and freeze the embedders.
 
-    Where cells are half as wide as the base's patches and the scaffold is wide enough, the encoder starts as the patch
-    embedding of the base. Everything else starts as in any new `DCDiT`, from torch's global generator. Tokens keep the
-    positions of the base: the upper left cell of each of its patches has the position of that patch.
+    A cell is the square of pixels that becomes one token of the DC-DiT; a patch of the base covers several. If cells
+    are half as wide as patches and the scaffold is wide enough, the encoder is initialised to compute the base's patch
+    embedding. All other parts are initialised as in any new `DCDiT`, from torch's global generator. The upper left cell
+    of each patch has the position embedding of that patch.
 
     Args:
-        base: The pretrained model; it is not changed and shares no tensor with the result.
+        base: The pretrained model, which is not changed and shares no tensor with the result.
         target: N, cells per kept token.
-        patch_size: See `dc_settings`.
-        **settings: See `dc_settings`.
+        patch_size: Side of the DC-DiT's cells in pixels, see `dc_settings`.
+        **settings: Other settings of `DCDiT`, see `dc_settings`.
 
     Returns:
-        The DC-DiT in training mode, on the device and in the dtype of the base.
+        The DC-DiT, in training mode, on the device and in the dtype of the base.
 
     Raises:
-        InputError: See `dc_settings`.
+        InputError: A setting is wrong, see `dc_settings`.
     """
     student = DCDiT(**dc_settings(base, target, patch_size, **settings))
     parameters = dict(student.named_parameters())
@@ -229,7 +234,7 @@ def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **setti
             parameters[name].copy_(parameter)
     _start_as_patch_embedding(student, base)
     if not (student.config.official_init or student.pos_embed.is_meta):
-        student.calibrate_on_noise()  # again, because the encoder has changed
+        student.calibrate_on_noise()  # the router was calibrated for the encoder before it changed
     for name, parameter in student.named_parameters():
         if name.startswith(EMBEDDERS):
             parameter.requires_grad_(False)
@@ -242,14 +247,15 @@ def to_dc(base: DiT, target: float = 4.0, patch_size: int | None = None, **setti
 
 
 def _start_as_patch_embedding(student: DCDiT, base: DiT) -> None:
-    """Let the encoder start as the patch embedding of the base, up to the norm at its end.
+    """Initialise the encoder so that it computes the patch embedding of the base, up to the norm at its end.
 
     A patch of 2x2 cells lies in the 3x3 window around its upper left cell. The first convolution copies each pixel of
-    the patch to a channel of its own, the residual branches start at zero, and the last skip projection is the patch
-    embedding. The norm divides a token by its root mean square, so its weight starts at the root mean square that
-    white noise has after the embedding.
+    the patch to a channel of its own, the residual branches are zero, and the last skip projection is the patch
+    embedding. The norm divides a token by its root mean square, so its weight is set to the root mean square that white
+    noise has after the embedding.
 
-    Does nothing if cells are not half as wide as patches, or the scaffold has fewer channels than a patch has pixels.
+    Does nothing if cells are not half as wide as patches, if the scaffold has fewer channels than a patch has values,
+    or if the last layer of the encoder has no skip projection.
     """
     cell, patch = student.config.patch_size, base.config.patch_size
     channels = base.config.in_channels

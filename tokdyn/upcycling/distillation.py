@@ -1,4 +1,7 @@
-"""Distill a student against its frozen base: the outputs of the blocks, token by token, and the predictions."""
+"""Distill a student from its frozen base, the teacher: compare the outputs of their blocks, and their predictions.
+
+A cell is the square of pixels that becomes one token of a DC-DiT; a patch of the teacher covers several cells.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from tokdyn.tokens import Grid, Packing
 
 
 def cells_per_patch_side(student: DCDiT) -> int:
-    """Return how many cells of a DC-DiT lie along a side of a patch of its base.
+    """Return the number of a DC-DiT's cells along the side of a patch of the DiT that it was made from.
 
     Raises:
         InputError: The DC-DiT was not made from a DiT.
@@ -27,14 +30,14 @@ def cells_per_patch_side(student: DCDiT) -> int:
     scale = float(student.config.position_scale)
     if scale >= 1.0:
         raise InputError(
-            "this DC-DiT was not made from a DiT, because its position_scale is 1; make one with "
+            "The DC-DiT was not made from a DiT, because its position_scale is 1; make one with "
             "tokdyn.upcycle(base, 'dc')."
         )
     return round(1.0 / scale)
 
 
 def corner_plan(grid: Grid, side: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the fixed plan, which keeps the upper left cell of every patch of the base.
+    """Return the fixed plan: a mask of the tokens to keep, which are those of the upper left cell of every patch.
 
     Args:
         grid: (rows, columns) of the DC-DiT.
@@ -42,37 +45,37 @@ def corner_plan(grid: Grid, side: int, device: torch.device | str = "cpu") -> Te
         device: Device of the result.
 
     Returns:
-        (N,) bool. The kept tokens, in raster order, correspond to the tokens of the base.
+        (N,) bool. The kept tokens correspond to the tokens of the base, both in raster order.
     """
     rows, columns = (torch.arange(size, device=device) % side == 0 for size in grid)
     return rearrange(rows[:, None] & columns, "rows columns -> (rows columns)")
 
 
 def patch_of(cell: Tensor, grid: Grid, side: int) -> Tensor:
-    """Return the patch of the base that each cell lies in.
+    """Return the index of the patch that each cell lies in.
 
     Args:
-        cell: (T,) int64, cells of the DC-DiT in raster order.
+        cell: (T,) int64 indices of cells, in raster order.
         grid: (rows, columns) of the DC-DiT.
         side: Cells along a side of a patch.
 
     Returns:
-        (T,) int64, patches in raster order.
+        (T,) int64 indices of patches, in raster order.
     """
     row, column = cell // grid[1], cell % grid[1]
     return (row // side) * (grid[1] // side) + column // side
 
 
 def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error over the teacher's variance.
+    """Return the mean squared error between student and teacher, divided by the teacher's variance.
 
     Args:
         student: (T, D).
         teacher: (T, D), without gradient.
 
     Returns:
-        Scalar: the mean of (student - teacher)^2, over the mean over channels of the teacher's variance over the T
-        rows. A student that predicts the mean of every channel reaches 1.
+        A scalar. The variance is that over the T rows, averaged over channels, so a student that predicts the teacher's
+        mean in every channel reaches 1.
     """
     target = teacher.float()
     variance = (target - target.mean(dim=0)).square().mean().clamp(min=1e-12)  # `var` takes three times as long
@@ -84,9 +87,9 @@ class LossTerms:
     """What a call of `Distillation` computes beside the student's prediction.
 
     Attributes:
-        blocks: The error between the outputs of the student's blocks and those of the teacher's.
-        output: The error between the predictions of both.
-        complete: The prediction of the student with its methods disabled.
+        blocks: Compute the error between the outputs of the student's blocks and those of the teacher's.
+        output: Compute the error between the student's prediction and the teacher's.
+        complete: Compute the prediction of the student with its methods disabled.
     """
 
     blocks: bool = False
@@ -95,13 +98,13 @@ class LossTerms:
 
 
 class Distillation(nn.Module):
-    """A student, and the frozen teacher that its blocks come from.
+    """A module that runs a student together with its frozen teacher.
 
     The teacher is not a submodule, so it is neither trained, saved nor sent to other processes.
 
     Args:
         student: A `DCDiT` from `to_dc`, or a copy of the teacher; either may be wrapped.
-        teacher: The base; None if nothing is compared with it.
+        teacher: The base, which is set to evaluation mode and frozen; None if no phase compares with it.
     """
 
     def __init__(self, student: Any, teacher: DiT | None) -> None:
@@ -113,14 +116,14 @@ class Distillation(nn.Module):
 
     @property
     def teacher(self) -> DiT:
-        """The base.
+        """The teacher.
 
         Raises:
-            InputError: There is none.
+            InputError: There is no teacher.
         """
         (teacher,) = self._teacher
         if teacher is None:
-            raise InputError("there is no teacher to compare the student with; give Distillation the base.")
+            raise InputError("There is no teacher to compare the student with; pass the base to Distillation.")
         return teacher
 
     def forward(
@@ -132,20 +135,21 @@ class Distillation(nn.Module):
         class_labels: Tensor,
         tail_drop: float | Tensor = 0.0,
     ) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
-        """Run the student, and the teacher if something is compared with it.
+        """Run the student, and the teacher if `terms` compare the two.
 
         Args:
-            terms: What to compute beside the prediction.
-            on_fixed_plan: (B,) bool, samples that keep the tokens of the fixed plan.
-            hidden_states: (B, C, rows, columns).
-            timestep: (B,).
-            class_labels: (B,).
-            tail_drop: Tail drop of the student.
+            terms: What to compute beside the student's prediction.
+            on_fixed_plan: (B,) bool, True for samples that keep the tokens of the fixed plan (see `corner_plan`). The
+                others keep those that the student's router chooses.
+            hidden_states: (B, C, rows, columns) noisy images.
+            timestep: (B,) timesteps.
+            class_labels: (B,) classes.
+            tail_drop: Tail drop of the student, a number or (B,).
 
         Returns:
-            The output of the student; its prediction with methods disabled, if asked for; and the losses by name:
-            "teacher" (mean over the blocks of the normalised error between each token and the teacher's token of the
-            patch that it lies in), "output" (the normalised error of the prediction) and those of attached methods.
+            The output of the student; its prediction with methods disabled, or None; and the losses by name. "teacher"
+            is the normalised error between each token and the teacher's token of its patch, mean over the blocks;
+            "output" is the normalised error of the prediction; further ones are the losses of attached methods.
         """
         inputs = (hidden_states, timestep, class_labels)
         arguments: dict[str, Any] = {}
@@ -175,6 +179,7 @@ class Distillation(nn.Module):
         return result, complete, losses
 
     def _grid(self, x: Tensor) -> Grid:
+        """Return the student's token grid (rows, columns) for inputs x (B, C, rows, columns)."""
         patch = self.student.config.patch_size
         return x.shape[-2] // patch, x.shape[-1] // patch
 
@@ -184,12 +189,12 @@ class Distillation(nn.Module):
         """Return the normalised error of each block's tokens, mean over the blocks.
 
         Args:
-            ours: Outputs of the student's blocks: (B, N, D), or packed (T, D) with their packing.
-            theirs: Outputs of the teacher's blocks, (B, P, D) with P patches.
+            ours: Outputs of the student's blocks: (B, N, D), or packed as (T, D) with the packing.
+            theirs: Outputs of the teacher's blocks, (B, P, D) for P patches.
             grid: (rows, columns) of the student.
         """
         packing = ours[0][1]
-        rows = None  # of the teacher's (B * P, D) tokens, the one that belongs to each packed token
+        rows = None  # for each packed token, the row of its patch in the teacher's tokens (B * P, D)
         if packing is not None:
             patches = theirs[0][0].shape[1]
             rows = packing.sample * patches + patch_of(packing.cell, grid, cells_per_patch_side(self.student))
@@ -203,7 +208,7 @@ class Distillation(nn.Module):
 
 @contextmanager
 def _outputs_of(blocks: Sequence[nn.Module] | nn.ModuleList) -> Iterator[list[tuple[Tensor, Any]]]:
-    """Collect the outputs of blocks inside the context, each with the packing that the block was called with."""
+    """Yield a list that collects the outputs of blocks called in the context, each with the packing of the call."""
     outputs: list[tuple[Tensor, Any]] = []
 
     def collect(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""The section `upcycle` of a recipe: the base, the phases of a run, and the methods that it trains or attaches."""
+"""Define the section `upcycle` of a recipe: the base, the phases of the run, and the methods to train or to attach.
+
+The base is the pretrained model; the student is made from it, and trained.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from tokdyn.section import Positive, Section, Weight
 
 Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
 TRAINED = ("dc", "dydit")
-"""Methods that are trained into a model, as `tokdyn.upcycle` and `tokdyn upcycle --method` name them."""
+"""Methods that upcycling trains, by their names in `tokdyn.upcycle` and `tokdyn upcycle --method`."""
 
 
 class AttachedMethod(BaseModel):
-    """A method that is attached to the student while it trains, with its settings beside its name.
+    """A method that is attached to the student while it trains.
 
-    In a recipe its warm-up counts optimizer steps, however many calls of the model each of them takes.
+    The settings of the method stand beside `method`. A warm-up is given in optimizer steps.
 
     Attributes:
-        method: "DynamicWidth".
+        method: Name of the method: "DynamicWidth", or "dydit" for short.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -45,18 +48,20 @@ class PhaseSettings(Section):
 
     Attributes:
         name: Name of the phase in messages.
-        steps: Its optimizer steps; null, only for the last phase, lasts until the end of the run.
-        plan: Which tokens the blocks compute: "fixed" keeps the upper left cell of every patch of the base, "learned"
-            keeps what the router chooses, "handover" moves from the first to the second, sample by sample.
-        teacher: Weight of the error between the outputs of the student's blocks and those of the frozen base, over the
-            variance of the latter.
-        output: Weight of the error between the predictions of both, over the variance of the base's.
+        steps: Number of optimizer steps; null for the last phase, which lasts until the end of the run.
+        plan: Tokens that the student keeps: "fixed" keeps one per patch of the base, in its upper left corner;
+            "learned" keeps those that the router chooses; "handover" moves from the first to the second, sample by
+            sample.
+        teacher: Weight of the error between the outputs of the student's blocks and those of the frozen base, divided
+            by the variance of the base's.
+        output: Weight of the error between the student's prediction and the base's, divided by the variance of the
+            base's.
         diffusion: Weight of the diffusion loss.
-        complete: Weight of the diffusion loss of the student with its methods disabled, on the same noisy images: DyDiT
-            (arXiv 2410.03456) uses it to keep the whole network trained.
-        frozen: Parts that do not learn: "embedders" (of timestep and class), "blocks", "router", "methods" (trained
-            parameters of attached methods), "scaffold" (everything else).
-        lr: Factor on the learning rate.
+        complete: Weight of the diffusion loss of the student with its methods disabled, on the same noisy images, with
+            which DyDiT (arXiv 2410.03456) keeps the whole network trained.
+        frozen: Parts that are not trained: "embedders" (of timestep and class), "blocks", "router", "methods"
+            (parameters of attached methods), "scaffold" (everything else).
+        lr: Factor that the learning rate is multiplied by.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -79,15 +84,17 @@ class PhaseSettings(Section):
 
 
 class AfterSettings(Section):
-    """A method that is attached to the student when its training has ended.
+    """A method that is attached to the student after its training.
 
     Attributes:
-        method: "cache" and "skip" are calibrated on images that the student draws, "merge" is attached as it is.
-        flops: Share of the FLOPs that the calibration aims at. skip needs one; for a cache, null keeps its threshold.
+        method: "cache" or "skip", which are calibrated on images that the student draws, or "merge", which needs no
+            calibration.
+        flops: Target of the calibration, as a share of the FLOPs; required for skip. For a cache, null keeps its
+            default threshold.
         ratio: Share of the tokens that merge merges.
-        steps: Model calls per image during the calibration; use as many as for sampling later.
-        guidance: Scale of guidance during the calibration; use the one of sampling later.
-        count: Images that the calibration draws.
+        steps: Sampling steps per image during the calibration; use as many as for sampling later.
+        guidance: Guidance scale during the calibration; use the same as for sampling later.
+        count: Number of images that the calibration draws.
     """
 
     method: Annotated[Literal["cache", "skip", "merge"], BeforeValidator(short_name)]
@@ -100,9 +107,11 @@ class AfterSettings(Section):
     @model_validator(mode="after")
     def _has_the_right_target(self) -> Self:
         if self.method == "skip" and self.flops is None:
-            raise ValueError("skip needs a share of the FLOPs to aim at; add flops=0.7, for example")
+            raise ValueError("skip needs a share of the FLOPs as its target; add flops=0.7, for example")
         if self.method == "merge" and self.flops is not None:
-            raise ValueError("merge has no flops; leave it out, and set ratio to choose how many tokens are merged")
+            raise ValueError(
+                "merge has no setting flops; remove it, and set ratio to choose how many tokens are merged"
+            )
         return self
 
 
@@ -115,13 +124,13 @@ DISTILLED = (
 
 
 class UpcycleSettings(Section):
-    """How a run starts from a pretrained model (upcycling, arXiv 2603.06351).
+    """The settings of a run that starts from a pretrained model (upcycling, arXiv 2603.06351).
 
     Attributes:
-        base: The pretrained model: a name that `tokdyn models` lists, a file or a folder.
-        ema: Take the averaged weights of a base that holds both.
-        methods: Methods attached while the student trains, outermost first; they are saved beside it.
-        after: Methods attached when training has ended, and saved in the folder `methods` of the run.
+        base: The pretrained model: a name that `tokdyn models` lists, a file, a folder or a hub id.
+        ema: Take the averaged weights if the base holds averaged and plain ones.
+        methods: Methods to attach while the student trains, outermost first. They are saved beside its weights.
+        after: Methods to attach after the training. They are saved in the folder `methods` of the run.
         phases: The phases in order; the last one lasts until the end of the run.
     """
 
@@ -135,23 +144,23 @@ class UpcycleSettings(Section):
     def _agrees_with_itself(self) -> Self:
         for phase in self.phases[:-1]:
             if phase.steps is None:
-                raise ValueError(f"phase {phase.name!r} has no steps; only the last phase may leave them out")
+                raise ValueError(f"phase {phase.name!r} has no steps; set them, only the last phase may have none")
         for methods in (self.methods, self.after):
             names = [each.method for each in methods]
             if len(set(names)) < len(names):
-                raise ValueError(f"the methods {', '.join(names)} repeat one; name each only once")
+                raise ValueError(f"the methods {', '.join(names)} repeat one; name each once")
         if any(phase.complete for phase in self.phases) and not self.methods:
             raise ValueError(
-                "complete trains the student with its methods disabled, and upcycle.methods is empty; leave it out"
+                "complete has no effect, because upcycle.methods is empty and there is nothing to disable; remove it"
             )
         if self.phases[-1].steps is not None:
             raise ValueError(
-                f"phase {self.phases[-1].name!r} is the last and lasts until the end of the run; leave its steps out"
+                f"phase {self.phases[-1].name!r} is the last and lasts until the end of the run; remove its steps"
             )
         return self
 
     def phase(self, step: int) -> tuple[PhaseSettings, float]:
-        """Return the phase of a step and the fraction of the phase that has passed, in [0, 1).
+        """Return the phase of a step, and the share of its steps already taken, in [0, 1); 0 in the last phase.
 
         Args:
             step: Steps already taken.
@@ -163,7 +172,7 @@ class UpcycleSettings(Section):
         raise AssertionError("the last phase has no end")
 
     def shares(self, steps: int) -> list[tuple[PhaseSettings, float]]:
-        """Return every phase with its share of the steps of a run.
+        """Return each phase with its share of the steps of a run.
 
         Args:
             steps: Steps of the run.
@@ -182,17 +191,17 @@ class UpcycleSettings(Section):
 
 
 def split_methods(methods: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Split the values of `--method` into methods that are trained and settings of those attached after training.
+    """Split the values of `--method` into methods to train and methods to attach after the training.
 
     Args:
-        methods: Such as ["dc", "dydit", "cache", "skip=0.7", "merge=0.3"]; the number is the share of the FLOPs that a
-            calibration aims at, or the ratio of merge.
+        methods: Values such as "dc", "dydit", "cache", "skip=0.7" or "merge=0.3". The number is the target of the
+            calibration as a share of the FLOPs, or for merge the ratio.
 
     Returns:
-        Names of trained methods, and the fields of an `AfterSettings` for each of the others.
+        The names of the methods to train, and for each of the others the fields of its `AfterSettings`.
 
     Raises:
-        RecipeError: A method is unknown or listed twice, or its number is not one.
+        RecipeError: A method is unknown or listed twice, or the text after "=" is not a number.
     """
     trained, after, names = [], [], []
     for text in methods:
@@ -215,5 +224,5 @@ def split_methods(methods: Sequence[str]) -> tuple[list[str], list[dict[str, Any
                 raise RecipeError(f"--method {text}: {number!r} is not a number; write {name}=0.7.") from error
         after.append(fields)
     if len(set(names)) < len(names):
-        raise RecipeError(f"--method {', '.join(methods)} repeats a method; name each only once.")
+        raise RecipeError(f"--method {', '.join(methods)} repeats a method; name each once.")
     return trained, after
