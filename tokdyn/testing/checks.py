@@ -103,11 +103,11 @@ def _check_tokens(model: nn.Module, call: Mapping[str, Any], count: int) -> None
         model(**call)
     finally:
         handle.remove()
-    assert shapes, (
-        f"the adapter {adapter.name!r} declares blocks in {adapter.blocks[0].path!r}, but the first did not run"
-    )
-    if adapter.blocks[0].image == "all" and adapter.blocks[0].packing is None:
+    blocks = adapter.blocks[0]
+    assert shapes, f"the adapter {adapter.name!r} declares blocks in {blocks.path!r}, but the first of them did not run"
+    if blocks.image == "all" and blocks.packing is None:
         assert shapes[0] is not None
-        assert shapes[0][1] == count, (
-            f"the adapter {adapter.name!r} reads a grid of {count} cells, but the first block gets {shapes[0][1]} tokens"
+        tokens = shapes[0][1]
+        assert tokens == count, (
+            f"the adapter {adapter.name!r} reads a grid of {count} cells, but the first block gets {tokens} tokens"
         )

@@ -61,7 +61,7 @@ class Case:
 
 
 def prediction(output: Any) -> Tensor:
-    """Return the prediction (B, ...) in what a model returned: a tensor, a list, a tuple, or an output with `sample`."""
+    """Return the prediction (B, ...) from a model's result: a tensor, list or tuple, or an object with `sample`."""
     value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     return torch.stack(list(value)) if isinstance(value, Sequence) else value
 
