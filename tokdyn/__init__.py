@@ -1,8 +1,7 @@
-"""Dynamic token computation for diffusion transformers.
+"""Diffusion transformers that compute fewer tokens, blocks or channels: methods, wrappers for any DiT, and DC-DiT.
 
-`import tokdyn` is cheap: names are loaded when first used. The subpackages are `tokdyn.ops` (pure tensor functions),
-`tokdyn.models` (DiT and DC-DiT), `tokdyn.diffusion`, `tokdyn.data`, `tokdyn.train`, `tokdyn.sample`,
-`tokdyn.evaluate`, `tokdyn.checkpoints` and `tokdyn.bases`.
+`tokdyn.wrap(model, methods)` attaches methods to a model. `import tokdyn` is cheap: it loads neither torch nor a
+subpackage, and every public name is loaded when it is first used. docs/design.md lists the subpackages.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ _SUBMODULES = frozenset(
 
 
 def __getattr__(name: str) -> object:
-    """Loads a public name or a subpackage on first use (PEP 562)."""
+    """Load a public name or a subpackage on first use (PEP 562)."""
     if name in _LAZY:
         value: object = getattr(importlib.import_module(_LAZY[name]), name)
     elif name in _SUBMODULES:
@@ -150,5 +149,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """Every public name, loaded or not."""
+    """List every public name and subpackage, loaded or not."""
     return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,4 +1,4 @@
-"""List named models with their size and cost, families of models, methods, and which methods work on which family."""
+"""List named models with their sizes and costs, pretrained models, model families, methods, and what works on what."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LISTED_PATCHES = (2, 4, 8)
 
 
 class CatalogSettings(BaseModel):
-    """Settings of `tokdyn models`: what named models are built for.
+    """Settings of `tokdyn models`: the inputs that sizes and costs of named models are computed for.
 
     Attributes:
-        sample_size: rows and columns of the input; 32 is a 256-pixel image in an 8x latent space.
-        in_channels: input channels.
+        sample_size: rows and columns of the input; 32 stands for a 256-pixel image in an 8x latent space.
+        in_channels: number of input channels.
         num_classes: number of classes.
-        target: N of DC-DiTs, cells per kept token.
-        tail_drop: share of the kept tokens that DC-DiTs drop.
+        target: N, cells per kept token of a DC-DiT.
+        tail_drop: share of the kept tokens that a DC-DiT drops as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,15 +43,15 @@ class CatalogSettings(BaseModel):
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One named model.
+    """The size and cost of one named model.
 
     Attributes:
-        name: name for `DiT.named` or `DCDiT.named`.
+        name: its name for `DiT.named` or `DCDiT.named`.
         kind: "dit" or "dcdit".
         parameters: number of parameters, including the frozen position table.
         tokens: N, cells of the token grid.
-        computed: tokens that the blocks see on average when a DC-DiT keeps its target.
-        gflops: 1e9 FLOPs of one forward pass on one image; a multiply-add is 2 FLOPs.
+        computed: mean number of tokens that the blocks get; fewer than N in a DC-DiT, which keeps 1/target of them.
+        gflops: GFLOPs (1e9) of one forward pass on one image; a multiply-add is 2 FLOPs.
     """
 
     name: str
@@ -63,13 +63,13 @@ class CatalogEntry:
 
 
 def catalog(settings: CatalogSettings) -> list[CatalogEntry]:
-    """Build every named model on the meta device and compute its cost.
+    """Compute size and cost of every named model, without allocating its weights.
 
     Args:
-        settings: what to build the models for.
+        settings: the inputs to compute them for.
 
     Returns:
-        The models; patch sizes that do not divide the input are left out.
+        An entry for each model and patch size; patch sizes that do not divide the input are left out.
     """
     size = settings.sample_size
     shared = {"sample_size": size, "in_channels": settings.in_channels, "num_classes": settings.num_classes}
@@ -97,12 +97,12 @@ class BaseEntry:
     """A pretrained model to start from.
 
     Attributes:
-        name: name for `tokdyn.bases.open_base`.
+        name: its name for `tokdyn.bases.open_base`.
         kind: "base".
-        format: format of its file.
-        objective: "noise" or "flow".
-        parameters: number of parameters after reading.
-        source: a URL, an id of the hub, or "shipped".
+        format: the format of its file.
+        objective: what it predicts, "noise" or "flow".
+        parameters: number of parameters of the model that is built from it.
+        source: a URL, a hub id, or "shipped" for a file of this package.
         cached: whether it can be opened without a network.
     """
 
@@ -116,7 +116,7 @@ class BaseEntry:
 
 
 def bases() -> list[BaseEntry]:
-    """List the named pretrained models."""
+    """Return an entry for each named pretrained model."""
     return [
         BaseEntry(
             row.name,
@@ -136,11 +136,11 @@ class FamilyEntry:
     """A family of models that methods can be attached to.
 
     Attributes:
-        name: name of its adapter.
+        name: the name of its adapter.
         kind: "family".
-        classes: names of its classes.
-        methods: for each method, whether it works: "yes", "partly" or "no".
-        refused: refused settings, as a user writes them, and the reason.
+        classes: the names of its model classes.
+        methods: for each method whether it can be attached: "yes", "partly" (with some settings) or "no".
+        refused: settings that cannot be attached, as the Python call that makes them, each with the reason.
     """
 
     name: str
@@ -151,28 +151,28 @@ class FamilyEntry:
 
 
 def families() -> list[FamilyEntry]:
-    """List the families that have an adapter, and what works on each of them."""
+    """Return an entry for each family with an adapter."""
     matrix = support()
     entries = []
     for adapter in known_adapters():
-        found = [each for each in matrix if each.family == adapter.name]
-        refused = {settings: reason for each in found for settings, reason in each.refused.items()}
-        works: dict[str, str] = {each.method: each.works for each in found}
+        row = [one for one in matrix if one.family == adapter.name]
+        refused = {settings: reason for one in row for settings, reason in one.refused.items()}
+        works: dict[str, str] = {one.method: one.works for one in row}
         entries.append(FamilyEntry(adapter.name, "family", adapter.classes, works, refused))
     return entries
 
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method.
+    """A method, its settings and the families that it works on.
 
     Attributes:
-        name: name of its class.
+        name: the name of its class.
         what: what it does, in one line.
         acts: when it acts: "training", "sampling" or both.
-        stage: where it acts, from the list of all blocks down to the kernel.
-        settings: its settings and their defaults.
-        families: for each family, whether it works: "yes", "partly" or "no".
+        stage: where it acts: "blocks", "span", "block", "sublayer" or "kernel".
+        settings: the defaults of its settings by name.
+        families: for each family whether it can be attached: "yes", "partly" (with some settings) or "no".
     """
 
     name: str
@@ -184,7 +184,7 @@ class MethodEntry:
 
 
 def methods() -> list[MethodEntry]:
-    """List all methods with the families that they work on."""
+    """Return an entry for each registered method."""
     matrix = support()
     entries = []
     for name, method in METHODS.items():
@@ -192,6 +192,6 @@ def methods() -> list[MethodEntry]:
         what = (sys.modules[method.__module__].__doc__ or "").splitlines()[0]
         acts = tuple(word for phase, word in (("train", "training"), ("sample", "sampling")) if phase in traits.phases)
         settings = {key: info.get_default(call_default_factory=True) for key, info in method.model_fields.items()}
-        works: dict[str, str] = {each.family: each.works for each in matrix if each.method == name}
+        works: dict[str, str] = {one.family: one.works for one in matrix if one.method == name}
         entries.append(MethodEntry(name, what, acts, traits.stage.name.lower(), settings, works))
     return entries

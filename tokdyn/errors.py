@@ -1,18 +1,18 @@
-"""The errors that a user can cause; each message says what was wrong, what was expected and what to do."""
+"""The errors that a user's input can cause. Each message says what was wrong, what was expected and what to do."""
 
 from __future__ import annotations
 
 
 class TokdynError(Exception):
-    """Base of every error that input causes and not a bug; the command line prints it and exits with 2."""
+    """Base class of the errors that input causes, and not a bug; the command line prints them and exits with 2."""
 
 
 class UnsupportedModelError(TokdynError):
-    """The model is not one that the requested method can be attached to."""
+    """The model has no adapter, or the requested method cannot be attached to it."""
 
 
 class CompositionError(TokdynError):
-    """The methods cannot be combined in this list."""
+    """Methods of one stack cannot be combined."""
 
 
 class RecipeError(TokdynError):
@@ -32,4 +32,4 @@ class InputError(TokdynError, ValueError):
 
 
 class OutputError(TokdynError):
-    """A file or folder cannot be written: it is of another kind or protected, or the disk is full."""
+    """A file or folder cannot be written: its path is taken by something else, it is protected, or the disk is full."""

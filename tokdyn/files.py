@@ -1,4 +1,4 @@
-"""Atomic writing of files, checks of output folders before long work begins, and JSON objects."""
+"""Write files atomically, check output folders before long work begins, and read JSON objects."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from safetensors import SafetensorError
 from tokdyn.errors import CheckpointError, OutputError
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-"""A path in a settings model; `~` becomes the home folder even where the shell does not expand it."""
+"""The type of paths in settings. A leading `~` becomes the home folder, even if the shell has not expanded it."""
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file of a checkpoint.
+    """Read a file of a checkpoint that holds one JSON object.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds no JSON object.
+        CheckpointError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not readable JSON ({error}): restore it, or use another checkpoint."
+            f"{path} cannot be read as JSON ({error}): restore it, or use another checkpoint."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -39,35 +39,39 @@ def json_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: the path yielded replaces `path` if the block succeeds, and is removed if it does not.
+    """Write a file atomically; a context manager.
 
-    The folder is created if needed.
+    The block writes to a temporary file, which replaces `path` when the block ends and is removed if the block raises.
+    The folder is created if it does not exist.
+
+    Yields:
+        The path of the temporary file, in the same folder.
 
     Raises:
         OutputError: the file cannot be written, for example because the disk is full.
     """
-    half = half_of(path)
+    temporary = half_of(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield half
-            half.replace(path)
+            yield temporary
+            temporary.replace(path)
     finally:
         with suppress(OSError):
-            half.unlink()
+            temporary.unlink()
 
 
 def half_of(path: Path) -> Path:
-    """Return where `path` is written until it is complete: a hidden file, so that nobody takes it for a result."""
+    """Return the hidden file in the same folder that is written until `path` is complete."""
     return path.with_name(f".{path.name}.half")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system about writing `path` into an OutputError.
+    """Raise errors of the operating system inside of the block as an OutputError that names `path`.
 
     Raises:
-        OutputError: the system refuses to write.
+        OutputError: the operating system or safetensors could not write.
     """
     try:
         yield
@@ -77,11 +81,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_folder(folder: Path, setting: str = "out") -> None:
-    """Refuse a folder that cannot be written to, before long work begins; create nothing.
+    """Check that a folder can be written to, before long work begins. Nothing is created.
 
     Args:
-        folder: folder that will be written to; it need not exist.
-        setting: name of the setting that holds it.
+        folder: the folder, which need not exist.
+        setting: name of the setting that it comes from, for the message.
 
     Raises:
         OutputError: it is a file or lies below one, or there is no permission to write to it.

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, occasional plain lines elsewhere."""
+"""Show the progress of long work on stderr: a bar on a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_EVERY = 30.0  # seconds between plain lines
+_INTERVAL = 30.0  # seconds between plain lines
 
 
 def duration(seconds: float) -> str:
@@ -25,10 +25,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
     Args:
         title: name of the work.
-        total: number of items.
+        total: number of items to be done.
 
     Yields:
-        A function to call with the number of items done since its last call.
+        A function to call as items are finished, with the number of items since its last call.
     """
     if sys.stderr.isatty():
         with _bar(title, total) as advance:
@@ -50,17 +50,17 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _Lines:
-    """Prints at most one line per half minute."""
+    """Prints the progress as plain lines, at most one per half minute."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
         self._began = self._printed = time.monotonic()
 
     def advance(self, done: int) -> None:
-        """Count finished items, and print a line if it is time."""
+        """Add finished items, and print a line if the last one is half a minute old."""
         self._done += done
         now = time.monotonic()
-        if now - self._printed < _EVERY or not self._done:
+        if now - self._printed < _INTERVAL or not self._done:
             return
         self._printed = now
         left = (now - self._began) / self._done * (self._total - self._done)

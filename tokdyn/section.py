@@ -1,4 +1,4 @@
-"""The base class of a recipe's sections and other strict settings, and the number types of their fields."""
+"""The base class of recipe sections and other checked settings, and the number types of their fields."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """Settings that refuse unknown keys and infinite numbers, and cannot be changed once they are validated."""
+    """Immutable settings that refuse unknown keys, NaN and infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Derive every random draw from (seed, purpose, step, slot), so that a checkpoint needs no random state."""
+"""Derive the seed of every random draw from (seed, purpose, step, slot), so that checkpoints hold no random state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Stream(IntEnum):
 
 
 def splitmix64(value: int) -> int:
-    """Scramble a 64-bit integer (the finaliser of SplitMix64, Steele, Lea and Flood 2014)."""
+    """Hash a 64-bit integer to another one (one step of SplitMix64, Steele, Lea and Flood 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -29,7 +29,7 @@ def splitmix64(value: int) -> int:
 
 
 def mix(seed: int, *parts: int) -> int:
-    """Fold integers into one 64-bit seed; the order matters."""
+    """Hash integers into one 64-bit seed. Their order matters."""
     state = splitmix64(seed & _MASK)
     for part in parts:
         state = splitmix64(state ^ (part & _MASK))
@@ -40,14 +40,14 @@ def seed_everything(seed: int, stream: Stream, *parts: int) -> None:
     """Seed torch's global generators, on CPU and accelerators, for one purpose.
 
     Args:
-        seed: The recipe's seed.
-        stream: The purpose.
-        parts: Where in the run: step and slot. The slot numbers the micro-batches of one step over all devices, so
-            two devices draw what one device with two micro-batches draws.
+        seed: the seed of the recipe.
+        stream: the purpose.
+        *parts: the place in the run: step and slot. A slot is the number of a micro-batch, counted over all devices of
+            a step, so that two devices draw the same as one device with two micro-batches.
     """
     torch.manual_seed(mix(seed, stream, *parts) >> 1)  # torch wants a value below 2**63
 
 
 def generator(seed: int, stream: Stream, *parts: int) -> torch.Generator:
-    """Return a CPU generator of its own for one purpose, leaving the global ones alone."""
+    """Return a new CPU generator, seeded as in `seed_everything`; the global generators stay as they are."""
     return torch.Generator().manual_seed(mix(seed, stream, *parts) >> 1)

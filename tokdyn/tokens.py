@@ -1,4 +1,4 @@
-"""The frozen state that flows through a model: token grids, packings and routing decisions."""
+"""Describe the tokens of a batch: their grid, how they are packed, and which of them a router keeps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def cells(grid: Grid) -> int:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where packed rows (T, D) come from: the kept tokens of a batch, sample after sample in raster order.
+    """Which samples and cells packed rows (T, D) belong to: the kept tokens of a batch, sample after sample.
+
+    Within a sample the rows are in raster order.
 
     Attributes:
         lengths: number of kept tokens of each sample, on the host; they sum to T.
@@ -50,17 +52,17 @@ class Packing:
 
     @property
     def total(self) -> int:
-        """The number of packed rows T."""
+        """T, the number of packed rows."""
         return sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """The number of rows M of the longest sample."""
+        """The number of rows of the sample that has most."""
         return max(self.lengths)
 
     @cached_property
     def padded(self) -> Padding:
-        """The index maps between packed and padded rows, built once for all blocks."""
+        """The index maps between packed and padded rows, built at the first use and kept for all blocks."""
         return Padding.of(self)
 
 
@@ -69,10 +71,11 @@ class Padding:
     """Index maps between packed (T, D) and padded (B, R, D) rows.
 
     Attributes:
-        rows: R, the rows of the longest sample, aligned to `TILE`.
-        gather: (B * R,) int64, the packed row of each padded slot; empty slots repeat a row of their sample.
-        scatter: (T,) int64, the padded slot of each packed row.
-        bias: (B, 1, 1, R) fp32, 0 for real keys and -inf for empty slots.
+        rows: R, the number of rows of the longest sample, rounded up to a multiple of `TILE`.
+        gather: (B * R,) int64, the packed row of each row of the padded tensor; padding repeats the last row of its
+            sample.
+        scatter: (T,) int64, the row in the padded tensor, flattened to (B * R, D), of each packed row.
+        bias: (B, 1, 1, R) fp32 for the logits of attention: 0 for the keys of real rows and -inf for padding.
     """
 
     rows: int
@@ -82,7 +85,7 @@ class Padding:
 
     @staticmethod
     def of(packing: Packing) -> Padding:
-        """Build the maps on the packing's device, without a synchronisation with the host."""
+        """Build the maps on the packing's device, without synchronising with it."""
         import torch
 
         starts = packing.cu_seqlens[:-1].to(packing.index.dtype)
@@ -102,12 +105,13 @@ class Routing:
     """The decisions of a router in one call.
 
     Attributes:
-        probability: (B, N) fp32, boundary probability p of every cell.
-        keep: (B, N) bool, the tokens that the blocks see.
-        natural_keep: (B, N) bool, the tokens with p > 0.5, before tail drop.
+        probability: (B, N) fp32, the boundary probability p of every cell.
+        keep: (B, N) bool, the tokens that the blocks get.
+        natural_keep: (B, N) bool, the tokens with p > 0.5, before tail drop; at least one of each sample.
         grid: the token grid, N cells.
-        losses: auxiliary losses by name, scalars; "ratio" is the ratio loss of the whole batch at the model's target.
-        decided: (B, N) bool, the tokens selected before tail drop, if not by p > 0.5 alone; otherwise None.
+        losses: scalar auxiliary losses by name; "ratio" is the ratio loss of the whole batch at the model's target.
+        decided: (B, N) bool, the tokens selected before tail drop if a plan was given; otherwise None, and
+            `natural_keep` holds them.
     """
 
     probability: Tensor
@@ -119,10 +123,10 @@ class Routing:
 
     @property
     def kept(self) -> Tensor:
-        """The number of kept tokens of each sample, (B,) int64."""
+        """Number of kept tokens of each sample, (B,) int64."""
         return self.keep.sum(dim=1)
 
     @property
     def natural_kept(self) -> Tensor:
-        """The number of kept tokens of each sample before tail drop, (B,) int64."""
+        """Number of tokens with p > 0.5 of each sample, before tail drop, (B,) int64."""
         return self.natural_keep.sum(dim=1)

@@ -1,6 +1,6 @@
-"""Declarations of the models that methods can be attached to, one for each family.
+"""Adapters: declarations of the models that methods can be attached to, one for each family.
 
-This is the only room that knows the attribute names of other people's models; docs/adapters.md shows how to add one.
+Only this package knows the attribute names of other people's models. docs/adapters.md shows how to add an adapter.
 """
 
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products

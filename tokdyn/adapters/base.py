@@ -25,17 +25,18 @@ Patterns = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Follow:
-    """An argument of a block with one entry per token: when tokens are selected, its entries are selected too.
+    """An argument of a block with one entry per token, such as a rotary table or a mask.
 
-    None, and tensors whose token axis is shorter than the image, are passed on unchanged. In a tuple or list, every
-    tensor is selected from unless `item` names one.
+    When tokens are selected, the same entries of this argument are selected. None, and tensors whose token axis is
+    shorter than the number of image tokens, are passed on unchanged. In a tuple or list, entries of every tensor are
+    selected unless `item` names one.
 
     Attributes:
-        name: of the argument.
-        axis: the token axis.
+        name: the name of the argument.
+        axis: the token axis of the tensor.
         batched: whether axis 0 is the batch. An unbatched tensor gains a batch axis once samples keep different tokens.
         dims: select only from tensors with this many axes; None selects from all.
-        item: select only from this item of a tuple; None selects from all.
+        item: select only from the tensor at this index of a tuple or list; None selects from all.
     """
 
     name: str
@@ -47,11 +48,12 @@ class Follow:
 
 @dataclass(frozen=True)
 class Products:
-    """The layers of a block whose rows are something other than its image tokens; FLOPs are computed from this.
+    """Which layers of a block run over other rows than its image tokens. FLOPs are computed from this.
 
-    Only what the rest of the declaration leaves open has to be given. Where `image`, `inside` or `inside_mlp` of
-    `Blocks` puts text and image into one sequence, the layers there are known to run over both. So are the layers of
-    attention if a block takes text as an argument of its own and attention has no separate layers for it.
+    Rows are the vectors that a layer is applied to. Give only what does not follow from the rest of the declaration: if
+    `image`, `inside` or `inside_mlp` of `Blocks` says that text and image are one sequence, the layers there run over
+    both; so do the layers of attention if a block takes text as an argument of its own and attention has no separate
+    layers for text.
 
     Attributes:
         sample: layers that run once per sample, such as adaLN.
@@ -63,7 +65,7 @@ class Products:
         context_text: how many of the encoder's tokens are text, at the end, where image embeddings with their own key
             and value layers precede them; None if all are.
         beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
-        linear: attention multiplies keys with values first, so that its cost is linear in the tokens.
+        linear: whether attention multiplies keys with values first, so that its cost is linear in the tokens.
         indicator: layers that `Blocks.modulated` runs.
     """
 
@@ -90,7 +92,8 @@ class Blocks:
         path: attribute of the model that holds the list; dots lead into submodules.
         tokens: argument of a block that holds the image tokens, (B, N, D).
         text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
-        returns: what a block returns, in order; () if it is to be learned in the first call.
+        returns: what a block returns, in order: "tokens" for image tokens, "text" for text tokens; () if this is to be
+            learned in the first call.
         image: where image tokens lie in `tokens`: "all" of it, or "first" or "last" beside text tokens.
         inside: where image tokens lie in the input of attention, if text joins them within the block.
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
@@ -100,12 +103,12 @@ class Blocks:
         attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
             has is used.
         mlp: attributes that may hold the MLP, likewise.
-        stream: attribute of a block that holds an identity through which tokens pass between attention and the norm
-            before the MLP.
+        stream: attribute of a block that holds an identity module through which tokens pass between attention and the
+            norm before the MLP; None if there is none.
         packing: argument of a block that takes the `Packing` of packed tokens (T, D); None if tokens are (B, N, D).
-        modulated: computes (B, ...), the modulated input of the block's attention, from the block and its arguments.
-            Feature caches compare it from step to step; None compares the tokens that the block gets.
-        products: what the layers of a block run over; None if unknown, and then FLOPs are only counted.
+        modulated: `modulated(block, arguments)` computes the modulated input (B, N, D) of the block's attention, which
+            FeatureCache compares from step to step; None compares the tokens that the block gets.
+        products: what the layers of a block run over; None if unknown, and then FLOPs are counted but not computed.
         width: the layers that can be sliced to some heads and MLP channels; None if there are none.
     """
 
@@ -141,7 +144,7 @@ class Blocks:
 
 
 def configured_width(model: nn.Module) -> int:
-    """Return D of a diffusers model, heads times head size; 0 if its configuration does not give both."""
+    """Return D of a diffusers model, number of heads times head size; 0 if its configuration does not give both."""
     return configured_heads(model) * _configured(model, "attention_head_dim")
 
 
@@ -163,22 +166,24 @@ class ModelAdapter:
         name: of the family.
         classes: names of the model classes; subclasses match too.
         blocks: the lists of blocks, in the order in which they run.
-        grid: computes the token grid of a call; None if unknown, and then no method may drop or merge tokens.
-        level: computes the noise level of a call, (B,) or (), where 1 is pure noise; None for models that have none,
-            such as classifiers.
+        grid: `grid(model, arguments)` computes the token grid of a call; None if unknown, and then no method may drop
+            or merge tokens.
+        level: `level(model, arguments)` computes the noise level of a call, (B,) or (), where 1 is pure noise; None for
+            models that have none, such as classifiers.
         refuse: arguments of the model that cannot be combined with token reduction, each with the reason.
-        width: computes D, the channels of an image token between blocks; 0 if unknown.
-        heads: computes H, the attention heads of a block; 0 if unknown.
+        width: `width(model)` computes D, the channels of an image token between blocks; 0 if unknown.
+        heads: `heads(model)` computes H, the attention heads of a block; 0 if unknown.
         guidance: how pipelines call the model for classifier-free guidance: with both branches in one batch, the
-            conditional or the unconditional half first, or in two calls, the conditional one first.
-        chunked: the model chunks its tokens itself, so that its blocks see a subset that depends on the image.
-        dense: blocks mix neighbouring cells, by a convolution for example, so that no token can be left out of them.
-        softmax: attention is softmax attention, so that its keys can be weighted.
+            conditional half first ("cond_first") or the unconditional one ("uncond_first"); or in two calls ("calls"),
+            the conditional one first.
+        chunked: whether the model chunks its tokens itself, so that its blocks get a subset that depends on the image.
+        dense: whether blocks mix neighbouring cells, by a convolution for example, so that no token can be left out.
+        softmax: whether attention is softmax attention, so that its keys can be weighted.
         read_ahead: arguments whose values, not only their shapes, determine the grid.
-        whole: returns why a model with this configuration needs all its tokens, or None if it does not.
-        fits: tells whether a model of such a class name really belongs to the family; None accepts every one.
+        whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
+        fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
         entries: methods of the model that run its blocks and may be called instead of the model itself.
-        inferred: the adapter was read off the model's structure and is checked during the first call.
+        inferred: whether the adapter was inferred from the model's structure and has to be checked in the first call.
     """
 
     name: str

@@ -20,7 +20,7 @@ def _grid(model: nn.Module, call: Arguments) -> Grid:
 
 
 def _level(model: nn.Module, call: Arguments) -> Tensor | float:
-    """Read timesteps that run to 1000 as noise, or SiT's times, where 1 is the image."""
+    """Return the noise level: the timestep over 1000, or for SiT, whose time 1 is the image, 1 minus the time."""
     value: Tensor | float = next(call[name] for name in ("timestep", "t", "timesteps") if name in call)
     if "SiT" in {base.__name__ for base in type(model).__mro__}:
         return 1.0 - value
@@ -43,10 +43,11 @@ def _heads(model: nn.Module) -> int:
 
 
 def _sliceable(block: nn.Module) -> bool:
-    """Tell whether attention is tokdyn's, or timm's in a version that stores its number of channels.
+    """Tell whether the attention of a block uses the numbers of heads and channels that are stored in its module.
 
-    Other attentions, such as those of older versions of timm, take the number of channels from their input, which stays
-    at full width. timm's gate and the norm before the output projection span all heads and rule slicing out.
+    tokdyn's attention does, and so does timm's in recent versions; others take the number of channels from their input,
+    which keeps its full width. Attention of timm with a gate, or with a norm before the output projection, cannot be
+    sliced, because both span all heads.
     """
     from tokdyn.models.blocks import Attention
 

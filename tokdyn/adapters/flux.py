@@ -1,7 +1,7 @@
-"""Adapters of Flux and of the models built like it, Chroma and Flux 2.
+"""Adapters of Flux, and of Chroma and Flux 2, which are built like it.
 
-The first list of blocks has two streams, for text and image. In the second list both form one sequence: within each
-block of Flux, and from block to block in Chroma and Flux 2.
+In the first list of blocks, text and image tokens are two sequences. In the second list they are one: Flux joins them
+inside of each block and separates them again, Chroma and Flux 2 keep them joined from block to block.
 """
 
 from __future__ import annotations

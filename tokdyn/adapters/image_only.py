@@ -1,7 +1,7 @@
 """Adapters of diffusers models whose blocks hold image tokens only: DiT, PixArt and Sana.
 
-PixArt and Sana read the text through cross-attention. Attention of Sana is linear, and its MLP holds a convolution over
-neighbouring cells, so tokens can be merged around its attention but not left out of a block.
+PixArt and Sana read the text by cross-attention. The attention of Sana is linear, and its MLP has a convolution over
+neighbouring cells, so that tokens can be merged around its attention but not left out of a block.
 """
 
 from __future__ import annotations

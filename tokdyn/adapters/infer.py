@@ -1,8 +1,8 @@
-"""Infer an adapter for a model that none is declared for, from the structure of the model.
+"""Infer an adapter from the structure of a model for which none is declared.
 
 The structure shows where the blocks are and which argument is the noise level. What the blocks return is learned in the
-first call, which also checks everything else (`tokdyn.attach.inferred`). Where tokens lie on a grid and which arguments
-belong to a token cannot be seen, so an inferred adapter serves depth skipping and feature caching only.
+first call, which also checks the rest (`tokdyn.attach.inferred`). The token grid, and which arguments have one entry
+per token, cannot be inferred, so that an inferred adapter serves DepthSkip and FeatureCache only.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tokdyn.adapters.base import Arguments, Blocks, ModelAdapter
 LEVEL_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 """Names that an argument for the noise level may have, in order of preference."""
 SIDE_PATHS = ("text", "context", "caption", "prompt", "refiner", "audio", "siglip", "clip", "encoder")
-"""Parts of the path of a list that does not hold the main blocks; ignored if the model has no other list."""
+"""A list whose path contains one of these is taken not to be the main blocks, unless the model has no other list."""
 
 
 def infer(model: nn.Module) -> ModelAdapter | str:
-    """Return an adapter inferred from the model's structure, or a sentence that says what was looked for in vain."""
+    """Return an adapter inferred from the model's structure; or the reason, a clause for a message, if that fails."""
     paths = _block_lists(model)
     main = [path for path in paths if not any(part in path.lower() for part in SIDE_PATHS)] or paths
     if not main:
         return (
-            "looked for an nn.ModuleList or nn.Sequential of two or more blocks of one class, each with "
-            "weights of its own, and there is none"
+            "the model has no nn.ModuleList or nn.Sequential of two or more blocks of one class, each with weights of "
+            "its own"
         )
     names = arguments(model)
     level = next((name for name in LEVEL_NAMES if name in names), None)
@@ -44,7 +44,7 @@ def infer(model: nn.Module) -> ModelAdapter | str:
 
 
 def _declare(path: str, blocks: Any) -> Blocks:
-    """Declare a list of blocks: the first argument holds the tokens, and what they return is still to be learned."""
+    """Declare a list of blocks whose first argument holds the tokens; `returns` is left to be learned."""
     return Blocks(path, tokens=arguments(blocks[0])[0], returns=(), products=None)
 
 
@@ -76,15 +76,15 @@ def _are_blocks(modules: list[nn.Module]) -> bool:
 
 @dataclass
 class GuessedLevel:
-    """Reads the noise level from an argument of which only the name is known.
+    """Reads the noise level from an argument of which only the name is known, by guessing its scale.
 
-    Larger values are taken as noisier. Integers are taken as timesteps up to 1000. So are floats, once a value above 1
-    has been seen; until then they are taken as levels up to 1. A sigma is taken as a level as well until one above 1 is
-    seen, and then as the standard deviation s of noise that is added to the image: its level is `s / (1 + s)`.
+    Larger values are taken to be noisier. Integers are timesteps up to 1000. Floats are noise levels up to 1 until the
+    first value above 1, and from then on timesteps up to 1000. An argument called sigma is a noise level until the
+    first value above 1, and from then on the standard deviation s of the noise, whose level is `s / (1 + s)`.
 
     Attributes:
-        name: of the argument.
-        large: whether a value above 1 has been seen.
+        name: the name of the argument.
+        large: whether there has been an integer or a value above 1.
     """
 
     name: str

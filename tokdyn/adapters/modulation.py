@@ -1,9 +1,9 @@
-"""Compute what the attention of a block gets: its tokens, normalised and modulated by the timestep.
+"""Compute the input of a block's attention: its tokens after the first norm and the modulation by the timestep.
 
-Adapters name one of these functions in `Blocks.modulated`. A feature cache compares the result in the first block from
-step to step, because its change predicts that of the model's output (arXiv 2411.19108). Every function takes the block
-and its arguments by name, and returns the image tokens (B, N, D), or those of text and image where both share a
-sequence.
+Adapters name one of these functions in `Blocks.modulated`. FeatureCache compares the result in the first block from
+step to step, because its change predicts the change of the model's output (arXiv 2411.19108). Every function takes a
+block and the arguments of its call by name, and returns the image tokens (B, N, D), or text and image tokens if both
+are one sequence. The block is not changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokdyn.adapters.base import Arguments
 
 
 def public_dit(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for blocks `block(x, c)` of the public DiT: `layer_norm(x) * (1 + scale) + shift`, from their adaLN."""
+    """Return the modulated tokens of a block `block(x, c)` of the public DiT: `layer_norm(x) * (1 + scale) + shift`."""
     x, condition = list(arguments.values())[:2]
     shift, scale = block.adaLN_modulation(condition).chunk(6, dim=1)[:2]  # type: ignore[operator]
     out: Tensor = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
@@ -24,14 +24,14 @@ def public_dit(block: nn.Module, arguments: Arguments) -> Tensor:
 
 
 def diffusers_dit(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for diffusers' DiT, whose blocks embed the timestep and the class themselves."""
+    """Return the modulated tokens of a block of diffusers' DiT, which embeds the timestep and the class itself."""
     x, timestep, labels = (arguments[name] for name in ("hidden_states", "timestep", "class_labels"))
     out: Tensor = block.norm1(x, timestep, labels, hidden_dtype=x.dtype)[0]  # type: ignore[operator]
     return out
 
 
 def from_embedding(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for blocks whose first norm takes `temb`: SD3, Flux, HunyuanVideo, AuraFlow and Lumina 2.
+    """Return the modulated tokens of a block whose first norm takes `temb`, as in SD3, Flux, HunyuanVideo and Lumina 2.
 
     Image-to-video HunyuanVideo modulates the tokens of the first frame by an embedding of their own.
     """
@@ -46,14 +46,14 @@ def from_embedding(block: nn.Module, arguments: Arguments) -> Tensor:
 
 
 def cogvideox(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for CogVideoX, whose first norm takes the text tokens as well."""
+    """Return the modulated image tokens of a block of CogVideoX, whose first norm takes the text tokens as well."""
     x, text, embedding = (arguments[name] for name in ("hidden_states", "encoder_hidden_states", "temb"))
     out: Tensor = block.norm1(x, text, embedding)[0]  # type: ignore[operator]
     return out
 
 
 def shift_table(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for PixArt and Sana, whose blocks add a table of their own to the model's modulation."""
+    """Return the modulated tokens of a block of PixArt or Sana, whose own table is added to the model's modulation."""
     x, timestep = arguments["hidden_states"], arguments["timestep"]
     table: Tensor = block.scale_shift_table  # type: ignore[assignment]
     shift, scale = (table[None] + timestep.view(len(x), 6, -1)).chunk(6, dim=1)[:2]  # each (B, 1, D)
@@ -62,7 +62,7 @@ def shift_table(block: nn.Module, arguments: Arguments) -> Tensor:
 
 
 def shift_table_per_token(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for LTX and Wan, which do as PixArt does with a timestep that may differ from token to token."""
+    """Return the modulated tokens of a block of LTX or Wan: as in PixArt, but tokens may differ in their timestep."""
     x, temb = arguments["hidden_states"], arguments["temb"]
     table: Tensor = block.scale_shift_table.view(6, -1)  # type: ignore[operator]
     shift, scale = (table[:2] + temb.reshape(len(x), -1, *table.shape)[:, :, :2]).unbind(2)  # each (B, N or 1, D)
@@ -71,17 +71,17 @@ def shift_table_per_token(block: nn.Module, arguments: Arguments) -> Tensor:
 
 
 def zimage(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for Z-Image, whose blocks scale without a shift."""
+    """Return the modulated tokens of a block of Z-Image, which scales them without a shift."""
     scale = block.adaLN_modulation(arguments["adaln_input"]).chunk(4, dim=1)[0]  # type: ignore[operator]
     out: Tensor = block.attention_norm1(arguments["x"]) * (1 + scale[:, None])  # type: ignore[operator]
     return out
 
 
 def qwen(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for Qwen-Image.
+    """Return the modulated image tokens of a block of Qwen-Image.
 
-    Tokens of reference images, where `modulate_index` is not 0, are modulated by a second timestep; `temb` then holds
-    the first timestep of all samples and, after these along the batch, the second.
+    Tokens of reference images, whose `modulate_index` is not 0, are modulated by a second timestep. `temb` then has
+    2 B rows: the first timestep of all samples, followed by the second.
     """
     shift, scale = block.img_mod(arguments["temb"]).chunk(6, dim=-1)[:2]  # type: ignore[operator]
     shift, scale, index = shift[:, None], scale[:, None], arguments.get("modulate_index")
@@ -93,9 +93,9 @@ def qwen(block: nn.Module, arguments: Arguments) -> Tensor:
 
 
 def flux2(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Modulate for Flux 2, where the model computes one modulation for all its blocks.
+    """Return the modulated image tokens of a block of Flux 2, whose modulation is computed once for all blocks.
 
-    diffusers 0.36 passes it to the blocks already split into shift and scale.
+    diffusers 0.36 passes it to the blocks split into shift and scale, later versions as one tensor.
     """
     if "temb_mod_img" in arguments:
         shift, scale = arguments["temb_mod_img"].chunk(6, dim=-1)[:2]

@@ -1,6 +1,6 @@
-"""Read the token grid and the noise level from a call, in the ways that several families share.
+"""Functions and texts that the adapters of several families use: readers of the token grid and of the noise level.
 
-The reasons for refusing an argument that several families have are here as well.
+`CONTROL_REASON` and `IMAGE_PROMPT_REASON` are reasons for `ModelAdapter.refuse`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IMAGE_PROMPT_REASON = "image prompts and other attention arguments may have one 
 
 
 def patch_grid(model: nn.Module, call: Arguments) -> Grid:
-    """Return the grid of the patches of (B, C, H, W) latents, with the patch size of the model's configuration."""
+    """Return the grid of latents (B, C, rows, columns): both sizes divided by the patch size in the model's config."""
     size = model.config["patch_size"]  # type: ignore[index]
     rows, columns = call["hidden_states"].shape[-2:]
     return rows // size, columns // size
@@ -30,12 +30,12 @@ def patch_grid(model: nn.Module, call: Arguments) -> Grid:
 def timestep_level(
     name: str = "timestep", scale: float = 1000.0, backwards: bool = False
 ) -> Callable[[nn.Module, Arguments], Any]:
-    """Return a reader of the noise level for a model whose timestep runs from 0, the image, to `scale`.
+    """Return a function for `ModelAdapter.level`, for models whose timestep runs from 0, the image, to `scale`, noise.
 
     Args:
-        name: of the timestep argument.
+        name: the name of the timestep argument.
         scale: the timestep of pure noise.
-        backwards: the timestep runs the other way, so that `scale` is the image.
+        backwards: whether the timestep runs the other way, from 0, pure noise, to `scale`, the image.
     """
 
     def level(model: nn.Module, call: Arguments) -> Tensor | float:
@@ -47,14 +47,17 @@ def timestep_level(
 
 
 def grid_from_ids(ids: Tensor) -> Grid:
-    """Return the grid of position ids (N, axes), in raster order, whose first three axes are frame, row and column.
+    """Return the grid that position ids span: (frames, rows, columns), or (rows, columns) for a single frame.
 
-    A grid of a single frame is returned without the frame axis.
+    Reading the ids synchronises with their device. A compiled graph is made for one grid and asserts it.
+
+    Args:
+        ids: (N, axes) ids of all cells in raster order; the first three axes are frame, row and column.
     """
     grid: Grid = _constant_extent(ids)
     if torch.compiler.is_compiling():  # within a larger graph, which was compiled for this grid
         same = (_extent(ids) == torch.tensor(grid, device=ids.device)).all()
-        torch._assert_async(same, "this graph was made for another token grid; compile the model on its own instead.")
+        torch._assert_async(same, "this graph was compiled for another token grid; compile the model alone instead.")
     return grid[1:] if grid[0] == 1 else grid
 
 

@@ -23,10 +23,10 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3, TIMM_VIT,
 )  # fmt: skip
 REFUSED: dict[str, str] = {
-    "WanVACETransformer3DModel": "its control blocks have a stream of their own and add to the main blocks; use a "
-    "WanTransformer3DModel",
+    "WanVACETransformer3DModel": "its control blocks compute tokens of their own that are added between the main "
+    "blocks; use a WanTransformer3DModel",
 }
-"""Classes that inference would misread, each with the reason for the refusal."""
+"""Classes for which inference would find a wrong adapter, each with the reason for the refusal."""
 REGISTERED: list[ModelAdapter] = []
 """Adapters that the user registered, in that order."""
 
@@ -43,7 +43,7 @@ def register_adapter(adapter: ModelAdapter) -> ModelAdapter:
         The same object.
 
     Raises:
-        InputError: the argument is no adapter, or another adapter has its name.
+        InputError: the argument is not a ModelAdapter, or another adapter has its name.
     """
     if not isinstance(adapter, ModelAdapter):
         raise InputError(f"register_adapter got a {type(adapter).__name__}; give it a tokdyn.adapters.ModelAdapter.")
@@ -87,28 +87,28 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
         size = sum(parameter.numel() for parameter in part.parameters())
         if path and declared_adapter(part) is not None and size > half:
             raise UnsupportedModelError(
-                f"this {type(model).__name__} holds a {type(part).__name__} in its {path!r}; wrap that one before it "
-                "is put into another module."
+                f"this {type(model).__name__} holds a {type(part).__name__} in its {path!r}; call tokdyn.wrap on the "
+                f"{type(part).__name__} before it is put into another module."
             )
     inferred = infer(model)
     if isinstance(inferred, ModelAdapter):
         return inferred
     raise UnsupportedModelError(
-        f"no adapter knows {type(model).__name__}; docs/adapters.md shows how to write one. Inference failed as well: "
-        f"{inferred}. Known classes are {', '.join(name for each in known_adapters() for name in each.classes)}."
+        f"{type(model).__name__} has no adapter; docs/adapters.md shows how to write one. Inferring one failed: "
+        f"{inferred}. Known classes are {', '.join(name for one in known_adapters() for name in one.classes)}."
     )
 
 
 def _refusal(model: nn.Module) -> str | None:
-    """Return why a model is refused for its class alone; None if it is not."""
+    """Return why a model of this class is refused; None if it is not."""
     names = [base.__name__ for base in type(model).__mro__]
     if any("ControlNet" in name for name in names):
-        return "a ControlNet hands what each of its blocks returns to another model; wrap that model instead"
+        return "the output of each block of a ControlNet is used by another model; wrap that model instead"
     return next((REFUSED[name] for name in names if name in REFUSED), None)
 
 
 def _reduce(adapter: ModelAdapter) -> tuple[Any, ...]:
-    """Copy and pickle an adapter of the package by its name, because the functions in it cannot be pickled."""
+    """Let copy and pickle store an adapter of the package by its name, because its functions cannot be pickled."""
     if any(adapter is own for own in ADAPTERS):
         return _by_name, (adapter.name,)
     return object.__reduce_ex__(adapter, 4)  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""Read the matrix products of a block from its layers, as far as they do not depend on the call.
+"""Read from the layers of a block which matrix products it computes.
 
-`Structure` says which rows (image tokens, text tokens, samples, ...) each linear layer and convolution of a block runs
-over and what one row costs, and lists the attentions of the block. `tokdyn.cost` combines this with the token counts of
+A `Structure` says for each linear layer and convolution which rows it runs over (image tokens, text tokens, samples,
+...) and what one row costs, and lists the attentions of the block. `tokdyn.cost` multiplies this by the token counts of
 a call. A multiply-add is 2 FLOPs.
 """
 
@@ -23,7 +23,7 @@ Rows = Literal["image", "text", "joint", "context", "context_text", "context_ima
 encoder: all of them ("context"), or only text ("context_text") or image embeddings ("context_image")."""
 
 Owner = Literal["attention", "mlp", "block"]
-"""Whose image tokens are meant: those that attention, the MLP or the block got. Methods may merge tokens in between."""
+"""Which module's image tokens are meant. Attention and MLP may get fewer than the block, if a method merges tokens."""
 
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -31,7 +31,7 @@ _FUSED = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "to_added_kv": ("add_k_proj", "add_v_proj"),
 }
-"""Fused layers of diffusers' attention, each with the layers that it replaces; these stay in place but do not run."""
+"""Fused layers of diffusers' attention, each with the layers that it replaces, which are kept but do not run."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The two matrix products of one attention: queries with keys, and probabilities with values.
+    """The two matrix products of one attention, of queries with keys and of attention weights with values.
 
     Attributes:
         part: the entry under which their FLOPs are listed.
@@ -78,8 +78,8 @@ class Structure:
     Attributes:
         layers: its linear layers and convolutions.
         pairs: its attentions.
-        indicator: FLOPs per sample of the tensor that a feature cache compares.
-        context_text: see `Products`.
+        indicator: FLOPs per sample of computing the tensor that FeatureCache compares.
+        context_text: number of text tokens among the encoder's tokens; see `Products`.
         parts: for each layer, by its path from the block, the entry under which its FLOPs are listed.
     """
 
@@ -108,7 +108,7 @@ def structures(model: nn.Module, adapter: ModelAdapter) -> tuple[Structure, ...]
 
 
 def structure(block: nn.Module, blocks: Blocks) -> Structure | None:
-    """Read the structure of one block; None under the conditions of `structures`."""
+    """Read the structure of one block; None if its products are not declared or an attention cannot be read."""
     products = blocks.products
     if products is None:
         return None
@@ -207,7 +207,7 @@ def _cross_attention_rows(name: str, attention: Any) -> Rows:
 
 
 def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterator[Pairs | None]:
-    """Yield the attentions of a block; None for one whose number of channels cannot be read."""
+    """Yield the attentions of a block; None in place of one whose number of channels cannot be read."""
     own = _first_of(block, blocks.attention)
     declared = [] if own is None else [(own, "linear" if products.linear else "joint", "attention", "attention")]
     declared += [(name, "image", "attention", "block") for name in products.beside]

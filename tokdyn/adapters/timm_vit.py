@@ -19,8 +19,8 @@ from tokdyn.tokens import Grid
 def _grid(model: nn.Module, call: Arguments) -> Grid:
     if model.training and not isinstance(model.patch_drop, nn.Identity):
         raise InputError(
-            f"patch_drop_rate drops patches of this {type(model).__name__} at random while training, so its tokens "
-            "form no grid; build it with patch_drop_rate=0 and use TokenDrop, or call model.eval()."
+            f"this {type(model).__name__} drops patches at random in training, so its tokens do not form a grid; build "
+            "it with patch_drop_rate=0 and use TokenDrop, or call model.eval()."
         )
     rows, columns = model.patch_embed.dynamic_feat_size(call["x"].shape[-2:])  # type: ignore[union-attr, operator]
     return rows, columns

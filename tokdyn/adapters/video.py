@@ -39,11 +39,12 @@ WAN = ModelAdapter(
 )
 
 
-def _frame_by_frame(model: nn.Module) -> str | None:
+def _needs_all_frames(model: nn.Module) -> str | None:
+    """Return why a model whose attention is causal over frames needs all tokens; None for other models."""
     if model.config["num_frame_per_block"] == 1:  # type: ignore[index]
         return None
     return (
-        "num_frame_per_block lets frames see the ones before them only, through a mask with one entry per pair of "
+        "with this num_frame_per_block, frames attend to earlier frames only, by a mask with one entry per pair of "
         "cells; build the model with num_frame_per_block=1, or use DepthSkip or FeatureCache"
     )
 
@@ -53,7 +54,7 @@ SKYREELS = replace(
     name="SkyReels V2",
     classes=("SkyReelsV2Transformer3DModel",),
     blocks=(replace(WAN.blocks[0], follow=(Follow("rotary_emb"), Follow("temb", axis=2, dims=4))),),
-    whole=_frame_by_frame,
+    whole=_needs_all_frames,
 )
 
 LTX = ModelAdapter(
@@ -82,12 +83,13 @@ def _hunyuan_grid(model: nn.Module, call: Arguments) -> Grid:
     return frames // duration, rows // size, columns // size
 
 
-def _first_frame(model: nn.Module) -> str | None:
+def _needs_first_frame(model: nn.Module) -> str | None:
+    """Return why a model that treats the first frame as a condition needs all tokens; None for other models."""
     if model.config["image_condition_type"] != "token_replace":  # type: ignore[index]
         return None
     return (
-        "image_condition_type='token_replace' modulates the tokens of the first frame by their place; use DepthSkip or "
-        "FeatureCache"
+        "with image_condition_type='token_replace', the tokens of the first frame are found by their position and "
+        "modulated differently; use DepthSkip or FeatureCache"
     )
 
 
@@ -124,7 +126,7 @@ HUNYUAN = ModelAdapter(
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
-    whole=_first_frame,
+    whole=_needs_first_frame,
 )
 
 

@@ -1,4 +1,4 @@
-"""Declare which layers of a block can be sliced to some of its attention heads or MLP channels, for DynamicWidth."""
+"""Declare which layers of a block can be sliced to some attention heads or MLP channels; DynamicWidth needs this."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class SlicedLayer:
     """A linear layer whose outputs or inputs belong to attention heads or to MLP channels.
 
     Attributes:
-        path: of the layer, from the block; a block without such a layer is fine.
-        out: what its outputs belong to, in order. A single kind is repeated to fill the layer, as in one that computes
-            queries, keys and values together. A layer with fewer outputs than the heads have channels computes keys or
-            values that several heads share.
-        into: what its inputs belong to, in order. Where both kinds occur, in `out` or `into`, heads come first.
+        path: path of the layer from the block. Blocks may lack the layer.
+        out: what its outputs belong to, in order: each "heads" stands for the channels of all heads, each "channels"
+            for those of the MLP. A single kind is repeated to fill the layer, as in one that computes queries, keys and
+            values together. A layer with fewer outputs than all heads have channels computes keys or values that
+            several heads share.
+        into: what its inputs belong to, likewise. If both kinds occur in `out` or in `into`, heads come first.
         norm: path of a norm that its outputs go through. If that norm spans all heads, the layer is computed in full
             and the output of the norm is sliced.
     """
@@ -46,8 +47,9 @@ class Width:
         inners: attributes of these modules that hold the channels of all heads together, likewise.
         hiddens: attributes of these modules, or of the block, that hold the number of MLP channels, likewise.
         tables: arguments of the block whose last axis spans the channels of all heads.
-        sliceable: tells whether this block really computes with these attributes. Where it does not, everything is
-            computed and the results of some heads and channels are set to zero. None takes it for granted.
+        sliceable: `sliceable(block)` tells whether the code of this block really uses these attributes. If not,
+            everything is computed, and the results of heads and channels that are off are multiplied by 0. None takes
+            it for granted.
     """
 
     layers: tuple[SlicedLayer, ...]
@@ -67,10 +69,10 @@ class Width:
 
 
 def attention_layers(attention: str, out: bool = True) -> tuple[SlicedLayer, ...]:
-    """List the layers of an attention of diffusers, including those of text that joins it.
+    """List the layers of a diffusers attention, including the separate layers for text tokens that some have.
 
     Args:
-        attention: attribute of the block.
+        attention: attribute of the block that holds the attention.
         out: whether the attention has an output projection of its own.
     """
     heads: tuple[Kind, ...] = ("heads",)
@@ -87,17 +89,17 @@ def attention_layers(attention: str, out: bool = True) -> tuple[SlicedLayer, ...
 
 
 def mlp_layers(out: str, *inputs: str) -> tuple[SlicedLayer, ...]:
-    """List the layers of an MLP: the output layer `out`, and the `inputs` layers that compute its channels."""
+    """List the layers of an MLP by their paths: the output layer, and the layers that compute its channels."""
     channels: tuple[Kind, ...] = ("channels",)
     return (*(SlicedLayer(path, out=channels) for path in inputs), SlicedLayer(out, into=channels))
 
 
 def runs_processor(attention: str | tuple[str, ...], *processors: str) -> Callable[[nn.Module], bool]:
-    """Return a test of a block: its attention runs one of these diffusers processors, with q, k and v unfused.
+    """Return a function that tells whether a block's attention runs one of these processors, with unfused q, k and v.
 
     Args:
-        attention: attributes of the block; of several, it may lack some.
-        *processors: names of the processor classes.
+        attention: attribute of the block, or attributes of which it may lack some.
+        *processors: names of classes of diffusers' attention processors.
     """
     attributes = (attention,) if isinstance(attention, str) else attention
 

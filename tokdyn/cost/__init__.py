@@ -3,7 +3,7 @@
 One FLOP is one multiplication or one addition, so a multiply-add is 2 FLOPs everywhere in this package. (The DiT papers
 print multiply-adds and call them GFLOPs, so their numbers are half of these.) Matrix products, convolutions and the two
 products of attention are included. Norms, activations, softmax, modulation, index operations and the weighted sums of
-de-chunking are not; they are no matrix products and a few percent of the whole.
+de-chunking are left out: they are not matrix products, and a few percent of the whole.
 """
 
 from tokdyn.cost.analytic import compute_matched_steps, flops_per_image, kept_tokens, model_parts

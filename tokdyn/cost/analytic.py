@@ -18,45 +18,45 @@ _SETTINGS = {"hidden_size", "depth", "patch_size", "in_channels", "mlp_ratio", "
 
 
 def model_config(model: Any) -> Mapping[str, Any]:
-    """Return the settings of a model: its `.config`, or the mapping itself.
+    """Return the settings of a `DiT` or `DCDiT`.
 
     Args:
-        model: a `tokdyn.models.DiT` or `DCDiT` (also on the meta device), or a mapping with their settings.
+        model: a `tokdyn.models.DiT` or `DCDiT` (also on the meta device), or a mapping with the settings of one.
 
     Raises:
-        InputError: the model is neither of the two.
+        InputError: it is neither a model of these classes nor such a mapping.
     """
     config = model if isinstance(model, Mapping) else getattr(model, "config", None)
     if not isinstance(config, Mapping) or not set(config) >= _SETTINGS:
         raise InputError(
-            f"analytic FLOPs exist for tokdyn.models.DiT and DCDiT, but this is a {type(model).__name__}; call "
-            "tokdyn.cost.count(model, *inputs) to count a forward pass."
+            f"FLOPs can be computed from the settings of tokdyn.models.DiT and DCDiT, but this is a "
+            f"{type(model).__name__}; call tokdyn.cost.count(model, *inputs) to count a forward pass."
         )
     return config
 
 
 def is_chunked(config: Mapping[str, Any]) -> bool:
-    """Whether these are the settings of a DC-DiT."""
+    """Return whether these are the settings of a DC-DiT, and not of a DiT."""
     return "encoder_depth" in config
 
 
 def grid_of(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the (rows, columns) of the token grid."""
+    """Return the token grid (rows, columns) of inputs of the configured size."""
     size, patch = config["sample_size"], config["patch_size"]
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows // patch, columns // patch
 
 
 def kept_tokens(config: Mapping[str, Any], kept: float | Sequence[int] | None = None, batch: int = 1) -> list[float]:
-    """Return the number of tokens that the inner blocks see in each image.
+    """Return the number of tokens of each image that the blocks of a DC-DiT compute.
 
     Args:
         config: settings of a DC-DiT.
-        kept: share of the grid in (0, 1], or the count M of each image, or None for the model's target 1/N.
+        kept: kept share in (0, 1], or the number of kept tokens of each image, or None for the model's target 1/N.
         batch: B, unless `kept` is a list.
 
     Returns:
-        B numbers. A share is not rounded, so that means over many images are right.
+        B numbers. A share of N is not rounded, so that it is right as the mean over many images.
 
     Raises:
         InputError: a share is outside (0, 1], or a count outside [1, N].
@@ -67,11 +67,11 @@ def kept_tokens(config: Mapping[str, Any], kept: float | Sequence[int] | None = 
         kept = 1.0 / float(config["target"])
     if isinstance(kept, (int, float)):
         if not 0.0 < kept <= 1.0:
-            raise InputError(f"the kept share is {kept}; expected more than 0 and at most 1.")
+            raise InputError(f"the kept share is {kept}; give more than 0 and at most 1.")
         return [kept * cells] * batch
     counts = [float(count) for count in kept]
     if not counts or not all(1 <= count <= cells for count in counts):
-        raise InputError(f"the kept counts are {list(kept)}; expected a number from 1 to {cells} for every image.")
+        raise InputError(f"the kept counts are {list(kept)}; give a number from 1 to {cells} for every image.")
     return counts
 
 
@@ -82,17 +82,18 @@ def model_parts(
 
     Args:
         model: a `DiT`, a `DCDiT` or the settings of one.
-        kept: for a DC-DiT, the kept share, or the counts of the images (B is then their number), or None for 1/N.
+        kept: for a DC-DiT, the kept share, or the number of kept tokens of each image (their number is then B), or None
+            for 1/N.
         batch: B.
-        device: device type. On CPU, de-chunking is a weighted sum of neighbours, which is not counted; elsewhere it is
-            one product with a band matrix per axis.
+        device: device type. On CPU, de-chunking smooths by weighted sums, which are not counted; elsewhere by one
+            product with a band matrix per axis.
 
     Returns:
         FLOPs by part, in the order of execution: embed, (encoder, router, residual,) adaLN, projections, attention,
         mlp, (dechunk, decoder,) head. Attention is a sum of M**2 terms over the images.
 
     Raises:
-        InputError: the model is neither of the two, or `kept` is out of range or set for a DiT.
+        InputError: the model is not a `DiT` or `DCDiT`, or `kept` is out of range or given for a DiT.
     """
     config = model_config(model)
     rows, columns = grid_of(config)
@@ -126,17 +127,20 @@ def model_parts(
 def flops_per_image(model: Any, kept: float | None = None, unconditional: float | None = None) -> float:
     """Compute the FLOPs of one denoising step of one image; a multiply-add is 2 FLOPs.
 
-    Multiply by the number of steps for the papers' "TFLOPs/img", and by 3 for a training step, whose backward pass
-    costs two forward passes.
+    Multiply it by the number of steps to get the papers' "TFLOPs/img", and by 3 to get a training step, whose backward
+    pass costs two forward passes.
 
     Args:
         model: a `DiT`, a `DCDiT` or the settings of one.
         kept: for a DC-DiT, the kept share after tail drop; None means the target, 1/N.
-        unconditional: add an unconditional branch for guidance. For a DC-DiT this is its kept share (smaller than
-            `kept` in Lite-CFG); for a DiT any number will do, since both branches cost the same.
+        unconditional: if given, an unconditional branch for guidance is added. For a DC-DiT this is the kept share of
+            that branch (smaller than `kept` in Lite-CFG); for a DiT the value does not matter.
 
     Returns:
         FLOPs per image.
+
+    Raises:
+        InputError: as in `model_parts`.
     """
     chunked = is_chunked(model_config(model))
     total = float(sum(model_parts(model, kept).values()))
@@ -146,7 +150,7 @@ def flops_per_image(model: Any, kept: float | None = None, unconditional: float 
 
 
 def compute_matched_steps(steps: int, warmup: int, baseline: float, full: float, budgets: Sequence[float]) -> int:
-    """Compute how many steps cost as much as `steps` steps of a baseline (arXiv 2603.06351 v2).
+    """Compute how many training steps of a new model cost as much as those of a baseline (arXiv 2603.06351 v2).
 
     The result is `S_w + (S * F_b - S_w * F_0) / mean(F)`.
 
@@ -161,11 +165,11 @@ def compute_matched_steps(steps: int, warmup: int, baseline: float, full: float,
         Steps, rounded to the nearest integer.
 
     Raises:
-        InputError: a cost is not positive, or the warm-up alone costs more than the baseline.
+        InputError: a cost is not positive, there are no budgets, or the warm-up alone costs more than the baseline.
     """
     costs = [baseline, full, *budgets]
     if len(costs) < 3 or min(costs) <= 0:
-        raise InputError(f"the FLOPs per image are {costs}; expected positive numbers and at least one budget.")
+        raise InputError(f"the FLOPs per image are {costs}; give positive numbers and at least one budget.")
     left = steps * baseline - warmup * full
     if left < 0:
         raise InputError(
@@ -176,7 +180,7 @@ def compute_matched_steps(steps: int, warmup: int, baseline: float, full: float,
 
 
 def _blocks(config: Mapping[str, Any], counts: Sequence[float]) -> dict[str, float]:
-    """Compute the FLOPs of the L blocks on `counts` tokens of each image; adaLN runs once per image."""
+    """Compute the FLOPs of all blocks by part, given the number of tokens of each image; adaLN runs once per image."""
     width, depth, hidden = config["hidden_size"], config["depth"], int(config["hidden_size"] * config["mlp_ratio"])
     tokens, pairs = sum(counts), sum(count * count for count in counts)
     return {
@@ -187,8 +191,15 @@ def _blocks(config: Mapping[str, Any], counts: Sequence[float]) -> dict[str, flo
     }
 
 
-def _convolutional(cells: int, condition: int, wide_in: int, wide_out: int) -> int:
-    """Compute the FLOPs of a residual block of the scaffold: two 3x3 convolutions, condition, and a 1x1 skip."""
-    inner = min(wide_in, wide_out)
-    skip = 2 * cells * wide_in * wide_out if wide_in != wide_out else 0
-    return 18 * cells * inner * (wide_in + wide_out) + 2 * condition * inner + skip
+def _convolutional(cells: int, condition: int, inputs: int, outputs: int) -> int:
+    """Compute the FLOPs of a residual block of the scaffold: two 3x3 convolutions, condition, and a 1x1 skip.
+
+    Args:
+        cells: N.
+        condition: width of the condition.
+        inputs: width of the input.
+        outputs: width of the output.
+    """
+    inner = min(inputs, outputs)
+    skip = 2 * cells * inputs * outputs if inputs != outputs else 0
+    return 18 * cells * inner * (inputs + outputs) + 2 * condition * inner + skip

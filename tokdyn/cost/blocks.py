@@ -1,6 +1,6 @@
-"""FLOPs of blocks from their structure and what happened, without running them; a multiply-add is 2 FLOPs.
+"""Compute the FLOPs of blocks from their structure and the trace of a call; a multiply-add is 2 FLOPs.
 
-Counted are matrix products, convolutions and the two products of attention, as in `tokdyn.flops`.
+Matrix products, convolutions and the two products of attention are included, as in `tokdyn.flops`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,37 @@ from tokdyn.adapters.structure import Layers, Pairs, Structure
 from tokdyn.trace.calls import BlockTrace, CallTrace
 
 PARTS = ("adaLN", "projections", "attention", "cross-attention", "mlp", "other")
-"""What the cost of blocks is listed under, in this order."""
+"""The parts by which FLOPs of blocks are listed, in this order."""
 
 
 def block_flops(structure: Structure, call: BlockTrace) -> Counter[str]:
-    """FLOPs of one computation of one block, for all samples it was computed for.
+    """Compute the FLOPs of one computation of one block, of all its samples together.
 
     Args:
-        structure: of the block.
-        call: what happened.
+        structure: the structure of the block.
+        call: the trace of the computation.
 
     Returns:
-        FLOPs by part, see `PARTS`.
+        FLOPs by part; see `PARTS`.
     """
-    seen = {"block": call.groups([]), "attention": call.groups(call.attention), "mlp": call.groups(call.mlp)}
-    found: Counter[str] = Counter()
+    groups = {"block": call.groups([]), "attention": call.groups(call.attention), "mlp": call.groups(call.mlp)}
+    total: Counter[str] = Counter()
     for layers in structure.layers:
-        found[layers.part] += layers.flops * _rows(layers, structure, call, seen[layers.owner])
+        total[layers.part] += layers.flops * _rows(layers, structure, call, groups[layers.owner])
     for name, flops in call.saved.items():
-        found[dict(structure.parts)[name]] -= flops
+        total[dict(structure.parts)[name]] -= flops
     for pairs in structure.pairs:
         share = call.heads if pairs.kind != "context" else 1.0
-        found[pairs.part] += round(share * sum(n * _pair_flops(pairs, rows, call) for n, rows in seen[pairs.owner]))
-    return found
+        total[pairs.part] += round(share * sum(n * _pair_flops(pairs, rows, call) for n, rows in groups[pairs.owner]))
+    return total
 
 
-def _rows(layers: Layers, structure: Structure, call: BlockTrace, seen: Sequence[tuple[int, int]]) -> int:
-    """Rows of all samples that layers run over."""
-    image = sum(samples * tokens for samples, tokens in seen)
+def _rows(layers: Layers, structure: Structure, call: BlockTrace, groups: Sequence[tuple[int, int]]) -> int:
+    """Return the number of rows, of all samples together, that layers run over.
+
+    `groups` has pairs (samples, image tokens of each) of the module that the layers are in.
+    """
+    image = sum(samples * tokens for samples, tokens in groups)
     if layers.owner == "mlp" and call.mlp_rows is not None:
         image = int(call.mlp_rows)
     text = call.context if structure.context_text is None else min(structure.context_text, call.context)
@@ -55,7 +58,7 @@ def _rows(layers: Layers, structure: Structure, call: BlockTrace, seen: Sequence
 
 
 def _pair_flops(pairs: Pairs, tokens: int, call: BlockTrace) -> int:
-    """Both products of attention of one sample with that many image tokens."""
+    """Compute the FLOPs of both products of an attention, for one sample with a number of image tokens."""
     if pairs.kind == "linear":  # arXiv 2410.10629: value key^T with a row of ones for the normaliser, then query
         return 4 * tokens * (pairs.head + 1) * pairs.width
     joint = tokens + call.text
@@ -64,30 +67,30 @@ def _pair_flops(pairs: Pairs, tokens: int, call: BlockTrace) -> int:
 
 
 class Costs:
-    """What calls of a model cost; equal computations are worked out once.
+    """Computes what calls of a model cost, and remembers the cost of equal computations.
 
     Args:
-        structures: of its blocks.
+        structures: the structures of the model's blocks.
     """
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         self._structures = structures
-        self._kinds = [structures.index(each) for each in structures]
+        self._kinds = [structures.index(one) for one in structures]
         self._known: dict[object, Counter[str]] = {}
 
     def of(self, call: BlockTrace) -> Counter[str]:
-        """FLOPs of a computation of a block by part."""
+        """Return the FLOPs of one computation of a block, by part."""
         key = (self._kinds[call.block], call.key)
         if key not in self._known:
             self._known[key] = block_flops(self._structures[call.block], call)
         return self._known[key]
 
     def spent(self, trace: CallTrace) -> Counter[str]:
-        """FLOPs of the blocks that ran in a call of the model, by part."""
+        """Return the FLOPs of all blocks that ran in a call of the model, by part."""
         return _sum(self.of(call) for call in trace.blocks)
 
     def dense(self, trace: CallTrace) -> Counter[str]:
-        """The same if every block had seen everything, at full width."""
+        """Return the FLOPs of a call in which all blocks compute all tokens at full width, by part."""
         whole = (
             BlockTrace(block, trace.batch, trace.cells, trace.text, trace.context)
             for block in range(len(self._structures))
@@ -95,15 +98,15 @@ class Costs:
         return _sum(self.of(call) for call in whole)
 
     def methods(self, trace: CallTrace) -> Counter[str]:
-        """FLOPs of what the methods did on top, by what it was."""
-        found = Counter(trace.method_flops)
+        """Return the FLOPs that methods added to a call, by what they computed, such as "Chunking router"."""
+        total = Counter(trace.method_flops)
         if trace.compared and self._structures[0].indicator:
-            found["FeatureCache indicator"] += trace.compared * self._structures[0].indicator
-        return found
+            total["FeatureCache indicator"] += trace.compared * self._structures[0].indicator
+        return total
 
 
 def _sum(costs: Iterable[Counter[str]]) -> Counter[str]:
-    """The sum, in the order of `PARTS` and without what costs nothing."""
+    """Add up FLOPs by part, in the order of `PARTS` and without parts of 0 FLOPs."""
     total: Counter[str] = Counter()
     for cost in costs:
         total.update(cost)

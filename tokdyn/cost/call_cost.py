@@ -1,4 +1,4 @@
-"""Compute and count the FLOPs of one call of a model that an adapter knows, wrapped or not."""
+"""Compute and count the FLOPs of one call of a model that has an adapter, wrapped or not."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tokdyn.trace.calls import CallTrace
 
 @dataclass(frozen=True)
 class CallCost:
-    """The FLOPs of one call of the whole batch; a multiply-add is 2.
+    """The FLOPs of one call with the whole batch; a multiply-add is 2.
 
     Attributes:
-        parts: computed for the blocks and the methods, counted by module for everything outside of the blocks.
+        parts: FLOPs by part: computed for blocks and methods, counted by module for everything else.
         dense: FLOPs of the same call without methods.
-        counted: FLOPs that torch's counter saw.
-        children: counted FLOPs by child module.
+        counted: all FLOPs, counted by torch.
+        children: counted FLOPs by child module of the model.
         batch: B.
     """
 
@@ -42,7 +42,7 @@ class CallCost:
 
 
 def is_computable(model: nn.Module) -> bool:
-    """Whether the FLOPs of the model's blocks can be computed."""
+    """Return whether the FLOPs of the model's blocks can be computed: an adapter declares their products."""
     try:
         return structures(model, adapter_for(model)) is not None
     except UnsupportedModelError:
@@ -50,13 +50,18 @@ def is_computable(model: nn.Module) -> bool:
 
 
 def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> CallCost:
-    """Run a model whose blocks are computable, and both count and compute its FLOPs (a multiply-add is 2).
+    """Call a model and both count and compute its FLOPs; a multiply-add is 2.
 
-    A wrapped model in training mode runs as in training, so that methods which act only there are included. The call
-    leaves no trace in the trajectory, in caches, statistics or losses.
+    A wrapped model in training mode, with gradients enabled, runs as in training, so that methods which act only in
+    training are included. Trajectory, caches, statistics and losses stay as they are.
+
+    Args:
+        model: a model for which `is_computable` holds.
+        inputs: positional arguments of the call.
+        keywords: keyword arguments of the call.
 
     Raises:
-        InputError: the model is on the meta device, and what it computes depends on its data.
+        InputError: the model is on the meta device, but what it computes depends on the values of its inputs.
     """
     names = argument_names(model)
     arguments = {**dict(zip(names, inputs, strict=False)), **keywords}
@@ -73,7 +78,8 @@ def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
             if not meta:
                 raise
             raise InputError(
-                f"what this {type(model).__name__} computes depends on its data ({error}); move it off the meta device."
+                f"this {type(model).__name__} is on the meta device, but what it computes depends on values ({error}); "
+                "move it to another device."
             ) from error
         record = attachment.records[-1]
         children = by_child(mode, type(model).__name__)
@@ -83,10 +89,18 @@ def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
 def _combined(
     model: nn.Module, attachment: Attachment, record: CallTrace, total: int, children: dict[str, int]
 ) -> CallCost:
-    """Combine what was counted outside of the blocks with what is computed inside."""
-    found = structures(model, attachment.adapter)
-    assert found is not None
-    costs = Costs(found)
+    """Combine FLOPs counted outside of the blocks with those computed for blocks and methods.
+
+    Args:
+        model: the model.
+        attachment: the attachment that recorded the call.
+        record: the trace of the call.
+        total: all FLOPs, counted.
+        children: counted FLOPs by child module of the model.
+    """
+    known = structures(model, attachment.adapter)
+    assert known is not None
+    costs = Costs(known)
     holders = {blocks.path.partition(".")[0] for blocks in attachment.adapter.blocks} | {"tokdyn"}
     outside = {name: value for name, value in children.items() if name not in holders}
     rest = total - record.counted - sum(outside.values())
@@ -109,7 +123,7 @@ def _combined(
 
 
 def _paddings(model: nn.Module, attachment: Attachment, record: CallTrace) -> set[int]:
-    """Return the FLOPs that padding may have added in attention of tokdyn's own blocks."""
+    """Return the possible FLOPs of padding in the attention of tokdyn's own blocks; none for other blocks."""
     blocks = [
         (block, group.packing is not None) for group in attachment.adapter.blocks for block in blocks_of(model, group)
     ]
@@ -127,7 +141,9 @@ def _paddings(model: nn.Module, attachment: Attachment, record: CallTrace) -> se
 
 
 def paddings(calls: Sequence[tuple[float, Sequence[int]]], device: torch.device, head_width: int) -> set[int]:
-    """Return the positive FLOPs that padded attention may have added; they depend on dtype and gradients.
+    """Return the possible FLOPs that padded rows add to calls of attention; a multiply-add is 2.
+
+    Whether attention pads depends on dtype, gradients and bias, which are not recorded.
 
     Args:
         calls: for each call of attention, the FLOPs of one query-key pair and the rows of each sample.
@@ -135,14 +151,14 @@ def paddings(calls: Sequence[tuple[float, Sequence[int]]], device: torch.device,
         head_width: d = D / H.
 
     Returns:
-        All values that one combination of dtype, gradients and bias leads to; a multiply-add is 2.
+        One value for each combination of dtype, gradients and bias, without 0.
     """
-    found = set()
+    possible = set()
     dtypes = torch.float32, torch.bfloat16, torch.float16
     for dtype, gradients, biased in product(dtypes, (False, True), (False, True)):
         padding = 0
         for flops, rows in calls:
             pairs = computed_pairs(rows, device, dtype, head_width, gradients, biased) - sum(n * n for n in rows)
             padding += round(flops * pairs)
-        found.add(padding)
-    return found - {0}
+        possible.add(padding)
+    return possible - {0}

@@ -1,4 +1,4 @@
-"""Count the FLOPs of a forward pass with torch's own counter; a multiply-add is 2 FLOPs."""
+"""Count the FLOPs of a forward pass with torch's FlopCounterMode; a multiply-add is 2 FLOPs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[str, int], Any]:
-    """Run a forward pass without gradients and count its matrix products, convolutions and attention.
+    """Run a forward pass without gradients and count the FLOPs of its matrix products, convolutions and attention.
 
     Args:
         model: any module; on the meta device nothing is computed or allocated.
@@ -19,8 +19,8 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
         **keywords: keyword arguments of its forward.
 
     Returns:
-        FLOPs of the pass (a multiply-add is 2), FLOPs by child module with "rest" for what the model computes outside
-        of them, and the output.
+        The FLOPs of the pass (a multiply-add is 2); the FLOPs by child module, with "rest" for those that the model
+        computes outside of its children; and the output.
     """
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
     with torch.no_grad(), mode:
@@ -31,7 +31,15 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
 
 
 def by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:
-    """Sum FLOPs by child of the root; a child that is never called itself, such as a list, counts its own children."""
+    """Sum the counted FLOPs by child of the root module.
+
+    Args:
+        mode: the counter, after the forward pass.
+        root: class name of the root module, by which the counter lists it.
+
+    Returns:
+        FLOPs by name of the child. A child that is not called itself, such as a list, has those of its own children.
+    """
     counts = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items() if name.startswith(f"{root}.")}
     children: dict[str, int] = {}
     for name, value in counts.items():
@@ -42,16 +50,16 @@ def by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:
 
 
 def to_meta(value: Any) -> Any:
-    """Move tensors to the meta device, also inside lists, tuples and mappings; leave anything else unchanged."""
+    """Move tensors to the meta device, also inside of lists, tuples and dictionaries; leave anything else unchanged."""
     if isinstance(value, (list, tuple)):
-        return type(value)(to_meta(each) for each in value)
+        return type(value)(to_meta(item) for item in value)
     if isinstance(value, dict):
-        return {name: to_meta(each) for name, each in value.items()}
+        return {name: to_meta(item) for name, item in value.items()}
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _dense_attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Count the two products of dense attention: of queries with keys, and of weights with values."""
+    """Count the two products of dense attention, of queries with keys and of attention weights with values."""
     *heads, length, width = query
     outer = 1
     for size in heads:
@@ -60,13 +68,16 @@ def _dense_attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[
 
 
 def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *_: Any, **__: Any) -> int:
-    """Count attention of packed rows (T, H, d): a sum of squared lengths, which only counting reads from the device."""
+    """Count the two products of attention of packed rows (T, H, d), from the lengths of the samples.
+
+    Reading the lengths synchronises with the device, which the kernel itself does not.
+    """
     lengths = offsets.diff().tolist()
     return sum(2 * length * length * query.shape[1] * (query.shape[2] + value.shape[2]) for length in lengths)
 
 
 def attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Return formulas for the attention kernels that torch's counter lacks: fused on CPU, and packed rows on CUDA."""
+    """Return FLOP formulas for attention kernels that torch's counter does not know: fused on CPU, packed on CUDA."""
     import torch.nn.attention.varlen  # registers the operator of packed rows
 
     _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter then passes tensors, not shapes

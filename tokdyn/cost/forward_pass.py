@@ -1,4 +1,4 @@
-"""FLOPs of one forward pass, computed by part and counted with torch's counter; a multiply-add is 2 FLOPs."""
+"""Compute the FLOPs of one forward pass by part, and count them with torch's counter; a multiply-add is 2 FLOPs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Flops:
     """FLOPs of one forward pass of a whole batch; a multiply-add is 2 FLOPs.
 
     Attributes:
-        parts: computed FLOPs by part. What cannot be computed is counted and named by module: everything of a model
-            that no adapter knows, and everything outside of the blocks of a model that an adapter knows.
-        counted: FLOPs that torch's FlopCounterMode saw; None if nothing ran.
+        parts: FLOPs by part. Those of blocks and methods are computed if the model has an adapter; all others are
+            counted and listed by module.
+        counted: all FLOPs, counted by torch's FlopCounterMode; None if the model did not run.
         batch: B, images in the batch.
         counted_parts: counted FLOPs by child module of the model.
-        dense: FLOPs of the same pass without methods; None for `DiT` and `DCDiT` and for a model that no adapter knows.
+        dense: FLOPs of the same pass without methods; None for an unwrapped `DiT` or `DCDiT` and for a model without an
+            adapter.
     """
 
     parts: dict[str, int]
@@ -64,25 +65,29 @@ class Flops:
 def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     """Compute the FLOPs of one forward pass by part, and count them with torch's counter; a multiply-add is 2 FLOPs.
 
-    For `DiT` and `DCDiT` both agree exactly at any input size; DC-DiT's computed cost is that of the counts which this
-    pass kept. If attention runs on padded rows (tokdyn.ops.attention), the part "padding" holds the difference.
-    For any other model that an adapter knows, wrapped or not, blocks and methods are computed from the layers of the
-    blocks and from what the methods decided in this pass; everything outside of the blocks is counted by module. The
-    pass leaves no trace in statistics, caches and losses. A wrapped model in training mode runs as in training.
-    Without inputs, or for a DC-DiT on the meta device (where no data decides which tokens are kept), only the computed
-    cost at the model's target is returned.
+    This runs the model. Statistics, caches and losses of a wrapped model stay as they are.
+
+    - For an unwrapped `DiT` or `DCDiT` all parts are computed, for the tokens that this pass kept, and their sum equals
+      the counted FLOPs exactly. If attention runs on padded rows (`tokdyn.ops.attention`), the part "padding" holds their FLOPs.
+    - For other models with an adapter, and for wrapped ones, the parts of blocks and methods are computed from the
+      layers of the blocks and the decisions of the methods in this pass; everything else is counted by module. A
+      wrapped model in training mode runs as in training.
+    - For a model without an adapter, everything is counted by module.
+    - Without inputs, or for a DC-DiT on the meta device, whose router has no values to decide by, nothing runs, and the
+      cost of a `DiT` or of a `DCDiT` that keeps 1/N of its tokens is computed.
 
     Args:
         model: a `DiT`, a `DCDiT` or, with inputs, any other module.
-        *inputs: positional arguments of its forward; the first is the (B, C, H, W) input.
-        **keywords: keyword arguments of its forward, as in `flops(model, x, timestep=t, class_labels=y)`.
+        *inputs: positional arguments of its forward.
+        **keywords: keyword arguments of its forward, as in `flops(model, x, timestep=t, class_labels=y)`. B is the
+            length of the first 4-D tensor, or else of the first tensor, among all arguments.
 
     Returns:
         The FLOPs of the whole batch; `.per_image` divides them by B.
 
     Raises:
-        InputError: another model, or a wrapped one, is given without inputs or on the meta device although what it
-            computes depends on its data.
+        InputError: there are no inputs although the cost depends on them, or the model is on the meta device although
+            its cost depends on values.
     """
     model = inner_model(model)
     tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.dim()]
@@ -92,7 +97,7 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     wrapped = attachment is not None and attachment.enabled and bool(attachment.methods)
     if wrapped and not tensors:
         raise InputError(
-            f"the cost of a wrapped {type(model).__name__} depends on the call; call tokdyn.flops(model, *inputs)."
+            f"the cost of a wrapped {type(model).__name__} depends on its inputs; call tokdyn.flops(model, *inputs)."
         )
     try:
         config = None if wrapped else model_config(model)
@@ -123,7 +128,16 @@ def _own(
     first: Tensor | None,
     batch: int,
 ) -> Flops:
-    """Compute and count the FLOPs of a `DiT` or a `DCDiT` that is not wrapped."""
+    """Compute and count the FLOPs of an unwrapped `DiT` or `DCDiT`.
+
+    Args:
+        model: the model.
+        config: its settings.
+        inputs: positional arguments of its forward.
+        keywords: keyword arguments of its forward.
+        first: the (B, C, rows, columns) input; None if there are no inputs.
+        batch: B.
+    """
     keywords.pop("return_dict", None)
     if first is not None and first.dim() == 4:
         config = {**config, "sample_size": tuple(first.shape[-2:])}

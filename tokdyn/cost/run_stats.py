@@ -1,4 +1,8 @@
-"""What a run of a wrapped model did and what it cost, step by step and branch by branch; printed, it is a table."""
+"""Statistics of a trajectory of a wrapped model by step and guidance branch: what was computed and what it cost.
+
+In all of them a multiply-add is 2 FLOPs, and FLOPs are those of the blocks and the methods: embedders and head are left
+out. A FLOPs figure is None if the adapter does not declare the products of the blocks.
+"""
 
 from __future__ import annotations
 
@@ -8,83 +12,85 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-_MANY, _ENDS = 120, 50  # calls that are shown, and how many of either end if there are more
+_MANY, _ENDS = 120, 50  # a table of more calls shows this many of its first and last ones
 _UNITS = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 
 
 class _Costs(ABC):
-    """FLOPs spent. A multiply-add is 2; embedders and head are not in it."""
+    """Sums of FLOPs, and their share of those without methods."""
 
     @property
     @abstractmethod
     def block_flops(self) -> int | None:
-        """FLOPs of the blocks that ran; None where the adapter does not know what they multiply."""
+        """FLOPs of the blocks that ran."""
 
     @property
     @abstractmethod
     def method_flops(self) -> int | None:
-        """FLOPs of what the methods computed on top."""
+        """FLOPs of the methods' own computations, such as routers."""
 
     @property
     @abstractmethod
     def dense_flops(self) -> int | None:
-        """FLOPs of all blocks on all tokens."""
+        """FLOPs of all blocks on all tokens at full width, as without methods."""
 
     @property
     def flops(self) -> int | None:
-        """FLOPs spent: of the blocks and the methods."""
+        """FLOPs of blocks and methods together."""
         return _total([self.block_flops, self.method_flops])
 
     @property
     def share(self) -> float | None:
-        """FLOPs spent against dense."""
+        """FLOPs of blocks and methods over those without methods."""
         return None if self.flops is None or not self.dense_flops else self.flops / self.dense_flops
 
 
 class _Sum(_Costs):
-    """FLOPs of several calls."""
+    """Sums of FLOPs over several calls."""
 
     calls: tuple[CallStats, ...]
 
     @property
     def block_flops(self) -> int | None:
-        """FLOPs of the blocks that ran; None where the adapter does not know what they multiply."""
+        """FLOPs of the blocks that ran."""
         return _total([call.block_flops for call in self.calls])
 
     @property
     def method_flops(self) -> int | None:
-        """FLOPs of what the methods computed on top."""
+        """FLOPs of the methods' own computations, such as routers."""
         return _total([call.method_flops for call in self.calls])
 
     @property
     def dense_flops(self) -> int | None:
-        """FLOPs of all blocks on all tokens."""
+        """FLOPs of all blocks on all tokens at full width, as without methods."""
         return _total([call.dense_flops for call in self.calls])
 
 
 @dataclass(frozen=True)
 class CallStats(_Costs):
-    """One call of the model, or the half of it that is one branch of guidance.
+    """One call of the model, or the half of its batch that is one guidance branch.
+
+    Means are over the blocks that ran and their samples; they are None if no block ran.
 
     Attributes:
-        step: from 0.
-        branch: of guidance, by its name where that is known, otherwise by its place among the calls of the step.
-        level: noise level, 1 is pure noise; the mean over the samples, None where there is none.
-        samples: in the batch, or its half.
-        cells: N, image tokens of a sample.
-        blocks: those that ran for at least one sample.
-        tokens: image tokens that each of them saw, at most.
-        depth: blocks that there are.
-        kept: for each sample the fewest image tokens that a block saw; None where no block ran.
-        attention_tokens: image tokens of a sample that attention saw, the mean over what ran; fewer where they were
-            merged. None where nothing ran.
-        mlp_tokens: the same of the MLP.
-        heads: share of the attention heads that were computed, the mean over what ran; None where nothing ran.
-        channels: the same of the channels of the MLP.
-        reused: samples for which a cache repeated what the blocks did before.
-        parts: FLOPs of the blocks by part; None where the adapter does not know what they multiply.
-        methods: FLOPs of what the methods computed on top.
-        dense: FLOPs of all blocks on all tokens, by part.
+        step: number of the step, from 0.
+        branch: "cond", "uncond" or another name if the guidance branch is known by name; otherwise the number of the
+            call within its step, from 0.
+        level: mean noise level of the samples, where 1 is pure noise; None if the model has no noise level.
+        samples: number of samples in the batch, or in its half.
+        cells: N, image tokens of a sample without methods.
+        blocks: indices of the blocks that ran for at least one sample.
+        tokens: for each of these blocks, the largest number of image tokens that it computed of one sample.
+        depth: number of blocks of the model.
+        kept: for each sample, the smallest number of image tokens that a block computed; None if no block ran for it.
+        attention_tokens: mean number of image tokens of a sample in attention; merged tokens count once.
+        mlp_tokens: mean number of image tokens of a sample in the MLP.
+        heads: mean share of the attention heads that were computed.
+        channels: mean share of the MLP channels that were computed.
+        reused: number of samples in a cached step, whose blocks did not run.
+        parts: FLOPs of the blocks by part.
+        methods: FLOPs of the methods' own computations by name.
+        dense: FLOPs of all blocks on all tokens at full width, by part.
     """
 
     step: int
@@ -107,22 +113,22 @@ class CallStats(_Costs):
 
     @property
     def cached(self) -> bool:
-        """All samples repeated what the blocks did before."""
+        """Whether all samples were reused."""
         return 0 < self.samples == self.reused
 
     @property
     def block_flops(self) -> int | None:
-        """FLOPs of the blocks that ran; None where the adapter does not know what they multiply."""
+        """FLOPs of the blocks that ran."""
         return None if self.parts is None else sum(self.parts.values())
 
     @property
     def method_flops(self) -> int | None:
-        """FLOPs of what the methods computed on top."""
+        """FLOPs of the methods' own computations, such as routers."""
         return None if self.methods is None else sum(self.methods.values())
 
     @property
     def dense_flops(self) -> int | None:
-        """FLOPs of all blocks on all tokens."""
+        """FLOPs of all blocks on all tokens at full width, as without methods."""
         return None if self.dense is None else sum(self.dense.values())
 
 
@@ -131,9 +137,9 @@ class StepStats(_Sum):
     """One step: the calls at one noise level.
 
     Attributes:
-        step: from 0.
-        level: noise level, None where there is none.
-        calls: one for each branch of guidance.
+        step: number of the step, from 0.
+        level: noise level of its first call, where 1 is pure noise; None if the model has no noise level.
+        calls: one entry for each guidance branch.
     """
 
     step: int
@@ -146,8 +152,8 @@ class RunStats(_Sum):
     """A trajectory, or one call in training. Printed, it is a table.
 
     Attributes:
-        model: name of its class.
-        calls: in order.
+        model: class name of the model.
+        calls: one entry for each call and guidance branch, in order.
     """
 
     model: str
@@ -155,17 +161,17 @@ class RunStats(_Sum):
 
     @property
     def steps(self) -> tuple[StepStats, ...]:
-        """The calls by step."""
+        """The calls, grouped by step."""
         steps = [tuple(calls) for _, calls in groupby(self.calls, key=lambda call: call.step)]
         return tuple(StepStats(calls[0].step, calls[0].level, calls) for calls in steps)
 
     @property
     def cached(self) -> int:
-        """Calls in which all samples repeated what the blocks did before."""
+        """Number of calls in which all samples were reused."""
         return sum(call.cached for call in self.calls)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same in lists, numbers and names, as JSON takes it."""
+        """Return all fields and sums as a JSON-ready dictionary."""
         names = ("block_flops", "method_flops", "dense_flops", "flops", "share")
         calls = [{**asdict(call), **{name: getattr(call, name) for name in ("cached", *names)}} for call in self.calls]
         return {"model": self.model, **{name: getattr(self, name) for name in names}, "calls": calls}
@@ -175,12 +181,13 @@ class RunStats(_Sum):
 
 
 def _total(values: Sequence[int | None]) -> int | None:
+    """Return the sum; None if a value is None."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 
 
 def as_text(run: RunStats) -> str:
-    """One line for each call, and two that sum up."""
+    """Write a table with one line for each call, followed by a summary."""
     if not run.calls:
         return f"{run.model}: no calls since it was wrapped or reset"
     size, unit = unit_of(max(call.dense_flops or 0 for call in run.calls))
@@ -212,12 +219,12 @@ def _row(call: CallStats, size: float) -> tuple[str, ...]:
 
 
 def _kept(kept: Sequence[int | None]) -> str:
-    """Least, most and mean of the samples."""
-    there = [count for count in kept if count is not None]
-    if not there:
+    """Write the smallest, largest and mean number of tokens of the samples."""
+    counts = [count for count in kept if count is not None]
+    if not counts:
         return "-"
-    low, high = min(there), max(there)
-    return str(low) if low == high else f"{low} to {high}, mean {sum(there) / len(there):.1f}"
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}, mean {sum(counts) / len(counts):.1f}"
 
 
 def _number(value: float | None) -> str:
@@ -229,7 +236,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def unit_of(most: float) -> tuple[float, str]:
-    """What to divide FLOPs by, so that the largest has at most four digits before the point, and the unit."""
+    """Return divisor and name of the unit in which FLOPs of up to `most` are printed, such as (1e9, "GFLOPs")."""
     return next(((size, name) for size, name in _UNITS if most >= size), (1e6, "MFLOPs"))
 
 
@@ -242,11 +249,11 @@ def _summary(run: RunStats) -> list[str]:
     ]
     blocks, methods, dense = run.block_flops, run.method_flops, run.dense_flops
     if blocks is None or methods is None or not dense:
-        return [*lines, "FLOPs are not known: the adapter does not say what the blocks multiply"]
+        return [*lines, "FLOPs are not known: the adapter does not declare the products of the blocks"]
     size, unit = unit_of(dense)
     return [
         *lines,
         f"blocks {blocks / size:.3f} and methods {methods / size:.3f} of {dense / size:.3f} {unit} dense: "
         f"{(blocks + methods) / dense:.1%}",
-        "multiply-add = 2 FLOPs; embedders and head are not in it",
+        "multiply-add = 2 FLOPs; embedders and head are not included",
     ]

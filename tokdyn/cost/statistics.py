@@ -1,4 +1,4 @@
-"""Statistics of the last run of a wrapped model, from the traces of its calls."""
+"""Compute statistics of the last trajectory of a wrapped model from the traces of its calls."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from tokdyn.trace.steps import halves_of, last_run
 
 
 def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
-    """What the last run did and what it cost, while it goes on or after it has ended.
+    """Return what the last trajectory computed and what it cost, during it or after its end.
 
-    A run is a trajectory of sampling: it ends when a pipeline has made its images, when the noise level goes up again,
-    or with `tokdyn.reset`. In training every call is one. The last 512 calls are remembered.
+    A trajectory ends when a diffusers pipeline has made its images, when the noise level rises again, or with
+    `tokdyn.reset`. In training every call is one. The last 512 calls are remembered.
 
     Args:
-        model: wrapped.
-        guided: each batch held the two branches of guidance as halves; None where the methods had to know that.
+        model: a wrapped model.
+        guided: whether each batch held the two guidance branches as halves, which then have entries of their own. None
+            assumes so if a tail drop was set for each branch.
+
+    Returns:
+        One entry for each call and guidance branch, empty before the first call; printed, it is a table.
 
     Raises:
         InputError: the model is not wrapped.
     """
     attachment, model = attached(model), inner_model(model)
-    found = structures(model, attachment.adapter)
-    costs, depth = None if found is None else Costs(found), attachment.blueprint.sizes.depth
+    known = structures(model, attachment.adapter)
+    costs, depth = None if known is None else Costs(known), attachment.blueprint.sizes.depth
     calls: list[CallStats] = []
-    run = last_run(attachment.history, attachment.adapter)
-    if guided is None:  # a cached step asks for no budgets
-        guided = any(call.trace.halves for call in run)
-    for call in run:
+    trajectory = last_run(attachment.history, attachment.adapter)
+    if guided is None:  # not every call shows it: in a cached step no tail drop is read
+        guided = any(call.trace.halves for call in trajectory)
+    for call in trajectory:
         for name, samples in halves_of(call.trace, call.branch, attachment.adapter, guided):
             calls.append(_call(call.trace, call.step, name, call.levels, samples, costs, depth))
     return RunStats(type(model).__name__, tuple(calls))
@@ -50,7 +54,17 @@ def _call(
     costs: Costs | None,
     depth: int,
 ) -> CallStats:
-    """What some samples of a call saw and cost."""
+    """Compute the statistics of some samples of a call.
+
+    Args:
+        trace: the trace of the call.
+        step: number of its step.
+        branch: guidance branch of these samples.
+        level: noise level of every sample of the batch.
+        samples: positions of these samples in the batch.
+        costs: costs of the model's blocks; None if they cannot be computed.
+        depth: number of blocks.
+    """
     ran = [(part, count) for call in trace.blocks for part, count in [call.among(samples)] if count]
     most: dict[int, int] = {}
     for call, _ in ran:
@@ -70,7 +84,7 @@ def _call(
         blocks=tuple(most),
         tokens=tuple(most.values()),
         depth=depth,
-        kept=tuple(_least(trace.blocks, i) for i in samples),
+        kept=tuple(_fewest_tokens(trace.blocks, i) for i in samples),
         attention_tokens=_mean([(call.mean_tokens(call.attention), count) for call, count in ran]),
         mlp_tokens=_mean([(call.mean_tokens(call.mlp, call.mlp_rows), count) for call, count in ran]),
         heads=_mean([(call.heads, count) for call, count in ran]),
@@ -82,13 +96,14 @@ def _call(
     )
 
 
-def _least(calls: Sequence[BlockTrace], sample: int) -> int | None:
-    """The fewest image tokens that a block saw of a sample."""
-    seen = [count for call in calls if (count := call.tokens_of(sample)) is not None]
-    return min(seen, default=None)
+def _fewest_tokens(calls: Sequence[BlockTrace], sample: int) -> int | None:
+    """Return the fewest image tokens of a sample that a block computed; None if no block ran for it."""
+    counts = [count for call in calls if (count := call.tokens_of(sample)) is not None]
+    return min(counts, default=None)
 
 
 def _scaled(costs: Sequence[tuple[Counter[str], float]]) -> Counter[str]:
+    """Add up FLOPs by part, each multiplied by a share."""
     total: Counter[str] = Counter()
     for cost, share in costs:
         total.update({part: round(share * value) for part, value in cost.items()})
@@ -96,5 +111,6 @@ def _scaled(costs: Sequence[tuple[Counter[str], float]]) -> Counter[str]:
 
 
 def _mean(values: Sequence[tuple[float, int]]) -> float | None:
+    """Return the mean of values with weights; None if there are none."""
     weight = sum(count for _, count in values)
     return sum(value * count for value, count in values) / weight if weight else None

@@ -1,4 +1,4 @@
-"""tokdyn's own models: the fixed-patch DiT and the Dynamic Chunking DiT, both diffusers models."""
+"""tokdyn's own models, DiT and the Dynamic Chunking DiT (DC-DiT), as diffusers models."""
 
 from tokdyn.models.base import DCDiTOutput, DiTOutput
 from tokdyn.models.dc_dit import DCDiT

@@ -1,4 +1,4 @@
-"""The base class of DiT and DC-DiT: embedders, blocks, head, positions and initialisation."""
+"""The base class of DiT and DC-DiT, with their embedders, blocks, head, positions and initialisation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class DiTOutput:
     """The output of a DiT.
 
     Attributes:
-        sample: (B, out_channels, rows, columns), the predicted noise and, with learn_sigma, the variance channels.
+        sample: (B, out_channels, rows, columns), the prediction (noise, or velocity if the model was trained so),
+            followed by the variance channels if `learn_sigma` is set.
     """
 
     sample: Tensor
@@ -36,14 +37,14 @@ class DCDiTOutput(DiTOutput):
     """The output of a DC-DiT.
 
     Attributes:
-        routing: the router's decisions, with their losses and counts.
+        routing: which tokens the router kept, and the ratio loss.
     """
 
     routing: Routing
 
 
 class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """The parts that `DiT` and `DCDiT` have in common; each of them defines its forward."""
+    """The parts that `DiT` and `DCDiT` share. A subclass defines its constructor, `x_embedder` and forward."""
 
     x_embedder: CellEmbedder
 
@@ -53,14 +54,18 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm", "chunking"]
 
     def _check(self) -> None:
-        """Raise an InputError that names an impossible setting, before anything is built from it."""
+        """Check the registered configuration, before anything is built from it.
+
+        Raises:
+            InputError: a setting is out of range.
+        """
         c = self.config
         for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             if c[name] < 1:
-                raise InputError(f"{name} is {c[name]}, expected at least 1.")
+                raise InputError(f"{name} is {c[name]}; give a number of at least 1.")
         size = c.sample_size
         if not isinstance(size, Integral) and (not isinstance(size, (tuple, list)) or len(size) != 2):
-            raise InputError(f"sample_size is {size!r}, expected a number or (rows, columns).")
+            raise InputError(f"sample_size is {size!r}; give a number or (rows, columns).")
         mapping = c.timestep_map
         if (
             not isinstance(mapping, (tuple, list))
@@ -68,12 +73,16 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             or not all(map(math.isfinite, mapping))
             or not mapping[0]
         ):
-            raise InputError(f"timestep_map is {mapping!r}, expected (scale, offset) with a scale that is not 0.")
+            raise InputError(f"timestep_map is {mapping!r}; give (scale, offset) with a scale that is not 0.")
         if c.hidden_size % c.num_heads:
-            raise InputError(f"hidden_size is {c.hidden_size}, expected a multiple of num_heads = {c.num_heads}.")
+            raise InputError(f"hidden_size is {c.hidden_size}; give a multiple of num_heads = {c.num_heads}.")
 
     def _build(self, head_width: int) -> None:
-        """Build the parts that follow from the registered configuration."""
+        """Build embedders, positions, blocks and head from the registered configuration.
+
+        Args:
+            head_width: width of the tokens that the head gets.
+        """
         c = self.config
         out_channels = c.in_channels * (2 if c.learn_sigma else 1)
         self.register_to_config(out_channels=out_channels)
@@ -88,18 +97,22 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.final_layer = FinalLayer(head_width, c.patch_size**2 * out_channels, c.hidden_size)
 
     def _grid_of(self, size: int | tuple[int, int] | list[int] | torch.Size) -> Grid:
-        """Return the token grid of an input of that many rows and columns."""
+        """Return the token grid of an input of a size: (rows, columns), or one number for both.
+
+        Raises:
+            InputError: the patch size does not divide it.
+        """
         rows, columns = size if isinstance(size, (tuple, list)) else (size, size)
         patch = self.config.patch_size
         if rows % patch or columns % patch or min(rows, columns) < patch:
-            raise InputError(f"the input is {rows}x{columns}, expected multiples of the patch size {patch}.")
+            raise InputError(f"the input is {rows}x{columns}; give multiples of the patch size {patch}.")
         return rows // patch, columns // patch
 
     def _compute_precision(self, x: Tensor) -> tuple[AbstractContextManager[Any], Tensor]:
-        """Return the context to compute in, and x in its type.
+        """Return a context for the forward pass, and x in the dtype to compute in.
 
-        Where autocast asks for a type that the CPU has no instructions for, that is fp32: several times as fast there,
-        and more exact.
+        If autocast asks for a dtype that this CPU has no instructions for, the context turns autocast off and x is
+        fp32, which is several times as fast there and more exact. Otherwise neither changes anything.
         """
         if autocast_is_slow(x) and all(p.dtype == torch.float32 for p in self.parameters()):
             return torch.autocast(x.device.type, enabled=False), x.float()
@@ -108,7 +121,19 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _embed_condition(
         self, x: Tensor, timestep: Tensor | float | None, labels: Tensor | None
     ) -> tuple[Grid, Tensor, Tensor]:
-        """Check the inputs; return the token grid, the timesteps (B,) and the condition (B, D)."""
+        """Check the inputs of the model and embed timestep and class.
+
+        Args:
+            x: (B, in_channels, rows, columns).
+            timestep: a number, or a tensor of 1 or B elements.
+            labels: a tensor of 1 or B class labels; None is the null class.
+
+        Returns:
+            The token grid, the timesteps (B,) and the condition (B, D).
+
+        Raises:
+            InputError: a shape or dtype is wrong, or the timestep is None.
+        """
         c = self.config
         if x.dim() != 4 or x.shape[1] != c.in_channels or not len(x):
             raise InputError(
@@ -124,20 +149,24 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self._grid_of(x.shape[-2:]), timestep, condition
 
     def _positions(self, grid: Grid) -> Tensor:
-        """Return the (N, D) positions of a grid: the stored table, or computed ones if the size is another."""
+        """Return the position embeddings (N, D) of a grid: the stored table if its size is the same, else new ones."""
         if grid == self._grid_of(self.config.sample_size):
             return self.pos_embed[0]
         scale = self.config.get("position_scale", 1.0)
         return sincos_position(grid, self.config.hidden_size, scale).to(self.pos_embed)
 
     def _unpatchify(self, patches: Tensor, grid: Grid) -> Tensor:
-        """Lay the patches (B, N, p * p * channels) of a grid out as (B, channels, rows, columns)."""
+        """Rearrange the patches (B, N, p * p * channels) of a grid into (B, channels, rows, columns)."""
         p = self.config.patch_size
         return rearrange(patches, "b (r c) (p q channels) -> b channels (r p) (c q)", r=grid[0], p=p, q=p)
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Initialise as adaLN-Zero (arXiv 2212.09748): Xavier layers, small embeddings, zero modulation and head."""
+        """Initialise as adaLN-Zero (arXiv 2212.09748).
+
+        Linear layers get Xavier weights and zero bias, embeddings a standard deviation of 0.02, and modulation and head
+        zeros.
+        """
         for module in (*self.blocks.modules(), *self.t_embedder.modules(), *self.final_layer.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -152,7 +181,16 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 def _per_sample(name: str, value: Tensor | float, x: Tensor) -> Tensor:
-    """Return (B,) values on the device of x from one value or B, without a synchronisation for a number."""
+    """Expand a value to (B,) on the device of x. A Python number causes no synchronisation.
+
+    Args:
+        name: name of the argument, for the message.
+        value: a number, or a tensor of 1 or B elements.
+        x: (B, ...), the input of the model.
+
+    Raises:
+        InputError: the value has another number of elements.
+    """
     if isinstance(value, (int, float)):
         return torch.full((len(x),), value, device=x.device)
     values = torch.as_tensor(value, device=x.device).reshape(-1)

@@ -1,4 +1,4 @@
-"""The parts of a diffusion transformer (arXiv 2212.09748), for dense (B, N, D) and packed (T, D) tokens alike."""
+"""The modules of a diffusion transformer (arXiv 2212.09748), for dense tokens (B, N, D) and packed tokens (T, D)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from tokdyn.ops.layers import gated_add, linear, modulated_norm
 from tokdyn.tokens import Packing
 
 _FREQUENCIES = 256
-_PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline passes for "no class", whatever the number of classes
+_PIPELINE_NULL_CLASS = 1000  # the label that diffusers' DiTPipeline gives for "no class" in every model
 
 
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero conditioning.
 
-    The modulation is computed for each sample, and spread over its tokens afterwards.
+    Args:
+        width: D.
+        heads: H, a divisor of D.
+        mlp_ratio: hidden width of the MLP over D.
+        mlp_norm_eps: epsilon of the norm before the MLP.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
@@ -27,15 +31,15 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.mlp_norm_eps = mlp_norm_eps
-        self.stream = nn.Identity()  # lets methods see the tokens between attention and MLP
+        self.stream = nn.Identity()  # its calls show methods the tokens between attention and MLP
 
     def forward(self, x: Tensor, condition: Tensor, packing: Packing | None = None) -> Tensor:
-        """Run attention, then the MLP, each on normed and modulated tokens and added through a gate.
+        """Run attention, then the MLP; each gets normed and modulated tokens, and its result is added times a gate.
 
         Args:
             x: (B, N, D), or (T, D) with a packing.
-            condition: (B, D).
-            packing: which rows of a packed x belong to which sample.
+            condition: (B, D), from which the modulation of each sample is computed.
+            packing: the packing of packed tokens; None for dense ones.
 
         Returns:
             The shape of x.
@@ -48,7 +52,12 @@ class DiTBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention.
+
+    Args:
+        width: D.
+        heads: H, a divisor of D.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -61,8 +70,8 @@ class Attention(nn.Module):
 
         Args:
             x: (B, N, D), or (T, D) with a packing.
-            packing: which rows of a packed x belong to which sample.
-            key_bias: (B, N) or (T,), added to the logits of each key.
+            packing: the packing of packed tokens; None for dense ones.
+            key_bias: (B, N) or (T,), added to the logits of each key; None adds nothing.
 
         Returns:
             The shape of x.
@@ -89,7 +98,13 @@ class Mlp(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and the projection of each token to its patch."""
+    """adaLN, and the projection of each token to its patch.
+
+    Args:
+        width: width of the tokens.
+        outputs: values of a patch.
+        condition_width: D, width of the condition.
+    """
 
     def __init__(self, width: int, outputs: int, condition_width: int) -> None:
         super().__init__()
@@ -104,7 +119,7 @@ class FinalLayer(nn.Module):
 
 
 class CellEmbedder(nn.Module):
-    """A convolution that turns inputs into tokens, initialised like a linear layer."""
+    """A convolution that turns the input into one token for each cell, initialised like a linear layer."""
 
     def __init__(self, inputs: int, width: int, kernel: int, stride: int = 1, padding: int = 0) -> None:
         super().__init__()
@@ -117,15 +132,19 @@ class CellEmbedder(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, inputs, rows, columns) to (B, D, R, C)."""
+        """Map (B, inputs, rows, columns) to (B, width, R, C)."""
         out: Tensor = self.proj(x)
         return out
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal timestep frequencies through a two-layer MLP.
+    """An MLP of two layers on sines and cosines of the timestep.
 
-    It sees `scale * timestep + offset`, so that weights trained with other timesteps can be run with tokdyn's.
+    Args:
+        width: D.
+        shift: see `tokdyn.ops.timestep_frequencies`.
+        scale: factor of the timestep, so that weights trained with other timesteps can be used with tokdyn's.
+        offset: added to the scaled timestep.
     """
 
     def __init__(self, width: int, shift: int = 0, scale: float = 1.0, offset: float = 0.0) -> None:
@@ -134,7 +153,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """Map (B,) timesteps to (B, D); the MLP gets the frequencies in the type that the model computes in."""
+        """Map timesteps (B,) to (B, D); the MLP computes in `dtype`."""
         if (self.scale, self.offset) != (1.0, 0.0):
             timestep = self.scale * timestep.float() + self.offset
         frequencies = timestep_frequencies(timestep, _FREQUENCIES, self.shift)
@@ -143,17 +162,21 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """An embedding with one row per class, and a last one for no class."""
+    """An embedding with one row per class, and a last row for no class."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Map (B,) labels in [0, classes] to (B, D); diffusers' null class 1000 also means no class.
+        """Map labels (B,) to (B, D).
+
+        Args:
+            labels: integers from 0 to the number of classes, which means no class. If there are fewer than 1000
+                classes, 1000 means no class too, as in diffusers' pipelines.
 
         Raises:
-            InputError: a label is out of range; it is only looked at where that does not make the host wait.
+            InputError: a label is out of range; checked only if that causes no synchronisation.
         """
         null = self.embedding_table.num_embeddings - 1
         if null < _PIPELINE_NULL_CLASS:

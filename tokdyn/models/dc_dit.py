@@ -24,34 +24,39 @@ from tokdyn.tokens import Grid, Routing
 
 
 class DCDiT(Transformer):
-    """A DC-DiT: encoder, router and decoder are narrow and see every cell; the blocks see only the kept tokens.
+    """A DC-DiT: a narrow encoder, a router and a narrow decoder compute every cell; the blocks compute the kept tokens.
 
     Args:
         sample_size: rows and columns of the input, or one number for both.
-        patch_size: p; a cell is p x p inputs. 1 in the paper.
+        patch_size: p; a cell is p x p input pixels. 1 in the paper.
         in_channels: channels of the input.
         hidden_size: D.
         depth: number of blocks.
         num_heads: H, a divisor of D.
         mlp_ratio: hidden width of the MLP over D.
         num_classes: number of classes; the embedding has one more row, for no class.
-        learn_sigma: also predict variance channels.
+        learn_sigma: whether to predict variance channels too.
         encoder_depth: residual blocks before the router.
         decoder_depth: residual blocks after de-chunking.
         scaffold_width: width of encoder and decoder; None is D / 4.
-        target: N, cells per kept token.
-        router: "spatial_predictability" (v2), "cosine" (v1) or "random" (ablation).
-        sigma: width in cells of the kernel that smooths kept tokens by confidence when de-chunking; None skips that.
-        force_ends: always keep the first and last cell; on in the official code.
-        official_init: start as the public code does: router bias -1.1, Xavier residual.
+        target: N, cells per kept token, more than 1.
+        router: "spatial_predictability" (v2 of the paper), "cosine" (v1) or "random" (ablation).
+        sigma: standard deviation, in cells, of the Gaussian by which de-chunking smooths the kept tokens, weighted by
+            their probability; None leaves the smoothing out.
+        force_ends: always keep the first and last cell, as the official code does.
+        official_init: initialise as the official code does: router bias -1.1, Xavier residual projection. Otherwise the
+            router is calibrated on noise, and the residual projection is zero.
         position_scale: difference between the coordinates of neighbouring cells. For blocks of a pretrained DiT it is p
-            over the patch size of that DiT, so that the blocks see the positions they were trained with.
+            over the patch size of that DiT, so that the blocks get the positions that they were trained with.
         condition_adaptor: put a LayerNorm between the condition of the blocks and that of encoder, decoder and head, so
             that these can learn while the embedders are frozen (arXiv 2603.06351, upcycling).
-        timestep_shift: see `ops.timestep_frequencies`.
-        timestep_map: (scale, offset); the embedder sees `scale * timestep + offset`.
+        timestep_shift: see `tokdyn.ops.timestep_frequencies`.
+        timestep_map: (scale, offset); the timestep is embedded as `scale * timestep + offset`.
         mlp_norm_eps: epsilon of the norm before the MLP.
-        out_channels: follows from the others; accepted so that saved configurations load.
+        out_channels: ignored and computed from the other settings; accepted so that saved configurations load.
+
+    Raises:
+        InputError: a setting is out of range.
     """
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["chunking"]
@@ -89,11 +94,11 @@ class DCDiT(Transformer):
         if min(encoder_depth, decoder_depth, width) < 1:
             raise InputError("encoder_depth, decoder_depth and scaffold_width must be at least 1.")
         if not target > 1.0:
-            raise InputError(f"target is {target}, expected more than 1 cell per kept token; use a DiT to keep all.")
+            raise InputError(f"target is {target}; give more than 1 cell per kept token, or use a DiT to keep all.")
         if sigma is not None and not sigma > 0.0:
-            raise InputError(f"sigma is {sigma}, expected more than 0 cells, or None for no smoothing.")
+            raise InputError(f"sigma is {sigma}; give more than 0 cells, or None for no smoothing.")
         if not position_scale > 0.0:
-            raise InputError(f"position_scale is {position_scale}, expected more than 0.")
+            raise InputError(f"position_scale is {position_scale}; give a number above 0.")
         chunking = Chunking(target=target, router=router, sigma=sigma, force_ends=force_ends)
         self.x_embedder = CellEmbedder(in_channels * patch_size**2, width, 3, padding=1)
         self._build(head_width=width)
@@ -106,12 +111,12 @@ class DCDiT(Transformer):
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Take the constructor's settings from a saved configuration, which an earlier version may have saved."""
+        """Select the constructor's settings from a saved configuration, also one of an earlier version of tokdyn."""
         return super().extract_init_dict(renamed_settings(config_dict), **renamed_settings(kwargs))
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> DCDiT:
-        """Build the published model of a name, "S", "B", "L" or "XL", with some constructor settings replaced."""
+        """Build the model of a name such as "S" or "XL" (see `tokdyn.models.sizes`), with some settings replaced."""
         model: DCDiT = cls(**{**dc_dit_settings(name), **overrides})
         return model
 
@@ -127,7 +132,7 @@ class DCDiT(Transformer):
             self.calibrate_on_noise()
 
     def calibrate_on_noise(self) -> None:
-        """Calibrate the router to keep 1/N of white noise; training calibrates it again on data."""
+        """Calibrate the router to keep 1/N of the cells of white noise; training calibrates it again on data."""
         generator = torch.Generator().manual_seed(0)
         rows, columns = self._grid_of(self.config.sample_size)
         p = self.config.patch_size
@@ -142,17 +147,20 @@ class DCDiT(Transformer):
         class_labels: Tensor | None,
         target: float | None = None,
     ) -> None:
-        """Shift the router's bias so that 1/N of this batch's cells are kept.
+        """Shift the router's bias, in place, so that 1/N of this batch's cells are kept.
 
         Args:
             hidden_states: as in `forward`.
             timestep: as in `forward`.
             class_labels: as in `forward`.
             target: N, more than 1; None is the model's own.
+
+        Raises:
+            InputError: the target is not above 1, or an input is wrong.
         """
         target = self.config.target if target is None else target
         if not target > 1.0:
-            raise InputError(f"the target is {target}, expected more than 1 cell per kept token.")
+            raise InputError(f"the target is {target}; give more than 1 cell per kept token.")
         precision, hidden_states = self._compute_precision(hidden_states)
         with precision:
             grid, steps, condition = self._embed_condition(hidden_states, timestep, class_labels)
@@ -181,19 +189,23 @@ class DCDiT(Transformer):
         return_dict: bool = True,
         plan: Tensor | None = None,
     ) -> DCDiTOutput | tuple[Tensor]:
-        """Predict the noise.
+        """Predict the noise, or the velocity if the model was trained to.
 
         Args:
-            hidden_states: (B, in_channels, rows, columns), multiples of the patch size.
-            timestep: a number, or (B,).
+            hidden_states: (B, in_channels, rows, columns), noisy inputs; rows and columns are multiples of the patch
+                size, and may differ from `sample_size`.
+            timestep: a number or (B,), from 0, the image, to 1000, pure noise. None raises an InputError.
             class_labels: (B,) int64; None is no class.
-            tail_drop: fraction of the kept tokens to drop, least probable first; a number, or (B,).
-            return_dict: return a `DCDiTOutput`; otherwise a tuple.
-            plan: (B, N) bool, the tokens to keep. In samples where it is all false, and without a plan, the router
-                decides.
+            tail_drop: share of the kept tokens to drop as well, least probable first; a number or (B,).
+            return_dict: whether to return a `DCDiTOutput`, or the tuple (sample,).
+            plan: (B, N) bool, the tokens to keep before tail drop. The router decides for samples in which none is set,
+                and for all samples if the plan is None.
 
         Returns:
-            The output, or (sample,).
+            The prediction (B, out_channels, rows, columns) and the routing, in an output; or the tuple (sample,).
+
+        Raises:
+            InputError: an argument has a wrong shape, dtype or range.
         """
         precision, hidden_states = self._compute_precision(hidden_states)
         with precision:
@@ -212,7 +224,11 @@ class DCDiT(Transformer):
         tail_drop: float | Tensor,
         plan: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Chunk dense tokens (B, N, D), run the blocks, and de-chunk; also return the router's decisions."""
+        """Chunk dense tokens (B, N, D), run the blocks on the kept ones and de-chunk.
+
+        Returns:
+            Tokens (B, N, D), and the routing.
+        """
         routing = self.chunking.route(tokens, grid, steps, tail_drop, plan)
         rows, packing = self.chunking.chunk(tokens, routing)
         rows = rows + self._positions(grid).index_select(0, packing.cell)

@@ -1,4 +1,4 @@
-"""The fixed-patch diffusion transformer (arXiv 2212.09748), as a diffusers model."""
+"""The diffusion transformer DiT (arXiv 2212.09748), as a diffusers model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokdyn.models.sizes import dit_settings
 
 
 class DiT(Transformer):
-    """A DiT: every patch of p x p inputs is a token, and all blocks see all tokens.
+    """A DiT: every patch of p x p input pixels is a token, and all blocks compute all tokens.
 
     Args:
         sample_size: rows and columns of the input, or one number for both.
@@ -26,11 +26,15 @@ class DiT(Transformer):
         num_heads: H, a divisor of D.
         mlp_ratio: hidden width of the MLP over D.
         num_classes: number of classes; the embedding has one more row, for no class.
-        learn_sigma: also predict variance channels.
-        timestep_shift: see `ops.timestep_frequencies`; 1 for weights that diffusers' DiT runs.
-        timestep_map: (scale, offset); the embedder sees `scale * timestep + offset`, for weights trained with others.
+        learn_sigma: whether to predict variance channels too.
+        timestep_shift: see `tokdyn.ops.timestep_frequencies`; 1 for weights of diffusers' DiT.
+        timestep_map: (scale, offset); the timestep is embedded as `scale * timestep + offset`, for weights that were
+            trained with other timesteps than tokdyn's.
         mlp_norm_eps: epsilon of the norm before the MLP; 1e-5 in diffusers' DiT.
-        out_channels: follows from the others; accepted so that saved configurations load.
+        out_channels: ignored and computed from the other settings; accepted so that saved configurations load.
+
+    Raises:
+        InputError: a setting is out of range.
     """
 
     @register_to_config
@@ -58,7 +62,7 @@ class DiT(Transformer):
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> DiT:
-        """Build the published model of a name such as "XL/2", with some constructor settings replaced."""
+        """Build the model of a name such as "XL/2" (see `tokdyn.models.sizes`), with some settings replaced."""
         model: DiT = cls(**{**dit_settings(name), **overrides})
         return model
 
@@ -69,16 +73,20 @@ class DiT(Transformer):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> DiTOutput | tuple[Tensor]:
-        """Predict the noise.
+        """Predict the noise, or the velocity if the model was trained to.
 
         Args:
-            hidden_states: (B, in_channels, rows, columns), multiples of the patch size.
-            timestep: a number, or (B,).
+            hidden_states: (B, in_channels, rows, columns), noisy inputs; rows and columns are multiples of the patch
+                size, and may differ from `sample_size`.
+            timestep: a number or (B,), from 0, the image, to 1000, pure noise. None raises an InputError.
             class_labels: (B,) int64; None is no class.
-            return_dict: return a `DiTOutput`; otherwise a tuple.
+            return_dict: whether to return a `DiTOutput`, or the tuple (sample,).
 
         Returns:
-            The output, or (sample,).
+            The prediction (B, out_channels, rows, columns), in an output or a tuple.
+
+        Raises:
+            InputError: an argument has a wrong shape, dtype or range.
         """
         precision, hidden_states = self._compute_precision(hidden_states)
         with precision:

@@ -1,4 +1,4 @@
-"""The narrow convolutional encoder and decoder around the blocks of DC-DiT (arXiv 2603.06351)."""
+"""The convolutional encoder and decoder around the blocks of DC-DiT, narrower than those (arXiv 2603.06351)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from tokdyn.ops.layers import convolution_layout, group_norm_silu, rms_norm
 
 
 class Scaffold(nn.Module):
-    """Residual blocks and an RMSNorm; the encoder widens in its last block, the decoder narrows in its first."""
+    """Residual blocks followed by an RMSNorm: the encoder or the decoder.
+
+    Args:
+        inputs: width of the input.
+        outputs: width of the output.
+        depth: number of residual blocks.
+        condition_width: D, width of the condition.
+        change_first: whether the first block changes the width, as in the decoder, or the last, as in the encoder.
+    """
 
     def __init__(self, inputs: int, outputs: int, depth: int, condition_width: int, change_first: bool) -> None:
         super().__init__()
@@ -24,7 +32,7 @@ class Scaffold(nn.Module):
         self.norm = RMSNorm(outputs)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Map (B, inputs, R, C) and (B, D) to tokens (B, R * C, outputs)."""
+        """Map x (B, inputs, R, C) and a condition (B, D) to tokens (B, R * C, outputs)."""
         x = x.contiguous(memory_format=convolution_layout(x, self.narrowest))
         for layer in self.layers:
             x = layer(x, condition)
@@ -35,7 +43,12 @@ class Scaffold(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions with GroupNorm and SiLU before each, the condition added between them, and a skip connection.
 
-    Widths that 32 does not divide get gcd(32, width) groups.
+    GroupNorm has gcd(32, width) groups.
+
+    Args:
+        inputs: width of the input.
+        outputs: width of the output.
+        condition_width: D, width of the condition.
     """
 
     def __init__(self, inputs: int, outputs: int, condition_width: int) -> None:
@@ -49,7 +62,7 @@ class ResidualBlock(nn.Module):
         self.skip_proj = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Map (B, inputs, R, C) and (B, D) to (B, outputs, R, C)."""
+        """Map x (B, inputs, R, C) and a condition (B, D) to (B, outputs, R, C)."""
         h = self.conv1(group_norm_silu(x, self.norm1))
         h = h + self.cond_proj(condition)[:, :, None, None]
         h = self.conv2(group_norm_silu(h, self.norm2))
@@ -58,7 +71,7 @@ class ResidualBlock(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last axis, in the wider type of x and weight, which is fp32 under autocast."""
+    """RMSNorm over the last axis, computed in the wider dtype of x and weight, which is fp32 under autocast."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Constructor settings by name: the sizes of the papers (arXiv 2212.09748, 2603.06351) and a tiny one."""
+"""Constructor settings of named models: S, B, L and XL of the papers (arXiv 2212.09748, 2603.06351), and "tiny"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ PATCHES = (1, 2, 4, 8)
 
 
 def dit_settings(name: str) -> dict[str, Any]:
-    """Return the constructor settings of a fixed-patch DiT such as "XL/2"."""
+    """Return the constructor settings of a named DiT.
+
+    Args:
+        name: size and patch size, such as "XL/2" or "DiT-XL/2".
+
+    Raises:
+        InputError: there is no such size or patch size.
+    """
     size, _, patch = name.removeprefix("DiT-").partition("/")
     if size not in SHAPES or patch not in {str(p) for p in PATCHES}:
         known = ", ".join(f"{s}/{{{','.join(map(str, PATCHES))}}}" for s in SHAPES)
@@ -27,7 +34,14 @@ def dit_settings(name: str) -> dict[str, Any]:
 
 
 def dc_dit_settings(name: str) -> dict[str, Any]:
-    """Return the constructor settings of a DC-DiT such as "S"."""
+    """Return the constructor settings of a named DC-DiT.
+
+    Args:
+        name: the size, such as "S" or "DC-DiT-S".
+
+    Raises:
+        InputError: there is no such size.
+    """
     size = name.removeprefix("DC-DiT-")
     if size not in SHAPES:
         raise InputError(f"there is no DC-DiT named '{name}'; known are {', '.join(SHAPES)}.")
@@ -35,9 +49,9 @@ def dc_dit_settings(name: str) -> dict[str, Any]:
 
 
 def renamed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate settings of a DC-DiT that an earlier version saved.
+    """Rename the settings of a DC-DiT that were saved by an earlier version of tokdyn; return others unchanged.
 
-    `smoothing` and `smoothing_sigma` became `sigma`, which is None where there is no smoothing.
+    `smoothing`, a bool, and `smoothing_sigma`, a number, became `sigma`, which is None without smoothing.
     """
     current = dict(settings)
     if not {"smoothing", "smoothing_sigma"} & set(current):

@@ -1,7 +1,8 @@
-"""The laws that hold for every method on every model, as functions for the tests of your own methods and adapters.
+"""Check your own methods and adapters against the laws that hold for every method on every model.
 
-`check_method` holds one method to them on one model, `check_adapter` every method that fits a model. What fails raises
-an `AssertionError` that says which law is broken and by how much.
+`check_method` checks one method on one model, and `check_adapter` an adapter with every method that can be attached to
+its model. A broken law raises an `AssertionError` that names the law and says by how much it is broken. `LAWS` are the
+laws as functions of a `Case`.
 """
 
 from tokdyn.testing.checks import check_adapter, check_method

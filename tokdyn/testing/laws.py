@@ -1,4 +1,4 @@
-"""The laws: each takes a case and raises an `AssertionError` where it does not hold."""
+"""The laws: functions of a `Case`, each of which raises an `AssertionError` if the law does not hold for it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from tokdyn.methods.registry import from_settings, to_settings
 
 @dataclass(frozen=True)
 class Case:
-    """A method, or several, on a model.
+    """A model with methods and a call, for which the laws are checked.
 
     Attributes:
-        build: makes a fresh model, the same each time, not wrapped.
+        build: builds the model, not wrapped and with the same weights each time.
         call: keyword arguments of a call of the model, for a batch of at least two samples.
-        methods: that the model is wrapped with.
-        shared: names of arguments that have no batch.
+        methods: the methods to wrap the model with.
+        shared: names of arguments that have no batch axis.
         tolerance: largest difference that rounding explains, of predictions and, relative to their largest entry, of
             gradients.
-        prepare: changes the wrapped model in place before it is used; calibrates a router or opens gates, for instance.
+        prepare: changes the wrapped model in place before it is used: calibrates its router or opens its gates, for
+            instance.
     """
 
     build: Callable[[], nn.Module]
@@ -42,11 +43,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What failures call it."""
+        """Methods and model class, for messages."""
         return f"{' and '.join(type(method).__name__ for method in self.methods)} on {type(self.build()).__name__}"
 
     def wrapped(self) -> nn.Module:
-        """Build the model, wrap it and prepare it; trained parts start the same each time."""
+        """Build the model, in evaluation mode, wrap and prepare it; trainable parts have the same weights each time."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = wrap(self.build().eval(), self.methods)
@@ -55,7 +56,7 @@ class Case:
             return model
 
     def one(self, place: int) -> dict[str, Any]:
-        """Select the arguments of one sample."""
+        """Return the arguments of the call for one sample of the batch, given its position."""
         return {
             name: value if name in self.shared else _entry(value, place, self.batch)
             for name, value in self.call.items()
@@ -63,19 +64,19 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """Samples of the call."""
+        """Number of samples in the call."""
         return next(len(value) for name, value in self.call.items() if name not in self.shared and _has_entries(value))
 
 
 def prediction(output: Any) -> Tensor:
-    """(B, ...) what a model predicts, of whatever it returns."""
-    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    return torch.stack(list(found)) if isinstance(found, Sequence) else found
+    """Return the prediction (B, ...) from a model's result: a tensor, list or tuple, or an object with `sample`."""
+    value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    return torch.stack(list(value)) if isinstance(value, Sequence) else value
 
 
 @torch.no_grad()
 def disabled_is_the_original(case: Case) -> None:
-    """Within `tokdyn.disabled` the model predicts bit for bit what it did before it was wrapped."""
+    """Inside of `tokdyn.disabled` a wrapped model predicts bit for bit what the unwrapped model predicts."""
     plain, model = prediction(case.build().eval()(**case.call)), case.wrapped()
     with disabled(model):
         _equal(case, plain, prediction(model(**case.call)), "with its methods disabled, it differs from the original")
@@ -94,7 +95,7 @@ def wrapping_keeps_class_and_weights(case: Case) -> None:
 
 @torch.no_grad()
 def unwrapping_restores_the_original(case: Case) -> None:
-    """`tokdyn.unwrap` leaves classes, attributes, state dict and predictions as they were."""
+    """`tokdyn.unwrap` restores classes, attributes, state dict and predictions of the model exactly."""
     original = case.build().eval()
     model, plain = case.wrapped(), prediction(original(**case.call))
     model(**case.call)
@@ -109,11 +110,11 @@ def unwrapping_restores_the_original(case: Case) -> None:
 
 @torch.no_grad()
 def samples_do_not_depend_on_each_other(case: Case) -> None:
-    """The prediction of a sample depends neither on its batch mates nor on its place in the batch."""
+    """The prediction of a sample depends neither on the other samples of the batch nor on its position among them."""
     together = prediction(case.wrapped()(**case.call))
     for place in range(case.batch):
         alone = prediction(case.wrapped()(**case.one(place)))
-        _close(case, together[place], alone[0], f"sample {place} is predicted otherwise when it is called alone")
+        _close(case, together[place], alone[0], f"the prediction of sample {place} differs when it is called alone")
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def other_models_stay_as_they_are(case: Case) -> None:
 
 @torch.no_grad()
 def copies_compute_with_their_own_weights(case: Case) -> None:
-    """A deep copy predicts the same when the weights of the original change, and something else when its own do."""
+    """A deep copy keeps its predictions when the weights of the original change, and computes with its own."""
     model = case.wrapped()
     model(**case.call)
     twin, second = copy.deepcopy(model), copy.deepcopy(model)
@@ -135,7 +136,7 @@ def copies_compute_with_their_own_weights(case: Case) -> None:
     for parameter in model.parameters():
         parameter.zero_()
     after = prediction(second(**case.call))
-    _equal(case, before, after, "a copy changes with the weights of the original")
+    _equal(case, before, after, "the predictions of a copy change with the weights of the original")
     scaled = case.build().eval()
     for changed in (twin, scaled):
         for name, parameter in changed.named_parameters():
@@ -147,39 +148,43 @@ def copies_compute_with_their_own_weights(case: Case) -> None:
 
 @torch.no_grad()
 def saved_methods_load(case: Case) -> None:
-    """`tokdyn.save` and `tokdyn.load` bring back the same methods, trained parts and predictions."""
+    """`tokdyn.save` and `tokdyn.load` restore the methods, their trained parts and the predictions."""
     for method in case.methods:
         again = from_settings(to_settings(method))
-        assert again == method, f"{case.name}: {method} is read back as {again}"
+        assert again == method, f"{case.name}: {method} was written as settings and read back as {again}"
     model = case.wrapped()
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder))
         other = load(case.build().eval(), folder)
-    assert attached(other).methods == attached(model).methods, f"{case.name}: other methods are loaded than were saved"
-    one, two = prediction(model(**case.call)), prediction(other(**case.call))
-    _equal(case, one, two, "methods that were saved and loaded predict something else")
+    assert attached(other).methods == attached(model).methods, f"{case.name}: loading restores other methods than saved"
+    saved, loaded = prediction(model(**case.call)), prediction(other(**case.call))
+    _equal(case, saved, loaded, "after saving and loading the methods, the predictions differ")
 
 
 @torch.no_grad()
 def computed_flops_are_the_counted_ones(case: Case) -> None:
-    """The FLOPs that are computed from what the methods did equal those that are counted (multiply-add = 2).
+    """The FLOPs that are computed from the trace of a call equal the counted ones; a multiply-add is 2.
 
-    So do those of the dense model, which statistics compare with, and those with the methods disabled.
+    This holds in evaluation, in training and with the methods disabled. The FLOPs of the dense model, with which
+    statistics compare, are those of the model before it was wrapped.
     """
     model, plain = case.wrapped(), flops(case.build().eval(), **case.call).counted
     for training in (False, True):
         cost = flops(model.train(training), **case.call)
         assert cost.counted == cost.total, f"{case.name}: {cost.total} FLOPs are computed, {cost.counted} are counted"
         if cost.dense is not None and not adapter_for(model).chunked:
-            assert cost.dense == plain, f"{case.name}: {cost.dense} FLOPs are said to be dense, and {plain} are"
+            assert cost.dense == plain, f"{case.name}: the dense model costs {plain} FLOPs, and {cost.dense} are stated"
     with disabled(model.eval()):
         cost = flops(model, **case.call)
-    assert cost.counted == cost.total == plain, f"{case.name}: disabled, it costs {cost.counted} FLOPs, and not {plain}"
+    assert cost.counted == cost.total == plain, f"{case.name}: disabled, it costs {cost.counted} FLOPs, not {plain}"
 
 
 def gradients_are_the_same_with_checkpointing(case: Case) -> None:
-    """Gradient checkpointing changes no gradient, for two calls before one backward pass too."""
-    found = []
+    """Gradient checkpointing changes no gradient, also for two calls before one backward pass.
+
+    Holds for a model without `enable_gradient_checkpointing`, because there is nothing to compare.
+    """
+    gradients = []
     for checkpointing in (False, True):
         model: Any = case.wrapped().train()
         enable = getattr(model, "enable_gradient_checkpointing", getattr(model, "set_grad_checkpointing", None))
@@ -190,9 +195,9 @@ def gradients_are_the_same_with_checkpointing(case: Case) -> None:
         torch.manual_seed(0)
         loss = sum(weight * prediction(model(**case.call)).float().square().mean() for weight in (1, 2))
         loss.backward()  # type: ignore[union-attr]
-        found.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
-    plain, recomputed = found
-    assert plain.keys() == recomputed.keys(), f"{case.name}: checkpointing gives other parameters a gradient"
+        gradients.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys(), f"{case.name}: with checkpointing, other parameters have a gradient"
     for name, gradient in plain.items():
         scale = gradient.abs().max().clamp(min=1e-4)
         what = f"checkpointing changes the gradient of {name}, relative to its largest entry"
@@ -223,18 +228,18 @@ def _entry(value: Any, place: int, batch: int) -> Any:
     return value[place : place + 1] if _has_entries(value) and len(value) == batch else value
 
 
-def _equal(case: Case, expected: Tensor, found: Tensor, what: str) -> None:
-    assert torch.equal(expected, found), f"{case.name}: {what}, by {_distance(expected, found):.3g}"
+def _equal(case: Case, expected: Tensor, actual: Tensor, failure: str) -> None:
+    assert torch.equal(expected, actual), f"{case.name}: {failure}, by {_distance(expected, actual):.3g}"
 
 
-def _close(case: Case, expected: Tensor, found: Tensor, what: str) -> None:
-    distance = _distance(expected, found)
-    assert distance <= case.tolerance, f"{case.name}: {what}, by {distance:.3g} where {case.tolerance:.3g} is rounding"
+def _close(case: Case, expected: Tensor, actual: Tensor, failure: str) -> None:
+    distance = _distance(expected, actual)
+    assert distance <= case.tolerance, f"{case.name}: {failure}, by {distance:.3g}; {case.tolerance:.3g} is allowed"
 
 
-def _distance(expected: Tensor, found: Tensor) -> float:
-    """Largest difference, of which a value that is not finite is one."""
-    if expected.shape != found.shape:
+def _distance(expected: Tensor, actual: Tensor) -> float:
+    """Return the largest absolute difference; infinity if the shapes differ or the difference is NaN."""
+    if expected.shape != actual.shape:
         return float("inf")
-    difference = (expected - found).abs().max() if expected.numel() else torch.zeros(())
+    difference = (expected - actual).abs().max() if expected.numel() else torch.zeros(())
     return float(difference.nan_to_num(float("inf")))
