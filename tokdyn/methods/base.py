@@ -156,8 +156,8 @@ def _sentence(method: type[BaseModel], error: ValidationError) -> str:
     return f"{method.__name__}: {setting}: {reason}, got {found['input']!r}."
 
 
-def resolve(span: Span, depth: int) -> Span:
-    """A span with its ends counted from the front.
+def resolve(span: Span, depth: int, method: str) -> Span:
+    """Count the ends of a method's span from the front.
 
     Raises:
         InputError: an end outside the model, or the last block before the first.
@@ -165,7 +165,7 @@ def resolve(span: Span, depth: int) -> Span:
     first, last = (end + depth if end < 0 else end for end in span)
     if not 0 <= first <= last < depth:
         raise InputError(
-            f"blocks {span} are not a stretch of a model of {depth} blocks; give the first and the last block, "
-            f"from 0 to {depth - 1}, or from the end with negative numbers."
+            f"{method}: blocks {span} are not a stretch of a model of {depth} blocks; give the first and the last "
+            f"block, from 0 to {depth - 1}, or from the end with negative numbers."
         )
     return first, last

@@ -33,7 +33,8 @@ class TokenDrop(Method):
 
     def traits(self, depth: int) -> Traits:
         """A random subset inside a span, while training."""
-        span = (depth // 6, max(depth // 6, 2 * depth // 3)) if self.blocks is None else resolve(self.blocks, depth)
+        paper = depth // 6, max(depth // 6, 2 * depth // 3)
+        span = paper if self.blocks is None else resolve(self.blocks, depth, "TokenDrop")
         return Traits(
             Stage.SPAN,
             tokens="subset",
