@@ -18,10 +18,11 @@ from tests.contract.widths import (
     clock,
     hold,
     in_double,
+    random_gates,
     widths_of,
     wrapped,
 )
-from tokdyn import DynamicWidth, InputError, UnsupportedModelError
+from tokdyn import DynamicWidth, FeatureCache, InputError, UnsupportedModelError
 from tokdyn.ops.width import spread
 
 
@@ -176,3 +177,25 @@ def test_a_model_with_one_head_has_nothing_to_choose():
     with pytest.raises(InputError, match="tokens=True"):
         tokdyn.wrap(model, [DynamicWidth(tokens=False)])
     tokdyn.wrap(model, [DynamicWidth()])
+
+
+@torch.no_grad()
+def test_samples_that_a_cache_leaves_over_keep_their_own_gates():
+    """In DC-DiT the cache lies around the gates: they see the samples that are computed, and no others."""
+    tiny = TINY["DCDiT"]
+
+    def called(levels, seed):
+        clocks = [tiny.at(1, level) for level in levels]
+        noise = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(seed))
+        moved = tiny.inputs(3)["hidden_states"].clone()
+        moved[1:] = noise[1:] if seed else moved[1:]
+        return {**tiny.inputs(3), "hidden_states": moved, "timestep": torch.cat([each["timestep"] for each in clocks])}
+
+    model = random_gates(tokdyn.wrap(tiny.build(), [FeatureCache(threshold=10.0), DynamicWidth(tokens=False)]))
+    model(**called((0.9, 0.2, 0.3), 0))
+    second = called((0.85, 0.9, 0.5), 1)
+    together = sample(model(**second))
+    for place in range(3):
+        fresh = random_gates(tokdyn.wrap(tiny.build(), [DynamicWidth(tokens=False)]))
+        distance = (together[place] - sample(fresh(**one_of(second, place)))[0]).abs().max()
+        assert distance > 1e-4 if place == 0 else distance < 2e-6  # the first goes on and is reused

@@ -174,12 +174,13 @@ def _sentence(method: type[BaseModel], error: ValidationError) -> str:
     return f"{method.__name__}: {setting}: {reason}, got {first['input']!r}."
 
 
-def resolve(span: Span, depth: int) -> Span:
+def resolve(span: Span, depth: int, method: str) -> Span:
     """Return a span with both ends counted from the front.
 
     Args:
         span: first and last block; negative numbers count from the end.
         depth: number of blocks of the model.
+        method: name of the method whose span it is, for the error.
 
     Raises:
         InputError: an end is not a block of the model, or the last block comes before the first.
@@ -187,7 +188,7 @@ def resolve(span: Span, depth: int) -> Span:
     first, last = (end + depth if end < 0 else end for end in span)
     if not 0 <= first <= last < depth:
         raise InputError(
-            f"blocks={span} is not a span of a model of {depth} blocks; give the first and the last block, from 0 to "
-            f"{depth - 1}, or counted from the end as negative numbers."
+            f"{method}: blocks={span} is not a span of a model of {depth} blocks; give the first and the last block, "
+            f"from 0 to {depth - 1}, or counted from the end as negative numbers."
         )
     return first, last

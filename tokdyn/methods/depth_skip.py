@@ -71,7 +71,9 @@ class DepthSkip(Method):
         rows = self.table or ((*self.levels, self.blocks),)
         for block in (block for _, _, blocks in rows for block in blocks):
             if not -depth <= block < depth:
-                raise InputError(f"there is no block {block} in a model of {depth} blocks; they are 0 to {depth - 1}.")
+                raise InputError(
+                    f"DepthSkip: there is no block {block} in a model of {depth} blocks; they are 0 to {depth - 1}."
+                )
         return tuple((low, high, tuple(sorted({block % depth for block in blocks}))) for low, high, blocks in rows)
 
     def skipped(self, level: float, depth: int) -> frozenset[int]:

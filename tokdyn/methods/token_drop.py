@@ -31,7 +31,8 @@ class TokenDrop(Method):
 
     def traits(self, depth: int) -> Traits:
         """Return the traits: in training, a random subset of the tokens in a span of blocks."""
-        span = (depth // 6, max(depth // 6, 2 * depth // 3)) if self.blocks is None else resolve(self.blocks, depth)
+        paper = depth // 6, max(depth // 6, 2 * depth // 3)
+        span = paper if self.blocks is None else resolve(self.blocks, depth, "TokenDrop")
         return Traits(
             Stage.SPAN,
             tokens="subset",

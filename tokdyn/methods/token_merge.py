@@ -66,7 +66,7 @@ class TokenMerge(Method):
 
     def traits(self, depth: int) -> Traits:
         """Return the traits: tokens are merged around sublayers; the full grid is needed if `partition` says so."""
-        span = None if self.blocks is None else resolve(self.blocks, depth)
+        span = None if self.blocks is None else resolve(self.blocks, depth, "TokenMerge")
         where = None if span is None else frozenset(range(span[0], span[1] + 1))
         sublayers: tuple[Literal["attention", "mlp"], ...] = (
             ("attention", "mlp") if self.where == "both" else (self.where,)

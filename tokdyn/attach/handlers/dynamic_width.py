@@ -43,7 +43,7 @@ class Widths:
     """The gates of one call, and in training what they cost so far.
 
     Attributes:
-        batch: B.
+        samples: positions in the batch of the B samples of the view that the bracket opened on.
         masks: (B, depth, H) of 0 and 1 for heads and for groups of MLP channels, if all are computed; None in sampling.
         on: in sampling, for every sample and block, the heads and groups of channels to compute; None for a block that
             is computed in full.
@@ -52,11 +52,15 @@ class Widths:
         shares: with masks, (block, samples, (b,) share of the tokens of each sample that went through the MLP).
     """
 
-    batch: int
+    samples: tuple[int, ...]
     masks: dict[Kind, Tensor] | None = None
     on: list[list[On | None]] = field(default_factory=list)
     spent: tuple[tuple[int, int, tuple[int, int]], ...] = ()
     shares: tuple[tuple[int, tuple[int, ...], Tensor], ...] = ()
+
+    def places(self, samples: Sequence[int]) -> list[int]:
+        """Find samples of the call among those that the bracket opened on."""
+        return [self.samples.index(sample) for sample in samples]
 
 
 @dataclass(eq=False)
@@ -90,7 +94,8 @@ class DynamicBlocks(Bracket, Kernel):
         masked = context.training or torch.compiler.is_compiling()
         if self.module.heads is None and self.module.channels is None:  # the noise level does not matter
             everything: list[On | None] = [None] * len(self.layouts)
-            widths = Widths(view.batch, {}) if masked else Widths(view.batch, on=[everything] * view.batch)
+            on = [everything] * view.batch
+            widths = Widths(view.samples, {}) if masked else Widths(view.samples, on=on)
         elif masked:
             levels = context.level_tensor(view, x.device)
             logits = self.module(levels)
@@ -100,12 +105,12 @@ class DynamicBlocks(Bracket, Kernel):
                 for kind, values in zip(KINDS, logits, strict=True)
                 if values is not None
             }
-            widths = Widths(view.batch, drawn)
+            widths = Widths(view.samples, drawn)
             if context.training:
                 self.slices.clear()
         else:
             self.slices.check()
-            widths = Widths(view.batch, on=self._decide(context, view, x.device))
+            widths = Widths(view.samples, on=self._decide(context, view, x.device))
         context.slots[self.slot] = widths
         return x, view
 
@@ -152,7 +157,8 @@ class DynamicBlocks(Bracket, Kernel):
         widths: Widths = frame.context.slots[self.slot]
         if widths.masks is not None:
             return self._masked(frame, module, site, widths, inner, named)
-        return self._pruned(frame, module, site, widths.on[frame.view.samples[0]][site.block], inner, named)
+        (first,) = widths.places(frame.view.samples[:1])  # they all share it
+        return self._pruned(frame, module, site, widths.on[first][site.block], inner, named)
 
     def _masked(
         self, frame: Frame, module: nn.Module, site: Site, widths: Widths, inner: Inner, named: dict[str, Any]
@@ -160,7 +166,7 @@ class DynamicBlocks(Bracket, Kernel):
         """Compute the block with masks, and add its cost to `widths` for the FLOPs loss."""
         assert widths.masks is not None
         samples, device, given = frame.view.samples, named[site.blocks.tokens].device, frame.exchange.given
-        rows = None if len(samples) == widths.batch else torch.tensor(samples, device=device)
+        rows = None if samples == widths.samples else torch.tensor(widths.places(samples), device=device)
         for kind, mask in widths.masks.items():
             given[kind] = mask[:, site.block] if rows is None else mask[:, site.block].index_select(0, rows)
         if frame.context.training and self.module.tokens is not None:
@@ -238,11 +244,13 @@ class DynamicBlocks(Bracket, Kernel):
     def _share(self, widths: Widths, device: torch.device) -> Tensor:
         """Compute the (B,) share of the FLOPs that were spent, of those that the blocks which ran have in full."""
         depth = len(self.layouts)
-        spent = [[[0.0] * depth for _ in range(widths.batch)] for _ in range(2)]
+        batch = len(widths.samples)
+        spent = [[[0.0] * depth for _ in range(batch)] for _ in range(2)]
         for block, sample, flops in widths.spent:
-            spent[0][sample][block], spent[1][sample][block] = flops
+            (place,) = widths.places([sample])
+            spent[0][place][block], spent[1][place][block] = flops
         attention, mlp = torch.tensor(spent, dtype=torch.float32, device=device)
-        ones = torch.ones(widths.batch, depth, device=device)
+        ones = torch.ones(batch, depth, device=device)
         assert widths.masks is not None
         heads = widths.masks["heads"].mean(dim=2) if "heads" in widths.masks else ones
         channels = ones
@@ -251,7 +259,7 @@ class DynamicBlocks(Bracket, Kernel):
             channels = (widths.masks["channels"] * sizes / sizes.sum(dim=1, keepdim=True)).sum(dim=2)
         tokens = list(ones.unbind(dim=1))
         for block, samples, share in widths.shares:
-            rows = torch.tensor(samples, device=device)
+            rows = torch.tensor(widths.places(samples), device=device)
             tokens[block] = tokens[block].index_copy(0, rows, share.to(tokens[block]))
         return flops_share(heads, channels, torch.stack(tokens, dim=1), attention, mlp)
 
