@@ -34,7 +34,8 @@ ROOMS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "diffusion": (["tokdyn/diffusion/*.py"], ["tests/diffusion"], ["tests/train/test_step.py"]),
     "upcycling": (["tokdyn/upcycling/*.py"], ["tests/upcycling"], ["tests/cli/test_upcycle.py"]),
 }
-NEAR, WIDE = 60.0, 90.0
+NEAR, WIDE, CONTROL = 60.0, 90.0, 10.0
+"""Seconds of tests that a mistake meets at most."""
 
 
 class Room:
@@ -77,6 +78,7 @@ class Room:
             return
         every = [path for name in ROOMS for path in _files(name)]
         nets = [weave(ROOT, tests, self.files, every, STORE) for tests in (self.near, self.wide)]
+        self._check(nets[0])
         began = time.monotonic()
         for done, (mutant, word) in enumerate(_tried(rest, nets, jobs), 1):
             self.note(mutant, word)
@@ -85,6 +87,17 @@ class Room:
                 print(f"{self.name} {done}/{len(rest)}, {left:.0f} minutes left", flush=True)
             if word == "survived":
                 print(f"unnoticed: {_shown(mutant)}", flush=True)
+
+    def _check(self, net: Net) -> None:
+        """Run tests as mistakes meet them, but without one: then they must pass."""
+        for path in self.files:
+            tests = net.tests(path, 1, CONTROL)
+            if tests:
+                source = (ROOT / path).read_text()
+                pid = start(ROOT, path, source, tests, CONTROL)
+                if verdict(os.waitpid(pid, 0)[1]) != "survived":
+                    sys.exit(f"{path} fails tests without a mistake in it, such as {tests[-1]}.")
+                return
 
     def tally(self, mutants: list[Mutant]) -> Tally:
         """Count the verdicts."""
