@@ -14,12 +14,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.pairwise import covering
 
-# Deadlines measure the machine and not the code; derandomised runs fail the same way for everybody.
-settings.register_profile("tokdyn", deadline=None, derandomize=True)
+# Times measure the machine and not the code; derandomised runs fail the same way for everybody.
+settings.register_profile("tokdyn", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tokdyn")
 
 

@@ -1,10 +1,25 @@
 """The rules of composition: every pair that must work is ordered, every other is refused and both are named."""
 
+import itertools
+import re
+from typing import Any
+
 import pytest
+from pydantic import Field
 
 from tokdyn.compose import compose
 from tokdyn.errors import CompositionError, InputError
-from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
+from tokdyn.methods import (
+    Chunking,
+    DepthSkip,
+    DynamicWidth,
+    FeatureCache,
+    Method,
+    Stage,
+    TokenDrop,
+    TokenMerge,
+    Traits,
+)
 
 DEPTH = 12
 FREE = DepthSkip(blocks=(3, 4))
@@ -129,3 +144,130 @@ def test_depth_skip_counts_from_the_end_and_follows_the_noise():
 def test_settings_survive_json(method):
     assert type(method).model_validate_json(method.model_dump_json()) == method
     assert hash(method) == hash(method.model_copy())
+
+
+class Probe(Method):
+    """A method that says of itself what a test asks for."""
+
+    label: str = "one"
+    answers: dict[str, Any] = Field(default_factory=dict)
+
+    def traits(self, depth):
+        return Traits(**{"stage": Stage.SPAN, **self.answers})
+
+
+class Other(Probe):
+    """The same by another name."""
+
+
+TRAIN, SAMPLE = frozenset({"train"}), frozenset({"sample"})
+ALIGNED = {"stage": Stage.KERNEL, "aligned": "mlp"}
+MERGES = {"stage": Stage.SUBLAYER, "owns": {"merging around mlp": None}}
+
+
+def refusal(one, other, depth=DEPTH):
+    """Return the words with which two methods are refused, None if they go together."""
+    try:
+        compose([Probe(answers=one), Other(answers=other)], depth)
+    except CompositionError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ({"phases": TRAIN}, {"phases": SAMPLE}, r"^Probe acts only in training and Other only in sampling"),
+        ({"phases": SAMPLE}, {"phases": TRAIN}, r"^Other acts only in training and Probe only in sampling"),
+        ({"phases": TRAIN}, {}, None),
+        ({"phases": TRAIN}, {"phases": TRAIN}, None),
+        ({"phases": SAMPLE}, {"phases": SAMPLE}, None),
+        ({"owns": {"x": None}}, {"owns": {"x": None}}, r"Probe and Other decide the x; keep one"),
+        ({"owns": {"x": None}}, {"owns": {"y": None}}, None),
+        ({"owns": {"y": None, "x": None}}, {"owns": {"z": None, "x": None}}, r"decide the x; keep"),
+        ({"owns": {"x": frozenset({1, 2})}}, {"owns": {"x": frozenset({3})}}, None),
+        ({"owns": {"x": frozenset({1, 2})}}, {"owns": {"x": None}}, r"the x of blocks 1, 2; give"),
+        ({"owns": {"x": None}}, {"owns": {"x": frozenset({5})}}, r"the x of block 5; give"),
+        ({"owns": {"x": frozenset({9, 2, 4})}}, {"owns": {"x": frozenset({2, 9})}}, r"the x of blocks 2, 9; give"),
+        ({"owns": {"x": frozenset()}}, {"owns": {"x": None}}, None),
+        ({"owns": {"y": frozenset({1}), "x": None}}, {"owns": {"y": frozenset({2}), "x": None}}, r"decide the x;"),
+        ({"tokens": "subset"}, {"needs_grid": True}, r"Other needs .* inside Probe .* subset"),
+        ({"tokens": "merged"}, {"needs_grid": True}, r"Other needs .* inside Probe .* merged"),
+        ({"tokens": "full"}, {"needs_grid": True}, None),
+        ({"tokens": "subset"}, {"needs_grid": False}, None),
+        ({"needs_grid": True}, {"tokens": "subset"}, None),  # what lies inside does not change what is outside
+        ({"tokens": "subset", "span": (0, 3)}, {"needs_grid": True, "span": (4, 6)}, None),
+        ({"tokens": "subset", "span": (0, 6)}, {"needs_grid": True, "span": (6, 6)}, r"needs all cells"),
+        ({"moving": True}, {"remembers": True}, r"Other remembers .* inside Probe .*put Other before Probe"),
+        (
+            {"moving": True, "stage": Stage.STACK},
+            {"remembers": True, "stage": Stage.BLOCK},
+            r"Other remembers .*use Other without Probe",
+        ),
+        ({"remembers": True}, {"moving": True}, None),
+        ({"moving": True}, {"moving": True}, None),
+        ({"remembers": True}, {"remembers": True}, None),
+        ({"stage": Stage.STACK, "span": (1, 11)}, {"stage": Stage.STACK}, r"Probe begins .* but Other begins with it"),
+        ({"stage": Stage.STACK}, {"stage": Stage.STACK, "span": (1, 11)}, None),
+        ({"stage": Stage.STACK, "span": (1, 11)}, {"stage": Stage.STACK, "span": (1, 11)}, None),
+        ({"stage": Stage.STACK, "span": (1, 11)}, {"stage": Stage.SPAN, "span": (0, 3)}, None),
+        ({"span": (0, 5)}, {"span": (5, 8)}, r"Probe over blocks 0 to 5 and Other over blocks 5 to 8 overlap"),
+        ({"span": (5, 8)}, {"span": (0, 5)}, r"Probe over blocks 5 to 8 and Other over blocks 0 to 5 overlap"),
+        ({"span": (0, 5)}, {"span": (6, 8)}, None),
+        ({"span": (0, 5)}, {"span": (0, 5)}, None),
+        ({"span": (0, 5)}, {"span": (2, 5)}, None),
+        ({"span": (2, 5)}, {"span": (2, 6)}, r"Other over blocks 2 to 6 encloses Probe over blocks 2 to 5.*put Other"),
+        ({"span": (2, 5)}, {}, r"Other over blocks 0 to 11 encloses Probe over blocks 2 to 5"),
+        ({"span": (2, 5)}, {"span": (3, 8), "stage": Stage.BLOCK}, None),
+        ({"learns": "FLOPs"}, {"learns": "FLOPs"}, r"Probe and Other each learn to hold the FLOPs"),
+        ({"learns": "FLOPs"}, {"learns": "tokens"}, None),
+        ({}, {}, None),
+        (MERGES, ALIGNED, r"Other decides .* of the mlp .* but Probe merges .*use Probe with where='attention'"),
+        (ALIGNED, MERGES, r"Probe decides .* of the mlp .* but Other merges .*use Other with"),
+        (MERGES | {"owns": {"merging around attention": None}}, ALIGNED, None),
+        (ALIGNED | {"stage": Stage.SUBLAYER}, MERGES, r"Probe decides"),
+        (ALIGNED, {"stage": Stage.SUBLAYER}, None),
+        ({"owns": {"merging around mlp": None}}, {"owns": {"merging around attention": None}}, None),
+    ],
+)
+def test_each_rule_refuses_what_it_says_and_nothing_else(one, other, words):
+    found = refusal(one, other)
+    if words is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(words, found)
+
+
+def test_spans_end_with_the_model():
+    assert refusal({"span": (1, 3)}, {}, depth=4) is not None
+    assert refusal({"span": (0, 3)}, {}, depth=4) is None
+
+
+def test_every_pair_of_a_list_is_compared():
+    a, b, c = ({"owns": {"x": None}}, {}, {"owns": {"x": None}})
+    for order in itertools.permutations([a, b, c]):
+        with pytest.raises(CompositionError, match="decide the x"):
+            compose([Probe(label=str(i), answers=each) for i, each in enumerate(order)], DEPTH)
+
+
+def test_methods_are_ordered_by_stage_and_then_as_they_were_listed():
+    stages = [Stage.KERNEL, Stage.SPAN, Stage.STACK, Stage.SPAN, Stage.SUBLAYER, Stage.BLOCK, Stage.STACK]
+    methods = [Probe(label=str(i), answers={"stage": stage}) for i, stage in enumerate(stages)]
+    placed = compose(methods, DEPTH)
+    assert [each.index for each in placed] == [2, 6, 1, 3, 5, 4, 0]
+    assert [each.method.label for each in placed] == ["2", "6", "1", "3", "5", "4", "0"]
+    assert [each.traits.stage for each in placed] == sorted(stages)
+    assert {each.name for each in placed} == {"Probe"}
+
+
+@pytest.mark.parametrize("where", ["attention", "mlp", "both"])
+def test_tokens_chosen_by_the_stream_are_not_merged_on_their_way_to_the_mlp(where):
+    methods = [TokenMerge(where=where), DynamicWidth(token_input="stream")]
+    for order in (methods, methods[::-1]):
+        if where == "attention":
+            assert len(compose(order, DEPTH)) == 2
+        else:
+            with pytest.raises(CompositionError, match=r"DynamicWidth .* TokenMerge .* where='attention'"):
+                compose(order, DEPTH)
+    assert len(compose([TokenMerge(where=where), DynamicWidth()], DEPTH)) == 2

@@ -28,6 +28,8 @@ MEMORY = 8 << 30
 """Bytes that a mistake may ask for beyond what the libraries hold."""
 PATIENCE = 900
 """Seconds of real time after which a fork that waits for nothing is ended."""
+FAILED = 70
+"""Exit code of a fork in which something went wrong outside of the tests."""
 LIBRARIES = (
     "torch",
     "numpy",
@@ -119,7 +121,7 @@ def _fork(action: Callable[[], int], log: Path = Path(os.devnull)) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 70
+    code = FAILED
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -238,6 +240,6 @@ def verdict(status: int) -> str:
         return "survived"
     if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL):
         return "timeout"
-    if code == 5:
-        raise RuntimeError("no test was collected; delete runs/mutants and try again.")
+    if code in (4, 5, FAILED):
+        raise RuntimeError(f"the tests could not be run (exit code {code}); delete runs/mutants and try again.")
     return "killed"

@@ -1,5 +1,6 @@
 """Attention of packed tokens: every path equals a loop over the samples, with gradients."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -35,12 +36,12 @@ ragged = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
 @settings(deadline=None, max_examples=40)
-@given(ragged, st.sampled_from(["auto", "split", "padded"]), st.booleans())
-def test_every_path_equals_the_loop(lengths, backend, grad):
+@given(ragged, st.sampled_from(["auto", "split", "padded"]), st.booleans(), st.sampled_from([nullcontext, ops.plain]))
+def test_every_path_equals_the_loop(lengths, backend, grad, form):
     torch.manual_seed(0)
     packing = packing_of(lengths)
     qkv = torch.randn(sum(lengths), 3 * 8, dtype=torch.float64, requires_grad=grad)
-    with ops.attention_backend(backend), torch.set_grad_enabled(grad):
+    with ops.attention_backend(backend), torch.set_grad_enabled(grad), form():
         out = ops.packed_attention(qkv, 2, packing)
     expected = loop(qkv, 2, lengths)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)

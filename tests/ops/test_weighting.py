@@ -1,5 +1,7 @@
 """Size-weighted attention: a key of size s counts like s equal keys, on every path and with every mask."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,12 +114,13 @@ def test_dense_attention_takes_a_bias(dtype, grad):
 
 @pytest.mark.parametrize("backend", ["auto", "split", "padded"])
 @pytest.mark.parametrize("lengths", [(4, 7, 2), (5, 5)])
-def test_packed_attention_takes_a_bias(backend, lengths):
+@pytest.mark.parametrize("form", [nullcontext, ops.plain], ids=["forms", "plain"])
+def test_packed_attention_takes_a_bias(backend, lengths, form):
     keep = torch.arange(8) < torch.tensor(lengths)[:, None]
     packing = ops.pack(keep, (8,))
     qkv = torch.randn(packing.total, 24, dtype=torch.float64)
     size = torch.randint(1, 5, (packing.total,))
-    with ops.attention_backend(backend):
+    with ops.attention_backend(backend), form():
         found = ops.packed_attention(qkv, 2, packing, size.double().log())
     parts = zip(qkv.split(lengths), size.split(lengths), strict=True)
     expected = torch.cat([ops.dense_attention(rows[None], 2, own.double().log()[None])[0] for rows, own in parts])

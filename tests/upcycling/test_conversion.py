@@ -14,9 +14,11 @@ import tokdyn
 from tests.upcycling.models import inputs, small_base
 from tokdyn import DCDiT, DiT, DynamicWidth
 from tokdyn.checkpoints import read, to_official
-from tokdyn.errors import CheckpointError, InputError
+from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.upcycling import report
+from tokdyn.upcycling.conversion import build_student
 from tokdyn.upcycling.distillation import corner_plan
+from tokdyn.upcycling.settings import UpcycleSettings
 
 COPIED = ("blocks.", "t_embedder.", "y_embedder.")
 EMBEDDERS = ("t_embedder.", "y_embedder.")
@@ -173,3 +175,133 @@ def test_a_new_router_keeps_its_target() -> None:
     with torch.no_grad():
         routing = student(torch.randn(8, 3, 32, 32), 500, None).routing
     assert routing.kept.float().mean().item() == pytest.approx(64, rel=0.06)
+
+
+def test_the_student_inherits_what_the_base_was_built_with() -> None:
+    """Every value differs from the default of a DC-DiT."""
+    own = {
+        "sample_size": (16, 24),
+        "in_channels": 2,
+        "hidden_size": 36,
+        "depth": 3,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+        "num_classes": 7,
+        "learn_sigma": False,
+        "timestep_shift": 1,
+        "mlp_norm_eps": 1e-5,
+    }
+    base = small_base(4, **own)
+    student = tokdyn.upcycle(base, "dc")
+    for name, value in own.items():
+        found = student.config[name]
+        assert (tuple(found) if isinstance(value, tuple) else found) == value
+    assert student.config.target == 4.0
+    assert student.config.position_scale == 2 / 4
+    assert tuple(student.config.timestep_map) == tuple(base.config.timestep_map)
+
+
+def test_settings_of_a_dc_dit_reach_it() -> None:
+    settings = {"router": "cosine", "decoder_depth": 1, "scaffold_width": 24, "sigma": 2.0, "force_ends": True}
+    student = tokdyn.upcycle(small_base(), "dc", **settings, condition_adaptor=False)
+    assert {name: student.config[name] for name in settings} == settings
+    assert not student.config.condition_adaptor
+    assert tokdyn.upcycle(small_base(8), "dc", patch_size=2, target=9.0).config.position_scale == 2 / 8
+
+
+@pytest.mark.parametrize("target", [1.0, 0.5, float("nan"), None, "4"])
+def test_a_target_keeps_less_than_all(target: object) -> None:
+    with pytest.raises(InputError, match="target is"):
+        tokdyn.upcycle(small_base(), "dc", target=target)
+    assert tokdyn.upcycle(small_base(), "dc", target=2).config.target == 2
+
+
+@pytest.mark.parametrize("patch", [-1, 0, 4, 8])
+def test_cells_are_a_proper_part_of_a_patch(patch: int) -> None:
+    with pytest.raises(InputError, match=f"patch_size is {patch}.* of 4"):
+        tokdyn.upcycle(small_base(4), "dc", patch_size=patch)
+
+
+def test_a_list_of_methods_names_the_first_wrong_one() -> None:
+    with pytest.raises(InputError, match="'nothing'"):
+        tokdyn.upcycle(small_base(), ["dc", "nothing", "dydit"])
+
+
+def test_a_copy_shares_nothing_with_the_base_and_learns() -> None:
+    base = small_base().eval()
+    for method in ("dc", "dydit"):
+        student = tokdyn.upcycle(base, method, **({"width_target": 0.5} if method == "dydit" else {}))
+        assert student.training
+        assert not base.training
+        pointers = {parameter.data_ptr() for parameter in base.parameters()}
+        assert pointers.isdisjoint(parameter.data_ptr() for parameter in student.parameters())
+
+
+def test_skipping_that_no_model_can_reach_is_refused_before_training() -> None:
+    """What always runs is everything but the blocks, whose FLOPs are what a model with one more of them adds."""
+    base = small_base()
+    whole, deeper = (tokdyn.cost.flops_per_image(model) for model in (base, small_base(depth=3)))
+    least = 1 - 2 * (deeper - whole) / whole
+    assert 0.01 < least < 0.9
+    for share, method, fits in (
+        (least + 0.01, "skip", True),
+        (least - 0.01, "skip", False),
+        (least - 0.01, "cache", True),
+    ):
+        settings = UpcycleSettings(base="x", after=({"method": method, "flops": share},))
+        if fits:
+            assert isinstance(build_student(settings, base, chunked=False), DiT)
+        else:
+            with pytest.raises(RecipeError, match=f"{share:g}.*{least:.3g}"):
+                build_student(settings, base, chunked=False)
+
+
+def test_a_report_counts_tensors_and_gives_its_numbers_with_units() -> None:
+    base = small_base()
+    student = tokdyn.upcycle(base, ["dc", "dydit"], target=2.0, width_target=0.6)
+    result = report(base, student)
+    assert (result.tokens_before, result.tokens_after) == (16, 32.0)  # 8 x 8 cells of 2, half of them kept
+    assert result.width == 0.6
+    assert report(base, tokdyn.upcycle(base, "dc")).width is None
+    assert result.as_dict()["copied"] == {"names": result.copied.names, "parameters": result.copied.parameters}
+    text = dict(result.lines())
+    assert list(text) == ["copied", "new", "frozen", "left behind", "tokens", "forward"]
+    assert f"{len(result.copied.names)} tensors" in text["copied"]
+    assert f"{result.copied.parameters:,} parameters" in text["copied"]
+    assert "x_embedder, final_layer" in text["left behind"]
+    assert text["tokens"].startswith("16 ")
+    assert " 32 " in text["tokens"]
+    assert f"({result.flops_after / result.flops_before:.2f}x" in text["forward"]
+    assert f"{result.flops_before / 1e9:,.2f} GFLOP" in text["forward"]
+    assert f"{result.flops_after / 1e9:,.2f}" in text["forward"].partition("before")[2]
+    assert "60%" in text["forward"]
+    assert [line.split()[0] for line in str(result).splitlines()] == [
+        "copied",
+        "new",
+        "frozen",
+        "left",
+        "tokens",
+        "forward",
+    ]
+
+
+def test_a_report_says_nothing_where_there_is_nothing() -> None:
+    base = small_base()
+    same = report(base, copy.deepcopy(base).train())
+    assert same.new.names == ()
+    assert same.left_behind.names == ()
+    assert dict(same.lines())["new"] == "nothing"
+    assert same.frozen.names == ()
+    assert same.tokens_after == same.tokens_before == 16
+
+
+def test_tensors_that_differ_are_new() -> None:
+    base = small_base()
+    student = copy.deepcopy(base)
+    with torch.no_grad():
+        next(student.blocks.parameters()).add_(1.0)
+    (changed,) = report(base, student).new.names
+    assert changed.startswith("blocks.0.")
+    assert report(base, student).left_behind.names == (changed,)
+    half = report(base.bfloat16(), copy.deepcopy(base).float())
+    assert half.new.names == ()  # the same values in another type

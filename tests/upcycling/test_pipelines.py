@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,105 @@ def test_models_without_anything_to_learn_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="teacher"):
         distil(model, calls, tmp_path / "run", DistilSettings(trained="all"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("calls", "clip", "warmup"), [(1, 1e9, 0), (2, 0.05, 3)])
+def test_training_is_adamw_without_decay_on_the_clipped_mean_gradient(
+    calls: int, clip: float, warmup: int, tmp_path: Path
+) -> None:
+    """Against a loop written with PyTorch alone; every draw is the same call, so the mean gradient is its gradient.
+
+    In fp64: AdamW divides gradients by their size, and with them their rounding errors.
+    """
+    call = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in FLUX.inputs(1).items()
+    }
+    reference, rows = new_student().double().train(), []
+    parameters = list(reference.tokdyn.parameters())
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    for step in range(4):
+        with torch.no_grad(), tokdyn.disabled(reference):
+            target = reference(**call).sample
+        error = (reference(**call).sample - target).square().mean() / target.var(unbiased=False)
+        terms = {"output": error, **tokdyn.losses(reference)}
+        rows.append({name: value.item() for name, value in terms.items()})
+        gradients = torch.autograd.grad(sum(terms.values()), parameters)
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * min(1.0, clip / float(norm))
+        optimizer.param_groups[0]["lr"] = 2e-3 * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+        optimizer.step()
+    student = new_student().double()
+    settings = DistilSettings(steps=4, calls=calls, clip=clip, warmup_steps=warmup, lr=2e-3)
+    result = distil(student, [call], tmp_path / "run", settings)
+    for found, expected in zip(result.rows, rows, strict=True):
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert [row["step"] for row in result.rows] == [1, 2, 3, 4]
+    for name, value in trained_tensors(student).items():
+        torch.testing.assert_close(value, dict(reference.tokdyn.named_parameters())[name], rtol=0, atol=1e-6)
+
+
+def test_every_call_is_drawn_and_draws_follow_the_seed(tmp_path: Path) -> None:
+    call = FLUX.inputs(1)
+    calls = [{**call, "hidden_states": scale * call["hidden_states"]} for scale in (0.5, 1.0, 2.0)]
+    seen: list[float] = []
+    for seed in (0, 0, 1):
+        student = new_student()
+        student.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["hidden_states"].std().item()), with_kwargs=True
+        )
+        distil(student, calls, tmp_path / f"{len(seen)}", DistilSettings(steps=8, calls=2, seed=seed))
+    first, again, other = (seen[start : start + len(seen) // 3] for start in range(0, len(seen), len(seen) // 3))
+    assert first == again != other
+    assert len(set(first)) == 3
+    assert first[::2] == first[1::2]  # the teacher and the student are given the same call
+
+
+def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    calls, settings = [FLUX.inputs(1)], DistilSettings(steps=6, checkpoint_every=2)
+    whole = new_student()
+    rows = distil(whole, calls, tmp_path / "whole", settings).rows
+    stopped, count = new_student().eval(), 0
+    required = [parameter.requires_grad for parameter in stopped.parameters()]
+
+    def stop(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2 * 3 + 1:  # in the fourth step: each asks the teacher and the student
+            raise KeyboardInterrupt
+
+    handle = stopped.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        distil(stopped, calls, tmp_path / "run", settings)
+    handle.remove()
+    assert not stopped.training
+    assert [parameter.requires_grad for parameter in stopped.parameters()] == required
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    resumed = new_student()
+    assert distil(resumed, calls, tmp_path / "run", settings, resume=True).rows == rows
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_facts_are_written_beside_the_run_and_an_empty_folder_will_do(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    result = distil(new_student(), [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=1), facts={"model": "Flux"})
+    assert json.loads((tmp_path / "run" / "settings.json").read_text()) == {"model": "Flux"}
+    assert result.folder == tmp_path / "run"
+    assert not (tmp_path / "run" / "transformer").exists()
+    distil(new_student(), [FLUX.inputs(1)], tmp_path / "bare", DistilSettings(steps=1))
+    assert not (tmp_path / "bare" / "settings.json").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file"):
+        distil(new_student(), [FLUX.inputs(1)], tmp_path / "file", DistilSettings(steps=1))
+
+
+def test_steps_and_checkpoints_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
+    calls, settings = [FLUX.inputs(1)], DistilSettings(steps=2, checkpoint_every=1)
+    distil(new_student(), calls, tmp_path / "run", settings)
+    longer = settings.model_copy(update={"steps": 3, "checkpoint_every": 5})
+    assert len(distil(new_student(), calls, tmp_path / "run", longer, resume=True).rows) == 3
+    for name, value in (("seed", 1), ("calls", 2), ("clip", 2.0), ("warmup_steps", 1), ("trained", "all")):
+        changed = settings.model_copy(update={name: value})
+        with pytest.raises(CheckpointError, match=rf"settings of {name};"):
+            distil(new_student(), calls, tmp_path / "run", changed, teacher=FLUX.build(), resume=True)
