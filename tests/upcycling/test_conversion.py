@@ -155,7 +155,11 @@ def test_the_encoder_starts_as_the_patch_embedding(patch: int) -> None:
     size = 32 // patch
     with torch.no_grad():
         expected = base.x_embedder(x).flatten(2).transpose(1, 2)
-        encoded = student._encode(x, torch.zeros(2, 64))[:, corner_plan((size, size), 2)]
+        dense: list[torch.Tensor] = []
+        student.encoder.register_forward_pre_hook(lambda _, args: (args[0], torch.zeros_like(args[1])))
+        student.encoder.register_forward_hook(lambda _, args, tokens: dense.append(tokens))
+        student(x, 500, None)
+        encoded = dense[0][:, corner_plan((size, size), 2)]
     cosine = torch.nn.functional.cosine_similarity(encoded, expected, dim=-1)
     assert cosine.min() > 1 - 1e-5  # fp32
     assert encoded.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)  # of random pixels
