@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import tokdyn
 from tests.upcycling.models import inputs, small_base
-from tokdyn import DCDiT, DiT, DynamicWidth
+from tokdyn import DCDiT, DepthSkip, DiT, DynamicWidth
 from tokdyn.checkpoints import read, to_official
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.upcycling import report
@@ -59,8 +59,19 @@ def test_report_counts_copied_new_and_frozen_tensors() -> None:
     assert result.flops_before == tokdyn.cost.flops_per_image(base)
     assert result.flops_after == tokdyn.cost.flops_per_image(student)
     assert "multiply-add = 2" in str(result)
+    assert result.width is None
     with pytest.raises(InputError, match="DCDiT"):
         report(student, base)
+
+
+def test_report_names_the_target_of_any_method_that_is_trained_to_a_share_of_the_flops() -> None:
+    base = small_base()
+    for method, target in (
+        (DynamicWidth(target=0.6), 0.6),
+        (DepthSkip(learned=True, target=0.7), 0.7),
+        (DepthSkip(blocks=(1,)), None),
+    ):
+        assert report(base, tokdyn.wrap(tokdyn.upcycle(base, "dc"), [method])).width == target
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ class Traits:
         owns: things that only one method may decide; blocks in which, None for all.
         span: the blocks it encloses, counted from the front; None is all.
         learns: what its loss holds at a target; two losses on one quantity would fight.
+        target: of that loss: cells per kept token, or the share of the FLOPs of the blocks.
         aligned: a sublayer whose tokens it decides about by those of the block, so that they have to be the same.
         around: sublayers that it acts around, which the blocks must have.
         weighs_keys: it adds to the logits of keys, which takes softmax attention.
@@ -81,6 +82,7 @@ class Traits:
     owns: dict[str, frozenset[int] | None] = field(default_factory=dict)
     span: Span | None = None
     learns: Literal["tokens", "FLOPs"] | None = None
+    target: float | None = None
     aligned: Literal["attention", "mlp"] | None = None
     around: tuple[Literal["attention", "mlp"], ...] = ()
     weighs_keys: bool = False

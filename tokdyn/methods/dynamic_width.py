@@ -71,6 +71,7 @@ class DynamicWidth(Method):
             needs_level=self.heads or self.channels,
             owns={thing: None for thing, chosen in owned.items() if chosen},
             learns="FLOPs",
+            target=self.target,
             reads="count" if self.tokens else "nothing",
             needs_sizes=True,
             diverges=True,
