@@ -9,7 +9,6 @@ import torch
 
 import tokdyn
 from tokdyn import DCDiT, DiT, DynamicWidth, FeatureCache, TokenMerge
-from tokdyn.attach import attached
 from tokdyn.bench.stacks import open_stack, read_stacks
 from tokdyn.errors import RecipeError, TokdynError
 
@@ -32,8 +31,8 @@ def test_stacks_come_from_a_file_and_from_inline_yaml(tmp_path: Path, dit: str) 
     assert [stack.name for stack in stacks] == ["plain", "cached", "merged"]
     plain, cached, merged = (open_stack(stack, dit) for stack in stacks)
     assert tokdyn.attach.attachment_of(plain.model) is None
-    assert attached(cached.model).methods == (FeatureCache(threshold=0.2),)
-    assert attached(merged.model).methods == (TokenMerge(ratio=0.3),)
+    assert tokdyn.parts(cached.model) == [(FeatureCache(threshold=0.2), None)]
+    assert tokdyn.parts(merged.model) == [(TokenMerge(ratio=0.3), None)]
     assert not plain.model.training
 
 
@@ -42,17 +41,18 @@ def test_methods_are_put_around_trained_ones(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tokdyn.wrap(DCDiT(**SHAPE, patch_size=1), [DynamicWidth(target=0.5)])
     with torch.no_grad():
-        for parameter in attached(model).parameters():
+        for parameter in model.tokdyn.parameters():
             parameter.add_(torch.randn_like(parameter))
     tokdyn.save(model, tmp_path / "dc" / "methods")
     tokdyn.unwrap(model).save_pretrained(tmp_path / "dc")
     (stack,) = read_stacks(["{name: full, tail_drop: 0.3, methods: [{method: FeatureCache, threshold: 0.2}]}"])
     opened = open_stack(stack, str(tmp_path / "dc"))
-    assert attached(opened.model).methods == (FeatureCache(threshold=0.2), DynamicWidth(target=0.5))
+    methods = [method for method, _ in tokdyn.parts(opened.model)]
+    assert methods == [FeatureCache(threshold=0.2), DynamicWidth(target=0.5)]
     tokdyn.save(opened.model, tmp_path / "both")
     from_folder = open_stack(read_stacks([f"{{name: both, folder: {tmp_path / 'both'}}}"])[0], str(tmp_path / "dc"))
-    for name, value in attached(opened.model).state_dict().items():
-        assert torch.equal(value, attached(from_folder.model).state_dict()[name])
+    for name, value in opened.model.tokdyn.state_dict().items():
+        assert torch.equal(value, from_folder.model.tokdyn.state_dict()[name])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import tokdyn
 from tests.calibration.trajectories import LEVELS, trajectory, watch_blocks
 from tests.contract.foreign import INFERRED
 from tests.contract.models import CLOCKED, TINY, sample
-from tokdyn.calibration import calibrate_skipping
+from tokdyn.calibration import calibrate_skipping, calibrates
 from tokdyn.calibration.levels import bins_of
 from tokdyn.cost import count
 from tokdyn.ops.skipping import block_influence
@@ -246,3 +248,21 @@ def test_models_without_a_noise_level_or_adapter_are_refused():
     ):
         with pytest.raises(tokdyn.UnsupportedModelError, match=named):
             tokdyn.calibrate(tiny.build(), [tiny.inputs(1)], tokdyn.DepthSkip(), flops=0.7)
+
+
+def test_a_method_of_a_users_own_is_calibrated_by_its_own_function():
+    class Every(tokdyn.methods.Method):
+        steps: float = 1.0
+        kept: int = 0
+
+    @calibrates(Every)
+    def calibrate_every(model, calls, method, steps, degree=2):
+        return SimpleNamespace(method=method.model_copy(update={"steps": steps, "kept": degree * len(list(calls))}))
+
+    model, calls = TINY["DiT"].build(), trajectory("DiT")
+    found = tokdyn.calibrate(model, calls, Every(), steps=0.5)
+    assert found == Every(steps=0.5, kept=2 * len(calls))
+    with pytest.raises(tokdyn.InputError, match=r"Every .*steps"):
+        tokdyn.calibrate(model, calls, Every(), degree=3)
+    with pytest.raises(tokdyn.InputError, match=r"levels .*Every"):
+        tokdyn.calibrate(model, calls, Every(), steps=0.5, levels=3)

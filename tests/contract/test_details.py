@@ -7,7 +7,8 @@ import tokdyn
 from tests.contract.models import TINY, sample
 from tests.contract.test_merge import expected, inputs_of_attention
 from tokdyn import Chunking, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
-from tokdyn.methods import METHODS
+from tokdyn.attach import Bracket, handles
+from tokdyn.methods import METHODS, Method, Stage, Traits
 from tokdyn.methods.registry import from_settings, to_settings
 
 NAME = "DiTTransformer2DModel"
@@ -73,17 +74,17 @@ def test_a_cache_continues_an_effect_that_is_linear_in_the_noise_level_exactly()
 @torch.no_grad()
 def test_a_span_inside_a_span_knows_the_cells_of_its_tokens():
     """Merging inside both spans compares tokens by their cells; a token's cell decides into which bucket it falls."""
-    model, seen = TINY["DiT"].build(), []
-    tokdyn.wrap(
-        model,
-        [
-            TokenDrop(rate=0.5, blocks=(0, 3), seed=3),
-            TokenDrop(rate=0.5, blocks=(1, 2), seed=4),
-            TokenMerge(blocks=(1, 2)),
-        ],
-    )
+    seen = []
 
-    class Looking(tokdyn.attach.Bracket):
+    class Looking(Method):
+        def traits(self, depth):
+            return Traits(Stage.SPAN, span=(1, 1))
+
+    @handles(Looking)
+    def build(plan):
+        return [Look()]
+
+    class Look(Bracket):
         first = last = 1
 
         def open(self, frame, view, x, block):
@@ -93,10 +94,8 @@ def test_a_span_inside_a_span_knows_the_cells_of_its_tokens():
         def close(self, frame, view, x):
             return x, view
 
-    handlers = model.tokdyn.handlers
-    model.tokdyn.handlers = type(handlers)(
-        (*handlers.brackets, Looking()), sublayers=handlers.sublayers, separates_text=True, slots=handlers.slots
-    )
+    drops = [TokenDrop(rate=0.5, blocks=(0, 3), seed=3), TokenDrop(rate=0.5, blocks=(1, 2), seed=4)]
+    model = tokdyn.wrap(TINY["DiT"].build(), [*drops, Looking(), TokenMerge(blocks=(1, 2))])
     with tokdyn.dropping(model, 0.5):
         model(**TINY["DiT"].inputs(2))
     (inner,) = seen

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import diffusers
@@ -11,7 +13,10 @@ import torch
 
 import tokdyn
 from tests.contract.ecosystem import equip
+from tests.contract.models import TINY
 from tests.contract.pipelines import PIPES, build, images
+from tests.contract.widths import blocks_of
+from tokdyn.attach import argument_names
 from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenMerge
 
 CACHED = [FeatureCache(steps=(0, 2)), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,))]
@@ -27,11 +32,29 @@ OTHERS: dict[str, Any] = {
 every = pytest.mark.parametrize("name", PIPES)
 
 
-def branches_of(model: Any) -> set[Any]:
-    """What the caches of a model remember."""
-    caches = model.tokdyn.caches
-    assert caches
-    return {branch for cache in caches for branch in cache.memory.branches}
+@contextmanager
+def noted_calls(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """The arguments of the calls of a model, by name."""
+    calls: list[dict[str, Any]] = []
+    names = argument_names(model)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({**dict(zip(names, args, strict=False)), **kwargs}), with_kwargs=True
+    )
+    yield calls
+    hook.remove()
+
+
+def call_later(model: Any, name: str, call: dict[str, Any], steps: int) -> None:
+    """Call a model as some steps after a call: at a lower noise level, with latents that have moved a little."""
+    clock = TINY[type(model).__name__].clock
+    assert clock is not None
+    level, noise, image = clock
+    main = next(iter(call))
+    x = call[main]
+    moved = [0.98**steps * each for each in x] if isinstance(x, list) else 0.98**steps * x
+    branch = PIPES[name].branches[-1]
+    with nullcontext() if branch is None else model.cache_context(branch), torch.no_grad():
+        model(**{**call, main: moved, level: call[level] - round(0.01 * (noise - image), 2) * steps})
 
 
 @every
@@ -39,9 +62,14 @@ def branches_of(model: Any) -> set[Any]:
 def test_it_runs_twice_and_forgets_in_between(name: str, methods: list[Any]) -> None:
     pipe = build(name)
     plain = images(pipe, name)
-    equip(pipe.transformer, methods)
-    first = images(pipe, name)
-    assert branches_of(pipe.transformer) == set()
+    model = equip(pipe.transformer, methods)
+    with noted_calls(model) as calls:
+        first = images(pipe, name)
+    for steps in range(1, 4):
+        call_later(model, name, calls[-1], steps)
+    reused = [bool(call.cached) for call in tokdyn.traces(model)]
+    assert not reused[0]
+    assert methods is THRESHOLD or reused == [False, True, False]  # of a trajectory of their own
     assert torch.equal(images(pipe, name), first)
     assert first.isfinite().all()
     assert not torch.equal(first, plain)
@@ -57,15 +85,12 @@ def test_every_branch_of_guidance_has_a_cache_of_its_own(name: str) -> None:
     """Steps 0 and 2 of every branch are computed; names come from the pipeline where it calls each branch."""
     pipe = build(name)
     model = equip(pipe.transformer, CACHED)
-    seen: list[Any] = []
     ran: list[int] = []
-    model.register_forward_hook(lambda *_: seen.append((model.tokdyn.trajectory.branch, branches_of(model))))
-    model.tokdyn.blocks(model)[0].register_forward_hook(lambda *_: ran.append(1))
+    blocks_of(model)[0].register_forward_hook(lambda *_: ran.append(1))
     images(pipe, name)
-    names = PIPES[name].branches
-    assert [branch for branch, _ in seen] == list(names) * 4
-    assert len(seen[-1][1]) == len(names)
-    assert {branch for branch in seen[-1][1] if isinstance(branch, str)} == set(names) - {None}
+    names, calls = PIPES[name].branches, tokdyn.traces(model)
+    assert [call.branch for call in calls] == list(names) * 4
+    assert [len(call.cached) == call.batch for call in calls] == [step in (1, 3) for step in range(4) for _ in names]
     assert len(ran) == 2 * len(names)
 
 
@@ -140,7 +165,7 @@ def test_a_trajectory_that_was_broken_off_leaves_nothing_behind(name: str) -> No
         raise KeyboardInterrupt
 
     for step in range(3):
-        handle = model.tokdyn.blocks(model)[1].register_forward_pre_hook(breaking)
+        handle = blocks_of(model)[1].register_forward_pre_hook(breaking)
         with pytest.raises(KeyboardInterrupt):
             images(pipe, name, steps=4 + step)
         handle.remove()

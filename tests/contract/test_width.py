@@ -18,20 +18,21 @@ from tests.contract.widths import (
     clock,
     hold,
     in_double,
+    layouts_on,
     random_gates,
     widths_of,
     wrapped,
 )
 from tokdyn import DynamicWidth, FeatureCache, InputError, UnsupportedModelError
+from tokdyn.adapters import adapter_for
 from tokdyn.ops.width import spread
 
 
 def what_is_on(model, level=0.5):
     """(depth, H) for heads and for groups of channels."""
     logits = widths_of(model)[0](torch.tensor([level]))
-    open_ = torch.ones(
-        len(model.tokdyn.blueprint.layouts), len(model.tokdyn.blueprint.layouts[0].sizes["heads"]), dtype=torch.bool
-    )
+    layouts = layouts_on(model)
+    open_ = torch.ones(len(layouts), len(layouts[0].sizes["heads"]), dtype=torch.bool)
     return [open_ if each is None else torch.cat([open_[:, :1], each[0] > 0], dim=1) for each in logits]
 
 
@@ -55,7 +56,7 @@ def test_slices_equal_masks_and_weights_set_to_zero(name):
     assert any(call.heads < 1 for call in calls(model))
     assert name not in WITH_CHANNELS or any(call.channels < 1 for call in calls(model))
     masked = sample(hold(wrapped(name, ALL[name].build().double(), tokens=False))(**inputs))
-    zero = sample(zeroed(ALL[name].build().double(), *what_is_on(model), model.tokdyn.blueprint.layouts)(**inputs))
+    zero = sample(zeroed(ALL[name].build().double(), *what_is_on(model), layouts_on(model))(**inputs))
     torch.testing.assert_close(sliced, masked, rtol=0, atol=1e-12)
     torch.testing.assert_close(sliced, zero, rtol=0, atol=1e-12)
     assert not torch.equal(sliced, sample(ALL[name].build().double()(**inputs)))
@@ -97,7 +98,7 @@ def test_tokens_that_are_off_get_nothing_from_the_mlp(name):
     rows = [call.mlp_rows for call in calls(model)]
     assert any(0 < each < call.samples * call.tokens for each, call in zip(rows, calls(model), strict=True))
     by_hand = choosing_by_hand(
-        ALL[name].build().double(), widths_of(model)[0], model.tokdyn.adapter, model.tokdyn.records[-1].cells
+        ALL[name].build().double(), widths_of(model)[0], adapter_for(model), tokdyn.traces(model)[-1].cells
     )
     torch.testing.assert_close(found, sample(by_hand(**inputs)), rtol=0, atol=1e-12)
     masked = sample(hold(wrapped(name, ALL[name].build().double()))(**inputs))
@@ -145,7 +146,7 @@ def test_the_loss_charges_what_is_saved(name):
     model(**inputs)
     saved = 0.0
     for call in calls(model):
-        attention, mlp = model.tokdyn.blueprint.layouts[call.block].flops(call.tokens, call.text)
+        attention, mlp = layouts_on(model)[call.block].flops(call.tokens, call.text)
         saved += call.samples * ((1 - call.heads) * attention + (1 - call.channels) * mlp)
     really = whole - found.counted + found.parts["DynamicWidth gates"]
     if name in ("shared-keys", "Lumina2Transformer2DModel"):  # keys and values are needed if one of two heads is on

@@ -15,6 +15,7 @@ from tests.contract.widths import (
     clock,
     hold,
     in_double,
+    layouts_on,
     method,
     random_gates,
     widths_of,
@@ -78,7 +79,7 @@ def test_training_computes_with_what_was_drawn_and_charges_for_it(name):
 
 def share_of(model):
     """Share of the FLOPs, from what was recorded; the mean over samples."""
-    spent, whole, layouts = 0.0, 0.0, model.tokdyn.blueprint.layouts
+    spent, whole, layouts = 0.0, 0.0, layouts_on(model)
     for call in calls(model):
         attention, mlp = layouts[call.block].flops(call.tokens, call.text)
         joint = any(layer.rows == "joint" and "channels" in layer.elements for layer in layouts[call.block].layers)

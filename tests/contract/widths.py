@@ -14,6 +14,7 @@ from tests.contract.models import TINY
 from tests.contract.siblings import TWINS
 from tokdyn import DynamicWidth
 from tokdyn.adapters import adapter_for
+from tokdyn.attach.width.layout import Layout, layouts_of
 
 
 @torch.no_grad()
@@ -41,6 +42,11 @@ def random_gates(model: nn.Module, seed: int = 0) -> nn.Module:
 def widths_of(model: Any) -> list[Any]:
     """The gates of a wrapped model."""
     return [part for method, part in tokdyn.parts(model) if isinstance(method, DynamicWidth)]
+
+
+def layouts_on(model: nn.Module) -> tuple[Layout, ...]:
+    """What belongs to heads and channels in the layers of each block."""
+    return layouts_of(model, adapter_for(model), [method for method, _ in tokdyn.parts(model)])
 
 
 def in_double(value: Any) -> Any:

@@ -96,7 +96,7 @@ def test_strided_rows_are_gated_and_normed_alike():
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("build", ["dit", "dcdit"])
 def test_autocast_computes_in_fp32_without_instructions_for_bf16(build, instructions, monkeypatch):
-    monkeypatch.setitem(precision._CPU_HALVES, torch.bfloat16, instructions)
+    monkeypatch.setitem(precision.CPU_HALVES, torch.bfloat16, instructions)
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
     model = DiT(patch_size=2, **sizes) if build == "dit" else DCDiT(**sizes)

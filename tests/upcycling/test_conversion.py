@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import tokdyn
 from tests.upcycling.models import inputs, small_base
-from tokdyn import DCDiT, DiT, DynamicWidth
+from tokdyn import DCDiT, DepthSkip, DiT, DynamicWidth
 from tokdyn.checkpoints import read, to_official
 from tokdyn.errors import CheckpointError, InputError, RecipeError
 from tokdyn.upcycling import report
@@ -61,8 +61,19 @@ def test_report_counts_copied_new_and_frozen_tensors() -> None:
     assert result.flops_before == tokdyn.cost.flops_per_image(base)
     assert result.flops_after == tokdyn.cost.flops_per_image(student)
     assert "multiply-add = 2" in str(result)
+    assert result.width is None
     with pytest.raises(InputError, match="DCDiT"):
         report(student, base)
+
+
+def test_report_names_the_target_of_any_method_that_is_trained_to_a_share_of_the_flops() -> None:
+    base = small_base()
+    for method, target in (
+        (DynamicWidth(target=0.6), 0.6),
+        (DepthSkip(learned=True, target=0.7), 0.7),
+        (DepthSkip(blocks=(1,)), None),
+    ):
+        assert report(base, tokdyn.wrap(tokdyn.upcycle(base, "dc"), [method])).width == target
 
 
 @pytest.mark.parametrize(
@@ -157,7 +168,11 @@ def test_the_encoder_starts_as_the_patch_embedding(patch: int) -> None:
     size = 32 // patch
     with torch.no_grad():
         expected = base.x_embedder(x).flatten(2).transpose(1, 2)
-        encoded = student._encode(x, torch.zeros(2, 64))[:, corner_plan((size, size), 2)]
+        dense: list[torch.Tensor] = []
+        student.encoder.register_forward_pre_hook(lambda _, args: (args[0], torch.zeros_like(args[1])))
+        student.encoder.register_forward_hook(lambda _, args, tokens: dense.append(tokens))
+        student(x, 500, None)
+        encoded = dense[0][:, corner_plan((size, size), 2)]
     cosine = torch.nn.functional.cosine_similarity(encoded, expected, dim=-1)
     assert cosine.min() > 1 - 1e-5  # fp32
     assert encoded.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)  # of random pixels

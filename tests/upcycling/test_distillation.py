@@ -49,7 +49,12 @@ def test_corner_cells_have_the_positions_of_the_patches(grid: tuple[int, int]) -
     plan = corner_plan(grid, side)
     patches = (grid[0] // side, grid[1] // side)
     assert int(plan.sum()) == patches[0] * patches[1]
-    assert torch.equal(student._positions(grid)[plan], sincos_position(patches, 32))
+    student.encoder.register_forward_hook(lambda _, args, tokens: torch.zeros_like(tokens))
+    rows: list[Tensor] = []
+    student.blocks[0].register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    pixels = [student.config.patch_size * size for size in grid]
+    student(torch.randn(1, 3, *pixels), 500, None, plan=plan[None])
+    assert torch.equal(rows[0], sincos_position(patches, 32))
 
 
 @pytest.mark.parametrize(("grid", "side"), [((8, 8), 2), ((8, 12), 2), ((12, 8), 4), ((8, 12), 1)])
@@ -173,7 +178,7 @@ def test_blocks_that_get_the_tokens_of_the_teacher_make_no_error() -> None:
     tokens = base.x_embedder(x).flatten(2).transpose(1, 2)
     plan = corner_plan((8, 8), 2)
 
-    def encode(*_: object) -> Tensor:
+    def encoded(*_: object) -> Tensor:
         dense = torch.zeros(3, 64, 32)
         dense[:, plan] = tokens
         return dense
@@ -181,7 +186,7 @@ def test_blocks_that_get_the_tokens_of_the_teacher_make_no_error() -> None:
     distillation = Distillation(student, base)
     *_, losses = distillation(LossTerms(blocks=True), ALL, x, steps, labels)
     assert losses["teacher"] > 0.1
-    student._encode = encode
+    student.encoder.register_forward_hook(encoded)
     *_, losses = distillation(LossTerms(blocks=True), ALL, x, steps, labels)
     assert losses["teacher"].item() < 1e-9  # fp32
     assert set(losses) == {"teacher"}

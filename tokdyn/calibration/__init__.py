@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -20,10 +21,24 @@ __all__ = [
     "calibrate",
     "calibrate_cache",
     "calibrate_skipping",
+    "calibrates",
     "recording",
 ]
 
 Calibrated = TypeVar("Calibrated", bound=Method)
+Calibrator = Callable[..., Any]
+"""Takes a model, its calls, a method and some of the options of `calibrate`; what it returns has a `method`."""
+_CALIBRATORS: dict[type[Method], Calibrator] = {DepthSkip: calibrate_skipping, FeatureCache: calibrate_cache}
+
+
+def calibrates(method: type[Method]) -> Callable[[Calibrator], Calibrator]:
+    """Register the function that `calibrate` calls for a method, and for classes derived from it."""
+
+    def register(calibrator: Calibrator) -> Calibrator:
+        _CALIBRATORS[method] = calibrator
+        return calibrator
+
+    return register
 
 
 def calibrate(
@@ -48,7 +63,7 @@ def calibrate(
     Args:
         model: not wrapped. It is called again with every call, without gradients, and left as it was.
         calls: from `recording`, or any dictionaries of arguments by name; whole trajectories in order.
-        method: `DepthSkip()` or `FeatureCache()`; its other settings are kept.
+        method: `DepthSkip()`, `FeatureCache()` or one that `calibrates` knows; its other settings are kept.
         flops: target, as a share of the FLOPs of the calls; a multiply-add is 2 FLOPs.
         levels: DepthSkip: the largest number of noise-level rows in the table (default 10), or the edges between them.
         protected: DepthSkip: blocks that always run; negative numbers count from the end.
@@ -65,20 +80,19 @@ def calibrate(
         InputError: the target is out of reach, the method has no such option, or the calls do not fit.
         UnsupportedModelError: no adapter knows the model.
     """
-    skipping = {"levels": levels, "protected": protected, "sequential": sequential}
-    caching = {"degree": degree, "steps": steps}
-    mine, others = (skipping, caching) if isinstance(method, DepthSkip) else (caching, skipping)
-    if not isinstance(method, DepthSkip | FeatureCache):
-        raise InputError(f"{type(method).__name__} cannot be calibrated; calibrate DepthSkip() or FeatureCache().")
-    foreign = [name for name, value in others.items() if value is not None]
-    if foreign:
-        raise InputError(f"{foreign[0]} has no effect on {type(method).__name__}; leave it out.")
-    given: dict[str, Any] = {name: value for name, value in mine.items() if value is not None}
-    calibrated: Any
-    if isinstance(method, FeatureCache):
-        calibrated = calibrate_cache(model, calls, method, flops=flops, **given).method
-    elif flops is None:
-        raise InputError("DepthSkip needs a target; set the share of the FLOPs that remains, such as flops=0.7.")
-    else:
-        calibrated = calibrate_skipping(model, calls, method, flops, **given).method
-    return calibrated  # type: ignore[no-any-return]
+    kind = type(method)
+    calibrator = next((_CALIBRATORS[base] for base in kind.__mro__ if base in _CALIBRATORS), None)
+    if calibrator is None:
+        known = " or ".join(f"{each.__name__}()" for each in _CALIBRATORS)
+        raise InputError(f"{kind.__name__} cannot be calibrated; calibrate {known}.")
+    options = {"flops": flops, "levels": levels, "protected": protected, "sequential": sequential}
+    options |= {"degree": degree, "steps": steps}
+    given = {name: value for name, value in options.items() if value is not None}
+    takes = {name: each for name, each in inspect.signature(calibrator).parameters.items() if name in options}
+    for name in given:
+        if name not in takes:
+            raise InputError(f"{name} has no effect on {kind.__name__}; leave it out.")
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise InputError(f"{kind.__name__} needs a target to be calibrated; set {name}, such as flops=0.7.")
+    return calibrator(model, calls, method, **given).method  # type: ignore[no-any-return]

@@ -66,6 +66,7 @@ class Traits:
         span: the blocks that the method acts on, counted from the front; None for all.
         learns: the quantity that a loss of the method holds at a target; None without such a loss. Two methods must not
             hold the same quantity.
+        target: the value that this loss holds: cells per kept token, or the share of the FLOPs of the blocks.
         aligned: the sublayer for which the method selects tokens by the tokens of the block, so that both must have the
             same tokens; None otherwise.
         around: the sublayers that the method acts around, which must be modules of their own.
@@ -89,6 +90,7 @@ class Traits:
     owns: dict[str, frozenset[int] | None] = field(default_factory=dict)
     span: Span | None = None
     learns: Literal["tokens", "FLOPs"] | None = None
+    target: float | None = None
     aligned: Literal["attention", "mlp"] | None = None
     around: tuple[Literal["attention", "mlp"], ...] = ()
     weighs_keys: bool = False

@@ -68,6 +68,7 @@ class Chunking(Method):
             needs_level=True,  # routers are told the noise level
             owns={"token grid": None},
             learns="tokens",
+            target=self.target,
             needs_sizes=True,
             diverges=self.ragged or not isinstance(self.tail_drop, float),
             controls=frozenset({"tail_drop", "calibrate_router"}),

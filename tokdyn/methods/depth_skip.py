@@ -92,6 +92,7 @@ class DepthSkip(Method):
             needs_level=self.learned or any(blocks and (low, high) != (0.0, 1.0) for low, high, blocks in rows),
             owns={"skipping": None if self.learned else frozenset(block for _, _, blocks in rows for block in blocks)},
             learns="FLOPs" if self.learned else None,
+            target=self.target if self.learned else None,
             diverges=self.learned or any((low, high) != (0.0, 1.0) for low, high, blocks in rows if blocks),
         )
 

@@ -79,6 +79,7 @@ class DynamicWidth(Method):
             needs_level=self.heads or self.channels,
             owns={part: None for part, gated in owned.items() if gated},
             learns="FLOPs",
+            target=self.target,
             reads="count" if self.tokens else "nothing",
             needs_sizes=True,
             diverges=True,

@@ -12,10 +12,11 @@ from torch import Tensor
 from tokdyn.ops import torch_private
 
 _CPU: Mapping[str, Any] = torch_private.cpu_capabilities() if torch_private.cpu_capabilities else {}
-_CPU_HALVES = {
+CPU_HALVES = {
     torch.bfloat16: any(_CPU.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")),
     torch.float16: bool(_CPU.get("amx_fp16")),
 }
+"""Whether this processor has instructions for matrix products in the half types."""
 
 
 def exact(x: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def full_convolutions(device: torch.device) -> Iterator[None]:
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor has instructions for matrix products in a type."""
-    return bool(_CPU_HALVES.get(dtype, True))
+    return bool(CPU_HALVES.get(dtype, True))
 
 
 def halves_multiply_slowly(x: Tensor) -> bool:

@@ -11,7 +11,6 @@ import torch
 from tokdyn.attach import attachment_of
 from tokdyn.cost import flops_per_image
 from tokdyn.errors import InputError
-from tokdyn.methods import DynamicWidth
 from tokdyn.models import DCDiT, DiT
 from tokdyn.tokens import cells
 
@@ -55,7 +54,7 @@ class UpcycleReport:
         tokens_after: Tokens per image in the blocks of the student, on average, if its router meets its target.
         flops_before: FLOPs of one forward of the base on one image; a multiply-add is 2 FLOPs.
         flops_after: FLOPs of one forward of the student on one image, if its router meets its target, at full width.
-        width: Target of an attached DynamicWidth, as a share of the FLOPs of the blocks; None without one.
+        width: Share of the FLOPs of the blocks that an attached method is trained to; None without one.
     """
 
     copied: Tensors
@@ -71,7 +70,7 @@ class UpcycleReport:
     def lines(self) -> list[tuple[str, str]]:
         """Return the report as (name, value with unit) pairs."""
         ratio = self.flops_after / self.flops_before
-        narrowed = "" if self.width is None else f"; DynamicWidth is trained to {self.width:.0%} of its blocks'"
+        narrowed = "" if self.width is None else f"; attached methods are trained to {self.width:.0%} of its blocks'"
         return [
             ("copied", str(self.copied)),
             ("new", self.new.described()),
@@ -117,6 +116,7 @@ def report(base: DiT, student: Any) -> UpcycleReport:
     chunked = isinstance(student, DCDiT)
     attachment = attachment_of(student)
     methods = () if attachment is None else attachment.methods
+    traits = [method.traits(student.config.depth) for method in methods]
     grid = student._grid_of(student.config.sample_size)
     return UpcycleReport(
         copied=_tensors([name for name in after if name in equal - {_POSITIONS}], after),
@@ -127,7 +127,7 @@ def report(base: DiT, student: Any) -> UpcycleReport:
         tokens_after=cells(grid) / (student.config.target if chunked else 1.0),
         flops_before=flops_per_image(base),
         flops_after=flops_per_image(student),
-        width=next((each.target for each in methods if isinstance(each, DynamicWidth)), None),
+        width=next((each.target for each in traits if each.learns == "FLOPs"), None),
     )
 
 

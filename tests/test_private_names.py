@@ -1,0 +1,79 @@
+"""Tests use what users can use: no private name of the package, and of a wrapped model's `tokdyn` no insides."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+OF_DIFFUSERS = {
+    "_reset_stateful_cache": "pipelines call it on a model when they have made their images",
+    "_supports_gradient_checkpointing": "a model says with it whether it can",
+}
+"""Private names that the package shares with diffusers, each with what it is there for."""
+BY_NAME = {"delattr", "getattr", "hasattr", "setattr", "setitem"}
+TREES = {path: ast.parse(path.read_text(), str(path)) for path in sorted((ROOT / "tests").rglob("*.py"))}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def private_names() -> set[str]:
+    """Private names that the package defines: functions, classes, variables and attributes."""
+    found: set[str] = set()
+    for path in (file for top in ("tokdyn", "cli", "benchmarks") for file in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+    return {name for name in found if is_private(name)} - set(OF_DIFFUSERS)
+
+
+PRIVATE, MODULE = private_names(), nn.Module()
+
+
+def names_used(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Attributes that a file reads, writes or patches, by their names or by strings, and names that it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) in BY_NAME:
+            texts = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+            yield from ((node.lineno, text.rpartition(".")[2]) for text in texts)
+
+
+def insides_used(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Attributes of `model.tokdyn` or `attached(model)` that not every `nn.Module` has."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not hasattr(MODULE, node.attr):
+            owner = node.value.func if isinstance(node.value, ast.Call) else node.value
+            name = getattr(owner, "attr", getattr(owner, "id", None))
+            called = isinstance(node.value, ast.Call)
+            if (name == "tokdyn" and isinstance(owner, ast.Attribute) and not called) or (
+                name in ("attached", "attachment_of") and called
+            ):
+                yield node.lineno, node.attr
+
+
+def test_what_is_looked_for_is_found() -> None:
+    tree = ast.parse('a._b\nfrom c import _d\nmonkeypatch.setattr("e._f", 1)\nmonkeypatch.setattr(g, "_h", 1)')
+    assert [name for _, name in names_used(tree) if is_private(name)] == ["_d", "_b", "_f", "_h"]
+    tree = ast.parse("model.tokdyn.parts\nattached(model).methods\nmodel.tokdyn.parameters()\ntokdyn.parts(model)")
+    assert [name for _, name in insides_used(tree)] == ["parts", "methods"]
+    assert {"_LAZY", "_call_block", "_frames"} <= private_names()
+
+
+@pytest.mark.parametrize("path", TREES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_reach_for_nothing_private(path: Path) -> None:
+    assert not [(line, name) for line, name in names_used(TREES[path]) if name in PRIVATE]
+    assert not list(insides_used(TREES[path]))
