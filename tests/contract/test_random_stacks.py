@@ -130,18 +130,13 @@ class Acting(Case):
         model = random_gates(super().wrapped())
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for method, part in zip(self.methods, parts(model, self.methods), strict=True):
+            for method, part in tokdyn.parts(model):
                 if isinstance(method, DepthSkip) and part is not None:
                     part.score.weight.copy_(torch.randn(part.score.weight.shape, generator=generator))
                     part.score.bias.zero_()
         if any(isinstance(method, Chunking) and method.target > 1 for method in self.methods):
             tokdyn.calibrate_router(model, **self.call)
         return model
-
-
-def parts(model: Any, methods: Sequence[Method]) -> list[Any]:
-    """The trained parts of each method."""
-    return [dict(model.tokdyn.parts).get(str(place)) for place in range(len(methods))]
 
 
 def test_every_setting_of_every_method_is_drawn() -> None:

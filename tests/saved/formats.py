@@ -110,10 +110,11 @@ def read_methods(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place in sorted(each for each in folder.glob("*/") if each.name != "base"):
         model = tokdyn.load(DiT.from_pretrained(folder / "base").eval(), place)
-        drops = any(isinstance(method, TokenDrop) for method in model.tokdyn.methods)
+        methods = [method for method, _ in tokdyn.parts(model)]
+        drops = any(isinstance(method, TokenDrop) for method in methods)
         with tokdyn.dropping(model, 0.5) if drops else torch.no_grad():
             found[place.name] = predictions(model)
-        found[f"{place.name} names"] = [type(method).__name__ for method in model.tokdyn.methods]
+        found[f"{place.name} names"] = [type(method).__name__ for method in methods]
     return found
 
 
