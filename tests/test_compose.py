@@ -177,55 +177,55 @@ def refusal(one, other, depth=DEPTH):
 @pytest.mark.parametrize(
     ("one", "other", "words"),
     [
-        ({"phases": TRAIN}, {"phases": SAMPLE}, r"^Probe acts only in training and Other only in sampling"),
-        ({"phases": SAMPLE}, {"phases": TRAIN}, r"^Other acts only in training and Probe only in sampling"),
+        ({"phases": TRAIN}, {"phases": SAMPLE}, r"Probe.* training.*Other.* sampling"),
+        ({"phases": SAMPLE}, {"phases": TRAIN}, r"Other.* training.*Probe.* sampling"),
         ({"phases": TRAIN}, {}, None),
         ({"phases": TRAIN}, {"phases": TRAIN}, None),
         ({"phases": SAMPLE}, {"phases": SAMPLE}, None),
-        ({"owns": {"x": None}}, {"owns": {"x": None}}, r"Probe and Other decide the x; keep one"),
+        ({"owns": {"x": None}}, {"owns": {"x": None}}, r"Probe.*Other.* x\b"),
         ({"owns": {"x": None}}, {"owns": {"y": None}}, None),
-        ({"owns": {"y": None, "x": None}}, {"owns": {"z": None, "x": None}}, r"decide the x; keep"),
+        ({"owns": {"y": None, "x": None}}, {"owns": {"z": None, "x": None}}, r"Probe.*Other.* x\b"),
         ({"owns": {"x": frozenset({1, 2})}}, {"owns": {"x": frozenset({3})}}, None),
-        ({"owns": {"x": frozenset({1, 2})}}, {"owns": {"x": None}}, r"the x of blocks 1, 2; give"),
-        ({"owns": {"x": None}}, {"owns": {"x": frozenset({5})}}, r"the x of block 5; give"),
-        ({"owns": {"x": frozenset({9, 2, 4})}}, {"owns": {"x": frozenset({2, 9})}}, r"the x of blocks 2, 9; give"),
+        ({"owns": {"x": frozenset({1, 2})}}, {"owns": {"x": None}}, r"\bx\b.* 1, 2\b"),
+        ({"owns": {"x": None}}, {"owns": {"x": frozenset({5})}}, r"\bx\b.* 5\b"),
+        ({"owns": {"x": frozenset({9, 2, 4})}}, {"owns": {"x": frozenset({2, 9})}}, r"\bx\b.* 2, 9\b"),
         ({"owns": {"x": frozenset()}}, {"owns": {"x": None}}, None),
-        ({"owns": {"y": frozenset({1}), "x": None}}, {"owns": {"y": frozenset({2}), "x": None}}, r"decide the x;"),
-        ({"tokens": "subset"}, {"needs_grid": True}, r"Other needs .* inside Probe .* subset"),
-        ({"tokens": "merged"}, {"needs_grid": True}, r"Other needs .* inside Probe .* merged"),
+        ({"owns": {"y": frozenset({1}), "x": None}}, {"owns": {"y": frozenset({2}), "x": None}}, r"Probe.*Other.* x\b"),
+        ({"tokens": "subset"}, {"needs_grid": True}, r"Other.* inside Probe.* subset"),
+        ({"tokens": "merged"}, {"needs_grid": True}, r"Other.* inside Probe.* merged"),
         ({"tokens": "full"}, {"needs_grid": True}, None),
         ({"tokens": "subset"}, {"needs_grid": False}, None),
         ({"needs_grid": True}, {"tokens": "subset"}, None),  # what lies inside does not change what is outside
         ({"tokens": "subset", "span": (0, 3)}, {"needs_grid": True, "span": (4, 6)}, None),
-        ({"tokens": "subset", "span": (0, 6)}, {"needs_grid": True, "span": (6, 6)}, r"needs all cells"),
-        ({"moving": True}, {"remembers": True}, r"Other remembers .* inside Probe .*put Other before Probe"),
+        ({"tokens": "subset", "span": (0, 6)}, {"needs_grid": True, "span": (6, 6)}, r"Other.* inside Probe"),
+        ({"moving": True}, {"remembers": True}, r"Other.* inside Probe.*Other before Probe"),
         (
-            {"moving": True, "stage": Stage.STACK},
+            {"moving": True, "stage": Stage.BLOCKS},
             {"remembers": True, "stage": Stage.BLOCK},
-            r"Other remembers .*use Other without Probe",
+            r"Other.* inside Probe.*Other without Probe",
         ),
         ({"remembers": True}, {"moving": True}, None),
         ({"moving": True}, {"moving": True}, None),
         ({"remembers": True}, {"remembers": True}, None),
-        ({"stage": Stage.STACK, "span": (1, 11)}, {"stage": Stage.STACK}, r"Probe begins .* but Other begins with it"),
-        ({"stage": Stage.STACK}, {"stage": Stage.STACK, "span": (1, 11)}, None),
-        ({"stage": Stage.STACK, "span": (1, 11)}, {"stage": Stage.STACK, "span": (1, 11)}, None),
-        ({"stage": Stage.STACK, "span": (1, 11)}, {"stage": Stage.SPAN, "span": (0, 3)}, None),
-        ({"span": (0, 5)}, {"span": (5, 8)}, r"Probe over blocks 0 to 5 and Other over blocks 5 to 8 overlap"),
-        ({"span": (5, 8)}, {"span": (0, 5)}, r"Probe over blocks 5 to 8 and Other over blocks 0 to 5 overlap"),
+        ({"stage": Stage.BLOCKS, "span": (1, 11)}, {"stage": Stage.BLOCKS}, r"Probe.*Other"),
+        ({"stage": Stage.BLOCKS}, {"stage": Stage.BLOCKS, "span": (1, 11)}, None),
+        ({"stage": Stage.BLOCKS, "span": (1, 11)}, {"stage": Stage.BLOCKS, "span": (1, 11)}, None),
+        ({"stage": Stage.BLOCKS, "span": (1, 11)}, {"stage": Stage.SPAN, "span": (0, 3)}, None),
+        ({"span": (0, 5)}, {"span": (5, 8)}, r"Probe.* 0 to 5\b.*Other.* 5 to 8\b"),
+        ({"span": (5, 8)}, {"span": (0, 5)}, r"Probe.* 5 to 8\b.*Other.* 0 to 5\b"),
         ({"span": (0, 5)}, {"span": (6, 8)}, None),
         ({"span": (0, 5)}, {"span": (0, 5)}, None),
         ({"span": (0, 5)}, {"span": (2, 5)}, None),
-        ({"span": (2, 5)}, {"span": (2, 6)}, r"Other over blocks 2 to 6 encloses Probe over blocks 2 to 5.*put Other"),
-        ({"span": (2, 5)}, {}, r"Other over blocks 0 to 11 encloses Probe over blocks 2 to 5"),
+        ({"span": (2, 5)}, {"span": (2, 6)}, r"Other.* 2 to 6\b.*Probe.* 2 to 5\b.*Other"),
+        ({"span": (2, 5)}, {}, r"Other.* 0 to 11\b.*Probe.* 2 to 5\b"),
         ({"span": (2, 5)}, {"span": (3, 8), "stage": Stage.BLOCK}, None),
-        ({"learns": "FLOPs"}, {"learns": "FLOPs"}, r"Probe and Other each learn to hold the FLOPs"),
+        ({"learns": "FLOPs"}, {"learns": "FLOPs"}, r"Probe.*Other.* FLOPs"),
         ({"learns": "FLOPs"}, {"learns": "tokens"}, None),
         ({}, {}, None),
-        (MERGES, ALIGNED, r"Other decides .* of the mlp .* but Probe merges .*use Probe with where='attention'"),
-        (ALIGNED, MERGES, r"Probe decides .* of the mlp .* but Other merges .*use Other with"),
+        (MERGES, ALIGNED, r"Other.* mlp.*Probe.*where='attention'"),
+        (ALIGNED, MERGES, r"Probe.* mlp.*Other.*where='attention'"),
         (MERGES | {"owns": {"merging around attention": None}}, ALIGNED, None),
-        (ALIGNED | {"stage": Stage.SUBLAYER}, MERGES, r"Probe decides"),
+        (ALIGNED | {"stage": Stage.SUBLAYER}, MERGES, r"Probe.* mlp.*Other"),
         (ALIGNED, {"stage": Stage.SUBLAYER}, None),
         ({"owns": {"merging around mlp": None}}, {"owns": {"merging around attention": None}}, None),
     ],
@@ -247,12 +247,12 @@ def test_spans_end_with_the_model():
 def test_every_pair_of_a_list_is_compared():
     a, b, c = ({"owns": {"x": None}}, {}, {"owns": {"x": None}})
     for order in itertools.permutations([a, b, c]):
-        with pytest.raises(CompositionError, match="decide the x"):
+        with pytest.raises(CompositionError, match=r"Probe.* x\b"):
             compose([Probe(label=str(i), answers=each) for i, each in enumerate(order)], DEPTH)
 
 
 def test_methods_are_ordered_by_stage_and_then_as_they_were_listed():
-    stages = [Stage.KERNEL, Stage.SPAN, Stage.STACK, Stage.SPAN, Stage.SUBLAYER, Stage.BLOCK, Stage.STACK]
+    stages = [Stage.KERNEL, Stage.SPAN, Stage.BLOCKS, Stage.SPAN, Stage.SUBLAYER, Stage.BLOCK, Stage.BLOCKS]
     methods = [Probe(label=str(i), answers={"stage": stage}) for i, stage in enumerate(stages)]
     placed = compose(methods, DEPTH)
     assert [each.index for each in placed] == [2, 6, 1, 3, 5, 4, 0]

@@ -170,13 +170,13 @@ def test_skips_are_decided_in_one_way():
     ("span", "expected"), [((0, 11), (0, 11)), ((-3, -1), (9, 11)), ((2, -1), (2, 11)), ((4, 4), (4, 4))]
 )
 def test_ends_of_a_span_count_from_either_side(span, expected):
-    assert resolve(span, DEPTH) == expected
+    assert resolve(span, DEPTH, "Probe") == expected
 
 
 @pytest.mark.parametrize("span", [(3, 2), (0, 12), (-13, 2), (-1, 0)])
 def test_a_span_outside_of_the_model_is_named(span):
-    with pytest.raises(InputError, match=rf"\({span[0]}, {span[1]}\).*12 blocks.*0 to 11"):
-        resolve(span, DEPTH)
+    with pytest.raises(InputError, match=rf"Probe.*\({span[0]}, {span[1]}\).*12 blocks.*0 to 11"):
+        resolve(span, DEPTH, "Probe")
 
 
 def test_sizes_know_the_depth():
@@ -196,6 +196,7 @@ ANSWERS = [
             "needs_level": True,
             "owns": {"token grid": None},
             "learns": "tokens",
+            "target": 4.0,
             "needs_sizes": True,
             "controls": frozenset({"tail_drop", "calibrate_router"}),
         },
@@ -251,6 +252,7 @@ ANSWERS = [
             "needs_level": True,
             "owns": dict.fromkeys(["attention heads", "MLP channels", "tokens of the MLP"]),
             "learns": "FLOPs",
+            "target": 0.7,
             "reads": "count",
             "needs_sizes": True,
             "diverges": True,
