@@ -68,7 +68,8 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     This runs the model. Statistics, caches and losses of a wrapped model stay as they are.
 
     - For an unwrapped `DiT` or `DCDiT` all parts are computed, for the tokens that this pass kept, and their sum equals
-      the counted FLOPs exactly. If attention runs on padded rows (`tokdyn.ops.attention`), the part "padding" holds their FLOPs.
+      the counted FLOPs exactly. If attention runs on padded rows (`tokdyn.ops.attention`), the part "padding" holds
+      their FLOPs.
     - For other models with an adapter, and for wrapped ones, the parts of blocks and methods are computed from the
       layers of the blocks and the decisions of the methods in this pass; everything else is counted by module. A
       wrapped model in training mode runs as in training.
