@@ -1,8 +1,7 @@
 """Call the blocks of a wrapped model through its handlers: brackets, gates, groups of samples, kernels.
 
-Dense and packed tokens take the same path; their `TokenView` takes care of the differences. In every function `frame`
-is the frame of the call, `module` the module that is called, `site` its site, `call` or `inner` its original call, and
-`named` the arguments by name. docs/design.md has a drawing.
+Dense and packed tokens take the same path; their `TokenView` differs. `frame` is the frame of a call, `module` the module
+that is called, `site` its site, `call` or `inner` its original call, and `named` its arguments. See docs/design.md.
 """
 
 from __future__ import annotations
@@ -118,10 +117,7 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
 
 
 def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
-    """Count the image tokens that the first block gets, reading the grid only if text tokens have to be told apart.
-
-    If the grid cannot be read and no method depends on it, all tokens are treated as image tokens.
-    """
+    """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
     if context.adapter.grid is None:
         context.readings.grid.put((tokens.shape[1],))
     elif blocks.image != "all" and frame.handlers.separates_text:

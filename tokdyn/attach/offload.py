@@ -37,7 +37,8 @@ def weights_are_offloaded(model: nn.Module, part: nn.Module, writing: bool = Fal
     Args:
         model: the model that holds the part.
         part: the module to look at.
-        writing: also count parameters whose changes would be lost, because each onload copies them from another tensor.
+        writing: whether to return True also if a change to the parameters would be lost, because each onload copies
+            them from another tensor.
     """
     own = {id(parameter) for parameter in part.parameters()}
     if any(parameter.is_meta for parameter in part.parameters()):

@@ -253,7 +253,7 @@ class CachedBlocks(Bracket):
 
 @dataclass(eq=False)
 class FirstBlock(Bracket):
-    """A bracket around the first block alone, whose effect is the indicator of a cache.
+    """A bracket around the first block alone; the effect of this block is the indicator of a cache.
 
     Attributes:
         cache: the cache, which opens after the first block.
