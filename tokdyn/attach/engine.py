@@ -1,7 +1,7 @@
 """Call the blocks of a wrapped model through its handlers: brackets, gates, groups of samples, kernels.
 
-Dense and packed tokens take the same path; their `TokenView` differs. `frame` is the frame of a call, `module` the module
-that is called, `site` its site, `call` or `inner` its original call, and `named` its arguments. See docs/design.md.
+Dense and packed tokens take the same path; their `TokenView` differs. `frame` is the frame of a call of `module`, whose
+site is `site`; `call` or `inner` is its original call, and `named` its arguments. See docs/design.md.
 """
 
 from __future__ import annotations
