@@ -148,7 +148,7 @@ def _call_entry(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any
 
 
 def _forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the model's forward; called directly, as guidance in the public DiT does, it is a call of the model."""
+    """Replace `model.forward`: a direct call of it, as the guidance of the public DiT makes, is a call of the model."""
     frame: Frame | None = class_swap.current()
     if frame is not None and frame.context.model is model:
         return hidden(model, *args, **kwargs)
@@ -188,7 +188,7 @@ def _prepare(
 
 
 def _conclude(model: nn.Module, output: Any) -> None:
-    """Note what the model predicted: a sampler makes the next latents of it."""
+    """Record the prediction of a call, from which a sampler computes the next latents."""
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.trajectory.note(output)

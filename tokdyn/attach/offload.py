@@ -87,6 +87,7 @@ class Residency:
         return partial(call, block) if group is None else partial(self._around, group, block, call)
 
     def _around(self, group: Any, block: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a block of a group: onload the group first if its first block was skipped, and keep track of it."""
         if group.onload_leader not in (None, block):
             self._onload(group)
         self._onloaded.add(id(group))
