@@ -57,6 +57,7 @@ def call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tu
 
 
 def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
+    """Open the brackets at a block, compute the block for the samples that do not skip it, and close the brackets."""
     context, named = frame.context, {**dict(zip(site.names, args, strict=False)), **kwargs}
     if frame.remember is not None:
         frame.remember(frame, module, site, named)
@@ -77,7 +78,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
             return call(*args, **kwargs)
         return class_swap.within(replace(frame, block=block), call, *args, **kwargs)
     inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
-    results = _computed(frame, module, site, inner, named)
+    results = _compute_groups(frame, module, site, inner, named)
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
     if context.guard is not None:
@@ -176,7 +177,7 @@ def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
     return view.index is None or len(blocks.follow) == 0
 
 
-def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
+def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
     """Compute a block for the samples that do not skip it, and return "tokens" and "text" of all samples."""
     context, view, blocks = frame.context, frame.view, site.blocks
     results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
