@@ -122,7 +122,7 @@ class CallContext:
 
     @property
     def training(self) -> bool:
-        """Whether the model is in training mode and gradients are wanted."""
+        """Whether the model is in training mode and gradients are enabled."""
         return self.trace.training
 
     @property
