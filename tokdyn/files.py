@@ -62,7 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def half_of(path: Path) -> Path:
-    """Return the hidden file in the same folder that is written until `path` is complete."""
+    """Return the path of the hidden file, in the same folder, that is written until `path` is complete."""
     return path.with_name(f".{path.name}.half")
 
 

@@ -70,9 +70,9 @@ def test_a_pipeline_forgets_the_trajectory_when_it_is_done():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model": "SiT"}, "holds methods for a SiT, but this is a DiT"),
-        ({"methods": [{"method": "Magic"}]}, "there is no method 'Magic'; this version knows Chunking, TokenMerge"),
-        ({"methods": [{"method": "TokenMerge", "rate": 1}]}, "TokenMerge has no setting 'rate'"),
+        ({"model": "SiT"}, "SiT.* DiT"),
+        ({"methods": [{"method": "Magic"}]}, "'Magic'.*Chunking, TokenMerge"),
+        ({"methods": [{"method": "TokenMerge", "rate": 1}]}, "TokenMerge.*'rate'"),
     ],
 )
 def test_damage_is_named(change, sentence, tmp_path):

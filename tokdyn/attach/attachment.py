@@ -1,4 +1,4 @@
-"""What a wrapped model carries."""
+"""The attachment of a wrapped model: its methods, their trained parts and handlers, and its trajectory."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from tokdyn.trace.calls import BlockTrace, CallTrace
 from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Trajectory
 
-_REMEMBERED = 512  # calls: 250 steps of two guidance branches
+_REMEMBERED = 512  # traces of calls that are kept: 250 steps of two guidance branches
 KINDS = ("brackets", "gates", "sublayers", "kernels")
 
 
 @dataclass(frozen=True)
 class Meter:
-    """What a call of a model is given while its FLOPs are counted.
+    """What an attachment needs while the FLOPs of a call are counted.
 
     Attributes:
-        counted: FLOPs so far; a multiply-add is 2.
-        arguments: of the call by name, with their data where the model itself has none to compute with.
+        counted: returns the FLOPs counted so far; a multiply-add is 2.
+        arguments: arguments of the call by name. They have values even if the model itself gets meta tensors.
     """
 
     counted: Callable[[], int]
@@ -50,12 +50,12 @@ class Blueprint:
     """What was decided when the model was wrapped.
 
     Attributes:
-        adapter: what is known of the model.
-        methods: as the user listed them.
-        placed: the same, outermost first.
-        sizes: of the model.
-        names: arguments of the model's forward, in order.
-        layouts: of the blocks, where a method computes parts of their layers.
+        adapter: the adapter of the model.
+        methods: the methods as the user listed them.
+        placed: the methods with their traits, from the outermost to the innermost.
+        sizes: depth, width and heads of the model.
+        names: names of the arguments of the model's forward, in order.
+        layouts: the layouts of all blocks if a method prunes blocks, else ().
     """
 
     adapter: ModelAdapter
@@ -67,36 +67,36 @@ class Blueprint:
 
     @property
     def reduces(self) -> bool:
-        """Whether blocks may see other tokens than the full grid."""
-        return any(each.traits.tokens != "full" for each in self.placed)
+        """Whether a method lets blocks compute fewer tokens than the grid has."""
+        return any(placed.traits.tokens != "full" for placed in self.placed)
 
 
 class Attachment(nn.Module):
-    """Methods, their trainable parts and their memory. Registered as `model.tokdyn`.
+    """Everything that `wrap` adds to a model, registered as its submodule `model.tokdyn`.
 
     Attributes:
         blueprint: what was decided when the model was wrapped.
-        parts: trainable parts of the methods, by their place in the user's list.
-        handlers: the methods at work.
-        settings: what the user set for the calls to come.
+        parts: trainable parts of the methods, by their index in the user's list.
+        handlers: the handlers of the methods.
+        settings: what the user has set for the following calls.
         enabled: whether the methods act.
         meter: set while `tokdyn.flops` counts.
-        trajectory: that the model is on.
-        watch: compares the sampler with the one that a method was calibrated for; None where none was.
-        losses: auxiliary losses of the last call that wanted gradients.
-        history: traces of the last calls, an empty one between trajectories and before the first call. Its length and
-            types never change, so that a compiled model is not compiled again because of it.
-        replays: frames that blocks are recomputed in.
+        trajectory: the current trajectory.
+        watch: compares the sampler with the one that a method was calibrated with; None if no method was.
+        losses: auxiliary losses of the last call by the name of their method; empty except in training.
+        history: traces of the last calls, with empty ones before the first call and between trajectories. Its length
+            and types never change, so that a compiled model is not recompiled because of it.
+        replays: frames in which gradient checkpointing recomputes blocks.
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> None:
         super().__init__()
         self.blueprint = draw(model, adapter, methods)
         self.parts = nn.ModuleDict()
-        for each in sorted(self.blueprint.placed, key=lambda placed: placed.index):
-            built = each.method.build(self.blueprint.sizes)
+        for placed in sorted(self.blueprint.placed, key=lambda placed: placed.index):
+            built = placed.method.build(self.blueprint.sizes)
             if built is not None:
-                self.parts[str(each.index)] = built.to(home(model))
+                self.parts[str(placed.index)] = built.to(home(model))
         self.handlers = _handlers(self.blueprint, self.parts)
         self.settings, self.enabled = Settings(), True
         self.meter: Meter | None = None
@@ -108,12 +108,12 @@ class Attachment(nn.Module):
         self.train(model.training)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the sites, which a copy finds in its own model, and what belongs to calls of this one."""
+        """Return the state for copies, without sites (a copy finds those of its own model), losses and history."""
         return {**self.__dict__, "_sites": {}, "losses": {}, "history": [CallTrace()] * _REMEMBERED}
 
     @property
     def adapter(self) -> ModelAdapter:
-        """What is known of the model."""
+        """The adapter of the model."""
         return self.blueprint.adapter
 
     @property
@@ -123,35 +123,35 @@ class Attachment(nn.Module):
 
     @property
     def records(self) -> list[CallTrace]:
-        """Traces of the calls that are remembered."""
+        """Traces of the last calls, without the empty ones."""
         return [trace for trace in self.history if trace.batch]
 
     @property
     def remembers(self) -> bool:
-        """Whether a method keeps something from one step to the next."""
-        return any(each.traits.remembers for each in self.blueprint.placed)
+        """Whether a method keeps tensors of one step for the next."""
+        return any(placed.traits.remembers for placed in self.blueprint.placed)
 
     @property
     def caches(self) -> list[CachedBlocks]:
-        """The feature caches."""
+        """The handlers of FeatureCache."""
         handlers = (self.handlers.own_chunking, *self.handlers.brackets)
         return [handler for handler in handlers if isinstance(handler, CachedBlocks)]
 
     def sites(self, model: nn.Module) -> Sites:
-        """Find the sites of the model that carries this; a copy of the model finds its own."""
+        """Return the sites of the wrapped model; found at the first use, in a copy of the model once more."""
         if not self._sites:
             plan = self.blueprint
-            stream = any(each.traits.aligned is not None for each in plan.placed)
+            stream = any(placed.traits.aligned is not None for placed in plan.placed)
             sublayers = bool(self.handlers.sublayers)
             self._sites = find_sites(model, plan.adapter, sublayers, plan.layouts, stream)
         return self._sites
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """List the blocks of the model that carries this, in the order in which they run."""
+        """Return the blocks of the wrapped model, in the order in which they run."""
         return [block for blocks in self.adapter.blocks for block in blocks_of(model, blocks)]
 
     def first_block(self, model: nn.Module) -> nn.Module:
-        """Return the first of them."""
+        """Return the first block of the wrapped model."""
         return next(iter(model.get_submodule(self.adapter.blocks[0].path).children()))
 
     def begin_call(
@@ -198,30 +198,30 @@ class Attachment(nn.Module):
         return self.trajectory.observe(arguments, CallTrace(adapter.level(model, arguments)).levels)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """When the model goes to another device or type, slices of its weights are of no more use."""
+        """Drop slices of the model's weights when the model is moved to another device or dtype."""
         for kernel in self.handlers.kernels:
             kernel.forget()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def replace_handlers(self, change: Callable[[Any], Any]) -> None:
-        """Put what a function makes of every handler in its place, to observe what it sees."""
-        kinds: Any = {name: tuple(change(each) for each in getattr(self.handlers, name)) for name in KINDS}
+        """Replace every handler by `change(handler)`, for example to observe its calls."""
+        kinds: Any = {name: tuple(change(handler) for handler in getattr(self.handlers, name)) for name in KINDS}
         self.handlers = replace(self.handlers, own_chunking=change(self.handlers.own_chunking), **kinds)
 
     def takes(self, control: str) -> bool:
-        """Whether a function of `tokdyn.attach.controls` acts on one of the methods."""
-        return any(control in each.traits.controls for each in self.blueprint.placed)
+        """Return whether one of the methods has this control in its traits, such as "tail_drop"."""
+        return any(control in placed.traits.controls for placed in self.blueprint.placed)
 
     def set(self, **settings: Any) -> None:
-        """Change settings for the calls to come."""
+        """Change settings, given by name, for the following calls."""
         self.settings = replace(self.settings, **settings)
 
     def remember(self, trace: CallTrace) -> None:
-        """Add a call to the history, or an empty trace between two trajectories."""
+        """Add the trace of a call to the history, or an empty trace between two trajectories; drop the oldest."""
         self.history = [*self.history[1:], trace]
 
     def end(self) -> None:
-        """Forget the trajectory; its statistics stay until the next one begins."""
+        """End the trajectory and clear the caches; its statistics stay until the next one begins."""
         self.remember(CallTrace())
         self.trajectory.end()
         if self.watch is not None:
@@ -230,34 +230,35 @@ class Attachment(nn.Module):
             cache.memory.clear()
 
     def clear(self) -> None:
-        """Forget the trajectory and its statistics."""
+        """End the trajectory, clear the caches, and forget all statistics."""
         self.end()
         self.history = [CallTrace()] * _REMEMBERED
 
 
 def draw(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> Blueprint:
-    """Decide what a model is wrapped with.
+    """Order the methods for a model and lay out its blocks.
 
     Raises:
-        CompositionError: two methods do not go together.
-        UnsupportedModelError: a method does not fit the blocks.
+        CompositionError: two of the methods cannot be combined.
+        UnsupportedModelError: the blocks cannot be pruned the way that a method needs.
+        InputError: a setting is out of range for the model.
     """
     sizes = sizes_of(model, adapter)
     placed = compose((*methods, *own_methods(adapter)), sizes.depth)
-    own = tuple(each for each in placed if each.index < len(methods))
+    users = tuple(one for one in placed if one.index < len(methods))
     layouts = layouts_of(model, adapter, methods)
-    return Blueprint(adapter, tuple(methods), own, sizes, argument_names(model), layouts)
+    return Blueprint(adapter, tuple(methods), users, sizes, argument_names(model), layouts)
 
 
 def sizes_of(model: nn.Module, adapter: ModelAdapter) -> Sizes:
-    """Measure what methods need to know of a model to build their parts."""
+    """Return the sizes of a model, from which methods build their trainable parts."""
     blocks = [block for blocks in adapter.blocks for block in blocks_of(model, blocks)]
     weights = tuple(sum(p.numel() for p in block.parameters()) for block in blocks)
     return Sizes(adapter.width(model), adapter.heads(model), weights)
 
 
 def _handlers(blueprint: Blueprint, parts: nn.ModuleDict) -> Handlers:
-    """Build the handlers of all methods, outermost first."""
+    """Build the handlers of all methods, from the outermost to the innermost."""
     load_handlers()
     built: list[object] = []
     for placed in blueprint.placed:

@@ -36,7 +36,7 @@ def current() -> Any:
 
 
 def enter(frame: Any) -> Any:
-    """Make a frame the one of this thread and return the previous one, which the caller has to enter again."""
+    """Make `frame` the frame of this thread; return the previous one, which the caller has to enter again."""
     before = current()
     _LOCAL.frame = frame
     return before
@@ -124,6 +124,7 @@ def _subclass(
     conclude: Call | None,
     outside: Call | None,
 ) -> type:
+    """Build a subclass that calls these functions; see `attach` for them."""
     plain = base.__call__  # looked up here, because torch.compile cannot trace the lookup in some classes
     if outside is not None:
         __call__ = _call_by_frame(plain, call, outside)
@@ -148,6 +149,8 @@ def _subclass(
 
 
 def _replaced_call(plain: Call, call: Call) -> Call:
+    """Return a `__call__` that makes every call by `call`."""
+
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(self, plain, args, kwargs)
 
@@ -155,6 +158,8 @@ def _replaced_call(plain: Call, call: Call) -> Call:
 
 
 def _call_by_frame(plain: Call, call: Call, outside: Call) -> Call:
+    """Return a `__call__` that makes calls in a frame by `call` and others by `outside`."""
+
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         frame = _LOCAL.frame
         return outside(self, plain, args, kwargs) if frame is None else call(frame, self, plain, args, kwargs)
@@ -163,6 +168,7 @@ def _call_by_frame(plain: Call, call: Call, outside: Call) -> Call:
 
 
 def _prepared_call(plain: Call, call: Call, prepare: Call, conclude: Call | None) -> Call:
+    """Return a `__call__` that runs `prepare` before `call` and `conclude` after it, outside of compiled graphs."""
     from torch._dynamo.eval_frame import skip_code
 
     first: Call = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
@@ -181,6 +187,8 @@ def _prepared_call(plain: Call, call: Call, prepare: Call, conclude: Call | None
 
 
 def _override(method: Call, original: Call | None) -> Call:
+    """Return a method that calls `method` with the object, the original and the arguments."""
+
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return method(self, original, *args, **kwargs)
 

@@ -1,7 +1,7 @@
-"""One call of a wrapped model: arguments, what is read of them, what happened, and a slot of state for each handler.
+"""The context of one call of a wrapped model: its arguments, what is read from them, its trace, and slots for handlers.
 
-What outlasts the call belongs to the attachment; which tokens a block call is about says its `TokenView`. Nothing here
-changes its meaning while a block runs.
+State that outlasts the call is in the attachment, and the samples and tokens of a block call are in its `TokenView`.
+Nothing in the context changes its meaning while a block runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 
 
 class Lazy(Generic[Value]):
-    """A value that is read when it is first asked for, once for all who share this object."""
+    """A value that is computed at the first use and then kept."""
 
     def __init__(self, read: Callable[[], Value]) -> None:
         self._read: Callable[[], Value] | None = read
@@ -34,7 +34,7 @@ class Lazy(Generic[Value]):
 
     @property
     def value(self) -> Value:
-        """The value, read now unless it is known."""
+        """The value; computed now if it is not known yet."""
         if not self._values:
             assert self._read is not None, "closed before anything was read"
             self._values.append(self._read())
@@ -42,27 +42,28 @@ class Lazy(Generic[Value]):
 
     @property
     def known(self) -> bool:
-        """Whether it has been read."""
+        """Whether the value has been computed or set."""
         return bool(self._values)
 
     def put(self, value: Value) -> None:
-        """Set the value, unless it is known."""
+        """Set the value, if it is not known yet."""
         if not self._values:
             self._values.append(value)
 
     def close(self) -> None:
-        """Read nothing from now on, and let go what would be read."""
+        """Release the function that computes the value; afterwards, a value that is not known may not be used."""
         self._read = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user set for the calls to come; see `tokdyn.attach.controls`.
+    """What the user has set for the following calls, by the functions of `tokdyn.attach.controls`.
 
     Attributes:
-        tail_drop: one share, one a sample, or one a guidance branch; None leaves it to the methods.
-        drop_rate: TokenDrop acts in sampling too, at this rate; None leaves it to training.
-        calibrating: routers adapt their bias to what they see.
+        tail_drop: one share for all samples, one for each sample, or one for each guidance branch by name; None leaves
+            it to the methods' own settings.
+        drop_rate: rate at which TokenDrop acts, in sampling too; None lets it act in training only, at its own rate.
+        calibrating: whether routers adjust their bias to the tokens of this call.
     """
 
     tail_drop: tuple[float, ...] | dict[str, float] | None = None
@@ -72,13 +73,13 @@ class Settings:
 
 @dataclass
 class Readings:
-    """What handlers may ask of the arguments of a call; on an accelerator the host waits for each when it is read.
+    """Values that are read from the arguments of a call at their first use, which synchronises with an accelerator.
 
     Attributes:
-        grid: token grid of the image.
-        levels: (B) or (1) noise levels.
-        position: which step of which branch the call is.
-        followed: arguments of blocks, brought to the tokens of views.
+        grid: the token grid.
+        levels: noise levels, one for each sample or one for all.
+        position: step, guidance branch and image of the call.
+        followed: entries of the blocks' arguments for the tokens of views.
     """
 
     grid: Lazy[Grid]
@@ -93,17 +94,17 @@ class CallContext:
 
     Attributes:
         model: the wrapped model.
-        adapter: what is known of its family.
-        arguments: of the call, by name.
-        settings: what the user set for it.
-        trace: what happened so far.
+        adapter: the adapter of the model.
+        arguments: the arguments of the call, by name.
+        settings: what the user has set for this call.
+        trace: what was computed so far.
+        slots: the state of each handler, at the index of its slot; None until the handler sets it.
+        readings: values that are read from the arguments.
+        guard: checks of a model whose adapter was inferred; None for other models.
+        residency: which offloaded weights are on the computing device.
+        counted: returns the FLOPs counted so far, while `tokdyn.flops` counts; else None.
         losses: auxiliary losses so far, by the name of the method.
-        slots: the state of each handler, by its slot.
-        readings: of the arguments.
-        guard: checks of a model whose adapter was inferred, None for others.
-        residency: where offloaded weights are.
-        counted: FLOPs counted so far, while `tokdyn.flops` counts; else None.
-        view: of the block that comes next; changed between blocks, where brackets open and close.
+        view: the view of the next block, which changes when brackets open and close; None before the first block.
     """
 
     model: nn.Module
@@ -121,26 +122,29 @@ class CallContext:
 
     @property
     def training(self) -> bool:
-        """Whether the model is in training mode and gradients are wanted."""
+        """Whether the model is in training mode and gradients are enabled."""
         return self.trace.training
 
     @property
     def grid(self) -> Grid:
-        """Token grid of the image, read from the arguments when a method asks for it."""
+        """The token grid, read from the arguments at the first use.
+
+        Raises an InputError if it cannot be read, or has another number of cells than the blocks get image tokens.
+        """
         return self.readings.grid.value
 
     @property
     def position(self) -> Position:
-        """Which step of which guidance branch this call is. A handler that asks must ask in every call."""
+        """Step, guidance branch and image of this call. A handler that uses it must read it in every call."""
         return self.readings.position.value
 
     def levels(self, view: TokenView) -> tuple[float, ...]:
-        """Read the noise level of every sample of a view; 1 is pure noise."""
+        """Return the noise level of every sample of a view, on the host; 1 is pure noise."""
         values = self.per_sample(self.readings.levels.value, self.trace.batch, "the timestep")
         return tuple(values[sample] for sample in view.samples)
 
     def level_tensor(self, view: TokenView, device: torch.device | str) -> Tensor:
-        """(b,) or (1,) fp32 noise levels of a view on a device, without waiting for it."""
+        """Return the noise levels of a view, (b,) or (1,) fp32 on a device, without synchronising with it."""
         values = self.trace.levels
         if self.readings.levels.known:
             values = torch.tensor(self.readings.levels.value, device=device)
@@ -151,27 +155,34 @@ class CallContext:
 
     @staticmethod
     def per_sample(values: Sequence[float], batch: int, what: str) -> tuple[float, ...]:
-        """Give each sample its value: one for all, or one a sample.
+        """Return a value for each sample from one value for all or one for each.
+
+        Args:
+            values: one value, or as many as samples.
+            batch: B.
+            what: name of the values, for the message.
 
         Raises:
-            InputError: as many as neither.
+            InputError: their number is neither 1 nor B.
         """
         if len(values) == 1:
             return tuple(values) * batch
         if len(values) != batch:
-            raise InputError(f"{what} has {len(values)} entries, but the batch holds {batch} samples.")
+            raise InputError(
+                f"{what} has {len(values)} entries, but the batch holds {batch} samples; give 1 or {batch}."
+            )
         return tuple(values)
 
     def check_grid(self, grid: Grid) -> Grid:
-        """Compare a grid with the number of image tokens, where that is known.
+        """Return the grid, after checking that it has as many cells as the blocks get image tokens, if that is known.
 
         Raises:
-            InputError: they differ.
+            InputError: it has not.
         """
         if self.trace.cells not in (0, cells(grid)):
             raise InputError(
                 f"the token grid of this {type(self.model).__name__} is {' x '.join(map(str, grid))}, but its blocks "
-                f"get {self.trace.cells} image tokens; leave out what adds or takes away tokens, such as images."
+                f"get {self.trace.cells} image tokens; leave out arguments that add tokens, such as reference images."
             )
         return grid
 
@@ -180,16 +191,16 @@ class CallContext:
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def which(self, view: TokenView) -> tuple[int, ...] | None:
-        """Name the samples of a view by their places in the batch; None for all of them."""
+        """Return the positions in the batch of a view's samples; None if the view has all samples."""
         return None if len(view.samples) == self.trace.batch else view.samples
 
     def finish(self) -> CallTrace:
-        """Hand the trace over; blocks that are recomputed for a backward pass add nothing to it."""
+        """Return the trace of the call and start an empty one, for blocks that are recomputed in the backward pass."""
         trace, self.trace = self.trace, self.trace.blank()
         return trace
 
     def release(self) -> None:
-        """Let go of the arguments: what comes back to this call later must not keep them alive."""
+        """Release the arguments after the call, so that frames which are kept for recomputation do not hold them."""
         self.arguments, self.readings.followed = {}, FollowedArguments()
         self.readings.grid.close()
         self.readings.position.close()
@@ -206,18 +217,18 @@ def open_context(
     guard: Guard | None,
     counted: Callable[[], int] | None,
 ) -> CallContext:
-    """Open the context of a call, of which nothing has been read yet.
+    """Create the context of a call. Nothing is read from the arguments yet.
 
     Args:
         model: the wrapped model.
-        adapter: of its family.
-        arguments: of the call, by name.
-        settings: what the user set for it.
-        trace: empty.
-        slots: of the handlers, empty.
-        trajectory: that the call is part of.
-        guard: checks of a model whose adapter was inferred.
-        counted: FLOPs so far, while they are counted.
+        adapter: the adapter of the model.
+        arguments: the arguments of the call, by name.
+        settings: what the user has set for this call.
+        trace: a new trace.
+        slots: one None for each slot of the handlers.
+        trajectory: the trajectory that the call belongs to.
+        guard: checks of a model whose adapter was inferred; None for other models.
+        counted: returns the FLOPs counted so far, while they are counted; else None.
     """
     readings = Readings(
         Lazy(lambda: _read_grid(context)),
@@ -230,13 +241,13 @@ def open_context(
 
 
 def _read_grid(context: CallContext) -> Grid:
-    """Read the token grid of a call."""
+    """Read the token grid of a call and check it."""
     read = context.adapter.grid
     assert read is not None, "methods that need a grid were refused"
     return context.check_grid(read(context.model, context.arguments))
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether hooks of accelerate or diffusers bring the weights of a module to the computing device."""
+    """Return whether hooks of accelerate or diffusers onload the weights of a module when it is called."""
     held = vars(module)
     return "_hf_hook" in held or "_diffusers_hook" in held

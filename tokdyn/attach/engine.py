@@ -1,8 +1,7 @@
 """Call the blocks of a wrapped model through its handlers: brackets, gates, groups of samples, kernels.
 
-Dense and packed tokens take the same path; their `TokenView` takes care of the differences. In every function `frame`
-is the frame of the call, `module` the module that is called, `site` its site, `call` or `inner` its original call, and
-`named` the arguments by name. docs/design.md has a drawing.
+Dense and packed tokens take the same path; their `TokenView` differs. `frame` is the frame of a call of `module`, whose
+site is `site`; `call` or `inner` is its original call, and `named` its arguments. See docs/design.md.
 """
 
 from __future__ import annotations
@@ -58,6 +57,7 @@ def call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tu
 
 
 def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
+    """Open the brackets at a block, compute the block for the samples that do not skip it, and close the brackets."""
     context, named = frame.context, {**dict(zip(site.names, args, strict=False)), **kwargs}
     if frame.remember is not None:
         frame.remember(frame, module, site, named)
@@ -78,7 +78,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
             return call(*args, **kwargs)
         return class_swap.within(replace(frame, block=block), call, *args, **kwargs)
     inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
-    results = _computed(frame, module, site, inner, named)
+    results = _compute_groups(frame, module, site, inner, named)
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
     if context.guard is not None:
@@ -118,10 +118,7 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
 
 
 def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
-    """Count the image tokens that the first block gets, reading the grid only if text tokens have to be told apart.
-
-    If the grid cannot be read and no method depends on it, all tokens are treated as image tokens.
-    """
+    """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
     if context.adapter.grid is None:
         context.readings.grid.put((tokens.shape[1],))
     elif blocks.image != "all" and frame.handlers.separates_text:
@@ -180,7 +177,7 @@ def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
     return view.index is None or len(blocks.follow) == 0
 
 
-def _computed(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
+def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: Named) -> Named:
     """Compute a block for the samples that do not skip it, and return "tokens" and "text" of all samples."""
     context, view, blocks = frame.context, frame.view, site.blocks
     results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}

@@ -1,4 +1,4 @@
-"""Attach methods to a model and take them off: `wrap`, `unwrap`, `disabled`, and the calls of a wrapped model."""
+"""Attach methods to a model and remove them: `wrap`, `unwrap`, `disabled`, and the calls of a wrapped model."""
 
 from __future__ import annotations
 
@@ -28,26 +28,28 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def wrap(model: Model, methods: Sequence[Method]) -> Model:
-    """Attach methods to a model, in place. `unwrap` takes them off again, exactly.
+    """Attach methods to a model, in place. `unwrap` removes them and leaves the model as it was.
 
     Args:
-        model: a diffusion transformer of diffusers, of the public DiT layout, or of tokdyn.
-        methods: in any order; where each acts follows from what it is, see docs/design.md.
+        model: a diffusion transformer, of diffusers, of tokdyn or of another library; see docs/adapters.md.
+        methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
+            the list matters only between methods of one stage.
 
     Returns:
         The same object.
 
     Raises:
-        CompositionError: two methods that do not go together.
-        UnsupportedModelError: a model that no adapter knows, or that a method does not fit.
-        InputError: the model is wrapped already, or settings do not fit its blocks.
+        CompositionError: two of the methods cannot be combined.
+        UnsupportedModelError: the model has no adapter, or a method cannot be used on models of this kind.
+        InputError: the model is wrapped already, an element of the list is not a method, or a setting is out of range
+            for this model, such as the index of a block.
     """
     containers.check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
-    for each in methods:
-        if not isinstance(each, Method):
-            raise InputError(f"{each!r} is no method; give a list of methods, such as [tokdyn.TokenMerge(ratio=0.5)].")
+    for method in methods:
+        if not isinstance(method, Method):
+            raise InputError(f"{method!r} is not a method; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
     adapter = adapter_for(model)
     check(model, adapter, methods, sizes_of(model, adapter))
     attachment = Attachment(model, adapter, methods)
@@ -64,8 +66,8 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
 
 
 def _overrides(model: nn.Module, adapter: ModelAdapter) -> dict[str, Any]:
-    """Map the methods that a wrapped model gets by their names."""
-    own = {"save_pretrained": _save_pretrained, "enable_layerwise_casting": _enable_layerwise_casting}
+    """Return the functions that override methods of a wrapped model, by name; see `class_swap.attach`."""
+    own: dict[str, Any] = {"save_pretrained": _save_pretrained, "enable_layerwise_casting": _enable_layerwise_casting}
     overrides = {name: override for name, override in own.items() if hasattr(model, name)}
     overrides |= {name: _call_entry for name in adapter.entries if hasattr(model, name)}
     if adapter.chunked:
@@ -79,7 +81,7 @@ def _overrides(model: nn.Module, adapter: ModelAdapter) -> dict[str, Any]:
 
 
 def attach_sites(model: nn.Module, attachment: Attachment) -> None:
-    """Let the calls of the blocks, and of what methods need in them, go through the engine."""
+    """Let calls of the blocks, and of the sublayers and layers that methods need, go through the engine."""
     sites = attachment.sites(model)
     for module in model.modules():
         if id(module) in sites:
@@ -87,13 +89,13 @@ def attach_sites(model: nn.Module, attachment: Attachment) -> None:
 
 
 def unwrap(model: Model) -> Model:
-    """Take all methods off: class, state dict and outputs are what they were.
+    """Remove all methods, in place, and return the model; class, state dict and outputs are those before `wrap`.
 
     Raises:
-        InputError: the model is not wrapped, or somebody else has changed its class since.
+        InputError: the model is not wrapped, or other code has changed the class of one of its modules since.
     """
     if attachment_of(model) is None and attachment_of(containers.inner_model(model)) is not None:
-        raise InputError(f"what is wrapped is the model in this {type(model).__name__}; unwrap that.")
+        raise InputError(f"this {type(model).__name__} contains the wrapped model; call tokdyn.unwrap on that.")
     attached(model)
     modules = list(model.modules())
     containers.check_top(model, modules)
@@ -105,7 +107,7 @@ def unwrap(model: Model) -> Model:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Let the model compute as if it had never been wrapped."""
+    """Disable the methods of a wrapped model while the context is open: it computes bit for bit as if unwrapped."""
     attachment = attached(model)
     before, attachment.enabled = attachment.enabled, False
     try:
@@ -115,22 +117,22 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """Return what a model carries; None if it is not wrapped."""
-    found = getattr(model, "__dict__", {}).get("_modules", {}).get("tokdyn")
-    return found if isinstance(found, Attachment) else None
+    """Return the attachment of a model; None if the model is not wrapped."""
+    attachment = getattr(model, "__dict__", {}).get("_modules", {}).get("tokdyn")
+    return attachment if isinstance(attachment, Attachment) else None
 
 
 def attached(model: nn.Module) -> Attachment:
-    """Return what a model carries, or the model in a container such as DistributedDataParallel.
+    """Return the attachment of a model, or of the model inside of a container such as DistributedDataParallel.
 
     Raises:
-        InputError: it is not wrapped.
+        UnsupportedModelError, InputError: the argument is not a torch.nn.Module, or it is not wrapped.
     """
     containers.check_model(model)
-    found = attachment_of(containers.inner_model(model))
-    if found is None:
+    attachment = attachment_of(containers.inner_model(model))
+    if attachment is None:
         raise InputError(f"this {type(model).__name__} is not wrapped; call tokdyn.wrap(model, methods) first.")
-    return found
+    return attachment
 
 
 def _call_entry(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +148,7 @@ def _call_entry(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any
 
 
 def _forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the model's forward; called directly, as guidance in the public DiT does, it is a call of the model."""
+    """Replace `model.forward`: a direct call of it, as the guidance of the public DiT makes, is a call of the model."""
     frame: Frame | None = class_swap.current()
     if frame is not None and frame.context.model is model:
         return hidden(model, *args, **kwargs)
@@ -186,7 +188,7 @@ def _prepare(
 
 
 def _conclude(model: nn.Module, output: Any) -> None:
-    """Note what the model predicted: a sampler makes the next latents of it."""
+    """Record the prediction of a call, from which a sampler computes the next latents."""
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.trajectory.note(output)
@@ -253,28 +255,28 @@ def _call(
     return out
 
 
-def _reset_stateful_cache(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
-    """End the trajectory; pipelines of diffusers call this when they have made their images."""
+def _reset_stateful_cache(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> None:
+    """End the trajectory, then call the original method, if any; diffusers pipelines call this after each image."""
     attached(model).end()
-    if hidden is not None:
-        hidden(model, *args, **kwargs)
+    if original is not None:
+        original(model, *args, **kwargs)
 
 
-def _save_pretrained(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-    """Write the model without its methods; `tokdyn.save` writes those."""
+def _save_pretrained(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Write the model without the trained parts of its methods, which `tokdyn.save` writes."""
     with _bare(model):
-        return hidden(model, *args, **kwargs)
+        return original(model, *args, **kwargs)
 
 
-def _enable_layerwise_casting(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> None:
-    """Cast the weights of the model, and not those that decide about tokens and blocks."""
+def _enable_layerwise_casting(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> None:
+    """Enable layerwise casting, in place, for the model's own weights only: routers and gates keep their dtype."""
     with _bare(model):
-        hidden(model, *args, **kwargs)
+        original(model, *args, **kwargs)
 
 
 @contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
-    """Take off what a model carries for a while."""
+    """Remove the attachment from the submodules of a model while the context is open."""
     attachment = model._modules.pop("tokdyn")
     try:
         yield
@@ -283,15 +285,15 @@ def _bare(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _cache_context(model: nn.Module, hidden: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """Take the name of a guidance branch, which pipelines of diffusers enter around its calls."""
+def _cache_context(model: nn.Module, original: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Give calls the name of their guidance branch; diffusers pipelines open this context around them."""
     trajectory = attached(model).trajectory
     before, trajectory.branch = trajectory.branch, name
     try:
-        if hidden is None:
+        if original is None:
             yield
         else:
-            with hidden(model, name, *args, **kwargs):
+            with original(model, name, *args, **kwargs):
                 yield
     finally:
         trajectory.branch = before

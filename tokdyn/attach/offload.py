@@ -37,7 +37,8 @@ def weights_are_offloaded(model: nn.Module, part: nn.Module, writing: bool = Fal
     Args:
         model: the model that holds the part.
         part: the module to look at.
-        writing: also count parameters whose changes would be lost, because each onload copies them from another tensor.
+        writing: whether to return True also if a change to the parameters would be lost, because each onload copies
+            them from another tensor.
     """
     own = {id(parameter) for parameter in part.parameters()}
     if any(parameter.is_meta for parameter in part.parameters()):
@@ -86,6 +87,7 @@ class Residency:
         return partial(call, block) if group is None else partial(self._around, group, block, call)
 
     def _around(self, group: Any, block: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a block of a group: onload the group first if its first block was skipped, and keep track of it."""
         if group.onload_leader not in (None, block):
             self._onload(group)
         self._onloaded.add(id(group))

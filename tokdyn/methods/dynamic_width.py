@@ -188,7 +188,7 @@ class WidthGates(nn.Module):
 
 
 def _fit(x: Tensor, weight: Tensor) -> Tensor:
-    """Convert x to the dtype and device of a weight; to its dtype only if the weight is offloaded (meta)."""
+    """Convert x to the dtype and device of a weight; to the dtype alone if the weight is on the meta device."""
     return x.to(weight.dtype) if weight.is_meta else x.to(weight)
 
 

@@ -188,7 +188,7 @@ class Frame:
         handlers: the handlers of the model.
         sites: the sites of the model.
         remember: called before a block with frame, module, site and arguments by name, so that the block can be
-            recomputed in this frame; None if gradients are not wanted.
+            recomputed in this frame; None if gradients are disabled.
         view: the samples and tokens that the block is computed for; without samples outside of blocks.
         block: where this computation of the block is recorded.
         exchange: tensors that pass into and out of this computation.

@@ -161,7 +161,7 @@ def build(plan: Plan) -> Sequence[object]:
 
 def call_chunked(
     model: nn.Module,
-    hidden: Any,
+    original: Any,
     tokens: Tensor,
     grid: Grid,
     steps: Tensor,
@@ -173,7 +173,7 @@ def call_chunked(
 
     Args:
         model: the DC-DiT.
-        hidden: the original `_chunked`, called as `hidden(model, tokens, ...)`.
+        original: the original `_chunked`, called as `original(model, tokens, ...)`.
         tokens: (B, N, D) dense tokens.
         grid: their grid.
         steps: (B,) timesteps.
@@ -187,7 +187,7 @@ def call_chunked(
     """
     frame: Frame | None = class_swap.current()
     if frame is None or frame.context.model is not model:
-        out: tuple[Tensor, Routing] = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
+        out: tuple[Tensor, Routing] = original(model, tokens, grid, steps, condition, tail_drop, plan)
         return out
     context = frame.context
     view = TokenView(tuple(range(len(tokens))), tokens.shape[1], tokens.shape[1], tokens.device)
@@ -196,12 +196,12 @@ def call_chunked(
         tail_drop = torch.tensor(tail_drops(context, view, 0.0), device=tokens.device)
     cache = frame.handlers.own_chunking
     if cache is None or context.training or cache.never:
-        return hidden(model, tokens, grid, steps, condition, tail_drop, plan)  # type: ignore[no-any-return]
+        return original(model, tokens, grid, steps, condition, tail_drop, plan)  # type: ignore[no-any-return]
     tokens, inner = cache.open(frame, view, tokens, None)
     branch = cache.memory.branches.get(context.position.branch)
     running = [place for place in range(view.batch) if place not in inner.idle]
     if len(running) == view.batch:
-        result, routing = hidden(model, tokens, grid, steps, condition, tail_drop, plan)
+        result, routing = original(model, tokens, grid, steps, condition, tail_drop, plan)
     else:
         assert branch is not None
         assert branch.routing is not None
@@ -211,7 +211,7 @@ def call_chunked(
             arguments = (tokens, grid, steps, condition, tail_drop, plan)
             computed, decided = class_swap.within(
                 replace(frame, view=part.view),
-                hidden,
+                original,
                 model,
                 *(_select_samples(value, part.places, view.batch) for value in arguments),
             )

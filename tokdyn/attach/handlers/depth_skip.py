@@ -63,7 +63,7 @@ class LearnedGate(Gate):
         return False if context.training else None
 
     def skips(self, context: CallContext, view: TokenView, block: int) -> Sequence[bool]:
-        """Return whose gate is shut. The gates of all blocks are computed at the first block of a call."""
+        """Return for each sample whether the gate is shut; the gates of all blocks are computed at the first one."""
         shut: list[tuple[float, ...]] | None = context.slots[self.slot]
         if shut is None:
             columns = (self._logits(context, view) <= 0).T.tolist()

@@ -242,7 +242,7 @@ class DynamicBlocks(Bracket, Kernel):
         return x, view
 
     def _share(self, widths: Widths, device: torch.device) -> Tensor:
-        """Compute the (B,) share of the FLOPs that were spent, of those that the blocks which ran have in full."""
+        """Compute the FLOPs (B,) that the blocks which ran spent, as a share of their FLOPs without gates."""
         depth = len(self.layouts)
         batch = len(widths.samples)
         spent = [[[0.0] * depth for _ in range(batch)] for _ in range(2)]

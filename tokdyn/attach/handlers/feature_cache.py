@@ -139,7 +139,7 @@ class CachedBlocks(Bracket):
         return self.method.steps is None and not self.method.compares
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
-        """Decide for every sample whether it is reused, and mark those samples as idle, so that the blocks skip them.
+        """Decide for every sample whether it is reused, and mark reused ones as idle, so that the blocks skip them.
 
         `block` is None for a DC-DiT, whose own chunking calls this.
         """
@@ -253,7 +253,7 @@ class CachedBlocks(Bracket):
 
 @dataclass(eq=False)
 class FirstBlock(Bracket):
-    """A bracket around the first block alone, whose effect is the indicator of a cache.
+    """A bracket around the first block alone; the effect of this block is the indicator of a cache.
 
     Attributes:
         cache: the cache, which opens after the first block.

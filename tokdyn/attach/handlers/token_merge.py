@@ -128,7 +128,7 @@ class MergedTokens(Sublayer):
             counts.extend((1, length) for length in plan.lengths)
         # attention may be given its tokens a second time, as keys
         arguments = {name: merged if value is before else value for name, value in named.items()}
-        arguments |= self._followed(view, site, plan, named)
+        arguments |= self._select_arguments(view, site, plan, named)
         weighted = self.method.weighted and site.kind == "attention"
         out = _weighted(view, site, call, arguments, plan, text, place) if weighted else call(**arguments)
         first, *rest = out if isinstance(out, tuple) else (out,)
@@ -140,7 +140,7 @@ class MergedTokens(Sublayer):
             whole = unmerge(first, plan)
         return (whole, *rest) if isinstance(out, tuple) else whole
 
-    def _followed(self, view: TokenView, site: Site, plan: Merging, named: dict[str, Any]) -> dict[str, Any]:
+    def _select_arguments(self, view: TokenView, site: Site, plan: Merging, named: dict[str, Any]) -> dict[str, Any]:
         """Select from arguments with one entry per token the entries of the tokens that are left.
 
         A merged token has the entry of its destination. Returns the arguments that change, by name.

@@ -170,7 +170,7 @@ class Slices:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _slice_layers(layout: Layout, sources: dict[Names, nn.Module], on: On) -> Slice:
-    """Slice the weights of these modules of a block for the heads and channels that are on."""
+    """Slice `sources`, layers of a block and norms after them, for the heads and channels that are on."""
     kept = {kind: kept_channels(on.of(kind), sizes) for kind, sizes in layout.sizes.items() if sizes}
     modules: dict[Names, nn.Module] = {}
     without: dict[Names, int] = {}
