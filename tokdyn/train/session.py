@@ -27,7 +27,7 @@ def train(
         recipe: The recipe; to resume a run, the same one apart from settings that change nothing.
         resume: Continue from the newest undamaged checkpoint in the recipe's folder, bit for bit.
         console: Shows progress in place of stderr.
-        preview: Draws the previews that `training.sample_every` asks for: `tokdyn.report.preview.draw_preview`, or a
+        preview: Draws the previews that `training.sample_every` asks for: `tokdyn.train.preview.draw_preview`, or a
             function of your own.
 
     Raises:
