@@ -25,6 +25,7 @@ LAYERS = [
     ["adapters"],
     ["trace"],
     ["attach"],
+    ["recorder"],
     ["checkpoints"],
     ["bases"],
     ["cost"],

@@ -16,12 +16,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 
 import tokdyn
 from tokdyn.attach import attached
-from tokdyn.calibration.recorder import recording
-from tokdyn.calibration.replay import evaluating
 from tokdyn.cost import flops
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
+from tokdyn.recorder import evaluating, recording
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
 from tokdyn.seeds import Stream, seed_everything

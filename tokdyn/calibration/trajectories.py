@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from tokdyn.calibration.config import CalibrateConfig
-from tokdyn.calibration.recorder import Call, recording
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.records import StepState
@@ -21,6 +20,7 @@ from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
 from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.files import json_object
 from tokdyn.progress import progress
+from tokdyn.recorder import Call, recording
 from tokdyn.sample.labels import class_numbers
 from tokdyn.sample.loading import ModelInfo, load_model
 
