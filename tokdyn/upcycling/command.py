@@ -14,9 +14,9 @@ import torch
 from einops import rearrange
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-import tokdyn
+from tokdyn import __version__
 from tokdyn.attach import attached
-from tokdyn.cost import flops
+from tokdyn.cost import flops, stats
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
@@ -175,9 +175,9 @@ def upcycle_pipeline(
     both = rearrange(np.stack([before, after]), "side prompt h w c -> (prompt side) h w c")
     row_titles = [prompt[:40] for prompt in config.prompts]
     write_png(image_grid(both, columns=2, row_titles=row_titles, column_titles=titles), out / PICTURE)
-    trajectory, tenth = tokdyn.stats(student), max(1, len(result.rows) // 10)
+    trajectory, tenth = stats(student), max(1, len(result.rows) // 10)
     report = {
-        "tokdyn": tokdyn.__version__,
+        "tokdyn": __version__,
         "settings": config.model_dump(mode="json"),
         "methods": methods,
         "model": type(student).__name__,
