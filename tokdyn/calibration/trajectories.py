@@ -23,6 +23,7 @@ from tokdyn.progress import progress
 from tokdyn.recorder import Call, recording
 from tokdyn.sample.labels import class_numbers
 from tokdyn.sample.loading import ModelInfo, load_model
+from tokdyn.seeds import noise_generator
 
 _PIPELINE = "model_index.json"
 
@@ -126,7 +127,7 @@ def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subj
     total = int(model.config.num_embeds_ada_norm)
 
     def draw(labels: list[int], seeds: list[int], step: Callable[[], None]) -> None:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [noise_generator(seed) for seed in seeds]
         with _after_each(model, step):
             pipeline(
                 class_labels=labels,

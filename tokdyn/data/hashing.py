@@ -1,8 +1,4 @@
-"""Counter-based random numbers: a value depends only on its key, never on what was drawn before it.
-
-The mixer is the SplitMix64 finaliser (Steele, Lea, Flood 2014). It is spelled out in integer arithmetic, so the data
-order of a run stays the same across library versions and machines.
-"""
+"""Counter-based random numbers: a value depends only on its key, never on what was drawn before it."""
 
 from __future__ import annotations
 
@@ -12,10 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-_MASK = (1 << 64) - 1
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
+from tokdyn.seeds import mixed
 
 
 class Purpose(IntEnum):
@@ -26,13 +19,6 @@ class Purpose(IntEnum):
     FLIP = 3
     POSTERIOR = 4
     HELD_OUT = 5
-
-
-def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = state + _STEP
-    state = (state ^ (state >> np.uint64(30))) * _FIRST
-    state = (state ^ (state >> np.uint64(27))) * _SECOND
-    return state ^ (state >> np.uint64(31))
 
 
 def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint64]:
@@ -46,10 +32,7 @@ def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint
     Returns:
         uint64 array of the broadcast shape, at least one-dimensional.
     """
-    state = _scramble(np.array([seed & _MASK], dtype=np.uint64))
-    for counter in (int(purpose), *counters):
-        state = _scramble(state ^ np.asarray(counter).astype(np.uint64))
-    return state
+    return mixed(seed, int(purpose), *counters)
 
 
 def uniform(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.float64]:

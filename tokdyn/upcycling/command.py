@@ -23,7 +23,7 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.recorder import evaluating, recording
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
-from tokdyn.seeds import Stream, seed_everything
+from tokdyn.seeds import Stream, noise_generator, seed_everything
 from tokdyn.upcycling.conversion import check_method, upcycle
 from tokdyn.upcycling.pipelines import DistilSettings, distil, require_unused
 
@@ -250,7 +250,7 @@ def _draw(pipe: Any, config: PipelineConfig, device: torch.device) -> Any:
         given["use_resolution_binning"] = False  # draw exactly this size
     images = []
     for number, prompt in enumerate(config.prompts):
-        generator = torch.Generator(device.type).manual_seed(config.seed + number)
+        generator = noise_generator(config.seed + number, device.type)
         try:
             made = pipe(prompt, generator=generator, output_type="np", **given).images
         except (TypeError, ValueError) as error:
