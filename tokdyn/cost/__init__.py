@@ -9,8 +9,8 @@ de-chunking are not; they are no matrix products and a few percent of the whole.
 from tokdyn.cost.analytic import compute_matched_steps, flops_per_image, kept_tokens, model_parts
 from tokdyn.cost.counter import count
 from tokdyn.cost.forward_pass import Flops, flops
-from tokdyn.cost.run_stats import CallStats, RunStats, StepStats
 from tokdyn.cost.statistics import stats
+from tokdyn.cost.trajectory_stats import CallStats, RunStats, StepStats
 
 __all__ = [
     "CallStats",

@@ -10,7 +10,7 @@ from torch import nn
 from tokdyn.adapters.structure import structures
 from tokdyn.attach import attached, inner_model
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.run_stats import CallStats, RunStats
+from tokdyn.cost.trajectory_stats import CallStats, RunStats
 from tokdyn.trace.calls import BlockTrace, CallTrace
 from tokdyn.trace.steps import halves_of, last_run
 
