@@ -10,13 +10,13 @@ from tokdyn.cost.analytic import compute_matched_steps, flops_per_image, kept_to
 from tokdyn.cost.counter import count
 from tokdyn.cost.forward_pass import Flops, flops
 from tokdyn.cost.statistics import stats
-from tokdyn.cost.trajectory_stats import CallStats, RunStats, StepStats
+from tokdyn.cost.trajectory_stats import CallStats, StepStats, TrajectoryStats
 
 __all__ = [
     "CallStats",
     "Flops",
-    "RunStats",
     "StepStats",
+    "TrajectoryStats",
     "compute_matched_steps",
     "count",
     "flops",

@@ -1,4 +1,4 @@
-"""Statistics of the last run of a wrapped model, from the traces of its calls."""
+"""Statistics of the last trajectory of a wrapped model, from the traces of its calls."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 from tokdyn.adapters.structure import structures
 from tokdyn.attach import attached, inner_model
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.trajectory_stats import CallStats, RunStats
+from tokdyn.cost.trajectory_stats import CallStats, TrajectoryStats
 from tokdyn.trace.calls import BlockTrace, CallTrace
-from tokdyn.trace.steps import halves_of, last_run
+from tokdyn.trace.steps import halves_of, last_trajectory
 
 
-def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
-    """What the last run did and what it cost, while it goes on or after it has ended.
+def stats(model: nn.Module, guided: bool | None = None) -> TrajectoryStats:
+    """Return what the last trajectory did and what it cost, while it goes on or after it has ended.
 
-    A run is a trajectory of sampling: it ends when a pipeline has made its images, when the noise level goes up again,
-    or with `tokdyn.reset`. In training every call is one. The last 512 calls are remembered.
+    It ends when a pipeline has made its images, when another image begins, or with `tokdyn.reset`. In training, every
+    call is a trajectory. The last 512 calls are kept.
 
     Args:
         model: wrapped.
@@ -32,13 +32,13 @@ def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
     found = structures(model, attachment.adapter)
     costs, depth = None if found is None else Costs(found), attachment.blueprint.sizes.depth
     calls: list[CallStats] = []
-    run = last_run(attachment.history, attachment.adapter)
+    trajectory = last_trajectory(attachment.history, attachment.adapter)
     if guided is None:  # a cached step asks for no budgets
-        guided = any(call.trace.halves for call in run)
-    for call in run:
+        guided = any(call.trace.halves for call in trajectory)
+    for call in trajectory:
         for name, samples in halves_of(call.trace, call.branch, attachment.adapter, guided):
             calls.append(_call(call.trace, call.step, name, call.levels, samples, costs, depth))
-    return RunStats(type(model).__name__, tuple(calls))
+    return TrajectoryStats(type(model).__name__, tuple(calls))
 
 
 def _call(
