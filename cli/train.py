@@ -71,8 +71,8 @@ def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
         else:
             pairs(estimate.lines())
         return
-    from tokdyn.report.preview import draw_preview
     from tokdyn.train import train as train_recipe
+    from tokdyn.train.preview import draw_preview
 
     result = train_recipe(recipe, resume=resume, preview=draw_preview)
     summary = {"folder": result.folder, "step": result.step, "steps": result.steps, "metrics": result.row}

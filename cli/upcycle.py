@@ -68,10 +68,10 @@ def register(app: typer.Typer) -> None:
         then those of a pipeline: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
         """
         from tokdyn.bases.opening import check_name
-        from tokdyn.calibration.pipelines import is_pipeline
         from tokdyn.errors import RecipeError
         from tokdyn.recipe import Recipe, load
         from tokdyn.recipe.from_base import upcycling_recipe
+        from tokdyn.upcycling.command import is_pipeline
 
         if is_pipeline(base):
             if dry_run or recipe is not None:
@@ -94,7 +94,7 @@ def register(app: typer.Typer) -> None:
 
 def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> None:
     """Upcycle the transformer of a pipeline, and print the error before and after, and the FLOPs."""
-    from tokdyn.calibration.pipelines import PipelineConfig, upcycle_pipeline
+    from tokdyn.upcycling.command import PipelineConfig, upcycle_pipeline
 
     config = read([*args, f"base={base}"], PipelineConfig)
     result = upcycle_pipeline(config, methods, resume, lambda text: typer.echo(text, err=True))

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
         wrap,
     )
     from tokdyn.calibration import calibrate
-    from tokdyn.calibration.recorder import recording
     from tokdyn.cost import flops, stats
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT
+    from tokdyn.recorder import recording
     from tokdyn.upcycling import upcycle
 
 __version__ = "0.1.0.dev0"
@@ -109,7 +109,8 @@ _LAZY = {
         ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge", "register_method"),
         "tokdyn.methods",
     ),
-    **dict.fromkeys(("calibrate", "recording"), "tokdyn.calibration"),
+    "calibrate": "tokdyn.calibration",
+    "recording": "tokdyn.recorder",
     "DCDiT": "tokdyn.models",
     "DiT": "tokdyn.models",
     "ModelMixin": "diffusers",  # diffusers' pipelines look it up in the module of a custom class to know how to load it

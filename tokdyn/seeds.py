@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 
 _MASK = (1 << 64) - 1
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+_LOW = 2**32 - 1
+_SPREAD = 0x9E3779B1  # odd, so that different high halves of a seed stay different
 
 
 class Stream(IntEnum):
@@ -20,20 +27,37 @@ class Stream(IntEnum):
     PLAN = 5
 
 
-def splitmix64(value: int) -> int:
-    """Hash a 64-bit integer to another one (one step of SplitMix64, Steele, Lea and Flood 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Apply one step of SplitMix64 (Steele, Lea and Flood 2014) to each element.
+
+    It is written out in integer arithmetic, so that draws are the same on all machines and library versions.
+    """
+    state = state + _STEP
+    state = (state ^ (state >> np.uint64(30))) * _FIRST
+    state = (state ^ (state >> np.uint64(27))) * _SECOND
+    return state ^ (state >> np.uint64(31))
+
+
+def mixed(seed: int, *parts: ArrayLike) -> NDArray[np.uint64]:
+    """Hash integers into 64 random bits for every key (seed, *parts). Their order matters.
+
+    Args:
+        seed: any integer.
+        *parts: integers or arrays of them, broadcast against each other.
+
+    Returns:
+        uint64 array of the broadcast shape, at least one-dimensional.
+    """
+    state = _scramble(np.array([seed & _MASK], dtype=np.uint64))
+    for part in parts:
+        bits = np.uint64(part & _MASK) if isinstance(part, int) else np.asarray(part).astype(np.uint64)
+        state = _scramble(state ^ bits)
+    return state
 
 
 def mix(seed: int, *parts: int) -> int:
-    """Hash integers into one 64-bit seed. Their order matters."""
-    state = splitmix64(seed & _MASK)
-    for part in parts:
-        state = splitmix64(state ^ (part & _MASK))
-    return state
+    """Hash integers into one 64-bit seed, as `mixed` does. Their order matters."""
+    return int(mixed(seed, *parts)[0])
 
 
 def seed_everything(seed: int, stream: Stream, *parts: int) -> None:
@@ -51,3 +75,13 @@ def seed_everything(seed: int, stream: Stream, *parts: int) -> None:
 def generator(seed: int, stream: Stream, *parts: int) -> torch.Generator:
     """Return a new CPU generator, seeded as in `seed_everything`; the global generators stay as they are."""
     return torch.Generator().manual_seed(mix(seed, stream, *parts) >> 1)
+
+
+def low_seed(seed: int) -> int:
+    """Fold a seed into its low 32 bits, which are all that a CPU generator reads; smaller seeds stay as they are."""
+    return (seed & _LOW) ^ ((seed >> 32) * _SPREAD & _LOW)
+
+
+def noise_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the generator of an image's noise, which a seed below 2**32 seeds as it is, as users of diffusers do."""
+    return torch.Generator(device).manual_seed(low_seed(seed) if torch.device(device).type == "cpu" else seed)

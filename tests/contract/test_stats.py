@@ -1,4 +1,4 @@
-"""Statistics of a run: steps, guidance branches, what was kept, run and repeated, and how it is printed."""
+"""Statistics of a trajectory: steps, guidance branches, what was kept, run and repeated, and how it is printed."""
 
 import json
 
@@ -21,7 +21,7 @@ def trajectory(model, name, levels, batch=2, calls=1, **changes):
                 model(**{**tiny.inputs(batch), **tiny.at(batch, level), **changes})
 
 
-def test_steps_of_a_run():
+def test_steps_of_a_trajectory():
     model = tokdyn.wrap(TINY["DiT"].build(), [FeatureCache(steps=(0, 2)), DepthSkip(blocks=(1,), levels=(0.5, 1.0))])
     trajectory(model, "DiT", (0.9, 0.7, 0.4, 0.1))
     run = tokdyn.stats(model)
@@ -41,14 +41,14 @@ def test_steps_of_a_run():
     assert run.steps[1].share == run.steps[1].method_flops / (4 * block)
 
 
-def test_a_new_run_begins():
+def test_a_new_trajectory_begins():
     model = tokdyn.wrap(TINY["DiT"].build(), [TokenMerge()])
     trajectory(model, "DiT", (0.9, 0.5))
     trajectory(model, "DiT", (0.8, 0.6, 0.2))  # the noise level rises
     assert [call.level for call in tokdyn.stats(model).calls] == pytest.approx([0.8, 0.6, 0.2])
     model._reset_stateful_cache()  # what pipelines do when they have made their images
     assert len(tokdyn.stats(model).calls) == 3
-    trajectory(model, "DiT", (0.1,))  # lower, but of another run
+    trajectory(model, "DiT", (0.1,))  # lower, but of another trajectory
     assert [call.level for call in tokdyn.stats(model).calls] == pytest.approx([0.1])
     trajectory(model, "DiT", (0.05,), batch=3)  # another batch
     assert [call.samples for call in tokdyn.stats(model).calls] == [3]

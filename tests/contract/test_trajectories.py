@@ -41,7 +41,7 @@ def other(x, seed=7):
 @models
 @caches
 @torch.no_grad()
-def test_a_cancelled_run_leaves_nothing_for_the_next_image(name, method):
+def test_a_cancelled_trajectory_leaves_nothing_for_the_next_image(name, method):
     model, x = tokdyn.wrap(TINY[name].build(), [method]), TINY[name].inputs(2)[latents_name(name)]
     with tokdyn.disabled(model):
         plain = called(model, name, other(x), 0.6)

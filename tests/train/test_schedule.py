@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tokdyn.recipe import ChunkingSettings, OptimizerSettings
-from tokdyn.seeds import Stream, generator, mix, seed_everything, splitmix64
+from tokdyn.seeds import Stream, generator, mix, mixed, noise_generator, seed_everything
 from tokdyn.train import schedule
 
 
@@ -67,7 +68,7 @@ def test_the_ema_decay_warms_up() -> None:
 def test_splitmix64_gives_the_reference_outputs() -> None:
     """First outputs of the reference generator (Vigna, prng.di.unimi.it/splitmix64.c) seeded with 1234567."""
     golden = 0x9E3779B97F4A7C15
-    found = [splitmix64((1234567 + index * golden) & (2**64 - 1)) for index in range(3)]
+    found = [mix((1234567 + index * golden) & (2**64 - 1)) for index in range(3)]
     assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
@@ -83,3 +84,18 @@ def test_a_generator_does_not_touch_the_global_one() -> None:
     seed_everything(0, Stream.MICRO_STEP, 1, 2)
     torch.rand(1, generator=generator(0, Stream.PREVIEW))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_noise_of_seeds_far_apart_differs_and_that_of_small_seeds_is_that_of_torch() -> None:
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**61]
+    drawn = [torch.rand(2, generator=noise_generator(seed)) for seed in seeds]
+    assert len({tuple(each.tolist()) for each in drawn}) == len(seeds)
+    for seed, found in zip(seeds[:3], drawn, strict=False):
+        assert torch.equal(found, torch.rand(2, generator=torch.Generator().manual_seed(seed)))
+
+
+@given(st.integers(-5, 2**70), st.lists(st.integers(-5, 2**70), max_size=3))
+def test_one_seed_is_mixed_like_an_array_of_them(seed: int, parts: list[int]) -> None:
+    kept = [part % 2**64 for part in parts]
+    arrays = [np.array([part, part], dtype=np.uint64) for part in kept]
+    assert mixed(seed, *arrays).tolist() == [mix(seed, *parts)] * (2 if parts else 1)

@@ -16,7 +16,7 @@ from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.trace.calls import CallTrace
-from tokdyn.trace.steps import last_run
+from tokdyn.trace.steps import last_trajectory
 
 
 def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] | None) -> None:
@@ -101,7 +101,7 @@ def traces(model: nn.Module) -> tuple[CallTrace, ...]:
         InputError: the model is not wrapped.
     """
     attachment = attached(model)
-    return tuple(call.trace for call in last_run(attachment.history, attachment.adapter))
+    return tuple(call.trace for call in last_trajectory(attachment.history, attachment.adapter))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
 from tokdyn.sample.config import listed
 from tokdyn.sample.costs import CHUNKING, step_costs
+from tokdyn.seeds import noise_generator
 
 TOLERANCE = 1e-3
 """Largest relative difference allowed between computed and counted FLOPs."""
@@ -338,8 +339,7 @@ def _count_calls(config: FlopsConfig, opened: Opened) -> list[Flops]:
     model, objective = opened.model, opened.objective
     size = model.config.sample_size
     shape = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(config.seed)
-    noise = torch.randn(config.images, model.config.in_channels, *shape, generator=generator)
+    noise = torch.randn(config.images, model.config.in_channels, *shape, generator=noise_generator(config.seed))
     labels = torch.tensor(opened.labels(config.images))
     options: dict[str, Any] = {"tail_drop": at(opened.stack.tail_drop, 0.5)} if opened.stack.tail_drop else {}
     calls = []

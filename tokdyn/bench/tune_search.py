@@ -21,7 +21,6 @@ from tokdyn.attach import attachment_of, unwrap
 from tokdyn.bench.stacks import Opened, Stack, attach_stack
 from tokdyn.bench.tune_settings import Knob, TuneConfig
 from tokdyn.calibration.caching import calibrate_cache
-from tokdyn.calibration.recorder import recording
 from tokdyn.calibration.skipping import calibrate_skipping
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.sampling import generate
@@ -30,6 +29,7 @@ from tokdyn.host import product_type
 from tokdyn.methods import DepthSkip, FeatureCache
 from tokdyn.methods.registry import to_settings
 from tokdyn.progress import progress
+from tokdyn.recorder import recording
 from tokdyn.sample.costs import step_costs
 
 LEVELS = (0.0, 0.5, 1.0)

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokdyn.calibration.caching import CacheCalibration, calibrate_cache
-from tokdyn.calibration.recorder import Call, recording
 from tokdyn.calibration.skipping import SkipCalibration, calibrate_skipping
 from tokdyn.errors import InputError
 from tokdyn.methods import DepthSkip, FeatureCache, Method
+from tokdyn.recorder import Call, recording
 
 __all__ = [
     "CacheCalibration",

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tokdyn.attach import fingerprint
 from tokdyn.calibration.observer import Observer, observing
-from tokdyn.calibration.recorder import Call, listed
-from tokdyn.calibration.replay import Replay, Spent, evaluating
+from tokdyn.calibration.replay import Replay, Spent
 from tokdyn.calibration.threshold import Step, choose_threshold, share_of
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import fit_rescaling, relative_change, rescale
 from tokdyn.progress import progress
+from tokdyn.recorder import Call, evaluating, listed
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.tokens import split
 from tokdyn.attach import Site, attachment_of, blocks_of, find_sites
-from tokdyn.calibration.recorder import Call, moved
 from tokdyn.cost.counter import attention_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
+from tokdyn.recorder import Call, moved
 from tokdyn.tokens import Packing, cells
 from tokdyn.trace.calls import CallTrace
 
@@ -143,19 +143,6 @@ class Replay:
 def _named(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name all arguments of a block."""
     return {**dict(zip(site.names, args, strict=False)), **kwargs}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients; every module gets its own mode back."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def prediction(output: Any) -> Tensor:

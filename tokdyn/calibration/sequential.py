@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tokdyn.attach import unwrap, wrap
 from tokdyn.calibration.levels import Bins
-from tokdyn.calibration.recorder import Call
 from tokdyn.calibration.replay import Replay, prediction
 from tokdyn.methods import DepthSkip
 from tokdyn.ops.skipping import skip_budget
 from tokdyn.progress import progress
+from tokdyn.recorder import Call
 
 Skips = tuple[tuple[int, ...], ...]
 

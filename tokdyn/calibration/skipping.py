@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tokdyn.attach import fingerprint
 from tokdyn.calibration.levels import Bins, bins_of
-from tokdyn.calibration.recorder import Call, listed
-from tokdyn.calibration.replay import Look, Replay, Spent, evaluating
+from tokdyn.calibration.replay import Look, Replay, Spent
 from tokdyn.calibration.sequential import Trial, sequential_skips
 from tokdyn.errors import InputError
 from tokdyn.methods import DepthSkip
 from tokdyn.ops.skipping import block_influence, choose_skips
 from tokdyn.progress import progress
+from tokdyn.recorder import Call, evaluating, listed
 
 Skips = tuple[tuple[int, ...], ...]
 """The skipped blocks of every noise-level row."""

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from tokdyn.calibration.config import CalibrateConfig
-from tokdyn.calibration.recorder import Call, recording
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.records import StepState
@@ -21,8 +20,10 @@ from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
 from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.files import json_object
 from tokdyn.progress import progress
+from tokdyn.recorder import Call, recording
 from tokdyn.sample.labels import class_numbers
 from tokdyn.sample.loading import ModelInfo, load_model
+from tokdyn.seeds import noise_generator
 
 _PIPELINE = "model_index.json"
 
@@ -126,7 +127,7 @@ def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subj
     total = int(model.config.num_embeds_ada_norm)
 
     def draw(labels: list[int], seeds: list[int], step: Callable[[], None]) -> None:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [noise_generator(seed) for seed in seeds]
         with _after_each(model, step):
             pipeline(
                 class_labels=labels,

@@ -9,14 +9,14 @@ de-chunking are left out: they are not matrix products, and a few percent of the
 from tokdyn.cost.analytic import compute_matched_steps, flops_per_image, kept_tokens, model_parts
 from tokdyn.cost.counter import count
 from tokdyn.cost.forward_pass import Flops, flops
-from tokdyn.cost.run_stats import CallStats, RunStats, StepStats
 from tokdyn.cost.statistics import stats
+from tokdyn.cost.trajectory_stats import CallStats, StepStats, TrajectoryStats
 
 __all__ = [
     "CallStats",
     "Flops",
-    "RunStats",
     "StepStats",
+    "TrajectoryStats",
     "compute_matched_steps",
     "count",
     "flops",

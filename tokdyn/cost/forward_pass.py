@@ -14,7 +14,7 @@ from tokdyn.attach import attachment_of, inner_model, untraced
 from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.cost.call_cost import call_cost, is_computable, paddings
 from tokdyn.cost.counter import count, to_meta
-from tokdyn.cost.run_stats import unit_of
+from tokdyn.cost.trajectory_stats import unit_of
 from tokdyn.errors import InputError
 from tokdyn.tokens import cells
 

@@ -10,16 +10,16 @@ from torch import nn
 from tokdyn.adapters.structure import structures
 from tokdyn.attach import attached, inner_model
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.run_stats import CallStats, RunStats
+from tokdyn.cost.trajectory_stats import CallStats, TrajectoryStats
 from tokdyn.trace.calls import BlockTrace, CallTrace
-from tokdyn.trace.steps import halves_of, last_run
+from tokdyn.trace.steps import halves_of, last_trajectory
 
 
-def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
+def stats(model: nn.Module, guided: bool | None = None) -> TrajectoryStats:
     """Return what the last trajectory computed and what it cost, during it or after its end.
 
-    A trajectory ends when a diffusers pipeline has made its images, when the noise level rises again, or with
-    `tokdyn.reset`. In training every call is one. The last 512 calls are remembered.
+    A trajectory ends when a diffusers pipeline has made its images, when another image begins, or with `tokdyn.reset`.
+    In training, every call is one. The last 512 calls are kept.
 
     Args:
         model: a wrapped model.
@@ -36,13 +36,13 @@ def stats(model: nn.Module, guided: bool | None = None) -> RunStats:
     known = structures(model, attachment.adapter)
     costs, depth = None if known is None else Costs(known), attachment.blueprint.sizes.depth
     calls: list[CallStats] = []
-    trajectory = last_run(attachment.history, attachment.adapter)
+    trajectory = last_trajectory(attachment.history, attachment.adapter)
     if guided is None:  # not every call shows it: in a cached step no tail drop is read
         guided = any(call.trace.halves for call in trajectory)
     for call in trajectory:
         for name, samples in halves_of(call.trace, call.branch, attachment.adapter, guided):
             calls.append(_call(call.trace, call.step, name, call.levels, samples, costs, depth))
-    return RunStats(type(model).__name__, tuple(calls))
+    return TrajectoryStats(type(model).__name__, tuple(calls))
 
 
 def _call(

@@ -1,7 +1,6 @@
 """Draw counter-based random numbers: a number depends only on its key, not on what was drawn before it.
 
-A key is (seed, purpose, counters). Its parts are mixed by the finaliser of SplitMix64 (Steele, Lea, Flood 2014), which
-is written out in integer arithmetic so that the order of the data is the same on all machines and library versions.
+A key is (seed, purpose, counters), mixed by `tokdyn.seeds.mixed`.
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-_MASK = (1 << 64) - 1
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
+from tokdyn.seeds import mixed
 
 
 class Purpose(IntEnum):
@@ -26,14 +22,6 @@ class Purpose(IntEnum):
     FLIP = 3
     POSTERIOR = 4
     HELD_OUT = 5
-
-
-def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Apply one step of SplitMix64 to each element."""
-    state = state + _STEP
-    state = (state ^ (state >> np.uint64(30))) * _FIRST
-    state = (state ^ (state >> np.uint64(27))) * _SECOND
-    return state ^ (state >> np.uint64(31))
 
 
 def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint64]:
@@ -47,10 +35,7 @@ def hashed(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.uint
     Returns:
         uint64 array of the broadcast shape, at least one-dimensional.
     """
-    state = _scramble(np.array([seed & _MASK], dtype=np.uint64))
-    for counter in (int(purpose), *counters):
-        state = _scramble(state ^ np.asarray(counter).astype(np.uint64))
-    return state
+    return mixed(seed, int(purpose), *counters)
 
 
 def uniform(seed: int, purpose: Purpose, *counters: ArrayLike) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ import torch
 
 from tokdyn.data import DetailScore, ShapesDataset, detail_score
 from tokdyn.diffusion.objective import Noised, Objective
+from tokdyn.seeds import noise_generator
 from tokdyn.tokens import Routing
 
 
@@ -68,7 +69,7 @@ def route_noisy_shapes(
     images, labels = data.batch(indices)
     timesteps = torch.arange(objective.num_train_timesteps)
     nearest = timesteps[(objective.level(timesteps) - level).abs().argmin()]
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(images.shape, generator=noise_generator(seed))
     noised = objective.mix(images, noise, nearest.expand(len(images)))
     training = model.training
     model.eval()

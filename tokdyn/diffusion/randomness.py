@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokdyn.seeds import low_seed, noise_generator
+
 _STEP_STREAM = 0x9E3779B97F4A7C15  # keeps the step noise of a seed apart from its initial noise
 _SEED_RANGE = 2**63
-_LOW = 2**32 - 1
-_SPREAD = 0x9E3779B1  # odd, so that different high halves of a seed stay different
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -23,7 +23,7 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     Returns:
         (B, *shape) float32 on the CPU.
     """
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(_cpu_seed(seed))) for seed in seeds])
+    return torch.stack([torch.randn(shape, generator=noise_generator(seed)) for seed in seeds])
 
 
 def step_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
@@ -33,10 +33,5 @@ def step_generators(seeds: Sequence[int], device: torch.device) -> list[torch.Ge
     image from a stochastic scheduler therefore depends on the type of device; one from a deterministic scheduler does
     not.
     """
-    bases = [_cpu_seed(seed) for seed in seeds] if device.type == "cpu" else seeds
+    bases = [low_seed(seed) for seed in seeds] if device.type == "cpu" else seeds
     return [torch.Generator(device).manual_seed((seed + _STEP_STREAM) % _SEED_RANGE) for seed in bases]
-
-
-def _cpu_seed(seed: int) -> int:
-    """Fold a seed into the 32 bits that a CPU generator reads. Seeds below 2^32 are returned unchanged."""
-    return (seed & _LOW) ^ ((seed >> 32) * _SPREAD & _LOW)

@@ -1,4 +1,4 @@
-"""The last run of a model from the traces of its calls: steps, guidance branches and noise levels."""
+"""The last trajectory of a model from the traces of its calls: steps, guidance branches and noise levels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokdyn.trace.trajectory import Tracker
 
 @dataclass(frozen=True)
 class PlacedCall:
-    """A call and its place in the run.
+    """A call and its place in the trajectory.
 
     Attributes:
         trace: of the call.
@@ -31,11 +31,11 @@ class PlacedCall:
     levels: tuple[float, ...]
 
 
-def last_run(history: Sequence[CallTrace], adapter: ModelAdapter) -> list[PlacedCall]:
-    """Place the calls of the last run: of one trajectory, or one call in training.
+def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list[PlacedCall]:
+    """Place the calls of the last trajectory, which in training is one call.
 
     Args:
-        history: traces in order; an empty one separates runs.
+        history: traces in order; an empty one separates trajectories.
         adapter: of the model, which knows how its pipelines ask for guidance.
     """
     runs = [list(run) for has_calls, run in groupby(history, key=lambda trace: trace.batch > 0) if has_calls]

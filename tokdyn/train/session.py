@@ -31,7 +31,7 @@ def train(
         resume: Continue from the newest undamaged checkpoint in the recipe's folder, bit for bit. If the run has no
             checkpoint yet, start again at step 0.
         console: Where to show the progress; stderr if None.
-        preview: Draws the previews that `training.sample_every` asks for: `tokdyn.report.preview.draw_preview`, or a
+        preview: Draws the previews that `training.sample_every` asks for: `tokdyn.train.preview.draw_preview`, or a
             function of your own.
 
     Returns:

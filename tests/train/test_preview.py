@@ -12,7 +12,7 @@ from PIL import Image
 from tokdyn import DCDiT, DiT
 from tokdyn.diffusion.sampling import Sampler
 from tokdyn.recipe import Recipe
-from tokdyn.report.preview import draw_preview
+from tokdyn.train.preview import draw_preview
 
 TINY = {"sample_size": 8, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 4}
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import tokdyn
 from tests.contract.models import TINY
 from tests.contract.pipelines import vae
-from tokdyn.calibration.pipelines import PipelineConfig, is_pipeline, upcycle_pipeline
 from tokdyn.errors import InputError
+from tokdyn.upcycling.command import PipelineConfig, is_pipeline, upcycle_pipeline
 
 transformers = pytest.importorskip("transformers")
 

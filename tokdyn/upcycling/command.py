@@ -14,17 +14,16 @@ import torch
 from einops import rearrange
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-import tokdyn
+from tokdyn import __version__
 from tokdyn.attach import attached
-from tokdyn.calibration.recorder import recording
-from tokdyn.calibration.replay import evaluating
-from tokdyn.cost import flops
+from tokdyn.cost import flops, stats
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
+from tokdyn.recorder import evaluating, recording
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
-from tokdyn.seeds import Stream, seed_everything
+from tokdyn.seeds import Stream, noise_generator, seed_everything
 from tokdyn.upcycling.conversion import check_method, upcycle
 from tokdyn.upcycling.pipelines import DistilSettings, distil, require_unused
 
@@ -176,9 +175,9 @@ def upcycle_pipeline(
     both = rearrange(np.stack([before, after]), "side prompt h w c -> (prompt side) h w c")
     row_titles = [prompt[:40] for prompt in config.prompts]
     write_png(image_grid(both, columns=2, row_titles=row_titles, column_titles=titles), out / PICTURE)
-    trajectory, tenth = tokdyn.stats(student), max(1, len(result.rows) // 10)
+    trajectory, tenth = stats(student), max(1, len(result.rows) // 10)
     report = {
-        "tokdyn": tokdyn.__version__,
+        "tokdyn": __version__,
         "settings": config.model_dump(mode="json"),
         "methods": methods,
         "model": type(student).__name__,
@@ -251,7 +250,7 @@ def _draw(pipe: Any, config: PipelineConfig, device: torch.device) -> Any:
         given["use_resolution_binning"] = False  # draw exactly this size
     images = []
     for number, prompt in enumerate(config.prompts):
-        generator = torch.Generator(device.type).manual_seed(config.seed + number)
+        generator = noise_generator(config.seed + number, device.type)
         try:
             made = pipe(prompt, generator=generator, output_type="np", **given).images
         except (TypeError, ValueError) as error:

@@ -148,7 +148,7 @@ class StepStats(_Sum):
 
 
 @dataclass(frozen=True)
-class RunStats(_Sum):
+class TrajectoryStats(_Sum):
     """A trajectory, or one call in training. Printed, it is a table.
 
     Attributes:
@@ -186,19 +186,19 @@ def _total(values: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(values) else None
 
 
-def as_text(run: RunStats) -> str:
+def as_text(trajectory: TrajectoryStats) -> str:
     """Write a table with one line for each call, followed by a summary."""
-    if not run.calls:
-        return f"{run.model}: no calls since it was wrapped or reset"
-    size, unit = unit_of(max(call.dense_flops or 0 for call in run.calls))
+    if not trajectory.calls:
+        return f"{trajectory.model}: no calls since it was wrapped or reset"
+    size, unit = unit_of(max(call.dense_flops or 0 for call in trajectory.calls))
     header = ("step", "branch", "noise", "tokens", "in attention", "in MLP", "blocks", "reused", unit, "dense", "share")
-    rows = [_row(call, size) for call in run.calls]
+    rows = [_row(call, size) for call in trajectory.calls]
     shown = rows if len(rows) <= _MANY else [*rows[:_ENDS], *rows[-_ENDS:]]
     widths = [max(len(row[column]) for row in (header, *shown)) for column in range(len(header))]
     lines = [_line(row, widths) for row in (header, *shown)]
     if len(shown) < len(rows):
         lines.insert(1 + _ENDS, f"... {len(rows) - len(shown)} calls ...")
-    return "\n".join([*lines, *_summary(run)])
+    return "\n".join([*lines, *_summary(trajectory)])
 
 
 def _row(call: CallStats, size: float) -> tuple[str, ...]:
@@ -240,14 +240,14 @@ def unit_of(most: float) -> tuple[float, str]:
     return next(((size, name) for size, name in _UNITS if most >= size), (1e6, "MFLOPs"))
 
 
-def _summary(run: RunStats) -> list[str]:
-    first, steps = run.calls[0], len(run.steps)
-    reused = f", {run.cached} of them reused" if run.cached else ""
+def _summary(trajectory: TrajectoryStats) -> list[str]:
+    first, steps = trajectory.calls[0], len(trajectory.steps)
+    reused = f", {trajectory.cached} of them reused" if trajectory.cached else ""
     lines = [
-        f"{run.model}: {first.depth} blocks on {first.cells} image tokens, {steps} step{'s' * (steps > 1)}, "
-        f"{len(run.calls)} call{'s' * (len(run.calls) > 1)}{reused}"
+        f"{trajectory.model}: {first.depth} blocks on {first.cells} image tokens, {steps} step{'s' * (steps > 1)}, "
+        f"{len(trajectory.calls)} call{'s' * (len(trajectory.calls) > 1)}{reused}"
     ]
-    blocks, methods, dense = run.block_flops, run.method_flops, run.dense_flops
+    blocks, methods, dense = trajectory.block_flops, trajectory.method_flops, trajectory.dense_flops
     if blocks is None or methods is None or not dense:
         return [*lines, "FLOPs are not known: the adapter does not declare the products of the blocks"]
     size, unit = unit_of(dense)

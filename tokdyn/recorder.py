@@ -1,4 +1,4 @@
-"""Record the arguments of a model's calls, so that a calibration can repeat the calls."""
+"""Record the arguments of a model's calls, so that calibration and distillation can repeat the calls."""
 
 from __future__ import annotations
 
@@ -83,6 +83,19 @@ def listed(calls: Iterable[Mapping[str, Any]]) -> list[Call]:
 def moved(value: Any, device: torch.device) -> Any:
     """Move the tensors of an argument to a device, in new lists and dictionaries that the model may change."""
     return _map_tensors(value, lambda tensor, _: tensor.to(device), None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; every module gets its own mode back."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _copied(value: Any, before: Any, host: bool) -> Any:
