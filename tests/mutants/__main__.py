@@ -153,7 +153,7 @@ def main() -> None:
         parser.error(f"there is no room {unknown[0]!r}; known are {', '.join(ROOMS)}.")
     sys.path.remove(str(Path(__file__).parent))
     sys.path.insert(0, str(ROOT))
-    os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg")
+    os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     if not args.known:
         preload()
     tallies, survivors, files = [], [], []
