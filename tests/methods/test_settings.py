@@ -309,7 +309,7 @@ def test_a_method_that_says_nothing_acts_always_and_on_all_tokens():
     traits = Traits(Stage.BLOCK)
     assert (traits.tokens, traits.reads, traits.phases, traits.owns) == ("full", "nothing", BOTH, {})
     flags = ("needs_grid", "moving", "remembers", "needs_level", "weighs_keys", "needs_sizes", "compares", "diverges")
-    assert not any(getattr(traits, flag) for flag in flags)
+    assert [getattr(traits, flag) for flag in flags] == [False] * len(flags)
     assert (traits.span, traits.learns, traits.aligned, traits.prunes) == (None, None, None, None)
     assert (traits.around, traits.controls) == ((), frozenset())
 
