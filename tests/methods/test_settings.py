@@ -153,6 +153,11 @@ def test_a_value_that_does_not_fit_is_shown():
         TokenDrop(rate=1.5)
 
 
+def test_of_several_mistakes_the_first_is_named():
+    with pytest.raises(InputError, match=r"^Chunking: target: .*0\.5"):
+        Chunking(target=0.5, sigma=-1.0, colour=1)
+
+
 def test_weighted_keys_need_attention():
     for where in ("attention", "both"):
         assert TokenMerge(weighted=True, where=where).traits(DEPTH).weighs_keys
