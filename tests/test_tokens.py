@@ -1,6 +1,8 @@
 """The frozen state between stages: sizes, the maps between packed and padded rows, and what a router decided."""
 
 import dataclasses
+import importlib
+import pkgutil
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokdyn import ops
-from tokdyn.tokens import TILE, Packing, Padding, Routing, aligned, cells
+from tokdyn.tokens import TILE, Routing, aligned, cells
 
 lengths_of_samples = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 
@@ -87,10 +89,22 @@ def test_losses_of_one_decision_are_not_those_of_another():
     assert other.losses == {}
 
 
-@pytest.mark.parametrize("kind", [Packing, Padding, Routing])
-def test_state_that_flows_between_stages_is_frozen(kind):
-    values = dict.fromkeys(field.name for field in dataclasses.fields(kind))
-    state = kind(**values)
-    for name in values:
+def dataclasses_of(*rooms):
+    """Return the dataclasses that some modules and packages define."""
+    modules = [importlib.import_module(name) for name in rooms]
+    for module in tuple(modules):
+        inside = pkgutil.walk_packages(getattr(module, "__path__", []), f"{module.__name__}.")
+        modules += [importlib.import_module(each.name) for each in inside]
+    found = {each for module in modules for each in vars(module).values() if dataclasses.is_dataclass(each)}
+    return sorted((each for each in found if each.__module__.startswith(rooms)), key=lambda each: each.__qualname__)
+
+
+ROOMS = ("tokdyn.tokens", "tokdyn.compose", "tokdyn.ops", "tokdyn.methods", "tokdyn.diffusion", "tokdyn.upcycling")
+
+
+@pytest.mark.parametrize("kind", dataclasses_of(*ROOMS), ids=lambda kind: kind.__qualname__)
+def test_plain_data_is_frozen(kind):
+    state = object.__new__(kind)
+    for field in dataclasses.fields(kind):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(state, name, None)
+            setattr(state, field.name, None)

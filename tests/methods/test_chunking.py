@@ -151,6 +151,19 @@ def test_routers_and_residuals_compute_in_fp32_whatever_the_model_does():
         assert chunking.dechunk(rows, tokens.bfloat16(), routing, packing, torch.float32).dtype == torch.float32
 
 
+def test_autocast_changes_no_decision_and_no_residual():
+    chunking = ChunkingModule(Chunking(), 8)
+    torch.nn.init.normal_(chunking.residual.weight)
+    tokens, grid, steps = (each.float() if isinstance(each, torch.Tensor) else each for each in inputs())
+    routing = chunking.route(tokens, grid, steps)
+    rows, packing = chunking.chunk(tokens, routing)
+    out = chunking.dechunk(rows, tokens, routing, packing)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = chunking.route(tokens, grid, steps)
+        assert torch.equal(cast.probability, routing.probability)
+        assert torch.equal(chunking.dechunk(rows, tokens, routing, packing), out)
+
+
 def test_without_gradients_the_values_are_the_same():
     chunking = module()
     tokens, grid, steps = inputs()

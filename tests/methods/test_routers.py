@@ -204,3 +204,11 @@ def test_noise_of_close_timesteps_differs():
     at = {step: router(x, torch.tensor([step])) for step in (5.0, 5.0 + 1 / 64, 5.0 + 1 / 1024)}
     assert not torch.equal(at[5.0], at[5.0 + 1 / 64])
     assert torch.equal(at[5.0], at[5.0 + 1 / 1024])
+
+
+def test_a_map_that_is_predicted_exactly_has_a_finite_logit():
+    """p is kept 1e-6 away from 0 and 1, so that a constant map has gradients."""
+    x = torch.ones(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    logits = CosineRouter(4).double()(x, torch.zeros(1))
+    torch.testing.assert_close(logits, torch.full_like(logits, math.log(1e-6 / (1 - 1e-6))), rtol=0, atol=1e-6)
+    assert torch.autograd.grad(logits.sum(), x)[0].isfinite().all()

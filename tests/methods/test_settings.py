@@ -153,6 +153,11 @@ def test_a_value_that_does_not_fit_is_shown():
         TokenDrop(rate=1.5)
 
 
+def test_of_several_mistakes_the_first_is_named():
+    with pytest.raises(InputError, match=r"^Chunking: target: .*0\.5"):
+        Chunking(target=0.5, sigma=-1.0, colour=1)
+
+
 def test_weighted_keys_need_attention():
     for where in ("attention", "both"):
         assert TokenMerge(weighted=True, where=where).traits(DEPTH).weighs_keys
@@ -311,7 +316,7 @@ def test_a_method_that_says_nothing_acts_always_and_on_all_tokens():
     traits = Traits(Stage.BLOCK)
     assert (traits.tokens, traits.reads, traits.phases, traits.owns) == ("full", "nothing", BOTH, {})
     flags = ("needs_grid", "moving", "remembers", "needs_level", "weighs_keys", "needs_sizes", "compares", "diverges")
-    assert not any(getattr(traits, flag) for flag in flags)
+    assert [getattr(traits, flag) for flag in flags] == [False] * len(flags)
     assert (traits.span, traits.learns, traits.aligned, traits.prunes) == (None, None, None, None)
     assert (traits.around, traits.controls) == ((), frozenset())
 

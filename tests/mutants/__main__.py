@@ -24,15 +24,16 @@ LIST = Path(__file__).parent / "survivors.md"
 
 # The first net of a room is its own tests. What passes through it meets the second, at most WIDE seconds of tests that
 # reach the line.
+DATA = "tests/test_tokens.py"
 WRAPPED = [f"tests/contract/test_{name}.py" for name in ("merge", "weighted", "chunking", "gates")]
 ROOMS: dict[str, tuple[list[str], list[str], list[str]]] = {
-    "ops": (["tokdyn/ops/*.py"], ["tests/ops"], ["tests/models", "tests/parity", "tests/methods", *WRAPPED]),
+    "ops": (["tokdyn/ops/*.py"], ["tests/ops"], [DATA, "tests/models", "tests/parity", "tests/methods", *WRAPPED]),
     "cpu": (["tokdyn/ops/cpu/*.py"], ["tests/ops"], ["tests/models", "tests/parity"]),
-    "methods": (["tokdyn/methods/*.py"], ["tests/methods", "tests/test_compose.py"], ["tests/models", *WRAPPED]),
-    "compose": (["tokdyn/compose.py"], ["tests/test_compose.py"], ["tests/methods"]),
-    "tokens": (["tokdyn/tokens.py"], ["tests/test_tokens.py"], ["tests/ops", "tests/models"]),
-    "diffusion": (["tokdyn/diffusion/*.py"], ["tests/diffusion"], ["tests/train/test_step.py"]),
-    "upcycling": (["tokdyn/upcycling/*.py"], ["tests/upcycling"], ["tests/cli/test_upcycle.py"]),
+    "methods": (["tokdyn/methods/*.py"], ["tests/methods", "tests/test_compose.py"], [DATA, "tests/models", *WRAPPED]),
+    "compose": (["tokdyn/compose.py"], ["tests/test_compose.py"], [DATA, "tests/methods"]),
+    "tokens": (["tokdyn/tokens.py"], [DATA], ["tests/ops", "tests/models"]),
+    "diffusion": (["tokdyn/diffusion/*.py"], ["tests/diffusion"], [DATA, "tests/train/test_step.py"]),
+    "upcycling": (["tokdyn/upcycling/*.py"], ["tests/upcycling"], [DATA, "tests/cli/test_upcycle.py"]),
 }
 NEAR, WIDE, CONTROL = 60.0, 90.0, 10.0
 """Seconds of tests that a mistake meets at most."""
@@ -153,7 +154,7 @@ def main() -> None:
         parser.error(f"there is no room {unknown[0]!r}; known are {', '.join(ROOMS)}.")
     sys.path.remove(str(Path(__file__).parent))
     sys.path.insert(0, str(ROOT))
-    os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg")
+    os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     if not args.known:
         preload()
     tallies, survivors, files = [], [], []

@@ -7,6 +7,7 @@ fails. Nothing is written to the source tree, and a mistake may sit where a modu
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -110,10 +111,12 @@ class _Watch:
 
 
 def preload() -> None:
-    """Import the libraries, so that forks need not."""
+    """Import the libraries, so that forks need not, and let no collection of garbage look at them again."""
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _fork(action: Callable[[], int], log: Path = Path(os.devnull)) -> int:
@@ -136,13 +139,9 @@ def _fork(action: Callable[[], int], log: Path = Path(os.devnull)) -> int:
         os._exit(code)
 
 
-IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
-"""Plugins of pytest are imported before it starts."""
-
-
 def _pytest(root: Path, files: Iterable[str], plugins: list[Any], *options: str) -> int:
     os.chdir(root)
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", "-W", IMPORTED, *options, *files], plugins=plugins))
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", *options, *files], plugins=plugins))
 
 
 def digest(path: Path) -> str:

@@ -274,3 +274,25 @@ def test_wrong_input_raises(change, words):
     given_ = {"features": torch.zeros(2, 4), "probability": torch.zeros(2, 16), "keep": keep, "grid": (4, 4)}
     with pytest.raises(InputError, match=words):
         ops.dechunk(**{**given_, "sigma": 1.0, **change})
+
+
+@pytest.mark.parametrize("grid", [(300, 300), (168, 168), (5000,), (60, 70, 65), (2, 3000)])
+@pytest.mark.parametrize("plain", [False, True])
+def test_nearest_on_large_grids_equals_a_search(grid, plain):
+    """Large grids take passes of shifted minima, which small ones never reach; ties go to the lowest index.
+
+    Keys of 168 x 168 cells fit 32 bits, but not the sums of a key and a step.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = math.prod(grid)
+    keep = torch.zeros(1, count, dtype=torch.bool)
+    kept = torch.randperm(count, generator=generator)[:25].sort().values
+    keep[0, kept] = True
+    with ops.plain() if plain else nullcontext():
+        found = ops.nearest_kept(keep, grid)[0]
+    asked = torch.randperm(count, generator=generator)[:3000]
+    places = torch.stack(torch.unravel_index(torch.arange(count), grid), dim=1)
+    squares = (places[asked][:, None] - places[kept]).square().sum(-1)
+    best = squares.min(dim=1, keepdim=True).values
+    first = torch.where(squares == best, kept, count).min(dim=1).values
+    assert torch.equal(found[asked], first)

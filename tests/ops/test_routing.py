@@ -131,6 +131,15 @@ def test_the_gate_is_one_forward_and_the_probability_backward():
     assert torch.equal(features.grad, weight)
 
 
+def test_gradients_of_the_gate_are_exact_in_autocast():
+    features, p = torch.randn(3, 64, requires_grad=True), torch.rand(3, requires_grad=True)
+    weight = torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        (slope,) = torch.autograd.grad((ops.straight_through(features, p) * weight).sum(), p)
+    assert slope.dtype == torch.float32
+    torch.testing.assert_close(slope, (features * weight).sum(-1).detach(), rtol=1e-5, atol=1e-5)
+
+
 @settings(deadline=None)
 @given(seeds, st.floats(1.5, 20), st.integers(1, 9))
 def test_the_ratio_loss_of_groups_is_their_weighted_mean(seed, target, size):
