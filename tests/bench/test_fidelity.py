@@ -63,7 +63,7 @@ def test_unrelated_features_are_at_distance_one() -> None:
 
 
 def test_unequal_shapes_small_images_and_single_features_are_refused() -> None:
-    with pytest.raises(InputError, match=r"\(3, 3, 16, 16\) and \(3, 3, 12, 12\)"):
+    with pytest.raises(InputError, match=r"\(3, 3, 16, 16\).*\(3, 3, 12, 12\)"):
         psnr(images(0, size=16), images(0, size=12))
     with pytest.raises(InputError, match=r"11x11 .*8x8"):
         ssim(images(0, size=8), images(0, size=8))

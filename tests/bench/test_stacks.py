@@ -72,7 +72,7 @@ def test_invalid_stacks_are_refused(argument: str, named: str) -> None:
 
 
 def test_repeated_names_missing_models_and_useless_tail_drops_are_refused(dit: str) -> None:
-    with pytest.raises(RecipeError, match=r"stacks .* a;"):
+    with pytest.raises(RecipeError, match=r"\ba\b"):
         read_stacks(["{name: a}", "{name: a}"])
     (stack,) = read_stacks(["{name: a}"])
     with pytest.raises(RecipeError, match=r"stack a .*model"):

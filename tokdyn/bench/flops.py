@@ -62,7 +62,8 @@ class FlopsConfig(BaseModel):
         images: Number of images that checkpoints and stacks draw to measure their kept share.
         scheduler: Scheduler to draw these images with; null takes ddpm, or euler for a flow.
         seed: Seed of the first of these images.
-        count: Also count the FLOPs of calls with torch's counter, and fail if they differ by more than 0.1%.
+        count: Also count the FLOPs of some calls with torch's counter, and fail if the computed FLOPs of these calls
+            differ from the count by more than 0.1%.
         csv: Write the table to this CSV file.
         plot: Draw the FLOPs by part to this PNG.
     """

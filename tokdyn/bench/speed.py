@@ -160,7 +160,7 @@ def bench_speed(config: SpeedConfig, stacks: Sequence[Stack]) -> list[SpeedRow]:
     Sets the number of threads and the global seed of this process.
 
     Args:
-        config: what to measure.
+        config: the settings.
         stacks: one stack or more; the first is the one that the others are compared with.
 
     Returns:

@@ -21,7 +21,7 @@ FREE = frozenset({"sigma", "target", "force_ends", "official_init", "timestep_sh
 
 def settle(
     model: type[DiT] | type[DCDiT],
-    fixed: Mapping[str, Any],
+    inferred: Mapping[str, Any],
     stored: Mapping[str, Any],
     given: Mapping[str, Any],
     origin: str,
@@ -30,7 +30,7 @@ def settle(
 
     Args:
         model: the class to build.
-        fixed: settings inferred from shapes.
+        inferred: settings inferred from shapes.
         stored: settings from a config.json or a training file.
         given: settings of the caller.
         origin: name of the checkpoint, for error messages.
@@ -49,19 +49,19 @@ def settle(
             raise CheckpointError(
                 f"{model.__name__} has no setting {name!r}; its settings are {', '.join(sorted(known))}."
             )
-    settings = dict(fixed)
+    settings = dict(inferred)
     for whose, layer in (("stored with", stored), ("given for", given)):
         for name, value in layer.items():
             if value is None and name != "sigma":  # None means "not set", but sigma=None turns smoothing off
                 continue
             value = tuple(value) if isinstance(value, list) else value
-            free = name in FREE and name not in fixed
+            free = name in FREE and name not in inferred
             if name in settings and not free and not _same(settings[name], value):
                 raise CheckpointError(
                     f"{name}={value!r}, {whose} {origin}, contradicts its "
-                    f"{'weights' if name in fixed else 'settings'}, where it is {settings[name]!r}."
+                    f"{'weights' if name in inferred else 'settings'}, where it is {settings[name]!r}."
                 )
-            settings[name] = settings[name] if name in fixed else value
+            settings[name] = settings[name] if name in inferred else value
     width = settings["hidden_size"]
     heads = settings.setdefault("num_heads", HEADS.get(width))
     if heads is None:

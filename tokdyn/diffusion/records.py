@@ -115,7 +115,7 @@ class KeptLedger:
             self._tokens = routing.keep.shape[1]
 
     def split(self, guided: list[bool], batch: int) -> list[KeptCounts | None]:
-        """Return the numbers of each step.
+        """Return the numbers of kept tokens in each step.
 
         Args:
             guided: for each step, whether both branches were computed.

@@ -70,8 +70,7 @@ def load(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
     Args:
         name: A YAML file, the name of a shipped recipe, or a training folder, whose recipe.yaml is read with `out` set
             to that folder.
-        settings: Settings such as "optimizer.lr=4e-4". Values are YAML, and of two settings with one key the later
-            counts.
+        settings: Settings such as "optimizer.lr=4e-4". Values are YAML. If a key is repeated, the last value counts.
 
     Raises:
         RecipeError: The recipe, what it extends or a setting is wrong.

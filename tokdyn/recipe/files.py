@@ -22,17 +22,17 @@ def deep_merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Settings:
     return merged
 
 
-def locate(name: str, beside: Path | None = None) -> Path:
+def locate(name: str, folder: Path | None = None) -> Path:
     """Find the file of a recipe.
 
     Args:
         name: A YAML file, a training folder, or the name of a shipped recipe such as "cifar10/dit-flops".
-        beside: Folder that relative paths start from; None is the current folder.
+        folder: Folder that relative paths start from; None is the current folder.
 
     Raises:
         RecipeError: There is neither such a file nor such a shipped recipe.
     """
-    candidates = [Path(name).expanduser()] if beside is None else [beside / name]
+    candidates = [Path(name).expanduser()] if folder is None else [folder / name]
     for path in candidates:
         if path.is_file():
             return path.resolve()
@@ -45,17 +45,18 @@ def locate(name: str, beside: Path | None = None) -> Path:
     raise RecipeError(f"There is no recipe '{name}': neither a YAML file nor a shipped recipe{nearest(plain, names)}.")
 
 
-def read(name: str, beside: Path | None = None, _chain: tuple[Path, ...] = ()) -> Settings:
+def read(name: str, folder: Path | None = None, _chain: tuple[Path, ...] = ()) -> Settings:
     """Read a recipe and everything that it extends into one dict.
 
     Args:
         name: The recipe, as for `locate`.
-        beside: Folder that relative paths start from; None is the current folder.
+        folder: Folder that relative paths start from; None is the current folder.
+        _chain: The files that extend this one, to detect circles.
 
     Raises:
         RecipeError: A recipe is not found, is not YAML or not a mapping, or recipes extend each other in a circle.
     """
-    path = locate(name, beside)
+    path = locate(name, folder)
     if path in _chain:
         circle = " -> ".join(link.name for link in (*_chain[_chain.index(path) :], path))
         raise RecipeError(f"These recipes extend each other in a circle: {circle}. Remove one of the `extends:` lines.")
@@ -78,7 +79,7 @@ def read(name: str, beside: Path | None = None, _chain: tuple[Path, ...] = ()) -
 def parse_overrides(settings: Iterable[str]) -> Settings:
     """Parse settings such as "optimizer.lr=4e-4" or "chunking.tail_drops=[0, 0.3]" into one nested dict.
 
-    Values are YAML, and of two settings with one key the later counts.
+    Values are YAML. If a key is repeated, the last value counts.
 
     Raises:
         RecipeError: A setting has no '=' or an empty key, or its value is not YAML.

@@ -43,7 +43,9 @@ class OptimizerSettings(Section):
 
 
 class ChunkingSettings(Section):
-    """The training of a chunking model's router (arXiv 2603.06351).
+    """The training of a chunking model, one with a router that keeps some of its tokens (arXiv 2603.06351).
+
+    N is the model's target: one of N tokens should be kept.
 
     Attributes:
         ratio_weight: Weight of the ratio loss, which holds the kept share at 1/N.

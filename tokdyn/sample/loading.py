@@ -51,8 +51,8 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
     Args:
         path: a training folder (of which the finished model is read, or if there is none the newest checkpoint), a
             checkpoint folder, a folder of `save_pretrained`, or any file that `tokdyn.checkpoints.read` reads.
-        ema: take the averaged weights of a checkpoint, not the last ones. With False, the finished model of a training
-            folder is skipped, because it holds averaged weights.
+        ema: take the averaged weights of a checkpoint, not those of the last step. With False, the finished model of a
+            training folder is skipped, because it holds averaged weights.
 
     Returns:
         The model, in evaluation mode on the CPU, with the methods of its training attached; its objective; and where it

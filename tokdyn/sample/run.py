@@ -61,7 +61,7 @@ def sample(config: SampleConfig) -> SampleResult:
     )
 
     def record(budget: BudgetResult) -> None:
-        """Store the state of a folder, so that an interrupted job can be resumed and its cost is known."""
+        """Keep a result; for a folder of images, also write it to sample.json, so that the job can be resumed."""
         budgets[budget.tail_drop] = budget
         if config.format == "folder":
             result.model_copy(update={"budgets": tuple(budgets.values())}).save(job.out / RESULT)

@@ -64,8 +64,8 @@ class Trainee:
             tensors = load_file(folder / "state.safetensors")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / 'state.safetensors'} cannot be read: {error}.") from error
-        load_optimizer(self.model, self.optimizer, _below(tensors, _OPTIMIZER))
-        self.window.load(_below(tensors, _WINDOW))
+        load_optimizer(self.model, self.optimizer, _with_prefix(tensors, _OPTIMIZER))
+        self.window.load(_with_prefix(tensors, _WINDOW))
 
 
 def save_model(model: Any, folder: Path, info: dict[str, Any]) -> None:
@@ -91,6 +91,6 @@ def load_weights(model: Any, folder: Path) -> None:
         raise CheckpointError(f"The weights in {folder} do not belong to this recipe's model: {error}") from error
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose name has a prefix, without the prefix."""
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, under their names without the prefix."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
