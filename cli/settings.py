@@ -40,7 +40,8 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
     """Build the settings of a command from its arguments.
 
     Args:
-        args: the arguments after the name of the command.
+        args: the arguments after the name of the command: `key=value`, `--key value`, or positional words. The key of a
+            setting in a section is `section.key`. Values are read as YAML; text and paths are taken as they are.
         model: the pydantic model of the settings.
         words: keys whose values may also be given as positional words, in order.
 

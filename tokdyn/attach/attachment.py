@@ -55,7 +55,8 @@ class Blueprint:
         placed: the methods with their traits, from the outermost to the innermost.
         sizes: depth, width and heads of the model.
         names: names of the arguments of the model's forward, in order.
-        layouts: the layouts of all blocks if a method prunes blocks, else ().
+        layouts: for each block, where its heads and MLP channels are in its weights, if a method computes some of them
+            only; else ().
     """
 
     adapter: ModelAdapter

@@ -59,7 +59,7 @@ class FlopsConfig(BaseModel):
             weights, and is measured for checkpoints on images that they draw.
         tail_drop: Share of the kept tokens to drop.
         uncond_tail_drop: Tail drop of the unconditional branch (Lite-CFG); null takes tail_drop.
-        images: Number of images that checkpoints and stacks draw to measure their kept share.
+        images: Number of images to draw with each checkpoint to measure its kept share, if `kept` is null.
         scheduler: Scheduler to draw these images with; null takes ddpm, or euler for a flow.
         seed: Seed of the first of these images.
         count: Also count the FLOPs of some calls with torch's counter, and fail if the computed FLOPs of these calls

@@ -1,4 +1,7 @@
-"""Compare stacks, lists of methods that act together on a model, by image quality, FLOPs and time."""
+"""Compare stacks by image quality, FLOPs and time.
+
+A stack is a list of methods that act together on a model.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ class QualityConfig(BaseModel):
 
     Attributes:
         model: Model of the stacks that do not name their own, in any form that `tokdyn sample` accepts.
-        out: Folder to write to. Images that exist there are kept.
+        out: Folder to write to. A repeated run continues there: images that exist are not sampled again, and images
+            that were made with other settings are refused.
         count: Images per stack; image i has the seed `seed` + i in every stack.
         seed: Seed of the first image.
         batch_size: Images per model call, before guidance doubles it.
@@ -108,7 +112,7 @@ class QualityRow:
         held_out: mean diffusion loss on held-out images.
         held_out_error: standard error of `held_out` over images.
         by_level: the held-out loss by noise level, lowest first.
-        psnr: mean PSNR in dB to the first stack's images from the same seeds; infinite if all are equal.
+        psnr: mean PSNR in dB to the first stack's images from the same seeds; infinite if a pair of images is equal.
         ssim: mean SSIM to these images; 1 for equal images.
         feature_distance: distance to these images in the features of the extractor: 0 for equal images, about 1 for
             unrelated ones.

@@ -39,7 +39,8 @@ RESULT_FILE = "evaluation.json"
 def evaluate(config: EvalConfig) -> EvalResult:
     """Measure generated images, compared with a reference if there is one.
 
-    Unsuitable inputs are refused at the start: the extractor is tried on one image before it runs on all.
+    Unsuitable inputs are refused at the start: the extractor is tried on one image before it runs on all. Images that
+    cannot be read are left out, with a warning in the result.
 
     Args:
         config: The settings.
@@ -49,7 +50,8 @@ def evaluate(config: EvalConfig) -> EvalResult:
         `config.out/evaluation.json` if `config.out` is set.
 
     Raises:
-        DataError: Images or statistics are missing, unreadable, too few or of another network.
+        DataError: Images or statistics are missing, fewer than two images can be read, or the statistics are those of
+            another network.
         CheckpointError: The extractor is missing, fails on the images, or does not return features.
         InputError: There is no such device.
     """

@@ -1,7 +1,7 @@
 """Self-attention over dense tokens, and over packed tokens of samples of different length.
 
-Packed tokens take one of three exact paths: one call per sample, all samples padded to the longest, or the
-variable-length kernel that PyTorch has for CUDA.
+Packed samples of equal length are computed as a dense batch. Others take one of three exact paths: one call per sample,
+all samples padded to the longest, or the variable-length kernel that PyTorch has for CUDA.
 """
 
 from __future__ import annotations
@@ -155,15 +155,15 @@ def computed_pairs(
     learning: bool = False,
     biased: bool = False,
 ) -> int:
-    """Count the pairs of query and key that attention computes, those of padding included.
+    """Count the (query, key) pairs of one head that the forward pass of packed attention computes, padding included.
 
     Args:
-        lengths: rows of the samples that are computed together.
+        lengths: number of rows of each sample.
         device: of the rows.
         dtype: of the rows.
         head_width: d = D / H.
-        learning: gradients are wanted.
-        biased: keys have a bias.
+        learning: whether gradients are enabled, which can change the path.
+        biased: whether keys have a bias.
     """
     return pairs_of(torch.empty(0, dtype=dtype, device=device), lengths, head_width, learning, biased)
 

@@ -90,7 +90,10 @@ def upcycling_recipe(
 
 
 def _in_proportion(sections: files.Settings, overrides: files.Settings) -> files.Settings:
-    """Override a recipe; if its length changes, scale the phases and warm-ups that the overrides do not set."""
+    """Apply overrides to a recipe.
+
+    If they change the number of training steps, the phases and warm-ups that they do not set change in proportion.
+    """
     merged = files.deep_merge(sections, overrides)
     training, changed = sections.get("training", {}), overrides.get("training", {})
     if not {"steps", "images", "batch_size"} & set(changed):

@@ -36,7 +36,10 @@ _DECIDING = frozenset(
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """Return the identity of a job as JSON data. The number of images and the batch size are not part of it."""
+    """Return the identity of a job as JSON data. The number of images and the batch size are not part of it.
+
+    The tail drops are: a folder is resumed with the list of tail drops that started it.
+    """
     settings = job.config.model_dump(mode="json", include=set(_DECIDING))
     return settings | {
         "classes": list(job.classes),
@@ -67,7 +70,8 @@ def earlier_budgets(folder: Path, now: dict[str, Any]) -> dict[float, BudgetResu
         now: the identity of the job.
 
     Raises:
-        RecipeError: the folder holds images that were made with other settings, or without a sample.json.
+        RecipeError: the folder holds images that were made with other settings, or has no sample.json that says how
+            they were made.
     """
     if not any(folder.rglob("images/**/*.png")):
         return {}

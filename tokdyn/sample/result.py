@@ -24,8 +24,8 @@ class BudgetResult(_Frozen):
         tail_drop: tail drop of the conditional branch.
         images: number of images that exist now.
         made: number of images that this job sampled.
-        measured: number of images that the costs below are means over. In a resumed folder, images of earlier jobs
-            that sample.json lists are included; an image that was sampled twice counts twice.
+        measured: number of images that `kept`, `tflops_per_image` and `steps` are means over. In a resumed folder,
+            images of earlier jobs that sample.json lists are included; an image that was sampled twice counts twice.
         seconds: time that this job spent in the model and the scheduler.
         images_per_second: images that this job sampled per second of that time; None if it sampled none.
         kept: mean kept share over steps, images and branches; None for a model that computes every token.
@@ -75,8 +75,8 @@ class SampleResult(_Frozen):
 
     Attributes:
         settings: the settings as the user gave them.
-        identity: everything that decides what the images look like, if they are in a folder; otherwise empty. The
-            folder is resumed only by a job with an equal identity.
+        identity: see `tokdyn.sample.identity`; a folder is resumed only by a job with an equal identity. Empty unless
+            the setting `format` is "folder".
         model: path, name, class, number of parameters and step of the model.
         used: the scheduler, clipping, precision and device that were used, and whether images are decoded latents.
         budgets: one entry per tail drop.

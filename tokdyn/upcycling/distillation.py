@@ -87,9 +87,9 @@ class LossTerms:
     """What a call of `Distillation` computes beside the student's prediction.
 
     Attributes:
-        blocks: Compute the error between the outputs of the student's blocks and those of the teacher's.
-        output: Compute the error between the student's prediction and the teacher's.
-        complete: Compute the prediction of the student with its methods disabled.
+        blocks: Compute the loss "teacher", between the outputs of the student's blocks and those of the teacher's.
+        output: Compute the loss "output", between the student's prediction and the teacher's.
+        complete: Compute the prediction of the student with its methods disabled. It is not a loss.
     """
 
     blocks: bool = False
@@ -140,11 +140,11 @@ class Distillation(nn.Module):
         Args:
             terms: What to compute beside the student's prediction.
             on_fixed_plan: (B,) bool, True for samples that keep the tokens of the fixed plan (see `corner_plan`). The
-                others keep those that the student's router chooses.
+                others keep those that the student's router chooses. A student that is not a `DCDiT` ignores it.
             hidden_states: (B, C, rows, columns) noisy images.
             timestep: (B,) timesteps.
             class_labels: (B,) classes.
-            tail_drop: Tail drop of the student, a number or (B,).
+            tail_drop: Share of the kept tokens that a `DCDiT` drops, a number or (B,).
 
         Returns:
             The output of the student; its prediction with methods disabled, or None; and the losses by name. "teacher"

@@ -166,10 +166,11 @@ def into_mlp(
 def out_of_mlp(
     frame: Frame, module: nn.Module, layer: Layer, call: Callable[..., Any], x: Tensor, *args: Any
 ) -> Tensor:
-    """Compute the common last layer of attention and of an MLP that is not a module of its own.
+    """Compute the linear layer that attention and MLP share at the end of a block, as in Flux's single blocks.
 
-    Its input is the outputs of the heads followed by the channels of the MLP. Tokens that `into_mlp` did not select get
-    the part of attention only. `call(x, *args)` computes the layer `module` for all tokens.
+    The input of the layer is the outputs of the heads followed by the channels of the MLP. Tokens that `into_mlp` did
+    not select get the part of attention and the bias alone. `call(x, *args)` is the forward of the layer `module`; if
+    the weight cannot be read in parts, it runs with the channels of these tokens set to zero.
     """
     rows, mask = frame.exchange.given.get(_ROWS), frame.exchange.given.get(_MASK)
     if rows is not None and readable(module):
