@@ -302,3 +302,30 @@ def test_models_without_routing_have_no_counts(oracle):
     made = generate(oracle(Objective()), Sampler(steps=3), Objective(), [0], [0], callback=states.append)
     assert [record.counts for record in made.steps] == [None] * 3
     assert [state.keep() for state in states] == [None] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_likelihood_is_as_exact_above_the_mean_as_below(dtype):
+    """Both tails are small differences of the distribution function, which is exact near 0 and not near 1."""
+    mean = torch.linspace(0.0, 0.6, 61, dtype=dtype)
+    x, scale = torch.zeros_like(mean), torch.full_like(mean, math.log(0.1))
+    below, above = (discretised_gaussian_nll(x, sign * mean, scale) for sign in (1, -1))
+    torch.testing.assert_close(above, below, rtol=1e-5, atol=1e-6)
+
+
+def test_noisy_images_stay_in_fp32_whatever_the_weights_are(routed):
+    states = []
+    made = generate(routed().bfloat16(), Sampler(steps=3), Objective(), [0], [0], callback=states.append)
+    assert {state.x.dtype for state in states} == {state.prediction.dtype for state in states} == {torch.float32}
+    assert made.images.dtype == torch.float32
+
+
+def test_a_model_that_fails_gets_its_mode_back(routed):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    model = routed().train()
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, Sampler(steps=2), Objective(), [0], [0])
+    assert model.training

@@ -92,7 +92,7 @@ class Room:
     def _check(self, net: Net) -> None:
         """Run tests as mistakes meet them, but without one: then they must pass."""
         for path in self.files:
-            tests = net.tests(path, 1, CONTROL)
+            tests = net.tests(path, [1], CONTROL)
             if tests:
                 source = (ROOT / path).read_text()
                 pid = start(ROOT, path, source, tests, CONTROL)
@@ -121,7 +121,7 @@ def _tried(mutants: list[Mutant], nets: list[Net], jobs: int) -> Iterator[tuple[
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant, stage = waiting.pop()
-            tests = nets[stage].tests(mutant.path, mutant.line, (NEAR, WIDE)[stage])
+            tests = nets[stage].tests(mutant.path, mutant.lines, (NEAR, WIDE)[stage])
             if tests:
                 seconds = sum(nets[stage].seconds[test] for test in tests)
                 running[start(ROOT, mutant.path, mutant.source, tests, seconds)] = mutant, stage

@@ -41,6 +41,7 @@ class Mutant:
     Attributes:
         path: of the file, from the root of the repository.
         line: where the changed node begins.
+        lines: those of the statement, as far as the node; a test that runs one of them reaches the mistake.
         scope: the function or class around it, "" at module level.
         before: the changed lines, stripped and joined.
         after: the lines that replace them.
@@ -49,6 +50,7 @@ class Mutant:
 
     path: str
     line: int
+    lines: range
     scope: str
     before: str
     after: str
@@ -61,13 +63,13 @@ class Mutant:
 
 
 class _Finder(cst.CSTVisitor):
-    """Collect (node, replacement, scope) for every mistake that might matter."""
+    """Collect (node, replacement, lines, scope) for every mistake that might matter."""
 
     METADATA_DEPENDENCIES = (ByteSpanPositionProvider, PositionProvider)
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[cst.CSTNode, cst.CSTNode, str]] = []
+        self.found: list[tuple[cst.CSTNode, cst.CSTNode, range, str]] = []
         self._above: list[cst.CSTNode] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
@@ -76,7 +78,7 @@ class _Finder(cst.CSTVisitor):
         if not self._only_passes_through(node):
             scope = ".".join(n.name.value for n in self._above if isinstance(n, cst.FunctionDef | cst.ClassDef))
             for old, new in _mistakes(node):
-                self.found.append((old, new, scope))
+                self.found.append((old, new, self._lines(node), scope))
         self._above.append(node)
         return True
 
@@ -99,6 +101,16 @@ class _Finder(cst.CSTVisitor):
             case cst.SimpleString():
                 return self._in_message()
         return False
+
+    def _lines(self, node: cst.CSTNode) -> range:
+        """Return the lines of the statement around a node; of one with a body, only those before the node's end."""
+        kinds = cst.SimpleStatementLine | cst.BaseCompoundStatement
+        statement = next(each for each in reversed([*self._above, node]) if isinstance(each, kinds))
+        whole = isinstance(statement, cst.SimpleStatementLine)
+        first = self.get_metadata(PositionProvider, statement).start.line
+        own = self.get_metadata(PositionProvider, node)
+        last = self.get_metadata(PositionProvider, statement).end.line if whole else own.end.line
+        return range(min(first, own.start.line), last + 1)
 
     def _only_passes_through(self, node: cst.CSTNode) -> bool:
         """Whether this is a part of an annotation; what is called in one, as pydantic's Field, is code again."""
@@ -174,7 +186,7 @@ def make(root: Path, path: str) -> list[Mutant]:
     data, right = text.encode(), ast.dump(ast.parse(text))
     made: dict[str, Mutant] = {}
     seen = {right}
-    for old, new, scope in finder.found:
+    for old, new, lines, scope in finder.found:
         span = spans[old]
         wrong = data[: span.start] + wrapper.module.code_for_node(new).encode() + data[span.start + span.length :]
         source = wrong.decode()
@@ -187,7 +199,7 @@ def make(root: Path, path: str) -> list[Mutant]:
         seen.add(tree)
         before, after = _difference(text, source)
         line = text.count("\n", 0, len(data[: span.start].decode())) + 1
-        mutant = Mutant(path, line, scope, before, after, source)
+        mutant = Mutant(path, line, lines, scope, before, after, source)
         made.setdefault(mutant.key, mutant)
     return list(made.values())
 

@@ -57,16 +57,16 @@ class Net:
     seconds: dict[str, float] = field(default_factory=dict)
     reached: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
-    def tests(self, path: str, line: int, limit: float) -> list[str]:
-        """Return the tests that reach a line, fastest first, up to `limit` seconds of them.
+    def tests(self, path: str, lines: Iterable[int], limit: float) -> list[str]:
+        """Return the tests that reach any of some lines, fastest first, up to `limit` seconds of them.
 
         A line that runs at import concerns every test; those that reach its file come first.
         """
-        lines = self.reached.get(path, {})
-        found = set(lines.get(str(line), ()))
+        reached = self.reached.get(path, {})
+        found = {test for line in lines for test in reached.get(str(line), ())}
         order = sorted(found - {""}, key=self._cost)
         if "" in found:
-            file = {test for tests in lines.values() for test in tests} - {""} - set(order)
+            file = {test for tests in reached.values() for test in tests} - {""} - set(order)
             order += sorted(file, key=self._cost) + sorted(self.seconds.keys() - file - set(order), key=self._cost)
         chosen: list[str] = []
         spent = 0.0

@@ -105,6 +105,15 @@ def test_influence_depends_on_direction_alone():
     torch.testing.assert_close(block_influence(x, -x), torch.full((2,), 2.0))
 
 
+def test_influence_is_one_minus_the_mean_cosine_of_the_tokens():
+    before, after = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    for sample, found in enumerate(block_influence(before, after).tolist()):
+        pairs = zip(before[sample], after[sample], strict=True)
+        cosines = [float(x @ y / (x.norm() * y.norm())) for x, y in pairs]
+        assert found == pytest.approx(1 - sum(cosines) / 5, abs=1e-6)
+    assert block_influence(before.bfloat16(), after.bfloat16()).dtype == torch.float32
+
+
 def test_blocks_of_least_influence_per_flop_are_skipped_until_the_target():
     influence = torch.tensor([[9.0, 1.0, 5.0, 2.0], [9.0, 3.0, 0.5, 4.0]])
     assert choose_skips(influence, (1, 1, 1, 1), 0, 1.0) == ((), ())
