@@ -128,8 +128,8 @@ def attach_layers(sites: Sites, block: nn.Module, site: Site, layout: Layout, on
         block: the block, which is attached.
         site: the site of the block.
         layout: the layout of the block.
-        only_tokens: whether only tokens are selected; layers are then needed only if the MLP is not a module of its
-            own.
+        only_tokens: whether tokens of the MLP are selected, but neither heads nor channels are masked. Layers are then
+            needed only if the MLP is not a module of its own.
     """
     if only_tokens and not layout.parallel:
         return
