@@ -10,7 +10,6 @@ compiled for each new length pay for that. For samples of equal length: the fuse
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks import markdown
+from benchmarks import command_line, markdown
 from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.ops.attention import Backend
@@ -116,10 +115,7 @@ def table(rows: list[dict[str, Any]], samples: str) -> str:
 
 def main() -> None:
     """Measure everything, print it and save it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="save the result as JSON")
-    given = parser.parse_args()
-    timing.prepare()
+    given = command_line.start(command_line.parser(__doc__).parse_args())
     cases = list(product((torch.float32, torch.bfloat16), (False, True), ROWS))
     rows = []
     with progress("attention", len(cases) * (1 + len(SPREADS))) as advance:

@@ -11,7 +11,6 @@ instructions for bf16, and the other side does what PyTorch does; `computed` in 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import markdown, official
+from benchmarks import command_line, markdown, official
 from tokdyn import ops
 from tokdyn.bench import timing
 from tokdyn.cost import model_parts
@@ -198,14 +197,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Measure everything, print it and save it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="save the result as JSON")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sizes", default="S,B")
-    parser.add_argument("--compile", action="store_true")
+    parser = command_line.parser(__doc__, rounds=9)
+    parser.add_argument("--sizes", default="S,B", help="sizes of the models, separated by commas")
+    parser.add_argument("--compile", action="store_true", help="compile the models")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    timing.prepare()
+    given = command_line.start(parser.parse_args())
     if given.peak:
         print(peak_here(*given.peak))
         return 0
@@ -232,9 +228,7 @@ def main() -> int:
     result |= {"rows": rows, "missed": missed}
     if given.out:
         timing.write(given.out, result)
-    else:
-        print(json.dumps(result["missed"]))
-    return 1 if missed else 0
+    return command_line.finish(missed)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the backward pass grows by no more than one output of every block, with a margin
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import tokdyn
+from benchmarks import command_line
 from tokdyn import DiT
-from tokdyn.bench.timing import in_turn, machine, prepare, write
+from tokdyn.bench.timing import in_turn, machine, write
 from tokdyn.diffusion.objective import Objective
 from tokdyn.train.step import RatioTerm, draw, micro_step
 from tokdyn.upcycling import Distillation
@@ -56,15 +57,11 @@ def kept_bytes(run: Callable[[], None], weights: set[int]) -> int:
     return sum(sizes.values())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print and write JSON if asked; exit with 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=None)
-    options = parser.parse_args(argv)
-    prepare(options.threads)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write JSON if asked; return 1 if a bar is missed."""
+    parser = command_line.parser(__doc__, rounds=7)
+    parser.add_argument("--batch", type=int, default=16, help="samples of a training step")
+    options = command_line.start(parser.parse_args(argv))
     torch.manual_seed(0)
     base = DiT.named("S/4", sample_size=32)
     student = tokdyn.upcycle(base, "dc", target=4)
@@ -101,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"kept for the backward pass: {sizes}, {result['kept_more']:.2f} outputs of every block more (bar 1)")
     if options.out:
         write(options.out, result)
-    if result["over_plain_and_base"] > SLACK or result["kept_more"] > 1.01:
-        raise SystemExit(1)
+    slow = [f"the step, above {SLACK} of the sum"] * (result["over_plain_and_base"] > SLACK)
+    return command_line.finish(slow + ["what is kept, above one output of every block"] * (result["kept_more"] > 1.01))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

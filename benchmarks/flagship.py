@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import naive, official
+from benchmarks import command_line, naive, official
 from benchmarks.dcdit import sampling
 from tokdyn import ops
 from tokdyn.bench import timing
@@ -157,7 +157,9 @@ def packed_blocks(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 def in_processes(dtype: torch.dtype, rounds: int, processes: int) -> dict[str, Any]:
     """Run `packed_blocks` in several processes: where their memory lies moves the ratio by a few percent."""
     name = str(dtype).removeprefix("torch.")
-    child = [sys.executable, "-m", "benchmarks.flagship", "--packed-only", name, "--rounds", str(rounds)]
+    threads = str(torch.get_num_threads())
+    options = ["--packed-only", name, "--rounds", str(rounds), "--threads", threads]
+    child = [sys.executable, "-m", "benchmarks.flagship", *options]
     runs = [
         json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout) for _ in range(processes)
     ]
@@ -167,9 +169,7 @@ def in_processes(dtype: torch.dtype, rounds: int, processes: int) -> dict[str, A
 
 def main() -> int:
     """Measure everything, print it and save it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="save the result as JSON")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = command_line.parser(__doc__, rounds=9)
     parser.add_argument("--processes", type=int, default=5, help="to measure packed blocks in; the median counts")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--packed-only", help=argparse.SUPPRESS)
@@ -177,7 +177,7 @@ def main() -> int:
     if given.memory_only:
         print(dechunk_memory())
         return 0
-    timing.prepare()
+    command_line.start(given)
     if given.packed_only:
         print(json.dumps(packed_blocks(getattr(torch, given.packed_only), given.rounds)))
         return 0
@@ -210,10 +210,9 @@ def main() -> int:
         misses += [f"packed blocks {name}"] * (packed["realised"] < packed["bar"])
     misses += ["share outside the blocks"] * (result["outside_fp32"]["outside_share"] > 0.25)
     result["missed"] = misses
-    print("missed: " + ", ".join(misses) if misses else "every bar is met")
     if given.out:
         timing.write(given.out, result)
-    return 1 if misses else 0
+    return command_line.finish(misses)
 
 
 if __name__ == "__main__":

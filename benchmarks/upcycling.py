@@ -26,7 +26,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import markdown
+from benchmarks import command_line, markdown
 from tokdyn import recipe as recipes
 from tokdyn.bench import timing
 from tokdyn.cost import flops_per_image
@@ -144,7 +144,7 @@ def train(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Measure the base and the runs that exist."""
-    timing.prepare(options.threads)
+    command_line.start(options)
     held_out = open_data(DataConfig(kind="images", path=str(options.held_out), size=32, num_classes=10))
     known: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     rows: list[dict[str, Any]] = []
@@ -265,7 +265,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Train the runs, measure them, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__, "benchmarks/results/upcycling.json", figures="docs/results")
     parser.add_argument("what", choices=("train", "measure", "table"))
     parser.add_argument("runs", type=Path, help="folder of the runs; for table, the JSON file of an earlier result")
     parser.add_argument("--base", type=Path, help="folder of the base's run; RUNS/dit-base by default")
@@ -279,9 +279,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5000, help="images for the held-out loss")
     parser.add_argument("--images-to-judge", type=int, default=5000)
     parser.add_argument("--work", type=Path, default=Path("runs/upcycling-samples"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/upcycling.json"))
-    parser.add_argument("--figures", type=Path, default=Path("docs/results"))
-    parser.add_argument("--threads", type=int, help="processor threads; all by default")
     options = parser.parse_args()
     options.base = options.base or options.runs / "dit-base"
     if options.what == "table":

@@ -1,10 +1,11 @@
-"""Settings shared by every test: no network, no windows, repeatable draws."""
+"""Settings shared by every test, no network, no windows, repeatable draws; and fixtures of several files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 # Before any test imports torch, matplotlib or a hub client.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -78,3 +79,13 @@ def largest_file() -> Callable[[int], AbstractContextManager[None]]:
 def seeded() -> None:
     """Starts every test from the same global random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Save a tiny DC-DiT as training does, and return its folder."""
+    from tests.sampling import FACTS, tiny
+    from tokdyn.train.snapshot import save_model
+
+    save_model(tiny(0), tmp_path / "saved", FACTS)
+    return tmp_path / "saved"

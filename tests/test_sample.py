@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +16,6 @@ from tokdyn.errors import CheckpointError, InputError, OutputError, UnsupportedM
 from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.sample import run as runs
 from tokdyn.train.snapshot import save_model
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Save a DC-DiT as training does."""
-    save_model(tiny(0), tmp_path / "saved", FACTS)
-    return tmp_path / "saved"
 
 
 def test_a_grid_and_its_record_are_written(saved, tmp_path):

@@ -25,13 +25,6 @@ from tokdyn.train import checkpoints, train
 from tokdyn.train.snapshot import save_model
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Save a DC-DiT as training does."""
-    save_model(tiny(0), tmp_path / "saved", FACTS)
-    return tmp_path / "saved"
-
-
 def training_folder(root: Path, finished: bool) -> Path:
     """Write two checkpoints of seeds 1 (weights) and 2 (averages), and a finished model of seed 3."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +14,6 @@ from tokdyn.errors import RecipeError
 from tokdyn.sample import SampleConfig, sample
 from tokdyn.sample import run as runs
 from tokdyn.train.snapshot import save_model
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Save a DC-DiT as training does."""
-    save_model(tiny(0), tmp_path / "saved", FACTS)
-    return tmp_path / "saved"
 
 
 def test_existing_images_are_kept_and_missing_ones_sampled(saved, tmp_path):

@@ -14,13 +14,6 @@ from tokdyn.sample.job import prepare
 from tokdyn.train.snapshot import save_model
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Save a DC-DiT as training does."""
-    save_model(tiny(0), tmp_path / "saved", FACTS)
-    return tmp_path / "saved"
-
-
 def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert SampleConfig(model="x", out="~/pictures").out == tmp_path / "pictures"
