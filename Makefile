@@ -7,15 +7,16 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # Tests run in $(JOBS) processes; one thread each keeps them from competing.
-test demo lint: export MPLBACKEND ?= Agg
-test: export OMP_NUM_THREADS ?= 1
+test test-oldest demo lint: export MPLBACKEND ?= Agg
+test test-oldest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test bench lint format wheel clean
+.PHONY: help setup demo test test-oldest bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small DC-DiT, sample it at three budgets, draw pictures (about 3 minutes on 2 cores)"
 	@echo "make test    the whole default test suite"
+	@echo "make test-oldest  tests with the oldest dependencies that pyproject.toml allows, in $(OLDEST)"
 	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
@@ -38,6 +39,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
+# What meets other packages: their models, files, command lines and number types. TESTS= chooses others.
+OLDEST := $(VENV)-oldest
+TESTS  ?= tests/adapters tests/bases tests/checkpoints tests/cli tests/data tests/diffusion tests/evaluate tests/methods \
+	tests/models tests/ops tests/parity tests/report tests/saved tests/train tests/contract/test_wrap.py \
+	$(wildcard tests/test_*.py)
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) $(TESTS)
+
+$(OLDEST)/.installed: pyproject.toml .ci/oldest
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python .ci/oldest >$(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		--constraint $(OLDEST)/oldest.txt
+	@touch $@
+
 bench: $(STAMP)
 	mkdir -p runs/bench
 	$(BIN)/python -m benchmarks.flagship --out runs/bench/flagship.json
@@ -57,4 +74,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
