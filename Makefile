@@ -7,16 +7,17 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # Tests run in $(JOBS) processes; one thread each keeps them from competing.
-test test-all demo lint: export MPLBACKEND ?= Agg
-test test-all: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest demo lint: export MPLBACKEND ?= Agg
+test test-all test-oldest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all bench mutants lint format wheel clean
+.PHONY: help setup demo test test-all test-oldest bench mutants lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small DC-DiT, sample it at three budgets, draw pictures (about 3 minutes on 2 cores)"
 	@echo "make test    the default test suite: models, methods and laws pairwise (at most 8 minutes on 2 cores)"
 	@echo "make test-all  the whole product of models, methods and laws, and the slow tests"
+	@echo "make test-oldest  tests with the oldest dependencies that pyproject.toml allows, in $(OLDEST)"
 	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
 	@echo "make mutants [ROOM=ops] [SAMPLE=300]  make mistakes one at a time, count what tests notice (hours)"
 	@echo "make lint    ruff and mypy"
@@ -42,6 +43,22 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) --product -m 'not gpu'
+
+# What meets other packages: their models, files, command lines and number types. TESTS= chooses others.
+OLDEST := $(VENV)-oldest
+TESTS  ?= tests/adapters tests/bases tests/checkpoints tests/cli tests/data tests/diffusion tests/evaluate tests/methods \
+	tests/models tests/ops tests/parity tests/report tests/saved tests/train tests/contract/test_wrap.py \
+	$(wildcard tests/test_*.py)
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) $(TESTS)
+
+$(OLDEST)/.installed: pyproject.toml .ci/oldest
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python .ci/oldest >$(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		--constraint $(OLDEST)/oldest.txt
+	@touch $@
 
 bench: $(STAMP)
 	mkdir -p runs/bench
@@ -75,4 +92,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VENV)-mutants build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-mutants $(OLDEST) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

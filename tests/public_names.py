@@ -100,7 +100,8 @@ def settings(kind: type[BaseModel]) -> Iterator[str]:
 
 
 def default_of(info: FieldInfo) -> str:
-    return "" if info.is_required() else f" = {shown(info.get_default(call_default_factory=True))}"
+    made: Any = info.default_factory  # takes no arguments in our settings
+    return "" if info.is_required() else f" = {shown(made() if made else info.default)}"
 
 
 def nested(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tokdyn import recipe
@@ -218,6 +218,7 @@ values = st.recursive(
 
 
 @given(values)
+@example({"a\x85b": "c\u2028 d\u2029"})
 def test_yaml_round_trip(value: Any) -> None:
     assert yaml_text.parse(yaml_text.dump(value), "x") == value
 

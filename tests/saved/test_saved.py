@@ -54,7 +54,8 @@ def test_saved_folders_give_what_they_gave(name: str, number: str) -> None:
 def compare(what: str, found: Any, value: Any) -> None:
     """Compare what was read with what is expected; settings may have been added since."""
     if isinstance(value, Tensor):
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=lambda text: f"{what}: {text}")
+        rounding = 1e-3 * float(value.abs().max())  # of other versions of torch; another format is off by far more
+        torch.testing.assert_close(found, value, rtol=0, atol=rounding, msg=lambda text: f"{what}: {text}")
     elif isinstance(value, Mapping):
         assert value.keys() <= found.keys(), what
         for key, each in value.items():
