@@ -267,7 +267,9 @@ def test_the_complete_prediction_keeps_the_plan_and_the_tail_drop() -> None:
     with torch.no_grad(), tokdyn.disabled(student):
         expected = student(x, steps, labels, plan=plan, tail_drop=0.5)
     assert expected.routing.kept.tolist() == [8] * 3
-    assert torch.equal(complete, expected.sample)
+    torch.testing.assert_close(
+        complete, expected.sample, rtol=1e-4, atol=1e-4
+    )  # forms without gradients round otherwise
     assert not torch.allclose(result.sample, complete)
 
 
