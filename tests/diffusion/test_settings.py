@@ -313,10 +313,11 @@ def test_the_likelihood_is_as_exact_above_the_mean_as_below(dtype):
     torch.testing.assert_close(above, below, rtol=1e-5, atol=1e-6)
 
 
-def test_noisy_images_stay_in_fp32_whatever_the_weights_are(routed):
-    states = []
-    made = generate(routed().bfloat16(), Sampler(steps=3), Objective(), [0], [0], callback=states.append)
-    assert {state.x.dtype for state in states} == {state.prediction.dtype for state in states} == {torch.float32}
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
+def test_noisy_images_are_held_in_at_least_fp32(routed, weights):
+    states, wanted = [], torch.float64 if weights == torch.float64 else torch.float32
+    made = generate(routed().to(weights), Sampler(steps=3), Objective(), [0], [0], callback=states.append)
+    assert {state.x.dtype for state in states} == {state.prediction.dtype for state in states} == {wanted}
     assert made.images.dtype == torch.float32
 
 

@@ -1,5 +1,6 @@
 """Chunking: its settings as data, and the module around a stretch of blocks."""
 
+import copy
 import math
 
 import pytest
@@ -158,6 +159,8 @@ def test_autocast_changes_no_decision_and_no_residual():
     routing = chunking.route(tokens, grid, steps)
     rows, packing = chunking.chunk(tokens, routing)
     out = chunking.dechunk(rows, tokens, routing, packing)
+    exact = copy.deepcopy(chunking).double().dechunk(rows.double(), tokens.double(), routing, packing)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         cast = chunking.route(tokens, grid, steps)
         assert torch.equal(cast.probability, routing.probability)

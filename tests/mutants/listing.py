@@ -107,12 +107,13 @@ def write(
     for line in old:
         if line.startswith("### "):
             file = line[4:].strip("`")
-        elif line.startswith("| ") and file and not line.startswith(("| where", "| ---")):
+        elif line.startswith("| ") and not line.startswith(("| room", "| where", "| ---")):
             head, reason = line.removesuffix(" |").rsplit(" | ", 1)
-            files.setdefault(file, {})[head + " |"] = reason
-        elif line.startswith("| ") and not line.startswith(("| room", "| ---")):
-            cells = line.strip("| ").split(" | ")
-            counted[cells[0]] = cells
+            if file:
+                files.setdefault(file, {})[head + " |"] = reason
+            else:
+                cells = head.strip("| ").split(" | ")
+                counted[cells[0]] = [*cells, reason]
     for tally in tallies:
         counted[tally.room] = [*tally.row(), versions]
     rows = {name: reasons for name, reasons in files.items() if name not in rooms}

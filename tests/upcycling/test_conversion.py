@@ -157,11 +157,13 @@ def test_a_pipeline_of_diffusers_runs_a_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("patch", [2, 4])
-def test_the_encoder_starts_as_the_patch_embedding(patch: int) -> None:
+@pytest.mark.parametrize("bias", [0.0, 5.0])
+def test_the_encoder_starts_as_the_patch_embedding(patch: int, bias: float) -> None:
     """The upper left cell of every patch points where the base's token points; its norm is that of white noise."""
     channels = 32 // patch**2  # 32 pixels per patch, and as many channels in the scaffold
     base = small_base(patch, in_channels=channels, hidden_size=64)
     base.x_embedder.proj.weight.data.mul_(3.0)  # far from a norm of 1, which a norm without a weight would have
+    base.x_embedder.proj.bias.data.add_(bias)
     student = tokdyn.upcycle(base, "dc", scaffold_width=32).eval()
     torch.manual_seed(2)
     x = torch.randn(2, channels, 16, 16)

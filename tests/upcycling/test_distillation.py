@@ -13,7 +13,9 @@ import tokdyn
 from tests.upcycling.models import inputs, small_base
 from tokdyn import DCDiT, TokenMerge
 from tokdyn.errors import InputError
+from tokdyn.methods import WidthGates
 from tokdyn.ops import sincos_position
+from tokdyn.ops.torch_private import has_hooks
 from tokdyn.upcycling import Distillation
 from tokdyn.upcycling.distillation import (
     LossTerms,
@@ -248,3 +250,47 @@ def test_losses_of_methods_are_returned_while_they_train() -> None:
     assert set(distillation(LossTerms(), ~ALL, x, steps, labels)[2]) == {"DynamicWidth"}
     with torch.no_grad():  # nothing to differentiate
         assert distillation(LossTerms(), ~ALL, x, steps, labels)[2] == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_of_half_precision_are_computed_in_fp32(dtype: torch.dtype) -> None:
+    student, teacher = torch.randn(64, 8).to(dtype), (torch.randn(64, 8) + 5.0).to(dtype)
+    found = normalised_mse(student, teacher)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(error_over_variance(student, teacher), rel=1e-5)
+
+
+def test_the_complete_prediction_keeps_the_plan_and_the_tail_drop() -> None:
+    student = tokdyn.upcycle(small_base(), ["dc", "dydit"], width_target=0.5).eval()
+    torch.nn.init.normal_(student.final_layer.linear.weight)  # a new head predicts zeros
+    (gates,) = (module for module in student.tokdyn.modules() if isinstance(module, WidthGates))
+    for layer in (gates.heads, gates.channels):
+        torch.nn.init.constant_(layer.bias, -1.0)  # half of the heads and channels are off
+    x, steps, labels = inputs()
+    plan = ALL[:, None] & corner_plan((8, 8), 2)
+    result, complete, _ = Distillation(student, None)(LossTerms(complete=True), ALL, x, steps, labels, 0.5)
+    with torch.no_grad(), tokdyn.disabled(student):
+        expected = student(x, steps, labels, plan=plan, tail_drop=0.5)
+    assert expected.routing.kept.tolist() == [8] * 3
+    torch.testing.assert_close(
+        complete, expected.sample, rtol=1e-4, atol=1e-4
+    )  # forms without gradients round otherwise
+    assert not torch.allclose(result.sample, complete)
+
+
+def test_losses_of_frozen_methods_are_left_out() -> None:
+    student = tokdyn.upcycle(small_base(), "dydit", width_target=0.5, width_tokens=False)
+    x, steps, labels = inputs()
+    assert set(Distillation(student, None)(LossTerms(), ~ALL, x, steps, labels)[2]) == {"DynamicWidth"}
+    student.tokdyn.requires_grad_(False)
+    assert Distillation(student, None)(LossTerms(), ~ALL, x, steps, labels)[2] == {}
+
+
+def test_no_hook_stays_behind() -> None:
+    base = small_base()
+    student = tokdyn.upcycle(base, "dc")
+    distillation = Distillation(student, base)
+    distillation(LossTerms(blocks=True), ALL, *inputs())
+    with pytest.raises(InputError):
+        distillation(LossTerms(blocks=True), ALL, torch.randn(3, 5, 16, 16), *inputs()[1:])
+    assert not any(has_hooks(block) for model in (base, student) for block in model.blocks)

@@ -47,6 +47,13 @@ def test_samples_on_the_plan_do_not_depend_on_the_division_into_batches() -> Non
     assert not torch.equal(whole, PhaseBatch.draw(SETTINGS, 1, 3, 0, 12).on_fixed_plan)
 
 
+def test_samples_move_back_and_forth_between_plan_and_router_from_step_to_step() -> None:
+    """Were the draws those of the step before, a sample that left the plan would never come back."""
+    one, other = (PhaseBatch.draw(SETTINGS, 0, step, 0, 200).on_fixed_plan for step in (3, 4))
+    assert (other & ~one).any()
+    assert torch.equal(one, PhaseBatch.draw(SETTINGS, 0, 3, 0, 200).on_fixed_plan)
+
+
 def test_losses_have_the_weights_of_their_phase() -> None:
     phase = PhaseSettings(name="a", teacher=0.25, output=0.5, complete=2.0)
     batch = PhaseBatch(phase, torch.ones(1, dtype=torch.bool))
