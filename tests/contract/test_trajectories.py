@@ -9,8 +9,9 @@ import torch
 import tokdyn
 from tests.contract.kit import elements_in_memory
 from tests.contract.models import TINY, sample, works
-from tokdyn import Chunking, DepthSkip, FeatureCache
+from tokdyn import Chunking, DepthSkip, FeatureCache, TokenMerge
 from tokdyn.adapters import ADAPTERS, adapter_for
+from tokdyn.trace import trajectory
 
 CACHES = {
     "steps": FeatureCache(steps=(0, 9)),
@@ -99,6 +100,31 @@ def test_budgets_of_branches_follow_the_step_and_not_its_rounded_level():
     assert [(call.step, call.branch) for call in run.calls] == [(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")]
     kept = [call.kept[0] for call in run.calls]
     assert kept[0] == kept[2] > kept[1] == kept[3]
+
+
+@pytest.mark.parametrize(
+    ("method", "transfers"),
+    [
+        (FeatureCache(steps=(0, 9)), 1),
+        (FeatureCache(threshold=1e9), 2),  # whether its accumulated change is small
+        (TokenMerge(ratio=((0.0, 0.2), (1.0, 0.6))), 1),
+        (TokenMerge(ratio=0.5), 0),
+    ],
+    ids=["steps", "threshold", "levels", "nothing"],
+)
+@torch.no_grad()
+def test_the_host_waits_once_for_what_is_seen_of_a_call(method, transfers, monkeypatch):
+    """The comparisons of accelerators, on the CPU: level, latents and conditioning are read together."""
+    monkeypatch.setattr(trajectory, "reads_freely", lambda _: False)
+    model, x = tokdyn.wrap(TINY["DiT"].build(), [method]), TINY["DiT"].inputs(2)["hidden_states"]
+    called(model, "DiT", x, 0.9)
+    counted = []
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, read=read: counted.append(1) or read(self))
+    inputs = {**TINY["DiT"].inputs(2), **TINY["DiT"].at(2, 0.8), "hidden_states": 0.95 * x}
+    model(**inputs)
+    assert len(counted) == transfers
 
 
 @caches

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokdyn.trace.observation import SAME, Observation, compare, conditioning, main_input
+from tokdyn.trace import trajectory as room
+from tokdyn.trace.comparison import SAME, Comparison, InputSeen, Prediction, products, resemblance
+from tokdyn.trace.conditioning import conditioning
+from tokdyn.trace.observation import main_input
 from tokdyn.trace.trajectory import MOST_BRANCHES, Position, Tracker, Trajectory
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["host", "accelerator"])
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every law holds for both ways to compare inputs; that of accelerators runs on the CPU here."""
+    monkeypatch.setattr(room, "reads_freely", lambda _: request.param)
+    return bool(request.param)
 
 
 def noise(seed: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def compared(x: torch.Tensor, before: torch.Tensor, predicted: list[torch.Tensor], elements: int = 10**9) -> Comparison:
+    """Compare inputs with those before and what was predicted from them."""
+    earlier = InputSeen.of(before, elements, on_host=True)
+    earlier.predictions += [Prediction.of(each, earlier) for each in predicted]
+    return Comparison(InputSeen.of(x, elements, on_host=True), earlier)
+
+
+def alike(x: torch.Tensor, before: torch.Tensor, predicted: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """(B,) how well inputs are explained, as an accelerator says it."""
+    inner = products(x.flatten(1), [before.flatten(1), *(each.flatten(1) for each in predicted)])
+    return torch.tensor([resemblance(row)[0] for row in inner[:, 1:].tolist()])
 
 
 def call(
@@ -182,7 +206,7 @@ def test_replaying_observations_places_calls_alike(calls: list[tuple[int, float,
         observations.append(trajectory.observe(arguments, torch.tensor([level])))
         positions.append(trajectory.position(observations[-1], 1))
     tracker = Tracker()
-    assert [tracker.place(observation) for observation in observations] == positions
+    assert [tracker.place(each.samples, each.branch, each.step) for each in observations] == positions
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,9 +216,9 @@ def test_what_a_sampler_makes_of_latents_and_predictions_resembles_them(
 ) -> None:
     x, predicted, other = (noise(seed + i, batch) for i in range(3))
     if abs(b) > 0.1:
-        found = compare(a * x + b * predicted, [x, predicted])[:, 0]
+        found = alike(a * x + b * predicted, x, [predicted])
         torch.testing.assert_close(found, torch.ones(batch), rtol=0, atol=1e-3)
-    assert (compare(other, [x, predicted])[:, 0] < 0.4).all()
+    assert (alike(other, x, [predicted]) < 0.4).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -203,10 +227,10 @@ def test_resemblance_is_a_correlation_of_what_changed(seed: int, share: float, b
     a, b = noise(seed, batch), noise(seed + 1, batch)
     mixed = share * a + (1 - share) * b
     expected = torch.nn.functional.cosine_similarity(mixed.flatten(1), a.flatten(1)).abs()
-    torch.testing.assert_close(compare(mixed, [a])[:, 0], expected, rtol=0, atol=1e-4)
-    assert (compare(a, [a.clone()])[:, 0] == SAME).all()
+    torch.testing.assert_close(alike(mixed, a), expected, rtol=0, atol=1e-4)
+    assert compared(a, a.clone(), []).read() == [(SAME, 0.0)] * batch
     beside = torch.ones(batch, 4, 8, 8)  # a reference image stays what it is in every step
-    both = compare(torch.cat([mixed, beside], 1), [torch.cat([a, beside], 1)])[:, 0]
+    both = alike(torch.cat([mixed, beside], 1), torch.cat([a, beside], 1))
     torch.testing.assert_close(both, expected, rtol=0, atol=1e-4)
 
 
@@ -251,9 +275,12 @@ def test_an_observation_without_a_call_is_a_new_image() -> None:
     assert positions[1].steps == (0, 0)
 
 
-def test_positions_of_one_observation_need_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = []
+def test_placing_a_call_needs_one_transfer(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if on_host:
+        pytest.skip("the host reads its own memory")
+    trajectory, x, counted = Trajectory(), noise(0, 2), []
+    call(trajectory, x, 0.5, 0.5, text=noise(1, 2))
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: counted.append(1) or tolist(self))
-    Tracker().place(Observation(torch.tensor([[0.5, 1.0, 0.1, 3.0], [0.5, 1.0, 0.1, 4.0]])))
+    call(trajectory, 0.9 * x, 0.4, 0.4, text=noise(1, 2))
     assert len(counted) == 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import ModelAdapter
@@ -24,7 +26,7 @@ from tokdyn.attach.width.layout import Layout, layouts_of
 from tokdyn.compose import Placed, compose
 from tokdyn.methods import Method, Sizes
 from tokdyn.tokens import Grid
-from tokdyn.trace.calls import BlockTrace, CallTrace
+from tokdyn.trace.calls import BlockTrace, CallTrace, levels_of
 from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Trajectory
 
@@ -70,6 +72,20 @@ class Blueprint:
     def reduces(self) -> bool:
         """Whether a method lets blocks compute fewer tokens than the grid has."""
         return any(placed.traits.tokens != "full" for placed in self.placed)
+
+
+class Prepared(NamedTuple):
+    """What was read of a call before it was made, outside of graphs of torch.compile.
+
+    Attributes:
+        grid: the token grid, where it depends on values and not only on shapes.
+        level: what the adapter says of the noise level; only beside an observation.
+        seen: the call as it was observed; None in training and where there is no noise level to tell steps by.
+    """
+
+    grid: Grid | None = None
+    level: Tensor | float | None = None
+    seen: Observation | None = None
 
 
 class Attachment(nn.Module):
@@ -153,15 +169,14 @@ class Attachment(nn.Module):
 
     def first_block(self, model: nn.Module) -> nn.Module:
         """Return the first block of the wrapped model."""
-        return next(iter(model.get_submodule(self.adapter.blocks[0].path).children()))
+        return next(reduce(getattr, self.adapter.blocks[0].path.split("."), model).children())
 
     def begin_call(
         self,
         model: nn.Module,
         arguments: Mapping[str, Any],
         gradients: bool,
-        grid: Grid | None,
-        seen: Observation | None,
+        prepared: Prepared,
     ) -> Frame:
         """Make the frame of a call.
 
@@ -169,11 +184,12 @@ class Attachment(nn.Module):
             model: that carries this.
             arguments: of the call, by name.
             gradients: whether they are wanted.
-            grid: the token grid, where it is known already.
-            seen: the call as it was observed, None where it was not.
+            prepared: what was read of it already.
         """
         adapter, trajectory = self.adapter, self.trajectory
-        level = None if adapter.level is None else adapter.level(model, arguments)
+        grid, level, seen = prepared
+        if seen is None and adapter.level is not None:
+            level = adapter.level(model, arguments)
         training = model.training and gradients
         trace = CallTrace(level, training=training, observed=seen, branch=trajectory.branch)
         guard = None
@@ -191,12 +207,13 @@ class Attachment(nn.Module):
             context, self.handlers, self.sites(model), remember, TokenView((), 0, 0), BlockTrace(0, 0, 0), Exchange()
         )
 
-    def observe(self, model: nn.Module, arguments: Mapping[str, Any]) -> Observation | None:
-        """Look at a call before it is made; None where there is no noise level to tell steps by."""
+    def prepare(self, model: nn.Module, arguments: Mapping[str, Any], grid: Grid | None = None) -> Prepared:
+        """Look at a call before it is made."""
         adapter = self.adapter
-        if adapter.level is None:
-            return None
-        return self.trajectory.observe(arguments, CallTrace(adapter.level(model, arguments)).levels)
+        if adapter.level is None or (model.training and torch.is_grad_enabled()):
+            return Prepared(grid)
+        level = adapter.level(model, arguments)
+        return Prepared(grid, level, self.trajectory.observe(arguments, levels_of(level)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drop slices of the model's weights when the model is moved to another device or dtype."""

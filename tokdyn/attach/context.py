@@ -232,12 +232,20 @@ def open_context(
     """
     readings = Readings(
         Lazy(lambda: _read_grid(context)),
-        Lazy(lambda: tuple(trace.levels.tolist())),
+        Lazy(lambda: _read_levels(trace)),
         Lazy(lambda: trajectory.position(trace.observed, trace.batch)),
         FollowedArguments(),
     )
     context = CallContext(model, adapter, arguments, settings, trace, slots, readings, guard, Residency(), counted, {})
     return context
+
+
+def _read_levels(trace: CallTrace) -> tuple[float, ...]:
+    """Read the noise levels of a call, with all that was observed of it: the host waits once for both."""
+    if trace.observed is None or torch.compiler.is_compiling():
+        return tuple(trace.levels.tolist())
+    levels = tuple(each.level for each in trace.observed.samples)
+    return levels if isinstance(trace.level, Tensor) and trace.level.numel() > 1 else levels[:1]
 
 
 def _read_grid(context: CallContext) -> Grid:

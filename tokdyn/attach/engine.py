@@ -66,6 +66,9 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         site = context.guard.begin(frame.sites, module, named, plain)
     blocks, edge = site.blocks, site.block in frame.handlers.edges
     view = context.view = _view_of(context, frame, named, blocks)
+    if view.all_idle and not edge and context.guard is None and not is_offloaded(module):
+        given = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
+        return given["tokens"] if len(blocks.returns) == 1 else tuple(map(given.get, blocks.returns))
     if edge:
         named[blocks.tokens], view = _open(replace(frame, view=view), module, site, named)
     as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
@@ -94,7 +97,7 @@ def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], nam
 def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -> TokenView:
     """Return the view of a block's tokens: the previous block's, or all tokens at the first, which begins the trace."""
     view, tokens, packing = context.view, named[blocks.tokens], None
-    batch = len(tokens)
+    batch = tokens.shape[0]  # `len` of a tensor takes a microsecond, in every block
     if blocks.packing is not None:
         packing = named[blocks.packing]
         batch = len(packing.lengths)
@@ -108,8 +111,8 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
         return view
     count = context.trace.cells or _image_tokens(context, frame, tokens, blocks)
     view = TokenView(samples, count, count, tokens.device)
-    if not context.trace.batch:
-        trace = context.trace
+    trace = context.trace
+    if not trace.batch:
         trace.batch, trace.cells = batch, count
         trace.text, trace.context = _other_tokens(named, blocks, count)
         if context.readings.grid.known:
@@ -226,9 +229,8 @@ def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
     skipped = [False] * view.batch
     for gate in gates:
         skipped = [one or other for one, other in zip(skipped, gate.skips(context, view, block), strict=True)]
-    keys: list[Sequence[Hashable]] = [
-        key for kernel in handlers.kernels if (key := kernel.key(context, view, block)) is not None
-    ]
+    found = (kernel.key(context, view, block) for kernel in handlers.kernels)
+    keys: list[Sequence[Hashable]] = [key for key in found if key is not None]
     if view.lengths is not None:
         keys.append(view.lengths)
     if not (any(skipped) or view.idle or keys):
@@ -260,9 +262,8 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
 
 def _record(context: CallContext, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
     """Add a computation of a block to the call's trace and return its record."""
-    rows = None
-    if view.packing is not None and len(set(view.packing.lengths)) > 1:
-        rows = view.packing.lengths
+    lengths = () if view.packing is None else view.packing.lengths
+    rows = lengths if len(set(lengths)) > 1 else None
     tokens = view.room if view.packing is None else view.packing.longest
     beside = (0, 0) if view.packing is not None else _other_tokens(named, site.blocks, tokens)
     block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=context.which(view))
@@ -283,10 +284,9 @@ def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], 
     if len(frame.handlers.sublayers) == 0:
         return call(*args, **kwargs)
     named = {**dict(zip(site.names, args, strict=False)), **kwargs}
-    positional = site.names[: len(args)]
 
     def inner(**arguments: Any) -> Any:
-        return call(*[arguments.pop(name) for name in positional], **arguments)
+        return call(*[arguments.pop(name) for name in site.names[: len(args)]], **arguments)
 
     for sublayer in reversed(frame.handlers.sublayers):
         inner = partial(_call_through, sublayer, frame, site, inner)

@@ -13,7 +13,7 @@ from torch import nn
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach import class_swap, containers, recompute
-from tokdyn.attach.attachment import Attachment, sizes_of
+from tokdyn.attach.attachment import Attachment, Prepared, sizes_of
 from tokdyn.attach.checks import check, check_arguments, check_sublayers
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
@@ -21,8 +21,6 @@ from tokdyn.attach.handlers.chunking import call_chunked
 from tokdyn.attach.provenance import warn_of_another_model
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
-from tokdyn.tokens import Grid
-from tokdyn.trace.observation import Observation
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -140,11 +138,12 @@ def _call_entry(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any
     frame: Frame | None = class_swap.current()
     if frame is not None and frame.context.model is model:
         return hidden(model, *args, **kwargs)
+    attachment = _acting(model)
+    if attachment is None:
+        return class_swap.within(None, hidden, model, *args, **kwargs)
     names = tuple(inspect.signature(hidden).parameters)[1:]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    attachment = attachment_of(model)
-    seen = None if attachment is None else attachment.observe(model, named)
-    return _call(model, hidden, args, kwargs, named, None, seen)
+    return _call(model, attachment, hidden, args, kwargs, named, attachment.prepare(model, named))
 
 
 def _forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,21 +158,18 @@ def _forward(model: nn.Module, hidden: Any, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def _acts(attachment: Attachment | None) -> bool:
-    """Whether calls of the model go through the engine."""
-    return attachment is not None and bool(attachment.meter or (attachment.enabled and attachment.methods))
-
-
-def _prepare(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Grid | None, Observation | None] | None:
-    """Do before a call what no graph of torch.compile can: look at its values.
-
-    Returns:
-        The token grid, where it depends on values and not only on shapes, and the call as it was observed.
-    """
+def _acting(model: nn.Module) -> Attachment | None:
+    """Return what a model carries if its calls go through the engine."""
     attachment = attachment_of(model)
-    if attachment is None or not _acts(attachment):
+    if attachment is None or not (attachment.meter or (attachment.enabled and attachment.methods)):
+        return None
+    return attachment
+
+
+def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | None:
+    """Do before a call what no graph of torch.compile can: look at its values."""
+    attachment = _acting(model)
+    if attachment is None:
         return None
     named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs}
     adapter, grid = attachment.adapter, None
@@ -183,8 +179,7 @@ def _prepare(
             grid = adapter.grid(model, named)
     if attachment.meter is not None:
         named = dict(attachment.meter.arguments)
-    training = model.training and torch.is_grad_enabled()
-    return grid, None if training else attachment.observe(model, named)
+    return attachment.prepare(model, named, grid)
 
 
 def _conclude(model: nn.Module, output: Any) -> None:
@@ -199,29 +194,26 @@ def _call_model(
     plain: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    prepared: tuple[Grid | None, Observation | None] | None = None,
+    prepared: Prepared | None = None,
 ) -> Any:
     """Call the model, through the engine if methods act."""
-    attachment = attachment_of(model)
-    if attachment is None or not _acts(attachment):
+    attachment = _acting(model)
+    if attachment is None:
         return class_swap.within(None, plain, model, *args, **kwargs)
     named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs}
-    return _call(model, plain, args, kwargs, named, *(prepared or (None, None)))
+    return _call(model, attachment, plain, args, kwargs, named, prepared or Prepared())
 
 
 def _call(
     model: nn.Module,
+    attachment: Attachment,
     plain: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     named: dict[str, Any],
-    grid: Grid | None,
-    seen: Observation | None,
+    prepared: Prepared,
 ) -> Any:
     """Call the model, or an entry of it, in a frame of its own."""
-    attachment = attachment_of(model)
-    if attachment is None or not _acts(attachment):
-        return class_swap.within(None, plain, model, *args, **kwargs)
     if attachment.blueprint.reduces:
         check_arguments(model, attachment.adapter, named)
     edges = attachment.handlers.edges.intersection(named.get("skip_layers") or ())
@@ -235,7 +227,7 @@ def _call(
     if attachment.meter is not None:
         named = dict(attachment.meter.arguments)
     gradients = torch.is_grad_enabled()
-    frame = attachment.begin_call(model, named, gradients, grid, seen)
+    frame = attachment.begin_call(model, named, gradients, prepared)
     context = frame.context
     bound = recompute.bind(model, frame) if gradients else []
     try:

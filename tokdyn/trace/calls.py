@@ -154,6 +154,10 @@ class CallTrace:
     @property
     def levels(self) -> Tensor:
         """(B,) or (1,) fp32 noise levels; where tokens have levels of their own (B, N), the highest of each sample."""
-        level = self.level
-        values = level.float() if isinstance(level, torch.Tensor) else torch.tensor(float(level or 0.0))
-        return values.flatten(1).amax(1) if values.dim() > 1 else values.reshape(-1)
+        return levels_of(self.level)
+
+
+def levels_of(level: Tensor | float | None) -> Tensor:
+    """(B,) or (1,) fp32 noise levels of what an adapter says; see `CallTrace.levels`."""
+    values = level.float() if isinstance(level, torch.Tensor) else torch.tensor(float(level or 0.0))
+    return values if values.dim() == 1 else values.flatten(1).amax(1) if values.dim() > 1 else values.reshape(1)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
-
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.trace.calls import CallTrace
-from tokdyn.trace.observation import SAME, Observation
+from tokdyn.trace.comparison import SAME
+from tokdyn.trace.observation import SampleSeen
 from tokdyn.trace.trajectory import Tracker
 
 
@@ -51,7 +50,10 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
             tracker.clear()
             placed, run = [PlacedCall(trace, 0, trace.branch or 0, levels)], -1
             continue
-        position = tracker.place(trace.observed or _by_level(levels))
+        if trace.observed is None:  # a graph of torch.compile had no room for an observation
+            position = tracker.place([SampleSeen(level, SAME, 0.0) for level in levels])
+        else:
+            position = tracker.place(trace.observed.samples, trace.observed.branch, trace.observed.step)
         if position.run != run:
             placed, run, step = [], position.run, -1
         step += position.place == 0
@@ -60,11 +62,6 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
         names = ("cond", "uncond")
         placed = [PlacedCall(call.trace, call.step, names[int(call.branch)], call.levels) for call in placed]
     return placed
-
-
-def _by_level(levels: tuple[float, ...]) -> Observation:
-    """Stand in for an observation that a graph of torch.compile had no room for: only the noise levels are known."""
-    return Observation(torch.tensor([[level, SAME, 0.0] for level in levels]))
 
 
 def halves_of(

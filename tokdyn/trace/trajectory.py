@@ -7,22 +7,28 @@ from what the calls look like, sample by sample, and in doubt a call begins a ne
 from __future__ import annotations
 
 import copy
-import weakref
+import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tokdyn.trace.observation import SAME, UNKNOWN, Observation, as_input, compare, conditioning, main_input
+from tokdyn.trace.comparison import (
+    FEW_CHANGED,
+    RESEMBLES,
+    SAME,
+    SAMPLED,
+    UNKNOWN,
+    Comparison,
+    InputSeen,
+    Prediction,
+    reads_freely,
+)
+from tokdyn.trace.conditioning import Conditioning, Conditions
+from tokdyn.trace.observation import Observation, SampleSeen, main_input, prediction_in
 
-RESEMBLES = 0.4
-"""Correlation from which on an input is taken for the latents that follow those of the call before.
-
-Steps of ODE samplers of first order lie at 1, of DDPM in 25 steps above 0.65; independent noise lies around 0.1.
-"""
 ROUNDED = 0.01
 """Share by which latents may move between steps whose noise levels round to one number (bf16 has 8 bits).
 
@@ -67,11 +73,11 @@ class Position:
 
 @dataclass
 class Tracker:
-    """Turns observations into positions, one after the other; replayed on recorded observations it says the same.
+    """Turns observations into positions, one after the other; replayed on recorded ones it says the same.
 
     Calls at equal noise levels are branches of one step, unless their latents moved so little that the levels of two
-    steps were rounded to one. A sample begins a new image where its noise
-    level rises, its input does not resemble the one before, or the batch has another size.
+    steps were rounded to one. A sample begins a new image where its noise level rises, its input does not resemble the
+    one before, or the batch has another size.
     """
 
     run: int = 0
@@ -87,14 +93,20 @@ class Tracker:
         """Let the next call begin new images."""
         self._levels, self._images = (), []
 
-    def place(self, observation: Observation) -> Position:
-        """Say where a call is; one transfer from the device."""
-        rows: list[list[float]] = observation.values.tolist()
-        levels, alike = tuple(row[0] for row in rows), [row[1] for row in rows]
-        same_input = all(value == SAME for value in alike)
-        moved = any(row[2] > ROUNDED for row in rows) and all(value >= RESEMBLES for value in alike)
-        same_step = levels == self._levels and (same_input or moved)
-        name = observation.branch
+    def place(self, seen: Sequence[SampleSeen], name: str | None = None, told: int | None = None) -> Position:
+        """Say where a call is.
+
+        Args:
+            seen: what is seen of each sample.
+            name: of the guidance branch, where a pipeline gave one.
+            told: index of the step, where a pipeline gave one.
+        """
+        levels, alike = tuple(each.level for each in seen), [each.alike for each in seen]
+        same_input = same_step = False
+        if levels == self._levels:
+            same_input = all(value == SAME for value in alike)
+            moved = any(each.moved > ROUNDED for each in seen) and all(value >= RESEMBLES for value in alike)
+            same_step = same_input or moved
         loops = self._place + 1 >= MOST_BRANCHES if name is None else name in self._seen
         if same_step and loops:  # a loop over one call, or a run that was broken off in its first step
             self.clear()
@@ -102,11 +114,11 @@ class Tracker:
         if same_step:
             self._place, self._same_input = self._place + 1, self._same_input and same_input
         else:
-            self._begin_step(levels, alike, told=observation.step is not None)
-        conditions = [tuple(row[3:]) for row in rows]
+            self._begin_step(levels, alike, told is not None)
+        conditions = [each.condition for each in seen]
         branch = self._branch(name, conditions)
         images = tuple(zip(self._images, conditions, strict=True))
-        steps = self._count(branch, images, observation.step)
+        steps = self._count(branch, images, told)
         return Position(branch, self._place, images, steps, self.run, self._same_input)
 
     def _begin_step(self, levels: tuple[float, ...], alike: list[float], told: bool) -> None:
@@ -167,10 +179,10 @@ class Trajectory:
         self.branch: str | None = None
         self.step: int | None = None
         self._tracker = Tracker()
-        self._input: Tensor | None = None  # a copy, since latents may be written over
-        self._predicted: list[Tensor] = []  # from that input, copies too
-        self._source: tuple[Any, int] | None = None
-        self._unplaced = self._observed = False
+        self._conditioning = Conditioning(MOST_BRANCHES)
+        self._now = self._before = InputSeen()
+        self._observation: Observation | None = None
+        self._placed = True
 
     def __reduce__(self) -> Any:
         return Trajectory, ()  # a copy of a model begins its own
@@ -186,11 +198,10 @@ class Trajectory:
         """Make a trajectory that goes on from here without an effect on this one."""
         other = Trajectory()
         other.branch, other.step = self.branch, self.step
-        other._input, other._source, other._predicted = self._input, self._source, list(self._predicted)
+        other._now = replace(self._now, predictions=list(self._now.predictions))
         other._tracker = copy.deepcopy(self._tracker)
         return other
 
-    @torch.no_grad()
     def observe(self, arguments: Mapping[str, Any], level: Tensor) -> Observation:
         """Look at a call before it is made.
 
@@ -198,16 +209,23 @@ class Trajectory:
             arguments: of the call, by name.
             level: (B,) or (1,) fp32 noise levels.
         """
-        if self._unplaced:  # nobody asked where the call before was, so that what is known is older than it
+        if not self._placed:  # nobody asked where the call before was, so that what is known is older than it
             self._tracker.clear()
-        self._unplaced = self._observed = True
-        x = main_input(arguments)
+        self._placed = False
+        x, before = main_input(arguments), self._now
         if x is None or x.is_meta:
-            unknown = torch.full_like(level, UNKNOWN)
-            return Observation(torch.stack([level, unknown, unknown], dim=1), self.branch, self.step)
-        batch, device = len(x), x.device
-        columns = [level.to(device).expand(batch)[:, None], self._compared(x.detach())]
-        return Observation(torch.cat([*columns, conditioning(arguments, batch, device)], dim=1), self.branch, self.step)
+            self._now, self._observation = InputSeen(), None
+            nothing = Conditions(level.new_zeros(len(level), 0), [()] * len(level) if level.is_cpu else None)
+            return Observation(level, nothing, UNKNOWN, self.branch, self.step)
+        compared: Comparison | float = SAME
+        self._before = before
+        on_host = reads_freely(x)
+        if not before.is_of(x):
+            self._now = InputSeen.of(x, before.elements if x.shape == before.shape else SAMPLED, on_host)
+            compared = Comparison(self._now, before) if before.fits(self._now) else UNKNOWN
+        conditions = self._conditioning.of(arguments, x, on_host)
+        self._observation = Observation(level, conditions, compared, self.branch, self.step)
+        return self._observation
 
     def position(self, observation: Observation | None, batch: int) -> Position:
         """Say where the call that was observed last is; asked once a call.
@@ -216,44 +234,35 @@ class Trajectory:
             observation: None where the call could not be observed; then every sample begins a new image.
             batch: B.
         """
+        self._placed = True
         if observation is None:
             self._tracker.clear()
-            observation = Observation(torch.tensor([[0.0, UNKNOWN, UNKNOWN]] * batch), self.branch)
-        self._unplaced = False
-        return self._tracker.place(observation)
+            return self._tracker.place([SampleSeen(0.0, UNKNOWN, UNKNOWN)] * batch, self.branch)
+        if observation is self._observation:
+            self._learn(observation)
+        return self._tracker.place(observation.samples, observation.branch, observation.step)
 
-    @torch.no_grad()
+    def _learn(self, observation: Observation) -> None:
+        """Let what is seen of a call decide what the next one is compared with."""
+        alike = [each.alike for each in observation.samples]
+        if self._now is not self._before and alike.count(SAME) == len(alike):
+            self._now = self._before  # a copy of the input before: both calls explain what follows
+        elif FEW_CHANGED in alike:
+            x = None if self._now.source is None else self._now.source()
+            unseen = replace(self._now, elements=sys.maxsize, values=None)
+            self._now = unseen if x is None else InputSeen.of(x, sys.maxsize, self._now.on_host)
+
     def note(self, output: Any) -> None:
-        """Note what the model predicted in the call that was observed last.
-
-        Args:
-            output: whatever the model returned. With guidance as halves of a batch, each half explains the other, too.
-        """
-        x, self._observed = self._input if self._observed else None, False
-        prediction = None if x is None else as_input(output, x)
-        if prediction is None or len(self._predicted) >= 2 * _PREDICTIONS:
+        """Note what the model predicted in the call that was observed last, whatever the model returned."""
+        observation, self._observation = self._observation, None
+        if observation is None:
             return
-        prediction = prediction.detach().clone()
-        half = len(prediction) // 2
-        self._predicted.append(prediction)
-        if len(prediction) % 2 == 0:
-            self._predicted.append(torch.cat([prediction[half:], prediction[:half]]))
-
-    def _compared(self, x: Tensor) -> Tensor:
-        """(B, 2) comparison of an input with the one before, which it replaces."""
-        before, source, version = self._input, self._source, _version(x)
-        if source is not None and source[0]() is x and version is not None and source[1] == version:
-            return torch.tensor([SAME, 0.0], device=x.device).expand(len(x), 2)
-        compared = torch.full((len(x), 2), UNKNOWN, device=x.device)
-        if before is not None and before.shape == x.shape and before.device == x.device:
-            compared = compare(x, [before, *self._predicted])
-            if not x.is_cuda and bool((compared[:, 0] == SAME).all()):
-                return compared
-        self._input, self._predicted = x.clone(), []
-        self._source = (weakref.ref(x), -1 if version is None else version)
-        return compared
-
-
-def _version(x: Tensor) -> int | None:
-    """How often a tensor was written to; None where that is not counted."""
-    return None if x.is_inference() else x._version
+        if not self._placed and observation.on_host:
+            self._learn(observation)
+        now = self._before = self._now
+        if now.values is None or len(now.predictions) >= _PREDICTIONS:
+            return
+        value = prediction_in(output)
+        noted = None if value is None or value.device != now.values.device else Prediction.of(value, now)
+        if noted is not None:
+            now.predictions.append(noted)
