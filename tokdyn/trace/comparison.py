@@ -62,18 +62,19 @@ def version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def take(x: Tensor, elements: int) -> Tensor:
+def take(x: Tensor, elements: int, size: int | None = None) -> Tensor:
     """Copy some elements of each sample, the same in every call, or all where there are not more.
 
     Args:
         x: (B, ...).
         elements: M.
+        size: E, where that is known.
 
     Returns:
         (B, M) or (B, E).
     """
     x, batch = x.detach() if x.requires_grad else x, x.shape[0]
-    size = x.shape[1:].numel()
+    size = x.shape[1:].numel() if size is None else size
     if size <= elements:
         return x.clone(memory_format=torch.contiguous_format).view(batch, -1)
     return x.take(_positions(batch, size, elements, x.device))
@@ -135,6 +136,7 @@ class InputSeen:
         elements: M, how many of each sample are compared.
         values: (B, M) copies of them, since latents may be written over; None where there was no input.
         shape: of the input.
+        size: E, elements of each sample.
         source: the input itself, as long as it is there.
         written: how often that was written to.
         predictions: what the model made of it.
@@ -145,6 +147,7 @@ class InputSeen:
     elements: int = SAMPLED
     values: Tensor | None = None
     shape: Sequence[int] = ()
+    size: int = 0
     source: weakref.ref[Tensor] | None = None
     written: int | None = None
     predictions: list[Prediction] = field(default_factory=list)
@@ -155,13 +158,9 @@ class InputSeen:
     def of(x: Tensor, elements: int, on_host: bool) -> InputSeen:
         """Look at some elements of each sample of an input."""
         shape = x.shape
-        few = take(x, GLANCED).tolist() if on_host and shape[1:].numel() >= GLANCED else None
-        return InputSeen(elements, take(x, elements), shape, weakref.ref(x), version(x), [], on_host, few)
-
-    @property
-    def partial(self) -> bool:
-        """Whether it has more elements than are compared."""
-        return math.prod(self.shape[1:]) > self.elements
+        size = shape[1:].numel()
+        few = take(x, GLANCED, size).tolist() if on_host and size >= GLANCED else None
+        return InputSeen(elements, take(x, elements, size), shape, size, weakref.ref(x), version(x), [], on_host, few)
 
     def is_of(self, x: Tensor) -> bool:
         """Whether this tensor was looked at, and nothing was written to it since."""
@@ -184,7 +183,7 @@ class Comparison:
     """
 
     def __init__(self, now: InputSeen, before: InputSeen) -> None:
-        self._partial = now.partial
+        self._partial = now.size > now.elements
         self._inputs = (now, before) if now.on_host else None
         self.columns = () if now.on_host else (_products_of(now, before),)
 
