@@ -41,6 +41,17 @@ def test_every_name_finds_its_method_in_any_spelling(name, method):
     assert short_name(name) == method.aliases[0]
 
 
+def test_names_in_saved_files_and_commands_stay():
+    assert {name: method.aliases for name, method in METHODS.items()} == {
+        "Chunking": ("dc",),
+        "TokenMerge": ("merge", "tome"),
+        "TokenDrop": ("tread",),
+        "DepthSkip": ("skip",),
+        "DynamicWidth": ("dydit", "width"),
+        "FeatureCache": ("cache", "teacache"),
+    }
+
+
 def test_no_name_stands_for_two_methods():
     names = [name.lower() for name, _ in NAMES]
     assert len(set(names)) == len(names)

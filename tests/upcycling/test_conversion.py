@@ -322,3 +322,17 @@ def test_tensors_that_differ_are_new() -> None:
     assert report(base, student).left_behind.names == (changed,)
     half = report(base.bfloat16(), copy.deepcopy(base).float())
     assert half.new.names == ()  # the same values in another type
+
+
+def test_a_base_from_a_file_gives_the_same_student(tmp_path: Path) -> None:
+    """JSON has lists where settings have tuples."""
+    base = small_base(4, sample_size=(16, 24))
+    base.save_pretrained(tmp_path / "base")
+    loaded = DiT.from_pretrained(tmp_path / "base")
+    students = []
+    for each in (base, loaded):
+        torch.manual_seed(5)
+        students.append(tokdyn.upcycle(each, "dc"))
+    assert students[0].config.sample_size == students[1].config.sample_size == (16, 24)
+    assert students[0].config.timestep_map == students[1].config.timestep_map
+    assert all(torch.equal(a, b) for a, b in zip(*(s.state_dict().values() for s in students), strict=True))
