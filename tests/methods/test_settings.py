@@ -158,6 +158,11 @@ def test_of_several_mistakes_the_first_is_named():
         Chunking(target=0.5, sigma=-1.0, colour=1)
 
 
+def test_coefficients_are_those_published():
+    """TeaCache4FLUX, ali-vilab/TeaCache (arXiv 2411.19108)."""
+    assert TEACACHE_FLUX == (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
+
+
 def test_weighted_keys_need_attention():
     for where in ("attention", "both"):
         assert TokenMerge(weighted=True, where=where).traits(DEPTH).weighs_keys

@@ -14,6 +14,9 @@ HEAD = """# Mistakes that no test notices
 `make mutants` makes mistakes in the code one at a time and runs the tests that reach them. This page is what it
 printed; the reasons are written by hand and kept when it is printed again (`make mutants LIST=1`). How it works, and
 what is left out: [CONTRIBUTING](../../CONTRIBUTING.md#deliberate-mistakes).
+
+Where there is an interval, the mistakes tried are a random sample of the room; "all" are all of them. A room that is
+missing was not run.
 """
 UNKNOWN = "not looked at yet"
 
