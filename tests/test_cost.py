@@ -133,13 +133,13 @@ def test_dc_dit_agrees_with_the_counter(settings: dict[str, Any], backend: Any) 
 @pytest.mark.parametrize("model", [DiT, DCDiT])
 @pytest.mark.parametrize("backend", ["auto", "split", "padded"])
 @pytest.mark.parametrize("side", [8, 10])
-def test_padding_of_bf16_keys_is_a_part(model: type[DiT] | type[DCDiT], backend: Any, side: int) -> None:
-    """On CPU, 25 rows cost as much as 32 in bf16; the difference is counted and named."""
+def test_padding_in_bf16_is_a_part(model: type[DiT] | type[DCDiT], backend: Any, side: int) -> None:
+    """Where short samples are padded to the longest, the FLOPs of empty rows are counted and named."""
     small = model(**{**SMALL, "patch_size": 2, "sample_size": side}).eval().to(torch.bfloat16)
     with attention_backend(backend):
         found = call(small, 3, (side, side))
     assert found.counted == found.total
-    assert (model is DiT and side == 8) or found.parts["padding"] > 0
+    assert (found.parts.get("padding", 0) > 0) == (model is DCDiT and backend != "split")
 
 
 @pytest.mark.parametrize("model", [DiT, DCDiT])

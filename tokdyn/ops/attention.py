@@ -91,7 +91,7 @@ def packed_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor
         if key_bias is not None:
             raise InputError("variable-length attention takes no bias of the keys; use another attention backend.")
         return _variable_length(qkv, heads, packing)
-    return (_padded if backend == "padded" else _one_by_one)(qkv, heads, packing, key_bias)
+    return (padded_attention if backend == "padded" else split_attention)(qkv, heads, packing, key_bias)
 
 
 def equal_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
@@ -102,7 +102,8 @@ def equal_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor 
     return rearrange(out, "b n d -> (b n) d")
 
 
-def _one_by_one(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
+def split_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
+    """Compute packed attention by one call per sample."""
     rows = qkv.split_with_sizes(packing.lengths)
     biases: Sequence[Tensor | None] = [None] * len(rows)
     if key_bias is not None:
@@ -110,7 +111,8 @@ def _one_by_one(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | No
     return torch.cat([dense_attention(part[None], heads, bias)[0] for part, bias in zip(rows, biases, strict=True)])
 
 
-def _padded(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
+def padded_attention(qkv: Tensor, heads: int, packing: Packing, key_bias: Tensor | None) -> Tensor:
+    """Pad all samples to a little over the longest, mask the empty keys, and take the real rows back."""
     padding, batch = packing.padded, len(packing.lengths)
     padded = rearrange(qkv.index_select(0, padding.gather), "(b r) c -> b r c", b=batch)
     bias = rearrange(padding.bias, "b 1 1 r -> b r")

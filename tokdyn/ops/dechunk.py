@@ -114,7 +114,6 @@ def dechunk_packed(
         return plug_back(rows, index.view(batch, count), gate, residual, dtype or rows.dtype)
 
 
-@has_cpu_form
 def plug_back(rows: Tensor, index: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Compute `rows[index] * STE(gate) + residual`, with the straight-through gate of `straight_through`.
 

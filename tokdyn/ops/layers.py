@@ -57,7 +57,6 @@ def linear(x: Tensor, layer: nn.Module, gelu: bool = False) -> Tensor:
     return gelu_tanh(out) if gelu else out
 
 
-@has_cpu_form
 def gelu_tanh(x: Tensor) -> Tensor:
     """Apply `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`, GELU in its tanh form (arXiv 1606.08415).
 
@@ -70,7 +69,6 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-@has_cpu_form
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Apply RMSNorm, `x / sqrt(mean(x^2) + eps) * weight` over the last axis (arXiv 1910.07467).
 
@@ -86,7 +84,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
 
 
-@has_cpu_form
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Apply GroupNorm (arXiv 1803.08494) and SiLU.
 

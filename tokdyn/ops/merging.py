@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 from tokdyn.ops.destinations import Destinations
-from tokdyn.ops.dispatch import has_cpu_form
 from tokdyn.ops.precision import exact, halves_multiply_slowly
 
 
@@ -151,7 +150,7 @@ def _match_equal(metric: Tensor, length: int, into: Destinations, merged: int) -
         candidates = into.others
         metric = metric.index_select(0, candidates.flatten())
         inverse = inverse.index_select(0, candidates.flatten())
-    best, column = largest(metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT)
+    best, column = (metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT).max(dim=-1)
     best = best * inverse.view_as(best)
     if into.others is None:  # destinations stay
         best = best.masked_fill(into.mask.view_as(best), -math.inf)
@@ -173,7 +172,7 @@ def _match_ragged(
         places.split_with_sizes([table.shape[1]] * len(table)), table, merged, strict=True,
     ):  # fmt: skip
         if count:
-            best, column = largest(rows @ unit.mT)
+            best, column = (rows @ unit.mT).max(dim=-1)
             best = (best * scale).masked_fill(mask, -math.inf)
             top = best.topk(count, sorted=False).indices
             target, order = place.index_select(0, column.index_select(0, top)).sort()
@@ -196,13 +195,6 @@ def _unit(metric: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.linalg.vector_norm(metric, dim=-1).clamp(min=1e-12).reciprocal()
     index = table.flatten()
     return metric.index_select(0, index) * inverse.index_select(0, index)[:, None], inverse
-
-
-@has_cpu_form
-def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest of (..., K) scores and its index, both (...)."""
-    best, place = scores.max(dim=-1)
-    return best, place
 
 
 def merge(x: Tensor, plan: Merging, size: Tensor | None = None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokdyn.ops.dispatch import has_cpu_form
 from tokdyn.tokens import Grid, cells
 
 _BROADCAST_LIMIT = 1 << 24
@@ -46,7 +45,6 @@ def _along_rows(keep: Tensor, count: int, limit: int, dtype: torch.dtype) -> Ten
     return torch.where(distance < width, distance * distance * count + first + nearest, limit)
 
 
-@has_cpu_form
 def along_axis(keys: Tensor, axis: int, count: int) -> Tensor:
     """Take the minimum over the cells of one axis of their key plus the squared distance along the axis.
 

@@ -4,6 +4,6 @@ They exist so that tests, demos and small studies are quick. Nothing but `tokdyn
 depends on it: within `tokdyn.ops.plain()`, or without it, every function computes the same, up to rounding.
 """
 
-from tokdyn.ops.cpu import activation, attention, dechunk, linear, modulation, norms, search
+from tokdyn.ops.cpu import attention, dechunk, layers, linear
 
-__all__ = ["activation", "attention", "dechunk", "linear", "modulation", "norms", "search"]
+__all__ = ["attention", "dechunk", "layers", "linear"]

@@ -1,10 +1,9 @@
-"""De-chunking on the CPU: smoothing over lists of neighbours, and plug-back one cacheful at a time."""
+"""Smoothing on the CPU, over lists of neighbours."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,56 +11,9 @@ from torch import Tensor
 
 from tokdyn.ops import torch_private
 from tokdyn.ops.dechunk import EPS, P_MIN
-from tokdyn.ops.dechunk import plug_back as plain_plug_back
 from tokdyn.ops.dechunk import smooth as plain_smooth
 from tokdyn.ops.dispatch import cpu_form, differentiable_gradients
 from tokdyn.tokens import Packing, cells
-
-_PART, _SMALL_PART = 1 << 20, 1 << 18  # elements that stay in the cache while they are multiplied, or added to
-
-
-@cpu_form(plain_plug_back)
-def plug_back(
-    rows: Tensor, index: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """Add the residual while rows are spread, or compute the gate's gradient, part by part."""
-    if not torch.is_grad_enabled():
-        return None if residual is None else _sum(rows, index.flatten(), residual, dtype)
-    if gate is None:
-        return None
-    out: Tensor = _GatedRows.apply(rows, index.flatten(), gate.flatten()).view(*index.shape, -1)
-    return (out if residual is None else out + residual).to(dtype)
-
-
-def _sum(rows: Tensor, index: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `rows[index] + residual`."""
-    out = torch.empty(residual.shape, dtype=dtype, device=residual.device)
-    part = max(1, _SMALL_PART // rows.shape[1])
-    parts = (torch.split(each, part) for each in (out.flatten(0, 1), residual.flatten(0, 1), index))
-    for place, start, at in zip(*parts, strict=True):
-        place.copy_(rows.index_select(0, at) + start)
-    return out
-
-
-class _GatedRows(torch.autograd.Function):
-    """`straight_through(rows[index], gate)`, with operators in its backward that have derivatives."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, index)
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (rows, index), (gradient,) = ctx.saved_tensors, gradients
-        with torch.autocast(rows.device.type, enabled=False):
-            to_rows = torch.zeros_like(rows).index_add(0, index, gradient) if ctx.needs_input_grad[0] else None
-            if not ctx.needs_input_grad[2]:
-                return to_rows, None, None
-            part = max(1, _PART // rows.shape[1])
-            parts = zip(torch.split(gradient, part), torch.split(index, part), strict=True)
-            to_gate = torch.cat([torch.linalg.vecdot(g, rows.index_select(0, at)) for g, at in parts])
-        return to_rows, None, to_gate
 
 
 @cpu_form(plain_smooth)
