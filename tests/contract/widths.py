@@ -40,8 +40,8 @@ def random_gates(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def widths_of(model: Any) -> list[Any]:
-    """The gates of a wrapped model."""
-    return [part for method, part in tokdyn.parts(model) if isinstance(method, DynamicWidth)]
+    """The gates of a wrapped model; a width of which all is on has none."""
+    return [part for method, part in tokdyn.parts(model) if isinstance(method, DynamicWidth) and part is not None]
 
 
 def layouts_on(model: nn.Module) -> tuple[Layout, ...]:

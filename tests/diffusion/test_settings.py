@@ -292,7 +292,7 @@ def test_records_tell_each_step(routed, interval):
         assert record.counts.cond.shape == (3,)
         assert (record.counts.uncond is not None) == record.guided
         kept = [record.counts.cond] if record.counts.uncond is None else [record.counts.cond, record.counts.uncond]
-        assert record.counts.fraction() == pytest.approx(torch.cat(kept).double().mean().item() / 24)
+        assert record.counts.share() == pytest.approx(torch.cat(kept).double().mean().item() / 24)
         assert torch.equal(state.keep().sum(1), record.counts.cond)
     assert {record.guided for record in made.steps} == ({True} if interval[1] == 1.0 else {True, False})
 

@@ -33,7 +33,7 @@ READERS = {
     "tokdyn/sample/identity.py": "samples",
     "tokdyn/bases/table.py": None,  # the base that ships with the package
     "tokdyn/bases/download.py": None,  # a download that was interrupted begins anew
-    "tokdyn/calibration/pipelines.py": None,  # only compares settings.json, whose keys are those of the command
+    "tokdyn/upcycling/command.py": None,  # only compares settings.json, whose keys are those of the command
     "tokdyn/calibration/trajectories.py": None,  # a file of diffusers
     "tokdyn/evaluate/timm_model.py": None,  # a file of timm
     "tokdyn/report/pareto.py": None,  # rows of anybody
