@@ -33,10 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a pairwise covering of the tests of each group, `@pytest.mark.pairwise(group)`.
+    """Keep a pairwise covering of the tests of each group, `@pytest.mark.pairwise(group, cost=1)`.
 
-    The test function is one factor and each parameter another. A test that is named on the command line is all there is
-    to cover, so it always runs.
+    The test function is one factor and each parameter another. A test that costs more than others runs as rarely as
+    possible. A test that is named on the command line is all there is to cover, so it always runs.
     """
     if config.getoption("product"):
         return
@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in group
         ]
         left_out.update(group)
-        left_out.difference_update(group[index] for index in covering(rows))
+        costs = [item.get_closest_marker("pairwise").kwargs.get("cost", 1) for item in group]
+        left_out.difference_update(group[index] for index in covering(rows, costs))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

@@ -7,8 +7,9 @@ default suite therefore runs a pairwise covering of models x methods x laws, and
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import combinations
+from zlib import crc32
 
 Row = Sequence[tuple[str, Hashable]]
 """One combination: (factor, value) for each factor."""
@@ -19,23 +20,24 @@ def pairs_of(row: Row) -> set[tuple[tuple[str, Hashable], ...]]:
     return set(combinations(row, 2)) if len(row) > 1 else {tuple(row)}
 
 
-def covering(rows: Iterable[Row]) -> list[int]:
+def covering(rows: Sequence[Row], costs: Sequence[float] | None = None) -> list[int]:
     """Return the indices of rows that together hold every pair that occurs in any of them.
 
-    Takes the row with the most pairs that are still missing, and of those the first, until none is missing. Gains only
-    shrink, so a heap with lazy updates finds that row.
+    Takes the row with the most pairs that are still missing for its cost, until none is missing. Gains only shrink, so
+    a heap with lazy updates finds that row. A checksum decides between equals, which favours no value of a factor.
     """
     pairs = [pairs_of(row) for row in rows]
+    costs = [1.0] * len(rows) if costs is None else costs
     missing = set().union(*pairs)
-    heap = [(-len(each), index) for index, each in enumerate(pairs)]
+    heap = [(-len(each) / costs[index], crc32(repr(rows[index]).encode()), index) for index, each in enumerate(pairs)]
     heapq.heapify(heap)
     chosen = []
     while missing:
-        gain, index = heapq.heappop(heap)
-        now = len(pairs[index] & missing)
-        if now == -gain:
+        gain, order, index = heapq.heappop(heap)
+        now = -len(pairs[index] & missing) / costs[index]
+        if now == gain:
             chosen.append(index)
             missing -= pairs[index]
         elif now:
-            heapq.heappush(heap, (-now, index))
+            heapq.heappush(heap, (now, order, index))
     return sorted(chosen)

@@ -32,6 +32,13 @@ def test_a_product_of_three_factors_needs_little_more_than_its_largest_face():
     assert 400 <= len(covering(rows)) <= 480
 
 
+def test_of_a_costly_factor_as_few_rows_as_possible_are_taken():
+    rows = [tuple(enumerate(values)) for values in product(range(3), range(9), range(7))]
+    chosen = [rows[i] for i in covering(rows, [100.0 if row[0][1] == 0 else 1.0 for row in rows])]
+    assert sum(row[0][1] == 0 for row in chosen) == 9
+    assert {row[2][1] for row in chosen if row[0][1] == 0} == {*range(7)}
+
+
 SUITE = """
 import pytest
 

@@ -32,7 +32,7 @@ def plain_is_one(name):
     return True
 
 
-@pytest.mark.pairwise("laws")
+@pytest.mark.pairwise("laws", cost=100)
 @pytest.mark.parametrize(("name", "methods"), [pair for pair in PAIRS if pair[1] in COMPILED])
 @torch.no_grad()
 def test_one_graph(name, methods):

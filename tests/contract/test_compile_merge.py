@@ -89,5 +89,5 @@ def test_within_a_larger_graph_another_grid_is_an_error(backend):
         return 2 * sample(model(**given))
 
     torch.testing.assert_close(twice(**inputs), 2 * expected, rtol=0, atol=1e-6)
-    with pytest.raises(RuntimeError, match="graph .*token grid"):
+    with pytest.raises(RuntimeError, match=r"graph .*token grid"):
         twice(**{**inputs, "img_ids": positions(name, 5, 4)})

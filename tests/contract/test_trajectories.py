@@ -149,9 +149,10 @@ def test_prompts_that_change_from_step_to_step_do_not_make_the_memory_grow(metho
     held = []
     for step in range(10):
         called(model, "DiT", 0.99**step * x, 0.9 - 0.05 * step, class_labels=torch.tensor([step]))
-        held.append(elements_in_memory())
+        if step in (5, 9):
+            held.append(elements_in_memory())
     assert {call.step for call in tokdyn.stats(model).calls} == set(range(10))  # all of one image
-    assert held[9] - held[5] < 4 * x.numel() / 4
+    assert held[1] - held[0] < 4 * x.numel() / 4
 
 
 def reads_nothing(name, method):
