@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -176,6 +177,41 @@ def test_latents_that_are_written_over_are_still_compared() -> None:
     first = call(trajectory, x, 0.9)
     x.copy_(noise(1))
     assert call(trajectory, x, 0.8).images != first.images
+
+
+def test_a_sampler_that_writes_over_its_latents_stays_on_one_image() -> None:
+    """After the first step at the latest, in which they are not copied; between steps the correlation is 0.7."""
+    trajectory, x = Trajectory(), noise(0)
+    seen = []
+    for step, level in enumerate((0.9, 0.8, 0.7, 0.6)):
+        seen.append(call(trajectory, x, level))
+        x.mul_(0.7).add_(0.7 * noise(step + 1))
+    assert len({position.images for position in seen[1:]}) == 1
+    x.copy_(noise(9))
+    assert call(trajectory, x, 0.5).images != seen[-1].images
+
+
+def test_the_graph_behind_latents_is_not_kept() -> None:
+    class Held:
+        pass
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x, held):
+            context.held = held
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient, None
+
+    trajectory, held = Trajectory(), Held()
+    x = Node.apply(noise(0).requires_grad_(), held)
+    alive = weakref.ref(held)
+    call(trajectory, x, 0.9)
+    trajectory.note(0.9 * x)
+    del x, held
+    assert alive() is None
 
 
 def test_a_fork_goes_on_by_itself() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,11 @@ class Blueprint:
     def reduces(self) -> bool:
         """Whether a method lets blocks compute fewer tokens than the grid has."""
         return any(placed.traits.tokens != "full" for placed in self.placed)
+
+    @cached_property
+    def needs_all_tokens(self) -> str | None:
+        """The name of a method that needs the whole grid; None if none does."""
+        return next((one.name for one in self.placed if one.traits.tokens != "full" or one.traits.compares), None)
 
 
 class Prepared(NamedTuple):
@@ -167,10 +172,6 @@ class Attachment(nn.Module):
         """Return the blocks of the wrapped model, in the order in which they run."""
         return [block for blocks in self.adapter.blocks for block in blocks_of(model, blocks)]
 
-    def first_block(self, model: nn.Module) -> nn.Module:
-        """Return the first block of the wrapped model."""
-        return next(reduce(getattr, self.adapter.blocks[0].path.split("."), model).children())
-
     def begin_call(
         self,
         model: nn.Module,
@@ -236,7 +237,8 @@ class Attachment(nn.Module):
 
     def remember(self, trace: CallTrace) -> None:
         """Add the trace of a call to the history, or an empty trace between two trajectories; drop the oldest."""
-        self.history = [*self.history[1:], trace]
+        self.history.pop(0)  # in place: a copy touches the reference counts of all traces
+        self.history.append(trace)
 
     def end(self) -> None:
         """End the trajectory and clear the caches; its statistics stay until the next one begins."""

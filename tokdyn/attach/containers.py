@@ -80,8 +80,8 @@ def check_sharding(model: nn.Module, attachment: Attachment) -> None:
     """
     if not attachment.methods:
         return
-    needy = _needs_all_tokens(attachment) if _tokens_are_split(model, attachment) else None
-    if needy is not None:
+    needy = attachment.blueprint.needs_all_tokens
+    if needy is not None and _tokens_are_split(model, attachment):
         raise InputError(
             f"{needy} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
             "over devices, because no device has the whole grid; leave out the context parallelism or the method."
@@ -129,12 +129,6 @@ def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _needs_all_tokens(attachment: Attachment) -> str | None:
-    """Return the name of a method that needs the whole grid; None if none does."""
-    placed = attachment.blueprint.placed
-    return next((one.name for one in placed if one.traits.tokens != "full" or one.traits.compares), None)
-
-
 def _diverging(attachment: Attachment) -> str | None:
     """Return the name of a method by which two processes may run other blocks, or a block another number of times."""
     drop = attachment.settings.tail_drop
@@ -145,11 +139,20 @@ def _diverging(attachment: Attachment) -> str | None:
     return None
 
 
+def _first_block(model: nn.Module, attachment: Attachment) -> nn.Module:
+    """Return the first block of a wrapped model, without `getattr` where that can be: it is called in every call."""
+    held: Any = model
+    for name in attachment.adapter.blocks[0].path.split("."):
+        held = held._modules.get(name) or getattr(held, name)
+    first: nn.Module = next(iter(held._modules.values()))
+    return first
+
+
 def _sharded(model: nn.Module, attachment: Attachment) -> bool:
     """Return whether FSDP2 (`torch.distributed.fsdp.fully_shard`) shards the model or its first block."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    places = (model, attachment.first_block(model))
+    places = (model, _first_block(model, attachment))
     return any(kind.__name__ == "FSDPModule" for place in places for kind in type(place).__mro__)
 
 
@@ -158,6 +161,6 @@ def _tokens_are_split(model: nn.Module, attachment: Attachment) -> bool:
     config = vars(model).get("_parallel_config")
     if getattr(config, "context_parallel_config", None) is not None:
         return True
-    places: tuple[Any, ...] = (model, attachment.first_block(model))
+    places: tuple[Any, ...] = (model, _first_block(model, attachment))
     registries = [vars(place)["_diffusers_hook"] for place in places if "_diffusers_hook" in vars(place)]
     return any(name.startswith("cp_") for registry in registries for name in registry.hooks)

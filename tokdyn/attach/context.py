@@ -13,13 +13,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokdyn.adapters.base import ModelAdapter
+from tokdyn.adapters.base import Blocks, ModelAdapter
 from tokdyn.attach.inferred import Guard
 from tokdyn.attach.offload import Residency
+from tokdyn.attach.sites import Site
 from tokdyn.attach.view import FollowedArguments, TokenView
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, cells
-from tokdyn.trace.calls import CallTrace
+from tokdyn.trace.calls import BlockTrace, CallTrace
 from tokdyn.trace.trajectory import Position, Trajectory
 
 Value = TypeVar("Value")
@@ -194,9 +195,21 @@ class CallContext:
         """Return the positions in the batch of a view's samples; None if the view has all samples."""
         return None if len(view.samples) == self.trace.batch else view.samples
 
-    def finish(self) -> CallTrace:
-        """Return the trace of the call and start an empty one, for blocks that are recomputed in the backward pass."""
-        trace, self.trace = self.trace, self.trace.blank()
+    def record(self, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
+        """Add a computation of a block for the samples of a view to the trace, and return its record."""
+        lengths = () if view.packing is None else view.packing.lengths
+        rows = lengths if len(set(lengths)) > 1 else None
+        tokens = view.room if view.packing is None else view.packing.longest
+        beside = (0, 0) if view.packing is not None else other_tokens(named, site.blocks, tokens)
+        block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view))
+        self.trace.blocks.append(block)
+        return block
+
+    def finish(self, recomputed: bool) -> CallTrace:
+        """Return the trace of the call; start an empty one if its blocks may be recomputed in the backward pass."""
+        trace = self.trace
+        if recomputed:
+            self.trace = trace.blank()
         return trace
 
     def release(self) -> None:
@@ -253,6 +266,14 @@ def _read_grid(context: CallContext) -> Grid:
     read = context.adapter.grid
     assert read is not None, "methods that need a grid were refused"
     return context.check_grid(read(context.model, context.arguments))
+
+
+def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
+    """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
+    products, text = blocks.products, named.get(blocks.text or "")
+    encoder = named.get(products.context) if products is not None and products.cross else None
+    beside = named[blocks.tokens].shape[1] - image
+    return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -6,8 +6,7 @@ site is `site`; `call` or `inner` is its original call, and `named` its argument
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.tokens import join
 from tokdyn.attach import class_swap
-from tokdyn.attach.context import CallContext, is_offloaded
+from tokdyn.attach.context import CallContext, is_offloaded, other_tokens
 from tokdyn.attach.handlers.base import BlockCall, Exchange, Frame, Inner, Sublayer
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
 from tokdyn.tokens import cells
-from tokdyn.trace.calls import BlockTrace
 
 Call = Callable[..., Any]
 Named = dict[str, Any]
@@ -34,6 +32,8 @@ def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, .
     site: Site | None = vars(module).get("_tokdyn_site") or frame.sites.get(id(module))
     if site is None:
         return plain(module, *args, **kwargs)
+    if site.kind == "block" and frame.remember is None and _passes(frame, module, site):
+        return site.unchanged(args, kwargs)
     call = frame.context.residency.around(module, plain) if is_offloaded(module) else partial(plain, module)
     if site.kind == "block":
         return call_block(frame, module, site, call, args, kwargs)
@@ -43,6 +43,14 @@ def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, .
             call = partial(kernel.layer, frame, module, site, call)
         return call(*args)
     return _call_sublayer(frame, site, call, args, kwargs)
+
+
+def _passes(frame: Frame, module: nn.Module, site: Site) -> bool:
+    """Return whether a block is skipped for all samples and nothing else is to be done at it."""
+    context = frame.context
+    if context.view is None or not context.view.all_idle or context.guard is not None:
+        return False
+    return site.block not in frame.handlers.edges and not is_offloaded(module)
 
 
 def call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
@@ -66,20 +74,20 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         site = context.guard.begin(frame.sites, module, named, plain)
     blocks, edge = site.blocks, site.block in frame.handlers.edges
     view = context.view = _view_of(context, frame, named, blocks)
-    if view.all_idle and not edge and context.guard is None and not is_offloaded(module):
-        given = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
-        return given["tokens"] if len(blocks.returns) == 1 else tuple(map(given.get, blocks.returns))
+    if _passes(frame, module, site):
+        return site.unchanged(args, kwargs)
+    frame = frame._replace(view=view)
     if edge:
-        named[blocks.tokens], view = _open(replace(frame, view=view), module, site, named)
+        named[blocks.tokens], view = _open(frame, module, site, named)
+        frame = frame._replace(view=view)
     as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
-    frame = replace(frame, view=view)
     if as_given and _nothing_acts(frame, blocks):
-        block = _record(context, view, site, named)
+        block = context.record(view, site, named)
         if len(frame.handlers.sublayers) == 0:
             return call(*args, **kwargs)
-        return class_swap.within(replace(frame, block=block), call, *args, **kwargs)
+        return class_swap.within(frame._replace(block=block), call, *args, **kwargs)
     inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
     results = _compute_groups(frame, module, site, inner, named)
     if edge:
@@ -114,7 +122,7 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
     trace = context.trace
     if not trace.batch:
         trace.batch, trace.cells = batch, count
-        trace.text, trace.context = _other_tokens(named, blocks, count)
+        trace.text, trace.context = other_tokens(named, blocks, count)
         if context.readings.grid.known:
             context.check_grid(context.grid)
     return view
@@ -184,6 +192,8 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     """Compute a block for the samples that do not skip it, and return "tokens" and "text" of all samples."""
     context, view, blocks = frame.context, frame.view, site.blocks
     results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
+    if view.all_idle and not is_offloaded(module):
+        return results
     inputs, device = dict(results), named[blocks.tokens].device
     groups = _groups(frame, site.block)
     if groups is not None and not groups and is_offloaded(module):
@@ -250,33 +260,14 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
     view = frame.view if part is None else part.view
     arguments = named if part is None else part.take(named, blocks)
     arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part)}
-    block = _record(context, view, site, arguments)
-    inside = replace(frame, view=view, block=block, exchange=Exchange(view.samples))
+    block = context.record(view, site, arguments)
+    inside = frame._replace(view=view, block=block, exchange=Exchange(view.samples))
     for kernel in frame.handlers.kernels:
         inner = partial(kernel.run, inside, module, site, inner)
     out = class_swap.within(inside, inner, arguments)
     if context.guard is not None:
         context.guard.after(blocks, arguments[blocks.tokens], out)
     return dict(zip(blocks.returns, out if isinstance(out, tuple) else (out,), strict=False))
-
-
-def _record(context: CallContext, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
-    """Add a computation of a block to the call's trace and return its record."""
-    lengths = () if view.packing is None else view.packing.lengths
-    rows = lengths if len(set(lengths)) > 1 else None
-    tokens = view.room if view.packing is None else view.packing.longest
-    beside = (0, 0) if view.packing is not None else _other_tokens(named, site.blocks, tokens)
-    block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=context.which(view))
-    context.trace.blocks.append(block)
-    return block
-
-
-def _other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
-    """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
-    products, text = blocks.products, named.get(blocks.text or "")
-    encoder = named.get(products.context) if products is not None and products.cross else None
-    beside = named[blocks.tokens].shape[1] - image
-    return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
 
 
 def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:

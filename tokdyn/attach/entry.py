@@ -216,7 +216,8 @@ def _call(
     """Call the model, or an entry of it, in a frame of its own."""
     if attachment.blueprint.reduces:
         check_arguments(model, attachment.adapter, named)
-    edges = attachment.handlers.edges.intersection(named.get("skip_layers") or ())
+    left_out = named.get("skip_layers")
+    edges = attachment.handlers.edges.intersection(left_out) if left_out else ()
     if edges:
         raise InputError(
             f"skip_layers leaves out block {min(edges)}, where a method on this {type(model).__name__} begins or ends; "
@@ -242,8 +243,9 @@ def _call(
     finally:
         context.release()
         recompute.release(bound)
-    attachment.losses = context.losses
-    attachment.remember(context.finish())
+    if context.losses or attachment.losses:  # nn.Module looks at what is assigned
+        attachment.losses = context.losses
+    attachment.remember(context.finish(gradients))
     return out
 
 

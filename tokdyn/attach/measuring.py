@@ -18,7 +18,7 @@ def untraced(attachment: Attachment) -> Iterator[None]:
 
     These calls continue the current trajectory and use what is cached.
     """
-    history, losses, trajectory = attachment.history, attachment.losses, attachment.trajectory
+    history, losses, trajectory = list(attachment.history), attachment.losses, attachment.trajectory
     watch, attachment.watch = attachment.watch, None
     memories = [(cache, cache.memory) for cache in attachment.caches]
     attachment.trajectory = trajectory.fork()

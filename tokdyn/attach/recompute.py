@@ -115,7 +115,7 @@ def _detached(frame: Frame, old: Any, new: Any) -> Frame:
         context.readings.grid, context.readings.levels, context.readings.position, FollowedArguments()
     )
     context.slots = [_replaced(state, old, new) for state in context.slots]
-    return replace(frame, context=context, remember=None)
+    return frame._replace(context=context, remember=None)
 
 
 def _replaced(state: Any, old: Any, new: Any) -> Any:
@@ -154,7 +154,7 @@ def _checkpointing(function: Any, frame: Frame) -> Any:
         site = frame.sites.get(id(module))
         if site is None:
             return function(module, *args)
-        return call_block(replace(frame, remember=None), module, site, _Checkpointed(function, module, frame), args, {})
+        return call_block(frame._replace(remember=None), module, site, _Checkpointed(function, module, frame), args, {})
 
     return checkpoint
 
@@ -178,9 +178,9 @@ class _Checkpointed:
         def computed(*again: Any) -> Any:
             nonlocal runs, several
             inside = Exchange(exchange.samples, dict(zip(names, again[len(args) :], strict=True)))
-            here = replace(frame, exchange=inside)
+            here = frame._replace(exchange=inside)
             if runs:  # a recomputation adds nothing to traces and losses
-                here = replace(_without_records(here), exchange=inside)
+                here = _without_records(here)._replace(exchange=inside)
             runs += 1
             out = class_swap.within(
                 here, class_swap.base_class(self._module).__call__, self._module, *again[: len(args)]
@@ -199,4 +199,4 @@ def _without_records(frame: Frame) -> Frame:
     context: CallContext = copy.copy(frame.context)
     context.trace, context.losses = context.trace.blank(), {}
     block = replace(frame.block, attention=[], mlp=[], saved={}, mlp_rows=None)
-    return replace(frame, context=context, block=block)
+    return frame._replace(context=context, block=block)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -29,6 +29,7 @@ class Site:
         blocks: the adapter's declaration of the list that this block is in.
         names: names of the arguments of the module's forward, in order; () for a layer.
         layer: which outputs and inputs of a layer belong to heads and MLP channels; None for other modules.
+        returned: position and name of the arguments that a skipped block returns as they are; () for other modules.
     """
 
     kind: Literal["block", "attention", "mlp", "stream", "layer"]
@@ -36,6 +37,18 @@ class Site:
     blocks: Blocks
     names: tuple[str, ...]
     layer: Layer | None = None
+    returned: tuple[tuple[int, str], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = {"tokens": self.blocks.tokens, "text": self.blocks.text or ""}
+        named = [given[name] for name in self.blocks.returns] if self.kind == "block" else []
+        places = tuple((self.names.index(name) if name in self.names else len(self.names), name) for name in named)
+        object.__setattr__(self, "returned", places)
+
+    def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a skipped block returns: the tokens, or tokens and text, that it was given."""
+        given = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.returned]
+        return given[0] if len(given) == 1 else tuple(given)
 
 
 Sites = dict[int, Site]

@@ -64,6 +64,12 @@ class TokenView:
         """Number of image tokens of each sample, without padding."""
         return (self.packing.lengths if self.packing is not None else self.lengths) or (self.room,) * self.batch
 
+    def with_idle(self, idle: frozenset[int]) -> TokenView:
+        """Return the view with other idle samples. It runs in every cached step, where `replace` would be felt."""
+        return TokenView(
+            self.samples, self.cells, self.room, self.device, self.index, self.lengths, self.packing, idle, self.source
+        )
+
     def reduced(self, index: Tensor, sizes: Sequence[int], slot: int) -> TokenView:
         """Return the view of the tokens that a bracket selected from this one.
 

@@ -9,7 +9,6 @@ would be felt.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,10 +33,10 @@ FEW = 256
 
 Over 256 elements, noise that is independent of five vectors reaches `RESEMBLES` with a probability of 2e-8.
 """
-GLANCED, SURELY = 64, 0.7
+GLANCED, SURELY = 32, 0.9
 """Elements that a glance compares, and the correlation from which on it decides that an input resembles the one before.
 
-Over 64 elements, independent noise reaches it with a probability of 5e-11. In doubt more elements are compared.
+Over 32 elements, independent noise reaches it with a probability of 5e-13. In doubt more elements are compared.
 """
 SAME, UNKNOWN, FEW_CHANGED = 2.0, -2.0, -3.0  # beyond what a correlation can be
 UNSURE = UNKNOWN, 0.0  # what a glance says in doubt
@@ -108,6 +107,7 @@ class Prediction:
     @staticmethod
     def of(value: Tensor, x: InputSeen) -> Prediction | None:
         """Note what was returned for an input: on the CPU the tensor, which is rarely asked for, else a copy."""
+        value = value.detach() if value.requires_grad else value
         written = version(value) if x.on_host else None
         if written is not None:
             return Prediction(value, written)
@@ -128,51 +128,96 @@ class Prediction:
         return [taken] if len(taken) % 2 else [taken, taken.roll(len(taken) // 2, 0)]
 
 
+class Glance:
+    """A few elements of one sample's input.
+
+    Args:
+        values: the elements.
+    """
+
+    __slots__ = ("_square", "_values")
+
+    def __init__(self, values: list[float]) -> None:
+        self._values, self._square = values, sum(map(mul, values, values))
+
+    def beside(self, before: Glance) -> Resemblance:
+        """Compare them with those of the call before; `UNSURE` where that does not settle it."""
+        along, size = sum(map(mul, before._values, self._values)), math.sqrt(before._square * self._square)
+        if not (along > SURELY * size and all(map(ne, self._values, before._values))):
+            return UNSURE
+        moved = max(0.0, self._square - 2 * along + before._square) / before._square
+        return min(1.0, along / size), math.sqrt(moved)
+
+
 @dataclass
 class InputSeen:
     """The input of a call, to compare the next one with.
 
     Attributes:
         elements: M, how many of each sample are compared.
-        values: (B, M) copies of them, since latents may be written over; None where there was no input.
         shape: of the input.
         size: E, elements of each sample.
-        source: the input itself, as long as it is there.
-        written: how often that was written to.
+        source: the input itself, without the graph behind it; None where there was none.
+        written: how often that was written to when it was looked at; None where that is not counted.
+        copied: (B, M) copies of the elements; None on the host, as long as no input was written over.
         predictions: what the model made of it.
         on_host: whether reading values waits for no device.
         glance: a few of the values, on the host alone.
     """
 
     elements: int = SAMPLED
-    values: Tensor | None = None
     shape: Sequence[int] = ()
     size: int = 0
-    source: weakref.ref[Tensor] | None = None
+    source: Tensor | None = None
     written: int | None = None
+    copied: Tensor | None = None
     predictions: list[Prediction] = field(default_factory=list)
     on_host: bool = True
-    glance: list[list[float]] | None = None
+    glance: list[Glance] | None = None
 
     @staticmethod
-    def of(x: Tensor, elements: int, on_host: bool) -> InputSeen:
-        """Look at some elements of each sample of an input."""
-        shape = x.shape
-        size = shape[1:].numel()
-        few = take(x, GLANCED, size).tolist() if on_host and size >= GLANCED else None
-        return InputSeen(elements, take(x, elements, size), shape, size, weakref.ref(x), version(x), [], on_host, few)
+    def of(x: Tensor, elements: int, on_host: bool, copies: bool = False) -> InputSeen:
+        """Look at some elements of each sample of an input.
+
+        Args:
+            x: (B, ...).
+            elements: M.
+            on_host: whether reading values waits for no device.
+            copies: whether inputs are written over, so that the elements are copied now.
+        """
+        x = x.detach() if x.requires_grad else x  # else the graph behind it would be kept
+        shape, written = x.shape, version(x)
+        size = x.numel() // max(1, len(x))
+        few = list(map(Glance, take(x, GLANCED, size).tolist())) if on_host and size >= GLANCED else None
+        copied = take(x, elements, size) if copies or not on_host or written is None else None
+        return InputSeen(elements, shape, size, x, written, copied, [], on_host, few)
+
+    @property
+    def current(self) -> bool:
+        """Whether nothing was written to the input since."""
+        return self.source is not None and self.written is not None and self.written == version(self.source)
+
+    @property
+    def copies(self) -> bool:
+        """Whether the input was written over, or one before it."""
+        return self.copied is not None or (self.source is not None and not self.current)
+
+    @property
+    def values(self) -> Tensor | None:
+        """(B, M) the elements; None where there was no input, or where it was written over."""
+        if self.copied is not None:
+            return self.copied
+        return take(self.source, self.elements, self.size) if self.source is not None and self.current else None
 
     def is_of(self, x: Tensor) -> bool:
         """Whether this tensor was looked at, and nothing was written to it since."""
-        if self.source is None or self.source() is not x or self.written is None:
-            return False
-        return self.written == version(x)
+        return self.source is x and self.current
 
     def fits(self, other: InputSeen) -> bool:
         """Whether another input has the same elements."""
-        if self.values is None or other.values is None or self.shape != other.shape:
+        if self.source is None or other.source is None or self.shape != other.shape:
             return False
-        return self.elements == other.elements and self.values.device == other.values.device
+        return self.elements == other.elements and self.source.device == other.source.device
 
 
 class Comparison:
@@ -192,9 +237,11 @@ class Comparison:
         if self._inputs is not None:
             now, before = self._inputs
             if now.glance is not None and before.glance is not None:
-                glanced = list(map(glance, now.glance, before.glance))
+                glanced = list(map(Glance.beside, now.glance, before.glance))
                 if UNSURE not in glanced:
                     return glanced
+            if now.values is None or before.values is None:
+                return [(UNKNOWN, UNKNOWN)] * now.shape[0]
             columns = (_products_of(now, before).tolist(),)
         return [self._judge(row[0], row[1:]) for row in columns[0]]
 
@@ -211,14 +258,6 @@ def _products_of(now: InputSeen, before: InputSeen) -> Tensor:
     assert before.values is not None
     predicted = (each for prediction in before.predictions for each in prediction.read(before))
     return products(now.values, [before.values, *predicted])
-
-
-def glance(x: Sequence[float], before: Sequence[float]) -> Resemblance:
-    """Compare a few elements of one sample; `UNSURE` where that does not settle it."""
-    size, along, whole = sum(map(mul, before, before)), sum(map(mul, before, x)), sum(map(mul, x, x))
-    if not (all(map(ne, x, before)) and along > SURELY * math.sqrt(size * whole)):
-        return UNSURE
-    return min(1.0, along / math.sqrt(size * whole)), math.sqrt(max(0.0, whole - 2 * along + size) / size)
 
 
 def as_input(value: Tensor, shape: Sequence[int]) -> Tensor | None:

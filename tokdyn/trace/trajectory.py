@@ -11,7 +11,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,8 +39,7 @@ _REMEMBERED = 8  # branches whose steps are counted
 _PREDICTIONS = 2  # calls of a step whose predictions are kept to explain the next latents
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """The place of a call.
 
     Attributes:
@@ -101,12 +100,11 @@ class Tracker:
             name: of the guidance branch, where a pipeline gave one.
             told: index of the step, where a pipeline gave one.
         """
-        levels, alike = tuple(each.level for each in seen), [each.alike for each in seen]
+        levels, alike, moved, conditions = zip(*seen, strict=True) if seen else ((), (), (), ())
         same_input = same_step = False
         if levels == self._levels:
-            same_input = all(value == SAME for value in alike)
-            moved = any(each.moved > ROUNDED for each in seen) and all(value >= RESEMBLES for value in alike)
-            same_step = same_input or moved
+            same_input = alike.count(SAME) == len(alike)
+            same_step = same_input or (max(moved) > ROUNDED and min(alike) >= RESEMBLES)
         loops = self._place + 1 >= MOST_BRANCHES if name is None else name in self._seen
         if same_step and loops:  # a loop over one call, or a run that was broken off in its first step
             self.clear()
@@ -115,13 +113,12 @@ class Tracker:
             self._place, self._same_input = self._place + 1, self._same_input and same_input
         else:
             self._begin_step(levels, alike, told is not None)
-        conditions = [each.condition for each in seen]
         branch = self._branch(name, conditions)
         images = tuple(zip(self._images, conditions, strict=True))
         steps = self._count(branch, images, told)
         return Position(branch, self._place, images, steps, self.run, self._same_input)
 
-    def _begin_step(self, levels: tuple[float, ...], alike: list[float], told: bool) -> None:
+    def _begin_step(self, levels: tuple[float, ...], alike: Sequence[float], told: bool) -> None:
         """Note a new step, and the samples whose image begins with it."""
         known = len(levels) == len(self._levels)
         begins = [
@@ -138,11 +135,13 @@ class Tracker:
                 images[sample] = self._image
         self._images, self._levels, self._place, self._same_input, self._seen = images, levels, 0, True, {}
 
-    def _branch(self, name: str | None, conditions: list[tuple[float, ...]]) -> Hashable:
+    def _branch(self, name: str | None, conditions: Sequence[tuple[float, ...]]) -> Hashable:
         """Tell a branch by its name or by what it is conditioned on; equal calls in one step by their order."""
         key: Hashable = name
         if name is None:
-            key = next((known for known in self._known if _shares(known, conditions)), ("condition", *conditions))
+            key = "condition", *conditions
+            if key not in self._known:
+                key = next((known for known in self._known if _shares(known, conditions)), key)
         count = self._seen.get(key, 0)
         self._seen[key] = count + 1
         return key if not count else ("again", count, key)
@@ -160,7 +159,7 @@ class Tracker:
         return tuple(step if told is None else told for _, step in counted)
 
 
-def _shares(branch: Hashable, conditions: list[tuple[float, ...]]) -> bool:
+def _shares(branch: Hashable, conditions: Sequence[tuple[float, ...]]) -> bool:
     """Whether a known branch without a name has the conditioning of at least one sample."""
     if not (isinstance(branch, tuple) and branch[0] == "condition" and len(branch) == len(conditions) + 1):
         return False
@@ -221,7 +220,8 @@ class Trajectory:
         self._before = before
         on_host = reads_freely(x)
         if not before.is_of(x):
-            self._now = InputSeen.of(x, before.elements if x.shape == before.shape else SAMPLED, on_host)
+            elements = before.elements if x.shape == before.shape else SAMPLED
+            self._now = InputSeen.of(x, elements, on_host, before.copies)
             compared = Comparison(self._now, before) if before.fits(self._now) else UNKNOWN
         conditions = self._conditioning.of(arguments, x, on_host)
         self._observation = Observation(level, conditions, compared, self.branch, self.step)
@@ -248,9 +248,9 @@ class Trajectory:
         if self._now is not self._before and alike.count(SAME) == len(alike):
             self._now = self._before  # a copy of the input before: both calls explain what follows
         elif FEW_CHANGED in alike:
-            x = None if self._now.source is None else self._now.source()
-            unseen = replace(self._now, elements=sys.maxsize, values=None)
-            self._now = unseen if x is None else InputSeen.of(x, sys.maxsize, self._now.on_host)
+            now = self._now
+            assert now.source is not None
+            self._now = InputSeen.of(now.source, sys.maxsize, now.on_host, now.copies)
 
     def note(self, output: Any) -> None:
         """Note what the model predicted in the call that was observed last, whatever the model returned."""
@@ -260,9 +260,9 @@ class Trajectory:
         if not self._placed and observation.on_host:
             self._learn(observation)
         now = self._before = self._now
-        if now.values is None or len(now.predictions) >= _PREDICTIONS:
+        if now.source is None or len(now.predictions) >= _PREDICTIONS:
             return
         value = prediction_in(output)
-        noted = None if value is None or value.device != now.values.device else Prediction.of(value, now)
+        noted = None if value is None or value.device != now.source.device else Prediction.of(value, now)
         if noted is not None:
             now.predictions.append(noted)

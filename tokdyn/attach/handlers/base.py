@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -179,8 +179,7 @@ class Exchange:
     returned: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """What a thread is computing: a call of the model and, inside of a block, the block for some samples of the batch.
 
     Attributes:

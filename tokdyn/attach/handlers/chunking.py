@@ -210,7 +210,7 @@ def call_chunked(
             part = view.take(running)
             arguments = (tokens, grid, steps, condition, tail_drop, plan)
             computed, decided = class_swap.within(
-                replace(frame, view=part.view),
+                frame._replace(view=part.view),
                 original,
                 model,
                 *(_select_samples(value, part.places, view.batch) for value in arguments),

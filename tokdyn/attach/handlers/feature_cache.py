@@ -159,7 +159,7 @@ class CachedBlocks(Bracket):
         context.slots[self.slot] = Reuse(x, reused, fresh, branch, view)
         idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
         context.trace.cached = idle
-        return x, replace(view, idle=idle)
+        return x, view.with_idle(idle)
 
     def indicator(self, context: CallContext, x: Tensor, block: BlockCall | None) -> Tensor:
         """Compute the indicator (B, ...) that is compared from step to step.

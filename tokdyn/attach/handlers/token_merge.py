@@ -7,7 +7,7 @@ averaged with it; each of those then gets the sublayer's result for its destinat
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class MergedTokens(Sublayer):
         outputs = []
         for places in groups:
             part = view.take(places)
-            inside = replace(frame, view=part.view)
+            inside = frame._replace(view=part.view)
             arguments = select_samples(named, part.places, view.batch, site.blocks)
             outputs.append(class_swap.within(inside, self.around, inside, part.view, site, call, arguments))
         order = torch.tensor([i for places in groups for i in places], device=view.device).argsort()
