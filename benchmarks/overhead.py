@@ -3,8 +3,9 @@
     python -m benchmarks.overhead --against REVISION --out benchmarks/results/overhead-cpu.json
 
 REVISION is a revision of this repository, or a folder that holds an older `tokdyn`. Its package is copied under another
-name, so that both versions run in one process on equal weights and inputs, in turn: a ratio is the median over rounds
-of new time / old time, and its range holds the true median with 95% probability. A cached step is one that FeatureCache
+name, so that both versions run in one process on equal weights and inputs, in turn. The models are built several times,
+in both orders, since the time of a short call depends on where its weights lie. A ratio is the median over rounds of
+new time / old time, and its range holds the true median with 95% probability. A cached step is one that FeatureCache
 reuses; every step moves the latents and lowers the noise level. `--only NAME` measures the rows whose name contains it
 and keeps the other rows of --out, so that the benchmark can be run in pieces. On a machine that others use,
 `--clock cpu` counts the processor time of all threads in place of time. Exits with 1 if a whole range lies above its
@@ -43,6 +44,7 @@ from tokdyn.errors import InputError
 
 OLD = "tokdyn_before"  # the name that the older package gets
 LIMITS = {"empty": 1.01, "other": 1.02}
+BUILDS = 4  # times that both models of a row are built: where their weights lie changes a short call by some per cent
 BATCH, WIDTH, HEADS, DEPTH = 2, 384, 6, 12  # DiT-S/2
 
 Side = Callable[[], Callable[[], Any]]
@@ -291,21 +293,23 @@ def rows(older: Any) -> list[Row]:
 def compare(row: Row, rounds: int, clock: str) -> dict[str, Any]:
     """Time both sides of a row in turn, the order changing every round."""
     now = time.process_time if clock == "cpu" else time.perf_counter
-    sides = {old: row.build(old) for old in (True, False)}
-    rounds = max(9, round(rounds * row.share))
+    each = max(3, math.ceil(rounds * row.share / BUILDS))
+    rounds = BUILDS * each
     times: dict[bool, list[float]] = {True: [], False: []}
-    gc.collect()
-    gc.disable()
-    try:
-        for index in range(-3, rounds):
-            for old in (True, False) if index % 2 else (False, True):
-                call = sides[old]()
-                start = now()
-                call()
-                if index >= 0:
-                    times[old].append((now() - start) * 1e3)
-    finally:
-        gc.enable()
+    for build in range(BUILDS):
+        sides = {old: row.build(old) for old in ((True, False) if build % 2 else (False, True))}
+        gc.collect()
+        gc.disable()
+        try:
+            for index in range(-3, each):
+                for old in (True, False) if index % 2 else (False, True):
+                    call = sides[old]()
+                    start = now()
+                    call()
+                    if index >= 0:
+                        times[old].append((now() - start) * 1e3)
+        finally:
+            gc.enable()
     ratios = sorted(new / old for new, old in zip(times[False], times[True], strict=True))
     beside = math.ceil(0.98 * math.sqrt(rounds))  # 1.96 standard deviations of a binomial of 1/2
     middle = rounds // 2
