@@ -86,6 +86,9 @@ def test_masked_keys_of_zeros_in_bf16_change_nothing(backend):
 )
 def test_samples_are_padded_if_that_costs_less_than_calls(lengths, dtype, path):
     assert choose(lengths, dtype) == path
+    with ops.attention_backend(path):
+        forced = attention.computed_pairs(lengths, torch.device("cpu"), dtype, 8)
+    assert attention.computed_pairs(lengths, torch.device("cpu"), dtype, 8) == forced
 
 
 @settings(deadline=None, max_examples=30)

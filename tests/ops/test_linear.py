@@ -65,9 +65,14 @@ def test_few_rows_are_added(count):
 
 
 @halves
-@given(count=st.integers(1, 400), start=st.integers(0, 50), poison=st.sampled_from([float("nan"), float("inf"), 0.0]))
-def test_added_rows_may_hold_anything(count, start, poison):
-    store = torch.full((500, 24), poison, dtype=torch.bfloat16)
+@given(
+    count=st.integers(1, 400),
+    start=st.integers(0, 50),
+    behind=st.integers(0, 50),
+    poison=st.sampled_from([float("nan"), float("inf"), 0.0]),
+)
+def test_added_rows_may_hold_anything(count, start, behind, poison):
+    store = torch.full((start + count + behind, 24), poison, dtype=torch.bfloat16)
     rows = store[start : start + count]
     rows.copy_(torch.randn(count, 24))
     before, made = store.clone(), layer().bfloat16()
@@ -159,6 +164,20 @@ def test_strided_and_meta_parameters(which, seen):
 def test_a_wrong_width_raises_the_error_of_the_layer():
     with torch.inference_mode(), AUTOCAST, pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(torch.randn(300, 23), layer())
+
+
+@halves
+@pytest.mark.parametrize("which", ["weight", "bias", "rows"])
+def test_mixed_types_raise_the_error_of_the_layer(which):
+    made, x = layer().bfloat16(), torch.randn(300, 24).bfloat16()
+    if which == "rows":
+        x = x.float()
+    else:
+        setattr(made, which, torch.nn.Parameter(getattr(made, which).float()))
+    with torch.inference_mode():
+        for call in (made, lambda rows: linear(rows, made)):
+            with pytest.raises(RuntimeError):
+                call(x)
 
 
 @halves
