@@ -151,3 +151,20 @@ def test_help_loads_no_model_code() -> None:
     """`tokdyn --help` answers at once because torch is not needed to print it."""
     loaded = loaded_after("import tokdyn.cli.main")
     assert not loaded & {"torch", "diffusers", "matplotlib", "accelerate", "timm", "torch_fidelity"}
+
+
+MODEL_CODE = {"accelerate", "diffusers", "timm", "torchvision", "transformers"}
+
+
+def test_schema_of_recipes_loads_no_models() -> None:
+    """Settings of methods and objectives live beside their tensor code, so torch is loaded; models are not."""
+    assert not loaded_after("import tokdyn.recipe") & MODEL_CODE
+
+
+def test_help_with_the_settings_of_a_run_loads_no_models() -> None:
+    statements = [
+        "from typer.testing import CliRunner",
+        "from tokdyn.cli.main import app",
+        "assert 'training.batch_size' in CliRunner().invoke(app, ['train', '--help']).output",
+    ]
+    assert not loaded_after("; ".join(statements)) & MODEL_CODE

@@ -59,11 +59,19 @@ REFUSED = sorted({*product(sorted(TINY), ACTIVE)} - {*PAIRS})
 """(model, stack) that `wrap` refuses."""
 
 
-def prepare(model: nn.Module, methods: str) -> nn.Module:
-    """Let the methods of a wrapped model act: calibrate a router that decides how many tokens are kept, open gates."""
-    if "ragged" in methods:
+@torch.no_grad()
+def acting(model: nn.Module) -> nn.Module:
+    """Let what is learned act in a wrapped tiny model: gates open and shut, and routers keep what they should."""
+    generator = torch.Generator().manual_seed(0)
+    methods = []
+    for method, part in tokdyn.parts(random_gates(model)):
+        methods.append(method)
+        if isinstance(method, DepthSkip) and part is not None:
+            part.score.weight.copy_(torch.randn(part.score.weight.shape, generator=generator))
+            part.score.bias.zero_()
+    if any(isinstance(method, Chunking) and method.target > 1 for method in methods):
         tokdyn.calibrate_router(model, **TINY[type(model).__name__].inputs(4))
-    return random_gates(model) if "width" in methods else model
+    return model
 
 
 def at_levels(name: str, levels: tuple[float, ...] = (0.3, 0.7, 0.3)) -> dict[str, Any]:

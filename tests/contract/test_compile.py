@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import tokdyn
 from tests.contract.models import TINY, sample
-from tests.contract.stacks import ACTIVE, PAIRS, prepare
+from tests.contract.stacks import ACTIVE, PAIRS, acting
 from tokdyn.attach import wrap
 
 COMPILED = ("merge", "merge-both", "merge-weighted", "skip", "chunk", "chunk-merge", "width", "chunk-width")
@@ -37,7 +37,7 @@ def plain_is_one(name):
 @torch.no_grad()
 def test_one_graph(name, methods):
     inputs = TINY[name].inputs(2)
-    model = prepare(wrap(TINY[name].build(), ACTIVE[methods]), methods)
+    model = acting(wrap(TINY[name].build(), ACTIVE[methods]))
     expected = sample(model(**inputs))
     try:
         found = compiled(model, inputs)

@@ -9,9 +9,8 @@ import tokdyn
 from tests.contract.foreign import INFERRED
 from tests.contract.models import TINY, latents, of_diffusers, sample, works
 from tests.contract.siblings import TWINS
-from tests.contract.stacks import ACTIVE, at_levels
+from tests.contract.stacks import ACTIVE, acting, at_levels
 from tests.contract.test_chunking import twice
-from tests.contract.widths import random_gates
 from tokdyn import Chunking, CompositionError, DepthSkip, DynamicWidth, FeatureCache, InputError, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
 from tokdyn.cost.blocks import PARTS
@@ -20,9 +19,7 @@ MODELS = sorted(TINY)
 
 
 def wrapped(name, methods):
-    model = tokdyn.wrap(TINY[name].build(), methods)
-    if any(isinstance(each, DynamicWidth) for each in methods):
-        random_gates(model)
+    model = acting(tokdyn.wrap(TINY[name].build(), methods))
     return model.train() if any(isinstance(each, TokenDrop) for each in methods) else model
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.contract.kit import SHARED
 from tests.contract.models import CLOCKED, TINY
-from tests.contract.stacks import ACTIVE, PAIRS, at_levels, prepare
+from tests.contract.stacks import ACTIVE, PAIRS, acting, at_levels
 from tokdyn.testing import LAWS, Case
 
 BY_NAME = {law.__name__: law for law in LAWS}
@@ -25,6 +25,6 @@ def test_laws_hold(law, name, methods):
             methods=tuple(ACTIVE[methods]),
             shared=SHARED,
             tolerance=1e-5,
-            prepare=lambda wrapped: prepare(wrapped, methods),
+            prepare=acting,
         )
     )

@@ -7,7 +7,6 @@ import copy
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 import tokdyn
 from tests.contract.kit import SHARED
 from tests.contract.models import TINY, one_of, sample
-from tests.contract.widths import random_gates
-from tokdyn import Chunking, CompositionError, DepthSkip, FeatureCache, InputError, TokenDrop, UnsupportedModelError
+from tests.contract.stacks import acting
+from tokdyn import CompositionError, FeatureCache, InputError, TokenDrop, UnsupportedModelError
 from tokdyn.methods import METHODS, Method
 from tokdyn.testing import LAWS, Case
 
@@ -122,23 +121,6 @@ def built(name: str) -> nn.Module:
     return TINY[name].build()
 
 
-@dataclass(frozen=True)
-class Acting(Case):
-    """A case in which what is learned acts: gates open and shut, and routers are told how much to keep."""
-
-    def wrapped(self) -> nn.Module:
-        model = random_gates(super().wrapped())
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for method, part in tokdyn.parts(model):
-                if isinstance(method, DepthSkip) and part is not None:
-                    part.score.weight.copy_(torch.randn(part.score.weight.shape, generator=generator))
-                    part.score.bias.zero_()
-        if any(isinstance(method, Chunking) and method.target > 1 for method in self.methods):
-            tokdyn.calibrate_router(model, **self.call)
-        return model
-
-
 def test_every_setting_of_every_method_is_drawn() -> None:
     assert set(SETTINGS) == set(NEUTRAL) == set(METHODS)
     for name, method in METHODS.items():
@@ -236,7 +218,7 @@ def changed_by(method: Method, cure: str) -> Method:
 
 
 def obey(name: str, methods: tuple[Method, ...]) -> None:
-    case = Acting(lambda: copy.deepcopy(built(name)), TINY[name].inputs(2), methods, SHARED, 1e-4)
+    case = Case(lambda: copy.deepcopy(built(name)), TINY[name].inputs(2), methods, SHARED, 1e-4, acting)
     for law in LAWS:
         law(case)
     neutral_settings_change_nothing(name, methods)

@@ -62,7 +62,7 @@ def test_falling_levels_on_latents_that_resemble_each_other_are_steps_of_one_ima
     second = call(trajectory, 0.9 * x + 0.1 * noise(1), 0.8)
     assert second.images == first.images
     assert (first.steps, second.steps) == ((0,), (1,))
-    assert first.run == second.run
+    assert first.trajectory == second.trajectory
     assert first.place == second.place == 0
 
 
@@ -72,14 +72,14 @@ def test_other_latents_begin_another_image_although_the_level_falls() -> None:
     second = call(trajectory, noise(1), 0.8)
     assert second.images != first.images
     assert second.steps == (0,)
-    assert second.run != first.run
+    assert second.trajectory != first.trajectory
 
 
 def test_a_rising_level_begins_another_image_although_the_latents_are_the_same() -> None:
     trajectory, x = Trajectory(), noise(0)
     first, second = call(trajectory, x, 0.5), call(trajectory, x.clone(), 0.9)
     assert second.images != first.images
-    assert second.run != first.run
+    assert second.trajectory != first.trajectory
 
 
 def test_one_sample_of_a_batch_begins_another_image() -> None:
@@ -90,7 +90,7 @@ def test_one_sample_of_a_batch_begins_another_image() -> None:
     assert second.images[0] == first.images[0]
     assert second.images[1] != first.images[1]
     assert second.steps == (1, 0)
-    assert second.run == first.run
+    assert second.trajectory == first.trajectory
 
 
 def test_branches_are_told_apart_by_what_they_are_conditioned_on() -> None:

@@ -166,7 +166,7 @@ class SamplerCheck:
 
     method: Method
     levels: list[float] = field(default_factory=list)
-    _run: int = -1
+    _trajectory: int = -1
     _done: bool = False
 
     @staticmethod
@@ -177,9 +177,9 @@ class SamplerCheck:
 
     def see(self, position: Position, level: float) -> None:
         """Add a call of the model in sampling, at this noise level; a new trajectory ends the one before."""
-        if position.run != self._run:
+        if position.trajectory != self._trajectory:
             self.end()
-            self._run, self.levels = position.run, []
+            self._trajectory, self.levels = position.trajectory, []
         if position.place == 0:
             self.levels.append(level)
 

@@ -89,10 +89,10 @@ def measure(replay: Replay, calls: Sequence[Call], method: FeatureCache) -> tupl
             position, levels, indicator, output = observer.take()
             change, effect = None, None
             trajectory, last_indicator, last_output = last.get(position.branch, (-1, indicator, output))
-            if trajectory == position.run and last_indicator.shape == indicator.shape:
+            if trajectory == position.trajectory and last_indicator.shape == indicator.shape:
                 change = relative_change(indicator, last_indicator).cpu()
                 effect = relative_change(output, last_output).cpu()
-            last[position.branch] = (position.run, indicator, output)
+            last[position.branch] = (position.trajectory, indicator, output)
             steps.append(Step(position, levels, change, effect, *costs))
             advance(1)
     if all(step.change is None for step in steps):
@@ -115,7 +115,7 @@ def _grid(steps: Sequence[Step]) -> tuple[float, ...]:
     branch = steps[0].position.label
     for step in steps:
         if step.position.label == branch:
-            levels.setdefault(step.position.run, []).append(step.levels[0])
+            levels.setdefault(step.position.trajectory, []).append(step.levels[0])
     one, *others = levels.values()
     return tuple(one) if all(len(other) == len(one) for other in others) else ()
 

@@ -137,7 +137,7 @@ def _finite(value: Tensor) -> float | None:
 def _report_caching(result: CacheCalibration) -> dict[str, Any]:
     points = [
         {
-            "trajectory": step.position.run,
+            "trajectory": step.position.trajectory,
             "branch": step.position.label,
             "step": step.position.steps[sample],
             "sample": sample,

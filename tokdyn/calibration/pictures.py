@@ -126,9 +126,9 @@ def _scatter(figure: Figure, axes: Axes, found: CacheCalibration) -> None:
 def _timeline(axes: Axes, found: CacheCalibration) -> None:
     """Mark the steps in which the blocks run, for each sample and branch of the first trajectory."""
     rows: dict[tuple[object, int], list[tuple[float, bool]]] = {}
-    first = found.steps[0].position.run
+    first = found.steps[0].position.trajectory
     for step, reuse in zip(found.steps, simulate(found.steps, found.method), strict=True):
-        if step.position.run == first:
+        if step.position.trajectory == first:
             for sample, reused in enumerate(reuse.tolist()):
                 rows.setdefault((step.position.label, sample), []).append((step.levels[sample], reused))
     for row_number, row in enumerate(rows.values()):

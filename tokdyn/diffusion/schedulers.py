@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,8 +11,6 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import RecipeError
 
 SchedulerName = Literal["ddpm", "ddim", "dpm", "euler"]
-
-_SCHEDULERS: Any = diffusers  # their constructors carry no types
 
 # Half the log signal-to-noise ratio at which the deterministic solvers start. The cosine schedule has lower ones, at
 # which predicting an image means dividing by an alpha near 0. diffusers' `lambda_min_clipped` has the same purpose.
@@ -45,9 +42,12 @@ def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any
     if (name == "euler") != (objective.kind == "flow"):
         fitting = "euler" if objective.kind == "flow" else "ddpm, ddim or dpm"
         raise RecipeError(f"scheduler={name} cannot sample a {objective.kind} objective: use {fitting}.")
+    import diffusers
+
+    schedulers: Any = diffusers  # their constructors carry no types
     total = objective.num_train_timesteps
     if name == "euler":
-        flow = _SCHEDULERS.FlowMatchEulerDiscreteScheduler(num_train_timesteps=total)
+        flow = schedulers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=total)
         flow.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
         flow.set_begin_index(0)
         return flow
@@ -58,10 +58,10 @@ def open_scheduler(name: SchedulerName, steps: int, objective: Objective) -> Any
                 f"scheduler=ddpm takes 2 to {total} steps, not {steps}: change steps, or use ddim for a single one."
             )
         variance = "learned_range" if objective.learn_sigma else "fixed_small"
-        ancestral = _SCHEDULERS.DDPMScheduler(**tables, variance_type=variance, clip_sample=False)
+        ancestral = schedulers.DDPMScheduler(**tables, variance_type=variance, clip_sample=False)
         ancestral.set_timesteps(timesteps=_spread(total - 1, steps))
         return ancestral
-    solver = _SCHEDULERS.DPMSolverMultistepScheduler(**tables, solver_order=1 if name == "ddim" else 2)
+    solver = schedulers.DPMSolverMultistepScheduler(**tables, solver_order=1 if name == "ddim" else 2)
     solver.set_timesteps(timesteps=_trailing(solver, name, steps))
     solver.set_begin_index(0)
     return solver

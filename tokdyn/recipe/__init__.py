@@ -2,6 +2,7 @@
 
 A recipe may extend another one (`extends:`), and key=value settings override it:
 `load("cifar10/dcdit-learned", ["data.path=train.zip", "optimizer.lr=3e-4"])`.
+The schema loads torch, and no model code before the first recipe is validated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pydantic import ValidationError
 
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import files, shipped, yaml_text
-from tokdyn.recipe.build import base_without_weights, build_model
 from tokdyn.recipe.explain import explain
 from tokdyn.recipe.model_settings import ModelSettings
 from tokdyn.recipe.schema import (
@@ -130,6 +130,8 @@ def check(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
         RecipeError: The recipe or a setting is wrong.
         TokdynError: The model cannot be built.
     """
+    from tokdyn.recipe.build import base_without_weights, build_model
+
     recipe = load(name, settings)
     build_model(recipe, device="meta", base=None if recipe.upcycle is None else base_without_weights(recipe))
     return recipe

@@ -9,8 +9,6 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-from tokdyn.models import DCDiT, DiT
-from tokdyn.models.sizes import dc_dit_settings, dit_settings
 from tokdyn.recipe.explain import nearest
 
 BASE = "base"
@@ -32,6 +30,8 @@ def constructor(kind: str) -> dict[str, inspect.Parameter]:
     Args:
         kind: "dit" or "dcdit".
     """
+    from tokdyn.models import DCDiT, DiT
+
     signature = inspect.signature({"dit": DiT, "dcdit": DCDiT}[kind].__init__, eval_str=True)
     return {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
 
@@ -97,4 +97,6 @@ class ModelSettings(BaseModel):
         """Raise an InputError if there is no size of this name."""
         if self.name == BASE:
             return
+        from tokdyn.models.sizes import dc_dit_settings, dit_settings
+
         {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError

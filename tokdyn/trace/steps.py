@@ -37,10 +37,12 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
         history: traces in order; an empty one separates trajectories.
         adapter: of the model, which knows how its pipelines ask for guidance.
     """
-    runs = [list(run) for has_calls, run in groupby(history, key=lambda trace: trace.batch > 0) if has_calls]
+    trajectories = [
+        list(calls) for has_calls, calls in groupby(history, key=lambda trace: trace.batch > 0) if has_calls
+    ]
     placed: list[PlacedCall] = []
-    tracker, run, step = Tracker(), -1, -1
-    for trace in runs[-1] if runs else ():
+    tracker, trajectory, step = Tracker(), -1, -1
+    for trace in trajectories[-1] if trajectories else ():
         levels = tuple(trace.levels.tolist())
         levels = levels * trace.batch if len(levels) == 1 else levels
         if trace.level is None:  # every call is a step
@@ -48,14 +50,14 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
             continue
         if trace.training:
             tracker.clear()
-            placed, run = [PlacedCall(trace, 0, trace.branch or 0, levels)], -1
+            placed, trajectory = [PlacedCall(trace, 0, trace.branch or 0, levels)], -1
             continue
         if trace.observed is None:  # a graph of torch.compile had no room for an observation
             position = tracker.place([SampleSeen(level, SAME, 0.0) for level in levels])
         else:
             position = tracker.place(trace.observed.samples, trace.observed.branch, trace.observed.step)
-        if position.run != run:
-            placed, run, step = [], position.run, -1
+        if position.trajectory != trajectory:
+            placed, trajectory, step = [], position.trajectory, -1
         step += position.place == 0
         placed.append(PlacedCall(trace, step, position.place if trace.branch is None else trace.branch, levels))
     if {call.branch for call in placed} == {0, 1} and adapter.guidance == "calls":

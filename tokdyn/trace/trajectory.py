@@ -48,7 +48,7 @@ class Position(NamedTuple):
         images: (B) for each sample what tells its image and its conditioning from others; something that was remembered
             for a sample holds only while this is equal.
         steps: (B) step of each sample within its image, counted for this branch.
-        run: number of the trajectory, counted over those that began for all samples at once.
+        trajectory: number of the trajectory, counted over those that began for all samples at once.
         same_input: whether all calls of the step so far had one input.
     """
 
@@ -56,7 +56,7 @@ class Position(NamedTuple):
     place: int
     images: tuple[Hashable, ...]
     steps: tuple[int, ...]
-    run: int
+    trajectory: int
     same_input: bool = True
 
     @property
@@ -79,7 +79,7 @@ class Tracker:
     one before, or the batch has another size.
     """
 
-    run: int = 0
+    trajectory: int = 0
     _image: int = 0
     _images: list[int] = field(default_factory=list)
     _levels: tuple[float, ...] = ()
@@ -106,7 +106,7 @@ class Tracker:
             same_input = alike.count(SAME) == len(alike)
             same_step = same_input or (max(moved) > ROUNDED and min(alike) >= RESEMBLES)
         loops = self._place + 1 >= MOST_BRANCHES if name is None else name in self._seen
-        if same_step and loops:  # a loop over one call, or a run that was broken off in its first step
+        if same_step and loops:  # a loop over one call, or a trajectory that was broken off in its first step
             self.clear()
             same_step = False
         if same_step:
@@ -116,7 +116,7 @@ class Tracker:
         branch = self._branch(name, conditions)
         images = tuple(zip(self._images, conditions, strict=True))
         steps = self._count(branch, images, told)
-        return Position(branch, self._place, images, steps, self.run, self._same_input)
+        return Position(branch, self._place, images, steps, self.trajectory, self._same_input)
 
     def _begin_step(self, levels: tuple[float, ...], alike: Sequence[float], told: bool) -> None:
         """Note a new step, and the samples whose image begins with it."""
@@ -126,7 +126,7 @@ class Tracker:
             for level, before, value in zip(levels, self._levels if known else levels, alike, strict=True)
         ]
         if all(begins):
-            self.run += 1
+            self.trajectory += 1
             self._known.clear()
         images = self._images if known else [0] * len(levels)
         for sample, new in enumerate(begins):

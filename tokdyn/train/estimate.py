@@ -19,9 +19,9 @@ from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import Shape, build_model, open_base, stated_shape, total_steps
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import RatioTerm, draw, micro_step
+from tokdyn.upcycling.comparison import UpcycleReport, report
 from tokdyn.upcycling.distillation import Distillation
 from tokdyn.upcycling.phases import PhaseBatch, always_frozen, freeze
-from tokdyn.upcycling.report import UpcycleReport, report
 
 _FLOAT = 4  # bytes; weights, gradients, AdamW's moments and the average are fp32
 _TIMED = 2  # number of timed steps, after one that warms up

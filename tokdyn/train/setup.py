@@ -23,9 +23,9 @@ from tokdyn.train.ema import Ema
 from tokdyn.train.metrics import Window
 from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
+from tokdyn.upcycling.comparison import UpcycleReport, report
 from tokdyn.upcycling.distillation import Distillation
 from tokdyn.upcycling.phases import always_frozen, freeze
-from tokdyn.upcycling.report import UpcycleReport, report
 
 _CALIBRATION_IMAGES = 64
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

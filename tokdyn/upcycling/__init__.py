@@ -3,11 +3,35 @@
 `tokdyn.upcycle(base, "dc", target=4)` builds the student (arXiv 2603.06351), and `tokdyn upcycle` also trains it. The
 student of a `DiT` is trained by a recipe, whose section `upcycle` divides the run into phases. The transformer of a
 text-to-image pipeline is trained by `distil`, on calls that were recorded while the pipeline drew images.
+
+Public names are loaded when they are first used, because the schema of recipes imports `settings` and no model code.
 """
 
-from tokdyn.upcycling.conversion import to_dc, upcycle
-from tokdyn.upcycling.distillation import Distillation
-from tokdyn.upcycling.pipelines import DistilResult, DistilSettings, distil
-from tokdyn.upcycling.report import UpcycleReport, report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokdyn.upcycling.comparison import UpcycleReport, report
+    from tokdyn.upcycling.conversion import to_dc, upcycle
+    from tokdyn.upcycling.distillation import Distillation
+    from tokdyn.upcycling.pipelines import DistilResult, DistilSettings, distil
 
 __all__ = ["DistilResult", "DistilSettings", "Distillation", "UpcycleReport", "distil", "report", "to_dc", "upcycle"]
+
+_LAZY = {
+    **dict.fromkeys(("UpcycleReport", "report"), "comparison"),
+    **dict.fromkeys(("to_dc", "upcycle"), "conversion"),
+    "Distillation": "distillation",
+    **dict.fromkeys(("DistilResult", "DistilSettings", "distil"), "pipelines"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name on first use (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value

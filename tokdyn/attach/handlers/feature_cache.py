@@ -54,11 +54,11 @@ class Memory:
     """What is remembered of the current trajectory.
 
     Attributes:
-        run: number of the trajectory.
+        trajectory: number of the trajectory.
         branches: the memory of each guidance branch; the one that was written last is at the end.
     """
 
-    run: int = -1
+    trajectory: int = -1
     branches: OrderedDict[Hashable, BranchMemory] = field(default_factory=OrderedDict)
 
     def __reduce__(self) -> Any:
@@ -70,7 +70,7 @@ class Memory:
 
     def fork(self) -> Memory:
         """Return a copy that can be changed without an effect on this memory. Tensors are shared."""
-        return Memory(self.run, OrderedDict((key, replace(branch)) for key, branch in self.branches.items()))
+        return Memory(self.trajectory, OrderedDict((key, replace(branch)) for key, branch in self.branches.items()))
 
     def get(self, context: CallContext, shape: torch.Size) -> BranchMemory | None:
         """Return the memory of the branch that a call belongs to, after forgetting an earlier trajectory.
@@ -83,9 +83,9 @@ class Memory:
             The memory; None at the first step of the branch, or if its indicator had another shape.
         """
         position = context.position
-        if position.run != self.run:
+        if position.trajectory != self.trajectory:
             self.clear()
-            self.run = position.run
+            self.trajectory = position.trajectory
         branch = self.branches.get(position.branch)
         return branch if branch is not None and branch.indicator.shape == shape else None
 
