@@ -234,6 +234,7 @@ def test_runs_repeat_whatever_was_drawn_before(pipeline: Path, tmp_path: Path) -
         result = upcycle_pipeline(config, ["dc", "dydit"])
         written.append((result.folder / "methods" / "tokdyn.safetensors").read_bytes())
     assert written[0] == written[1]
+    assert "Chunking, DynamicWidth" in result.report["before_the_first_step"]["new"]
     methods = json.loads((result.folder / "methods" / "tokdyn_config.json").read_text())["methods"]
     assert [each["method"] for each in methods] == ["Chunking", "DynamicWidth"]
     assert methods[0]["target"] == 2.0

@@ -18,6 +18,7 @@ from tests.upcycling.models import inputs, small_base
 from tokdyn import DCDiT, DiT, DynamicWidth
 from tokdyn.checkpoints import read, to_official
 from tokdyn.errors import CheckpointError, InputError, RecipeError
+from tokdyn.methods.registry import short_name
 from tokdyn.upcycling.conversion import build_student, dc_settings, to_dc
 from tokdyn.upcycling.distillation import corner_plan
 from tokdyn.upcycling.settings import UpcycleSettings
@@ -208,6 +209,17 @@ def test_a_target_keeps_less_than_all(target: object) -> None:
 def test_cells_are_a_proper_part_of_a_patch(patch: int) -> None:
     with pytest.raises(InputError, match=f"patch_size is {patch}.* of 4"):
         tokdyn.upcycle(small_base(4), "dc", patch_size=patch)
+
+
+@pytest.mark.parametrize("name", ["merge", "skip", "cache", "TokenMerge"])
+def test_methods_that_need_no_training_are_attached_by_calls_that_exist(name: str) -> None:
+    with pytest.raises(InputError, match=f"'{short_name(name)}'") as refused:
+        tokdyn.upcycle(small_base(), name)
+    called = re.findall(r"tokdyn\.(\w+)", str(refused.value))
+    assert len(called) == 2  # the function and the method
+    assert all(hasattr(tokdyn, each) for each in called)
+    with pytest.raises(InputError, match=r"dc or dydit.*merge, skip, cache"):
+        tokdyn.upcycle(small_base(), "nothing")
 
 
 def test_a_list_of_methods_names_the_first_wrong_one() -> None:

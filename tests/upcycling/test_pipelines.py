@@ -161,6 +161,8 @@ def test_a_folder_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
         distil(new_student(), calls, run, settings)
     with pytest.raises(CheckpointError, match=r"\blr\b"):
         distil(new_student(), calls, run, settings.model_copy(update={"lr": 1.0}), resume=True)
+    with pytest.raises(CheckpointError, match="clip, seed"):
+        distil(new_student(), calls, run, settings.model_copy(update={"clip": 2.0, "seed": 1}), resume=True)
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl has 0 rows for 1 steps"):
         distil(new_student(), calls, run, settings, resume=True)
