@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +13,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 import tokdyn
-from tests.contract.models import TINY
-from tests.contract.pipelines import vae
-from tokdyn.errors import InputError
-from tokdyn.upcycling.command import PipelineConfig, is_pipeline, upcycle_pipeline
+from tokdyn import Chunking
+from tokdyn.errors import CheckpointError
+from tokdyn.host import describe, open_device
+from tokdyn.upcycling.command import PipelineConfig, PipelineResult, upcycle_pipeline
 
-transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a PixArt pipeline with a tokenizer and a text encoder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", "a", "red", "blue", "square"))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast_tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    model = TINY["PixArtTransformer2DModel"].build()
-    torch.manual_seed(0)
-    width = model.config.caption_channels
-    config = transformers.T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    encoder = transformers.T5EncoderModel(config).eval()
-    pipe = diffusers.PixArtSigmaPipeline(fast_tokenizer, encoder, vae(), model, diffusers.DDIMScheduler())
-    folder = tmp_path_factory.mktemp("pipe") / "pixart"
-    pipe.save_pretrained(folder)
-    return folder
-
-
-QUICK = ["steps=60", "lr=3e-3", "sampling_steps=3", "height=16", "width=16", "target=2", "device=cpu"]
+PROMPTS = ("a red square", "a blue square")
+QUICK = ["steps=30", "lr=3e-3", "sampling_steps=3", "guidance=2", "seed=5", "height=16", "width=16", "target=2"]
+SMALL: dict[str, Any] = {"height": 16, "width": 16, "sampling_steps": 1, "steps": 1, "target": 2}
 
 
 def run(*words: Any, code: int = 0) -> tuple[str, str]:
@@ -54,62 +34,236 @@ def run(*words: Any, code: int = 0) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-def test_pipeline_is_upcycled_and_resumed(pipeline: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red square\n\na blue square\n")
-    out = tmp_path / "out"
-    shown, notes = run(
-        "upcycle", "--base", pipeline, "--method", "dc", *QUICK, f"prompts={prompts}", f"out={out}", "--json"
-    )
-    report = json.loads(shown)
-    assert report["calls"] == 2 * 3
-    for word in ("new ", "frozen", "GFLOPs per image"):
-        assert word in notes  # before the first step
-    assert report["error"]["last"] < report["error"]["first"]
-    assert 0 < report["share_of_block_flops"] < 1
-    with Image.open(out / "images.png") as image:
-        assert np.asarray(image).std() > 0
-    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline)
+@dataclass(frozen=True)
+class Finished:
+    """A run of the command that was finished: its arguments, its folder, and what it printed."""
+
+    words: list[Any]
+    out: Path
+    report: dict[str, Any]
+    notes: str
+
+    def rows(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "prompts.txt").write_text("a red square\n\n a blue square \n")
+    words = ["upcycle", "--base", pipeline, *QUICK, f"prompts={folder / 'prompts.txt'}", "device=cpu"]
+    shown, notes = run(*words, "--method", "dc", f"out={folder / 'out'}", "--json")
+    return Finished(words, folder / "out", json.loads(shown), notes)
+
+
+def opened(folder: Path) -> Any:
+    """Load a pipeline, with no bars."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    tokdyn.load(pipe.transformer, out / "methods")
-    images = pipe(
-        "a red square", num_inference_steps=2, height=16, width=16, output_type="np", use_resolution_binning=False
-    ).images
-    assert images.shape == (1, 16, 16, 3)
-    assert tokdyn.stats(pipe.transformer).share < 1
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 60
-    refused = run("upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", f"out={out}", code=2)[1]
-    assert str(out) in refused
-    again, _ = run(
-        "upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", f"out={out}", "steps=62", "--resume", "--json"
+    return pipe
+
+
+def drawn(pipe: Any, number: int) -> np.ndarray:
+    """Draw the image of a prompt of the finished run, as diffusers alone draws it."""
+    generator = torch.Generator().manual_seed(5 + number)
+    image = pipe(
+        PROMPTS[number], generator=generator, num_inference_steps=3, guidance_scale=2.0, height=16, width=16,
+        use_resolution_binning=False, output_type="np",
+    ).images[0]  # fmt: skip
+    return np.rint(255 * image).astype(np.uint8)
+
+
+def found(page: np.ndarray, image: np.ndarray) -> list[tuple[int, int]]:
+    """Return the (top, left) corners at which an image lies in a page."""
+    height, width = image.shape[:2]
+    first, last = (
+        (page[top : top + page.shape[0] - height + 1, left : left + page.shape[1] - width + 1] == pixel).all(axis=-1)
+        for top, left, pixel in ((0, 0, image[0, 0]), (height - 1, width - 1, image[-1, -1]))
     )
-    assert json.loads(again)["error"]["first"] == report["error"]["first"]
-    other = tmp_path / "other"
-    twice, _ = run("upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", f"out={other}", "--json")
-    assert json.loads(twice)["error"] == report["error"]
+    corners = np.argwhere(first & last).tolist()
+    return [(y, x) for y, x in corners if np.array_equal(page[y : y + height, x : x + width], image)]
+
+
+def test_the_error_falls_and_the_report_holds_means_over_a_tenth_of_the_steps(finished: Finished) -> None:
+    outputs = [row["output"] for row in finished.rows()]
+    assert len(outputs) == 30
+    assert finished.report["error"] == pytest.approx({"first": np.mean(outputs[:3]), "last": np.mean(outputs[-3:])})
+    assert finished.report["error"]["last"] < finished.report["error"]["first"]
+
+
+def test_the_report_describes_the_run(finished: Finished, pipeline: Path) -> None:
+    report = finished.report
+    assert {"folder": str(finished.out), **json.loads((finished.out / "upcycle.json").read_text())} == report
+    assert (report["tokdyn"], report["methods"]) == (tokdyn.__version__, ["dc"])
+    assert report["model"] == type(opened(pipeline).transformer).__name__
+    assert report["calls"] == 2 * 3
+    assert report["machine"] == describe(torch.device("cpu"))
+    given = {"base": str(pipeline), "prompts": list(PROMPTS), "guidance": 2.0, "out": str(finished.out), "lr": 3e-3}
+    assert report["settings"].items() >= given.items()
+
+
+def test_the_summary_counts_parameters_and_flops(finished: Finished, pipeline: Path) -> None:
+    """Against the files of base and methods, and against a call of the model with and without Chunking."""
+    summary = finished.report["before_the_first_step"]
+    model = opened(pipeline).transformer
+    stored = load_file(finished.out / "methods" / "tokdyn.safetensors")
+    new = sum(value.numel() for value in stored.values() if value.is_floating_point())
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} " in summary["kept as is"]
+    assert f"{new:,} " in summary["new"]
+    assert "Chunking" in summary["new"]
+    pipe = opened(pipeline)
+    with tokdyn.recording(pipe.transformer) as calls:
+        drawn(pipe, 0)
+    before = tokdyn.flops(model, **calls[0]).total
+    after = tokdyn.flops(tokdyn.wrap(model, [Chunking(target=2)]), **calls[0]).total
+    images = len(calls[0]["hidden_states"])
+    assert images == 2  # with guidance
+    for number in (f"{before / images / 1e9:.3f}", f"{after / images / 1e9:.3f}", f"{after / before:.2f}x"):
+        assert number in summary["call"]
+    lines = finished.notes[finished.notes.index("kept as is") :].splitlines()
+    for line, (what, text) in zip(lines, summary.items(), strict=False):
+        assert line.startswith(what)
+        assert line.endswith(f" {text}")
+
+
+def test_the_picture_holds_the_images_before_and_after(finished: Finished, pipeline: Path) -> None:
+    """One row per prompt; whoever loads the methods draws the same images, with the share of FLOPs that is reported."""
+    with Image.open(finished.out / "images.png") as file:
+        page = np.asarray(file.convert("RGB"))
+    places = []
+    for upcycled in (False, True):
+        pipe = opened(pipeline)
+        if upcycled:
+            tokdyn.load(pipe.transformer, finished.out / "methods")
+            pipe.transformer.eval()
+        for number in range(2):
+            image = drawn(pipe, number).repeat(6, axis=0).repeat(6, axis=1)  # enlarged to 96 pixels
+            assert image.std() > 0
+            places.append(found(page, image))
+    assert tokdyn.stats(pipe.transformer).share == pytest.approx(finished.report["share_of_block_flops"])
+    assert finished.report["share_of_block_flops"] < 1
+    (((top, left),), ((below, _),), ((beside, right),), ((last, end),)) = places
+    assert top == beside < below == last
+    assert left < right == end
+    assert (page[top : top + 96, :left] != 255).any()  # the title of the row
+    assert (page[:top, left : left + 96] != 255).any()  # and of the column
+
+
+def test_drawing_shows_no_bars(finished: Finished) -> None:
+    assert "3/3" not in finished.notes
+
+
+def test_a_finished_run_is_continued_only_if_asked_for(finished: Finished) -> None:
+    refused = run(*finished.words, f"out={finished.out}", code=2)[1]
+    assert str(finished.out) in refused
+    before = finished.rows()
+    again, _ = run(*finished.words, f"out={finished.out}", "steps=31", "--resume", "--json")
+    assert finished.rows()[:30] == before
+    assert len(finished.rows()) == 31
+    assert json.loads(again)["error"]["first"] == finished.report["error"]["first"]
+
+
+def test_words_that_do_not_go_with_a_pipeline_are_named(finished: Finished, tmp_path: Path) -> None:
     for words, named in (
-        ([f"out={other}", "target=3", "--resume"], "target"),
         (["--dry-run"], "--dry-run"),
         (["--recipe", "demo"], "--recipe"),
         (["trained=all", "precision=bf16"], "precision=fp32"),
-    ):
-        assert named in run("upcycle", "--base", pipeline, *QUICK, f"prompts={prompts}", *words, code=2)[1]
-
-
-def test_invalid_settings_and_methods_are_refused(pipeline: Path, tmp_path: Path) -> None:
-    assert is_pipeline(str(pipeline))
-    assert not is_pipeline(None)
-    assert not is_pipeline(str(pipeline / "transformer"))
-    base = ["upcycle", "--base", pipeline, f"out={tmp_path / 'out'}"]
-    for words, named in (
-        (["height=16"], "height and width"),
-        (["prompts=nowhere.txt"], "nowhere.txt"),
-        (["target=1"], "target"),
         (["speed=3"], "'speed'"),
+        (["prompts=nowhere.txt"], "nowhere.txt"),
     ):
-        assert named in run(*base, *words, code=2)[1]
-    with pytest.raises(InputError, match="'cache'"):
-        upcycle_pipeline(
-            PipelineConfig(base=str(pipeline), out=tmp_path / "out", sampling_steps=1, height=16, width=16), ["cache"]
-        )
+        assert named in run(*finished.words, f"out={tmp_path / 'out'}", *words, code=2)[1]
+    assert not (tmp_path / "out").exists()
+
+
+class Told:
+    """Notes the dtypes of the transformers that there are when the summary is told, beside those of before."""
+
+    def __init__(self) -> None:
+        self._before = {id(each) for each in self._all()}
+        self.dtypes: list[torch.dtype] = []
+
+    def _all(self) -> list[Any]:
+        gc.collect()
+        return [each for each in gc.get_objects() if issubclass(type(each), diffusers.PixArtTransformer2DModel)]
+
+    def __call__(self, text: str) -> None:
+        self.dtypes = [each.proj_out.weight.dtype for each in self._all() if id(each) not in self._before]
+
+
+def test_the_whole_transformer_is_trained_by_a_copy_of_the_original(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other settings have their defaults: the folder, the prompts and the device too."""
+    monkeypatch.chdir(tmp_path)
+    told = Told()
+    config = PipelineConfig(base=str(pipeline), trained="all", **{**SMALL, "steps": 2})
+    result = upcycle_pipeline(config, ["dc"], tell=told)
+    assert result.folder == Path("upcycled") / pipeline.name
+    assert told.dtypes == [torch.float32] * 2
+    outputs = [json.loads(line)["output"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert result.report["error"] == pytest.approx({"first": outputs[0], "last": outputs[1]})
+    assert result.report["calls"] == len(config.prompts) == 1
+    assert result.report["machine"] == describe(open_device("auto"))
+    assert result.report["settings"]["out"] is None
+    frozen = result.report["before_the_first_step"]["frozen"]
+    assert frozen.startswith("none")
+    base = opened(pipeline).transformer
+    trained = diffusers.PixArtTransformer2DModel.from_pretrained(result.folder / "transformer")
+    pairs = list(zip(base.parameters(), trained.parameters(), strict=True))
+    assert sum(not torch.equal(one, other) for one, other in pairs) > len(pairs) / 2
+
+
+def test_the_original_is_released_where_it_does_not_teach(pipeline: Path, tmp_path: Path) -> None:
+    """With DynamicWidth alone, which has no target of its own here, in half precision."""
+    told = Told()
+    config = PipelineConfig(base=str(pipeline), out=tmp_path / "out", precision="bf16", device="cpu", **SMALL)
+    result = upcycle_pipeline(config, ["dydit"], tell=told)
+    assert told.dtypes == [torch.bfloat16]
+    assert not (tmp_path / "out" / "transformer").exists()
+    assert not result.report["before_the_first_step"]["frozen"].startswith("none")
+    (method,) = json.loads((tmp_path / "out" / "methods" / "tokdyn_config.json").read_text())["methods"]
+    assert method["method"] == "DynamicWidth"
+
+
+def test_runs_repeat_whatever_was_drawn_before(pipeline: Path, tmp_path: Path) -> None:
+    """Two runs with the same settings write the same bytes; the methods have the target asked for."""
+    written = []
+    for number in range(2):
+        torch.manual_seed(number)
+        config = PipelineConfig(base=str(pipeline), out=tmp_path / str(number), device="cpu", **SMALL)
+        result = upcycle_pipeline(config, ["dc", "dydit"])
+        written.append((result.folder / "methods" / "tokdyn.safetensors").read_bytes())
+    assert written[0] == written[1]
+    assert "Chunking, DynamicWidth" in result.report["before_the_first_step"]["new"]
+    methods = json.loads((result.folder / "methods" / "tokdyn_config.json").read_text())["methods"]
+    assert [each["method"] for each in methods] == ["Chunking", "DynamicWidth"]
+    assert methods[0]["target"] == 2.0
+
+
+def test_settings_of_a_run_stay_but_for_those_of_its_length_and_place(pipeline: Path, tmp_path: Path) -> None:
+    """The pipeline draws as many steps as it does by default; what is changed is named before anything is drawn."""
+    size = {"height": 16, "width": 16}
+    config = PipelineConfig(base=str(pipeline), out=tmp_path / "out", steps=1, device="cpu", **size)
+    first = upcycle_pipeline(config, ["dc"])
+    assert first.report["calls"] == 20  # of PixArtSigmaPipeline
+    changes: list[dict[str, Any]] = [
+        {"prompts": ("a",)}, {"target": 2.0}, {"sampling_steps": 2}, {"guidance": 0.0}, {"height": 8}, {"calls": 2},
+        {"lr": 0.1}, {"warmup_steps": 1}, {"trained": "all"}, {"seed": 1}, {"precision": "bf16"},
+        {"base": str(tmp_path)}, {"height": 8, "width": 8},
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises(CheckpointError, match=rf"\b{', '.join(change)}\."):
+            upcycle_pipeline(config.model_copy(update=change), ["dc"], resume=True)
+    with pytest.raises(CheckpointError, match=r"\bmethods\b"):
+        upcycle_pipeline(config, ["dc", "dydit"], resume=True)
+    moved = {"out": tmp_path / "moved", "steps": 2, "checkpoint_every": 1, "device": "auto"}
+    (tmp_path / "out").rename(tmp_path / "moved")
+    longer = upcycle_pipeline(config.model_copy(update=moved), ["dc"], resume=True)
+    assert longer.report["error"]["first"] == first.report["error"]["first"]
+    assert (tmp_path / "moved" / "upcycle.json").is_file()
+
+
+def test_a_result_cannot_be_changed(tmp_path: Path) -> None:
+    result: Any = PipelineResult(tmp_path, {})
+    with pytest.raises(AttributeError):
+        result.folder = None

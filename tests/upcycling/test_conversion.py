@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 import tokdyn
+from tests.contract.models import TINY
 from tests.upcycling.models import inputs, small_base
-from tokdyn import DCDiT, DepthSkip, DiT, DynamicWidth
+from tokdyn import DCDiT, DiT, DynamicWidth
 from tokdyn.checkpoints import read, to_official
 from tokdyn.errors import CheckpointError, InputError, RecipeError
-from tokdyn.upcycling import report
-from tokdyn.upcycling.conversion import build_student
+from tokdyn.methods.registry import short_name
+from tokdyn.upcycling.conversion import build_student, dc_settings, to_dc
 from tokdyn.upcycling.distillation import corner_plan
 from tokdyn.upcycling.settings import UpcycleSettings
 
@@ -44,36 +47,6 @@ def test_embedders_are_frozen() -> None:
     student = tokdyn.upcycle(small_base(), "dc")
     frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name in student.state_dict() if name.startswith(EMBEDDERS)} | {"pos_embed"}
-
-
-def test_report_counts_copied_new_and_frozen_tensors() -> None:
-    base = small_base()
-    student = tokdyn.upcycle(base, "dc", target=4)
-    before, after = base.state_dict(), student.state_dict()
-    result = report(base, student)
-    copied = [name for name in before if name.startswith(COPIED)]
-    assert set(result.copied.names) == set(copied)
-    assert result.copied.parameters == sum(before[name].numel() for name in copied)
-    assert set(result.new.names) == set(after) - set(copied) - {"pos_embed"}
-    assert result.frozen.parameters == sum(after[name].numel() for name in after if name.startswith(EMBEDDERS))
-    assert {name.partition(".")[0] for name in result.left_behind.names} == {"x_embedder", "final_layer"}
-    assert (result.tokens_before, result.tokens_after) == (16, 16.0)
-    assert result.flops_before == tokdyn.cost.flops_per_image(base)
-    assert result.flops_after == tokdyn.cost.flops_per_image(student)
-    assert "multiply-add = 2" in str(result)
-    assert result.width is None
-    with pytest.raises(InputError, match="DCDiT"):
-        report(student, base)
-
-
-def test_report_names_the_target_of_any_method_that_is_trained_to_a_share_of_the_flops() -> None:
-    base = small_base()
-    for method, target in (
-        (DynamicWidth(target=0.6), 0.6),
-        (DepthSkip(learned=True, target=0.7), 0.7),
-        (DepthSkip(blocks=(1,)), None),
-    ):
-        assert report(base, tokdyn.wrap(tokdyn.upcycle(base, "dc"), [method])).width == target
 
 
 @pytest.mark.parametrize(
@@ -156,15 +129,14 @@ def test_a_pipeline_of_diffusers_runs_a_student(tmp_path: Path) -> None:
     assert image.shape == (2, 16, 16, 3)
 
 
-@pytest.mark.parametrize("patch", [2, 4])
-@pytest.mark.parametrize("bias", [0.0, 5.0])
-def test_the_encoder_starts_as_the_patch_embedding(patch: int, bias: float) -> None:
+@pytest.mark.parametrize(("patch", "depth", "bias"), [(2, 2, 0.0), (4, 1, 5.0), (2, 3, 5.0), (4, 2, 0.0)])
+def test_the_encoder_starts_as_the_patch_embedding(patch: int, depth: int, bias: float) -> None:
     """The upper left cell of every patch points where the base's token points; its norm is that of white noise."""
     channels = 32 // patch**2  # 32 pixels per patch, and as many channels in the scaffold
     base = small_base(patch, in_channels=channels, hidden_size=64)
     base.x_embedder.proj.weight.data.mul_(3.0)  # far from a norm of 1, which a norm without a weight would have
     base.x_embedder.proj.bias.data.add_(bias)
-    student = tokdyn.upcycle(base, "dc", scaffold_width=32).eval()
+    student = tokdyn.upcycle(base, "dc", scaffold_width=32, encoder_depth=depth).eval()
     torch.manual_seed(2)
     x = torch.randn(2, channels, 16, 16)
     size = 32 // patch
@@ -239,6 +211,17 @@ def test_cells_are_a_proper_part_of_a_patch(patch: int) -> None:
         tokdyn.upcycle(small_base(4), "dc", patch_size=patch)
 
 
+@pytest.mark.parametrize("name", ["merge", "skip", "cache", "TokenMerge"])
+def test_methods_that_need_no_training_are_attached_by_calls_that_exist(name: str) -> None:
+    with pytest.raises(InputError, match=f"'{short_name(name)}'") as refused:
+        tokdyn.upcycle(small_base(), name)
+    called = re.findall(r"tokdyn\.(\w+)", str(refused.value))
+    assert len(called) == 2  # the function and the method
+    assert all(hasattr(tokdyn, each) for each in called)
+    with pytest.raises(InputError, match=r"dc or dydit.*merge, skip, cache"):
+        tokdyn.upcycle(small_base(), "nothing")
+
+
 def test_a_list_of_methods_names_the_first_wrong_one() -> None:
     with pytest.raises(InputError, match="'nothing'"):
         tokdyn.upcycle(small_base(), ["dc", "nothing", "dydit"])
@@ -273,57 +256,6 @@ def test_skipping_that_no_model_can_reach_is_refused_before_training() -> None:
                 build_student(settings, base, chunked=False)
 
 
-def test_a_report_counts_tensors_and_gives_its_numbers_with_units() -> None:
-    base = small_base()
-    student = tokdyn.upcycle(base, ["dc", "dydit"], target=2.0, width_target=0.6)
-    result = report(base, student)
-    assert (result.tokens_before, result.tokens_after) == (16, 32.0)  # 8 x 8 cells of 2, half of them kept
-    assert result.width == 0.6
-    assert report(base, tokdyn.upcycle(base, "dc")).width is None
-    assert result.as_dict()["copied"] == {"names": result.copied.names, "parameters": result.copied.parameters}
-    text = dict(result.lines())
-    assert list(text) == ["copied", "new", "frozen", "left behind", "tokens", "forward"]
-    assert f"{len(result.copied.names)} tensors" in text["copied"]
-    assert f"{result.copied.parameters:,} parameters" in text["copied"]
-    assert "x_embedder, final_layer" in text["left behind"]
-    assert text["tokens"].startswith("16 ")
-    assert " 32 " in text["tokens"]
-    assert f"({result.flops_after / result.flops_before:.2f}x" in text["forward"]
-    assert f"{result.flops_before / 1e9:,.2f} GFLOP" in text["forward"]
-    assert f"{result.flops_after / 1e9:,.2f}" in text["forward"].partition("before")[2]
-    assert "60%" in text["forward"]
-    assert [line.split()[0] for line in str(result).splitlines()] == [
-        "copied",
-        "new",
-        "frozen",
-        "left",
-        "tokens",
-        "forward",
-    ]
-
-
-def test_a_report_says_nothing_where_there_is_nothing() -> None:
-    base = small_base()
-    same = report(base, copy.deepcopy(base).train())
-    assert same.new.names == ()
-    assert same.left_behind.names == ()
-    assert dict(same.lines())["new"] == "nothing"
-    assert same.frozen.names == ()
-    assert same.tokens_after == same.tokens_before == 16
-
-
-def test_tensors_that_differ_are_new() -> None:
-    base = small_base()
-    student = copy.deepcopy(base)
-    with torch.no_grad():
-        next(student.blocks.parameters()).add_(1.0)
-    (changed,) = report(base, student).new.names
-    assert changed.startswith("blocks.0.")
-    assert report(base, student).left_behind.names == (changed,)
-    half = report(base.bfloat16(), copy.deepcopy(base).float())
-    assert half.new.names == ()  # the same values in another type
-
-
 def test_a_base_from_a_file_gives_the_same_student(tmp_path: Path) -> None:
     """JSON has lists where settings have tuples."""
     base = small_base(4, sample_size=(16, 24))
@@ -336,3 +268,74 @@ def test_a_base_from_a_file_gives_the_same_student(tmp_path: Path) -> None:
     assert students[0].config.sample_size == students[1].config.sample_size == (16, 24)
     assert students[0].config.timestep_map == students[1].config.timestep_map
     assert all(torch.equal(a, b) for a, b in zip(*(s.state_dict().values() for s in students), strict=True))
+
+
+def test_copies_of_models_of_any_family_share_nothing_with_the_base() -> None:
+    base = TINY["PixArtTransformer2DModel"].build().eval()
+    for student in (
+        tokdyn.upcycle(base, ("dc",), target=2),
+        tokdyn.upcycle(base, "dydit"),
+        build_student(UpcycleSettings(base="x"), small := small_base().eval(), chunked=False),
+    ):
+        original = small if isinstance(student, DiT) else base
+        pointers = {parameter.data_ptr() for parameter in original.parameters()}
+        assert pointers.isdisjoint(parameter.data_ptr() for parameter in student.parameters())
+        assert student.training
+        assert not any(module.training for module in original.modules())
+
+
+def test_a_recipe_without_methods_builds_what_to_dc_builds() -> None:
+    base = small_base()
+    for overrides in ({}, {"target": 2.0, "encoder_depth": 3}):
+        student = build_student(UpcycleSettings(base="x"), base, chunked=True, **overrides)
+        assert dict(student.config) == dict(to_dc(base, **overrides).config)
+        assert {name: student.config[name] for name in dc_settings(base, **overrides)}.items() >= overrides.items()
+    assert dc_settings(base)["target"] == to_dc(base).config.target == tokdyn.Chunking().target
+    assert build_student(UpcycleSettings(base="x"), base, chunked=False, encoder_depth=3).config.depth == 2
+
+
+def test_a_warm_up_counts_steps_where_a_step_is_a_call() -> None:
+    for warmup in (0, 8):
+        settings = UpcycleSettings(base="x", methods=({"method": "dydit", "target": 0.6, "warmup": warmup},))
+        ((built, _),) = tokdyn.parts(build_student(settings, small_base(), chunked=False))
+        assert built == DynamicWidth(target=0.6, warmup=warmup)
+
+
+def test_settings_that_an_error_offers_are_accepted() -> None:
+    defaults = inspect.signature(DCDiT.__init__).parameters
+    with pytest.raises(InputError) as refused:
+        tokdyn.upcycle(small_base(), "dc", colour=1)
+    offered = re.findall(r"\w+", str(refused.value).rpartition("choose from ")[2])
+    assert {"target", "router", "encoder_depth"} <= set(offered)
+    for name in offered:
+        student = tokdyn.upcycle(small_base(), "dc", **{name: defaults[name].default})
+        assert isinstance(student, DCDiT)
+
+
+@pytest.mark.parametrize(
+    ("patch", "settings"),
+    [
+        (4, {"patch_size": 1, "scaffold_width": 64}),  # a patch is four cells wide
+        (4, {"scaffold_width": 32}),  # fewer channels than the 48 values of a patch
+        (2, {"scaffold_width": 32}),  # as wide as the blocks, so there is no projection
+    ],
+)
+def test_an_encoder_that_cannot_be_the_patch_embedding_starts_as_in_a_new_model(
+    patch: int, settings: dict[str, int]
+) -> None:
+    base = small_base(patch)
+    torch.manual_seed(3)
+    student = tokdyn.upcycle(base, "dc", official_init=True, **settings)
+    torch.manual_seed(3)
+    new = DCDiT(**{name: student.config[name] for name in dc_settings(base, official_init=True, **settings)})
+    names = [name for name in new.state_dict() if name.startswith(("x_embedder.", "encoder.", "chunking."))]
+    assert any("router" in name for name in names)  # which the official code does not calibrate
+    assert all(torch.equal(student.state_dict()[name], new.state_dict()[name]) for name in names)
+
+
+def test_a_student_of_a_model_without_memory_has_none_either() -> None:
+    """Costs are computed from such a student before anything is loaded."""
+    with torch.device("meta"):
+        base = DiT(sample_size=16, patch_size=4, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=5)
+        student = tokdyn.upcycle(base, "dc")
+    assert all(parameter.is_meta for parameter in student.parameters())

@@ -157,6 +157,56 @@ def test_losses_on_the_fixed_plan_have_their_known_values(
     assert losses["output"].item() == pytest.approx(error_over_variance(*predictions), rel=1e-4)
 
 
+def test_models_of_one_block_are_compared_by_it() -> None:
+    base = small_base(depth=1)
+    x, steps, labels = inputs()
+    for method, plan in (("dc", ALL), ("dydit", ~ALL)):
+        student = tokdyn.upcycle(base, method).eval()
+        _, _, losses = Distillation(student, base)(LossTerms(blocks=True), plan, x, steps, labels)
+        with torch.no_grad():
+            (theirs,), _ = block_outputs(base, x, steps, labels)
+            if method == "dydit":
+                (ours,), _ = block_outputs(student, x, steps, labels)
+            else:
+                (ours,), _ = block_outputs(student, x, steps, labels, plan=corner_plan((8, 8), 2).expand(3, -1))
+        assert losses["teacher"].item() == pytest.approx(error_over_variance(ours.reshape_as(theirs), theirs), rel=1e-4)
+
+
+def test_a_copy_of_the_teacher_is_compared_token_by_token_and_has_the_losses_of_its_methods() -> None:
+    base = small_base()
+    student = tokdyn.upcycle(base, "dydit", width_target=0.5)
+    with torch.no_grad():
+        for parameter in student.blocks.parameters():
+            parameter.mul_(1.1)
+    x, steps, labels = inputs()
+    torch.manual_seed(4)
+    _, complete, losses = Distillation(student, base)(LossTerms(blocks=True, output=True), ~ALL, x, steps, labels)
+    torch.manual_seed(4)
+    ours, own = block_outputs(student, x, steps, labels)
+    expected = tokdyn.losses(student)
+    with torch.no_grad():
+        theirs, target = block_outputs(base, x, steps, labels)
+    errors = [error_over_variance(a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert set(losses) == {"DynamicWidth", "teacher", "output"}
+    assert losses["DynamicWidth"].item() == pytest.approx(expected["DynamicWidth"].item(), rel=1e-5)
+    assert losses["teacher"].item() == pytest.approx(sum(errors) / 2, rel=1e-4)
+    predictions = (image.movedim(1, -1) for image in (own.sample, target.sample))
+    assert losses["output"].item() == pytest.approx(error_over_variance(*predictions), rel=1e-4)
+    assert complete is None
+
+
+def test_terms_are_computed_if_asked_for_and_do_not_change() -> None:
+    base = small_base()
+    terms: Any = LossTerms()
+    seen: list[nn.Module] = []
+    base.register_forward_hook(lambda module, *_: seen.append(module))
+    result, complete, losses = Distillation(tokdyn.upcycle(base, "dc"), base)(terms, ALL, *inputs())
+    assert result.sample.shape[0] == 3
+    assert (complete, losses, seen) == (None, {}, [])
+    with pytest.raises(AttributeError):
+        terms.blocks = True
+
+
 def test_learned_tokens_are_compared_with_the_patch_that_they_lie_in() -> None:
     """Off the plan and on a grid that is not square: every kept cell has the teacher's token of its patch as target."""
     base = small_base()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tokdyn
 from tests.contract.models import TINY
@@ -106,18 +107,50 @@ def test_only_the_methods_learn_unless_all_is_asked_for(tmp_path: Path) -> None:
     assert not student.training
     assert all(name.startswith("tokdyn.") for name in moved)
     assert {name: parameter.requires_grad for name, parameter in student.named_parameters()} == required
+    assert all(parameter.grad is None for parameter in student.parameters())
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
-    calls = [FLUX.inputs(1)]
-    settings = DistilSettings(steps=6, checkpoint_every=2)
+def test_frozen_methods_learn_and_are_frozen_again(tmp_path: Path) -> None:
+    student = new_student().requires_grad_(False)
+    before = trained_tensors(student)
+    distil(student, [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=1))
+    assert any(not torch.equal(value, before[name]) for name, value in trained_tensors(student).items())
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("trained", ["methods", "all"])
+def test_a_resumed_run_equals_one_that_never_stopped(trained: str, tmp_path: Path) -> None:
+    """The state of a run holds the tensors that it trains, and no others."""
+    calls, teacher = [FLUX.inputs(1)], FLUX.build() if trained == "all" else None
+    settings = DistilSettings(steps=3, checkpoint_every=2, trained=trained)
     whole = new_student()
-    all_rows = distil(whole, calls, tmp_path / "whole", settings).rows
-    distil(new_student(), calls, tmp_path / "half", settings.model_copy(update={"steps": 4}))
+    all_rows = distil(whole, calls, tmp_path / "whole", settings, teacher=teacher).rows
+    distil(new_student(), calls, tmp_path / "half", settings.model_copy(update={"steps": 2}), teacher=teacher)
     resumed = new_student()
-    rows = distil(resumed, calls, tmp_path / "half", settings, resume=True).rows
+    rows = distil(resumed, calls, tmp_path / "half", settings, teacher=teacher, resume=True).rows
     assert rows == all_rows
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    stored = load_file(tmp_path / "half" / "state.safetensors")
+    module = whole if trained == "all" else whole.tokdyn
+    assert sum(name.startswith("model/") for name in stored) == len(module.state_dict())
+
+
+def test_the_chance_of_a_step_is_its_own_and_that_of_a_call_too(tmp_path: Path) -> None:
+    """What layers draw in training follows the seed, the step and the place of the call, also after resuming."""
+
+    def seeds(folder: str, steps: int, seed: int = 0, resume: bool = False) -> list[int]:
+        student, seen = new_student(), []
+        student.register_forward_pre_hook(lambda *_: seen.append(torch.initial_seed()))
+        settings = DistilSettings(steps=steps, calls=2, seed=seed)
+        distil(student, [FLUX.inputs(1)], tmp_path / folder, settings, resume=resume)
+        return seen
+
+    torch.manual_seed(1)
+    whole = seeds("whole", 2)
+    assert len(set(whole)) == 2 * 2  # teacher and student share one
+    assert not set(whole) & set(seeds("other", 2, seed=1))
+    torch.manual_seed(2)
+    assert seeds("half", 1) + seeds("half", 2, resume=True) == whole
 
 
 def test_a_folder_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
@@ -128,6 +161,8 @@ def test_a_folder_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
         distil(new_student(), calls, run, settings)
     with pytest.raises(CheckpointError, match=r"\blr\b"):
         distil(new_student(), calls, run, settings.model_copy(update={"lr": 1.0}), resume=True)
+    with pytest.raises(CheckpointError, match="clip, seed"):
+        distil(new_student(), calls, run, settings.model_copy(update={"clip": 2.0, "seed": 1}), resume=True)
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl has 0 rows for 1 steps"):
         distil(new_student(), calls, run, settings, resume=True)
@@ -140,6 +175,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(TokdynError, match=r"step \d+; .*lr"):
         distil(new_student(), [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=50, lr=1e18, clip=1e18))
     assert not (tmp_path / "run" / "methods").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path) -> None:
+    student = new_student()
+    before = trained_tensors(student)
+    next(student.tokdyn.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TokdynError, match=r"step 1;"):
+        distil(student, [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=2))
+    assert all(torch.equal(value, before[name]) for name, value in trained_tensors(student).items())
 
 
 def test_a_run_that_stopped_between_metrics_and_state_is_resumed(tmp_path: Path) -> None:
@@ -254,6 +298,8 @@ def test_facts_are_written_beside_the_run_and_an_empty_folder_will_do(tmp_path: 
     assert result.folder == tmp_path / "run"
     assert not (tmp_path / "run" / "transformer").exists()
     distil(new_student(), [FLUX.inputs(1)], tmp_path / "bare", DistilSettings(steps=1))
+    with pytest.raises(AttributeError):  # a result cannot be changed
+        result.folder = tmp_path
     assert not (tmp_path / "bare" / "settings.json").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file"):

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from tokdyn.errors import RecipeError
 from tokdyn.methods import DynamicWidth
 from tokdyn.upcycling import DistilSettings
+from tokdyn.upcycling.command import PipelineConfig
 from tokdyn.upcycling.settings import (
     DISTILLED,
     AfterSettings,
@@ -24,6 +25,7 @@ NEEDED: dict[type[BaseModel], dict[str, Any]] = {
     AfterSettings: {"method": "merge"},
     UpcycleSettings: {"base": "x"},
     DistilSettings: {},
+    PipelineConfig: {"base": "x"},
 }
 
 
@@ -93,6 +95,18 @@ LIMITS: list[tuple[type[BaseModel], str, list[Any], list[Any]]] = [
     (DistilSettings, "warmup_steps", [0], [-1]),
     (DistilSettings, "trained", ["methods", "all"], ["blocks"]),
     (DistilSettings, "checkpoint_every", [1], [0]),
+    (PipelineConfig, "target", [1.01, 4.0], [1.0, 0.5]),
+    (PipelineConfig, "sampling_steps", [None, 1], [0]),
+    (PipelineConfig, "guidance", [None, 0.0], [-0.1]),
+    (PipelineConfig, "steps", [1], [0]),
+    (PipelineConfig, "calls", [1], [0]),
+    (PipelineConfig, "lr", [1e-6, 0.5], [0.0, -0.1]),
+    (PipelineConfig, "warmup_steps", [0], [-1]),
+    (PipelineConfig, "trained", ["methods", "all"], ["blocks"]),
+    (PipelineConfig, "seed", [0, 2**62 - 1], [-1, 2**62]),
+    (PipelineConfig, "checkpoint_every", [1], [0]),
+    (PipelineConfig, "precision", ["fp32", "bf16"], ["fp16"]),
+    (PipelineConfig, "speed", [], [3]),
 ]
 
 
@@ -170,6 +184,8 @@ def test_methods_keep_their_order_and_their_numbers() -> None:
 
 
 def test_sections_cannot_be_changed() -> None:
-    settings: Any = AttachedMethod(method="dydit", target=0.4)
-    with pytest.raises(ValidationError, match="frozen"):
-        settings.method = "dydit"
+    settings: Any
+    for settings in (AttachedMethod(method="dydit", target=0.4), PipelineConfig(base="x")):
+        name = next(iter(type(settings).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(settings, name, getattr(settings, name))

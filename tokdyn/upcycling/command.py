@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from tokdyn import __version__
 from tokdyn.attach import attached
@@ -23,6 +23,7 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.recorder import evaluating, recording
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
+from tokdyn.section import Section
 from tokdyn.seeds import Stream, noise_generator, seed_everything
 from tokdyn.upcycling.conversion import check_method, upcycle
 from tokdyn.upcycling.pipelines import DistilSettings, distil, require_unused
@@ -43,7 +44,7 @@ def _listed(value: Any) -> Any:
     return value
 
 
-class PipelineConfig(BaseModel):
+class PipelineConfig(Section):
     """Settings of `tokdyn upcycle` for a pipeline of diffusers.
 
     Attributes:
@@ -66,8 +67,6 @@ class PipelineConfig(BaseModel):
         precision: Precision of the pipeline's weights.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str
     out: UserPath | None = None
@@ -118,10 +117,10 @@ class PipelineResult:
 
 def is_pipeline(base: str | None) -> bool:
     """Whether a base is the folder of a pipeline whose transformer no recipe trains."""
-    path = Path(base or "").expanduser() / INDEX
-    if base is None or not path.is_file():
+    if base is None:
         return False
-    entry = json_object(path).get("transformer")
+    path = Path(base).expanduser() / INDEX
+    entry = json_object(path).get("transformer") if path.is_file() else None
     return isinstance(entry, list) and len(entry) == 2 and entry[1] not in _TRAINED_BY_RECIPES
 
 
@@ -164,8 +163,7 @@ def upcycle_pipeline(
     seed_everything(config.seed, Stream.WEIGHTS)
     student = upcycle(pipe.transformer, methods, **arguments)
     teacher = pipe.transformer if config.trained == "all" else None
-    if teacher is None:
-        pipe.transformer = None  # no second copy is needed
+    pipe.transformer = None  # the original stays in memory only to teach
     summary = _summary(student, calls[0], config)
     tell("\n".join(f"{what:<12} {text}" for what, text in summary.items()))
     result = distil(student, calls, out, config.distillation, teacher=teacher, resume=resume, facts=facts)
@@ -255,5 +253,5 @@ def _draw(pipe: Any, config: PipelineConfig, device: torch.device) -> Any:
             made = pipe(prompt, generator=generator, output_type="np", **given).images
         except (TypeError, ValueError) as error:
             raise InputError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from error
-        images.append((255.0 * np.asarray(made)[0]).round().clip(0, 255).astype(np.uint8))
+        images.append((255.0 * np.asarray(made)[0]).round().astype(np.uint8))
     return np.stack(images)

@@ -141,9 +141,9 @@ def build_student(
 
 def _counted_in_calls(method: AttachedMethod, accumulation: int) -> Method:
     """Build a method from a recipe, converting its warm-up from optimizer steps to calls of the model."""
-    built = method.build()
-    calls = getattr(built, "warmup", 0) * accumulation
-    return built.model_copy(update={"warmup": calls}) if calls else built
+    built: Any = method.build()
+    counted: Method = built.model_copy(update={"warmup": built.warmup * accumulation})
+    return counted
 
 
 def _check_skipping(after: Sequence[AfterSettings], model: nn.Module) -> None:

@@ -157,16 +157,13 @@ class Distillation(nn.Module):
             side = cells_per_patch_side(self.student)
             plan = corner_plan(self._grid(hidden_states), side, hidden_states.device)
             arguments = {"tail_drop": tail_drop, "plan": on_fixed_plan[:, None] & plan}
-        theirs: list[tuple[Tensor, Any]] = []
-        target = None
-        if terms.blocks or terms.output:
-            with torch.inference_mode(), _outputs_of(self.teacher.blocks if terms.blocks else []) as theirs:
-                target = self.teacher(*inputs).sample
+        with torch.inference_mode(), _outputs_of(self.teacher.blocks if terms.blocks else []) as theirs:
+            target = self.teacher(*inputs).sample if terms.blocks or terms.output else None
         with _outputs_of(self.student.blocks if terms.blocks else []) as ours:
             result = self.student(*inputs, **arguments)
         losses: dict[str, Tensor] = {}
         if attachment_of(self.student) is not None:
-            losses |= {name: value for name, value in method_losses(self.student).items() if value.requires_grad}
+            losses = {name: value for name, value in method_losses(self.student).items() if value.requires_grad}
         if terms.blocks:
             losses["teacher"] = self._block_error(ours, theirs, self._grid(hidden_states))
         if target is not None and terms.output:
@@ -193,9 +190,8 @@ class Distillation(nn.Module):
             theirs: Outputs of the teacher's blocks, (B, P, D) for P patches.
             grid: (rows, columns) of the student.
         """
-        packing = ours[0][1]
-        rows = None  # for each packed token, the row of its patch in the teacher's tokens (B * P, D)
-        if packing is not None:
+        rows, packing = None, ours[0][1]
+        if packing is not None:  # for each packed token, the row of its patch in the teacher's tokens (B * P, D)
             patches = theirs[0][0].shape[1]
             rows = packing.sample * patches + patch_of(packing.cell, grid, cells_per_patch_side(self.student))
         errors = []

@@ -117,7 +117,7 @@ def distil(
     for parameter in required_grad:
         parameter.requires_grad_(parameter in trained_set)
     mode = student.training
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)  # every step sets the rate
     if resume:
         rows = _restore(out, student, optimizer, settings)
     else:
@@ -179,9 +179,8 @@ def _step(
 
 
 def _prediction(returned: Any) -> Tensor:
-    """Return the prediction from the output of a transformer; some return a list with a tensor per sample."""
-    first = getattr(returned, "sample", None)
-    first = returned[0] if first is None else first
+    """Return the prediction, the first entry of an output; some transformers give a list with a tensor per sample."""
+    first = returned[0]
     return torch.stack(list(first)) if isinstance(first, list | tuple) else first
 
 
