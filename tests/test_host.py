@@ -8,13 +8,19 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tokdyn.errors import InputError
+from tokdyn.data import FeaturesConfig, write_features
+from tokdyn.errors import InputError, TokdynError
+from tokdyn.evaluate import EvalConfig, evaluate
 from tokdyn.host import bound_kernel_caches, describe, keep_large_buffers, open_device
+from tokdyn.sample import SampleConfig, sample
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -60,22 +66,24 @@ def test_kernel_caches_are_bounded_unless_set_in_the_environment(monkeypatch: py
 
 
 WORK = {
-    "sample": "from tokdyn.sample import SampleConfig, sample; sample(SampleConfig(model='nowhere'))",
-    "eval": "from tokdyn.evaluate import EvalConfig, evaluate; evaluate(EvalConfig(generated='nowhere'))",
-    "features": "from tokdyn.data import FeaturesConfig, write_features; write_features(FeaturesConfig(out='nowhere'))",
+    "sample": lambda: sample(SampleConfig(model="nowhere")),
+    "eval": lambda: evaluate(EvalConfig(generated="nowhere")),
+    "features": lambda: write_features(FeaturesConfig(out="nowhere")),
 }
 
 
-@pytest.mark.parametrize("code", WORK.values(), ids=WORK)
-def test_long_work_bounds_the_caches_before_it_begins(code: str, tmp_path: Path) -> None:
-    """Run in a process of its own, because the settings belong to the process; missing input ends the work at once."""
-    after = f"\nimport json, os; print(json.dumps([os.environ.get(name) for name in {CACHES}]))"
-    script = f"from tokdyn.errors import TokdynError\ntry:\n    {code}\nexcept TokdynError:\n    pass{after}"
-    clean = {name: value for name, value in os.environ.items() if name not in CACHES}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path, env=clean
-    )
-    assert json.loads(done.stdout) == ["64", "64"]
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+def test_long_work_bounds_the_caches_before_it_begins(
+    work: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Missing input ends the work at once."""
+    monkeypatch.chdir(tmp_path)
+    for name in CACHES:
+        monkeypatch.setenv(name, "removed")  # so that it is as before when the test is over
+        monkeypatch.delenv(name)
+    with suppress(TokdynError):
+        work()
+    assert [os.environ.get(name) for name in CACHES] == ["64", "64"]
 
 
 @pytest.mark.parametrize("name", ["warp", "cuda:99", "meta"])

@@ -16,7 +16,6 @@ from tokdyn.ops.caching import fit_rescaling, relative_change
 
 PAIRS = [(name, indicator) for name in CLOCKED for indicator in ("input", "first_block")]
 PAIRS.remove(("DCDiT", "first_block"))  # its first block lies within its chunking
-every = pytest.mark.parametrize(("name", "indicator"), PAIRS)
 
 
 def reused(model, calls):
@@ -28,7 +27,8 @@ def reused(model, calls):
     return results
 
 
-@every
+@pytest.mark.pairwise("caching", cost=6)
+@pytest.mark.parametrize(("name", "indicator"), PAIRS)
 def test_simulation_agrees_with_the_cache(name, indicator):
     model, calls = TINY[name].build(), trajectory(name, LEVELS[:4]) + trajectory(name, LEVELS[1:4])
     alike = calls if name == "DCDiT" else calls[:1]  # the tokens it keeps, and so its cost, depend on the data
@@ -44,6 +44,7 @@ def test_simulation_agrees_with_the_cache(name, indicator):
     assert 1 - sum(number for number, _ in done) / (2 * len(calls)) == pytest.approx(found.computed)
 
 
+@pytest.mark.pairwise("caching")
 @pytest.mark.parametrize(("name", "indicator"), [pair for pair in PAIRS if pair[0] != "DCDiT"])
 @torch.no_grad()
 def test_measurements_are_relative_changes_of_indicator_and_output(name, indicator):

@@ -38,6 +38,7 @@ def test_plain_models(name):
     assert {"projections", "attention", "mlp"} <= set(found.parts)
 
 
+@pytest.mark.pairwise("costs", cost=2)
 @pytest.mark.parametrize("router", ["spatial_predictability", "cosine", "random"])
 @pytest.mark.parametrize("name", [name for name in MODELS if works(name, [Chunking()])])
 def test_routers_and_budgets(name, router):
@@ -226,6 +227,7 @@ def cast(value):
 ON_META = [name for name in MODELS if name not in ("DCDiT", "Lumina2Transformer2DModel")]
 
 
+@pytest.mark.pairwise("laws", cost=10)
 @pytest.mark.parametrize(
     ("name", "methods"),
     [pair for pair in product(ON_META, ("merge", "curves", "cache")) if works(pair[0], ACTIVE[pair[1]])],

@@ -40,6 +40,7 @@ def losses_and_gradients(name, methods, seeds, reentrant=None):
     return total.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | gates
 
 
+@pytest.mark.pairwise("checkpointing")
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("public", "VisionTransformer")])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("seeds", [(5,), (5, 6)])
