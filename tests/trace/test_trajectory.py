@@ -191,6 +191,14 @@ def test_a_sampler_that_writes_over_its_latents_stays_on_one_image() -> None:
     assert call(trajectory, x, 0.5).images != seen[-1].images
 
 
+def test_one_sample_that_is_written_over_leaves_the_others_on_their_images() -> None:
+    trajectory, x = Trajectory(), noise(0, 3)
+    first = call(trajectory, x, 0.9)
+    x.mul_(0.95)[1] = noise(5)[0]
+    second = call(trajectory, x, 0.8)
+    assert [now == before for now, before in zip(second.images, first.images, strict=True)] == [True, False, True]
+
+
 def test_the_graph_behind_latents_is_not_kept() -> None:
     class Held:
         pass

@@ -236,12 +236,13 @@ class Comparison:
         """Say of each sample how its input resembles the one before; `columns` are those of this object on the host."""
         if self._inputs is not None:
             now, before = self._inputs
+            glanced = [UNSURE] * now.shape[0]
             if now.glance is not None and before.glance is not None:
                 glanced = list(map(Glance.beside, now.glance, before.glance))
                 if UNSURE not in glanced:
                     return glanced
-            if now.values is None or before.values is None:
-                return [(UNKNOWN, UNKNOWN)] * now.shape[0]
+            if now.values is None or before.values is None:  # written over: what a glance did not settle stays unknown
+                return [(UNKNOWN, UNKNOWN) if each == UNSURE else each for each in glanced]
             columns = (_products_of(now, before).tolist(),)
         return [self._judge(row[0], row[1:]) for row in columns[0]]
 
