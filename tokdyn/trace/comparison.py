@@ -9,6 +9,7 @@ would be felt.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -155,69 +156,45 @@ class InputSeen:
 
     Attributes:
         elements: M, how many of each sample are compared.
+        values: (B, M) copies of them, since latents may be written over; None where there was no input.
         shape: of the input.
         size: E, elements of each sample.
-        source: the input itself, without the graph behind it; None where there was none.
-        written: how often that was written to when it was looked at; None where that is not counted.
-        copied: (B, M) copies of the elements; None on the host, as long as no input was written over.
+        source: the input itself, as long as it is there.
+        written: how often that was written to.
         predictions: what the model made of it.
         on_host: whether reading values waits for no device.
         glance: a few of the values, on the host alone.
     """
 
     elements: int = SAMPLED
+    values: Tensor | None = None
     shape: Sequence[int] = ()
     size: int = 0
-    source: Tensor | None = None
+    source: weakref.ref[Tensor] | None = None
     written: int | None = None
-    copied: Tensor | None = None
     predictions: list[Prediction] = field(default_factory=list)
     on_host: bool = True
     glance: list[Glance] | None = None
 
     @staticmethod
-    def of(x: Tensor, elements: int, on_host: bool, copies: bool = False) -> InputSeen:
-        """Look at some elements of each sample of an input.
-
-        Args:
-            x: (B, ...).
-            elements: M.
-            on_host: whether reading values waits for no device.
-            copies: whether inputs are written over, so that the elements are copied now.
-        """
-        x = x.detach() if x.requires_grad else x  # else the graph behind it would be kept
-        shape, written = x.shape, version(x)
-        size = x.numel() // max(1, len(x))
+    def of(x: Tensor, elements: int, on_host: bool) -> InputSeen:
+        """Look at some elements of each sample of an input."""
+        shape = x.shape
+        size = x.numel() // max(1, shape[0])
         few = list(map(Glance, take(x, GLANCED, size).tolist())) if on_host and size >= GLANCED else None
-        copied = take(x, elements, size) if copies or not on_host or written is None else None
-        return InputSeen(elements, shape, size, x, written, copied, [], on_host, few)
-
-    @property
-    def current(self) -> bool:
-        """Whether nothing was written to the input since."""
-        return self.source is not None and self.written is not None and self.written == version(self.source)
-
-    @property
-    def copies(self) -> bool:
-        """Whether the input was written over, or one before it."""
-        return self.copied is not None or (self.source is not None and not self.current)
-
-    @property
-    def values(self) -> Tensor | None:
-        """(B, M) the elements; None where there was no input, or where it was written over."""
-        if self.copied is not None:
-            return self.copied
-        return take(self.source, self.elements, self.size) if self.source is not None and self.current else None
+        return InputSeen(elements, take(x, elements, size), shape, size, weakref.ref(x), version(x), [], on_host, few)
 
     def is_of(self, x: Tensor) -> bool:
         """Whether this tensor was looked at, and nothing was written to it since."""
-        return self.source is x and self.current
+        if self.source is None or self.source() is not x or self.written is None:
+            return False
+        return self.written == version(x)
 
     def fits(self, other: InputSeen) -> bool:
         """Whether another input has the same elements."""
-        if self.source is None or other.source is None or self.shape != other.shape:
+        if self.values is None or other.values is None or self.shape != other.shape:
             return False
-        return self.elements == other.elements and self.source.device == other.source.device
+        return self.elements == other.elements and self.values.device == other.values.device
 
 
 class Comparison:
@@ -236,13 +213,10 @@ class Comparison:
         """Say of each sample how its input resembles the one before; `columns` are those of this object on the host."""
         if self._inputs is not None:
             now, before = self._inputs
-            glanced = [UNSURE] * now.shape[0]
             if now.glance is not None and before.glance is not None:
                 glanced = list(map(Glance.beside, now.glance, before.glance))
                 if UNSURE not in glanced:
                     return glanced
-            if now.values is None or before.values is None:  # written over: what a glance did not settle stays unknown
-                return [(UNKNOWN, UNKNOWN) if each == UNSURE else each for each in glanced]
             columns = (_products_of(now, before).tolist(),)
         return [self._judge(row[0], row[1:]) for row in columns[0]]
 

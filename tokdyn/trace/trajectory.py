@@ -220,8 +220,7 @@ class Trajectory:
         self._before = before
         on_host = reads_freely(x)
         if not before.is_of(x):
-            elements = before.elements if x.shape == before.shape else SAMPLED
-            self._now = InputSeen.of(x, elements, on_host, before.copies)
+            self._now = InputSeen.of(x, before.elements if x.shape == before.shape else SAMPLED, on_host)
             compared = Comparison(self._now, before) if before.fits(self._now) else UNKNOWN
         conditions = self._conditioning.of(arguments, x, on_host)
         self._observation = Observation(level, conditions, compared, self.branch, self.step)
@@ -248,9 +247,9 @@ class Trajectory:
         if self._now is not self._before and alike.count(SAME) == len(alike):
             self._now = self._before  # a copy of the input before: both calls explain what follows
         elif FEW_CHANGED in alike:
-            now = self._now
-            assert now.source is not None
-            self._now = InputSeen.of(now.source, sys.maxsize, now.on_host, now.copies)
+            x = None if self._now.source is None else self._now.source()
+            unseen = replace(self._now, elements=sys.maxsize, values=None)
+            self._now = unseen if x is None else InputSeen.of(x, sys.maxsize, self._now.on_host)
 
     def note(self, output: Any) -> None:
         """Note what the model predicted in the call that was observed last, whatever the model returned."""
@@ -260,9 +259,9 @@ class Trajectory:
         if not self._placed and observation.on_host:
             self._learn(observation)
         now = self._before = self._now
-        if now.source is None or len(now.predictions) >= _PREDICTIONS:
+        if now.values is None or len(now.predictions) >= _PREDICTIONS:
             return
         value = prediction_in(output)
-        noted = None if value is None or value.device != now.source.device else Prediction.of(value, now)
+        noted = None if value is None or value.device != now.values.device else Prediction.of(value, now)
         if noted is not None:
             now.predictions.append(noted)
