@@ -1,5 +1,6 @@
 """Writing latents with `write_features`: their values, resuming, and what is refused."""
 
+import logging
 import math
 import signal
 import subprocess
@@ -10,12 +11,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from pydantic import ValidationError
 
 from tests.data.latents import config, kl, shapes, tiny
 from tokdyn.data import DataConfig, LatentDataset, ShapesDataset, open_data, write_features
-from tokdyn.data.vae import LatentScaling, load_vae, weights_digest
+from tokdyn.data.vae import LatentScaling, load_vae, quiet_diffusers, weights_digest
 from tokdyn.errors import DataError, InputError, OutputError
 
 
@@ -257,6 +259,25 @@ def test_a_damaged_autoencoder_is_named(tmp_path, capfd):
             write_features(config(tmp_path / "out", vae=str(tmp_path / "vae")))
     assert not (tmp_path / "out").exists()
     assert capfd.readouterr().err == ""
+
+
+def test_without_the_hub_no_file_is_said_to_be_missing(tmp_path, monkeypatch, capfd):
+    """diffusers reports a file that the hub cannot be asked for as one that does not exist."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="nobody/no-autoencoder") as raised:
+        write_features(config(tmp_path / "out", vae="nobody/no-autoencoder"))
+    assert "config.json" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_attempts_to_reach_the_hub_are_not_logged(caplog):
+    client = logging.getLogger("huggingface_hub.utils._http")
+    with quiet_diffusers():
+        client.warning("retrying")
+    assert not caplog.records
+    client.warning("retrying")
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("vae_dtype", ["fp32", "bf16"])

@@ -135,7 +135,10 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}).") from error
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}); copy or download it again, or "
+            "use another checkpoint."
+        ) from error
     return tensors
 
 

@@ -52,15 +52,18 @@ class LatentScaling(BaseModel):
 def quiet_diffusers() -> Iterator[None]:
     """Return a context that silences warnings and logs of diffusers and the hub's client. Errors still raise."""
     from diffusers.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
-    before = logging.get_verbosity()
+    before, hub_before = logging.get_verbosity(), hub_logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(before)
+        hub_logging.set_verbosity(hub_before)
 
 
 def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
@@ -77,6 +80,7 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
         DataError: nothing can be loaded from the path, or it is not an autoencoder for images.
     """
     import diffusers
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     failure: Exception | None = None
     local = Path(path).expanduser()
@@ -95,6 +99,12 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
             return vae.eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             failure = failure or error
+    # diffusers reports a hub that it cannot reach as a file that does not exist
+    if isinstance(failure and failure.__context__, LocalEntryNotFoundError):
+        raise DataError(
+            f"The autoencoder {path} is neither a folder here nor in the cache of the hub, which cannot be reached: "
+            "give vae a folder written by save_pretrained, or copy a filled cache from another machine."
+        ) from failure
     raise DataError(
         f"No autoencoder can be loaded from {path} ({failure}): give vae a folder written by save_pretrained, the "
         "folder of a pipeline, or a hub id that can be reached from here."
