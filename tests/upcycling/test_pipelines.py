@@ -267,7 +267,7 @@ def test_every_call_is_drawn_and_draws_follow_the_seed(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    calls, settings = [FLUX.inputs(1)], DistilSettings(steps=6, checkpoint_every=2)
+    calls, settings = [FLUX.inputs(1)], DistilSettings(steps=6, checkpoint_every=3)
     whole = new_student()
     rows = distil(whole, calls, tmp_path / "whole", settings).rows
     stopped, count = new_student().eval(), 0
@@ -276,7 +276,7 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> 
     def stop(*_: Any) -> None:
         nonlocal count
         count += 1
-        if count == 2 * 3 + 1:  # in the fourth step: each asks the teacher and the student
+        if count == 2 * 4 + 1:  # in the fifth step: each asks the teacher and the student
             raise KeyboardInterrupt
 
     handle = stopped.register_forward_pre_hook(stop)
@@ -285,7 +285,7 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> 
     handle.remove()
     assert not stopped.training
     assert [parameter.requires_grad for parameter in stopped.parameters()] == required
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
     resumed = new_student()
     assert distil(resumed, calls, tmp_path / "run", settings, resume=True).rows == rows
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
