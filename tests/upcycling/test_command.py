@@ -179,15 +179,15 @@ class Told:
     """Notes the dtypes of the transformers that there are when the summary is told, beside those of before."""
 
     def __init__(self) -> None:
-        self._before = {id(each) for each in self._all()}
+        self._before = self._all()  # kept, so that no new one has the id of an old one
         self.dtypes: list[torch.dtype] = []
 
     def _all(self) -> list[Any]:
-        gc.collect()
         return [each for each in gc.get_objects() if issubclass(type(each), diffusers.PixArtTransformer2DModel)]
 
     def __call__(self, text: str) -> None:
-        self.dtypes = [each.proj_out.weight.dtype for each in self._all() if id(each) not in self._before]
+        before = {id(each) for each in self._before}
+        self.dtypes = [each.proj_out.weight.dtype for each in self._all() if id(each) not in before]
 
 
 def test_the_whole_transformer_is_trained_by_a_copy_of_the_original(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import tokdyn
 from tests.contract.models import TINY
 from tests.contract.pipelines import build, images
+from tests.upcycling.models import inputs, small_base
 from tokdyn import Chunking, FeatureCache
 from tokdyn.errors import CheckpointError, InputError, TokdynError
 from tokdyn.upcycling import DistilSettings, distil
@@ -74,6 +75,21 @@ def test_the_first_error_is_the_one_of_the_untrained_student(tmp_path: Path) -> 
     rows = distil(new_student(), [call], tmp_path / "run", DistilSettings(steps=1)).rows
     assert rows[0]["step"] == 1
     assert rows[0]["output"] == pytest.approx(expected, rel=1e-4)  # fp32
+
+
+def test_predictions_are_read_from_outputs_with_names_and_from_tuples(tmp_path: Path) -> None:
+    """The output of a `DiT` has a name and no index; a pipeline asks for tuples."""
+    own = tokdyn.wrap(small_base(), [Chunking(target=2)])
+    call = dict(zip(("hidden_states", "timestep", "class_labels"), inputs(), strict=True))
+    (row,) = distil(own, [call], tmp_path / "dit", DistilSettings(steps=1)).rows
+    assert row["output"] > 0
+    errors = [
+        distil(
+            new_student(), [{**FLUX.inputs(1), "return_dict": named}], tmp_path / str(named), DistilSettings(steps=1)
+        ).rows[0]["output"]
+        for named in (True, False)
+    ]
+    assert errors[0] == errors[1]
 
 
 def test_the_first_step_moves_parameters_by_the_learning_rate(tmp_path: Path) -> None:
@@ -267,7 +283,7 @@ def test_every_call_is_drawn_and_draws_follow_the_seed(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    calls, settings = [FLUX.inputs(1)], DistilSettings(steps=6, checkpoint_every=2)
+    calls, settings = [FLUX.inputs(1)], DistilSettings(steps=6, checkpoint_every=3)
     whole = new_student()
     rows = distil(whole, calls, tmp_path / "whole", settings).rows
     stopped, count = new_student().eval(), 0
@@ -276,7 +292,7 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> 
     def stop(*_: Any) -> None:
         nonlocal count
         count += 1
-        if count == 2 * 3 + 1:  # in the fourth step: each asks the teacher and the student
+        if count == 2 * 4 + 1:  # in the fifth step: each asks the teacher and the student
             raise KeyboardInterrupt
 
     handle = stopped.register_forward_pre_hook(stop)
@@ -285,7 +301,7 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> 
     handle.remove()
     assert not stopped.training
     assert [parameter.requires_grad for parameter in stopped.parameters()] == required
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
     resumed = new_student()
     assert distil(resumed, calls, tmp_path / "run", settings, resume=True).rows == rows
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

@@ -179,8 +179,9 @@ def _step(
 
 
 def _prediction(returned: Any) -> Tensor:
-    """Return the prediction, the first entry of an output; some transformers give a list with a tensor per sample."""
-    first = returned[0]
+    """Return the prediction from the output of a transformer; some return a list with a tensor per sample."""
+    first = getattr(returned, "sample", None)  # outputs of tokdyn.DiT have no indices, and tuples no names
+    first = returned[0] if first is None else first
     return torch.stack(list(first)) if isinstance(first, list | tuple) else first
 
 
