@@ -76,6 +76,11 @@ def of_class(path: str, kind: type) -> Iterator[str]:
             default = field.default_factory() if made else field.default  # type: ignore[misc]
             given = "" if default is dataclasses.MISSING else f" = {shown(default)}"
             yield f"{path}.{field.name}: {field.type}{given}"
+    elif issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        for name, annotation in inspect.get_annotations(kind).items():
+            default = f" = {shown(kind._field_defaults[name])}" if name in kind._field_defaults else ""
+            written = getattr(annotation, "__forward_arg__", annotation)
+            yield f"{path}.{name}: {written}{default}"
     elif "__init__" in vars(kind):
         yield f"{path}.__init__{signature(kind.__init__)}"
     for name in sorted(dir(kind)):

@@ -69,7 +69,7 @@ def test_influence_on_packed_rows_is_a_mean_over_each_sample():
 
 @every
 def test_sequential_choice_is_not_worse_at_equal_flops(name):
-    model, calls = TINY[name].build(), trajectory(name, LEVELS[::3], branches=1, batch=1)
+    model, calls = TINY[name].build(), trajectory(name, LEVELS[::2], branches=1)
     once, again = (
         calibrate_skipping(model, calls, tokdyn.DepthSkip(), 0.75, levels=2, sequential=sequential, errors=True)
         for sequential in (False, True)

@@ -8,6 +8,7 @@ import torch._dynamo.testing
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import tokdyn
+from tests.contract.kit import shallow
 from tests.contract.models import TINY, sample
 from tests.contract.stacks import ACTIVE, PAIRS, acting
 from tokdyn.attach import wrap
@@ -26,7 +27,7 @@ def compiled(model, inputs):
 def plain_is_one(name):
     """Whether the model without methods compiles; asked where one with methods does not, for that takes a while."""
     try:
-        compiled(TINY[name].build(), TINY[name].inputs(2))
+        compiled(shallow(TINY[name].build()), TINY[name].inputs(2))
     except BROKEN:
         return False
     return True
@@ -37,7 +38,7 @@ def plain_is_one(name):
 @torch.no_grad()
 def test_one_graph(name, methods):
     inputs = TINY[name].inputs(2)
-    model = acting(wrap(TINY[name].build(), ACTIVE[methods]))
+    model = acting(wrap(shallow(TINY[name].build()), ACTIVE[methods]))
     expected = sample(model(**inputs))
     try:
         found = compiled(model, inputs)
@@ -51,7 +52,7 @@ def test_one_graph(name, methods):
 @torch.no_grad()
 def test_an_empty_wrap_is_one_graph():
     inputs = TINY["DiT"].inputs(2)
-    model = TINY["DiT"].build()
+    model = shallow(TINY["DiT"].build())
     torch.testing.assert_close(compiled(wrap(model, []), inputs), sample(model(**inputs)), rtol=0, atol=1e-6)
 
 
@@ -60,7 +61,7 @@ def test_an_empty_wrap_is_one_graph():
 def test_calls_are_remembered_without_compiling_again(name):
     """Statistics grow with every call, and what a graph reads must not."""
     torch._dynamo.reset()
-    model = wrap(TINY[name].build(), ACTIVE["chunk-merge"])
+    model = wrap(shallow(TINY[name].build()), ACTIVE["chunk-merge"])
     counter = torch._dynamo.testing.CompileCounter()
     fast = torch.compile(model, fullgraph=True, backend=counter)
     for level in (0.9, 0.7, 0.5, 0.3):

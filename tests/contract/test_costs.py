@@ -1,6 +1,6 @@
 """What wrapped models cost beside the law that computed equals counted: parts, cached steps, budgets, meta device."""
 
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -38,9 +38,14 @@ def test_plain_models(name):
     assert {"projections", "attention", "mlp"} <= set(found.parts)
 
 
-@pytest.mark.pairwise("costs", cost=2)
-@pytest.mark.parametrize("router", ["spatial_predictability", "cosine", "random"])
-@pytest.mark.parametrize("name", [name for name in MODELS if works(name, [Chunking()])])
+ROUTERS = ("spatial_predictability", "cosine", "random")
+CHUNKED = [name for name in MODELS if works(name, [Chunking()])]
+
+
+@pytest.mark.parametrize(
+    ("name", "router"),
+    sorted({*zip(CHUNKED, cycle(ROUTERS), strict=False), *product(("DiT", "WanTransformer3DModel"), ROUTERS)}),
+)
 def test_routers_and_budgets(name, router):
     """Samples of different length are computed apart; in 3-D the de-chunking is a product on CPU too."""
     model = wrapped(name, [Chunking(target=2, router=router)])
