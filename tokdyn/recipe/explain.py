@@ -59,7 +59,7 @@ def _sentence(model: type[BaseModel], error: Any) -> str:
         case "extra_forbidden":
             return f"'{key}' is not a setting{nearest(str(path[-1]), valid_keys(model, path[:-1]))}"
         case "missing":
-            return f"'{key}' is required; set it in the recipe or with {key}=VALUE"
+            return f"'{key}' is required; set {key}=VALUE"
         case "value_error":
             reason = str(error["ctx"]["error"]).removesuffix(".")
             return f"'{key}': {reason}" if key else reason
