@@ -50,7 +50,7 @@ class Net:
     """Tests, and which lines each of them reaches.
 
     Attributes:
-        seconds: of each test, without a mistake.
+        seconds: of processor time of each test, without a mistake.
         reached: for each file and line, the tests that run it; "" are the lines that run at import.
     """
 
@@ -93,21 +93,25 @@ class _Select:
 
 
 class _Watch:
-    """Note how long each test takes and what it reaches."""
+    """Note how much processor time each test takes, as other work may slow it down, and what it reaches."""
 
     def __init__(self, coverage: Coverage) -> None:
-        self._coverage = coverage
+        self._coverage, self._began = coverage, 0.0
         self.seconds: dict[str, float] = {}
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._coverage.switch_context(nodeid)
-        self.seconds[nodeid] = 0.0
+        self._began = _processor_time()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self._coverage.switch_context("")
+        self.seconds[nodeid] = _processor_time() - self._began
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        self.seconds[report.nodeid] += report.duration
+
+def _processor_time() -> float:
+    """Seconds that this process and its children have computed."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def preload() -> None:
