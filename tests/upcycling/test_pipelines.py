@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import tokdyn
@@ -100,6 +101,13 @@ def test_the_first_step_moves_parameters_by_the_learning_rate(tmp_path: Path) ->
         distil(student, [FLUX.inputs(1)], tmp_path / str(warmup), DistilSettings(steps=1, lr=1e-3, warmup_steps=warmup))
         moved = max((value - before[name]).abs().max().item() for name, value in trained_tensors(student).items())
         assert moved == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lr", "clip"])
+@pytest.mark.parametrize("value", [0.0, -1e-3, float("nan"), float("inf")])
+def test_rates_and_norms_are_positive_and_finite(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=name):
+        DistilSettings(**{name: value})
 
 
 @pytest.mark.parametrize("changes", [{"clip": 1e-12}, {"calls": 2}, {"seed": 1}])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -49,9 +50,9 @@ class DistilSettings(Section):
 
     steps: Positive = 1000
     calls: Positive = 1
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     warmup_steps: Count = 0
-    clip: float = 1.0
+    clip: PositiveFloat = 1.0
     trained: Literal["methods", "all"] = "methods"
     seed: Count = 0
     checkpoint_every: Positive = 100
