@@ -44,14 +44,6 @@ def test_values_and_gradients_equal_those_of_single_samples(counts, dtype):
         torch.testing.assert_close(found, wanted, rtol=near, atol=near * wanted.abs().max().item())
 
 
-def test_the_derivative_of_gated_add():
-    torch.manual_seed(0)
-    packing = packed((200, 260))
-    shapes = (packing.total, 3), (2, 3), (packing.total, 3)
-    x, gate, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    assert torch.autograd.gradcheck(lambda *given: gated_add(*given, packing), (x, gate, y), fast_mode=True)
-
-
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2])
 def test_the_derivative_of_the_modulated_norm(frozen):
     torch.manual_seed(0)

@@ -32,8 +32,8 @@ PACKING = packing_of([200, 260])
 
 
 def runs_a_form() -> bool:
-    x = torch.randn(460, 8, requires_grad=True)
-    name = layers.gated_add(x, torch.ones(2, 8), x, PACKING).grad_fn.name()
+    qkv = torch.randn(460, 48, requires_grad=True)
+    name = attention.packed_attention(qkv, 2, PACKING).grad_fn.name()
     return not name.endswith("0")  # as the names of PyTorch's own functions do
 
 
@@ -120,6 +120,6 @@ def test_subclasses_of_tensors_take_the_plain_functions():
 
 
 def test_arguments_may_be_given_by_name():
-    x, gate = torch.randn(460, 8), torch.randn(2, 8)
-    named = layers.gated_add(packing=PACKING, y=x, gate=gate, x=x)
-    assert torch.equal(named, layers.gated_add(x, gate, x, PACKING))
+    x, shift = torch.randn(460, 8), torch.randn(2, 8)
+    named = layers.modulated_norm(packing=PACKING, scale=shift, shift=shift, x=x)
+    assert torch.equal(named, layers.modulated_norm(x, shift, shift, PACKING))

@@ -101,12 +101,6 @@ def test_group_norm_comes_before_silu(form):
     torch.testing.assert_close(found, y / (1 + (-y).exp()), rtol=0, atol=1e-12)
 
 
-def test_tokens_of_a_map_are_a_view_of_it_without_cpu_forms():
-    x = torch.randn(2, 8, 3, 3)
-    with ops.plain():
-        assert layers.convolution_layout(x, 2) == torch.channels_last
-
-
 def test_casts_of_weights_end_with_their_context():
     assert layers.kept_casts() is None
     with layers.weights_cast_once():

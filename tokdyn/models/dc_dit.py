@@ -18,7 +18,6 @@ from tokdyn.models.base import DCDiTOutput, Transformer
 from tokdyn.models.blocks import CellEmbedder
 from tokdyn.models.scaffold import RMSNorm, Scaffold
 from tokdyn.models.sizes import dc_dit_settings, renamed_settings
-from tokdyn.ops.layers import convolution_layout
 from tokdyn.ops.precision import product_dtype
 from tokdyn.tokens import Grid, Routing
 
@@ -170,7 +169,7 @@ class DCDiT(Transformer):
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map (B, in_channels, rows, columns) to dense tokens (B, N, D)."""
         cells = F.pixel_unshuffle(x, self.config.patch_size)
-        cells = cells.contiguous(memory_format=convolution_layout(cells, self.encoder.narrowest))
+        cells = cells.contiguous(memory_format=torch.channels_last)  # in which tokens are a view of a map
         tokens: Tensor = self.encoder(self.x_embedder(cells), self.adaptor(condition))
         return tokens
 

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokdyn.ops.layers import convolution_layout, group_norm_silu, rms_norm
+from tokdyn.ops.layers import group_norm_silu, rms_norm
 
 
 class Scaffold(nn.Module):
@@ -25,7 +25,6 @@ class Scaffold(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, depth: int, condition_width: int, change_first: bool) -> None:
         super().__init__()
-        self.narrowest = min(inputs, outputs)
         change = 0 if change_first else depth - 1
         widths = [inputs] * (change + 1) + [outputs] * (depth - change)
         self.layers = nn.ModuleList(ResidualBlock(a, b, condition_width) for a, b in pairwise(widths))
@@ -33,7 +32,7 @@ class Scaffold(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map x (B, inputs, R, C) and a condition (B, D) to tokens (B, R * C, outputs)."""
-        x = x.contiguous(memory_format=convolution_layout(x, self.narrowest))
+        x = x.contiguous(memory_format=torch.channels_last)  # in which tokens are a view of a map
         for layer in self.layers:
             x = layer(x, condition)
         tokens: Tensor = self.norm(rearrange(x, "b d r c -> b (r c) d"))

@@ -98,19 +98,6 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 @has_cpu_form
-def convolution_layout(x: Tensor, narrowest: int) -> torch.memory_format:
-    """Return the memory layout in which a stack of norms and convolutions should hold its maps.
-
-    Channels-last, so that tokens are a view of a map.
-
-    Args:
-        x: (B, C, rows, columns), what goes into the stack.
-        narrowest: the fewest channels of any map in it.
-    """
-    return torch.channels_last
-
-
-@has_cpu_form
 def modulated_norm(
     x: Tensor, shift: Tensor, scale: Tensor, packing: Packing | None = None, eps: float = 1e-6
 ) -> Tensor:
@@ -131,7 +118,6 @@ def modulated_norm(
     return torch.addcmul(shift, normed, scale)
 
 
-@has_cpu_form
 def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing | None = None) -> Tensor:
     """Apply `x + gate * y`, the gated residual of adaLN-Zero (arXiv 2212.09748).
 
