@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         save,
         set_tail_drop,
         traces,
+        trajectory,
         unwrap,
         wrap,
     )
@@ -79,6 +80,7 @@ __all__ = [
     "set_tail_drop",
     "stats",
     "traces",
+    "trajectory",
     "unwrap",
     "upcycle",
     "wrap",
@@ -98,6 +100,7 @@ _LAZY = {
             "save",
             "set_tail_drop",
             "traces",
+            "trajectory",
             "unwrap",
             "wrap",
         ),

@@ -8,7 +8,16 @@ from tokdyn.attach.checks import Support, support, unsupported
 from tokdyn.attach.class_swap import base_class
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.controls import calibrate_router, dropping, losses, parts, reset, set_tail_drop, traces
+from tokdyn.attach.controls import (
+    calibrate_router,
+    dropping,
+    losses,
+    parts,
+    reset,
+    set_tail_drop,
+    traces,
+    trajectory,
+)
 from tokdyn.attach.entry import attached, attachment_of, disabled, unwrap, wrap
 from tokdyn.attach.handlers.base import (
     BlockCall,
@@ -69,6 +78,7 @@ __all__ = [
     "set_tail_drop",
     "support",
     "traces",
+    "trajectory",
     "unsupported",
     "untraced",
     "unwrap",

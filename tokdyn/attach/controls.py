@@ -17,6 +17,7 @@ from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.trace.calls import CallTrace
 from tokdyn.trace.steps import last_trajectory
+from tokdyn.trace.trajectory import Trajectory
 
 
 def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] | None) -> None:
@@ -170,6 +171,42 @@ def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
             model(*inputs, **arguments)
     finally:
         attachment.set(calibrating=False)
+
+
+@contextmanager
+def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajectory]:
+    """Tell a model that the calls in this context are those of one trajectory: a sampling loop of one's own.
+
+        with tokdyn.trajectory(model, steps=len(timesteps)) as here:
+            for step, timestep in enumerate(timesteps):
+                here.step = step
+                ...  # call the model
+
+    Caches, budgets per guidance branch and statistics begin and end with the context, also where it ends by an error.
+    Without a step, the step of each call is guessed from its noise level and its input; where the loop sets
+    `here.step`, nothing is guessed and no inputs are compared. `here.branch` names the guidance branch of the calls to
+    come, such as "cond"; without a name, branches are told apart by what they are conditioned on.
+
+    Args:
+        model: a wrapped model.
+        steps: number of steps; then FeatureCache computes the last one.
+
+    Yields:
+        The trajectory, whose `step` and `branch` can be set.
+
+    Raises:
+        InputError: the model is not wrapped, or the number of steps is not positive.
+    """
+    if steps is not None and steps < 1:
+        raise InputError(f"steps is {steps}; give the number of steps of the loop, at least 1, or leave it out.")
+    attachment = attached(model)
+    attachment.end()
+    attachment.trajectory.begin(steps)
+    try:
+        yield attachment.trajectory
+    finally:
+        attachment.trajectory.branch = None
+        attachment.end()
 
 
 def reset(model: nn.Module) -> None:

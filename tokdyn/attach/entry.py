@@ -238,7 +238,7 @@ def _call(
         if attachment.watch is not None and not context.training:
             attachment.watch.see(context.position, context.readings.levels.value[0])
     except BaseException:
-        attachment.trajectory.end()  # a call that is tried again is no second branch
+        attachment.trajectory.interrupt()  # a call that is tried again is no second branch
         raise
     finally:
         context.release()

@@ -36,7 +36,8 @@ class FeatureCache(Method):
             first; (1, 0) is the identity.
         steps: the steps to compute, counted from 0; all others are cached, and the indicator is not used. None decides
             by the threshold.
-        num_steps: number of steps of the sampler, so that the last one is always computed; None if unknown.
+        num_steps: number of steps of the sampler, so that the last one is always computed; None if unknown. Within
+            `tokdyn.trajectory(model, steps=N)`, N goes before it, and is enough unless `steps` lists the computed ones.
         extrapolate: extrapolate the last two computed effects linearly in the noise level, instead of repeating one.
         fingerprint: identifies the model and sampler that the polynomial was calibrated with; others raise a warning.
     """

@@ -1,7 +1,8 @@
 """Which step of which guidance branch of which image each call is.
 
-A pipeline that knows says so (`Trajectory.begin`, `Trajectory.end`, names of branches). Of a bare model it is guessed
-from what the calls look like, sample by sample, and in doubt a call begins a new image, so that nothing is taken over.
+A sampling loop that knows says so: `Trajectory.begin`, `Trajectory.step`, `Trajectory.end`, names of branches. Without
+it, this is guessed from what the calls look like, sample by sample, and in doubt a call begins a new image, so that
+nothing is taken over.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Position(NamedTuple):
             for a sample holds only while this is equal.
         steps: (B) step of each sample within its image, counted for this branch.
         trajectory: number of the trajectory, counted over those that began for all samples at once.
-        same_input: whether all calls of the step so far had one input.
+        same_input: whether all calls of the step so far had one input; assumed where the step was told.
+        num_steps: number of steps of the trajectory, where that was told.
     """
 
     branch: Hashable
@@ -58,6 +60,7 @@ class Position(NamedTuple):
     steps: tuple[int, ...]
     trajectory: int
     same_input: bool = True
+    num_steps: int | None = None
 
     @property
     def label(self) -> str | int:
@@ -83,6 +86,7 @@ class Tracker:
     _image: int = 0
     _images: list[int] = field(default_factory=list)
     _levels: tuple[float, ...] = ()
+    _told: int | None = None
     _place: int = 0
     _same_input: bool = True
     _seen: dict[Hashable, int] = field(default_factory=dict)
@@ -90,7 +94,7 @@ class Tracker:
 
     def clear(self) -> None:
         """Let the next call begin new images."""
-        self._levels, self._images = (), []
+        self._levels, self._images, self._told = (), [], None
 
     def place(self, seen: Sequence[SampleSeen], name: str | None = None, told: int | None = None) -> Position:
         """Say where a call is.
@@ -98,21 +102,24 @@ class Tracker:
         Args:
             seen: what is seen of each sample.
             name: of the guidance branch, where a pipeline gave one.
-            told: index of the step, where a pipeline gave one.
+            told: index of the step, where that is known; then it decides which calls belong to one step.
         """
         levels, alike, moved, conditions = zip(*seen, strict=True) if seen else ((), (), (), ())
         same_input = same_step = False
-        if levels == self._levels:
+        if told is not None:
+            same_step = same_input = told == self._told and len(levels) == len(self._levels)
+        elif levels == self._levels:
             same_input = alike.count(SAME) == len(alike)
             same_step = same_input or (max(moved) > ROUNDED and min(alike) >= RESEMBLES)
         loops = self._place + 1 >= MOST_BRANCHES if name is None else name in self._seen
-        if same_step and loops:  # a loop over one call, or a trajectory that was broken off in its first step
+        if told is None and same_step and loops:  # a loop over one call, or an image that ended in its first step
             self.clear()
             same_step = False
         if same_step:
             self._place, self._same_input = self._place + 1, self._same_input and same_input
         else:
             self._begin_step(levels, alike, told is not None)
+        self._told = told
         branch = self._branch(name, conditions)
         images = tuple(zip(self._images, conditions, strict=True))
         steps = self._count(branch, images, told)
@@ -170,13 +177,15 @@ class Trajectory:
     """The trajectory that a model is on.
 
     Attributes:
-        branch: name of the guidance branch of the calls to come, where a pipeline says so.
-        step: index of the step of the calls to come, where a pipeline says so.
+        branch: name of the guidance branch of the calls to come, where somebody says so.
+        step: index of the step of the calls to come, where somebody says so. Then the inputs of calls are not compared.
+        steps: number of steps, where somebody says so.
     """
 
     def __init__(self) -> None:
         self.branch: str | None = None
         self.step: int | None = None
+        self.steps: int | None = None
         self._tracker = Tracker()
         self._conditioning = Conditioning(MOST_BRANCHES)
         self._now = self._before = InputSeen()
@@ -186,17 +195,27 @@ class Trajectory:
     def __reduce__(self) -> Any:
         return Trajectory, ()  # a copy of a model begins its own
 
-    def begin(self) -> None:
-        """Begin a trajectory: the next call takes nothing over."""
-        self._tracker.clear()
-        self.step = None
+    def begin(self, steps: int | None = None) -> None:
+        """Begin a trajectory: the next call takes nothing over.
 
-    end = begin
+        Args:
+            steps: number of its steps, where that is known.
+        """
+        self.interrupt()
+        self.step, self.steps = None, steps
+
+    def end(self) -> None:
+        """End the trajectory: the next call takes nothing over, and nothing is known of its steps."""
+        self.begin()
+
+    def interrupt(self) -> None:
+        """Take nothing over to the next call, after one that failed."""
+        self._tracker.clear()
 
     def fork(self) -> Trajectory:
         """Make a trajectory that goes on from here without an effect on this one."""
         other = Trajectory()
-        other.branch, other.step = self.branch, self.step
+        other.branch, other.step, other.steps = self.branch, self.step, self.steps
         other._now = replace(self._now, predictions=list(self._now.predictions))
         other._tracker = copy.deepcopy(self._tracker)
         return other
@@ -208,7 +227,7 @@ class Trajectory:
             arguments: of the call, by name.
             level: (B,) or (1,) fp32 noise levels.
         """
-        if not self._placed:  # nobody asked where the call before was, so that what is known is older than it
+        if not self._placed and self.step is None:  # nobody asked where the call before was: what is known is older
             self._tracker.clear()
         self._placed = False
         x, before = main_input(arguments), self._now
@@ -217,9 +236,11 @@ class Trajectory:
             nothing = Conditions(level.new_zeros(len(level), 0), [()] * len(level) if level.is_cpu else None)
             return Observation(level, nothing, UNKNOWN, self.branch, self.step)
         compared: Comparison | float = SAME
-        self._before = before
         on_host = reads_freely(x)
-        if not before.is_of(x):
+        if self.step is not None:
+            before = self._now = InputSeen()
+        self._before = before
+        if self.step is None and not before.is_of(x):
             self._now = InputSeen.of(x, before.elements if x.shape == before.shape else SAMPLED, on_host)
             compared = Comparison(self._now, before) if before.fits(self._now) else UNKNOWN
         conditions = self._conditioning.of(arguments, x, on_host)
@@ -239,7 +260,8 @@ class Trajectory:
             return self._tracker.place([SampleSeen(0.0, UNKNOWN, UNKNOWN)] * batch, self.branch)
         if observation is self._observation:
             self._learn(observation)
-        return self._tracker.place(observation.samples, observation.branch, observation.step)
+        position = self._tracker.place(observation.samples, observation.branch, observation.step)
+        return position if self.steps is None else position._replace(num_steps=self.steps)
 
     def _learn(self, observation: Observation) -> None:
         """Let what is seen of a call decide what the next one is compared with."""

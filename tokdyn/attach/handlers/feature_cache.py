@@ -22,7 +22,7 @@ from tokdyn.attach.view import TokenView
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, extrapolate, relative_change, rescale
 from tokdyn.tokens import Routing
-from tokdyn.trace.trajectory import MOST_BRANCHES
+from tokdyn.trace.trajectory import MOST_BRANCHES, Position
 
 
 @dataclass
@@ -153,7 +153,7 @@ class CachedBlocks(Bracket):
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
-            reused = self._decide(branch, indicator, position.steps, fresh)
+            reused = self._decide(branch, indicator, position, fresh)
             branch.images, branch.indicator = position.images, indicator
         self.memory.put(context, branch)
         context.slots[self.slot] = Reuse(x, reused, fresh, branch, view)
@@ -178,18 +178,19 @@ class CachedBlocks(Bracket):
         with context.residency.present(block.module):
             return modulated(block.module, block.named).detach()
 
-    def _decide(
-        self, branch: BranchMemory, indicator: Tensor, steps: Sequence[int], fresh: Sequence[bool]
-    ) -> list[bool]:
+    def _decide(self, branch: BranchMemory, indicator: Tensor, position: Position, fresh: Sequence[bool]) -> list[bool]:
         """Decide for each sample whether it is reused, and update the accumulated change of the branch.
 
         Args:
             branch: the memory of the branch; `total` is updated.
             indicator: (B, ...) the indicator of this step.
-            steps: for each sample, the number of its step.
+            position: the place of the call.
             fresh: for each sample, whether another image is remembered; such a sample is computed.
         """
-        last = [self.method.num_steps is not None and step >= self.method.num_steps - 1 for step in steps]
+        steps, count = position.steps, self.method.num_steps
+        if position.num_steps is not None and (count is not None or self.method.steps is None):
+            count = position.num_steps  # what the loop says goes before what was set
+        last = [count is not None and step >= count - 1 for step in steps]
         if self.method.steps is not None:
             computed = [step in self.method.steps for step in steps]
             return [not any(reasons) for reasons in zip(computed, last, fresh, strict=True)]
