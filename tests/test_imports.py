@@ -27,6 +27,7 @@ LAYERS = [
     ["checkpoints"],
     ["bases"],
     ["cost"],
+    ["pipelines"],
     ["testing"],
     ["diffusion"],
     ["data"],

@@ -24,23 +24,17 @@ if TYPE_CHECKING:
     from tokdyn.adapters import register_adapter
     from tokdyn.attach import (
         calibrate_router,
-        disabled,
         dropping,
-        load,
         losses,
         parts,
-        reset,
-        save,
-        set_tail_drop,
         traces,
         trajectory,
-        unwrap,
-        wrap,
     )
     from tokdyn.calibration import calibrate
-    from tokdyn.cost import flops, stats
+    from tokdyn.cost import flops
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT
+    from tokdyn.pipelines import disabled, load, reset, save, set_tail_drop, stats, unwrap, wrap
     from tokdyn.recorder import recording
     from tokdyn.upcycling import upcycle
 
@@ -91,22 +85,19 @@ _LAZY = {
     **dict.fromkeys(
         (
             "calibrate_router",
-            "disabled",
             "dropping",
-            "load",
             "losses",
             "parts",
-            "reset",
-            "save",
-            "set_tail_drop",
             "traces",
             "trajectory",
-            "unwrap",
-            "wrap",
         ),
         "tokdyn.attach",
     ),
-    **dict.fromkeys(("flops", "stats"), "tokdyn.cost"),
+    "flops": "tokdyn.cost",
+    **dict.fromkeys(
+        ("disabled", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"),
+        "tokdyn.pipelines",
+    ),
     "upcycle": "tokdyn.upcycling",
     **dict.fromkeys(
         ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge", "register_method"),
@@ -133,6 +124,7 @@ _SUBMODULES = frozenset(
         "methods",
         "models",
         "ops",
+        "pipelines",
         "recipe",
         "report",
     }

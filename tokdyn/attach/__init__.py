@@ -5,7 +5,10 @@ Other packages import from here and not from the modules inside. docs/design.md 
 
 from tokdyn.attach.attachment import Attachment, Meter
 from tokdyn.attach.checks import Support, support, unsupported
+from tokdyn.attach.class_swap import attach as swap_class
 from tokdyn.attach.class_swap import base_class
+from tokdyn.attach.class_swap import detach as restore_class
+from tokdyn.attach.class_swap import is_attached as is_swapped
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.controls import (
@@ -68,15 +71,18 @@ __all__ = [
     "fingerprint",
     "handles",
     "inner_model",
+    "is_swapped",
     "load",
     "losses",
     "metered",
     "other_sampler",
     "parts",
     "reset",
+    "restore_class",
     "save",
     "set_tail_drop",
     "support",
+    "swap_class",
     "traces",
     "trajectory",
     "unsupported",

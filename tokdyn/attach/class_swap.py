@@ -52,7 +52,7 @@ def within(frame: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
 
 
 def attach(
-    module: nn.Module,
+    module: Any,
     call: Call,
     overrides: Mapping[str, Call] | None = None,
     *,
@@ -60,7 +60,7 @@ def attach(
     conclude: Call | None = None,
     outside: Call | None = None,
 ) -> None:
-    """Replace calls of this one module by `call(module, plain, args, kwargs)`.
+    """Replace calls of this one module, or pipeline, by `call(module, plain, args, kwargs)`.
 
     `plain` is the `__call__` of the module's own class, so `plain(module, *args, **kwargs)` is the original call. All
     functions must be defined at the top level of a file, because copies and pickles refer to them by name.
@@ -83,7 +83,7 @@ def attach(
     module.__class__ = _class_for(base, call, tuple((overrides or {}).items()), prepare, conclude, outside)
 
 
-def is_attached(module: nn.Module) -> bool:
+def is_attached(module: object) -> bool:
     """Return whether `attach` is in effect on this module."""
     return hasattr(type(module), "_tokdyn_base")
 
@@ -95,7 +95,7 @@ def attach_like(module: nn.Module, other: nn.Module) -> None:
         attach(module, call, outside=outside)
 
 
-def detach(module: nn.Module) -> None:
+def detach(module: Any) -> None:
     """Give a module its own class back. A module that is not attached stays as it is."""
     base = getattr(type(module), "_tokdyn_base", None)
     if base is not None:
@@ -151,6 +151,7 @@ def _subclass(
 def _replaced_call(plain: Call, call: Call) -> Call:
     """Return a `__call__` that makes every call by `call`."""
 
+    @functools.wraps(plain)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(self, plain, args, kwargs)
 

@@ -58,7 +58,8 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
             position = tracker.place(trace.observed.samples, trace.observed.branch, trace.observed.step)
         if position.trajectory != trajectory:
             placed, trajectory, step = [], position.trajectory, -1
-        step += position.place == 0
+        told = None if trace.observed is None else trace.observed.step
+        step = step + (position.place == 0) if told is None else told
         placed.append(PlacedCall(trace, step, position.place if trace.branch is None else trace.branch, levels))
     if {call.branch for call in placed} == {0, 1} and adapter.guidance == "calls":
         names = ("cond", "uncond")

@@ -1,0 +1,252 @@
+"""Attach methods to models and pipelines alike, and set and read what changes from call to call in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from tokdyn import attach, cost
+from tokdyn.attach import attachment_of, inner_model, is_swapped, restore_class, swap_class
+from tokdyn.cost import TrajectoryStats
+from tokdyn.errors import CheckpointError, InputError
+from tokdyn.methods import Method
+from tokdyn.pipelines.denoisers import denoisers, is_pipeline
+from tokdyn.pipelines.telling import Teller, listening
+
+Target = TypeVar("Target")
+
+
+def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Method]]) -> Target:
+    """Attach methods to a model, or to every denoiser of a pipeline, in place. `unwrap` undoes it exactly.
+
+    A wrapped pipeline tells its denoisers where a trajectory begins and ends, also by an error, which step a call
+    belongs to and how many there are; nothing is guessed from noise levels.
+
+    Args:
+        target: a diffusion transformer, of diffusers, of tokdyn or of another library (docs/adapters.md); or a pipeline
+            of diffusers that has one or several.
+        methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
+            the list matters only between methods of one stage. For a pipeline also a list for each denoiser, by the
+            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CompositionError: two of the methods cannot be combined.
+        UnsupportedModelError: the model has no adapter, a method cannot be used on models of this kind, or the pipeline
+            has no diffusion transformer.
+        InputError: the model is wrapped already, an element of the list is not a method, a setting is out of range for
+            this model, or the pipeline has no denoiser of a given name. Nothing is wrapped then.
+    """
+    if not is_pipeline(target):
+        if isinstance(methods, Mapping):
+            raise InputError(f"methods by name are for pipelines; give a list for this {type(target).__name__}.")
+        attach.wrap(target, methods)  # type: ignore[type-var]
+        return target
+    models = denoisers(target)
+    chosen = dict(methods) if isinstance(methods, Mapping) else dict.fromkeys(models, methods)
+    for name in chosen:
+        if name not in models:
+            raise InputError(
+                f"this {type(target).__name__} has no denoiser {name!r}; it has {', '.join(map(repr, models))}."
+            )
+    done: list[nn.Module] = []
+    try:
+        for name, each in chosen.items():
+            attach.wrap(models[name], each)
+            done.append(models[name])
+    except BaseException:
+        for model in done:
+            attach.unwrap(model)
+        raise
+    if not is_swapped(target):
+        swap_class(target, _call_pipeline)
+    return target
+
+
+def unwrap(target: Target) -> Target:
+    """Remove all methods, in place; class, state dict and outputs are those before `wrap`.
+
+    Args:
+        target: a wrapped model, or a wrapped pipeline.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InputError: it is not wrapped, or other code has changed the class of one of its modules since.
+    """
+    for model in _wrapped(target).values():
+        attach.unwrap(model)
+    if is_pipeline(target):
+        restore_class(target)
+    return target
+
+
+@contextmanager
+def disabled(target: Any) -> Iterator[None]:
+    """Disable the methods of a wrapped model or pipeline while the context is open: it computes bit for bit as before.
+
+    Raises:
+        InputError: it is not wrapped.
+    """
+    with ExitStack() as stack:
+        for model in _wrapped(target).values():
+            stack.enter_context(attach.disabled(model))
+        yield
+
+
+def reset(target: Any) -> None:
+    """Forget the current trajectory, its caches and its statistics; the next call begins a new one.
+
+    diffusers pipelines end the trajectory themselves after each image, and keep the statistics.
+
+    Args:
+        target: a wrapped model or pipeline.
+
+    Raises:
+        InputError: it is not wrapped.
+    """
+    for model in _wrapped(target).values():
+        attach.reset(model)
+
+
+def set_tail_drop(target: Any, value: float | Tensor | Mapping[str, float] | None) -> None:
+    """Set the tail drop of all following calls: the share of the kept tokens that Chunking drops as well.
+
+    The least probable of the kept tokens are dropped, and at least one per sample stays.
+
+    Args:
+        target: a model or pipeline wrapped with Chunking, or a wrapped DC-DiT.
+        value: a share in [0, 1] for all samples, a (B,) tensor with one share per sample, or {"cond": .., "uncond": ..}
+            with one share per guidance branch (Lite-CFG, arXiv 2603.06351 v2). None restores the method's own setting.
+
+    Raises:
+        InputError: the model is not wrapped or has no Chunking, or the value is not one of these. A tensor of another
+            length than the batch raises an InputError in the call.
+    """
+    for model in _wrapped(target).values():
+        attach.set_tail_drop(model, value)
+
+
+def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
+    """Return what the last trajectory computed and what it cost, during it or after its end.
+
+    A trajectory ends when a diffusers pipeline has made its images, when another image begins, or with `tokdyn.reset`.
+    In training, every call is one. The last 512 calls are kept.
+
+    Args:
+        target: a wrapped model, or a wrapped pipeline, whose denoisers are taken together.
+        guided: whether each batch held the two guidance branches as halves, which then have entries of their own. None
+            assumes so if a tail drop was set for each branch.
+
+    Returns:
+        One entry for each call and guidance branch, empty before the first call; printed, it is a table.
+
+    Raises:
+        InputError: it is not wrapped.
+    """
+    found = [cost.stats(model, guided) for model in _wrapped(target).values()]
+    if len(found) == 1:
+        return found[0]
+    calls = sorted((call for each in found for call in each.calls), key=lambda call: call.step)
+    return TrajectoryStats(type(target).__name__, tuple(calls))
+
+
+def save(target: Any, folder: str | Path) -> Path:
+    """Write the methods of a wrapped model or pipeline and their trained parts, without the models' own weights.
+
+    Args:
+        target: a wrapped model, or a container such as DistributedDataParallel around one; or a wrapped pipeline, each
+            of whose denoisers gets a folder of its own, with its name.
+        folder: created if it does not exist; files of an earlier call are replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: it is not wrapped, or the weights of the methods are offloaded.
+        OutputError: the folder cannot be written to.
+    """
+    where = Path(folder).expanduser()
+    if not is_pipeline(target):
+        return attach.save(target, where)
+    for name, model in _wrapped(target).items():
+        attach.save(model, where / name)
+    return where
+
+
+def load(target: Target, folder: str | Path) -> Target:
+    """Wrap a model or pipeline, in place, with the methods that `save` wrote.
+
+    Args:
+        target: a model that is not wrapped, of the class that the methods were saved from, or a pipeline around it.
+        folder: the folder that `save` returned; for a pipeline with one denoiser, also one that was saved from a model.
+
+    Returns:
+        The same object, wrapped.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, was written for another model class or other sizes, or names a
+            method that is not registered here.
+        CompositionError, UnsupportedModelError, InputError: as in `wrap`.
+    """
+    where = Path(folder).expanduser()
+    if not is_pipeline(target):
+        attach.load(target, where)  # type: ignore[type-var]
+        return target
+    models = denoisers(target)
+    if len(models) == 1 and (where / attach.CONFIG).is_file():
+        folders = dict.fromkeys(models, where)
+    else:
+        folders = {name: where / name for name in models if (where / name / attach.CONFIG).is_file()}
+    if not folders:
+        raise CheckpointError(
+            f"{where} holds no methods for the denoisers of this {type(target).__name__} ({', '.join(models)}); give a "
+            "folder that tokdyn.save has written."
+        )
+    done: list[nn.Module] = []
+    try:
+        for name, each in folders.items():
+            attach.load(models[name], each)
+            done.append(models[name])
+    except BaseException:
+        for model in done:
+            attach.unwrap(model)
+        raise
+    if not is_swapped(target):
+        swap_class(target, _call_pipeline)
+    return target
+
+
+def _wrapped(target: Any) -> dict[str, Any]:
+    """Return the wrapped denoisers of a pipeline by name, or a model itself, which the function that gets it checks.
+
+    Raises:
+        InputError: no denoiser of the pipeline is wrapped.
+    """
+    if not is_pipeline(target):
+        return {"": target}
+    found = {name: model for name, model in denoisers(target).items() if attachment_of(inner_model(model)) is not None}
+    if not found:
+        raise InputError(f"this {type(target).__name__} is not wrapped; call tokdyn.wrap(pipe, methods) first.")
+    return found
+
+
+def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a pipeline as one trajectory or several, which end with the call."""
+    models = [inner_model(each) for each in pipe.components.values() if isinstance(each, nn.Module)]
+    attachments = [each for each in map(attachment_of, models) if each is not None]
+    teller = Teller(pipe, attachments)
+    teller.begin()
+    try:
+        with listening(pipe.components.get("scheduler"), teller):
+            return plain(pipe, *args, **kwargs)
+    finally:
+        for attachment in attachments:
+            attachment.end()
