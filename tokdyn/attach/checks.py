@@ -14,12 +14,13 @@ from torch import nn
 from tokdyn.adapters import ModelAdapter, known_adapters
 from tokdyn.attach.sites import Site
 from tokdyn.attach.width.layout import unfit
-from tokdyn.compose import compose
+from tokdyn.compose import Placed, compose
 from tokdyn.errors import CompositionError, InputError, UnsupportedModelError
 from tokdyn.methods import METHODS, Chunking, Method
 from tokdyn.methods.base import Sizes, Stage, Traits
 
 _DEPTH = 28  # number of blocks assumed for a family when no model is given
+_BY_FIRST_BLOCK = ("FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig")  # caches of diffusers that decide there
 _SUBLAYERS = {"attention": "attention", "mlp": "MLP"}
 
 
@@ -237,3 +238,36 @@ def _as_call(method: Method) -> str:
     """Write the call that makes a method, with the settings that were given."""
     given = ", ".join(f"{name}={getattr(method, name)!r}" for name in sorted(method.model_fields_set))
     return f"{type(method).__name__}({given})"
+
+
+def check_cache(model: nn.Module, placed: Sequence[Placed], config: Any) -> None:
+    """Check that a cache of diffusers and the methods of a model do not get into each other's way.
+
+    Args:
+        model: for the message.
+        placed: the methods.
+        config: of the cache; None if there is no cache.
+
+    Raises:
+        InputError: a FeatureCache would be a second cache, or a method may skip the block at which the cache decides.
+    """
+    if config is None:
+        return
+    kind = type(config).__name__
+    for each in placed:
+        skipped = each.traits.owns.get("skipping", frozenset())
+        if each.traits.remembers:
+            raise InputError(
+                f"this {type(model).__name__} would have two caches, {each.name} and diffusers' {kind}; leave out one."
+            )
+        if kind in _BY_FIRST_BLOCK and (skipped is None or 0 in skipped):
+            raise InputError(
+                f"{each.name} may skip the first block of this {type(model).__name__}, at which diffusers' {kind} "
+                f"decides; give {each.name} other blocks, or use tokdyn.FeatureCache in the place of {kind}."
+            )
+
+
+def enable_cache(model: Any, original: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    """Enable a cache of diffusers in a wrapped model, after checking that it goes with the methods."""
+    check_cache(model, model.tokdyn.blueprint.placed, config)
+    original(model, config, *args, **kwargs)

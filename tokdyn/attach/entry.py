@@ -14,7 +14,7 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach import class_swap, containers, recompute
 from tokdyn.attach.attachment import Attachment, Prepared, sizes_of
-from tokdyn.attach.checks import check, check_arguments, check_sublayers
+from tokdyn.attach.checks import check, check_arguments, check_cache, check_sublayers, enable_cache
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
@@ -54,6 +54,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     warn_of_another_model(model, methods)
     containers.check_sharding(model, attachment)
     containers.check_parts_unsharded(model, attachment)
+    check_cache(model, attachment.blueprint.placed, getattr(model, "_cache_config", None))
     sites = attachment.sites(model)
     check_sublayers(model, methods, sites.values(), attachment.blueprint.sizes.depth)
     model.tokdyn = attachment
@@ -65,7 +66,11 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
 
 def _overrides(model: nn.Module, adapter: ModelAdapter) -> dict[str, Any]:
     """Return the functions that override methods of a wrapped model, by name; see `class_swap.attach`."""
-    own: dict[str, Any] = {"save_pretrained": _save_pretrained, "enable_layerwise_casting": _enable_layerwise_casting}
+    own: dict[str, Any] = {
+        "save_pretrained": _save_pretrained,
+        "enable_layerwise_casting": _enable_layerwise_casting,
+        "enable_cache": enable_cache,
+    }
     overrides = {name: override for name, override in own.items() if hasattr(model, name)}
     overrides |= {name: _call_entry for name in adapter.entries if hasattr(model, name)}
     if adapter.chunked:
@@ -84,6 +89,8 @@ def attach_sites(model: nn.Module, attachment: Attachment) -> None:
     for module in model.modules():
         if id(module) in sites:
             class_swap.attach(module, call_module, outside=recompute.call_outside)
+    for block in attachment.blocks(model):
+        class_swap.enter_in_table_of_caches(block)
 
 
 def unwrap(model: Model) -> Model:

@@ -1,0 +1,70 @@
+"""Caches of diffusers are enabled before or after wrapping with the same result, or refused in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import tokdyn
+from tests.contract.pipelines import build, images
+from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenMerge
+
+FIRST = diffusers.FirstBlockCacheConfig(threshold=0.2)
+TAYLOR = diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1)
+ACTING = {"Wan": FIRST, "Flux": TAYLOR}  # a cache that changes the images of a pipeline
+METHODS: dict[str, list[Any]] = {
+    "merge": [TokenMerge(ratio=0.5)],
+    "skip": [DepthSkip(blocks=(1,))],
+    "chunking": [Chunking(target=2)],
+    "width": [DynamicWidth(target=0.5)],
+}
+
+
+@pytest.mark.parametrize("name", ACTING)
+@pytest.mark.parametrize("methods", METHODS.values(), ids=list(METHODS))
+def test_the_order_of_wrapping_and_caching_is_free(name: str, methods: list[Any]) -> None:
+    early, late = build(name), build(name)
+    plain = images(early, name)
+    early.transformer.enable_cache(ACTING[name])
+    cached = images(early, name)
+    assert not torch.equal(cached, plain)
+    for pipe in (early, late):
+        torch.manual_seed(0)  # of the router
+        tokdyn.wrap(pipe, methods)
+    without = images(late, name)
+    late.transformer.enable_cache(ACTING[name])
+    found = images(late, name)
+    assert torch.equal(images(early, name), found)
+    assert not torch.equal(found, without)
+    late.transformer.disable_cache()
+    assert torch.equal(images(late, name), without)
+    assert torch.equal(images(tokdyn.unwrap(early), name), cached)
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [(FeatureCache(threshold=0.1), FIRST), (FeatureCache(steps=(0, 2)), TAYLOR), (DepthSkip(blocks=(0,)), FIRST)],
+    ids=["two caches", "two caches, listed steps", "the first block"],
+)
+def test_what_cannot_go_together_is_refused_in_either_order(method: Any, config: Any) -> None:
+    pipe = build("Flux")
+    tokdyn.wrap(pipe, [method])
+    with pytest.raises(tokdyn.InputError, match=type(config).__name__):
+        pipe.transformer.enable_cache(config)
+    assert not pipe.transformer.is_cache_enabled
+    tokdyn.unwrap(pipe)
+    pipe.transformer.enable_cache(config)
+    kind = type(pipe.transformer)
+    with pytest.raises(tokdyn.InputError, match=type(method).__name__):
+        tokdyn.wrap(pipe, [method])
+    assert type(pipe.transformer) is kind
+    assert not hasattr(pipe.transformer, "tokdyn")
+
+
+def test_a_method_that_skips_other_blocks_goes_with_a_cache_at_the_first_block() -> None:
+    pipe = tokdyn.wrap(build("Wan"), [DepthSkip(blocks=(1,))])
+    pipe.transformer.enable_cache(FIRST)
+    assert images(pipe, "Wan").isfinite().all()
