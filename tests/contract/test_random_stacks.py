@@ -136,7 +136,7 @@ def test_a_list_is_refused_with_a_way_out_or_obeys_the_laws(name: str, drawn: An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
-@settings(max_examples=60, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(drawn=stacks)
 def test_many_lists_are_refused_with_a_way_out_or_obey_the_laws(name: str, drawn: Any) -> None:
     hold(name, drawn)
