@@ -114,14 +114,14 @@ def test_containers_are_refused_and_looked_through() -> None:
         tokdyn.stats(AveragedModel(plain))
 
 
-def test_a_pipeline_is_no_model() -> None:
+def test_what_is_about_one_model_takes_no_pipeline() -> None:
     pipe = build("Wan")
-    for action in (lambda: tokdyn.wrap(pipe, [TokenMerge()]), lambda: tokdyn.stats(pipe), lambda: tokdyn.unwrap(pipe)):
+    for action in (tokdyn.traces, tokdyn.parts, tokdyn.losses):
         with pytest.raises(UnsupportedModelError, match=r"^WanPipeline .*pipe\.transformer\.$"):
-            action()
+            action(pipe)
     pipe.register_modules(transformer_2=TINY["WanTransformer3DModel"].build())
     with pytest.raises(UnsupportedModelError, match=r"pipe\.transformer or pipe\.transformer_2\.$"):
-        tokdyn.wrap(pipe, [TokenMerge()])
+        tokdyn.traces(pipe)
     for thing in (None, "facebook/DiT-XL-2-256", {"model": pipe}, TINY["DiT"].build().state_dict()):
         with pytest.raises(UnsupportedModelError, match=rf"^{type(thing).__name__} .*torch\.nn\.Module\.$"):
             tokdyn.wrap(thing, [TokenMerge()])  # type: ignore[type-var]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,8 +152,16 @@ def warn_of_another_model(model: nn.Module, methods: Sequence[Method]) -> None:
         if reason is not None:
             name = type(method).__name__
             text = f"{name} was calibrated on another model: {reason}. Its decisions may be wrong here; "
-            warnings.warn(text + _CURE.format(name=name) + ".", UserWarning, stacklevel=3)
+            warnings.warn(text + _CURE.format(name=name) + ".", UserWarning, stacklevel=_outside())
             return
+
+
+def _outside() -> int:
+    """Return the stack level of the line outside of tokdyn that led to the caller, for `warnings.warn` there."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "tokdyn":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @dataclass
