@@ -207,6 +207,7 @@ def test_the_router_is_calibrated_to_the_first_target_of_a_curriculum(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile asks for it
 @pytest.mark.parametrize("what", ["scaffold", "blocks"])
 def test_compiled_parts_train_and_resume(
     what: str, tmp_path: Path, tiny: Tiny, assert_same_run: Callable[[Path, Path, int], None]
