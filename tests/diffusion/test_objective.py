@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tokdyn.diffusion.objective import Noised, Objective
+from tokdyn.diffusion.schedule import noise_tables
 from tokdyn.diffusion.variational import discretised_gaussian_nll
 from tokdyn.errors import UnsupportedModelError
 
@@ -224,3 +225,16 @@ def test_training_works_after_sampling_on_the_same_tables():
     objective.loss(output, noised).sum().backward()
     assert output.grad is not None
     assert bool(torch.isfinite(output.grad).all())
+
+
+@pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2", "scaled_linear"])
+def test_the_posterior_is_that_of_two_normal_distributions(kind):
+    """q(x_{t-1} | x_t, x_0) is the product of q(x_{t-1} | x_0) and q(x_t | x_{t-1}): precisions add up."""
+    tables = noise_tables(kind, 1000, torch.device("cpu"))
+    beta, alpha, sigma = (table[1:] for table in (tables.beta, tables.alpha, tables.sigma))
+    mean, spread = tables.alpha[:-1], tables.sigma[:-1].square()
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha))
+    variance = 1 / (1 / spread + (1 - beta) / beta)
+    torch.testing.assert_close(tables.log_min[1:], variance.log(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(tables.posterior_x0[1:], variance * mean / spread, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(tables.posterior_xt[1:], variance * (1 - beta).sqrt() / beta, rtol=1e-6, atol=1e-9)
