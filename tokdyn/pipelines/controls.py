@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,18 +56,7 @@ def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Metho
             raise InputError(
                 f"this {type(target).__name__} has no denoiser {name!r}; it has {', '.join(map(repr, models))}."
             )
-    done: list[nn.Module] = []
-    try:
-        for name, each in chosen.items():
-            attach.wrap(models[name], each)
-            done.append(models[name])
-    except BaseException:
-        for model in done:
-            attach.unwrap(model)
-        raise
-    if not is_swapped(target):
-        swap_class(target, _call_pipeline)
-    return target
+    return _attached(target, [partial(attach.wrap, models[name], each) for name, each in chosen.items()])
 
 
 def unwrap(target: Target) -> Target:
@@ -210,18 +200,21 @@ def load(target: Target, folder: str | Path) -> Target:
             f"{where} holds no methods for the denoisers of this {type(target).__name__} ({', '.join(models)}); give a "
             "folder that tokdyn.save has written."
         )
+    return _attached(target, [partial(attach.load, models[name], each) for name, each in folders.items()])
+
+
+def _attached(pipe: Target, actions: Iterable[Callable[[], nn.Module]]) -> Target:
+    """Wrap denoisers by actions that return them, all or none, and let the pipeline tell them the trajectory."""
     done: list[nn.Module] = []
     try:
-        for name, each in folders.items():
-            attach.load(models[name], each)
-            done.append(models[name])
+        done.extend(action() for action in actions)
     except BaseException:
         for model in done:
             attach.unwrap(model)
         raise
-    if not is_swapped(target):
-        swap_class(target, _call_pipeline)
-    return target
+    if not is_swapped(pipe):
+        swap_class(pipe, _call_pipeline)
+    return pipe
 
 
 def _wrapped(target: Any) -> dict[str, Any]:
