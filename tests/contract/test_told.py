@@ -150,5 +150,6 @@ def test_what_cannot_be_told_is_refused():
     with pytest.raises(tokdyn.InputError, match="wrap"), tokdyn.trajectory(TINY["DiT"].build()):
         pass
     model = tokdyn.wrap(TINY["DiT"].build(), [ALWAYS])
-    with pytest.raises(tokdyn.InputError, match="steps is 0"), tokdyn.trajectory(model, steps=0):
-        pass
+    for steps in (0, "3", 2.5):
+        with pytest.raises(tokdyn.InputError, match=f"steps is {steps!r}"), tokdyn.trajectory(model, steps=steps):
+            pass

@@ -197,8 +197,8 @@ def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajector
     Raises:
         InputError: the model is not wrapped, or the number of steps is not positive.
     """
-    if steps is not None and steps < 1:
-        raise InputError(f"steps is {steps}; give the number of steps of the loop, at least 1, or leave it out.")
+    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+        raise InputError(f"steps is {steps!r}; give the number of steps of the loop, at least 1, or leave it out.")
     attachment = attached(model)
     attachment.end()
     attachment.trajectory.begin(steps)
