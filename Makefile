@@ -42,7 +42,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) --product -m 'not gpu'
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --product -m 'not gpu'
 
 # What meets other packages: their models, files, command lines and number types. TESTS= chooses others.
 OLDEST := $(VENV)-oldest
