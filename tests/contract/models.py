@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -172,6 +173,14 @@ def own_chunked() -> nn.Module:
     return model
 
 
+def text_lengths(batch: int, length: int) -> dict[str, Any]:
+    """The lengths of texts, which Qwen-Image wants besides their mask before diffusers 0.37."""
+    from diffusers import QwenImageTransformer2DModel
+
+    wanted = "txt_seq_lens" in inspect.signature(QwenImageTransformer2DModel.forward).parameters
+    return {"txt_seq_lens": [length] * batch} if wanted else {}
+
+
 TINY = {
     "DiTTransformer2DModel": Tiny(
         dit,
@@ -229,6 +238,7 @@ TINY = {
             "encoder_hidden_states_mask": torch.ones(b, 6, dtype=torch.bool),
             "timestep": torch.full((b,), 0.5),
             "img_shapes": [[(1, 4, 5)]] * b,
+            **text_lengths(b, 6),
         },
         clock=("timestep", 1.0, 0.0),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,12 +23,23 @@ from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenMerge
 CACHED = [FeatureCache(steps=(0, 2)), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,))]
 THRESHOLD = [FeatureCache(threshold=0.3), Chunking(target=2), TokenMerge(ratio=0.3)]
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
+
+
+def multistep(config: Any) -> Any:
+    """UniPC where it takes the noise levels that a pipeline chooses, as it does from diffusers 0.37 on."""
+    if "sigmas" in inspect.signature(diffusers.UniPCMultistepScheduler.set_timesteps).parameters:
+        return diffusers.UniPCMultistepScheduler(**UNIPC)
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, use_exponential_sigmas=True)
+
+
 OTHERS: dict[str, Any] = {
     "DiT": diffusers.DPMSolverMultistepScheduler.from_config,
     "PixArt": diffusers.EulerDiscreteScheduler.from_config,
     "SD3": diffusers.FlowMatchHeunDiscreteScheduler.from_config,  # calls the model twice at a level
     "Z-Image": lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift=5.0),
-    **dict.fromkeys(("Flux", "Wan", "LTX"), lambda config: diffusers.UniPCMultistepScheduler(**UNIPC)),
+    "Wan": lambda config: diffusers.UniPCMultistepScheduler(**UNIPC),
+    "Flux": multistep,
+    "LTX": multistep,
 }
 every = pytest.mark.parametrize("name", PIPES)
 
