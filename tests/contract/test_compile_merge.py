@@ -30,8 +30,11 @@ def through_blocks(model, **how):
 @pytest.mark.parametrize(
     ("name", "through"),
     [
-        *(("DiTTransformer2DModel", through) for through in (through_torch, through_module, through_blocks)),
-        *(("SD3Transformer2DModel", through) for through in (through_torch, through_blocks)),
+        ("DiTTransformer2DModel", through_torch),
+        pytest.param("DiTTransformer2DModel", through_module, marks=pytest.mark.slow),
+        pytest.param("DiTTransformer2DModel", through_blocks, marks=pytest.mark.slow),
+        pytest.param("SD3Transformer2DModel", through_torch, marks=pytest.mark.slow),
+        ("SD3Transformer2DModel", through_blocks),
     ],
 )
 @torch.no_grad()
@@ -61,7 +64,7 @@ def positions(name, rows, columns):
 @pytest.mark.parametrize(
     ("name", "through", "backend"),
     [
-        ("FluxTransformer2DModel", through_torch, "eager"),
+        pytest.param("FluxTransformer2DModel", through_torch, "eager", marks=pytest.mark.slow),
         pytest.param("FluxTransformer2DModel", through_module, "aot_eager", marks=pytest.mark.slow),
         pytest.param("Flux2Transformer2DModel", through_torch, "aot_eager", marks=pytest.mark.slow),
         ("Flux2Transformer2DModel", through_module, "eager"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.kit import elements_in_memory
+from tests.contract.kit import count_from_now, elements_in_memory
 from tests.contract.models import TINY, sample, works
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenMerge
 from tokdyn.adapters import ADAPTERS, adapter_for
@@ -130,6 +130,7 @@ def test_the_host_waits_once_for_what_is_seen_of_a_call(method, transfers, monke
 @caches
 @torch.no_grad()
 def test_calls_at_one_level_do_not_make_the_memory_grow(method):
+    count_from_now()
     model, x = tokdyn.wrap(TINY["DiT"].build(), [method]), TINY["DiT"].inputs(1)["hidden_states"]
     held = []
     for _ in range(2):
@@ -145,6 +146,7 @@ def test_calls_at_one_level_do_not_make_the_memory_grow(method):
 @caches
 @torch.no_grad()
 def test_prompts_that_change_from_step_to_step_do_not_make_the_memory_grow(method):
+    count_from_now()
     model, x = tokdyn.wrap(TINY["DiT"].build(), [method]), TINY["DiT"].inputs(1)["hidden_states"]
     held = []
     for step in range(10):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tokdyn
-from tests.contract.kit import elements_in_memory
+from tests.contract.kit import count_from_now, elements_in_memory
 from tests.contract.models import TINY, sample
 from tests.contract.widths import (
     ALL,
@@ -123,6 +123,7 @@ def test_slices_follow_the_weights(change):
 @torch.no_grad()
 def test_slices_follow_the_type_and_are_not_copied():
     """They are kept from call to call, not in a copy of the model, and not when their weights have another type."""
+    count_from_now()
     model, inputs = wrapped("DiT"), TINY["DiT"].inputs(2)
     size, before = sum(p.numel() for p in model.blocks.parameters()), elements_in_memory()
     sample(model(**inputs))

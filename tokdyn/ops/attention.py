@@ -43,8 +43,12 @@ def attention_backend(backend: Backend) -> Iterator[None]:
         _backend.reset(token)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forced_backend() -> Backend:
-    """Return the backend that `attention_backend` asks for, "auto" outside of that context."""
+    """Return the backend that `attention_backend` asks for, "auto" outside of that context.
+
+    A compiled graph keeps the one that it was compiled with.
+    """
     return _backend.get()
 
 
