@@ -96,7 +96,7 @@ def works_alone(name: str, way: str) -> bool:
 def test_hooks_change_nothing_whether_they_come_before_or_after(
     name: str, stack: str, ways: tuple[str, ...], tmp_path: Any
 ) -> None:
-    """One way comes before and the next after; on PixArt and DiT with their many ways and stacks, each comes as both."""
+    """One way comes before and the next after; on PixArt and DiT each comes as both."""
     plain = predict(TINY[name].build(), name)
     expected = trajectory(equip(TINY[name].build(), stack), name)
     for place, way in enumerate(ways):
