@@ -18,7 +18,7 @@ from tokdyn.attach.handlers.base import Bracket, Exchange, Frame, Gate, Handlers
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
 from tokdyn.attach.inferred import Guard, samples
 from tokdyn.attach.offload import home
-from tokdyn.attach.provenance import SamplerCheck
+from tokdyn.attach.provenance import Watch
 from tokdyn.attach.recompute import Replays
 from tokdyn.attach.sites import Sites, argument_names, blocks_of, find_sites
 from tokdyn.attach.view import TokenView
@@ -104,7 +104,7 @@ class Attachment(nn.Module):
         enabled: whether the methods act.
         meter: set while `tokdyn.flops` counts.
         trajectory: the current trajectory.
-        watch: compares the sampler with the one that a method was calibrated with; None if no method was.
+        watch: warns about methods that were not made for these calls; None while costs are measured.
         losses: auxiliary losses of the last call by the name of their method; empty except in training.
         history: traces of the last calls, with empty ones before the first call and between trajectories. Its length
             and types never change, so that a compiled model is not recompiled because of it.
@@ -123,7 +123,7 @@ class Attachment(nn.Module):
         self.settings, self.enabled = Settings(), True
         self.meter: Meter | None = None
         self.trajectory, self.replays = Trajectory(), Replays()
-        self.watch = SamplerCheck.of(self.blueprint.methods)
+        self.watch: Watch | None = Watch.over(self.blueprint.placed, self.parts)
         self.losses: dict[str, Tensor] = {}
         self.history: list[CallTrace] = [CallTrace()] * _REMEMBERED
         self._sites: Sites = {}
@@ -210,8 +210,10 @@ class Attachment(nn.Module):
 
     def prepare(self, model: nn.Module, arguments: Mapping[str, Any], grid: Grid | None = None) -> Prepared:
         """Look at a call before it is made."""
-        adapter = self.adapter
-        if adapter.level is None or (model.training and torch.is_grad_enabled()):
+        adapter, training = self.adapter, model.training and torch.is_grad_enabled()
+        if self.watch and self.meter is None:
+            self.watch.first.see(model, sampling=not training and not self.settings.drop_rate)
+        if adapter.level is None or training:
             return Prepared(grid)
         level = adapter.level(model, arguments)
         return Prepared(grid, level, self.trajectory.observe(arguments, levels_of(level)))
@@ -244,8 +246,8 @@ class Attachment(nn.Module):
         """End the trajectory and clear the caches; its statistics stay until the next one begins."""
         self.remember(CallTrace())
         self.trajectory.end()
-        if self.watch is not None:
-            self.watch.end()
+        if self.watch and self.watch.sampler:
+            self.watch.sampler.end()
         for cache in self.caches:
             cache.memory.clear()
 

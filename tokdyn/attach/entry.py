@@ -242,8 +242,8 @@ def _call(
         out = class_swap.within(frame, plain, model, *args, **kwargs)
         if context.guard is not None:
             context.guard.end()
-        if attachment.watch is not None and not context.training:
-            attachment.watch.see(context.position, context.readings.levels.value[0])
+        if (watch := attachment.watch) and watch.sampler and not context.training:
+            watch.sampler.see(context.position, context.readings.levels.value[0])
     except BaseException:
         attachment.trajectory.interrupt()  # a call that is tried again is no second branch
         raise

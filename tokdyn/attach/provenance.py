@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.compose import Placed
 from tokdyn.methods import Method
+from tokdyn.trace.comparison import version
 from tokdyn.trace.trajectory import Position
 
 _WEIGHTS = 8
@@ -157,11 +159,61 @@ def warn_of_another_model(model: nn.Module, methods: Sequence[Method]) -> None:
 
 
 def _outside() -> int:
-    """Return the stack level of the line outside of tokdyn that led to the caller, for `warnings.warn` there."""
+    """Return the stack level of the line outside of tokdyn and torch that led to the caller, to warn there."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "tokdyn":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("tokdyn", "torch"):
         frame, level = frame.f_back, level + 1
     return level
+
+
+class FirstCall:
+    """Warns at the first call of a model, if that is one in sampling, about methods that do nothing useful there.
+
+    A first call in training shows that the methods are there to be trained.
+
+    Args:
+        placed: the methods with their traits.
+        parts: their trainable parts, by their index in the user's list.
+    """
+
+    def __init__(self, placed: Sequence[Placed], parts: Mapping[str, nn.Module]) -> None:
+        self._idle = {one.name: one.traits.idle for one in placed if one.traits.idle is not None}
+        in_training = (one.name for one in placed if one.traits.phases == {"train"})
+        self._idle |= dict.fromkeys(in_training, "it acts in training only, so leave it out in sampling")
+        self._initial = {
+            one.name: (part, [(value, version(value)) for value in part.parameters()])
+            for one in placed
+            if (part := dict(parts).get(str(one.index))) is not None
+        }
+        self._settled = not (self._idle or self._initial)
+
+    def settle(self) -> None:
+        """Take the methods for what the user wants, and warn about nothing."""
+        self._idle, self._initial, self._settled = {}, {}, True
+
+    def see(self, model: nn.Module, sampling: bool) -> None:
+        """Look at a call before it is made."""
+        if self._settled:
+            return
+        untrained = [name for name, (part, before) in self._initial.items() if _is_as_before(part, before)]
+        reasons = [f"{name} has no effect: {reason}" for name, reason in self._idle.items()]
+        if untrained:
+            reasons.append(
+                f"{' and '.join(untrained)} was never trained, so what it decides means nothing; train it (tokdyn "
+                "upcycle), or load trained methods with tokdyn.load"
+            )
+        self.settle()
+        if sampling and reasons:
+            text = f"methods on this {type(model).__name__} do nothing useful in sampling. {'. '.join(reasons)}."
+            warnings.warn(text, UserWarning, stacklevel=_outside())
+
+
+def _is_as_before(part: nn.Module, before: list[tuple[Tensor, int | None]]) -> bool:
+    """Return whether the parameters of a part are the same tensors as before, and nothing was written to them."""
+    now = list(part.parameters())
+    return len(now) == len(before) and all(
+        value is one and version(value) == written for value, (one, written) in zip(now, before, strict=True)
+    )
 
 
 @dataclass
@@ -204,3 +256,21 @@ class SamplerCheck:
             name = type(self.method).__name__
             text = f"{name} was calibrated with another sampler: {reason}. Its decisions may be wrong here; "
             warnings.warn(text + _CURE.format(name=name) + ".", UserWarning, stacklevel=2)
+
+
+@dataclass
+class Watch:
+    """What is watched to warn about once.
+
+    Attributes:
+        first: the first call.
+        sampler: the sampler; None if no method was calibrated with one.
+    """
+
+    first: FirstCall
+    sampler: SamplerCheck | None
+
+    @staticmethod
+    def over(placed: Sequence[Placed], parts: Mapping[str, nn.Module]) -> Watch:
+        """Watch over methods, given with their traits, and their trainable parts, by index in the user's list."""
+        return Watch(FirstCall(placed, parts), SamplerCheck.of([one.method for one in placed]))

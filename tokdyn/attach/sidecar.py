@@ -93,6 +93,8 @@ def load(model: Model, folder: str | Path) -> Model:
         raise CheckpointError(
             f"{where / WEIGHTS} does not hold the weights of the methods in {CONFIG} ({error}); save them again."
         ) from error
+    if watch := attached(model).watch:
+        watch.first.settle()
     return model
 
 

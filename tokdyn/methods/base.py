@@ -77,6 +77,7 @@ class Traits:
         diverges: in two processes with different samples the method may run different blocks, or a different number of
             groups of samples.
         controls: the functions of `tokdyn.attach.controls` that act on the method.
+        idle: why the method has no effect with these settings, a clause for a message; None if it has one.
     """
 
     stage: Stage
@@ -99,6 +100,7 @@ class Traits:
     compares: bool = False
     diverges: bool = False
     controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
+    idle: str | None = None
 
 
 @dataclass(frozen=True)

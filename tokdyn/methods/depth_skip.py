@@ -17,6 +17,8 @@ from tokdyn.ops import timestep_frequencies
 Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
 """Rows (low, high, blocks): these blocks are skipped at noise levels from low to high, both included."""
 
+IDLE = "it names no block to skip; give blocks or learned=True, or calibrate it with tokdyn.calibrate"
+
 
 @register_method
 class DepthSkip(Method):
@@ -94,6 +96,7 @@ class DepthSkip(Method):
             learns="FLOPs" if self.learned else None,
             target=self.target if self.learned else None,
             diverges=self.learned or any((low, high) != (0.0, 1.0) for low, high, blocks in rows if blocks),
+            idle=None if self.learned or any(blocks for _, _, blocks in rows) else IDLE,
         )
 
     @classmethod

@@ -1,0 +1,150 @@
+"""Methods that do nothing useful in sampling are named at the first call, once; trained and loaded ones are not."""
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import tokdyn
+from tests.contract.models import TINY, sample
+from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
+
+IDLE = {
+    "chunk": Chunking(target=2),
+    "width": DynamicWidth(target=0.7),
+    "gates": DepthSkip(learned=True),
+    "nothing to skip": DepthSkip(),
+    "levels of nothing": DepthSkip(levels=(0.2, 0.8)),
+    "drop": TokenDrop(rate=0.5),
+}
+USEFUL = [
+    [FeatureCache(threshold=0.1)],
+    [DepthSkip(blocks=(1,)), TokenMerge(ratio=0.5)],
+    [DepthSkip(table=((0.0, 0.5, (1,)),))],
+    [Chunking(target=1)],
+    [],
+]
+TRAINED = {name: IDLE[name] for name in ("chunk", "width", "gates")}
+idle = pytest.mark.parametrize("method", IDLE.values(), ids=list(IDLE))
+trained = pytest.mark.parametrize("method", TRAINED.values(), ids=list(TRAINED))
+
+
+def model_with(*methods, name="DiTTransformer2DModel"):
+    return tokdyn.wrap(TINY[name].build(), list(methods))
+
+
+def call(model, name="DiTTransformer2DModel"):
+    with torch.no_grad():
+        return sample(model(**TINY[name].inputs(2)))
+
+
+@contextmanager
+def silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@idle
+def test_the_first_call_in_sampling_names_the_method_and_later_ones_are_silent(method):
+    model = model_with(TokenMerge(ratio=0.25), method)
+    with pytest.warns(UserWarning, match=type(method).__name__) as seen:
+        call(model)
+    assert [each.filename for each in seen] == [__file__]
+    assert "TokenMerge" not in str(seen[0].message)
+    with silence():
+        call(model)
+        tokdyn.reset(model)
+        call(model)
+
+
+def test_one_warning_names_all_of_them():
+    with pytest.warns(UserWarning) as seen:
+        call(model_with(DynamicWidth(), TokenDrop(), DepthSkip()))
+    (text,) = (str(each.message) for each in seen)
+    assert all(name in text for name in ("DynamicWidth", "TokenDrop", "DepthSkip"))
+
+
+@pytest.mark.parametrize("methods", USEFUL, ids=lambda methods: "-".join(type(each).__name__ for each in methods))
+def test_methods_that_act_are_not_named(methods):
+    with silence():
+        call(model_with(*methods))
+
+
+@idle
+def test_after_a_call_in_training_nothing_is_said(method):
+    model = model_with(method).train()
+    with silence():
+        sample(model(**TINY["DiTTransformer2DModel"].inputs(2)))
+        call(model.eval())
+
+
+@idle
+def test_loaded_methods_are_not_named(method, tmp_path):
+    tokdyn.save(model_with(method), tmp_path)
+    with silence():
+        call(tokdyn.load(TINY["DiTTransformer2DModel"].build(), tmp_path))
+
+
+def step(model, other):
+    optimizer = torch.optim.SGD(model.tokdyn.parameters(), lr=0.1)
+    for parameter in model.tokdyn.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def load_state(model, other):
+    model.load_state_dict(other.state_dict())
+
+
+def assign_state(model, other):
+    model.load_state_dict(other.state_dict(), assign=True)
+
+
+@trained
+@pytest.mark.parametrize("change", [step, load_state, assign_state])
+def test_parts_that_were_written_to_count_as_trained(method, change):
+    model, other = model_with(method), model_with(method)
+    change(model, other)
+    with silence():
+        call(model)
+
+
+@trained
+def test_casting_and_copying_do_not_train(method):
+    with pytest.warns(UserWarning, match="never trained"):
+        call(model_with(method).float())
+    with silence():
+        copied = copy.deepcopy(model_with(TokenMerge(ratio=0.5)))
+        call(copied)
+
+
+def test_a_calibrated_router_and_a_weak_prediction_are_wanted():
+    model, inputs = model_with(Chunking(target=2)), TINY["DiTTransformer2DModel"].inputs(2)
+    tokdyn.calibrate_router(model, **inputs)
+    with silence():
+        call(model)
+    model = model_with(TokenDrop(rate=0.5))
+    with silence(), tokdyn.dropping(model, 0.5):
+        call(model)
+
+
+def test_counting_and_compiling_are_no_first_calls():
+    """Counting FLOPs says nothing, and a compiled model is one graph and warns outside of it."""
+    model, inputs = model_with(Chunking(target=2)), TINY["DiTTransformer2DModel"].inputs(2)
+    with silence():
+        tokdyn.flops(model, **inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match="Chunking"):
+        call(compiled)
+
+
+def test_a_pipeline_says_it_too():
+    from tests.contract.pipelines import build, images
+
+    pipe = tokdyn.wrap(build("DiT"), [TokenDrop(rate=0.5)])
+    with pytest.warns(UserWarning, match="TokenDrop"):
+        images(pipe, "DiT")
