@@ -61,7 +61,7 @@ def test_the_first_call_in_sampling_names_the_method_and_later_ones_are_silent(m
 
 
 def test_one_warning_names_all_of_them():
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="methods on") as seen:
         call(model_with(DynamicWidth(), TokenDrop(), DepthSkip()))
     (text,) = (str(each.message) for each in seen)
     assert all(name in text for name in ("DynamicWidth", "TokenDrop", "DepthSkip"))

@@ -12,6 +12,7 @@ from tokdyn.attach.class_swap import is_attached as is_swapped
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.controls import (
+    accept_methods,
     calibrate_router,
     dropping,
     losses,
@@ -58,6 +59,7 @@ __all__ = [
     "Sublayer",
     "Support",
     "TokenView",
+    "accept_methods",
     "argument_names",
     "attached",
     "attachment_of",

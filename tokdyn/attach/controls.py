@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from tokdyn.methods import Method
 from tokdyn.trace.calls import CallTrace
 from tokdyn.trace.steps import last_trajectory
 from tokdyn.trace.trajectory import Trajectory
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] | None) -> None:
@@ -207,6 +209,23 @@ def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajector
     finally:
         attachment.trajectory.branch = None
         attachment.end()
+
+
+def accept_methods(model: Model) -> Model:
+    """Take the methods of a wrapped model as they are: no call warns that they do nothing useful in sampling.
+
+    For models that are about to be trained, timed or compared, whose methods are untrained on purpose.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InputError: the model is not wrapped.
+    """
+    watch = attached(model).watch
+    if watch is not None:
+        watch.first.settle()
+    return model
 
 
 def reset(model: nn.Module) -> None:

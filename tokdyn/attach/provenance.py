@@ -176,14 +176,14 @@ class FirstCall:
         parts: their trainable parts, by their index in the user's list.
     """
 
-    def __init__(self, placed: Sequence[Placed], parts: Mapping[str, nn.Module]) -> None:
-        self._idle = {one.name: one.traits.idle for one in placed if one.traits.idle is not None}
+    def __init__(self, placed: Sequence[Placed], parts: nn.ModuleDict) -> None:
+        self._idle: dict[str, str] = {one.name: one.traits.idle for one in placed if one.traits.idle is not None}
         in_training = (one.name for one in placed if one.traits.phases == {"train"})
         self._idle |= dict.fromkeys(in_training, "it acts in training only, so leave it out in sampling")
         self._initial = {
             one.name: (part, [(value, version(value)) for value in part.parameters()])
             for one in placed
-            if (part := dict(parts).get(str(one.index))) is not None
+            if (part := dict(parts.items()).get(str(one.index))) is not None
         }
         self._settled = not (self._idle or self._initial)
 
@@ -208,7 +208,7 @@ class FirstCall:
             warnings.warn(text, UserWarning, stacklevel=_outside())
 
 
-def _is_as_before(part: nn.Module, before: list[tuple[Tensor, int | None]]) -> bool:
+def _is_as_before(part: nn.Module, before: Sequence[tuple[Tensor, int | None]]) -> bool:
     """Return whether the parameters of a part are the same tensors as before, and nothing was written to them."""
     now = list(part.parameters())
     return len(now) == len(before) and all(
@@ -271,6 +271,6 @@ class Watch:
     sampler: SamplerCheck | None
 
     @staticmethod
-    def over(placed: Sequence[Placed], parts: Mapping[str, nn.Module]) -> Watch:
+    def over(placed: Sequence[Placed], parts: nn.ModuleDict) -> Watch:
         """Watch over methods, given with their traits, and their trainable parts, by index in the user's list."""
         return Watch(FirstCall(placed, parts), SamplerCheck.of([one.method for one in placed]))

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
-from tokdyn.attach import attachment_of
+from tokdyn.attach import accept_methods, attachment_of
 from tokdyn.bench import timing
 from tokdyn.bench.flops import is_named
 from tokdyn.bench.stacks import Stack, open_stack
@@ -270,12 +270,14 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
             )
         rewrap(model, [from_settings(each) for each in stack.methods])
     attachment = attachment_of(model)
-    if attachment is not None and attachment.remembers:
+    if attachment is None:
+        return model
+    if attachment.remembers:
         raise RecipeError(
             f"The stack {stack.name} has a FeatureCache, which acts across steps and cannot be timed by single calls: "
             "use tokdyn bench quality."
         )
-    return model
+    return accept_methods(model)  # an untrained method costs what a trained one does
 
 
 def _inputs(model: Any, stack: Stack, case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

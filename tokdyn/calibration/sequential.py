@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tokdyn.attach import unwrap, wrap
+from tokdyn.attach import accept_methods, unwrap, wrap
 from tokdyn.calibration.levels import Bins
 from tokdyn.calibration.replay import Replay, prediction
 from tokdyn.methods import DepthSkip
@@ -57,7 +57,7 @@ class Trial:
 
     @contextmanager
     def _skipping(self, blocks: Sequence[int]) -> Iterator[None]:
-        wrap(self._replay.model, [DepthSkip(blocks=tuple(blocks))])
+        accept_methods(wrap(self._replay.model, [DepthSkip(blocks=tuple(blocks))]))
         try:
             yield
         finally:

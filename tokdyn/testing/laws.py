@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach import attached, disabled, load, save, unwrap, wrap
+from tokdyn.attach import accept_methods, attached, disabled, load, save, unwrap, wrap
 from tokdyn.cost import flops
 from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings, to_settings
@@ -50,7 +50,7 @@ class Case:
         """Build the model, in evaluation mode, wrap and prepare it; trainable parts have the same weights each time."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = wrap(self.build().eval(), self.methods)
+            model = accept_methods(wrap(self.build().eval(), self.methods))
             if self.prepare is not None:
                 self.prepare(model)
             return model

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from tokdyn.attach import attachment_of, wrap
+from tokdyn.attach import accept_methods, attachment_of, wrap
 from tokdyn.bases import open_base
 from tokdyn.cost import model_parts
 from tokdyn.cost.blocks import PARTS
@@ -111,7 +111,7 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
         attached.append(Chunking(**dc_only))
     if "dydit" in names:
         attached.append(DynamicWidth(**width_settings))
-    return wrap(student.train(), attached) if attached else student
+    return accept_methods(wrap(student.train(), attached)) if attached else student
 
 
 def build_student(
