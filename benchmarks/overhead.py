@@ -6,10 +6,10 @@ REVISION is a revision of this repository, or a folder that holds an older `tokd
 name, so that both versions run in one process on equal weights and inputs, in turn. The models are built several times,
 in both orders, since the time of a short call depends on where its weights lie. A ratio is the median over rounds of
 new time / old time, and its range holds the true median with 95% probability. A cached step is one that FeatureCache
-reuses; every step moves the latents and lowers the noise level. `--only NAME` measures the rows whose name contains it
-and keeps the other rows of --out, so that the benchmark can be run in pieces. On a machine that others use,
-`--clock cpu` counts the processor time of all threads in place of time. Exits with 1 if a whole range lies above its
-limit.
+reuses; every step moves the latents and lowers the noise level; it is told where the loop says which step it is at, as
+a wrapped pipeline does. `--only NAME` measures the rows whose name contains it and keeps the other rows of --out, so
+that the benchmark can be run in pieces. On a machine that others use, `--clock cpu` counts the processor time of all
+threads in place of time. Exits with 1 if a whole range lies above its limit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,27 +174,35 @@ def training(model: nn.Module, inputs: Mapping[str, Any], losses: Callable[[Any]
     return lambda: step
 
 
-def stepping(library: Any, model: nn.Module, inputs: Mapping[str, Any], steps: int = 400) -> Side:
+def stepping(library: Any, model: nn.Module, inputs: Mapping[str, Any], told: bool = False, steps: int = 400) -> Side:
     """Make the steps of a trajectory, of which only the first is computed.
 
     Args:
         library: the tokdyn that the model is wrapped with.
         model: wrapped with a FeatureCache.
         inputs: of the first call; its noise level falls to a tenth.
+        told: whether the loop says which step it is at, as a wrapped pipeline does, where the library can be told.
         steps: of a trajectory; another begins where it ends.
     """
-    state = {"step": 0, "x": inputs["hidden_states"]}
+    state: dict[str, Any] = {"step": 0, "x": inputs["hidden_states"]}
     factors = torch.linspace(1.0, 0.1, steps)
     levels = [(inputs["timestep"] * factor).to(inputs["timestep"].dtype) for factor in factors]
+    context = ExitStack()
 
     @torch.no_grad()
     def prepare() -> Callable[[], Any]:
         if state["step"] in (0, steps):
+            context.close()
             library.reset(model)
+            if told and hasattr(library, "trajectory"):
+                state["here"] = context.enter_context(library.trajectory(model))
+                state["here"].step = 0
             state["step"], state["x"] = 1, inputs["hidden_states"]
             model(**{**inputs, "timestep": levels[0]})
         state["x"] = 0.999 * state["x"] + 0.001 * torch.randn_like(state["x"])
         arguments = {**inputs, "hidden_states": state["x"], "timestep": levels[state["step"]]}
+        if "here" in state:
+            state["here"].step = state["step"]
         state["step"] += 1
 
         @torch.no_grad()
@@ -230,10 +239,12 @@ def rows(older: Any) -> list[Row]:
         )
         return model
 
-    def cached(threshold: float | None, build: Callable[[], nn.Module], inputs: Mapping[str, Any], old: bool) -> Side:
+    def cached(
+        threshold: float | None, told: bool, build: Callable[[], nn.Module], inputs: Mapping[str, Any], old: bool
+    ) -> Side:
         settings: dict[str, Any] = {"steps": (0,)} if threshold is None else {"threshold": threshold}
         model = wrapped(lambda lib: [lib.FeatureCache(**settings)], old, build)
-        return stepping(library(old), model, inputs)
+        return stepping(library(old), model, inputs, told)
 
     x, packed = seeded(dit_inputs), seeded(lambda: flux_inputs(16))
     wide, long = seeded(lambda: dit_inputs(64)), seeded(lambda: flux_inputs(64))
@@ -280,8 +291,14 @@ def rows(older: Any) -> list[Row]:
         ("DiT, 16,384 elements", partial(dit, 64), wide),
         ("Flux, 262,144 elements", flux, long),
     ):
-        for kind, threshold in (("steps that are set", None), ("by threshold", 1e9)):
-            listed.append(Row(f"cached step: {kind}, {name}", partial(cached, threshold, build, inputs), share=4.0))
+        for kind, threshold, told in (
+            ("steps that are set", None, False),
+            ("steps that are set, told", None, True),
+            ("by threshold", 1e9, False),
+            ("by threshold, told", 1e9, True),
+        ):
+            side = partial(cached, threshold, told, build, inputs)
+            listed.append(Row(f"cached step: {kind}, {name}", side, share=4.0))
     listed += [Row(f"training step: {name}", partial(train, methods), share=0.5) for name, methods in trained.items()]
     listed += [
         Row("DC-DiT: call", lambda old: calling(dcdit(old), x)),
