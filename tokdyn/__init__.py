@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokdyn.cost import flops
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT
-    from tokdyn.pipelines import disabled, load, reset, save, set_tail_drop, stats, unwrap, wrap
+    from tokdyn.pipelines import beside_dense, disabled, load, reset, save, set_tail_drop, stats, unwrap, wrap
     from tokdyn.recorder import recording
     from tokdyn.upcycling import upcycle
 
@@ -58,6 +58,7 @@ __all__ = [
     "TokenMerge",
     "UnsupportedModelError",
     "__version__",
+    "beside_dense",
     "calibrate",
     "calibrate_router",
     "disabled",
@@ -95,7 +96,7 @@ _LAZY = {
     ),
     "flops": "tokdyn.cost",
     **dict.fromkeys(
-        ("disabled", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"),
+        ("beside_dense", "disabled", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"),
         "tokdyn.pipelines",
     ),
     "upcycle": "tokdyn.upcycling",

@@ -13,6 +13,7 @@ from tokdyn.attach.containers import inner_model
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.controls import (
     accept_methods,
+    beside_dense,
     calibrate_router,
     dropping,
     losses,
@@ -36,6 +37,7 @@ from tokdyn.attach.handlers.base import (
 )
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
 from tokdyn.attach.measuring import metered, untraced
+from tokdyn.attach.offload import home
 from tokdyn.attach.provenance import different, fingerprint, other_sampler
 from tokdyn.attach.sidecar import CONFIG, WEIGHTS, load, save
 from tokdyn.attach.sites import Site, argument_names, blocks_of, find_sites
@@ -64,6 +66,7 @@ __all__ = [
     "attached",
     "attachment_of",
     "base_class",
+    "beside_dense",
     "blocks_of",
     "calibrate_router",
     "different",
@@ -72,6 +75,7 @@ __all__ = [
     "find_sites",
     "fingerprint",
     "handles",
+    "home",
     "inner_model",
     "is_swapped",
     "load",

@@ -6,7 +6,8 @@ containers; the errors say which order works.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed
@@ -40,6 +41,16 @@ def inner_model(model: Any) -> Any:
     while (held := held_model(model)) is not None:
         model = held
     return model
+
+
+@contextmanager
+def without_attachment(model: nn.Module) -> Iterator[None]:
+    """Remove the attachment from the submodules of a wrapped model while the context is open."""
+    attachment = model._modules.pop("tokdyn")
+    try:
+        yield
+    finally:
+        model._modules["tokdyn"] = attachment
 
 
 def check_model(model: Any) -> None:

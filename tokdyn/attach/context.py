@@ -65,11 +65,13 @@ class Settings:
             it to the methods' own settings.
         drop_rate: rate at which TokenDrop acts, in sampling too; None lets it act in training only, at its own rate.
         calibrating: whether routers adjust their bias to the tokens of this call.
+        beside_dense: whether every call in sampling is made without methods too, to compare their times.
     """
 
     tail_drop: tuple[float, ...] | dict[str, float] | None = None
     drop_rate: float | None = None
     calibrating: bool = False
+    beside_dense: bool = False
 
 
 @dataclass

@@ -211,6 +211,25 @@ def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajector
         attachment.end()
 
 
+@contextmanager
+def beside_dense(model: nn.Module) -> Iterator[None]:
+    """Make every call in sampling a second time without methods while the context is open, to compare their times.
+
+    `tokdyn.stats` then says how much faster the calls are than without methods, measured under the same conditions.
+    The results are those of the calls with methods; sampling takes as long as both.
+
+    Raises:
+        InputError: the model is not wrapped.
+    """
+    attachment = attached(model)
+    before = attachment.settings.beside_dense
+    attachment.set(beside_dense=True)
+    try:
+        yield
+    finally:
+        attachment.set(beside_dense=before)
+
+
 def accept_methods(model: Model) -> Model:
     """Take the methods of a wrapped model as they are: no call warns that they do nothing useful in sampling.
 

@@ -186,12 +186,16 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             grid = adapter.grid(model, named)
     if attachment.meter is not None:
         named = dict(attachment.meter.arguments)
-    return attachment.prepare(model, named, grid)
+    prepared = attachment.prepare(model, named, grid)
+    if attachment.settings.beside_dense and prepared.seen is not None:
+        with disabled(model), torch.no_grad(), prepared.seen.timing_dense():
+            model(*args, **kwargs)
+    return prepared
 
 
 def _conclude(model: nn.Module, output: Any) -> None:
     """Record the prediction of a call, from which a sampler computes the next latents."""
-    attachment = attachment_of(model)
+    attachment = _acting(model)
     if attachment is not None:
         attachment.trajectory.note(output)
 
@@ -265,24 +269,14 @@ def _reset_stateful_cache(model: nn.Module, original: Any, *args: Any, **kwargs:
 
 def _save_pretrained(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Write the model without the trained parts of its methods, which `tokdyn.save` writes."""
-    with _bare(model):
+    with containers.without_attachment(model):
         return original(model, *args, **kwargs)
 
 
 def _enable_layerwise_casting(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> None:
     """Enable layerwise casting, in place, for the model's own weights only: routers and gates keep their dtype."""
-    with _bare(model):
+    with containers.without_attachment(model):
         original(model, *args, **kwargs)
-
-
-@contextmanager
-def _bare(model: nn.Module) -> Iterator[None]:
-    """Remove the attachment from the submodules of a model while the context is open."""
-    attachment = model._modules.pop("tokdyn")
-    try:
-        yield
-    finally:
-        model._modules["tokdyn"] = attachment
 
 
 @contextmanager

@@ -42,7 +42,9 @@ def stats(model: nn.Module, guided: bool | None = None) -> TrajectoryStats:
     for call in trajectory:
         for name, samples in halves_of(call.trace, call.branch, attachment.adapter, guided):
             calls.append(_call(call.trace, call.step, name, call.levels, samples, costs, depth))
-    return TrajectoryStats(type(model).__name__, tuple(calls))
+    pipeline = attachment.trajectory.pipeline
+    ended = not attachment.history[-1].batch  # a call since then belongs to no pipeline
+    return TrajectoryStats(type(model).__name__, tuple(calls), pipeline.seconds if pipeline and ended else None)
 
 
 def _call(
@@ -69,12 +71,13 @@ def _call(
     most: dict[int, int] = {}
     for call, _ in ran:
         most[call.block] = max(call.tokens, most.get(call.block, 0))
+    share = len(samples) / trace.batch if trace.batch else 0.0
     parts = methods = dense = None
     if costs is not None:
-        share = len(samples) / trace.batch if trace.batch else 0.0
         parts = dict(_scaled([(costs.of(call), count / call.samples) for call, count in ran]))
         methods = dict(_scaled([(costs.methods(trace), share)]))
         dense = dict(_scaled([(costs.dense(trace), share)]))
+    timed = trace.observed
     return CallStats(
         step=step,
         branch=branch,
@@ -93,6 +96,8 @@ def _call(
         parts=parts,
         methods=methods,
         dense=dense,
+        seconds=None if timed is None or timed.seconds is None else share * timed.seconds,
+        dense_seconds=None if timed is None or timed.dense_seconds is None else share * timed.dense_seconds,
     )
 
 

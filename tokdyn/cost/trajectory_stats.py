@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
+Number = TypeVar("Number", int, float)
 _MANY, _ENDS = 120, 50  # a table of more calls shows this many of its first and last ones
 _UNITS = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 
@@ -46,7 +47,7 @@ class _Costs(ABC):
 
 
 class _Sum(_Costs):
-    """Sums of FLOPs over several calls."""
+    """Sums of FLOPs and of times over several calls."""
 
     calls: tuple[CallStats, ...]
 
@@ -64,6 +65,22 @@ class _Sum(_Costs):
     def dense_flops(self) -> int | None:
         """FLOPs of all blocks on all tokens at full width, as without methods."""
         return _total([call.dense_flops for call in self.calls])
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the calls of the model; None if that of a call is not known."""
+        return _total([call.seconds for call in self.calls])
+
+    @property
+    def dense_seconds(self) -> float | None:
+        """Time of the same calls without methods; None unless all of them were made, see `tokdyn.beside_dense`."""
+        return _total([call.dense_seconds for call in self.calls])
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of the calls without methods over that with them; None unless both are known."""
+        dense, seconds = self.dense_seconds, self.seconds
+        return dense / seconds if dense and seconds else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,9 @@ class CallStats(_Costs):
         parts: FLOPs of the blocks by part.
         methods: FLOPs of the methods' own computations by name.
         dense: FLOPs of all blocks on all tokens at full width, by part.
+        seconds: time of the call on its device; of a call for both guidance branches half each. None in training, in
+            graphs around the model, and for models without a noise level.
+        dense_seconds: time of the same call without methods; None unless it was made, see `tokdyn.beside_dense`.
     """
 
     step: int
@@ -110,6 +130,8 @@ class CallStats(_Costs):
     parts: dict[str, int] | None
     methods: dict[str, int] | None
     dense: dict[str, int] | None
+    seconds: float | None = None
+    dense_seconds: float | None = None
 
     @property
     def cached(self) -> bool:
@@ -152,12 +174,15 @@ class TrajectoryStats(_Sum):
     """A trajectory, or one call in training. Printed, it is a table.
 
     Attributes:
-        model: class name of the model.
+        model: class name of the model, or of the pipeline.
         calls: one entry for each call and guidance branch, in order.
+        pipeline_seconds: time of the whole call of the pipeline, in which the calls were made; None during it, and
+            without a pipeline.
     """
 
     model: str
     calls: tuple[CallStats, ...]
+    pipeline_seconds: float | None = None
 
     @property
     def steps(self) -> tuple[StepStats, ...]:
@@ -170,17 +195,32 @@ class TrajectoryStats(_Sum):
         """Number of calls in which all samples were reused."""
         return sum(call.cached for call in self.calls)
 
+    @property
+    def denoiser_share(self) -> float | None:
+        """Time of the calls of the model over that of the whole pipeline, both without dense calls beside them."""
+        if self.pipeline_seconds is None or self.seconds is None:
+            return None
+        return self.seconds / (self.pipeline_seconds - (self.dense_seconds or 0.0))
+
+    @property
+    def pipeline_speedup(self) -> float | None:
+        """Time of the whole pipeline if no method acted, over what it took; None unless all of that is known."""
+        if self.pipeline_seconds is None or self.seconds is None or self.dense_seconds is None:
+            return None
+        return (self.pipeline_seconds - self.seconds) / (self.pipeline_seconds - self.dense_seconds)
+
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and sums as a JSON-ready dictionary."""
         names = ("block_flops", "method_flops", "dense_flops", "flops", "share")
+        times = ("seconds", "dense_seconds", "speedup", "pipeline_seconds", "denoiser_share", "pipeline_speedup")
         calls = [{**asdict(call), **{name: getattr(call, name) for name in ("cached", *names)}} for call in self.calls]
-        return {"model": self.model, **{name: getattr(self, name) for name in names}, "calls": calls}
+        return {"model": self.model, **{name: getattr(self, name) for name in (*names, *times)}, "calls": calls}
 
     def __str__(self) -> str:
         return as_text(self)
 
 
-def _total(values: Sequence[int | None]) -> int | None:
+def _total(values: Sequence[Number | None]) -> Number | None:
     """Return the sum; None if a value is None."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
@@ -191,8 +231,11 @@ def as_text(trajectory: TrajectoryStats) -> str:
     if not trajectory.calls:
         return f"{trajectory.model}: no calls since it was wrapped or reset"
     size, unit = unit_of(max(call.dense_flops or 0 for call in trajectory.calls))
+    header: tuple[str, ...]
     header = ("step", "branch", "noise", "tokens", "in attention", "in MLP", "blocks", "reused", unit, "dense", "share")
     rows = [_row(call, size) for call in trajectory.calls]
+    for name, values in _columns_of_times(trajectory.calls):
+        header, rows = (*header, name), [(*row, value) for row, value in zip(rows, values, strict=True)]
     shown = rows if len(rows) <= _MANY else [*rows[:_ENDS], *rows[-_ENDS:]]
     widths = [max(len(row[column]) for row in (header, *shown)) for column in range(len(header))]
     lines = [_line(row, widths) for row in (header, *shown)]
@@ -216,6 +259,16 @@ def _row(call: CallStats, size: float) -> tuple[str, ...]:
         "-" if dense is None else f"{dense / size:.3f}",
         "-" if call.share is None else f"{call.share:.1%}",
     )
+
+
+def _columns_of_times(calls: Sequence[CallStats]) -> list[tuple[str, list[str]]]:
+    """List the columns of times in milliseconds that hold any, each with its name."""
+    columns = (("ms", [call.seconds for call in calls]), ("dense ms", [call.dense_seconds for call in calls]))
+    return [
+        (name, ["-" if value is None else f"{1e3 * value:.1f}" for value in values])
+        for name, values in columns
+        if any(value is not None for value in values)
+    ]
 
 
 def _kept(kept: Sequence[int | None]) -> str:
@@ -247,6 +300,7 @@ def _summary(trajectory: TrajectoryStats) -> list[str]:
         f"{trajectory.model}: {first.depth} blocks on {first.cells} image tokens, {steps} step{'s' * (steps > 1)}, "
         f"{len(trajectory.calls)} call{'s' * (len(trajectory.calls) > 1)}{reused}"
     ]
+    lines += _times(trajectory)
     blocks, methods, dense = trajectory.block_flops, trajectory.method_flops, trajectory.dense_flops
     if blocks is None or methods is None or not dense:
         return [*lines, "FLOPs are not known: the adapter does not declare the products of the blocks"]
@@ -257,3 +311,18 @@ def _summary(trajectory: TrajectoryStats) -> list[str]:
         f"{(blocks + methods) / dense:.1%}",
         "multiply-add = 2 FLOPs; embedders and head are not included",
     ]
+
+
+def _times(trajectory: TrajectoryStats) -> list[str]:
+    """Write how long it took, and how much faster than without methods that is."""
+    seconds = trajectory.seconds
+    if seconds is None:
+        return []
+    text = f"{seconds:.3g} s in the model, {1e3 * seconds / len(trajectory.steps):.1f} ms a step"
+    if trajectory.denoiser_share is not None:
+        text += f", {trajectory.denoiser_share:.0%} of the pipeline's time"
+    if trajectory.speedup is None:
+        return [text]
+    faster = f"{trajectory.speedup:.2f} times as fast as without methods"
+    whole = trajectory.pipeline_speedup
+    return [text, faster if whole is None else f"{faster}, the whole pipeline {whole:.2f} times"]

@@ -3,7 +3,7 @@
 The functions here take a model or a pipeline. `tokdyn.wrap`, `tokdyn.stats` and the others are these.
 """
 
-from tokdyn.pipelines.controls import disabled, load, reset, save, set_tail_drop, stats, unwrap, wrap
+from tokdyn.pipelines.controls import beside_dense, disabled, load, reset, save, set_tail_drop, stats, unwrap, wrap
 from tokdyn.pipelines.denoisers import denoisers
 
-__all__ = ["denoisers", "disabled", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"]
+__all__ = ["beside_dense", "denoisers", "disabled", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"]

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from tokdyn import attach, cost
-from tokdyn.attach import attachment_of, inner_model, is_swapped, restore_class, swap_class
+from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.methods import Method
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 from tokdyn.pipelines.telling import Teller, listening
+from tokdyn.trace.timing import Stopwatch
 
 Target = TypeVar("Target")
 
@@ -106,6 +107,29 @@ def reset(target: Any) -> None:
         attach.reset(model)
 
 
+@contextmanager
+def beside_dense(target: Any) -> Iterator[None]:
+    """Make every call in sampling a second time without methods while the context is open, to compare their times.
+
+        with tokdyn.beside_dense(pipe):
+            pipe("a red cube")
+        print(tokdyn.stats(pipe))
+
+    The statistics then say how much faster the calls are than without methods, measured under the same conditions. The
+    results are those of the calls with methods; sampling takes as long as both.
+
+    Args:
+        target: a wrapped model or pipeline.
+
+    Raises:
+        InputError: it is not wrapped.
+    """
+    with ExitStack() as stack:
+        for model in _wrapped(target).values():
+            stack.enter_context(attach.beside_dense(model))
+        yield
+
+
 def set_tail_drop(target: Any, value: float | Tensor | Mapping[str, float] | None) -> None:
     """Set the tail drop of all following calls: the share of the kept tokens that Chunking drops as well.
 
@@ -145,7 +169,7 @@ def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
     if len(found) == 1:
         return found[0]
     calls = sorted((call for each in found for call in each.calls), key=lambda call: call.step)
-    return TrajectoryStats(type(target).__name__, tuple(calls))
+    return TrajectoryStats(type(target).__name__, tuple(calls), found[0].pipeline_seconds)
 
 
 def save(target: Any, folder: str | Path) -> Path:
@@ -235,11 +259,13 @@ def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[st
     """Call a pipeline as one trajectory or several, which end with the call."""
     models = [inner_model(each) for each in pipe.components.values() if isinstance(each, nn.Module)]
     attachments = [each for each in map(attachment_of, models) if each is not None]
-    teller = Teller(pipe, attachments)
+    teller, timer = Teller(pipe, attachments), Stopwatch(home(models[0]))
     teller.begin()
     try:
         with listening(pipe.components.get("scheduler"), teller):
             return plain(pipe, *args, **kwargs)
     finally:
+        timer.stop()
         for attachment in attachments:
             attachment.end()
+            attachment.trajectory.pipeline = timer

@@ -7,7 +7,8 @@ it wait once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tokdyn.trace.comparison import SAME, UNKNOWN, Comparison
 from tokdyn.trace.conditioning import LEVEL_NAMES, Conditions
+from tokdyn.trace.timing import Stopwatch
 
 
 class SampleSeen(NamedTuple):
@@ -40,6 +42,9 @@ class Observation:
         branch: name of the guidance branch, where a pipeline gave one.
         step: index of the step, where a pipeline gave one.
         on_host: whether reading it waits for no device.
+        timer: measures how long the call takes.
+        dense: measures how long the same call takes without methods, within the time of `timer`; None if it is not
+            made.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class Observation:
             step: index of the step.
         """
         self.branch, self.step, self.on_host = branch, step, conditions.rows is not None
+        self.timer: Stopwatch | None = None
+        self.dense: Stopwatch | None = None
         self._unread: tuple[Tensor, Conditions, Comparison | float] | None = levels, conditions, compared
         self._samples: list[SampleSeen] = []
 
@@ -69,6 +76,30 @@ class Observation:
         if self._unread is not None:
             self._samples, self._unread = self._read(*self._unread), None
         return self._samples
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the call took, without the dense call beside it; None where that is not known."""
+        whole = None if self.timer is None else self.timer.seconds
+        beside = 0.0 if self.dense is None else self.dense.seconds
+        return None if whole is None or beside is None else whole - beside
+
+    @property
+    def dense_seconds(self) -> float | None:
+        """How long the same call took without methods; None where it was not made."""
+        return None if self.dense is None else self.dense.seconds
+
+    @contextmanager
+    def timing_dense(self) -> Iterator[None]:
+        """Measure the same call without methods, which is made within this context."""
+        if self.timer is None:
+            yield
+            return
+        self.dense = Stopwatch(self.timer.device)
+        try:
+            yield
+        finally:
+            self.dense.stop()
 
     @staticmethod
     def _read(levels: Tensor, conditions: Conditions, compared: Comparison | float) -> list[SampleSeen]:

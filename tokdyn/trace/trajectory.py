@@ -29,6 +29,7 @@ from tokdyn.trace.comparison import (
 )
 from tokdyn.trace.conditioning import Conditioning, Conditions
 from tokdyn.trace.observation import Observation, SampleSeen, main_input, prediction_in
+from tokdyn.trace.timing import Stopwatch
 
 ROUNDED = 0.01
 """Share by which latents may move between steps whose noise levels round to one number (bf16 has 8 bits).
@@ -180,12 +181,14 @@ class Trajectory:
         branch: name of the guidance branch of the calls to come, where somebody says so.
         step: index of the step of the calls to come, where somebody says so. Then the inputs of calls are not compared.
         steps: number of steps, where somebody says so.
+        pipeline: measures how long the whole call of the pipeline takes that made the calls; None without one.
     """
 
     def __init__(self) -> None:
         self.branch: str | None = None
         self.step: int | None = None
         self.steps: int | None = None
+        self.pipeline: Stopwatch | None = None
         self._tracker = Tracker()
         self._conditioning = Conditioning(MOST_BRANCHES)
         self._now = self._before = InputSeen()
@@ -202,7 +205,7 @@ class Trajectory:
             steps: number of its steps, where that is known.
         """
         self.interrupt()
-        self.step, self.steps = None, steps
+        self.step, self.steps, self.pipeline = None, steps, None
 
     def end(self) -> None:
         """End the trajectory: the next call takes nothing over, and nothing is known of its steps."""
@@ -235,6 +238,7 @@ class Trajectory:
             self._now, self._observation = InputSeen(), None
             nothing = Conditions(level.new_zeros(len(level), 0), [()] * len(level) if level.is_cpu else None)
             return Observation(level, nothing, UNKNOWN, self.branch, self.step)
+        timer = Stopwatch(x.device)
         compared: Comparison | float = SAME
         on_host = reads_freely(x)
         if self.step is not None:
@@ -244,8 +248,9 @@ class Trajectory:
             self._now = InputSeen.of(x, before.elements if x.shape == before.shape else SAMPLED, on_host)
             compared = Comparison(self._now, before) if before.fits(self._now) else UNKNOWN
         conditions = self._conditioning.of(arguments, x, on_host)
-        self._observation = Observation(level, conditions, compared, self.branch, self.step)
-        return self._observation
+        seen = self._observation = Observation(level, conditions, compared, self.branch, self.step)
+        seen.timer = timer
+        return seen
 
     def position(self, observation: Observation | None, batch: int) -> Position:
         """Say where the call that was observed last is; asked once a call.
@@ -278,6 +283,8 @@ class Trajectory:
         observation, self._observation = self._observation, None
         if observation is None:
             return
+        if observation.timer is not None:
+            observation.timer.stop()
         if not self._placed and observation.on_host:
             self._learn(observation)
         now = self._before = self._now
