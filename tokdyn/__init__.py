@@ -30,11 +30,11 @@ if TYPE_CHECKING:
         traces,
         trajectory,
     )
+    from tokdyn.bench.compare import compare
     from tokdyn.calibration import calibrate
-    from tokdyn.cost import flops
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT
-    from tokdyn.pipelines import beside_dense, disabled, load, reset, save, set_tail_drop, stats, unwrap, wrap
+    from tokdyn.pipelines import beside_dense, disabled, flops, load, reset, save, set_tail_drop, stats, unwrap, wrap
     from tokdyn.recorder import recording
     from tokdyn.upcycling import upcycle
 
@@ -61,6 +61,7 @@ __all__ = [
     "beside_dense",
     "calibrate",
     "calibrate_router",
+    "compare",
     "disabled",
     "dropping",
     "flops",
@@ -94,9 +95,8 @@ _LAZY = {
         ),
         "tokdyn.attach",
     ),
-    "flops": "tokdyn.cost",
     **dict.fromkeys(
-        ("beside_dense", "disabled", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"),
+        ("beside_dense", "disabled", "flops", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"),
         "tokdyn.pipelines",
     ),
     "upcycle": "tokdyn.upcycling",
@@ -105,6 +105,7 @@ _LAZY = {
         "tokdyn.methods",
     ),
     "calibrate": "tokdyn.calibration",
+    "compare": "tokdyn.bench.compare",
     "recording": "tokdyn.recorder",
     "DCDiT": "tokdyn.models",
     "DiT": "tokdyn.models",

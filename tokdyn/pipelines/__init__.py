@@ -3,7 +3,33 @@
 The functions here take a model or a pipeline. `tokdyn.wrap`, `tokdyn.stats` and the others are these.
 """
 
-from tokdyn.pipelines.controls import beside_dense, disabled, load, reset, save, set_tail_drop, stats, unwrap, wrap
-from tokdyn.pipelines.denoisers import denoisers
+from tokdyn.pipelines.controls import (
+    beside_dense,
+    disabled,
+    is_wrapped,
+    load,
+    reset,
+    save,
+    set_tail_drop,
+    stats,
+    unwrap,
+    wrap,
+)
+from tokdyn.pipelines.counting import flops
+from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 
-__all__ = ["beside_dense", "denoisers", "disabled", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"]
+__all__ = [
+    "beside_dense",
+    "denoisers",
+    "disabled",
+    "flops",
+    "is_pipeline",
+    "is_wrapped",
+    "load",
+    "reset",
+    "save",
+    "set_tail_drop",
+    "stats",
+    "unwrap",
+    "wrap",
+]

@@ -79,6 +79,12 @@ def unwrap(target: Target) -> Target:
     return target
 
 
+def is_wrapped(target: Any) -> bool:
+    """Return whether a model, or a denoiser of a pipeline, is wrapped."""
+    models = denoisers(target).values() if is_pipeline(target) else [target]
+    return any(attachment_of(inner_model(model)) is not None for model in models)
+
+
 @contextmanager
 def disabled(target: Any) -> Iterator[None]:
     """Disable the methods of a wrapped model or pipeline while the context is open: it computes bit for bit as before.
