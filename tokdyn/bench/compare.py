@@ -153,7 +153,7 @@ def compare(
         print(compared)
         compared.save("pairs.png")
 
-    A short call comes first, which is not timed. The two calls of a prompt follow each other, in turn with and without
+    Short calls come first, which are not timed. The two calls of a prompt follow each other, in turn with and without
     methods first.
 
     Args:
@@ -182,7 +182,9 @@ def compare(
     if methods is not None:
         wrap(pipe, methods)
     try:
-        _draw(pipe, {**given[0][1], **_short(pipe, given[0][1])}, seed)
+        for warming_up in (nullcontext(), disabled(pipe)):
+            with warming_up:
+                _draw(pipe, {**given[0][1], **_short(pipe, given[0][1])}, seed)
         pairs = []
         with progress("pictures", 2 * len(given)) as advance:
             for place, (name, arguments) in enumerate(given):
