@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .frame import command
-from .output import Json, table
+from .output import Json, as_json, table
 from .settings import read
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def register(app: typer.Typer) -> None:
             "tokdyn sample runs/demo tail_drop=0,0.3,0.6 --maps out=budgets",
             "tokdyn sample runs/demo guidance=1.5 uncond_tail_drop=0.9 classes=star,ring",
             "tokdyn sample runs/demo steps=25 count=5000 format=npz --json",
+            "tokdyn sample black-forest-labs/FLUX.1-dev prompts=prompts.txt methods=calibrated/flux precision=bf16",
         ],
     )
     def sample(ctx: typer.Context, json: Json = False) -> None:
@@ -58,9 +59,17 @@ def register(app: typer.Typer) -> None:
 
         With several tail drops (shares of the kept tokens that are dropped to save compute), the same images are
         sampled with each.
+
+        A pipeline of diffusers, by folder or hub id, draws prompts with its own sampler. The settings are then
+        prompts=FILE (or a prompt), methods=FOLDER, steps, guidance, height, width, frames, seed, precision, device and
+        out; see docs/pipelines.md.
         """
+        from tokdyn.pipelines.opening import names_pipeline
         from tokdyn.sample import SampleConfig, sample
 
+        if names_pipeline(next((word for word in ctx.args if "=" not in word and not word.startswith("-")), None)):
+            _pipeline(ctx.args, json)
+            return
         result = sample(read(ctx.args, SampleConfig, ["model"]))
         if json:
             typer.echo(result.model_dump_json(indent=2))
@@ -68,3 +77,32 @@ def register(app: typer.Typer) -> None:
         table(BUDGET_COLUMNS, map(budget_row, result.budgets))
         for path in (*result.files, *(file for budget in result.budgets for file in budget.files)):
             typer.echo(f"  {path}")
+
+
+def _pipeline(args: list[str], json: bool) -> None:
+    """Draw prompts with a pipeline, and print times and costs."""
+    from dataclasses import asdict
+
+    from tokdyn.pipelines.drawing import title_of
+    from tokdyn.sample.pipeline import PipelineSampleConfig, sample_pipeline
+
+    result = sample_pipeline(read(args, PipelineSampleConfig, ["model"]))
+    if json:
+        as_json({"folder": result.folder, "drawn": [asdict(each) for each in result.drawn]})
+        return
+    if result.table is not None:
+        typer.echo(f"{result.table}\n")
+    columns = ("prompt", "seed", "seconds", "in the model", "reused", "FLOPs", "file")
+    rows = [
+        (
+            title_of(each.prompt),
+            each.seed,
+            f"{each.seconds:.2f}",
+            "-" if each.denoiser_seconds is None else f"{each.denoiser_seconds:.2f}",
+            "-" if each.cached is None else each.cached,
+            "-" if each.share is None else f"{each.share:.1%}",
+            result.folder / each.file,
+        )
+        for each in result.drawn
+    ]
+    table(columns, rows)

@@ -90,6 +90,6 @@ def test_what_cannot_be_compared_is_refused_and_an_error_leaves_the_pipeline_alo
         tokdyn.compare(pipe.transformer, CACHED, [1])
     with pytest.raises(InputError, match="wrapped already"):
         tokdyn.compare(tokdyn.wrap(build("DiT"), CACHED), CACHED, [1])
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="no_such_argument"):
         tokdyn.compare(pipe, CACHED, [1], no_such_argument=3)
     assert not tokdyn.pipelines.is_wrapped(pipe)

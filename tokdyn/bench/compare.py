@@ -22,6 +22,7 @@ from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.pipelines import disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
+from tokdyn.pipelines.drawing import draw, title_of
 from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import Pixels, write_png
@@ -168,8 +169,8 @@ def compare(
         Pictures, times and similarity of every pair.
 
     Raises:
-        InputError: there are no prompts, the pipeline is wrapped although methods are given or is not although none
-            are, or an argument is given that `compare` sets itself.
+        InputError: there are no prompts, the pipeline refuses an argument, or it is wrapped although methods are given,
+            or not although none are.
         CompositionError, UnsupportedModelError: as in `tokdyn.wrap`.
     """
     given = _calls(pipe, prompts, call)
@@ -217,12 +218,8 @@ def _calls(pipe: Any, prompts: Iterable[Any], call: Mapping[str, Any]) -> list[t
     for place, each in enumerate(given):
         named = dict(each) if isinstance(each, Mapping) else {first: [each] if isinstance(each, int) else each}
         text = named.get("prompt") if isinstance(named.get("prompt"), str) else f"{place + 1}"
-        result.append((_shortened(str(text)), {**call, **named}))
+        result.append((title_of(str(text)), {**call, **named}))
     return result
-
-
-def _shortened(text: str, length: int = 40) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _short(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,13 +231,9 @@ def _short(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _draw(pipe: Any, arguments: Mapping[str, Any], seed: int) -> tuple[Pixels, float]:
     """Call a pipeline and return its pictures or frames, (F, H, W, 3) uint8, and the seconds of the whole call."""
-    generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    output = pipe(**arguments, generator=generator, output_type="np", return_dict=False)
-    seconds = time.perf_counter() - start
-    frames = np.asarray(output[0])
-    frames = frames.reshape(-1, *frames.shape[-3:])
-    return (frames * 255).round().clip(0, 255).astype(np.uint8), seconds
+    pixels = draw(pipe, arguments, seed)
+    return pixels, time.perf_counter() - start
 
 
 def _pair(name: str, seed: int, without: tuple[Pixels, float], acting: tuple[Pixels, float]) -> Pair:

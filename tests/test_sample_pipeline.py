@@ -1,0 +1,107 @@
+"""`tokdyn sample` with a pipeline of diffusers."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
+
+import tokdyn
+from tokdyn import FeatureCache, TokenMerge
+from tokdyn.pipelines.opening import names_pipeline, open_pipeline
+
+SIZE = ["steps=3", "guidance=2", "height=16", "width=16", "device=cpu"]
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(app, ["sample", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture
+def methods(pipeline, tmp_path):
+    pipe = tokdyn.wrap(open_pipeline(str(pipeline), torch.device("cpu")), [FeatureCache(steps=(0, 2)), TokenMerge()])
+    return tokdyn.save(pipe, tmp_path / "methods")
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_prompts_are_drawn_as_diffusers_draws_them(pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\na blue square\n")
+    found = json.loads(
+        run(pipeline, f"prompts={tmp_path / 'prompts.txt'}", "seed=5", *SIZE, f"out={tmp_path / 'o'}", "--json")
+    )
+    assert [each["seed"] for each in found["drawn"]] == [5, 6]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline)
+    for number, each in enumerate(found["drawn"]):
+        expected = pipe(
+            ("a red square", "a blue square")[number], generator=torch.Generator().manual_seed(5 + number),
+            num_inference_steps=3, guidance_scale=2.0, height=16, width=16, use_resolution_binning=False,
+            output_type="np",
+        ).images[0]  # fmt: skip
+        assert np.array_equal(read(tmp_path / "o" / each["file"]), (255 * expected).round().astype(np.uint8))
+    assert each["seconds"] > 0
+    assert each["denoiser_seconds"] is None
+    assert read(tmp_path / "o" / "grid.png").shape[1] > 32
+
+
+def test_methods_in_a_folder_act_and_their_costs_are_printed(pipeline, methods, tmp_path):
+    words = [pipeline, "prompts=a red square", *SIZE, f"out={tmp_path / 'o'}"]
+    shown = run(*words, f"methods={methods}")
+    assert "in attention" in shown
+    (entry,) = json.loads((tmp_path / "o" / "sample.json").read_text())["drawn"].values()
+    assert entry["cached"] > 0
+    assert entry["share"] < 1
+    assert 0 < entry["denoiser_seconds"] < entry["seconds"]
+    run(*words[:-1], f"out={tmp_path / 'plain'}")
+    assert not np.array_equal(read(tmp_path / "o" / entry["file"]), read(tmp_path / "plain" / entry["file"]))
+
+
+def test_a_repeated_command_draws_what_is_missing_and_refuses_other_settings(pipeline, methods, tmp_path):
+    out = tmp_path / "o"
+    (tmp_path / "p.txt").write_text("a red square\na blue square\n")
+    words = [pipeline, f"prompts={tmp_path / 'p.txt'}", *SIZE, f"out={out}"]
+    first = json.loads(run(*words, "--json"))["drawn"]
+    (out / first[0]["file"]).unlink()
+    before = (out / first[1]["file"]).stat().st_mtime_ns
+    (tmp_path / "p.txt").write_text("a red square\na blue square\na red blue square\n")
+    again = json.loads(run(*words, "--json"))["drawn"]
+    assert (out / again[1]["file"]).stat().st_mtime_ns == before
+    assert again[1] == first[1]
+    assert len(again) == 3
+    assert all((out / each["file"]).is_file() for each in again)
+    kept = (out / "sample.json").read_text()
+    assert "steps" in run(*words, "steps=2", code=2)
+    assert "methods" in run(*words, f"methods={methods}", code=2)
+    assert (out / "sample.json").read_text() == kept
+
+
+def test_wrong_names_and_settings_are_refused_in_words(pipeline, methods, tmp_path):
+    assert "does not exist" in run(pipeline, "prompts=none.txt", code=2)
+    assert "holds no methods" in run(pipeline, f"methods={tmp_path}", f"out={tmp_path / 'o'}", code=2)
+    assert "num_frames" in run(pipeline, "frames=3", f"out={tmp_path / 'o'}", code=2)
+    assert "count" in run(pipeline, "count=3", code=2)
+    broken = shutil.copytree(pipeline, tmp_path / "broken")
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "cannot be read as a pipeline" in run(broken, f"out={tmp_path / 'o'}", code=2)
+    assert not (tmp_path / "o" / "sample.json").exists()
+
+
+def test_only_pipelines_of_other_models_than_tokdyn_samples_itself_are_pipelines(pipeline, tmp_path):
+    assert names_pipeline(str(pipeline))
+    assert not names_pipeline(None)
+    assert not names_pipeline(str(tmp_path))
+    assert not names_pipeline("nobody/no-such-pipeline")
+    from tests.contract.pipelines import build
+
+    build("DiT").save_pretrained(tmp_path / "dit")
+    assert not names_pipeline(str(tmp_path / "dit"))

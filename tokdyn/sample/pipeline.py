@@ -1,0 +1,215 @@
+"""Draw prompts with a pipeline of diffusers and the methods in a folder, and write pictures, times and costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokdyn import __version__
+from tokdyn.attach import CONFIG, WEIGHTS
+from tokdyn.errors import RecipeError
+from tokdyn.files import UserPath, json_object, replacing, require_folder
+from tokdyn.host import describe, open_device, settle_memory
+from tokdyn.pipelines import load, stats
+from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, title_of
+from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.progress import progress
+from tokdyn.report.grids import image_grid
+from tokdyn.report.pixels import write_png
+
+RESULT, GRID = "sample.json", "grid.png"
+_MILLISECONDS = 80  # a frame of a video is shown
+
+
+class PipelineSampleConfig(Drawing):
+    """Settings of `tokdyn sample` for a pipeline of diffusers; null means the default of the pipeline.
+
+    Attributes:
+        model: Folder or hub id of the pipeline.
+        out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
+        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`.
+        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
+            arguments, such as {prompt: make it night, image: street.png}.
+        steps: Steps of the sampler per image.
+        guidance: Guidance scale.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        frames: Frames of a video.
+        seed: The noise of prompt i has the seed `seed` + i.
+        precision: Precision of the pipeline's weights.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
+    """
+
+    model: str
+    out: UserPath | None = None
+    methods: UserPath | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for one prompt.
+
+    Attributes:
+        prompt: the text, or the arguments as JSON.
+        seed: of the noise.
+        file: a PNG file, or an animated WebP file of a video.
+        seconds: time of the whole call.
+        denoiser_seconds: time of the calls of the transformer in it; None without methods.
+        cached: calls of the transformer that were reused from the step before.
+        share: FLOPs of blocks and methods over those without methods; None where that is not known.
+    """
+
+    prompt: str
+    seed: int
+    file: str
+    seconds: float
+    denoiser_seconds: float | None = None
+    cached: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class PipelineSamples:
+    """The result of `tokdyn sample` for a pipeline.
+
+    Attributes:
+        folder: holds the pictures, grid.png and sample.json.
+        drawn: one entry for each prompt.
+        table: the statistics of the last call, to be printed; None without methods or if nothing was missing.
+    """
+
+    folder: Path
+    drawn: tuple[Drawn, ...]
+    table: str | None
+
+
+def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
+    """Draw every prompt that has no picture in the folder yet.
+
+    Raises:
+        TokdynError: the pipeline or the methods cannot be read, a setting does not fit, or the folder holds pictures
+            that were drawn with other settings.
+    """
+    settle_memory()
+    device = open_device(config.device)
+    out = config.out or Path("samples") / Path(config.model).name
+    require_folder(out)
+    facts = config.model_dump(mode="json", exclude={"out", "device", "prompts"})
+    facts["methods"] = None if config.methods is None else _content(config.methods)
+    known = _earlier(out, facts)
+    names = [_file_name(place, each) for place, each in enumerate(config.prompts)]
+    wanted = [(_text(each), config.seed + place) for place, each in enumerate(config.prompts)]
+    missing = [
+        place
+        for place, (prompt, seed) in enumerate(wanted)
+        if (before := known.get(place)) is None
+        or (before.prompt, before.seed) != (prompt, seed)
+        or not (out / before.file).is_file()
+    ]
+    table = None
+    if missing:
+        pipe = open_pipeline(config.model, device, config.precision)
+        if config.methods is not None:
+            load(pipe, config.methods)
+        calls = call_arguments(pipe, config)
+        with progress("pictures", len(missing)) as advance:
+            for place in missing:
+                start = time.perf_counter()
+                pixels = draw(pipe, calls[place], config.seed + place)
+                seconds = time.perf_counter() - start
+                file = _write(out / names[place], pixels)
+                known[place] = Drawn(*wanted[place], file, seconds)
+                if config.methods is not None:
+                    found = stats(pipe)
+                    known[place] = replace(
+                        known[place], denoiser_seconds=found.seconds, cached=found.cached, share=found.share
+                    )
+                    table = str(found)
+                _save(out, facts, known, describe(device))
+                advance(1)
+    drawn = tuple(known[place] for place in range(len(wanted)))
+    _overview(out, drawn, [title_of(each) for each in config.prompts])
+    return PipelineSamples(out, drawn, table)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Return what decides about the methods in a folder, or in one for each denoiser: their settings and weights."""
+    found = {}
+    for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")]):
+        weights = path.with_name(WEIGHTS)
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+        name = "" if path.parent == folder else path.parent.name
+        found[name] = {"methods": json_object(path)["methods"], "weights": digest}
+    if not found:
+        raise RecipeError(f"{folder} holds no methods; give a folder that tokdyn calibrate or tokdyn.save has written.")
+    return found
+
+
+def _text(prompt: str | dict[str, Any]) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def _earlier(out: Path, facts: dict[str, Any]) -> dict[int, Drawn]:
+    """Return what an earlier run with the same settings has drawn, by the place of the prompt."""
+    if not (out / RESULT).is_file():
+        return {}
+    before = json_object(out / RESULT)
+    settings = before.get("settings", {})
+    changed = sorted(name for name in facts.keys() | settings.keys() if facts.get(name) != settings.get(name))
+    if changed:
+        raise RecipeError(
+            f"{out} holds pictures that were drawn with other settings ({', '.join(changed)}); choose another out, or "
+            "set these back."
+        )
+    return {int(place): Drawn(**entry) for place, entry in before["drawn"].items()}
+
+
+def _save(out: Path, facts: dict[str, Any], known: dict[int, Drawn], machine: Any) -> None:
+    content = {
+        "tokdyn": __version__,
+        "settings": facts,
+        "drawn": {place: asdict(known[place]) for place in sorted(known)},
+        "machine": machine,
+    }
+    with replacing(out / RESULT) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _file_name(place: int, prompt: str | dict[str, Any]) -> str:
+    """Name the picture of a prompt by its place and first words."""
+    words = re.findall(r"[a-z0-9]+", title_of(prompt).lower())[:6]
+    return "-".join([f"{place:03d}", *words])
+
+
+def _write(path: Path, pixels: NDArray[np.uint8]) -> str:
+    """Write a picture as PNG and several as animated WebP; return the name of the file."""
+    if len(pixels) == 1:
+        return write_png(pixels[0], path.with_name(f"{path.name}.png")).name
+    where = path.with_name(f"{path.name}.webp")
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    with replacing(where) as half:
+        first.save(
+            half, format="WEBP", save_all=True, append_images=others, duration=_MILLISECONDS, loop=0, lossless=True
+        )
+    return where.name
+
+
+def _overview(out: Path, drawn: tuple[Drawn, ...], titles: list[str]) -> None:
+    """Draw all pictures, the first frames of videos, in one grid, if they have one size."""
+    images = []
+    for each in drawn:
+        with Image.open(out / each.file) as image:
+            images.append(np.asarray(image.convert("RGB")))
+    if len({image.shape for image in images}) == 1:
+        write_png(image_grid(np.stack(images), captions=titles), out / GRID)
