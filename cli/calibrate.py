@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
         examples=[
             "tokdyn calibrate runs/demo method=skip flops=0.7 steps=25",
             "tokdyn calibrate DiT-XL-2-256 method=skip flops=0.7 steps=50 guidance=4 protected=0,-1 --sequential",
+            "tokdyn calibrate black-forest-labs/FLUX.1-dev method=cache cache_steps=0.6 prompts=prompts.txt",
             "tokdyn calibrate DiT-XL-2-256 method=cache cache_steps=0.5 steps=50 guidance=4 out=calibrated/xl",
         ],
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, PixArtSigmaPipeline
 from PIL import Image
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
@@ -134,7 +134,7 @@ def test_dc_dit_can_be_calibrated(tmp_path):
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path) -> Path:
+def of_classes(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
@@ -144,16 +144,46 @@ def pipeline(tmp_path: Path) -> Path:
     return tmp_path / "pipeline"
 
 
-def test_pipeline_of_diffusers_can_be_calibrated(pipeline, tmp_path):
+def test_pipeline_of_diffusers_can_be_calibrated(of_classes, tmp_path):
     out = tmp_path / "out"
-    found = report(pipeline, "method=skip", "flops=0.7", "guidance=4", "classes=7,1", f"out={out}", *QUICK)
+    found = report(of_classes, "method=skip", "flops=0.7", "guidance=4", "classes=7,1", f"out={out}", *QUICK)
     assert found["model"] == {"name": "pipeline", "class": "DiTTransformer2DModel"}
     assert found["scheduler"] == "DDIMScheduler"
     assert found["calls"] == 2 * 6
-    pipe = DiTPipeline.from_pretrained(pipeline)
+    pipe = DiTPipeline.from_pretrained(of_classes)
     pipe.set_progress_bar_config(disable=True)
     tokdyn.load(pipe.transformer, out)  # fingerprints are equal: a warning would be an error
     pipe(class_labels=[1], num_inference_steps=6, output_type="np")
+
+
+PROMPTED = ("height=16", "width=16", "steps=5", "guidance=2", "count=2", "device=cpu")
+
+
+@pytest.mark.parametrize("words", [("method=skip", "flops=0.8"), ("method=cache", "cache_steps=0.6", "degree=1")])
+def test_a_pipeline_that_draws_prompts_can_be_calibrated(words, pipeline, tmp_path):
+    """What is written acts in the same pipeline, wrapped as a whole, and fits the sampler it was calibrated with."""
+    (tmp_path / "prompts.yaml").write_text("[a red square, {prompt: a blue square}]")
+    out = tmp_path / "out"
+    found = report(pipeline, *words, f"prompts={tmp_path / 'prompts.yaml'}", *PROMPTED, f"out={out}")
+    assert found["model"] == {"name": pipeline.name, "class": "PixArtTransformer2DModel"}
+    assert found["calls"] == 2 * 5
+    assert found["flops"] < 1
+    pipe = PixArtSigmaPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    tokdyn.load(pipe, out)
+    pipe("a red square", num_inference_steps=5, guidance_scale=2.0, height=16, width=16, use_resolution_binning=False)
+    assert tokdyn.stats(pipe).share < 1
+
+
+@pytest.mark.parametrize("word", ["classes=1", "scheduler=ddim", "num_frames=3", "frames=3"])
+def test_settings_that_such_a_pipeline_does_not_have_are_refused(word, pipeline, tmp_path):
+    result = run(pipeline, "method=cache", word, f"out={tmp_path / 'out'}", *PROMPTED, code=2)
+    assert word.partition("=")[0] in result.stderr
+    assert not (tmp_path / "out" / "calibration.json").exists()
+
+
+def test_prompts_are_refused_by_models_without(saved, tmp_path):
+    assert "prompts" in run(saved, "method=cache", "prompts=a cube", f"out={tmp_path / 'o'}", *QUICK, code=2).stderr
 
 
 def test_default_folder_and_table(saved, tmp_path, monkeypatch):
@@ -194,11 +224,9 @@ def test_invalid_settings_end_in_one_sentence(saved, words, named):
     assert result.stdout == ""
 
 
-def test_other_pipelines_and_their_settings_are_refused(pipeline, tmp_path):
-    assert "scheduler=ddim" in run(pipeline, "method=cache", "scheduler=ddim", code=2).stderr
-    assert " 999" in run(pipeline, "method=cache", "classes=1000", code=2).stderr
-    index = json.loads((pipeline / "model_index.json").read_text())
-    (pipeline / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    message = run(pipeline, "method=cache", code=2).stderr
-    assert "FluxPipeline" in message
-    assert "tokdyn.recording(pipe.transformer)" in message
+def test_other_pipelines_and_their_settings_are_refused(of_classes, tmp_path):
+    assert "scheduler=ddim" in run(of_classes, "method=cache", "scheduler=ddim", code=2).stderr
+    assert " 999" in run(of_classes, "method=cache", "classes=1000", code=2).stderr
+    index = json.loads((of_classes / "model_index.json").read_text())
+    (of_classes / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    assert "FluxPipeline" in run(of_classes, "method=cache", code=2).stderr

@@ -10,6 +10,7 @@ from tokdyn.diffusion.sampling import GuidanceScale, Steps
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.files import UserPath
 from tokdyn.methods.registry import short_name
+from tokdyn.pipelines.drawing import Prompts
 
 Target = Annotated[float, Field(gt=0.0, lt=1.0)]
 _SKIP_SETTINGS = ("levels", "protected", "sequential")
@@ -28,7 +29,7 @@ class CalibrateConfig(BaseModel):
 
     Attributes:
         model: A training folder, one of its checkpoints, a folder of `save_pretrained`, a checkpoint file, or the
-            folder of a DiTPipeline of diffusers.
+            folder or hub id of a pipeline of diffusers.
         method: `skip` finds the blocks to skip at each noise level, `cache` the steps at which to reuse the output of
             the blocks.
         out: Output folder; null means calibrated/NAME/METHOD, where NAME is that of the model.
@@ -41,13 +42,18 @@ class CalibrateConfig(BaseModel):
         indicator: cache: compare the modulated `input` of the first block, or what the `first_block` adds.
         degree: cache: degree of the fitted polynomial.
         count: Images to draw, each of which is one trajectory to measure.
+        prompts: Of a pipeline: a prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of
+            texts and of arguments, such as {prompt: make it night, image: street.png}; images cycle through them.
+        height: Height of the images of a pipeline in pixels; null means its default.
+        width: Width of the images of a pipeline in pixels.
+        frames: Frames of the videos of a pipeline; null means its default.
         classes: Names or numbers of the classes to draw, `none` for no class; null cycles through all of them.
         seed: Image i starts from seed + i.
         batch_size: Images per model call, before guidance doubles it.
         scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null means ddpm or euler, or the
             scheduler of a pipeline.
-        steps: Model calls per image.
-        guidance: Scale of classifier-free guidance; 1 means none.
+        steps: Model calls per image; a pipeline has a default of its own.
+        guidance: Scale of classifier-free guidance; 1 means none; a pipeline has a default of its own.
         ema: Use the averaged weights.
         precision: `bf16` computes matrix products in bfloat16; `auto` does so on a GPU only.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
@@ -67,6 +73,10 @@ class CalibrateConfig(BaseModel):
     indicator: Literal["input", "first_block"] = "input"
     degree: PositiveInt = 4
     count: PositiveInt = 8
+    prompts: Prompts | None = None
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
+    frames: PositiveInt | None = None
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     batch_size: PositiveInt = 8

@@ -19,13 +19,14 @@ from tokdyn.diffusion.sampling import Sampler, generate
 from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
 from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.files import json_object
+from tokdyn.host import product_type
+from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
+from tokdyn.pipelines.opening import INDEX, names_pipeline, open_pipeline
 from tokdyn.progress import progress
 from tokdyn.recorder import Call, recording
 from tokdyn.sample.labels import class_numbers
 from tokdyn.sample.loading import ModelInfo, load_model
 from tokdyn.seeds import noise_generator
-
-_PIPELINE = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Subject:
         scheduler: name of the scheduler.
         classes: labels that the images cycle through.
         draw: draws one image per label and seed, and calls a function after every step.
+        steps: how often that is in one call of `draw`.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Subject:
     scheduler: str
     classes: tuple[int, ...]
     draw: Callable[[list[int], list[int], Callable[[], None]], None]
+    steps: int
 
 
 def open_subject(config: CalibrateConfig, device: torch.device) -> Subject:
@@ -54,14 +57,19 @@ def open_subject(config: CalibrateConfig, device: torch.device) -> Subject:
         TokdynError: the model does not exist, or the settings do not fit it.
     """
     path = Path(config.model).expanduser()
-    return _pipeline(config, path, device) if (path / _PIPELINE).is_file() else _own(config, device)
+    if names_pipeline(config.model):
+        return _prompted(config, device)
+    for name in ("prompts", "height", "width", "frames"):
+        if getattr(config, name) is not None:
+            raise RecipeError(f"{name} is for pipelines that draw prompts, which {config.model} is not: leave it out.")
+    return _pipeline(config, path, device) if (path / INDEX).is_file() else _own(config, device)
 
 
 def trajectories(config: CalibrateConfig, subject: Subject) -> list[Call]:
     """Record the calls of the model while it draws the images."""
     recorded: list[Call] = []
     batches = -(-config.count // config.batch_size)
-    with progress("sampling", batches * config.steps) as advance:
+    with progress("sampling", batches * subject.steps) as advance:
         for start in range(0, config.count, config.batch_size):
             images = range(start, min(start + config.batch_size, config.count))
             labels = [subject.classes[image % len(subject.classes)] for image in images]
@@ -85,7 +93,8 @@ def _own(config: CalibrateConfig, device: torch.device) -> Subject:
 
         generate(model, sampler, objective, labels, seeds, callback=after_step)
 
-    return Subject(model, info.name, _scheduler(config, objective), class_numbers(config.classes, info, model), draw)
+    classes = class_numbers(config.classes, info, model)
+    return Subject(model, info.name, _scheduler(config, objective), classes, draw, config.steps)
 
 
 def _scheduler(config: CalibrateConfig, objective: Objective) -> str:
@@ -102,15 +111,41 @@ def _of_pixels(model: Any, info: ModelInfo) -> bool:
     return info.latents is None and model.config.in_channels in (1, 3)
 
 
+def _prompted(config: CalibrateConfig, device: torch.device) -> Subject:
+    """Open a pipeline that draws prompts, with its own scheduler."""
+    given = config.model_fields_set
+    for name in ("classes", "scheduler", "ema"):
+        if name in given:
+            raise RecipeError(f"{name} has no effect on a pipeline that draws prompts: leave it out.")
+    drawing = Drawing(
+        prompts=config.prompts or ("a photo",),
+        steps=config.steps if "steps" in given else None,
+        guidance=config.guidance if "guidance" in given else None,
+        height=config.height,
+        width=config.width,
+        frames=config.frames,
+    )
+    bf16 = product_type(config.precision, device) is not None
+    pipe = open_pipeline(config.model, device, "bf16" if bf16 else "fp32")
+    calls = call_arguments(pipe, drawing)
+
+    def draw_prompts(labels: list[int], seeds: list[int], step: Callable[[], None]) -> None:
+        for label, seed in zip(labels, seeds, strict=True):
+            draw(pipe, calls[label], seed)
+        step()
+
+    name, scheduler = Path(config.model).name, type(pipe.scheduler).__name__
+    return Subject(pipe.transformer.eval(), name, scheduler, tuple(range(len(calls))), draw_prompts, 1)
+
+
 def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subject:
     """Open a DiTPipeline of diffusers with its own scheduler."""
     import diffusers
 
-    kind = str(json_object(path / _PIPELINE).get("_class_name"))
+    kind = str(json_object(path / INDEX).get("_class_name"))
     if kind != "DiTPipeline":
         raise CheckpointError(
-            f"{path} is a {kind}, but this command only draws with a DiTPipeline; record calls in Python with "
-            "tokdyn.recording(pipe.transformer) and pass them to tokdyn.calibrate, see docs/calibration.md."
+            f"{path} is a {kind}, which has no transformer that this command knows; see tokdyn models."
         )
     if config.scheduler is not None:
         raise RecipeError(
@@ -137,7 +172,8 @@ def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subj
                 output_type="pt",
             )
 
-    return Subject(model, path.resolve().name, type(pipeline.scheduler).__name__, _numbers(config, total), draw)
+    name, scheduler = path.resolve().name, type(pipeline.scheduler).__name__
+    return Subject(model, name, scheduler, _numbers(config, total), draw, config.steps)
 
 
 def _numbers(config: CalibrateConfig, total: int) -> tuple[int, ...]:
