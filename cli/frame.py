@@ -24,11 +24,13 @@ class Command(TyperCommand):
     Attributes:
         words: positional words in the usage line.
         settings: function that returns the pydantic model of the settings; None for a command without settings.
+        of_pipelines: the same for the settings that the command has when it is given a pipeline; None if it takes none.
         examples: command lines that --help shows.
     """
 
     words: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[Any] = None
+    of_pipelines: ClassVar[Any] = None
     examples: ClassVar[tuple[str, ...]] = ()
 
     def invoke(self, ctx: Any) -> Any:
@@ -66,6 +68,9 @@ class Command(TyperCommand):
 
             with formatter.section("Settings (key=value, --key=value or --key value)"):
                 formatter.write_dl(list(rows(self.settings())))
+            if self.of_pipelines:
+                with formatter.section("Settings with a pipeline of diffusers"):
+                    formatter.write_dl(list(rows(self.of_pipelines())))
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -79,6 +84,7 @@ def command(
     *,
     words: Iterable[str] = (),
     settings: Callable[[], type[BaseModel]] | None = None,
+    of_pipelines: Callable[[], type[BaseModel]] | None = None,
     examples: Iterable[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds a function to an app as a command.
@@ -89,11 +95,13 @@ def command(
         words: positional words as the usage line shows them.
         settings: returns the pydantic model of the settings. It is called only if needed, so that `tokdyn --help`
             loads no model code.
+        of_pipelines: the same for the settings that the command has when it is given a pipeline.
         examples: command lines for --help.
     """
     members = {
         "words": tuple(words),
         "settings": staticmethod(settings) if settings else None,
+        "of_pipelines": staticmethod(of_pipelines) if of_pipelines else None,
         "examples": tuple(examples),
     }
     return app.command(name, cls=type("Command", (Command,), members), context_settings=CONTEXT)

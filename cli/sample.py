@@ -22,6 +22,12 @@ def _settings() -> type:
     return SampleConfig
 
 
+def _pipeline_settings() -> type:
+    from tokdyn.sample.pipeline import PipelineSampleConfig
+
+    return PipelineSampleConfig
+
+
 def budget_row(budget: BudgetResult) -> tuple[str, ...]:
     """Format the result of one tail drop as a row under BUDGET_COLUMNS."""
     return (
@@ -46,6 +52,7 @@ def register(app: typer.Typer) -> None:
         "sample",
         words=["MODEL"],
         settings=_settings,
+        of_pipelines=_pipeline_settings,
         examples=[
             "tokdyn sample runs/demo steps=25 guidance=2",
             "tokdyn sample runs/demo tail_drop=0,0.3,0.6 --maps out=budgets",
@@ -60,9 +67,7 @@ def register(app: typer.Typer) -> None:
         With several tail drops (shares of the kept tokens that are dropped to save compute), the same images are
         sampled with each.
 
-        A pipeline of diffusers, by folder or hub id, draws prompts with its own sampler. The settings are then
-        prompts=FILE (or a prompt), methods=FOLDER, steps, guidance, height, width, frames, seed, precision, device and
-        out; see docs/pipelines.md.
+        A pipeline of diffusers, by folder or hub id, draws prompts with its own sampler, and has settings of its own.
         """
         from tokdyn.pipelines.opening import names_pipeline
         from tokdyn.sample import SampleConfig, sample

@@ -87,8 +87,8 @@ def test_command_lines_parse(words: list[str]) -> None:
         if given.positional[0] in recipe.names():
             recipe.load(given.positional[0], given.overrides())
         return
-    known = dict(rows(command.settings())) if command.settings else {}
-    assert set(given.settings) <= set(known)
+    known = {name for kind in (command.settings, command.of_pipelines) if kind for name, _ in rows(kind())}
+    assert set(given.settings) <= known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
