@@ -41,6 +41,12 @@ def _quality_settings() -> type:
     return QualityConfig
 
 
+def _pipeline_settings() -> type:
+    from tokdyn.bench.pipelines import PipelineBenchConfig
+
+    return PipelineBenchConfig
+
+
 @command(
     app,
     "flops",
@@ -99,18 +105,24 @@ def flops(
     "speed",
     words=["[MODEL]"],
     settings=_speed_settings,
+    of_pipelines=_pipeline_settings,
     examples=[
         "tokdyn bench speed DC-DiT-S kept=0.25 batch=1,8 precision=fp32,bf16 memory=true",
         'tokdyn bench speed --stack "{name: a, model: DiT-S/2}" --stack "{name: b, model: DC-DiT-S}" mode=train',
         "tokdyn bench speed DC-DiT-tiny size=16,32,64,128 batch=1 plot=scaling.png --json",
+        'tokdyn bench speed Wan-AI/Wan2.1-T2V-1.3B-Diffusers --stack "{name: merged, methods: [{method: TokenMerge}]}"',
     ],
 )
 def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     """Time models and stacks in turn.
 
     A stack is a list of methods that act together on a model. All stacks are compared with the first one: the time that
-    they save, and the FLOPs that they save.
+    they save, and the FLOPs that they save. On a pipeline of diffusers, whole calls are timed without methods and with
+    each stack in turn.
     """
+    if _of_pipeline(ctx.args):
+        _pipeline(ctx.args, stack, json, timed=True)
+        return
     from tokdyn.bench.speed import SpeedConfig, bench_speed
     from tokdyn.bench.speed_table import columns, content, draw
     from tokdyn.bench.stacks import Stack, read_stacks
@@ -139,18 +151,24 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     "quality",
     words=["[MODEL]"],
     settings=_quality_settings,
+    of_pipelines=_pipeline_settings,
     examples=[
         'tokdyn bench quality runs/demo --stack "{name: plain}" --stack "{name: dropped, tail_drop: 0.5}"',
         "tokdyn bench quality runs/dc --stack stacks.yaml extractor=judge.ts reference=test.zip guidance=1.5",
         "tokdyn bench quality --stack stacks.yaml held_out=test.zip rounds=9 out=quality/night --json",
+        "tokdyn bench quality black-forest-labs/FLUX.1-dev --stack stacks.yaml prompts=prompts.txt precision=bf16",
     ],
 )
 def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     """Compare image quality, FLOPs and time of stacks.
 
     A stack is a list of methods that act together on a model. All stacks draw images from the same seeds, and are
-    compared with the first one.
+    compared with the first one. On a pipeline of diffusers, prompts are drawn without methods and with each stack, and
+    the page shows the pairs side by side.
     """
+    if _of_pipeline(ctx.args):
+        _pipeline(ctx.args, stack, json, timed=False)
+        return
     from tokdyn.bench.quality import QualityConfig, bench_quality
     from tokdyn.bench.quality_page import columns, write_page
     from tokdyn.bench.stacks import read_stacks
@@ -162,4 +180,28 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> Non
         typer.echo(files[0].read_text(encoding="utf-8").rstrip())
         return
     output.columns(columns(result.rows))
+    output.files(files)
+
+
+def _of_pipeline(args: list[str]) -> bool:
+    """Return whether the positional word of a command names a pipeline of diffusers."""
+    from tokdyn.pipelines.opening import names_pipeline
+
+    return names_pipeline(next((word for word in args if "=" not in word and not word.startswith("-")), None))
+
+
+def _pipeline(args: list[str], stack: list[str] | None, json: bool, timed: bool) -> None:
+    """Compare stacks on a pipeline, and print or write the result."""
+    from tokdyn.bench.pipelines import UNITS, PipelineBenchConfig, bench_pipeline, write_pipeline_page
+    from tokdyn.bench.stacks import read_stacks
+
+    config = read(args, PipelineBenchConfig, ["model"])
+    result = bench_pipeline(config, read_stacks(stack or []), timed)
+    files = () if timed else write_pipeline_page(config, result)
+    if json:
+        as_json(result.as_dict())
+        return
+    found = result.columns()
+    output.columns({name: found[name] for name in found if not (timed and name in ("PSNR, dB", "SSIM"))})
+    typer.echo(f"\nMedian times of whole calls; {UNITS}.")
     output.files(files)

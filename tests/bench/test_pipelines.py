@@ -1,0 +1,78 @@
+"""`tokdyn bench speed` and `bench quality` on a pipeline of diffusers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
+
+import tokdyn
+from tokdyn import FeatureCache
+from tokdyn.pipelines.opening import open_pipeline
+
+CACHED = "{name: cached, methods: [{method: FeatureCache, steps: [0, 2]}]}"
+MERGED = "{name: merged <b>, methods: [{method: TokenMerge, ratio: 0.5}]}"
+SMALL = ["steps=4", "guidance=2", "height=16", "width=16", "device=cpu"]
+
+
+def run(command, *words, code=0):
+    result = CliRunner().invoke(app, ["bench", command, *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_quality_shows_pairs_of_every_stack(pipeline, tmp_path):
+    (tmp_path / "p.txt").write_text("a red square\na blue square\n")
+    words = [pipeline, "--stack", "{name: plain}", "--stack", CACHED, "--stack", MERGED, *SMALL]
+    shown = run("quality", *words, f"prompts={tmp_path / 'p.txt'}", f"out={tmp_path / 'q'}")
+    assert "cached" in shown
+    found = json.loads((tmp_path / "q" / "quality.json").read_text())["stacks"]
+    assert list(found) == ["cached", "merged <b>"]
+    for row in found.values():
+        assert [pair["seed"] for pair in row["pairs"]] == [0, 1]
+        assert all(pair["psnr"] > 0 and min(pair["seconds"]) > 0 for pair in row["pairs"])
+        assert row["flops_share"] < 1
+    page = (tmp_path / "q" / "quality.html").read_text()
+    assert "merged &lt;b&gt;" in page
+    for place in (1, 2):
+        assert f"pairs-{place}.png" in page
+        with Image.open(tmp_path / "q" / f"pairs-{place}.png") as image:
+            assert np.asarray(image).std() > 5
+
+
+def test_speed_repeats_the_first_prompt_in_turn(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [pipeline, "--stack", CACHED, *SMALL, "prompts=a red square", "rounds=2"]
+    (row,) = json.loads(run("speed", *words, "--json"))["stacks"].values()
+    assert len(row["pairs"]) == 2
+    assert row["speedup"] > 0
+    assert "PSNR" not in run("speed", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_methods_is_a_stack(pipeline, tmp_path):
+    pipe = tokdyn.wrap(open_pipeline(str(pipeline), torch.device("cpu")), [FeatureCache(steps=(0, 2))])
+    folder = tokdyn.save(pipe, tmp_path / "methods")
+    stack = f"{{name: saved, folder: {folder}}}"
+    found = json.loads(run("speed", pipeline, "--stack", stack, "--stack", CACHED, *SMALL, "rounds=1", "--json"))
+    saved, cached = found["stacks"].values()
+    assert saved["flops_share"] == cached["flops_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("stack", "match"),
+    [
+        ("{name: plain}", "no stack with methods"),
+        ("{name: a, model: x, methods: [{method: TokenMerge}]}", "names a model"),
+        ("{name: a, tail_drop: 0.5}", "without Chunking"),
+        ("{name: a, methods: [{method: Chunking}], tail_drop: [[0, 0.1], [1, 0.5]]}", "points"),
+        ("{name: a, methods: [{method: DepthSkip, blocks: [99]}]}", "no block 99"),
+    ],
+)
+def test_stacks_that_do_not_fit_are_refused_in_words(stack, match, pipeline, tmp_path):
+    words = [pipeline, "--stack", stack, *SMALL, f"out={tmp_path / 'q'}"]
+    assert match in run("quality", *words, code=2)
+    assert not (tmp_path / "q" / "quality.json").exists()

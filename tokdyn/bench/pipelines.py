@@ -1,0 +1,193 @@
+"""Compare stacks on a pipeline of diffusers: pictures of the same prompts and noise, times and FLOPs.
+
+A stack is a list of methods that act together on a model.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+
+from tokdyn.bench.compare import Compared, compare
+from tokdyn.bench.stacks import Stack
+from tokdyn.errors import RecipeError
+from tokdyn.files import UserPath, replacing, require_folder
+from tokdyn.host import describe, open_device, settle_memory
+from tokdyn.methods.registry import from_settings
+from tokdyn.pipelines import load, set_tail_drop, unwrap, wrap
+from tokdyn.pipelines.drawing import Drawing, call_arguments, title_of
+from tokdyn.pipelines.opening import open_pipeline
+
+UNITS = "a multiply-add is 2 FLOPs, of blocks and methods"
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
+)
+
+
+class PipelineBenchConfig(Drawing):
+    """Settings of `tokdyn bench speed` and `bench quality` for a pipeline; null means the default of the pipeline.
+
+    Attributes:
+        model: Folder or hub id of the pipeline.
+        out: Folder to write to.
+        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
+            arguments, such as {prompt: make it night, image: street.png}. For speed the first one counts.
+        steps: Steps of the sampler per image.
+        guidance: Guidance scale.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        frames: Frames of a video.
+        seed: The noise of prompt i has the seed `seed` + i.
+        rounds: For speed: how often the prompt is drawn without methods and with them, in turn; the median counts.
+        precision: Precision of the pipeline's weights.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
+    """
+
+    model: str
+    out: UserPath = Path("quality")
+    rounds: PositiveInt = 3
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class PipelineBench:
+    """Stacks beside the pipeline without methods.
+
+    Attributes:
+        compared: one comparison for each stack, by its name.
+        machine: what it ran on.
+    """
+
+    compared: dict[str, Compared]
+    machine: dict[str, str | int]
+
+    def columns(self) -> dict[str, list[str]]:
+        """Return the columns of the table by title, each with one text per stack."""
+        rows = list(self.compared.values())
+        seconds = [[statistics.median(pair.seconds[side] for pair in row.pairs) for row in rows] for side in (0, 1)]
+        similar = [row.ssim for row in rows]
+        table = {
+            "stack": list(self.compared),
+            "s without": [f"{value:.3g}" for value in seconds[0]],
+            "s with": [f"{value:.3g}" for value in seconds[1]],
+            "times as fast": [f"{row.speedup:.2f}" for row in rows],
+            "s in the model": ["-" if row.stats.seconds is None else f"{row.stats.seconds:.3g}" for row in rows],
+            "FLOPs": ["-" if row.stats.share is None else f"{row.stats.share:.1%}" for row in rows],
+            "PSNR, dB": [f"{row.psnr:.2f}" for row in rows],
+            "SSIM": ["-" if value is None else f"{value:.4f}" for value in similar],
+        }
+        return {name: texts for name, texts in table.items() if set(texts) != {"-"}}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all numbers as a JSON-ready dictionary."""
+        stacks = {name: row.as_dict() for name, row in self.compared.items()}
+        return {"machine": self.machine, "units": UNITS, "stacks": stacks}
+
+
+def bench_pipeline(config: PipelineBenchConfig, stacks: Sequence[Stack], timed: bool) -> PipelineBench:
+    """Draw the prompts without methods and with each stack.
+
+    Args:
+        config: the settings.
+        stacks: at least one that has methods; those without are left out, since every stack is compared with the
+            pipeline without methods.
+        timed: draw the first prompt `rounds` times instead of every prompt once.
+
+    Raises:
+        TokdynError: the pipeline cannot be read, or a stack does not fit it.
+    """
+    acting = [stack for stack in stacks if stack.methods or stack.folder or stack.tail_drop or stack.uncond_tail_drop]
+    if not acting:
+        raise RecipeError(
+            "there is no stack with methods to compare with the pipeline; give one, such as "
+            '--stack "{name: cached, methods: [{method: FeatureCache, threshold: 0.2}]}".'
+        )
+    for stack in acting:
+        if stack.model is not None:
+            raise RecipeError(f"the stack {stack.name} names a model, but all stacks act on {config.model}; remove it.")
+    settle_memory()
+    device = open_device(config.device)
+    pipe = open_pipeline(config.model, device, config.precision)
+    calls = call_arguments(pipe, config)
+    calls = calls[:1] * config.rounds if timed else calls
+    compared = {}
+    for stack in acting:
+        _attach(pipe, stack)
+        try:
+            found = compare(pipe, None, calls, seed=config.seed)
+        finally:
+            unwrap(pipe)
+        compared[stack.name] = replace(found, methods=stack.name)
+    return PipelineBench(compared, describe(device))
+
+
+def _attach(pipe: Any, stack: Stack) -> None:
+    """Attach the methods of a stack to all denoisers of a pipeline."""
+    methods = [from_settings(each) for each in stack.methods]
+    if stack.folder is not None:
+        load(pipe, stack.folder)
+        if methods:
+            unwrap(pipe)
+            raise RecipeError(f"the stack {stack.name} has both folder and methods; give one of them for a pipeline.")
+    else:
+        wrap(pipe, methods)
+    if stack.tail_drop or stack.uncond_tail_drop:
+        branches = {"cond": stack.tail_drop, "uncond": stack.tail_drop}
+        if stack.uncond_tail_drop is not None:
+            branches["uncond"] = stack.uncond_tail_drop
+        if not all(isinstance(value, float) for value in branches.values()):
+            unwrap(pipe)
+            raise RecipeError(f"the stack {stack.name} has a tail drop with points; a pipeline takes one share.")
+        set_tail_drop(pipe, branches)  # type: ignore[arg-type]
+
+
+def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> tuple[Path, ...]:
+    """Write quality.json, quality.html and, for each stack, a picture with its pairs side by side.
+
+    Returns:
+        The paths of the files.
+    """
+    require_folder(config.out)
+    content = {"settings": config.model_dump(mode="json"), **result.as_dict()}
+    page, numbers = config.out / "quality.html", config.out / "quality.json"
+    pictures = {
+        name: row.save(config.out / f"pairs-{place}.png")
+        for place, (name, row) in enumerate(result.compared.items(), 1)
+    }
+    with replacing(numbers) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(page) as temporary:
+        temporary.write_text(_html(config, result, pictures), encoding="utf-8")
+    return numbers, page, *pictures.values()
+
+
+def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str, Path]) -> str:
+    table = result.columns()
+    head = "".join(f"<th>{escape(name)}</th>" for name in table)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
+        for row in zip(*table.values(), strict=True)
+    )
+    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    count = len(config.prompts)
+    shown = "".join(
+        f'<h2>{escape(name)}</h2><p><img src="{path.name}" alt="pairs of {escape(name)}"></p>\n'
+        for name, path in pictures.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Pairs of pictures</title>'
+        f"<style>{_STYLE}</style>\n<h1>{escape(config.model)}, without methods and with them</h1>"
+        f"<p>{count} prompt{'s' * (count > 1)}, from {escape(title_of(config.prompts[0]))}; pairs have the same noise. "
+        f"Times are medians of whole calls, in turn; FLOPs are relative to those without methods ({UNITS}).</p>\n"
+        f"<table><tr>{head}</tr>\n{body}</table>\n{shown}<p>{escape(machine)}</p></html>\n"
+    )
