@@ -19,7 +19,7 @@ from tests.sampling import FACTS, tiny
 from tokdyn import DiT
 from tokdyn.bench.stacks import Stack, open_stack, read_stacks
 from tokdyn.bench.tune import tune
-from tokdyn.bench.tune_search import LEVELS, Trial, Tuner, initial_shapes, mutate, search, uniform_trial
+from tokdyn.bench.tune_search import LEVELS, ModelTuner, Trial, Tuner, initial_shapes, mutate, search, uniform_trial
 from tokdyn.bench.tune_settings import KNOBS, TuneConfig
 from tokdyn.errors import InputError
 from tokdyn.train.snapshot import save_model
@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def prepared_tuner(model: str, **settings: Any) -> Tuner:
     config = TuneConfig(model=model, **{**QUICK, **settings})
     opened = open_stack(Stack(name="unmodified", model=model))
-    tuner = Tuner(config, opened, config.knobs or KNOBS)
+    tuner = ModelTuner(config, config.knobs or KNOBS, opened=opened)
     tuner.prepare()
     return tuner
 
@@ -75,7 +75,7 @@ def test_target_is_met_from_below_on_any_falling_curve(
 ) -> None:
     """Smooth curves meet it within 0.3%; curves with jumps end at the closest point below it, or fail."""
     config = TuneConfig(model="none", flops=flops)
-    tuner = Tuner(config, None, ("drop",))  # type: ignore[arg-type]
+    tuner = ModelTuner(config, ("drop",), opened=None)  # type: ignore[arg-type]
     shape: dict[Any, Any] = {"drop": (0.2, 0.5, 0.5)}
 
     def remaining_flops(strength: float) -> float:

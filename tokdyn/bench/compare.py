@@ -6,7 +6,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tokdyn.attach import attachment_of, inner_model
+from tokdyn.attach import Attachment, attachment_of, inner_model, untraced
 from tokdyn.bench.fidelity import WINDOW, psnr, ssim
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
-from tokdyn.pipelines import disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
+from tokdyn.pipelines import denoisers, disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
 from tokdyn.pipelines.drawing import draw, title_of
 from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
@@ -183,8 +183,11 @@ def compare(
     if methods is not None:
         wrap(pipe, methods)
     try:
-        for warming_up in (nullcontext(), disabled(pipe)):
-            with warming_up:
+        with ExitStack() as warming_up:
+            for attachment in _attachments(pipe):
+                warming_up.enter_context(untraced(attachment))
+            _draw(pipe, {**given[0][1], **_short(pipe, given[0][1])}, seed)
+            with disabled(pipe):
                 _draw(pipe, {**given[0][1], **_short(pipe, given[0][1])}, seed)
         pairs = []
         with progress("pictures", 2 * len(given)) as advance:
@@ -249,6 +252,11 @@ def _planes(pixels: Pixels) -> Tensor:
 
 def _named(pipe: Any) -> str:
     """Name the methods of a wrapped pipeline."""
-    models = (attachment_of(inner_model(each)) for each in pipe.components.values())
-    names = dict.fromkeys(type(one).__name__ for each in models if each is not None for one in each.methods)
+    names = dict.fromkeys(type(one).__name__ for each in _attachments(pipe) for one in each.methods)
     return ", ".join(names) or "no methods"
+
+
+def _attachments(pipe: Any) -> list[Attachment]:
+    """Return the attachments of the denoisers of a wrapped pipeline."""
+    found = (attachment_of(inner_model(each)) for each in denoisers(pipe).values())
+    return [each for each in found if each is not None]

@@ -122,7 +122,7 @@ def bench_pipeline(config: PipelineBenchConfig, stacks: Sequence[Stack], timed: 
     calls = calls[:1] * config.rounds if timed else calls
     compared = {}
     for stack in acting:
-        _attach(pipe, stack)
+        attach(pipe, stack)
         try:
             found = compare(pipe, None, calls, seed=config.seed)
         finally:
@@ -131,7 +131,7 @@ def bench_pipeline(config: PipelineBenchConfig, stacks: Sequence[Stack], timed: 
     return PipelineBench(compared, describe(device))
 
 
-def _attach(pipe: Any, stack: Stack) -> None:
+def attach(pipe: Any, stack: Stack) -> None:
     """Attach the methods of a stack to all denoisers of a pipeline."""
     methods = [from_settings(each) for each in stack.methods]
     if stack.folder is not None:

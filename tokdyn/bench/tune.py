@@ -17,7 +17,7 @@ from tokdyn.attach import attachment_of, save
 from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
 from tokdyn.bench.quality_page import write_page
 from tokdyn.bench.stacks import Stack, open_stack
-from tokdyn.bench.tune_search import Trial, Tuner, search, uniform_trial, usable_knobs
+from tokdyn.bench.tune_search import ModelTuner, Trial, search, uniform_trial, usable_knobs
 from tokdyn.bench.tune_settings import TuneConfig
 from tokdyn.errors import InputError
 from tokdyn.files import replacing, require_folder
@@ -63,7 +63,7 @@ def tune(config: TuneConfig) -> TuneResult:
         raise InputError(
             f"The knob {unusable[0]} cannot be used with this model and sampler: choose knobs from {', '.join(usable)}."
         )
-    tuner = Tuner(config, opened, config.knobs or usable)
+    tuner = ModelTuner(config, config.knobs or usable, opened=opened)
     tuner.prepare()
     trials = search(tuner)
     plain = uniform_trial(tuner, trials)

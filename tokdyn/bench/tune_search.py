@@ -8,13 +8,14 @@ meet the target gives a schedule. Its error is the distance to the unmodified mo
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokdyn.adapters import adapter_for
 from tokdyn.attach import attachment_of, unwrap
@@ -29,7 +30,7 @@ from tokdyn.host import product_type
 from tokdyn.methods import DepthSkip, FeatureCache
 from tokdyn.methods.registry import to_settings
 from tokdyn.progress import progress
-from tokdyn.recorder import recording
+from tokdyn.recorder import Call, recording
 from tokdyn.sample.costs import step_costs
 
 LEVELS = (0.0, 0.5, 1.0)
@@ -72,12 +73,11 @@ class Trial:
 
 
 @dataclass
-class Tuner:
+class Tuner(ABC):
     """A model with its knobs, which are turned until a FLOPs target is met. Call `prepare` first.
 
     Attributes:
-        config: the settings.
-        opened: the unmodified model, on its device.
+        config: the settings, of which `flops`, `model`, `trials` and `seed` are read here.
         knobs: the knobs to turn.
         reference: (B, C, H, W) images of the unmodified model, on the CPU.
         reference_gflops: 1e9 FLOPs of one of these images; a multiply-add is 2 FLOPs.
@@ -85,8 +85,7 @@ class Tuner:
         skips: DepthSkip calibrated for several shares of the FLOPs, the one that skips least first.
     """
 
-    config: TuneConfig
-    opened: Opened
+    config: Any
     knobs: tuple[Knob, ...]
     reference: Tensor = field(init=False)
     reference_gflops: float = field(init=False)
@@ -95,22 +94,35 @@ class Tuner:
 
     def prepare(self) -> None:
         """Draw the images of the unmodified model, and calibrate FeatureCache and DepthSkip on its calls."""
-        bare = replace(self.opened, model=copy.deepcopy(self.opened.model))
-        with recording(bare.model, host=True) as calls:
-            self.reference, self.reference_gflops = self._draw(bare)
-        if attachment_of(bare.model) is not None:  # methods are calibrated on the model without others
-            unwrap(bare.model)
-        least = max(_FEWEST_COMPUTED, 1.5 / self.config.steps)  # the first step is always computed
+        model, calls, steps = self.record()
+        least = max(_FEWEST_COMPUTED, 1.5 / steps)  # the first step is always computed
         if "cache" in self.knobs and least < 1.0:
-            self.cache = calibrate_cache(bare.model, calls, FeatureCache(), steps=least).method
+            self.cache = calibrate_cache(model, calls, FeatureCache(), steps=least).method
         if "skip" in self.knobs:
             tables = []
             for share in _SKIP_TARGETS:
                 try:
-                    tables.append(calibrate_skipping(bare.model, calls, DepthSkip(), share).method)
+                    tables.append(calibrate_skipping(model, calls, DepthSkip(), share).method)
                 except InputError:  # the parts that always run cost more than this
                     break
             self.skips = tuple(tables)
+
+    @abstractmethod
+    def record(self) -> tuple[nn.Module, list[Call], int]:
+        """Draw the reference, and set `reference` and `reference_gflops`.
+
+        Returns:
+            The model without methods, its calls, and the number of steps of an image.
+        """
+
+    @abstractmethod
+    def draw(self, stack: Stack) -> tuple[Tensor, float] | None:
+        """Draw with a stack what errors are measured on.
+
+        Returns:
+            The images (B, C, H, W), on the CPU, and the 1e9 FLOPs of one; None if the methods cannot be combined on
+            this model.
+        """
 
     def stack(self, shape: Shape, strength: float, name: str = "tuned") -> Stack:
         """Return the schedule of a shape multiplied by a strength."""
@@ -172,13 +184,41 @@ class Tuner:
     def try_strength(self, shape: Shape, strength: float) -> Trial | None:
         """Draw images with a schedule and measure them; None if its methods cannot be combined on this model."""
         stack = self.stack(shape, strength)
+        drawn = self.draw(stack)
+        if drawn is None:
+            return None
+        images, spent = drawn
+        error = (images - self.reference).square().mean() / self.reference.var().clamp(min=1e-12)
+        return Trial(shape, strength, stack, spent / self.reference_gflops, float(error))
+
+
+@dataclass
+class ModelTuner(Tuner):
+    """A model that tokdyn samples itself, with its knobs.
+
+    Attributes:
+        opened: the unmodified model, on its device.
+    """
+
+    config: TuneConfig
+    opened: Opened = field(kw_only=True)
+
+    def record(self) -> tuple[nn.Module, list[Call], int]:
+        """See `Tuner.record`."""
+        bare = replace(self.opened, model=copy.deepcopy(self.opened.model))
+        with recording(bare.model, host=True) as calls:
+            self.reference, self.reference_gflops = self._draw(bare)
+        if attachment_of(bare.model) is not None:  # methods are calibrated on the model without others
+            unwrap(bare.model)
+        return bare.model, calls, self.config.steps
+
+    def draw(self, stack: Stack) -> tuple[Tensor, float] | None:
+        """See `Tuner.draw`."""
         try:
             other = replace(self.opened, stack=stack, model=attach_stack(copy.deepcopy(self.opened.model), stack))
         except TokdynError:
             return None
-        images, spent = self._draw(other)
-        error = (images - self.reference).square().mean() / self.reference.var().clamp(min=1e-12)
-        return Trial(shape, strength, stack, spent / self.reference_gflops, float(error))
+        return self._draw(other)
 
     def _draw(self, opened: Opened) -> tuple[Tensor, float]:
         """Draw the images (B, C, H, W) that errors are measured on; return them, and the 1e9 FLOPs of one image."""

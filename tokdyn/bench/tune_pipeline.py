@@ -1,0 +1,208 @@
+"""Tune methods on a pipeline of diffusers: those with the pictures closest to its own for a share of the FLOPs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from einops import rearrange
+from pydantic import BeforeValidator, Field, PositiveInt
+from torch import Tensor, nn
+
+from tokdyn.adapters import adapter_for
+from tokdyn.attach import unsupported
+from tokdyn.bench.pipelines import PipelineBench, PipelineBenchConfig, attach, bench_pipeline, write_pipeline_page
+from tokdyn.bench.stacks import Stack
+from tokdyn.bench.tune_search import Shape, Trial, Tuner, search, uniform_trial
+from tokdyn.errors import InputError, TokdynError
+from tokdyn.files import UserPath, replacing, require_folder
+from tokdyn.host import open_device, settle_memory
+from tokdyn.methods import TokenMerge
+from tokdyn.methods.registry import short_name
+from tokdyn.pipelines import denoisers, save, stats, unwrap
+from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
+from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.recipe import yaml_text
+from tokdyn.recorder import Call, recording
+from tokdyn.sample.config import listed
+
+PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(short_name)]
+_KNOBS: tuple[PipelineKnob, ...] = ("merge", "skip", "cache")
+
+
+class PipelineTuneConfig(Drawing):
+    """Settings of `tokdyn tune` for a pipeline; null means the default of the pipeline.
+
+    Attributes:
+        model: Folder or hub id of the pipeline.
+        flops: Target, as a share of the FLOPs of the blocks without methods.
+        out: Folder to write to.
+        knobs: Ways to save FLOPs that the search may use: `merge` (TokenMerge by noise level), `skip` (DepthSkip with a
+            calibrated table), `cache` (FeatureCache with a calibrated threshold); null takes all that the transformer
+            can use.
+        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
+            arguments, such as {prompt: make it night, image: street.png}. Every trial draws all of them.
+        trials: Number of schedules that the search tries.
+        finalists: Number of schedules, those with the lowest errors, that are compared on the same prompts with other
+            noise, together with the uniform schedule, whose settings are the same at all noise levels.
+        steps: Steps of the sampler per image.
+        guidance: Guidance scale.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        frames: Frames of a video.
+        seed: Seed of the search; the noise of prompt i has the seed `seed` + i.
+        precision: Precision of the pipeline's weights.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
+    """
+
+    model: str
+    flops: Annotated[float, Field(gt=0.0, lt=1.0)]
+    out: UserPath = Path("tuned")
+    knobs: Annotated[tuple[PipelineKnob, ...] | None, BeforeValidator(listed), Field(min_length=1)] = None
+    trials: PositiveInt = 24
+    finalists: PositiveInt = 3
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+
+
+@dataclass
+class PipelineTuner(Tuner):
+    """A pipeline with its knobs; see `Tuner`. FLOPs are those of blocks and methods, relative to blocks alone.
+
+    Attributes:
+        pipe: the pipeline, on its device.
+        calls: the arguments of its call for each prompt.
+    """
+
+    config: PipelineTuneConfig
+    pipe: Any = field(kw_only=True)
+    calls: list[dict[str, Any]] = field(kw_only=True)
+
+    def record(self) -> tuple[nn.Module, list[Call], int]:
+        """See `Tuner.record`."""
+        model = self.pipe.transformer
+        with recording(model, host=True) as calls:
+            self.reference = torch.cat([self._picture(place) for place in range(len(self.calls))])
+        self.reference_gflops = 1.0
+        return model, calls, len(self.pipe.scheduler.timesteps)
+
+    def stack(self, shape: Shape, strength: float, name: str = "tuned") -> Stack:
+        """Return the schedule of a shape multiplied by a strength, without a model."""
+        return super().stack(shape, strength, name).model_copy(update={"model": None})
+
+    def draw(self, stack: Stack) -> tuple[Tensor, float] | None:
+        """See `Tuner.draw`."""
+        try:
+            attach(self.pipe, stack)
+        except TokdynError:
+            return None
+        images, spent, dense = [], 0, 0
+        try:
+            for place in range(len(self.calls)):
+                images.append(self._picture(place))
+                found = stats(self.pipe)
+                spent, dense = spent + (found.flops or 0), dense + (found.dense_flops or 0)
+        finally:
+            unwrap(self.pipe)
+        return torch.cat(images), spent / dense
+
+    def _picture(self, place: int) -> Tensor:
+        """Draw a prompt: (B, C, H, W) in [0, 255], one after the other the frames of a video."""
+        pixels = draw(self.pipe, self.calls[place], self.config.seed + place)
+        return rearrange(torch.from_numpy(pixels), "f h w c -> f c h w").float()
+
+
+@dataclass(frozen=True)
+class PipelineTuned:
+    """The result of `tune_pipeline`.
+
+    Attributes:
+        folder: holds stack.yaml, the best schedule; methods, for `tokdyn sample` and `tokdyn.load`; tuned.json; and the
+            files of `tokdyn bench quality`.
+        stack: the best schedule.
+        trials: all schedules of the search that met the target, the lowest error first.
+        compared: the uniform schedule and the finalists beside the pipeline without methods.
+        command: the shell command that samples with the best schedule.
+    """
+
+    folder: Path
+    stack: Stack
+    trials: tuple[Trial, ...]
+    compared: PipelineBench
+    command: str
+
+
+def tune_pipeline(config: PipelineTuneConfig) -> PipelineTuned:
+    """Search schedules that meet a FLOPs target, and compare the best of them with the uniform one.
+
+    The search minimises the squared distance to the pictures of the pipeline without methods from the same noise. The
+    best are compared on other noise, by PSNR.
+
+    Raises:
+        TokdynError: the pipeline cannot be opened or has several denoisers, a knob cannot be used with it, or no
+            schedule meets the target.
+    """
+    settle_memory()
+    require_folder(config.out)
+    pipe = open_pipeline(config.model, open_device(config.device), config.precision)
+    if len(denoisers(pipe)) > 1:
+        raise InputError(
+            f"this {type(pipe).__name__} has the denoisers {', '.join(denoisers(pipe))}, and tune takes pipelines with "
+            "one; tune by hand with tokdyn bench quality."
+        )
+    usable = tuple(knob for knob in _KNOBS if knob != "merge" or _merges(pipe))
+    unusable = [knob for knob in config.knobs or () if knob not in usable]
+    if unusable:
+        raise InputError(f"the knob {unusable[0]} cannot be used with this model; choose from {', '.join(usable)}.")
+    tuner = PipelineTuner(config, config.knobs or usable, pipe=pipe, calls=call_arguments(pipe, config))
+    tuner.prepare()
+    trials = search(tuner)
+    plain = uniform_trial(tuner, trials)
+    others = [trial.stack for trial in trials if plain is None or trial.stack != plain.stack][: config.finalists]
+    finalists = [stack.model_copy(update={"name": f"tuned {n + 1}"}) for n, stack in enumerate(others)]
+    uniform = [] if plain is None else [plain.stack.model_copy(update={"name": "uniform"})]
+    shared = {name: getattr(config, name) for name in (*Drawing.model_fields, "model", "out", "precision", "device")}
+    measured = PipelineBenchConfig(**{**shared, "seed": config.seed + len(config.prompts)})
+    compared = bench_pipeline(measured, [*uniform, *finalists], timed=False)
+    write_pipeline_page(measured, compared)
+    name = max(compared.compared, key=lambda each: compared.compared[each].psnr)
+    winner = next(stack for stack in (*uniform, *finalists) if stack.name == name).model_copy(update={"name": "tuned"})
+    attach(pipe, winner)
+    methods = save(pipe, config.out / "methods")
+    content = winner.model_dump(mode="json", exclude_defaults=True)
+    with replacing(config.out / "stack.yaml") as temporary:
+        temporary.write_text(yaml_text.dump([content]), encoding="utf-8")
+    command = _command(config, methods)
+    record = {
+        "settings": config.model_dump(mode="json"),
+        "units": "shares of the FLOPs of the blocks; a multiply-add is 2",
+        "winner": content,
+        "sample": command,
+        "trials": [
+            {"flops": t.flops, "error": t.error, "stack": t.stack.model_dump(mode="json", exclude_defaults=True)}
+            for t in trials
+        ],
+        "compared": compared.as_dict(),
+    }
+    with replacing(config.out / "tuned.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return PipelineTuned(config.out, winner, tuple(trials), compared, command)
+
+
+def _merges(pipe: Any) -> bool:
+    """Return whether tokens of the transformer can be merged."""
+    adapter = adapter_for(pipe.transformer)
+    return unsupported(adapter, TokenMerge()) is None
+
+
+def _command(config: PipelineTuneConfig, methods: Path) -> str:
+    """Return the shell command that samples with the methods that were found."""
+    words = ["tokdyn", "sample", config.model, f"methods={methods}"]
+    for name in ("steps", "guidance", "height", "width", "frames"):
+        value = getattr(config, name)
+        words += [] if value is None else [f"{name}={value:g}"]
+    return shlex.join([*words, *([f"precision={config.precision}"] if config.precision != "fp32" else [])])
