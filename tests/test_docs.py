@@ -14,6 +14,7 @@ from tokdyn.cli.main import app
 from tokdyn.cli.settings import flags, rows
 from typer.main import get_command
 
+from tests.hub import put_in_place_of_the_hub
 from tokdyn import recipe
 from tokdyn.methods import METHODS
 
@@ -53,6 +54,8 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokdyn.adapters.registry.REGISTERED", [])
+    if page.name == "pipelines.md":
+        put_in_place_of_the_hub(monkeypatch)
     methods = dict(METHODS)
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
