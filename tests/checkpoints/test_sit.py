@@ -1,4 +1,8 @@
-"""SiT becomes a flow model of tokdyn: the same velocity, with time and sign reversed (arXiv 2401.08740)."""
+"""SiT and REPA's SiT become flow models of tokdyn: the same velocity, with SiT's time and sign reversed.
+
+SiT (arXiv 2401.08740) predicts image - noise at a time that is 1 at the image; REPA's (arXiv 2410.06940) predicts
+noise - image at a time that is 1 at pure noise.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +57,12 @@ def sit(w: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, heads: int = 4) -
     return image[:, : x.shape[1]]  # SiT does not use the second half
 
 
+@pytest.mark.parametrize("kind", ["sit", "repa"])
 @pytest.mark.parametrize("learn_sigma", [True, False])
-def test_velocity_agrees_at_several_times(dit: Callable[..., DiT], learn_sigma: bool) -> None:
+def test_velocity_agrees_at_several_times(dit: Callable[..., DiT], learn_sigma: bool, kind: Any) -> None:
     """fp32 on both sides, and 1 - s adds rounding of its own: tolerance 2e-5 for outputs around 1."""
     weights = to_facebook(dit(learn_sigma=learn_sigma))
-    model = read(weights, kind="sit", num_heads=4)
+    model = read(weights, kind=kind, num_heads=4)
     assert isinstance(model, DiT)
     objective = Objective(kind="flow")
     torch.manual_seed(1)
@@ -66,12 +71,29 @@ def test_velocity_agrees_at_several_times(dit: Callable[..., DiT], learn_sigma: 
         noised = objective.mix(x0, noise, torch.full((3,), 1000.0 * (1.0 - time)))
         x_t = time * x0 + (1 - time) * noise
         torch.testing.assert_close(noised.x_t, x_t)
-        expected = sit(weights, x_t, torch.full((3,), time), y)
+        expected = sit(weights, x_t, torch.full((3,), time if kind == "sit" else 1.0 - time), y)
         with torch.no_grad():
             output = model(noised.x_t, timestep=noised.timestep, class_labels=y).sample
         velocity, _ = objective.split(output, 4)
-        torch.testing.assert_close(-velocity, expected, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(-velocity if kind == "sit" else velocity, expected, atol=2e-5, rtol=2e-5)
         assert expected.abs().mean() > 0.1
+
+
+def test_projectors_tell_repa_and_are_left_out(dit: Callable[..., DiT], same: Callable[..., bool]) -> None:
+    weights = to_facebook(dit())
+    training = {**weights, "projectors.0.0.weight": torch.randn(8, 64), "projectors.0.0.bias": torch.randn(8)}
+    assert same(read(training, num_heads=4), read(weights, kind="repa", num_heads=4))
+    with pytest.raises(CheckpointError, match="projectors"):
+        read(training, kind="sit", num_heads=4)
+
+
+@pytest.mark.parametrize("name", ["SiT-XL.pt", "repa/last.pt"])
+def test_a_path_that_may_be_either_asks_for_the_kind(dit: Callable[..., DiT], name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    torch.save(to_facebook(dit()), path)
+    with pytest.raises(CheckpointError, match="'sit', 'repa' or 'dit'"):
+        read(path, num_heads=4)
 
 
 def test_timestep_map_survives_saving_and_upcycling(

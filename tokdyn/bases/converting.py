@@ -28,8 +28,8 @@ class ConvertConfig(BaseModel):
             folder.
         to: The layout: a folder for diffusers' DiTTransformer2DModel (`diffusers`) or for tokdyn (`tokdyn`), or a file
             for the public code of DC-DiT (`official`) or DiT (`facebook`).
-        kind: The format of the source; null recognises it. For SiT, set `sit`, because its tensors have the names of
-            DiT's.
+        kind: The format of the source; null recognises it. For SiT, set `sit`, and for the SiT of REPA `repa`, because
+            their tensors have the names of DiT's.
         dtype: Dtype of the written tensors.
         ema: Take the averaged weights if the source holds averaged and plain ones.
         num_heads: Number of attention heads, if neither the width nor the source determines it.

@@ -56,7 +56,8 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
     Args:
         name: a path, a name that `tokdyn models` lists, or a hub id OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER. An
             existing path takes precedence, then a listed name.
-        kind: the format; None takes that of a listed base, and otherwise recognises it. SiT files need "sit".
+        kind: the format; None takes that of a listed base, and otherwise recognises it. SiT files need "sit", those
+            of REPA "repa".
         ema: take the averaged weights if a checkpoint holds averaged and plain ones.
         **config: settings that the weights do not determine, see `tokdyn.checkpoints.read`.
 

@@ -18,10 +18,14 @@ from tokdyn.checkpoints.settings import diffusers_settings, noted_settings, offi
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 
-Kind = Literal["dc-dit", "dit", "sit", "dydit", "diffusers", "tokdyn"]
-"""Formats: official DC-DiT, facebook's DiT, SiT (with the tensor names of facebook's DiT), DyDiT, diffusers' DiT,
-tokdyn's own."""
-_SIT_TIMESTEP_MAP = (-0.001, 1.0)  # SiT's time is 1 - s at noise level s; tokdyn passes the timestep 1000 * s
+Kind = Literal["dc-dit", "dit", "sit", "repa", "dydit", "diffusers", "tokdyn"]
+"""Formats: official DC-DiT, facebook's DiT, SiT and the SiT of REPA (with the tensor names of facebook's DiT), DyDiT,
+diffusers' DiT, tokdyn's own."""
+_TIMESTEP_MAPS: dict[Kind | None, tuple[float, float]] = {  # of time at noise level s; tokdyn passes 1000 * s
+    "sit": (-0.001, 1.0),  # 1 - s
+    "repa": (0.001, 0.0),  # s
+}
+_REPA_ONLY = "projectors."  # of hidden states to features, used in training only
 
 
 def read(
@@ -34,8 +38,10 @@ def read(
             dict may be nested, {"ema": ..., "model": ...}, and its names may have the prefixes of DataParallel,
             torch.compile and FSDP.
         kind: the format; None recognises it. SiT (arXiv 2401.08740) is not recognised, because its tensors have the
-            names of DiT's: set "sit". It becomes a `DiT` for the flow objective; the mapping of its time, which runs
-            from 0 (noise) to 1 (image), and the sign of its prediction, image - noise, are converted.
+            names of DiT's: set "sit", or "repa" for the SiT of REPA (arXiv 2410.06940), which is recognised if it has
+            its projectors. Both become a `DiT` for the flow objective. Time runs from 0 (noise) to 1 (image) in "sit",
+            whose prediction is image - noise, and from 1 to 0 in "repa", whose prediction is noise - image; both are
+            converted.
         ema: take the averaged weights if a checkpoint holds averaged and plain ones.
         **config: settings that the weights do not determine: `num_heads` (known for widths 384, 768, 1024 and 1152);
             `sample_size` (if there is no position table, or the grid is not square and the table is not sine-cosine);
@@ -55,28 +61,37 @@ def read(
         raise CheckpointError(f"the source is a {type(source).__name__}; expected a path or a state dict.")
     raw = find_state_dict(source, ema) if isinstance(source, Mapping) else open_file(source, ema)
     tensors = without_wrappers(raw.tensors, raw.origin)
+    if any(name.startswith(_REPA_ONLY) for name in tensors):
+        if kind == "sit":
+            raise CheckpointError(
+                f"{raw.origin} has the projectors of REPA, whose time runs the other way than SiT's; remove kind."
+            )
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(_REPA_ONLY)}
+        kind = "repa" if kind is None else kind
     found = recognise(tensors, raw.origin)
     if kind is not None and kind not in get_args(Kind):
         raise CheckpointError(f"kind={kind!r} is unknown; expected one of {', '.join(get_args(Kind))}.")
     own = raw.config.get("_class_name") in ("DiT", "DCDiT")
     path_words = re.split(r"[^a-z]+", "/".join(Path(raw.origin).parts[-2:]).lower())
-    if kind is None and found == "dit" and "sit" in path_words and not (own or raw.notes):
+    if kind is None and found == "dit" and {"sit", "repa"}.intersection(path_words) and not (own or raw.notes):
         raise CheckpointError(
-            f"{raw.origin} may be SiT or DiT, whose tensors have the same names; set kind to 'sit' or 'dit'."
+            f"{raw.origin} may be SiT, REPA's SiT or DiT, whose tensors have the same names; set kind to 'sit', 'repa' "
+            "or 'dit'."
         )
-    if kind not in (None, found) and not (found == "dit" and kind in ("sit", "tokdyn")):
+    if kind not in (None, found) and not (found == "dit" and kind in ("sit", "repa", "tokdyn")):
         raise CheckpointError(
             f"{raw.origin} has the tensors of kind {found!r} and cannot be read as kind={kind!r}; remove kind."
         )
-    if kind == "sit" and own:
-        raise CheckpointError(f"{raw.origin} was written by tokdyn, so kind='sit' is not needed; remove kind.")
+    if kind in _TIMESTEP_MAPS and own:
+        raise CheckpointError(f"{raw.origin} was written by tokdyn, so kind={kind!r} is not needed; remove kind.")
     if found == "diffusers":
         return _read_dit(from_diffusers(tensors, raw.origin), diffusers_settings(raw), config, raw.origin)
     family = DCDiT if found in ("dc-dit", "tokdyn") else DiT
     stored = own_settings(raw) if own else noted_settings(family, raw.notes, raw.origin)
     if kind == "sit":
         tensors = {name: -value if name.startswith("final_layer.linear.") else value for name, value in tensors.items()}
-        stored = {**stored, "timestep_map": _SIT_TIMESTEP_MAP}
+    if kind in _TIMESTEP_MAPS:
+        stored = {**stored, "timestep_map": _TIMESTEP_MAPS[kind]}
     if found == "dydit":
         return _read_dydit(tensors, stored, config, raw)
     if found == "dit":
@@ -91,7 +106,7 @@ def recognise(tensors: Mapping[str, Tensor], origin: str = "the state dict") -> 
     """Recognise the format of a checkpoint by its tensor names.
 
     Returns:
-        The format; "dit" for both DiT and SiT.
+        The format; "dit" for DiT, SiT and REPA.
 
     Raises:
         CheckpointError: no known format has these names.
