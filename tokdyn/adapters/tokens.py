@@ -5,7 +5,7 @@ An entry is the slice of a tensor that belongs to one token, such as one row of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,50 @@ def join(text: Tensor | None, x: Tensor, image: str) -> Tensor:
     if text is None:
         return x
     return torch.cat([x, text] if image == "first" else [text, x], dim=1)
+
+
+def apart(x: Tensor, beside: tuple[int, int], lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Split image tokens into the reference tokens before the generated ones, the generated ones, and those after them.
+
+    Args:
+        x: (B, M, ...) image tokens.
+        beside: how many reference tokens there are before and after the generated tokens.
+        lengths: number of image tokens of each sample, if they differ; entries behind them are padding.
+
+    Returns:
+        Reference tokens (B, r, ...), generated tokens with padding, and reference tokens.
+    """
+    before, after = beside
+    stop = x.shape[1] - after
+    if lengths is None:
+        return x[:, :before], x[:, before:stop], x[:, stop:]
+    slot = torch.arange(after, device=x.device) - after + torch.tensor(lengths, device=x.device)[:, None]
+    return x[:, :before], x[:, before:stop], take(x, slot)
+
+
+def together(first: Tensor, own: Tensor, last: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """Join generated tokens with the reference tokens before and after them; the inverse of `apart`.
+
+    Args:
+        first: (B, r, ...).
+        own: (B, M, ...) generated tokens.
+        last: (B, r, ...).
+        lengths: number of generated tokens of each sample, if they differ. Their padding comes behind all others.
+    """
+    x = torch.cat([first, own, last], dim=1)
+    if lengths is None or not last.shape[1]:
+        return x
+    slot = torch.arange(x.shape[1], device=x.device)
+    end = torch.tensor(lengths, device=x.device)[:, None] + first.shape[1]
+    skipped = own.shape[1] + first.shape[1] - end
+    reference, padding = slot + skipped, slot - last.shape[1]
+    return take(x, torch.where(slot < end, slot, torch.where(slot < end + last.shape[1], reference, padding)))
+
+
+def rotate(x: Tensor, by: Sequence[int]) -> Tensor:
+    """Rotate the sequence of every sample of x (B, S, ...) to the left, by another number of places for each."""
+    slot = torch.arange(x.shape[1], device=x.device) + torch.tensor(by, device=x.device)[:, None]
+    return take(x, slot.remainder(x.shape[1]))
 
 
 def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:

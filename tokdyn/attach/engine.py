@@ -17,11 +17,11 @@ from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.tokens import join
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext, is_offloaded, other_tokens
-from tokdyn.attach.handlers.base import BlockCall, Exchange, Frame, Inner, Sublayer
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Sublayer, act
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
-from tokdyn.tokens import cells
+from tokdyn.tokens import ImageTokens, cells, total
 
 Call = Callable[..., Any]
 Named = dict[str, Any]
@@ -123,18 +123,18 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
     if not trace.batch:
         trace.batch, trace.cells = batch, count
         trace.text, trace.context = other_tokens(named, blocks, count)
-        if context.readings.grid.known:
-            context.check_grid(context.grid)
+        if context.readings.images.known:
+            context.check_images(context.images)
     return view
 
 
 def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
     """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
     if context.adapter.grid is None:
-        context.readings.grid.put((tokens.shape[1],))
+        context.readings.images.put(ImageTokens((tokens.shape[1],)))
     elif blocks.image != "all" and frame.handlers.separates_text:
         try:
-            return cells(context.grid)
+            return total(context.images)
         except InputError:
             if frame.handlers.counts:
                 raise
@@ -143,40 +143,34 @@ def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Bl
 
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
     """Open the brackets that begin with a block; return its tokens and their view afterwards."""
-    context, view, tokens = frame.context, frame.view, named[site.blocks.tokens]
     brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
+    return _act(frame, brackets, site, named[site.blocks.tokens], BlockCall(module, site, named))
+
+
+def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
+    """Close the brackets that end with a block; return its tokens afterwards."""
+    brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
+    return _act(frame, brackets, site, tokens, None)[0]
+
+
+def _act(
+    frame: Frame, brackets: Sequence[Bracket], site: Site, tokens: Tensor, block: BlockCall | None
+) -> tuple[Tensor, TokenView]:
+    """Open brackets before a block, or close them if it is None; return the tokens and their view afterwards."""
+    context, view = frame.context, frame.view
     if not brackets:
         return tokens, view
     before = view.packing
     tokens, view = view.padded(tokens)
     text, x = view.split(tokens, site.blocks)
-    block = BlockCall(module, site, named)
     for bracket in brackets:
-        if not view.all_idle:  # else no block inside of it will run
-            x, view = bracket.open(frame, view, x, block)
+        if block is None or not view.all_idle:  # else no block inside of it will run
+            x, view = act(bracket, frame, view, x, block)
     tokens = join(text, x, site.blocks.image)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
     return tokens, view
-
-
-def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
-    """Close the brackets that end with a block; return its tokens afterwards."""
-    context, view = frame.context, frame.view
-    brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
-    if not brackets:
-        return tokens
-    before = view.packing
-    tokens, view = view.padded(tokens)
-    text, x = view.split(tokens, site.blocks)
-    for bracket in brackets:
-        x, view = bracket.close(frame, view, x)
-    tokens = join(text, x, site.blocks.image)
-    if before is not None:
-        tokens, view = view.packed(tokens, before)
-    context.view = view
-    return tokens
 
 
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:

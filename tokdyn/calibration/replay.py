@@ -17,7 +17,7 @@ from tokdyn.attach import Site, attachment_of, blocks_of, find_sites
 from tokdyn.cost.counter import attention_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.recorder import Call, moved
-from tokdyn.tokens import Packing, cells
+from tokdyn.tokens import Packing, total
 from tokdyn.trace.calls import CallTrace
 
 Counts = TypeVar("Counts")
@@ -107,7 +107,7 @@ class Replay:
             if site.blocks.image == "all" or self.adapter.grid is None:
                 return x
             if not count:
-                count.append(cells(self.adapter.grid(self.model, call)))
+                count.append(total(self.adapter.image_tokens(self.model, call)))
             return split(x, count[0], site.blocks.image)[1]
 
         def entering(site: Site) -> Callable[..., None]:

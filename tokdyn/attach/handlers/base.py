@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import ModelAdapter
+from tokdyn.adapters.tokens import apart, together
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.sites import Site, Sites
 from tokdyn.attach.view import TokenView
@@ -52,7 +53,7 @@ class BlockCall:
 
 
 class Bracket(ABC):
-    """A handler around consecutive blocks.
+    """A handler around consecutive blocks. One that selects tokens says so with `selects`.
 
     Attributes:
         first: index of the first block inside, counted over all lists of blocks.
@@ -61,6 +62,14 @@ class Bracket(ABC):
 
     first: int
     last: int
+
+    def selects(self, context: CallContext) -> bool:
+        """Return whether tokens are selected in this call.
+
+        `open` and `close` then get the generated tokens and their view only, and reference tokens stay beside those
+        that it selects.
+        """
+        return False
 
     @abstractmethod
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
@@ -200,6 +209,28 @@ class Frame(NamedTuple):
     view: TokenView
     block: BlockTrace
     exchange: Exchange
+
+
+def act(
+    bracket: Bracket, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None
+) -> tuple[Tensor, TokenView]:
+    """Open a bracket before a block, or close it if the block is None. One that selects gets generated tokens only."""
+
+    def call(view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
+        return bracket.close(frame, view, x) if block is None else bracket.open(frame, view, x, block)
+
+    context, selects = frame.context, bracket.selects(frame.context)
+    if selects and any(context.beside):
+        first, own, last = apart(x, context.beside, view.lengths)
+        own, after = call(view.generated(context.beside), own)
+        return together(first, own, last, after.lengths), after.among(context.beside)
+    x, after = call(view, x)
+    if not selects and after.room < view.room and any(context.beside):
+        raise InputError(
+            f"{type(bracket).__name__} selects among the tokens of reference images too; let its selects() return "
+            "True, and it gets the generated tokens only."
+        )
+    return x, after
 
 
 @dataclass(frozen=True)

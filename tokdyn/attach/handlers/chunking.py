@@ -67,6 +67,10 @@ class ChunkedBlocks(Bracket):
     last: int
     slot: int
 
+    def selects(self, context: CallContext) -> bool:
+        """Return whether the target lets tokens be left out."""
+        return self.method.target != 1.0
+
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
         """Keep the most probable tokens of each sample, (B, N, D) to (B, M, D); all of them if the target is 1.
 
