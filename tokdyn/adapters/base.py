@@ -57,6 +57,7 @@ class Products:
 
     Attributes:
         sample: layers that run once per sample, such as adaLN.
+        rounds: those of them that run once for each entry per sample that the arguments in `Blocks.rounds` hold.
         text: layers that run over the text tokens of a separate stream.
         joint: further layers that run over image and text tokens in one sequence.
         mlp: layers that belong to the MLP but lie outside the attributes in `Blocks.mlp`.
@@ -70,6 +71,7 @@ class Products:
     """
 
     sample: Patterns = ("norm*", "*modulation*", "*_mod.*")
+    rounds: Patterns = ()
     text: Patterns = ("*.add_*", "*.to_add_out*", "*.to_added_*", "*_context.*", "txt_*")
     joint: Patterns = ()
     mlp: Patterns = ("ff*", "*mlp*", "proj_out*")
@@ -99,7 +101,8 @@ class Blocks:
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
-        rounds: arguments that may hold several entries per sample: one of every sample, then another of every sample.
+        rounds: arguments that hold embeddings of timesteps, where a sample may have several: in several arguments, or
+            in one that has one entry of every sample and then another of every sample.
         attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
             has is used.
         mlp: attributes that may hold the MLP, likewise.

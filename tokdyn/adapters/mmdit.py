@@ -111,6 +111,7 @@ QWEN = ModelAdapter(
             attention=("attn",),
             mlp=("img_mlp",),
             modulated=modulation.qwen,
+            products=Products(rounds=("img_mod.*",)),
             width=attention_and_mlp("attn", "img_mlp", "QwenDoubleStreamAttnProcessor2_0"),
         ),
     ),

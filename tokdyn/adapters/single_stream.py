@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
@@ -10,7 +9,7 @@ from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
 from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, timestep_level
 from tokdyn.adapters.width import Width, attention_layers, mlp_layers, runs_processor
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, ImageTokens
 
 
 def _zimage_grid(model: nn.Module, call: Arguments) -> Grid:
@@ -69,15 +68,12 @@ ZIMAGE = ModelAdapter(
 )
 
 
-def _lumina_grid(model: nn.Module, call: Arguments) -> Grid:
+def _lumina_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+    """Read the grid. A sample with a shorter text has its padding after the image, and is rotated by that."""
     mask: Tensor = call["encoder_attention_mask"]
-    lengths = mask.sum(dim=1)
-    if not torch.equal(lengths, lengths[:1].expand_as(lengths)):
-        raise InputError(
-            f"the prompts have {lengths.tolist()} tokens, so the image tokens of a Lumina2Transformer2DModel begin at "
-            "different places; call a wrapped one with prompts of one length at a time."
-        )
-    return patch_grid(model, call)
+    lengths: list[int] = mask.sum(dim=1).tolist()
+    shorter = tuple(int(length) - int(max(lengths)) for length in lengths)
+    return ImageTokens(patch_grid(model, call), rotation=shorter if any(shorter) else ())
 
 
 LUMINA2 = ModelAdapter(
@@ -103,7 +99,7 @@ LUMINA2 = ModelAdapter(
             ),
         ),
     ),
-    grid=_lumina_grid,
+    grid=_lumina_tokens,
     read_ahead=("encoder_attention_mask",),
     level=timestep_level(scale=1.0, backwards=True),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},

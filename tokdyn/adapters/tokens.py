@@ -64,8 +64,10 @@ def apart(x: Tensor, beside: tuple[int, int], lengths: Sequence[int] | None = No
         Reference tokens (B, r, ...), generated tokens with padding, and reference tokens.
     """
     before, after = beside
+    if not before + after:
+        return x[:, :0], x, x[:, :0]
     stop = x.shape[1] - after
-    if lengths is None:
+    if lengths is None or not after:
         return x[:, :before], x[:, before:stop], x[:, stop:]
     slot = torch.arange(after, device=x.device) - after + torch.tensor(lengths, device=x.device)[:, None]
     return x[:, :before], x[:, before:stop], take(x, slot)
@@ -80,6 +82,8 @@ def together(first: Tensor, own: Tensor, last: Tensor, lengths: Sequence[int] | 
         last: (B, r, ...).
         lengths: number of generated tokens of each sample, if they differ. Their padding comes behind all others.
     """
+    if not first.shape[1] + last.shape[1]:
+        return own
     x = torch.cat([first, own, last], dim=1)
     if lengths is None or not last.shape[1]:
         return x
@@ -94,6 +98,20 @@ def rotate(x: Tensor, by: Sequence[int]) -> Tensor:
     """Rotate the sequence of every sample of x (B, S, ...) to the left, by another number of places for each."""
     slot = torch.arange(x.shape[1], device=x.device) + torch.tensor(by, device=x.device)[:, None]
     return take(x, slot.remainder(x.shape[1]))
+
+
+def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
+    """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
+    products, text = blocks.products, named.get(blocks.text or "")
+    encoder = named.get(products.context) if products is not None and products.cross else None
+    beside = named[blocks.tokens].shape[1] - image
+    return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
+
+
+def rounds_of(named: Mapping[str, Any], blocks: Blocks, batch: int) -> int:
+    """Count the embeddings of timesteps that a block gets for each sample."""
+    held = [named[name] for name in blocks.rounds if named.get(name) is not None]
+    return sum(len(value) for value in held) // batch if held else 1
 
 
 def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
+from tokdyn.adapters.tokens import other_tokens, rounds_of
 from tokdyn.attach.inferred import Guard
 from tokdyn.attach.offload import Residency
 from tokdyn.attach.sites import Site
@@ -144,6 +145,12 @@ class CallContext:
         """Number of reference tokens before and after the generated tokens of a sample; see `images`."""
         return beside(self.images)
 
+    def rotation(self, blocks: Blocks) -> tuple[int, ...]:
+        """Return by how many places each sample's sequence is rotated in these blocks; see `ImageTokens`."""
+        if blocks.image == "all" or not self.readings.images.known:
+            return ()
+        return self.images.rotation
+
     @property
     def position(self) -> Position:
         """Step, guidance branch and image of this call. A handler that uses it must read it in every call."""
@@ -213,7 +220,8 @@ class CallContext:
         rows = lengths if len(set(lengths)) > 1 else None
         tokens = view.room if view.packing is None else view.packing.longest
         beside = (0, 0) if view.packing is not None else other_tokens(named, site.blocks, tokens)
-        block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view))
+        rounds = rounds_of(named, site.blocks, view.batch)
+        block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view), rounds=rounds)
         self.trace.blocks.append(block)
         return block
 
@@ -276,14 +284,6 @@ def _read_levels(trace: CallTrace) -> tuple[float, ...]:
 def _read_images(context: CallContext) -> ImageTokens:
     """Read the grids of a call and check them."""
     return context.check_images(context.adapter.image_tokens(context.model, context.arguments))
-
-
-def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
-    """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
-    products, text = blocks.products, named.get(blocks.text or "")
-    encoder = named.get(products.context) if products is not None and products.cross else None
-    beside = named[blocks.tokens].shape[1] - image
-    return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import join
+from tokdyn.adapters.tokens import apart, join, other_tokens, rotate, rounds_of, together
 from tokdyn.attach import class_swap
-from tokdyn.attach.context import CallContext, is_offloaded, other_tokens
-from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Sublayer, act
+from tokdyn.attach.context import CallContext, is_offloaded
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
@@ -76,11 +76,13 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     view = context.view = _view_of(context, frame, named, blocks)
     if _passes(frame, module, site):
         return site.unchanged(args, kwargs)
-    frame = frame._replace(view=view)
+    frame, rotation = frame._replace(view=view), context.rotation(blocks)
+    if rotation:
+        named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
     if edge:
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
-    as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
+    as_given = not edge and not rotation and (blocks.packing is None or view.packing is named[blocks.packing])
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
     if as_given and _nothing_acts(frame, blocks):
@@ -92,6 +94,8 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     results = _compute_groups(frame, module, site, inner, named)
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
+    if rotation:
+        results["tokens"] = rotate(results["tokens"], [-places for places in rotation])
     if context.guard is not None:
         context.guard.before = (blocks.path, results["tokens"])
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
@@ -123,6 +127,7 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
     if not trace.batch:
         trace.batch, trace.cells = batch, count
         trace.text, trace.context = other_tokens(named, blocks, count)
+        trace.rounds = rounds_of(named, blocks, batch)
         if context.readings.images.known:
             context.check_images(context.images)
     return view
@@ -165,12 +170,29 @@ def _act(
     text, x = view.split(tokens, site.blocks)
     for bracket in brackets:
         if block is None or not view.all_idle:  # else no block inside of it will run
-            x, view = act(bracket, frame, view, x, block)
+            x, view = _act_one(frame, bracket, view, x, block)
     tokens = join(text, x, site.blocks.image)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
     return tokens, view
+
+
+def _act_one(
+    frame: Frame, bracket: Bracket, view: TokenView, x: Tensor, block: BlockCall | None
+) -> tuple[Tensor, TokenView]:
+    """Open a bracket, or close it if the block is None; one that selects tokens gets the generated ones only."""
+    context, selects = frame.context, isinstance(bracket, Selector) and bracket.selects(frame.context)
+    beside = context.beside if selects else (0, 0)
+    first, x, last = apart(x, beside, view.lengths)
+    inner = view.generated(beside)
+    x, inner = bracket.close(frame, inner, x) if block is None else bracket.open(frame, inner, x, block)
+    if not selects and inner.room < view.room and any(context.beside):
+        raise InputError(
+            f"{type(bracket).__name__} selects among the tokens of reference images too; let it be a Selector, which "
+            "gets the generated tokens only."
+        )
+    return together(first, x, last, inner.lengths), inner.among(beside)
 
 
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
@@ -211,17 +233,8 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     for gate in frame.handlers.gates:
         weight = gate.weight(context, view, site.block)
         if weight is not None:
-            _scale_change(results, inputs, weight, view)
+            scale_change(results, inputs, weight, view)
     return results
-
-
-def _scale_change(results: Named, inputs: Named, weight: Tensor, view: TokenView) -> None:
-    """Replace results by `input + weight * (result - input)`, with a weight (B,) for each sample."""
-    packing = view.packing
-    factor = weight.view(-1, 1, 1) if packing is None else weight.index_select(0, packing.sample)[:, None]
-    for name, value in results.items():
-        if value is not None and inputs.get(name) is not None:
-            results[name] = torch.lerp(inputs[name].to(value.dtype), value, factor.to(value.dtype))
 
 
 def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
@@ -253,7 +266,7 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
     context, blocks = frame.context, site.blocks
     view = frame.view if part is None else part.view
     arguments = named if part is None else part.take(named, blocks)
-    arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part)}
+    arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part, context.rotation(blocks))}
     block = context.record(view, site, arguments)
     inside = frame._replace(view=view, block=block, exchange=Exchange(view.samples))
     for kernel in frame.handlers.kernels:

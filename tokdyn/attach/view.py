@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import join, select_samples, select_tokens, split, together
+from tokdyn.adapters.tokens import join, rotate, select_samples, select_tokens, split, together
 from tokdyn.ops.pack import pack_index, packing_of_some
 from tokdyn.tokens import Packing
 
@@ -84,6 +84,8 @@ class TokenView:
     def generated(self, beside: tuple[int, int]) -> TokenView:
         """Return the view of the generated tokens alone; `beside` are the reference tokens before and after them."""
         first, count = beside[0], sum(beside)
+        if not count:
+            return self
         room, lengths = self.room - count, self.lengths
         return replace(
             self,
@@ -97,6 +99,8 @@ class TokenView:
         """Return the view of the generated tokens among the references before and after them; undoes `generated`."""
         first, last = beside
         count, lengths, index = first + last, self.lengths, self.index
+        if not count:
+            return self
         if index is not None:
             places = torch.arange(self.cells + count, device=index.device).expand(self.batch, -1)
             index = together(places[:, :first], index + first, places[:, first + self.cells :], lengths)
@@ -259,7 +263,9 @@ class FollowedArguments:
     def __init__(self) -> None:
         self._selected: dict[Any, tuple[Any, Tensor | None, Any]] = {}
 
-    def select(self, named: Mapping[str, Any], blocks: Blocks, view: TokenView, part: Part | None) -> dict[str, Any]:
+    def select(
+        self, named: Mapping[str, Any], blocks: Blocks, view: TokenView, part: Part | None, rotation: Sequence[int]
+    ) -> dict[str, Any]:
         """Select the entries of a view's tokens from the arguments that have one entry per token.
 
         Args:
@@ -267,12 +273,13 @@ class FollowedArguments:
             blocks: the adapter's declaration of the block.
             view: the samples and tokens to select.
             part: the part that `view` belongs to; None if `view` has all samples of the arguments.
+            rotation: by how many places the sequence of each sample of the arguments is rotated first; () by none.
 
         Returns:
             The arguments that change, by name.
         """
         selected: dict[str, Any] = {}
-        for argument in blocks.follow if part is not None or view.index is not None else ():
+        for argument in blocks.follow if part is not None or view.index is not None or rotation else ():
             name = argument.name
             value = selected.get(name, named.get(name))  # an argument may have two token axes
             if value is None:
@@ -281,9 +288,9 @@ class FollowedArguments:
             index = (part.whole if part else view).index
             known = self._selected.get(key)
             if known is None or known[0] is not value or known[1] is not index:
-                entries = value
+                entries = rotate(value, rotation) if rotation and name not in selected else value
                 if part is not None and name not in selected:
-                    entries = select_samples({name: value}, part.places, part.whole.batch, blocks)[name]
+                    entries = select_samples({name: entries}, part.places, part.whole.batch, blocks)[name]
                 if view.index is not None:
                     entries = select_tokens(entries, argument, blocks, view.index, view.cells)
                 known = self._selected[key] = value, index, entries

@@ -134,7 +134,7 @@ def match_parts(
     Returns:
         The plan, made without a synchronisation with the host.
     """
-    batch, merged = len(lengths), 0
+    batch, metric, merged = len(lengths), metric.detach(), 0
     pairs = []
     for rows, into in parts:
         count = len(rows) // batch

@@ -20,10 +20,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import ModelAdapter
-from tokdyn.adapters.tokens import apart, together
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.sites import Site, Sites
 from tokdyn.attach.view import TokenView
@@ -53,7 +53,7 @@ class BlockCall:
 
 
 class Bracket(ABC):
-    """A handler around consecutive blocks. One that selects tokens says so with `selects`.
+    """A handler around consecutive blocks; one that selects tokens is a `Selector`.
 
     Attributes:
         first: index of the first block inside, counted over all lists of blocks.
@@ -62,14 +62,6 @@ class Bracket(ABC):
 
     first: int
     last: int
-
-    def selects(self, context: CallContext) -> bool:
-        """Return whether tokens are selected in this call.
-
-        `open` and `close` then get the generated tokens and their view only, and reference tokens stay beside those
-        that it selects.
-        """
-        return False
 
     @abstractmethod
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
@@ -86,6 +78,14 @@ class Bracket(ABC):
         Returns:
             Image tokens (B, N, D) for the view that `open` got, and this view.
         """
+
+
+class Selector(Bracket):
+    """A bracket that selects tokens. It gets generated tokens only; reference tokens stay beside those it selects."""
+
+    @abstractmethod
+    def selects(self, context: CallContext) -> bool:
+        """Return whether tokens are selected in this call; if not, the bracket gets reference tokens too."""
 
 
 class Gate(ABC):
@@ -211,26 +211,13 @@ class Frame(NamedTuple):
     exchange: Exchange
 
 
-def act(
-    bracket: Bracket, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None
-) -> tuple[Tensor, TokenView]:
-    """Open a bracket before a block, or close it if the block is None. One that selects gets generated tokens only."""
-
-    def call(view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
-        return bracket.close(frame, view, x) if block is None else bracket.open(frame, view, x, block)
-
-    context, selects = frame.context, bracket.selects(frame.context)
-    if selects and any(context.beside):
-        first, own, last = apart(x, context.beside, view.lengths)
-        own, after = call(view.generated(context.beside), own)
-        return together(first, own, last, after.lengths), after.among(context.beside)
-    x, after = call(view, x)
-    if not selects and after.room < view.room and any(context.beside):
-        raise InputError(
-            f"{type(bracket).__name__} selects among the tokens of reference images too; let its selects() return "
-            "True, and it gets the generated tokens only."
-        )
-    return x, after
+def scale_change(results: dict[str, Any], inputs: dict[str, Any], weight: Tensor, view: TokenView) -> None:
+    """Replace results by `input + weight * (result - input)`, with a weight (B,) for each sample."""
+    packing = view.packing
+    factor = weight.view(-1, 1, 1) if packing is None else weight.index_select(0, packing.sample)[:, None]
+    for name, value in results.items():
+        if value is not None and inputs.get(name) is not None:
+            results[name] = torch.lerp(inputs[name].to(value.dtype), value, factor.to(value.dtype))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
+from tokdyn.attach.handlers.base import BlockCall, Frame, Plan, Selector, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import TokenDrop
 from tokdyn.ops.dropping import kept_count, mix, put_back, subset, take
@@ -33,7 +33,7 @@ class Dropped:
 
 
 @dataclass(eq=False)
-class DroppedSpan(Bracket):
+class DroppedSpan(Selector):
     """Drops tokens before the block `first` and puts them back after the block `last`.
 
     Acts in training, and in sampling inside of `tokdyn.attach.controls.dropping`.

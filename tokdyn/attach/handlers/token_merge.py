@@ -201,7 +201,7 @@ class MergedTokens(Sublayer):
         for number, grid in enumerate(images.references if self.method.references == "merge" else ()):
             at = sum(counts[:number]) if number < images.leading else view.room - sum(counts[number:])
             parts.append((at, grid, TokenView(view.samples, cells(grid), cells(grid), view.device)))
-        pairs, merged = [], False
+        pairs, merged, rows = [], False, rows.detach()  # recomputed blocks reuse the matching
         first = torch.arange(view.batch, device=rows.device)[:, None] * view.room
         for at, grid, part in parts:
             own = (first + torch.arange(at, at + part.room, device=rows.device)).flatten()
