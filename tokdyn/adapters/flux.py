@@ -22,10 +22,10 @@ from tokdyn.adapters.width import (
     mlp_layers,
     runs_processor,
 )
-from tokdyn.tokens import ImageTokens
+from tokdyn.tokens import Grid, ImageTokens
 
 
-def _flux_grid(model: nn.Module, call: Arguments) -> ImageTokens:
+def _flux_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     return grid_from_ids(call["img_ids"])
 
 

@@ -76,7 +76,7 @@ AURAFLOW = ModelAdapter(
 )
 
 
-def _qwen_grid(model: nn.Module, call: Arguments) -> ImageTokens:
+def _qwen_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     shapes = call["img_shapes"]
     if any(other != shapes[0] for other in shapes):
         raise InputError(
@@ -89,9 +89,11 @@ def _qwen_grid(model: nn.Module, call: Arguments) -> ImageTokens:
     if len({tuple(image) for image in images[:layers]}) > 1:
         raise InputError(f"the layers in img_shapes have different sizes: {images[:layers]}; give them one size.")
     frames, rows, columns = images[0]
-    return ImageTokens(
-        _image_grid(frames * layers, rows, columns), tuple(_image_grid(*each) for each in images[layers:])
+    grid, references = (
+        _image_grid(frames * layers, rows, columns),
+        tuple(_image_grid(*each) for each in images[layers:]),
     )
+    return ImageTokens(grid, references) if references else grid
 
 
 def _image_grid(frames: int, rows: int, columns: int) -> Grid:

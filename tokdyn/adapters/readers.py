@@ -51,8 +51,8 @@ def timestep_level(
     return level
 
 
-def grid_from_ids(ids: Tensor) -> ImageTokens:
-    """Read the grids of the generated image and of reference images from position ids.
+def grid_from_ids(ids: Tensor) -> Grid | ImageTokens:
+    """Read the grid of the generated image, and those of reference images, from position ids.
 
     Args:
         ids: (N, axes) or (B, N, axes) ids of all cells in raster order, image after image. The first three axes are the
@@ -67,7 +67,7 @@ def grid_from_ids(ids: Tensor) -> ImageTokens:
         extent = torch.tensor(read[0], device=ids.device)
         same = (_extent(image) == extent).all() & ((image[:, 0] == image[0, 0]).sum() == cells(read[1]))
         torch._assert_async(same, "this graph was compiled for another token grid; compile the model alone instead.")
-    return ImageTokens(*read[1:])
+    return ImageTokens(*read[1:]) if read[2] else read[1]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -112,7 +112,7 @@ def _rasters(ids: Tensor) -> list[tuple[float, Grid]]:
     return [(following[0], (rows, columns)) for following, rows, columns in images]
 
 
-def grid_from_coordinates(places: Tensor) -> ImageTokens:
+def grid_from_coordinates(places: Tensor) -> Grid | ImageTokens:
     """Read the grid of a video, and those of frames that it is conditioned on, from the coordinates of their tokens.
 
     Args:
@@ -135,21 +135,23 @@ def grid_from_coordinates(places: Tensor) -> ImageTokens:
             f"the last {grids[-1][0]} places in video_coords form no grid of frames, rows and columns; leave "
             "video_coords out, or use FeatureCache or DepthSkip."
         )
-    return ImageTokens(grids[-1], tuple(grids[:-1]), leading=len(grids) - 1)
+    *references, grid = grids
+    return ImageTokens(grid, tuple(references), leading=len(references)) if references else grid
 
 
-def with_clean_frames(tokens: ImageTokens, timestep: Any) -> ImageTokens:
+def with_clean_frames(read: Grid | ImageTokens, timestep: Any) -> Grid | ImageTokens:
     """Take the first and last frames of a video for references if their tokens have timestep 0 and others have not.
 
     Args:
-        tokens: the tokens, with a grid of (frames, rows, columns).
-        timestep: a timestep for each token, (B, N); anything else leaves `tokens` as they are.
+        read: what was read so far, with a grid of (frames, rows, columns).
+        timestep: a timestep for each token, (B, N); anything else leaves `read` as it is.
 
     Raises:
         InputError: the clean tokens are no such frames, or samples have different ones.
     """
     if not isinstance(timestep, Tensor) or timestep.dim() != 2 or timestep.shape[1] == 1:
-        return tokens
+        return read
+    tokens = read if isinstance(read, ImageTokens) else ImageTokens(read)
     before, _ = beside(tokens)
     own = timestep[:, before : before + cells(tokens.grid)] == 0
     first, last = _constant_clean_frames(own.unflatten(1, (tokens.grid[0], -1)))
@@ -157,6 +159,8 @@ def with_clean_frames(tokens: ImageTokens, timestep: Any) -> ImageTokens:
     if torch.compiler.is_compiling():
         same = own.sum() == len(own) * cells((first + last, *rest))
         torch._assert_async(same, "this graph was compiled for other clean frames; compile the model alone instead.")
+    if not first + last:
+        return read
     leading = tokens.references[: tokens.leading] + (((first, *rest),) if first else ())
     trailing = (((last, *rest),) if last else ()) + tokens.references[tokens.leading :]
     return ImageTokens((frames - first - last, *rest), leading + trailing, len(leading))

@@ -23,9 +23,9 @@ def _wan_grid(model: nn.Module, call: Arguments) -> Grid:
     return tuple(size // part for size, part in zip(call["hidden_states"].shape[-3:], patch, strict=True))
 
 
-def _wan_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+def _wan_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     """Read the grid; the first frame of image to video (Wan 2.2 5B) is clean and has timestep 0."""
-    return with_clean_frames(ImageTokens(_wan_grid(model, call)), call["timestep"])
+    return with_clean_frames(_wan_grid(model, call), call["timestep"])
 
 
 WAN = ModelAdapter(
@@ -71,14 +71,14 @@ SKYREELS = replace(
 )
 
 
-def _ltx_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+def _ltx_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     """Read the grid; frames that the video is conditioned on come before it, or are clean and have timestep 0."""
-    places = call.get("video_coords")
-    if places is None:
-        tokens = ImageTokens((call["num_frames"], call["height"], call["width"]))
+    read: Grid | ImageTokens
+    if call.get("video_coords") is None:
+        read = call["num_frames"], call["height"], call["width"]
     else:
-        tokens = grid_from_coordinates(places)
-    return with_clean_frames(tokens, call["timestep"])
+        read = grid_from_coordinates(call["video_coords"])
+    return with_clean_frames(read, call["timestep"])
 
 
 LTX = ModelAdapter(
