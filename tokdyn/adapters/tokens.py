@@ -94,9 +94,18 @@ def together(first: Tensor, own: Tensor, last: Tensor, lengths: Sequence[int] | 
     return take(x, torch.where(slot < end, slot, torch.where(slot < end + last.shape[1], reference, padding)))
 
 
-def rotate(x: Tensor, by: Sequence[int]) -> Tensor:
-    """Rotate the sequence of every sample of x (B, S, ...) to the left, by another number of places for each."""
-    slot = torch.arange(x.shape[1], device=x.device) + torch.tensor(by, device=x.device)[:, None]
+def rotate(x: Tensor, by: Sequence[int], back: bool = False) -> Tensor:
+    """Rotate the sequence of every sample of x (B, S, ...) to the left, by another number of places for each.
+
+    Args:
+        x: the sequences.
+        by: the number of places for every sample; () leaves x as it is.
+        back: whether to rotate to the right.
+    """
+    if not by:
+        return x
+    places = torch.tensor(by, device=x.device)[:, None]
+    slot = torch.arange(x.shape[1], device=x.device) + (-places if back else places)
     return take(x, slot.remainder(x.shape[1]))
 
 

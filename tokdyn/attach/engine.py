@@ -76,12 +76,12 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     view = context.view = _view_of(context, frame, named, blocks)
     if _passes(frame, module, site):
         return site.unchanged(args, kwargs)
-    frame, rotation = frame._replace(view=view), context.rotation(blocks)
-    if rotation:
-        named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
+    frame = frame._replace(view=view)
     if edge:
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
+    rotation = _rotation(frame, blocks)
+    named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
     as_given = not edge and not rotation and (blocks.packing is None or view.packing is named[blocks.packing])
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
@@ -92,13 +92,18 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         return class_swap.within(frame._replace(block=block), call, *args, **kwargs)
     inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
     results = _compute_groups(frame, module, site, inner, named)
+    results["tokens"] = rotate(results["tokens"], rotation, back=True)
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
-    if rotation:
-        results["tokens"] = rotate(results["tokens"], [-places for places in rotation])
     if context.guard is not None:
         context.guard.before = (blocks.path, results["tokens"])
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
+
+
+def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
+    """Return how sequences are rotated for a block, if what acts in it depends on the places of image tokens."""
+    placed = frame.view.index is not None or len(frame.handlers.sublayers) + len(frame.handlers.kernels) > 0
+    return frame.context.rotation(blocks) if placed else ()
 
 
 def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], named: Named) -> Any:
@@ -165,13 +170,13 @@ def _act(
     context, view = frame.context, frame.view
     if not brackets:
         return tokens, view
-    before = view.packing
-    tokens, view = view.padded(tokens)
+    before, rotation = view.packing, context.rotation(site.blocks)
+    tokens, view = view.padded(rotate(tokens, rotation))
     text, x = view.split(tokens, site.blocks)
     for bracket in brackets:
         if block is None or not view.all_idle:  # else no block inside of it will run
             x, view = _act_one(frame, bracket, view, x, block)
-    tokens = join(text, x, site.blocks.image)
+    tokens = rotate(join(text, x, site.blocks.image), rotation, back=True)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
@@ -266,7 +271,7 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
     context, blocks = frame.context, site.blocks
     view = frame.view if part is None else part.view
     arguments = named if part is None else part.take(named, blocks)
-    arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part, context.rotation(blocks))}
+    arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part, _rotation(frame, blocks))}
     block = context.record(view, site, arguments)
     inside = frame._replace(view=view, block=block, exchange=Exchange(view.samples))
     for kernel in frame.handlers.kernels:

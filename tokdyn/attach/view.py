@@ -288,7 +288,7 @@ class FollowedArguments:
             index = (part.whole if part else view).index
             known = self._selected.get(key)
             if known is None or known[0] is not value or known[1] is not index:
-                entries = rotate(value, rotation) if rotation and name not in selected else value
+                entries = value if name in selected else rotate(value, rotation)
                 if part is not None and name not in selected:
                     entries = select_samples({name: entries}, part.places, part.whole.batch, blocks)[name]
                 if view.index is not None:

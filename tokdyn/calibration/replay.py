@@ -109,8 +109,7 @@ class Replay:
             if not known:
                 known.append(self.adapter.image_tokens(self.model, call))
             images = known[0]
-            x = rotate(x, images.rotation) if images.rotation else x
-            return split(x, total(images), site.blocks.image)[1]
+            return split(rotate(x, images.rotation), total(images), site.blocks.image)[1]
 
         def entering(site: Site) -> Callable[..., None]:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
