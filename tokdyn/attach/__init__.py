@@ -30,6 +30,7 @@ from tokdyn.attach.handlers.base import (
     Handlers,
     Kernel,
     Plan,
+    Selector,
     Sublayer,
     handles,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Kernel",
     "Meter",
     "Plan",
+    "Selector",
     "Site",
     "Sublayer",
     "Support",
