@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,36 @@ def aligned(rows: int) -> int:
 def cells(grid: Grid) -> int:
     """Count the cells of a grid, which is the number of tokens N of a dense sequence."""
     return math.prod(grid)
+
+
+class ImageTokens(NamedTuple):
+    """The image tokens of a sample where not all of them belong to the image that is generated.
+
+    Reference tokens are those of images that the model is given, clean, such as the picture that it edits.
+
+    Attributes:
+        grid: the grid of the generated tokens.
+        references: the grids of the reference images, in the order in which their tokens come.
+        leading: how many of these images come before the generated tokens; the others come after them.
+        rotation: for each sample of the batch, by how many places its sequence of text and image tokens must be
+            rotated to the left for the image tokens to come where `Blocks.image` says; () if they come there already.
+    """
+
+    grid: Grid
+    references: tuple[Grid, ...] = ()
+    leading: int = 0
+    rotation: tuple[int, ...] = ()
+
+
+def beside(tokens: ImageTokens) -> tuple[int, int]:
+    """Count the reference tokens before and after the generated tokens."""
+    counts = [cells(grid) for grid in tokens.references]
+    return sum(counts[: tokens.leading]), sum(counts[tokens.leading :])
+
+
+def total(tokens: ImageTokens) -> int:
+    """Count all image tokens of a sample, those of references included."""
+    return cells(tokens.grid) + sum(beside(tokens))
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ VALUES = {
         "blocks": (1, -1),
         "weighted": True,
         "reuse": 2,
+        "references": "merge",
     },
     "TokenDrop": {"rate": 0.25, "blocks": (0, 1), "seed": 9},
     "DepthSkip": {

@@ -5,6 +5,7 @@ import torch
 
 import tokdyn
 from tests.contract.kit import SHARED, of_diffusers, sample
+from tests.contract.models import TINY
 from tests.contract.siblings import TWINS, WAN, wan_inputs
 from tokdyn import Chunking, DepthSkip, TokenDrop, TokenMerge
 from tokdyn.testing import check_method
@@ -44,11 +45,24 @@ def test_models_whose_build_needs_all_tokens_are_refused():
         tokdyn.wrap(model, [TokenDrop()])
 
 
-def test_a_grid_that_is_not_that_of_the_tokens_is_refused():
-    """Position ids of one image, tokens of two."""
+def test_position_ids_that_form_no_grid_are_refused():
+    """The first row of the picture comes twice."""
     tiny = TWINS["LongCatImageTransformer2DModel"]
     model, inputs = tokdyn.wrap(tiny.build(), [TokenMerge()]), tiny.inputs(1)
-    inputs["img_ids"] = torch.cat([inputs["img_ids"], inputs["img_ids"][:4] + torch.tensor([1.0, 0.0, 0.0])])
-    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], inputs["hidden_states"][:, :4]], dim=1)
-    with pytest.raises(tokdyn.InputError, match=r"2 x 4 x 5.* 24 "):
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], inputs["img_ids"][:5]])
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], inputs["hidden_states"][:, :5]], dim=1)
+    with pytest.raises(tokdyn.InputError, match="25 image tokens"):
+        model(**inputs)
+
+
+def test_a_grid_that_is_not_that_of_the_tokens_is_refused():
+    tiny = TINY["LTXVideoTransformer3DModel"]
+    model, inputs = tokdyn.wrap(tiny.build(), [TokenMerge()]), tiny.inputs(1)
+    inputs["video_coords"] = torch.rand(1, 3, 24)
+    with pytest.raises(tokdyn.InputError, match="video_coords"):
+        model(**inputs)
+    del inputs["video_coords"]
+    inputs["rope_interpolation_scale"] = None
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"]] * 2, dim=1)
+    with pytest.raises(tokdyn.InputError, match=r"2 x 3 x 4.* 48 "):
         model(**inputs)

@@ -12,7 +12,7 @@ from tokdyn import ops
 from tokdyn.errors import InputError
 from tokdyn.ops.destinations import destinations, grid_destinations
 from tokdyn.ops.dropping import mix
-from tokdyn.ops.merging import joined, match, merge, merged_away, unmerge
+from tokdyn.ops.merging import joined, match, match_parts, merge, merged_away, unmerge
 
 grids = st.one_of(
     st.tuples(st.integers(1, 30)),
@@ -204,6 +204,34 @@ def test_sizes_weigh_rows_like_repetitions():
         expected = (x[members] * size[members, None]).sum(0) / size[members].sum()
         torch.testing.assert_close(merged[row], expected)
         assert plan.size[row] == size[members].sum()
+
+
+def test_parts_are_matched_among_themselves():
+    """The plan of a sequence with two parts is made of the plans of both, and other rows stay."""
+    torch.manual_seed(0)
+    batch, before, grids = 2, 3, ((4, 4), (2, 5))
+    sizes = [math.prod(grid) for grid in grids]
+    room = before + sum(sizes)
+    x = torch.randn(batch, room, 6)
+    parts, expected, first = [], [x[:, :before]], before
+    for grid, size in zip(grids, sizes, strict=True):
+        place = (torch.arange(batch)[:, None] * room + torch.arange(first, first + size)).flatten()
+        into = grid_destinations(batch, grid, x.device)
+        parts.append((place, into))
+        own = x[:, first : first + size].reshape(-1, 6)
+        plan = match(own, [size] * batch, into, 0.5)
+        expected.append(merge(own, plan).view(batch, -1, 6))
+        first += size
+    rows = x.reshape(-1, 6)
+    plan = match_parts(rows, (room,) * batch, parts, 0.5)
+    left = before + sum(size - size // 2 for size in sizes)
+    assert plan.lengths == (left,) * batch
+    torch.testing.assert_close(merge(rows, plan).view(batch, left, 6), torch.cat(expected, dim=1))
+    restored = unmerge(torch.arange(float(batch * left))[:, None], plan).view(batch, room)
+    assert torch.equal(restored[0, :before], torch.arange(float(before)))
+    assert int(plan.size.sum()) == batch * room
+    alone = plan.sample(1)
+    assert torch.equal(merge(x[1], alone), merge(rows, plan)[left:])
 
 
 def test_destinations_depend_on_the_step_and_not_on_the_sample():

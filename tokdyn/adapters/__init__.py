@@ -12,12 +12,14 @@ from tokdyn.adapters.registry import (
     register_adapter,
 )
 from tokdyn.adapters.width import SlicedLayer, Width
+from tokdyn.tokens import ImageTokens
 
 __all__ = [
     "ADAPTERS",
     "Arguments",
     "Blocks",
     "Follow",
+    "ImageTokens",
     "ModelAdapter",
     "Products",
     "SlicedLayer",

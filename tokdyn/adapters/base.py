@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.width import Width
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, ImageTokens
 
 Arguments = Mapping[str, Any]
 """The arguments of one call of a model or of a block, by name."""
@@ -57,6 +57,7 @@ class Products:
 
     Attributes:
         sample: layers that run once per sample, such as adaLN.
+        rounds: those of them that run once for each entry per sample that the arguments in `Blocks.rounds` hold.
         text: layers that run over the text tokens of a separate stream.
         joint: further layers that run over image and text tokens in one sequence.
         mlp: layers that belong to the MLP but lie outside the attributes in `Blocks.mlp`.
@@ -70,6 +71,7 @@ class Products:
     """
 
     sample: Patterns = ("norm*", "*modulation*", "*_mod.*")
+    rounds: Patterns = ()
     text: Patterns = ("*.add_*", "*.to_add_out*", "*.to_added_*", "*_context.*", "txt_*")
     joint: Patterns = ()
     mlp: Patterns = ("ff*", "*mlp*", "proj_out*")
@@ -99,7 +101,8 @@ class Blocks:
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
-        rounds: arguments that may hold several entries per sample: one of every sample, then another of every sample.
+        rounds: arguments that hold embeddings of timesteps, where a sample may have several: in several arguments, or
+            in one that has one entry of every sample and then another of every sample.
         attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
             has is used.
         mlp: attributes that may hold the MLP, likewise.
@@ -166,8 +169,8 @@ class ModelAdapter:
         name: of the family.
         classes: names of the model classes; subclasses match too.
         blocks: the lists of blocks, in the order in which they run.
-        grid: `grid(model, arguments)` computes the token grid of a call; None if unknown, and then no method may drop
-            or merge tokens.
+        grid: `grid(model, arguments)` computes the token grid of a call, or `ImageTokens` where a call may have
+            reference images; None if unknown, and then no method may drop or merge tokens.
         level: `level(model, arguments)` computes the noise level of a call, (B,) or (), where 1 is pure noise; None for
             models that have none, such as classifiers.
         refuse: arguments of the model that cannot be combined with token reduction, each with the reason.
@@ -179,7 +182,7 @@ class ModelAdapter:
         chunked: whether the model chunks its tokens itself, so that its blocks get a subset that depends on the image.
         dense: whether blocks mix neighbouring cells, by a convolution for example, so that no token can be left out.
         softmax: whether attention is softmax attention, so that its keys can be weighted.
-        read_ahead: arguments whose values, not only their shapes, determine the grid.
+        read_ahead: arguments whose values, not only their shapes, determine the grid or which tokens are references.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
         entries: methods of the model that run its blocks and may be called instead of the model itself.
@@ -189,7 +192,7 @@ class ModelAdapter:
     name: str
     classes: tuple[str, ...]
     blocks: tuple[Blocks, ...]
-    grid: Callable[[nn.Module, Arguments], Grid] | None
+    grid: Callable[[nn.Module, Arguments], Grid | ImageTokens] | None
     level: Callable[[nn.Module, Arguments], Tensor | float] | None
     refuse: Mapping[str, str] = field(default_factory=dict)
     width: Callable[[nn.Module], int] = configured_width
@@ -209,6 +212,12 @@ class ModelAdapter:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not value or not all(isinstance(item, kind) for item in value):
                 raise InputError(f"the adapter {self.name!r} has {name}={value!r}; give a tuple of {kind.__name__}.")
+
+    def image_tokens(self, model: nn.Module, call: Arguments) -> ImageTokens:
+        """Read the grid of a call, and those of its reference images."""
+        assert self.grid is not None, "methods that need a grid were refused"
+        tokens = self.grid(model, call)
+        return tokens if isinstance(tokens, ImageTokens) else ImageTokens(tokens)
 
     @property
     def halves(self) -> tuple[str, str]:

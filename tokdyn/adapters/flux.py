@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
@@ -22,11 +22,11 @@ from tokdyn.adapters.width import (
     mlp_layers,
     runs_processor,
 )
+from tokdyn.tokens import Grid, ImageTokens
 
 
-def _flux_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
-    ids: Tensor = call["img_ids"]
-    return grid_from_ids(ids[0] if ids.dim() == 3 else ids)
+def _flux_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    return grid_from_ids(call["img_ids"])
 
 
 _ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
@@ -99,6 +99,7 @@ CHROMA = ModelAdapter(
     guidance="calls",
 )
 
+_KV_CACHE_REASON = "it holds keys and values of earlier calls for every cell; leave the cache out"
 _FLUX2_DOUBLE = Width(
     layers=(*attention_layers("attn"), *mlp_layers("ff.linear_out", "ff.linear_in")),
     inner="attn.to_out.0.in_features",
@@ -136,7 +137,8 @@ FLUX2 = ModelAdapter(
     read_ahead=("img_ids",),
     level=timestep_level(scale=1.0),
     refuse={
-        "kv_cache": "it holds keys and values of earlier calls for every cell; leave the cache out",
+        "kv_cache": _KV_CACHE_REASON,
+        "kv_cache_mode": _KV_CACHE_REASON,
         "joint_attention_kwargs": IMAGE_PROMPT_REASON,
     },
     guidance="calls",

@@ -11,6 +11,7 @@ from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Produc
 from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, timestep_level
 from tokdyn.adapters.width import Width, attention_and_mlp, attention_layers, mlp_layers, runs_processor
 from tokdyn.errors import InputError
+from tokdyn.tokens import Grid, ImageTokens
 
 _SD3_WIDTH = replace(
     attention_and_mlp("attn", "ff", "JointAttnProcessor2_0"),
@@ -75,17 +76,27 @@ AURAFLOW = ModelAdapter(
 )
 
 
-def _qwen_grid(model: nn.Module, call: Arguments) -> tuple[int, ...]:
+def _qwen_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     shapes = call["img_shapes"]
-    first = shapes[0]
-    if isinstance(first, list):  # one list of images per sample
-        if len(first) > 1:
-            raise InputError(
-                f"img_shapes holds {len(first)} images per sample; a wrapped QwenImageTransformer2DModel takes one, so "
-                "leave out the reference images."
-            )
-        first = first[0]
-    frames, rows, columns = first
+    if any(other != shapes[0] for other in shapes):
+        raise InputError(
+            f"img_shapes has different images for the samples of a batch, but a {type(model).__name__} places all "
+            "samples as the first; call it with samples whose images have the same sizes."
+        )
+    images = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
+    # the layers of a layered picture are generated together; the last image is the reference
+    layers = max(1, len(images) - 1) if model.config.get("use_layer3d_rope") else 1  # type: ignore[operator, union-attr]
+    if len({tuple(image) for image in images[:layers]}) > 1:
+        raise InputError(f"the layers in img_shapes have different sizes: {images[:layers]}; give them one size.")
+    frames, rows, columns = images[0]
+    grid, references = (
+        _image_grid(frames * layers, rows, columns),
+        tuple(_image_grid(*each) for each in images[layers:]),
+    )
+    return ImageTokens(grid, references) if references else grid
+
+
+def _image_grid(frames: int, rows: int, columns: int) -> Grid:
     return (rows, columns) if frames == 1 else (frames, rows, columns)
 
 
@@ -102,6 +113,7 @@ QWEN = ModelAdapter(
             attention=("attn",),
             mlp=("img_mlp",),
             modulated=modulation.qwen,
+            products=Products(rounds=("img_mod.*",)),
             width=attention_and_mlp("attn", "img_mlp", "QwenDoubleStreamAttnProcessor2_0"),
         ),
     ),

@@ -71,9 +71,15 @@ def shift_table_per_token(block: nn.Module, arguments: Arguments) -> Tensor:
 
 
 def zimage(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Return the modulated tokens of a block of Z-Image, which scales them without a shift."""
-    scale = block.adaLN_modulation(arguments["adaln_input"]).chunk(4, dim=1)[0]  # type: ignore[operator]
-    out: Tensor = block.attention_norm1(arguments["x"]) * (1 + scale[:, None])  # type: ignore[operator]
+    """Return the modulated tokens of a block of Z-Image, which scales them without a shift.
+
+    With reference images, tokens whose `noise_mask` is not 1 are modulated by a second timestep.
+    """
+    mask = arguments.get("noise_mask")
+    names = ("adaln_input",) if mask is None else ("adaln_noisy", "adaln_clean")
+    scales = [block.adaLN_modulation(arguments[name]).chunk(4, dim=1)[0][:, None] for name in names]  # type: ignore[operator]
+    scale = scales[0] if mask is None else torch.where(mask[..., None] == 1, *scales)
+    out: Tensor = block.attention_norm1(arguments["x"]) * (1 + scale)  # type: ignore[operator]
     return out
 
 

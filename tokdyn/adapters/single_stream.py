@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, timestep_level
 from tokdyn.adapters.width import Width, attention_layers, mlp_layers, runs_processor
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, ImageTokens, cells
+
+_MULTIPLE = 32
+"""Z-Image pads the tokens of every text and image to a multiple of this."""
 
 
-def _zimage_grid(model: nn.Module, call: Arguments) -> Grid:
+def _zimage_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     latents = call["x"]
-    if isinstance(latents[0], list):
-        raise InputError(
-            "x holds several images per sample; a wrapped ZImageTransformer2DModel takes one, so leave the others out."
-        )
-    sizes = {tuple(latent.shape[-3:]) for latent in latents}
+    several = isinstance(latents[0], list)
+    sizes = {
+        tuple(None if image is None else _zimage_cells(image, call) for image in (images if several else [images]))
+        for images in latents
+    }
     if len(sizes) > 1:
         raise InputError(
-            f"the images in x have the sizes {sorted(sizes)}; call a wrapped ZImageTransformer2DModel with images of "
-            "one size at a time."
+            f"the images in x have the sizes {sorted(map(str, sizes))} in tokens; call a wrapped "
+            "ZImageTransformer2DModel with samples whose images have the same sizes."
         )
-    frames, rows, columns = sizes.pop()
+    *others, grid = sizes.pop()
+    assert grid is not None
+    if not several:
+        return grid
+    noisy = [0] * len(others) + [1]
+    if any(list(mask) != noisy for mask in call["image_noise_mask"]):
+        raise InputError(f"image_noise_mask must be {noisy} for every sample: the last image is the generated one.")
+    references: list[Grid] = []
+    for other in others:
+        references += [other] if other else []
+        padding = -cells(other) % _MULTIPLE if other else _MULTIPLE
+        references += [(padding,)] if padding else []
+    texts = [sum(-(-len(text) // _MULTIPLE) for text in sample) * _MULTIPLE for sample in call["cap_feats"]]
+    return ImageTokens(grid, tuple(references), len(references), rotation=tuple(texts))
+
+
+def _zimage_cells(image: Tensor, call: Arguments) -> Grid:
+    frames, rows, columns = image.shape[-3:]
     size, duration = call.get("patch_size", 2), call.get("f_patch_size", 1)
     grid = (frames // duration, rows // size, columns // size)
     return grid[1:] if grid[0] == 1 else grid
@@ -40,10 +59,12 @@ ZIMAGE = ModelAdapter(
             tokens="x",
             image="first",
             joint="first",
-            follow=(Follow("attn_mask"), Follow("attention_mask"), Follow("freqs_cis")),
+            follow=(Follow("attn_mask"), Follow("attention_mask"), Follow("freqs_cis"), Follow("noise_mask")),
+            rounds=("adaln_input", "adaln_noisy", "adaln_clean"),
             attention=("attention",),
             mlp=("feed_forward",),
             modulated=modulation.zimage,
+            products=Products(rounds=("adaLN_modulation.*",)),
             width=Width(
                 layers=(
                     *attention_layers("attention"),
@@ -58,26 +79,19 @@ ZIMAGE = ModelAdapter(
     ),
     grid=_zimage_grid,
     level=timestep_level("t", scale=1.0, backwards=True),
-    refuse={
-        "controlnet_block_samples": CONTROL_REASON,
-        "siglip_feats": IMAGE_PROMPT_REASON,
-        "image_noise_mask": IMAGE_PROMPT_REASON,
-    },
+    refuse={"controlnet_block_samples": CONTROL_REASON},
     width=lambda model: int(model.config["dim"]),  # type: ignore[index]
     heads=lambda model: int(model.config["n_heads"]),  # type: ignore[index]
     guidance="cond_first",
 )
 
 
-def _lumina_grid(model: nn.Module, call: Arguments) -> Grid:
-    mask: Tensor = call["encoder_attention_mask"]
-    lengths = mask.sum(dim=1)
-    if not torch.equal(lengths, lengths[:1].expand_as(lengths)):
-        raise InputError(
-            f"the prompts have {lengths.tolist()} tokens, so the image tokens of a Lumina2Transformer2DModel begin at "
-            "different places; call a wrapped one with prompts of one length at a time."
-        )
-    return patch_grid(model, call)
+def _lumina_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid. Samples with a shorter text have padding after the image, by which they are rotated."""
+    lengths = call["encoder_attention_mask"].sum(dim=1).tolist()
+    shorter = tuple(int(length) - int(max(lengths)) for length in lengths)
+    grid = patch_grid(model, call)
+    return ImageTokens(grid, rotation=shorter) if any(shorter) else grid
 
 
 LUMINA2 = ModelAdapter(

@@ -18,9 +18,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from tokdyn.adapters.base import DEFAULT_PRODUCTS, Blocks, ModelAdapter, Patterns, Products
 
-Rows = Literal["image", "text", "joint", "context", "context_text", "context_image", "sample"]
-"""What the rows of a layer are: image tokens, text tokens, both in one sequence ("joint"), samples, or the tokens of an
-encoder: all of them ("context"), or only text ("context_text") or image embeddings ("context_image")."""
+Rows = Literal["image", "text", "joint", "context", "context_text", "context_image", "sample", "round"]
+"""What the rows of a layer are: image tokens, text tokens, both in one sequence ("joint"), samples, the embeddings of
+timesteps, of which a sample may have several ("round"), or the tokens of an encoder: all of them ("context"), or only
+text ("context_text") or image embeddings ("context_image")."""
 
 Owner = Literal["attention", "mlp", "block"]
 """Which module's image tokens are meant. Attention and MLP may get fewer than the block, if a method merges tokens."""
@@ -78,7 +79,7 @@ class Structure:
     Attributes:
         layers: its linear layers and convolutions.
         pairs: its attentions.
-        indicator: FLOPs per sample of computing the tensor that FeatureCache compares.
+        indicator: FLOPs per sample and embedding of a timestep of computing the tensor that FeatureCache compares.
         context_text: number of text tokens among the encoder's tokens; see `Products`.
         parts: for each layer, by its path from the block, the entry under which its FLOPs are listed.
     """
@@ -169,7 +170,7 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
     """Return the entry under which a layer is listed, what its rows are and whose image tokens they are."""
     top, _, rest = name.partition(".")
     if _matches(name, products.sample):
-        return "adaLN", "sample", "block"
+        return "adaLN", "round" if _matches(name, products.rounds) else "sample", "block"
     if top in products.cross:
         return "cross-attention", _cross_attention_rows(rest, getattr(block, top)), "block"
     owner: Owner = "block"

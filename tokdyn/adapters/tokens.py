@@ -5,7 +5,7 @@ An entry is the slice of a tensor that belongs to one token, such as one row of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,77 @@ def join(text: Tensor | None, x: Tensor, image: str) -> Tensor:
     if text is None:
         return x
     return torch.cat([x, text] if image == "first" else [text, x], dim=1)
+
+
+def apart(x: Tensor, beside: tuple[int, int], lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Split image tokens into the reference tokens before the generated ones, the generated ones, and those after them.
+
+    Args:
+        x: (B, M, ...) image tokens.
+        beside: how many reference tokens there are before and after the generated tokens.
+        lengths: number of image tokens of each sample, if they differ; entries behind them are padding.
+
+    Returns:
+        Reference tokens (B, r, ...), generated tokens with padding, and reference tokens.
+    """
+    before, after = beside
+    if not before + after:
+        return x[:, :0], x, x[:, :0]
+    stop = x.shape[1] - after
+    if lengths is None or not after:
+        return x[:, :before], x[:, before:stop], x[:, stop:]
+    slot = torch.arange(after, device=x.device) - after + torch.tensor(lengths, device=x.device)[:, None]
+    return x[:, :before], x[:, before:stop], take(x, slot)
+
+
+def together(first: Tensor, own: Tensor, last: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """Join generated tokens with the reference tokens before and after them; the inverse of `apart`.
+
+    Args:
+        first: (B, r, ...).
+        own: (B, M, ...) generated tokens.
+        last: (B, r, ...).
+        lengths: number of generated tokens of each sample, if they differ. Their padding comes behind all others.
+    """
+    if not first.shape[1] + last.shape[1]:
+        return own
+    x = torch.cat([first, own, last], dim=1)
+    if lengths is None or not last.shape[1]:
+        return x
+    slot = torch.arange(x.shape[1], device=x.device)
+    end = torch.tensor(lengths, device=x.device)[:, None] + first.shape[1]
+    skipped = own.shape[1] + first.shape[1] - end
+    reference, padding = slot + skipped, slot - last.shape[1]
+    return take(x, torch.where(slot < end, slot, torch.where(slot < end + last.shape[1], reference, padding)))
+
+
+def rotate(x: Tensor, by: Sequence[int], back: bool = False) -> Tensor:
+    """Rotate the sequence of every sample of x (B, S, ...) to the left, by another number of places for each.
+
+    Args:
+        x: the sequences.
+        by: the number of places for every sample; () leaves x as it is.
+        back: whether to rotate to the right.
+    """
+    if not by:
+        return x
+    places = torch.tensor(by, device=x.device)[:, None]
+    slot = torch.arange(x.shape[1], device=x.device) + (-places if back else places)
+    return take(x, slot.remainder(x.shape[1]))
+
+
+def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
+    """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
+    products, text = blocks.products, named.get(blocks.text or "")
+    encoder = named.get(products.context) if products is not None and products.cross else None
+    beside = named[blocks.tokens].shape[1] - image
+    return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
+
+
+def rounds_of(named: Mapping[str, Any], blocks: Blocks, batch: int) -> int:
+    """Count the embeddings of timesteps that a block gets for each sample."""
+    held = [named[name] for name in blocks.rounds if named.get(name) is not None]
+    return sum(len(value) for value in held) // batch if held else 1
 
 
 def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:

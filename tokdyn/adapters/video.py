@@ -8,14 +8,24 @@ from torch import nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
-from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level
+from tokdyn.adapters.readers import (
+    IMAGE_PROMPT_REASON,
+    grid_from_coordinates,
+    timestep_level,
+    with_clean_frames,
+)
 from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, ImageTokens
 
 
 def _wan_grid(model: nn.Module, call: Arguments) -> Grid:
     patch = model.config["patch_size"]  # type: ignore[index]
     return tuple(size // part for size, part in zip(call["hidden_states"].shape[-3:], patch, strict=True))
+
+
+def _wan_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid; the first frame of image to video (Wan 2.2 5B) is clean and has timestep 0."""
+    return with_clean_frames(_wan_grid(model, call), call["timestep"])
 
 
 WAN = ModelAdapter(
@@ -32,7 +42,8 @@ WAN = ModelAdapter(
             width=attention_and_mlp("attn1", "ffn", "WanAttnProcessor", "SkyReelsV2AttnProcessor"),
         ),
     ),
-    grid=_wan_grid,
+    grid=_wan_tokens,
+    read_ahead=("timestep",),
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
@@ -54,8 +65,21 @@ SKYREELS = replace(
     name="SkyReels V2",
     classes=("SkyReelsV2Transformer3DModel",),
     blocks=(replace(WAN.blocks[0], follow=(Follow("rotary_emb"), Follow("temb", axis=2, dims=4))),),
+    grid=_wan_grid,  # its frames may all have timesteps of their own
+    read_ahead=(),
     whole=_needs_all_frames,
 )
+
+
+def _ltx_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid; frames that the video is conditioned on come before it, or are clean and have timestep 0."""
+    read: Grid | ImageTokens
+    if call.get("video_coords") is None:
+        read = call["num_frames"], call["height"], call["width"]
+    else:
+        read = grid_from_coordinates(call["video_coords"])
+    return with_clean_frames(read, call["timestep"])
+
 
 LTX = ModelAdapter(
     name="LTX-Video",
@@ -71,7 +95,8 @@ LTX = ModelAdapter(
             width=attention_and_mlp("attn1", "ff", "LTXVideoAttnProcessor", tables=("image_rotary_emb",)),
         ),
     ),
-    grid=lambda model, call: (call["num_frames"], call["height"], call["width"]),
+    grid=_ltx_tokens,
+    read_ahead=("timestep",),
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
 )

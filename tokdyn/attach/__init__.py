@@ -32,6 +32,7 @@ from tokdyn.attach.handlers.base import (
     Handlers,
     Kernel,
     Plan,
+    Selector,
     Sublayer,
     handles,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "Kernel",
     "Meter",
     "Plan",
+    "Selector",
     "Site",
     "Sublayer",
     "Support",

@@ -25,7 +25,7 @@ from tokdyn.attach.view import TokenView
 from tokdyn.attach.width.layout import Layout, layouts_of
 from tokdyn.compose import Placed, compose
 from tokdyn.methods import Method, Sizes
-from tokdyn.tokens import Grid
+from tokdyn.tokens import ImageTokens
 from tokdyn.trace.calls import BlockTrace, CallTrace, levels_of
 from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Trajectory
@@ -83,12 +83,12 @@ class Prepared(NamedTuple):
     """What was read of a call before it was made, outside of graphs of torch.compile.
 
     Attributes:
-        grid: the token grid, where it depends on values and not only on shapes.
+        images: the token grids, where they depend on values and not only on shapes.
         level: what the adapter says of the noise level; only beside an observation.
         seen: the call as it was observed; None in training and where there is no noise level to tell steps by.
     """
 
-    grid: Grid | None = None
+    images: ImageTokens | None = None
     level: Tensor | float | None = None
     seen: Observation | None = None
 
@@ -188,7 +188,7 @@ class Attachment(nn.Module):
             prepared: what was read of it already.
         """
         adapter, trajectory = self.adapter, self.trajectory
-        grid, level, seen = prepared
+        images, level, seen = prepared
         if seen is None and adapter.level is not None:
             level = adapter.level(model, arguments)
         training = model.training and gradients
@@ -200,23 +200,23 @@ class Attachment(nn.Module):
         counted = None if self.meter is None else self.meter.counted
         slots: list[Any] = [None] * self.handlers.slots
         context = open_context(model, adapter, arguments, self.settings, trace, slots, trajectory, guard, counted)
-        if grid is not None:
-            context.readings.grid.put(grid)
+        if images is not None:
+            context.readings.images.put(images)
         recomputable = gradients and (training or not self.remembers)
         remember = self.replays.remember if recomputable else None
         return Frame(
             context, self.handlers, self.sites(model), remember, TokenView((), 0, 0), BlockTrace(0, 0, 0), Exchange()
         )
 
-    def prepare(self, model: nn.Module, arguments: Mapping[str, Any], grid: Grid | None = None) -> Prepared:
+    def prepare(self, model: nn.Module, arguments: Mapping[str, Any], images: ImageTokens | None = None) -> Prepared:
         """Look at a call before it is made."""
         adapter, training = self.adapter, model.training and torch.is_grad_enabled()
         if self.watch and self.meter is None:
             self.watch.first.see(model, sampling=not training and not self.settings.drop_rate)
         if adapter.level is None or training:
-            return Prepared(grid)
+            return Prepared(images)
         level = adapter.level(model, arguments)
-        return Prepared(grid, level, self.trajectory.observe(arguments, levels_of(level)))
+        return Prepared(images, level, self.trajectory.observe(arguments, levels_of(level)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drop slices of the model's weights when the model is moved to another device or dtype."""

@@ -240,6 +240,17 @@ def _as_call(method: Method) -> str:
     return f"{type(method).__name__}({given})"
 
 
+def reads_images(placed: Sequence[Placed], training: bool) -> bool:
+    """Return whether a method that acts needs to know the generated tokens and their grid.
+
+    Args:
+        placed: the methods.
+        training: whether methods act that act in training only.
+    """
+    needs = (each.traits.reads in ("count", "grid") and (training or "sample" in each.traits.phases) for each in placed)
+    return any(needs)
+
+
 def check_cache(model: nn.Module, placed: Sequence[Placed], config: Any) -> None:
     """Check that a cache of diffusers and the methods of a model do not get into each other's way.
 

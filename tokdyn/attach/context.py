@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
+from tokdyn.adapters.tokens import other_tokens, rounds_of
 from tokdyn.attach.inferred import Guard
 from tokdyn.attach.offload import Residency
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import FollowedArguments, TokenView
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid, cells
+from tokdyn.tokens import Grid, ImageTokens, beside, total
 from tokdyn.trace.calls import BlockTrace, CallTrace
 from tokdyn.trace.trajectory import Position, Trajectory
 
@@ -79,13 +80,13 @@ class Readings:
     """Values that are read from the arguments of a call at their first use, which synchronises with an accelerator.
 
     Attributes:
-        grid: the token grid.
+        images: the grids of the generated image and of reference images.
         levels: noise levels, one for each sample or one for all.
         position: step, guidance branch and image of the call.
         followed: entries of the blocks' arguments for the tokens of views.
     """
 
-    grid: Lazy[Grid]
+    images: Lazy[ImageTokens]
     levels: Lazy[tuple[float, ...]]
     position: Lazy[Position]
     followed: FollowedArguments
@@ -129,12 +130,28 @@ class CallContext:
         return self.trace.training
 
     @property
-    def grid(self) -> Grid:
-        """The token grid, read from the arguments at the first use.
+    def images(self) -> ImageTokens:
+        """The grids of the generated image and of reference images, read from the arguments at the first use.
 
-        Raises an InputError if it cannot be read, or has another number of cells than the blocks get image tokens.
+        Raises an InputError if they cannot be read, or have another number of cells than the blocks get image tokens.
         """
-        return self.readings.grid.value
+        return self.readings.images.value
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the generated tokens; see `images`."""
+        return self.images.grid
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        """Number of reference tokens before and after the generated tokens of a sample; see `images`."""
+        return beside(self.images)
+
+    def rotation(self, blocks: Blocks) -> tuple[int, ...]:
+        """Return by how many places each sample's sequence is rotated in these blocks; see `ImageTokens`."""
+        if blocks.image == "all" or not self.readings.images.known:
+            return ()
+        return self.images.rotation
 
     @property
     def position(self) -> Position:
@@ -176,18 +193,20 @@ class CallContext:
             )
         return tuple(values)
 
-    def check_grid(self, grid: Grid) -> Grid:
-        """Return the grid, after checking that it has as many cells as the blocks get image tokens, if that is known.
+    def check_images(self, images: ImageTokens) -> ImageTokens:
+        """Return the grids, after checking that the blocks get as many image tokens as they have cells, if it is known.
 
         Raises:
-            InputError: it has not.
+            InputError: they have not.
         """
-        if self.trace.cells not in (0, cells(grid)):
+        if self.trace.cells not in (0, total(images)):
+            sizes = [" x ".join(map(str, grid)) for grid in (images.grid, *images.references)]
+            references = f", with references of {', '.join(sizes[1:])}" if sizes[1:] else ""
             raise InputError(
-                f"the token grid of this {type(self.model).__name__} is {' x '.join(map(str, grid))}, but its blocks "
-                f"get {self.trace.cells} image tokens; leave out arguments that add tokens, such as reference images."
+                f"the token grid of this {type(self.model).__name__} is {sizes[0]}{references}, but its blocks get "
+                f"{self.trace.cells} image tokens; leave out arguments that add tokens."
             )
-        return grid
+        return images
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to an auxiliary loss of this call."""
@@ -203,7 +222,8 @@ class CallContext:
         rows = lengths if len(set(lengths)) > 1 else None
         tokens = view.room if view.packing is None else view.packing.longest
         beside = (0, 0) if view.packing is not None else other_tokens(named, site.blocks, tokens)
-        block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view))
+        rounds = rounds_of(named, site.blocks, view.batch)
+        block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view), rounds=rounds)
         self.trace.blocks.append(block)
         return block
 
@@ -217,7 +237,7 @@ class CallContext:
     def release(self) -> None:
         """Release the arguments after the call, so that frames which are kept for recomputation do not hold them."""
         self.arguments, self.readings.followed = {}, FollowedArguments()
-        self.readings.grid.close()
+        self.readings.images.close()
         self.readings.position.close()
 
 
@@ -246,7 +266,7 @@ def open_context(
         counted: returns the FLOPs counted so far, while they are counted; else None.
     """
     readings = Readings(
-        Lazy(lambda: _read_grid(context)),
+        Lazy(lambda: _read_images(context)),
         Lazy(lambda: _read_levels(trace)),
         Lazy(lambda: trajectory.position(trace.observed, trace.batch)),
         FollowedArguments(),
@@ -263,19 +283,9 @@ def _read_levels(trace: CallTrace) -> tuple[float, ...]:
     return levels if isinstance(trace.level, Tensor) and trace.level.numel() > 1 else levels[:1]
 
 
-def _read_grid(context: CallContext) -> Grid:
-    """Read the token grid of a call and check it."""
-    read = context.adapter.grid
-    assert read is not None, "methods that need a grid were refused"
-    return context.check_grid(read(context.model, context.arguments))
-
-
-def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:
-    """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
-    products, text = blocks.products, named.get(blocks.text or "")
-    encoder = named.get(products.context) if products is not None and products.cross else None
-    beside = named[blocks.tokens].shape[1] - image
-    return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
+def _read_images(context: CallContext) -> ImageTokens:
+    """Read the grids of a call and check them."""
+    return context.check_images(context.adapter.image_tokens(context.model, context.arguments))
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import join
+from tokdyn.adapters.tokens import apart, join, other_tokens, rotate, rounds_of, together
 from tokdyn.attach import class_swap
-from tokdyn.attach.context import CallContext, is_offloaded, other_tokens
-from tokdyn.attach.handlers.base import BlockCall, Exchange, Frame, Inner, Sublayer
+from tokdyn.attach.context import CallContext, is_offloaded
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
-from tokdyn.tokens import cells
+from tokdyn.tokens import ImageTokens, cells, total
 
 Call = Callable[..., Any]
 Named = dict[str, Any]
@@ -80,7 +80,9 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     if edge:
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
-    as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
+    rotation = _rotation(frame, blocks)
+    named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
+    as_given = not edge and not rotation and (blocks.packing is None or view.packing is named[blocks.packing])
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
     if as_given and _nothing_acts(frame, blocks):
@@ -90,11 +92,18 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         return class_swap.within(frame._replace(block=block), call, *args, **kwargs)
     inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
     results = _compute_groups(frame, module, site, inner, named)
+    results["tokens"] = rotate(results["tokens"], rotation, back=True)
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
     if context.guard is not None:
         context.guard.before = (blocks.path, results["tokens"])
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
+
+
+def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
+    """Return how sequences are rotated for a block, if what acts in it depends on the places of image tokens."""
+    placed = frame.view.index is not None or len(frame.handlers.sublayers) + len(frame.handlers.kernels) > 0
+    return frame.context.rotation(blocks) if placed else ()
 
 
 def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], named: Named) -> Any:
@@ -123,18 +132,19 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
     if not trace.batch:
         trace.batch, trace.cells = batch, count
         trace.text, trace.context = other_tokens(named, blocks, count)
-        if context.readings.grid.known:
-            context.check_grid(context.grid)
+        trace.rounds = rounds_of(named, blocks, batch)
+        if context.readings.images.known:
+            context.check_images(context.images)
     return view
 
 
 def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
     """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
     if context.adapter.grid is None:
-        context.readings.grid.put((tokens.shape[1],))
+        context.readings.images.put(ImageTokens((tokens.shape[1],)))
     elif blocks.image != "all" and frame.handlers.separates_text:
         try:
-            return cells(context.grid)
+            return total(context.images)
         except InputError:
             if frame.handlers.counts:
                 raise
@@ -143,40 +153,51 @@ def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Bl
 
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
     """Open the brackets that begin with a block; return its tokens and their view afterwards."""
-    context, view, tokens = frame.context, frame.view, named[site.blocks.tokens]
     brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
+    return _act(frame, brackets, site, named[site.blocks.tokens], BlockCall(module, site, named))
+
+
+def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
+    """Close the brackets that end with a block; return its tokens afterwards."""
+    brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
+    return _act(frame, brackets, site, tokens, None)[0]
+
+
+def _act(
+    frame: Frame, brackets: Sequence[Bracket], site: Site, tokens: Tensor, block: BlockCall | None
+) -> tuple[Tensor, TokenView]:
+    """Open brackets before a block, or close them if it is None; return the tokens and their view afterwards."""
+    context, view = frame.context, frame.view
     if not brackets:
         return tokens, view
-    before = view.packing
-    tokens, view = view.padded(tokens)
+    before, rotation = view.packing, context.rotation(site.blocks)
+    tokens, view = view.padded(rotate(tokens, rotation))
     text, x = view.split(tokens, site.blocks)
-    block = BlockCall(module, site, named)
     for bracket in brackets:
-        if not view.all_idle:  # else no block inside of it will run
-            x, view = bracket.open(frame, view, x, block)
-    tokens = join(text, x, site.blocks.image)
+        if block is None or not view.all_idle:  # else no block inside of it will run
+            x, view = _act_one(frame, bracket, view, x, block)
+    tokens = rotate(join(text, x, site.blocks.image), rotation, back=True)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
     return tokens, view
 
 
-def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
-    """Close the brackets that end with a block; return its tokens afterwards."""
-    context, view = frame.context, frame.view
-    brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
-    if not brackets:
-        return tokens
-    before = view.packing
-    tokens, view = view.padded(tokens)
-    text, x = view.split(tokens, site.blocks)
-    for bracket in brackets:
-        x, view = bracket.close(frame, view, x)
-    tokens = join(text, x, site.blocks.image)
-    if before is not None:
-        tokens, view = view.packed(tokens, before)
-    context.view = view
-    return tokens
+def _act_one(
+    frame: Frame, bracket: Bracket, view: TokenView, x: Tensor, block: BlockCall | None
+) -> tuple[Tensor, TokenView]:
+    """Open a bracket, or close it if the block is None; one that selects tokens gets the generated ones only."""
+    context, selects = frame.context, isinstance(bracket, Selector) and bracket.selects(frame.context)
+    beside = context.beside if selects else (0, 0)
+    first, x, last = apart(x, beside, view.lengths)
+    inner = view.generated(beside)
+    x, inner = bracket.close(frame, inner, x) if block is None else bracket.open(frame, inner, x, block)
+    if not selects and inner.room < view.room and any(context.beside):
+        raise InputError(
+            f"{type(bracket).__name__} selects among the tokens of reference images too; let it be a Selector, which "
+            "gets the generated tokens only."
+        )
+    return together(first, x, last, inner.lengths), inner.among(beside)
 
 
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
@@ -217,17 +238,8 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     for gate in frame.handlers.gates:
         weight = gate.weight(context, view, site.block)
         if weight is not None:
-            _scale_change(results, inputs, weight, view)
+            scale_change(results, inputs, weight, view)
     return results
-
-
-def _scale_change(results: Named, inputs: Named, weight: Tensor, view: TokenView) -> None:
-    """Replace results by `input + weight * (result - input)`, with a weight (B,) for each sample."""
-    packing = view.packing
-    factor = weight.view(-1, 1, 1) if packing is None else weight.index_select(0, packing.sample)[:, None]
-    for name, value in results.items():
-        if value is not None and inputs.get(name) is not None:
-            results[name] = torch.lerp(inputs[name].to(value.dtype), value, factor.to(value.dtype))
 
 
 def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
@@ -259,7 +271,7 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
     context, blocks = frame.context, site.blocks
     view = frame.view if part is None else part.view
     arguments = named if part is None else part.take(named, blocks)
-    arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part)}
+    arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part, _rotation(frame, blocks))}
     block = context.record(view, site, arguments)
     inside = frame._replace(view=view, block=block, exchange=Exchange(view.samples))
     for kernel in frame.handlers.kernels:

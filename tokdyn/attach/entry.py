@@ -14,7 +14,7 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.attach import class_swap, containers, recompute
 from tokdyn.attach.attachment import Attachment, Prepared, sizes_of
-from tokdyn.attach.checks import check, check_arguments, check_cache, check_sublayers, enable_cache
+from tokdyn.attach.checks import check, check_arguments, check_cache, check_sublayers, enable_cache, reads_images
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
@@ -179,14 +179,14 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if attachment is None:
         return None
     named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs}
-    adapter, grid = attachment.adapter, None
-    if adapter.read_ahead and adapter.grid is not None and attachment.meter is None:
-        needed = any(each.traits.reads == "grid" for each in attachment.blueprint.placed)
-        if needed and all(named.get(name) is not None for name in adapter.read_ahead):
-            grid = adapter.grid(model, named)
+    adapter, images = attachment.adapter, None
     if attachment.meter is not None:
         named = dict(attachment.meter.arguments)
-    prepared = attachment.prepare(model, named, grid)
+    elif adapter.read_ahead and all(named.get(name) is not None for name in adapter.read_ahead):
+        training = (model.training and torch.is_grad_enabled()) or attachment.settings.drop_rate is not None
+        if reads_images(attachment.blueprint.placed, training):
+            images = adapter.image_tokens(model, named)
+    prepared = attachment.prepare(model, named, images)
     if attachment.settings.beside_dense and prepared.seen is not None:
         with disabled(model), torch.no_grad(), prepared.seen.timing_dense():
             model(*args, **kwargs)

@@ -112,7 +112,7 @@ def _detached(frame: Frame, old: Any, new: Any) -> Frame:
     context = copy.copy(frame.context)
     context.trace, context.losses, context.arguments, context.guard = context.trace.blank(), {}, {}, None
     context.readings = Readings(
-        context.readings.grid, context.readings.levels, context.readings.position, FollowedArguments()
+        context.readings.images, context.readings.levels, context.readings.position, FollowedArguments()
     )
     context.slots = [_replaced(state, old, new) for state in context.slots]
     return frame._replace(context=context, remember=None)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import join, select_samples, select_tokens, split
-from tokdyn.ops.pack import pack_index, packing_of
+from tokdyn.adapters.tokens import join, rotate, select_samples, select_tokens, split, together
+from tokdyn.ops.pack import pack_index, packing_of_some
 from tokdyn.tokens import Packing
 
 _CPU = torch.device("cpu")
@@ -23,11 +23,11 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class TokenView:
-    """The samples and image tokens of a block call.
+    """The samples and image tokens of a block call, those of reference images included.
 
     Attributes:
         samples: for each sample of the view, its position in the batch of the model's call.
-        cells: N, cells of the full grid of one sample.
+        cells: N, image tokens of one sample while none is left out. Cells of references are counted with the others.
         room: M, the image tokens that one sample has room for in a dense tensor (B, M, D), or the most that a sample
             has in packed tokens. It is N while no token is left out.
         device: device of the tokens.
@@ -81,6 +81,37 @@ class TokenView:
         lengths = tuple(sizes) if len(set(sizes)) > 1 else None
         return replace(self, room=index.shape[1], index=index, lengths=lengths, source=(*self.source, slot))
 
+    def generated(self, beside: tuple[int, int]) -> TokenView:
+        """Return the view of the generated tokens alone; `beside` are the reference tokens before and after them."""
+        first, count = beside[0], sum(beside)
+        if not count:
+            return self
+        room, lengths = self.room - count, self.lengths
+        return replace(
+            self,
+            cells=self.cells - count,
+            room=room,
+            index=None if self.index is None else self.index[:, first : first + room] - first,
+            lengths=None if lengths is None else tuple(length - count for length in lengths),
+        )
+
+    def among(self, beside: tuple[int, int]) -> TokenView:
+        """Return the view of the generated tokens among the references before and after them; undoes `generated`."""
+        first, last = beside
+        count, lengths, index = first + last, self.lengths, self.index
+        if not count:
+            return self
+        if index is not None:
+            places = torch.arange(self.cells + count, device=index.device).expand(self.batch, -1)
+            index = together(places[:, :first], index + first, places[:, first + self.cells :], lengths)
+        return replace(
+            self,
+            cells=self.cells + count,
+            room=self.room + count,
+            index=index,
+            lengths=None if lengths is None else tuple(length + count for length in lengths),
+        )
+
     def split(self, x: Tensor, blocks: Blocks) -> tuple[Tensor | None, Tensor]:
         """Split x (B, S, D), tokens of this view that a block gets or returns, into text and image tokens.
 
@@ -107,7 +138,7 @@ class TokenView:
         chosen, samples = torch.tensor(places, device=self.device), tuple(self.samples[place] for place in places)
         if self.packing is not None:
             rows = torch.isin(self.packing.sample, chosen).nonzero().squeeze(1)
-            packing = _packing_of_some(self.packing, places, rows)
+            packing = packing_of_some(self.packing, places, rows)
             view = replace(self, samples=samples, room=packing.longest, packing=packing, idle=frozenset())
             return Part(view, self, chosen, rows)
         length = self.sizes[places[0]]
@@ -226,27 +257,15 @@ class Part:
         return join(text, own[:, :length], blocks.image)
 
 
-def _packing_of_some(packing: Packing, places: Sequence[int], rows: Tensor) -> Packing:
-    """Make the packing of some samples.
-
-    Args:
-        packing: the packing of all samples.
-        places: positions of the samples in it.
-        rows: (t,) int64, their packed rows.
-    """
-    lengths = tuple(packing.lengths[place] for place in places)
-    cell = packing.cell.index_select(0, rows)
-    sample = torch.repeat_interleave(torch.tensor(lengths, device=cell.device), output_size=len(cell))
-    return packing_of(lengths, sample, cell, packing.grid)
-
-
 class FollowedArguments:
     """Selects from the arguments in `Blocks.follow`, and remembers the results, since most blocks get the same ones."""
 
     def __init__(self) -> None:
         self._selected: dict[Any, tuple[Any, Tensor | None, Any]] = {}
 
-    def select(self, named: Mapping[str, Any], blocks: Blocks, view: TokenView, part: Part | None) -> dict[str, Any]:
+    def select(
+        self, named: Mapping[str, Any], blocks: Blocks, view: TokenView, part: Part | None, rotation: Sequence[int]
+    ) -> dict[str, Any]:
         """Select the entries of a view's tokens from the arguments that have one entry per token.
 
         Args:
@@ -254,12 +273,13 @@ class FollowedArguments:
             blocks: the adapter's declaration of the block.
             view: the samples and tokens to select.
             part: the part that `view` belongs to; None if `view` has all samples of the arguments.
+            rotation: by how many places the sequence of each sample of the arguments is rotated first; () by none.
 
         Returns:
             The arguments that change, by name.
         """
         selected: dict[str, Any] = {}
-        for argument in blocks.follow if part is not None or view.index is not None else ():
+        for argument in blocks.follow if part is not None or view.index is not None or rotation else ():
             name = argument.name
             value = selected.get(name, named.get(name))  # an argument may have two token axes
             if value is None:
@@ -268,9 +288,9 @@ class FollowedArguments:
             index = (part.whole if part else view).index
             known = self._selected.get(key)
             if known is None or known[0] is not value or known[1] is not index:
-                entries = value
+                entries = value if name in selected else rotate(value, rotation)
                 if part is not None and name not in selected:
-                    entries = select_samples({name: value}, part.places, part.whole.batch, blocks)[name]
+                    entries = select_samples({name: entries}, part.places, part.whole.batch, blocks)[name]
                 if view.index is not None:
                     entries = select_tokens(entries, argument, blocks, view.index, view.cells)
                 known = self._selected[key] = value, index, entries

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
-from tokdyn.adapters.tokens import split
+from tokdyn.adapters.tokens import rotate, split
 from tokdyn.attach import Site, attachment_of, blocks_of, find_sites
 from tokdyn.cost.counter import attention_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.recorder import Call, moved
-from tokdyn.tokens import Packing, cells
+from tokdyn.tokens import ImageTokens, Packing, total
 from tokdyn.trace.calls import CallTrace
 
 Counts = TypeVar("Counts")
@@ -101,14 +101,15 @@ class Replay:
     @contextmanager
     def watching(self, call: Call, before: Watch, after: Watch) -> Iterator[None]:
         """Call `before` and `after` around every block of calls with these arguments within this context."""
-        count: list[int] = []  # image tokens of a sample, read once if the blocks also get text
+        known: list[ImageTokens] = []  # read once if the blocks also get text
 
         def image(x: Tensor, site: Site) -> Tensor:
             if site.blocks.image == "all" or self.adapter.grid is None:
                 return x
-            if not count:
-                count.append(cells(self.adapter.grid(self.model, call)))
-            return split(x, count[0], site.blocks.image)[1]
+            if not known:
+                known.append(self.adapter.image_tokens(self.model, call))
+            images = known[0]
+            return split(rotate(x, images.rotation), total(images), site.blocks.image)[1]
 
         def entering(site: Site) -> Callable[..., None]:
             def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

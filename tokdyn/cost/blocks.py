@@ -54,6 +54,7 @@ def _rows(layers: Layers, structure: Structure, call: BlockTrace, groups: Sequen
         "context_text": call.samples * text,
         "context_image": call.samples * (call.context - text),
         "sample": call.samples,
+        "round": call.samples * call.rounds,
     }[layers.rows]
 
 
@@ -92,7 +93,7 @@ class Costs:
     def dense(self, trace: CallTrace) -> Counter[str]:
         """Return the FLOPs of a call in which all blocks compute all tokens at full width, by part."""
         whole = (
-            BlockTrace(block, trace.batch, trace.cells, trace.text, trace.context)
+            BlockTrace(block, trace.batch, trace.cells, trace.text, trace.context, rounds=trace.rounds)
             for block in range(len(self._structures))
         )
         return _sum(self.of(call) for call in whole)
@@ -101,7 +102,7 @@ class Costs:
         """Return the FLOPs that methods added to a call, by what they computed, such as "Chunking router"."""
         total = Counter(trace.method_flops)
         if trace.compared and self._structures[0].indicator:
-            total["FeatureCache indicator"] += trace.compared * self._structures[0].indicator
+            total["FeatureCache indicator"] += trace.compared * trace.rounds * self._structures[0].indicator
         return total
 
 

@@ -23,8 +23,8 @@ class TokenMerge(Method):
     averaged with the destination that they are most similar to, and get the sublayer's result for it.
 
     Attributes:
-        ratio: share of the tokens that is merged into others, in [0, 1), or points (noise level, share) that are
-            interpolated. At most all tokens but the destinations are merged: 0.75 on a full grid with 2 x 2 buckets.
+        ratio: share of the generated tokens that is merged into others, in [0, 1), or points (noise level, share) that
+            are interpolated. At most all but the destinations are merged: 0.75 on a full grid with 2 x 2 buckets.
         where: the sublayers of a block that compute on merged tokens.
         partition: "bucket" works on any set of tokens; "grid" refuses to be combined with methods that leave tokens
             out.
@@ -36,6 +36,8 @@ class TokenMerge(Method):
         weighted: add the logarithm of the number of tokens that a merged token stands for to its logits as a key
             (arXiv 2210.09461).
         reuse: number of consecutive blocks that use the matching of the first of them.
+        references: "keep" leaves the tokens of reference images as they are; "merge" merges the tokens of each of them
+            among themselves, by the same ratio. None is ever merged with a token of the generated image.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ("merge", "tome")
@@ -49,6 +51,7 @@ class TokenMerge(Method):
     blocks: Span | None = None
     weighted: bool = False
     reuse: int = Field(default=1, ge=1)
+    references: Literal["keep", "merge"] = "keep"
 
     @field_validator("ratio")
     @classmethod

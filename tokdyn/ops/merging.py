@@ -115,19 +115,57 @@ def match(
     for each in ratios:
         if not 0.0 <= each < 1.0:
             raise InputError(f"the ratio is {each}, expected a share of the tokens in [0, 1).")
-    buckets = into.table.shape[1]
-    merged = [merged_away(length, buckets, each) for length, each in zip(lengths, ratios, strict=True)]
+    merged = [merged_away(length, into.table.shape[1], each) for length, each in zip(lengths, ratios, strict=True)]
+    source, place = _pairs(metric, lengths, into, merged)
+    return _plan(source, place, lengths, merged, size)
+
+
+def match_parts(
+    metric: Tensor, lengths: Sequence[int], parts: Sequence[tuple[Tensor, Destinations]], ratio: float
+) -> Merging:
+    """Plan to merge the rows of each of several parts among themselves; rows that belong to no part stay as they are.
+
+    Args:
+        metric: (T, D), the features to compare, sample after sample. They get no gradient.
+        lengths: rows of each sample.
+        parts: of each part its rows, (P,) int64 and as many for every sample, and its destinations among them.
+        ratio: share of the rows of every part to merge into others, in [0, 1).
+
+    Returns:
+        The plan, made without a synchronisation with the host.
+    """
+    batch, metric, merged = len(lengths), metric.detach(), 0
+    pairs = []
+    for rows, into in parts:
+        count = len(rows) // batch
+        away = merged_away(count, into.table.shape[1], ratio)
+        found = _pairs(metric.index_select(0, rows), [count] * batch, into, [away] * batch)
+        pairs.append([rows.index_select(0, each) for each in found])
+        merged += away
+    source, place = (torch.cat(each) for each in zip(*pairs, strict=True))
+    place, order = place.sort(stable=True)
+    return _plan(source.index_select(0, order), place, lengths, [merged] * batch)
+
+
+def _pairs(metric: Tensor, lengths: Sequence[int], into: Destinations, merged: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the rows to merge, a number of each sample, and their destinations, sorted by destination."""
+    if not any(merged):
+        empty = torch.empty(0, dtype=torch.int64, device=metric.device)
+        return empty, empty
+    metric = metric.detach()
+    metric = metric.float() if halves_multiply_slowly(metric) else metric
+    if len(set(zip(lengths, merged, strict=True))) == 1:
+        return _match_equal(metric, lengths[0], into, merged[0])
+    return _match_ragged(metric, lengths, into, merged)
+
+
+def _plan(
+    source: Tensor, place: Tensor, lengths: Sequence[int], merged: Sequence[int], size: Tensor | None = None
+) -> Merging:
+    """Build the plan from the rows to merge and their destinations, sorted by destination."""
     left = tuple(length - count for length, count in zip(lengths, merged, strict=True))
-    rows = torch.arange(len(metric), device=metric.device)
-    source = place = rows[:0]
-    if any(merged):
-        metric = metric.detach()
-        metric = metric.float() if halves_multiply_slowly(metric) else metric
-        if len(set(zip(lengths, merged, strict=True))) == 1:
-            source, place = _match_equal(metric, lengths[0], into, merged[0])
-        else:
-            source, place = _match_ragged(metric, lengths, into, merged)
-    kept = torch.ones_like(into.mask).index_fill(0, source, False)
+    rows = torch.arange(sum(lengths), device=source.device)
+    kept = torch.ones_like(rows, dtype=torch.bool).index_fill(0, source, False)
     keep = torch.nonzero_static(kept, size=sum(left)).squeeze(1)
     slot = (kept.cumsum(0) - 1).index_select(0, rows.index_copy(0, source, place))
     # Sources come sorted by destination: behind each merged row's own row, and behind those of all rows before it.

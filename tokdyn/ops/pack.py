@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -75,6 +77,20 @@ def packing_of(lengths: tuple[int, ...], sample: Tensor, cell: Tensor, grid: Gri
     """
     offsets = torch.tensor([0, *lengths], device=cell.device).cumsum(0).to(torch.int32)
     return Packing(lengths, sample * cells(grid) + cell, sample, cell, offsets, grid)
+
+
+def packing_of_some(packing: Packing, places: Sequence[int], rows: Tensor) -> Packing:
+    """Build the packing of some samples.
+
+    Args:
+        packing: the packing of all samples.
+        places: positions of the samples in it.
+        rows: (t,) int64, their packed rows.
+    """
+    lengths = tuple(packing.lengths[place] for place in places)
+    cell = packing.cell.index_select(0, rows)
+    sample = torch.repeat_interleave(torch.tensor(lengths, device=cell.device), output_size=len(cell))
+    return packing_of(lengths, sample, cell, packing.grid)
 
 
 def unpack(rows: Tensor, packing: Packing) -> Tensor:

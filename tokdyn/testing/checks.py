@@ -14,7 +14,7 @@ from tokdyn.attach import unsupported
 from tokdyn.errors import InputError
 from tokdyn.methods import METHODS, Method
 from tokdyn.testing.laws import LAWS, Case
-from tokdyn.tokens import cells
+from tokdyn.tokens import total
 from tokdyn.trace.calls import CallTrace
 
 
@@ -77,9 +77,10 @@ def check_adapter(
         in_range = bool(((levels >= 0) & (levels <= 1)).all())
         assert in_range, f"the {name} reads noise levels {levels.tolist()}; they must lie from 0 (image) to 1 (noise)"
     if adapter.grid is not None:
-        grid = adapter.grid(model, call)
-        assert min(grid) >= 1, f"the {name} reads the grid {grid}; every size must be at least 1"
-        _check_tokens(model, call, cells(grid))
+        images = adapter.image_tokens(model, call)
+        for grid in (images.grid, *images.references):
+            assert min(grid) >= 1, f"the {name} reads the grid {grid}; every size must be at least 1"
+        _check_tokens(model, call, total(images))
     checked = []
     for kind in METHODS.values():
         for method in kind.examples():

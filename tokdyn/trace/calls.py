@@ -30,6 +30,7 @@ class BlockTrace:
         which: places in the batch of the samples it was computed for; None for all.
         saved: FLOPs of all samples that pruned layers did without, by the layer's path in the block (multiply-add = 2).
             A smaller `mlp_rows` and the products of attention are not in it.
+        rounds: embeddings of timesteps of each sample, where image and reference tokens have different ones.
     """
 
     block: int
@@ -45,6 +46,7 @@ class BlockTrace:
     rows: tuple[int, ...] | None = None
     which: tuple[int, ...] | None = None
     saved: dict[str, int] = field(default_factory=dict)
+    rounds: int = 1
 
     def save(self, layer: str, flops: int) -> None:
         """Add FLOPs that a layer did without; a multiply-add is 2."""
@@ -102,7 +104,8 @@ class BlockTrace:
         merged = tuple(self.attention), tuple(self.mlp)
         rows = None if self.mlp_rows is None else int(self.mlp_rows)
         saved = tuple(self.saved.items())
-        return self.samples, self.tokens, self.rows, self.text, self.context, merged, self.heads, rows, saved
+        sizes = self.samples, self.rounds, self.tokens, self.rows, self.text, self.context
+        return *sizes, merged, self.heads, rows, saved
 
 
 @dataclass
@@ -115,6 +118,7 @@ class CallTrace:
         cells: N, image tokens of a sample.
         text: text tokens of each sample.
         context: tokens of an encoder that each sample attends to in cross-attention.
+        rounds: embeddings of timesteps of each sample.
         training: whether the model was in training mode and gradients were wanted.
         observed: what could be seen of the call from outside; None in training and in graphs of torch.compile.
         branch: name that the pipeline gave to the guidance branch, None if it gave none.
@@ -132,6 +136,7 @@ class CallTrace:
     cells: int = 0
     text: int = 0
     context: int = 0
+    rounds: int = 1
     training: bool = False
     observed: Observation | None = None
     branch: str | None = None

@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import ModelAdapter
@@ -52,7 +53,7 @@ class BlockCall:
 
 
 class Bracket(ABC):
-    """A handler around consecutive blocks.
+    """A handler around consecutive blocks; one that selects tokens is a `Selector`.
 
     Attributes:
         first: index of the first block inside, counted over all lists of blocks.
@@ -77,6 +78,14 @@ class Bracket(ABC):
         Returns:
             Image tokens (B, N, D) for the view that `open` got, and this view.
         """
+
+
+class Selector(Bracket):
+    """A bracket that selects tokens. It gets generated tokens only; reference tokens stay beside those it selects."""
+
+    @abstractmethod
+    def selects(self, context: CallContext) -> bool:
+        """Return whether tokens are selected in this call; if not, the bracket gets reference tokens too."""
 
 
 class Gate(ABC):
@@ -200,6 +209,15 @@ class Frame(NamedTuple):
     view: TokenView
     block: BlockTrace
     exchange: Exchange
+
+
+def scale_change(results: dict[str, Any], inputs: dict[str, Any], weight: Tensor, view: TokenView) -> None:
+    """Replace results by `input + weight * (result - input)`, with a weight (B,) for each sample."""
+    packing = view.packing
+    factor = weight.view(-1, 1, 1) if packing is None else weight.index_select(0, packing.sample)[:, None]
+    for name, value in results.items():
+        if value is not None and inputs.get(name) is not None:
+            results[name] = torch.lerp(inputs[name].to(value.dtype), value, factor.to(value.dtype))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
+from tokdyn.attach.handlers.base import BlockCall, Frame, Plan, Selector, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.errors import InputError
 from tokdyn.methods import Chunking, ChunkingModule
@@ -48,7 +48,7 @@ class Chunked:
 
 
 @dataclass(eq=False)
-class ChunkedBlocks(Bracket):
+class ChunkedBlocks(Selector):
     """Runs all blocks on the kept tokens only, and restores the full grid after the last block.
 
     De-chunking is applied to the change that the blocks made, output minus input: every cell gets its token from before
@@ -66,6 +66,10 @@ class ChunkedBlocks(Bracket):
     first: int
     last: int
     slot: int
+
+    def selects(self, context: CallContext) -> bool:
+        """Return whether the target lets tokens be left out."""
+        return self.method.target != 1.0
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
         """Keep the most probable tokens of each sample, (B, N, D) to (B, M, D); all of them if the target is 1.

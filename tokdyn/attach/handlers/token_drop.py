@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
+from tokdyn.attach.handlers.base import BlockCall, Frame, Plan, Selector, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import TokenDrop
 from tokdyn.ops.dropping import kept_count, mix, put_back, subset, take
@@ -33,7 +33,7 @@ class Dropped:
 
 
 @dataclass(eq=False)
-class DroppedSpan(Bracket):
+class DroppedSpan(Selector):
     """Drops tokens before the block `first` and puts them back after the block `last`.
 
     Acts in training, and in sampling inside of `tokdyn.attach.controls.dropping`.
@@ -48,11 +48,15 @@ class DroppedSpan(Bracket):
     last: int
     slot: int
 
+    def selects(self, context: CallContext) -> bool:
+        """Return whether tokens are dropped: in training, and where a rate for sampling is set."""
+        return context.training or context.settings.drop_rate is not None
+
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
         """Select a random subset of each sample's tokens: (B, N, D) to (B, M, D)."""
         context, sampling_rate = frame.context, frame.context.settings.drop_rate
         rate = self.method.rate if sampling_rate is None else sampling_rate
-        if not (context.training or sampling_rate is not None) or int(x.shape[1] * rate) == 0:
+        if not self.selects(context) or int(x.shape[1] * rate) == 0:
             return x, view
         noise = torch.rand(x.shape[:2], device=x.device) if context.training else self._hash(context, view, x)
         lengths = tuple(kept_count(size, rate) for size in view.sizes)

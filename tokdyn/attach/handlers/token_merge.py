@@ -23,10 +23,11 @@ from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import TokenMerge
 from tokdyn.methods.costs import matching_flops
 from tokdyn.ops.destinations import Destinations, destinations, grid_destinations
-from tokdyn.ops.merging import Merging, joined, match, merge, merged_away, unmerge
+from tokdyn.ops.merging import Merging, joined, match, match_parts, merge, merged_away, unmerge
 from tokdyn.ops.pack import packing_of
 from tokdyn.ops.schedules import at
 from tokdyn.ops.weighting import KeyBias, size_bias
+from tokdyn.tokens import Grid, cells
 
 _BIAS = "key_bias"  # attention with an argument of this name adds it to the logits of its keys itself
 
@@ -36,7 +37,8 @@ class Matchings:
     """What the blocks of one call share.
 
     Attributes:
-        destinations: destinations that depend on cell and noise level only, by samples and source of the view.
+        destinations: destinations that depend on cell and noise level only, by samples and source of the view, and by
+            the place where the tokens of an image begin.
         plans: matchings that several blocks use, by sublayer, window of `reuse` blocks and source of the view. For each
             sample (its position in the batch) the matching that it is part of, and its position there.
     """
@@ -152,10 +154,7 @@ class MergedTokens(Sublayer):
             sample, cell = (values.index_select(0, plan.keep) for values in (packing.sample, packing.cell))
             return {blocks.packing: packing_of(plan.lengths, sample, cell, packing.grid)}
         following = [argument for argument in blocks.follow if named.get(argument.name) is not None]
-        if not following:
-            return {}
-        first = torch.arange(view.batch, device=plan.keep.device)[:, None] * view.room
-        kept = plan.keep.view(view.batch, -1) - first
+        kept = plan.keep.view(view.batch, -1).remainder(view.room)
         followed: dict[str, Any] = {}
         for argument in following:  # an argument may have two token axes
             value = followed.get(argument.name, named[argument.name])
@@ -163,14 +162,9 @@ class MergedTokens(Sublayer):
         return followed
 
     def _plan(self, frame: Frame, view: TokenView, site: Site, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
-        """Match the tokens of a view, or reuse the matching of an earlier block; None if no token is merged.
+        """Match the image tokens (T, D) in the input of a sublayer, or reuse the matching of an earlier block.
 
-        Args:
-            frame: the frame of the block call.
-            view: the samples that are computed.
-            site: the site of the sublayer.
-            rows: (T, D) image tokens in the input of the sublayer, sample after sample.
-            ratios: share of the tokens to merge away, for each sample.
+        Returns None if no token is merged.
         """
         if self.method.reuse == 1:
             return self._match(frame.context, view, rows, ratios)
@@ -191,46 +185,68 @@ class MergedTokens(Sublayer):
 
     def _match(self, context: CallContext, view: TokenView, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
         """Match the rows (T, D) by their present values; None if no token is merged."""
+        if view.packing is None and any(context.beside):
+            return self._match_images(context, view, rows, ratios[0])
         sizes = view.sizes if len(rows) == sum(view.sizes) else (len(rows) // view.batch,) * view.batch
-        choose = self._important if self.method.important else self._fixed
-        into = choose(context, view, rows)
-        buckets = into.table.shape[1]
-        merged = [merged_away(size, buckets, ratio) for size, ratio in zip(sizes, ratios, strict=True)]
-        if not any(merged):
+        into = self._into(context, view, rows, context.grid)
+        if not self._spend(context, sizes, into, ratios, rows.shape[1]):
             return None
-        alike = into.others is not None and len(set(merged)) == 1
-        for size in (size for size, count in zip(sizes, merged, strict=True) if count):
-            context.trace.spend("TokenMerge matching", matching_flops(size, buckets, alike, rows.shape[1]))
         return match(rows, sizes, into, ratios[0] if len(set(ratios)) == 1 else list(ratios))
 
-    def _fixed(self, context: CallContext, view: TokenView, rows: Tensor) -> Destinations:
-        """Choose destinations by cell, seed and noise level only, once for all blocks of a call."""
-        known, key = self._matchings(context).destinations, (view.samples, view.source)
-        device = rows.device
+    def _match_images(self, context: CallContext, view: TokenView, rows: Tensor, ratio: float) -> Merging | None:
+        """Match the generated tokens, and on request the tokens of each reference, among themselves."""
+        images, beside = context.images, context.beside
+        counts = [cells(grid) for grid in images.references]
+        parts = [(beside[0], images.grid, view.generated(beside))]
+        for number, grid in enumerate(images.references if self.method.references == "merge" else ()):
+            at = sum(counts[:number]) if number < images.leading else view.room - sum(counts[number:])
+            parts.append((at, grid, TokenView(view.samples, cells(grid), cells(grid), view.device)))
+        pairs, merged, rows = [], False, rows.detach()  # recomputed blocks reuse the matching
+        first = torch.arange(view.batch, device=rows.device)[:, None] * view.room
+        for at, grid, part in parts:
+            own = (first + torch.arange(at, at + part.room, device=rows.device)).flatten()
+            into = self._into(context, part, rows.index_select(0, own), grid, at)
+            merged |= self._spend(context, part.sizes, into, (ratio,) * view.batch, rows.shape[1])
+            pairs.append((own, into))
+        return match_parts(rows, (view.room,) * view.batch, pairs, ratio) if merged else None
+
+    def _spend(
+        self, context: CallContext, sizes: Sequence[int], into: Destinations, ratios: Sequence[float], width: int
+    ) -> bool:
+        """Return whether any of the tokens of each sample, `sizes`, are merged; record the FLOPs of matching them."""
+        buckets = into.table.shape[1]
+        merged = [merged_away(size, buckets, ratio) for size, ratio in zip(sizes, ratios, strict=True)]
+        alike = into.others is not None and len(set(merged)) == 1
+        for size in (size for size, count in zip(sizes, merged, strict=True) if count):
+            context.trace.spend("TokenMerge matching", matching_flops(size, buckets, alike, width))
+        return any(merged)
+
+    def _into(self, context: CallContext, view: TokenView, rows: Tensor, grid: Grid, first: int = 0) -> Destinations:
+        """Choose a destination in every bucket of a grid, for rows (T, D) that begin at `first` among the image tokens.
+
+        It is the one with the largest norm, or one chosen by cell, seed and noise level once for all blocks of a call.
+        """
+        bucket, seed = self.method.bucket, self.method.seed
+        if self.method.important:
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            length = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype)
+            return destinations(*view.rows(), view.batch, grid, bucket, importance=length)
+        known, key = self._matchings(context).destinations, (view.samples, view.source, first)
         if key in known:
             return known[key]
-        step: int | Tensor = 0
-        if self.method.seed is not None:
-            step = (context.level_tensor(view, device) * 1000).round().long()
-        bucket, seed = self.method.bucket, self.method.seed
+        step = 0 if seed is None else (context.level_tensor(view, rows.device) * 1000).round().long()
         if view.index is None and view.packing is None:
-            chosen = grid_destinations(view.batch, context.grid, device, bucket, seed, step)
+            chosen = grid_destinations(view.batch, grid, rows.device, bucket, seed, step)
         else:
-            chosen = destinations(*view.rows(), view.batch, context.grid, bucket, seed, step)
+            chosen = destinations(*view.rows(), view.batch, grid, bucket, seed, step)
         known[key] = chosen
         return chosen
-
-    def _important(self, context: CallContext, view: TokenView, rows: Tensor) -> Destinations:
-        """Choose the token with the largest norm in every bucket."""
-        length = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
-        return destinations(*view.rows(), view.batch, context.grid, self.method.bucket, importance=length)
 
     def _matchings(self, context: CallContext) -> Matchings:
         """Return what the blocks of this call share."""
         if context.slots[self.slot] is None:
             context.slots[self.slot] = Matchings()
-        matchings: Matchings = context.slots[self.slot]
-        return matchings
+        return context.slots[self.slot]  # type: ignore[no-any-return]
 
 
 def _weighted(

@@ -1,0 +1,226 @@
+"""Tokens of reference images: token methods act on the generated tokens beside them, and every law holds."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokdyn
+from tests.contract.kit import SHARED, sample, shallow
+from tests.contract.references import BESIDE, CALLS, COLUMNS, EDITS, ROWS, kontext, numbered, qwen
+from tests.contract.stacks import ACTIVE, acting
+from tokdyn import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
+from tokdyn.adapters import adapter_for
+from tokdyn.methods import Method
+from tokdyn.ops.destinations import grid_destinations
+from tokdyn.ops.merging import match, merge
+from tokdyn.testing import LAWS, Case, check_adapter
+from tokdyn.tokens import beside, total
+
+STACKS: dict[str, list[Method]] = {
+    **{name: ACTIVE[name] for name in ("drop-nested", "cache", "cache-first", "curves", "chunk-ragged-train", "width")},
+    "merge-references": [TokenMerge(ratio=0.5, references="merge", weighted=True, reuse=2)],
+    "merge-important": [TokenMerge(ratio=0.4, references="merge", important=True)],
+    "chunk-merge": [Chunking(target=2, ragged=True, router="cosine"), TokenMerge(references="merge", seed=3)],
+    "chunk-stack": [FeatureCache(threshold=0.5), Chunking(target=3), TokenMerge(), DepthSkip(blocks=(2,))],
+}
+BY_NAME = {law.__name__: law for law in LAWS}
+every = pytest.mark.parametrize("name", CALLS)
+with_references = pytest.mark.parametrize("name", BESIDE)
+
+
+@pytest.mark.pairwise("references")
+@pytest.mark.parametrize(("name", "stack"), [*product(CALLS, STACKS)])
+@pytest.mark.parametrize("law", BY_NAME)
+def test_laws_hold(law: str, name: str, stack: str) -> None:
+    model = CALLS[name].build()
+    methods = tuple(STACKS[stack])
+    BY_NAME[law](Case(lambda: copy.deepcopy(model), CALLS[name].inputs(3), methods, SHARED, 1e-5, acting))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in CALLS])
+def test_adapters_pass_their_check(name: str) -> None:
+    assert len(check_adapter(CALLS[name].build(), CALLS[name].inputs(2), shared=SHARED, tolerance=1e-5)) >= 14
+
+
+@with_references
+def test_adapters_say_which_tokens_are_references(name: str) -> None:
+    model, call = CALLS[name].build(), CALLS[name].inputs(2)
+    images = adapter_for(model).image_tokens(model, call)
+    assert beside(images) == BESIDE[name]
+    seen = tokens_of_blocks(model, call)[0]
+    assert total(images) <= seen.shape[1]
+
+
+def tokens_of_blocks(model: nn.Module, call: dict[str, Any], sublayer: str | None = None) -> list[Tensor]:
+    """The tokens that every block, or its attention, is called with."""
+    seen: list[Tensor] = []
+    for blocks in adapter_for(model).blocks[:1]:
+        for block in model.get_submodule(blocks.path):  # type: ignore[attr-defined]
+            module = block if sublayer is None else getattr(block, sublayer)
+            name = blocks.tokens if sublayer is None else "hidden_states"
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: seen.append(kwargs[name] if name in kwargs else args[0]),
+                with_kwargs=True,
+            )
+    model(**call)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["Kontext", "Qwen", "Wan", "LTX"])
+@pytest.mark.parametrize(
+    "method", [Chunking(target=2), TokenDrop(rate=0.5, blocks=(0, -1))], ids=lambda one: type(one).__name__
+)
+def test_references_stay_whole_where_tokens_are_left_out(name: str, method: Method) -> None:
+    model, call = CALLS[name].build().train(), CALLS[name].inputs(2)
+    whole = tokens_of_blocks(copy.deepcopy(model), call)[0]
+    first, last = BESIDE[name]
+    own = whole.shape[1] - first - last
+    reduced = tokens_of_blocks(tokdyn.wrap(model, [method]), call)[0]
+    assert reduced.shape[1] == whole.shape[1] - own // 2
+    assert torch.equal(reduced[:, :first], whole[:, :first])
+    assert torch.equal(reduced[:, reduced.shape[1] - last :], whole[:, whole.shape[1] - last :])
+    stop = reduced.shape[1] - last
+    for kept, all_tokens in zip(reduced[:, first:stop], whole[:, first : first + own], strict=True):
+        assert all((token == all_tokens).all(dim=1).any() for token in kept)
+
+
+@pytest.mark.parametrize("references", ["keep", "merge"])
+@pytest.mark.parametrize("name", ["Qwen", "Wan"])
+@torch.no_grad()
+def test_attention_gets_tokens_merged_within_one_image(name: str, references: Any) -> None:
+    """The first block's attention gets what the plain functions make of each image by itself."""
+    sublayer = {"Qwen": "attn", "Wan": "attn1"}[name]
+    plain, call = CALLS[name].build(), CALLS[name].inputs(2)
+    whole = tokens_of_blocks(plain, call, sublayer)[0]
+    model = tokdyn.wrap(CALLS[name].build(), [TokenMerge(ratio=0.5, references=references)])
+    found = tokens_of_blocks(model, call, sublayer)[0]
+    images = adapter_for(model).image_tokens(model, call)
+    grids = [*images.references[: images.leading], images.grid, *images.references[images.leading :]]
+    expected = []
+    for number, (grid, part) in enumerate(
+        zip(grids, whole.split([torch.Size(grid).numel() for grid in grids], dim=1), strict=True)
+    ):
+        rows = part.reshape(-1, part.shape[-1])
+        plan = match(rows, [part.shape[1]] * 2, grid_destinations(2, grid, rows.device), 0.5)
+        merged = merge(rows, plan).view(2, -1, part.shape[-1])
+        expected.append(merged if number == images.leading or references == "merge" else part)
+    torch.testing.assert_close(found, torch.cat(expected, dim=1), rtol=0, atol=1e-6)  # fp32
+
+
+@every
+@torch.no_grad()
+def test_nothing_changes_where_nothing_is_merged_or_left_out(name: str) -> None:
+    """Bit for bit, but for TokenMerge where sequences are rotated: attention then adds in another order."""
+    call = CALLS[name].inputs(2)
+    plain = sample(CALLS[name].build()(**call))
+    outside: list[list[Method]] = [[FeatureCache(threshold=-1.0), Chunking(target=1)], [TokenDrop(rate=0.0)]]
+    for methods in outside:
+        assert torch.equal(sample(tokdyn.wrap(CALLS[name].build(), methods)(**call)), plain)
+    merged = sample(tokdyn.wrap(CALLS[name].build(), [TokenMerge(ratio=0.0, references="merge")])(**call))
+    torch.testing.assert_close(merged, plain, rtol=0, atol=5e-6 if name in ("Z-Image", "Lumina") else 0.0)
+
+
+@torch.no_grad()
+def test_samples_with_other_references_are_refused_where_the_model_knows_one_set() -> None:
+    call = qwen(2)
+    call["img_shapes"] = [call["img_shapes"][0], [(1, ROWS, COLUMNS), (1, 2, 6), (1, 2, 2)]]
+    with pytest.raises(tokdyn.InputError, match="img_shapes"):
+        tokdyn.wrap(CALLS["Qwen"].build(), [TokenMerge()])(**call)
+    ids = kontext(2)["img_ids"]
+    other = numbered((0, ROWS, COLUMNS), (1, 2, 10), (2, 3, 2))
+    call = {**kontext(2), "img_ids": torch.stack([ids, other])}
+    with pytest.raises(tokdyn.InputError, match="position ids"):
+        tokdyn.wrap(CALLS["Kontext"].build(), [TokenMerge()])(**call)
+    call = CALLS["Wan"].inputs(2)
+    call["timestep"] = call["timestep"].clone()
+    call["timestep"][1] = 500.0
+    with pytest.raises(tokdyn.InputError, match="timestep 0"):
+        tokdyn.wrap(CALLS["Wan"].build(), [TokenMerge()])(**call)
+    for method in (FeatureCache(threshold=0.1), DepthSkip(blocks=(1,))):
+        assert sample(tokdyn.wrap(CALLS["Wan"].build(), [method])(**call)).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_reference_with_the_number_of_the_picture_is_refused() -> None:
+    places = numbered((0, ROWS, COLUMNS), (0, ROWS, COLUMNS))
+    call = {**kontext(1), "img_ids": places, "hidden_states": torch.randn(1, len(places), 4)}
+    model = tokdyn.wrap(CALLS["Kontext"].build(), [TokenMerge()])
+    with pytest.raises(tokdyn.InputError, match=f"{len(places)} image tokens"):
+        model(**call)
+
+
+@torch.no_grad()
+def test_brackets_that_select_without_saying_so_are_refused_beside_references() -> None:
+    from tokdyn.attach import Bracket
+
+    class First(Bracket):
+        first, last = 0, 3
+
+        def open(self, frame: Any, view: Any, x: Tensor, block: Any) -> Any:
+            index = torch.arange(4).expand(len(x), -1)
+            return x[:, :4], view.reduced(index, [4] * len(x), 0)
+
+        def close(self, frame: Any, view: Any, x: Tensor) -> Any:
+            return x, view
+
+    model = tokdyn.wrap(CALLS["Qwen"].build(), [TokenDrop(rate=0.5, blocks=(0, 3))])
+    model.tokdyn.replace_handlers(lambda one: First() if isinstance(one, Bracket) else one)
+    with pytest.raises(tokdyn.InputError, match="First"):
+        model(**qwen(1))
+
+
+@pytest.mark.parametrize("name", ["Kontext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen", "Wan"))])
+@torch.no_grad()
+def test_one_graph(name: str) -> None:
+    methods = [Chunking(target=2), TokenMerge(ratio=0.5, references="merge")]
+    call = CALLS[name].inputs(2)
+    model = acting(tokdyn.wrap(shallow(CALLS[name].build()), methods))
+    expected = sample(model(**call))
+    torch._dynamo.reset()
+    found = sample(torch.compile(model, fullgraph=True, backend="eager")(**call))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def edit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A pipeline, and a function that makes a picture with it."""
+    import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as plus
+
+    for size in ("VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE"):
+        monkeypatch.setattr(plus, size, 32 * 32)
+    build, arguments = EDITS[request.param]
+    pipe = build()
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        found = pipe(**arguments(), num_inference_steps=3, output_type="np", generator=generator)[0]
+        return torch.as_tensor(found).clone()
+
+    return pipe, draw
+
+
+@pytest.mark.parametrize("edit", EDITS, indirect=True)
+@torch.no_grad()
+def test_editing_pipelines_work_wrapped(edit: Any) -> None:
+    pipe, draw = edit
+    plain = draw()
+    tokdyn.wrap(pipe, [FeatureCache(steps=(0, 2)), DepthSkip(blocks=(1,))])
+    draw()
+    calls = tokdyn.stats(pipe).calls
+    assert {call.step: call.reused for call in calls} == {0: 0, 1: calls[0].samples, 2: 0}
+    tokdyn.unwrap(pipe)
+    tokdyn.wrap(pipe, [TokenMerge(ratio=0.5)])
+    assert not torch.equal(draw(), plain)
+    for call in tokdyn.stats(pipe).calls:
+        assert 0 < call.attention_tokens < call.cells
+    with tokdyn.disabled(pipe):
+        assert torch.equal(draw(), plain)
+    tokdyn.unwrap(pipe)
+    assert torch.equal(draw(), plain)
