@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments
@@ -154,7 +155,7 @@ def with_clean_frames(read: Grid | ImageTokens, timestep: Any) -> Grid | ImageTo
     tokens = read if isinstance(read, ImageTokens) else ImageTokens(read)
     before, _ = beside(tokens)
     own = timestep[:, before : before + cells(tokens.grid)] == 0
-    first, last = _constant_clean_frames(own.unflatten(1, (tokens.grid[0], -1)))
+    first, last = _constant_clean_frames(rearrange(own, "b (f n) -> b f n", f=tokens.grid[0]))
     frames, *rest = tokens.grid
     if torch.compiler.is_compiling():
         same = own.sum() == len(own) * cells((first + last, *rest))
