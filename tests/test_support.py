@@ -12,7 +12,7 @@ from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 import tokdyn
-from tests.contract.models import TINY
+from tests.contract.stacks import KNOWN
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenMerge, UnsupportedModelError
 from tokdyn.adapters import ADAPTERS, Blocks, ModelAdapter
 from tokdyn.attach import support, unsupported
@@ -42,9 +42,9 @@ def test_every_adapter_and_every_method_is_in_it() -> None:
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
 def test_wrap_says_the_same(adapter: ModelAdapter) -> None:
     """For every kind of settings: refused with that reason, or attached, to a real model."""
-    name = next(name for name in adapter.classes if name in TINY)
+    name = next(name for name in adapter.classes if name in KNOWN)
     for method in (each for known in METHODS.values() for each in known.examples()):
-        model, reason = TINY[name].build(), unsupported(adapter, method)
+        model, reason = KNOWN[name].build(), unsupported(adapter, method)
         if reason is None:
             tokdyn.unwrap(tokdyn.wrap(model, [method]))
             continue

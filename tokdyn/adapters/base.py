@@ -66,6 +66,7 @@ class Products:
             and value layers precede them; None if all are.
         beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
         linear: whether attention multiplies keys with values first, so that its cost is linear in the tokens.
+        queries: whether text tokens are queries of attention too; if not, they are only keys and values.
         indicator: layers that `Blocks.modulated` runs.
     """
 
@@ -78,6 +79,7 @@ class Products:
     context_text: int | None = None
     beside: tuple[str, ...] = ()
     linear: bool = False
+    queries: bool = True
     indicator: Patterns = ("norm1.*", "adaLN_modulation.*", "img_mod.*")
 
 

@@ -1,6 +1,6 @@
 """Functions and texts that the adapters of several families use: readers of the token grid and of the noise level.
 
-`CONTROL_REASON` and `IMAGE_PROMPT_REASON` are reasons for `ModelAdapter.refuse`.
+`CONTROL_REASON`, `IMAGE_PROMPT_REASON` and `REFERENCE_REASON` are reasons for `ModelAdapter.refuse`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ CONTROL_REASON = (
     "its residuals have one entry per cell and are added where tokens may be missing; leave the control out"
 )
 IMAGE_PROMPT_REASON = "image prompts and other attention arguments may have one entry per cell; leave them out"
+REFERENCE_REASON = "reference images add tokens that belong to no cell of the grid; leave them out"
 
 
 def patch_grid(model: nn.Module, call: Arguments) -> Grid:

@@ -57,15 +57,16 @@ class Pairs:
 
     Attributes:
         part: the entry under which their FLOPs are listed.
-        kind: "joint" attends among image and text tokens, "image" among image tokens only, "context" from image tokens
-            to an encoder's tokens; "linear" multiplies keys with values first.
+        kind: "joint" attends among image and text tokens, "image" among image tokens only, "keys" from image tokens to
+            image and text tokens, "context" from image tokens to an encoder's tokens; "linear" multiplies keys with
+            values first.
         width: H d, the channels of all heads together.
         head: d, the channels of one head.
         owner: whose image tokens take part.
     """
 
     part: str
-    kind: Literal["joint", "image", "context", "linear"]
+    kind: Literal["joint", "image", "keys", "context", "linear"]
     width: int
     head: int
     owner: Owner
@@ -209,7 +210,8 @@ def _cross_attention_rows(name: str, attention: Any) -> Rows:
 def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterator[Pairs | None]:
     """Yield the attentions of a block; None in place of one whose number of channels cannot be read."""
     own = _first_of(block, blocks.attention)
-    declared = [] if own is None else [(own, "linear" if products.linear else "joint", "attention", "attention")]
+    kind = "linear" if products.linear else _pairs_of(blocks, products)
+    declared = [] if own is None else [(own, kind, "attention", "attention")]
     declared += [(name, "image", "attention", "block") for name in products.beside]
     declared += [(name, "context", "cross-attention", "block") for name in products.cross]
     for name, kind, part, owner in declared:
@@ -218,6 +220,13 @@ def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterato
             width = _query_channels(attention)
             heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
             yield Pairs(part, kind, width, width // int(heads or 1), owner) if width else None  # type: ignore[arg-type]
+
+
+def _pairs_of(blocks: Blocks, products: Products) -> str:
+    """Return which tokens attend to which in the attention of a block; see `Pairs.kind`."""
+    if blocks.text is None and blocks.image == "all" and blocks.inside is None:
+        return "image"
+    return "joint" if products.queries else "keys"
 
 
 def _query_channels(attention: Any) -> int:

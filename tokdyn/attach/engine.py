@@ -78,6 +78,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         return site.unchanged(args, kwargs)
     frame = frame._replace(view=view)
     if edge:
+        context.see_text(named, blocks, view.room)
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
     as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])

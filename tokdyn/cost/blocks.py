@@ -62,7 +62,12 @@ def _pair_flops(pairs: Pairs, tokens: int, call: BlockTrace) -> int:
     if pairs.kind == "linear":  # arXiv 2410.10629: value key^T with a row of ones for the normaliser, then query
         return 4 * tokens * (pairs.head + 1) * pairs.width
     joint = tokens + call.text
-    queries, keys = {"joint": (joint, joint), "image": (tokens, tokens), "context": (tokens, call.context)}[pairs.kind]
+    queries, keys = {
+        "joint": (joint, joint),
+        "image": (tokens, tokens),
+        "keys": (tokens, joint),
+        "context": (tokens, call.context),
+    }[pairs.kind]
     return 4 * queries * keys * pairs.width
 
 

@@ -225,7 +225,9 @@ def _has_entries(value: Any) -> bool:
 def _entry(value: Any, place: int, batch: int) -> Any:
     if isinstance(value, Mapping):
         return {name: _entry(item, place, batch) for name, item in value.items()}
-    return value[place : place + 1] if _has_entries(value) and len(value) == batch else value
+    if not _has_entries(value) or len(value) == batch:
+        return value[place : place + 1] if _has_entries(value) else value
+    return [_entry(item, place, batch) for item in value] if isinstance(value, list) else value  # one item per layer
 
 
 def _equal(case: Case, expected: Tensor, actual: Tensor, failure: str) -> None:

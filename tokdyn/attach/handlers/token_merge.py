@@ -265,7 +265,7 @@ def _weighted(
     bias = size_bias(plan.size.view(view.batch, -1), count, place)
     if _BIAS in site.names:
         return call(**named, **{_BIAS: bias})
-    mode = KeyBias(bias)
+    mode = KeyBias(bias, count)
     with mode:
         out = call(**named)
     if not mode.met:

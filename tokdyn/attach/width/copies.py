@@ -131,12 +131,10 @@ def pruned_copy(block: nn.Module, layout: Layout, slices: Replacements, sites: M
         if reach(block, names) is None:
             continue
         numbers = vars(copied(names))
-        heads = sum(slices.on.heads)
-        for attributes, value in (
-            (width.counts, heads),
-            (width.inners, slices.sizes["heads"]),
-            (width.hiddens, slices.sizes.get("channels", 0)),
-        ):
+        changed = [(width.hiddens, slices.sizes.get("channels", 0))]
+        if not all(slices.on.heads):  # slices compute keys and values of every head, also where heads shared them
+            changed += [(width.counts, sum(slices.on.heads)), (width.inners, slices.sizes["heads"])]
+        for attributes, value in changed:
             numbers.update({name: value for name in attributes if name in numbers})
     return copies[()]
 
