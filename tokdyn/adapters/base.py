@@ -61,12 +61,14 @@ class Products:
         joint: further layers that run over image and text tokens in one sequence.
         mlp: layers that belong to the MLP but lie outside the attributes in `Blocks.mlp`.
         cross: attributes of a block that hold cross-attention from image tokens to an encoder's tokens.
+        cross_joint: whether text tokens in the sequence of the image tokens go through this cross-attention, too.
         context: argument of a block that holds the encoder's tokens.
         context_text: how many of the encoder's tokens are text, at the end, where image embeddings with their own key
             and value layers precede them; None if all are.
         beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
         linear: whether attention multiplies keys with values first, so that its cost is linear in the tokens.
-        queries: whether text tokens are queries of attention too; if not, they are only keys and values.
+        text_sees: what text tokens attend to: "all" tokens, "text" only, or "none" if they are only keys and values.
+        twice: layers that run twice over their rows, such as modulation by the timesteps of noisy and of clean tokens.
         indicator: layers that `Blocks.modulated` runs.
     """
 
@@ -75,11 +77,13 @@ class Products:
     joint: Patterns = ()
     mlp: Patterns = ("ff*", "*mlp*", "proj_out*")
     cross: tuple[str, ...] = ()
+    cross_joint: bool = False
     context: str = "encoder_hidden_states"
     context_text: int | None = None
     beside: tuple[str, ...] = ()
     linear: bool = False
-    queries: bool = True
+    text_sees: Literal["all", "text", "none"] = "all"
+    twice: Patterns = ()
     indicator: Patterns = ("norm1.*", "adaLN_modulation.*", "img_mod.*")
 
 
@@ -93,6 +97,8 @@ class Blocks:
     Attributes:
         path: attribute of the model that holds the list; dots lead into submodules.
         tokens: argument of a block that holds the image tokens, (B, N, D).
+        sequence_first: arguments whose first two axes are tokens and batch, in this order, instead of batch and tokens;
+            if `tokens` is one of them, the block returns its tokens like this, too.
         text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
         returns: what a block returns, in order: "tokens" for image tokens, "text" for text tokens; () if this is to be
             learned in the first call.
@@ -102,8 +108,9 @@ class Blocks:
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
         rounds: arguments that may hold several entries per sample: one of every sample, then another of every sample.
-        attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
-            has is used.
+            A last round with fewer entries belongs to all samples.
+        attention: attributes of a block that may hold self-attention over the image tokens; dots lead into submodules,
+            and the first that the block has is used.
         mlp: attributes that may hold the MLP, likewise.
         stream: attribute of a block that holds an identity module through which tokens pass between attention and the
             norm before the MLP; None if there is none.
@@ -116,6 +123,7 @@ class Blocks:
 
     path: str
     tokens: str = "hidden_states"
+    sequence_first: tuple[str, ...] = ()
     text: str | None = None
     returns: tuple[Literal["tokens", "text"], ...] = ("tokens",)
     image: Literal["all", "first", "last"] = "all"

@@ -9,17 +9,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tokdyn.adapters.base import Blocks
+import torch
+from torch import Tensor, nn
+
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.flux import FLUX
 from tokdyn.adapters.readers import (
     CONTROL_REASON,
     IMAGE_PROMPT_REASON,
+    REFERENCE_REASON,
+    patch_grid,
     timestep_level,
 )
 from tokdyn.adapters.width import (
+    Width,
     attention_and_mlp,
     attention_beside_mlp,
+    attention_layers,
+    mlp_layers,
+    runs_processor,
 )
+from tokdyn.errors import InputError
+from tokdyn.tokens import Grid
 
 _PROCESSORS = ("BriaAttnProcessor", "BriaFiboAttnProcessor")
 _TWO_STREAMS = replace(FLUX.blocks[0], width=attention_and_mlp("attn", "ff", *_PROCESSORS))
@@ -55,4 +66,73 @@ FIBO = replace(
         ),
     ),
     refuse={"joint_attention_kwargs": IMAGE_PROMPT_REASON},
+)
+
+
+def _fibo2_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of a call in which the image tokens come last.
+
+    Raises:
+        InputError: they come first, as among prompts of several lengths, or reference images follow.
+    """
+    if call.get("context_latents"):
+        raise InputError(f"context_latents cannot be combined with methods that reduce tokens: {REFERENCE_REASON}.")
+    mask = call.get("encoder_attention_mask")
+    lengths = [] if mask is None else mask.sum(dim=1).tolist()
+    if len(set(lengths)) > 1:
+        raise InputError(
+            f"the prompts have {lengths} tokens, so the image tokens of a BriaFibo2Transformer2DModel may begin at "
+            "different places; call a wrapped one with prompts of one length at a time."
+        )
+    return patch_grid(model, call)
+
+
+def _fibo2_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Fibo 2, which scales noisy and clean tokens by their own timesteps."""
+    noisy, clean = (
+        block.adaLN_modulation(arguments[name]).chunk(4, dim=1)[0][:, None]  # type: ignore[operator]
+        for name in ("adaln_noisy", "adaln_clean")
+    )
+    scale = torch.where(arguments["noise_mask"][..., None] == 1, noisy, clean)
+    out: Tensor = block.attention_norm1(arguments["x"]) * (1 + scale)  # type: ignore[operator]
+    return out
+
+
+FIBO2 = ModelAdapter(
+    name="Bria Fibo 2",
+    classes=("BriaFibo2Transformer2DModel",),
+    blocks=(
+        Blocks(
+            "layers",
+            tokens="x",
+            image="last",
+            follow=(
+                Follow("attn_mask"),
+                Follow("attention_mask"),
+                Follow("freqs_cis"),
+                Follow("noise_mask"),
+            ),
+            attention=("attention",),
+            mlp=("feed_forward",),
+            modulated=_fibo2_modulated,
+            products=Products(cross=("cross_attention",), cross_joint=True, twice=("adaLN_modulation.*",)),
+            width=Width(
+                layers=(
+                    *attention_layers("attention"),
+                    *mlp_layers("feed_forward.w2", "feed_forward.w1", "feed_forward.w3"),
+                ),
+                inner="attention.to_out.0.in_features",
+                hidden="feed_forward.w2.in_features",
+                attention=("attention",),
+                sliceable=runs_processor("attention", "BriaFibo2AttnProcessor"),
+            ),
+        ),
+    ),
+    grid=_fibo2_grid,
+    read_ahead=("encoder_attention_mask",),
+    level=timestep_level(scale=1.0),
+    refuse={"context_latents": REFERENCE_REASON},
+    width=lambda model: int(model.config["dim"]),  # type: ignore[index]
+    heads=lambda model: int(model.config["n_heads"]),  # type: ignore[index]
+    guidance="calls",
 )

@@ -1,12 +1,12 @@
-"""Adapters of image models whose blocks return image tokens only, and read the text as keys and values: PRX."""
+"""Adapters of image models whose blocks read the text but return image tokens only: PRX, Lumina-Next, Nucleus-Image."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
-from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, patch_grid, timestep_level
-from tokdyn.adapters.width import SlicedLayer, Width, mlp_layers, runs_processor
+from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, patch_grid, shapes_grid, timestep_level
+from tokdyn.adapters.width import SlicedLayer, Width, attention_layers, mlp_layers, runs_processor
 
 
 def _prx_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
@@ -30,7 +30,7 @@ PRX = ModelAdapter(
             products=Products(
                 text=("*.txt_*",),
                 mlp=("gate_proj", "up_proj", "down_proj"),
-                queries=False,
+                text_sees="none",
                 indicator=("modulation.*",),
             ),
             width=Width(
@@ -52,4 +52,88 @@ PRX = ModelAdapter(
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     heads=lambda model: int(model.config["num_heads"]),  # type: ignore[index]
+)
+
+
+def _lumina_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Lumina-Next."""
+    out: Tensor = block.norm1(arguments["hidden_states"], arguments["temb"])[0]  # type: ignore[operator]
+    return out
+
+
+LUMINA_NEXT = ModelAdapter(
+    name="Lumina-Next",
+    classes=("LuminaNextDiT2DModel",),
+    blocks=(
+        Blocks(
+            "layers",
+            follow=(
+                Follow("attention_mask"),
+                Follow("image_rotary_emb"),  # of the blocks; attention gets it under two names
+                Follow("query_rotary_emb"),
+                Follow("key_rotary_emb"),
+            ),
+            attention=("attn1",),
+            mlp=("feed_forward",),
+            modulated=_lumina_modulated,
+            products=Products(mlp=("feed_forward.*",), cross=("attn2",)),
+            width=Width(
+                layers=(
+                    *attention_layers("attn1", out=False),
+                    *attention_layers("attn2"),  # its output layer takes the sum of both attentions
+                    *mlp_layers("feed_forward.linear_2", "feed_forward.linear_1", "feed_forward.linear_3"),
+                ),
+                inner="attn2.to_out.0.in_features",
+                hidden="feed_forward.linear_2.in_features",
+                attention=("attn1", "attn2"),
+                per_head=("gate",),
+                sliceable=runs_processor(("attn1", "attn2"), "LuminaAttnProcessor2_0"),
+            ),
+        ),
+    ),
+    grid=patch_grid,
+    level=timestep_level(scale=1.0, backwards=True),
+    refuse={"cross_attention_kwargs": IMAGE_PROMPT_REASON},
+    width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
+    guidance="cond_first",
+)
+
+
+def _nucleus_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated image tokens of a block of Nucleus-Image, which scales them without a shift."""
+    scale = block.img_mod(arguments["temb"])[:, None].chunk(4, dim=-1)[0]  # type: ignore[operator]
+    out: Tensor = block.pre_attn_norm(arguments["hidden_states"]) * (1 + scale)  # type: ignore[operator]
+    return out
+
+
+NUCLEUS = ModelAdapter(
+    name="Nucleus-Image",
+    classes=("NucleusMoEImageTransformer2DModel",),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            text="encoder_hidden_states",
+            joint="first",
+            follow=(
+                Follow("image_rotary_emb", axis=0, batched=False, item=0),
+                Follow("attention_kwargs", dims=2),  # of the blocks; attention gets what is in it
+                Follow("attention_mask", dims=2),
+            ),
+            attention=("attn",),
+            mlp=(),  # experts choose among the tokens of a sample, and get them twice
+            modulated=_nucleus_modulated,
+            products=None,  # the weights of the experts are no layers
+            width=Width(
+                layers=attention_layers("attn"),
+                inner="attn.to_out.0.in_features",
+                hidden=None,
+                attention=("attn",),
+                sliceable=runs_processor("attn", "NucleusMoEAttnProcessor2_0"),
+            ),
+        ),
+    ),
+    grid=shapes_grid,
+    level=timestep_level(scale=1.0),
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
+    guidance="calls",
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments
+from tokdyn.errors import InputError
 from tokdyn.tokens import Grid
 
 CONTROL_REASON = (
@@ -26,6 +27,18 @@ def patch_grid(model: nn.Module, call: Arguments) -> Grid:
     size = model.config["patch_size"]  # type: ignore[index]
     rows, columns = call["hidden_states"].shape[-2:]
     return rows // size, columns // size
+
+
+def shapes_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of a call whose `img_shapes` has (frames, rows, columns) of the image of every sample."""
+    shapes = {tuple(map(tuple, shape if isinstance(shape, list) else [shape])) for shape in call["img_shapes"]}
+    if len(shapes) > 1 or len(next(iter(shapes))) > 1:
+        raise InputError(
+            f"img_shapes holds several images or sizes; a wrapped {type(model).__name__} takes one image per sample, "
+            "of one size, with methods that reduce tokens."
+        )
+    ((grid,),) = shapes
+    return grid[1:] if grid[0] == 1 else grid
 
 
 def timestep_level(

@@ -1,4 +1,4 @@
-"""Adapters of image models with streams of their own for text and image: HunyuanImage and Flux 3."""
+"""Adapters of image models with streams of their own for text and image: HunyuanImage, Flux 3 and GLM-Image."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
 from tokdyn.adapters.flux import FLUX
+from tokdyn.adapters.mmdit import COGVIEW4
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, REFERENCE_REASON, timestep_level
 from tokdyn.adapters.video import HUNYUAN
 from tokdyn.adapters.width import (
@@ -86,4 +88,29 @@ FLUX3 = ModelAdapter(
     level=timestep_level(scale=1.0),
     refuse={"image_cond_hidden_states": REFERENCE_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
+)
+
+
+def _glm_level(model: nn.Module, call: Arguments) -> Tensor:
+    """Return the noise level of a timestep that the pipeline has lowered by 1."""
+    timestep: Tensor = call["timestep"]
+    return (timestep.float() + 1) / 1000
+
+
+GLM_IMAGE = replace(
+    COGVIEW4,
+    name="GLM-Image",
+    classes=("GlmImageTransformer2DModel",),
+    blocks=(
+        replace(
+            COGVIEW4.blocks[0],
+            modulated=modulation.cogvideox,
+            width=attention_and_mlp("attn1", "ff", "GlmImageAttnProcessor"),
+        ),
+    ),
+    level=_glm_level,
+    refuse={
+        "kv_caches": "they hold keys and values of reference images; leave them out",
+        "attention_kwargs": IMAGE_PROMPT_REASON,
+    },
 )

@@ -201,7 +201,7 @@ class CallContext:
         rows = lengths if len(set(lengths)) > 1 else None
         tokens = view.room if view.packing is None else view.packing.longest
         beside = (0, 0) if view.packing is not None else other_tokens(named, site.blocks, tokens)
-        self.trace.text = max(self.trace.text, beside[0])
+        self.trace.text, self.trace.context = max(self.trace.text, beside[0]), max(self.trace.context, beside[1])
         block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view))
         self.trace.blocks.append(block)
         return block

@@ -126,6 +126,10 @@ def pruned_copy(block: nn.Module, layout: Layout, slices: Replacements, sites: M
     width = layout.width
     own = {name: slices.sizes.get("channels", 0) for name in width.hiddens if name in vars(block)}
     vars(copies[()]).update(own)
+    if width.per_head and not all(slices.on.heads):
+        parameters: dict[str, Any] = dict(block._parameters)
+        parameters |= {name: block.get_parameter(name)[torch.tensor(slices.on.heads)] for name in width.per_head}
+        vars(copies[()])["_parameters"] = parameters
     for path in width.attention:
         names = tuple(path.split("."))
         if reach(block, names) is None:

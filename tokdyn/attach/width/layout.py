@@ -99,12 +99,12 @@ class Layout:
         Returns:
             FLOPs of attention, and FLOPs of the MLP.
         """
-        rows = {"image": image, "text": text, "joint": image + text}
+        rows = {"image": image, "text": text, "joint": image + text}  # layers over an encoder's tokens are left out
         pairs = (image + text) ** 2 + self.beside * image**2
         spent: dict[Kind, int] = {"heads": 4 * pairs * self.total("heads"), "channels": 0}
         for layer in self.layers:
             for kind, elements in layer.elements.items():
-                spent[kind] += 2 * elements * rows[layer.rows]
+                spent[kind] += 2 * elements * rows.get(layer.rows, 0)
         return spent["heads"], spent["channels"]
 
 
