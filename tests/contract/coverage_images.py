@@ -83,7 +83,7 @@ def lumina_next() -> nn.Module:
     model = of_diffusers(
         "LuminaNextDiT2DModel",
         patch_size=2, in_channels=4, hidden_size=32, num_layers=4, num_attention_heads=4, num_kv_heads=2,
-        multiple_of=16, cross_attention_dim=12,
+        multiple_of=16, qk_norm=False, cross_attention_dim=12,
     )  # fmt: skip
     with torch.no_grad():  # left empty
         model.pad_token.fill_(0.1)
@@ -141,8 +141,17 @@ def hidream() -> nn.Module:
     return of_diffusers(
         "HiDreamImageTransformer2DModel",
         **HEADS, patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, caption_channels=[12, 10],
-        text_emb_dim=8, num_routed_experts=3, num_activated_experts=2, axes_dims_rope=(8, 8), max_resolution=(16, 16),
+        text_emb_dim=8, num_routed_experts=3, num_activated_experts=2, axes_dims_rope=(4, 6, 6), max_resolution=(16, 16),
         llama_layers=[0, 1, 0, 1], force_inference_output=True,
+    )  # fmt: skip
+
+
+def hunyuan_dit() -> nn.Module:
+    return of_diffusers(
+        "HunyuanDiT2DModel",
+        **HEADS, in_channels=4, patch_size=2, sample_size=8, hidden_size=32, num_layers=4, cross_attention_dim=12,
+        cross_attention_dim_t5=16, pooled_projection_dim=8, text_len=4, text_len_t5=3,
+        use_style_cond_and_image_meta_size=False,
     )  # fmt: skip
 
 
@@ -334,10 +343,22 @@ IMAGES: dict[str, Tiny] = {
             "hidden_states": latents(b, 4, 8, 12),
             "timesteps": torch.full((b,), 500.0),
             "encoder_hidden_states_t5": latents(b, 3, 12),
-            "encoder_hidden_states_llama3": torch.stack([latents(b, 4, 10)] * 2),
+            "encoder_hidden_states_llama3": [latents(b, 4, 10), latents(b, 4, 10) + 1],
             "pooled_embeds": latents(b, 8),
         },
         clock=("timesteps", 1000.0, 0.0),
+    ),
+    "HunyuanDiT2DModel": Tiny(
+        hunyuan_dit,
+        lambda b: {
+            "hidden_states": latents(b, 4, 8, 12),
+            "timestep": torch.full((b,), 500.0),
+            "encoder_hidden_states": latents(b, 4, 12),
+            "text_embedding_mask": masked(b)[:, 2:],
+            "encoder_hidden_states_t5": latents(b, 3, 16),
+            "text_embedding_mask_t5": torch.ones(b, 3),
+            "image_rotary_emb": (latents(24, 16), latents(24, 16)),
+        },
     ),
 }
 """One for each class."""

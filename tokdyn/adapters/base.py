@@ -107,6 +107,8 @@ class Blocks:
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
+        full_between: whether the model itself computes with the tokens between blocks, such as adding control
+            residuals, and needs all of them there. Tokens that are left out then wait in the full grid.
         rounds: arguments that may hold several entries per sample: one of every sample, then another of every sample.
             A last round with fewer entries belongs to all samples.
         attention: attributes of a block that may hold self-attention over the image tokens; dots lead into submodules,
@@ -131,6 +133,7 @@ class Blocks:
     inside_mlp: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
+    full_between: bool = False
     rounds: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")
     mlp: tuple[str, ...] = ("ff", "mlp")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
-from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, patch_grid, shapes_grid, timestep_level
-from tokdyn.adapters.width import SlicedLayer, Width, attention_layers, mlp_layers, runs_processor
+from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, shapes_grid, timestep_level
+from tokdyn.adapters.width import SlicedLayer, Width, attention_and_mlp, attention_layers, mlp_layers, runs_processor
 
 
 def _prx_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
@@ -61,6 +61,12 @@ def _lumina_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
     return out
 
 
+def _lumina_sliceable(block: nn.Module) -> bool:
+    """Return whether a block of Lumina-Next can be sliced: norms across heads come after its heads are counted."""
+    runs = runs_processor(("attn1", "attn2"), "LuminaAttnProcessor2_0")
+    return runs(block) and block.attn1.norm_q is None  # type: ignore[union-attr]
+
+
 LUMINA_NEXT = ModelAdapter(
     name="Lumina-Next",
     classes=("LuminaNextDiT2DModel",),
@@ -87,7 +93,7 @@ LUMINA_NEXT = ModelAdapter(
                 hidden="feed_forward.linear_2.in_features",
                 attention=("attn1", "attn2"),
                 per_head=("gate",),
-                sliceable=runs_processor(("attn1", "attn2"), "LuminaAttnProcessor2_0"),
+                sliceable=_lumina_sliceable,
             ),
         ),
     ),
@@ -96,6 +102,33 @@ LUMINA_NEXT = ModelAdapter(
     refuse={"cross_attention_kwargs": IMAGE_PROMPT_REASON},
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     guidance="cond_first",
+)
+
+
+def _hunyuan_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of HunyuanDiT, whose first norm shifts them."""
+    out: Tensor = block.norm1(arguments["hidden_states"], arguments["temb"])  # type: ignore[operator]
+    return out
+
+
+HUNYUAN_DIT = ModelAdapter(
+    name="HunyuanDiT",
+    classes=("HunyuanDiT2DModel",),
+    blocks=(
+        Blocks(
+            "blocks",
+            follow=(Follow("image_rotary_emb", axis=0, batched=False), Follow("skip")),
+            full_between=True,  # later blocks get the tokens of earlier ones
+            attention=("attn1",),
+            mlp=("ff",),
+            modulated=_hunyuan_modulated,
+            products=Products(cross=("attn2",)),
+            width=attention_and_mlp("attn1", "ff", "HunyuanAttnProcessor2_0"),
+        ),
+    ),
+    grid=patch_grid,
+    level=timestep_level(),
+    refuse={"controlnet_block_samples": CONTROL_REASON},
 )
 
 

@@ -78,12 +78,16 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     view = context.view = _view_of(context, frame, named, blocks)
     if _passes(frame, module, site):
         return site.unchanged(args, kwargs)
-    frame = frame._replace(view=view)
+    frame, given = frame._replace(view=view), named[blocks.tokens]
+    if blocks.full_between:
+        named[blocks.tokens] = view.gathered(given, blocks)
     if edge:
         context.see_text(named, blocks, view.room)
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
-    as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
+    as_given = not edge and (
+        named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
+    )
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
     if as_given and _nothing_acts(frame, blocks):
@@ -95,6 +99,8 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     results = _compute_groups(frame, module, site, inner, named)
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
+    if blocks.full_between and context.view is not None:
+        results["tokens"] = context.view.scattered(results["tokens"], given, blocks)
     if context.guard is not None:
         context.guard.before = (blocks.path, results["tokens"])
     if blocks.tokens in blocks.sequence_first:
