@@ -141,8 +141,8 @@ def hidream() -> nn.Module:
     return of_diffusers(
         "HiDreamImageTransformer2DModel",
         **HEADS, patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, caption_channels=[12, 10],
-        text_emb_dim=8, num_routed_experts=3, num_activated_experts=2, axes_dims_rope=(4, 6, 6), max_resolution=(16, 16),
-        llama_layers=[0, 1, 0, 1], force_inference_output=True,
+        text_emb_dim=8, num_routed_experts=3, num_activated_experts=2, axes_dims_rope=(4, 6, 6),
+        max_resolution=(16, 16), llama_layers=[0, 1, 0, 1], force_inference_output=True,
     )  # fmt: skip
 
 

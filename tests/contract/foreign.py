@@ -1,4 +1,4 @@
-"""Tiny models of diffusers that no adapter knows."""
+"""Tiny models of diffusers that no adapter knows, or whose adapters tests leave out to see what is inferred."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from tests.contract.kit import Tiny, latents, of_diffusers
 from tests.contract.siblings import FLUX, FLUX_CLOCK, WAN, flux_inputs, wan_inputs
+
+
+@pytest.fixture
+def nothing_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out all adapters of the package, so that everything about a model is inferred."""
+    monkeypatch.setattr("tokdyn.adapters.registry.ADAPTERS", ())
 
 
 @dataclass(frozen=True)
