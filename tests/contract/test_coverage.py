@@ -14,7 +14,7 @@ import torch
 
 import tokdyn
 from tests.contract.coverage_images import IMAGES
-from tests.contract.kit import SHARED, moved, sample, works
+from tests.contract.kit import SHARED, assert_a_cache_compares_what_attention_gets, moved, sample, works
 from tests.contract.stacks import ACTIVE, acting, at_levels
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
@@ -62,6 +62,19 @@ def test_every_method_obeys_every_law(name):
     tiny = IMAGES[name]
     checked = check_adapter(tiny.build(), tiny.inputs(3), shared=SHARED | tiny.shared, tolerance=1e-5)
     assert len(checked) >= 8
+
+
+@pytest.mark.slow
+@every
+@torch.no_grad()
+def test_caches_compare_what_attention_gets(name):
+    tiny = IMAGES[name]
+    blocks = adapter_for(tiny.build()).blocks[0]
+    if blocks.modulated is None:
+        pytest.skip("the tokens that the first block gets are compared")
+    before = {**tiny.inputs(2), **tiny.at(2, 0.5)}
+    after = {**moved(tiny.inputs(2)), **tiny.at(2, 0.45)}
+    assert_a_cache_compares_what_attention_gets(tiny.build, before, after)
 
 
 @every

@@ -156,7 +156,8 @@ def _checkpointing(function: Any, frame: Frame) -> Any:
         if site is None:
             return function(module, *args, **kwargs)
         if kwargs:  # HunyuanImage names some, but only positional arguments are passed on
-            bound = inspect.signature(class_swap.base_class(module).forward).bind(module, *args, **kwargs)
+            kind: Any = class_swap.base_class(module)
+            bound = inspect.signature(kind.forward).bind(module, *args, **kwargs)
             bound.apply_defaults()
             args = bound.args[1:]
         return call_block(frame._replace(remember=None), module, site, _Checkpointed(function, module, frame), args, {})
