@@ -16,8 +16,8 @@ import tokdyn
 from tests.contract.coverage_images import IMAGES
 from tests.contract.kit import SHARED, assert_a_cache_compares_what_attention_gets, moved, sample, works
 from tests.contract.stacks import ACTIVE, acting, at_levels
-from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge
-from tokdyn.adapters import adapter_for
+from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, InputError, TokenDrop, TokenMerge
+from tokdyn.adapters import ADAPTERS, adapter_for
 from tokdyn.testing import LAWS, Case, check_adapter
 
 NAMES = sorted(IMAGES)
@@ -62,6 +62,25 @@ def test_every_method_obeys_every_law(name):
     tiny = IMAGES[name]
     checked = check_adapter(tiny.build(), tiny.inputs(3), shared=SHARED | tiny.shared, tolerance=1e-5)
     assert len(checked) >= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "methods"),
+    [
+        (name, argument, methods)
+        for name in NAMES
+        for adapter in [next(adapter for adapter in ADAPTERS if name in adapter.classes)]
+        for arguments, methods in ((adapter.refuse, TokenMerge()), (adapter.refuse_always, FeatureCache()))
+        for argument in arguments
+    ],
+)
+def test_arguments_that_do_not_go_with_methods_are_refused(name, argument, methods):
+    model, ran = IMAGES[name].build(), []
+    model.get_submodule(adapter_for(model).blocks[0].path)[0].register_forward_hook(lambda *_: ran.append(1))
+    value = {"ip_hidden_states": []} if argument.endswith("kwargs") else [torch.zeros(1, 1, 4)]
+    with pytest.raises(InputError, match=rf"\b{argument}\b.*\b{name}\b.+\.$"):
+        tokdyn.wrap(model, [methods])(**{**IMAGES[name].inputs(2), argument: value})
+    assert not ran
 
 
 @pytest.mark.slow

@@ -184,6 +184,7 @@ class ModelAdapter:
         level: `level(model, arguments)` computes the noise level of a call, (B,) or (), where 1 is pure noise; None for
             models that have none, such as classifiers.
         refuse: arguments of the model that cannot be combined with token reduction, each with the reason.
+        refuse_always: arguments that cannot be combined with any method, likewise.
         width: `width(model)` computes D, the channels of an image token between blocks; 0 if unknown.
         heads: `heads(model)` computes H, the attention heads of a block; 0 if unknown.
         guidance: how pipelines call the model for classifier-free guidance: with both branches in one batch, the
@@ -205,6 +206,7 @@ class ModelAdapter:
     grid: Callable[[nn.Module, Arguments], Grid] | None
     level: Callable[[nn.Module, Arguments], Tensor | float] | None
     refuse: Mapping[str, str] = field(default_factory=dict)
+    refuse_always: Mapping[str, str] = field(default_factory=dict)
     width: Callable[[nn.Module], int] = configured_width
     heads: Callable[[nn.Module], int] = configured_heads
     guidance: Literal["cond_first", "uncond_first", "calls"] = "uncond_first"

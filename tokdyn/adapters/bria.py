@@ -76,7 +76,10 @@ def _fibo2_grid(model: nn.Module, call: Arguments) -> Grid:
         InputError: they come first, as among prompts of several lengths, or reference images follow.
     """
     if call.get("context_latents"):
-        raise InputError(f"context_latents cannot be combined with methods that reduce tokens: {REFERENCE_REASON}.")
+        raise InputError(
+            "the argument context_latents of BriaFibo2Transformer2DModel cannot be combined with methods that reduce "
+            f"tokens: {REFERENCE_REASON}."
+        )
     mask = call.get("encoder_attention_mask")
     lengths = [] if mask is None else mask.sum(dim=1).tolist()
     if len(set(lengths)) > 1:

@@ -202,9 +202,9 @@ QWEN21 = ModelAdapter(
     ),
     grid=_qwen_grid,
     level=timestep_level(scale=1.0),
-    refuse={
-        "kv_cache": "it holds keys and values of earlier calls; leave it out, by use_kv_cache=False in a pipeline",
-        "attention_kwargs": IMAGE_PROMPT_REASON,
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
+    refuse_always={
+        "kv_cache": "it holds keys and values of every block from an earlier call; set use_kv_cache=False in a pipeline"
     },
     guidance="calls",
     whole=_needs_block_mask,

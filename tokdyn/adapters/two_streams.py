@@ -109,8 +109,6 @@ GLM_IMAGE = replace(
         ),
     ),
     level=_glm_level,
-    refuse={
-        "kv_caches": "they hold keys and values of reference images; leave them out",
-        "attention_kwargs": IMAGE_PROMPT_REASON,
-    },
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
+    refuse_always={"kv_caches": "they hold keys and values of reference images from every block; leave the images out"},
 )
