@@ -6,18 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 from tests.contract.kit import Tiny, latents, of_diffusers
 from tests.contract.siblings import FLUX, FLUX_CLOCK, WAN, flux_inputs, wan_inputs
-
-
-@pytest.fixture
-def nothing_declared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out all adapters of the package, so that everything about a model is inferred."""
-    monkeypatch.setattr("tokdyn.adapters.registry.ADAPTERS", ())
 
 
 @dataclass(frozen=True)

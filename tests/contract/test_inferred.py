@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.foreign import INFERRED, REFUSED, UNFIT, nothing_declared
+from tests.contract.foreign import INFERRED, REFUSED, UNFIT
 from tests.contract.kit import sample
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, UnsupportedModelError
 from tokdyn.attach import wrap
 
-__all__ = ["nothing_declared"]
 pytestmark = [  # diffusers' own: of names that it is giving up, and of Mochi, which asks for fp32 autocast on the CPU
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
