@@ -32,11 +32,11 @@ def register(app: typer.Typer) -> None:
 
         Named sizes are listed with their cost, and families of models with the methods that can be attached to them.
         """
-        from tokdyn.catalog import CatalogSettings, bases, catalog, families
+        from tokdyn.catalog import CatalogSettings, bases, catalog, classes, families
 
         entries, pretrained, known = catalog(read(ctx.args, CatalogSettings)), bases(), families()
         if json:
-            listed: list[Any] = [*entries, *pretrained, *known]
+            listed: list[Any] = [*entries, *pretrained, *known, *classes()]
             as_json([asdict(entry) for entry in listed])
             return
         table(
@@ -59,6 +59,10 @@ def register(app: typer.Typer) -> None:
             for reason in dict.fromkeys(family.refused.values()):
                 settings = [setting for setting, why in family.refused.items() if why == reason]
                 typer.echo(f"    not {', '.join(settings)}: {reason}")
+        typer.echo("\nTransformers of diffusers without a family, the methods that work on them, and why no others:")
+        for each in classes():
+            works = [method for method, answer in each.methods.items() if answer == "yes"]
+            typer.echo(f"  {each.name}: {', '.join(works) or 'none'}; {each.reason}")
         typer.echo("Other models: DepthSkip and FeatureCache, if their structure can be read; see docs/adapters.md.")
 
 

@@ -72,6 +72,12 @@ def pytest_collection() -> Iterator[None]:
 
 
 @pytest.fixture
+def nothing_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out all adapters of the package, so that everything about a model is inferred."""
+    monkeypatch.setattr("tokdyn.adapters.registry.ADAPTERS", ())
+
+
+@pytest.fixture
 def largest_file() -> Callable[[int], AbstractContextManager[None]]:
     """`with largest_file(bytes):` the system refuses to write a longer file, as a full disk would."""
 

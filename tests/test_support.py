@@ -4,35 +4,52 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 import tokdyn
-from tests.contract.models import TINY
+from tests.contract.stacks import KNOWN
+from tests.support_table import PAGE, PART, markdown
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenMerge, UnsupportedModelError
 from tokdyn.adapters import ADAPTERS, Blocks, ModelAdapter
+from tokdyn.adapters.undeclared import DIFFUSERS, UNDECLARED
 from tokdyn.attach import support, unsupported
-from tokdyn.catalog import families, methods
+from tokdyn.catalog import classes, methods
 from tokdyn.methods import METHODS
-
-PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
-
-
-def markdown() -> str:
-    """The matrix as the page shows it."""
-    header = ["family", *METHODS]
-    lines = [header, ["---"] * len(header), *([family.name, *family.methods.values()] for family in families())]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def test_the_page_shows_the_matrix() -> None:
-    shown = re.search(r"<!-- support:.*?-->\n(.*?)<!-- end", PAGE.read_text(), re.DOTALL)
+    shown = PART.search(PAGE.read_text())
     assert shown is not None
-    assert shown[1].strip() == markdown(), f"put this between the two comments of {PAGE.name}:\n{markdown()}"
+    assert shown[2].strip() == markdown(), f"python tests/support_table.py writes the matrix of {PAGE.name} anew"
+
+
+def exported() -> set[str]:
+    """The names of the models among the transformers of diffusers that it exports."""
+    from diffusers.models import transformers
+
+    models = {name for name, kind in vars(transformers).items() if isinstance(kind, type)}
+    models = {name for name in models if issubclass(getattr(transformers, name), diffusers.ModelMixin)}
+    return models & set(dir(diffusers))
+
+
+@pytest.mark.skipif(
+    not diffusers.__version__.startswith(f"{DIFFUSERS}."), reason=f"the matrix lists the classes of {DIFFUSERS}"
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own, of names that it is giving up
+def test_every_transformer_of_diffusers_is_in_it() -> None:
+    declared = {name for adapter in ADAPTERS for name in adapter.classes}
+    assert exported() - declared - UNDECLARED.keys() == set()
+    assert UNDECLARED.keys() - exported() == set()
+
+
+def test_no_class_is_both_declared_and_not() -> None:
+    """Leave a class out of UNDECLARED once it has an adapter."""
+    assert UNDECLARED.keys() & {name for adapter in ADAPTERS for name in adapter.classes} == set()
 
 
 def test_every_adapter_and_every_method_is_in_it() -> None:
@@ -42,9 +59,9 @@ def test_every_adapter_and_every_method_is_in_it() -> None:
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
 def test_wrap_says_the_same(adapter: ModelAdapter) -> None:
     """For every kind of settings: refused with that reason, or attached, to a real model."""
-    name = next(name for name in adapter.classes if name in TINY)
+    name = next(name for name in adapter.classes if name in KNOWN)
     for method in (each for known in METHODS.values() for each in known.examples()):
-        model, reason = TINY[name].build(), unsupported(adapter, method)
+        model, reason = KNOWN[name].build(), unsupported(adapter, method)
         if reason is None:
             tokdyn.unwrap(tokdyn.wrap(model, [method]))
             continue
@@ -98,8 +115,15 @@ def test_models_lists_families() -> None:
     assert entries["Sana"]["methods"]["TokenMerge"] == "partly"
     assert "neighbouring cells" in entries["Sana"]["refused"]["TokenMerge(where='mlp')"]
     assert entries["timm ViT"]["refused"]["FeatureCache"].startswith("it depends on the noise level")
+    others = {each["name"]: each for each in json.loads(run("models", "--json")) if each["kind"] == "class"}
+    assert set(others) == set(UNDECLARED) == {each.name for each in classes()}
+    assert [name for name, works in others["PriorTransformer"]["methods"].items() if works == "yes"] == [
+        "DepthSkip",
+        "FeatureCache",
+    ]
     text = run("models")
     assert "VisionTransformer" in text
+    assert "PriorTransformer: DepthSkip, FeatureCache; " in text
     assert "not TokenMerge(where='mlp'), TokenMerge(where='both'): " in text
 
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from tokdyn.adapters import known_adapters
+from tokdyn.adapters.undeclared import undeclared
 from tokdyn.attach import support
 from tokdyn.bases import rows
 from tokdyn.bases.opening import in_cache
@@ -160,6 +161,31 @@ def families() -> list[FamilyEntry]:
         works: dict[str, str] = {one.method: one.works for one in row}
         entries.append(FamilyEntry(adapter.name, "family", adapter.classes, works, refused))
     return entries
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """A transformer class of diffusers without an adapter.
+
+    Attributes:
+        name: of the class.
+        kind: "class".
+        methods: for each method whether it can be attached, with an inferred adapter: "yes" or "no".
+        reason: why the others cannot.
+    """
+
+    name: str
+    kind: str
+    methods: dict[str, str]
+    reason: str
+
+
+def classes() -> list[ClassEntry]:
+    """Return an entry for each transformer class of diffusers that no adapter is declared for."""
+    return [
+        ClassEntry(name, "class", {method: "yes" if method in one.methods else "no" for method in METHODS}, one.reason)
+        for name, one in undeclared().items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tiny models of diffusers that no adapter knows."""
+"""Tiny models of diffusers that no adapter knows, or whose adapters tests leave out to see what is inferred."""
 
 from __future__ import annotations
 

@@ -29,11 +29,13 @@ class Tiny:
         build: makes the model.
         inputs: keyword arguments for a batch of that size.
         clock: name of the timestep, its value at pure noise and at the image; None where there is none.
+        shared: names of arguments that have no batch, beside `SHARED`.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
     clock: tuple[str, float, float] | None = ("timestep", 1000.0, 0.0)
+    shared: frozenset[str] = frozenset()
 
     def at(self, batch: int, level: float) -> dict[str, Tensor]:
         """The timestep argument at a noise level."""

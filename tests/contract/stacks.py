@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tokdyn
+from tests.contract.coverage_images import IMAGES
 from tests.contract.models import TINY, works
 from tests.contract.widths import random_gates
 from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, TokenDrop, TokenMerge
@@ -53,6 +54,8 @@ NEUTRAL: dict[str, list[Method]] = {
     "width-none": [DynamicWidth(target=1.0)],
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }
+KNOWN = {**TINY, **IMAGES}
+"""All tiny models by class, also those that the whole contract is not checked on."""
 PAIRS = [(name, methods) for name, methods in product(sorted(TINY), ACTIVE) if works(name, ACTIVE[methods])]
 """(model, stack) that go together."""
 REFUSED = sorted({*product(sorted(TINY), ACTIVE)} - {*PAIRS})
@@ -70,12 +73,12 @@ def acting(model: nn.Module) -> nn.Module:
             part.score.weight.copy_(torch.randn(part.score.weight.shape, generator=generator))
             part.score.bias.zero_()
     if any(isinstance(method, Chunking) and method.target > 1 for method in methods):
-        tokdyn.calibrate_router(model, **TINY[type(model).__name__].inputs(4))
+        tokdyn.calibrate_router(model, **KNOWN[type(model).__name__].inputs(4))
     return model
 
 
 def at_levels(name: str, levels: tuple[float, ...] = (0.3, 0.7, 0.3)) -> dict[str, Any]:
     """Arguments of a call with samples at different noise levels."""
-    clocks = [TINY[name].at(1, level) for level in levels]
+    clocks = [KNOWN[name].at(1, level) for level in levels]
     clock = {key: torch.cat([each[key] for each in clocks]) for key in clocks[0]}
-    return {**TINY[name].inputs(len(levels)), **clock}
+    return {**KNOWN[name].inputs(len(levels)), **clock}

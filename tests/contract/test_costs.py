@@ -97,6 +97,7 @@ def test_classes_of_another_name(name, methods):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast")  # diffusers' own
 @pytest.mark.parametrize("name", sorted(INFERRED))
+@pytest.mark.usefixtures("nothing_declared")
 @torch.no_grad()
 def test_models_that_no_adapter_knows_are_counted(name):
     """Nobody said what their blocks multiply: statistics say so, and FLOPs are what was counted."""

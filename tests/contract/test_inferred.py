@@ -15,6 +15,7 @@ from tokdyn.attach import wrap
 pytestmark = [  # diffusers' own: of names that it is giving up, and of Mochi, which asks for fp32 autocast on the CPU
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
+    pytest.mark.usefixtures("nothing_declared"),
 ]
 every = pytest.mark.parametrize("name", sorted(INFERRED))
 

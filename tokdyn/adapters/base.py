@@ -62,11 +62,14 @@ class Products:
         joint: further layers that run over image and text tokens in one sequence.
         mlp: layers that belong to the MLP but lie outside the attributes in `Blocks.mlp`.
         cross: attributes of a block that hold cross-attention from image tokens to an encoder's tokens.
+        cross_joint: whether text tokens in the sequence of the image tokens go through this cross-attention, too.
         context: argument of a block that holds the encoder's tokens.
         context_text: how many of the encoder's tokens are text, at the end, where image embeddings with their own key
             and value layers precede them; None if all are.
         beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
         linear: whether attention multiplies keys with values first, so that its cost is linear in the tokens.
+        text_sees: what text tokens attend to: "all" tokens, "text" only, or "none" if they are only keys and values.
+        twice: layers that run twice over their rows, such as modulation by the timesteps of noisy and of clean tokens.
         indicator: layers that `Blocks.modulated` runs.
     """
 
@@ -76,10 +79,13 @@ class Products:
     joint: Patterns = ()
     mlp: Patterns = ("ff*", "*mlp*", "proj_out*")
     cross: tuple[str, ...] = ()
+    cross_joint: bool = False
     context: str = "encoder_hidden_states"
     context_text: int | None = None
     beside: tuple[str, ...] = ()
     linear: bool = False
+    text_sees: Literal["all", "text", "none"] = "all"
+    twice: Patterns = ()
     indicator: Patterns = ("norm1.*", "adaLN_modulation.*", "img_mod.*")
 
 
@@ -93,6 +99,8 @@ class Blocks:
     Attributes:
         path: attribute of the model that holds the list; dots lead into submodules.
         tokens: argument of a block that holds the image tokens, (B, N, D).
+        sequence_first: arguments whose first two axes are tokens and batch, in this order, instead of batch and tokens;
+            if `tokens` is one of them, the block returns its tokens like this, too.
         text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
         returns: what a block returns, in order: "tokens" for image tokens, "text" for text tokens; () if this is to be
             learned in the first call.
@@ -101,10 +109,13 @@ class Blocks:
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
+        full_between: whether the model itself computes with the tokens between blocks, such as adding control
+            residuals, and needs all of them there. Tokens that are left out then wait in the full grid.
         rounds: arguments that hold embeddings of timesteps, where a sample may have several: in several arguments, or
-            in one that has one entry of every sample and then another of every sample.
-        attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
-            has is used.
+            in one that has one entry of every sample and then another of every sample. A last round with fewer entries
+            belongs to all samples.
+        attention: attributes of a block that may hold self-attention over the image tokens; dots lead into submodules,
+            and the first that the block has is used.
         mlp: attributes that may hold the MLP, likewise.
         stream: attribute of a block that holds an identity module through which tokens pass between attention and the
             norm before the MLP; None if there is none.
@@ -117,6 +128,7 @@ class Blocks:
 
     path: str
     tokens: str = "hidden_states"
+    sequence_first: tuple[str, ...] = ()
     text: str | None = None
     returns: tuple[Literal["tokens", "text"], ...] = ("tokens",)
     image: Literal["all", "first", "last"] = "all"
@@ -124,6 +136,7 @@ class Blocks:
     inside_mlp: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
+    full_between: bool = False
     rounds: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")
     mlp: tuple[str, ...] = ("ff", "mlp")
@@ -174,6 +187,7 @@ class ModelAdapter:
         level: `level(model, arguments)` computes the noise level of a call, (B,) or (), where 1 is pure noise; None for
             models that have none, such as classifiers.
         refuse: arguments of the model that cannot be combined with token reduction, each with the reason.
+        refuse_always: arguments that cannot be combined with any method, likewise.
         width: `width(model)` computes D, the channels of an image token between blocks; 0 if unknown.
         heads: `heads(model)` computes H, the attention heads of a block; 0 if unknown.
         guidance: how pipelines call the model for classifier-free guidance: with both branches in one batch, the
@@ -195,6 +209,7 @@ class ModelAdapter:
     grid: Callable[[nn.Module, Arguments], Grid | ImageTokens] | None
     level: Callable[[nn.Module, Arguments], Tensor | float] | None
     refuse: Mapping[str, str] = field(default_factory=dict)
+    refuse_always: Mapping[str, str] = field(default_factory=dict)
     width: Callable[[nn.Module], int] = configured_width
     heads: Callable[[nn.Module], int] = configured_heads
     guidance: Literal["cond_first", "uncond_first", "calls"] = "uncond_first"

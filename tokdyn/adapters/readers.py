@@ -3,7 +3,7 @@
 A reader that looks at values, and not only at shapes, synchronises with their device. In a graph of torch.compile it
 reads them while the graph is made, and the graph asserts that they stay.
 
-`CONTROL_REASON` and `IMAGE_PROMPT_REASON` are reasons for `ModelAdapter.refuse`.
+`CONTROL_REASON`, `IMAGE_PROMPT_REASON` and `REFERENCE_REASON` are reasons for `ModelAdapter.refuse`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ CONTROL_REASON = (
     "its residuals have one entry per cell and are added where tokens may be missing; leave the control out"
 )
 IMAGE_PROMPT_REASON = "image prompts and other attention arguments may have one entry per cell; leave them out"
+REFERENCE_REASON = "reference images add tokens that belong to no cell of the grid; leave them out"
 
 
 def patch_grid(model: nn.Module, call: Arguments) -> Grid:
@@ -31,6 +32,18 @@ def patch_grid(model: nn.Module, call: Arguments) -> Grid:
     size = model.config["patch_size"]  # type: ignore[index]
     rows, columns = call["hidden_states"].shape[-2:]
     return rows // size, columns // size
+
+
+def shapes_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of a call whose `img_shapes` has (frames, rows, columns) of the image of every sample."""
+    shapes = {tuple(map(tuple, shape if isinstance(shape, list) else [shape])) for shape in call["img_shapes"]}
+    if len(shapes) > 1 or len(next(iter(shapes))) > 1:
+        raise InputError(
+            f"img_shapes holds several images or sizes; a wrapped {type(model).__name__} takes one image per sample, "
+            "of one size, with methods that reduce tokens."
+        )
+    ((grid,),) = shapes
+    return grid[1:] if grid[0] == 1 else grid
 
 
 def timestep_level(

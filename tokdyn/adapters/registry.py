@@ -8,19 +8,28 @@ from typing import Any
 from torch import nn
 
 from tokdyn.adapters.base import ModelAdapter
+from tokdyn.adapters.bria import BRIA, FIBO, FIBO2
 from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
 from tokdyn.adapters.flux import CHROMA, FLUX, FLUX2
+from tokdyn.adapters.hidream import HIDREAM
 from tokdyn.adapters.image_only import DIT, PIXART, SANA
+from tokdyn.adapters.image_stream import HUNYUAN_DIT, LUMINA_NEXT, NUCLEUS, PRX
 from tokdyn.adapters.infer import infer
+from tokdyn.adapters.joyimage import JOYIMAGE, JOYIMAGE_PLUS
 from tokdyn.adapters.mmdit import AURAFLOW, COGVIEW3, COGVIEW4, QWEN, SD3
+from tokdyn.adapters.one_stream import ERNIE_IMAGE, IDEOGRAM4, KREA2, OMNIGEN, QWEN21
 from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
+from tokdyn.adapters.two_streams import FLUX3, GLM_IMAGE, HUNYUAN_IMAGE
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN
 from tokdyn.errors import InputError, UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
     FACEBOOK, DC_DIT, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
-    QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3, TIMM_VIT,
+    QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3,
+    BRIA, FIBO, HUNYUAN_IMAGE, FLUX3, KREA2, IDEOGRAM4, PRX,
+    GLM_IMAGE, JOYIMAGE, JOYIMAGE_PLUS, LUMINA_NEXT, NUCLEUS, OMNIGEN, QWEN21, ERNIE_IMAGE, FIBO2, HIDREAM, HUNYUAN_DIT,
+    TIMM_VIT,
 )  # fmt: skip
 REFUSED: dict[str, str] = {
     "WanVACETransformer3DModel": "its control blocks compute tokens of their own that are added between the main "

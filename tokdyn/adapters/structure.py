@@ -58,18 +58,21 @@ class Pairs:
 
     Attributes:
         part: the entry under which their FLOPs are listed.
-        kind: "joint" attends among image and text tokens, "image" among image tokens only, "context" from image tokens
-            to an encoder's tokens; "linear" multiplies keys with values first.
+        kind: "joint" attends among image and text tokens, "image" among image tokens only, "keys" from image tokens to
+            image and text tokens, "prefix" the same and among text tokens, "context" from image tokens to an encoder's
+            tokens, "joint_context" from text tokens too; "linear" multiplies keys with values first.
         width: H d, the channels of all heads together.
         head: d, the channels of one head.
         owner: whose image tokens take part.
+        sliced: whether DynamicWidth slices its heads.
     """
 
     part: str
-    kind: Literal["joint", "image", "context", "linear"]
+    kind: Literal["joint", "image", "keys", "prefix", "context", "joint_context", "linear"]
     width: int
     head: int
     owner: Owner
+    sliced: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def structure(block: nn.Module, blocks: Blocks) -> Structure | None:
     parts = []
     for name, cost in _running_layers(block):
         place = _classify(name, block, blocks, products)
+        cost *= 2 if _matches(name, products.twice) else 1
         flops[place] += cost
         parts.append((name, place[0]))
         if blocks.modulated is not None and _matches(name, products.indicator):
@@ -172,13 +176,13 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
     if _matches(name, products.sample):
         return "adaLN", "round" if _matches(name, products.rounds) else "sample", "block"
     if top in products.cross:
-        return "cross-attention", _cross_attention_rows(rest, getattr(block, top)), "block"
+        return "cross-attention", _cross_attention_rows(rest, getattr(block, top), products.cross_joint), "block"
     owner: Owner = "block"
-    if top == _first_of(block, blocks.attention):
+    if _inside(name, _first_of(block, blocks.attention)):
         part, owner = "projections", "attention"
     elif top in products.beside:
         return "projections", "image", "block"
-    elif top == _first_of(block, blocks.mlp):
+    elif _inside(name, _first_of(block, blocks.mlp)):
         part, owner = "mlp", "mlp"
     else:
         part = "mlp" if _matches(name, products.mlp) else "other"
@@ -186,44 +190,58 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
         return part, "text", owner
     joint = blocks.image != "all" or _matches(name, products.joint)
     if owner == "attention":
-        joint |= blocks.inside is not None or (blocks.text is not None and not _has_text_layers(block, top, products))
+        joint |= blocks.inside is not None or (
+            blocks.text is not None and not _has_text_layers(block, blocks, products)
+        )
     elif owner == "mlp":
         joint |= blocks.inside_mlp is not None
     return part, "joint" if joint else "image", owner
 
 
-def _has_text_layers(block: nn.Module, attention: str, products: Products) -> bool:
+def _has_text_layers(block: nn.Module, blocks: Blocks, products: Products) -> bool:
     """Tell whether attention has separate layers for text tokens."""
+    attention = _first_of(block, blocks.attention) or ""
     names = (name for name, _ in block.get_submodule(attention).named_modules())
     return any(_matches(f"{attention}.{name}", products.text) for name in names)
 
 
-def _cross_attention_rows(name: str, attention: Any) -> Rows:
+def _cross_attention_rows(name: str, attention: Any, joint: bool) -> Rows:
     """Return what the rows of a layer of cross-attention are, given its path from the attention."""
     if name.startswith(("add_", "to_added_")):
         return "context_image"
     if name.startswith(("to_k", "to_v")):
         return "context" if getattr(attention, "add_k_proj", None) is None else "context_text"
-    return "image"
+    return "joint" if joint else "image"
 
 
 def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterator[Pairs | None]:
     """Yield the attentions of a block; None in place of one whose number of channels cannot be read."""
     own = _first_of(block, blocks.attention)
-    declared = [] if own is None else [(own, "linear" if products.linear else "joint", "attention", "attention")]
+    kind = "linear" if products.linear else _pairs_of(blocks, products)
+    declared = [] if own is None else [(own, kind, "attention", "attention")]
     declared += [(name, "image", "attention", "block") for name in products.beside]
-    declared += [(name, "context", "cross-attention", "block") for name in products.cross]
+    across = "joint_context" if products.cross_joint else "context"
+    declared += [(name, across, "cross-attention", "block") for name in products.cross]
     for name, kind, part, owner in declared:
-        attention = getattr(block, name, None)
+        attention: Any = submodule(block, name)
         if attention is not None:
+            sliced = part != "cross-attention" or (blocks.width is not None and name in blocks.width.attention)
             width = _query_channels(attention)
             heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
-            yield Pairs(part, kind, width, width // int(heads or 1), owner) if width else None  # type: ignore[arg-type]
+            pairs = Pairs(part, kind, width, width // int(heads or 1), owner, sliced)  # type: ignore[arg-type]
+            yield pairs if width else None
+
+
+def _pairs_of(blocks: Blocks, products: Products) -> str:
+    """Return which tokens attend to which in the attention of a block; see `Pairs.kind`."""
+    if blocks.text is None and blocks.image == "all" and blocks.inside is None:
+        return "image"
+    return {"all": "joint", "text": "prefix", "none": "keys"}[products.text_sees]
 
 
 def _query_channels(attention: Any) -> int:
     """Return H d, the channels of the queries of an attention; 0 if they cannot be read."""
-    for name, shares in (("to_q", 1), ("q_proj", 1), ("qkv", 3), ("to_qkv", 3)):
+    for name, shares in (("to_q", 1), ("q_proj", 1), ("qkv", 3), ("to_qkv", 3), ("img_attn_qkv", 3)):
         layer = getattr(attention, name, None)
         if layer is not None:
             return int(layer.out_features) // shares
@@ -232,7 +250,20 @@ def _query_channels(attention: Any) -> int:
 
 def _first_of(block: nn.Module, names: tuple[str, ...]) -> str | None:
     """Return the first of these attributes that the block has."""
-    return next((name for name in names if hasattr(block, name)), None)
+    return next((name for name in names if submodule(block, name) is not None), None)
+
+
+def submodule(block: nn.Module, path: str) -> nn.Module | None:
+    """Return the submodule of a block at dotted attributes; None if there is none."""
+    module: Any = block
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _inside(name: str, path: str | None) -> bool:
+    """Tell whether a layer lies in the submodule at a path, or is that submodule."""
+    return path is not None and f"{name}.".startswith(f"{path}.")
 
 
 def _matches(name: str, patterns: Patterns) -> bool:

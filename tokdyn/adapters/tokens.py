@@ -5,7 +5,7 @@ An entry is the slice of a tensor that belongs to one token, such as one row of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -127,7 +127,7 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     """Select the entries of some image tokens from an argument with a token axis. Entries of text tokens stay.
 
     Args:
-        value: the argument: a tensor, a tuple or list of tensors, or a `PerSample`. Anything else is returned
+        value: the argument: a tensor, a tuple, list or mapping of tensors, or a `PerSample`. Anything else is returned
             unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out and tensors with fewer than
             `count` entries.
         argument: which axis of the argument is its token axis.
@@ -141,10 +141,13 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     """
     if isinstance(value, (tuple, list)):
         items = range(len(value)) if argument.item is None else (argument.item,)
+        inner = replace(argument, item=None)
         return type(value)(
-            select_tokens(part, argument, blocks, index, count) if place in items else part
+            select_tokens(part, inner, blocks, index, count) if place in items else part
             for place, part in enumerate(value)
         )
+    if isinstance(value, Mapping):
+        return {name: select_tokens(part, argument, blocks, index, count) for name, part in value.items()}
     if isinstance(value, PerSample):  # an enclosing method has selected before
         batched = replace(argument, axis=argument.axis + 1, batched=True)
         return PerSample.of(select_tokens(value.table, batched, blocks, index, count))
@@ -167,6 +170,49 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     return selected if argument.batched else PerSample.of(selected)
 
 
+def batch_first(named: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
+    """Swap the first two axes of the arguments in `blocks.sequence_first`, here and back again.
+
+    Args:
+        named: arguments of a block, by name: tensors, or lists of tensors.
+        blocks: the adapter's declaration of the block.
+
+    Returns:
+        All arguments, by name.
+    """
+
+    def swap(value: Any) -> Any:
+        return type(value)(map(swap, value)) if isinstance(value, (tuple, list)) else value.transpose(0, 1)
+
+    return {**named, **{name: swap(named[name]) for name in blocks.sequence_first}}
+
+
+def call_by_name(
+    call: Callable[..., Any],
+    blocks: Blocks,
+    positional: Sequence[str],
+    keywords: Sequence[str],
+    named: Mapping[str, Any],
+) -> Any:
+    """Call a block with arguments by name, in the order of axes that it takes.
+
+    Args:
+        call: the call of the block.
+        blocks: the adapter's declaration of the block.
+        positional: names of the arguments to pass by position, as the block's caller did.
+        keywords: names of the others.
+        named: the arguments, batch first.
+
+    Returns:
+        Its result, batch first.
+    """
+    if not blocks.sequence_first:
+        return call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
+    named = batch_first(named, blocks)
+    out = call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
+    return out.transpose(0, 1) if blocks.tokens in blocks.sequence_first else out
+
+
 def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: Blocks) -> dict[str, Any]:
     """Select some samples from every argument whose first axis is the batch. Other arguments stay as they are.
 
@@ -185,14 +231,23 @@ def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: B
     for name, value in named.items():
         if id(value) not in selected:
             several = name in blocks.rounds and isinstance(value, Tensor) and len(value) > batch
-            chosen = torch.cat([rows + start for start in range(0, len(value), batch)]) if several else rows
+            chosen = _in_rounds(rows, batch, len(value)) if several else rows
             selected[id(value)] = _rows(value, chosen, len(value) if several else batch, name in shared)
     return {name: selected[id(value)] for name, value in named.items()}
+
+
+def _in_rounds(rows: Tensor, batch: int, length: int) -> Tensor:
+    """Return where the entries of some samples are among several rounds, and all entries of an incomplete last one."""
+    whole = length // batch * batch
+    rest = torch.arange(whole, length, device=rows.device)
+    return torch.cat([*(rows + start for start in range(0, whole, batch)), rest])
 
 
 def _rows(value: Any, rows: Tensor, batch: int, shared: bool) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_rows(part, rows, batch, shared) for part in value)
+    if isinstance(value, Mapping):
+        return {name: _rows(part, rows, batch, shared) for name, part in value.items()}
     if isinstance(value, PerSample):
         return PerSample.of(value.table.index_select(0, rows))
     if isinstance(value, Tensor) and not shared and value.dim() and value.shape[0] == batch:
@@ -220,6 +275,11 @@ class PerSample:
         keys = key if isinstance(key, tuple) else (key,)
         assert keys[0] is None, f"a rotary table of one table per sample is indexed by {key!r}, which is not supported"
         return self.table[(slice(None), *keys[1:])]
+
+    def view(self, first: int, *shape: int) -> Tensor:
+        """Return a tensor (B, *shape), where code for one table asks for (1, *shape)."""
+        assert first == 1, f"a table of one table per sample is viewed as ({first}, ...), which is not supported"
+        return self.table.reshape(len(self.table), *shape)
 
     def unsqueeze(self, axis: int) -> Tensor:
         """Return a tensor with an axis inserted at `axis`, counted as in the table (S, ...) of one sample."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -47,6 +47,7 @@ class Width:
         inners: attributes of these modules that hold the channels of all heads together, likewise.
         hiddens: attributes of these modules, or of the block, that hold the number of MLP channels, likewise.
         tables: arguments of the block whose last axis spans the channels of all heads.
+        per_head: parameters of the block with one entry per head.
         sliceable: `sliceable(block)` tells whether the code of this block really uses these attributes. If not,
             everything is computed, and the results of heads and channels that are off are multiplied by 0. None takes
             it for granted.
@@ -60,6 +61,7 @@ class Width:
     inners: tuple[str, ...] = ("inner_dim", "inner_kv_dim")
     hiddens: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
     sliceable: Callable[[nn.Module], bool] | None = None
 
     @property
@@ -94,6 +96,14 @@ def mlp_layers(out: str, *inputs: str) -> tuple[SlicedLayer, ...]:
     return (*(SlicedLayer(path, out=channels) for path in inputs), SlicedLayer(out, into=channels))
 
 
+def _at(block: nn.Module, path: str) -> Any:
+    """Return what is at dotted attributes of a block; None if there is nothing."""
+    module: Any = block
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
 def runs_processor(attention: str | tuple[str, ...], *processors: str) -> Callable[[nn.Module], bool]:
     """Return a function that tells whether a block's attention runs one of these processors, with unfused q, k and v.
 
@@ -104,7 +114,7 @@ def runs_processor(attention: str | tuple[str, ...], *processors: str) -> Callab
     attributes = (attention,) if isinstance(attention, str) else attention
 
     def test(block: nn.Module) -> bool:
-        modules = [module for name in attributes if (module := getattr(block, name, None)) is not None]
+        modules = [module for name in attributes if (module := _at(block, name)) is not None]
         unfused = not any(
             getattr(module, "fused_projections", False) or hasattr(module, "to_qkv") for module in modules
         )

@@ -110,8 +110,8 @@ def check_sublayers(model: nn.Module, methods: Sequence[Method], sites: Iterable
                 )
 
 
-def check_arguments(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any]) -> None:
-    """Check that a call of a model whose tokens are reduced has none of the arguments in `adapter.refuse`.
+def check_arguments(model: nn.Module, adapter: ModelAdapter, named: Mapping[str, Any], reduces: bool) -> None:
+    """Check that a call has no argument that the adapter refuses: always, or with methods that reduce tokens.
 
     None and False pass, and so do attention arguments without an image prompt, such as a LoRA scale.
 
@@ -119,18 +119,20 @@ def check_arguments(model: nn.Module, adapter: ModelAdapter, named: Mapping[str,
         model: the model, for the message.
         adapter: the adapter of the model.
         named: the arguments of the call, by name.
+        reduces: whether a method of the model reduces tokens.
 
     Raises:
         InputError: it has one; the message names the argument and the reason.
     """
-    for name, reason in adapter.refuse.items():
+    refused = {**(adapter.refuse if reduces else {}), **adapter.refuse_always}
+    for name, reason in refused.items():
         value = named.get(name)
         if isinstance(value, Mapping):  # attention arguments, of which only image prompts are refused
             value = next((key for key in value if key.startswith("ip_")), None)
         if value is not None and value is not False:
+            methods = "the methods of tokdyn" if name in adapter.refuse_always else "methods that reduce tokens"
             raise InputError(
-                f"the argument {name} of {type(model).__name__} cannot be combined with methods that reduce tokens: "
-                f"{reason}."
+                f"the argument {name} of {type(model).__name__} cannot be combined with {methods}: {reason}."
             )
 
 

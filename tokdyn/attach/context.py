@@ -223,9 +223,21 @@ class CallContext:
         tokens = view.room if view.packing is None else view.packing.longest
         beside = (0, 0) if view.packing is not None else other_tokens(named, site.blocks, tokens)
         rounds = rounds_of(named, site.blocks, view.batch)
+        self.trace.text, self.trace.context = max(self.trace.text, beside[0]), max(self.trace.context, beside[1])
         block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view), rounds=rounds)
         self.trace.blocks.append(block)
         return block
+
+    def see_text(self, named: Mapping[str, Any], blocks: Blocks, image: int) -> None:
+        """Note the text tokens that a block gets: text may join the image tokens after some blocks without text.
+
+        Args:
+            named: the arguments of the block, by name.
+            blocks: the adapter's declaration of the block.
+            image: number of image tokens that it gets.
+        """
+        if blocks.packing is None:
+            self.trace.text = max(self.trace.text, other_tokens(named, blocks, image)[0])
 
     def finish(self, recomputed: bool) -> CallTrace:
         """Return the trace of the call; start an empty one if its blocks may be recomputed in the backward pass."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import apart, join, other_tokens, rotate, rounds_of, together
+from tokdyn.adapters.tokens import apart, batch_first, call_by_name, join, other_tokens, rotate, rounds_of, together
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
@@ -73,16 +73,23 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         plain = partial(class_swap.base_class(module).__call__, module, *args, **kwargs)
         site = context.guard.begin(frame.sites, module, named, plain)
     blocks, edge = site.blocks, site.block in frame.handlers.edges
+    if blocks.sequence_first:
+        named = batch_first(named, blocks)
     view = context.view = _view_of(context, frame, named, blocks)
     if _passes(frame, module, site):
         return site.unchanged(args, kwargs)
-    frame = frame._replace(view=view)
+    frame, given = frame._replace(view=view), named[blocks.tokens]
+    if blocks.full_between:
+        named[blocks.tokens] = view.gathered(given, blocks)
     if edge:
+        context.see_text(named, blocks, view.room)
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
     rotation = _rotation(frame, blocks)
     named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
-    as_given = not edge and not rotation and (blocks.packing is None or view.packing is named[blocks.packing])
+    as_given = not edge and (
+        named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
+    )
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
     if as_given and _nothing_acts(frame, blocks):
@@ -90,13 +97,17 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         if len(frame.handlers.sublayers) == 0:
             return call(*args, **kwargs)
         return class_swap.within(frame._replace(block=block), call, *args, **kwargs)
-    inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
+    inner = partial(call_by_name, call, blocks, site.names[: len(args)], tuple(kwargs))
     results = _compute_groups(frame, module, site, inner, named)
     results["tokens"] = rotate(results["tokens"], rotation, back=True)
     if edge:
         results["tokens"] = _close(frame, site, results["tokens"])
+    if blocks.full_between and context.view is not None:
+        results["tokens"] = context.view.scattered(results["tokens"], given, blocks)
     if context.guard is not None:
         context.guard.before = (blocks.path, results["tokens"])
+    if blocks.tokens in blocks.sequence_first:
+        results["tokens"] = results["tokens"].transpose(0, 1)
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
 
 
@@ -104,11 +115,6 @@ def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
     """Return how sequences are rotated for a block, if what acts in it depends on the places of image tokens."""
     placed = frame.view.index is not None or len(frame.handlers.sublayers) + len(frame.handlers.kernels) > 0
     return frame.context.rotation(blocks) if placed else ()
-
-
-def _by_name(call: Call, positional: Sequence[str], keywords: Sequence[str], named: Named) -> Any:
-    """Call a module with arguments by name, passing the first ones by position as its caller did."""
-    return call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
 
 
 def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -> TokenView:
@@ -142,13 +148,18 @@ def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Bl
     """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
     if context.adapter.grid is None:
         context.readings.images.put(ImageTokens((tokens.shape[1],)))
-    elif blocks.image != "all" and frame.handlers.separates_text:
+    elif blocks.image != "all" and (frame.handlers.separates_text or _text_differs(blocks)):
         try:
             return total(context.images)
         except InputError:
             if frame.handlers.counts:
                 raise
     return tokens.shape[1]
+
+
+def _text_differs(blocks: Blocks) -> bool:
+    """Return whether text tokens cost other FLOPs than image tokens in the same sequence."""
+    return blocks.products is not None and blocks.products.text_sees != "all"
 
 
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:

@@ -225,8 +225,8 @@ def _call(
     prepared: Prepared,
 ) -> Any:
     """Call the model, or an entry of it, in a frame of its own."""
-    if attachment.blueprint.reduces:
-        check_arguments(model, attachment.adapter, named)
+    if attachment.blueprint.reduces or attachment.adapter.refuse_always:
+        check_arguments(model, attachment.adapter, named, attachment.blueprint.reduces)
     left_out = named.get("skip_layers")
     edges = attachment.handlers.edges.intersection(left_out) if left_out else ()
     if edges:

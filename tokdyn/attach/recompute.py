@@ -10,6 +10,7 @@ again after the call of the model has ended, with the same tensor of tokens as t
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -150,10 +151,15 @@ def release(bound: list[tuple[nn.Module, Any]]) -> None:
 def _checkpointing(function: Any, frame: Frame) -> Any:
     """Return a checkpointing function that checkpoints a block inside of the brackets, gates and kernels around it."""
 
-    def checkpoint(module: nn.Module, *args: Any) -> Any:
+    def checkpoint(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site = frame.sites.get(id(module))
         if site is None:
-            return function(module, *args)
+            return function(module, *args, **kwargs)
+        if kwargs:  # HunyuanImage names some, but only positional arguments are passed on
+            kind: Any = class_swap.base_class(module)
+            bound = inspect.signature(kind.forward).bind(module, *args, **kwargs)
+            bound.apply_defaults()
+            args = bound.args[1:]
         return call_block(frame._replace(remember=None), module, site, _Checkpointed(function, module, frame), args, {})
 
     return checkpoint

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
+from tokdyn.adapters.structure import submodule
 from tokdyn.attach.class_swap import attach_like, base_class, is_attached
 from tokdyn.attach.width.layout import Layer, Layout, reach
 from tokdyn.errors import UnsupportedModelError
@@ -108,7 +109,7 @@ def find_sites(
             if stream and blocks.stream is not None:
                 kinds.append(("stream", (blocks.stream,)))
             for kind, names in kinds if sublayers else ():
-                module = next((getattr(block, name) for name in names if hasattr(block, name)), None)
+                module = next((found for name in names if (found := submodule(block, name)) is not None), None)
                 if module is not None:
                     sites[id(module)] = Site(kind, number, blocks, argument_names(module))  # type: ignore[arg-type]
             if layouts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any
@@ -15,7 +16,7 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.structure import structures
 from tokdyn.attach import Attachment, Meter, argument_names, blocks_of, metered, untraced
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.counter import attention_formulas, by_child, to_meta
+from tokdyn.cost.counter import attention_formulas, by_child, frozen, to_meta
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.models.blocks import Attention
 from tokdyn.ops.attention import computed_pairs
@@ -72,7 +73,7 @@ def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
     with metered(model, Meter(mode.get_total_flops, arguments)) as attachment, untraced(attachment):
         training = bool(attachment.methods) and model.training and torch.is_grad_enabled()
         try:
-            with torch.set_grad_enabled(training), mode:
+            with torch.set_grad_enabled(training), nullcontext() if training else frozen(model), mode:
                 model(*inputs, **keywords)
         except RuntimeError as error:
             if not meta:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +24,24 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
         computes outside of its children; and the output.
     """
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
-    with torch.no_grad(), mode:
+    with torch.no_grad(), frozen(model), mode:
         output = model(*inputs, **keywords)
     total, children = int(mode.get_total_flops()), by_child(mode, type(model).__name__)
     rest = total - sum(children.values())
     return total, children | ({"rest": rest} if rest else {}), output
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require gradients: within torch's counter, views of one require them even without gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def by_child(mode: FlopCounterMode, root: str) -> dict[str, int]:

@@ -69,12 +69,14 @@ class KeyBias(TorchFunctionMode):
 
     Attributes:
         bias: (B, S), added to the logits of each key.
+        text: how many of the keys are text tokens, which may be no queries.
         calls: how many calls it was added in.
     """
 
-    def __init__(self, bias: Tensor) -> None:
+    def __init__(self, bias: Tensor, text: int = 0) -> None:
         super().__init__()
         self.bias = bias
+        self.text = text
         self.calls = 0
 
     @property
@@ -97,7 +99,9 @@ class KeyBias(TorchFunctionMode):
 
     def _fits(self, query: Tensor, key: Tensor) -> bool:
         batch, rows = self.bias.shape
-        return query.dim() == 4 and query.shape[0] == batch and query.shape[2] == key.shape[2] == rows
+        if query.dim() != 4 or query.shape[0] != batch:
+            return False
+        return key.shape[2] == rows and query.shape[2] in (rows, rows - self.text)
 
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.adapters.tokens import call_by_name
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Inner, Kernel, Plan, Sublayer, handles
@@ -202,10 +203,9 @@ class DynamicBlocks(Bracket, Kernel):
         if on.channels:
             frame.block.channels = slices.sizes["channels"] / layout.total("channels")
         if slices.columns is not None:
-            for name in layout.width.tables:
-                if named.get(name) is not None:
-                    named = {**named, name: select_channels(named[name], slices.columns)}
-        out = copy(**named)
+            for name in (name for name in layout.width.tables if named.get(name) is not None):
+                named = {**named, name: select_channels(named[name], slices.columns)}
+        out = call_by_name(copy, site.blocks, (), tuple(named), named)
         note_saved(frame, site, layout, slices)
         return out
 

@@ -136,7 +136,7 @@ class MergedTokens(Sublayer):
         first, *rest = out if isinstance(out, tuple) else (out,)
         if packing is None:
             text, y = split(first, left, place)
-            restored = unmerge(y.reshape(-1, y.shape[-1]), plan).view(view.batch, view.room, -1)
+            restored = unmerge(y.reshape(view.batch * left, -1), plan).view(view.batch, view.room, *y.shape[2:])
             whole = join(text, restored, place)
         else:
             whole = unmerge(first, plan)
@@ -274,14 +274,14 @@ def _weighted(
     """
     if view.packing is not None:
         return call(**named, **{_BIAS: plan.size.log()})
-    beside = text
-    if text is None:  # text tokens may join only within attention
-        beside, place = named.get(site.blocks.text or ""), site.blocks.joint
-    count = beside.shape[1] if isinstance(beside, Tensor) else 0
+    blocks, count = site.blocks, 0 if text is None else text.shape[1]
+    joining = [value for name, value in named.items() if blocks.text is not None and name.endswith(blocks.text)]
+    count += sum(value.shape[1] for value in joining if isinstance(value, Tensor))  # text that joins within attention
+    place = blocks.joint if text is None else place
     bias = size_bias(plan.size.view(view.batch, -1), count, place)
     if _BIAS in site.names:
         return call(**named, **{_BIAS: bias})
-    mode = KeyBias(bias)
+    mode = KeyBias(bias, count)
     with mode:
         out = call(**named)
     if not mode.met:

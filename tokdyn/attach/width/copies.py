@@ -126,17 +126,19 @@ def pruned_copy(block: nn.Module, layout: Layout, slices: Replacements, sites: M
     width = layout.width
     own = {name: slices.sizes.get("channels", 0) for name in width.hiddens if name in vars(block)}
     vars(copies[()]).update(own)
+    if width.per_head and not all(slices.on.heads):
+        parameters: dict[str, Any] = dict(block._parameters)
+        parameters |= {name: block.get_parameter(name)[torch.tensor(slices.on.heads)] for name in width.per_head}
+        vars(copies[()])["_parameters"] = parameters
     for path in width.attention:
         names = tuple(path.split("."))
         if reach(block, names) is None:
             continue
         numbers = vars(copied(names))
-        heads = sum(slices.on.heads)
-        for attributes, value in (
-            (width.counts, heads),
-            (width.inners, slices.sizes["heads"]),
-            (width.hiddens, slices.sizes.get("channels", 0)),
-        ):
+        changed = [(width.hiddens, slices.sizes.get("channels", 0))]
+        if not all(slices.on.heads):  # slices compute keys and values of every head, also where heads shared them
+            changed += [(width.counts, sum(slices.on.heads)), (width.inners, slices.sizes["heads"])]
+        for attributes, value in changed:
             numbers.update({name: value for name in attributes if name in numbers})
     return copies[()]
 

@@ -99,12 +99,12 @@ class Layout:
         Returns:
             FLOPs of attention, and FLOPs of the MLP.
         """
-        rows = {"image": image, "text": text, "joint": image + text}
+        rows = {"image": image, "text": text, "joint": image + text}  # layers over an encoder's tokens are left out
         pairs = (image + text) ** 2 + self.beside * image**2
         spent: dict[Kind, int] = {"heads": 4 * pairs * self.total("heads"), "channels": 0}
         for layer in self.layers:
             for kind, elements in layer.elements.items():
-                spent[kind] += 2 * elements * rows[layer.rows]
+                spent[kind] += 2 * elements * rows.get(layer.rows, 0)
         return spent["heads"], spent["channels"]
 
 
@@ -165,7 +165,7 @@ def unfit(
     if pruning.tokens and dense:
         return f"mix neighbouring cells, so that no token can be left out of the MLP; {cure}"
     if pruning.tokens and not (blocks.mlp or blocks.width.parallel):
-        return "call one MLP on the image tokens and then on the text tokens; use DynamicWidth(tokens=False)"
+        return "have no MLP that is a module of its own and gets the image tokens alone; use DynamicWidth(tokens=False)"
     if pruning.stream and blocks.stream is None:
         return _NO_STREAM
     if pruning.channels and not channels:

@@ -223,17 +223,20 @@ def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
     }
     if call.mlp_rows is not None:
         rows["mlp"] = int(call.mlp_rows)
-    beside = () if site.blocks.products is None else site.blocks.products.beside  # gets tokens before merging
-    attentions = {path.partition(".")[0] for path in layout.width.attention}
+    products = site.blocks.products
+    others = () if products is None else products.beside + products.cross  # they get tokens before merging
+    attentions = {path: tuple(path.split(".")) for path in layout.width.attention}
     for layer in layout.layers:
         elements = taken.without.get(layer.names)
         if not elements:
             continue
-        if layer.names[0] in attentions:
-            inside = "block" if layer.names[0] in beside else "attention"
+        held = next((path for path, names in attentions.items() if layer.names[: len(names)] == names), None)
+        if held is not None:
+            inside = "block" if held in others else "attention"
         else:
             inside = "block" if layout.parallel else "mlp"
-        count = {"text": text, "image": rows[inside], "joint": rows[inside] + text}[layer.rows]
+        counts = {"text": text, "image": rows[inside], "joint": rows[inside] + text}
+        count = counts.get(layer.rows, call.samples * call.context)
         call.save(".".join(layer.names), 2 * elements * count)
 
 
@@ -241,7 +244,8 @@ def input_mask(frame: Frame, layer: Layer, layout: Layout, x: Tensor) -> Tensor 
     """Return the mask of a layer's inputs, in which the value of each head or group is repeated for its channels.
 
     Returns:
-        (1 or B, 1, C), or (1 or T, C) for packed rows; None if the exchange holds no masks for this layer.
+        (1 or B, 1, C); (1, 1 or B, C) for x (S, B, C); or (1 or T, C) for packed rows. None if the exchange holds no
+        masks for this layer.
     """
     masks = [frame.exchange.given.get(kind) for kind in layer.into]
     samples = max((len(mask) for mask in masks if mask is not None), default=0)
@@ -255,5 +259,5 @@ def input_mask(frame: Frame, layer: Layer, layout: Layout, x: Tensor) -> Tensor 
     if samples > 1:
         whole = _select_view(frame, whole)
     if frame.view.packing is None:
-        return whole[:, None]
+        return whole[:, None] if len(x) == frame.view.batch else whole[None]  # x may have tokens before samples
     return whole.index_select(0, _sample_of_rows(frame, layer.into[0], x)) if samples > 1 else whole
