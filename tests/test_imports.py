@@ -22,6 +22,7 @@ LAYERS = [
     ["models"],
     ["adapters"],
     ["trace"],
+    ["provenance"],
     ["attach"],
     ["recorder"],
     ["checkpoints"],

@@ -146,6 +146,11 @@ class Blocks:
     products: Products | None = DEFAULT_PRODUCTS
     width: Width | None = None
 
+    @property
+    def text_sees_less(self) -> bool:
+        """Whether text tokens cost other FLOPs than image tokens in the same sequence."""
+        return self.products is not None and self.products.text_sees != "all"
+
     def __post_init__(self) -> None:
         if self.returns and "tokens" not in self.returns:
             raise InputError(

@@ -39,10 +39,10 @@ from tokdyn.attach.handlers.base import (
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
 from tokdyn.attach.measuring import metered, untraced
 from tokdyn.attach.offload import home
-from tokdyn.attach.provenance import different, fingerprint, other_sampler
 from tokdyn.attach.sidecar import CONFIG, WEIGHTS, load, save
 from tokdyn.attach.sites import Site, argument_names, blocks_of, find_sites
 from tokdyn.attach.view import TokenView
+from tokdyn.provenance import different, fingerprint, other_sampler
 
 __all__ = [
     "CONFIG",

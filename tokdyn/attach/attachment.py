@@ -18,13 +18,13 @@ from tokdyn.attach.handlers.base import Bracket, Exchange, Frame, Gate, Handlers
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
 from tokdyn.attach.inferred import Guard, samples
 from tokdyn.attach.offload import home
-from tokdyn.attach.provenance import Watch
 from tokdyn.attach.recompute import Replays
 from tokdyn.attach.sites import Sites, argument_names, blocks_of, find_sites
 from tokdyn.attach.view import TokenView
 from tokdyn.attach.width.layout import Layout, layouts_of
 from tokdyn.compose import Placed, compose
 from tokdyn.methods import Method, Sizes
+from tokdyn.provenance import Watch
 from tokdyn.tokens import ImageTokens
 from tokdyn.trace.calls import BlockTrace, CallTrace, levels_of
 from tokdyn.trace.observation import Observation

@@ -298,9 +298,3 @@ def _read_levels(trace: CallTrace) -> tuple[float, ...]:
 def _read_images(context: CallContext) -> ImageTokens:
     """Read the grids of a call and check them."""
     return context.check_images(context.adapter.image_tokens(context.model, context.arguments))
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Return whether hooks of accelerate or diffusers onload the weights of a module when it is called."""
-    held = vars(module)
-    return "_hf_hook" in held or "_diffusers_hook" in held

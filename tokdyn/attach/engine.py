@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import apart, batch_first, call_by_name, join, other_tokens, rotate, rounds_of, together
+from tokdyn.adapters.tokens import batch_first, call_by_name, other_tokens, rotate, rounds_of
 from tokdyn.attach import class_swap
-from tokdyn.attach.context import CallContext, is_offloaded
-from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
+from tokdyn.attach.brackets import close_brackets, gathered, open_brackets, scattered
+from tokdyn.attach.context import CallContext
+from tokdyn.attach.handlers.base import Exchange, Frame, Inner, Sublayer, scale_change
+from tokdyn.attach.offload import is_offloaded
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
@@ -80,10 +82,10 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         return site.unchanged(args, kwargs)
     frame, given = frame._replace(view=view), named[blocks.tokens]
     if blocks.full_between:
-        named[blocks.tokens] = view.gathered(given, blocks)
+        named[blocks.tokens] = gathered(view, given, blocks)
     if edge:
         context.see_text(named, blocks, view.room)
-        named[blocks.tokens], view = _open(frame, module, site, named)
+        named[blocks.tokens], view = open_brackets(frame, module, site, named)
         frame = frame._replace(view=view)
     rotation = _rotation(frame, blocks)
     named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
@@ -101,9 +103,9 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     results = _compute_groups(frame, module, site, inner, named)
     results["tokens"] = rotate(results["tokens"], rotation, back=True)
     if edge:
-        results["tokens"] = _close(frame, site, results["tokens"])
+        results["tokens"] = close_brackets(frame, site, results["tokens"])
     if blocks.full_between and context.view is not None:
-        results["tokens"] = context.view.scattered(results["tokens"], given, blocks)
+        results["tokens"] = scattered(context.view, results["tokens"], given, blocks)
     if context.guard is not None:
         context.guard.before = (blocks.path, results["tokens"])
     if blocks.tokens in blocks.sequence_first:
@@ -148,67 +150,13 @@ def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Bl
     """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
     if context.adapter.grid is None:
         context.readings.images.put(ImageTokens((tokens.shape[1],)))
-    elif blocks.image != "all" and (frame.handlers.separates_text or _text_differs(blocks)):
+    elif blocks.image != "all" and (frame.handlers.separates_text or blocks.text_sees_less):
         try:
             return total(context.images)
         except InputError:
             if frame.handlers.counts:
                 raise
     return tokens.shape[1]
-
-
-def _text_differs(blocks: Blocks) -> bool:
-    """Return whether text tokens cost other FLOPs than image tokens in the same sequence."""
-    return blocks.products is not None and blocks.products.text_sees != "all"
-
-
-def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
-    """Open the brackets that begin with a block; return its tokens and their view afterwards."""
-    brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
-    return _act(frame, brackets, site, named[site.blocks.tokens], BlockCall(module, site, named))
-
-
-def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
-    """Close the brackets that end with a block; return its tokens afterwards."""
-    brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
-    return _act(frame, brackets, site, tokens, None)[0]
-
-
-def _act(
-    frame: Frame, brackets: Sequence[Bracket], site: Site, tokens: Tensor, block: BlockCall | None
-) -> tuple[Tensor, TokenView]:
-    """Open brackets before a block, or close them if it is None; return the tokens and their view afterwards."""
-    context, view = frame.context, frame.view
-    if not brackets:
-        return tokens, view
-    before, rotation = view.packing, context.rotation(site.blocks)
-    tokens, view = view.padded(rotate(tokens, rotation))
-    text, x = view.split(tokens, site.blocks)
-    for bracket in brackets:
-        if block is None or not view.all_idle:  # else no block inside of it will run
-            x, view = _act_one(frame, bracket, view, x, block)
-    tokens = rotate(join(text, x, site.blocks.image), rotation, back=True)
-    if before is not None:
-        tokens, view = view.packed(tokens, before)
-    context.view = view
-    return tokens, view
-
-
-def _act_one(
-    frame: Frame, bracket: Bracket, view: TokenView, x: Tensor, block: BlockCall | None
-) -> tuple[Tensor, TokenView]:
-    """Open a bracket, or close it if the block is None; one that selects tokens gets the generated ones only."""
-    context, selects = frame.context, isinstance(bracket, Selector) and bracket.selects(frame.context)
-    beside = context.beside if selects else (0, 0)
-    first, x, last = apart(x, beside, view.lengths)
-    inner = view.generated(beside)
-    x, inner = bracket.close(frame, inner, x) if block is None else bracket.open(frame, inner, x, block)
-    if not selects and inner.room < view.room and any(context.beside):
-        raise InputError(
-            f"{type(bracket).__name__} selects among the tokens of reference images too; let it be a Selector, which "
-            "gets the generated tokens only."
-        )
-    return together(first, x, last, inner.lengths), inner.among(beside)
 
 
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:

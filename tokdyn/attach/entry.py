@@ -18,9 +18,9 @@ from tokdyn.attach.checks import check, check_arguments, check_cache, check_subl
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
-from tokdyn.attach.provenance import warn_of_another_model
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
+from tokdyn.provenance import warn_of_another_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
