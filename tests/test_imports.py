@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. Names on one line do not import each other.
 LAYERS = [
     ["errors"],
-    ["files", "host", "progress", "section", "seeds"],
+    ["files", "host", "lazy", "progress", "section", "seeds"],
     ["tokens"],
     ["ops"],
     ["methods"],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokdyn.adapters.base import Blocks, Follow
 from tokdyn.errors import InputError
-from tokdyn.ops.dropping import take
+from tokdyn.ops.dropping import put_back, take
 
 
 def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tensor]:
@@ -107,6 +107,40 @@ def rotate(x: Tensor, by: Sequence[int], back: bool = False) -> Tensor:
     places = torch.tensor(by, device=x.device)[:, None]
     slot = torch.arange(x.shape[1], device=x.device) + (-places if back else places)
     return take(x, slot.remainder(x.shape[1]))
+
+
+def gather(whole: Tensor, cells: int, index: Tensor | None, blocks: Blocks) -> Tensor:
+    """Take some image tokens from a sequence with all of them, (B, S, D), text tokens included.
+
+    Args:
+        whole: the sequence.
+        cells: N, image tokens in it.
+        index: (B, M) int64 cells of the tokens to take; None takes all.
+        blocks: the adapter's declaration of the block.
+    """
+    if index is None:
+        return whole
+    text, x = split(whole, cells, blocks.image)
+    return join(text, take(x, index), blocks.image)
+
+
+def scatter(
+    tokens: Tensor, whole: Tensor, cells: int, index: Tensor | None, lengths: Sequence[int] | None, blocks: Blocks
+) -> Tensor:
+    """Put tokens back among all image tokens of `whole`; the inverse of `gather`.
+
+    Args:
+        tokens: (B, L + M, D), text tokens included.
+        whole: (B, S, D).
+        cells: N, image tokens in `whole`.
+        index: (B, M) int64 cells of the tokens; None if none is left out.
+        lengths: number of tokens of each sample, if they differ.
+        blocks: the adapter's declaration of the block.
+    """
+    if index is None:
+        return tokens
+    text, x = split(tokens, index.shape[1], blocks.image)
+    return join(text, put_back(x, split(whole, cells, blocks.image)[1], index, lengths), blocks.image)
 
 
 def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[int, int]:

@@ -6,9 +6,9 @@ Nothing in the context changes its meaning while a block runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,41 +20,10 @@ from tokdyn.attach.offload import Residency
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import FollowedArguments, TokenView
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid, ImageTokens, beside, total
-from tokdyn.trace.calls import BlockTrace, CallTrace
+from tokdyn.lazy import Lazy
+from tokdyn.tokens import Grid, ImageTokens, beside, cells, total
+from tokdyn.trace.calls import BlockTrace, CallTrace, per_sample
 from tokdyn.trace.trajectory import Position, Trajectory
-
-Value = TypeVar("Value")
-
-
-class Lazy(Generic[Value]):
-    """A value that is computed at the first use and then kept."""
-
-    def __init__(self, read: Callable[[], Value]) -> None:
-        self._read: Callable[[], Value] | None = read
-        self._values: list[Value] = []
-
-    @property
-    def value(self) -> Value:
-        """The value; computed now if it is not known yet."""
-        if not self._values:
-            assert self._read is not None, "closed before anything was read"
-            self._values.append(self._read())
-        return self._values[0]
-
-    @property
-    def known(self) -> bool:
-        """Whether the value has been computed or set."""
-        return bool(self._values)
-
-    def put(self, value: Value) -> None:
-        """Set the value, if it is not known yet."""
-        if not self._values:
-            self._values.append(value)
-
-    def close(self) -> None:
-        """Release the function that computes the value; afterwards, a value that is not known may not be used."""
-        self._read = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +129,7 @@ class CallContext:
 
     def levels(self, view: TokenView) -> tuple[float, ...]:
         """Return the noise level of every sample of a view, on the host; 1 is pure noise."""
-        values = self.per_sample(self.readings.levels.value, self.trace.batch, "the timestep")
+        values = per_sample(self.readings.levels.value, self.trace.batch, "the timestep")
         return tuple(values[sample] for sample in view.samples)
 
     def level_tensor(self, view: TokenView, device: torch.device | str) -> Tensor:
@@ -172,26 +141,6 @@ class CallContext:
         if len(values) > 1 and view.samples != tuple(range(len(values))):
             values = values.index_select(0, torch.tensor(view.samples, device=device))
         return values
-
-    @staticmethod
-    def per_sample(values: Sequence[float], batch: int, what: str) -> tuple[float, ...]:
-        """Return a value for each sample from one value for all or one for each.
-
-        Args:
-            values: one value, or as many as samples.
-            batch: B.
-            what: name of the values, for the message.
-
-        Raises:
-            InputError: their number is neither 1 nor B.
-        """
-        if len(values) == 1:
-            return tuple(values) * batch
-        if len(values) != batch:
-            raise InputError(
-                f"{what} has {len(values)} entries, but the batch holds {batch} samples; give 1 or {batch}."
-            )
-        return tuple(values)
 
     def check_images(self, images: ImageTokens) -> ImageTokens:
         """Return the grids, after checking that the blocks get as many image tokens as they have cells, if it is known.
@@ -207,6 +156,52 @@ class CallContext:
                 f"{self.trace.cells} image tokens; leave out arguments that add tokens."
             )
         return images
+
+    def view_of(
+        self, named: Mapping[str, Any], blocks: Blocks, before: TokenView, separate: bool, needed: bool
+    ) -> TokenView:
+        """Return the view of a block's tokens: the previous block's, or all at the first, which begins the trace.
+
+        Args:
+            named: the arguments of the block, by name.
+            blocks: the adapter's declaration of the block.
+            before: the view of the frame.
+            separate: whether handlers tell text tokens from image tokens.
+            needed: whether handlers need the number of image tokens.
+        """
+        view, tokens, packing, trace = self.view, named[blocks.tokens], None, self.trace
+        batch = tokens.shape[0]  # `len` of a tensor takes a microsecond, in every block
+        if blocks.packing is not None:
+            packing = named[blocks.packing]
+            batch = len(packing.lengths)
+        if view is not None and view.batch == batch:
+            return view
+        samples = before.samples if before.batch == batch else tuple(range(batch))
+        if packing is not None:
+            view = TokenView(samples, cells(packing.grid), packing.longest, tokens.device, packing=packing)
+            if not trace.batch:
+                trace.batch, trace.cells, trace.kept = batch, view.cells, packing.lengths
+            return view
+        count = trace.cells or self._image_tokens(tokens, blocks, separate, needed)
+        if not trace.batch:
+            trace.batch, trace.cells = batch, count
+            trace.text, trace.context = other_tokens(named, blocks, count)
+            trace.rounds = rounds_of(named, blocks, batch)
+            if self.readings.images.known:
+                self.check_images(self.images)
+        return TokenView(samples, count, count, tokens.device)
+
+    def _image_tokens(self, tokens: Tensor, blocks: Blocks, separate: bool, needed: bool) -> int:
+        """Count the image tokens of the first block; all tokens, if the grid is not known and no method needs it."""
+        if self.adapter.grid is None:
+            self.readings.images.put(ImageTokens((tokens.shape[1],)))
+        elif blocks.image != "all" and (separate or blocks.text_sees_less):
+            try:
+                return total(self.images)
+            except InputError:
+                if needed:
+                    raise
+        return tokens.shape[1]
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add to an auxiliary loss of this call."""
@@ -227,17 +222,6 @@ class CallContext:
         block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view), rounds=rounds)
         self.trace.blocks.append(block)
         return block
-
-    def see_text(self, named: Mapping[str, Any], blocks: Blocks, image: int) -> None:
-        """Note the text tokens that a block gets: text may join the image tokens after some blocks without text.
-
-        Args:
-            named: the arguments of the block, by name.
-            blocks: the adapter's declaration of the block.
-            image: number of image tokens that it gets.
-        """
-        if blocks.packing is None:
-            self.trace.text = max(self.trace.text, other_tokens(named, blocks, image)[0])
 
     def finish(self, recomputed: bool) -> CallTrace:
         """Return the trace of the call; start an empty one if its blocks may be recomputed in the backward pass."""
@@ -298,3 +282,9 @@ def _read_levels(trace: CallTrace) -> tuple[float, ...]:
 def _read_images(context: CallContext) -> ImageTokens:
     """Read the grids of a call and check them."""
     return context.check_images(context.adapter.image_tokens(context.model, context.arguments))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Return whether hooks of accelerate or diffusers onload the weights of a module when it is called."""
+    held = vars(module)
+    return "_hf_hook" in held or "_diffusers_hook" in held

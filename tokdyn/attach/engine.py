@@ -10,20 +10,26 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import batch_first, call_by_name, other_tokens, rotate, rounds_of
+from tokdyn.adapters.tokens import (
+    apart,
+    batch_first,
+    call_by_name,
+    gather,
+    join,
+    other_tokens,
+    rotate,
+    scatter,
+    together,
+)
 from tokdyn.attach import class_swap
-from tokdyn.attach.brackets import close_brackets, gathered, open_brackets, scattered
-from tokdyn.attach.context import CallContext
-from tokdyn.attach.handlers.base import Exchange, Frame, Inner, Sublayer, scale_change
-from tokdyn.attach.offload import is_offloaded
+from tokdyn.attach.context import is_offloaded
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
-from tokdyn.tokens import ImageTokens, cells, total
 
 Call = Callable[..., Any]
 Named = dict[str, Any]
@@ -77,15 +83,18 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     blocks, edge = site.blocks, site.block in frame.handlers.edges
     if blocks.sequence_first:
         named = batch_first(named, blocks)
-    view = context.view = _view_of(context, frame, named, blocks)
+    view = context.view = context.view_of(
+        named, blocks, frame.view, frame.handlers.separates_text, frame.handlers.counts
+    )
     if _passes(frame, module, site):
         return site.unchanged(args, kwargs)
     frame, given = frame._replace(view=view), named[blocks.tokens]
     if blocks.full_between:
-        named[blocks.tokens] = gathered(view, given, blocks)
+        named[blocks.tokens] = gather(given, view.cells, view.index, blocks)
     if edge:
-        context.see_text(named, blocks, view.room)
-        named[blocks.tokens], view = open_brackets(frame, module, site, named)
+        if blocks.packing is None:  # text may join the image tokens after some blocks without text
+            context.trace.text = max(context.trace.text, other_tokens(named, blocks, view.room)[0])
+        named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
     rotation = _rotation(frame, blocks)
     named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
@@ -103,9 +112,10 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     results = _compute_groups(frame, module, site, inner, named)
     results["tokens"] = rotate(results["tokens"], rotation, back=True)
     if edge:
-        results["tokens"] = close_brackets(frame, site, results["tokens"])
+        results["tokens"] = _close(frame, site, results["tokens"])
     if blocks.full_between and context.view is not None:
-        results["tokens"] = scattered(context.view, results["tokens"], given, blocks)
+        view = context.view
+        results["tokens"] = scatter(results["tokens"], given, view.cells, view.index, view.lengths, blocks)
     if context.guard is not None:
         context.guard.before = (blocks.path, results["tokens"])
     if blocks.tokens in blocks.sequence_first:
@@ -119,44 +129,53 @@ def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
     return frame.context.rotation(blocks) if placed else ()
 
 
-def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -> TokenView:
-    """Return the view of a block's tokens: the previous block's, or all tokens at the first, which begins the trace."""
-    view, tokens, packing = context.view, named[blocks.tokens], None
-    batch = tokens.shape[0]  # `len` of a tensor takes a microsecond, in every block
-    if blocks.packing is not None:
-        packing = named[blocks.packing]
-        batch = len(packing.lengths)
-    if view is not None and view.batch == batch:
-        return view
-    samples = frame.view.samples if frame.view.batch == batch else tuple(range(batch))
-    if packing is not None:
-        view = TokenView(samples, cells(packing.grid), packing.longest, tokens.device, packing=packing)
-        if not context.trace.batch:
-            context.trace.batch, context.trace.cells, context.trace.kept = batch, view.cells, packing.lengths
-        return view
-    count = context.trace.cells or _image_tokens(context, frame, tokens, blocks)
-    view = TokenView(samples, count, count, tokens.device)
-    trace = context.trace
-    if not trace.batch:
-        trace.batch, trace.cells = batch, count
-        trace.text, trace.context = other_tokens(named, blocks, count)
-        trace.rounds = rounds_of(named, blocks, batch)
-        if context.readings.images.known:
-            context.check_images(context.images)
-    return view
+def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
+    """Open the brackets that begin with a block; return its tokens and their view afterwards."""
+    brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
+    return _act(frame, brackets, site, named[site.blocks.tokens], BlockCall(module, site, named))
 
 
-def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
-    """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
-    if context.adapter.grid is None:
-        context.readings.images.put(ImageTokens((tokens.shape[1],)))
-    elif blocks.image != "all" and (frame.handlers.separates_text or blocks.text_sees_less):
-        try:
-            return total(context.images)
-        except InputError:
-            if frame.handlers.counts:
-                raise
-    return tokens.shape[1]
+def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
+    """Close the brackets that end with a block; return its tokens afterwards."""
+    brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
+    return _act(frame, brackets, site, tokens, None)[0]
+
+
+def _act(
+    frame: Frame, brackets: Sequence[Bracket], site: Site, tokens: Tensor, block: BlockCall | None
+) -> tuple[Tensor, TokenView]:
+    """Open brackets before a block, or close them if it is None; return the tokens and their view afterwards."""
+    context, view = frame.context, frame.view
+    if not brackets:
+        return tokens, view
+    before, rotation = view.packing, context.rotation(site.blocks)
+    tokens, view = view.padded(rotate(tokens, rotation))
+    text, x = view.split(tokens, site.blocks)
+    for bracket in brackets:
+        if block is None or not view.all_idle:  # else no block inside of it will run
+            x, view = _act_one(frame, bracket, view, x, block)
+    tokens = rotate(join(text, x, site.blocks.image), rotation, back=True)
+    if before is not None:
+        tokens, view = view.packed(tokens, before)
+    context.view = view
+    return tokens, view
+
+
+def _act_one(
+    frame: Frame, bracket: Bracket, view: TokenView, x: Tensor, block: BlockCall | None
+) -> tuple[Tensor, TokenView]:
+    """Open a bracket, or close it if the block is None; one that selects tokens gets the generated ones only."""
+    context, selects = frame.context, isinstance(bracket, Selector) and bracket.selects(frame.context)
+    beside = context.beside if selects else (0, 0)
+    first, x, last = apart(x, beside, view.lengths)
+    inner = view.generated(beside)
+    x, inner = bracket.close(frame, inner, x) if block is None else bracket.open(frame, inner, x, block)
+    if not selects and inner.room < view.room and any(context.beside):
+        raise InputError(
+            f"{type(bracket).__name__} selects among the tokens of reference images too; let it be a Selector, which "
+            "gets the generated tokens only."
+        )
+    return together(first, x, last, inner.lengths), inner.among(beside)
 
 
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
@@ -174,21 +193,14 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
     if view.all_idle and not is_offloaded(module):
         return results
-    inputs, device = dict(results), named[blocks.tokens].device
+    inputs = dict(results)
     groups = _groups(frame, site.block)
     if groups is not None and not groups and is_offloaded(module):
         context.residency.skipped(module)
     if groups is None:
         results |= _compute(frame, module, site, inner, named, None)
     elif context.guard is not None and groups:  # unknown which arguments have a batch: compute all samples, keep some
-        everything = _compute(frame, module, site, inner, named, None)
-        rows = torch.tensor([place for places in groups for place in places], device=device)
-        for name, value in everything.items():
-            before = results[name]
-            if before is None or value is None:
-                results[name] = None if value is None else value.index_select(0, rows)
-            else:
-                results[name] = before.index_copy(0, rows, value.index_select(0, rows).to(before.dtype))
+        context.guard.keep(results, _compute(frame, module, site, inner, named, None), groups)
     else:
         for places in groups:
             part = view.take(places)

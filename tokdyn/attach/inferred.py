@@ -6,7 +6,7 @@ return are compared with that guess; class names do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,6 +162,23 @@ class Guard:
         x = parts[blocks.returns.index("tokens")]
         if not isinstance(x, Tensor) or x.shape != given.shape:
             raise self._refusal(_changed(given, x))
+
+    @staticmethod
+    def keep(results: dict[str, Any], everything: Mapping[str, Any], groups: Sequence[Sequence[int]]) -> None:
+        """Put what a block made of the samples in some groups into its results, in place, if it was called for all.
+
+        Args:
+            results: tensors with all samples, or None, by name.
+            everything: what the block returned for all samples.
+            groups: positions in the batch of the samples that it was wanted for.
+        """
+        places = [place for group in groups for place in group]
+        for name, value in everything.items():
+            before, rows = results[name], None if value is None else torch.tensor(places, device=value.device)
+            if before is None or value is None:
+                results[name] = None if value is None else value.index_select(0, rows)
+            else:
+                results[name] = before.index_copy(0, rows, value.index_select(0, rows).to(before.dtype))
 
     def end(self) -> None:
         """Check at the end of the model's call that all blocks were called.

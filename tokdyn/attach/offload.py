@@ -124,9 +124,3 @@ def _group(module: nn.Module) -> Any:
     """Return the group in which diffusers offloads a block; None if it does not."""
     hook = _hook(module)
     return None if hook is None else hook.group
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Return whether hooks of accelerate or diffusers onload the weights of a module when it is called."""
-    held = vars(module)
-    return "_hf_hook" in held or "_diffusers_hook" in held

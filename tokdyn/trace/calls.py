@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from tokdyn.errors import InputError
 from tokdyn.trace.observation import Observation
 
 
@@ -166,3 +167,21 @@ def levels_of(level: Tensor | float | None) -> Tensor:
     """(B,) or (1,) fp32 noise levels of what an adapter says; see `CallTrace.levels`."""
     values = level.float() if isinstance(level, torch.Tensor) else torch.tensor(float(level or 0.0))
     return values if values.dim() == 1 else values.flatten(1).amax(1) if values.dim() > 1 else values.reshape(1)
+
+
+def per_sample(values: Sequence[float], batch: int, what: str) -> tuple[float, ...]:
+    """Return a value for each sample from one value for all or one for each.
+
+    Args:
+        values: one value, or as many as samples.
+        batch: B.
+        what: name of the values, for the message.
+
+    Raises:
+        InputError: their number is neither 1 nor B.
+    """
+    if len(values) == 1:
+        return tuple(values) * batch
+    if len(values) != batch:
+        raise InputError(f"{what} has {len(values)} entries, but the batch holds {batch} samples; give 1 or {batch}.")
+    return tuple(values)

@@ -26,6 +26,7 @@ from tokdyn.ops.pack import pack_index
 from tokdyn.ops.routing import most_probable, tail_drop, tail_kept
 from tokdyn.ops.schedules import Curve, at
 from tokdyn.tokens import Grid, Routing
+from tokdyn.trace.calls import per_sample
 
 
 @dataclass
@@ -143,7 +144,7 @@ def tail_drops(context: CallContext, view: TokenView, default: Curve) -> tuple[f
             return (default,) * view.batch
         return tuple(at(default, level) for level in context.levels(view))
     if not isinstance(value, dict):
-        return context.per_sample(value, view.batch, "tail_drop")
+        return per_sample(value, view.batch, "tail_drop")
     if context.adapter.guidance == "calls":
         return (value["uncond" if context.position.unconditional else "cond"],) * view.batch
     context.trace.halves = True

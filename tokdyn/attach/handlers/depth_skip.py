@@ -12,6 +12,7 @@ from tokdyn.attach.handlers.base import Gate, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import DepthSkip, Sizes, SkipGates
 from tokdyn.ops.skipping import gate
+from tokdyn.trace.calls import per_sample
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ class LearnedGate(Gate):
         shut: list[tuple[float, ...]] | None = context.slots[self.slot]
         if shut is None:
             columns = (self._logits(context, view) <= 0).T.tolist()
-            shut = [context.per_sample(column, view.batch, "the timestep") for column in columns]
+            shut = [per_sample(column, view.batch, "the timestep") for column in columns]
             context.slots[self.slot] = shut
         return [bool(value) for value in shut[block]]
 

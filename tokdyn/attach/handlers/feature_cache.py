@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokdyn.attach.context import CallContext
+from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
-from tokdyn.attach.offload import is_offloaded
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, extrapolate, relative_change, rescale
