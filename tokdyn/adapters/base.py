@@ -92,13 +92,18 @@ class Blocks:
         path: attribute of the model that holds the list; dots lead into submodules.
         tokens: argument of a block that holds the image tokens, (B, N, D).
         text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
-        returns: what a block returns, in order: "tokens" for image tokens, "text" for text tokens; () if this is to be
-            learned in the first call.
+        streams: arguments that hold tokens of further streams, such as audio, which blocks change and return and which
+            the model uses after its last block. A cache restores each by its own effect; the effect on `text` is not
+            restored, because it is not used after the last block.
+        returns: what a block returns, in order: "tokens" for image tokens, "text" for text tokens, or the name of one
+            of `streams`; () if this is to be learned in the first call.
         image: where image tokens lie in `tokens`: "all" of it, or "first" or "last" beside text tokens.
         inside: where image tokens lie in the input of attention, if text joins them within the block.
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
+        full_between: whether the model itself computes with the tokens between blocks, such as adding control
+            residuals, and needs all of them there. Tokens that are left out then wait in the full grid.
         rounds: arguments that may hold several entries per sample: one of every sample, then another of every sample.
         attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
             has is used.
@@ -115,12 +120,14 @@ class Blocks:
     path: str
     tokens: str = "hidden_states"
     text: str | None = None
-    returns: tuple[Literal["tokens", "text"], ...] = ("tokens",)
+    streams: tuple[str, ...] = ()
+    returns: tuple[str, ...] = ("tokens",)
     image: Literal["all", "first", "last"] = "all"
     inside: Literal["first", "last"] | None = None
     inside_mlp: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
+    full_between: bool = False
     rounds: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")
     mlp: tuple[str, ...] = ("ff", "mlp")
@@ -135,6 +142,12 @@ class Blocks:
             raise InputError(
                 f"the blocks in {self.path!r} are declared with returns={self.returns}, which lacks 'tokens'; name "
                 "everything that a block returns, in order."
+            )
+        unknown = set(self.returns) - {"tokens", "text", *self.streams}
+        if unknown:
+            raise InputError(
+                f"the blocks in {self.path!r} are declared with returns={self.returns}, in which {min(unknown)!r} is "
+                "neither 'tokens' nor 'text' nor one of streams."
             )
         if "text" in self.returns and self.text is None:
             raise InputError(

@@ -76,11 +76,15 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     view = context.view = _view_of(context, frame, named, blocks)
     if _passes(frame, module, site):
         return site.unchanged(args, kwargs)
-    frame = frame._replace(view=view)
+    frame, given = frame._replace(view=view), named[blocks.tokens]
+    if blocks.full_between:
+        named[blocks.tokens] = view.gathered(given, blocks)
     if edge:
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
-    as_given = not edge and (blocks.packing is None or view.packing is named[blocks.packing])
+    as_given = not edge and (
+        named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
+    )
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
     if as_given and _nothing_acts(frame, blocks):
@@ -91,9 +95,11 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     inner = partial(_by_name, call, site.names[: len(args)], tuple(kwargs))
     results = _compute_groups(frame, module, site, inner, named)
     if edge:
-        results["tokens"] = _close(frame, site, results["tokens"])
+        _close(frame, site, results)
+    if blocks.full_between and context.view is not None:
+        results["tokens"] = context.view.scattered(results["tokens"], given, blocks)
     if context.guard is not None:
-        context.guard.before = (blocks.path, results["tokens"])
+        context.guard.before = (blocks.path, results)
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
 
 
@@ -161,22 +167,26 @@ def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Te
     return tokens, view
 
 
-def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
-    """Close the brackets that end with a block; return its tokens afterwards."""
-    context, view = frame.context, frame.view
+def _close(frame: Frame, site: Site, results: Named) -> None:
+    """Close the brackets that end with a block, and put its tokens afterwards into its results."""
+    context, view, streams = frame.context, frame.view, site.blocks.streams
     brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
     if not brackets:
-        return tokens
+        return
     before = view.packing
-    tokens, view = view.padded(tokens)
+    tokens, view = view.padded(results["tokens"])
     text, x = view.split(tokens, site.blocks)
     for bracket in brackets:
+        if streams:
+            others = bracket.close_streams(frame, [results[name] for name in streams])
+            results.update(zip(streams, others, strict=True))
+        elif context.guard is not None:  # it is not known whether text is used after the last block
+            text = next(iter(bracket.close_streams(frame, [] if text is None else [text])), None)
         x, view = bracket.close(frame, view, x)
     tokens = join(text, x, site.blocks.image)
     if before is not None:
         tokens, view = view.packed(tokens, before)
-    context.view = view
-    return tokens
+    context.view, results["tokens"] = view, tokens
 
 
 def _nothing_acts(frame: Frame, blocks: Blocks) -> bool:
@@ -192,6 +202,7 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     """Compute a block for the samples that do not skip it, and return "tokens" and "text" of all samples."""
     context, view, blocks = frame.context, frame.view, site.blocks
     results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
+    results |= {name: named[name] for name in blocks.streams}
     if view.all_idle and not is_offloaded(module):
         return results
     inputs, device = dict(results), named[blocks.tokens].device

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.tokens import join, select_samples, select_tokens, split
+from tokdyn.ops.dropping import put_back
+from tokdyn.ops.dropping import take as take_tokens
 from tokdyn.ops.pack import pack_index, packing_of
 from tokdyn.tokens import Packing
 
@@ -88,6 +90,21 @@ class TokenView:
             Text tokens (B, L, D), None if the sequence has none, and image tokens (B, M, D).
         """
         return split(x, self.room, blocks.image)
+
+    def gathered(self, whole: Tensor, blocks: Blocks) -> Tensor:
+        """Take the tokens of this view from a sequence with all image tokens, (B, S, D), text tokens included."""
+        if self.index is None:
+            return whole
+        text, x = split(whole, self.cells, blocks.image)
+        return join(text, take_tokens(x, self.index), blocks.image)
+
+    def scattered(self, tokens: Tensor, whole: Tensor, blocks: Blocks) -> Tensor:
+        """Put the tokens of this view back among all image tokens of `whole`; the inverse of `gathered`."""
+        if self.index is None:
+            return tokens
+        text, x = self.split(tokens, blocks)
+        rest = split(whole, self.cells, blocks.image)[1]
+        return join(text, put_back(x, rest, self.index, self.lengths), blocks.image)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return the cell and the sample (its position in the view) of every image token, (T,) int64 each."""

@@ -78,6 +78,10 @@ class Bracket(ABC):
             Image tokens (B, N, D) for the view that `open` got, and this view.
         """
 
+    def close_streams(self, frame: Frame, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Act on the tokens (B, L, D) of the other streams in `Blocks.streams`, just before `close`; return them."""
+        return streams
+
 
 class Gate(ABC):
     """A handler that decides for each sample whether a block runs. A block that does not run returns its input."""
