@@ -27,7 +27,8 @@ Patterns = tuple[str, ...]
 class Follow:
     """An argument of a block with one entry per token, such as a rotary table or a mask.
 
-    When tokens are selected, the same entries of this argument are selected. None, and tensors whose token axis is
+    When tokens are selected, the same entries of this argument are selected. A whole number that equals the number of
+    image tokens, such as a length, becomes the number of those selected. None, and tensors whose token axis is
     shorter than the number of image tokens, are passed on unchanged. In a tuple or list, entries of every tensor are
     selected unless `item` names one.
 
@@ -64,6 +65,7 @@ class Products:
         context: argument of a block that holds the encoder's tokens.
         context_text: how many of the encoder's tokens are text, at the end, where image embeddings with their own key
             and value layers precede them; None if all are.
+        cross_joint: whether text tokens in the sequence of the image tokens go through this cross-attention, too.
         beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
         linear: whether attention multiplies keys with values first, so that its cost is linear in the tokens.
         indicator: layers that `Blocks.modulated` runs.
@@ -76,6 +78,7 @@ class Products:
     cross: tuple[str, ...] = ()
     context: str = "encoder_hidden_states"
     context_text: int | None = None
+    cross_joint: bool = False
     beside: tuple[str, ...] = ()
     linear: bool = False
     indicator: Patterns = ("norm1.*", "adaLN_modulation.*", "img_mod.*")

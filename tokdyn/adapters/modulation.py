@@ -105,3 +105,20 @@ def flux2(block: nn.Module, arguments: Arguments) -> Tensor:
         shift, scale = shift[:, None], scale[:, None]
     out: Tensor = block.norm1(arguments["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
     return out
+
+
+def cosmos(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Cosmos, which first adds learned positions to its tokens."""
+    x, positions = arguments["hidden_states"], arguments.get("extra_pos_emb")
+    if positions is not None:
+        x = x + positions
+    out: Tensor = block.norm1(x, arguments["embedded_timestep"], arguments.get("temb"))[0]  # type: ignore[operator]
+    return out
+
+
+def kandinsky(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Kandinsky 5; its nine modulations are those of three sublayers."""
+    x = arguments["visual_embed"]
+    shift, scale = block.visual_modulation(arguments["time_embed"])[:, None].chunk(9, dim=-1)[:2]  # type: ignore[operator]
+    out: Tensor = block.self_attention_norm(x.float()) * (scale.float() + 1.0) + shift.float()  # type: ignore[operator]
+    return out.type_as(x)

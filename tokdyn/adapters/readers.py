@@ -27,6 +27,18 @@ def patch_grid(model: nn.Module, call: Arguments) -> Grid:
     return rows // size, columns // size
 
 
+def video_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of latents (B, C, frames, rows, columns): each size divided by that of a patch.
+
+    The patch size in the model's config is one number for rows and columns, with that for frames in `patch_size_t`, or
+    one number for each axis.
+    """
+    config: Any = model.config
+    size = config["patch_size"]
+    patch = (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
+    return tuple(length // part for length, part in zip(call["hidden_states"].shape[-3:], patch, strict=True))
+
+
 def timestep_level(
     name: str = "timestep", scale: float = 1000.0, backwards: bool = False
 ) -> Callable[[nn.Module, Arguments], Any]:

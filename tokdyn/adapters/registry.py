@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tokdyn.adapters.audio import STABLE_AUDIO
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
 from tokdyn.adapters.flux import CHROMA, FLUX, FLUX2
@@ -15,18 +16,17 @@ from tokdyn.adapters.infer import infer
 from tokdyn.adapters.mmdit import AURAFLOW, COGVIEW3, COGVIEW4, QWEN, SD3
 from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
-from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN
+from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN, WAN_VACE
+from tokdyn.adapters.video_cross import ALLEGRO, COSMOS, COSMOS2, KANDINSKY5
+from tokdyn.adapters.video_joint import CONSISID, EASYANIMATE, EASYANIMATE_SHARED, HUNYUAN15, MOCHI
 from tokdyn.errors import InputError, UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
     FACEBOOK, DC_DIT, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3, TIMM_VIT,
+    WAN_VACE, HUNYUAN15, MOCHI, EASYANIMATE, EASYANIMATE_SHARED, CONSISID, ALLEGRO, COSMOS, COSMOS2, KANDINSKY5,
+    STABLE_AUDIO,
 )  # fmt: skip
-REFUSED: dict[str, str] = {
-    "WanVACETransformer3DModel": "its control blocks compute tokens of their own that are added between the main "
-    "blocks; use a WanTransformer3DModel",
-}
-"""Classes for which inference would find a wrong adapter, each with the reason for the refusal."""
 REGISTERED: list[ModelAdapter] = []
 """Adapters that the user registered, in that order."""
 
@@ -104,7 +104,7 @@ def _refusal(model: nn.Module) -> str | None:
     names = [base.__name__ for base in type(model).__mro__]
     if any("ControlNet" in name for name in names):
         return "the output of each block of a ControlNet is used by another model; wrap that model instead"
-    return next((REFUSED[name] for name in names if name in REFUSED), None)
+    return None
 
 
 def _reduce(adapter: ModelAdapter) -> tuple[Any, ...]:

@@ -58,14 +58,14 @@ class Pairs:
     Attributes:
         part: the entry under which their FLOPs are listed.
         kind: "joint" attends among image and text tokens, "image" among image tokens only, "context" from image tokens
-            to an encoder's tokens; "linear" multiplies keys with values first.
+            to an encoder's tokens, "joint_context" from text tokens too; "linear" multiplies keys with values first.
         width: H d, the channels of all heads together.
         head: d, the channels of one head.
         owner: whose image tokens take part.
     """
 
     part: str
-    kind: Literal["joint", "image", "context", "linear"]
+    kind: Literal["joint", "image", "context", "joint_context", "linear"]
     width: int
     head: int
     owner: Owner
@@ -171,7 +171,7 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
     if _matches(name, products.sample):
         return "adaLN", "sample", "block"
     if top in products.cross:
-        return "cross-attention", _cross_attention_rows(rest, getattr(block, top)), "block"
+        return "cross-attention", _cross_attention_rows(rest, getattr(block, top), products.cross_joint), "block"
     owner: Owner = "block"
     if top == _first_of(block, blocks.attention):
         part, owner = "projections", "attention"
@@ -197,13 +197,13 @@ def _has_text_layers(block: nn.Module, attention: str, products: Products) -> bo
     return any(_matches(f"{attention}.{name}", products.text) for name in names)
 
 
-def _cross_attention_rows(name: str, attention: Any) -> Rows:
+def _cross_attention_rows(name: str, attention: Any, joint: bool) -> Rows:
     """Return what the rows of a layer of cross-attention are, given its path from the attention."""
     if name.startswith(("add_", "to_added_")):
         return "context_image"
     if name.startswith(("to_k", "to_v")):
         return "context" if getattr(attention, "add_k_proj", None) is None else "context_text"
-    return "image"
+    return "joint" if joint else "image"
 
 
 def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterator[Pairs | None]:
@@ -211,7 +211,8 @@ def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterato
     own = _first_of(block, blocks.attention)
     declared = [] if own is None else [(own, "linear" if products.linear else "joint", "attention", "attention")]
     declared += [(name, "image", "attention", "block") for name in products.beside]
-    declared += [(name, "context", "cross-attention", "block") for name in products.cross]
+    across = "joint_context" if products.cross_joint else "context"
+    declared += [(name, across, "cross-attention", "block") for name in products.cross]
     for name, kind, part, owner in declared:
         attention = getattr(block, name, None)
         if attention is not None:
@@ -222,7 +223,7 @@ def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterato
 
 def _query_channels(attention: Any) -> int:
     """Return H d, the channels of the queries of an attention; 0 if they cannot be read."""
-    for name, shares in (("to_q", 1), ("q_proj", 1), ("qkv", 3), ("to_qkv", 3)):
+    for name, shares in (("to_q", 1), ("to_query", 1), ("q_proj", 1), ("qkv", 3), ("to_qkv", 3)):
         layer = getattr(attention, name, None)
         if layer is not None:
             return int(layer.out_features) // shares

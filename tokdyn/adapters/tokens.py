@@ -56,9 +56,9 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     """Select the entries of some image tokens from an argument with a token axis. Entries of text tokens stay.
 
     Args:
-        value: the argument: a tensor, a tuple or list of tensors, or a `PerSample`. Anything else is returned
-            unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out and tensors with fewer than
-            `count` entries.
+        value: the argument: a tensor, a tuple or list of tensors, a `PerSample`, or a number of tokens. Anything else
+            is returned unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out and tensors
+            with fewer than `count` entries.
         argument: which axis of the argument is its token axis.
         blocks: says in `joint` whether text tokens come before or after the image tokens on that axis.
         index: (B, M) int64 image tokens to select, ascending.
@@ -69,11 +69,13 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
         `PerSample` table, if B is not 1.
     """
     if isinstance(value, (tuple, list)):
-        items = range(len(value)) if argument.item is None else (argument.item,)
+        items, inner = range(len(value)) if argument.item is None else (argument.item,), replace(argument, item=None)
         return type(value)(
-            select_tokens(part, argument, blocks, index, count) if place in items else part
+            select_tokens(part, inner, blocks, index, count) if place in items else part
             for place, part in enumerate(value)
         )
+    if isinstance(value, int) and not isinstance(value, bool):
+        return index.shape[1] if value == count else value
     if isinstance(value, PerSample):  # an enclosing method has selected before
         batched = replace(argument, axis=argument.axis + 1, batched=True)
         return PerSample.of(select_tokens(value.table, batched, blocks, index, count))
@@ -103,19 +105,26 @@ def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: B
         named: the arguments of a block, by name.
         rows: (b,) int64 positions of the samples in the batch.
         batch: B; a tensor whose first axis has another length has no batch axis.
-        blocks: says in `follow` which arguments have no batch axis whatever their shape, and which have several
-            entries per sample.
+        blocks: says in `follow` which arguments have no batch axis whatever their shape, and which item of a tuple has
+            one; and in `rounds` which have several entries per sample.
 
     Returns:
         All arguments, by name.
     """
     shared = {argument.name for argument in blocks.follow if not argument.batched}
+    items = {argument.name: argument.item for argument in blocks.follow if argument.item is not None}
     selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
         if id(value) not in selected:
             several = name in blocks.rounds and isinstance(value, Tensor) and len(value) > batch
             chosen = torch.cat([rows + start for start in range(0, len(value), batch)]) if several else rows
-            selected[id(value)] = _rows(value, chosen, len(value) if several else batch, name in shared)
+            length = len(value) if several else batch
+            if name in items and isinstance(value, (tuple, list)):
+                parts = list(value)
+                parts[items[name]] = _rows(parts[items[name]], chosen, length, name in shared)
+                selected[id(value)] = type(value)(parts)
+            else:
+                selected[id(value)] = _rows(value, chosen, length, name in shared)
     return {name: selected[id(value)] for name, value in named.items()}
 
 
@@ -134,7 +143,8 @@ class PerSample:
 
     It supports the operations that models apply to rotary tables, in which a leading None gives the batch axis its
     place: `table[None, None]` is (B, 1, S, ...), `table[None, :, None]` is (B, S, 1, ...), and `table.unsqueeze(1)` is
-    (B, S, 1, ...). An index that does not begin with None fails an assertion.
+    (B, S, 1, ...). An index that does not begin with None fails an assertion. A product with queries (B, S, ...) takes
+    each sample's table, and `shape` is that of one table.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -149,6 +159,15 @@ class PerSample:
         keys = key if isinstance(key, tuple) else (key,)
         assert keys[0] is None, f"a rotary table of one table per sample is indexed by {key!r}, which is not supported"
         return self.table[(slice(None), *keys[1:])]
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        assert x.dim() == self.table.dim(), f"a table {tuple(self.shape)} is multiplied by a {x.dim()}-D tensor"
+        return x * self.table
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape (S, ...) of the table of one sample."""
+        return self.table.shape[1:]
 
     def unsqueeze(self, axis: int) -> Tensor:
         """Return a tensor with an axis inserted at `axis`, counted as in the table (S, ...) of one sample."""

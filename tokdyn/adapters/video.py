@@ -1,4 +1,4 @@
-"""Adapters of video models of diffusers: Wan, SkyReels, LTX-Video, HunyuanVideo and CogVideoX."""
+"""Adapters of video models of diffusers: Wan with VACE, SkyReels, LTX-Video, HunyuanVideo and CogVideoX."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from torch import nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
-from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level
+from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level, video_grid
 from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp
 from tokdyn.tokens import Grid
-
-
-def _wan_grid(model: nn.Module, call: Arguments) -> Grid:
-    patch = model.config["patch_size"]  # type: ignore[index]
-    return tuple(size // part for size, part in zip(call["hidden_states"].shape[-3:], patch, strict=True))
-
 
 WAN = ModelAdapter(
     name="Wan",
@@ -32,10 +26,17 @@ WAN = ModelAdapter(
             width=attention_and_mlp("attn1", "ffn", "WanAttnProcessor", "SkyReelsV2AttnProcessor"),
         ),
     ),
-    grid=_wan_grid,
+    grid=video_grid,
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
+)
+
+WAN_VACE = replace(
+    WAN,
+    name="Wan VACE",
+    classes=("WanVACETransformer3DModel",),
+    blocks=(replace(WAN.blocks[0], full_between=True),),  # the results of its control blocks are added between blocks
 )
 
 
@@ -77,12 +78,6 @@ LTX = ModelAdapter(
 )
 
 
-def _hunyuan_grid(model: nn.Module, call: Arguments) -> Grid:
-    frames, rows, columns = call["hidden_states"].shape[-3:]
-    size, duration = model.config["patch_size"], model.config["patch_size_t"]  # type: ignore[index]
-    return frames // duration, rows // size, columns // size
-
-
 def _needs_first_frame(model: nn.Module) -> str | None:
     """Return why a model that treats the first frame as a condition needs all tokens; None for other models."""
     if model.config["image_condition_type"] != "token_replace":  # type: ignore[index]
@@ -122,7 +117,7 @@ HUNYUAN = ModelAdapter(
     name="HunyuanVideo",
     classes=("HunyuanVideoTransformer3DModel",),
     blocks=(_HUNYUAN_TWO_STREAM, _HUNYUAN_SINGLE_STREAM),
-    grid=_hunyuan_grid,
+    grid=video_grid,
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
@@ -132,7 +127,7 @@ HUNYUAN = ModelAdapter(
 
 def _cogvideo_grid(model: nn.Module, call: Arguments) -> Grid:
     frames, _, rows, columns = call["hidden_states"].shape[-4:]
-    size, duration = model.config["patch_size"], model.config["patch_size_t"] or 1  # type: ignore[index]
+    size, duration = model.config["patch_size"], model.config.get("patch_size_t") or 1  # type: ignore[union-attr, operator]
     return -(-frames // duration), rows // size, columns // size
 
 

@@ -273,6 +273,7 @@ def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[
     products, text = blocks.products, named.get(blocks.text or "")
     encoder = named.get(products.context) if products is not None and products.cross else None
     beside = named[blocks.tokens].shape[1] - image
+    encoder = encoder[0] if isinstance(encoder, tuple) else encoder
     return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
 
 

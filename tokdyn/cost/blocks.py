@@ -32,7 +32,7 @@ def block_flops(structure: Structure, call: BlockTrace) -> Counter[str]:
     for name, flops in call.saved.items():
         total[dict(structure.parts)[name]] -= flops
     for pairs in structure.pairs:
-        share = call.heads if pairs.kind != "context" else 1.0
+        share = 1.0 if pairs.kind in ("context", "joint_context") else call.heads
         total[pairs.part] += round(share * sum(n * _pair_flops(pairs, rows, call) for n, rows in groups[pairs.owner]))
     return total
 
@@ -62,7 +62,8 @@ def _pair_flops(pairs: Pairs, tokens: int, call: BlockTrace) -> int:
     if pairs.kind == "linear":  # arXiv 2410.10629: value key^T with a row of ones for the normaliser, then query
         return 4 * tokens * (pairs.head + 1) * pairs.width
     joint = tokens + call.text
-    queries, keys = {"joint": (joint, joint), "image": (tokens, tokens), "context": (tokens, call.context)}[pairs.kind]
+    queries = tokens if pairs.kind in ("image", "context") else joint
+    keys = {"joint": joint, "image": tokens}.get(pairs.kind, call.context)
     return 4 * queries * keys * pairs.width
 
 

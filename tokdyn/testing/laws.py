@@ -225,6 +225,8 @@ def _has_entries(value: Any) -> bool:
 def _entry(value: Any, place: int, batch: int) -> Any:
     if isinstance(value, Mapping):
         return {name: _entry(item, place, batch) for name, item in value.items()}
+    if isinstance(value, tuple) or (isinstance(value, list) and len(value) != batch):
+        return type(value)(_entry(item, place, batch) for item in value)
     return value[place : place + 1] if _has_entries(value) and len(value) == batch else value
 
 
