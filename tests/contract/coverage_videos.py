@@ -15,6 +15,8 @@ FLUX_CLOCK = ("timestep", 1.0, 0.0)
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "num_layers": 3}
 WITHOUT_BATCH = {
     "visual_rope_pos", "text_rope_pos", "padding_mask", "fps", "rotary_embedding", "image_rotary_emb",
+    "audio_num_frames", "timestep_indices", "token_tags", "position_ids", "video_indices", "audio_indices",
+    "text_indices",
 }  # fmt: skip
 """Arguments of these models that have no batch axis."""
 
@@ -39,6 +41,66 @@ def allegro_positions(frames: int, rows: int, columns: int) -> Any:
     tables = tuple((latents(size, 8), latents(size, 8) + 1) for size in sizes)
     cells = torch.cartesian_prod(*map(torch.arange, sizes)).T.reshape(3, 1, -1).contiguous()
     return tables, tuple(cells)
+
+
+def ltx2(**config: Any) -> Callable[[], nn.Module]:
+    return build(
+        "LTX2VideoTransformer3DModel",
+        **{
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
+            "cross_attention_dim": 32, "audio_in_channels": 5, "audio_out_channels": 5,
+            "audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16,
+            "num_layers": 3, "caption_channels": 12, **config,
+        },
+    )  # fmt: skip
+
+
+def ltx2_inputs(batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": latents(batch, 24, 4),
+        "audio_hidden_states": latents(batch, 7, 5),
+        "encoder_hidden_states": latents(batch, 6, 12),
+        "audio_encoder_hidden_states": latents(batch, 6, 12),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_attention_mask": torch.ones(batch, 6),
+        "audio_encoder_attention_mask": torch.ones(batch, 6),
+        "num_frames": 2,
+        "height": 3,
+        "width": 4,
+        "audio_num_frames": 7,
+    }
+
+
+def h3_inputs(batch: int) -> dict[str, Any]:
+    """Six text tokens, four of a first frame as a condition, five of sound, and 2 x 2 x 3 of the video."""
+    text, condition, audio, frames, rows, columns = 6, 6, 5, 2, 2, 3
+    place = torch.zeros(text + condition + audio + frames * rows * columns, 3)
+    place[:text, 0] = torch.arange(text)
+    frame = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    place[text : text + condition] = torch.cat([torch.full((condition, 1), 6.0), frame], dim=1)
+    sound = slice(text + condition, text + condition + audio)
+    place[sound, 0] = 6 + torch.arange(audio) / 2
+    start = sound.stop
+    place[start:, 0] = 6 + torch.arange(frames).repeat_interleave(rows * columns)
+    place[start:, 1:] = frame.repeat(frames, 1)
+    video_rows = torch.cat([torch.arange(text, text + condition), torch.arange(start, len(place))])
+    tags = torch.zeros(len(place), dtype=torch.long)
+    tags[video_rows], tags[sound] = 1, 2
+    steps = torch.ones(len(place), dtype=torch.long)
+    steps[text : text + condition] = 2
+    steps[sound] = 0
+    return {
+        "hidden_states": latents(batch, condition + frames * rows * columns, 8),
+        "audio_hidden_states": latents(batch, audio, 5),
+        "encoder_hidden_states": latents(batch, text, 12),
+        "timestep": torch.tensor([0.3, 0.5, 0.9]),
+        "timestep_indices": steps,
+        "token_tags": tags,
+        "position_ids": place,
+        "video_indices": video_rows,
+        "audio_indices": torch.arange(sound.start, sound.stop),
+        "text_indices": torch.arange(text),
+    }
 
 
 COSMOS = {
@@ -155,5 +217,147 @@ VIDEOS: dict[str, Tiny] = {
             "rotary_embedding": (latents(24, 8), latents(24, 8)),
         },
         clock=FLUX_CLOCK,
+    ),
+    "StableAudio3DiTModel": Tiny(
+        build(
+            "StableAudio3DiTModel",
+            io_channels=4, embed_dim=32, depth=3, num_heads=2, cond_token_dim=12, global_cond_dim=10,
+            local_add_cond_dim=5, timestep_features_dim=8, ff_mult=2.0, num_memory_tokens=3,
+        ),
+        lambda b: {
+            "hidden_states": latents(b, 4, 23),
+            "timestep": torch.full((b,), 0.5),
+            "encoder_hidden_states": latents(b, 5, 12),
+            "global_hidden_states": latents(b, 10),
+            "local_add_cond": latents(b, 5, 23),
+        },
+        clock=FLUX_CLOCK,
+    ),
+    "AceStepTransformer1DModel": Tiny(
+        build(
+            "AceStepTransformer1DModel",
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+            head_dim=16, in_channels=12, audio_acoustic_hidden_dim=4, patch_size=2, sliding_window=5,
+        ),
+        lambda b: {
+            "hidden_states": latents(b, 23, 4),
+            "timestep": torch.full((b,), 0.5),
+            "timestep_r": torch.full((b,), 0.5),
+            "encoder_hidden_states": latents(b, 5, 32),
+            "context_latents": latents(b, 23, 8),
+        },
+        clock=FLUX_CLOCK,
+    ),
+    "LongCatAudioDiTTransformer": Tiny(
+        build(
+            "LongCatAudioDiTTransformer", dit_dim=32, dit_depth=3, dit_heads=2, dit_text_dim=12, latent_dim=4, ff_mult=2.0
+        ),
+        lambda b: {
+            "hidden_states": latents(b, 23, 4),
+            "encoder_hidden_states": latents(b, 5, 12),
+            "encoder_attention_mask": torch.ones(b, 5, dtype=torch.bool),
+            "timestep": torch.full((b,), 0.5),
+            "attention_mask": torch.ones(b, 23, dtype=torch.bool),
+            "latent_cond": latents(b, 23, 4),
+        },
+        clock=FLUX_CLOCK,
+    ),
+    "MiniMaxMusic3Transformer1DModel": Tiny(
+        build(
+            "MiniMaxMusic3Transformer1DModel",
+            in_channels=4, condition_dim=12, num_layers=3, num_attention_heads=2, attention_head_dim=16,
+            ff_inner_dim=48, rotary_dim=8, fourier_embedding_dim=8,
+        ),
+        lambda b: {
+            "hidden_states": latents(b, 4, 23),
+            "timestep": torch.full((b,), 0.5),
+            "encoder_hidden_states": latents(b, 23, 12),
+        },
+        clock=("timestep", 0.0, 1.0),
+    ),
+    "LTX2VideoTransformer3DModel": Tiny(ltx2(), ltx2_inputs),
+    "LTX-2.3": Tiny(
+        ltx2(
+            rope_type="split", gated_attn=True, audio_gated_attn=True, cross_attn_mod=True, audio_cross_attn_mod=True,
+            perturbed_attn=True,
+        ),
+        lambda b: {**ltx2_inputs(b), "sigma": torch.full((b,), 500.0)},
+    ),
+    "Kandinsky6Transformer3DModel": Tiny(
+        build(
+            "Kandinsky6Transformer3DModel",
+            in_visual_dim=4, out_visual_dim=4, in_text_dim=12, in_text_dim2=10, time_dim=8, model_dim=32, ff_dim=48,
+            num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6), visual_cond=False, in_audio_dim=5,
+            out_audio_dim=5, model_dim_a=16, ff_dim_a=24, axes_dims_a=(2, 4, 2), ca_rope=False,
+        ),
+        lambda b: video(b, 2, 8, 6, 4, pooled_projections=latents(b, 10), audio_hidden_states=latents(b, 7, 5)),
+    ),
+    "MiniMaxH3Transformer3DModel": Tiny(
+        build(
+            "MiniMaxH3Transformer3DModel",
+            num_attention_heads=2, attention_head_dim=16, hidden_size=32, num_layers=3, num_refiner_layers=1,
+            ffn_dim=48, in_channels=2, audio_in_channels=5, text_dim=12, freq_dim=8, time_embed_hidden_dim=16,
+            time_embed_dim=8, rope_freq_dim=2,
+        ),
+        h3_inputs,
+        clock=None,
+    ),
+    "SanaVideoTransformer3DModel": Tiny(
+        build(
+            "SanaVideoTransformer3DModel",
+            **HEADS, num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+            caption_channels=12, sample_size=8,
+        ),
+        lambda b: video(b, encoder_attention_mask=torch.ones(b, 6)),
+    ),
+    "MotifVideoTransformer3DModel": Tiny(
+        build(
+            "MotifVideoTransformer3DModel",
+            **{**HEADS, "num_layers": 2}, num_single_layers=2, mlp_ratio=2.0, text_embed_dim=12,
+            rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
+        ),
+        lambda b: video(b, encoder_attention_mask=torch.ones(b, 6)),
+    ),
+    "WanAnimateTransformer3DModel": Tiny(
+        build(
+            "WanAnimateTransformer3DModel",
+            **{**WAN, "in_channels": 12, "rope_max_seq_len": 32}, latent_channels=4, image_dim=8, added_kv_proj_dim=32,
+            motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8}, motion_encoder_size=16, motion_style_dim=8,
+            motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        ),
+        lambda b: video(
+            b, 12, 3, 8, 6,
+            encoder_hidden_states_image=latents(b, 3, 8),
+            pose_hidden_states=latents(b, 4, 2, 8, 6),
+            face_pixel_values=latents(b, 3, 5, 16, 16),
+        ),
+    ),
+    "AnyFlowTransformer3DModel": Tiny(
+        build(
+            "AnyFlowTransformer3DModel",
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=12, freq_dim=8,
+            ffn_dim=48, num_layers=3, rope_max_seq_len=32,
+        ),
+        lambda b: video(
+            b, 2, 4, 8, 6, timestep=torch.full((b, 2), 500.0), r_timestep=torch.full((b, 2), 300.0)
+        ),
+    ),
+    "HeliosTransformer3DModel": Tiny(
+        build(
+            "HeliosTransformer3DModel",
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=12, freq_dim=8,
+            ffn_dim=48, num_layers=3, rope_dim=(4, 6, 6), is_amplify_history=True,
+        ),
+        lambda b: video(
+            b,
+            indices_hidden_states=torch.arange(7, 9).expand(b, 2),
+            indices_latents_history_short=torch.arange(5, 7).expand(b, 2),
+            latents_history_short=latents(b, 4, 2, 8, 6),
+            indices_latents_history_mid=torch.arange(3, 5).expand(b, 2),
+            latents_history_mid=latents(b, 4, 2, 8, 6),
+            indices_latents_history_long=torch.arange(0, 4).expand(b, 4),
+            latents_history_long=latents(b, 4, 4, 8, 6),
+        ),
     ),
 }  # fmt: skip

@@ -105,11 +105,16 @@ class Blocks:
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
+        shared: further arguments without a batch axis, such as tables for the tokens of other streams.
+        alone: whether samples that keep different tokens must be computed one after the other, because an argument in
+            `follow` cannot hold the entries of several samples.
+        keeps_text: whether the model uses text tokens that lie in the sequence of the image tokens, or what else does,
+            after its last block, so that a cache restores them as well.
         full_between: whether the model itself computes with the tokens between blocks, such as adding control
             residuals, and needs all of them there. Tokens that are left out then wait in the full grid.
         rounds: arguments that may hold several entries per sample: one of every sample, then another of every sample.
-        attention: attributes of a block that may hold self-attention over the image tokens; the first that the block
-            has is used.
+        attention: attributes of a block that may hold self-attention over the image tokens, with dots between the names
+            if it lies deeper; the first that the block has is used.
         mlp: attributes that may hold the MLP, likewise.
         stream: attribute of a block that holds an identity module through which tokens pass between attention and the
             norm before the MLP; None if there is none.
@@ -130,6 +135,9 @@ class Blocks:
     inside_mlp: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
+    shared: tuple[str, ...] = ()
+    alone: bool = False
+    keeps_text: bool = False
     full_between: bool = False
     rounds: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")

@@ -39,6 +39,25 @@ def video_grid(model: nn.Module, call: Arguments) -> Grid:
     return tuple(length // part for length, part in zip(call["hidden_states"].shape[-3:], patch, strict=True))
 
 
+def channels_last_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of latents (B, frames, rows, columns, C): each size divided by that of a patch."""
+    patch = model.config["patch_size"]  # type: ignore[index]
+    return tuple(length // part for length, part in zip(call["hidden_states"].shape[1:4], patch, strict=True))
+
+
+def frame_level(scale: float = 1000.0) -> Callable[[nn.Module, Arguments], Tensor]:
+    """Return a function for `ModelAdapter.level`, for models in which frames or tokens may differ in their timestep.
+
+    The level of a sample is that of its noisiest token. The timestep runs from 0, the image, to `scale`, noise.
+    """
+
+    def level(model: nn.Module, call: Arguments) -> Tensor:
+        value: Tensor = call["timestep"].float() / scale
+        return value.flatten(1).amax(dim=1) if value.dim() > 1 else value
+
+    return level
+
+
 def timestep_level(
     name: str = "timestep", scale: float = 1000.0, backwards: bool = False
 ) -> Callable[[nn.Module, Arguments], Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.adapters.audio import STABLE_AUDIO
+from tokdyn.adapters.audio import ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, STABLE_AUDIO, STABLE_AUDIO3
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
 from tokdyn.adapters.flux import CHROMA, FLUX, FLUX2
@@ -16,16 +16,19 @@ from tokdyn.adapters.infer import infer
 from tokdyn.adapters.mmdit import AURAFLOW, COGVIEW3, COGVIEW4, QWEN, SD3
 from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
-from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN, WAN_VACE
-from tokdyn.adapters.video_cross import ALLEGRO, COSMOS, COSMOS2, KANDINSKY5
-from tokdyn.adapters.video_joint import CONSISID, EASYANIMATE, EASYANIMATE_SHARED, HUNYUAN15, MOCHI
+from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN
+from tokdyn.adapters.video_audio import KANDINSKY6, LTX2, MINIMAX_H3
+from tokdyn.adapters.video_cross import ALLEGRO, COSMOS, COSMOS2, KANDINSKY5, SANA_VIDEO
+from tokdyn.adapters.video_joint import CONSISID, EASYANIMATE, EASYANIMATE_SHARED, HUNYUAN15, MOCHI, MOTIF
+from tokdyn.adapters.video_wan import ANYFLOW, HELIOS, WAN_ANIMATE, WAN_VACE
 from tokdyn.errors import InputError, UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
     FACEBOOK, DC_DIT, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3, TIMM_VIT,
     WAN_VACE, HUNYUAN15, MOCHI, EASYANIMATE, EASYANIMATE_SHARED, CONSISID, ALLEGRO, COSMOS, COSMOS2, KANDINSKY5,
-    STABLE_AUDIO,
+    STABLE_AUDIO, STABLE_AUDIO3, ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, LTX2, KANDINSKY6, MINIMAX_H3, SANA_VIDEO,
+    MOTIF, WAN_ANIMATE, ANYFLOW, HELIOS,
 )  # fmt: skip
 REGISTERED: list[ModelAdapter] = []
 """Adapters that the user registered, in that order."""

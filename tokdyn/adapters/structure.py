@@ -173,11 +173,12 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
     if top in products.cross:
         return "cross-attention", _cross_attention_rows(rest, getattr(block, top), products.cross_joint), "block"
     owner: Owner = "block"
-    if top == _first_of(block, blocks.attention):
+    own, mlp = _first_of(block, blocks.attention), _first_of(block, blocks.mlp)
+    if own is not None and name.startswith(f"{own}."):
         part, owner = "projections", "attention"
     elif top in products.beside:
         return "projections", "image", "block"
-    elif top == _first_of(block, blocks.mlp):
+    elif mlp is not None and name.startswith(f"{mlp}."):
         part, owner = "mlp", "mlp"
     else:
         part = "mlp" if _matches(name, products.mlp) else "other"
@@ -185,7 +186,9 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
         return part, "text", owner
     joint = blocks.image != "all" or _matches(name, products.joint)
     if owner == "attention":
-        joint |= blocks.inside is not None or (blocks.text is not None and not _has_text_layers(block, top, products))
+        joint |= blocks.inside is not None or (
+            blocks.text is not None and not _has_text_layers(block, str(own), products)
+        )
     elif owner == "mlp":
         joint |= blocks.inside_mlp is not None
     return part, "joint" if joint else "image", owner
@@ -214,7 +217,7 @@ def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterato
     across = "joint_context" if products.cross_joint else "context"
     declared += [(name, across, "cross-attention", "block") for name in products.cross]
     for name, kind, part, owner in declared:
-        attention = getattr(block, name, None)
+        attention = _reach(block, name)
         if attention is not None:
             width = _query_channels(attention)
             heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
@@ -232,7 +235,15 @@ def _query_channels(attention: Any) -> int:
 
 def _first_of(block: nn.Module, names: tuple[str, ...]) -> str | None:
     """Return the first of these attributes that the block has."""
-    return next((name for name in names if hasattr(block, name)), None)
+    return next((name for name in names if _reach(block, name) is not None), None)
+
+
+def _reach(block: nn.Module, path: str) -> Any:
+    """Return the module at dotted attributes of a block; None if there is none."""
+    value: Any = block
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _matches(name: str, patterns: Patterns) -> bool:

@@ -56,9 +56,9 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     """Select the entries of some image tokens from an argument with a token axis. Entries of text tokens stay.
 
     Args:
-        value: the argument: a tensor, a tuple or list of tensors, a `PerSample`, or a number of tokens. Anything else
-            is returned unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out and tensors
-            with fewer than `count` entries.
+        value: the argument: a tensor, a tuple, list or dictionary of tensors, a `PerSample`, or a number of tokens.
+            Anything else is returned unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out
+            and tensors with fewer than `count` entries.
         argument: which axis of the argument is its token axis.
         blocks: says in `joint` whether text tokens come before or after the image tokens on that axis.
         index: (B, M) int64 image tokens to select, ascending.
@@ -68,6 +68,8 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
         The same structure, with M entries for image tokens. An argument without a batch axis gains one, as a
         `PerSample` table, if B is not 1.
     """
+    if isinstance(value, Mapping):
+        return {name: select_tokens(part, argument, blocks, index, count) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         items, inner = range(len(value)) if argument.item is None else (argument.item,), replace(argument, item=None)
         return type(value)(
@@ -111,7 +113,7 @@ def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: B
     Returns:
         All arguments, by name.
     """
-    shared = {argument.name for argument in blocks.follow if not argument.batched}
+    shared = {*blocks.shared, *(argument.name for argument in blocks.follow if not argument.batched)}
     items = {argument.name: argument.item for argument in blocks.follow if argument.item is not None}
     selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
@@ -129,6 +131,8 @@ def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: B
 
 
 def _rows(value: Any, rows: Tensor, batch: int, shared: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rows(part, rows, batch, shared) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_rows(part, rows, batch, shared) for part in value)
     if isinstance(value, PerSample):
@@ -143,8 +147,8 @@ class PerSample:
 
     It supports the operations that models apply to rotary tables, in which a leading None gives the batch axis its
     place: `table[None, None]` is (B, 1, S, ...), `table[None, :, None]` is (B, S, 1, ...), and `table.unsqueeze(1)` is
-    (B, S, 1, ...). An index that does not begin with None fails an assertion. A product with queries (B, S, ...) takes
-    each sample's table, and `shape` is that of one table.
+    (B, S, 1, ...). An index that begins with a slice selects along S. Any other index fails an assertion. A product
+    with queries (B, S, ...) takes each sample's table, and `shape` is that of one table.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -155,14 +159,23 @@ class PerSample:
         """Wrap a table (B, S, ...); for one sample return the plain tensor (S, ...) instead."""
         return table[0] if len(table) == 1 else PerSample(table)
 
-    def __getitem__(self, key: Any) -> Tensor:
+    def __getitem__(self, key: Any) -> Any:
         keys = key if isinstance(key, tuple) else (key,)
+        if isinstance(keys[0], slice):
+            selected = self.table[(slice(None), *keys)]
+            return selected if len(keys) > 1 else PerSample(selected)
         assert keys[0] is None, f"a rotary table of one table per sample is indexed by {key!r}, which is not supported"
         return self.table[(slice(None), *keys[1:])]
 
-    def __rmul__(self, x: Tensor) -> Tensor:
+    def __mul__(self, x: Tensor) -> Tensor:
         assert x.dim() == self.table.dim(), f"a table {tuple(self.shape)} is multiplied by a {x.dim()}-D tensor"
-        return x * self.table
+        return self.table * x
+
+    __rmul__ = __mul__
+
+    def float(self) -> PerSample:
+        """Return a copy in fp32."""
+        return PerSample(self.table.float())
 
     @property
     def shape(self) -> torch.Size:

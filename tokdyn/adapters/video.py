@@ -1,4 +1,4 @@
-"""Adapters of video models of diffusers: Wan with VACE, SkyReels, LTX-Video, HunyuanVideo and CogVideoX."""
+"""Adapters of video models of diffusers: Wan, SkyReels, LTX-Video, HunyuanVideo and CogVideoX."""
 
 from __future__ import annotations
 
@@ -30,13 +30,6 @@ WAN = ModelAdapter(
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
-)
-
-WAN_VACE = replace(
-    WAN,
-    name="Wan VACE",
-    classes=("WanVACETransformer3DModel",),
-    blocks=(replace(WAN.blocks[0], full_between=True),),  # the results of its control blocks are added between blocks
 )
 
 

@@ -1,4 +1,4 @@
-"""Adapters of diffusers' video models that read the text by cross-attention: Allegro, Cosmos and Kandinsky 5."""
+"""Adapters of diffusers' video models with cross-attention to the text: Allegro, Cosmos, Kandinsky 5, Sana Video."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
-from tokdyn.adapters.readers import timestep_level, video_grid
-from tokdyn.adapters.width import SlicedLayer, Width, attention_and_mlp, mlp_layers, runs_processor
-from tokdyn.tokens import Grid
+from tokdyn.adapters.readers import (
+    CONTROL_REASON,
+    IMAGE_PROMPT_REASON,
+    channels_last_grid,
+    frame_level,
+    timestep_level,
+    video_grid,
+)
+from tokdyn.adapters.width import SlicedLayer, Width, attention_and_mlp, attention_layers, mlp_layers, runs_processor
 
 ALLEGRO = ModelAdapter(
     name="Allegro",
@@ -80,11 +86,6 @@ COSMOS2 = replace(
 )
 
 
-def _kandinsky_grid(model: nn.Module, call: Arguments) -> Grid:
-    sizes = call["hidden_states"].shape[1:4]
-    return tuple(size // part for size, part in zip(sizes, model.config["patch_size"], strict=True))  # type: ignore[index]
-
-
 def _kandinsky_heads(model: nn.Module) -> int:
     config: Any = model.config
     return int(config["model_dim"] // sum(config["axes_dims"]))
@@ -126,7 +127,7 @@ KANDINSKY5 = ModelAdapter(
             width=_KANDINSKY_WIDTH,
         ),
     ),
-    grid=_kandinsky_grid,
+    grid=channels_last_grid,
     level=timestep_level(),
     refuse={
         "sparse_params": "sparse attention works on squares of 8 x 8 cells, in which no cell may be missing; leave it "
@@ -135,4 +136,31 @@ KANDINSKY5 = ModelAdapter(
     width=lambda model: int(model.config["model_dim"]),  # type: ignore[index]
     heads=_kandinsky_heads,
     guidance="calls",
+)
+
+SANA_VIDEO = ModelAdapter(
+    name="Sana Video",
+    classes=("SanaVideoTransformer3DModel",),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            follow=(Follow("rotary_emb"), Follow("timestep", dims=3)),
+            attention=("attn1",),
+            mlp=("ff",),
+            modulated=modulation.sana_video,
+            products=None,  # its linear attention has other products than that of Sana
+            width=Width(
+                layers=attention_layers("attn1"),
+                inner="attn1.to_out.0.in_features",
+                hidden=None,  # the channels of its MLP go through convolutions
+                attention=("attn1",),
+                sliceable=runs_processor("attn1", "SanaLinearAttnProcessor3_0"),
+            ),
+        ),
+    ),
+    grid=video_grid,
+    level=frame_level(),
+    refuse={"controlnet_block_samples": CONTROL_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
+    dense=True,
+    softmax=False,
 )

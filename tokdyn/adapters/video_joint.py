@@ -1,17 +1,19 @@
 """Adapters of diffusers' video models whose text and video streams meet in attention.
 
-These are HunyuanVideo 1.5, Mochi, EasyAnimate and ConsisID.
+These are HunyuanVideo 1.5, Mochi, EasyAnimate, ConsisID and Motif Video.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
+
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level, video_grid
 from tokdyn.adapters.video import COGVIDEOX
-from tokdyn.adapters.width import attention_and_mlp
+from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp
 
 HUNYUAN15 = ModelAdapter(
     name="HunyuanVideo 1.5",
@@ -90,4 +92,43 @@ CONSISID = replace(
     name="ConsisID",
     classes=("ConsisIDTransformer3DModel",),
     blocks=(replace(COGVIDEOX.blocks[0], full_between=True),),  # features of the face are added between blocks
+)
+
+
+def _decodes(model: nn.Module) -> str | None:
+    """Return why a Motif Video model with decoder blocks needs all its tokens; None for other models."""
+    if not model.config["num_decoder_layers"]:  # type: ignore[index]
+        return None
+    return (
+        "its last blocks begin again with the tokens of the first block and read those of the others as text, so that "
+        "none may be missing; use DepthSkip or FeatureCache"
+    )
+
+
+_MOTIF_TWO_STREAM = replace(
+    HUNYUAN15.blocks[0],
+    follow=(Follow("image_rotary_emb", axis=0, batched=False), Follow("attention_mask", axis=3, dims=4)),
+    products=None,  # further cross-attention to the text
+    width=attention_and_mlp("attn", "ff", "MotifVideoAttnProcessor2_0"),
+)
+
+MOTIF = ModelAdapter(
+    name="Motif Video",
+    classes=("MotifVideoTransformer3DModel",),
+    blocks=(
+        _MOTIF_TWO_STREAM,
+        replace(
+            _MOTIF_TWO_STREAM,
+            path="single_transformer_blocks",
+            inside_mlp="first",
+            mlp=(),
+            modulated=None,
+            width=attention_beside_mlp("attn", "MotifVideoAttnProcessor2_0"),
+        ),
+    ),
+    grid=video_grid,
+    level=timestep_level(),
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
+    guidance="calls",
+    whole=_decodes,
 )

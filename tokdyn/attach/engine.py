@@ -82,12 +82,10 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     if edge:
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
-    as_given = not edge and (
-        named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
-    )
+    same = named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
     if blocks.packing is not None:
         named[blocks.packing] = view.packing
-    if as_given and _nothing_acts(frame, blocks):
+    if same and not edge and _nothing_acts(frame, blocks):
         block = context.record(view, site, named)
         if len(frame.handlers.sublayers) == 0:
             return call(*args, **kwargs)
@@ -169,21 +167,22 @@ def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Te
 
 def _close(frame: Frame, site: Site, results: Named) -> None:
     """Close the brackets that end with a block, and put its tokens afterwards into its results."""
-    context, view, streams = frame.context, frame.view, site.blocks.streams
+    context, view, blocks = frame.context, frame.view, site.blocks
+    streams = [name for name in blocks.streams if results[name] is not None]
     brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
     if not brackets:
         return
     before = view.packing
     tokens, view = view.padded(results["tokens"])
-    text, x = view.split(tokens, site.blocks)
+    text, x = view.split(tokens, blocks)
     for bracket in brackets:
         if streams:
             others = bracket.close_streams(frame, [results[name] for name in streams])
             results.update(zip(streams, others, strict=True))
-        elif context.guard is not None:  # it is not known whether text is used after the last block
+        elif blocks.keeps_text or context.guard is not None:
             text = next(iter(bracket.close_streams(frame, [] if text is None else [text])), None)
         x, view = bracket.close(frame, view, x)
-    tokens = join(text, x, site.blocks.image)
+    tokens = join(text, x, blocks.image)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view, results["tokens"] = view, tokens
@@ -206,7 +205,7 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     if view.all_idle and not is_offloaded(module):
         return results
     inputs, device = dict(results), named[blocks.tokens].device
-    groups = _groups(frame, site.block)
+    groups = _groups(frame, site.block, blocks.alone)
     if groups is not None and not groups and is_offloaded(module):
         context.residency.skipped(module)
     if groups is None:
@@ -241,7 +240,7 @@ def _scale_change(results: Named, inputs: Named, weight: Tensor, view: TokenView
             results[name] = torch.lerp(inputs[name].to(value.dtype), value, factor.to(value.dtype))
 
 
-def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
+def _groups(frame: Frame, block: int, alone: bool) -> list[tuple[int, ...]] | None:
     """Group the samples that do not skip a block by length and kernel keys; None if all samples run together."""
     context, view, handlers = frame.context, frame.view, frame.handlers
     gates = [gate for gate in handlers.gates if gate.always(context, block) is not False]
@@ -254,6 +253,8 @@ def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
     keys: list[Sequence[Hashable]] = [key for key in found if key is not None]
     if view.lengths is not None:
         keys.append(view.lengths)
+    if alone and view.index is not None and view.batch > 1:
+        keys.append(view.samples)
     if not (any(skipped) or view.idle or keys):
         return None
     groups: dict[Hashable, list[int]] = {}

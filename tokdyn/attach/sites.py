@@ -108,7 +108,8 @@ def find_sites(
             if stream and blocks.stream is not None:
                 kinds.append(("stream", (blocks.stream,)))
             for kind, names in kinds if sublayers else ():
-                module = next((getattr(block, name) for name in names if hasattr(block, name)), None)
+                found = (reach(block, tuple(name.split("."))) for name in names)
+                module = next((each for each in found if each is not None), None)
                 if module is not None:
                     sites[id(module)] = Site(kind, number, blocks, argument_names(module))  # type: ignore[arg-type]
             if layouts:

@@ -182,13 +182,13 @@ def computed_flops_are_the_counted_ones(case: Case) -> None:
 def gradients_are_the_same_with_checkpointing(case: Case) -> None:
     """Gradient checkpointing changes no gradient, also for two calls before one backward pass.
 
-    Holds for a model without `enable_gradient_checkpointing`, because there is nothing to compare.
+    Holds for a model that does not support gradient checkpointing, because there is nothing to compare.
     """
     gradients = []
     for checkpointing in (False, True):
         model: Any = case.wrapped().train()
         enable = getattr(model, "enable_gradient_checkpointing", getattr(model, "set_grad_checkpointing", None))
-        if enable is None:
+        if enable is None or getattr(model, "_supports_gradient_checkpointing", None) is False:
             return
         if checkpointing:
             enable()

@@ -240,9 +240,8 @@ class CachedBlocks(Bracket):
             return start + effect.latest
         level = torch.tensor(context.levels(state.view), device=x.device)
         if effect is None:
-            effects[stream] = Effect((x - start).detach(), level)
-            return x
-        if not all(reused):
+            effect = effects[stream] = Effect((x - start).detach(), level)
+        elif not all(reused):
             effect = effects[stream] = effect.updated((x - start).detach(), level, reused, state.fresh, keep)
         if not any(reused):
             return x
@@ -251,12 +250,14 @@ class CachedBlocks(Bracket):
 
 
 def _streams(context: CallContext, view: TokenView, block: BlockCall | None) -> list[Tensor]:
-    """Return the tokens (B, L, D) of further streams; text in the same sequence is one if the adapter was inferred."""
+    """Return the tokens (B, L, D) of further streams; text in the same sequence is one if it may be used afterwards."""
     if block is None:
         return []
     blocks, named = block.site.blocks, block.named
-    text = None if context.guard is None or blocks.streams else view.split(named[blocks.tokens], blocks)[0]
-    return [named[name] for name in blocks.streams] if text is None else [text]
+    streams = [named[name] for name in blocks.streams]
+    if not streams and (blocks.keeps_text or context.guard is not None):
+        streams = [view.split(named[blocks.tokens], blocks)[0]]
+    return [stream for stream in streams if stream is not None]
 
 
 @dataclass(eq=False)
