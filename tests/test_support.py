@@ -12,6 +12,7 @@ from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 import tokdyn
+from tests.contract.coverage_videos import VIDEOS
 from tests.contract.models import TINY
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenMerge, UnsupportedModelError
 from tokdyn.adapters import ADAPTERS, Blocks, ModelAdapter
@@ -42,9 +43,10 @@ def test_every_adapter_and_every_method_is_in_it() -> None:
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
 def test_wrap_says_the_same(adapter: ModelAdapter) -> None:
     """For every kind of settings: refused with that reason, or attached, to a real model."""
-    name = next(name for name in adapter.classes if name in TINY)
+    models = TINY | VIDEOS
+    name = next(name for name in (adapter.name, *adapter.classes) if name in models)
     for method in (each for known in METHODS.values() for each in known.examples()):
-        model, reason = TINY[name].build(), unsupported(adapter, method)
+        model, reason = models[name].build(), unsupported(adapter, method)
         if reason is None:
             tokdyn.unwrap(tokdyn.wrap(model, [method]))
             continue

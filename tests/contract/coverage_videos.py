@@ -104,7 +104,8 @@ def h3_inputs(batch: int) -> dict[str, Any]:
 
 
 COSMOS = {
-    **HEADS, "attention_head_dim": 12, "mlp_ratio": 2, "text_embed_dim": 12, "adaln_lora_dim": 4, "max_size": (4, 32, 32)
+    **HEADS, "attention_head_dim": 12, "mlp_ratio": 2, "text_embed_dim": 12, "adaln_lora_dim": 4,
+    "max_size": (4, 32, 32),
 }  # fmt: skip
 EASYANIMATE = {**HEADS, "patch_size": 2, "time_embed_dim": 4, "text_embed_dim": 12}
 
@@ -132,7 +133,9 @@ VIDEOS: dict[str, Tiny] = {
             "MochiTransformer3DModel",
             **HEADS, patch_size=2, pooled_projection_dim=16, text_embed_dim=16, time_embed_dim=4, max_sequence_length=6,
         ),
-        lambda b: video(b, encoder_hidden_states=latents(b, 6, 16), encoder_attention_mask=torch.ones(b, 6, dtype=torch.bool)),
+        lambda b: video(
+            b, encoder_hidden_states=latents(b, 6, 16), encoder_attention_mask=torch.ones(b, 6, dtype=torch.bool)
+        ),
         clock=("timestep", 0.0, 1000.0),
     ),
     "EasyAnimateTransformer3DModel": Tiny(build("EasyAnimateTransformer3DModel", **EASYANIMATE), video),
@@ -142,8 +145,9 @@ VIDEOS: dict[str, Tiny] = {
     "ConsisIDTransformer3DModel": Tiny(
         build(
             "ConsisIDTransformer3DModel",
-            **{**HEADS, "num_layers": 4}, time_embed_dim=4, text_embed_dim=12, sample_width=6, sample_height=8, sample_frames=8,
-            patch_size=2, temporal_compression_ratio=4, max_text_seq_length=6, use_rotary_positional_embeddings=True,
+            **{**HEADS, "num_layers": 4}, time_embed_dim=4, text_embed_dim=12, sample_width=6, sample_height=8,
+            sample_frames=8, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=6,
+            use_rotary_positional_embeddings=True,
             is_train_face=True, LFE_id_dim=8, LFE_vit_dim=6, LFE_depth=5, LFE_dim_head=4, LFE_num_heads=2,
             LFE_num_id_token=2, LFE_num_querie=3, LFE_output_dim=21, LFE_ff_mult=1, LFE_num_scale=1,
             cross_attn_dim_head=8, cross_attn_num_heads=2,
@@ -169,7 +173,7 @@ VIDEOS: dict[str, Tiny] = {
             b, timestep=torch.full((b,), 0.1), attention_mask=torch.ones(b, 6), fps=30,
             padding_mask=torch.zeros(1, 1, 8, 6),
         ),
-        clock=None,
+        clock=("timestep", 1.0, -1.0),  # falls with the noise level, though not in proportion
     ),
     "Cosmos 2": Tiny(
         build("CosmosTransformer3DModel", **{**COSMOS, "in_channels": 5}, extra_pos_embed_type=None),
@@ -250,7 +254,8 @@ VIDEOS: dict[str, Tiny] = {
     ),
     "LongCatAudioDiTTransformer": Tiny(
         build(
-            "LongCatAudioDiTTransformer", dit_dim=32, dit_depth=3, dit_heads=2, dit_text_dim=12, latent_dim=4, ff_mult=2.0
+            "LongCatAudioDiTTransformer",
+            dit_dim=32, dit_depth=3, dit_heads=2, dit_text_dim=12, latent_dim=4, ff_mult=2.0,
         ),
         lambda b: {
             "hidden_states": latents(b, 23, 4),
@@ -300,7 +305,7 @@ VIDEOS: dict[str, Tiny] = {
             time_embed_dim=8, rope_freq_dim=2,
         ),
         h3_inputs,
-        clock=None,
+        clock=("timestep", 0.0, 1.0),
     ),
     "SanaVideoTransformer3DModel": Tiny(
         build(

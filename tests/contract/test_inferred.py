@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.foreign import INFERRED, REFUSED, UNFIT
+from tests.contract.foreign import INFERRED, REFUSED, UNFIT, undeclared
 from tests.contract.kit import sample
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, UnsupportedModelError
 from tokdyn.attach import wrap
@@ -17,6 +17,11 @@ pytestmark = [  # diffusers' own: of names that it is giving up, and of Mochi, w
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
 ]
 every = pytest.mark.parametrize("name", sorted(INFERRED))
+
+
+@pytest.fixture(autouse=True)
+def _without_their_adapters(monkeypatch):
+    undeclared(monkeypatch)
 
 
 def call(model, foreign, batch=2, **changes):

@@ -202,7 +202,7 @@ class ModelAdapter:
             the conditional one first.
         chunked: whether the model chunks its tokens itself, so that its blocks get a subset that depends on the image.
         dense: whether blocks mix neighbouring cells, by a convolution for example, so that no token can be left out.
-        softmax: whether attention is softmax attention, so that its keys can be weighted.
+        softmax: whether attention is softmax attention over all samples at once, so that its keys can be weighted.
         read_ahead: arguments whose values, not only their shapes, determine the grid.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.

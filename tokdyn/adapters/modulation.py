@@ -154,12 +154,13 @@ def minimax_h3(block: nn.Module, arguments: Arguments) -> Tensor:
     shift, scale = block.adaln_proj(arguments["temb"])[:2]  # type: ignore[operator]
     rows = arguments["adaln_indices"]
     out: Tensor = block.norm1(arguments["hidden_states"])  # type: ignore[operator]
-    return out * (1.0 + scale.index_select(0, rows)) + shift.index_select(0, rows)
+    modulated: Tensor = out * (1.0 + scale.index_select(0, rows)) + shift.index_select(0, rows)
+    return modulated
 
 
 def stable_audio3(block: nn.Module, arguments: Arguments) -> Tensor:
     """Return the modulated tokens of a block of Stable Audio 3, memory tokens included."""
-    modulation: Tensor = block.to_scale_shift_gate + arguments["global_modulation"]  # type: ignore[operator]
+    modulation: Tensor = block.to_scale_shift_gate + arguments["global_modulation"]
     scale, shift = modulation.chunk(6, dim=-1)[:2]
     out: Tensor = block.pre_norm(arguments["hidden_states"]) * (1 + scale[:, None]) + shift[:, None]  # type: ignore[operator]
     return out
@@ -179,4 +180,5 @@ def longcat_audio(block: nn.Module, arguments: Arguments) -> Tensor:
     if given is None:  # every block computes its own modulation from time and text
         return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x)
     _, scale, shift = (given + block.adaln_scale_shift).chunk(6, dim=-1)[:3]
-    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x) * (1 + scale[:, None]) + shift[:, None]
+    out: Tensor = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x) * (1 + scale[:, None]) + shift[:, None]
+    return out

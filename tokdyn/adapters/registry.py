@@ -30,6 +30,12 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     STABLE_AUDIO, STABLE_AUDIO3, ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, LTX2, KANDINSKY6, MINIMAX_H3, SANA_VIDEO,
     MOTIF, WAN_ANIMATE, ANYFLOW, HELIOS,
 )  # fmt: skip
+REFUSED: dict[str, str] = {
+    "WanAnimate2Transformer3DModel": "every block stores keys and values of a reference video for later calls, and "
+    "arranges its tokens by their places in the grid, so that neither blocks nor tokens may be left out; use a "
+    "WanAnimateTransformer3DModel",
+}
+"""Classes for which inference would find a wrong adapter, each with the reason for the refusal."""
 REGISTERED: list[ModelAdapter] = []
 """Adapters that the user registered, in that order."""
 
@@ -107,7 +113,7 @@ def _refusal(model: nn.Module) -> str | None:
     names = [base.__name__ for base in type(model).__mro__]
     if any("ControlNet" in name for name in names):
         return "the output of each block of a ControlNet is used by another model; wrap that model instead"
-    return None
+    return next((REFUSED[name] for name in names if name in REFUSED), None)
 
 
 def _reduce(adapter: ModelAdapter) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -120,7 +121,8 @@ HUNYUAN = ModelAdapter(
 
 def _cogvideo_grid(model: nn.Module, call: Arguments) -> Grid:
     frames, _, rows, columns = call["hidden_states"].shape[-4:]
-    size, duration = model.config["patch_size"], model.config.get("patch_size_t") or 1  # type: ignore[union-attr, operator]
+    config: Any = model.config
+    size, duration = config["patch_size"], config.get("patch_size_t") or 1
     return -(-frames // duration), rows // size, columns // size
 
 

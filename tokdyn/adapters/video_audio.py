@@ -124,7 +124,7 @@ def _h3_grid(model: nn.Module, call: Arguments) -> Grid:
         if bool((before != before[0]).any()) or before[0] >= positions[-frames * frame, 0]:
             break  # tokens of a condition, or of sound
         frames += 1
-    columns = len(positions[-frame:, 2].unique())
+    columns = len(set(positions[-frame:, 2].tolist()))
     return frames, frame // columns, columns
 
 

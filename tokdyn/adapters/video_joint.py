@@ -6,6 +6,7 @@ These are HunyuanVideo 1.5, Mochi, EasyAnimate, ConsisID and Motif Video.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level, video_grid
 from tokdyn.adapters.video import COGVIDEOX
-from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp
+from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp, runs_processor
 
 HUNYUAN15 = ModelAdapter(
     name="HunyuanVideo 1.5",
@@ -50,12 +51,13 @@ MOCHI = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.from_embedding,
-            width=attention_and_mlp("attn1", "ff", "MochiAttnProcessor2_0"),
+            width=attention_and_mlp("attn1", "ff"),  # never sliced: every head has rotary tables of its own
         ),
     ),
     grid=video_grid,
     level=timestep_level(backwards=True),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
+    softmax=False,  # attention is computed for one sample after another, because prompts differ in length
 )
 
 EASYANIMATE = ModelAdapter(
@@ -76,7 +78,7 @@ EASYANIMATE = ModelAdapter(
     ),
     grid=video_grid,
     level=timestep_level(),
-    fits=lambda model: model.config["mmdit_layers"] >= model.config["num_layers"],  # type: ignore[index]
+    fits=lambda model: bool(model.config["mmdit_layers"] >= model.config["num_layers"]),  # type: ignore[index]
 )
 
 EASYANIMATE_SHARED = replace(
@@ -105,6 +107,12 @@ def _decodes(model: nn.Module) -> str | None:
     )
 
 
+def _without_cross_attention(block: nn.Module) -> bool:
+    """Tell whether a single-stream block lacks cross-attention, which reads the channels of all heads."""
+    cross: Any = block.cross_attn
+    return cross is None and runs_processor("attn", "MotifVideoAttnProcessor2_0")(block)
+
+
 _MOTIF_TWO_STREAM = replace(
     HUNYUAN15.blocks[0],
     follow=(Follow("image_rotary_emb", axis=0, batched=False), Follow("attention_mask", axis=3, dims=4)),
@@ -123,7 +131,7 @@ MOTIF = ModelAdapter(
             inside_mlp="first",
             mlp=(),
             modulated=None,
-            width=attention_beside_mlp("attn", "MotifVideoAttnProcessor2_0"),
+            width=replace(attention_beside_mlp("attn"), sliceable=_without_cross_attention),
         ),
     ),
     grid=video_grid,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Products
 from tokdyn.adapters.readers import frame_level, timestep_level, video_grid
 from tokdyn.adapters.video import WAN
-from tokdyn.adapters.width import attention_and_mlp
+from tokdyn.adapters.width import attention_and_mlp, runs_processor
 from tokdyn.tokens import Grid
 
 WAN_VACE = replace(
@@ -48,6 +49,13 @@ ANYFLOW = ModelAdapter(
     level=frame_level(),
 )
 
+
+def _one_scale(block: nn.Module) -> bool:
+    """Tell whether the keys of earlier frames are not scaled by a number for each head, so that heads can be sliced."""
+    scaled: Any = block.attn1
+    return not scaled.is_amplify_history and runs_processor("attn1", "HeliosAttnProcessor")(block)
+
+
 HELIOS = ModelAdapter(
     name="Helios",
     classes=("HeliosTransformer3DModel",),
@@ -58,7 +66,7 @@ HELIOS = ModelAdapter(
             follow=(Follow("rotary_emb"), Follow("temb", dims=4), Follow("original_context_length")),
             modulated=modulation.shift_table_per_token,
             products=None,  # whether cross-attention runs over earlier frames depends on the model
-            width=attention_and_mlp("attn1", "ffn", "HeliosAttnProcessor"),
+            width=replace(attention_and_mlp("attn1", "ffn"), sliceable=_one_scale),
         ),
     ),
     grid=video_grid,

@@ -165,7 +165,7 @@ def unfit(
     if pruning.tokens and dense:
         return f"mix neighbouring cells, so that no token can be left out of the MLP; {cure}"
     if pruning.tokens and not (blocks.mlp or blocks.width.parallel):
-        return "call one MLP on the image tokens and then on the text tokens; use DynamicWidth(tokens=False)"
+        return "have no MLP of one module that gets the image tokens alone; use DynamicWidth(tokens=False)"
     if pruning.stream and blocks.stream is None:
         return _NO_STREAM
     if pruning.channels and not channels:
