@@ -16,7 +16,8 @@ HEADS = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "
 WITHOUT_BATCH = {
     "visual_rope_pos", "text_rope_pos", "padding_mask", "fps", "rotary_embedding", "image_rotary_emb",
     "audio_num_frames", "timestep_indices", "token_tags", "position_ids", "video_indices", "audio_indices",
-    "text_indices",
+    "text_indices", "indices_latents", "indices_latents_clean", "indices_latents_history_2x",
+    "indices_latents_history_4x",
 }  # fmt: skip
 """Arguments of these models that have no batch axis."""
 
@@ -126,6 +127,28 @@ VIDEOS: dict[str, Tiny] = {
             encoder_hidden_states_2=latents(b, 4, 10),
             encoder_attention_mask_2=torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(b, 4),
             image_embeds=latents(b, 3, 8),
+        ),
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": Tiny(
+        build(
+            "HunyuanVideoFramepackTransformer3DModel",
+            **{**HEADS, "num_layers": 2}, num_single_layers=2, num_refiner_layers=1, patch_size=2, text_embed_dim=12,
+            pooled_projection_dim=10, rope_axes_dim=(4, 4, 8), has_image_proj=True, image_proj_dim=8,
+            has_clean_x_embedder=True,
+        ),
+        lambda b: video(
+            b,
+            encoder_attention_mask=torch.ones(b, 6, dtype=torch.long),
+            pooled_projections=latents(b, 10),
+            image_embeds=latents(b, 3, 8),
+            guidance=torch.full((b,), 6000.0),
+            indices_latents=torch.arange(9, 11),
+            latents_clean=latents(b, 4, 2, 8, 6),
+            indices_latents_clean=torch.tensor([0, 8]),
+            latents_history_2x=latents(b, 4, 2, 8, 6),
+            indices_latents_history_2x=torch.arange(6, 8),
+            latents_history_4x=latents(b, 4, 4, 8, 6),
+            indices_latents_history_4x=torch.arange(2, 6),
         ),
     ),
     "MochiTransformer3DModel": Tiny(

@@ -38,6 +38,7 @@ class Follow:
         batched: whether axis 0 is the batch. An unbatched tensor gains a batch axis once samples keep different tokens.
         dims: select only from tensors with this many axes; None selects from all.
         item: select only from the tensor at this index of a tuple or list; None selects from all.
+        joint: where the entries of image tokens lie in this argument, if not where `Blocks.joint` says.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Follow:
     batched: bool = True
     dims: int | None = None
     item: int | None = None
+    joint: Literal["first", "last"] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,8 @@ class ModelAdapter:
             the conditional one first.
         chunked: whether the model chunks its tokens itself, so that its blocks get a subset that depends on the image.
         dense: whether blocks mix neighbouring cells, by a convolution for example, so that no token can be left out.
-        softmax: whether attention is softmax attention over all samples at once, so that its keys can be weighted.
+        softmax: whether attention is softmax attention over all samples at once, and over image tokens and at most one
+            other kind of tokens, so that its keys can be weighted.
         read_ahead: arguments whose values, not only their shapes, determine the grid.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.

@@ -60,7 +60,8 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
             Anything else is returned unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out
             and tensors with fewer than `count` entries.
         argument: which axis of the argument is its token axis.
-        blocks: says in `joint` whether text tokens come before or after the image tokens on that axis.
+        blocks: says in `joint` whether text tokens come before or after the image tokens on that axis, unless
+            `argument.joint` does.
         index: (B, M) int64 image tokens to select, ascending.
         count: N, the image tokens that the argument has entries for.
 
@@ -89,13 +90,12 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     moved = value.movedim(axis, 1)
     if len(moved) != len(index):
         moved = moved.expand(len(index), *moved.shape[1:])
-    text = moved.shape[1] - count
+    text, last = moved.shape[1] - count, (argument.joint or blocks.joint) == "last"
     place = index
     if text:
-        offset = text if blocks.joint == "last" else 0
-        beside = torch.arange(text, device=index.device) + (0 if blocks.joint == "last" else count)
-        parts = [beside.expand(len(index), -1), index + offset]
-        place = torch.cat(parts if blocks.joint == "last" else parts[::-1], dim=1)
+        beside = torch.arange(text, device=index.device) + (0 if last else count)
+        parts = [beside.expand(len(index), -1), index + (text if last else 0)]
+        place = torch.cat(parts if last else parts[::-1], dim=1)
     selected = take(moved.contiguous(), place).movedim(1, axis)
     return selected if argument.batched else PerSample.of(selected)
 

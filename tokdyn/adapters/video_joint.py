@@ -1,6 +1,6 @@
 """Adapters of diffusers' video models whose text and video streams meet in attention.
 
-These are HunyuanVideo 1.5, Mochi, EasyAnimate, ConsisID and Motif Video.
+These are HunyuanVideo 1.5 and its Framepack sibling, Mochi, EasyAnimate, ConsisID and Motif Video.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level, video_grid
-from tokdyn.adapters.video import COGVIDEOX
+from tokdyn.adapters.video import COGVIDEOX, HUNYUAN
 from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp, runs_processor
 
 HUNYUAN15 = ModelAdapter(
@@ -36,6 +36,34 @@ HUNYUAN15 = ModelAdapter(
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
+)
+
+_FRAMEPACK_FOLLOW = (
+    Follow("freqs_cis", axis=0, batched=False),
+    Follow("image_rotary_emb", axis=0, batched=False),
+    # its entries for all video tokens are equal and come first, so that any of them may be left out
+    Follow("attention_mask", axis=3, joint="first"),
+)
+
+FRAMEPACK = replace(
+    HUNYUAN,
+    name="HunyuanVideo Framepack",
+    classes=("HunyuanVideoFramepackTransformer3DModel",),
+    blocks=(
+        # tokens of earlier frames come before those of the video in both lists, text tokens are a stream of their own
+        replace(HUNYUAN.blocks[0], image="last", joint="last", follow=_FRAMEPACK_FOLLOW, products=None),
+        replace(
+            HUNYUAN.blocks[1],
+            image="last",
+            inside_mlp=None,
+            joint="last",
+            follow=_FRAMEPACK_FOLLOW,
+            products=None,
+            width=None,  # in the MLP, tokens of the video lie between earlier frames and text
+        ),
+    ),
+    softmax=False,  # earlier frames, video and text are three kinds of keys
+    whole=None,
 )
 
 MOCHI = ModelAdapter(

@@ -184,8 +184,8 @@ def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | No
     if adapter.softmax or not traits.weighs_keys:
         return None
     return (
-        "weighted=True weights the keys of softmax attention, but attention is linear here, or computed for one sample "
-        "after another; leave weighted out"
+        "weighted=True weights the keys of softmax attention, but here attention is linear, or computed for one sample "
+        "after another, or over tokens of three kinds; leave weighted out"
     )
 
 
