@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.contract.kit import Tiny, latents, of_diffusers
 from tests.contract.siblings import FLUX, FLUX_CLOCK, flux_inputs
-from tokdyn.adapters import ADAPTERS
+from tokdyn.adapters import ADAPTERS, registry
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ def undeclared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test see these classes as if the package had no adapter for them."""
     names = {*INFERRED, *REFUSED, *UNFIT}
     others = tuple(adapter for adapter in ADAPTERS if not names & {*adapter.classes})
-    monkeypatch.setattr("tokdyn.adapters.registry.ADAPTERS", others)
+    monkeypatch.setattr(registry, "ADAPTERS", others)
+    monkeypatch.setattr(registry, "REFUSED", {name: why for name, why in registry.REFUSED.items() if name in UNFIT})
 
 
 def tokens(batch: int, **more: Any) -> dict[str, Any]:

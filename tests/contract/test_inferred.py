@@ -155,6 +155,12 @@ def test_what_does_not_hold_is_refused_in_the_first_call(name, batch):
         assert torch.equal(sample(tokdyn.unwrap(model)(**tiny.inputs(batch))), plain)
 
 
+def test_a_class_that_would_be_refused_in_the_first_call_is_refused_before(monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedModelError, match=r"LatteTransformer3DModel .* across frames"):
+        wrap(REFUSED["LatteTransformer3DModel"][0].build(), [])
+
+
 @pytest.mark.parametrize("name", sorted(UNFIT))
 def test_what_would_be_misread_is_refused_at_once(name):
     tiny, words = UNFIT[name]

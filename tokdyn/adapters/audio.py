@@ -121,6 +121,7 @@ ACE_STEP = ModelAdapter(
     ),
     grid=_ace_grid,
     level=timestep_level(scale=1.0),
+    varying=("timestep_r",),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     guidance="cond_first",

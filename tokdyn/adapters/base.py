@@ -206,6 +206,8 @@ class ModelAdapter:
         dense: whether blocks mix neighbouring cells, by a convolution for example, so that no token can be left out.
         softmax: whether attention is softmax attention over all samples at once, and over image tokens and at most one
             other kind of tokens, so that its keys can be weighted.
+        varying: arguments beside the input and the noise level that change from step to step, such as latents of the
+            sound or a second timestep, and so do not tell one prompt from another.
         read_ahead: arguments whose values, not only their shapes, determine the grid.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
@@ -225,6 +227,7 @@ class ModelAdapter:
     chunked: bool = False
     dense: bool = False
     softmax: bool = True
+    varying: tuple[str, ...] = ()
     read_ahead: tuple[str, ...] = ()
     whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None

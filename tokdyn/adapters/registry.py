@@ -30,10 +30,17 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     KANDINSKY5, STABLE_AUDIO, STABLE_AUDIO3, ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, LTX2, KANDINSKY6, MINIMAX_H3,
     SANA_VIDEO, MOTIF, WAN_ANIMATE, ANYFLOW, HELIOS,
 )  # fmt: skip
+_STORES = (
+    "its blocks store keys and values for later calls, so that none may be skipped, and find tokens by their places"
+)
 REFUSED: dict[str, str] = {
-    "WanAnimate2Transformer3DModel": "every block stores keys and values of a reference video for later calls, and "
-    "arranges its tokens by their places in the grid, so that neither blocks nor tokens may be left out; use a "
-    "WanAnimateTransformer3DModel",
+    "WanAnimate2Transformer3DModel": f"{_STORES}; use a WanAnimateTransformer3DModel",
+    "AnyFlowFARTransformer3DModel": f"{_STORES}; use an AnyFlowTransformer3DModel",
+    "SanaWMLTX2RefinerTransformer3DModel": f"{_STORES}; wrap the SanaWMTransformer3DModel that it refines",
+    "LatteTransformer3DModel": "its blocks attend in turn within frames and across frames, and get every frame, or "
+    "every place, as a sample of its own; use one whose blocks get all tokens, such as an AllegroTransformer3DModel",
+    "Cosmos3OmniTransformer": "its blocks get tokens of text and video of one sample without a batch axis; use a "
+    "CosmosTransformer3DModel",
 }
 """Classes for which inference would find a wrong adapter, each with the reason for the refusal."""
 REGISTERED: list[ModelAdapter] = []

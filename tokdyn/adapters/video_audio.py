@@ -65,6 +65,7 @@ LTX2 = ModelAdapter(
     ),
     grid=lambda model, call: (call["num_frames"], call["height"], call["width"]),
     level=frame_level(),
+    varying=("audio_hidden_states", "audio_timestep", "audio_sigma"),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
 )
 
@@ -105,6 +106,7 @@ KANDINSKY6 = ModelAdapter(
     ),
     grid=channels_last_grid,
     level=timestep_level(),
+    varying=("audio_hidden_states",),
     width=lambda model: int(model.config["model_dim"]),  # type: ignore[index]
     heads=lambda model: int(model.config["model_dim"]) // sum(model.config["axes_dims"]),  # type: ignore[index]
     guidance="calls",
@@ -159,6 +161,7 @@ MINIMAX_H3 = ModelAdapter(
     grid=_h3_grid,
     read_ahead=("position_ids", "video_indices"),
     level=_h3_level,
+    varying=("audio_hidden_states",),
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     guidance="calls",
 )

@@ -34,6 +34,7 @@ HUNYUAN15 = ModelAdapter(
     ),
     grid=video_grid,
     level=timestep_level(),
+    varying=("timestep_r",),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
 )

@@ -47,6 +47,7 @@ ANYFLOW = ModelAdapter(
     ),
     grid=_anyflow_grid,
     level=frame_level(),
+    varying=("r_timestep",),
 )
 
 

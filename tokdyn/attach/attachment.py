@@ -214,7 +214,8 @@ class Attachment(nn.Module):
         if adapter.level is None or (model.training and torch.is_grad_enabled()):
             return Prepared(grid)
         level = adapter.level(model, arguments)
-        return Prepared(grid, level, self.trajectory.observe(arguments, levels_of(level)))
+        told = {name: value for name, value in arguments.items() if name not in adapter.varying}
+        return Prepared(grid, level, self.trajectory.observe(told, levels_of(level)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drop slices of the model's weights when the model is moved to another device or dtype."""

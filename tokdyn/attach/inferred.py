@@ -63,7 +63,7 @@ def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
 def _versions(value: Any) -> list[Any]:
     """Return what changes if a tensor, or a list or dictionary that may hold tensors, is changed in place."""
     if isinstance(value, Tensor):
-        return [] if value.is_inference() else [value._version]
+        return [] if value.is_inference() else [id(value), value._version]
     parts = list(value.values()) if isinstance(value, Mapping) else value
     return [len(parts), *map(_versions, parts)] if isinstance(parts, (list, tuple)) else []
 
