@@ -1,4 +1,4 @@
-"""Tiny models of diffusers that no adapter knows, or whose adapters tests leave out to see what is inferred."""
+"""Tiny models of diffusers that no adapter knows, or none once `undeclared` has been called."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from tests.contract.kit import Tiny, latents, of_diffusers
-from tests.contract.siblings import FLUX, FLUX_CLOCK, WAN, flux_inputs, wan_inputs
+from tests.contract.siblings import FLUX, FLUX_CLOCK, flux_inputs
+from tokdyn.adapters import ADAPTERS, registry
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,14 @@ class Foreign:
 
     tiny: Tiny
     blocks: dict[str, tuple[str, ...]]
+
+
+def undeclared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test see these classes as if the package had no adapter for them."""
+    names = {*INFERRED, *REFUSED, *UNFIT}
+    others = tuple(adapter for adapter in ADAPTERS if not names & {*adapter.classes})
+    monkeypatch.setattr(registry, "ADAPTERS", others)
+    monkeypatch.setattr(registry, "REFUSED", {name: why for name, why in registry.REFUSED.items() if name in UNFIT})
 
 
 def tokens(batch: int, **more: Any) -> dict[str, Any]:
@@ -275,12 +285,16 @@ REFUSED = {
 }  # fmt: skip
 
 UNFIT = {
-    "WanVACETransformer3DModel": (
+    "WanAnimate2Transformer3DModel": (
         Tiny(
-            build("WanVACETransformer3DModel", **WAN, vace_layers=[0, 2], vace_in_channels=8),
-            lambda b: {**wan_inputs(b), "control_hidden_states": latents(b, 8, 2, 8, 6)},
+            build(
+                "WanAnimate2Transformer3DModel",
+                text_len=6, in_dim=4, dim=32, ffn_dim=48, freq_dim=8, text_dim=12, out_dim=4, num_heads=2, num_layers=2,
+                use_img_emb=False,
+            ),
+            lambda b: {},
         ),
-        "WanTransformer3DModel",
+        "WanAnimateTransformer3DModel",
     ),
     "SD3ControlNetModel": (
         Tiny(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.foreign import INFERRED
+from tests.contract.foreign import INFERRED, undeclared
 from tests.contract.models import TINY, latents, of_diffusers, sample, works
 from tests.contract.siblings import TWINS
 from tests.contract.stacks import ACTIVE, acting, at_levels
@@ -99,8 +99,9 @@ def test_classes_of_another_name(name, methods):
 @pytest.mark.parametrize("name", sorted(INFERRED))
 @pytest.mark.usefixtures("nothing_declared")
 @torch.no_grad()
-def test_models_that_no_adapter_knows_are_counted(name):
+def test_models_that_no_adapter_knows_are_counted(name, monkeypatch):
     """Nobody said what their blocks multiply: statistics say so, and FLOPs are what was counted."""
+    undeclared(monkeypatch)
     model, inputs = INFERRED[name].tiny.build(), INFERRED[name].tiny.inputs(2)
     plain = tokdyn.flops(model, **inputs)
     found = tokdyn.flops(tokdyn.wrap(model, [DepthSkip(blocks=(1,))]), **inputs)

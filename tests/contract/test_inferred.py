@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokdyn
-from tests.contract.foreign import INFERRED, REFUSED, UNFIT
+from tests.contract.foreign import INFERRED, REFUSED, UNFIT, undeclared
 from tests.contract.kit import sample
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, UnsupportedModelError
 from tokdyn.attach import wrap
@@ -18,6 +18,11 @@ pytestmark = [  # diffusers' own: of names that it is giving up, and of Mochi, w
     pytest.mark.usefixtures("nothing_declared"),
 ]
 every = pytest.mark.parametrize("name", sorted(INFERRED))
+
+
+@pytest.fixture(autouse=True)
+def _without_their_adapters(monkeypatch):
+    undeclared(monkeypatch)
 
 
 def call(model, foreign, batch=2, **changes):
@@ -149,6 +154,12 @@ def test_what_does_not_hold_is_refused_in_the_first_call(name, batch):
         with pytest.raises(UnsupportedModelError, match=words.format(b=batch)):
             model(**tiny.inputs(batch))
         assert torch.equal(sample(tokdyn.unwrap(model)(**tiny.inputs(batch))), plain)
+
+
+def test_a_class_that_would_be_refused_in_the_first_call_is_refused_before(monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedModelError, match=r"LatteTransformer3DModel .* across frames"):
+        wrap(REFUSED["LatteTransformer3DModel"][0].build(), [])
 
 
 @pytest.mark.parametrize("name", sorted(UNFIT))

@@ -174,6 +174,43 @@ def test_a_cache_over_lists_with_something_between_is_refused():
         model(*inputs())
 
 
+class Sound(Block):
+    """Video and sound tokens that attend to each other."""
+
+    def forward(self, x, sound):
+        both = super().forward(torch.cat([x, sound], dim=1))
+        return both[:, : x.shape[1]], both[:, x.shape[1] :]
+
+
+class WithSound(Model):
+    """Predicts the sound, too, from tokens that its blocks change beside those of the video."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Sound() for _ in range(4)])
+
+    def forward(self, x, t):
+        tokens, sound = self.embed(x).flatten(2).mT, x.flatten(2)[:, :, :D]
+        for block in self.blocks:
+            tokens, sound = block(tokens, sound)
+        return tokens, sound
+
+
+@torch.no_grad()
+def test_a_cache_restores_a_second_stream_by_its_own_effect():
+    model, (x, t) = build(WithSound), inputs(0.5)
+    start = model.embed(x).flatten(2).mT, x.flatten(2)[:, :, :D]
+    effects = [after - before for after, before in zip(model(x, t), start, strict=True)]
+    wrap(model, [FeatureCache(threshold=float("inf"))])
+    model(x, t)
+    later = x + 0.1 * latents(2, 4, 8, 12).roll(1, 0)
+    found = model(later, inputs(0.4)[1])
+    assert tokdyn.stats(model).calls[-1].reused == 2
+    start = model.embed(later).flatten(2).mT, later.flatten(2)[:, :, :D]
+    for one, before, effect in zip(found, start, effects, strict=True):
+        torch.testing.assert_close(one, before + effect)
+
+
 @torch.no_grad()
 def test_equal_numbers_of_words_and_patches_cannot_be_told_apart():
     model = wrap(build(Words, words=24), [DepthSkip(blocks=(0,))])
@@ -257,7 +294,49 @@ class Hidden(Model):
         return super().run(x + words.mean(dim=1, keepdim=True), c)
 
 
+class Aside(Block):
+    def forward(self, x, context):
+        x = super().forward(torch.cat([context, x], dim=1))
+        return x[:, context.shape[1] :], x[:, : context.shape[1]]
+
+
+class Unused(Model):
+    """Its blocks return a second tensor of the shape of their text, which nobody takes for the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.blocks = nn.Parameter(torch.randn(1, 5, D)), nn.ModuleList([Aside() for _ in range(4)])
+
+    def run(self, x, c):
+        words = self.words.expand(len(x), -1, -1)
+        for block in self.blocks:
+            x, _ = block(x, words)
+        return x
+
+
+class Notes(Block):
+    def forward(self, x, notes):
+        notes += x.mean(dim=1)
+        return super().forward(x)
+
+
+class InPlace(Model):
+    """Its blocks write down something that is used after the last of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Notes() for _ in range(4)])
+
+    def run(self, x, c):
+        notes = torch.zeros(len(x), D)
+        for block in self.blocks:
+            x = block(x, notes)
+        return x + notes[:, None]
+
+
 BAD = {
+    Unused: "shape of 'context'",
+    InPlace: "'notes' in place",
     Twice: "block 0.*'blocks'.*block 4",
     Half: "2 of its 4 blocks",
     Smaller: r"\(2, 24, 16\).*\(2, 12, 16\)",

@@ -27,7 +27,8 @@ Patterns = tuple[str, ...]
 class Follow:
     """An argument of a block with one entry per token, such as a rotary table or a mask.
 
-    When tokens are selected, the same entries of this argument are selected. None, and tensors whose token axis is
+    When tokens are selected, the same entries of this argument are selected. A whole number that equals the number of
+    image tokens, such as a length, becomes the number of those selected. None, and tensors whose token axis is
     shorter than the number of image tokens, are passed on unchanged. In a tuple or list, entries of every tensor are
     selected unless `item` names one.
 
@@ -37,6 +38,7 @@ class Follow:
         batched: whether axis 0 is the batch. An unbatched tensor gains a batch axis once samples keep different tokens.
         dims: select only from tensors with this many axes; None selects from all.
         item: select only from the tensor at this index of a tuple or list; None selects from all.
+        joint: where the entries of image tokens lie in this argument, if not where `Blocks.joint` says.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Follow:
     batched: bool = True
     dims: int | None = None
     item: int | None = None
+    joint: Literal["first", "last"] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,21 @@ class Blocks:
         sequence_first: arguments whose first two axes are tokens and batch, in this order, instead of batch and tokens;
             if `tokens` is one of them, the block returns its tokens like this, too.
         text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
-        returns: what a block returns, in order: "tokens" for image tokens, "text" for text tokens; () if this is to be
-            learned in the first call.
+        streams: arguments that hold tokens of further streams, such as audio, which blocks change and return and which
+            the model uses after its last block. A cache restores each by its own effect; the effect on `text` is not
+            restored, because it is not used after the last block.
+        returns: what a block returns, in order: "tokens" for image tokens, "text" for text tokens, or the name of one
+            of `streams`; () if this is to be learned in the first call.
         image: where image tokens lie in `tokens`: "all" of it, or "first" or "last" beside text tokens.
         inside: where image tokens lie in the input of attention, if text joins them within the block.
         inside_mlp: where image tokens lie in the input of the MLP, likewise.
         joint: where image tokens lie in tensors that span text and image, such as rotary tables and masks.
         follow: arguments with one entry per token.
+        shared: further arguments without a batch axis, such as tables for the tokens of other streams.
+        alone: whether samples that keep different tokens must be computed one after the other, because an argument in
+            `follow` cannot hold the entries of several samples.
+        keeps_text: whether the model uses text tokens that lie in the sequence of the image tokens, or what else does,
+            after its last block, so that a cache restores them as well.
         full_between: whether the model itself computes with the tokens between blocks, such as adding control
             residuals, and needs all of them there. Tokens that are left out then wait in the full grid.
         rounds: arguments that hold embeddings of timesteps, where a sample may have several: in several arguments, or
@@ -130,12 +141,16 @@ class Blocks:
     tokens: str = "hidden_states"
     sequence_first: tuple[str, ...] = ()
     text: str | None = None
-    returns: tuple[Literal["tokens", "text"], ...] = ("tokens",)
+    streams: tuple[str, ...] = ()
+    returns: tuple[str, ...] = ("tokens",)
     image: Literal["all", "first", "last"] = "all"
     inside: Literal["first", "last"] | None = None
     inside_mlp: Literal["first", "last"] | None = None
     joint: Literal["first", "last"] = "last"
     follow: tuple[Follow, ...] = ()
+    shared: tuple[str, ...] = ()
+    alone: bool = False
+    keeps_text: bool = False
     full_between: bool = False
     rounds: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("attn1", "attn")
@@ -156,6 +171,12 @@ class Blocks:
             raise InputError(
                 f"the blocks in {self.path!r} are declared with returns={self.returns}, which lacks 'tokens'; name "
                 "everything that a block returns, in order."
+            )
+        unknown = set(self.returns) - {"tokens", "text", *self.streams}
+        if unknown:
+            raise InputError(
+                f"the blocks in {self.path!r} are declared with returns={self.returns}, in which {min(unknown)!r} is "
+                "neither 'tokens' nor 'text' nor one of streams."
             )
         if "text" in self.returns and self.text is None:
             raise InputError(
@@ -200,7 +221,10 @@ class ModelAdapter:
             the conditional one first.
         chunked: whether the model chunks its tokens itself, so that its blocks get a subset that depends on the image.
         dense: whether blocks mix neighbouring cells, by a convolution for example, so that no token can be left out.
-        softmax: whether attention is softmax attention, so that its keys can be weighted.
+        softmax: whether attention is softmax attention over all samples at once, and over image tokens and at most one
+            other kind of tokens, so that its keys can be weighted.
+        varying: arguments beside the input and the noise level that change from step to step, such as latents of the
+            sound or a second timestep, and so do not tell one prompt from another.
         read_ahead: arguments whose values, not only their shapes, determine the grid or which tokens are references.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
@@ -221,6 +245,7 @@ class ModelAdapter:
     chunked: bool = False
     dense: bool = False
     softmax: bool = True
+    varying: tuple[str, ...] = ()
     read_ahead: tuple[str, ...] = ()
     whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None
@@ -238,6 +263,12 @@ class ModelAdapter:
         assert self.grid is not None, "methods that need a grid were refused"
         tokens = self.grid(model, call)
         return tokens if isinstance(tokens, ImageTokens) else ImageTokens(tokens)
+
+    def telling(self, arguments: Arguments) -> Arguments:
+        """Return the arguments of a call by which it is told from others: all but those in `varying`."""
+        if not self.varying:
+            return arguments
+        return {name: value for name, value in arguments.items() if name not in self.varying}
 
     @property
     def halves(self) -> tuple[str, str]:

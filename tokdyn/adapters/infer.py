@@ -18,6 +18,8 @@ from tokdyn.adapters.base import Arguments, Blocks, ModelAdapter
 
 LEVEL_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 """Names that an argument for the noise level may have, in order of preference."""
+VARYING_NAMES = ("audio_hidden_states", "audio_latents", "audio_timestep", "audio_sigma", "r_timestep", "timestep_r")
+"""Names of further arguments that change from step to step."""
 SIDE_PATHS = ("text", "context", "caption", "prompt", "refiner", "audio", "siglip", "clip", "encoder")
 """A list whose path contains one of these is taken not to be the main blocks, unless the model has no other list."""
 
@@ -39,6 +41,7 @@ def infer(model: nn.Module) -> ModelAdapter | str:
         blocks=tuple(_declare(path, model.get_submodule(path)) for path in main),
         grid=None,
         level=None if level is None else GuessedLevel(level),
+        varying=tuple(name for name in VARYING_NAMES if name in names),
         inferred=True,
     )
 

@@ -8,6 +8,8 @@ are one sequence. The block is not changed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,4 +112,79 @@ def flux2(block: nn.Module, arguments: Arguments) -> Tensor:
     if shift.dim() == 2:
         shift, scale = shift[:, None], scale[:, None]
     out: Tensor = block.norm1(arguments["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
+    return out
+
+
+def cosmos(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Cosmos, which first adds learned positions to its tokens."""
+    x, positions = arguments["hidden_states"], arguments.get("extra_pos_emb")
+    if positions is not None:
+        x = x + positions
+    out: Tensor = block.norm1(x, arguments["embedded_timestep"], arguments.get("temb"))[0]  # type: ignore[operator]
+    return out
+
+
+def kandinsky(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Kandinsky 5; its nine modulations are those of three sublayers."""
+    x = arguments["visual_embed"]
+    shift, scale = block.visual_modulation(arguments["time_embed"])[:, None].chunk(9, dim=-1)[:2]  # type: ignore[operator]
+    out: Tensor = block.self_attention_norm(x.float()) * (scale.float() + 1.0) + shift.float()  # type: ignore[operator]
+    return out.type_as(x)
+
+
+def kandinsky6(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated video tokens of a block of Kandinsky 6, as in Kandinsky 5."""
+    inner: Any = block.video_dec_block
+    x, shift_and_scale = arguments["vis"], inner.visual_modulation(arguments["time_embed"][0])[:, None]
+    shift, scale = shift_and_scale.chunk(9, dim=-1)[:2]
+    out: Tensor = inner.self_attention_norm(x.float()) * (scale.float() + 1.0) + shift.float()
+    return out.type_as(x)
+
+
+def sana_video(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Sana Video, as in LTX."""
+    return shift_table_per_token(block, {**arguments, "temb": arguments["timestep"]})
+
+
+def ltx2(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated video tokens of a block of LTX-2, whose table has 6 or 9 rows."""
+    x, temb = arguments["hidden_states"], arguments["temb"]
+    table: Tensor = block.scale_shift_table  # type: ignore[assignment]
+    shift, scale = (table[:2] + temb.reshape(len(x), -1, *table.shape)[:, :, :2]).unbind(2)  # each (B, N or 1, D)
+    out: Tensor = block.norm1(x) * (1 + scale) + shift  # type: ignore[operator]
+    return out
+
+
+def minimax_h3(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of MiniMax-H3, which gives every token a row of a table."""
+    shift, scale = block.adaln_proj(arguments["temb"])[:2]  # type: ignore[operator]
+    rows = arguments["adaln_indices"]
+    out: Tensor = block.norm1(arguments["hidden_states"])  # type: ignore[operator]
+    modulated: Tensor = out * (1.0 + scale.index_select(0, rows)) + shift.index_select(0, rows)
+    return modulated
+
+
+def stable_audio3(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of Stable Audio 3, memory tokens included."""
+    modulation: Tensor = block.to_scale_shift_gate + arguments["global_modulation"]
+    scale, shift = modulation.chunk(6, dim=-1)[:2]
+    out: Tensor = block.pre_norm(arguments["hidden_states"]) * (1 + scale[:, None]) + shift[:, None]  # type: ignore[operator]
+    return out
+
+
+def ace_step(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of ACE-Step: as in PixArt, with other names."""
+    table: Tensor = block.scale_shift_table  # type: ignore[assignment]
+    shift, scale = (table + arguments["temb"]).chunk(6, dim=1)[:2]  # each (B, 1, D)
+    out: Tensor = block.self_attn_norm(arguments["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
+    return out
+
+
+def longcat_audio(block: nn.Module, arguments: Arguments) -> Tensor:
+    """Return the modulated tokens of a block of LongCat Audio with global modulation: gate, scale and shift."""
+    x, given = arguments["hidden_states"], arguments.get("adaln_global_out")
+    if given is None:  # every block computes its own modulation from time and text
+        return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x)
+    _, scale, shift = (given + block.adaln_scale_shift).chunk(6, dim=-1)[:3]
+    out: Tensor = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x) * (1 + scale[:, None]) + shift[:, None]
     return out

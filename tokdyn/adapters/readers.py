@@ -46,6 +46,37 @@ def shapes_grid(model: nn.Module, call: Arguments) -> Grid:
     return grid[1:] if grid[0] == 1 else grid
 
 
+def video_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of latents (B, C, frames, rows, columns): each size divided by that of a patch.
+
+    The patch size in the model's config is one number for rows and columns, with that for frames in `patch_size_t`, or
+    one number for each axis.
+    """
+    config: Any = model.config
+    size = config["patch_size"]
+    patch = (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
+    return tuple(length // part for length, part in zip(call["hidden_states"].shape[-3:], patch, strict=True))
+
+
+def channels_last_grid(model: nn.Module, call: Arguments) -> Grid:
+    """Return the grid of latents (B, frames, rows, columns, C): each size divided by that of a patch."""
+    patch = model.config["patch_size"]  # type: ignore[index]
+    return tuple(length // part for length, part in zip(call["hidden_states"].shape[1:4], patch, strict=True))
+
+
+def frame_level(scale: float = 1000.0) -> Callable[[nn.Module, Arguments], Tensor]:
+    """Return a function for `ModelAdapter.level`, for models in which frames or tokens may differ in their timestep.
+
+    The level of a sample is that of its noisiest token. The timestep runs from 0, the image, to `scale`, noise.
+    """
+
+    def level(model: nn.Module, call: Arguments) -> Tensor:
+        value: Tensor = call["timestep"].float() / scale
+        return value.flatten(1).amax(dim=1) if value.dim() > 1 else value
+
+    return level
+
+
 def timestep_level(
     name: str = "timestep", scale: float = 1000.0, backwards: bool = False
 ) -> Callable[[nn.Module, Arguments], Any]:

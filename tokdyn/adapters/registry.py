@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tokdyn.adapters.audio import ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, STABLE_AUDIO, STABLE_AUDIO3
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.bria import BRIA, FIBO, FIBO2
 from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
@@ -22,6 +23,10 @@ from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
 from tokdyn.adapters.two_streams import FLUX3, GLM_IMAGE, HUNYUAN_IMAGE
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN
+from tokdyn.adapters.video_audio import KANDINSKY6, LTX2, MINIMAX_H3
+from tokdyn.adapters.video_cross import ALLEGRO, COSMOS, COSMOS2, KANDINSKY5, SANA_VIDEO
+from tokdyn.adapters.video_joint import CONSISID, EASYANIMATE, EASYANIMATE_SHARED, FRAMEPACK, HUNYUAN15, MOCHI, MOTIF
+from tokdyn.adapters.video_wan import ANYFLOW, HELIOS, WAN_ANIMATE, WAN_VACE
 from tokdyn.errors import InputError, UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
@@ -29,11 +34,22 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3,
     BRIA, FIBO, HUNYUAN_IMAGE, FLUX3, KREA2, IDEOGRAM4, PRX,
     GLM_IMAGE, JOYIMAGE, JOYIMAGE_PLUS, LUMINA_NEXT, NUCLEUS, OMNIGEN, QWEN21, ERNIE_IMAGE, FIBO2, HIDREAM, HUNYUAN_DIT,
+    WAN_VACE, HUNYUAN15, FRAMEPACK, MOCHI, EASYANIMATE, EASYANIMATE_SHARED, CONSISID, ALLEGRO, COSMOS, COSMOS2,
+    KANDINSKY5, STABLE_AUDIO, STABLE_AUDIO3, ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, LTX2, KANDINSKY6, MINIMAX_H3,
+    SANA_VIDEO, MOTIF, WAN_ANIMATE, ANYFLOW, HELIOS,
     TIMM_VIT,
 )  # fmt: skip
+_STORES = (
+    "its blocks store keys and values for later calls, so that none may be skipped, and find tokens by their places"
+)
 REFUSED: dict[str, str] = {
-    "WanVACETransformer3DModel": "its control blocks compute tokens of their own that are added between the main "
-    "blocks; use a WanTransformer3DModel",
+    "WanAnimate2Transformer3DModel": f"{_STORES}; use a WanAnimateTransformer3DModel",
+    "AnyFlowFARTransformer3DModel": f"{_STORES}; use an AnyFlowTransformer3DModel",
+    "SanaWMLTX2RefinerTransformer3DModel": f"{_STORES}; wrap the SanaWMTransformer3DModel that it refines",
+    "LatteTransformer3DModel": "its blocks attend in turn within frames and across frames, and get every frame, or "
+    "every place, as a sample of its own; use one whose blocks get all tokens, such as an AllegroTransformer3DModel",
+    "Cosmos3OmniTransformer": "its blocks get tokens of text and video of one sample without a batch axis; use a "
+    "CosmosTransformer3DModel",
 }
 """Classes for which inference would find a wrong adapter, each with the reason for the refusal."""
 REGISTERED: list[ModelAdapter] = []

@@ -241,7 +241,8 @@ def _pairs_of(blocks: Blocks, products: Products) -> str:
 
 def _query_channels(attention: Any) -> int:
     """Return H d, the channels of the queries of an attention; 0 if they cannot be read."""
-    for name, shares in (("to_q", 1), ("q_proj", 1), ("qkv", 3), ("to_qkv", 3), ("img_attn_qkv", 3)):
+    shares_of = (("to_q", 1), ("to_query", 1), ("q_proj", 1), ("qkv", 3), ("to_qkv", 3), ("img_attn_qkv", 3))
+    for name, shares in shares_of:
         layer = getattr(attention, name, None)
         if layer is not None:
             return int(layer.out_features) // shares

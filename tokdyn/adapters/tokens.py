@@ -147,6 +147,7 @@ def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[
     """Count the text tokens that a block gets in both its streams, and the encoder tokens of its cross-attention."""
     products, text = blocks.products, named.get(blocks.text or "")
     encoder = named.get(products.context) if products is not None and products.cross else None
+    encoder = encoder[0] if isinstance(encoder, tuple) else encoder
     beside = named[blocks.tokens].shape[1] - image
     return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
 
@@ -161,11 +162,12 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     """Select the entries of some image tokens from an argument with a token axis. Entries of text tokens stay.
 
     Args:
-        value: the argument: a tensor, a tuple, list or mapping of tensors, or a `PerSample`. Anything else is returned
-            unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out and tensors with fewer than
-            `count` entries.
+        value: the argument: a tensor, a tuple, list or mapping of tensors, a `PerSample`, or a number of tokens.
+            Anything else is returned unchanged, and so are tensors that `argument.dims` or `argument.item` leaves out
+            and tensors with fewer than `count` entries.
         argument: which axis of the argument is its token axis.
-        blocks: says in `joint` whether text tokens come before or after the image tokens on that axis.
+        blocks: says in `joint` whether text tokens come before or after the image tokens on that axis, unless
+            `argument.joint` does.
         index: (B, M) int64 image tokens to select, ascending.
         count: N, the image tokens that the argument has entries for.
 
@@ -173,6 +175,8 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
         The same structure, with M entries for image tokens. An argument without a batch axis gains one, as a
         `PerSample` table, if B is not 1.
     """
+    if isinstance(value, Mapping):
+        return {name: select_tokens(part, argument, blocks, index, count) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         items = range(len(value)) if argument.item is None else (argument.item,)
         inner = replace(argument, item=None)
@@ -180,8 +184,8 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
             select_tokens(part, inner, blocks, index, count) if place in items else part
             for place, part in enumerate(value)
         )
-    if isinstance(value, Mapping):
-        return {name: select_tokens(part, argument, blocks, index, count) for name, part in value.items()}
+    if isinstance(value, int) and not isinstance(value, bool):
+        return index.shape[1] if value == count else value
     if isinstance(value, PerSample):  # an enclosing method has selected before
         batched = replace(argument, axis=argument.axis + 1, batched=True)
         return PerSample.of(select_tokens(value.table, batched, blocks, index, count))
@@ -193,13 +197,12 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     moved = value.movedim(axis, 1)
     if len(moved) != len(index):
         moved = moved.expand(len(index), *moved.shape[1:])
-    text = moved.shape[1] - count
+    text, last = moved.shape[1] - count, (argument.joint or blocks.joint) == "last"
     place = index
     if text:
-        offset = text if blocks.joint == "last" else 0
-        beside = torch.arange(text, device=index.device) + (0 if blocks.joint == "last" else count)
-        parts = [beside.expand(len(index), -1), index + offset]
-        place = torch.cat(parts if blocks.joint == "last" else parts[::-1], dim=1)
+        beside = torch.arange(text, device=index.device) + (0 if last else count)
+        parts = [beside.expand(len(index), -1), index + (text if last else 0)]
+        place = torch.cat(parts if last else parts[::-1], dim=1)
     selected = take(moved.contiguous(), place).movedim(1, axis)
     return selected if argument.batched else PerSample.of(selected)
 
@@ -254,19 +257,26 @@ def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: B
         named: the arguments of a block, by name.
         rows: (b,) int64 positions of the samples in the batch.
         batch: B; a tensor whose first axis has another length has no batch axis.
-        blocks: says in `follow` which arguments have no batch axis whatever their shape, and which have several
-            entries per sample.
+        blocks: says in `follow` which arguments have no batch axis whatever their shape, and which item of a tuple has
+            one; and in `rounds` which have several entries per sample.
 
     Returns:
         All arguments, by name.
     """
-    shared = {argument.name for argument in blocks.follow if not argument.batched}
+    shared = {*blocks.shared, *(argument.name for argument in blocks.follow if not argument.batched)}
+    items = {argument.name: argument.item for argument in blocks.follow if argument.item is not None}
     selected: dict[int, Any] = {}  # one object under two names stays one
     for name, value in named.items():
         if id(value) not in selected:
             several = name in blocks.rounds and isinstance(value, Tensor) and len(value) > batch
             chosen = _in_rounds(rows, batch, len(value)) if several else rows
-            selected[id(value)] = _rows(value, chosen, len(value) if several else batch, name in shared)
+            length = len(value) if several else batch
+            if name in items and isinstance(value, (tuple, list)):
+                parts = list(value)
+                parts[items[name]] = _rows(parts[items[name]], chosen, length, name in shared)
+                selected[id(value)] = type(value)(parts)
+            else:
+                selected[id(value)] = _rows(value, chosen, length, name in shared)
     return {name: selected[id(value)] for name, value in named.items()}
 
 
@@ -278,6 +288,8 @@ def _in_rounds(rows: Tensor, batch: int, length: int) -> Tensor:
 
 
 def _rows(value: Any, rows: Tensor, batch: int, shared: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rows(part, rows, batch, shared) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_rows(part, rows, batch, shared) for part in value)
     if isinstance(value, Mapping):
@@ -294,7 +306,8 @@ class PerSample:
 
     It supports the operations that models apply to rotary tables, in which a leading None gives the batch axis its
     place: `table[None, None]` is (B, 1, S, ...), `table[None, :, None]` is (B, S, 1, ...), and `table.unsqueeze(1)` is
-    (B, S, 1, ...). An index that does not begin with None fails an assertion.
+    (B, S, 1, ...). An index that begins with a slice selects along S. Any other index fails an assertion. A product
+    with queries (B, S, ...) takes each sample's table, and `shape` is that of one table.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -305,8 +318,11 @@ class PerSample:
         """Wrap a table (B, S, ...); for one sample return the plain tensor (S, ...) instead."""
         return table[0] if len(table) == 1 else PerSample(table)
 
-    def __getitem__(self, key: Any) -> Tensor:
+    def __getitem__(self, key: Any) -> Any:
         keys = key if isinstance(key, tuple) else (key,)
+        if isinstance(keys[0], slice):
+            selected = self.table[(slice(None), *keys)]
+            return selected if len(keys) > 1 else PerSample(selected)
         assert keys[0] is None, f"a rotary table of one table per sample is indexed by {key!r}, which is not supported"
         return self.table[(slice(None), *keys[1:])]
 
@@ -314,6 +330,21 @@ class PerSample:
         """Return a tensor (B, *shape), where code for one table asks for (1, *shape)."""
         assert first == 1, f"a table of one table per sample is viewed as ({first}, ...), which is not supported"
         return self.table.reshape(len(self.table), *shape)
+
+    def __mul__(self, x: Tensor) -> Tensor:
+        assert x.dim() == self.table.dim(), f"a table {tuple(self.shape)} is multiplied by a {x.dim()}-D tensor"
+        return self.table * x
+
+    __rmul__ = __mul__
+
+    def float(self) -> PerSample:
+        """Return a copy in fp32."""
+        return PerSample(self.table.float())
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape (S, ...) of the table of one sample."""
+        return self.table.shape[1:]
 
     def unsqueeze(self, axis: int) -> Tensor:
         """Return a tensor with an axis inserted at `axis`, counted as in the table (S, ...) of one sample."""

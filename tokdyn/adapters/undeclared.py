@@ -27,12 +27,10 @@ class Undeclared:
 
 
 _INFERRED = ("DepthSkip", "FeatureCache")
-_FOR_NOW = "no adapter is declared for it, so that its grid and what follows its tokens are not known"
-_UNTRIED = Undeclared((), "no adapter is declared for it, and whether one can be inferred has not been tried")
 
 UNDECLARED: dict[str, Undeclared] = {
     "AnyFlowFARTransformer3DModel": Undeclared(
-        _INFERRED, "frames attend to earlier ones by a mask of flex_attention, or by a cache of their keys and values"
+        (), "frames attend to earlier ones by a mask of flex_attention, or by a cache of their keys and values"
     ),
     "DreamLiteTransformer2DModel": Undeclared(_INFERRED, "it is a part of a UNet, whose convolutions need all tokens"),
     "Kandinsky6SRTransformer3DModel": Undeclared(
@@ -46,35 +44,22 @@ UNDECLARED: dict[str, Undeclared] = {
         ("DepthSkip",), "it has two noise levels, and features for every pair of its tokens, which are amino acids"
     ),
     "SanaWMLTX2RefinerTransformer3DModel": Undeclared(
-        _INFERRED, "frames attend to earlier ones by a cache of their keys and values"
+        (), "frames attend to earlier ones by a cache of their keys and values"
     ),
     "T5FilmDecoder": Undeclared((), "its blocks return tuples, and its noise level is called decoder_noise_time"),
     "Transformer2DModel": Undeclared(_INFERRED, "it is a part of a UNet, whose convolutions need all tokens"),
     "TransformerTemporalModel": Undeclared(
         (), "it is a part of a UNet, and its blocks get every place of the image as a sample of its own"
     ),
-    **{
-        name: Undeclared(_INFERRED, _FOR_NOW)
-        for name in (
-            "AllegroTransformer3DModel", "ConsisIDTransformer3DModel", "CosmosTransformer3DModel",
-            "EasyAnimateTransformer3DModel", "Kandinsky5Transformer3DModel", "MochiTransformer3DModel",
-            "SanaVideoTransformer3DModel", "StableAudioDiTModel",
-        )
-    },
-    "LatteTransformer3DModel": Undeclared((), "its blocks get frames and places of the image in turn as samples"),
-    "WanVACETransformer3DModel": Undeclared((), "its control blocks compute tokens of their own"),
-    **dict.fromkeys(
-        (
-            "AceStepTransformer1DModel", "AnyFlowTransformer3DModel", "Cosmos3OmniTransformer",
-            "HeliosTransformer3DModel", "HunyuanVideo15Transformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
-            "Kandinsky6Transformer3DModel", "LTX2VideoTransformer3DModel", "LongCatAudioDiTTransformer",
-            "MiniMaxH3Transformer3DModel", "MiniMaxMusic3Transformer1DModel", "MotifVideoTransformer3DModel",
-            "SanaWMTransformer3DModel", "StableAudio3DiTModel", "WanAnimate2Transformer3DModel",
-            "WanAnimateTransformer3DModel",
-        ),
-        _UNTRIED,
+    "Cosmos3OmniTransformer": Undeclared(
+        (), "its blocks get tokens of text and video of one sample without a batch axis; a call has not been tried"
     ),
-}  # fmt: skip
+    "LatteTransformer3DModel": Undeclared((), "its blocks get frames and places of the image in turn as samples"),
+    "SanaWMTransformer3DModel": Undeclared((), "whether an adapter can be inferred for it has not been tried"),
+    "WanAnimate2Transformer3DModel": Undeclared(
+        (), "its blocks store keys and values for later calls, so that none may be skipped"
+    ),
+}
 """By the name of the class."""
 
 

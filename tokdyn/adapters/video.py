@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -12,20 +13,16 @@ from tokdyn.adapters.readers import (
     IMAGE_PROMPT_REASON,
     grid_from_coordinates,
     timestep_level,
+    video_grid,
     with_clean_frames,
 )
 from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp
 from tokdyn.tokens import Grid, ImageTokens
 
 
-def _wan_grid(model: nn.Module, call: Arguments) -> Grid:
-    patch = model.config["patch_size"]  # type: ignore[index]
-    return tuple(size // part for size, part in zip(call["hidden_states"].shape[-3:], patch, strict=True))
-
-
 def _wan_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     """Read the grid; the first frame of image to video (Wan 2.2 5B) is clean and has timestep 0."""
-    return with_clean_frames(_wan_grid(model, call), call["timestep"])
+    return with_clean_frames(video_grid(model, call), call["timestep"])
 
 
 WAN = ModelAdapter(
@@ -65,7 +62,7 @@ SKYREELS = replace(
     name="SkyReels V2",
     classes=("SkyReelsV2Transformer3DModel",),
     blocks=(replace(WAN.blocks[0], follow=(Follow("rotary_emb"), Follow("temb", axis=2, dims=4))),),
-    grid=_wan_grid,  # its frames may all have timesteps of their own
+    grid=video_grid,  # its frames may all have timesteps of their own
     read_ahead=(),
     whole=_needs_all_frames,
 )
@@ -100,12 +97,6 @@ LTX = ModelAdapter(
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
 )
-
-
-def _hunyuan_grid(model: nn.Module, call: Arguments) -> Grid:
-    frames, rows, columns = call["hidden_states"].shape[-3:]
-    size, duration = model.config["patch_size"], model.config["patch_size_t"]  # type: ignore[index]
-    return frames // duration, rows // size, columns // size
 
 
 def _needs_first_frame(model: nn.Module) -> str | None:
@@ -147,7 +138,7 @@ HUNYUAN = ModelAdapter(
     name="HunyuanVideo",
     classes=("HunyuanVideoTransformer3DModel",),
     blocks=(_HUNYUAN_TWO_STREAM, _HUNYUAN_SINGLE_STREAM),
-    grid=_hunyuan_grid,
+    grid=video_grid,
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
@@ -157,7 +148,8 @@ HUNYUAN = ModelAdapter(
 
 def _cogvideo_grid(model: nn.Module, call: Arguments) -> Grid:
     frames, _, rows, columns = call["hidden_states"].shape[-4:]
-    size, duration = model.config["patch_size"], model.config["patch_size_t"] or 1  # type: ignore[index]
+    config: Any = model.config
+    size, duration = config["patch_size"], config.get("patch_size_t") or 1
     return -(-frames // duration), rows // size, columns // size
 
 

@@ -216,7 +216,7 @@ class Attachment(nn.Module):
         if adapter.level is None or training:
             return Prepared(images)
         level = adapter.level(model, arguments)
-        return Prepared(images, level, self.trajectory.observe(arguments, levels_of(level)))
+        return Prepared(images, level, self.trajectory.observe(adapter.telling(arguments), levels_of(level)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drop slices of the model's weights when the model is moved to another device or dtype."""

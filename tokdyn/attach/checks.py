@@ -182,10 +182,13 @@ def _sublayer(adapter: ModelAdapter, method: Method, traits: Traits) -> str | No
 
 
 def _weighted(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Refuse to weight the keys of linear attention."""
+    """Refuse to weight the keys of attention that has no softmax over the keys of all samples at once."""
     if adapter.softmax or not traits.weighs_keys:
         return None
-    return "weighted=True weights the keys of softmax attention, but attention is linear here; leave weighted out"
+    return (
+        "weighted=True weights the keys of softmax attention, but here attention is linear, or computed for one sample "
+        "after another, or over tokens of three kinds; leave weighted out"
+    )
 
 
 def _pruning(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:

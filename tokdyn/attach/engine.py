@@ -112,12 +112,12 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     results = _compute_groups(frame, module, site, inner, named)
     results["tokens"] = rotate(results["tokens"], rotation, back=True)
     if edge:
-        results["tokens"] = _close(frame, site, results["tokens"])
+        results["tokens"] = _close(frame, site, results)
     if blocks.full_between and context.view is not None:
         view = context.view
         results["tokens"] = scatter(results["tokens"], given, view.cells, view.index, view.lengths, blocks)
     if context.guard is not None:
-        context.guard.before = (blocks.path, results["tokens"])
+        context.guard.before = (blocks.path, results)
     if blocks.tokens in blocks.sequence_first:
         results["tokens"] = results["tokens"].transpose(0, 1)
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
@@ -135,16 +135,16 @@ def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Te
     return _act(frame, brackets, site, named[site.blocks.tokens], BlockCall(module, site, named))
 
 
-def _close(frame: Frame, site: Site, tokens: Tensor) -> Tensor:
-    """Close the brackets that end with a block; return its tokens afterwards."""
+def _close(frame: Frame, site: Site, results: Named) -> Tensor:
+    """Close the brackets that end with a block; return its tokens afterwards, and replace those of further streams."""
     brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
-    return _act(frame, brackets, site, tokens, None)[0]
+    return _act(frame, brackets, site, results["tokens"], results)[0]
 
 
 def _act(
-    frame: Frame, brackets: Sequence[Bracket], site: Site, tokens: Tensor, block: BlockCall | None
+    frame: Frame, brackets: Sequence[Bracket], site: Site, tokens: Tensor, call: BlockCall | Named
 ) -> tuple[Tensor, TokenView]:
-    """Open brackets before a block, or close them if it is None; return the tokens and their view afterwards."""
+    """Open brackets before a call of a block, or close them after its results; return the tokens and their view."""
     context, view = frame.context, frame.view
     if not brackets:
         return tokens, view
@@ -152,13 +152,28 @@ def _act(
     tokens, view = view.padded(rotate(tokens, rotation))
     text, x = view.split(tokens, site.blocks)
     for bracket in brackets:
-        if block is None or not view.all_idle:  # else no block inside of it will run
-            x, view = _act_one(frame, bracket, view, x, block)
+        if isinstance(call, dict):
+            text = _close_streams(frame, bracket, site.blocks, text, call)
+            x, view = _act_one(frame, bracket, view, x, None)
+        elif not view.all_idle:  # else no block inside of it will run
+            x, view = _act_one(frame, bracket, view, x, call)
     tokens = rotate(join(text, x, site.blocks.image), rotation, back=True)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
     return tokens, view
+
+
+def _close_streams(
+    frame: Frame, bracket: Bracket, blocks: Blocks, text: Tensor | None, results: Named
+) -> Tensor | None:
+    """Close a bracket around further streams among a block's results, in place, or around text; return that text."""
+    streams = [name for name in blocks.streams if results[name] is not None]
+    if streams:
+        results.update(zip(streams, bracket.close_streams(frame, [results[name] for name in streams]), strict=True))
+    elif blocks.keeps_text or frame.context.guard is not None:
+        return next(iter(bracket.close_streams(frame, [] if text is None else [text])), None)
+    return text
 
 
 def _act_one(
@@ -191,10 +206,11 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     """Compute a block for the samples that do not skip it, and return "tokens" and "text" of all samples."""
     context, view, blocks = frame.context, frame.view, site.blocks
     results: Named = {"tokens": named[blocks.tokens], "text": named.get(blocks.text or "")}
+    results |= {name: named[name] for name in blocks.streams}
     if view.all_idle and not is_offloaded(module):
         return results
     inputs = dict(results)
-    groups = _groups(frame, site.block)
+    groups = _groups(frame, site.block, blocks.alone)
     if groups is not None and not groups and is_offloaded(module):
         context.residency.skipped(module)
     if groups is None:
@@ -213,7 +229,7 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     return results
 
 
-def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
+def _groups(frame: Frame, block: int, alone: bool) -> list[tuple[int, ...]] | None:
     """Group the samples that do not skip a block by length and kernel keys; None if all samples run together."""
     context, view, handlers = frame.context, frame.view, frame.handlers
     gates = [gate for gate in handlers.gates if gate.always(context, block) is not False]
@@ -226,6 +242,8 @@ def _groups(frame: Frame, block: int) -> list[tuple[int, ...]] | None:
     keys: list[Sequence[Hashable]] = [key for key in found if key is not None]
     if view.lengths is not None:
         keys.append(view.lengths)
+    if alone and view.index is not None and view.batch > 1:
+        keys.append(view.samples)
     if not (any(skipped) or view.idle or keys):
         return None
     groups: dict[Hashable, list[int]] = {}

@@ -7,7 +7,7 @@ return are compared with that guess; class names do not matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
         out: the result of the call.
 
     Returns:
-        The declaration with `returns` and, if the block returns text tokens too, `text`; or the reason, a clause for an
-        error message, why this block cannot be wrapped.
+        The declaration with `returns` and, if the block returns a second tensor, `streams`, because the model may use
+        it after its last block; or the reason, a clause for an error message, why this block cannot be wrapped.
     """
     x = named.get(blocks.tokens)
     if not isinstance(x, Tensor) or x.dim() != 3:
@@ -57,7 +57,15 @@ def learn(blocks: Blocks, named: Mapping[str, Any], out: Any) -> Blocks | str:
             "image tokens; call the model first with a number of text tokens that differs from that of image tokens"
         )
     place, text = ways[0]
-    return replace(blocks, text=text, returns=("tokens", "text") if place == 0 else ("text", "tokens"))
+    return replace(blocks, streams=(text,), returns=("tokens", text) if place == 0 else (text, "tokens"))
+
+
+def _versions(value: Any) -> list[Any]:
+    """Return what changes if a tensor, or a list or dictionary that may hold tensors, is changed in place."""
+    if isinstance(value, Tensor):
+        return [] if value.is_inference() else [id(value), value._version]
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    return [len(parts), *map(_versions, parts)] if isinstance(parts, (list, tuple)) else []
 
 
 def flow(before: Tensor, after: Tensor) -> str:
@@ -92,7 +100,8 @@ class Guard:
         caches: whether a bracket, such as a FeatureCache, spans the blocks, so that tokens must not change between two
             lists of blocks.
         next: index of the block that has to be called next.
-        before: path of the list that the previous block is in, and the tokens that it returned; None before the first.
+        before: path of the list that the previous block is in, and its results by name; None before the first.
+        given: the tokens of further streams that the previous block got, by name.
     """
 
     model: str
@@ -100,7 +109,8 @@ class Guard:
     batch: int | None
     caches: bool
     next: int = 0
-    before: tuple[str, Tensor] | None = None
+    before: tuple[str, dict[str, Any]] | None = None
+    given: dict[str, Any] = field(default_factory=dict)
 
     def begin(self, sites: Sites, module: nn.Module, named: Mapping[str, Any], plain: Callable[[], Any]) -> Site:
         """Check a block before it is called.
@@ -127,8 +137,12 @@ class Guard:
             )
         self.next += 1
         if not site.blocks.returns:
+            versions = {name: _versions(value) for name, value in named.items()}
             with torch.no_grad(), torch.random.fork_rng(devices=_devices(named)):
                 learned = learn(site.blocks, named, plain())
+            changed = next((name for name, value in named.items() if _versions(value) != versions[name]), None)
+            if changed is not None:
+                learned = f"its blocks change their argument {changed!r} in place, which skipped blocks would not do"
             if isinstance(learned, Blocks) and self.before is not None:
                 learned = self._joined(learned, named[learned.tokens])
             if isinstance(learned, str):
@@ -137,8 +151,17 @@ class Guard:
                 if other.blocks.path == learned.path:
                     sites[key] = replace(other, blocks=learned)
         x = named[site.blocks.tokens]
-        if self.before is not None and self.before[0] == site.blocks.path and x.shape != self.before[1].shape:
-            raise self._refusal(_changed(self.before[1], x))
+        if self.before is not None and self.before[0] == site.blocks.path:
+            before = self.before[1]
+            if x.shape != before["tokens"].shape:
+                raise self._refusal(_changed(before["tokens"], x))
+            for name in site.blocks.streams:
+                if named[name] is self.given.get(name) is not before[name]:
+                    raise self._refusal(
+                        f"its blocks return a second tensor of the shape of {name!r}, but each gets this argument as "
+                        "the block before got it"
+                    )
+        self.given = {name: named[name] for name in sites[id(module)].blocks.streams}
         if self.batch not in (None, len(x)):
             raise self._refusal(f"it is called with {self.batch} samples, but its blocks get {_shape(x)}")
         return sites[id(module)]
@@ -196,11 +219,12 @@ class Guard:
             The declaration; or the reason, a clause for an error message, why the two lists cannot be wrapped together.
         """
         assert self.before is not None
-        place = flow(self.before[1], x)
+        before = self.before[1]["tokens"]
+        place = flow(before, x)
         if place == "none" or (place == "changed" and self.caches):
             return (
                 f"the blocks in {blocks.path!r} get {_shape(x)}, which does not hold the tokens "
-                f"({_shape(self.before[1])}) that the blocks in {self.before[0]!r} returned"
+                f"({_shape(before)}) that the blocks in {self.before[0]!r} returned"
             )
         return blocks if place in ("all", "changed") else replace(blocks, image=place)  # type: ignore[arg-type]
 

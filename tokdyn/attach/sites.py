@@ -42,12 +42,12 @@ class Site:
 
     def __post_init__(self) -> None:
         given = {"tokens": self.blocks.tokens, "text": self.blocks.text or ""}
-        named = [given[name] for name in self.blocks.returns] if self.kind == "block" else []
+        named = [given.get(name, name) for name in self.blocks.returns] if self.kind == "block" else []
         places = tuple((self.names.index(name) if name in self.names else len(self.names), name) for name in named)
         object.__setattr__(self, "returned", places)
 
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a skipped block returns: the tokens, or tokens and text, that it was given."""
+        """Return what a skipped block returns: the tokens of all streams that it was given."""
         given = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.returned]
         return given[0] if len(given) == 1 else tuple(given)
 
@@ -163,7 +163,7 @@ def attach_layers(sites: Sites, block: nn.Module, site: Site, layout: Layout, on
 def _block_arguments(block: nn.Module, blocks: Blocks) -> tuple[str, ...]:
     """Return the names of a block's arguments, after checking that the adapter's names are among them."""
     names = argument_names(block)
-    for name in (blocks.tokens, blocks.text):
+    for name in (blocks.tokens, blocks.text, *blocks.streams):
         if name is not None and name not in names:
             raise UnsupportedModelError(
                 f"the adapter says that the blocks in {blocks.path!r} take tokens as the argument {name!r}, but "

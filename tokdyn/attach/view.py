@@ -284,7 +284,7 @@ class FollowedArguments:
             value = selected.get(name, named.get(name))  # an argument may have two token axes
             if value is None:
                 continue
-            key = (name, argument.axis, view.samples, view.room, view.source)
+            key = (argument, view.samples, view.room, view.source)
             index = (part.whole if part else view).index
             known = self._selected.get(key)
             if known is None or known[0] is not value or known[1] is not index:

@@ -79,6 +79,10 @@ class Bracket(ABC):
             Image tokens (B, N, D) for the view that `open` got, and this view.
         """
 
+    def close_streams(self, frame: Frame, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Act on the tokens (B, L, D) of the other streams in `Blocks.streams`, just before `close`; return them."""
+        return streams
+
 
 class Selector(Bracket):
     """A bracket that selects tokens. It gets generated tokens only; reference tokens stay beside those it selects."""

@@ -19,9 +19,11 @@ from torch import Tensor
 from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
 from tokdyn.attach.view import TokenView
+from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import FeatureCache
-from tokdyn.ops.caching import accumulate, extrapolate, relative_change, rescale
+from tokdyn.ops.caching import accumulate, relative_change, rescale
 from tokdyn.tokens import Routing
+from tokdyn.trace.effects import Effect
 from tokdyn.trace.trajectory import MOST_BRANCHES, Position
 
 
@@ -34,18 +36,14 @@ class BranchMemory:
             computed.
         indicator: (B, ...) the indicator of the previous step.
         total: (B,) the change of the indicator, accumulated since the last computed step.
-        effect: (B, N, D) the effect of the blocks when each sample was last computed; None before the first time.
-        level: (B,) the noise level at which that was.
-        before: effect and noise level of the computed step before that one; None unless effects are extrapolated.
+        effects: the effect of the blocks on each stream, by its number; 0 is that of the image tokens.
         routing: the latest routing of a DC-DiT; None for other models.
     """
 
     images: tuple[Hashable, ...]
     indicator: Tensor
     total: Tensor
-    effect: Tensor | None = None
-    level: Tensor | None = None
-    before: tuple[Tensor, Tensor] | None = None
+    effects: dict[int, Effect] = field(default_factory=dict)
     routing: Routing | None = None
 
 
@@ -70,7 +68,8 @@ class Memory:
 
     def fork(self) -> Memory:
         """Return a copy that can be changed without an effect on this memory. Tensors are shared."""
-        return Memory(self.trajectory, OrderedDict((key, replace(branch)) for key, branch in self.branches.items()))
+        copies = ((key, replace(branch, effects=dict(branch.effects))) for key, branch in self.branches.items())
+        return Memory(self.trajectory, OrderedDict(copies))
 
     def get(self, context: CallContext, shape: torch.Size) -> BranchMemory | None:
         """Return the memory of the branch that a call belongs to, after forgetting an earlier trajectory.
@@ -102,6 +101,7 @@ class Reuse:
 
     Attributes:
         start: (B, N, D) the tokens before the blocks.
+        streams: the tokens (B, L, D) of further streams before the blocks.
         reused: for each sample, whether its blocks are skipped and the remembered effect is added.
         fresh: for each sample, whether another image or conditioning is remembered, or none.
         branch: the memory of the branch.
@@ -109,6 +109,7 @@ class Reuse:
     """
 
     start: Tensor
+    streams: list[Tensor]
     reused: Sequence[bool]
     fresh: Sequence[bool]
     branch: BranchMemory
@@ -156,7 +157,7 @@ class CachedBlocks(Bracket):
             reused = self._decide(branch, indicator, position, fresh)
             branch.images, branch.indicator = position.images, indicator
         self.memory.put(context, branch)
-        context.slots[self.slot] = Reuse(x, reused, fresh, branch, view)
+        context.slots[self.slot] = Reuse(x, _streams(context, view, block), reused, fresh, branch, view)
         idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
         context.trace.cached = idle
         return x, view.with_idle(idle)
@@ -208,48 +209,55 @@ class CachedBlocks(Bracket):
         if not isinstance(state, Reuse):
             return x, view
         context.slots[self.slot] = None
-        start, reused, branch = state.start, state.reused, state.branch
-        if all(reused) and not self.method.extrapolate:
-            assert branch.effect is not None
-            return start + branch.effect, state.view
+        return self._restored(context, state, 0, state.start, x), state.view
+
+    def close_streams(self, frame: Frame, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Do for the tokens of further streams what `close` does for the image tokens."""
+        context, state = frame.context, frame.context.slots[self.slot]
+        if not isinstance(state, Reuse):
+            return streams
+        if [stream.shape for stream in streams] != [start.shape for start in state.streams]:
+            raise UnsupportedModelError(
+                f"FeatureCache does not fit {type(context.model).__name__}: its blocks change other tokens beside the "
+                "image tokens, which leave the last block in another shape than they enter the first; use DepthSkip."
+            )
+        pairs = zip(state.streams, streams, strict=True)
+        return [self._restored(context, state, 1 + place, *pair) for place, pair in enumerate(pairs)]
+
+    def _restored(self, context: CallContext, state: Reuse, stream: int, start: Tensor, x: Tensor) -> Tensor:
+        """Add the remembered effect on a stream to reused samples, and remember the new effect of the others.
+
+        Args:
+            context: the call of the model.
+            state: the state since the first block.
+            stream: number of the stream; 0 is that of the image tokens.
+            start: (B, N, D) the tokens of the stream before the blocks.
+            x: (B, N, D) the tokens after the blocks, which reused samples skipped.
+        """
+        reused, effects, keep = state.reused, state.branch.effects, self.method.extrapolate
+        effect = effects.get(stream)
+        if effect is not None and all(reused) and not keep:
+            return start + effect.latest
         level = torch.tensor(context.levels(state.view), device=x.device)
-        if branch.effect is None:
-            branch.effect, branch.level = (x - start).detach(), level
-            return x, state.view
-        assert branch.level is not None
-        if all(reused):
-            return start + self._effect(branch, level), state.view
-        self._remember(branch, x, level, state)
+        if effect is None:
+            effect = effects[stream] = Effect((x - start).detach(), level)
+        elif not all(reused):
+            effect = effects[stream] = effect.updated((x - start).detach(), level, reused, state.fresh, keep)
         if not any(reused):
-            return x, state.view
+            return x
         chosen = torch.tensor(reused, device=x.device).view(-1, 1, 1)
-        return torch.where(chosen, start + self._effect(branch, level), x), state.view
+        return torch.where(chosen, start + effect.at(level), x)
 
-    def _remember(self, branch: BranchMemory, x: Tensor, level: Tensor, state: Reuse) -> None:
-        """Remember the effects of the samples that were computed, x - start, at these noise levels (B,)."""
-        assert branch.effect is not None
-        assert branch.level is not None
-        effect, when, fresh = (x - state.start).detach(), level, torch.tensor(state.fresh, device=x.device)
-        before = branch.effect, branch.level
-        if any(state.reused):
-            kept = torch.tensor(state.reused, device=x.device)
-            wide, earlier = kept.view(-1, 1, 1), branch.before or before
-            before = torch.where(wide, earlier[0], before[0]), torch.where(kept, earlier[1], before[1])
-            effect, when = torch.where(wide, branch.effect, effect), torch.where(kept, branch.level, level)
-        branch.effect, branch.level = effect, when
-        # a fresh sample has no earlier step: equal levels are not extrapolated
-        branch.before = (before[0], torch.where(fresh, when, before[1])) if self.method.extrapolate else None
 
-    def _effect(self, branch: BranchMemory, level: Tensor) -> Tensor:
-        """Return the remembered effect (B, N, D), extrapolated to these noise levels (B,) if the settings say so."""
-        assert branch.effect is not None
-        assert branch.level is not None
-        if not self.method.extrapolate or branch.before is None:
-            return branch.effect
-        earlier, when = branch.before
-        length = (branch.level - when).view(-1, 1, 1)
-        steps = (level.view(-1, 1, 1) - branch.level.view(-1, 1, 1)) / length
-        return torch.where(length == 0, branch.effect, extrapolate(branch.effect, earlier, steps)).to(branch.effect)
+def _streams(context: CallContext, view: TokenView, block: BlockCall | None) -> list[Tensor]:
+    """Return the tokens (B, L, D) of further streams; text in the same sequence is one if it may be used afterwards."""
+    if block is None:
+        return []
+    blocks, named = block.site.blocks, block.named
+    streams = [named[name] for name in blocks.streams]
+    if not streams and (blocks.keeps_text or context.guard is not None):
+        streams = [view.split(named[blocks.tokens], blocks)[0]]
+    return [stream for stream in streams if stream is not None]
 
 
 @dataclass(eq=False)
