@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
+from tokdyn.adapters.coupling import check_groups
 from tokdyn.adapters.tokens import join
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext, is_offloaded, other_tokens
@@ -210,6 +211,7 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
             else:
                 results[name] = before.index_copy(0, rows, value.index_select(0, rows).to(before.dtype))
     else:
+        check_groups(module, site.block, groups, view.batch)
         for places in groups:
             part = view.take(places)
             for name, value in _compute(frame, module, site, inner, named, part).items():

@@ -238,7 +238,7 @@ def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[st
     teller = Teller(pipe, attachments)
     teller.begin()
     try:
-        with listening(pipe.components.get("scheduler"), teller):
+        with listening(pipe.components, teller):
             return plain(pipe, *args, **kwargs)
     finally:
         for attachment in attachments:

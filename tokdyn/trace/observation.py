@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokdyn.trace.branches import Branch
 from tokdyn.trace.comparison import SAME, UNKNOWN, Comparison
 from tokdyn.trace.conditioning import LEVEL_NAMES, Conditions
 
@@ -37,7 +38,7 @@ class Observation:
     """One call, seen from outside.
 
     Attributes:
-        branch: name of the guidance branch, where a pipeline gave one.
+        branch: what is known of the guidance branches of the call; None where nobody said anything.
         step: index of the step, where a pipeline gave one.
         on_host: whether reading it waits for no device.
     """
@@ -47,7 +48,7 @@ class Observation:
         levels: Tensor,
         conditions: Conditions,
         compared: Comparison | float,
-        branch: str | None = None,
+        branch: Branch | None = None,
         step: int | None = None,
     ) -> None:
         """Note what can be read later.
@@ -56,12 +57,17 @@ class Observation:
             levels: (B,) or (1,) fp32 noise levels.
             conditions: what the samples are conditioned on.
             compared: the comparison of the input with that of the call before, or `SAME` or `UNKNOWN` of all samples.
-            branch: name of the guidance branch.
+            branch: of guidance, where that is known.
             step: index of the step.
         """
         self.branch, self.step, self.on_host = branch, step, conditions.rows is not None
         self._unread: tuple[Tensor, Conditions, Comparison | float] | None = levels, conditions, compared
         self._samples: list[SampleSeen] = []
+
+    @property
+    def parts(self) -> tuple[str, ...] | None:
+        """Names of the branches in equal parts of the batch; () for a call of one branch, None where unknown."""
+        return self.branch if isinstance(self.branch, tuple) else None
 
     @property
     def samples(self) -> list[SampleSeen]:

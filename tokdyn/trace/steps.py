@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from tokdyn.adapters.base import ModelAdapter
+from tokdyn.trace.branches import COND, UNCOND, split
 from tokdyn.trace.calls import CallTrace
 from tokdyn.trace.comparison import SAME
 from tokdyn.trace.observation import SampleSeen
@@ -61,8 +62,10 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
         told = None if trace.observed is None else trace.observed.step
         step = step + (position.place == 0) if told is None else told
         placed.append(PlacedCall(trace, step, position.place if trace.branch is None else trace.branch, levels))
-    if {call.branch for call in placed} == {0, 1} and adapter.guidance == "calls":
-        names = ("cond", "uncond")
+    told = all(call.trace.observed is not None and call.trace.observed.parts == () for call in placed)
+    found = {call.branch for call in placed}
+    if (found == {0, 1} and (told or adapter.guidance == "calls")) or (found == {0} and told):
+        names = (COND, UNCOND)
         placed = [PlacedCall(call.trace, call.step, names[int(call.branch)], call.levels) for call in placed]
     return placed
 
@@ -70,7 +73,17 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
 def halves_of(
     trace: CallTrace, branch: str | int, adapter: ModelAdapter, halves: bool
 ) -> list[tuple[str | int, range]]:
-    """List the guidance branches in a call, and the samples of each."""
+    """List the guidance branches in a call, and the samples of each.
+
+    Args:
+        trace: of the call.
+        branch: of the call as a whole.
+        adapter: of the model, which knows the order of two branches in a batch.
+        halves: whether batches hold two branches, where nobody said so.
+    """
+    parts = None if trace.observed is None else trace.observed.parts
+    if parts is not None:
+        return split(trace.batch, parts) or [(branch, range(trace.batch))]
     if not halves or trace.batch % 2 or adapter.guidance == "calls":
         return [(branch, range(trace.batch))]
     half = trace.batch // 2

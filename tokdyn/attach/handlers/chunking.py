@@ -26,6 +26,7 @@ from tokdyn.ops.pack import pack_index
 from tokdyn.ops.routing import most_probable, tail_drop, tail_kept
 from tokdyn.ops.schedules import Curve, at
 from tokdyn.tokens import Grid, Routing
+from tokdyn.trace.branches import BOTH, is_unconditional, split
 
 
 @dataclass
@@ -140,7 +141,13 @@ def tail_drops(context: CallContext, view: TokenView, default: Curve) -> tuple[f
         return tuple(at(default, level) for level in context.levels(view))
     if not isinstance(value, dict):
         return context.per_sample(value, view.batch, "tail_drop")
-    if context.adapter.guidance == "calls":
+    seen = context.trace.observed
+    parts = None if seen is None else seen.parts
+    told = split(view.batch, parts or ())
+    if told is not None:
+        return tuple(value["uncond" if is_unconditional(name) else "cond"] for name, rows in told for _ in rows)
+    one = parts == () or (seen is not None and isinstance(seen.branch, str) and seen.branch != BOTH)
+    if one or context.adapter.guidance == "calls":
         return (value["uncond" if context.position.unconditional else "cond"],) * view.batch
     context.trace.halves = True
     if view.batch % 2:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokdyn.adapters.coupling import coupled_parts, together
 from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
 from tokdyn.attach.view import TokenView
@@ -153,7 +154,7 @@ class CachedBlocks(Bracket):
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
-            reused = self._decide(branch, indicator, position, fresh)
+            reused = self._together(context, branch, self._decide(branch, indicator, position, fresh))
             branch.images, branch.indicator = position.images, indicator
         self.memory.put(context, branch)
         context.slots[self.slot] = Reuse(x, reused, fresh, branch, view)
@@ -167,8 +168,7 @@ class CachedBlocks(Bracket):
         If the settings list the computed steps, only the shape of the indicator matters, and it is x itself.
         """
         if self.method.indicator == "first_block":
-            added: Tensor = context.slots[self.slot]
-            return added
+            return context.slots[self.slot]  # type: ignore[no-any-return]
         modulated = None if block is None else block.site.blocks.modulated
         if modulated is None or block is None or self.method.steps is not None:
             return x.detach()
@@ -201,6 +201,14 @@ class CachedBlocks(Bracket):
         reuse, branch.total = accumulate(branch.total, change, self.method.threshold)
         decided: list[bool] = reuse.tolist()
         return decided
+
+    @staticmethod
+    def _together(context: CallContext, branch: BranchMemory, reused: list[bool]) -> list[bool]:
+        """Reuse samples that attention couples only together; what is computed has accumulated nothing."""
+        if not all(reused) and any(reused):
+            reused = together(reused, coupled_parts(context.model))
+            branch.total = torch.where(torch.tensor(reused, device=branch.total.device), branch.total, 0.0)
+        return reused
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Add the remembered effect to samples that are reused, and remember the new effect of the others."""

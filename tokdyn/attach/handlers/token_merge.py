@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokdyn.adapters.coupling import check_groups
 from tokdyn.adapters.tokens import join, select_samples, select_tokens, split
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext
@@ -86,6 +87,7 @@ class MergedTokens(Sublayer):
         """Compute each group of samples with the same ratio, and put the results into the order of the batch."""
         groups = [[i for i, other in enumerate(ratios) if other == ratio] for ratio in dict.fromkeys(ratios)]
         outputs = []
+        check_groups(frame.context.model, site.block, groups, view.batch)
         for places in groups:
             part = view.take(places)
             inside = frame._replace(view=part.view)
