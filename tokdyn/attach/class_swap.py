@@ -153,7 +153,7 @@ def _subclass(
 
 
 def _kind_like(base: type) -> Any:
-    """Return a metaclass whose classes equal a base class: `from_pipe` of diffusers takes only models of known classes."""
+    """Return a metaclass whose classes equal a base class, because `from_pipe` of diffusers compares classes."""
 
     def __eq__(cls: type, other: object) -> bool:
         return other is cls or other is base

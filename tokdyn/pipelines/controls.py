@@ -33,8 +33,8 @@ def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Metho
         methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
             the list matters only between methods of one stage. For a pipeline also a list for each denoiser, by the
             name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. A
-            pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then each of them
-            tells the trajectory while it is called.
+            pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then each
+            pipeline tells the trajectory while it is called.
 
     Returns:
         The same object.

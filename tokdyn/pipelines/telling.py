@@ -21,6 +21,7 @@ from tokdyn.trace.branches import BOTH, COND, PERTURBED, Branch, standard
 
 _STEPS = "_num_timesteps"  # where diffusers' pipelines keep the number of timesteps of their loop
 _IDENTIFIER = "__guidance_identifier__"  # where diffusers' guiders keep the name of a prediction
+Reports = dict[str, Callable[..., None]]
 _MOST_PARTS = 3  # of a batch: unconditional, conditional, perturbed
 
 
@@ -36,13 +37,14 @@ class Teller:
         self._pipe, self._attachments = pipe, attachments
         self._scheduler = pipe.components.get("scheduler")
         self._made = 0
+        self._called = self._by_copy = False  # since a step was counted last; by a copy of the scheduler
         self._images: int | None = None  # images of a batch, from the first call on
         self._predictions: list[str] = []  # what a guider is about to ask for
         self._prediction: str | None = None
 
     def begin(self, *_: Any, **__: Any) -> None:
         """Begin a trajectory in every denoiser."""
-        self._made, self._images = 0, None
+        self._made, self._images, self._called, self._by_copy = 0, None, False, False
         for attachment in self._attachments:
             attachment.end()
 
@@ -57,8 +59,17 @@ class Teller:
             for each in self._attachments:
                 each.trajectory.asks = None
 
+    def stepped_copy(self, *args: Any, **kwargs: Any) -> None:
+        """Go on to the next step with a copy of the scheduler, of which there may be several, such as one a frame."""
+        if self._called:
+            self._by_copy = True
+            self.stepped(*args, **kwargs)
+
     def stepped(self, _: Any, *args: Any, **kwargs: Any) -> None:
         """Go on to the next step, or end the trajectory after its last one; arguments are those of the scheduler."""
+        if self._by_copy and not self._called:
+            return
+        self._called = False
         sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
         batch = len(sample) if isinstance(sample, Tensor) and sample.dim() else 0
         if self._images is not None and 0 < batch < self._images:  # in some pipelines it holds both branches
@@ -81,11 +92,14 @@ class Teller:
         self._prediction = self._predictions.pop(0) if self._predictions else None
 
     def _number_of_steps(self) -> int | None:
-        """Return how many steps the loop has: what the pipeline says, or what is left to the scheduler at its start."""
-        told = getattr(self._pipe, _STEPS, None)
-        if told is None:
-            timesteps = getattr(self._scheduler, "timesteps", None)
-            told = None if timesteps is None else len(timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
+        """Return how many steps the loop has: what the pipeline says, or what is left to the scheduler at its start.
+
+        Some pipelines say the number of all steps of several loops. Some give each frame steps of its own.
+        """
+        told, timesteps = getattr(self._pipe, _STEPS, None), getattr(self._scheduler, "timesteps", None)
+        if timesteps is not None and not (self._by_copy and told is not None):
+            left = len(timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
+            told = left if told is None else min(told, left)
         return told if told is None or told >= self._made else None
 
     def _branches(self, halves: tuple[str, str], guidance: str, name: Branch | None, x: Tensor) -> Branch | None:
@@ -97,6 +111,7 @@ class Teller:
             name: what the pipeline has named.
             x: (B, ...) the input of the call.
         """
+        self._called = True
         if self._prediction is not None:
             return standard(self._prediction)
         if name and name != BOTH:
@@ -134,7 +149,8 @@ def listening(components: dict[str, Any], teller: Teller) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(teller.asked())
         if scheduler is not None:
-            stack.enter_context(_reporting(scheduler, {"step": teller.stepped, "set_timesteps": teller.begin}))
+            reports = {"step": teller.stepped, "set_timesteps": teller.begin}
+            stack.enter_context(_reporting(scheduler, reports, {"step": teller.stepped_copy}))
         for each in components.values():
             if hasattr(each, "prepare_inputs_from_block_state") and hasattr(each, "prepare_models"):
                 plans = dict.fromkeys(("prepare_inputs", "prepare_inputs_from_block_state"), teller.planned)
@@ -143,18 +159,20 @@ def listening(components: dict[str, Any], teller: Teller) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(owner: Any, reports: dict[str, Callable[..., None]]) -> Iterator[None]:
-    """Let methods of one object report what they returned and their arguments. Its copies do not report."""
-    base = type(owner)
+def _reporting(owner: Any, reports: Reports, of_copies: Reports | None = None) -> Iterator[None]:
+    """Let methods of one object, and of copies that are made meanwhile, report what they return and their arguments."""
+    base, listens = type(owner), [True]
 
     def reporting(name: str, report: Callable[..., None]) -> Callable[..., Any]:
-        original = getattr(base, name)
+        original, of_copy = getattr(base, name), (of_copies or {}).get(name)
 
         @functools.wraps(original)  # pipelines ask which arguments it takes
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             out = original(self, *args, **kwargs)
             if self is owner:
                 report(out, *args, **kwargs)
+            elif of_copy is not None and listens:
+                of_copy(out, *args, **kwargs)
             return out
 
         return method
@@ -166,3 +184,4 @@ def _reporting(owner: Any, reports: dict[str, Callable[..., None]]) -> Iterator[
         yield
     finally:
         owner.__class__ = base
+        listens.clear()

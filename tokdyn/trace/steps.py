@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from tokdyn.adapters.base import ModelAdapter
@@ -62,12 +62,21 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
         told = None if trace.observed is None else trace.observed.step
         step = step + (position.place == 0) if told is None else told
         placed.append(PlacedCall(trace, step, position.place if trace.branch is None else trace.branch, levels))
-    told = all(call.trace.observed is not None and call.trace.observed.parts == () for call in placed)
-    found = {call.branch for call in placed}
-    if (found == {0, 1} and (told or adapter.guidance == "calls")) or (found == {0} and told):
-        names = (COND, UNCOND)
-        placed = [PlacedCall(call.trace, call.step, names[int(call.branch)], call.levels) for call in placed]
-    return placed
+    unnamed = {call.branch for call in placed} - {COND, UNCOND}
+    two = unnamed == {0, 1} and adapter.guidance == "calls"
+    if not unnamed <= {0, 1}:
+        return placed
+    return [_named(call) if two or _is_of_one_branch(call.trace) else call for call in placed]
+
+
+def _is_of_one_branch(trace: CallTrace) -> bool:
+    """Whether a pipeline said that a call is about one branch, which it did not name: the conditional one is first."""
+    return trace.observed is not None and trace.observed.parts == ()
+
+
+def _named(call: PlacedCall) -> PlacedCall:
+    """Name the branch of the first or the second call of a step."""
+    return call if isinstance(call.branch, str) else replace(call, branch=(COND, UNCOND)[call.branch])
 
 
 def halves_of(
