@@ -77,7 +77,9 @@ class Teller:
         self._made += 1
         steps = self._number_of_steps()
         if steps is not None and self._made >= steps:
+            by_copy = self._by_copy
             self.begin()
+            self._by_copy = by_copy
             return
         for attachment in self._attachments:
             attachment.trajectory.step, attachment.trajectory.steps = self._made, steps

@@ -143,8 +143,13 @@ def tail_drops(context: CallContext, view: TokenView, default: Curve) -> tuple[f
         return context.per_sample(value, view.batch, "tail_drop")
     seen = context.trace.observed
     parts = None if seen is None else seen.parts
-    told = split(view.batch, parts or ())
-    if told is not None:
+    if parts:
+        told = split(view.batch, parts)
+        if told is None:
+            raise InputError(
+                f"the branches {', '.join(parts)} are said to be equal parts of the batch, but {view.batch} samples "
+                f"have no {len(parts)} equal parts; give as many samples to each branch."
+            )
         return tuple(value["uncond" if is_unconditional(name) else "cond"] for name, rows in told for _ in rows)
     one = parts == () or (seen is not None and isinstance(seen.branch, str) and seen.branch != BOTH)
     if one or context.adapter.guidance == "calls":
