@@ -192,7 +192,7 @@ class Attachment(nn.Module):
         if seen is None and adapter.level is not None:
             level = adapter.level(model, arguments)
         training = model.training and gradients
-        trace = CallTrace(level, training=training, observed=seen, branch=trajectory.branch)
+        trace = CallTrace(level, training=training, observed=seen, branch=trajectory.name(seen))
         guard = None
         if adapter.inferred:
             caches = bool(self.handlers.brackets)

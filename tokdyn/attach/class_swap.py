@@ -148,7 +148,20 @@ def _subclass(
     }
     for name, method in overrides:
         names[name] = _override(method, getattr(base, name, None))
-    return type(base.__name__, (base,), names)
+    kind = _kind_like(base) if overrides else type(base)
+    return kind(base.__name__, (base,), names)
+
+
+def _kind_like(base: type) -> Any:
+    """Return a metaclass whose classes equal a base class, because `from_pipe` of diffusers compares classes."""
+
+    def __eq__(cls: type, other: object) -> bool:
+        return other is cls or other is base
+
+    def __hash__(cls: type) -> int:
+        return hash(base)
+
+    return type(type(base).__name__, (type(base),), {"__eq__": __eq__, "__hash__": __hash__})
 
 
 def _replaced_call(plain: Call, call: Call) -> Call:

@@ -187,7 +187,8 @@ def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajector
     Caches, budgets per guidance branch and statistics begin and end with the context, also where it ends by an error.
     Without a step, the step of each call is guessed from its noise level and its input; where the loop sets
     `here.step`, nothing is guessed and no inputs are compared. `here.branch` names the guidance branch of the calls to
-    come, such as "cond"; without a name, branches are told apart by what they are conditioned on.
+    come, such as "cond", or the branches in equal parts of their batch, such as ("uncond", "cond"); without a name,
+    branches are told apart by what they are conditioned on.
 
     Args:
         model: a wrapped model.

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
+from tokdyn.adapters.coupling import check_groups
 from tokdyn.adapters.tokens import (
     apart,
     batch_first,
@@ -218,6 +219,7 @@ def _compute_groups(frame: Frame, module: nn.Module, site: Site, inner: Inner, n
     elif context.guard is not None and groups:  # unknown which arguments have a batch: compute all samples, keep some
         context.guard.keep(results, _compute(frame, module, site, inner, named, None), groups)
     else:
+        check_groups(module, site.block, groups, view.batch)
         for places in groups:
             part = view.take(places)
             for name, value in _compute(frame, module, site, inner, named, part).items():

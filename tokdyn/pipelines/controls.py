@@ -33,7 +33,9 @@ def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Metho
             of diffusers that has one or several.
         methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
             the list matters only between methods of one stage. For a pipeline also a list for each denoiser, by the
-            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are.
+            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. A
+            pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then each
+            pipeline tells the trajectory while it is called.
 
     Returns:
         The same object.
@@ -57,6 +59,8 @@ def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Metho
             raise InputError(
                 f"this {type(target).__name__} has no denoiser {name!r}; it has {', '.join(map(repr, models))}."
             )
+    if not is_swapped(target):  # `from_pipe` makes pipelines that share a model
+        chosen = {name: each for name, each in chosen.items() if not _has(models[name], each)}
     return _attached(target, [partial(attach.wrap, models[name], each) for name, each in chosen.items()])
 
 
@@ -72,7 +76,8 @@ def unwrap(target: Target) -> Target:
     Raises:
         InputError: it is not wrapped, or other code has changed the class of one of its modules since.
     """
-    for model in _wrapped(target).values():
+    models = _found(target) if is_pipeline(target) and is_swapped(target) else _wrapped(target)  # or were replaced
+    for model in models.values():
         attach.unwrap(model)
     if is_pipeline(target):
         restore_class(target)
@@ -255,10 +260,21 @@ def _wrapped(target: Any) -> dict[str, Any]:
     """
     if not is_pipeline(target):
         return {"": target}
-    found = {name: model for name, model in denoisers(target).items() if attachment_of(inner_model(model)) is not None}
+    found = _found(target)
     if not found:
         raise InputError(f"this {type(target).__name__} is not wrapped; call tokdyn.wrap(pipe, methods) first.")
     return found
+
+
+def _found(pipe: Any) -> dict[str, Any]:
+    """Return the wrapped denoisers of a pipeline by name."""
+    return {name: model for name, model in denoisers(pipe).items() if attachment_of(inner_model(model)) is not None}
+
+
+def _has(model: nn.Module, methods: Sequence[Method]) -> bool:
+    """Return whether a model is wrapped with these methods."""
+    attachment = attachment_of(inner_model(model))
+    return attachment is not None and attachment.methods == tuple(methods)
 
 
 def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -268,7 +284,7 @@ def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[st
     teller, timer = Teller(pipe, attachments), Stopwatch(home(models[0]))
     teller.begin()
     try:
-        with listening(pipe.components.get("scheduler"), teller):
+        with listening(pipe.components, teller):
             return plain(pipe, *args, **kwargs)
     finally:
         timer.stop()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokdyn.trace.branches import Branch
 from tokdyn.trace.comparison import SAME, UNKNOWN, Comparison
 from tokdyn.trace.conditioning import LEVEL_NAMES, Conditions
 from tokdyn.trace.timing import Stopwatch
@@ -39,7 +40,7 @@ class Observation:
     """One call, seen from outside.
 
     Attributes:
-        branch: name of the guidance branch, where a pipeline gave one.
+        branch: what is known of the guidance branches of the call; None where nobody said anything.
         step: index of the step, where a pipeline gave one.
         on_host: whether reading it waits for no device.
         timer: measures how long the call takes.
@@ -52,7 +53,7 @@ class Observation:
         levels: Tensor,
         conditions: Conditions,
         compared: Comparison | float,
-        branch: str | None = None,
+        branch: Branch | None = None,
         step: int | None = None,
     ) -> None:
         """Note what can be read later.
@@ -61,7 +62,7 @@ class Observation:
             levels: (B,) or (1,) fp32 noise levels.
             conditions: what the samples are conditioned on.
             compared: the comparison of the input with that of the call before, or `SAME` or `UNKNOWN` of all samples.
-            branch: name of the guidance branch.
+            branch: of guidance, where that is known.
             step: index of the step.
         """
         self.branch, self.step, self.on_host = branch, step, conditions.rows is not None
@@ -69,6 +70,11 @@ class Observation:
         self.dense: Stopwatch | None = None
         self._unread: tuple[Tensor, Conditions, Comparison | float] | None = levels, conditions, compared
         self._samples: list[SampleSeen] = []
+
+    @property
+    def parts(self) -> tuple[str, ...] | None:
+        """Names of the branches in equal parts of the batch; () for a call of one branch, None where unknown."""
+        return self.branch if isinstance(self.branch, tuple) else None
 
     @property
     def samples(self) -> list[SampleSeen]:

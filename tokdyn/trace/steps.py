@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from tokdyn.adapters.base import ModelAdapter
+from tokdyn.trace.branches import COND, UNCOND, split
 from tokdyn.trace.calls import CallTrace
 from tokdyn.trace.comparison import SAME
 from tokdyn.trace.observation import SampleSeen
@@ -61,16 +62,40 @@ def last_trajectory(history: Sequence[CallTrace], adapter: ModelAdapter) -> list
         told = None if trace.observed is None else trace.observed.step
         step = step + (position.place == 0) if told is None else told
         placed.append(PlacedCall(trace, step, position.place if trace.branch is None else trace.branch, levels))
-    if {call.branch for call in placed} == {0, 1} and adapter.guidance == "calls":
-        names = ("cond", "uncond")
-        placed = [PlacedCall(call.trace, call.step, names[int(call.branch)], call.levels) for call in placed]
-    return placed
+    unnamed = {call.branch for call in placed} - {COND, UNCOND}
+    two = unnamed == {0, 1} and adapter.guidance == "calls"
+    if not unnamed <= {0, 1}:
+        return placed
+    return [_named(call) if two or _is_of_one_branch(call.trace) else call for call in placed]
+
+
+def _is_of_one_branch(trace: CallTrace) -> bool:
+    """Whether a pipeline said that a call is about one branch, which it did not name: the conditional one is first."""
+    return trace.observed is not None and trace.observed.parts == ()
+
+
+def _named(call: PlacedCall) -> PlacedCall:
+    """Name the branch of the first or the second call of a step."""
+    return call if isinstance(call.branch, str) else replace(call, branch=(COND, UNCOND)[call.branch])
 
 
 def halves_of(
     trace: CallTrace, branch: str | int, adapter: ModelAdapter, halves: bool
 ) -> list[tuple[str | int, range]]:
-    """List the guidance branches in a call, and the samples of each."""
+    """List the guidance branches in a call, and the samples of each.
+
+    Args:
+        trace: of the call.
+        branch: of the call as a whole.
+        adapter: of the model, which knows the order of two branches in a batch.
+        halves: whether batches hold two branches, where nobody said so.
+    """
+    parts = None if trace.observed is None else trace.observed.parts
+    told = None if parts is None else split(trace.batch, parts)
+    if told:
+        return [*told]
+    if parts is not None:
+        return [(branch, range(trace.batch))]
     if not halves or trace.batch % 2 or adapter.guidance == "calls":
         return [(branch, range(trace.batch))]
     half = trace.batch // 2

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tokdyn.trace.branches import PERTURBED, Branch, perturbs, standard
 from tokdyn.trace.comparison import (
     FEW_CHANGED,
     RESEMBLES,
@@ -85,7 +86,7 @@ class Tracker:
 
     trajectory: int = 0
     _image: int = 0
-    _images: list[int] = field(default_factory=list)
+    _images: dict[int, list[int]] = field(default_factory=dict)  # by the size of the batch
     _levels: tuple[float, ...] = ()
     _told: int | None = None
     _place: int = 0
@@ -95,20 +96,21 @@ class Tracker:
 
     def clear(self) -> None:
         """Let the next call begin new images."""
-        self._levels, self._images, self._told = (), [], None
+        self._levels, self._images, self._told = (), {}, None
 
-    def place(self, seen: Sequence[SampleSeen], name: str | None = None, told: int | None = None) -> Position:
+    def place(self, seen: Sequence[SampleSeen], name: Branch | None = None, told: int | None = None) -> Position:
         """Say where a call is.
 
         Args:
             seen: what is seen of each sample.
-            name: of the guidance branch, where a pipeline gave one.
+            name: of the guidance branch or branches, where a pipeline gave one.
             told: index of the step, where that is known; then it decides which calls belong to one step.
         """
+        name = name or None
         levels, alike, moved, conditions = zip(*seen, strict=True) if seen else ((), (), (), ())
         same_input = same_step = False
         if told is not None:
-            same_step = same_input = told == self._told and len(levels) == len(self._levels)
+            same_step, same_input = told == self._told, len(levels) == len(self._levels)
         elif levels == self._levels:
             same_input = alike.count(SAME) == len(alike)
             same_step = same_input or (max(moved) > ROUNDED and min(alike) >= RESEMBLES)
@@ -119,31 +121,34 @@ class Tracker:
         if same_step:
             self._place, self._same_input = self._place + 1, self._same_input and same_input
         else:
-            self._begin_step(levels, alike, told is not None)
+            self._place, self._same_input, self._seen = 0, True, {}
+        if not same_step or len(levels) not in self._images:
+            self._begin_images(levels, alike, told is not None)
         self._told = told
         branch = self._branch(name, conditions)
-        images = tuple(zip(self._images, conditions, strict=True))
+        images = tuple(zip(self._images[len(levels)], conditions, strict=True))
         steps = self._count(branch, images, told)
         return Position(branch, self._place, images, steps, self.trajectory, self._same_input)
 
-    def _begin_step(self, levels: tuple[float, ...], alike: Sequence[float], told: bool) -> None:
-        """Note a new step, and the samples whose image begins with it."""
-        known = len(levels) == len(self._levels)
+    def _begin_images(self, levels: tuple[float, ...], alike: Sequence[float], told: bool) -> None:
+        """Note the samples whose image begins with a call. Where the step is told, batches may differ in size."""
+        known = len(levels) in self._images if told else len(levels) == len(self._levels)
         begins = [
             not known or (not told and (level > before or value < RESEMBLES))
-            for level, before, value in zip(levels, self._levels if known else levels, alike, strict=True)
+            for level, before, value in zip(levels, levels if told or not known else self._levels, alike, strict=True)
         ]
-        if all(begins):
+        if all(begins) and not (told and self._images):
             self.trajectory += 1
             self._known.clear()
-        images = self._images if known else [0] * len(levels)
+        images = self._images[len(levels)] if known else [0] * len(levels)
         for sample, new in enumerate(begins):
             if new:
                 self._image += 1
                 images[sample] = self._image
-        self._images, self._levels, self._place, self._same_input, self._seen = images, levels, 0, True, {}
+        self._images = {**(self._images if told else {}), len(levels): images}
+        self._levels = levels
 
-    def _branch(self, name: str | None, conditions: Sequence[tuple[float, ...]]) -> Hashable:
+    def _branch(self, name: Branch | None, conditions: Sequence[tuple[float, ...]]) -> Hashable:
         """Tell a branch by its name or by what it is conditioned on; equal calls in one step by their order."""
         key: Hashable = name
         if name is None:
@@ -178,14 +183,17 @@ class Trajectory:
     """The trajectory that a model is on.
 
     Attributes:
-        branch: name of the guidance branch of the calls to come, where somebody says so.
+        branch: name of the guidance branch of the calls to come, or the names of the branches in equal parts of their
+            batch, such as ("uncond", "cond"), where somebody says so.
+        asks: if set, says which branches a call is about, given `branch` and its input.
         step: index of the step of the calls to come, where somebody says so. Then the inputs of calls are not compared.
         steps: number of steps, where somebody says so.
         pipeline: measures how long the whole call of the pipeline takes that made the calls; None without one.
     """
 
     def __init__(self) -> None:
-        self.branch: str | None = None
+        self.branch: Branch | None = None
+        self.asks: Callable[[Branch | None, Tensor], Branch | None] | None = None
         self.step: int | None = None
         self.steps: int | None = None
         self.pipeline: Stopwatch | None = None
@@ -237,7 +245,7 @@ class Trajectory:
         if x is None or x.is_meta:
             self._now, self._observation = InputSeen(), None
             nothing = Conditions(level.new_zeros(len(level), 0), [()] * len(level) if level.is_cpu else None)
-            return Observation(level, nothing, UNKNOWN, self.branch, self.step)
+            return Observation(level, nothing, UNKNOWN, self._branch_of(arguments, None), self.step)
         timer = Stopwatch(x.device)
         compared: Comparison | float = SAME
         on_host = reads_freely(x)
@@ -248,9 +256,22 @@ class Trajectory:
             self._now = InputSeen.of(x, before.elements if x.shape == before.shape else SAMPLED, on_host)
             compared = Comparison(self._now, before) if before.fits(self._now) else UNKNOWN
         conditions = self._conditioning.of(arguments, x, on_host)
-        seen = self._observation = Observation(level, conditions, compared, self.branch, self.step)
+        branch = self._branch_of(arguments, x)
+        seen = self._observation = Observation(level, conditions, compared, branch, self.step)
         seen.timer = timer
         return seen
+
+    def _branch_of(self, arguments: Mapping[str, Any], x: Tensor | None) -> Branch | None:
+        """Say what is known of the branches of a call with these arguments and this input."""
+        branch = standard(self.branch) if isinstance(self.branch, str) else self.branch
+        if not branch and perturbs(arguments):
+            return PERTURBED
+        return branch if self.asks is None or x is None else self.asks(branch, x)
+
+    def name(self, observation: Observation | None) -> str | None:
+        """Return the name of the one branch that a call is about; None if it has none, or is about several."""
+        branch = self.branch if observation is None else observation.branch
+        return branch if isinstance(branch, str) else None
 
     def position(self, observation: Observation | None, batch: int) -> Position:
         """Say where the call that was observed last is; asked once a call.

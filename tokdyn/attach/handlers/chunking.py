@@ -26,6 +26,7 @@ from tokdyn.ops.pack import pack_index
 from tokdyn.ops.routing import most_probable, tail_drop, tail_kept
 from tokdyn.ops.schedules import Curve, at
 from tokdyn.tokens import Grid, Routing
+from tokdyn.trace.branches import BOTH, is_unconditional, split
 from tokdyn.trace.calls import per_sample
 
 
@@ -145,7 +146,18 @@ def tail_drops(context: CallContext, view: TokenView, default: Curve) -> tuple[f
         return tuple(at(default, level) for level in context.levels(view))
     if not isinstance(value, dict):
         return per_sample(value, view.batch, "tail_drop")
-    if context.adapter.guidance == "calls":
+    seen = context.trace.observed
+    parts = None if seen is None else seen.parts
+    if parts:
+        told = split(view.batch, parts)
+        if told is None:
+            raise InputError(
+                f"the branches {', '.join(parts)} are said to be equal parts of the batch, but {view.batch} samples "
+                f"have no {len(parts)} equal parts; give as many samples to each branch."
+            )
+        return tuple(value["uncond" if is_unconditional(name) else "cond"] for name, rows in told for _ in rows)
+    one = parts == () or (seen is not None and isinstance(seen.branch, str) and seen.branch != BOTH)
+    if one or context.adapter.guidance == "calls":
         return (value["uncond" if context.position.unconditional else "cond"],) * view.batch
     context.trace.halves = True
     if view.batch % 2:

@@ -8,91 +8,22 @@ of its own.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tokdyn.adapters.coupling import coupled_parts, together
 from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, relative_change, rescale
-from tokdyn.tokens import Routing
 from tokdyn.trace.effects import Effect
-from tokdyn.trace.trajectory import MOST_BRANCHES, Position
-
-
-@dataclass
-class BranchMemory:
-    """What is remembered of one guidance branch.
-
-    Attributes:
-        images: for each sample an identifier of its image and conditioning; a sample whose identifier has changed is
-            computed.
-        indicator: (B, ...) the indicator of the previous step.
-        total: (B,) the change of the indicator, accumulated since the last computed step.
-        effects: the effect of the blocks on each stream, by its number; 0 is that of the image tokens.
-        routing: the latest routing of a DC-DiT; None for other models.
-    """
-
-    images: tuple[Hashable, ...]
-    indicator: Tensor
-    total: Tensor
-    effects: dict[int, Effect] = field(default_factory=dict)
-    routing: Routing | None = None
-
-
-@dataclass
-class Memory:
-    """What is remembered of the current trajectory.
-
-    Attributes:
-        trajectory: number of the trajectory.
-        branches: the memory of each guidance branch; the one that was written last is at the end.
-    """
-
-    trajectory: int = -1
-    branches: OrderedDict[Hashable, BranchMemory] = field(default_factory=OrderedDict)
-
-    def __reduce__(self) -> Any:
-        return Memory, ()  # a copy of a model begins its own trajectory
-
-    def clear(self) -> None:
-        """Forget the trajectory."""
-        self.branches.clear()
-
-    def fork(self) -> Memory:
-        """Return a copy that can be changed without an effect on this memory. Tensors are shared."""
-        copies = ((key, replace(branch, effects=dict(branch.effects))) for key, branch in self.branches.items())
-        return Memory(self.trajectory, OrderedDict(copies))
-
-    def get(self, context: CallContext, shape: torch.Size) -> BranchMemory | None:
-        """Return the memory of the branch that a call belongs to, after forgetting an earlier trajectory.
-
-        Args:
-            context: the call of the model.
-            shape: shape of the indicator.
-
-        Returns:
-            The memory; None at the first step of the branch, or if its indicator had another shape.
-        """
-        position = context.position
-        if position.trajectory != self.trajectory:
-            self.clear()
-            self.trajectory = position.trajectory
-        branch = self.branches.get(position.branch)
-        return branch if branch is not None and branch.indicator.shape == shape else None
-
-    def put(self, context: CallContext, branch: BranchMemory) -> None:
-        """Store the memory of the branch that a call belongs to; of too many branches, forget the oldest."""
-        self.branches[context.position.branch] = branch
-        while len(self.branches) > MOST_BRANCHES:
-            self.branches.popitem(last=False)
+from tokdyn.trace.memory import BranchMemory, Memory
+from tokdyn.trace.trajectory import Position
 
 
 @dataclass
@@ -148,15 +79,15 @@ class CachedBlocks(Bracket):
         if context.training or self.never:
             return x, view
         indicator, position = self.indicator(context, x, block), context.position
-        branch = self.memory.get(context, indicator.shape)
+        branch = self.memory.get(context.position, indicator.shape)
         if branch is None:
             branch = BranchMemory(position.images, indicator, torch.zeros(len(x), device=x.device))
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
-            reused = self._decide(branch, indicator, position, fresh)
+            reused = self._together(context, branch, self._decide(branch, indicator, position, fresh))
             branch.images, branch.indicator = position.images, indicator
-        self.memory.put(context, branch)
+        self.memory.put(context.position, branch)
         context.slots[self.slot] = Reuse(x, _streams(context, view, block), reused, fresh, branch, view)
         idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
         context.trace.cached = idle
@@ -168,8 +99,7 @@ class CachedBlocks(Bracket):
         If the settings list the computed steps, only the shape of the indicator matters, and it is x itself.
         """
         if self.method.indicator == "first_block":
-            added: Tensor = context.slots[self.slot]
-            return added
+            return context.slots[self.slot]  # type: ignore[no-any-return]
         modulated = None if block is None else block.site.blocks.modulated
         if modulated is None or block is None or self.method.steps is not None:
             return x.detach()
@@ -202,6 +132,14 @@ class CachedBlocks(Bracket):
         reuse, branch.total = accumulate(branch.total, change, self.method.threshold)
         decided: list[bool] = reuse.tolist()
         return decided
+
+    @staticmethod
+    def _together(context: CallContext, branch: BranchMemory, reused: list[bool]) -> list[bool]:
+        """Reuse samples that attention couples only together; what is computed has accumulated nothing."""
+        if not all(reused) and any(reused):
+            reused = together(reused, coupled_parts(context.model))
+            branch.total = torch.where(torch.tensor(reused, device=branch.total.device), branch.total, 0.0)
+        return reused
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Add the remembered effect to samples that are reused, and remember the new effect of the others."""

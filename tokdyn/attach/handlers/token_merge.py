@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokdyn.adapters.coupling import check_groups
 from tokdyn.adapters.tokens import join, select_samples, select_tokens, split
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext
@@ -87,9 +88,9 @@ class MergedTokens(Sublayer):
     ) -> Any:
         """Compute each group of samples with the same ratio, and put the results into the order of the batch."""
         groups = [[i for i, other in enumerate(ratios) if other == ratio] for ratio in dict.fromkeys(ratios)]
+        check_groups(frame.context.model, site.block, groups, view.batch)
         outputs = []
-        for places in groups:
-            part = view.take(places)
+        for part in map(view.take, groups):
             inside = frame._replace(view=part.view)
             arguments = select_samples(named, part.places, view.batch, site.blocks)
             outputs.append(class_swap.within(inside, self.around, inside, part.view, site, call, arguments))
