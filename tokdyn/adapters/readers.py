@@ -154,7 +154,7 @@ def with_clean_frames(read: Grid | ImageTokens, timestep: Any) -> Grid | ImageTo
     tokens = read if isinstance(read, ImageTokens) else ImageTokens(read)
     before, _ = beside(tokens)
     own = timestep[:, before : before + cells(tokens.grid)] == 0
-    first, last = _constant_clean_frames(own.unflatten(1, (tokens.grid[0], -1)))
+    first, last = _constant_clean_frames(own.reshape(len(own), tokens.grid[0], -1))
     frames, *rest = tokens.grid
     if torch.compiler.is_compiling():
         same = own.sum() == len(own) * cells((first + last, *rest))
