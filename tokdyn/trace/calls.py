@@ -116,7 +116,7 @@ class CallTrace:
     Attributes:
         level: noise level of each sample as the model got it; 1 is pure noise, None where there is none.
         batch: B; 0 in a trace that stands for no call.
-        cells: N, image tokens of a sample.
+        cells: N, image tokens of a sample, those of reference images included.
         text: text tokens of each sample.
         context: tokens of an encoder that each sample attends to in cross-attention.
         rounds: embeddings of timesteps of each sample.
@@ -126,7 +126,7 @@ class CallTrace:
         halves: whether a method took the halves of the batch for the two branches of guidance.
         blocks: traces of the blocks that ran, in order.
         cached: samples whose blocks were skipped because a cache added their remembered effect.
-        kept: image tokens that learned chunking kept of each sample; None without it.
+        kept: generated tokens that learned chunking kept of each sample; None without it.
         method_flops: FLOPs of what the methods computed besides the blocks, by what it was; a multiply-add is 2.
         compared: samples for which a cache computed the modulated input of the first block.
         counted: FLOPs that were counted from the first block to the last, while `tokdyn.flops` counts.
