@@ -56,6 +56,16 @@ class Teller:
         return told if told is None or told >= self._made else None
 
 
+class _Alike(type):
+    """The class of a class that equals its base: a pipeline of diffusers compares the class of its scheduler (Bria)."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
 @contextmanager
 def listening(scheduler: Any, teller: Teller) -> Iterator[None]:
     """Let a scheduler report to a teller while the context is open. Copies of it, made meanwhile, do not report."""
@@ -79,7 +89,8 @@ def listening(scheduler: Any, teller: Teller) -> Iterator[None]:
     reports = {"step": teller.stepped, "set_timesteps": teller.begin}
     names = {name: reporting(name, report) for name, report in reports.items() if hasattr(base, name)}
     about = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    scheduler.__class__ = type(base.__name__, (base,), {**about, **names})
+    kind = _Alike if type(base) is type else type(base)
+    scheduler.__class__ = kind(base.__name__, (base,), {**about, **names})
     try:
         yield
     finally:
