@@ -18,8 +18,8 @@ JOY = {
 AXES = {"axes_dims_rope": (4, 4, 8)}
 
 
-def bria() -> nn.Module:
-    return of_diffusers("BriaTransformer2DModel", **FLUX, **AXES)
+def bria(**config: Any) -> nn.Module:
+    return of_diffusers("BriaTransformer2DModel", **{**FLUX, **AXES, **config})
 
 
 def fibo() -> nn.Module:

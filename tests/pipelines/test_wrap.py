@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import tokdyn
+from tests.contract.coverage_images import bria
 from tests.contract.models import TINY
-from tests.contract.pipelines import PIPES, build, flux, images, prompts, sd3, wan
+from tests.contract.pipelines import PIPES, build, flux, images, prompts, sd3, vae, wan
 from tests.contract.test_integration_pipelines import OTHERS
 from tests.contract.test_trajectories import other
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenMerge
@@ -216,3 +217,24 @@ def test_what_cannot_be_wrapped_is_refused_and_nothing_is_wrapped() -> None:
         tokdyn.wrap(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), ALWAYS)
     with pytest.raises(tokdyn.InputError, match="pipelines"):
         tokdyn.wrap(sd3().transformer, {"transformer": ALWAYS})
+
+
+def test_a_pipeline_may_compare_the_class_of_its_scheduler() -> None:
+    """Bria's asks another scheduler than the one of its class to scale its latents."""
+    text = torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(1))
+    pipe = diffusers.BriaPipeline(
+        transformer=bria(in_channels=16),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae(), text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> torch.Tensor:
+        return pipe(
+            prompt_embeds=text, negative_prompt_embeds=-text, generator=torch.Generator().manual_seed(0), height=16,
+            width=32, num_inference_steps=3, output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+
+    plain = draw()
+    assert torch.equal(tokdyn.wrap(pipe, [FeatureCache(threshold=-1.0)]) and draw(), plain)
+    assert [call.step for call in tokdyn.stats(pipe).calls] == [0, 1, 2]

@@ -144,6 +144,16 @@ class Teller:
         return 1
 
 
+class _Alike(type):
+    """The class of a class that equals its base: a pipeline of diffusers compares the class of its scheduler (Bria)."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
 @contextmanager
 def listening(components: dict[str, Any], teller: Teller) -> Iterator[None]:
     """Let the scheduler and the guiders of a pipeline report to a teller while the context is open."""
@@ -181,7 +191,8 @@ def _reporting(owner: Any, reports: Reports, of_copies: Reports | None = None) -
 
     names = {name: reporting(name, report) for name, report in reports.items() if hasattr(base, name)}
     about = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    owner.__class__ = type(base.__name__, (base,), {**about, **names})
+    kind = _Alike if type(base) is type else type(base)
+    owner.__class__ = kind(base.__name__, (base,), {**about, **names})
     try:
         yield
     finally:
