@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from examining import STORE, Findings, examine
-from listing import WRAPPED, expected, idle, markdown, unexpected, write
+from listing import expected, idle, markdown, unexpected, write
 from running import in_parallel, preload
 
 FILES = ("tests/models/transformers/test_*.py", "tests/pipelines/*/test_*.py")

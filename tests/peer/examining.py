@@ -25,12 +25,14 @@ class Loss:
         made_of: digest of the code that the result depends on.
         lost: the first line of the error of each test that passes plain and fails in the setting, twice.
         unsteady: tests that do not fail, or do not pass plain, when they are tried again.
+        wrapped: the classes that were wrapped, with the methods that fit them.
         unwrapped: classes whose structure could not be inferred, so that they were not wrapped.
     """
 
     made_of: str
     lost: dict[str, str] = field(default_factory=dict)
     unsteady: list[str] = field(default_factory=list)
+    wrapped: dict[str, list[str]] = field(default_factory=dict)
     unwrapped: list[str] = field(default_factory=list)
 
 
@@ -115,14 +117,16 @@ def _compare(
 ) -> Generator[Job, tuple[Results, str], Loss]:
     """Run the tests that pass plain in a setting, and those that fail a second time in both."""
     file, unwrapped, lost = findings.file, (), list(findings.passed)
-    again = Results()
+    wrapped: dict[str, list[str]] = {}
     while lost:
         again = yield from _complete(checkout, file, setting, tuple(lost), unwrapped, limit)
+        wrapped |= again.wrapped
         lost = [test for test in lost if again.outcomes.get(test) != "passed"]
         if not again.inferred - set(unwrapped):
             break
         unwrapped = (*unwrapped, *sorted(again.inferred - set(unwrapped)))
-    loss = Loss(made_of, unwrapped=list(unwrapped))
+    wrapped = {name: methods for name, methods in wrapped.items() if name not in unwrapped}
+    loss = Loss(made_of, wrapped=wrapped, unwrapped=list(unwrapped))
     if lost:
         plain = yield from _complete(checkout, file, "plain", tuple(lost), (), limit)
         again = yield from _complete(checkout, file, setting, tuple(lost), unwrapped, limit)
@@ -145,6 +149,7 @@ def _complete(
         found.collected = found.collected or results.collected
         found.outcomes |= results.outcomes
         found.errors |= results.errors
+        found.wrapped |= results.wrapped
         found.inferred |= results.inferred
         if results.begun is not None:
             found.outcomes[results.begun], found.errors[results.begun] = "failed", ending

@@ -15,7 +15,7 @@ from wrapping import SETTINGS, versions
 
 EXPECTED = Path(__file__).with_name("expected.toml")
 WRAPPED = tuple(SETTINGS)[1:]
-COLUMNS = ("file", "passed plain", *(f"lost, {setting}" for setting in WRAPPED), "not wrapped")
+COLUMNS = ("file", "passed plain", *(f"lost, {setting}" for setting in WRAPPED), "wrapped", "not wrapped")
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,18 @@ def idle(findings: Sequence[Findings], entries: Sequence[Expected]) -> list[str]
 
 
 def _row(findings: Findings) -> tuple[str, ...]:
+    acting = findings.losses[WRAPPED[-1]]
     unwrapped = sorted({name for loss in findings.losses.values() for name in loss.unwrapped})
+    wrapped = "; ".join(f"{name}: {', '.join(methods) or 'no method'}" for name, methods in acting.wrapped.items())
     lost = (str(len(findings.losses[setting].lost)) for setting in WRAPPED)
-    return (findings.file.removeprefix("tests/"), str(len(findings.passed)), *lost, ", ".join(unwrapped))
+    return (findings.file.removeprefix("tests/"), str(len(findings.passed)), *lost, wrapped, ", ".join(unwrapped))
 
 
 def table(findings: Sequence[Findings]) -> str:
     """Return a table by file, with a row of sums, in markdown."""
     rows = [_row(each) for each in findings]
-    sums = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(COLUMNS) - 1)]
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows, ("all", *sums, "")]
+    sums = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(COLUMNS) - 2)]
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows, ("all", *sums, "", "")]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -109,6 +111,7 @@ def data(findings: Sequence[Findings], entries: Sequence[Expected]) -> dict[str,
                 "failed": each.failed,
                 "lost": {setting: each.losses[setting].lost for setting in WRAPPED},
                 "unsteady": {setting: each.losses[setting].unsteady for setting in WRAPPED},
+                "wrapped": {setting: each.losses[setting].wrapped for setting in WRAPPED},
                 "unwrapped": {setting: each.losses[setting].unwrapped for setting in WRAPPED},
             }
             for each in findings

@@ -53,6 +53,7 @@ class Results:
         collected: the tests that were to run, in order.
         outcomes: "passed", "failed" or "skipped" by test.
         errors: the first line of the error of each test that failed.
+        wrapped: the classes that were wrapped, with the methods that fit them.
         inferred: classes without an adapter whose structure could not be inferred, which a call has said.
         begun: the test that was running when the process ended; None if it ended by itself.
     """
@@ -60,6 +61,7 @@ class Results:
     collected: list[str] = field(default_factory=list)
     outcomes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    wrapped: dict[str, list[str]] = field(default_factory=dict)
     inferred: set[str] = field(default_factory=set)
     begun: str | None = None
 
@@ -67,7 +69,7 @@ class Results:
 def preload() -> None:
     """Import what nearly every test needs, so that forks need not."""
     import diffusers.models.modeling_utils
-    import diffusers.pipelines.pipeline_utils
+    import diffusers.pipelines.pipeline_utils  # noqa: F401
     import pytest  # noqa: F401
     import transformers  # noqa: F401
     import wrapping  # noqa: F401
@@ -135,7 +137,7 @@ class Plugin:
     def pytest_runtest_setup(self, item: Any) -> None:
         marked = item.get_closest_marker("cache") is not None
         self._wrapper.beside_cache = marked or any(word in item.name for word in CACHES)
-        self._wrapper.inferred.clear()
+        self._wrapper.wrapped, self._wrapper.inferred = {}, set()
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
         from tokdyn.errors import UnsupportedModelError
@@ -149,7 +151,8 @@ class Plugin:
         elif report.skipped and self._outcome == "passed":
             self._outcome = "skipped"
         if report.when == "teardown":
-            self._record({"ended": report.nodeid, "outcome": self._outcome, "error": self._error})
+            record = {"ended": report.nodeid, "outcome": self._outcome, "error": self._error}
+            self._record(record | {"wrapped": self._wrapper.wrapped})
 
 
 def _first_line(report: Any) -> str:
@@ -172,6 +175,8 @@ def read(job: Job) -> Results:
         else:
             found.begun = None
             found.outcomes[record["ended"]] = record["outcome"]
+            for name, methods in record["wrapped"].items():
+                found.wrapped[name] = sorted({*found.wrapped.get(name, []), *methods})
             if record["error"] is not None:
                 found.errors[record["ended"]] = record["error"]
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -39,12 +39,14 @@ class Wrapper:
     Attributes:
         setting: a key of `SETTINGS`.
         beside_cache: whether a test enables a cache of diffusers, beside which FeatureCache is refused.
-        inferred: names of the wrapped classes without an adapter, since the test began.
+        wrapped: the classes that were wrapped since the test began, with the methods that fit them.
+        inferred: those of them without an adapter.
     """
 
     def __init__(self, setting: str, unwrapped: Sequence[str]) -> None:
         self.setting = setting
         self.beside_cache = False
+        self.wrapped: dict[str, list[str]] = {}
         self.inferred: set[str] = set()
         self._unwrapped = frozenset(unwrapped)
         self._building = 0  # calls of constructors and loaders of models around the present one
@@ -99,7 +101,9 @@ class Wrapper:
                 tokdyn.unwrap(tokdyn.wrap(model, [*chosen, method]))
                 chosen.append(method)
         with suppress(TokdynError):  # a model whose blocks cannot be found
-            if tokdyn.wrap(model, chosen).tokdyn.adapter.inferred and chosen:
+            tokdyn.wrap(model, chosen)
+            self.wrapped[cls.__name__] = [type(method).__name__ for method in chosen]
+            if model.tokdyn.adapter.inferred and chosen:
                 self.inferred.add(cls.__name__)
 
     def _wrap_pipeline(self, pipe: Any) -> None:
@@ -162,10 +166,5 @@ def versions() -> dict[str, str]:
     import diffusers
     import torch
 
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "tokdyn": tokdyn.__version__,
-        "Python": python,
-    }
+    modules = {module.__name__: module.__version__ for module in (diffusers, torch, tokdyn)}
+    return {**modules, "Python": platform.python_version()}
