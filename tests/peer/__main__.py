@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
-from examining import STORE, Findings, examine
-from listing import expected, idle, markdown, unexpected, write
-from running import in_parallel, preload
+from examining import Examination, Findings, Store
+from listing import EXPECTED, expected, idle, markdown, unexpected, write
+from running import in_parallel
 
+STORE = Path(__file__).parents[2] / "runs" / "peer"
 FILES = ("tests/models/transformers/test_*.py", "tests/pipelines/*/test_*.py")
 
 
@@ -30,6 +32,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a file, if nothing is wrapped")
     parser.add_argument("--keep", action="store_true", help="keep results of earlier code")
+    parser.add_argument("--store", type=Path, default=STORE, help="where results are kept; default: %(default)s")
+    parser.add_argument("--expected", type=Path, default=EXPECTED, help="losses that have a reason")
     parser.add_argument("--out", type=Path, help="write the report to OUT.md and OUT.json")
     args = parser.parse_args()
     if args.checkout is None:
@@ -44,7 +48,7 @@ def main() -> int:
         os.environ.setdefault(name, value)
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", MPLBACKEND="Agg")
     sys.dont_write_bytecode = True  # a checkout stays as it is
-    preload()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs that are under way end, too
     began, done = time.monotonic(), list[Findings]()
 
     def say(findings: Findings) -> None:
@@ -53,19 +57,20 @@ def main() -> int:
         where = f"{len(done)}/{len(files)} files, {minutes:.0f} min"
         print(f"[{where}] {findings.file}: {len(findings.passed)} passed, lost {lost or '...'}", flush=True)
 
-    tasks = (examine(checkout, file, args.limit, args.keep, say) for file in files)
+    store = Store(args.store.expanduser().resolve())
+    tasks = (Examination(checkout, file, store, args.limit, args.keep, say).run() for file in files)
     for findings in in_parallel(tasks, args.jobs):
         done.append(findings)
     done.sort(key=lambda each: each.file)
-    entries = expected()
+    entries = expected(args.expected)
     print(markdown(done, entries))
     if args.out is not None:
         write(args.out, done, entries)
     for pattern in idle(done, entries):
-        print(f"expected.toml lists {pattern}, but no such test is lost.")
+        print(f"{args.expected} lists {pattern}, but no such test is lost.")
     bad = unexpected(done, entries)
     if bad:
-        print(f"{len(bad)} losses are not expected; {STORE} holds the output of the runs.")
+        print(f"{len(bad)} losses are not expected; {args.store} holds the output of the runs.")
     return 1 if bad else 0
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from running import Job, Results, Task
+from running import OVER, Job, Results, Task
 from wrapping import SETTINGS, versions
 
 ROOT = Path(__file__).parents[2]
-STORE = ROOT / "runs" / "peer"
 ROUNDS = 6
 """How often tests go on after one that ended the process."""
 
@@ -55,25 +54,33 @@ class Findings:
     losses: dict[str, Loss] = field(default_factory=dict)
 
 
-def stored(file: str) -> Path:
-    """Return the path at which the findings of a file are kept."""
-    return STORE / (file.removeprefix("tests/").removesuffix(".py").replace("/", ".") + ".json")
+@dataclass(frozen=True)
+class Store:
+    """A folder that keeps findings, so that finished files are not run again, and the output of the last runs."""
 
+    folder: Path
 
-def recall(file: str) -> Findings:
-    """Return what is known of a file so far."""
-    path = stored(file)
-    if not path.exists():
-        return Findings(file)
-    known = json.loads(path.read_text())
-    return Findings(**known | {"losses": {name: Loss(**loss) for name, loss in known["losses"].items()}})
+    def path(self, file: str) -> Path:
+        """Return the path at which the findings of a file are kept."""
+        return self.folder / (file.removeprefix("tests/").removesuffix(".py").replace("/", ".") + ".json")
 
+    def log(self, file: str, setting: str) -> Path:
+        """Return the path of the output of a run."""
+        return self.path(file).with_suffix("") / f"{setting}.log"
 
-def _keep(findings: Findings) -> None:
-    path = stored(findings.file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(asdict(findings), indent=1))
-    path.with_suffix(".part").replace(path)
+    def recall(self, file: str) -> Findings:
+        """Return what is known of a file so far."""
+        if not self.path(file).exists():
+            return Findings(file)
+        known = json.loads(self.path(file).read_text())
+        return Findings(**known | {"losses": {name: Loss(**loss) for name, loss in known["losses"].items()}})
+
+    def keep(self, findings: Findings) -> None:
+        """Write what is known of a file."""
+        path = self.path(findings.file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(json.dumps(asdict(findings), indent=1))
+        path.with_suffix(".part").replace(path)
 
 
 def digests(checkout: Path, file: str) -> tuple[str, str]:
@@ -86,74 +93,83 @@ def digests(checkout: Path, file: str) -> tuple[str, str]:
     return plain, found.hexdigest()[:16]
 
 
-def examine(checkout: Path, file: str, limit: float, keep: bool, say: Callable[[Findings], None]) -> Task[Findings]:
-    """Run a file without wrapping and in every setting; yield the jobs and return what was found.
+@dataclass(frozen=True)
+class Examination:
+    """Runs the tests of one file without wrapping and in every setting.
 
-    Args:
+    Attributes:
         checkout: folder of diffusers.
         file: relative to it.
+        store: keeps findings.
         limit: seconds for a plain run; wrapped runs get twice as many and a minute.
         keep: whether results of earlier code are good enough.
         say: called after each setting.
     """
-    findings, (plain, wrapped) = recall(file), digests(checkout, file)
-    if not findings.made_of or (findings.made_of != plain and not keep):
-        results = yield from _complete(checkout, file, "plain", None, (), limit)
-        passed = [test for test in results.collected if results.outcomes.get(test) == "passed"]
-        findings = Findings(file, plain, passed, list(results.outcomes.values()).count("failed"))
-        _keep(findings)
-        say(findings)
-    for setting in list(SETTINGS)[1:]:
-        known = findings.losses.get(setting)
-        if known is None or (known.made_of != wrapped and not keep):
-            findings.losses[setting] = yield from _compare(checkout, findings, setting, 60 + 2 * limit, wrapped)
-            _keep(findings)
-            say(findings)
-    return findings
 
+    checkout: Path
+    file: str
+    store: Store
+    limit: float
+    keep: bool
+    say: Callable[[Findings], None]
 
-def _compare(
-    checkout: Path, findings: Findings, setting: str, limit: float, made_of: str
-) -> Generator[Job, tuple[Results, str], Loss]:
-    """Run the tests that pass plain in a setting, and those that fail a second time in both."""
-    file, unwrapped, lost = findings.file, (), list(findings.passed)
-    wrapped: dict[str, list[str]] = {}
-    while lost:
-        again = yield from _complete(checkout, file, setting, tuple(lost), unwrapped, limit)
-        wrapped |= again.wrapped
-        lost = [test for test in lost if again.outcomes.get(test) != "passed"]
-        if not again.inferred - set(unwrapped):
-            break
-        unwrapped = (*unwrapped, *sorted(again.inferred - set(unwrapped)))
-    wrapped = {name: methods for name, methods in wrapped.items() if name not in unwrapped}
-    loss = Loss(made_of, wrapped=wrapped, unwrapped=list(unwrapped))
-    if lost:
-        plain = yield from _complete(checkout, file, "plain", tuple(lost), (), limit)
-        again = yield from _complete(checkout, file, setting, tuple(lost), unwrapped, limit)
-        for test in lost:
-            if plain.outcomes.get(test) == "passed" and (outcome := again.outcomes.get(test)) != "passed":
-                loss.lost[test] = again.errors.get(test, outcome or "did not run")
-            else:
-                loss.unsteady.append(test)
-    return loss
+    def run(self) -> Task[Findings]:
+        """Yield the jobs that are left to do, and return what was found."""
+        findings, (plain, wrapped) = self.store.recall(self.file), digests(self.checkout, self.file)
+        if not findings.made_of or (findings.made_of != plain and not self.keep):
+            results = yield from self._complete("plain", None)
+            passed = [test for test in results.collected if results.outcomes.get(test) == "passed"]
+            findings = Findings(self.file, plain, passed, list(results.outcomes.values()).count("failed"))
+            self._note(findings)
+        for setting in list(SETTINGS)[1:]:
+            known = findings.losses.get(setting)
+            if known is None or (known.made_of != wrapped and not self.keep):
+                findings.losses[setting] = yield from self._compare(findings.passed, setting, wrapped)
+                self._note(findings)
+        return findings
 
+    def _note(self, findings: Findings) -> None:
+        self.store.keep(findings)
+        self.say(findings)
 
-def _complete(
-    checkout: Path, file: str, setting: str, tests: tuple[str, ...] | None, unwrapped: tuple[str, ...], limit: float
-) -> Generator[Job, tuple[Results, str], Results]:
-    """Run tests, going on after one that ends the process; plain tests beyond the time limit are left out."""
-    log = stored(file).with_suffix("") / f"{setting}.log"
-    found = Results()
-    for _ in range(ROUNDS):
-        results, ending = yield Job(checkout, file, setting, tests, unwrapped, limit, log)
-        found.collected = found.collected or results.collected
-        found.outcomes |= results.outcomes
-        found.errors |= results.errors
-        found.wrapped |= results.wrapped
-        found.inferred |= results.inferred
-        if results.begun is not None:
-            found.outcomes[results.begun], found.errors[results.begun] = "failed", ending
-        tests = tuple(test for test in found.collected if test not in found.outcomes)
-        if not tests or results.begun is None or (setting == "plain" and ending.startswith("ran over")):
-            break
-    return found
+    def _compare(self, passed: list[str], setting: str, made_of: str) -> Task[Loss]:
+        """Run the tests that pass plain in a setting; run those that fail a second time, plain and in the setting."""
+        loss, lost = Loss(made_of), tuple(passed)
+        while lost:
+            results = yield from self._complete(setting, lost, loss.unwrapped)
+            loss.wrapped |= results.wrapped
+            lost = tuple(test for test in lost if results.outcomes.get(test) != "passed")
+            unwrapped = sorted(results.inferred - set(loss.unwrapped))
+            if not unwrapped:
+                break
+            loss.unwrapped += unwrapped
+        for name in loss.unwrapped:
+            loss.wrapped.pop(name, None)
+        if lost:
+            plain = yield from self._complete("plain", lost)
+            again = yield from self._complete(setting, lost, loss.unwrapped)
+            for test in lost:
+                if plain.outcomes.get(test) == "passed" != again.outcomes.get(test):
+                    loss.lost[test] = again.errors.get(test, again.outcomes.get(test, "did not run"))
+                else:
+                    loss.unsteady.append(test)
+        return loss
+
+    def _complete(self, setting: str, tests: tuple[str, ...] | None, unwrapped: Sequence[str] = ()) -> Task[Results]:
+        """Run tests, going on after one that ends the process; plain tests beyond the time limit are left out."""
+        limit = self.limit if setting == "plain" else 60 + 2 * self.limit
+        log = self.store.log(self.file, setting)
+        found = Results()
+        for _ in range(ROUNDS):
+            results, ending = yield Job(self.checkout, self.file, setting, tests, tuple(unwrapped), limit, log)
+            found.collected = found.collected or results.collected
+            found.outcomes |= results.outcomes
+            found.errors |= results.errors
+            found.wrapped |= results.wrapped
+            found.inferred |= results.inferred
+            if results.begun is not None:
+                found.outcomes[results.begun], found.errors[results.begun] = "failed", ending
+            tests = tuple(test for test in found.collected if test not in found.outcomes)
+            if not tests or results.begun is None or (setting == "plain" and ending == OVER):
+                break
+        return found

@@ -35,7 +35,7 @@ class Expected:
         return fnmatchcase(test.partition("[")[0], self.test)
 
 
-def expected(path: Path = EXPECTED) -> list[Expected]:
+def expected(path: Path) -> list[Expected]:
     """Read the losses that are expected."""
     return [Expected(**entry) for entry in tomllib.loads(path.read_text()).get("lost", [])]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 CACHES = ("cache", "pyramid", "taylorseer")  # in names of tests that enable a cache of diffusers
+
+OVER = "ran over the time limit"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Results:
     begun: str | None = None
 
 
+@functools.cache
 def preload() -> None:
     """Import what nearly every test needs, so that forks need not."""
     import diffusers.models.modeling_utils
@@ -77,6 +81,7 @@ def preload() -> None:
 
 def start(job: Job) -> int:
     """Start a job; return its process id."""
+    preload()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.records.write_text("")
     sys.stdout.flush()
@@ -87,7 +92,8 @@ def start(job: Job) -> int:
     code = 70
     try:
         os.setsid()  # so that processes which tests start end with it
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         out = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
@@ -233,4 +239,4 @@ def _ending(status: int, late: bool) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return "" if code in (0, 1) else f"pytest ended with code {code}"
-    return "ran over the time limit" if late else f"the process ended by signal {-code}"
+    return OVER if late else f"the process ended by signal {-code}"
