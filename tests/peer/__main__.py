@@ -9,11 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from examining import Examination, Findings, Store
-from listing import EXPECTED, expected, idle, markdown, unexpected, write
-from running import in_parallel
-
-STORE = Path(__file__).parents[2] / "runs" / "peer"
+ROOT = Path(__file__).parents[2]
+EXPECTED = Path(__file__).with_name("expected.toml")
+STORE = ROOT / "runs" / "peer"
 FILES = ("tests/models/transformers/test_*.py", "tests/pipelines/*/test_*.py")
 
 
@@ -44,10 +42,19 @@ def main() -> int:
     files = chosen(checkout, args.files or list(FILES))
     if not files:
         parser.error(f"no file of tests in {checkout} fits {' '.join(args.files or FILES)}.")
+    return run(args, checkout, files)
+
+
+def run(args: argparse.Namespace, checkout: Path, files: list[str]) -> int:
+    """Run the files and print what is lost; return the exit code."""
     for name, value in (("HF_HUB_OFFLINE", "1"), ("PYTORCH_NVML_BASED_CUDA_CHECK", "1"), ("OMP_NUM_THREADS", "1")):
         os.environ.setdefault(name, value)
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", MPLBACKEND="Agg")
     sys.dont_write_bytecode = True  # a checkout stays as it is
+    from examining import Examination, Findings, Store  # imports torch
+    from listing import expected, idle, markdown, unexpected, write
+    from running import in_parallel
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs that are under way end, too
     began, done = time.monotonic(), list[Findings]()
 

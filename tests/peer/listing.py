@@ -13,7 +13,6 @@ from typing import Any
 from examining import Findings
 from wrapping import SETTINGS, versions
 
-EXPECTED = Path(__file__).with_name("expected.toml")
 WRAPPED = tuple(SETTINGS)[1:]
 COLUMNS = ("file", "passed plain", *(f"lost, {setting}" for setting in WRAPPED), "wrapped", "not wrapped")
 
