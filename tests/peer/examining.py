@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from running import OVER, Job, Results, Task
-from wrapping import SETTINGS, versions
+from wrapping import ACTING, SETTINGS, versions
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 6
@@ -23,6 +23,8 @@ class Loss:
     Attributes:
         made_of: digest of the code that the result depends on.
         lost: the first line of the error of each test that passes plain and fails in the setting, twice.
+        refused: likewise of tests whose inputs a method that acts refuses in words, and that pass when only methods act
+            which keep all tokens.
         unsteady: tests that do not fail, or do not pass plain, when they are tried again.
         wrapped: the classes that were wrapped, with the methods that fit them.
         unwrapped: classes whose structure could not be inferred, so that they were not wrapped.
@@ -30,6 +32,7 @@ class Loss:
 
     made_of: str
     lost: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     unsteady: list[str] = field(default_factory=list)
     wrapped: dict[str, list[str]] = field(default_factory=dict)
     unwrapped: list[str] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Findings:
         made_of: digest of what the plain results depend on.
         passed: the tests that pass plain.
         failed: number of tests that fail plain.
+        uncollected: why no test of the file could be run; None if one could.
         losses: by setting.
     """
 
@@ -51,6 +55,7 @@ class Findings:
     made_of: str = ""
     passed: list[str] = field(default_factory=list)
     failed: int = 0
+    uncollected: str | None = None
     losses: dict[str, Loss] = field(default_factory=dict)
 
 
@@ -119,7 +124,8 @@ class Examination:
         if not findings.made_of or (findings.made_of != plain and not self.keep):
             results = yield from self._complete("plain", None)
             passed = [test for test in results.collected if results.outcomes.get(test) == "passed"]
-            findings = Findings(self.file, plain, passed, list(results.outcomes.values()).count("failed"))
+            failed = list(results.outcomes.values()).count("failed")
+            findings = Findings(self.file, plain, passed, failed, results.uncollected)
             self._note(findings)
         for setting in list(SETTINGS)[1:]:
             known = findings.losses.get(setting)
@@ -153,16 +159,27 @@ class Examination:
                     loss.lost[test] = again.errors.get(test, again.outcomes.get(test, "did not run"))
                 else:
                     loss.unsteady.append(test)
+        words = [test for test, error in loss.lost.items() if error.startswith("tokdyn.errors.")]
+        if words and setting == ACTING:
+            again = yield from self._complete(setting, tuple(words), loss.unwrapped, whole=True)
+            for test in words:
+                if again.outcomes.get(test) == "passed":
+                    loss.refused[test] = loss.lost.pop(test)
+                else:
+                    loss.lost[test] = again.errors.get(test, loss.lost[test])
         return loss
 
-    def _complete(self, setting: str, tests: tuple[str, ...] | None, unwrapped: Sequence[str] = ()) -> Task[Results]:
+    def _complete(
+        self, setting: str, tests: tuple[str, ...] | None, unwrapped: Sequence[str] = (), whole: bool = False
+    ) -> Task[Results]:
         """Run tests, going on after one that ends the process; plain tests beyond the time limit are left out."""
         limit = self.limit if setting == "plain" else 60 + 2 * self.limit
         log = self.store.log(self.file, setting)
         found = Results()
         for _ in range(ROUNDS):
-            results, ending = yield Job(self.checkout, self.file, setting, tests, tuple(unwrapped), limit, log)
+            results, ending = yield Job(self.checkout, self.file, setting, tests, tuple(unwrapped), whole, limit, log)
             found.collected = found.collected or results.collected
+            found.uncollected = results.uncollected
             found.outcomes |= results.outcomes
             found.errors |= results.errors
             found.wrapped |= results.wrapped

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from examining import Findings
-from wrapping import SETTINGS, versions
+from wrapping import ACTING, SETTINGS, versions
 
 WRAPPED = tuple(SETTINGS)[1:]
-COLUMNS = ("file", "passed plain", *(f"lost, {setting}" for setting in WRAPPED), "wrapped", "not wrapped")
+COLUMNS = ("file", "passed plain", *(f"lost, {setting}" for setting in WRAPPED), "refused", "wrapped", "not wrapped")
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,16 @@ class Expected:
     Attributes:
         test: a pattern of the test's name, `file::Class::function`, without parameters.
         reason: why it is lost.
+        error: a pattern of the first line of its error.
     """
 
     test: str
     reason: str
+    error: str = "*"
 
-    def names(self, test: str) -> bool:
-        """Return whether the pattern is that of a test."""
-        return fnmatchcase(test.partition("[")[0], self.test)
+    def names(self, test: str, error: str = "") -> bool:
+        """Return whether the patterns are those of a lost test; without an error, whether the first one is."""
+        return fnmatchcase(test.partition("[")[0], self.test) and (not error or fnmatchcase(error, self.error))
 
 
 def expected(path: Path) -> list[Expected]:
@@ -40,39 +42,39 @@ def expected(path: Path) -> list[Expected]:
 
 
 def losses(findings: Sequence[Findings], setting: str) -> Iterator[tuple[str, str]]:
-    """Yield every test that is lost in a setting, with the first line of its error."""
+    """Yield every test that is lost or refused in a setting, with the first line of its error."""
     for each in findings:
-        yield from each.losses[setting].lost.items()
+        yield from (each.losses[setting].lost | each.losses[setting].refused).items()
 
 
-def reason(test: str, entries: Sequence[Expected]) -> str | None:
+def reason(test: str, error: str, entries: Sequence[Expected]) -> str | None:
     """Return the reason for which the loss of a test is expected; None if it is not."""
-    return next((entry.reason for entry in entries if entry.names(test)), None)
+    return next((entry.reason for entry in entries if entry.names(test, error)), None)
 
 
 def unexpected(findings: Sequence[Findings], entries: Sequence[Expected]) -> list[str]:
     """Return the tests that must not be lost: all where no method acts, and those without a reason where some do."""
-    bad = [test for setting in WRAPPED[:-1] for test, _ in losses(findings, setting)]
-    return bad + [test for test, _ in losses(findings, WRAPPED[-1]) if reason(test, entries) is None]
+    bad = [test for setting in WRAPPED if setting != ACTING for test, _ in losses(findings, setting)]
+    return bad + [test for test, error in losses(findings, ACTING) if reason(test, error, entries) is None]
 
 
 def idle(findings: Sequence[Findings], entries: Sequence[Expected]) -> list[str]:
     """Return the patterns of expected losses that name tests which passed, and none that was lost."""
-    lost = [test for test, _ in losses(findings, WRAPPED[-1])]
+    lost = list(losses(findings, ACTING))
     passed = [test for each in findings for test in each.passed]
     return [
         entry.test
         for entry in entries
-        if any(entry.names(test) for test in passed) and not any(entry.names(test) for test in lost)
+        if any(entry.names(test) for test in passed) and not any(entry.names(*each) for each in lost)
     ]
 
 
 def _row(findings: Findings) -> tuple[str, ...]:
-    acting = findings.losses[WRAPPED[-1]]
+    acting = findings.losses[ACTING]
     unwrapped = sorted({name for loss in findings.losses.values() for name in loss.unwrapped})
     wrapped = "; ".join(f"{name}: {', '.join(methods) or 'no method'}" for name, methods in acting.wrapped.items())
-    lost = (str(len(findings.losses[setting].lost)) for setting in WRAPPED)
-    return (findings.file.removeprefix("tests/"), str(len(findings.passed)), *lost, wrapped, ", ".join(unwrapped))
+    counts = [len(findings.passed), *(len(findings.losses[setting].lost) for setting in WRAPPED), len(acting.refused)]
+    return (findings.file.removeprefix("tests/"), *map(str, counts), wrapped, ", ".join(unwrapped))
 
 
 def table(findings: Sequence[Findings]) -> str:
@@ -89,12 +91,14 @@ def markdown(findings: Sequence[Findings], entries: Sequence[Expected]) -> str:
     for setting in WRAPPED:
         lines = []
         for test, error in losses(findings, setting):
-            why = reason(test, entries) if setting == WRAPPED[-1] else None
+            why = reason(test, error, entries) if setting == ACTING else None
             lines.append(f"- `{test}`: {error}" + (f" (expected: {why})" if why else ""))
         methods = ", ".join(map(repr, SETTINGS[setting])) or "an empty list of methods"
         parts.append("\n".join([f"## Lost, {setting}", "", f"Models are wrapped by {methods}.", "", *lines]).rstrip())
     if unsteady := sorted({test for each in findings for loss in each.losses.values() for test in loss.unsteady}):
         parts.append("\n".join(["## Unsteady", "", *(f"- `{test}`" for test in unsteady)]))
+    if broken := [f"- `{each.file}`: {each.uncollected}" for each in findings if each.uncollected is not None]:
+        parts.append("\n".join(["## Not collected", "", *broken]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,7 +112,9 @@ def data(findings: Sequence[Findings], entries: Sequence[Expected]) -> dict[str,
                 "file": each.file,
                 "passed": len(each.passed),
                 "failed": each.failed,
+                "uncollected": each.uncollected,
                 "lost": {setting: each.losses[setting].lost for setting in WRAPPED},
+                "refused": each.losses[ACTING].refused,
                 "unsteady": {setting: each.losses[setting].unsteady for setting in WRAPPED},
                 "wrapped": {setting: each.losses[setting].wrapped for setting in WRAPPED},
                 "unwrapped": {setting: each.losses[setting].unwrapped for setting in WRAPPED},

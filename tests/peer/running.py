@@ -30,6 +30,7 @@ class Job:
         setting: how models are wrapped, a key of `wrapping.SETTINGS`.
         tests: the tests to run; None for all.
         unwrapped: names of classes that stay as they are.
+        whole: whether methods that leave out or merge tokens are left out.
         limit: seconds.
         log: the file for what the process prints; its records lie beside it.
     """
@@ -39,6 +40,7 @@ class Job:
     setting: str
     tests: tuple[str, ...] | None
     unwrapped: tuple[str, ...]
+    whole: bool
     limit: float
     log: Path
 
@@ -54,6 +56,7 @@ class Results:
 
     Attributes:
         collected: the tests that were to run, in order.
+        uncollected: why the file could not be collected; None if it could.
         outcomes: "passed", "failed" or "skipped" by test.
         errors: the first line of the error of each test that failed.
         wrapped: the classes that were wrapped, with the methods that fit them.
@@ -62,6 +65,7 @@ class Results:
     """
 
     collected: list[str] = field(default_factory=list)
+    uncollected: str | None = None
     outcomes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     wrapped: dict[str, list[str]] = field(default_factory=dict)
@@ -108,7 +112,7 @@ def _run(job: Job) -> int:
     from wrapping import Wrapper
 
     os.chdir(job.checkout)
-    wrapper = Wrapper(job.setting, job.unwrapped)
+    wrapper = Wrapper(job.setting, job.unwrapped, job.whole)
     if job.setting != "plain":
         wrapper.install()
     with job.records.open("a", buffering=1) as records:
@@ -135,6 +139,11 @@ class Plugin:
             items[:] = [item for item in items if item.nodeid in self._tests]
             config.hook.pytest_deselected(items=left_out)
         self._record({"collected": [item.nodeid for item in items]})
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            lines = [line.removeprefix("E ").strip() for line in str(report.longrepr).splitlines() if line.strip()]
+            self._record({"uncollected": lines[-1] if lines else "no message"})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._error, self._outcome = None, "passed"
@@ -174,6 +183,8 @@ def read(job: Job) -> Results:
         record = json.loads(line)
         if "collected" in record:
             found.collected = record["collected"]
+        elif "uncollected" in record:
+            found.uncollected = record["uncollected"]
         elif "begun" in record:
             found.begun = record["begun"]
         elif "inferred" in record:

@@ -29,6 +29,7 @@ SETTINGS: dict[str, tuple[Method, ...]] = {
 
 Nothing is cached below a threshold of 0, no token is one of a share of 0, and no test has a noise level of 0.4322.
 """
+ACTING = "acting"
 MODELS = "diffusers.models.transformers"
 """The package of the classes that are wrapped. Autoencoders, text encoders and U-Nets stay as they are."""
 
@@ -38,13 +39,14 @@ class Wrapper:
 
     Attributes:
         setting: a key of `SETTINGS`.
+        whole: whether methods that leave out or merge tokens are left out.
         beside_cache: whether a test enables a cache of diffusers, beside which FeatureCache is refused.
         wrapped: the classes that were wrapped since the test began, with the methods that fit them.
         inferred: those of them without an adapter.
     """
 
-    def __init__(self, setting: str, unwrapped: Sequence[str]) -> None:
-        self.setting = setting
+    def __init__(self, setting: str, unwrapped: Sequence[str], whole: bool = False) -> None:
+        self.setting, self.whole = setting, whole
         self.beside_cache = False
         self.wrapped: dict[str, list[str]] = {}
         self.inferred: set[str] = set()
@@ -97,6 +99,8 @@ class Wrapper:
         for method in SETTINGS[self.setting]:
             if isinstance(method, FeatureCache) and self.beside_cache:
                 continue
+            if self.whole and method.traits(2).tokens != "full":
+                continue
             with suppress(TokdynError):  # a method that cannot be used on this model
                 tokdyn.unwrap(tokdyn.wrap(model, [*chosen, method]))
                 chosen.append(method)
@@ -131,7 +135,7 @@ def _after_init(base: type, around: Callable[..., Any]) -> None:
 
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            if type(self) is cls:
+            if next(each for each in type(self).__mro__ if "__init__" in each.__dict__) is cls:
                 around(lambda: original(self, *args, **kwargs), self)
             else:  # the constructor of a subclass calls this one
                 original(self, *args, **kwargs)
