@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 test test-all test-oldest demo lint: export MPLBACKEND ?= Agg
 test test-all test-oldest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all test-oldest bench mutants lint format wheel clean
+.PHONY: help setup demo test test-all test-oldest bench mutants peer lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-oldest  tests with the oldest dependencies that pyproject.toml allows, in $(OLDEST)"
 	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
 	@echo "make mutants [ROOM=ops] [SAMPLE=300]  make mistakes one at a time, count what tests notice (hours)"
+	@echo "make peer TESTS=../diffusers [FILES=...]  run diffusers' own tests on wrapped models, list what is lost (hours)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make wheel   build dist/*.whl from the tracked files"
@@ -76,6 +77,11 @@ $(MUTANTS)/.installed: $(STAMP)
 		>"$$($(MUTANTS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
 	$(MUTANTS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'
 	@touch $@
+
+# TESTS is a checkout of diffusers here; its default above is for test-oldest.
+peer: $(STAMP)
+	$(BIN)/python tests/peer $(if $(filter file,$(origin TESTS)),,$(TESTS) $(FILES)) --jobs $(or $(PEER_JOBS),1) \
+		--out runs/peer/report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.contract.models import TINY, one_of, sample
-from tokdyn.attach import wrap
+from tokdyn.attach import unwrap, wrap
 from tokdyn.methods import DepthSkip, TokenMerge
 from tokdyn.ops.destinations import destinations
 from tokdyn.ops.merging import match, merge
@@ -98,3 +98,14 @@ def test_random_destinations_follow_the_noise_level():
     early, late = (expected(normed, normed, seed=7, step=step) for step in (500, 200))
     torch.testing.assert_close(given, torch.stack([late[0], early[1]]), rtol=0, atol=1e-6)
     assert not torch.allclose(given[0], early[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_ratio_of_zero_needs_to_know_nothing_of_the_tokens():
+    model, inputs = TINY["FluxTransformer2DModel"].build(), TINY["FluxTransformer2DModel"].inputs(2)
+    inputs["img_ids"] = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))  # form no grid
+    inputs["controlnet_block_samples"] = [torch.randn(2, 20, 32)] * 2  # refused where tokens are reduced
+    plain = sample(model(**inputs))
+    for methods in ([TokenMerge(ratio=0.0)], [TokenMerge(ratio=0.0, partition="grid"), DepthSkip()]):
+        assert torch.equal(sample(wrap(model, methods)(**inputs)), plain)
+        unwrap(model)

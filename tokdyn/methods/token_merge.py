@@ -68,7 +68,11 @@ class TokenMerge(Method):
         return self
 
     def traits(self, depth: int) -> Traits:
-        """Return the traits: tokens are merged around sublayers; the full grid is needed if `partition` says so."""
+        """Return the traits: tokens are merged around sublayers; the full grid is needed if `partition` says so.
+
+        With a ratio of 0 nothing is merged, and nothing needs to be known about the tokens.
+        """
+        merges = self.ratio != 0.0
         span = None if self.blocks is None else resolve(self.blocks, depth, "TokenMerge")
         where = None if span is None else frozenset(range(span[0], span[1] + 1))
         sublayers: tuple[Literal["attention", "mlp"], ...] = (
@@ -76,9 +80,9 @@ class TokenMerge(Method):
         )
         return Traits(
             Stage.SUBLAYER,
-            tokens="merged",
-            reads="grid",
-            needs_grid=self.partition == "grid",
+            tokens="merged" if merges else "full",
+            reads="grid" if merges else "nothing",
+            needs_grid=merges and self.partition == "grid",
             span=span,
             needs_level=not isinstance(self.ratio, float),
             owns={f"merging around {sublayer}": where for sublayer in sublayers},
