@@ -237,4 +237,4 @@ def test_a_pipeline_may_compare_the_class_of_its_scheduler() -> None:
 
     plain = draw()
     assert torch.equal(tokdyn.wrap(pipe, [FeatureCache(threshold=-1.0)]) and draw(), plain)
-    assert [call.step for call in tokdyn.stats(pipe).calls] == [0, 1, 2]
+    assert [step.step for step in tokdyn.stats(pipe).steps] == [0, 1, 2]
