@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.adapters.base import ModelAdapter
 from tokdyn.compose import Placed
+from tokdyn.errors import InputError
 from tokdyn.methods import Method
-from tokdyn.trace.comparison import version
+from tokdyn.trace.comparison import RESEMBLES, SAME, version
+from tokdyn.trace.observation import Observation, SampleSeen
 from tokdyn.trace.trajectory import Position
 
 _WEIGHTS = 8
@@ -208,6 +211,41 @@ class FirstCall:
             warnings.warn(text, UserWarning, stacklevel=_outside())
 
 
+class ClockCheck:
+    """Holds an assumed direction of time against the first calls in sampling.
+
+    A sampler lowers the noise level from step to step. Where the input of a call follows from that of the call before,
+    and its noise level is higher, time runs the other way than assumed.
+
+    Args:
+        assumed: whether the direction is assumed.
+    """
+
+    def __init__(self, assumed: bool) -> None:
+        self._settled, self._before = not assumed, list[SampleSeen]()
+
+    def see(self, model: nn.Module, seen: Observation) -> None:
+        """Look at a call before it is made.
+
+        Raises:
+            InputError: time runs the other way than assumed.
+        """
+        if self._settled:
+            return
+        now, before, self._before = seen.samples, self._before, seen.samples
+        if len(now) != len(before) or not all(RESEMBLES <= each.alike < SAME for each in now):
+            return
+        rises = [each.level > was.level for each, was in zip(now, before, strict=True)]
+        falls = [each.level < was.level for each, was in zip(now, before, strict=True)]
+        self._settled = bool(falls) and all(falls)
+        if rises and all(rises):
+            raise InputError(
+                f"the noise level of this {type(model).__name__} seems to rise from step to step, from "
+                f"{before[0].level:.3g} to {now[0].level:.3g}, so its time may run the other way than assumed; say "
+                "what its time is at pure noise and at the image, as in tokdyn.wrap(model, methods, level=(1.0, 0.0))."
+            )
+
+
 def _is_as_before(part: nn.Module, before: Sequence[tuple[Tensor, int | None]]) -> bool:
     """Return whether the parameters of a part are the same tensors as before, and nothing was written to them."""
     now = list(part.parameters())
@@ -218,7 +256,7 @@ def _is_as_before(part: nn.Module, before: Sequence[tuple[Tensor, int | None]]) 
 
 @dataclass
 class SamplerCheck:
-    """Warns if the first complete trajectory has another sampler than the one that a method was calibrated with.
+    """Warns, once, if a complete trajectory has another sampler than the one that a method was calibrated with.
 
     Attributes:
         method: the method, whose fingerprint includes a sampler.
@@ -245,14 +283,14 @@ class SamplerCheck:
             self.levels.append(level)
 
     def end(self) -> None:
-        """End the trajectory, and compare its sampler if none was compared yet. A single call is not compared."""
+        """End the trajectory, and compare its sampler unless one has differed. A single call is not compared."""
         levels, self.levels = self.levels, []
         if self._done or len(levels) < 2:
             return
-        self._done = True
         expected: str = self.method.fingerprint  # type: ignore[attr-defined]
         reason = other_sampler(expected, levels)
         if reason is not None:
+            self._done = True
             name = type(self.method).__name__
             text = f"{name} was calibrated with another sampler: {reason}. Its decisions may be wrong here; "
             warnings.warn(text + _CURE.format(name=name) + ".", UserWarning, stacklevel=2)
@@ -264,13 +302,26 @@ class Watch:
 
     Attributes:
         first: the first call.
+        clock: the direction of time.
         sampler: the sampler; None if no method was calibrated with one.
     """
 
     first: FirstCall
+    clock: ClockCheck
     sampler: SamplerCheck | None
 
     @staticmethod
-    def over(placed: Sequence[Placed], parts: nn.ModuleDict) -> Watch:
+    def over(adapter: ModelAdapter, placed: Sequence[Placed], parts: nn.ModuleDict) -> Watch:
         """Watch over methods, given with their traits, and their trainable parts, by index in the user's list."""
-        return Watch(FirstCall(placed, parts), SamplerCheck.of([one.method for one in placed]))
+        sampler = SamplerCheck.of([one.method for one in placed])
+        return Watch(FirstCall(placed, parts), ClockCheck(adapter.clock == "assumed"), sampler)
+
+    def see(self, model: nn.Module, seen: Observation | None, sampling: bool) -> None:
+        """Look at a call before it is made.
+
+        Raises:
+            InputError: time runs the other way than assumed.
+        """
+        self.first.see(model, sampling)
+        if seen is not None:
+            self.clock.see(model, seen)

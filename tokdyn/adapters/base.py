@@ -229,6 +229,7 @@ class ModelAdapter:
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
         entries: methods of the model that run its blocks and may be called instead of the model itself.
+        clock: whether the direction of `level` is "known", or "assumed" and held against the first calls in sampling.
         inferred: whether the adapter was inferred from the model's structure and has to be checked in the first call.
     """
 
@@ -250,6 +251,7 @@ class ModelAdapter:
     whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None
     entries: tuple[str, ...] = ()
+    clock: Literal["known", "assumed"] = "known"
     inferred: bool = False
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,12 +20,19 @@ def _grid(model: nn.Module, call: Arguments) -> Grid:
     return latents.shape[-2] // weight.shape[-2], latents.shape[-1] // weight.shape[-1]
 
 
-def _level(model: nn.Module, call: Arguments) -> Tensor | float:
-    """Return the noise level: the timestep over 1000, or for SiT, whose time 1 is the image, 1 minus the time."""
+def _time(call: Arguments) -> Tensor | float:
     value: Tensor | float = next(call[name] for name in ("timestep", "t", "timesteps") if name in call)
-    if "SiT" in {base.__name__ for base in type(model).__mro__}:
-        return 1.0 - value
-    return value / 1000.0
+    return value
+
+
+def _level(model: nn.Module, call: Arguments) -> Tensor | float:
+    """Return the noise level of a DiT: the timestep over 1000."""
+    return _time(call) / 1000.0
+
+
+def _sit_level(model: nn.Module, call: Arguments) -> Tensor | float:
+    """Return the noise level of a SiT, whose time is 1 at the image in the public code, and 1 at noise in REPA's."""
+    return 1.0 - _time(call)
 
 
 def _fits(model: nn.Module) -> bool:
@@ -74,7 +82,7 @@ WIDTH = Width(
 
 FACEBOOK = ModelAdapter(
     name="DiT (public layout)",
-    classes=("DiT", "SiT"),
+    classes=("DiT",),
     blocks=(
         Blocks(
             "blocks",
@@ -94,6 +102,8 @@ FACEBOOK = ModelAdapter(
     guidance="cond_first",
     fits=_fits,
 )
+
+SIT = replace(FACEBOOK, name="SiT (public layout)", classes=("SiT",), level=_sit_level, clock="assumed")
 
 DC_DIT = ModelAdapter(
     name="DC-DiT",

@@ -42,6 +42,7 @@ def infer(model: nn.Module) -> ModelAdapter | str:
         grid=None,
         level=None if level is None else GuessedLevel(level),
         varying=tuple(name for name in VARYING_NAMES if name in names),
+        clock="assumed",
         inferred=True,
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 from tokdyn.adapters.audio import ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, STABLE_AUDIO, STABLE_AUDIO3
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.bria import BRIA, FIBO, FIBO2
-from tokdyn.adapters.facebook import DC_DIT, FACEBOOK
+from tokdyn.adapters.facebook import DC_DIT, FACEBOOK, SIT
 from tokdyn.adapters.flux import CHROMA, FLUX, FLUX2
 from tokdyn.adapters.hidream import HIDREAM
 from tokdyn.adapters.image_only import DIT, PIXART, SANA
@@ -30,7 +30,7 @@ from tokdyn.adapters.video_wan import ANYFLOW, HELIOS, WAN_ANIMATE, WAN_VACE
 from tokdyn.errors import InputError, UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
-    FACEBOOK, DC_DIT, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
+    FACEBOOK, SIT, DC_DIT, DIT, PIXART, SD3, FLUX, ZIMAGE, WAN, LTX, SANA,
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3,
     BRIA, FIBO, HUNYUAN_IMAGE, FLUX3, KREA2, IDEOGRAM4, PRX,
     GLM_IMAGE, JOYIMAGE, JOYIMAGE_PLUS, LUMINA_NEXT, NUCLEUS, OMNIGEN, QWEN21, ERNIE_IMAGE, FIBO2, HIDREAM, HUNYUAN_DIT,

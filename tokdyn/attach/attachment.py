@@ -123,7 +123,7 @@ class Attachment(nn.Module):
         self.settings, self.enabled = Settings(), True
         self.meter: Meter | None = None
         self.trajectory, self.replays = Trajectory(), Replays()
-        self.watch: Watch | None = Watch.over(self.blueprint.placed, self.parts)
+        self.watch: Watch | None = Watch.over(adapter, self.blueprint.placed, self.parts)
         self.losses: dict[str, Tensor] = {}
         self.history: list[CallTrace] = [CallTrace()] * _REMEMBERED
         self._sites: Sites = {}
@@ -211,12 +211,11 @@ class Attachment(nn.Module):
     def prepare(self, model: nn.Module, arguments: Mapping[str, Any], images: ImageTokens | None = None) -> Prepared:
         """Look at a call before it is made."""
         adapter, training = self.adapter, model.training and torch.is_grad_enabled()
+        level = None if adapter.level is None or training else adapter.level(model, arguments)
+        seen = None if level is None else self.trajectory.observe(adapter.telling(arguments), levels_of(level))
         if self.watch and self.meter is None:
-            self.watch.first.see(model, sampling=not training and not self.settings.drop_rate)
-        if adapter.level is None or training:
-            return Prepared(images)
-        level = adapter.level(model, arguments)
-        return Prepared(images, level, self.trajectory.observe(adapter.telling(arguments), levels_of(level)))
+            self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
+        return Prepared(images, level, seen)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drop slices of the model's weights when the model is moved to another device or dtype."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
+from tokdyn.adapters.clock import Level, with_level
 from tokdyn.attach import class_swap, containers, recompute
 from tokdyn.attach.attachment import Attachment, Prepared, sizes_of
 from tokdyn.attach.checks import check, check_arguments, check_cache, check_sublayers, enable_cache, reads_images
@@ -25,13 +26,14 @@ from tokdyn.provenance import warn_of_another_model
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def wrap(model: Model, methods: Sequence[Method]) -> Model:
+def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) -> Model:
     """Attach methods to a model, in place. `unwrap` removes them and leaves the model as it was.
 
     Args:
         model: a diffusion transformer, of diffusers, of tokdyn or of another library; see docs/adapters.md.
         methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
             the list matters only between methods of one stage.
+        level: the noise level of a call, where it is not known or runs the other way; see `tokdyn.wrap`.
 
     Returns:
         The same object.
@@ -48,7 +50,7 @@ def wrap(model: Model, methods: Sequence[Method]) -> Model:
     for method in methods:
         if not isinstance(method, Method):
             raise InputError(f"{method!r} is not a method; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
-    adapter = adapter_for(model)
+    adapter = with_level(adapter_for(model), model, level)
     check(model, adapter, methods, sizes_of(model, adapter))
     attachment = Attachment(model, adapter, methods)
     warn_of_another_model(model, methods)

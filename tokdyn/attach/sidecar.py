@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokdyn import __version__
+from tokdyn.adapters.clock import told_level
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached, unwrap, wrap
 from tokdyn.attach.offload import weights_are_offloaded
@@ -48,7 +49,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             "the weights of the methods are offloaded; call tokdyn.save before offload is enabled on the model."
         )
     methods = [to_settings(method) for method in attachment.methods]
-    content = {"tokdyn": __version__, "model": type(model).__name__, "methods": methods}
+    content: dict[str, Any] = {"tokdyn": __version__, "model": type(model).__name__, "methods": methods}
+    if (level := told_level(attachment.adapter)) is not None:
+        content["level"] = level
     weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}
     if weights:
         with replacing(where / WEIGHTS) as temporary:
@@ -83,7 +86,7 @@ def load(model: Model, folder: str | Path) -> Model:
             f"{where / CONFIG} holds methods for a {content.get('model')}, but this is a {type(model).__name__}; give "
             "another folder or a model of that class."
         )
-    wrap(model, [_method(settings, where / CONFIG) for settings in content.get("methods", [])])
+    wrap(model, [_method(settings, where / CONFIG) for settings in content.get("methods", [])], content.get("level"))
     expected = set(attached(model).state_dict())
     try:
         weights = load_file(where / WEIGHTS) if expected else {}

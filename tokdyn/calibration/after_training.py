@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tokdyn.adapters.clock import told_level
 from tokdyn.attach import attachment_of, save, unwrap, wrap
 from tokdyn.calibration.command import calibrate_from_disk
 from tokdyn.calibration.config import CalibrateConfig
@@ -75,11 +76,12 @@ def rewrap(model: nn.Module, more: Sequence[Method]) -> None:
         wrap(model, more)
         return
     unwrap(model)
+    level = told_level(before.adapter)
     try:
-        wrap(model, [*more, *before.methods])
+        wrap(model, [*more, *before.methods], level)
         added = len(more)
     except TokdynError:
-        wrap(model, before.methods)
+        wrap(model, before.methods, level)
         added = 0
         raise
     finally:

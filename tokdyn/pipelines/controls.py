@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from tokdyn import attach, cost
+from tokdyn.adapters.clock import Level
 from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import CheckpointError, InputError
@@ -22,7 +23,9 @@ from tokdyn.trace.timing import Stopwatch
 Target = TypeVar("Target")
 
 
-def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Method]]) -> Target:
+def wrap(
+    target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Method]], level: Level | None = None
+) -> Target:
     """Attach methods to a model, or to every denoiser of a pipeline, in place. `unwrap` undoes it exactly.
 
     A wrapped pipeline tells its denoisers where a trajectory begins and ends, also by an error, which step a call
@@ -36,6 +39,10 @@ def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Metho
             name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. A
             pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then each
             pipeline tells the trajectory while it is called.
+        level: the values of the model's timestep at pure noise and at the image, such as (1.0, 0.0), where they cannot
+            be known (SiT, and models without an adapter); or a function of the model and the arguments of a call that
+            returns the noise levels, (B,) or (), where 1 is pure noise. Without it, the direction of time is assumed
+            there, and held against the first calls in sampling.
 
     Returns:
         The same object.
@@ -50,7 +57,7 @@ def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Metho
     if not is_pipeline(target):
         if isinstance(methods, Mapping):
             raise InputError(f"methods by name are for pipelines; give a list for this {type(target).__name__}.")
-        attach.wrap(target, methods)  # type: ignore[type-var]
+        attach.wrap(target, methods, level)  # type: ignore[type-var]
         return target
     models = denoisers(target)
     chosen = dict(methods) if isinstance(methods, Mapping) else dict.fromkeys(models, methods)
@@ -61,7 +68,7 @@ def wrap(target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Metho
             )
     if not is_swapped(target):  # `from_pipe` makes pipelines that share a model
         chosen = {name: each for name, each in chosen.items() if not _has(models[name], each)}
-    return _attached(target, [partial(attach.wrap, models[name], each) for name, each in chosen.items()])
+    return _attached(target, [partial(attach.wrap, models[name], each, level) for name, each in chosen.items()])
 
 
 def unwrap(target: Target) -> Target:

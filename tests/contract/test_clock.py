@@ -1,0 +1,128 @@
+"""The direction of time: known, said, or assumed and held against the first calls in sampling."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tokdyn
+from tests.contract.foreign import INFERRED, undeclared
+from tests.contract.models import TINY, sample
+from tokdyn import DepthSkip, FeatureCache, InputError
+from tokdyn.adapters import adapter_for
+
+STEPS = [0.95, 0.7, 0.45, 0.2]  # noise levels of a sampler
+
+
+class SiT(type(TINY["DiT"].build())):
+    """The public layout by the name of SiT, whose time is 1 at the image, and of REPA's, where it is 1 at noise."""
+
+
+def sit(methods, **more):
+    model = TINY["DiT"].build()
+    model.__class__ = SiT
+    return tokdyn.wrap(model, methods, **more)
+
+
+def time_of(level, noise_at_one):
+    return torch.full((2,), level if noise_at_one else 1.0 - level)
+
+
+@torch.no_grad()
+def trajectory(model, noise_at_one, steps=STEPS):
+    inputs = TINY["DiT"].inputs(2)
+    noise, image = inputs["hidden_states"], torch.ones_like(inputs["hidden_states"])
+    for level in steps:
+        x = level * noise + (1 - level) * image
+        model(**{**inputs, "hidden_states": x, "timestep": time_of(level, noise_at_one)})
+    return tokdyn.stats(model)
+
+
+@pytest.mark.parametrize("noise_at_one", [False, True])
+def test_a_level_that_is_said_is_right_whichever_way_time_runs(noise_at_one):
+    level = (1.0, 0.0) if noise_at_one else (0.0, 1.0)
+    found = trajectory(sit([DepthSkip(blocks=(1,), levels=(0.5, 1.0))], level=level), noise_at_one)
+    assert [call.level for call in found.calls] == pytest.approx(STEPS)
+    assert [1 in call.blocks for call in found.calls] == [False, False, True, True]
+    found = trajectory(sit([FeatureCache(threshold=1e9)], level=level), noise_at_one)
+    assert [call.step for call in found.calls] == [0, 1, 2, 3]
+    assert [call.reused for call in found.calls] == [0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("method", [FeatureCache(threshold=1e9), DepthSkip(blocks=(1,), levels=(0.5, 1.0))])
+def test_an_assumed_direction_is_an_error_where_a_sampler_contradicts_it(method):
+    assert trajectory(sit([method]), noise_at_one=False).calls[-1].level == pytest.approx(STEPS[-1])
+    model = sit([method])
+    with pytest.raises(InputError, match=r"SiT.*level="):
+        trajectory(model, noise_at_one=True)
+    assert tokdyn.unwrap(model) is model
+
+
+def test_other_images_at_higher_levels_contradict_nothing():
+    model, inputs = sit([FeatureCache(threshold=1e9)]), TINY["DiT"].inputs(2)
+    with torch.no_grad():
+        for seed, level in enumerate((0.2, 0.9, 0.3, 0.95)):
+            x = torch.randn(2, *inputs["hidden_states"].shape[1:], generator=torch.Generator().manual_seed(seed))
+            model(**{**inputs, "hidden_states": x, "timestep": time_of(level, False)})
+            model(**{**inputs, "hidden_states": x, "timestep": time_of(level, False)})  # a second branch
+    assert trajectory(model, False).cached == 3
+
+
+def test_in_training_and_once_settled_nothing_is_held_against_it():
+    model = sit([DepthSkip(blocks=(1,))])
+    trajectory(model, False)
+    trajectory(model, False, STEPS[::-1])  # an inversion of the sampler, which is known by now
+    model = sit([DepthSkip(learned=True)]).train()
+    for level in STEPS:
+        sample(model(**{**TINY["DiT"].inputs(2), "timestep": time_of(level, True)}))
+
+
+def test_a_function_says_it_too():
+    model = sit([DepthSkip(blocks=(1,), levels=(0.5, 1.0))], level=lambda _, call: call["timestep"] ** 1.0)
+    assert [call.level for call in trajectory(model, True).calls] == pytest.approx(STEPS)
+
+
+@pytest.mark.parametrize("level", [(1.0, 1.0), (1.0,), "falling", 3, (1.0, None)])
+def test_levels_that_say_nothing_are_refused_in_words(level):
+    with pytest.raises(InputError, match="level is"):
+        sit([DepthSkip(blocks=(1,))], level=level)
+
+
+class Timeless(nn.Module):
+    """A model without an argument that is known to be a timestep."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)])
+
+    def forward(self, x, when):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_model_without_a_timestep_needs_a_function():
+    with pytest.raises(InputError, match="Timeless has no argument called"):
+        tokdyn.wrap(Timeless(), [DepthSkip(blocks=(1,))], level=(1.0, 0.0))
+    model = tokdyn.wrap(
+        Timeless().eval(), [DepthSkip(blocks=(1,), levels=(0.5, 1.0))], level=lambda _, call: call["when"]
+    )
+    with torch.no_grad():
+        model(torch.randn(2, 4, 8), torch.tensor([0.2, 0.2]))
+    assert tokdyn.stats(model).calls[-1].level == pytest.approx(0.2)
+
+
+def test_what_was_said_is_saved_and_copied(tmp_path):
+    model = sit([FeatureCache(threshold=1e9)], level=(1.0, 0.0))
+    tokdyn.save(model, tmp_path)
+    fresh = TINY["DiT"].build()
+    fresh.__class__ = SiT
+    for again in (tokdyn.load(fresh, tmp_path), copy.deepcopy(model)):
+        assert trajectory(again, True).cached == 3
+
+
+def test_inferred_models_assume_and_declared_ones_know(monkeypatch):
+    undeclared(monkeypatch)
+    assert all(adapter_for(foreign.tiny.build()).clock == "assumed" for foreign in list(INFERRED.values())[:2])
+    assert all(adapter_for(TINY[name].build()).clock == "known" for name in ("DiT", "FluxTransformer2DModel"))
