@@ -344,3 +344,10 @@ TINY = {
 
 CLOCKED = sorted(name for name, tiny in TINY.items() if tiny.clock is not None)
 """Those with a noise level."""
+
+
+def sit() -> nn.Module:
+    """The public DiT by the name of SiT, whose time is 1 at the image, or of REPA's, where it is 1 at noise."""
+    model = TINY["DiT"].build()
+    model.__class__ = type("SiT", (type(model),), {})
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 import tokdyn
 from tests.contract.coverage_images import IMAGES
 from tests.contract.coverage_videos import VIDEOS
-from tests.contract.models import TINY, works
+from tests.contract.models import TINY, sit, works
 from tests.contract.widths import random_gates
 from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Method, TokenDrop, TokenMerge
 
@@ -55,7 +56,7 @@ NEUTRAL: dict[str, list[Method]] = {
     "width-none": [DynamicWidth(target=1.0)],
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }
-KNOWN = {**TINY, **IMAGES, **VIDEOS}
+KNOWN = {**TINY, **IMAGES, **VIDEOS, "SiT": replace(TINY["DiT"], build=sit)}
 """All tiny models by class, also those that the whole contract is not checked on."""
 PAIRS = [(name, methods) for name, methods in product(sorted(TINY), ACTIVE) if works(name, ACTIVE[methods])]
 """(model, stack) that go together."""

@@ -8,21 +8,15 @@ from torch import nn
 
 import tokdyn
 from tests.contract.foreign import INFERRED, undeclared
-from tests.contract.models import TINY, sample
+from tests.contract.models import TINY, sample, sit
 from tokdyn import DepthSkip, FeatureCache, InputError
 from tokdyn.adapters import adapter_for
 
 STEPS = [0.95, 0.7, 0.45, 0.2]  # noise levels of a sampler
 
 
-class SiT(type(TINY["DiT"].build())):
-    """The public layout by the name of SiT, whose time is 1 at the image, and of REPA's, where it is 1 at noise."""
-
-
-def sit(methods, **more):
-    model = TINY["DiT"].build()
-    model.__class__ = SiT
-    return tokdyn.wrap(model, methods, **more)
+def wrapped(methods, **more):
+    return tokdyn.wrap(sit(), methods, **more)
 
 
 def time_of(level, noise_at_one):
@@ -42,25 +36,25 @@ def trajectory(model, noise_at_one, steps=STEPS):
 @pytest.mark.parametrize("noise_at_one", [False, True])
 def test_a_level_that_is_said_is_right_whichever_way_time_runs(noise_at_one):
     level = (1.0, 0.0) if noise_at_one else (0.0, 1.0)
-    found = trajectory(sit([DepthSkip(blocks=(1,), levels=(0.5, 1.0))], level=level), noise_at_one)
+    found = trajectory(wrapped([DepthSkip(blocks=(1,), levels=(0.5, 1.0))], level=level), noise_at_one)
     assert [call.level for call in found.calls] == pytest.approx(STEPS)
     assert [1 in call.blocks for call in found.calls] == [False, False, True, True]
-    found = trajectory(sit([FeatureCache(threshold=1e9)], level=level), noise_at_one)
+    found = trajectory(wrapped([FeatureCache(threshold=1e9)], level=level), noise_at_one)
     assert [call.step for call in found.calls] == [0, 1, 2, 3]
     assert [call.reused for call in found.calls] == [0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("method", [FeatureCache(threshold=1e9), DepthSkip(blocks=(1,), levels=(0.5, 1.0))])
 def test_an_assumed_direction_is_an_error_where_a_sampler_contradicts_it(method):
-    assert trajectory(sit([method]), noise_at_one=False).calls[-1].level == pytest.approx(STEPS[-1])
-    model = sit([method])
+    assert trajectory(wrapped([method]), noise_at_one=False).calls[-1].level == pytest.approx(STEPS[-1])
+    model = wrapped([method])
     with pytest.raises(InputError, match=r"SiT.*level="):
         trajectory(model, noise_at_one=True)
     assert tokdyn.unwrap(model) is model
 
 
 def test_other_images_at_higher_levels_contradict_nothing():
-    model, inputs = sit([FeatureCache(threshold=1e9)]), TINY["DiT"].inputs(2)
+    model, inputs = wrapped([FeatureCache(threshold=1e9)]), TINY["DiT"].inputs(2)
     with torch.no_grad():
         for seed, level in enumerate((0.2, 0.9, 0.3, 0.95)):
             x = torch.randn(2, *inputs["hidden_states"].shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -70,23 +64,23 @@ def test_other_images_at_higher_levels_contradict_nothing():
 
 
 def test_in_training_and_once_settled_nothing_is_held_against_it():
-    model = sit([DepthSkip(blocks=(1,))])
+    model = wrapped([DepthSkip(blocks=(1,))])
     trajectory(model, False)
     trajectory(model, False, STEPS[::-1])  # an inversion of the sampler, which is known by now
-    model = sit([DepthSkip(learned=True)]).train()
+    model = wrapped([DepthSkip(learned=True)]).train()
     for level in STEPS:
         sample(model(**{**TINY["DiT"].inputs(2), "timestep": time_of(level, True)}))
 
 
 def test_a_function_says_it_too():
-    model = sit([DepthSkip(blocks=(1,), levels=(0.5, 1.0))], level=lambda _, call: call["timestep"] ** 1.0)
+    model = wrapped([DepthSkip(blocks=(1,), levels=(0.5, 1.0))], level=lambda _, call: call["timestep"] ** 1.0)
     assert [call.level for call in trajectory(model, True).calls] == pytest.approx(STEPS)
 
 
 @pytest.mark.parametrize("level", [(1.0, 1.0), (1.0,), "falling", 3, (1.0, None)])
 def test_levels_that_say_nothing_are_refused_in_words(level):
     with pytest.raises(InputError, match="level is"):
-        sit([DepthSkip(blocks=(1,))], level=level)
+        wrapped([DepthSkip(blocks=(1,))], level=level)
 
 
 class Timeless(nn.Module):
@@ -114,11 +108,9 @@ def test_a_model_without_a_timestep_needs_a_function():
 
 
 def test_what_was_said_is_saved_and_copied(tmp_path):
-    model = sit([FeatureCache(threshold=1e9)], level=(1.0, 0.0))
+    model = wrapped([FeatureCache(threshold=1e9)], level=(1.0, 0.0))
     tokdyn.save(model, tmp_path)
-    fresh = TINY["DiT"].build()
-    fresh.__class__ = SiT
-    for again in (tokdyn.load(fresh, tmp_path), copy.deepcopy(model)):
+    for again in (tokdyn.load(sit(), tmp_path), copy.deepcopy(model)):
         assert trajectory(again, True).cached == 3
 
 
