@@ -8,7 +8,9 @@ import torch
 
 import tokdyn
 from tests.contract.models import CLOCKED, TINY, of_diffusers
+from tokdyn import FeatureCache
 from tokdyn.attach import different, fingerprint, other_sampler
+from tokdyn.methods import TEACACHE_FLUX
 
 LEVELS = (0.9, 0.6, 0.3)
 
@@ -135,3 +137,13 @@ def test_samplers_are_compared_within_half_precision():
     assert other_sampler(mark, (0.9985, 0.5, 0.0195)) is None
     assert other_sampler(mark, (0.95, 0.5, 0.02)) is not None
     assert other_sampler(fingerprint(torch.nn.Linear(2, 2)), (0.9, 0.5)) is None
+
+
+def test_published_coefficients_warn_on_models_of_another_family():
+    method = FeatureCache(coefficients=TEACACHE_FLUX)
+    with pytest.warns(UserWarning, match="FluxTransformer2DModel.* DiTTransformer2DModel"):
+        tokdyn.wrap(TINY["DiTTransformer2DModel"].build(), [method])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokdyn.wrap(TINY["FluxTransformer2DModel"].build(), [method])
+        tokdyn.wrap(TINY["DiTTransformer2DModel"].build(), [FeatureCache(coefficients=(2.0, 0.0))])

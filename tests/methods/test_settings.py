@@ -51,6 +51,7 @@ def test_tables_list_the_methods_in_the_order_in_which_they_act_on_tokens():
                 "blocks": None,
                 "weighted": False,
                 "reuse": 1,
+                "references": "keep",
             },
         ),
         (TokenDrop(), {"rate": 0.5, "blocks": None, "seed": 0}),
