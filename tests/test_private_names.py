@@ -10,6 +10,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 OF_DIFFUSERS = {
+    "_keep_in_fp32_modules": "a model says with it which of its layers stay in fp32",
     "_reset_stateful_cache": "pipelines call it on a model when they have made their images",
     "_supports_gradient_checkpointing": "a model says with it whether it can",
 }

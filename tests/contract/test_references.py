@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -155,9 +156,18 @@ def test_a_reference_with_the_number_of_the_picture_is_refused() -> None:
         model(**call)
 
 
-@torch.no_grad()
-def test_brackets_that_select_without_saying_so_are_refused_beside_references() -> None:
-    from tokdyn.attach import Bracket
+@pytest.fixture
+def first_tokens() -> Iterator[Callable[[], Method]]:
+    """A method of a third party that keeps the first four tokens of all, without saying that it selects tokens."""
+    from tokdyn.attach import Bracket, handles
+    from tokdyn.methods import METHODS, Method, Stage, Traits
+
+    @tokdyn.register_method
+    class FirstTokens(Method):
+        """Keep the first four tokens."""
+
+        def traits(self, depth: int) -> Traits:
+            return Traits(Stage.BLOCKS, tokens="subset", reads="grid")
 
     class First(Bracket):
         first, last = 0, 3
@@ -169,8 +179,14 @@ def test_brackets_that_select_without_saying_so_are_refused_beside_references() 
         def close(self, frame: Any, view: Any, x: Tensor) -> Any:
             return x, view
 
-    model = tokdyn.wrap(CALLS["Qwen"].build(), [TokenDrop(rate=0.5, blocks=(0, 3))])
-    model.tokdyn.replace_handlers(lambda one: First() if isinstance(one, Bracket) else one)
+    handles(FirstTokens)(lambda plan: [First()])
+    yield FirstTokens
+    del METHODS["FirstTokens"]
+
+
+@torch.no_grad()
+def test_brackets_that_select_without_saying_so_are_refused_beside_references(first_tokens: Any) -> None:
+    model = tokdyn.wrap(CALLS["Qwen"].build(), [first_tokens()])
     with pytest.raises(tokdyn.InputError, match="First"):
         model(**qwen(1))
 

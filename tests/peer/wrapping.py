@@ -12,8 +12,10 @@ from torch import nn
 
 import tokdyn
 from tokdyn import DepthSkip, FeatureCache, TokenMerge
+from tokdyn.adapters import adapter_for
 from tokdyn.errors import TokdynError
 from tokdyn.methods import Method
+from tokdyn.pipelines import is_wrapped
 
 SETTINGS: dict[str, tuple[Method, ...]] = {
     "plain": (),
@@ -105,9 +107,10 @@ class Wrapper:
                 tokdyn.unwrap(tokdyn.wrap(model, [*chosen, method]))
                 chosen.append(method)
         with suppress(TokdynError):  # a model whose blocks cannot be found
+            inferred = adapter_for(model).inferred
             tokdyn.wrap(model, chosen)
             self.wrapped[cls.__name__] = [type(method).__name__ for method in chosen]
-            if model.tokdyn.adapter.inferred and chosen:
+            if inferred and chosen:
                 self.inferred.add(cls.__name__)
 
     def _wrap_pipeline(self, pipe: Any) -> None:
@@ -115,14 +118,14 @@ class Wrapper:
         models = {name: each for name, each in pipe.components.items() if _is_wrapped(each)}
         if not models or hasattr(type(pipe), "_tokdyn_base"):
             return
-        methods = {name: tuple(each.tokdyn.methods) for name, each in models.items()}
+        methods = {name: [method for method, _ in tokdyn.parts(each)] for name, each in models.items()}
         for model in {id(each): each for each in models.values()}.values():
             tokdyn.unwrap(model)
         tokdyn.wrap(pipe, methods)
 
 
 def _is_wrapped(component: Any) -> bool:
-    return isinstance(component, nn.Module) and "tokdyn" in component._modules
+    return isinstance(component, nn.Module) and is_wrapped(component)
 
 
 def _after_init(base: type, around: Callable[..., Any]) -> None:

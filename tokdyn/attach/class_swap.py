@@ -153,15 +153,15 @@ def _subclass(
 
 
 def _kind_like(base: type) -> Any:
-    """Return a metaclass whose classes equal a base class, because `from_pipe` of diffusers compares classes."""
+    """Return a metaclass whose classes equal a base class, because `from_pipe` of diffusers compares classes.
+
+    Their hashes differ: a table of classes, such as FSDP's, must not take the subclass for the base or the other way.
+    """
 
     def __eq__(cls: type, other: object) -> bool:
         return other is cls or other is base
 
-    def __hash__(cls: type) -> int:
-        return hash(base)
-
-    return type(type(base).__name__, (type(base),), {"__eq__": __eq__, "__hash__": __hash__})
+    return type(type(base).__name__, (type(base),), {"__eq__": __eq__, "__hash__": type.__hash__})
 
 
 def _replaced_call(plain: Call, call: Call) -> Call:
