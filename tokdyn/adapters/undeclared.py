@@ -27,7 +27,7 @@ class Undeclared:
 
 
 _INFERRED = ("DepthSkip", "FeatureCache")
-_FOR_NOW = "no adapter is declared for it, so that its grid and what follows its tokens are not known"
+_NO_GRID = "no adapter is declared for it, so that its grid and what follows its tokens are not known"
 _UNTRIED = Undeclared((), "no adapter is declared for it, and whether one can be inferred has not been tried")
 
 UNDECLARED: dict[str, Undeclared] = {
@@ -54,7 +54,7 @@ UNDECLARED: dict[str, Undeclared] = {
         (), "it is a part of a UNet, and its blocks get every place of the image as a sample of its own"
     ),
     **{
-        name: Undeclared(_INFERRED, _FOR_NOW)
+        name: Undeclared(_INFERRED, _NO_GRID)
         for name in (
             "AllegroTransformer3DModel", "ConsisIDTransformer3DModel", "CosmosTransformer3DModel",
             "EasyAnimateTransformer3DModel", "Kandinsky5Transformer3DModel", "MochiTransformer3DModel",
