@@ -52,7 +52,6 @@ QWEN21 = ModelAdapter(
             follow=(
                 Follow("rotary_emb", axis=0, batched=False),
                 Follow("target_token_mask", axis=0, batched=False),
-                Follow("attention_mask", axis=3, dims=4),
                 Follow("key_valid"),
             ),
             rounds=("modulation",),  # of every sample, and then of a timestep of 0
