@@ -89,7 +89,7 @@ def listening(scheduler: Any, teller: Teller) -> Iterator[None]:
     reports = {"step": teller.stepped, "set_timesteps": teller.begin}
     names = {name: reporting(name, report) for name, report in reports.items() if hasattr(base, name)}
     about = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    kind = _Alike if type(base) is type else type(base)
+    kind: Any = _Alike if type(base) is type else type(base)
     scheduler.__class__ = kind(base.__name__, (base,), {**about, **names})
     try:
         yield
