@@ -109,12 +109,7 @@ FIBO2 = ModelAdapter(
             "layers",
             tokens="x",
             image="last",
-            follow=(
-                Follow("attn_mask"),
-                Follow("attention_mask"),
-                Follow("freqs_cis"),
-                Follow("noise_mask"),
-            ),
+            follow=(Follow("freqs_cis"), Follow("noise_mask")),
             attention=("attention",),
             mlp=("feed_forward",),
             modulated=_fibo2_modulated,

@@ -1,8 +1,7 @@
-"""Adapters of image models that keep text and image in one sequence throughout: Krea 2 and Ideogram 4."""
+"""Adapters of image models with text and image in one sequence throughout: Krea 2, Ideogram 4, OmniGen, ERNIE-Image."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
@@ -136,78 +135,6 @@ OMNIGEN = ModelAdapter(
     level=timestep_level(scale=1.0, backwards=True),
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     guidance="cond_first",
-)
-
-
-def _qwen_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
-    """Return the grid of the image, which comes after reference images in `img_shapes`."""
-    frames, rows, columns = call["img_shapes"][0][-1]
-    return (rows, columns) if frames == 1 else (frames, rows, columns)
-
-
-def _qwen_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
-    """Return the modulated tokens of a block of Qwen-Image 2.1.
-
-    Tokens before the image are modulated by the last row of `modulation`, whose timestep is 0, if there is one.
-    """
-    scale = arguments["modulation"].chunk(4, dim=-1)[0]
-    noisy, scales = arguments.get("target_token_mask"), scale[:, None]
-    if noisy is not None:
-        noisy = noisy.view(1, -1, 1)
-        scales = torch.where(noisy, scale[:-1, None], scale[-1:])
-    out: Tensor = block.img_norm1(arguments["hidden_states"]) * (1 + scales)  # type: ignore[operator]
-    return out
-
-
-def _needs_block_mask(model: nn.Module) -> str | None:
-    """Return why a model whose attention runs flex_attention needs all tokens; None for other models."""
-    processors = [type(block.attn.processor).__name__ for block in model.transformer_blocks]  # type: ignore[union-attr]
-    if "QwenImage21FlexAttnProcessor" not in processors:
-        return None
-    return (
-        "the mask of flex_attention has one entry per pair of tokens; set QwenImage21AttnProcessor, or use DepthSkip "
-        "or FeatureCache"
-    )
-
-
-QWEN21 = ModelAdapter(
-    name="Qwen-Image 2.1",
-    classes=("QwenImage21Transformer2DModel",),
-    blocks=(
-        Blocks(
-            "transformer_blocks",
-            image="last",
-            follow=(
-                Follow("rotary_emb", axis=0, batched=False),
-                Follow("target_token_mask", axis=0, batched=False),
-                Follow("attention_mask", axis=3, dims=4),
-                Follow("key_valid"),
-            ),
-            rounds=("modulation",),  # of every sample, and then of a timestep of 0
-            attention=("attn",),
-            mlp=("img_mlp",),
-            modulated=_qwen_modulated,
-            products=Products(text_sees="text"),
-            width=Width(
-                layers=(
-                    *attention_layers("attn"),
-                    *mlp_layers("img_mlp.out", "img_mlp.proj", "img_mlp.gate_layer"),
-                ),
-                inner="attn.to_out.0.in_features",
-                hidden="img_mlp.out.in_features",
-                attention=("attn",),
-                sliceable=runs_processor("attn", "QwenImage21AttnProcessor", "QwenImage21FlexAttnProcessor"),
-            ),
-        ),
-    ),
-    grid=_qwen_grid,
-    level=timestep_level(scale=1.0),
-    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
-    refuse_always={
-        "kv_cache": "it holds keys and values of every block from an earlier call; set use_kv_cache=False in a pipeline"
-    },
-    guidance="calls",
-    whole=_needs_block_mask,
 )
 
 

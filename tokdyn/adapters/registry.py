@@ -18,7 +18,8 @@ from tokdyn.adapters.image_stream import HUNYUAN_DIT, LUMINA_NEXT, NUCLEUS, PRX
 from tokdyn.adapters.infer import infer
 from tokdyn.adapters.joyimage import JOYIMAGE, JOYIMAGE_PLUS
 from tokdyn.adapters.mmdit import AURAFLOW, COGVIEW3, COGVIEW4, QWEN, SD3
-from tokdyn.adapters.one_stream import ERNIE_IMAGE, IDEOGRAM4, KREA2, OMNIGEN, QWEN21
+from tokdyn.adapters.one_stream import ERNIE_IMAGE, IDEOGRAM4, KREA2, OMNIGEN
+from tokdyn.adapters.qwen21 import QWEN21
 from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
 from tokdyn.adapters.two_streams import FLUX3, GLM_IMAGE, HUNYUAN_IMAGE
