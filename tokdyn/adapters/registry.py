@@ -18,7 +18,7 @@ from tokdyn.adapters.single_stream import LUMINA2, ZIMAGE
 from tokdyn.adapters.timm_vit import TIMM_VIT
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN, LTX, SKYREELS, WAN
 from tokdyn.adapters.video_audio import KANDINSKY6, LTX2, MINIMAX_H3
-from tokdyn.adapters.video_cross import ALLEGRO, COSMOS, COSMOS2, KANDINSKY5, SANA_VIDEO
+from tokdyn.adapters.video_cross import ALLEGRO, COSMOS, COSMOS2, KANDINSKY5, KANDINSKY6_SR, SANA_VIDEO, SANA_WM
 from tokdyn.adapters.video_joint import CONSISID, EASYANIMATE, EASYANIMATE_SHARED, FRAMEPACK, HUNYUAN15, MOCHI, MOTIF
 from tokdyn.adapters.video_wan import ANYFLOW, HELIOS, WAN_ANIMATE, WAN_VACE
 from tokdyn.errors import InputError, UnsupportedModelError
@@ -28,7 +28,7 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     QWEN, FLUX2, HUNYUAN, COGVIDEOX, LUMINA2, AURAFLOW, CHROMA, SKYREELS, COGVIEW4, COGVIEW3, TIMM_VIT,
     WAN_VACE, HUNYUAN15, FRAMEPACK, MOCHI, EASYANIMATE, EASYANIMATE_SHARED, CONSISID, ALLEGRO, COSMOS, COSMOS2,
     KANDINSKY5, STABLE_AUDIO, STABLE_AUDIO3, ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, LTX2, KANDINSKY6, MINIMAX_H3,
-    SANA_VIDEO, MOTIF, WAN_ANIMATE, ANYFLOW, HELIOS,
+    KANDINSKY6_SR, SANA_VIDEO, SANA_WM, MOTIF, WAN_ANIMATE, ANYFLOW, HELIOS,
 )  # fmt: skip
 _STORES = (
     "its blocks store keys and values for later calls, so that none may be skipped, and find tokens by their places"
