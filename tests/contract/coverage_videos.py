@@ -338,6 +338,25 @@ VIDEOS: dict[str, Tiny] = {
         ),
         lambda b: video(b, encoder_attention_mask=torch.ones(b, 6)),
     ),
+    "Kandinsky6SRTransformer3DModel": Tiny(
+        build(
+            "Kandinsky6SRTransformer3DModel",
+            in_visual_dim=4, out_visual_dim=4, time_dim=8, model_dim=32, ff_dim=48, num_visual_blocks=2,
+            axes_dims=(4, 6, 6),
+        ),
+        lambda b: {"hidden_states": latents(b, 1, 8, 16, 9), "timestep": torch.full((b,), 500.0)},
+    ),
+    "SanaWMTransformer3DModel": Tiny(
+        build(
+            "SanaWMTransformer3DModel",
+            in_channels=4, num_layers=3, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16,
+            chunk_plucker_channels=6, chunk_plucker_post_attn_blocks=2, caption_channels=12, mlp_ratio=2.0,
+        ),
+        lambda b: video(
+            b, 4, 2, 4, 3, timestep=torch.full((b, 1, 2), 500.0), encoder_hidden_states=latents(b, 1, 6, 12),
+            encoder_attention_mask=torch.ones(b, 6),
+        ),
+    ),
     "MotifVideoTransformer3DModel": Tiny(
         build(
             "MotifVideoTransformer3DModel",

@@ -66,7 +66,6 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "weighted": st.booleans(),
         "references": st.sampled_from(("keep", "merge")),
         "reuse": st.integers(1, 3),
-        "references": st.sampled_from(("keep", "merge")),
     },
     "TokenDrop": {"rate": st.sampled_from((0.0, 0.3, 0.5, 0.9)), "blocks": span, "seed": st.integers(0, 3)},
     "DepthSkip": {

@@ -87,6 +87,18 @@ def _ace_grid(model: nn.Module, call: Arguments) -> Grid:
     return (-(-call["hidden_states"].shape[1] // int(model.config["patch_size"])),)  # type: ignore[index]
 
 
+def _counts_tokens(model: nn.Module) -> str | None:
+    """Return why a model whose attention backend counts windows in tokens needs all of them; None for other models."""
+    layers: Any = model.layers
+    backend = layers[0].self_attn.processor._attention_backend
+    if "flash" not in str(getattr(backend, "value", backend)):
+        return None
+    return (
+        "with this attention backend, tokens attend to a number of neighbours in the sequence, whichever are left out; "
+        "set another backend, or use DepthSkip or FeatureCache"
+    )
+
+
 def _as_many_keys(block: nn.Module) -> bool:
     """Tell whether attention has as many heads of keys as of queries, so that its heads can be sliced."""
     attention: Any = block.self_attn
@@ -122,6 +134,7 @@ ACE_STEP = ModelAdapter(
     grid=_ace_grid,
     level=timestep_level(scale=1.0),
     varying=("timestep_r",),
+    whole=_counts_tokens,
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     guidance="cond_first",

@@ -33,9 +33,6 @@ UNDECLARED: dict[str, Undeclared] = {
         (), "frames attend to earlier ones by a mask of flex_attention, or by a cache of their keys and values"
     ),
     "DreamLiteTransformer2DModel": Undeclared(_INFERRED, "it is a part of a UNet, whose convolutions need all tokens"),
-    "Kandinsky6SRTransformer3DModel": Undeclared(
-        _INFERRED, "its attention is sparse over tiles of 8 x 8 cells, from which no token can be left out"
-    ),
     "MiniMaxMusic3RVQDepthDecoder": Undeclared(
         ("DepthSkip",), "it has no noise level, and its few tokens are the codes of one moment of sound"
     ),
@@ -55,7 +52,6 @@ UNDECLARED: dict[str, Undeclared] = {
         (), "its blocks get tokens of text and video of one sample without a batch axis; a call has not been tried"
     ),
     "LatteTransformer3DModel": Undeclared((), "its blocks get frames and places of the image in turn as samples"),
-    "SanaWMTransformer3DModel": Undeclared((), "whether an adapter can be inferred for it has not been tried"),
     "WanAnimate2Transformer3DModel": Undeclared(
         (), "its blocks store keys and values for later calls, so that none may be skipped"
     ),

@@ -1,4 +1,4 @@
-"""Adapters of diffusers' video models with cross-attention to the text: Allegro, Cosmos, Kandinsky 5, Sana Video."""
+"""Adapters of diffusers' video models with cross-attention to the text: Allegro, Cosmos, Kandinsky 5, Sana."""
 
 from __future__ import annotations
 
@@ -162,5 +162,27 @@ SANA_VIDEO = ModelAdapter(
     level=frame_level(),
     refuse={"controlnet_block_samples": CONTROL_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
     dense=True,
+    softmax=False,
+)
+
+KANDINSKY6_SR = ModelAdapter(
+    name="Kandinsky 6 SR",
+    classes=("Kandinsky6SRTransformer3DModel",),
+    blocks=(Blocks("visual_transformer_blocks", attention=(), mlp=(), products=None),),
+    grid=channels_last_grid,
+    level=timestep_level(),
+    width=lambda model: int(model.config["model_dim"]),  # type: ignore[index]
+    heads=_kandinsky_heads,
+    dense=True,  # sparse attention works on squares of 8 x 8 cells, in which none may be missing
+)
+
+SANA_WM = ModelAdapter(
+    name="Sana WM",
+    classes=("SanaWMTransformer3DModel",),
+    blocks=(Blocks("blocks", tokens="x", attention=(), mlp=(), products=None),),
+    grid=video_grid,
+    level=frame_level(),
+    width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
+    dense=True,  # attention and MLP arrange tokens by frames, and run along them
     softmax=False,
 )

@@ -151,12 +151,11 @@ def _unknown(adapter: ModelAdapter, method: Method, traits: Traits) -> str | Non
 
 def _dense(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     """Refuse to leave tokens out of blocks that mix neighbouring cells."""
-    if not adapter.dense or traits.around == ("attention",) or traits.tokens == "full":
+    merges = any(blocks.attention for blocks in adapter.blocks)  # around attention, which sees no neighbours
+    if not adapter.dense or traits.tokens == "full" or (merges and traits.around == ("attention",)):
         return None
-    return (
-        "it leaves out tokens, but the blocks mix neighbouring cells, by a convolution for example; use "
-        "TokenMerge(where='attention'), DepthSkip or FeatureCache"
-    )
+    cure = "TokenMerge(where='attention'), DepthSkip or FeatureCache" if merges else "DepthSkip or FeatureCache"
+    return f"it leaves out tokens, but the blocks mix neighbouring cells, by a convolution for example; use {cure}"
 
 
 def _level(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
