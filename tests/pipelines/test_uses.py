@@ -175,6 +175,7 @@ def test_the_pipeline_that_is_called_tells_a_shared_model() -> None:
     second = quiet(diffusers.AutoPipelineForImage2Image.from_pipe(pipe))
     assert type(second) is diffusers.StableDiffusion3Img2ImgPipeline
     assert second.transformer is pipe.transformer
+    assert diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(pipe).transformer is pipe.transformer
     guessed = image_to_image(second)
     assert torch.equal(images(pipe, "SD3"), expected)
     with pytest.raises(tokdyn.InputError, match="wrapped already"):

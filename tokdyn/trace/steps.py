@@ -92,7 +92,8 @@ def halves_of(
     """
     parts = None if trace.observed is None else trace.observed.parts
     if parts is not None:
-        return split(trace.batch, parts) or [(branch, range(trace.batch))]
+        named = split(trace.batch, parts)
+        return [(branch, range(trace.batch))] if named is None else [*named]
     if not halves or trace.batch % 2 or adapter.guidance == "calls":
         return [(branch, range(trace.batch))]
     half = trace.batch // 2
