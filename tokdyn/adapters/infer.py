@@ -21,6 +21,8 @@ LEVEL_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 SIDE_PATHS = ("text", "context", "caption", "prompt", "refiner", "audio", "siglip", "clip", "encoder")
 """A list whose path contains one of these is taken not to be the main blocks, unless the model has no other list."""
 
+_CONDITIONAL_FIRST = ("LuminaNextDiT2DModel", "OmniGenTransformer2DModel")  # in the batches of their pipelines
+
 
 def infer(model: nn.Module) -> ModelAdapter | str:
     """Return an adapter inferred from the model's structure; or the reason, a clause for a message, if that fails."""
@@ -39,6 +41,7 @@ def infer(model: nn.Module) -> ModelAdapter | str:
         blocks=tuple(_declare(path, model.get_submodule(path)) for path in main),
         grid=None,
         level=None if level is None else GuessedLevel(level),
+        guidance="cond_first" if type(model).__name__ in _CONDITIONAL_FIRST else "uncond_first",
         inferred=True,
     )
 
