@@ -22,6 +22,7 @@ from tokdyn import Chunking, FeatureCache, TokenMerge
 
 STACK = [FeatureCache(steps=(0, 2)), TokenMerge(ratio=0.5)]
 CPU = torch.device("cpu")
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def models(pipe: Any) -> list[nn.Module]:
@@ -89,15 +90,15 @@ def test_loras_come_and_go(adapters: list[Path]) -> None:
     def reference(*folders: Path) -> Tensor:
         other = build("SD3")
         for place, folder in enumerate(folders):
-            other.load_lora_weights(folder, adapter_name=str(place))
+            other.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=str(place))
         other.set_adapters([str(place) for place in range(len(folders))])
         return images(tokdyn.wrap(other, STACK), "SD3")
 
     first, second = reference(adapters[0]), reference(adapters[1])
     assert not torch.equal(first, second)
-    pipe.load_lora_weights(adapters[0], adapter_name="a")
+    pipe.load_lora_weights(adapters[0], weight_name=WEIGHTS, adapter_name="a")
     assert torch.equal(images(pipe, "SD3"), first)
-    pipe.load_lora_weights(adapters[1], adapter_name="a", hotswap=True)
+    pipe.load_lora_weights(adapters[1], weight_name=WEIGHTS, adapter_name="a", hotswap=True)
     assert torch.equal(images(pipe, "SD3"), second)
     pipe.fuse_lora()
     assert torch.allclose(images(pipe, "SD3"), second, atol=1e-4)  # weights are rounded when they are added
@@ -114,7 +115,7 @@ def test_adapters_are_mixed(adapters: list[Path]) -> None:
     pipe, other = tokdyn.wrap(build("SD3"), STACK), build("SD3")
     for each in (pipe, other):
         for name, folder in zip("ab", adapters, strict=True):
-            each.load_lora_weights(folder, adapter_name=name)
+            each.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=name)
         each.set_adapters(["a", "b"], [0.5, 0.25])
     with tokdyn.disabled(pipe):
         assert torch.equal(images(pipe, "SD3"), images(other, "SD3"))
@@ -175,6 +176,7 @@ def test_the_pipeline_that_is_called_tells_a_shared_model() -> None:
     second = quiet(diffusers.AutoPipelineForImage2Image.from_pipe(pipe))
     assert type(second) is diffusers.StableDiffusion3Img2ImgPipeline
     assert second.transformer is pipe.transformer
+    assert diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(pipe).transformer is pipe.transformer
     guessed = image_to_image(second)
     assert torch.equal(images(pipe, "SD3"), expected)
     with pytest.raises(tokdyn.InputError, match="wrapped already"):

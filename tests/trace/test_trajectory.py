@@ -328,3 +328,39 @@ def test_placing_a_call_needs_one_transfer(on_host: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: counted.append(1) or tolist(self))
     call(trajectory, 0.9 * x, 0.4, 0.4, text=noise(1, 2))
     assert len(counted) == 1
+
+
+def test_calls_of_a_told_step_may_differ_in_their_number_of_samples() -> None:
+    """As under skip-layer guidance, where a third call has one branch: the images of both stay the same."""
+    trajectory, x = Trajectory(), noise(0, 2)
+    trajectory.begin(4)
+    found = []
+    for trajectory.step in range(1, 4):
+        found.append(call(trajectory, x, 0.5, 0.5, branch="both"))
+        found.append(call(trajectory, x[:1], 0.5, branch="perturbed"))
+    assert [each.place for each in found] == [0, 1] * 3
+    assert [each.steps for each in found] == [(1, 1), (1,), (2, 2), (2,), (3, 3), (3,)]
+    assert len({each.images for each in found}) == 2
+    assert len({each.trajectory for each in found}) == 1
+    assert not any(each.unconditional for each in found)
+    trajectory.begin(4)
+    trajectory.step = 1
+    assert call(trajectory, x, 0.5, 0.5, branch="both").images not in {each.images for each in found}
+
+
+def test_a_call_that_leaves_something_out_is_a_perturbed_branch() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    for more, name in (({}, None), ({"skip_layers": []}, None), ({"skip_layers": [1]}, "perturbed")):
+        seen = trajectory.observe({"hidden_states": x, "timestep": torch.ones(1), **more}, torch.ones(1))
+        assert (seen.branch, trajectory.name(seen)) == (name, name)
+
+
+def test_parts_are_asked_for() -> None:
+    trajectory, x = Trajectory(), noise(0, 2)
+    trajectory.asks = lambda branch, given: ("uncond", "cond") if given is x else branch
+    seen = trajectory.observe({"hidden_states": x, "timestep": torch.ones(1)}, torch.ones(1))
+    assert (seen.parts, trajectory.name(seen)) == (("uncond", "cond"), None)
+    assert trajectory.position(seen, 2).branch == ("uncond", "cond")
+    trajectory.branch = "pred_cond"
+    seen = trajectory.observe({"hidden_states": x.clone(), "timestep": torch.ones(1)}, torch.ones(1))
+    assert (seen.parts, trajectory.name(seen)) == (None, "cond")

@@ -23,6 +23,8 @@ VARYING_NAMES = ("audio_hidden_states", "audio_latents", "audio_timestep", "audi
 SIDE_PATHS = ("text", "context", "caption", "prompt", "refiner", "audio", "siglip", "clip", "encoder")
 """A list whose path contains one of these is taken not to be the main blocks, unless the model has no other list."""
 
+_CONDITIONAL_FIRST = ("LuminaNextDiT2DModel", "OmniGenTransformer2DModel")  # in the batches of their pipelines
+
 
 def infer(model: nn.Module) -> ModelAdapter | str:
     """Return an adapter inferred from the model's structure; or the reason, a clause for a message, if that fails."""
@@ -43,6 +45,7 @@ def infer(model: nn.Module) -> ModelAdapter | str:
         level=None if level is None else GuessedLevel(level),
         varying=tuple(name for name in VARYING_NAMES if name in names),
         clock="assumed",
+        guidance="cond_first" if type(model).__name__ in _CONDITIONAL_FIRST else "uncond_first",
         inferred=True,
     )
 

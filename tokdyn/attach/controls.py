@@ -30,7 +30,8 @@ def set_tail_drop(model: nn.Module, value: float | Tensor | Mapping[str, float] 
     Args:
         model: a model wrapped with Chunking, or a wrapped DC-DiT.
         value: a share in [0, 1] for all samples, a (B,) tensor with one share per sample, or {"cond": .., "uncond": ..}
-            with one share per guidance branch (Lite-CFG, arXiv 2603.06351 v2). None restores the method's own setting.
+            with one share per guidance branch (Lite-CFG, arXiv 2603.06351 v2), where perturbed branches count as
+            conditional. None restores the method's own setting.
 
     Raises:
         InputError: the model is not wrapped or has no Chunking, or the value is not one of these. A tensor of another

@@ -156,7 +156,8 @@ def set_tail_drop(target: Any, value: float | Tensor | Mapping[str, float] | Non
     Args:
         target: a model or pipeline wrapped with Chunking, or a wrapped DC-DiT.
         value: a share in [0, 1] for all samples, a (B,) tensor with one share per sample, or {"cond": .., "uncond": ..}
-            with one share per guidance branch (Lite-CFG, arXiv 2603.06351 v2). None restores the method's own setting.
+            with one share per guidance branch (Lite-CFG, arXiv 2603.06351 v2), where perturbed branches count as
+            conditional. None restores the method's own setting.
 
     Raises:
         InputError: the model is not wrapped or has no Chunking, or the value is not one of these. A tensor of another
@@ -175,7 +176,7 @@ def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
     Args:
         target: a wrapped model, or a wrapped pipeline, whose denoisers are taken together.
         guided: whether each batch held the two guidance branches as halves, which then have entries of their own. None
-            assumes so if a tail drop was set for each branch.
+            assumes so if a tail drop was set for each branch. What a wrapped pipeline says of its batches goes before.
 
     Returns:
         One entry for each call and guidance branch, empty before the first call; printed, it is a table.

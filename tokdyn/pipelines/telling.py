@@ -51,13 +51,14 @@ class Teller:
     @contextmanager
     def asked(self) -> Iterator[None]:
         """Let the denoisers ask which branches a call is about while the context is open."""
+        before = [each.trajectory.asks for each in self._attachments]
         for each in self._attachments:
             each.trajectory.asks = functools.partial(self._branches, each.adapter.halves, each.adapter.guidance)
         try:
             yield
         finally:
-            for each in self._attachments:
-                each.trajectory.asks = None
+            for each, asks in zip(self._attachments, before, strict=True):
+                each.trajectory.asks = asks
 
     def stepped_copy(self, *args: Any, **kwargs: Any) -> None:
         """Go on to the next step with a copy of the scheduler, of which there may be several, such as one a frame."""

@@ -91,11 +91,9 @@ def halves_of(
         halves: whether batches hold two branches, where nobody said so.
     """
     parts = None if trace.observed is None else trace.observed.parts
-    told = None if parts is None else split(trace.batch, parts)
-    if told:
-        return [*told]
     if parts is not None:
-        return [(branch, range(trace.batch))]
+        named = split(trace.batch, parts)
+        return [(branch, range(trace.batch))] if named is None else [*named]
     if not halves or trace.batch % 2 or adapter.guidance == "calls":
         return [(branch, range(trace.batch))]
     half = trace.batch // 2

@@ -226,7 +226,7 @@ class Trajectory:
     def fork(self) -> Trajectory:
         """Make a trajectory that goes on from here without an effect on this one."""
         other = Trajectory()
-        other.branch, other.step, other.steps = self.branch, self.step, self.steps
+        other.branch, other.step, other.steps, other.asks = self.branch, self.step, self.steps, self.asks
         other._now = replace(self._now, predictions=list(self._now.predictions))
         other._tracker = copy.deepcopy(self._tracker)
         return other
