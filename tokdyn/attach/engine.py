@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.adapters.base import Blocks
+from tokdyn.adapters.base import DEFAULT_PRODUCTS, Blocks
 from tokdyn.adapters.tokens import batch_first, call_by_name, join
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext, is_offloaded, other_tokens
@@ -136,20 +136,16 @@ def _view_of(context: CallContext, frame: Frame, named: Named, blocks: Blocks) -
 
 def _image_tokens(context: CallContext, frame: Frame, tokens: Tensor, blocks: Blocks) -> int:
     """Count the image tokens that the first block gets; all tokens, if the grid is not known and no method needs it."""
+    products = blocks.products or DEFAULT_PRODUCTS
     if context.adapter.grid is None:
         context.readings.grid.put((tokens.shape[1],))
-    elif blocks.image != "all" and (frame.handlers.separates_text or _text_differs(blocks)):
+    elif blocks.image != "all" and (frame.handlers.separates_text or products.text_sees != "all"):
         try:
             return cells(context.grid)
         except InputError:
             if frame.handlers.counts:
                 raise
     return tokens.shape[1]
-
-
-def _text_differs(blocks: Blocks) -> bool:
-    """Return whether text tokens cost other FLOPs than image tokens in the same sequence."""
-    return blocks.products is not None and blocks.products.text_sees != "all"
 
 
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
