@@ -440,6 +440,7 @@ def test_a_model_that_ran_once_is_one_graph():
     torch.testing.assert_close(compiled(*inputs()), expected)
 
 
-def test_merging_names_the_way_out():
+@pytest.mark.parametrize("ratio", [0.5, 0.0])
+def test_merging_names_the_way_out(ratio):
     with pytest.raises(UnsupportedModelError, match=r"TokenMerge .*Model: .*docs/adapters\.md"):
-        wrap(build(Model), [TokenMerge()])
+        wrap(build(Model), [TokenMerge(ratio=ratio)])

@@ -137,8 +137,8 @@ def check_arguments(model: nn.Module, adapter: ModelAdapter, named: Mapping[str,
 
 
 def _unknown(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Refuse fewer tokens and sliced blocks if the adapter declares no grid."""
-    if adapter.grid is not None or (traits.tokens == "full" and traits.stage != Stage.KERNEL):
+    """Refuse fewer tokens, and methods inside of blocks, if the adapter declares no grid."""
+    if adapter.grid is not None or (traits.tokens == "full" and traits.stage not in (Stage.SUBLAYER, Stage.KERNEL)):
         return None
     if not adapter.inferred:
         return f"its adapter {adapter.name!r} has no grid=; give it one, or use DepthSkip or FeatureCache"
