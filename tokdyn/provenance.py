@@ -25,7 +25,7 @@ from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.methods.feature_cache import FITTED_FOR
 from tokdyn.trace.comparison import RESEMBLES, SAME, version
-from tokdyn.trace.observation import Observation, SampleSeen
+from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Position
 
 _WEIGHTS = 8
@@ -229,7 +229,8 @@ class ClockCheck:
     """
 
     def __init__(self, assumed: bool) -> None:
-        self._settled, self._before = not assumed, list[SampleSeen]()
+        self._settled = not assumed
+        self._before: Observation | None = None
 
     def see(self, model: nn.Module, seen: Observation) -> None:
         """Look at a call before it is made.
@@ -239,12 +240,16 @@ class ClockCheck:
         """
         if self._settled:
             return
-        now, before, self._before = seen.samples, self._before, seen.samples
+        last, self._before = self._before, seen
+        if last is None:  # the first call may yet show that the model cannot be wrapped
+            return
+        now, before = seen.samples, last.samples
         if len(now) != len(before) or not all(RESEMBLES <= each.alike < SAME for each in now):
             return
         rises = [each.level > was.level for each, was in zip(now, before, strict=True)]
         falls = [each.level < was.level for each, was in zip(now, before, strict=True)]
-        self._settled = bool(falls) and all(falls)
+        if falls and all(falls):
+            self._settled, self._before = True, None
         if rises and all(rises):
             raise InputError(
                 f"the noise level of this {type(model).__name__} seems to rise from step to step, from "

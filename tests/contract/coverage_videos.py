@@ -63,12 +63,8 @@ def ltx2_inputs(batch: int) -> dict[str, Any]:
         "encoder_hidden_states": latents(batch, 6, 12),
         "audio_encoder_hidden_states": latents(batch, 6, 12),
         "timestep": torch.full((batch,), 500.0),
-        "encoder_attention_mask": torch.ones(batch, 6),
-        "audio_encoder_attention_mask": torch.ones(batch, 6),
-        "num_frames": 2,
-        "height": 3,
-        "width": 4,
-        "audio_num_frames": 7,
+        **{name: torch.ones(batch, 6) for name in ("encoder_attention_mask", "audio_encoder_attention_mask")},
+        **{"num_frames": 2, "height": 3, "width": 4, "audio_num_frames": 7},
     }
 
 
@@ -143,12 +139,9 @@ VIDEOS: dict[str, Tiny] = {
             image_embeds=latents(b, 3, 8),
             guidance=torch.full((b,), 6000.0),
             indices_latents=torch.arange(9, 11),
-            latents_clean=latents(b, 4, 2, 8, 6),
-            indices_latents_clean=torch.tensor([0, 8]),
-            latents_history_2x=latents(b, 4, 2, 8, 6),
-            indices_latents_history_2x=torch.arange(6, 8),
-            latents_history_4x=latents(b, 4, 4, 8, 6),
-            indices_latents_history_4x=torch.arange(2, 6),
+            latents_clean=latents(b, 4, 2, 8, 6), indices_latents_clean=torch.tensor([0, 8]),
+            latents_history_2x=latents(b, 4, 2, 8, 6), indices_latents_history_2x=torch.arange(6, 8),
+            latents_history_4x=latents(b, 4, 4, 8, 6), indices_latents_history_4x=torch.arange(2, 6),
         ),
     ),
     "MochiTransformer3DModel": Tiny(
@@ -225,9 +218,8 @@ VIDEOS: dict[str, Tiny] = {
         ),
         lambda b: video(
             b, 2, 8, 6, 4,
-            pooled_projections=latents(b, 10),
+            pooled_projections=latents(b, 10), text_rope_pos=torch.arange(6),
             visual_rope_pos=[torch.arange(2), torch.arange(4), torch.arange(3)],
-            text_rope_pos=torch.arange(6),
         ),
     ),
     "StableAudioDiTModel": Tiny(
@@ -399,12 +391,9 @@ VIDEOS: dict[str, Tiny] = {
         lambda b: video(
             b,
             indices_hidden_states=torch.arange(7, 9).expand(b, 2),
-            indices_latents_history_short=torch.arange(5, 7).expand(b, 2),
-            latents_history_short=latents(b, 4, 2, 8, 6),
-            indices_latents_history_mid=torch.arange(3, 5).expand(b, 2),
-            latents_history_mid=latents(b, 4, 2, 8, 6),
-            indices_latents_history_long=torch.arange(0, 4).expand(b, 4),
-            latents_history_long=latents(b, 4, 4, 8, 6),
+            indices_latents_history_short=torch.arange(5, 7).expand(b, 2), latents_history_short=latents(b, 4, 2, 8, 6),
+            indices_latents_history_mid=torch.arange(3, 5).expand(b, 2), latents_history_mid=latents(b, 4, 2, 8, 6),
+            indices_latents_history_long=torch.arange(0, 4).expand(b, 4), latents_history_long=latents(b, 4, 4, 8, 6),
         ),
     ),
 }  # fmt: skip

@@ -34,14 +34,6 @@ def anyflow_far() -> nn.Module:
     )  # fmt: skip
 
 
-def kandinsky6_sr() -> nn.Module:
-    return build(
-        "Kandinsky6SRTransformer3DModel",
-        in_visual_dim=4, out_visual_dim=4, time_dim=8, model_dim=32, ff_dim=32, num_visual_blocks=3,
-        axes_dims=(4, 6, 6),
-    )  # fmt: skip
-
-
 def sana_refiner() -> nn.Module:
     return build(
         "SanaWMLTX2RefinerTransformer3DModel",
@@ -74,10 +66,6 @@ TINY_UNDECLARED: dict[str, Tiny] = {
     ),
     "DreamLiteTransformer2DModel": Tiny(
         lambda: build("DreamLiteTransformer2DModel", **UNET, cross_attention_dim=12), unet_part
-    ),
-    "Kandinsky6SRTransformer3DModel": Tiny(
-        kandinsky6_sr,
-        lambda b: {"hidden_states": latents(b, 1, 16, 16, 9), "timestep": torch.full((b,), 500.0)},
     ),
     "MiniMaxMusic3RVQDepthDecoder": Tiny(
         lambda: build(
