@@ -107,6 +107,34 @@ def test_copies_of_the_scheduler_count_steps(more: dict[str, int], steps: int) -
     check(forcing(), lambda pipe: draw(pipe, prompt=None, **prompts(), **{**size, "num_inference_steps": 4}), steps)
 
 
+class Pair(diffusers.DiffusionPipeline):
+    """Has a model of its own for the unconditional branch."""
+
+    def __init__(self, transformer: Any, unconditional_transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, unconditional_transformer=unconditional_transformer, scheduler=scheduler
+        )
+
+    @torch.no_grad()
+    def __call__(self, steps: int) -> None:
+        self.scheduler.set_timesteps(steps)
+        inputs = TINY["DiTTransformer2DModel"].inputs(1)
+        x = inputs["hidden_states"]
+        for timestep in self.scheduler.timesteps:
+            call = {**inputs, "hidden_states": x, "timestep": timestep[None]}
+            out = 2.0 * self.transformer(**call).sample - self.unconditional_transformer(**call).sample
+            x = self.scheduler.step(out[:, :4], timestep, x).prev_sample
+
+
+def test_a_model_may_be_a_branch() -> None:
+    kind = TINY["DiTTransformer2DModel"]
+    pipe = tokdyn.wrap(Pair(kind.build(), kind.build(), diffusers.DDIMScheduler()), ALWAYS)
+    pipe(steps=4)
+    assert branches(pipe) == dict.fromkeys(range(4), ("cond", "uncond"))
+    assert reused(pipe) == [False, True, True, False]
+
+
 class Rounds(diffusers.DiffusionPipeline):
     """Makes images one after the other, and says the number of the steps of all."""
 

@@ -287,15 +287,16 @@ def _has(model: nn.Module, methods: Sequence[Method]) -> bool:
 
 def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a pipeline as one trajectory or several, which end with the call."""
-    models = [inner_model(each) for each in pipe.components.values() if isinstance(each, nn.Module)]
-    attachments = [each for each in map(attachment_of, models) if each is not None]
-    teller, timer = Teller(pipe, attachments), Stopwatch(home(models[0]))
+    models = {name: inner_model(each) for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    found = {name: attachment_of(model) for name, model in models.items()}
+    attachments = {name: each for name, each in found.items() if each is not None}
+    teller, timer = Teller(pipe, attachments), Stopwatch(home(next(iter(models.values()))))
     teller.begin()
     try:
         with listening(pipe.components, teller):
             return plain(pipe, *args, **kwargs)
     finally:
         timer.stop()
-        for attachment in attachments:
+        for attachment in attachments.values():
             attachment.end()
             attachment.trajectory.pipeline = timer

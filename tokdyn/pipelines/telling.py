@@ -9,7 +9,7 @@ themselves; the calls until then are those of one step. Guiders of modular pipel
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.attach import Attachment
-from tokdyn.trace.branches import BOTH, COND, PERTURBED, Branch, standard
+from tokdyn.trace.branches import BOTH, COND, PERTURBED, UNCOND, Branch, standard
 
 _STEPS = "_num_timesteps"  # where diffusers' pipelines keep the number of timesteps of their loop
 _IDENTIFIER = "__guidance_identifier__"  # where diffusers' guiders keep the name of a prediction
@@ -30,11 +30,11 @@ class Teller:
 
     Args:
         pipe: the pipeline.
-        attachments: those of its denoisers.
+        attachments: those of its denoisers, by the names of their components.
     """
 
-    def __init__(self, pipe: Any, attachments: Sequence[Attachment]) -> None:
-        self._pipe, self._attachments = pipe, attachments
+    def __init__(self, pipe: Any, attachments: Mapping[str, Attachment]) -> None:
+        self._pipe, self._attachments, self._names = pipe, tuple(attachments.values()), tuple(attachments)
         self._scheduler = pipe.components.get("scheduler")
         self._made = 0
         self._called = self._by_copy = False  # since a step was counted last; by a copy of the scheduler
@@ -52,8 +52,9 @@ class Teller:
     def asked(self) -> Iterator[None]:
         """Let the denoisers ask which branches a call is about while the context is open."""
         before = [each.trajectory.asks for each in self._attachments]
-        for each in self._attachments:
-            each.trajectory.asks = functools.partial(self._branches, each.adapter.halves, each.adapter.guidance)
+        for name, each in zip(self._names, self._attachments, strict=True):
+            answer = functools.partial(self._branches, each.adapter.halves, each.adapter.guidance)
+            each.trajectory.asks = self._unconditional if name.startswith(UNCOND) else answer
         try:
             yield
         finally:
@@ -73,8 +74,8 @@ class Teller:
         self._called = False
         sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
         batch = len(sample) if isinstance(sample, Tensor) and sample.dim() else 0
-        if self._images is not None and 0 < batch < self._images:  # in some pipelines it holds both branches
-            self._images = batch
+        if self._images is not None and 0 < batch < self._images and self._images % batch == 0:
+            self._images = batch  # never more, since the sample of some pipelines holds both branches
         self._made += 1
         steps = self._number_of_steps()
         if steps is not None and self._made >= steps:
@@ -104,6 +105,11 @@ class Teller:
             left = len(timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
             told = left if told is None else min(told, left)
         return told if told is None or told >= self._made else None
+
+    def _unconditional(self, name: Branch | None, x: Tensor) -> Branch:
+        """Say that a call is about the unconditional branch, for which some pipelines have a model of its own."""
+        self._called = True
+        return UNCOND
 
     def _branches(self, halves: tuple[str, str], guidance: str, name: Branch | None, x: Tensor) -> Branch | None:
         """Say which branches a call is about.
