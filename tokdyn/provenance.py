@@ -229,7 +229,7 @@ class ClockCheck:
     """
 
     def __init__(self, assumed: bool) -> None:
-        self._settled = not assumed
+        self.settled = not assumed
         self._before: Observation | None = None
 
     def see(self, model: nn.Module, seen: Observation) -> None:
@@ -238,7 +238,7 @@ class ClockCheck:
         Raises:
             InputError: time runs the other way than assumed.
         """
-        if self._settled:
+        if self.settled:
             return
         last, self._before = self._before, seen
         if last is None:  # the first call may yet show that the model cannot be wrapped
@@ -249,7 +249,7 @@ class ClockCheck:
         rises = [each.level > was.level for each, was in zip(now, before, strict=True)]
         falls = [each.level < was.level for each, was in zip(now, before, strict=True)]
         if falls and all(falls):
-            self._settled, self._before = True, None
+            self.settled, self._before = True, None
         if rises and all(rises):
             raise InputError(
                 f"the noise level of this {type(model).__name__} seems to rise from step to step, from "
@@ -328,8 +328,8 @@ class Watch:
         sampler = SamplerCheck.of([one.method for one in placed])
         return Watch(FirstCall(placed, parts), ClockCheck(adapter.clock == "assumed"), sampler)
 
-    def see(self, model: nn.Module, seen: Observation | None, sampling: bool) -> None:
-        """Look at a call before it is made.
+    def see(self, model: nn.Module, seen: Observation | None, sampling: bool) -> Watch | None:
+        """Look at a call before it is made; return what is still to be watched.
 
         Raises:
             InputError: time runs the other way than assumed.
@@ -337,3 +337,4 @@ class Watch:
         self.first.see(model, sampling)
         if seen is not None:
             self.clock.see(model, seen)
+        return None if self.sampler is None and self.clock.settled else self

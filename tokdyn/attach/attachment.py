@@ -104,7 +104,7 @@ class Attachment(nn.Module):
         enabled: whether the methods act.
         meter: set while `tokdyn.flops` counts.
         trajectory: the current trajectory.
-        watch: warns about methods that were not made for these calls; None while costs are measured.
+        watch: warns about methods that were not made for these calls; None if nothing is left to be watched.
         losses: auxiliary losses of the last call by the name of their method; empty except in training.
         history: traces of the last calls, with empty ones before the first call and between trajectories. Its length
             and types never change, so that a compiled model is not recompiled because of it.
@@ -214,7 +214,7 @@ class Attachment(nn.Module):
         level = None if adapter.level is None or training else adapter.level(model, arguments)
         seen = None if level is None else self.trajectory.observe(adapter.telling(arguments), levels_of(level))
         if self.watch and self.meter is None:
-            self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
+            self.watch = self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
         return Prepared(images, level, seen)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -27,7 +27,7 @@ from tokdyn.adapters.tokens import (
 )
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import is_offloaded
-from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Sublayer, scale_change
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
@@ -93,12 +93,14 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     if blocks.full_between:
         named[blocks.tokens] = gather(given, view.cells, view.index, blocks)
     if edge:
-        if blocks.packing is None:  # text may join the image tokens after some blocks without text
+        if blocks.packing is None and (
+            blocks.image != "all" or blocks.text
+        ):  # text may join the image tokens after some blocks without text
             context.trace.text = max(context.trace.text, other_tokens(named, blocks, view.room)[0])
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
-    rotation = _rotation(frame, blocks)
-    named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
+    if rotation := _rotation(frame, blocks):
+        named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
     as_given = not edge and (
         named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
     )
@@ -111,7 +113,8 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         return class_swap.within(frame._replace(block=block), call, *args, **kwargs)
     inner = partial(call_by_name, call, blocks, site.names[: len(args)], tuple(kwargs))
     results = _compute_groups(frame, module, site, inner, named)
-    results["tokens"] = rotate(results["tokens"], rotation, back=True)
+    if rotation:
+        results["tokens"] = rotate(results["tokens"], rotation, back=True)
     if edge:
         results["tokens"] = _close(frame, site, results)
     if blocks.full_between and context.view is not None:
@@ -150,7 +153,7 @@ def _act(
     if not brackets:
         return tokens, view
     before, rotation = view.packing, context.rotation(site.blocks)
-    tokens, view = view.padded(rotate(tokens, rotation))
+    tokens, view = view.padded(rotate(tokens, rotation) if rotation else tokens)
     text, x = view.split(tokens, site.blocks)
     for bracket in brackets:
         if isinstance(call, dict):
@@ -158,7 +161,9 @@ def _act(
             x, view = _act_one(frame, bracket, view, x, None)
         elif not view.all_idle:  # else no block inside of it will run
             x, view = _act_one(frame, bracket, view, x, call)
-    tokens = rotate(join(text, x, site.blocks.image), rotation, back=True)
+    tokens = join(text, x, site.blocks.image)
+    if rotation:
+        tokens = rotate(tokens, rotation, back=True)
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view
@@ -181,16 +186,19 @@ def _act_one(
     frame: Frame, bracket: Bracket, view: TokenView, x: Tensor, block: BlockCall | None
 ) -> tuple[Tensor, TokenView]:
     """Open a bracket, or close it if the block is None; one that selects tokens gets the generated ones only."""
-    context, selects = frame.context, isinstance(bracket, Selector) and bracket.selects(frame.context)
+    context, selects = frame.context, bracket.selects(frame.context)
     beside = context.beside if selects else (0, 0)
+    if beside == (0, 0):  # in every cached step, where slices would be felt
+        x, inner = bracket.close(frame, view, x) if block is None else bracket.open(frame, view, x, block)
+        if not selects and inner.room < view.room and any(context.beside):
+            raise InputError(
+                f"{type(bracket).__name__} selects among the tokens of reference images too; let it be a Selector, "
+                "which gets the generated tokens only."
+            )
+        return x, inner
     first, x, last = apart(x, beside, view.lengths)
     inner = view.generated(beside)
     x, inner = bracket.close(frame, inner, x) if block is None else bracket.open(frame, inner, x, block)
-    if not selects and inner.room < view.room and any(context.beside):
-        raise InputError(
-            f"{type(bracket).__name__} selects among the tokens of reference images too; let it be a Selector, which "
-            "gets the generated tokens only."
-        )
     return together(first, x, last, inner.lengths), inner.among(beside)
 
 

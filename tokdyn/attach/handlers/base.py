@@ -83,6 +83,10 @@ class Bracket(ABC):
         """Act on the tokens (B, L, D) of the other streams in `Blocks.streams`, just before `close`; return them."""
         return streams
 
+    def selects(self, context: CallContext) -> bool:
+        """Return whether tokens are selected in this call; only a `Selector` may say so."""
+        return False
+
 
 class Selector(Bracket):
     """A bracket that selects tokens. It gets generated tokens only; reference tokens stay beside those it selects."""
