@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from tokdyn.adapters.tokens import (
 )
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import is_offloaded
-from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Sublayer, scale_change
+from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
@@ -186,7 +186,8 @@ def _act_one(
     frame: Frame, bracket: Bracket, view: TokenView, x: Tensor, block: BlockCall | None
 ) -> tuple[Tensor, TokenView]:
     """Open a bracket, or close it if the block is None; one that selects tokens gets the generated ones only."""
-    context, selects = frame.context, bracket.selects(frame.context)
+    context = frame.context
+    selects = bracket.is_selector and cast(Selector, bracket).selects(context)
     beside = context.beside if selects else (0, 0)
     if beside == (0, 0):  # in every cached step, where slices would be felt
         x, inner = bracket.close(frame, view, x) if block is None else bracket.open(frame, view, x, block)

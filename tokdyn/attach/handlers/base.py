@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,12 @@ class Bracket(ABC):
     Attributes:
         first: index of the first block inside, counted over all lists of blocks.
         last: index of the last block inside.
+        is_selector: whether it is a `Selector`; to ask for its class takes a microsecond in every cached step.
     """
 
     first: int
     last: int
+    is_selector: ClassVar[bool] = False
 
     @abstractmethod
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
@@ -83,13 +85,11 @@ class Bracket(ABC):
         """Act on the tokens (B, L, D) of the other streams in `Blocks.streams`, just before `close`; return them."""
         return streams
 
-    def selects(self, context: CallContext) -> bool:
-        """Return whether tokens are selected in this call; only a `Selector` may say so."""
-        return False
-
 
 class Selector(Bracket):
     """A bracket that selects tokens. It gets generated tokens only; reference tokens stay beside those it selects."""
+
+    is_selector = True
 
     @abstractmethod
     def selects(self, context: CallContext) -> bool:
