@@ -99,7 +99,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
             context.trace.text = max(context.trace.text, other_tokens(named, blocks, view.room)[0])
         named[blocks.tokens], view = _open(frame, module, site, named)
         frame = frame._replace(view=view)
-    if rotation := _rotation(frame, blocks):
+    if rotation := () if blocks.image == "all" else _rotation(frame, blocks):
         named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
     as_given = not edge and (
         named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
@@ -136,34 +136,34 @@ def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
     """Open the brackets that begin with a block; return its tokens and their view afterwards."""
     brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
+    if not brackets:
+        return named[site.blocks.tokens], frame.view
     return _act(frame, brackets, site, named[site.blocks.tokens], BlockCall(module, site, named))
 
 
 def _close(frame: Frame, site: Site, results: Named) -> Tensor:
     """Close the brackets that end with a block; return its tokens afterwards, and replace those of further streams."""
     brackets = [bracket for bracket in reversed(frame.handlers.brackets) if bracket.last == site.block]
-    return _act(frame, brackets, site, results["tokens"], results)[0]
+    return _act(frame, brackets, site, results["tokens"], results)[0] if brackets else results["tokens"]
 
 
 def _act(
     frame: Frame, brackets: Sequence[Bracket], site: Site, tokens: Tensor, call: BlockCall | Named
 ) -> tuple[Tensor, TokenView]:
     """Open brackets before a call of a block, or close them after its results; return the tokens and their view."""
-    context, view = frame.context, frame.view
-    if not brackets:
-        return tokens, view
-    before, rotation = view.packing, context.rotation(site.blocks)
+    context, view, blocks = frame.context, frame.view, site.blocks
+    before, rotation = view.packing, () if blocks.image == "all" else context.rotation(blocks)
+    others = blocks.streams or blocks.keeps_text or context.guard is not None
     tokens, view = view.padded(rotate(tokens, rotation) if rotation else tokens)
-    text, x = view.split(tokens, site.blocks)
+    text, x = view.split(tokens, blocks)
     for bracket in brackets:
         if isinstance(call, dict):
-            text = _close_streams(frame, bracket, site.blocks, text, call)
+            text = _close_streams(frame, bracket, blocks, text, call) if others else text
             x, view = _act_one(frame, bracket, view, x, None)
         elif not view.all_idle:  # else no block inside of it will run
             x, view = _act_one(frame, bracket, view, x, call)
-    tokens = join(text, x, site.blocks.image)
-    if rotation:
-        tokens = rotate(tokens, rotation, back=True)
+    tokens = join(text, x, blocks.image)
+    tokens = rotate(tokens, rotation, back=True) if rotation else tokens
     if before is not None:
         tokens, view = view.packed(tokens, before)
     context.view = view

@@ -12,7 +12,7 @@ batch are, in order. Without a name in it, the call is about one branch that nob
 COND, UNCOND, PERTURBED = "cond", "uncond", "perturbed"
 BOTH = "cond_uncond"  # what pipelines of diffusers call a batch that may hold both branches
 _PREFIX = "pred_"  # guiders of diffusers name the predictions that they ask for
-_PERTURBING = frozenset({"skip_layers", "spatio_temporal_guidance_blocks", "isolate_modalities"})
+PERTURBING = frozenset({"skip_layers", "spatio_temporal_guidance_blocks", "isolate_modalities"})
 
 
 def standard(name: str) -> str:
@@ -30,7 +30,7 @@ def perturbs(arguments: Mapping[str, Any]) -> bool:
 
     Such are skip-layer guidance (SD3), spatio-temporal guidance and isolated modalities (LTX-2).
     """
-    return not _PERTURBING.isdisjoint(arguments) and any(arguments.get(name) for name in _PERTURBING)
+    return not PERTURBING.isdisjoint(arguments) and any(arguments.get(name) for name in PERTURBING)
 
 
 def split(batch: int, names: tuple[str, ...]) -> list[tuple[str, range]] | None:

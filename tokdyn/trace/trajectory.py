@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tokdyn.trace.branches import PERTURBED, Branch, perturbs, standard
+from tokdyn.trace.branches import PERTURBED, PERTURBING, Branch, perturbs, standard
 from tokdyn.trace.comparison import (
     FEW_CHANGED,
     RESEMBLES,
@@ -256,7 +256,8 @@ class Trajectory:
             self._now = InputSeen.of(x, before.elements if x.shape == before.shape else SAMPLED, on_host)
             compared = Comparison(self._now, before) if before.fits(self._now) else UNKNOWN
         conditions = self._conditioning.of(arguments, x, on_host)
-        branch = self._branch_of(arguments, x)
+        unknown = self.branch is None and self.asks is None and PERTURBING.isdisjoint(arguments)
+        branch = None if unknown else self._branch_of(arguments, x)
         seen = self._observation = Observation(level, conditions, compared, branch, self.step)
         seen.timer = timer
         return seen
