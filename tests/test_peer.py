@@ -91,6 +91,7 @@ def lost(checkout: Path, name: str) -> dict[str, Any]:
     return {setting: [test.split("::")[-1] for test in tests] for setting, tests in found["lost"].items()}
 
 
+@pytest.mark.slow
 def test_lost_tests_are_noticed_and_finished_files_are_not_run_again(checkout: Path) -> None:
     done = peer(checkout, "--jobs", "2")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -110,7 +110,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 ENDLESS = ("training.steps=100000", "training.checkpoint_every=2", "chunking.budget_warmup_steps=1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["kill", "ctrl-c"]
+)
 def test_a_stopped_process_resumes_exactly(
     number: signal.Signals, tmp_path: Path, tiny: Tiny, assert_same_run: Same
 ) -> None:

@@ -146,6 +146,7 @@ def test_report_and_base_are_saved_beside_the_weights(base: Path, whole: Path) -
     assert model.config.position_scale == 0.5
 
 
+@pytest.mark.slow  # as two processes without a teacher do, see test_parallel.py
 def test_two_processes_equal_one(
     base: Path, tmp_path: Path, contents: Callable[[Path], dict[str, torch.Tensor]]
 ) -> None:
