@@ -13,7 +13,7 @@ import typer
 from . import output
 from .frame import command, group
 from .output import Json, as_json, table
-from .settings import read
+from .settings import is_of_pipeline, read
 
 app = group("bench", "Measure cost, speed and quality of models and stacks.")
 UNITS = "a multiply-add is 2 FLOPs"
@@ -120,7 +120,7 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     they save, and the FLOPs that they save. On a pipeline of diffusers, whole calls are timed without methods and with
     each stack in turn.
     """
-    if _of_pipeline(ctx.args):
+    if is_of_pipeline(ctx.args):
         _pipeline(ctx.args, stack, json, timed=True)
         return
     from tokdyn.bench.speed import SpeedConfig, bench_speed
@@ -166,7 +166,7 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> Non
     compared with the first one. On a pipeline of diffusers, prompts are drawn without methods and with each stack, and
     the page shows the pairs side by side.
     """
-    if _of_pipeline(ctx.args):
+    if is_of_pipeline(ctx.args):
         _pipeline(ctx.args, stack, json, timed=False)
         return
     from tokdyn.bench.quality import QualityConfig, bench_quality
@@ -181,13 +181,6 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> Non
         return
     output.columns(columns(result.rows))
     output.files(files)
-
-
-def _of_pipeline(args: list[str]) -> bool:
-    """Return whether the positional word of a command names a pipeline of diffusers."""
-    from tokdyn.pipelines.opening import names_pipeline
-
-    return names_pipeline(next((word for word in args if "=" not in word and not word.startswith("-")), None))
 
 
 def _pipeline(args: list[str], stack: list[str] | None, json: bool, timed: bool) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from .frame import command
 from .output import Json, as_json, table
-from .settings import read
+from .settings import is_of_pipeline, read
 
 if TYPE_CHECKING:
     from tokdyn.sample import BudgetResult
@@ -69,10 +69,9 @@ def register(app: typer.Typer) -> None:
 
         A pipeline of diffusers, by folder or hub id, draws prompts with its own sampler, and has settings of its own.
         """
-        from tokdyn.pipelines.opening import names_pipeline
         from tokdyn.sample import SampleConfig, sample
 
-        if names_pipeline(next((word for word in ctx.args if "=" not in word and not word.startswith("-")), None)):
+        if is_of_pipeline(ctx.args):
             _pipeline(ctx.args, json)
             return
         result = sample(read(ctx.args, SampleConfig, ["model"]))

@@ -62,6 +62,13 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
         raise explain(model, error, "settings") from error
 
 
+def is_of_pipeline(args: Sequence[str]) -> bool:
+    """Return whether the first positional word of a command names a pipeline of diffusers, by folder or hub id."""
+    from tokdyn.pipelines.opening import names_pipeline
+
+    return names_pipeline(next((word for word in args if "=" not in word and not word.startswith("-")), None))
+
+
 def _texts(model: type[BaseModel]) -> set[str]:
     """Return the keys whose values are texts or paths, which are taken literally, not as YAML."""
     plain = {str, Path, type(None)}

@@ -7,7 +7,7 @@ import typer
 from . import output
 from .frame import command
 from .output import Json
-from .settings import read
+from .settings import is_of_pipeline, read
 
 
 def _settings() -> type:
@@ -45,9 +45,7 @@ def register(app: typer.Typer) -> None:
         The best of them is written as a stack (a list of methods), and the command that samples with it is printed. On
         a pipeline of diffusers, merging, skipping and caching are tuned on prompts.
         """
-        from tokdyn.pipelines.opening import names_pipeline
-
-        if names_pipeline(next((word for word in ctx.args if "=" not in word and not word.startswith("-")), None)):
+        if is_of_pipeline(ctx.args):
             _pipeline(ctx.args, json)
             return
         from tokdyn.bench.quality_page import columns
