@@ -38,7 +38,7 @@ Named = dict[str, Any]
 
 def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
     """Call a module of a wrapped model during a call of the model; `plain(module, ...)` is its original call."""
-    site: Site | None = vars(module).get("_tokdyn_site") or frame.sites.get(id(module))
+    site: Site | None = module.__dict__.get("_tokdyn_site") or frame.sites.get(id(module))
     if site is None:
         return plain(module, *args, **kwargs)
     if site.kind == "block" and frame.remember is None and _passes(frame, module, site):
@@ -56,8 +56,8 @@ def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, .
 
 def _passes(frame: Frame, module: nn.Module, site: Site) -> bool:
     """Return whether a block is skipped for all samples and nothing else is to be done at it."""
-    context = frame.context
-    if context.view is None or not context.view.all_idle or context.guard is not None:
+    context, view = frame.context, frame.context.view
+    if view is None or len(view.idle) < len(view.samples) or context.guard is not None:
         return False
     return site.block not in frame.handlers.edges and not is_offloaded(module)
 
@@ -75,30 +75,26 @@ def call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tu
 
 def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
     """Open the brackets at a block, compute the block for the samples that do not skip it, and close the brackets."""
-    context, named = frame.context, {**dict(zip(site.names, args, strict=False)), **kwargs}
+    context, handlers, named = frame.context, frame.handlers, {**dict(zip(site.names, args, strict=False)), **kwargs}
     if frame.remember is not None:
         frame.remember(frame, module, site, named)
     if context.guard is not None:
         plain = partial(class_swap.base_class(module).__call__, module, *args, **kwargs)
         site = context.guard.begin(frame.sites, module, named, plain)
-    blocks, edge = site.blocks, site.block in frame.handlers.edges
+    blocks, edge = site.blocks, site.block in handlers.edges
     if blocks.sequence_first:
         named = batch_first(named, blocks)
-    view = context.view = context.view_of(
-        named, blocks, frame.view, frame.handlers.separates_text, frame.handlers.counts
-    )
-    if _passes(frame, module, site):
+    view = context.view = context.view_of(named, blocks, frame.view, handlers.separates_text, handlers.counts)
+    if not edge and _passes(frame, module, site):
         return site.unchanged(args, kwargs)
-    frame, given = frame._replace(view=view), named[blocks.tokens]
+    given = named[blocks.tokens]
     if blocks.full_between:
         named[blocks.tokens] = gather(given, view.cells, view.index, blocks)
     if edge:
-        if blocks.packing is None and (
-            blocks.image != "all" or blocks.text
-        ):  # text may join the image tokens after some blocks without text
+        if blocks.packing is None and (blocks.image != "all" or blocks.text):  # text may join after some blocks
             context.trace.text = max(context.trace.text, other_tokens(named, blocks, view.room)[0])
-        named[blocks.tokens], view = _open(frame, module, site, named)
-        frame = frame._replace(view=view)
+        named[blocks.tokens], view = _open(_seeing(frame, view), module, site, named)
+    frame = _seeing(frame, view)
     if rotation := () if blocks.image == "all" else _rotation(frame, blocks):
         named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
     as_given = not edge and (
@@ -108,7 +104,7 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         named[blocks.packing] = view.packing
     if as_given and _nothing_acts(frame, blocks):
         block = context.record(view, site, named)
-        if len(frame.handlers.sublayers) == 0:
+        if len(handlers.sublayers) == 0:
             return call(*args, **kwargs)
         return class_swap.within(frame._replace(block=block), call, *args, **kwargs)
     inner = partial(call_by_name, call, blocks, site.names[: len(args)], tuple(kwargs))
@@ -127,6 +123,11 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
 
 
+def _seeing(frame: Frame, view: TokenView) -> Frame:
+    """Return the frame with another view. It runs in every cached step, where `_replace` would be felt."""
+    return Frame(frame.context, frame.handlers, frame.sites, frame.remember, view, frame.block, frame.exchange)
+
+
 def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
     """Return how sequences are rotated for a block, if what acts in it depends on the places of image tokens."""
     placed = frame.view.index is not None or len(frame.handlers.sublayers) + len(frame.handlers.kernels) > 0
@@ -136,9 +137,8 @@ def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:
     """Open the brackets that begin with a block; return its tokens and their view afterwards."""
     brackets = [bracket for bracket in frame.handlers.brackets if bracket.first == site.block]
-    if not brackets:
-        return named[site.blocks.tokens], frame.view
-    return _act(frame, brackets, site, named[site.blocks.tokens], BlockCall(module, site, named))
+    tokens = named[site.blocks.tokens]
+    return _act(frame, brackets, site, tokens, BlockCall(module, site, named)) if brackets else (tokens, frame.view)
 
 
 def _close(frame: Frame, site: Site, results: Named) -> Tensor:

@@ -48,8 +48,11 @@ class Site:
 
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a skipped block returns: the tokens of all streams that it was given."""
+        if len(self.returned) == 1:
+            place, name = self.returned[0]
+            return args[place] if place < len(args) else kwargs.get(name)
         given = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.returned]
-        return given[0] if len(given) == 1 else tuple(given)
+        return tuple(given)
 
 
 Sites = dict[int, Site]

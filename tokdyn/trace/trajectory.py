@@ -133,9 +133,12 @@ class Tracker:
     def _begin_images(self, levels: tuple[float, ...], alike: Sequence[float], told: bool) -> None:
         """Note the samples whose image begins with a call. Where the step is told, batches may differ in size."""
         known = len(levels) in self._images if told else len(levels) == len(self._levels)
+        self._levels, before = levels, self._levels
+        if known and told:
+            return
         begins = [
-            not known or (not told and (level > before or value < RESEMBLES))
-            for level, before, value in zip(levels, levels if told or not known else self._levels, alike, strict=True)
+            not known or level > last or value < RESEMBLES
+            for level, last, value in zip(levels, before if known else levels, alike, strict=True)
         ]
         if all(begins) and not (told and self._images):
             self.trajectory += 1
@@ -146,7 +149,6 @@ class Tracker:
                 self._image += 1
                 images[sample] = self._image
         self._images = {**(self._images if told else {}), len(levels): images}
-        self._levels = levels
 
     def _branch(self, name: Branch | None, conditions: Sequence[tuple[float, ...]]) -> Hashable:
         """Tell a branch by its name or by what it is conditioned on; equal calls in one step by their order."""
@@ -285,7 +287,7 @@ class Trajectory:
         if observation is None:
             self._tracker.clear()
             return self._tracker.place([SampleSeen(0.0, UNKNOWN, UNKNOWN)] * batch, self.branch)
-        if observation is self._observation:
+        if observation is self._observation and observation.step is None:
             self._learn(observation)
         position = self._tracker.place(observation.samples, observation.branch, observation.step)
         return position if self.steps is None else position._replace(num_steps=self.steps)

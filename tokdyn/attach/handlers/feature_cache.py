@@ -79,7 +79,7 @@ class CachedBlocks(Bracket):
         if context.training or self.never:
             return x, view
         indicator, position = self.indicator(context, x, block), context.position
-        branch = self.memory.get(context.position, indicator.shape)
+        branch = self.memory.get(position, indicator.shape)
         if branch is None:
             branch = BranchMemory(position.images, indicator, torch.zeros(len(x), device=x.device))
             fresh, reused = [True] * len(x), [False] * len(x)
@@ -87,7 +87,7 @@ class CachedBlocks(Bracket):
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
             reused = self._together(context, branch, self._decide(branch, indicator, position, fresh))
             branch.images, branch.indicator = position.images, indicator
-        self.memory.put(context.position, branch)
+        self.memory.put(position, branch)
         context.slots[self.slot] = Reuse(x, _streams(context, view, block), reused, fresh, branch, view)
         idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
         context.trace.cached = idle
