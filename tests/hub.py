@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.contract.pipelines import build
+from tests.contract.references import kontext_pipe, picture
 
 
 def embeddings(prompt: str | list[str], *shape: int) -> Tensor:
@@ -31,6 +32,14 @@ class TinyFlux(diffusers.FluxPipeline):
         return self
 
 
+class TinyKontext(diffusers.FluxKontextPipeline):
+    encode_prompt, to = TinyFlux.encode_prompt, TinyFlux.to
+
+    def __call__(self, image: Any = None, prompt: Any = None, **more: Any) -> Any:
+        small = {"height": 16, "width": 16, "max_area": 256, "_auto_resize": False}
+        return super().__call__(image.resize((16, 16)), prompt, num_inference_steps=4, **small)
+
+
 class TinyWan(diffusers.WanPipeline):
     def encode_prompt(self, prompt: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         dtype = self.transformer.dtype
@@ -46,6 +55,12 @@ def flux(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
     return pipe
 
 
+def kontext(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
+    pipe = kontext_pipe().to(torch_dtype)
+    pipe.__class__ = TinyKontext
+    return pipe
+
+
 def wan(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
     pipe, other = build("Wan").to(torch_dtype), build("Wan")
     if "2.2" in name:
@@ -56,8 +71,10 @@ def wan(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
 
 
 def put_in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `from_pretrained` give tiny pipelines, and compile without a compiler."""
+    """Let `from_pretrained` give tiny pipelines, and compile without a compiler; put the photo of the page here."""
+    picture(32, 32).save("street.png")
     monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", flux)
+    monkeypatch.setattr(diffusers.FluxKontextPipeline, "from_pretrained", kontext)
     monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", wan)
     plain = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: plain(self, **{**how, "backend": "eager"}))
