@@ -118,4 +118,4 @@ def test_samples_are_independent_and_flops_are_counted(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(VIDEOS.keys() - DEAR))
 def test_the_laws_hold(name):
-    assert len(check_adapter(VIDEOS[name].build(), VIDEOS[name].inputs(2), shared=shared(name), tolerance=1e-5)) >= 6
+    assert len(check_adapter(VIDEOS[name].build(), VIDEOS[name].inputs(2), shared=shared(name), tolerance=1e-5)) >= 5
