@@ -42,7 +42,7 @@ class Wrapper:
     Attributes:
         setting: a key of `SETTINGS`.
         whole: whether methods that leave out or merge tokens are left out.
-        beside_cache: whether a test enables a cache of diffusers, beside which FeatureCache is refused.
+        beside_cache: whether a test enables a cache of diffusers, beside which some methods are refused.
         wrapped: the classes that were wrapped since the test began, with the methods that fit them.
         inferred: those of them without an adapter.
     """
@@ -99,13 +99,14 @@ class Wrapper:
             return
         chosen: list[Method] = []
         for method in SETTINGS[self.setting]:
-            if isinstance(method, FeatureCache) and self.beside_cache:
-                continue
             if self.whole and method.traits(2).tokens != "full":
                 continue
             with suppress(TokdynError):  # a method that cannot be used on this model
-                tokdyn.unwrap(tokdyn.wrap(model, [*chosen, method]))
-                chosen.append(method)
+                tokdyn.wrap(model, [*chosen, method])
+                depth = model.tokdyn.blueprint.sizes.depth
+                tokdyn.unwrap(model)
+                if not self.beside_cache or _goes_with_caches(method, depth):
+                    chosen.append(method)
         with suppress(TokdynError):  # a model whose blocks cannot be found
             inferred = adapter_for(model).inferred
             tokdyn.wrap(model, chosen)
@@ -122,6 +123,12 @@ class Wrapper:
         for model in {id(each): each for each in models.values()}.values():
             tokdyn.unwrap(model)
         tokdyn.wrap(pipe, methods)
+
+
+def _goes_with_caches(method: Method, depth: int) -> bool:
+    """Return whether a method is no cache and never skips the last block, at which caches of diffusers record."""
+    traits = method.traits(depth)
+    return not traits.remembers and depth - 1 not in (traits.owns.get("skipping") or ())
 
 
 def _is_wrapped(component: Any) -> bool:
