@@ -13,6 +13,7 @@ from tests.contract.pipelines import build, images
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenMerge
 
 FIRST = diffusers.FirstBlockCacheConfig(threshold=0.2)
+EVERY = diffusers.FirstBlockCacheConfig(threshold=100.0)  # which takes every step but the first from the cache
 TAYLOR = diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1)
 MAG = diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4))
 ACTING = {"Wan": FIRST, "Flux": TAYLOR}  # a cache that changes the images of a pipeline
@@ -72,7 +73,7 @@ def test_what_cannot_go_together_is_refused_in_either_order(method: Any, config:
     assert not hasattr(pipe.transformer, "tokdyn")
 
 
-@pytest.mark.parametrize("config", [FIRST, MAG], ids=["first block", "magnitudes"])
+@pytest.mark.parametrize("config", [EVERY, MAG], ids=["first block", "magnitudes"])
 def test_a_method_that_skips_other_blocks_goes_with_a_cache_at_the_first_and_last(config: Any) -> None:
     pipe = tokdyn.wrap(build("Flux"), [DepthSkip(blocks=(1, 2))])
     skipped = images(pipe, "Flux")
