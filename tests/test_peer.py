@@ -107,6 +107,12 @@ def test_lost_tests_are_noticed_and_finished_files_are_not_run_again(checkout: P
     assert "| models/transformers/test_steady.py | 3 | 0 | 0 | 1 | 0 | DiTTransformer2DModel: " in report
     assert "it counts the blocks that run" in report
 
+    known = peer(checkout, "--known", "--results", str(checkout / "results.md"))
+    assert known.returncode == 1, known.stdout + known.stderr  # what the other file lost is not expected
+    results = (checkout / "results.md").read_text()
+    assert "| models/transformers/test_steady.py | 3 | 0 | 0 | 1 | 0 |  | 2 (1) |" in results
+    assert "2. it counts the blocks that run" in results
+
 
 @pytest.mark.parametrize("words", [(), ("tests/no_such_file.py",)], ids=["no checkout", "no file"])
 def test_wrong_arguments_are_refused(tmp_path: Path, checkout: Path, words: tuple[str, ...]) -> None:
