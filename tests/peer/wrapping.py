@@ -45,6 +45,7 @@ class Wrapper:
         beside_cache: whether a test enables a cache of diffusers, beside which some methods are refused.
         wrapped: the classes that were wrapped since the test began, with the methods that fit them.
         inferred: those of them without an adapter.
+        refused: the classes that even an empty list of methods does not fit.
     """
 
     def __init__(self, setting: str, unwrapped: Sequence[str], whole: bool = False) -> None:
@@ -52,6 +53,7 @@ class Wrapper:
         self.beside_cache = False
         self.wrapped: dict[str, list[str]] = {}
         self.inferred: set[str] = set()
+        self.refused: set[str] = set()
         self._unwrapped = frozenset(unwrapped)
         self._building = 0  # calls of constructors and loaders of models around the present one
         self._assembling = 0  # likewise of pipelines
@@ -107,9 +109,12 @@ class Wrapper:
                 tokdyn.unwrap(model)
                 if not self.beside_cache or _goes_with_caches(method, depth):
                     chosen.append(method)
-        with suppress(TokdynError):  # a model whose blocks cannot be found
+        try:
             inferred = adapter_for(model).inferred
             tokdyn.wrap(model, chosen)
+        except TokdynError:  # a model whose blocks cannot be found
+            self.refused.add(cls.__name__)
+        else:
             self.wrapped[cls.__name__] = [type(method).__name__ for method in chosen]
             if inferred and chosen:
                 self.inferred.add(cls.__name__)
