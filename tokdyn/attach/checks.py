@@ -281,8 +281,8 @@ def check_cache(model: nn.Module, placed: Sequence[Placed], depth: int, config: 
         for block, place, role in ((0, "first", "decides"), (depth - 1, "last", "records what the blocks did")):
             if kind in _BY_FIRST_BLOCK and (skipped is None or block in skipped):
                 raise InputError(
-                    f"{each.name} may skip the {place} block of this {type(model).__name__}, at which diffusers' {kind} "
-                    f"{role}; give {each.name} other blocks, or use tokdyn.FeatureCache in the place of {kind}."
+                    f"{each.name} may skip the {place} block of this {type(model).__name__}, at which diffusers' "
+                    f"{kind} {role}; give {each.name} other blocks, or use tokdyn.FeatureCache in the place of {kind}."
                 )
 
 
