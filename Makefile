@@ -81,7 +81,7 @@ $(MUTANTS)/.installed: $(STAMP)
 # TESTS is a checkout of diffusers here; its default above is for test-oldest.
 peer: $(STAMP)
 	$(BIN)/python tests/peer $(if $(filter file,$(origin TESTS)),,$(TESTS) $(FILES)) --jobs $(or $(PEER_JOBS),1) \
-		--out runs/peer/report
+		$(if $(KNOWN),--known) $(if $(LIST),--results tests/peer/results.md) --out runs/peer/report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ MODEL = """
 import os
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, TransformerTemporalModel
 
 @pytest.fixture
 def model():
@@ -41,6 +41,9 @@ def test_that_a_block_runs(model, block):
     model.transformer_blocks[block].register_forward_hook(lambda *_: ran.append(block))
     call(model)
     assert ran == [block]
+
+def test_of_a_class_that_is_refused():
+    TransformerTemporalModel(num_attention_heads=1, attention_head_dim=4, in_channels=4, norm_num_groups=1)
 """
 HURT = """
 def test_before(model):
@@ -104,8 +107,14 @@ def test_lost_tests_are_noticed_and_finished_files_are_not_run_again(checkout: P
     assert again.returncode == 0, again.stdout + again.stderr  # what it lost is expected
     assert lost(checkout, "test_steady.py") == {"empty": [], "never": [], "acting": acting}
     report = (checkout / "report.md").read_text()
-    assert "| models/transformers/test_steady.py | 3 | 0 | 0 | 1 | 0 | DiTTransformer2DModel: " in report
+    assert "| models/transformers/test_steady.py | 4 | 0 | 0 | 1 | 0 | DiTTransformer2DModel: " in report
     assert "it counts the blocks that run" in report
+
+    known = peer(checkout, "--known", "--results", str(checkout / "results.md"))
+    assert known.returncode == 1, known.stdout + known.stderr  # what the other file lost is not expected
+    results = (checkout / "results.md").read_text()
+    assert "| models/transformers/test_steady.py | 4 | 0 | 0 | 1 | 0 | TransformerTemporalModel | 2 (1) |" in results
+    assert "2. it counts the blocks that run" in results
 
 
 @pytest.mark.parametrize("words", [(), ("tests/no_such_file.py",)], ids=["no checkout", "no file"])

@@ -13,7 +13,9 @@ from tests.contract.pipelines import build, images
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenMerge
 
 FIRST = diffusers.FirstBlockCacheConfig(threshold=0.2)
+EVERY = diffusers.FirstBlockCacheConfig(threshold=100.0)  # which takes every step but the first from the cache
 TAYLOR = diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1)
+MAG = diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4))
 ACTING = {"Wan": FIRST, "Flux": TAYLOR}  # a cache that changes the images of a pipeline
 METHODS: dict[str, list[Any]] = {
     "merge": [TokenMerge(ratio=0.5)],
@@ -46,8 +48,15 @@ def test_the_order_of_wrapping_and_caching_is_free(name: str, methods: list[Any]
 
 @pytest.mark.parametrize(
     ("method", "config"),
-    [(FeatureCache(threshold=0.1), FIRST), (FeatureCache(steps=(0, 2)), TAYLOR), (DepthSkip(blocks=(0,)), FIRST)],
-    ids=["two caches", "two caches, listed steps", "the first block"],
+    [
+        (FeatureCache(threshold=0.1), FIRST),
+        (FeatureCache(steps=(0, 2)), TAYLOR),
+        (DepthSkip(blocks=(0,)), FIRST),
+        (DepthSkip(blocks=(3,), levels=(0.2, 0.4)), FIRST),
+        (DepthSkip(table=((0.5, 1.0, (1, -1)),)), MAG),
+        (DepthSkip(learned=True), MAG),
+    ],
+    ids=["two caches", "two caches, listed steps", "first block", "last block", "last block, table", "learned"],
 )
 def test_what_cannot_go_together_is_refused_in_either_order(method: Any, config: Any) -> None:
     pipe = build("Flux")
@@ -64,7 +73,15 @@ def test_what_cannot_go_together_is_refused_in_either_order(method: Any, config:
     assert not hasattr(pipe.transformer, "tokdyn")
 
 
-def test_a_method_that_skips_other_blocks_goes_with_a_cache_at_the_first_block() -> None:
-    pipe = tokdyn.wrap(build("Wan"), [DepthSkip(blocks=(1,))])
-    pipe.transformer.enable_cache(FIRST)
-    assert images(pipe, "Wan").isfinite().all()
+@pytest.mark.parametrize("config", [EVERY, MAG], ids=["first block", "magnitudes"])
+def test_a_method_that_skips_other_blocks_goes_with_a_cache_at_the_first_and_last(config: Any) -> None:
+    pipe = tokdyn.wrap(build("Flux"), [DepthSkip(blocks=(1, 2))])
+    skipped = images(pipe, "Flux")
+    pipe.transformer.enable_cache(config)
+    assert not torch.equal(images(pipe, "Flux"), skipped)
+
+
+def test_a_cache_that_records_in_every_block_goes_with_skipping_the_last() -> None:
+    pipe = tokdyn.wrap(build("Flux"), [DepthSkip(blocks=(-1,))])
+    pipe.transformer.enable_cache(TAYLOR)
+    assert images(pipe, "Flux").isfinite().all()

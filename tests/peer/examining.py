@@ -27,7 +27,7 @@ class Loss:
             which keep all tokens.
         unsteady: tests that do not fail, or do not pass plain, when they are tried again.
         wrapped: the classes that were wrapped, with the methods that fit them.
-        unwrapped: classes whose structure could not be inferred, so that they were not wrapped.
+        unwrapped: classes that were not wrapped, because their structure could not be inferred or wrapping is refused.
     """
 
     made_of: str
@@ -140,15 +140,17 @@ class Examination:
 
     def _compare(self, passed: list[str], setting: str, made_of: str) -> Task[Loss]:
         """Run the tests that pass plain in a setting; run those that fail a second time, plain and in the setting."""
-        loss, lost = Loss(made_of), tuple(passed)
+        loss, lost, refused = Loss(made_of), tuple(passed), set[str]()
         while lost:
             results = yield from self._complete(setting, lost, loss.unwrapped)
             loss.wrapped |= results.wrapped
+            refused |= results.refused
             lost = tuple(test for test in lost if results.outcomes.get(test) != "passed")
             unwrapped = sorted(results.inferred - set(loss.unwrapped))
             if not unwrapped:
                 break
             loss.unwrapped += unwrapped
+        loss.unwrapped = sorted({*loss.unwrapped, *refused})
         for name in loss.unwrapped:
             loss.wrapped.pop(name, None)
         if lost:
@@ -184,6 +186,7 @@ class Examination:
             found.errors |= results.errors
             found.wrapped |= results.wrapped
             found.inferred |= results.inferred
+            found.refused |= results.refused
             if results.begun is not None:
                 found.outcomes[results.begun], found.errors[results.begun] = "failed", ending
             tests = tuple(test for test in found.collected if test not in found.outcomes)

@@ -61,6 +61,7 @@ class Results:
         errors: the first line of the error of each test that failed.
         wrapped: the classes that were wrapped, with the methods that fit them.
         inferred: classes without an adapter whose structure could not be inferred, which a call has said.
+        refused: classes that could not be wrapped at all.
         begun: the test that was running when the process ended; None if it ended by itself.
     """
 
@@ -70,6 +71,7 @@ class Results:
     errors: dict[str, str] = field(default_factory=dict)
     wrapped: dict[str, list[str]] = field(default_factory=dict)
     inferred: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     begun: str | None = None
 
 
@@ -152,7 +154,7 @@ class Plugin:
     def pytest_runtest_setup(self, item: Any) -> None:
         marked = item.get_closest_marker("cache") is not None
         self._wrapper.beside_cache = marked or any(word in item.name for word in CACHES)
-        self._wrapper.wrapped, self._wrapper.inferred = {}, set()
+        self._wrapper.wrapped, self._wrapper.inferred, self._wrapper.refused = {}, set(), set()
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
         from tokdyn.errors import UnsupportedModelError
@@ -167,7 +169,7 @@ class Plugin:
             self._outcome = "skipped"
         if report.when == "teardown":
             record = {"ended": report.nodeid, "outcome": self._outcome, "error": self._error}
-            self._record(record | {"wrapped": self._wrapper.wrapped})
+            self._record(record | {"wrapped": self._wrapper.wrapped, "refused": sorted(self._wrapper.refused)})
 
 
 def _first_line(report: Any) -> str:
@@ -192,6 +194,7 @@ def read(job: Job) -> Results:
         else:
             found.begun = None
             found.outcomes[record["ended"]] = record["outcome"]
+            found.refused.update(record["refused"])
             for name, methods in record["wrapped"].items():
                 found.wrapped[name] = sorted({*found.wrapped.get(name, []), *methods})
             if record["error"] is not None:

@@ -42,9 +42,10 @@ class Wrapper:
     Attributes:
         setting: a key of `SETTINGS`.
         whole: whether methods that leave out or merge tokens are left out.
-        beside_cache: whether a test enables a cache of diffusers, beside which FeatureCache is refused.
+        beside_cache: whether a test enables a cache of diffusers, beside which some methods are refused.
         wrapped: the classes that were wrapped since the test began, with the methods that fit them.
         inferred: those of them without an adapter.
+        refused: the classes that even an empty list of methods does not fit.
     """
 
     def __init__(self, setting: str, unwrapped: Sequence[str], whole: bool = False) -> None:
@@ -52,6 +53,7 @@ class Wrapper:
         self.beside_cache = False
         self.wrapped: dict[str, list[str]] = {}
         self.inferred: set[str] = set()
+        self.refused: set[str] = set()
         self._unwrapped = frozenset(unwrapped)
         self._building = 0  # calls of constructors and loaders of models around the present one
         self._assembling = 0  # likewise of pipelines
@@ -99,16 +101,20 @@ class Wrapper:
             return
         chosen: list[Method] = []
         for method in SETTINGS[self.setting]:
-            if isinstance(method, FeatureCache) and self.beside_cache:
-                continue
             if self.whole and method.traits(2).tokens != "full":
                 continue
             with suppress(TokdynError):  # a method that cannot be used on this model
-                tokdyn.unwrap(tokdyn.wrap(model, [*chosen, method]))
-                chosen.append(method)
-        with suppress(TokdynError):  # a model whose blocks cannot be found
+                tokdyn.wrap(model, [*chosen, method])
+                depth = model.tokdyn.blueprint.sizes.depth
+                tokdyn.unwrap(model)
+                if not self.beside_cache or _goes_with_caches(method, depth):
+                    chosen.append(method)
+        try:
             inferred = adapter_for(model).inferred
             tokdyn.wrap(model, chosen)
+        except TokdynError:  # a model whose blocks cannot be found
+            self.refused.add(cls.__name__)
+        else:
             self.wrapped[cls.__name__] = [type(method).__name__ for method in chosen]
             if inferred and chosen:
                 self.inferred.add(cls.__name__)
@@ -122,6 +128,12 @@ class Wrapper:
         for model in {id(each): each for each in models.values()}.values():
             tokdyn.unwrap(model)
         tokdyn.wrap(pipe, methods)
+
+
+def _goes_with_caches(method: Method, depth: int) -> bool:
+    """Return whether a method is no cache and never skips the last block, at which caches of diffusers record."""
+    traits = method.traits(depth)
+    return not traits.remembers and depth - 1 not in (traits.owns.get("skipping") or ())
 
 
 def _is_wrapped(component: Any) -> bool:

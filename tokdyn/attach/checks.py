@@ -20,7 +20,8 @@ from tokdyn.methods import METHODS, Chunking, Method
 from tokdyn.methods.base import Sizes, Stage, Traits
 
 _DEPTH = 28  # number of blocks assumed for a family when no model is given
-_BY_FIRST_BLOCK = ("FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig")  # caches of diffusers that decide there
+_BY_FIRST_BLOCK = ("FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig")
+"""Caches of diffusers that decide at the first block and record at the last one what all blocks did."""
 _SUBLAYERS = {"attention": "attention", "mlp": "MLP"}
 
 
@@ -255,16 +256,18 @@ def reads_images(placed: Sequence[Placed], training: bool) -> bool:
     return any(needs)
 
 
-def check_cache(model: nn.Module, placed: Sequence[Placed], config: Any) -> None:
+def check_cache(model: nn.Module, placed: Sequence[Placed], depth: int, config: Any) -> None:
     """Check that a cache of diffusers and the methods of a model do not get into each other's way.
 
     Args:
         model: for the message.
         placed: the methods.
+        depth: number of blocks of the model.
         config: of the cache; None if there is no cache.
 
     Raises:
-        InputError: a FeatureCache would be a second cache, or a method may skip the block at which the cache decides.
+        InputError: a FeatureCache would be a second cache, or a method may skip the block at which the cache decides
+            or the one at which it records.
     """
     if config is None:
         return
@@ -275,14 +278,16 @@ def check_cache(model: nn.Module, placed: Sequence[Placed], config: Any) -> None
             raise InputError(
                 f"this {type(model).__name__} would have two caches, {each.name} and diffusers' {kind}; leave out one."
             )
-        if kind in _BY_FIRST_BLOCK and (skipped is None or 0 in skipped):
-            raise InputError(
-                f"{each.name} may skip the first block of this {type(model).__name__}, at which diffusers' {kind} "
-                f"decides; give {each.name} other blocks, or use tokdyn.FeatureCache in the place of {kind}."
-            )
+        for block, place, role in ((0, "first", "decides"), (depth - 1, "last", "records what the blocks did")):
+            if kind in _BY_FIRST_BLOCK and (skipped is None or block in skipped):
+                raise InputError(
+                    f"{each.name} may skip the {place} block of this {type(model).__name__}, at which diffusers' "
+                    f"{kind} {role}; give {each.name} other blocks, or use tokdyn.FeatureCache in the place of {kind}."
+                )
 
 
 def enable_cache(model: Any, original: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     """Enable a cache of diffusers in a wrapped model, after checking that it goes with the methods."""
-    check_cache(model, model.tokdyn.blueprint.placed, config)
+    blueprint = model.tokdyn.blueprint
+    check_cache(model, blueprint.placed, blueprint.sizes.depth, config)
     original(model, config, *args, **kwargs)

@@ -56,9 +56,10 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     warn_of_another_model(model, methods)
     containers.check_sharding(model, attachment)
     containers.check_parts_unsharded(model, attachment)
-    check_cache(model, attachment.blueprint.placed, getattr(model, "_cache_config", None))
+    placed, depth = attachment.blueprint.placed, attachment.blueprint.sizes.depth
+    check_cache(model, placed, depth, getattr(model, "_cache_config", None))
     sites = attachment.sites(model)
-    check_sublayers(model, methods, sites.values(), attachment.blueprint.sizes.depth)
+    check_sublayers(model, methods, sites.values(), depth)
     model.tokdyn = attachment
     class_swap.attach(model, _call_model, _overrides(model, adapter), prepare=_prepare, conclude=_conclude)
     if methods:
