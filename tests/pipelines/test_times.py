@@ -98,6 +98,18 @@ def test_the_time_of_a_pipeline_is_not_that_of_a_later_call():
     assert tokdyn.stats(pipe).pipeline_seconds is None
 
 
+def test_calls_without_methods_and_calls_that_fail_early_leave_the_statistics():
+    pipe = tokdyn.wrap(build("DiT"), CACHED)
+    images(pipe, "DiT", 3)
+    before = tokdyn.stats(pipe)
+    with tokdyn.disabled(pipe):
+        images(pipe, "DiT", 1)
+    assert tokdyn.stats(pipe) == before
+    with pytest.raises(TypeError):
+        pipe(class_labels=None)
+    assert tokdyn.stats(pipe) == before
+
+
 @torch.no_grad()
 def test_compiled_models_are_timed_outside_of_their_graph():
     torch._dynamo.reset()

@@ -171,6 +171,14 @@ def test_both_experts_are_wrapped_and_share_the_steps() -> None:
     assert sum(found.values()) == 3
 
 
+def test_statistics_are_those_of_the_last_call_also_if_one_expert_had_no_part_in_it() -> None:
+    pipe = tokdyn.wrap(experts(), ALWAYS)
+    images(pipe, "Wan", 6)
+    images(pipe, "Wan", 1)  # high noise alone
+    assert [call.step for call in tokdyn.stats(pipe).calls] == [0, 0]
+    assert tokdyn.stats(pipe).pipeline_seconds
+
+
 def test_each_expert_may_have_methods_of_its_own(tmp_path: Any) -> None:
     pipe = tokdyn.wrap(experts(), {"transformer_2": [Chunking(target=2)]})
     assert [method.target for method, _ in tokdyn.parts(pipe.transformer_2)] == [2]

@@ -291,12 +291,18 @@ def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[st
     found = {name: attachment_of(model) for name, model in models.items()}
     attachments = {name: each for name, each in found.items() if each is not None}
     teller, timer = Teller(pipe, attachments), Stopwatch(home(next(iter(models.values()))))
-    teller.begin()
+    before = [(each, list(each.history), each.trajectory.pipeline) for each in attachments.values()]
+    for attachment in attachments.values():
+        attachment.end()
+        attachment.forget()
     try:
         with listening(pipe.components, teller):
             return plain(pipe, *args, **kwargs)
     finally:
         timer.stop()
-        for attachment in attachments.values():
+        called = any(each.records for each in attachments.values())
+        for attachment, history, earlier in before:
             attachment.end()
-            attachment.trajectory.pipeline = timer
+            attachment.trajectory.pipeline = timer if called else earlier
+            if not called:  # a call without methods, or one that failed early, is no trajectory
+                attachment.history[:] = history
