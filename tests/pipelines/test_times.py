@@ -4,13 +4,14 @@ import time
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokdyn
 from tests.contract.models import TINY, sample
 from tests.contract.pipelines import PIPES, build, images
 from tests.contract.widths import blocks_of
-from tokdyn import DepthSkip, FeatureCache, TokenMerge
+from tokdyn import DepthSkip, FeatureCache, InputError, TokenMerge
 from tokdyn.trace.timing import Stopwatch
 
 CACHED = [FeatureCache(steps=(0, 2))]
@@ -73,6 +74,18 @@ def test_dense_calls_beside_change_nothing(name):
     ]
     images(pipe, name, 2)
     assert tokdyn.stats(pipe).dense_seconds is None
+
+
+def test_dense_calls_beside_a_cache_of_diffusers_are_refused():
+    """They would move its state on."""
+    pipe = tokdyn.wrap(build("Flux"), [TokenMerge(ratio=0.5)])
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.3))
+    with tokdyn.beside_dense(pipe), pytest.raises(InputError, match="FirstBlockCacheConfig .*disable_cache"):
+        images(pipe, "Flux", 2)
+    pipe.transformer.disable_cache()
+    with tokdyn.beside_dense(pipe):
+        images(pipe, "Flux", 2)
+    assert tokdyn.stats(pipe).speedup
 
 
 def test_a_model_alone_is_timed_in_sampling_and_not_in_training():
