@@ -259,7 +259,7 @@ class ClockCheck:
 
 
 def _is_next_step(seen: Observation, last: Observation) -> bool:
-    """Return whether a loop said that a call is of a later step than the call before, whose first step may be untold."""
+    """Return whether a loop said that a call is of a later step than the call before; the first step may be untold."""
     return seen.step is not None and (seen.step == 1 if last.step is None else seen.step > last.step)
 
 

@@ -80,7 +80,7 @@ def test_dense_calls_beside_a_cache_of_diffusers_are_refused():
     """They would move its state on."""
     pipe = tokdyn.wrap(build("Flux"), [TokenMerge(ratio=0.5)])
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.3))
-    with tokdyn.beside_dense(pipe), pytest.raises(InputError, match="FirstBlockCacheConfig .*disable_cache"):
+    with tokdyn.beside_dense(pipe), pytest.raises(InputError, match=r"FirstBlockCacheConfig .*disable_cache"):
         images(pipe, "Flux", 2)
     pipe.transformer.disable_cache()
     with tokdyn.beside_dense(pipe):
