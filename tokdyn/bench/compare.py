@@ -254,12 +254,12 @@ def _pair(name: str, seed: int, without: tuple[Pixels, float], acting: tuple[Pix
 
 
 def _on_cells(images: Sequence[Pixels]) -> Pixels:
-    """Put (H, W, 3) pictures in the middle of equal white cells: (N, height, width, 3)."""
+    """Put (H, W, 3) pictures at the bottom of equal white cells, above their captions: (N, height, width, 3)."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     cells = np.full((len(images), height, width, 3), 255, np.uint8)
     for cell, image in zip(cells, images, strict=True):
-        top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
-        cell[top : top + image.shape[0], left : left + image.shape[1]] = image
+        left = (width - image.shape[1]) // 2
+        cell[height - image.shape[0] :, left : left + image.shape[1]] = image
     return cells
 
 
