@@ -87,7 +87,6 @@ def _pipeline(args: list[str], json: bool) -> None:
     """Draw prompts with a pipeline, and print times and costs."""
     from dataclasses import asdict
 
-    from tokdyn.pipelines.drawing import title_of
     from tokdyn.sample.pipeline import PipelineSampleConfig, sample_pipeline
 
     result = sample_pipeline(read(args, PipelineSampleConfig, ["model"]))
@@ -99,7 +98,7 @@ def _pipeline(args: list[str], json: bool) -> None:
     columns = ("prompt", "seed", "seconds", "in the model", "reused", "FLOPs", "file")
     rows = [
         (
-            title_of(each.prompt),
+            title,
             each.seed,
             f"{each.seconds:.2f}",
             "-" if each.denoiser_seconds is None else f"{each.denoiser_seconds:.2f}",
@@ -107,6 +106,6 @@ def _pipeline(args: list[str], json: bool) -> None:
             "-" if each.share is None else f"{each.share:.1%}",
             result.folder / each.file,
         )
-        for each in result.drawn
+        for title, each in zip(result.titles, result.drawn, strict=True)
     ]
     table(columns, rows)

@@ -63,10 +63,16 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
 
 
 def is_of_pipeline(args: Sequence[str]) -> bool:
-    """Return whether the first positional word of a command names a pipeline of diffusers, by folder or hub id."""
+    """Return whether the first positional word of a command names a pipeline of diffusers, by folder or hub id.
+
+    Raises:
+        CheckpointError: it does not, but prompts are given, which only pipelines draw.
+    """
     from tokdyn.pipelines.opening import names_pipeline
 
-    return names_pipeline(next((word for word in args if "=" not in word and not word.startswith("-")), None))
+    prompted = any(word.lstrip("-").partition("=")[0] == "prompts" for word in args)
+    name = next((word for word in args if "=" not in word and not word.startswith("-")), None)
+    return names_pipeline(name, wanted=prompted)
 
 
 def _texts(model: type[BaseModel]) -> set[str]:

@@ -7,11 +7,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 import tokdyn
+from tests.hub import kontext
 from tokdyn import FeatureCache, TokenMerge
 from tokdyn.pipelines.opening import names_pipeline, open_pipeline
 
@@ -101,7 +103,63 @@ def test_only_pipelines_of_other_models_than_tokdyn_samples_itself_are_pipelines
     assert not names_pipeline(None)
     assert not names_pipeline(str(tmp_path))
     assert not names_pipeline("nobody/no-such-pipeline")
+    assert not names_pipeline(str(tmp_path / "none"))
+    with pytest.raises(tokdyn.CheckpointError, match="no such folder"):
+        names_pipeline(str(tmp_path / "none"), wanted=True)
+    with pytest.raises(tokdyn.CheckpointError, match=r"model_index\.json is missing"):
+        names_pipeline(str(tmp_path), wanted=True)
     from tests.contract.pipelines import build
 
     build("DiT").save_pretrained(tmp_path / "dit")
     assert not names_pipeline(str(tmp_path / "dit"))
+    with pytest.raises(tokdyn.CheckpointError, match="no transformer that draws prompts"):
+        names_pipeline(str(tmp_path / "dit"), wanted=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (GatedRepoError, "licence"),
+        (RepositoryNotFoundError, "no such repository"),
+        (LocalEntryNotFoundError, "cannot be reached"),
+    ],
+)
+def test_what_the_hub_says_is_passed_on(error, match, monkeypatch, tmp_path):
+    """Settings of pipelines are no mistake then, but the name is."""
+
+    def refuse(*_):
+        raise error.__new__(error)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    words = ["somebody/some-pipeline", "prompts=a", "height=8", "width=8"]
+    shown = run(*words, code=2)
+    assert match in shown
+    assert "somebody/some-pipeline" in shown
+    assert shown.count("\n") == 1
+
+
+def test_an_edit_is_drawn_again_if_its_image_has_changed(tmp_path, monkeypatch):
+    """Images are named by path, and people change them."""
+    folder = tmp_path / "kontext"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    monkeypatch.setattr("tokdyn.sample.pipeline.open_pipeline", lambda *_: kontext("tiny"))
+    (tmp_path / "edits.yaml").write_text("- {prompt: make it night, image: street.png}\n")
+    entries = []
+    for color in ("black", "black", "red"):
+        Image.new("RGB", (8, 8), color).save(tmp_path / "street.png")
+        run(folder, f"prompts={tmp_path / 'edits.yaml'}", f"out={tmp_path / 'o'}")
+        entries.append(json.loads((tmp_path / "o" / "sample.json").read_text())["drawn"]["0"])
+    first, again, changed = entries
+    assert again == first
+    assert changed["seconds"] != first["seconds"]
+    (tmp_path / "street.png").unlink()
+    assert "no such file" in run(folder, f"prompts={tmp_path / 'edits.yaml'}", f"out={tmp_path / 'o'}", code=2)
+
+
+def test_prompts_are_shown_and_not_their_arguments(tmp_path, pipeline):
+    (tmp_path / "p.yaml").write_text("- {prompt: a red square, clean_caption: false}\n")
+    shown = run(pipeline, f"prompts={tmp_path / 'p.yaml'}", *SIZE, f"out={tmp_path / 'o'}")
+    assert "a red square" in shown
+    assert "{" not in shown

@@ -25,7 +25,7 @@ from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.methods.feature_cache import FITTED_FOR
 from tokdyn.trace.comparison import RESEMBLES, SAME, version
-from tokdyn.trace.observation import Observation
+from tokdyn.trace.observation import Observation, SampleSeen
 from tokdyn.trace.trajectory import Position
 
 _WEIGHTS = 8
@@ -221,8 +221,8 @@ class FirstCall:
 class ClockCheck:
     """Holds an assumed direction of time against the first calls in sampling.
 
-    A sampler lowers the noise level from step to step. Where the input of a call follows from that of the call before,
-    and its noise level is higher, time runs the other way than assumed.
+    A sampler lowers the noise level from step to step. Where a loop says that a call is of a later step than the call
+    before, or its input follows from that one, and its noise level is higher, time runs the other way than assumed.
 
     Args:
         assumed: whether the direction is assumed.
@@ -244,7 +244,7 @@ class ClockCheck:
         if last is None:  # the first call may yet show that the model cannot be wrapped
             return
         now, before = seen.samples, last.samples
-        if len(now) != len(before) or not all(RESEMBLES <= each.alike < SAME for each in now):
+        if len(now) != len(before) or not (_is_next_step(seen, last) or _follows(now)):
             return
         rises = [each.level > was.level for each, was in zip(now, before, strict=True)]
         falls = [each.level < was.level for each, was in zip(now, before, strict=True)]
@@ -256,6 +256,16 @@ class ClockCheck:
                 f"{before[0].level:.3g} to {now[0].level:.3g}, so its time may run the other way than assumed; say "
                 "what its time is at pure noise and at the image, as in tokdyn.wrap(model, methods, level=(1.0, 0.0))."
             )
+
+
+def _is_next_step(seen: Observation, last: Observation) -> bool:
+    """Return whether a loop said that a call is of a later step than the call before; the first step may be untold."""
+    return seen.step is not None and (seen.step == 1 if last.step is None else seen.step > last.step)
+
+
+def _follows(now: Sequence[SampleSeen]) -> bool:
+    """Return whether the inputs of a call seem to follow from those of the call before."""
+    return all(RESEMBLES <= each.alike < SAME for each in now)
 
 
 def _is_as_before(part: nn.Module, before: Sequence[tuple[Tensor, int | None]]) -> bool:

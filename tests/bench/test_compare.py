@@ -68,6 +68,19 @@ def test_equal_pictures_are_equal_and_a_wrapped_pipeline_stays_wrapped(tmp_path)
     assert "FeatureCache" in str(compared)
 
 
+def test_pairs_of_different_sizes_are_on_one_page_with_words_that_can_be_read(tmp_path):
+    """Edits have the sizes of their images."""
+    sizes = [{"height": 8, "width": 16}, {"height": 16, "width": 8}]
+    prompts = [{**CALLS["SD3"], **size, "prompt": None} for size in sizes]
+    compared = tokdyn.compare(build("SD3"), CACHED, prompts, num_inference_steps=2)
+    assert [pair.without.shape[1:3] for pair in compared.pairs] == [(8, 16), (16, 8)]
+    page = compared.picture()
+    assert page.shape[1] > 2 * 200
+    assert page.shape[0] > 2 * 200
+    with Image.open(compared.save(tmp_path / "pairs.png")) as image:
+        assert image.size == page.shape[1::-1]
+
+
 @pytest.mark.parametrize(
     ("methods", "prompts", "more", "match"),
     [
@@ -75,6 +88,7 @@ def test_equal_pictures_are_equal_and_a_wrapped_pipeline_stays_wrapped(tmp_path)
         (None, [1], {}, "not wrapped"),
         (CACHED, [1], {"generator": None}, "seed="),
         (CACHED, [1], {"output_type": "pil"}, "output_type"),
+        (CACHED, [{"class_labels": [1], "generator": None}], {}, "seed="),
     ],
 )
 def test_bad_input_is_refused_in_words(methods, prompts, more, match):

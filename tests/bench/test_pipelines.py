@@ -76,3 +76,17 @@ def test_stacks_that_do_not_fit_are_refused_in_words(stack, match, pipeline, tmp
     words = [pipeline, "--stack", stack, *SMALL, f"out={tmp_path / 'q'}"]
     assert match in run("quality", *words, code=2)
     assert not (tmp_path / "q" / "quality.json").exists()
+
+
+def test_nothing_is_drawn_before_all_is_known_to_fit(pipeline, tmp_path, monkeypatch):
+    calls = []
+    pipe = open_pipeline(str(pipeline), torch.device("cpu"))
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr("tokdyn.bench.pipelines.open_pipeline", lambda *_: pipe)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in run("quality", pipeline, "--stack", CACHED, *SMALL, f"out={tmp_path / 'file'}", code=2)
+    bad = "{name: a, methods: [{method: DepthSkip, blocks: [99]}]}"
+    words = [pipeline, "--stack", CACHED, "--stack", bad, *SMALL, f"out={tmp_path / 'q'}"]
+    assert "no block 99" in run("quality", *words, code=2)
+    assert not calls
+    assert not (tmp_path / "q").exists()

@@ -53,6 +53,24 @@ def test_an_assumed_direction_is_an_error_where_a_sampler_contradicts_it(method)
     assert tokdyn.unwrap(model) is model
 
 
+@torch.no_grad()
+def test_steps_that_a_loop_tells_are_held_against_it_too():
+    """Their inputs are not compared, and what follows from what is known without that."""
+    inputs = TINY["DiT"].inputs(2)
+
+    def loop(model, noise_at_one):
+        with tokdyn.trajectory(model, steps=len(STEPS)) as here:
+            for step, level in enumerate(STEPS):
+                here.step = step or None  # as pipelines do: nothing is told of the first step
+                model(**{**inputs, "timestep": time_of(level, noise_at_one)})
+
+    with pytest.raises(InputError, match=r"SiT.*level="):
+        loop(wrapped([DepthSkip(blocks=(1,))]), True)
+    model = wrapped([DepthSkip(blocks=(1,))])
+    for _ in range(2):
+        loop(model, False)
+
+
 def test_other_images_at_higher_levels_contradict_nothing():
     model, inputs = wrapped([FeatureCache(threshold=1e9)]), TINY["DiT"].inputs(2)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,11 +40,20 @@ def test_lines_of_a_text_file_are_prompts_and_other_texts_are_one(tmp_path):
     assert read_prompts(["a", "b"]) == ["a", "b"]
 
 
-@pytest.mark.parametrize("content", ["{", "3", '{"prompt": "a"}', "[1, 2]"])
-def test_files_that_hold_something_else_are_named(content, tmp_path):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValidationError, match=r"a\.json"):
-        Drawing(prompts=str(tmp_path / "a.json"))
+@pytest.mark.parametrize("content", ["{", "3", '{"prompt": "a"}', "[1, 2]", "[]", "caf\xe9"])
+@pytest.mark.parametrize("kind", ["json", "yaml", "txt"])
+def test_files_that_hold_something_else_are_named_in_one_line(content, kind, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes((content if kind != "txt" else content[3:]).encode("latin-1"))
+    if kind == "txt" and content in ('{"prompt": "a"}', "[1, 2]"):
+        assert len(Drawing(prompts=str(path)).prompts) == 1
+        return
+    with pytest.raises(ValidationError, match=rf"a\.{kind}") as raised:
+        Drawing(prompts=str(path))
+    assert "\n" not in raised.value.errors()[0]["msg"]
+
+
+def test_missing_files_and_half_a_size_are_refused(tmp_path):
     with pytest.raises(ValidationError, match="does not exist"):
         Drawing(prompts=str(tmp_path / "b.txt"))
     with pytest.raises(ValidationError, match="height and width"):
@@ -51,8 +61,6 @@ def test_files_that_hold_something_else_are_named(content, tmp_path):
 
 
 def test_settings_and_images_become_arguments(edits):
-    import diffusers
-
     pipe = build("Flux")
     drawing = Drawing(prompts=["a", {"prompt": "b", "guidance_scale": 1.0}], steps=3, guidance=2.0, height=16, width=24)
     first, second = call_arguments(pipe, drawing)
@@ -68,6 +76,35 @@ def test_settings_and_images_become_arguments(edits):
     assert (call["image"].size, call["image"].mode) == ((8, 6), "RGB")
     with pytest.raises(InputError, match=r"none\.png"):
         call_arguments(editing, Drawing(prompts=[{**entry, "image": "none.png"}]))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"generator": 3}, "generator"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt.*entry for each"),
+        ({"prompt": ["a", "b"]}, "entry for each"),
+        ({"num_images_per_prompt": 1}, None),
+    ],
+)
+def test_a_prompt_is_one_picture_with_the_noise_of_its_seed(more, match):
+    drawing = Drawing(prompts=[{"prompt": "a", **more}])
+    if match is None:
+        assert call_arguments(build("Flux"), drawing) == [{"prompt": "a", **more}]
+        return
+    with pytest.raises(InputError, match=match):
+        call_arguments(build("Flux"), drawing)
+
+
+def test_photos_are_upright(edits):
+    """Cameras write how to turn a photo beside its pixels."""
+    photo = Image.new("RGB", (8, 6))
+    how = photo.getexif()
+    how[0x0112] = 6  # turn right by 90 degrees
+    photo.save(edits / "photo.jpg", exif=how)
+    editing = object.__new__(diffusers.FluxImg2ImgPipeline)
+    (call,) = call_arguments(editing, Drawing(prompts=[{"prompt": "a", "image": str(edits / "photo.jpg")}]))
+    assert call["image"].size == (6, 8)
 
 
 def test_pictures_and_frames_are_bytes_and_refusals_are_words():

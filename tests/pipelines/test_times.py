@@ -4,13 +4,14 @@ import time
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokdyn
 from tests.contract.models import TINY, sample
 from tests.contract.pipelines import PIPES, build, images
 from tests.contract.widths import blocks_of
-from tokdyn import DepthSkip, FeatureCache, TokenMerge
+from tokdyn import DepthSkip, FeatureCache, InputError, TokenMerge
 from tokdyn.trace.timing import Stopwatch
 
 CACHED = [FeatureCache(steps=(0, 2))]
@@ -75,6 +76,18 @@ def test_dense_calls_beside_change_nothing(name):
     assert tokdyn.stats(pipe).dense_seconds is None
 
 
+def test_dense_calls_beside_a_cache_of_diffusers_are_refused():
+    """They would move its state on."""
+    pipe = tokdyn.wrap(build("Flux"), [TokenMerge(ratio=0.5)])
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.3))
+    with tokdyn.beside_dense(pipe), pytest.raises(InputError, match=r"FirstBlockCacheConfig .*disable_cache"):
+        images(pipe, "Flux", 2)
+    pipe.transformer.disable_cache()
+    with tokdyn.beside_dense(pipe):
+        images(pipe, "Flux", 2)
+    assert tokdyn.stats(pipe).speedup
+
+
 def test_a_model_alone_is_timed_in_sampling_and_not_in_training():
     model, inputs = tokdyn.wrap(TINY["DiTTransformer2DModel"].build(), CACHED), TINY["DiTTransformer2DModel"].inputs(2)
     with torch.no_grad():
@@ -96,6 +109,18 @@ def test_the_time_of_a_pipeline_is_not_that_of_a_later_call():
     with torch.no_grad():
         pipe.transformer(torch.randn(1, 4, 8, 8), timestep=torch.tensor([5]), class_labels=torch.tensor([1]))
     assert tokdyn.stats(pipe).pipeline_seconds is None
+
+
+def test_calls_without_methods_and_calls_that_fail_early_leave_the_statistics():
+    pipe = tokdyn.wrap(build("DiT"), CACHED)
+    images(pipe, "DiT", 3)
+    before = tokdyn.stats(pipe)
+    with tokdyn.disabled(pipe):
+        images(pipe, "DiT", 1)
+    assert tokdyn.stats(pipe) == before
+    with pytest.raises(TypeError):
+        pipe(class_labels=None)
+    assert tokdyn.stats(pipe) == before
 
 
 @torch.no_grad()

@@ -171,6 +171,14 @@ def test_both_experts_are_wrapped_and_share_the_steps() -> None:
     assert sum(found.values()) == 3
 
 
+def test_statistics_are_those_of_the_last_call_also_if_one_expert_had_no_part_in_it() -> None:
+    pipe = tokdyn.wrap(experts(), ALWAYS)
+    images(pipe, "Wan", 6)
+    images(pipe, "Wan", 1)  # high noise alone
+    assert [call.step for call in tokdyn.stats(pipe).calls] == [0, 0]
+    assert tokdyn.stats(pipe).pipeline_seconds
+
+
 def test_each_expert_may_have_methods_of_its_own(tmp_path: Any) -> None:
     pipe = tokdyn.wrap(experts(), {"transformer_2": [Chunking(target=2)]})
     assert [method.target for method, _ in tokdyn.parts(pipe.transformer_2)] == [2]
@@ -195,6 +203,30 @@ def test_methods_saved_from_a_model_load_into_its_pipeline(tmp_path: Any) -> Non
     assert torch.equal(images(again, "SD3"), expected)
     with pytest.raises(tokdyn.CheckpointError, match="no methods"):
         tokdyn.load(build("SD3"), tmp_path / "nowhere")
+
+
+def test_saving_replaces_the_methods_of_other_denoisers_and_of_a_model(tmp_path: Any) -> None:
+    pipe = tokdyn.wrap(experts(), [*ALWAYS, Chunking()])
+    tokdyn.save(pipe, tmp_path)
+    tokdyn.wrap(tokdyn.unwrap(pipe), {"transformer": [DepthSkip(blocks=(1,))]})
+    tokdyn.save(pipe, tmp_path)
+    tokdyn.load(tokdyn.unwrap(pipe), tmp_path)
+    with pytest.raises(tokdyn.InputError, match="not wrapped"):
+        tokdyn.stats(pipe.transformer_2)
+    one = build("SD3")
+    tokdyn.save(tokdyn.wrap(one.transformer, ALWAYS), tmp_path)
+    tokdyn.unwrap(one.transformer)
+    tokdyn.save(tokdyn.wrap(one, [DepthSkip(blocks=(1,))]), tmp_path)
+    tokdyn.load(tokdyn.unwrap(one), tmp_path)
+    assert [method for method, _ in tokdyn.parts(one.transformer)] == [DepthSkip(blocks=(1,))]
+
+
+@pytest.mark.parametrize("methods", [FeatureCache(), "FeatureCache", None, {}, {"transformer": FeatureCache()}])
+def test_methods_that_are_no_list_are_refused(methods: Any) -> None:
+    pipe = build("SD3")
+    with pytest.raises(tokdyn.InputError, match=r"methods is|no denoiser is named"):
+        tokdyn.wrap(pipe, methods)
+    assert not tokdyn.pipelines.is_wrapped(pipe)
 
 
 def test_what_cannot_be_wrapped_is_refused_and_nothing_is_wrapped() -> None:

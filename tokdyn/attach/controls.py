@@ -221,7 +221,7 @@ def beside_dense(model: nn.Module) -> Iterator[None]:
     The results are those of the calls with methods; sampling takes as long as both.
 
     Raises:
-        InputError: the model is not wrapped.
+        InputError: the model is not wrapped. A call raises one if a cache of diffusers is enabled.
     """
     attachment = attached(model)
     before = attachment.settings.beside_dense

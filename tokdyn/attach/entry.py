@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -47,6 +47,8 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     containers.check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
+    if isinstance(methods, Method | str) or not isinstance(methods, Iterable):
+        raise InputError(f"methods is {methods!r}; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
     for method in methods:
         if not isinstance(method, Method):
             raise InputError(f"{method!r} is not a method; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
@@ -191,6 +193,11 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             images = adapter.image_tokens(model, named)
     prepared = attachment.prepare(model, named, images)
     if attachment.settings.beside_dense and prepared.seen is not None:
+        if (cache := getattr(model, "_cache_config", None)) is not None:
+            raise InputError(
+                f"diffusers' {type(cache).__name__} on this {type(model).__name__} would take the call without methods "
+                "for a step; disable it (disable_cache), or leave out tokdyn.beside_dense."
+            )
         with disabled(model), torch.no_grad(), prepared.seen.timing_dense():
             model(*args, **kwargs)
     return prepared

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap as wrap_text
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import Pixels, write_png
 
+_WIDTH = 256  # pixels; narrower pictures are enlarged to about this width
+_LINE = 22  # letters of a prompt in a line beside its pair
 _WARM_UP = 2  # steps of a call before the first one that is timed
 
 
@@ -85,17 +88,20 @@ class Compared:
         return statistics.median(known) if known else None
 
     def picture(self) -> Pixels:
-        """Draw the pairs side by side, one in each row; of several pictures or frames the middle one."""
+        """Draw the pairs side by side, one in each row; of several pictures or frames the middle one.
+
+        Smaller pictures have white margins. Tiny ones are enlarged by a whole factor.
+        """
         images = [frames[len(frames) // 2] for pair in self.pairs for frames in (pair.without, pair.acting)]
         captions = [
             text
             for pair in self.pairs
             for text in (f"{pair.seconds[0]:.2f} s", f"{pair.seconds[1]:.2f} s, PSNR {pair.psnr:.1f} dB")
         ]
-        titles = [f"{pair.prompt}, seed {pair.seed}" for pair in self.pairs]
-        return image_grid(
-            np.stack(images), 2, captions, row_titles=titles, column_titles=["without methods", self.methods]
-        )
+        titles = ["\n".join([*wrap_text(pair.prompt, _LINE), f"seed {pair.seed}"]) for pair in self.pairs]
+        cells, columns = _on_cells(images), ["without methods", self.methods]
+        scale = max(1, round(_WIDTH / cells.shape[2]))
+        return image_grid(cells, 2, captions, row_titles=titles, column_titles=columns, scale=scale)
 
     def save(self, path: str | Path) -> Path:
         """Write the pairs side by side as a PNG file.
@@ -210,10 +216,11 @@ def _calls(pipe: Any, prompts: Iterable[Any], call: Mapping[str, Any]) -> list[t
     """Return the name and the arguments of every call."""
     if not is_pipeline(pipe):
         raise InputError(f"{type(pipe).__name__} is not a pipeline; compare takes pipelines of diffusers.")
-    own = [name for name in ("generator", "output_type", "return_dict") if name in call]
+    given = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+    named_by_user = {*call, *(name for each in given if isinstance(each, Mapping) for name in each)}
+    own = [name for name in ("generator", "output_type", "return_dict") if name in named_by_user]
     if own:
         raise InputError(f"compare sets {own[0]} itself; leave it out (seed= chooses the noise).")
-    given = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
     if not given:
         raise InputError("there are no prompts; give some, such as ['a red cube', 'a street in the rain'].")
     first = next(name for name in inspect.signature(type(pipe).__call__).parameters if name != "self")
@@ -244,6 +251,16 @@ def _pair(name: str, seed: int, without: tuple[Pixels, float], acting: tuple[Pix
     similar = ssim(image, reference).mean().item() if min(image.shape[-2:]) >= WINDOW else None
     ratio = psnr(image, reference).mean().item()
     return Pair(name, seed, without[0], acting[0], (without[1], acting[1]), ratio, similar)
+
+
+def _on_cells(images: Sequence[Pixels]) -> Pixels:
+    """Put (H, W, 3) pictures at the bottom of equal white cells, above their captions: (N, height, width, 3)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    cells = np.full((len(images), height, width, 3), 255, np.uint8)
+    for cell, image in zip(cells, images, strict=True):
+        left = (width - image.shape[1]) // 2
+        cell[height - image.shape[0] :, left : left + image.shape[1]] = image
+    return cells
 
 
 def _planes(pixels: Pixels) -> Tensor:

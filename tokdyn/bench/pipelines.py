@@ -26,6 +26,7 @@ from tokdyn.pipelines.drawing import Drawing, call_arguments, title_of
 from tokdyn.pipelines.opening import open_pipeline
 
 UNITS = "a multiply-add is 2 FLOPs, of blocks and methods"
+_SHOWN = ("steps", "guidance", "height", "width", "frames", "seed", "precision")  # settings, on the page
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
@@ -115,11 +116,16 @@ def bench_pipeline(config: PipelineBenchConfig, stacks: Sequence[Stack], timed: 
     for stack in acting:
         if stack.model is not None:
             raise RecipeError(f"the stack {stack.name} names a model, but all stacks act on {config.model}; remove it.")
+    if not timed:
+        require_folder(config.out)
     settle_memory()
     device = open_device(config.device)
     pipe = open_pipeline(config.model, device, config.precision)
     calls = call_arguments(pipe, config)
     calls = calls[:1] * config.rounds if timed else calls
+    for stack in acting:  # all of them fit before the first is measured
+        attach(pipe, stack)
+        unwrap(pipe)
     compared = {}
     for stack in acting:
         attach(pipe, stack)
@@ -180,6 +186,7 @@ def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str
     )
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     count = len(config.prompts)
+    settings = (f"{name} {value}" for name in _SHOWN if (value := getattr(config, name)) is not None)
     shown = "".join(
         f'<h2>{escape(name)}</h2><p><img src="{path.name}" alt="pairs of {escape(name)}"></p>\n'
         for name, path in pictures.items()
@@ -188,6 +195,7 @@ def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Pairs of pictures</title>'
         f"<style>{_STYLE}</style>\n<h1>{escape(config.model)}, without methods and with them</h1>"
         f"<p>{count} prompt{'s' * (count > 1)}, from {escape(title_of(config.prompts[0]))}; pairs have the same noise. "
+        f"Settings: {', '.join(settings)}; others are the pipeline's own. "
         f"Times are medians of whole calls, in turn; FLOPs are relative to those without methods ({UNITS}).</p>\n"
         f"<table><tr>{head}</tr>\n{body}</table>\n{shown}<p>{escape(machine)}</p></html>\n"
     )

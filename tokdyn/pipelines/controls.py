@@ -61,6 +61,8 @@ def wrap(
         return target
     models = denoisers(target)
     chosen = dict(methods) if isinstance(methods, Mapping) else dict.fromkeys(models, methods)
+    if not chosen:
+        raise InputError(f"no denoiser is named; give methods for {', '.join(map(repr, models))}, or a list for all.")
     for name in chosen:
         if name not in models:
             raise InputError(
@@ -140,7 +142,7 @@ def beside_dense(target: Any) -> Iterator[None]:
         target: a wrapped model or pipeline.
 
     Raises:
-        InputError: it is not wrapped.
+        InputError: it is not wrapped. A call raises one if a cache of diffusers is enabled.
     """
     with ExitStack() as stack:
         for model in _wrapped(target).values():
@@ -209,8 +211,12 @@ def save(target: Any, folder: str | Path) -> Path:
     where = Path(folder).expanduser()
     if not is_pipeline(target):
         return attach.save(target, where)
-    for name, model in _wrapped(target).items():
+    wrapped = _wrapped(target)
+    for name, model in wrapped.items():
         attach.save(model, where / name)
+    for earlier in {where, *(where / name for name in denoisers(target))} - {where / name for name in wrapped}:
+        for file in (attach.CONFIG, attach.WEIGHTS):  # of a call with other denoisers, or with a model
+            (earlier / file).unlink(missing_ok=True)
     return where
 
 
@@ -291,12 +297,18 @@ def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[st
     found = {name: attachment_of(model) for name, model in models.items()}
     attachments = {name: each for name, each in found.items() if each is not None}
     teller, timer = Teller(pipe, attachments), Stopwatch(home(next(iter(models.values()))))
-    teller.begin()
+    before = [(each, list(each.history), each.trajectory.pipeline) for each in attachments.values()]
+    for attachment in attachments.values():
+        attachment.end()
+        attachment.forget()
     try:
         with listening(pipe.components, teller):
             return plain(pipe, *args, **kwargs)
     finally:
         timer.stop()
-        for attachment in attachments.values():
+        called = any(each.records for each in attachments.values())
+        for attachment, history, earlier in before:
             attachment.end()
-            attachment.trajectory.pipeline = timer
+            attachment.trajectory.pipeline = timer if called else earlier
+            if not called:  # a call without methods, or one that failed early, is no trajectory
+                attachment.history[:] = history

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -17,6 +17,8 @@ from tokdyn.errors import InputError
 from tokdyn.section import Section
 from tokdyn.seeds import noise_generator
 
+_OWN = ("generator", "output_type", "return_dict")  # arguments that `draw` gives
+_SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
 _IMAGES = ("image", "mask_image", "control_image", "last_image", "image_reference")
 
 
@@ -34,20 +36,33 @@ def read_prompts(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     path = Path(value).expanduser()
-    if path.suffix not in (".txt", ".json", ".yaml", ".yml"):
+    if path.suffix not in _READERS:
         return [value]
     if not path.is_file():
         raise ValueError(f"the file of prompts {value} does not exist")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".txt":
-        return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"the file of prompts {value} cannot be read: {error}") from error
+        text = path.read_text(encoding="utf-8")
+        content = _READERS[path.suffix](text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the file of prompts {value} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, list) or not all(isinstance(each, (str, dict)) for each in content):
         raise ValueError(f"the file of prompts {value} holds no list of texts and dictionaries")
+    if not content:
+        raise ValueError(f"the file of prompts {value} is empty")
     return [_located(each, path.parent) if isinstance(each, dict) else each for each in content]
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines that are not blank."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".txt": _lines,
+    ".json": json.loads,
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+}
 
 
 def _located(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -98,7 +113,7 @@ def call_arguments(pipe: Any, drawing: Drawing) -> list[dict[str, Any]]:
     """Return the arguments of a call of the pipeline for each prompt, images of edits included.
 
     Raises:
-        InputError: the pipeline has no such setting, or an image cannot be read.
+        InputError: the pipeline has no such setting, a prompt asks for several pictures, or an image cannot be read.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     wanted = {
@@ -115,6 +130,13 @@ def call_arguments(pipe: Any, drawing: Drawing) -> list[dict[str, Any]]:
     for prompt in drawing.prompts:
         entry: Mapping[str, Any] = prompt if isinstance(prompt, dict) else {"prompt": prompt}
         given = {**shared, **{name: _opened(value) if name in _IMAGES else value for name, value in entry.items()}}
+        own = [name for name in given if name in _OWN]
+        if own:
+            raise InputError(f"a prompt sets {own[0]}, which is set for all of them; leave it out.")
+        several = [name for name in _SEVERAL if given.get(name, 1) != 1]
+        if several or isinstance(given.get("prompt"), list):
+            what = several[0] if several else "a list of texts"
+            raise InputError(f"a prompt has {what}; write an entry for each picture, which has noise of its own.")
         unknown = [name for name in given if name not in accepted]
         if unknown:
             raise InputError(f"{type(pipe).__name__} has no setting {unknown[0]}; leave it out.")
@@ -123,8 +145,8 @@ def call_arguments(pipe: Any, drawing: Drawing) -> list[dict[str, Any]]:
 
 
 def _opened(value: Any) -> Any:
-    """Open an image, or a list of them, given by path."""
-    from PIL import Image
+    """Open an image upright, or a list of them, given by path."""
+    from PIL import Image, ImageOps
 
     if isinstance(value, list):
         return [_opened(each) for each in value]
@@ -132,9 +154,16 @@ def _opened(value: Any) -> Any:
         return value
     try:
         with Image.open(value) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # upright, as diffusers loads it
     except OSError as error:
         raise InputError(f"{value} cannot be read as an image: {error}.") from error
+
+
+def images_of(prompt: str | Mapping[str, Any]) -> list[Path]:
+    """Return the paths of the images that a prompt names."""
+    named = [prompt[name] for name in _IMAGES if name in prompt] if isinstance(prompt, Mapping) else []
+    every = [path for each in named for path in (each if isinstance(each, list) else [each])]
+    return [Path(path) for path in every if isinstance(path, str)]
 
 
 def draw(pipe: Any, arguments: Mapping[str, Any], seed: int) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ def image_grid(
         images: (N, H, W, 3) uint8, row after row.
         columns: images per row; None makes the grid about square.
         captions: N texts to write below the images.
-        row_titles: one text to the left of each row.
+        row_titles: one text of one or several lines to the left of each row.
         column_titles: one text above each column.
         title: one line above the grid.
         scale: whole factor to enlarge by, without smoothing; None enlarges small images to about 96 pixels.
@@ -55,13 +55,14 @@ def image_grid(
     ):
         if texts is not None and len(texts) != expected:
             raise InputError(f"{len(texts)} {name} were given for a grid of {expected}: give one text for each.")
-    captions, row_titles, column_titles = (
-        texts and [with_drawable_letters(text) for text in texts] for texts in (captions, row_titles, column_titles)
+    captions, column_titles = (
+        texts and [with_drawable_letters(text) for text in texts] for texts in (captions, column_titles)
     )
+    row_titles = row_titles and ["\n".join(map(with_drawable_letters, text.split("\n"))) for text in row_titles]
     title = title and with_drawable_letters(title)
     scale = scale or max(1, round(_CELL / width))
     cell_h, cell_w = height * scale, width * scale
-    size = max(11, min(16, cell_w // 8))
+    size = max(11, min(16, cell_w // 8), cell_w // 32)  # readable where a page shows large images smaller
     font, heading = _font(size), _font(size + 3, bold=True)
     below = size + 8 if captions else 0
     left = _MARGIN + (10 + max(_width(heading, text) for text in row_titles) if row_titles else 0)
@@ -85,10 +86,11 @@ def image_grid(
             text = _shortened(font, captions[index], cell_w)
             draw.text((x + cell_w / 2, y + cell_h + 4), text, MUTED, font, anchor="ma")
     for row, text in enumerate(row_titles or ()):
-        draw.text((left - 10, top + row * (cell_h + below + _GAP) + cell_h / 2), text, INK, heading, anchor="rm")
+        middle = top + row * (cell_h + below + _GAP) + cell_h / 2
+        draw.multiline_text((left - 10, middle), text, INK, heading, anchor="rm", align="right")
     for column, text in enumerate(column_titles or ()):
-        middle = left + column * (cell_w + _GAP) + cell_w / 2
-        draw.text((middle, top - 8), _shortened(font, text, cell_w), INK, font, anchor="ms")
+        center = left + column * (cell_w + _GAP) + cell_w / 2
+        draw.text((center, top - 8), _shortened(font, text, cell_w), INK, font, anchor="ms")
     return np.asarray(page)
 
 
@@ -98,8 +100,8 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _width(font: ImageFont.FreeTypeFont, text: str) -> int:
-    """Return the width of a text in pixels."""
-    return math.ceil(font.getlength(text))
+    """Return the width of a text in pixels, that of its longest line."""
+    return math.ceil(max(map(font.getlength, text.split("\n"))))
 
 
 def _shortened(font: ImageFont.FreeTypeFont, text: str, width: int) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,11 @@ from PIL import Image
 
 from tokdyn import __version__
 from tokdyn.attach import CONFIG, WEIGHTS
-from tokdyn.errors import RecipeError
+from tokdyn.errors import InputError, RecipeError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, stats
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, title_of
+from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, images_of, title_of
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
@@ -68,6 +69,7 @@ class Drawn:
         denoiser_seconds: time of the calls of the transformer in it; None without methods.
         cached: calls of the transformer that were reused from the step before.
         share: FLOPs of blocks and methods over those without methods; None where that is not known.
+        images: SHA-256 of the images that the prompt names; None without any.
     """
 
     prompt: str
@@ -77,6 +79,7 @@ class Drawn:
     denoiser_seconds: float | None = None
     cached: int | None = None
     share: float | None = None
+    images: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ class PipelineSamples:
     Attributes:
         folder: holds the pictures, grid.png and sample.json.
         drawn: one entry for each prompt.
+        titles: the beginning of each prompt.
         table: the statistics of the last call, to be printed; None without methods or if nothing was missing.
     """
 
     folder: Path
     drawn: tuple[Drawn, ...]
+    titles: tuple[str, ...]
     table: str | None
 
 
@@ -109,12 +114,12 @@ def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
     facts["methods"] = None if config.methods is None else _content(config.methods)
     known = _earlier(out, facts)
     names = [_file_name(place, each) for place, each in enumerate(config.prompts)]
-    wanted = [(_text(each), config.seed + place) for place, each in enumerate(config.prompts)]
+    wanted = [(_text(each), config.seed + place, _images(each)) for place, each in enumerate(config.prompts)]
     missing = [
         place
-        for place, (prompt, seed) in enumerate(wanted)
+        for place, which in enumerate(wanted)
         if (before := known.get(place)) is None
-        or (before.prompt, before.seed) != (prompt, seed)
+        or (before.prompt, before.seed, before.images) != which
         or not (out / before.file).is_file()
     ]
     table = None
@@ -129,7 +134,8 @@ def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
                 pixels = draw(pipe, calls[place], config.seed + place)
                 seconds = time.perf_counter() - start
                 file = _write(out / names[place], pixels)
-                known[place] = Drawn(*wanted[place], file, seconds)
+                prompt, seed, images = wanted[place]
+                known[place] = Drawn(prompt, seed, file, seconds, images=images)
                 if config.methods is not None:
                     found = stats(pipe)
                     known[place] = replace(
@@ -139,8 +145,9 @@ def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
                 _save(out, facts, known, describe(device))
                 advance(1)
     drawn = tuple(known[place] for place in range(len(wanted)))
-    _overview(out, drawn, [title_of(each) for each in config.prompts])
-    return PipelineSamples(out, drawn, table)
+    titles = tuple(map(title_of, config.prompts))
+    _overview(out, drawn, titles)
+    return PipelineSamples(out, drawn, titles, table)
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -158,6 +165,16 @@ def _content(folder: Path) -> dict[str, Any]:
 
 def _text(prompt: str | dict[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def _images(prompt: str | dict[str, Any]) -> str | None:
+    """Hash the images that a prompt names, which may have been changed since they were drawn from."""
+    digest, paths = hashlib.sha256(), images_of(prompt)
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path} cannot be read as an image: there is no such file.")
+        digest.update(path.read_bytes())
+    return digest.hexdigest() if paths else None
 
 
 def _earlier(out: Path, facts: dict[str, Any]) -> dict[int, Drawn]:
@@ -205,7 +222,7 @@ def _write(path: Path, pixels: NDArray[np.uint8]) -> str:
     return where.name
 
 
-def _overview(out: Path, drawn: tuple[Drawn, ...], titles: list[str]) -> None:
+def _overview(out: Path, drawn: tuple[Drawn, ...], titles: Sequence[str]) -> None:
     """Draw all pictures, the first frames of videos, in one grid, if they have one size."""
     images = []
     for each in drawn:
