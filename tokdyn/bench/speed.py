@@ -28,7 +28,6 @@ from tokdyn.cost import flops
 from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath
 from tokdyn.host import open_device, settle_memory
-from tokdyn.methods.registry import from_settings
 from tokdyn.models import DCDiT, DiT
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
@@ -268,7 +267,7 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
                 f"The stack {stack.name} has folder={stack.folder}, but the methods in it need trained weights, which "
                 f"the named model {place} does not have: set model to a checkpoint."
             )
-        rewrap(model, [from_settings(each) for each in stack.methods])
+        rewrap(model, stack.for_model())
     attachment = attachment_of(model)
     if attachment is None:
         return model
