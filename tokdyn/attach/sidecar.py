@@ -106,8 +106,7 @@ def load(model: Model, folder: str | Path, level: Level | None = None) -> Model:
         raise CheckpointError(
             f"{where / WEIGHTS} does not hold the weights of the methods in {CONFIG} ({error}); save them again."
         ) from error
-    if watch := attached(model).watch:
-        watch.first.settle()
+    attached(model).watch.first.settle()
     return model
 
 

@@ -188,7 +188,8 @@ def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
     if len(found) == 1:
         return found[0]
     calls = sorted((call for each in found for call in each.calls), key=lambda call: call.step)
-    return TrajectoryStats(type(target).__name__, tuple(calls), found[0].pipeline_seconds)
+    short = {name: shares for each in reversed(found) for name, shares in each.shortfalls.items()}
+    return TrajectoryStats(type(target).__name__, tuple(calls), found[0].pipeline_seconds, short)
 
 
 def save(target: Any, folder: str | Path) -> Path:
