@@ -57,7 +57,7 @@ def _cache(model: str, given: argparse.Namespace) -> dict[str, Any]:
         model=model, method="cache", out=out, cache_steps=given.cache_steps, scheduler="dpm", steps=given.steps,
         guidance=given.guidance, count=16, batch_size=16,
     )  # fmt: skip
-    return to_settings(calibrate_from_disk(config).method)
+    return to_settings(calibrate_from_disk(config)[""].method)
 
 
 def by_name(content: dict[str, Any]) -> dict[str, Any]:

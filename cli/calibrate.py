@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .frame import command
 from .output import Json, as_json, pairs, table
 from .settings import read
+
+if TYPE_CHECKING:
+    from tokdyn.calibration.command import CalibrateResult
 
 
 def _settings() -> type:
@@ -35,31 +38,41 @@ def register(app: typer.Typer) -> None:
     def calibrate(ctx: typer.Context, json: Json = False) -> None:
         """Calibrate DepthSkip or FeatureCache for a model.
 
-        The blocks to skip, or the threshold of the cache, are chosen by measurements on sampled images.
+        The blocks to skip, or the threshold of the cache, are chosen by measurements on sampled images. Of a pipeline
+        with several denoisers, each is calibrated on the calls that it gets.
         """
         from tokdyn.calibration.command import calibrate_from_disk
         from tokdyn.calibration.config import CalibrateConfig
 
-        result = calibrate_from_disk(read(ctx.args, CalibrateConfig, ["model"]))
+        found = calibrate_from_disk(read(ctx.args, CalibrateConfig, ["model"]))
         if json:
-            as_json({"folder": result.folder, **result.report})
+            reports = {name: {"folder": each.folder, **each.report} for name, each in found.items()}
+            as_json(reports.get("", {"denoisers": reports}))
             return
-        report = result.report
-        if report["settings"]["method"] == "skip":
-            table(["noise level", "skipped blocks", "error of the output"], map(_row, reversed(report["levels"])))
-        else:
-            method = report["method"]
-            pairs(
-                [
-                    ("polynomial", ", ".join(f"{c:.4g}" for c in method["coefficients"])),
-                    ("explains", f"{report['explained_variance']:.1%} of the variance"),
-                    ("threshold", f"{method['threshold']:.4g}"),
-                    ("blocks run in", f"{report['computed_steps']:.1%} of the steps"),
-                ]
-            )
-        typer.echo(f"\n{report['flops']:.1%} of the FLOPs remain (a multiply-add is 2 FLOPs). In {result.folder}:")
-        for name in ("tokdyn_config.json", "calibration.json", "calibration.png"):
-            typer.echo(f"  {result.folder / name}")
+        for name, each in found.items():
+            if name:
+                typer.echo(f"{name}:")
+            _show(each)
+
+
+def _show(result: CalibrateResult) -> None:
+    """Print what was found for a model."""
+    report = result.report
+    if report["settings"]["method"] == "skip":
+        table(["noise level", "skipped blocks", "error of the output"], map(_row, reversed(report["levels"])))
+    else:
+        method = report["method"]
+        pairs(
+            [
+                ("polynomial", ", ".join(f"{c:.4g}" for c in method["coefficients"])),
+                ("explains", f"{report['explained_variance']:.1%} of the variance"),
+                ("threshold", f"{method['threshold']:.4g}"),
+                ("blocks run in", f"{report['computed_steps']:.1%} of the steps"),
+            ]
+        )
+    typer.echo(f"\n{report['flops']:.1%} of the FLOPs remain (a multiply-add is 2 FLOPs). In {result.folder}:")
+    for name in ("tokdyn_config.json", "calibration.json", "calibration.png"):
+        typer.echo(f"  {result.folder / name}")
 
 
 def _row(level: dict[str, Any]) -> tuple[str, str, str]:

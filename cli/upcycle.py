@@ -65,15 +65,15 @@ def register(app: typer.Typer) -> None:
 
         If the base is a text-to-image pipeline of diffusers, Chunking is attached to its transformer, which is trained
         on images that it draws itself to predict with fewer tokens what it predicts with all of them. The settings are
-        then those of a pipeline: prompts=FILE.txt, steps, lr, trained=all; see docs/upcycling.md.
+        then those of a pipeline: prompts=FILE, steps, lr, trained=all; see docs/upcycling.md.
         """
         from tokdyn.bases.opening import check_name
         from tokdyn.errors import RecipeError
+        from tokdyn.pipelines.opening import names_pipeline
         from tokdyn.recipe import Recipe, load
         from tokdyn.recipe.from_base import upcycling_recipe
-        from tokdyn.upcycling.command import is_pipeline
 
-        if is_pipeline(base):
+        if names_pipeline(base):
             if dry_run or recipe is not None:
                 raise RecipeError(
                     f"{base} is a pipeline, which is trained without a recipe; remove "

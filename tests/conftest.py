@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 # Before any test imports torch, matplotlib or a hub client.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +24,9 @@ from tests.pairwise import covering
 # Times measure the machine and not the code; derandomised runs fail the same way for everybody.
 settings.register_profile("tokdyn", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tokdyn")
+
+
+WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square")  # of the text encoders of pipelines
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,28 +115,54 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
+def tokenizer() -> Any:
+    """Build a tokenizer of seven words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a PixArt pipeline with a tokenizer and a text encoder."""
     transformers = pytest.importorskip("transformers")
     import diffusers
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     from tests.contract.models import TINY
     from tests.contract.pipelines import vae
 
-    words = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", "a", "red", "blue", "square"))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast_tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
     model = TINY["PixArtTransformer2DModel"].build()
     torch.manual_seed(0)
     width = model.config.caption_channels
-    config = transformers.T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    config = transformers.T5Config(vocab_size=len(WORDS), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     encoder = transformers.T5EncoderModel(config).eval()
-    pipe = diffusers.PixArtSigmaPipeline(fast_tokenizer, encoder, vae(), model, diffusers.DDIMScheduler())
+    pipe = diffusers.PixArtSigmaPipeline(tokenizer(), encoder, vae(), model, diffusers.DDIMScheduler())
     folder = tmp_path_factory.mktemp("pipe") / "pixart"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a Wan 2.2 pipeline, whose second transformer takes over below a noise level of 0.875."""
+    transformers = pytest.importorskip("transformers")
+    from tests.contract.pipelines import build
+
+    pipe, other = build("Wan"), build("Wan").transformer
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(vocab_size=len(WORDS), d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    encoder = transformers.UMT5EncoderModel(config).eval()
+    pipe.register_modules(transformer_2=other, tokenizer=tokenizer(), text_encoder=encoder)
+    pipe.register_to_config(boundary_ratio=0.875)
+    folder = tmp_path_factory.mktemp("pipe") / "wan"
     pipe.save_pretrained(folder)
     return folder

@@ -65,7 +65,7 @@ def wan(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
     pipe, other = build("Wan").to(torch_dtype), build("Wan")
     if "2.2" in name:
         pipe.register_modules(transformer_2=other.transformer.to(torch_dtype))
-        pipe.register_to_config(boundary_ratio=0.875)
+        pipe.register_to_config(boundary_ratio=0.8)
     pipe.__class__ = TinyWan
     return pipe
 

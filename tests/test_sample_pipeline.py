@@ -130,7 +130,8 @@ def test_what_the_hub_says_is_passed_on(error, match, monkeypatch, tmp_path):
     def refuse(*_):
         raise error.__new__(error)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("tokdyn.bases.hub.reachable", lambda: True)
+    monkeypatch.setattr("tokdyn.bases.hub.hf_hub_download", refuse)
     monkeypatch.chdir(tmp_path)
     words = ["somebody/some-pipeline", "prompts=a", "height=8", "width=8"]
     shown = run(*words, code=2)

@@ -34,8 +34,19 @@ if TYPE_CHECKING:
     from tokdyn.calibration import calibrate
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT
-    from tokdyn.pipelines import beside_dense, disabled, flops, load, reset, save, set_tail_drop, stats, unwrap, wrap
-    from tokdyn.recorder import recording
+    from tokdyn.pipelines import (
+        beside_dense,
+        disabled,
+        flops,
+        load,
+        recording,
+        reset,
+        save,
+        set_tail_drop,
+        stats,
+        unwrap,
+        wrap,
+    )
     from tokdyn.upcycling import upcycle
 
 __version__ = "0.1.0.dev0"
@@ -96,7 +107,19 @@ _LAZY = {
         "tokdyn.attach",
     ),
     **dict.fromkeys(
-        ("beside_dense", "disabled", "flops", "load", "reset", "save", "set_tail_drop", "stats", "unwrap", "wrap"),
+        (
+            "beside_dense",
+            "disabled",
+            "flops",
+            "load",
+            "recording",
+            "reset",
+            "save",
+            "set_tail_drop",
+            "stats",
+            "unwrap",
+            "wrap",
+        ),
         "tokdyn.pipelines",
     ),
     "upcycle": "tokdyn.upcycling",
@@ -106,7 +129,6 @@ _LAZY = {
     ),
     "calibrate": "tokdyn.calibration",
     "compare": "tokdyn.bench.compare",
-    "recording": "tokdyn.recorder",
     "DCDiT": "tokdyn.models",
     "DiT": "tokdyn.models",
     "ModelMixin": "diffusers",  # diffusers' pipelines look it up in the module of a custom class to know how to load it

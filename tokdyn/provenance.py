@@ -218,6 +218,32 @@ class FirstCall:
             warnings.warn(text, UserWarning, stacklevel=_outside())
 
 
+class Shortfalls:
+    """Warns, once for each method, about calls that leave out fewer tokens than its settings ask for.
+
+    Args:
+        placed: the methods with their traits.
+    """
+
+    def __init__(self, placed: Sequence[Placed]) -> None:
+        self._reasons = {one.name: one.traits.short for one in placed}
+
+    def settle(self) -> None:
+        """Warn about nothing."""
+        self._reasons = {}
+
+    def see(self, model: nn.Module, found: Mapping[str, tuple[float, int, int]]) -> None:
+        """Look at a call after it was made: the share asked for, tokens left out and tokens, by the method's name."""
+        for name, (asked, reached, size) in found.items():
+            reason = self._reasons.pop(name, None)
+            if reason is not None:
+                text = (
+                    f"{name} on this {type(model).__name__} leaves out fewer tokens than its settings ask for: "
+                    f"{reached} of {size} ({reached / size:.1%}) and not {asked:.1%}; {reason}."
+                )
+                warnings.warn(text, UserWarning, stacklevel=_outside())
+
+
 class ClockCheck:
     """Holds an assumed direction of time against the first calls in sampling.
 
@@ -326,20 +352,32 @@ class Watch:
         first: the first call.
         clock: the direction of time.
         sampler: the sampler; None if no method was calibrated with one.
+        shortfalls: tokens left out.
     """
 
     first: FirstCall
     clock: ClockCheck
     sampler: SamplerCheck | None
+    shortfalls: Shortfalls
 
     @staticmethod
     def over(adapter: ModelAdapter, placed: Sequence[Placed], parts: nn.ModuleDict) -> Watch:
         """Watch over methods, given with their traits, and their trainable parts, by index in the user's list."""
         sampler = SamplerCheck.of([one.method for one in placed])
-        return Watch(FirstCall(placed, parts), ClockCheck(adapter.clock == "assumed"), sampler)
+        return Watch(FirstCall(placed, parts), ClockCheck(adapter.clock == "assumed"), sampler, Shortfalls(placed))
 
-    def see(self, model: nn.Module, seen: Observation | None, sampling: bool) -> Watch | None:
-        """Look at a call before it is made; return what is still to be watched.
+    @staticmethod
+    def over_nothing() -> Watch:
+        """Watch over calls that are none of the user's."""
+        return Watch(FirstCall((), nn.ModuleDict()), ClockCheck(assumed=False), None, Shortfalls(()))
+
+    def settle(self) -> None:
+        """Take the methods for what the user wants."""
+        self.first.settle()
+        self.shortfalls.settle()
+
+    def see(self, model: nn.Module, seen: Observation | None, sampling: bool) -> None:
+        """Look at a call before it is made.
 
         Raises:
             InputError: time runs the other way than assumed.
@@ -347,4 +385,3 @@ class Watch:
         self.first.see(model, sampling)
         if seen is not None:
             self.clock.see(model, seen)
-        return None if self.sampler is None and self.clock.settled else self

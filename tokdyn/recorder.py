@@ -22,7 +22,7 @@ def recording(model: nn.Module, host: bool = False) -> Iterator[list[Call]]:
     """Record the arguments of every call of the model, or of its forward, within this context.
 
     Args:
-        model: wrapped or not; of a pipeline, its transformer, as in `recording(pipe.transformer)`.
+        model: wrapped or not.
         host: copy tensors to the memory of the host, if the accelerator has none to spare.
 
     Yields:
@@ -33,8 +33,7 @@ def recording(model: nn.Module, host: bool = False) -> Iterator[list[Call]]:
     """
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"a {type(model).__name__} has no calls that can be recorded; give a torch module, such as "
-            "pipe.transformer of a pipeline."
+            f"a {type(model).__name__} has no calls that can be recorded; give a torch module, or a pipeline."
         )
     names = argument_names(model)
     calls: list[Call] = []

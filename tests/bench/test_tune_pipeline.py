@@ -9,7 +9,6 @@ from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 import tokdyn
-from tests.contract.pipelines import build
 from tokdyn.pipelines.drawing import draw
 from tokdyn.pipelines.opening import open_pipeline
 
@@ -53,11 +52,28 @@ def test_targets_knobs_and_pipelines_that_do_not_fit_are_refused(pipeline, tmp_p
     assert not (tmp_path / "o" / "tuned.json").exists()
 
 
-def test_a_pipeline_with_two_denoisers_is_refused(tmp_path, monkeypatch):
-    pipe = build("Wan")
-    pipe.register_modules(transformer_2=build("Wan").transformer)
-    monkeypatch.setattr("tokdyn.bench.tune_pipeline.open_pipeline", lambda *_: pipe)
-    from tokdyn.bench.tune_pipeline import PipelineTuneConfig, tune_pipeline
+def test_each_of_two_denoisers_gets_settings_of_its_own(experts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["steps=6", "height=32", "width=32", "frames=1", "device=cpu"]
+    run("tune", experts, "flops=0.7", "knobs=cache,skip", "trials=2", "finalists=1", "prompts=a red square", *size)
+    found = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
+    names = ["transformer", "transformer_2"]
+    assert all(list(trial["stack"]["methods"]) == names for trial in found["trials"])
+    assert all(0.65 <= trial["flops"] <= 0.7 for trial in found["trials"])
+    folders = [path.parent.name for path in (tmp_path / "tuned" / "methods").glob("*/tokdyn_config.json")]
+    assert sorted(folders) == names
+    run(*shlex.split(found["sample"])[1:], "prompts=a red square", "device=cpu", "out=drawn")
+    (drawn,) = json.loads((tmp_path / "drawn" / "sample.json").read_text())["drawn"].values()
+    run("bench", "quality", experts, "--stack", "tuned/stack.yaml", "prompts=a red square", *size, "out=again")
+    (row,) = json.loads((tmp_path / "again" / "quality.json").read_text())["stacks"].values()
+    (tried,) = {trial["flops"] for trial in found["trials"] if trial["stack"] == found["winner"]}
+    assert drawn["share"] == pytest.approx(tried)
+    assert row["flops_share"] == pytest.approx(tried)
 
-    with pytest.raises(tokdyn.InputError, match="transformer_2"):
-        tune_pipeline(PipelineTuneConfig(model="x", flops=0.5, out=tmp_path, device="cpu"))
+
+def test_methods_by_denoiser_are_for_pipelines(pipeline, saved, tmp_path):
+    stack = "{name: a, methods: {transformer_2: [{method: TokenMerge}]}}"
+    assert "transformer_2" in run("bench", "quality", pipeline, "--stack", stack, f"out={tmp_path}", *SMALL, code=2)
+    assert "transformer_2" in run("bench", "quality", saved, "--stack", stack, f"out={tmp_path}", code=2)
+    for wrong in ("3", "[3]", "{transformer: 3}", "{transformer: [{method: Merge}]}"):
+        assert "methods" in run("bench", "quality", pipeline, "--stack", f"{{name: a, methods: {wrong}}}", code=2)

@@ -91,10 +91,10 @@ def test_share_of_flops_holds_for_the_drawn_trajectories(saved, tmp_path):
     found = report(saved, "method=skip", "flops=0.6", "guidance=2", f"out={out}", *QUICK)
     config = CalibrateConfig(model=str(saved), method="skip", flops=0.6, guidance=2, steps=6, count=3, batch_size=2)
     subject = open_subject(config, torch.device("cpu"))
-    calls = trajectories(config, subject)
-    plain = sum(count(subject.model, **call)[0] for call in calls)
-    tokdyn.load(subject.model, out)
-    assert sum(count(subject.model, **call)[0] for call in calls) / plain == pytest.approx(found["flops"])
+    ((model, calls),) = zip(subject.models.values(), trajectories(config, subject).values(), strict=True)
+    plain = sum(count(model, **call)[0] for call in calls)
+    tokdyn.load(model, out)
+    assert sum(count(model, **call)[0] for call in calls) / plain == pytest.approx(found["flops"])
 
 
 def test_cache_writes_measurements_and_polynomial(saved, tmp_path):

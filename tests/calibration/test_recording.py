@@ -113,5 +113,5 @@ def test_recorded_pipeline_can_be_calibrated():
 
 
 def test_objects_without_calls_are_refused():
-    with pytest.raises(tokdyn.InputError, match=r"str .*pipe\.transformer"), tokdyn.recording("pipe"):
+    with pytest.raises(tokdyn.InputError, match=r"str .*pipeline"), tokdyn.recording("pipe"):
         pass

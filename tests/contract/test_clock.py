@@ -9,8 +9,9 @@ from torch import nn
 import tokdyn
 from tests.contract.foreign import INFERRED, undeclared
 from tests.contract.models import TINY, sample, sit
-from tokdyn import DepthSkip, FeatureCache, InputError
+from tokdyn import CheckpointError, DepthSkip, FeatureCache, InputError
 from tokdyn.adapters import adapter_for
+from tokdyn.calibration.after_training import rewrap
 
 STEPS = [0.95, 0.7, 0.45, 0.2]  # noise levels of a sampler
 
@@ -24,12 +25,16 @@ def time_of(level, noise_at_one):
 
 
 @torch.no_grad()
-def trajectory(model, noise_at_one, steps=STEPS):
+def path(model, noise_at_one, steps=STEPS):
     inputs = TINY["DiT"].inputs(2)
     noise, image = inputs["hidden_states"], torch.ones_like(inputs["hidden_states"])
     for level in steps:
         x = level * noise + (1 - level) * image
         model(**{**inputs, "hidden_states": x, "timestep": time_of(level, noise_at_one)})
+
+
+def trajectory(model, noise_at_one, steps=STEPS):
+    path(model, noise_at_one, steps)
     return tokdyn.stats(model)
 
 
@@ -130,6 +135,42 @@ def test_what_was_said_is_saved_and_copied(tmp_path):
     tokdyn.save(model, tmp_path)
     for again in (tokdyn.load(sit(), tmp_path), copy.deepcopy(model)):
         assert trajectory(again, True).cached == 3
+
+
+def test_a_function_is_asked_for_again(tmp_path):
+    def level(_, call):
+        return call["timestep"]
+
+    tokdyn.save(wrapped([FeatureCache(threshold=1e9)], level=level), tmp_path)
+    with pytest.raises(CheckpointError, match=r"tokdyn_config\.json.* level="):
+        tokdyn.load(sit(), tmp_path)
+    assert trajectory(tokdyn.load(sit(), tmp_path, level=level), True).cached == 3
+    tokdyn.save(wrapped([FeatureCache(threshold=1e9)], level=(0.0, 1.0)), tmp_path)
+    assert trajectory(tokdyn.load(sit(), tmp_path, level=(1.0, 0.0)), True).cached == 3
+
+
+def test_more_methods_keep_what_was_said():
+    model = wrapped([FeatureCache(threshold=1e9)], level=lambda _, call: call["timestep"])
+    rewrap(model, [DepthSkip(blocks=(1,))])
+    assert trajectory(model, True).cached == 3
+
+
+@pytest.mark.parametrize("level", [(1.0, 0.0), lambda _, call: call["timestep"]])
+def test_calibration_takes_it_too(level):
+    """With a level the calls of a model whose time runs the other way are those of one trajectory."""
+    model = sit()
+    with tokdyn.recording(model) as calls, torch.no_grad():
+        path(model, noise_at_one=True)
+    found = tokdyn.calibrate(model, calls, DepthSkip(), flops=0.8, levels=(0.5,), level=level)
+    assert [row[:2] for row in found.table] == [(0.0, 0.5), (0.5, 1.0)]
+    skipped = [set(blocks) for _, _, blocks in found.table]
+    steps = trajectory(tokdyn.wrap(model, [found], level=level), True).calls
+    assert [set(range(4)) - set(call.blocks) for call in steps] == [skipped[1]] * 2 + [skipped[0]] * 2
+    tokdyn.unwrap(model)
+    cache = tokdyn.calibrate(model, calls, FeatureCache(), steps=0.6, degree=1, level=level)
+    assert cache.fingerprint.endswith(":4@0.950-0.450-0.200")
+    with pytest.raises(InputError, match="level="):
+        tokdyn.calibrate(model, calls, FeatureCache(), steps=0.6, degree=1)
 
 
 def test_inferred_models_assume_and_declared_ones_know(monkeypatch):

@@ -40,6 +40,14 @@ def call(model, name="DiTTransformer2DModel"):
         return sample(model(**TINY[name].inputs(2)))
 
 
+def accept_untrained(model):
+    """Set every trained part by hand, as training does."""
+    with torch.no_grad():
+        for parameter in model.tokdyn.parameters():
+            parameter.add_(0.0)
+    return model
+
+
 @contextmanager
 def silence():
     with warnings.catch_warnings():
@@ -148,3 +156,75 @@ def test_a_pipeline_says_it_too():
     pipe = tokdyn.wrap(build("DiT"), [TokenDrop(rate=0.5)])
     with pytest.warns(UserWarning, match="TokenDrop"):
         images(pipe, "DiT")
+
+
+def tokens_of(model, name="DiTTransformer2DModel"):
+    """Call a model and return, of its first block, the image tokens and those that its attention saw."""
+    call(model, name)
+    (first, *_) = (block for block in tokdyn.traces(model)[-1].blocks)
+    return first.tokens, first.mean_tokens(first.attention)
+
+
+SHORT = "leaves out fewer tokens"
+
+
+def test_a_ratio_above_what_buckets_allow_is_told_once_with_what_is_reached():
+    """Of 4 x 4 tokens in buckets of 2 x 2, a quarter stays."""
+    model = model_with(TokenMerge(ratio=0.9))
+    with pytest.warns(UserWarning, match=r"TokenMerge .*12 of 16 \(75\.0%\) and not 90\.0%.*bucket") as seen:
+        assert tokens_of(model) == (16, 4)
+    assert [each.filename for each in seen] == [__file__]
+    with silence():
+        call(model)
+        assert tokdyn.stats(model).shortfalls == {"TokenMerge": (0.9, 0.75)}
+        assert "75.0%" in str(tokdyn.stats(model))
+        assert tokens_of(model_with(TokenMerge(ratio=0.75))) == (16, 4)
+        assert tokens_of(model_with(TokenMerge(ratio=0.9, bucket=4))) == (16, 2)
+        assert tokens_of(model_with(TokenMerge(ratio=0.6))) == (16, 7)  # rounded to whole tokens
+        assert tokdyn.stats(model_with(TokenMerge(ratio=0.6))).shortfalls == {}
+
+
+@pytest.mark.parametrize(
+    ("methods", "named", "reached"),
+    [
+        ([TokenMerge(ratio=0.05)], "TokenMerge", 0.0),
+        ([TokenMerge(ratio=((0.0, 0.95), (1.0, 0.95)))], "TokenMerge", 0.75),
+        ([Chunking(target=1.02)], "Chunking", 0.0),
+    ],
+)
+def test_other_shares_that_are_not_reached_are_told_too(methods, named, reached):
+    model = accept_untrained(model_with(*methods))
+    with pytest.warns(UserWarning, match=f"{named} .*{SHORT}"):
+        call(model)
+    assert tokdyn.stats(model).shortfalls[named][1] == reached
+
+
+def test_merging_inside_of_chunking_counts_the_tokens_that_are_left():
+    """Chunking leaves four of sixteen tokens, and there are four buckets: nothing is left to merge."""
+    model = accept_untrained(model_with(Chunking(target=4), TokenMerge(ratio=0.3)))
+    with pytest.warns(UserWarning, match=r"TokenMerge .*0 of 4 \(0\.0%\) and not 30\.0%"):
+        assert tokens_of(model) == (4, 4)
+
+
+def test_it_is_told_in_training_where_token_drop_acts():
+    inputs = TINY["DiTTransformer2DModel"].inputs(2)
+    model = model_with(TokenDrop(rate=0.05)).train()
+    with pytest.warns(UserWarning, match=rf"TokenDrop .*{SHORT}.*0 of 16"):
+        sample(model(**inputs))
+    with silence():
+        sample(model(**inputs))
+        sample(model_with(TokenDrop(rate=0.5)).train()(**inputs))
+
+
+def test_compiled_models_tell_it_and_accepted_ones_do_not():
+    torch._dynamo.reset()
+    compiled = torch.compile(model_with(TokenMerge(ratio=0.9)), fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match=f"TokenMerge .*{SHORT}"):
+        call(compiled)
+    with silence():
+        call(compiled)
+        call(tokdyn.attach.accept_methods(model_with(TokenMerge(ratio=0.9))))
+        model = model_with(TokenMerge(ratio=0.9))
+        tokdyn.flops(model, **TINY["DiTTransformer2DModel"].inputs(2))
+    with pytest.warns(UserWarning, match=SHORT):
+        call(model)

@@ -15,8 +15,9 @@ from tests.contract.pipelines import vae
 from tests.upcycling.models import small_base
 from tokdyn import DCDiT
 from tokdyn.errors import CheckpointError, InputError, OutputError
+from tokdyn.pipelines.opening import names_pipeline
 from tokdyn.upcycling import DistilSettings
-from tokdyn.upcycling.command import PipelineConfig, is_pipeline, upcycle_pipeline
+from tokdyn.upcycling.command import PipelineConfig, upcycle_pipeline
 
 SIZE = {"height": 16, "width": 16}
 
@@ -40,20 +41,20 @@ def without_transformer(folder: Path) -> Path:
 def test_only_pipelines_that_no_recipe_trains_are_upcycled_as_such(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert is_pipeline(str(pipeline))
-    assert not is_pipeline(str(pipeline / "transformer"))
+    assert names_pipeline(str(pipeline))
+    assert not names_pipeline(str(pipeline / "transformer"))
     monkeypatch.chdir(pipeline)
-    assert not is_pipeline(None)
+    assert not names_pipeline(None)
     models = {
         "theirs": TINY["DiTTransformer2DModel"].build(),
         "dit": small_base(in_channels=4),
         "dcdit": DCDiT(sample_size=8, hidden_size=16, depth=1, num_heads=2, num_classes=3),
     }
     for name, model in models.items():
-        assert not is_pipeline(str(class_conditional(model, tmp_path / name)))
-    assert not is_pipeline(str(without_transformer(tmp_path / "unet")))
+        assert not names_pipeline(str(class_conditional(model, tmp_path / name)))
+    assert not names_pipeline(str(without_transformer(tmp_path / "unet")))
     monkeypatch.setenv("HOME", str(pipeline.parent))
-    assert is_pipeline(f"~/{pipeline.name}")
+    assert names_pipeline(f"~/{pipeline.name}")
 
 
 def test_what_cannot_be_upcycled_is_refused(pipeline: Path, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_what_cannot_be_upcycled_is_refused(pipeline: Path, tmp_path: Path) -> N
     unet = without_transformer(tmp_path / "unet")
     cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
         (tmp_path, {}, CheckpointError, str(tmp_path)),
-        (unet, {}, InputError, "DDPMPipeline"),
+        (unet, {}, CheckpointError, "DDPMPipeline"),
         (classes, SIZE, InputError, "DiTPipeline .*height"),
         (classes, {}, InputError, "DiTPipeline"),
         (pipeline, {}, InputError, "PixArtSigmaPipeline"),  # its own size is none of those that it binds images to
@@ -70,7 +71,7 @@ def test_what_cannot_be_upcycled_is_refused(pipeline: Path, tmp_path: Path) -> N
     for base, settings, kind, named in cases:
         with pytest.raises(kind, match=named) as refused:
             upcycle_pipeline(PipelineConfig(base=str(base), out=tmp_path / "out", **settings), ["dc"])
-        assert (refused.value.__cause__ is None) == (base == unet or settings == SIZE)  # nothing was tried
+        assert (refused.value.__cause__ is None) == (base in (unet, classes))  # nothing was tried
     assert not (tmp_path / "out").exists()
 
 
@@ -97,6 +98,9 @@ def test_prompts_are_one_several_or_a_file(tmp_path: Path) -> None:
     assert PipelineConfig(base="x", prompts=["a", "b.txt"]).prompts == ("a", "b.txt")
     (tmp_path / "some.txt").write_text("  a café \n\n\n b\n", encoding="utf-8")
     assert PipelineConfig(base="x", prompts=str(tmp_path / "some.txt")).prompts == ("a café", "b")
+    edit = {"prompt": "make it night", "image": str(tmp_path / "street.png")}
+    (tmp_path / "some.yaml").write_text("[a, {prompt: make it night, image: street.png}]")
+    assert PipelineConfig(base="x", prompts=str(tmp_path / "some.yaml")).prompts == ("a", edit)
     (tmp_path / "none.txt").write_text("\n")
     for wrong in ([], str(tmp_path / "none.txt"), str(tmp_path / "nowhere.txt")):
         with pytest.raises(ValidationError, match="prompts"):

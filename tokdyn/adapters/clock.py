@@ -36,6 +36,21 @@ class ToldLevel:
         return (value - self.image) / (self.noise - self.image)
 
 
+@dataclass(frozen=True)
+class SaidLevel:
+    """Computes the noise level by a function that the user gave.
+
+    Attributes:
+        compute: the function.
+    """
+
+    compute: Callable[[nn.Module, Arguments], Tensor | float]
+
+    def __call__(self, model: nn.Module, call: Arguments) -> Tensor | float:
+        """Return the (B,) or () noise level of a call, where 1 is pure noise."""
+        return self.compute(model, call)
+
+
 def with_level(adapter: ModelAdapter, model: nn.Module, level: Level | None) -> ModelAdapter:
     """Return the adapter of a model with a noise level that the user says, or itself if nothing is said.
 
@@ -51,7 +66,7 @@ def with_level(adapter: ModelAdapter, model: nn.Module, level: Level | None) -> 
     if level is None:
         return adapter
     if callable(level):
-        return replace(adapter, level=level, clock="known")
+        return replace(adapter, level=SaidLevel(level), clock="known")
     try:
         noise, image = (float(value) for value in level)
     except (TypeError, ValueError):
@@ -70,7 +85,9 @@ def with_level(adapter: ModelAdapter, model: nn.Module, level: Level | None) -> 
     return replace(adapter, level=ToldLevel(names[0], noise, image), clock="known")
 
 
-def told_level(adapter: ModelAdapter) -> tuple[float, float] | None:
-    """Return the two values of the timestep that `with_level` was given; None if it was given none."""
+def told_level(adapter: ModelAdapter) -> Level | None:
+    """Return what `with_level` was given: two values of the timestep, or a function; None if it was given nothing."""
     level = adapter.level
+    if isinstance(level, SaidLevel):
+        return level.compute
     return (level.noise, level.image) if isinstance(level, ToldLevel) else None

@@ -104,7 +104,7 @@ class Attachment(nn.Module):
         enabled: whether the methods act.
         meter: set while `tokdyn.flops` counts.
         trajectory: the current trajectory.
-        watch: warns about methods that were not made for these calls; None if nothing is left to be watched.
+        watch: warns about methods that were not made for these calls.
         losses: auxiliary losses of the last call by the name of their method; empty except in training.
         history: traces of the last calls, with empty ones before the first call and between trajectories. Its length
             and types never change, so that a compiled model is not recompiled because of it.
@@ -123,7 +123,7 @@ class Attachment(nn.Module):
         self.settings, self.enabled = Settings(), True
         self.meter: Meter | None = None
         self.trajectory, self.replays = Trajectory(), Replays()
-        self.watch: Watch | None = Watch.over(adapter, self.blueprint.placed, self.parts)
+        self.watch = Watch.over(adapter, self.blueprint.placed, self.parts)
         self.losses: dict[str, Tensor] = {}
         self.history: list[CallTrace] = [CallTrace()] * _REMEMBERED
         self._sites: Sites = {}
@@ -214,8 +214,8 @@ class Attachment(nn.Module):
         level = None if adapter.level is None or training else adapter.level(model, arguments)
         told = adapter.telling(arguments) if adapter.varying else arguments
         seen = None if level is None else self.trajectory.observe(told, levels_of(level))
-        if self.watch and self.meter is None:
-            self.watch = self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
+        if self.meter is None:
+            self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
         return Prepared(images, level, seen)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -246,7 +246,7 @@ class Attachment(nn.Module):
         """End the trajectory and clear the caches; its statistics stay until the next one begins."""
         self.remember(CallTrace())
         self.trajectory.end()
-        if self.watch and self.watch.sampler:
+        if self.watch.sampler:
             self.watch.sampler.end()
         for cache in self.caches:
             cache.memory.clear()

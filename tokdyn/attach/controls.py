@@ -233,7 +233,7 @@ def beside_dense(model: nn.Module) -> Iterator[None]:
 
 
 def accept_methods(model: Model) -> Model:
-    """Take the methods of a wrapped model as they are: no call warns that they do nothing useful in sampling.
+    """Take the methods of a wrapped model as they are: no call warns that they do nothing useful, or less than asked.
 
     For models that are about to be trained, timed or compared, whose methods are untrained on purpose.
 
@@ -243,9 +243,7 @@ def accept_methods(model: Model) -> Model:
     Raises:
         InputError: the model is not wrapped.
     """
-    watch = attached(model).watch
-    if watch is not None:
-        watch.first.settle()
+    attached(model).watch.settle()
     return model
 
 

@@ -204,10 +204,12 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _conclude(model: nn.Module, output: Any) -> None:
-    """Record the prediction of a call, from which a sampler computes the next latents."""
+    """Record the prediction of a call, from which a sampler computes the next latents, and what it fell short of."""
     attachment = _acting(model)
     if attachment is not None:
         attachment.trajectory.note(output)
+        if attachment.meter is None:
+            attachment.watch.shortfalls.see(model, attachment.history[-1].shortfalls)
 
 
 def _call_model(
@@ -256,8 +258,8 @@ def _call(
         out = class_swap.within(frame, plain, model, *args, **kwargs)
         if context.guard is not None:
             context.guard.end()
-        if (watch := attachment.watch) and watch.sampler and not context.training:
-            watch.sampler.see(context.position, context.readings.levels.value[0])
+        if (sampler := attachment.watch.sampler) and not context.training:
+            sampler.see(context.position, context.readings.levels.value[0])
     except BaseException:
         attachment.trajectory.interrupt()  # a call that is tried again is no second branch
         raise

@@ -10,6 +10,7 @@ from torch import nn
 from tokdyn.attach.attachment import Attachment, Meter
 from tokdyn.attach.class_swap import detach
 from tokdyn.attach.entry import attach_sites, attachment_of, unwrap, wrap
+from tokdyn.provenance import Watch
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def untraced(attachment: Attachment) -> Iterator[None]:
     These calls continue the current trajectory and use what is cached.
     """
     history, losses, trajectory = list(attachment.history), attachment.losses, attachment.trajectory
-    watch, attachment.watch = attachment.watch, None
+    watch, attachment.watch = attachment.watch, Watch.over_nothing()
     memories = [(cache, cache.memory) for cache in attachment.caches]
     attachment.trajectory = trajectory.fork()
     for cache, memory in memories:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokdyn import __version__
-from tokdyn.adapters.clock import told_level
+from tokdyn.adapters.clock import Level, told_level
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached, unwrap, wrap
 from tokdyn.attach.offload import weights_are_offloaded
@@ -23,11 +23,14 @@ from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings, to_settings
 
 CONFIG, WEIGHTS = "tokdyn_config.json", "tokdyn.safetensors"
+_FUNCTION = "function"  # in place of a noise level that is computed by a function, which no file can hold
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write the methods of a wrapped model and their trained parts, without the model's own weights.
+
+    A noise level that was given to `wrap` as a function is not written, and `load` asks for it again.
 
     Args:
         model: a wrapped model, or a container such as DistributedDataParallel around one.
@@ -51,7 +54,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     methods = [to_settings(method) for method in attachment.methods]
     content: dict[str, Any] = {"tokdyn": __version__, "model": type(model).__name__, "methods": methods}
     if (level := told_level(attachment.adapter)) is not None:
-        content["level"] = level
+        content["level"] = _FUNCTION if callable(level) else level
     weights = {name: value.detach().contiguous() for name, value in attachment.state_dict().items()}
     if weights:
         with replacing(where / WEIGHTS) as temporary:
@@ -61,19 +64,20 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     return where
 
 
-def load(model: Model, folder: str | Path) -> Model:
+def load(model: Model, folder: str | Path, level: Level | None = None) -> Model:
     """Wrap a model, in place, with the methods that `save` wrote.
 
     Args:
         model: a model that is not wrapped, of the class that the methods were saved from.
         folder: the folder that `save` returned.
+        level: as in `wrap`, in place of the one that was saved; needed if that is a function.
 
     Returns:
         The same object, wrapped.
 
     Raises:
-        CheckpointError: a file is missing or damaged, was written for another model class or other sizes, or names a
-            method that is not registered here.
+        CheckpointError: a file is missing or damaged, was written for another model class or other sizes, names a
+            method that is not registered here, or needs a level.
         CompositionError, UnsupportedModelError, InputError: as in `wrap`.
     """
     from safetensors import SafetensorError
@@ -86,7 +90,13 @@ def load(model: Model, folder: str | Path) -> Model:
             f"{where / CONFIG} holds methods for a {content.get('model')}, but this is a {type(model).__name__}; give "
             "another folder or a model of that class."
         )
-    wrap(model, [_method(settings, where / CONFIG) for settings in content.get("methods", [])], content.get("level"))
+    level = content.get("level") if level is None else level
+    if level == _FUNCTION:
+        raise CheckpointError(
+            f"{where / CONFIG} was saved with a noise level that a function computes, which no file can hold; give it "
+            "again, as in tokdyn.load(model, folder, level=function)."
+        )
+    wrap(model, [_method(settings, where / CONFIG) for settings in content.get("methods", [])], level)
     expected = set(attached(model).state_dict())
     try:
         weights = load_file(where / WEIGHTS) if expected else {}
@@ -96,8 +106,7 @@ def load(model: Model, folder: str | Path) -> Model:
         raise CheckpointError(
             f"{where / WEIGHTS} does not hold the weights of the methods in {CONFIG} ({error}); save them again."
         ) from error
-    if watch := attached(model).watch:
-        watch.first.settle()
+    attached(model).watch.first.settle()
     return model
 
 

@@ -20,7 +20,6 @@ from tokdyn.bench.stacks import Stack
 from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
-from tokdyn.methods.registry import from_settings
 from tokdyn.pipelines import load, set_tail_drop, unwrap, wrap
 from tokdyn.pipelines.drawing import Drawing, call_arguments, title_of
 from tokdyn.pipelines.opening import open_pipeline
@@ -138,8 +137,8 @@ def bench_pipeline(config: PipelineBenchConfig, stacks: Sequence[Stack], timed: 
 
 
 def attach(pipe: Any, stack: Stack) -> None:
-    """Attach the methods of a stack to all denoisers of a pipeline."""
-    methods = [from_settings(each) for each in stack.methods]
+    """Attach the methods of a stack to all denoisers of a pipeline, or to each its own."""
+    methods = stack.for_pipeline()
     if stack.folder is not None:
         load(pipe, stack.folder)
         if methods:

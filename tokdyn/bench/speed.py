@@ -21,15 +21,14 @@ from torch import Tensor
 
 from tokdyn.attach import accept_methods, attachment_of
 from tokdyn.bench import timing
-from tokdyn.bench.flops import is_named
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.calibration.after_training import rewrap
 from tokdyn.cost import flops
 from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath
 from tokdyn.host import open_device, settle_memory
-from tokdyn.methods.registry import from_settings
 from tokdyn.models import DCDiT, DiT
+from tokdyn.models.sizes import is_named
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
 from tokdyn.sample.config import listed
@@ -268,7 +267,7 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
                 f"The stack {stack.name} has folder={stack.folder}, but the methods in it need trained weights, which "
                 f"the named model {place} does not have: set model to a checkpoint."
             )
-        rewrap(model, [from_settings(each) for each in stack.methods])
+        rewrap(model, stack.for_model())
     attachment = attachment_of(model)
     if attachment is None:
         return model

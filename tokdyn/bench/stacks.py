@@ -16,6 +16,7 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import Drop, Sampler
 from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.errors import RecipeError
+from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings
 from tokdyn.recipe import yaml_text
 from tokdyn.recipe.explain import explain
@@ -30,7 +31,8 @@ class Stack(BaseModel):
         model: the model, in any form that `tokdyn sample` accepts; null takes the model of the command.
         folder: folder of methods that `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save` wrote. They are attached in
             place of the methods that the model was trained with.
-        methods: methods to attach around these, outermost first: a list of {method: NAME, setting: value, ...}.
+        methods: methods to attach around these, outermost first: a list of {method: NAME, setting: value, ...}. For a
+            pipeline also a list for each denoiser, {transformer: [...], transformer_2: [...]}.
         tail_drop: share of the kept tokens that a chunking model drops, or points [[noise level, share], ...].
         uncond_tail_drop: tail drop of the unconditional branch (Lite-CFG, arXiv 2603.06351); null takes `tail_drop`.
     """
@@ -40,16 +42,38 @@ class Stack(BaseModel):
     name: Annotated[str, Field(min_length=1)]
     model: str | None = None
     folder: Path | None = None
-    methods: tuple[dict[str, Any], ...] = ()
+    methods: tuple[dict[str, Any], ...] | dict[str, tuple[dict[str, Any], ...]] = ()
     tail_drop: Drop = 0.0
     uncond_tail_drop: Drop | None = None
 
-    @field_validator("methods")
+    @field_validator("methods", mode="before")
     @classmethod
-    def _methods_are_valid(cls, methods: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        for each in methods:
+    def _methods_are_valid(cls, methods: Any) -> Any:
+        lists = list(methods.values()) if isinstance(methods, dict) else [methods]
+        if not all(isinstance(each, (list, tuple)) and all(isinstance(one, dict) for one in each) for each in lists):
+            raise ValueError("give a list such as [{method: TokenMerge, ratio: 0.3}], or one for each denoiser by name")
+        for each in (one for some in lists for one in some):
             from_settings(each)  # raises an InputError, which is a ValueError
         return methods
+
+    def for_model(self) -> list[Method]:
+        """Build the methods that act on a model.
+
+        Raises:
+            RecipeError: they are listed by denoiser, which only pipelines have.
+        """
+        if isinstance(self.methods, dict):
+            raise RecipeError(
+                f"the stack {self.name} lists methods for the denoisers {', '.join(self.methods)} of a pipeline; give "
+                "a model one list."
+            )
+        return [from_settings(each) for each in self.methods]
+
+    def for_pipeline(self) -> list[Method] | dict[str, list[Method]]:
+        """Build the methods that act on all denoisers of a pipeline, or on each by name."""
+        if not isinstance(self.methods, dict):
+            return self.for_model()
+        return {name: [from_settings(each) for each in some] for name, some in self.methods.items()}
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,7 @@ def attach_stack(model: Any, stack: Stack) -> Any:
             unwrap(model)
         load(model, stack.folder)
     if stack.methods:
-        rewrap(model, [from_settings(each) for each in stack.methods])
+        rewrap(model, stack.for_model())
     if (stack.tail_drop or stack.uncond_tail_drop) and not takes_tail_drop(model):
         raise tail_drop_error(model)
     return model.eval()

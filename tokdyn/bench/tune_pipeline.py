@@ -23,11 +23,11 @@ from tokdyn.files import UserPath, replacing, require_folder
 from tokdyn.host import open_device, settle_memory
 from tokdyn.methods import TokenMerge
 from tokdyn.methods.registry import short_name
-from tokdyn.pipelines import denoisers, save, stats, unwrap
+from tokdyn.pipelines import denoisers, recording, save, stats, unwrap
 from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.recipe import yaml_text
-from tokdyn.recorder import Call, recording
+from tokdyn.recorder import Call
 from tokdyn.sample.config import listed
 
 PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(short_name)]
@@ -43,7 +43,7 @@ class PipelineTuneConfig(Drawing):
         out: Folder to write to.
         knobs: Ways to save FLOPs that the search may use: `merge` (TokenMerge by noise level), `skip` (DepthSkip with a
             calibrated table), `cache` (FeatureCache with a calibrated threshold); null takes all that the transformer
-            can use.
+            can use. Of several transformers, each is calibrated on the calls that it gets, and turned by itself.
         prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
             arguments, such as {prompt: make it night, image: street.png}. Every trial draws all of them.
         trials: Number of schedules that the search tries.
@@ -82,13 +82,13 @@ class PipelineTuner(Tuner):
     pipe: Any = field(kw_only=True)
     calls: list[dict[str, Any]] = field(kw_only=True)
 
-    def record(self) -> tuple[nn.Module, list[Call], int]:
+    def record(self) -> dict[str, tuple[nn.Module, list[Call]]]:
         """See `Tuner.record`."""
-        model = self.pipe.transformer
-        with recording(model, host=True) as calls:
+        models = denoisers(self.pipe)
+        with recording(self.pipe, host=True) as calls:
             self.reference = torch.cat([self._picture(place) for place in range(len(self.calls))])
-        self.reference_gflops = 1.0
-        return model, calls, len(self.pipe.scheduler.timesteps)
+        self.reference_gflops, self.denoisers = 1.0, tuple(models)
+        return {name: (model, calls[name]) for name, model in models.items()}
 
     def stack(self, shape: Shape, strength: float, name: str = "tuned") -> Stack:
         """Return the schedule of a shape multiplied by a strength, without a model."""
@@ -143,17 +143,11 @@ def tune_pipeline(config: PipelineTuneConfig) -> PipelineTuned:
     best are compared on other noise, by PSNR.
 
     Raises:
-        TokdynError: the pipeline cannot be opened or has several denoisers, a knob cannot be used with it, or no
-            schedule meets the target.
+        TokdynError: the pipeline cannot be opened, a knob cannot be used with it, or no schedule meets the target.
     """
     settle_memory()
     require_folder(config.out)
     pipe = open_pipeline(config.model, open_device(config.device), config.precision)
-    if len(denoisers(pipe)) > 1:
-        raise InputError(
-            f"this {type(pipe).__name__} has the denoisers {', '.join(denoisers(pipe))}, and tune takes pipelines with "
-            "one; tune by hand with tokdyn bench quality."
-        )
     usable = tuple(knob for knob in _KNOBS if knob != "merge" or _merges(pipe))
     unusable = [knob for knob in config.knobs or () if knob not in usable]
     if unusable:
@@ -194,9 +188,8 @@ def tune_pipeline(config: PipelineTuneConfig) -> PipelineTuned:
 
 
 def _merges(pipe: Any) -> bool:
-    """Return whether tokens of the transformer can be merged."""
-    adapter = adapter_for(pipe.transformer)
-    return unsupported(adapter, TokenMerge()) is None
+    """Return whether tokens can be merged in all denoisers."""
+    return all(unsupported(adapter_for(model), TokenMerge()) is None for model in denoisers(pipe).values())
 
 
 def _command(config: PipelineTuneConfig, methods: Path) -> str:

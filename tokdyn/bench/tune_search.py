@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from tokdyn.attach import attachment_of, unwrap
 from tokdyn.bench.stacks import Opened, Stack, attach_stack
 from tokdyn.bench.tune_settings import Knob, TuneConfig
 from tokdyn.calibration.caching import calibrate_cache
+from tokdyn.calibration.replay import Replay
 from tokdyn.calibration.skipping import calibrate_skipping
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.sampling import generate
@@ -29,6 +30,7 @@ from tokdyn.errors import InputError, RecipeError, TokdynError
 from tokdyn.host import product_type
 from tokdyn.methods import DepthSkip, FeatureCache
 from tokdyn.methods.registry import to_settings
+from tokdyn.pipelines.denoisers import naming
 from tokdyn.progress import progress
 from tokdyn.recorder import Call, recording
 from tokdyn.sample.costs import step_costs
@@ -45,7 +47,7 @@ _MUTATION_SPREADS = (0.08, 0.3)  # standard deviations of small and large mutati
 
 
 Shape = dict[Knob, tuple[float, ...]]
-"""How far each knob is turned, in [0, 1]: one value for each of `LEVELS`, or a single one for a calibrated method."""
+"""How far each knob is turned, in [0, 1]: a value for each of `LEVELS`, or for calibrated methods one per denoiser."""
 
 
 @dataclass(frozen=True)
@@ -74,30 +76,41 @@ class Trial:
 
 @dataclass
 class Tuner(ABC):
-    """A model with its knobs, which are turned until a FLOPs target is met. Call `prepare` first.
+    """One or several denoisers with their knobs, which are turned until a FLOPs target is met. Call `prepare` first.
 
     Attributes:
         config: the settings, of which `flops`, `model`, `trials` and `seed` are read here.
         knobs: the knobs to turn.
         reference: (B, C, H, W) images of the unmodified model, on the CPU.
         reference_gflops: 1e9 FLOPs of one of these images; a multiply-add is 2 FLOPs.
-        cache: the calibrated FeatureCache with the largest threshold; None if the knob "cache" is not used.
-        skips: DepthSkip calibrated for several shares of the FLOPs, the one that skips least first.
+        denoisers: names of the denoisers of a pipeline; a model is the only one, "".
+        caches: for each denoiser the calibrated FeatureCache with the largest threshold, if the knob "cache" is used.
+        skips: for each denoiser DepthSkip calibrated for several shares of the FLOPs, the one that skips least first.
     """
 
     config: Any
     knobs: tuple[Knob, ...]
     reference: Tensor = field(init=False)
     reference_gflops: float = field(init=False)
-    cache: FeatureCache | None = None
-    skips: tuple[DepthSkip, ...] = ()
+    denoisers: tuple[str, ...] = ("",)
+    caches: dict[str, FeatureCache] = field(default_factory=dict)
+    skips: dict[str, tuple[DepthSkip, ...]] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Draw the images of the unmodified model, and calibrate FeatureCache and DepthSkip on its calls."""
-        model, calls, steps = self.record()
-        least = max(_FEWEST_COMPUTED, 1.5 / steps)  # the first step is always computed
-        if "cache" in self.knobs and least < 1.0:
-            self.cache = calibrate_cache(model, calls, FeatureCache(), steps=least).method
+        for name, (model, calls) in self.record().items():
+            if calls:  # a denoiser may be left no step
+                with naming(name):
+                    self._calibrate(name, model, calls)
+
+    def _calibrate(self, name: str, model: nn.Module, calls: list[Call]) -> None:
+        """Calibrate the methods of a denoiser on the calls that it got."""
+        if "cache" in self.knobs:
+            replay = Replay(model)
+            steps = len({replay.levels(call, 1)[0] for call in calls})
+            least = max(_FEWEST_COMPUTED, 1.5 / steps)  # the first step is always computed
+            if least < 1.0:
+                self.caches[name] = calibrate_cache(model, calls, FeatureCache(), steps=least).method
         if "skip" in self.knobs:
             tables = []
             for share in _SKIP_TARGETS:
@@ -105,14 +118,14 @@ class Tuner(ABC):
                     tables.append(calibrate_skipping(model, calls, DepthSkip(), share).method)
                 except InputError:  # the parts that always run cost more than this
                     break
-            self.skips = tuple(tables)
+            self.skips[name] = tuple(tables)
 
     @abstractmethod
-    def record(self) -> tuple[nn.Module, list[Call], int]:
-        """Draw the reference, and set `reference` and `reference_gflops`.
+    def record(self) -> dict[str, tuple[nn.Module, list[Call]]]:
+        """Draw the reference, and set `reference`, `reference_gflops` and `denoisers`.
 
         Returns:
-            The model without methods, its calls, and the number of steps of an image.
+            Each denoiser without methods, and its calls, by name.
         """
 
     @abstractmethod
@@ -127,21 +140,29 @@ class Tuner(ABC):
     def stack(self, shape: Shape, strength: float, name: str = "tuned") -> Stack:
         """Return the schedule of a shape multiplied by a strength."""
         turned = {knob: [strength * value for value in values] for knob, values in shape.items()}
-        methods: list[dict[str, Any]] = []
-        if self.cache is not None and "cache" in turned and turned["cache"][0] > 0:
-            share = min(turned["cache"][0], 1.0)
-            methods.append(to_settings(self.cache.model_copy(update={"threshold": share * self.cache.threshold})))
-        if "merge" in turned and max(turned["merge"]) > 0:
-            methods.append({"method": "TokenMerge", "ratio": _curve(turned["merge"], _LARGEST["merge"])})
-        if self.skips and "skip" in turned:
-            place = round(min(turned["skip"][0], 1.0) * len(self.skips))
-            methods += [to_settings(self.skips[place - 1])] if place else []
+        methods = {name: self._methods(place, turned) for place, name in enumerate(self.denoisers)}
         drops: dict[str, Any] = {}
         if "drop" in turned:
             drops["tail_drop"] = _curve(turned["drop"], _LARGEST["drop"])
         if "uncond" in turned:
             drops["uncond_tail_drop"] = _curve(turned["uncond"], _LARGEST["uncond"])
-        return Stack(name=name, model=self.config.model, methods=tuple(methods), **drops)
+        given = methods if len(methods) > 1 else methods[self.denoisers[0]]
+        return Stack(name=name, model=self.config.model, methods=given, **drops)
+
+    def _methods(self, place: int, turned: Mapping[Knob, Sequence[float]]) -> tuple[dict[str, Any], ...]:
+        """Return the methods of the denoiser at this place, with its knobs turned so far."""
+        name = self.denoisers[place]
+        methods: list[dict[str, Any]] = []
+        if name in self.caches and "cache" in turned and turned["cache"][place] > 0:
+            cache, share = self.caches[name], min(turned["cache"][place], 1.0)
+            methods.append(to_settings(cache.model_copy(update={"threshold": share * cache.threshold})))
+        if "merge" in turned and max(turned["merge"]) > 0:
+            methods.append({"method": "TokenMerge", "ratio": _curve(turned["merge"], _LARGEST["merge"])})
+        if self.skips.get(name) and "skip" in turned:
+            tables = self.skips[name]
+            chosen = round(min(turned["skip"][place], 1.0) * len(tables))
+            methods += [to_settings(tables[chosen - 1])] if chosen else []
+        return tuple(methods)
 
     def meet_target(self, shape: Shape, guess: float | None = None) -> Trial | None:
         """Search the strength at which the FLOPs are at the target, or at most 0.3% of all FLOPs below it.
@@ -203,14 +224,14 @@ class ModelTuner(Tuner):
     config: TuneConfig
     opened: Opened = field(kw_only=True)
 
-    def record(self) -> tuple[nn.Module, list[Call], int]:
+    def record(self) -> dict[str, tuple[nn.Module, list[Call]]]:
         """See `Tuner.record`."""
         bare = replace(self.opened, model=copy.deepcopy(self.opened.model))
         with recording(bare.model, host=True) as calls:
             self.reference, self.reference_gflops = self._draw(bare)
         if attachment_of(bare.model) is not None:  # methods are calibrated on the model without others
             unwrap(bare.model)
-        return bare.model, calls, self.config.steps
+        return {"": (bare.model, calls)}
 
     def draw(self, stack: Stack) -> tuple[Tensor, float] | None:
         """See `Tuner.draw`."""
@@ -260,47 +281,48 @@ def usable_knobs(opened: Opened, guided: bool) -> tuple[Knob, ...]:
     return (*knobs, "skip", "cache")
 
 
-def initial_shapes(knobs: Sequence[Knob], random: np.random.Generator) -> Iterator[Shape]:
+def initial_shapes(knobs: Sequence[Knob], random: np.random.Generator, denoisers: int = 1) -> Iterator[Shape]:
     """Yield shapes to start the search with, without end.
 
     The first is the uniform shape, then come each knob alone and all knobs together, the same at all noise levels, and
     after that random shapes.
     """
-    flat: list[Shape] = [uniform_shape(knobs), *({knob: (1.0,) * _width(knob)} for knob in knobs)]
-    flat += [{knob: (1.0,) * _width(knob) for knob in knobs}]
+    flat: list[Shape] = [uniform_shape(knobs, denoisers), *({knob: (1.0,) * _width(knob, denoisers)} for knob in knobs)]
+    flat += [{knob: (1.0,) * _width(knob, denoisers) for knob in knobs}]
     for number, shape in enumerate(flat):
         if shape not in flat[:number]:
             yield shape
     while True:
         chosen = [knob for knob in knobs if random.random() < 0.6] or [knobs[int(random.integers(len(knobs)))]]
-        yield {knob: tuple(float(value) for value in random.random(_width(knob))) for knob in chosen}
+        yield {knob: tuple(float(value) for value in random.random(_width(knob, denoisers))) for knob in chosen}
 
 
-def uniform_shape(knobs: Sequence[Knob]) -> Shape:
+def uniform_shape(knobs: Sequence[Knob], denoisers: int = 1) -> Shape:
     """Return the uniform shape: the same tail drop at all noise levels and branches, or without one the first knob."""
     budgets = [knob for knob in knobs if knob in ("drop", "uncond")]
-    return {knob: (1.0,) * _width(knob) for knob in budgets or knobs[:1]}
+    return {knob: (1.0,) * _width(knob, denoisers) for knob in budgets or knobs[:1]}
 
 
-def mutate(shape: Shape, knobs: Sequence[Knob], random: np.random.Generator) -> Shape:
+def mutate(shape: Shape, knobs: Sequence[Knob], random: np.random.Generator, denoisers: int = 1) -> Shape:
     """Return a random variation of a shape: values moved a little or a lot, and sometimes a knob added or removed."""
     mutated: Shape = {}
     spread = _MUTATION_SPREADS[int(random.integers(len(_MUTATION_SPREADS)))]
     for knob in knobs:
-        values = shape.get(knob, (0.0,) * _width(knob))
+        width = _width(knob, denoisers)
+        values = shape.get(knob, (0.0,) * width)
         if random.random() < 0.15:
-            values = (0.0,) * _width(knob) if knob in shape else tuple(map(float, random.random(_width(knob))))
+            values = (0.0,) * width if knob in shape else tuple(map(float, random.random(width)))
         elif knob in shape:
-            moved = np.array(values) + random.normal(0.0, spread, _width(knob))
+            moved = np.array(values) + random.normal(0.0, spread, width)
             values = tuple(float(value) for value in moved.clip(0.0, 1.0))
         if max(values) > 0.0:
             mutated[knob] = values
     return mutated or shape
 
 
-def _width(knob: Knob) -> int:
+def _width(knob: Knob, denoisers: int) -> int:
     """Return the number of values of a knob in a shape."""
-    return 1 if knob in ("skip", "cache") else len(LEVELS)
+    return denoisers if knob in ("skip", "cache") else len(LEVELS)
 
 
 def search(tuner: Tuner) -> list[Trial]:
@@ -313,13 +335,13 @@ def search(tuner: Tuner) -> list[Trial]:
         InputError: no schedule meets the target.
     """
     config, random = tuner.config, np.random.default_rng(tuner.config.seed)
-    shapes, found = initial_shapes(tuner.knobs, random), list[Trial]()
+    shapes, found = initial_shapes(tuner.knobs, random, len(tuner.denoisers)), list[Trial]()
     with progress("schedules", config.trials) as advance:
         for number in range(config.trials):
             best = sorted(found, key=lambda trial: trial.error)[:3]
             if best and number >= config.trials // 3:
                 parent = best[number % len(best)]
-                trial = tuner.meet_target(mutate(parent.turned, tuner.knobs, random), 1.0)
+                trial = tuner.meet_target(mutate(parent.turned, tuner.knobs, random, len(tuner.denoisers)), 1.0)
             else:
                 trial = tuner.meet_target(next(shapes))
             if trial is not None:
@@ -335,5 +357,5 @@ def search(tuner: Tuner) -> list[Trial]:
 
 def uniform_trial(tuner: Tuner, trials: Sequence[Trial] = ()) -> Trial | None:
     """Return the uniform schedule that meets the target, from the trials of the search or tried anew; None if none."""
-    shape = uniform_shape(tuner.knobs)
+    shape = uniform_shape(tuner.knobs, len(tuner.denoisers))
     return next((trial for trial in trials if trial.shape == shape), None) or tuner.meet_target(shape)

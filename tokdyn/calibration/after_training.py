@@ -63,7 +63,7 @@ def attach_after(model: str | Path, after: Sequence[AfterSettings], out: Path) -
         target: dict[str, Any] = {"flops": each.flops} if each.flops is not None else {}
         shared = {"steps": each.steps, "guidance": each.guidance, "count": each.count}
         settings = {"model": str(model), "method": each.method, "out": out / each.method, **shared, **target}
-        methods.append(calibrate_from_disk(CalibrateConfig.model_validate(settings)).method)
+        methods += [found.method for found in calibrate_from_disk(CalibrateConfig.model_validate(settings)).values()]
     trained, *_ = load_model(model)
     rewrap(trained, methods)
     return save(trained, out)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.adapters.clock import Level
 from tokdyn.attach import fingerprint
 from tokdyn.calibration.observer import Observer, observing
 from tokdyn.calibration.replay import Replay, Spent
@@ -47,6 +48,7 @@ def calibrate_cache(
     degree: int = 4,
     flops: float | None = None,
     steps: float | None = None,
+    level: Level | None = None,
 ) -> CacheCalibration:
     """Fit the polynomial and choose the threshold; see `tokdyn.calibrate` for the arguments.
 
@@ -63,7 +65,7 @@ def calibrate_cache(
         raise InputError(f"degree={degree} is no degree of a polynomial; give 1 or more.")
     if flops is not None and steps is not None:
         raise InputError("flops and steps are both targets for the threshold; give one of them.")
-    replay, recorded = Replay(model), listed(calls)
+    replay, recorded = Replay(model, level), listed(calls)
     with evaluating(model):
         measured = measure(replay, recorded, method)
     pairs = [(step.change, step.effect) for step in measured if step.change is not None and step.effect is not None]
@@ -83,7 +85,7 @@ def measure(replay: Replay, calls: Sequence[Call], method: FeatureCache) -> tupl
     """Replay all calls and compare the indicator and output of the blocks with those of the step before."""
     last: dict[Any, tuple[int, Tensor, Tensor]] = {}
     steps = []
-    with observing(replay.model, method) as observer, progress("measuring", len(calls)) as advance:
+    with observing(replay.model, method, replay.level) as observer, progress("measuring", len(calls)) as advance:
         for call in calls:
             costs = replay.counted(call, partial(_costs, replay, call, observer))
             position, levels, indicator, output = observer.take()

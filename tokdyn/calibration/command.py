@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokdyn
 from tokdyn.attach import attachment_of, save, unwrap, wrap
@@ -17,16 +17,19 @@ from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.calibration.pictures import draw_caching, draw_skipping
 from tokdyn.calibration.skipping import SkipCalibration, calibrate_skipping
 from tokdyn.calibration.trajectories import Subject, open_subject, trajectories
+from tokdyn.errors import InputError
 from tokdyn.files import replacing, require_folder
 from tokdyn.host import describe, open_device, product_type, settle_memory
 from tokdyn.methods import DepthSkip, FeatureCache
+from tokdyn.pipelines.denoisers import naming
+from tokdyn.recorder import Call
 
 REPORT, PICTURE = "calibration.json", "calibration.png"
 
 
 @dataclass(frozen=True)
 class CalibrateResult:
-    """The result of `tokdyn calibrate`.
+    """What `tokdyn calibrate` found for a model.
 
     Attributes:
         folder: holds the methods for `tokdyn.load`, the report and the picture.
@@ -39,8 +42,12 @@ class CalibrateResult:
     method: DepthSkip | FeatureCache
 
 
-def calibrate_from_disk(config: CalibrateConfig) -> CalibrateResult:
+def calibrate_from_disk(config: CalibrateConfig) -> dict[str, CalibrateResult]:
     """Draw images, calibrate on the calls of the model, and write the methods, a report and a picture.
+
+    Returns:
+        One result, by the name "". Of a pipeline with several denoisers one for each by its name, each calibrated on
+        the calls that it got and in a folder of this name, so that `tokdyn.load` takes the folder around them.
 
     Raises:
         TokdynError: a setting, the model or the folder does not fit.
@@ -48,50 +55,75 @@ def calibrate_from_disk(config: CalibrateConfig) -> CalibrateResult:
     settle_memory()
     device = open_device(config.device)
     subject = open_subject(config, device)
-    if attachment_of(subject.model) is not None:  # calibration measures the model without methods
-        unwrap(subject.model)
+    for model in subject.models.values():
+        if attachment_of(model) is not None:  # calibration measures the model without methods
+            unwrap(model)
     out = config.out or Path("calibrated", *(part for part in Path(subject.name).parts if part not in ("..", "/")))
     out = out if config.out else out / config.method
     require_folder(out)
-    bf16 = product_type(config.precision, device) is not None
-    result: SkipCalibration | CacheCalibration
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    found: dict[str, SkipCalibration | CacheCalibration] = {}
+    with torch.autocast(device.type, torch.bfloat16, enabled=product_type(config.precision, device) is not None):
         calls = trajectories(config, subject)
-        if config.method == "skip":
-            assert config.flops is not None
-            result = calibrate_skipping(
-                subject.model,
-                calls,
-                DepthSkip(),
-                config.flops,
-                levels=config.levels,
-                protected=config.protected,
-                sequential=config.sequential,
-                errors=True,
-            )
-        else:
-            method = FeatureCache(threshold=config.threshold, indicator=config.indicator)
-            result = calibrate_cache(
-                subject.model, calls, method, degree=config.degree, flops=config.flops, steps=config.cache_steps
-            )
-    wrap(subject.model, [result.method])
+        idle = [name for name in calls if not calls[name]]
+        if idle:
+            raise InputError(f"{idle[0] or 'the model'} got no calls, so that nothing can be measured; set more steps.")
+        for name, model in subject.models.items():
+            with naming(name):
+                found[name] = _calibrated(config, model, calls[name])
+    return {
+        name: _written(config, subject, name, result, len(calls[name]), device, out / name)
+        for name, result in found.items()
+    }
+
+
+def _calibrated(config: CalibrateConfig, model: nn.Module, calls: list[Call]) -> SkipCalibration | CacheCalibration:
+    """Calibrate the method of the settings on the calls of a model."""
+    if config.method == "skip":
+        assert config.flops is not None
+        return calibrate_skipping(
+            model,
+            calls,
+            DepthSkip(),
+            config.flops,
+            levels=config.levels,
+            protected=config.protected,
+            sequential=config.sequential,
+            errors=True,
+        )
+    method = FeatureCache(threshold=config.threshold, indicator=config.indicator)
+    return calibrate_cache(model, calls, method, degree=config.degree, flops=config.flops, steps=config.cache_steps)
+
+
+def _written(
+    config: CalibrateConfig,
+    subject: Subject,
+    name: str,
+    result: SkipCalibration | CacheCalibration,
+    calls: int,
+    device: torch.device,
+    out: Path,
+) -> CalibrateResult:
+    """Write the methods, the report and the picture of a model."""
+    model = wrap(subject.models[name], [result.method])
     try:
-        save(subject.model, out)
+        save(model, out)
     finally:
-        unwrap(subject.model)
-    report = _report(config, subject, result, len(calls), device)
+        unwrap(model)
+    report = _report(config, subject, name, result, calls, device)
     with replacing(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    title = f"{subject.name}, {name}" if name else subject.name
     if isinstance(result, SkipCalibration):
-        draw_skipping(result, out / PICTURE, f"Which blocks matter when: {subject.name}")
+        draw_skipping(result, out / PICTURE, f"Which blocks matter when: {title}")
     else:
-        draw_caching(result, out / PICTURE, f"When the blocks need to run: {subject.name}")
+        draw_caching(result, out / PICTURE, f"When the blocks need to run: {title}")
     return CalibrateResult(out, report, result.method)
 
 
 def _report(
     config: CalibrateConfig,
     subject: Subject,
+    name: str,
     result: SkipCalibration | CacheCalibration,
     calls: int,
     device: torch.device,
@@ -101,7 +133,7 @@ def _report(
     return {
         "tokdyn": tokdyn.__version__,
         "settings": config.model_dump(mode="json"),
-        "model": {"name": subject.name, "class": type(subject.model).__name__},
+        "model": {"name": subject.name, "class": type(subject.models[name]).__name__},
         "scheduler": subject.scheduler,
         "calls": calls,
         "machine": describe(device),

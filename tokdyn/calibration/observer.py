@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokdyn.adapters.clock import Level
 from tokdyn.attach import BlockCall, CachedBlocks, Frame, TokenView, attached, unwrap, wrap
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
@@ -66,14 +67,14 @@ class Observer(CachedBlocks):
 
 
 @contextmanager
-def observing(model: nn.Module, method: FeatureCache) -> Iterator[Observer]:
-    """Wrap a model with a cache and replace the cache by an observer within this context.
+def observing(model: nn.Module, method: FeatureCache, level: Level | None = None) -> Iterator[Observer]:
+    """Wrap a model with a cache and replace the cache by an observer within this context; `level` is that of `wrap`.
 
     Raises:
         CompositionError: the model does not support the indicator.
     """
     observed = FeatureCache(threshold=1.0, indicator=method.indicator)
-    attachment = attached(wrap(model, [observed]))
+    attachment = attached(wrap(model, [observed], level))
     try:
         observers: list[Observer] = []
 

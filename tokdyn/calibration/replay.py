@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokdyn.adapters import adapter_for
+from tokdyn.adapters.clock import Level, with_level
 from tokdyn.adapters.tokens import rotate, split
 from tokdyn.attach import Site, attachment_of, blocks_of, find_sites
 from tokdyn.cost.counter import attention_formulas
@@ -47,19 +48,21 @@ class Replay:
 
     Args:
         model: not wrapped.
+        level: the noise level of a call, as in `tokdyn.wrap`; None leaves it to the adapter.
 
     Raises:
         UnsupportedModelError: the model has no adapter, or no noise level.
-        InputError: the model is wrapped.
+        InputError: the model is wrapped, or the level is none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, level: Level | None = None) -> None:
         if attachment_of(model) is not None:
             raise InputError(
                 f"this {type(model).__name__} is wrapped, but a calibration measures models without methods; call "
                 "tokdyn.unwrap first, and wrap it with the result."
             )
-        self.model, self.adapter = model, adapter_for(model)
+        self.model, self.level = model, level
+        self.adapter = with_level(adapter_for(model), model, level)
         if self.adapter.inferred or self.adapter.level is None:
             reason = "no adapter is declared for it" if self.adapter.inferred else "it has no noise level"
             raise UnsupportedModelError(f"{type(model).__name__} cannot be calibrated: {reason} (docs/adapters.md).")

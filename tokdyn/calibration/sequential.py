@@ -57,7 +57,7 @@ class Trial:
 
     @contextmanager
     def _skipping(self, blocks: Sequence[int]) -> Iterator[None]:
-        accept_methods(wrap(self._replay.model, [DepthSkip(blocks=tuple(blocks))]))
+        accept_methods(wrap(self._replay.model, [DepthSkip(blocks=tuple(blocks))], self._replay.level))
         try:
             yield
         finally:

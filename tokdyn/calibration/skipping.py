@@ -10,6 +10,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from tokdyn.adapters.clock import Level
 from tokdyn.attach import fingerprint
 from tokdyn.calibration.levels import Bins, bins_of
 from tokdyn.calibration.replay import Look, Replay, Spent
@@ -73,6 +74,7 @@ def calibrate_skipping(
     protected: Sequence[int] = (),
     sequential: bool = False,
     errors: bool = False,
+    level: Level | None = None,
 ) -> SkipCalibration:
     """Choose blocks to skip; see `tokdyn.calibrate` for the arguments.
 
@@ -85,6 +87,7 @@ def calibrate_skipping(
         protected: blocks that always run.
         sequential: measure the error of the output again after every choice.
         errors: measure the error of the result even if the choice does not need it.
+        level: the noise level of a call, as in `tokdyn.wrap`.
 
     Raises:
         InputError: the settings contradict each other, or do not fit the calls or the model.
@@ -93,7 +96,7 @@ def calibrate_skipping(
     if method.blocks or method.learned:
         given = "learned=True" if method.learned else f"blocks={method.blocks}"
         raise InputError(f"DepthSkip({given}) already says what is skipped; calibrate DepthSkip() instead.")
-    replay, recorded = Replay(model), listed(calls)
+    replay, recorded = Replay(model, level), listed(calls)
     always = _normalised(protected, replay.depth)
     with evaluating(model):
         measured = measure(replay, recorded, levels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokdyn.bases.hub import INDEX
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
@@ -20,8 +21,9 @@ from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
 from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.files import json_object
 from tokdyn.host import product_type
+from tokdyn.pipelines import denoisers
 from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
-from tokdyn.pipelines.opening import INDEX, names_pipeline, open_pipeline
+from tokdyn.pipelines.opening import names_pipeline, open_pipeline
 from tokdyn.progress import progress
 from tokdyn.recorder import Call, recording
 from tokdyn.sample.labels import class_numbers
@@ -31,10 +33,10 @@ from tokdyn.seeds import noise_generator
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and how to draw images with it.
+    """One or several models, and how to draw images with them.
 
     Attributes:
-        model: on its device.
+        models: on their device, by their names in the pipeline; "" is the only one.
         name: name of the run, folder or file.
         scheduler: name of the scheduler.
         classes: labels that the images cycle through.
@@ -42,7 +44,7 @@ class Subject:
         steps: how often that is in one call of `draw`.
     """
 
-    model: nn.Module
+    models: dict[str, nn.Module]
     name: str
     scheduler: str
     classes: tuple[int, ...]
@@ -65,17 +67,21 @@ def open_subject(config: CalibrateConfig, device: torch.device) -> Subject:
     return _pipeline(config, path, device) if (path / INDEX).is_file() else _own(config, device)
 
 
-def trajectories(config: CalibrateConfig, subject: Subject) -> list[Call]:
-    """Record the calls of the model while it draws the images."""
-    recorded: list[Call] = []
+def trajectories(config: CalibrateConfig, subject: Subject) -> dict[str, list[Call]]:
+    """Record the calls of each model while the images are drawn."""
+    recorded: dict[str, list[Call]] = {name: [] for name in subject.models}
     batches = -(-config.count // config.batch_size)
     with progress("sampling", batches * subject.steps) as advance:
         for start in range(0, config.count, config.batch_size):
             images = range(start, min(start + config.batch_size, config.count))
             labels = [subject.classes[image % len(subject.classes)] for image in images]
-            with recording(subject.model, host=True) as calls:
+            with ExitStack() as stack:
+                calls = {
+                    name: stack.enter_context(recording(model, host=True)) for name, model in subject.models.items()
+                }
                 subject.draw(labels, [config.seed + image for image in images], lambda: advance(1))
-            recorded += calls
+            for name, own in calls.items():
+                recorded[name] += own
     return recorded
 
 
@@ -94,7 +100,7 @@ def _own(config: CalibrateConfig, device: torch.device) -> Subject:
         generate(model, sampler, objective, labels, seeds, callback=after_step)
 
     classes = class_numbers(config.classes, info, model)
-    return Subject(model, info.name, _scheduler(config, objective), classes, draw, config.steps)
+    return Subject({"": model}, info.name, _scheduler(config, objective), classes, draw, config.steps)
 
 
 def _scheduler(config: CalibrateConfig, objective: Objective) -> str:
@@ -135,7 +141,9 @@ def _prompted(config: CalibrateConfig, device: torch.device) -> Subject:
         step()
 
     name, scheduler = Path(config.model).name, type(pipe.scheduler).__name__
-    return Subject(pipe.transformer.eval(), name, scheduler, tuple(range(len(calls))), draw_prompts, 1)
+    found = {name: model.eval() for name, model in denoisers(pipe).items()}
+    models = found if len(found) > 1 else {"": next(iter(found.values()))}
+    return Subject(models, name, scheduler, tuple(range(len(calls))), draw_prompts, 1)
 
 
 def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subject:
@@ -173,7 +181,7 @@ def _pipeline(config: CalibrateConfig, path: Path, device: torch.device) -> Subj
             )
 
     name, scheduler = path.resolve().name, type(pipeline.scheduler).__name__
-    return Subject(model, name, scheduler, _numbers(config, total), draw, config.steps)
+    return Subject({"": model}, name, scheduler, _numbers(config, total), draw, config.steps)
 
 
 def _numbers(config: CalibrateConfig, total: int) -> tuple[int, ...]:

@@ -44,7 +44,11 @@ def stats(model: nn.Module, guided: bool | None = None) -> TrajectoryStats:
             calls.append(_call(call.trace, call.step, name, call.levels, samples, costs, depth))
     pipeline = attachment.trajectory.pipeline
     ended = not attachment.history[-1].batch  # a call since then belongs to no pipeline
-    return TrajectoryStats(type(model).__name__, tuple(calls), pipeline.seconds if pipeline and ended else None)
+    short: dict[str, tuple[float, float]] = {}
+    for call in trajectory:
+        for method, (asked, reached, size) in call.trace.shortfalls.items():
+            short.setdefault(method, (asked, reached / size))
+    return TrajectoryStats(type(model).__name__, tuple(calls), pipeline.seconds if pipeline and ended else None, short)
 
 
 def _call(

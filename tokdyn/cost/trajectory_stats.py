@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -178,11 +178,14 @@ class TrajectoryStats(_Sum):
         calls: one entry for each call and guidance branch, in order.
         pipeline_seconds: time of the whole call of the pipeline, in which the calls were made; None during it, and
             without a pipeline.
+        shortfalls: by the name of a method, the share of the tokens that its settings ask to leave out and the share
+            that it left out, in the first call in which it left out less.
     """
 
     model: str
     calls: tuple[CallStats, ...]
     pipeline_seconds: float | None = None
+    shortfalls: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[StepStats, ...]:
@@ -214,7 +217,8 @@ class TrajectoryStats(_Sum):
         names = ("block_flops", "method_flops", "dense_flops", "flops", "share")
         times = ("seconds", "dense_seconds", "speedup", "pipeline_seconds", "denoiser_share", "pipeline_speedup")
         calls = [{**asdict(call), **{name: getattr(call, name) for name in ("cached", *names)}} for call in self.calls]
-        return {"model": self.model, **{name: getattr(self, name) for name in (*names, *times)}, "calls": calls}
+        sums = {name: getattr(self, name) for name in (*names, *times)}
+        return {"model": self.model, **sums, "shortfalls": self.shortfalls, "calls": calls}
 
     def __str__(self) -> str:
         return as_text(self)
@@ -297,6 +301,10 @@ def _summary(trajectory: TrajectoryStats) -> list[str]:
     first, steps = trajectory.calls[0], len(trajectory.steps)
     reused = f", {trajectory.cached} of them reused" if trajectory.cached else ""
     lines = [
+        f"{name} left out {reached:.1%} of the tokens, not {asked:.1%}"
+        for name, (asked, reached) in trajectory.shortfalls.items()
+    ]
+    lines += [
         f"{trajectory.model}: {first.depth} blocks on {first.cells} image tokens, {steps} step{'s' * (steps > 1)}, "
         f"{len(trajectory.calls)} call{'s' * (len(trajectory.calls) > 1)}{reused}"
     ]

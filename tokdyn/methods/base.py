@@ -78,6 +78,8 @@ class Traits:
             groups of samples.
         controls: the functions of `tokdyn.attach.controls` that act on the method.
         idle: why the method has no effect with these settings, a clause for a message; None if it has one.
+        short: why a call may leave out a smaller share of the tokens than the settings ask for, and what to do about
+            it, a clause for a message.
     """
 
     stage: Stage
@@ -101,6 +103,7 @@ class Traits:
     diverges: bool = False
     controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
     idle: str | None = None
+    short: str = "choose other settings for so few tokens"
 
 
 @dataclass(frozen=True)

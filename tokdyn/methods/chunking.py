@@ -72,6 +72,7 @@ class Chunking(Method):
             needs_sizes=True,
             diverges=self.ragged or not isinstance(self.tail_drop, float),
             controls=frozenset({"tail_drop", "calibrate_router"}),
+            short="that is less than one token; raise the target",
         )
 
     def build(self, sizes: Sizes) -> ChunkingModule | None:

@@ -41,4 +41,5 @@ class TokenDrop(Method):
             phases=frozenset({"train"}),
             span=span,
             controls=frozenset({"drop_rate"}),
+            short="that is less than one token; raise the rate",
         )

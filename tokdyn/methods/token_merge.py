@@ -88,6 +88,7 @@ class TokenMerge(Method):
             owns={f"merging around {sublayer}": where for sublayer in sublayers},
             around=sublayers,
             weighs_keys=self.weighted,
+            short="one token of every bucket stays, for others to be merged into; lower ratio or enlarge bucket",
         )
 
     @classmethod

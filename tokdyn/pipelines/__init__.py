@@ -3,6 +3,7 @@
 The functions here take a model or a pipeline. `tokdyn.wrap`, `tokdyn.stats` and the others are these.
 """
 
+from tokdyn.pipelines.calls import recording
 from tokdyn.pipelines.controls import (
     beside_dense,
     disabled,
@@ -26,6 +27,7 @@ __all__ = [
     "is_pipeline",
     "is_wrapped",
     "load",
+    "recording",
     "reset",
     "save",
     "set_tail_drop",

@@ -190,7 +190,8 @@ def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
     if len(found) == 1:
         return found[0]
     calls = sorted((call for each in found for call in each.calls), key=lambda call: call.step)
-    return TrajectoryStats(type(target).__name__, tuple(calls), found[0].pipeline_seconds)
+    short = {name: shares for each in reversed(found) for name, shares in each.shortfalls.items()}
+    return TrajectoryStats(type(target).__name__, tuple(calls), found[0].pipeline_seconds, short)
 
 
 def save(target: Any, folder: str | Path) -> Path:
@@ -220,24 +221,25 @@ def save(target: Any, folder: str | Path) -> Path:
     return where
 
 
-def load(target: Target, folder: str | Path) -> Target:
+def load(target: Target, folder: str | Path, level: Level | None = None) -> Target:
     """Wrap a model or pipeline, in place, with the methods that `save` wrote.
 
     Args:
         target: a model that is not wrapped, of the class that the methods were saved from, or a pipeline around it.
         folder: the folder that `save` returned; for a pipeline with one denoiser, also one that was saved from a model.
+        level: as in `wrap`, in place of the one that was saved; needed if that is a function, which no file holds.
 
     Returns:
         The same object, wrapped.
 
     Raises:
-        CheckpointError: a file is missing or damaged, was written for another model class or other sizes, or names a
-            method that is not registered here.
+        CheckpointError: a file is missing or damaged, was written for another model class or other sizes, names a
+            method that is not registered here, or needs a level.
         CompositionError, UnsupportedModelError, InputError: as in `wrap`.
     """
     where = Path(folder).expanduser()
     if not is_pipeline(target):
-        attach.load(target, where)  # type: ignore[type-var]
+        attach.load(target, where, level)  # type: ignore[type-var]
         return target
     models = denoisers(target)
     if len(models) == 1 and (where / attach.CONFIG).is_file():
@@ -249,7 +251,7 @@ def load(target: Target, folder: str | Path) -> Target:
             f"{where} holds no methods for the denoisers of this {type(target).__name__} ({', '.join(models)}); give a "
             "folder that tokdyn.save has written."
         )
-    return _attached(target, [partial(attach.load, models[name], each) for name, each in folders.items()])
+    return _attached(target, [partial(attach.load, models[name], each, level) for name, each in folders.items()])
 
 
 def _attached(pipe: Target, actions: Iterable[Callable[[], nn.Module]]) -> Target:

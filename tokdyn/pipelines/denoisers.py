@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from tokdyn.adapters import declared_adapter
 from tokdyn.attach import inner_model
-from tokdyn.errors import UnsupportedModelError
+from tokdyn.errors import TokdynError, UnsupportedModelError
 
 
 def is_pipeline(target: Any) -> bool:
@@ -45,3 +46,14 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
 
 def _denoises(name: str, model: nn.Module) -> bool:
     return name.partition("_")[0] == "transformer" or declared_adapter(inner_model(model)) is not None
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Begin messages of errors within this context with the name of a denoiser; "" leaves them as they are."""
+    try:
+        yield
+    except TokdynError as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from error

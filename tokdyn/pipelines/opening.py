@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from tokdyn.bases import rows
+from tokdyn.bases.hub import INDEX, pipeline_index, reachable
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
+from tokdyn.models.sizes import is_named
 
-INDEX = "model_index.json"
-_UNREACHABLE = "it cannot be reached"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat these as models, with their own sampler
 
@@ -20,7 +21,8 @@ _CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat
 def names_pipeline(name: str | None, wanted: bool = False) -> bool:
     """Return whether a name is that of a pipeline: its folder, or its hub id, with any but a class-conditional DiT.
 
-    An id of the hub is looked up there, unless there is a folder of that name.
+    An id of the hub is looked up there, unless it is in the cache, there is a folder of that name, or tokdyn has a
+    model of that name. A hub that does not answer within a few seconds has no such pipeline.
 
     Args:
         name: folder or hub id.
@@ -29,43 +31,22 @@ def names_pipeline(name: str | None, wanted: bool = False) -> bool:
     Raises:
         CheckpointError: it is none although it should be.
     """
-    if name is None:
+    if name is None or name in rows() or is_named(name):
         return False
-    folder, reason = Path(name).expanduser(), f"{INDEX} is missing there"
-    if folder.exists():
-        path = folder / INDEX
-    elif _HUB_ID.fullmatch(name):
-        path, reason = _index_on_the_hub(name)
-        reason = f"there is no such folder, and on the hub {reason}"
-    else:
-        path, reason = folder / INDEX, "there is no such folder"
-    if path.is_file():
-        entry = json_object(path).get("transformer")
+    folder = Path(name).expanduser()
+    index: Path | None = folder / INDEX
+    reason = f"{INDEX} is missing there" if folder.exists() else "there is no such folder"
+    if _HUB_ID.fullmatch(name) and not folder.exists():
+        index, why = pipeline_index(name)
+        reason = f"{reason}, and on the hub {why}"
+    if index is not None and index.is_file():
+        entry = json_object(index).get("transformer")
         if isinstance(entry, list) and len(entry) == 2 and entry[1] not in _CLASS_CONDITIONAL:
             return True
         reason = "it has no transformer that draws prompts"
     if wanted:
         raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers: {reason}.")
     return False
-
-
-def _index_on_the_hub(name: str) -> tuple[Path, str]:
-    """Return the index of a pipeline in the cache of the hub's client, and why there is none."""
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, INDEX)), ""
-    except errors.GatedRepoError:
-        reason = "access to it has to be granted (accept its licence there, then run hf auth login)"
-    except errors.RepositoryNotFoundError:
-        reason = "there is no such repository, or it is private"
-    except errors.LocalEntryNotFoundError:
-        reason = _UNREACHABLE
-    except errors.EntryNotFoundError:
-        reason = f"it holds no {INDEX}"
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError):
-        reason = _UNREACHABLE
-    return Path(name) / INDEX, reason
 
 
 def open_pipeline(name: str, device: torch.device, precision: str = "fp32") -> Any:
@@ -83,8 +64,9 @@ def open_pipeline(name: str, device: torch.device, precision: str = "fp32") -> A
 
     reader: Any = diffusers.DiffusionPipeline
     folder = Path(name).expanduser()
+    where, offline = (str(folder), True) if folder.exists() else (name, not reachable())
     try:
-        pipe = reader.from_pretrained(str(folder) if folder.exists() else name, use_safetensors=True)
+        pipe = reader.from_pretrained(where, use_safetensors=True, local_files_only=offline)
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers: {error}") from error
     if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):

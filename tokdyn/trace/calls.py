@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,8 @@ class CallTrace:
         blocks: traces of the blocks that ran, in order.
         cached: samples whose blocks were skipped because a cache added their remembered effect.
         kept: generated tokens that learned chunking kept of each sample; None without it.
+        shortfalls: where a method left out fewer tokens than its settings ask for, by its name: the share that is asked
+            for, the tokens that it left out, and those that there were, of the first such sample.
         method_flops: FLOPs of what the methods computed besides the blocks, by what it was; a multiply-add is 2.
         compared: samples for which a cache computed the modulated input of the first block.
         counted: FLOPs that were counted from the first block to the last, while `tokdyn.flops` counts.
@@ -145,6 +148,7 @@ class CallTrace:
     blocks: list[BlockTrace] = field(default_factory=list)
     cached: frozenset[int] = frozenset()
     kept: tuple[int, ...] | None = None
+    shortfalls: dict[str, tuple[float, int, int]] = field(default_factory=dict)
     method_flops: dict[str, int] = field(default_factory=dict)
     compared: int = 0
     counted: int = 0
@@ -152,6 +156,19 @@ class CallTrace:
     def spend(self, what: str, flops: int) -> None:
         """Add FLOPs of what a method computed besides the blocks, for all samples; a multiply-add is 2."""
         self.method_flops[what] = self.method_flops.get(what, 0) + flops
+
+    def fall_short(self, what: str, asked: Sequence[Any], reached: Sequence[int], sizes: Sequence[int]) -> None:
+        """Note it if a method leaves out fewer tokens than it is asked to, by more than rounding to whole tokens.
+
+        Args:
+            what: name of the method.
+            asked: share of the tokens to leave out, for each sample; what is no number, such as a curve, is passed by.
+            reached: tokens left out, for each sample.
+            sizes: tokens that there were, for each sample.
+        """
+        for share, count, size in zip(asked, reached, sizes, strict=True):
+            if isinstance(share, float) and (count < int(size * share) or (share > 0 and not count)):
+                self.shortfalls.setdefault(what, (share, count, size))
 
     def blank(self) -> CallTrace:
         """Make a trace of the same call in which nothing has happened, to be thrown away."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,47 +9,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import torch
 from einops import rearrange
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from tokdyn import __version__
 from tokdyn.attach import attached
 from tokdyn.cost import flops, stats
-from tokdyn.errors import CheckpointError, InputError
+from tokdyn.errors import CheckpointError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
+from tokdyn.pipelines.drawing import Drawing, Prompts, call_arguments, draw, title_of
+from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.recorder import evaluating, recording
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
 from tokdyn.section import Section
-from tokdyn.seeds import Stream, noise_generator, seed_everything
+from tokdyn.seeds import Stream, seed_everything
 from tokdyn.upcycling.conversion import check_method, upcycle
 from tokdyn.upcycling.pipelines import DistilSettings, distil, require_unused
 
-INDEX, REPORT, PICTURE, BEGUN = "model_index.json", "upcycle.json", "images.png", "settings.json"
-_TRAINED_BY_RECIPES = ("DiTTransformer2DModel", "DiT", "DCDiT")  # transformers of class-conditional pipelines
-
-
-def _listed(value: Any) -> Any:
-    """Turn one prompt into a list, and a text file into its lines."""
-    if isinstance(value, str):
-        path = Path(value).expanduser()
-        if path.suffix == ".txt":
-            if not path.is_file():
-                raise ValueError(f"the file of prompts {value} does not exist")
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [value]
-    return value
+REPORT, PICTURE, BEGUN = "upcycle.json", "images.png", "settings.json"
 
 
 class PipelineConfig(Section):
     """Settings of `tokdyn upcycle` for a pipeline of diffusers.
 
     Attributes:
-        base: Folder of the pipeline.
+        base: Folder or hub id of the pipeline.
         out: Output folder; null means upcycled/NAME, where NAME is that of the pipeline.
-        prompts: Prompts to draw, or a .txt file with one prompt per line.
+        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
+            arguments, such as {prompt: make it night, image: street.png}.
         target: N of the chunking, cells per kept token.
         sampling_steps: Model calls per image; null means the default of the pipeline.
         guidance: Guidance scale; null means the default of the pipeline.
@@ -70,7 +58,7 @@ class PipelineConfig(Section):
 
     base: str
     out: UserPath | None = None
-    prompts: Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)] = ("a photo",)
+    prompts: Prompts = ("a photo",)
     target: Annotated[float, Field(gt=1.0)] = 4.0
     sampling_steps: PositiveInt | None = None
     guidance: Annotated[float, Field(ge=0.0)] | None = None
@@ -100,6 +88,12 @@ class PipelineConfig(Section):
         names = set(DistilSettings.model_fields) & set(type(self).model_fields)
         return DistilSettings(**{name: getattr(self, name) for name in names})
 
+    @property
+    def drawing(self) -> Drawing:
+        """What the pipeline draws."""
+        names = ("prompts", "guidance", "height", "width", "seed")
+        return Drawing(steps=self.sampling_steps, **{name: getattr(self, name) for name in names})
+
 
 @dataclass(frozen=True)
 class PipelineResult:
@@ -113,15 +107,6 @@ class PipelineResult:
 
     folder: Path
     report: dict[str, Any]
-
-
-def is_pipeline(base: str | None) -> bool:
-    """Whether a base is the folder of a pipeline whose transformer no recipe trains."""
-    if base is None:
-        return False
-    path = Path(base).expanduser() / INDEX
-    entry = json_object(path).get("transformer") if path.is_file() else None
-    return isinstance(entry, list) and len(entry) == 2 and entry[1] not in _TRAINED_BY_RECIPES
 
 
 def upcycle_pipeline(
@@ -156,9 +141,10 @@ def upcycle_pipeline(
             raise CheckpointError(
                 f"{out} was started with other settings; to resume it, set back {', '.join(changed)}."
             )
-    pipe = _open(config, device)
+    pipe = open_pipeline(config.base, device, config.precision)
+    drawn = call_arguments(pipe, config.drawing)
     with recording(pipe.transformer) as calls:
-        before = _draw(pipe, config, device)
+        before = _draw(pipe, drawn, config.seed)
     arguments = {"target": config.target} if "dc" in methods else {}
     seed_everything(config.seed, Stream.WEIGHTS)
     student = upcycle(pipe.transformer, methods, **arguments)
@@ -168,10 +154,10 @@ def upcycle_pipeline(
     tell("\n".join(f"{what:<12} {text}" for what, text in summary.items()))
     result = distil(student, calls, out, config.distillation, teacher=teacher, resume=resume, facts=facts)
     pipe.transformer = student.eval()
-    after = _draw(pipe, config, device)
+    after = _draw(pipe, drawn, config.seed)
     titles = ["all tokens", "upcycled"]
     both = rearrange(np.stack([before, after]), "side prompt h w c -> (prompt side) h w c")
-    row_titles = [prompt[:40] for prompt in config.prompts]
+    row_titles = [title_of(prompt) for prompt in config.prompts]
     write_png(image_grid(both, columns=2, row_titles=row_titles, column_titles=titles), out / PICTURE)
     trajectory, tenth = stats(student), max(1, len(result.rows) // 10)
     report = {
@@ -216,42 +202,6 @@ def _mean_error(rows: Sequence[dict[str, float]]) -> float:
     return sum(row["output"] for row in rows) / len(rows)
 
 
-def _open(config: PipelineConfig, device: torch.device) -> Any:
-    """Load the pipeline onto the device."""
-    import diffusers
-
-    reader: Any = diffusers.DiffusionPipeline
-    try:
-        pipe = reader.from_pretrained(config.base)
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config.base} cannot be read as a pipeline of diffusers: {error}") from error
-    if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
-        raise InputError(f"{config.base} holds a {type(pipe).__name__}, which has no transformer to upcycle.")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, torch.bfloat16) if config.precision == "bf16" else pipe.to(device)
-
-
-def _draw(pipe: Any, config: PipelineConfig, device: torch.device) -> Any:
-    """Draw one image per prompt: (P, H, W, 3) uint8."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    wanted = {
-        "num_inference_steps": config.sampling_steps,
-        "guidance_scale": config.guidance,
-        "height": config.height,
-        "width": config.width,
-    }
-    given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    unknown = [name for name in given if name not in accepted]
-    if unknown:
-        raise InputError(f"{type(pipe).__name__} has no setting {unknown[0]}; leave it out.")
-    if config.height is not None and "use_resolution_binning" in accepted:
-        given["use_resolution_binning"] = False  # draw exactly this size
-    images = []
-    for number, prompt in enumerate(config.prompts):
-        generator = noise_generator(config.seed + number, device.type)
-        try:
-            made = pipe(prompt, generator=generator, output_type="np", **given).images
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from error
-        images.append((255.0 * np.asarray(made)[0]).round().astype(np.uint8))
-    return np.stack(images)
+def _draw(pipe: Any, calls: Sequence[Mapping[str, Any]], seed: int) -> Any:
+    """Draw one image per call, of a video the first frame: (P, H, W, 3) uint8."""
+    return np.stack([draw(pipe, arguments, seed + number)[0] for number, arguments in enumerate(calls)])

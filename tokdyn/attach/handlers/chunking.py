@@ -95,6 +95,7 @@ class ChunkedBlocks(Selector):
             lengths = tuple(keep.sum(dim=1).tolist())
         else:
             kept = max(1, round(count / self.method.target))
+            context.trace.fall_short("Chunking", (1.0 - 1.0 / self.method.target,), (count - kept,), (count,))
             lengths = tuple(tail_kept(kept, drop) for drop in drops)
         index = most_probable(probability, lengths)
         if context.training:

@@ -56,7 +56,10 @@ class DroppedSpan(Selector):
         """Select a random subset of each sample's tokens: (B, N, D) to (B, M, D)."""
         context, sampling_rate = frame.context, frame.context.settings.drop_rate
         rate = self.method.rate if sampling_rate is None else sampling_rate
-        if not self.selects(context) or int(x.shape[1] * rate) == 0:
+        if not self.selects(context):
+            return x, view
+        if int(x.shape[1] * rate) == 0:
+            context.trace.fall_short("TokenDrop", (rate,), (0,), (x.shape[1],))
             return x, view
         noise = torch.rand(x.shape[:2], device=x.device) if context.training else self._hash(context, view, x)
         lengths = tuple(kept_count(size, rate) for size in view.sizes)

@@ -114,6 +114,7 @@ class MergedTokens(Sublayer):
         """
         blocks, before, packing = site.blocks, named[site.names[0]], view.packing
         if packing is None and int(view.room * ratios[0]) == 0:
+            frame.context.trace.fall_short("TokenMerge", (self.method.ratio,), (0,), (view.room,))
             return call(**named)
         place = (blocks.inside if site.kind == "attention" else blocks.inside_mlp) or blocks.image
         text, x = (None, before) if packing is not None or place == "all" else split(before, view.room, place)
@@ -217,6 +218,7 @@ class MergedTokens(Sublayer):
         """Return whether any of the tokens of each sample, `sizes`, are merged; record the FLOPs of matching them."""
         buckets = into.table.shape[1]
         merged = [merged_away(size, buckets, ratio) for size, ratio in zip(sizes, ratios, strict=True)]
+        context.trace.fall_short("TokenMerge", ratios, merged, sizes)
         alike = into.others is not None and len(set(merged)) == 1
         for size in (size for size, count in zip(sizes, merged, strict=True) if count):
             context.trace.spend("TokenMerge matching", matching_flops(size, buckets, alike, width))
@@ -229,9 +231,8 @@ class MergedTokens(Sublayer):
         """
         bucket, seed = self.method.bucket, self.method.seed
         if self.method.important:
-            dtype = torch.promote_types(rows.dtype, torch.float32)
-            length = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype)
-            return destinations(*view.rows(), view.batch, grid, bucket, importance=length)
+            norms = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+            return destinations(*view.rows(), view.batch, grid, bucket, importance=norms)
         known, key = self._matchings(context).destinations, (view.samples, view.source, first)
         if key in known:
             return known[key]
@@ -245,8 +246,7 @@ class MergedTokens(Sublayer):
 
     def _matchings(self, context: CallContext) -> Matchings:
         """Return what the blocks of this call share."""
-        if context.slots[self.slot] is None:
-            context.slots[self.slot] = Matchings()
+        context.slots[self.slot] = context.slots[self.slot] or Matchings()
         return context.slots[self.slot]  # type: ignore[no-any-return]
 
 
