@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tokdyn.adapters.products import DEFAULT_PRODUCTS, Products
+from tokdyn.adapters.products import DEFAULT_PRODUCTS
+from tokdyn.adapters.products import Products as Products
 from tokdyn.adapters.width import Width
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, ImageTokens

@@ -68,9 +68,7 @@ def _experts(block: Any) -> tuple[Experts, ...]:
     if not hasattr(mlp, "experts"):
         return ()
     weights = sum(layer.weight.numel() for layer in mlp.experts[0].modules() if isinstance(layer, nn.Linear))
-    return (
-        Experts("block.ff_i.experts", 2 * weights, mlp.num_activated_experts, router=2 * mlp.gate.weight.numel()),
-    )
+    return (Experts("block.ff_i.experts", 2 * weights, mlp.num_activated_experts, router=2 * mlp.gate.weight.numel()),)
 
 
 _PRODUCTS = Products(experts=_experts, indicator=("block.adaLN_modulation.*",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products

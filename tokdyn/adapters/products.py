@@ -19,10 +19,10 @@ Patterns = tuple[str, ...]
 class CrossAttention:
     """An attention between two sequences, such as those of video and sound, or within one beside the image tokens.
 
-    A sequence is "image" for the image tokens, "joint" for image and text tokens, "text", or an argument of the block, as
-    in `Products.over`. Layers whose names begin with `to_k` or `to_v`, also `to_key` and `to_value`, run over keys and all
-    others over queries. With a path that is in `Products.cross` as well, it is a second attention there, and its layers
-    are not told apart.
+    A sequence is "image" for the image tokens, "joint" for image and text tokens, "text", or an argument of the block,
+    as in `Products.over`. Layers whose names begin with `to_k` or `to_v`, also `to_key` and `to_value`, run over keys,
+    and all others over queries. If its path is in `Products.cross`, it is a second attention there, whose layers follow
+    the rules of the first one unless `Products.over` names them.
 
     Attributes:
         path: attribute of the block that holds the attention; dots lead into submodules.
@@ -82,8 +82,8 @@ class Products:
         beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
         between: attentions between other sequences, such as video and sound.
         over: layers that run over the rows of another argument of the block, by its name, such as embeddings of
-            timesteps that may have an entry per token; or over "image" or "joint" tokens where other rules say otherwise.
-            "name.1" is an item of a tuple. A number stands for as many rows of every sample.
+            timesteps that may have an entry per token; "image" and "joint" overrule other rules. "name.1" is an item of
+            a tuple. A number stands for as many rows of every sample.
         needs: layers, and paths of attentions, that run only where an argument of the block is given, and not False;
             with "not " before its name, only where it is not.
         experts: returns the experts of a block.

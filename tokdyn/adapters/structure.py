@@ -20,11 +20,11 @@ from tokdyn.adapters.base import Blocks, ModelAdapter
 from tokdyn.adapters.products import DEFAULT_PRODUCTS, Experts, Patterns, Products
 
 Rows = str
-"""What the rows of a layer are: "image" tokens, "text" tokens, both in one sequence ("joint"), all tokens in the argument
-that holds the image tokens ("sequence"), every "sample", the embeddings of timesteps, of which a sample may have several
-("round"), or the tokens of an encoder: all of them ("context"), or only text ("context_text") or image embeddings
-("context_image"). Otherwise the rows of an argument of the block, as in `Products.over`; "text - name" is text tokens
-without as many of them as an argument says."""
+"""What the rows of a layer are: "image" tokens, "text" tokens, both in one sequence ("joint"), all tokens in the
+argument that holds the image tokens ("sequence"), every "sample", the embeddings of timesteps, of which a sample may
+have several ("round"), or the tokens of an encoder: all of them ("context"), or only text ("context_text") or image
+embeddings ("context_image"). Otherwise the rows of an argument of the block, as in `Products.over`; "text - name" is
+text tokens without as many of them as an argument says."""
 
 Owner = Literal["attention", "mlp", "block"]
 """Which module's image tokens are meant. Attention and MLP may get fewer than the block, if a method merges tokens."""
@@ -98,7 +98,7 @@ class Structure:
     Attributes:
         layers: its linear layers and convolutions.
         pairs: its attentions.
-        indicator: FLOPs per row of the layers that compute the tensor that FeatureCache compares, by what their rows are.
+        indicator: FLOPs per row of the layers that compute what FeatureCache compares, by what their rows are.
         text: argument that holds text tokens in a stream of their own, if further tokens lie beside the image tokens.
         context_text: number of text tokens among the encoder's tokens; see `Products`.
         parts: for each layer, by its path from the block, the entry under which its FLOPs are listed.
@@ -216,10 +216,12 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
     """Return the entry under which a layer is listed, what its rows are and whose image tokens they are."""
     over = next((argument for argument, patterns in products.over.items() if _matches(name, patterns)), None)
     if over is not None:
-        part, _, owner = _classify(name, block, blocks, replace(products, over={}))
-        return part, over, owner
+        part, _, whose = _classify(name, block, blocks, replace(products, over={}))
+        return part, over, whose
     top, _, rest = name.partition(".")
-    across = next((each for each in products.between if each.path not in products.cross and _inside(name, each.path)), None)
+    across = next(
+        (each for each in products.between if each.path not in products.cross and _inside(name, each.path)), None
+    )
     if across is not None:
         part = "projections" if across.queries == across.keys else "cross-attention"
         is_key = name[len(across.path) + 1 :].startswith(("to_k", "to_v"))
@@ -228,7 +230,11 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
     if _matches(name, products.sample):
         return "adaLN", "round" if _matches(name, products.rounds) else "sample", "block"
     if top in products.cross:
-        return "cross-attention", _cross_attention_rows(rest, getattr(block, top), products.crosses_joint(block)), "block"
+        return (
+            "cross-attention",
+            _cross_attention_rows(rest, getattr(block, top), products.crosses_joint(block)),
+            "block",
+        )
     owner: Owner = "block"
     if _inside(name, _first_of(block, blocks.attention)):
         part, owner = "projections", "attention"

@@ -187,9 +187,7 @@ MINIMAX_H3 = ModelAdapter(
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.minimax_h3,
-            products=Products(
-                sample=("adaln_proj.*",), over={"temb": ("adaln_proj.*",)}, indicator=("adaln_proj.*",)
-            ),
+            products=Products(sample=("adaln_proj.*",), over={"temb": ("adaln_proj.*",)}, indicator=("adaln_proj.*",)),
             width=attention_and_mlp("attn", "ff", "MiniMaxH3AttnProcessor"),
         ),
     ),

@@ -119,7 +119,11 @@ EASYANIMATE_SHARED = replace(
         replace(
             EASYANIMATE.blocks[0],
             mlp=(),  # the last blocks call one MLP on the video tokens and then on the text tokens
-            products=replace(_EASYANIMATE_PRODUCTS, joint=lambda block: () if block.txt_ff else ("ff.*",), over={"image": ("attn1.to_out*",)}),
+            products=replace(
+                _EASYANIMATE_PRODUCTS,
+                joint=lambda block: () if block.txt_ff else ("ff.*",),
+                over={"image": ("attn1.to_out*",)},
+            ),
         ),
     ),
     fits=None,

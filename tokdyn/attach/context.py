@@ -187,10 +187,8 @@ class CallContext:
             trace.batch, trace.cells = batch, count
             trace.text, trace.context = other_tokens(named, blocks, count)
             trace.rounds = rounds_of(named, blocks, batch)
-            rows = counted_rows(named, blocks, batch) if blocks.counted else ()
-            trace.first = BlockTrace(
-                0, batch, count, trace.text, trace.context, rounds=trace.rounds, given=rows, whole=rows
-            )
+            sizes, rows = (batch, count, trace.text, trace.context), counted_rows(named, blocks, batch)
+            trace.first = BlockTrace(0, *sizes, rounds=trace.rounds, given=rows, whole=rows)
             if self.readings.images.known:
                 self.check_images(self.images)
         return TokenView(samples, count, count, tokens.device)
@@ -218,13 +216,9 @@ class CallContext:
     def record(
         self, view: TokenView, site: Site, named: Mapping[str, Any], whole: Mapping[str, Any] | None = None
     ) -> BlockTrace:
-        """Add a computation of a block to the trace, and return its record.
+        """Add a computation of a block for the samples of a view to the trace, and return its record.
 
-        Args:
-            view: the samples and tokens that it is about.
-            site: the block.
-            named: the arguments of the block, by name, with entries for these samples and tokens.
-            whole: the same with entries for all samples and image tokens; None if that is what `named` has.
+        `named` has the arguments of the block with entries of this view, `whole` those of all samples, if they differ.
         """
         lengths = () if view.packing is None else view.packing.lengths
         rows = lengths if len(set(lengths)) > 1 else None

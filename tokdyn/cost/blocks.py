@@ -62,7 +62,9 @@ def _rows(
     if not layers.experts:
         return layers.share * _count(layers.rows, image, call.samples, call, structure, given)
     return sum(
-        n * layers.experts * max(1, ceil(layers.share * _count(layers.rows, tokens, 1, call, structure, given) / layers.experts))
+        n
+        * layers.experts
+        * max(1, ceil(layers.share * _count(layers.rows, tokens, 1, call, structure, given) / layers.experts))
         for n, tokens in groups
     )
 
@@ -136,25 +138,28 @@ class Costs:
         """Return the FLOPs of all blocks that ran in a call of the model, by part."""
         return _sum(self.of(call) for call in trace.blocks)
 
+    def learn(self, trace: CallTrace) -> dict[int, BlockTrace]:
+        """Remember what the blocks that ran in a call got besides image tokens; return that of all calls like it."""
+        seen = self._seen.setdefault(_first(trace).key, {})
+        seen.update((call.block, call.dense(trace.batch, trace.cells)) for call in trace.blocks)
+        return seen
+
     def dense(self, trace: CallTrace) -> Counter[str]:
         """Return the FLOPs of a call in which all blocks compute all tokens at full width, by part.
 
-        What a skipped block would get besides image tokens is taken from an earlier call like this one, or else from the
-        blocks beside it.
+        What a block that did not run would get besides image tokens is taken from an earlier call like this one, or
+        else from the nearest block that is built like it, or else from the first block.
         """
-        first = trace.first or BlockTrace(0, trace.batch, trace.cells, trace.text, trace.context, rounds=trace.rounds)
-        ran = {call.block: call.dense(trace.batch, trace.cells) for call in trace.blocks}
-        seen = self._seen.setdefault(first.key, {})
-        seen.update(ran)
+        seen = self.learn(trace)
         return _sum(
-            self.of(seen.get(block) or replace(self._beside(ran, block) or first, block=block))
+            self.of(seen.get(block) or replace(self._nearest(seen, block) or _first(trace), block=block))
             for block in range(len(self._structures))
         )
 
-    def _beside(self, ran: Mapping[int, BlockTrace], block: int) -> BlockTrace | None:
-        """Return the nearest of the blocks that ran and are built like one that did not; None if there is none."""
-        alike = [other for other in ran if self._kinds[other] == self._kinds[block]]
-        return ran[min(alike, key=lambda other: (abs(other - block), other))] if alike else None
+    def _nearest(self, seen: Mapping[int, BlockTrace], block: int) -> BlockTrace | None:
+        """Return what the nearest block that is built like this one got; None if there is none."""
+        alike = [other for other in seen if self._kinds[other] == self._kinds[block]]
+        return seen[min(alike, key=lambda other: (abs(other - block), other))] if alike else None
 
     def methods(self, trace: CallTrace) -> Counter[str]:
         """Return the FLOPs that methods added to a call, by what they computed, such as "Chunking router"."""
@@ -167,6 +172,12 @@ class Costs:
                 trace.compared * sum(per_sample[rows] * flops for rows, flops in indicator)
             )
         return total
+
+
+def _first(trace: CallTrace) -> BlockTrace:
+    """Return what the first block gets in a call without methods."""
+    sizes = trace.batch, trace.cells, trace.text, trace.context
+    return trace.first or BlockTrace(0, *sizes, rounds=trace.rounds)
 
 
 def _sum(costs: Iterable[Counter[str]]) -> Counter[str]:

@@ -131,8 +131,8 @@ class CallTrace:
         text: text tokens of each sample.
         context: tokens of an encoder that each sample attends to in cross-attention.
         rounds: embeddings of timesteps of each sample.
-        first: what the first block would compute of all samples and image tokens without methods; None if it gets packed
-            tokens.
+        first: what the first block would compute of all samples and image tokens without methods; None if it gets
+            packed tokens.
         training: whether the model was in training mode and gradients were wanted.
         observed: what could be seen of the call from outside; None in training and in graphs of torch.compile.
         branch: name that the pipeline gave to the guidance branch, None if it gave none.
