@@ -3,7 +3,8 @@
 Only this package knows the attribute names of other people's models. docs/adapters.md shows how to add an adapter.
 """
 
-from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
+from tokdyn.adapters.products import CrossAttention, Experts, Products
 from tokdyn.adapters.registry import (
     ADAPTERS,
     adapter_for,
@@ -18,6 +19,8 @@ __all__ = [
     "ADAPTERS",
     "Arguments",
     "Blocks",
+    "CrossAttention",
+    "Experts",
     "Follow",
     "ImageTokens",
     "ModelAdapter",

@@ -62,7 +62,13 @@ STABLE_AUDIO3 = ModelAdapter(
             attention=("self_attn",),
             mlp=("ff",),
             modulated=modulation.stable_audio3,
-            products=None,  # attention may be the difference of two
+            products=Products(
+                cross=("cross_attn",),
+                cross_joint=True,
+                context="context",
+                over={"local_seq": ("to_local_embed.*",)},
+                channels=lambda attention: attention.heads * attention.dim_heads * (1 + attention.use_differential),
+            ),
             width=Width(
                 layers=(
                     SlicedLayer("self_attn.to_qkv", out=("heads",)),

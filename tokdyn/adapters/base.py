@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tokdyn.adapters.products import DEFAULT_PRODUCTS
+from tokdyn.adapters.products import Products as Products
 from tokdyn.adapters.width import Width
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, ImageTokens
 
 Arguments = Mapping[str, Any]
 """The arguments of one call of a model or of a block, by name."""
-
-Patterns = tuple[str, ...]
-"""Names of layers as `named_modules` of a block gives them; `*` matches any characters."""
 
 
 @dataclass(frozen=True)
@@ -47,52 +47,6 @@ class Follow:
     dims: int | None = None
     item: int | None = None
     joint: Literal["first", "last"] | None = None
-
-
-@dataclass(frozen=True)
-class Products:
-    """Which layers of a block run over other rows than its image tokens. FLOPs are computed from this.
-
-    Rows are the vectors that a layer is applied to. Give only what does not follow from the rest of the declaration: if
-    `image`, `inside` or `inside_mlp` of `Blocks` says that text and image are one sequence, the layers there run over
-    both; so do the layers of attention if a block takes text as an argument of its own and attention has no separate
-    layers for text.
-
-    Attributes:
-        sample: layers that run once per sample, such as adaLN.
-        rounds: those of them that run once for each entry per sample that the arguments in `Blocks.rounds` hold.
-        text: layers that run over the text tokens of a separate stream.
-        joint: further layers that run over image and text tokens in one sequence.
-        mlp: layers that belong to the MLP but lie outside the attributes in `Blocks.mlp`.
-        cross: attributes of a block that hold cross-attention from image tokens to an encoder's tokens.
-        cross_joint: whether text tokens in the sequence of the image tokens go through this cross-attention, too.
-        context: argument of a block that holds the encoder's tokens.
-        context_text: how many of the encoder's tokens are text, at the end, where image embeddings with their own key
-            and value layers precede them; None if all are.
-        beside: attributes that hold a second attention over image tokens only, beside the one in `Blocks.attention`.
-        linear: whether attention multiplies keys with values first, so that its cost is linear in the tokens.
-        text_sees: what text tokens attend to: "all" tokens, "text" only, or "none" if they are only keys and values.
-        twice: layers that run twice over their rows, such as modulation by the timesteps of noisy and of clean tokens.
-        indicator: layers that `Blocks.modulated` runs.
-    """
-
-    sample: Patterns = ("norm*", "*modulation*", "*_mod.*")
-    rounds: Patterns = ()
-    text: Patterns = ("*.add_*", "*.to_add_out*", "*.to_added_*", "*_context.*", "txt_*")
-    joint: Patterns = ()
-    mlp: Patterns = ("ff*", "*mlp*", "proj_out*")
-    cross: tuple[str, ...] = ()
-    cross_joint: bool = False
-    context: str = "encoder_hidden_states"
-    context_text: int | None = None
-    beside: tuple[str, ...] = ()
-    linear: bool = False
-    text_sees: Literal["all", "text", "none"] = "all"
-    twice: Patterns = ()
-    indicator: Patterns = ("norm1.*", "adaLN_modulation.*", "img_mod.*")
-
-
-DEFAULT_PRODUCTS = Products()
 
 
 @dataclass(frozen=True)
@@ -163,8 +117,17 @@ class Blocks:
 
     @property
     def text_sees_less(self) -> bool:
-        """Whether text tokens cost other FLOPs than image tokens in the same sequence."""
-        return self.products is not None and self.products.text_sees != "all"
+        """Whether text tokens may cost other FLOPs than image tokens in the same sequence."""
+        products = self.products
+        return products is not None and (
+            products.text_sees != "all" or (bool(products.cross) and products.cross_joint is not True)
+        )
+
+    @cached_property
+    def counted(self) -> tuple[str, ...]:
+        """Arguments of a block whose rows FLOPs depend on, beside those of tokens, text and encoder."""
+        text = (self.text,) if self.text is not None and self.image != "all" else ()
+        return (*text, *(() if self.products is None else self.products.arguments))
 
     def __post_init__(self) -> None:
         if self.returns and "tokens" not in self.returns:

@@ -5,9 +5,13 @@ Images that are not square are padded behind their tokens, and stay padded.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
+from tokdyn.adapters.products import Experts, Products
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, patch_grid, timestep_level
 from tokdyn.adapters.width import SlicedLayer, Width, runs_processor
 from tokdyn.errors import InputError
@@ -58,6 +62,17 @@ def _width(*streams: str) -> Width:
     )
 
 
+def _experts(block: Any) -> tuple[Experts, ...]:
+    """Return the experts of a block, of which every token uses the best ones; none if it has a plain MLP."""
+    mlp = block.block.ff_i
+    if not hasattr(mlp, "experts"):
+        return ()
+    weights = sum(layer.weight.numel() for layer in mlp.experts[0].modules() if isinstance(layer, nn.Linear))
+    return (Experts("block.ff_i.experts", 2 * weights, mlp.num_activated_experts, router=2 * mlp.gate.weight.numel()),)
+
+
+_PRODUCTS = Products(experts=_experts, indicator=("block.adaLN_modulation.*",))
+
 HIDREAM = ModelAdapter(
     name="HiDream",
     classes=("HiDreamImageTransformer2DModel",),
@@ -73,7 +88,9 @@ HIDREAM = ModelAdapter(
             attention=("block.attn1",),
             mlp=("block.ff_i",),
             modulated=_modulated,
-            products=None,  # how many tokens an expert computes is not known
+            products=replace(
+                _PRODUCTS, text=("*.to_q_t", "*.to_k_t", "*.to_v_t", "*.to_out_t", "*.ff_t.*"), mlp=("*.ff_t.*",)
+            ),
             width=_width("", "_t"),
         ),
         Blocks(
@@ -84,7 +101,7 @@ HIDREAM = ModelAdapter(
             full_between=True,
             attention=("block.attn1",),
             mlp=("block.ff_i",),
-            products=None,
+            products=_PRODUCTS,
             width=_width(""),
         ),
     ),

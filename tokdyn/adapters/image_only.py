@@ -59,7 +59,7 @@ SANA = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.shift_table,
-            products=Products(cross=("attn2",), linear=True),
+            products=Products(cross=("attn2",), linear="padded"),
             width=Width(
                 layers=attention_layers("attn1"),
                 inner="attn1.to_out.0.in_features",

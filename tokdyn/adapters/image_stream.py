@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.products import Experts
 from tokdyn.adapters.readers import CONTROL_REASON, IMAGE_PROMPT_REASON, patch_grid, shapes_grid, timestep_level
 from tokdyn.adapters.width import SlicedLayer, Width, attention_and_mlp, attention_layers, mlp_layers, runs_processor
 
@@ -139,6 +142,15 @@ def _nucleus_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
     return out
 
 
+def _nucleus_experts(block: Any) -> tuple[Experts, ...]:
+    """Return the experts of a block, each of which chooses as many tokens of a sample; none if it has a plain MLP."""
+    if not block.moe_enabled:
+        return ()
+    experts = block.img_mlp.experts
+    weights = experts.gate_up_proj[0].numel() + experts.down_proj[0].numel()
+    return (Experts("img_mlp.experts", 2 * weights, block.img_mlp.capacity_factor, experts.num_experts),)
+
+
 NUCLEUS = ModelAdapter(
     name="Nucleus-Image",
     classes=("NucleusMoEImageTransformer2DModel",),
@@ -155,7 +167,7 @@ NUCLEUS = ModelAdapter(
             attention=("attn",),
             mlp=(),  # experts choose among the tokens of a sample, and get them twice
             modulated=_nucleus_modulated,
-            products=None,  # the weights of the experts are no layers
+            products=Products(text=("encoder_proj", *Products().text), text_sees="none", experts=_nucleus_experts),
             width=Width(
                 layers=attention_layers("attn"),
                 inner="attn.to_out.0.in_features",

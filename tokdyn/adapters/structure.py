@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tokdyn.adapters.base import DEFAULT_PRODUCTS, Blocks, ModelAdapter, Patterns, Products
+from tokdyn.adapters.base import Blocks, ModelAdapter
+from tokdyn.adapters.products import DEFAULT_PRODUCTS, Experts, Patterns, Products
 
-Rows = Literal["image", "text", "joint", "context", "context_text", "context_image", "sample", "round"]
-"""What the rows of a layer are: image tokens, text tokens, both in one sequence ("joint"), samples, the embeddings of
-timesteps, of which a sample may have several ("round"), or the tokens of an encoder: all of them ("context"), or only
-text ("context_text") or image embeddings ("context_image")."""
+Rows = str
+"""What the rows of a layer are: "image" tokens, "text" tokens, both in one sequence ("joint"), all tokens in the
+argument that holds the image tokens ("sequence"), every "sample", the embeddings of timesteps, of which a sample may
+have several ("round"), or the tokens of an encoder: all of them ("context"), or only text ("context_text") or image
+embeddings ("context_image"). Otherwise the rows of an argument of the block, as in `Products.over`; "text - name" is
+text tokens without as many of them as an argument says."""
 
 Owner = Literal["attention", "mlp", "block"]
 """Which module's image tokens are meant. Attention and MLP may get fewer than the block, if a method merges tokens."""
@@ -44,12 +47,18 @@ class Layers:
         rows: what their rows are.
         owner: whose image tokens the rows are.
         flops: FLOPs of all these layers for one row.
+        needs: conditions on arguments of the block without which they do not run; see `Products.needs`.
+        experts: number of experts that choose as many rows of a sample as a `share` of them, and 0 for other layers.
+        share: experts per row.
     """
 
     part: str
     rows: Rows
     owner: Owner
     flops: int
+    needs: tuple[str, ...] = ()
+    experts: int = 0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,19 +69,26 @@ class Pairs:
         part: the entry under which their FLOPs are listed.
         kind: "joint" attends among image and text tokens, "image" among image tokens only, "keys" from image tokens to
             image and text tokens, "prefix" the same and among text tokens, "context" from image tokens to an encoder's
-            tokens, "joint_context" from text tokens too; "linear" multiplies keys with values first.
+            tokens, "joint_context" from text tokens too, "between" from `queries` to `keys`; "padded" and "summed"
+            multiply keys with values first, see `Products.linear`; "mask" multiplies only a mask of "joint".
         width: H d, the channels of all heads together.
         head: d, the channels of one head.
         owner: whose image tokens take part.
         sliced: whether DynamicWidth slices its heads.
+        queries: for "between", what attends, as in `Layers.rows`.
+        keys: for "between", what is attended to, likewise.
+        needs: conditions on arguments of the block without which it does not run; see `Products.needs`.
     """
 
     part: str
-    kind: Literal["joint", "image", "keys", "prefix", "context", "joint_context", "linear"]
+    kind: Literal["joint", "image", "keys", "prefix", "context", "joint_context", "between", "padded", "summed", "mask"]
     width: int
     head: int
     owner: Owner
     sliced: bool = True
+    queries: Rows = ""
+    keys: Rows = ""
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,14 +98,16 @@ class Structure:
     Attributes:
         layers: its linear layers and convolutions.
         pairs: its attentions.
-        indicator: FLOPs per sample and embedding of a timestep of computing the tensor that FeatureCache compares.
+        indicator: FLOPs per row of the layers that compute what FeatureCache compares, by what their rows are.
+        text: argument that holds text tokens in a stream of their own, if further tokens lie beside the image tokens.
         context_text: number of text tokens among the encoder's tokens; see `Products`.
         parts: for each layer, by its path from the block, the entry under which its FLOPs are listed.
     """
 
     layers: tuple[Layers, ...]
     pairs: tuple[Pairs, ...]
-    indicator: int = 0
+    indicator: tuple[tuple[Rows, int], ...] = ()
+    text: str | None = None
     context_text: int | None = None
     parts: tuple[tuple[str, str], ...] = ()
 
@@ -116,21 +134,45 @@ def structure(block: nn.Module, blocks: Blocks) -> Structure | None:
     products = blocks.products
     if products is None:
         return None
-    flops: defaultdict[tuple[str, Rows, Owner], int] = defaultdict(int)
-    indicator = 0
+    flops: defaultdict[tuple[str, Rows, Owner, tuple[str, ...]], int] = defaultdict(int)
+    indicator: defaultdict[Rows, int] = defaultdict(int)
     parts = []
+    experts = () if products.experts is None else products.experts(block)
     for name, cost in _running_layers(block):
-        place = _classify(name, block, blocks, products)
+        if any(_inside(name, each.path) for each in experts):
+            continue
+        part, rows, owner = _classify(name, block, blocks, products)
         cost *= 2 if _matches(name, products.twice) else 1
-        flops[place] += cost
-        parts.append((name, place[0]))
+        flops[part, rows, owner, _needs(name, products)] += cost
+        parts.append((name, part))
         if blocks.modulated is not None and _matches(name, products.indicator):
-            indicator += cost
+            indicator[rows] += cost
     pairs = list(_attentions(block, blocks, products))
     if None in pairs:
         return None
-    layers = tuple(Layers(*place, cost) for place, cost in flops.items())
-    return Structure(layers, tuple(pair for pair in pairs if pair), indicator, products.context_text, tuple(parts))
+    layers = [Layers(*place[:3], cost, place[3]) for place, cost in flops.items()]
+    layers += [layer for each in experts for layer in _expert_layers(each, block, blocks, products)]
+    return Structure(
+        tuple(layers),
+        tuple(pair for pair in pairs if pair),
+        tuple(indicator.items()),
+        blocks.text if blocks.image != "all" else None,
+        products.context_text,
+        tuple(parts),
+    )
+
+
+def _expert_layers(experts: Experts, block: nn.Module, blocks: Blocks, products: Products) -> Iterator[Layers]:
+    """Yield the layers of experts, and of the router that is not a layer of its own."""
+    part, rows, owner = _classify(experts.path, block, blocks, products)
+    yield Layers(part, rows, owner, experts.flops, (), experts.count, experts.share)
+    if experts.router:
+        yield Layers(part, rows, owner, experts.router)
+
+
+def _needs(name: str, products: Products) -> tuple[str, ...]:
+    """Return the conditions on arguments of a block without which a layer or an attention does not run."""
+    return tuple(argument for argument, patterns in products.needs.items() if _matches(name, patterns))
 
 
 def rows_of(name: str, block: nn.Module, blocks: Blocks) -> Rows:
@@ -172,11 +214,27 @@ def _is_idle_lora(name: str, modules: dict[str, nn.Module]) -> bool:
 
 def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -> tuple[str, Rows, Owner]:
     """Return the entry under which a layer is listed, what its rows are and whose image tokens they are."""
+    over = next((argument for argument, patterns in products.over.items() if _matches(name, patterns)), None)
+    if over is not None:
+        part, _, whose = _classify(name, block, blocks, replace(products, over={}))
+        return part, over, whose
     top, _, rest = name.partition(".")
+    across = next(
+        (each for each in products.between if each.path not in products.cross and _inside(name, each.path)), None
+    )
+    if across is not None:
+        part = "projections" if across.queries == across.keys else "cross-attention"
+        is_key = name[len(across.path) + 1 :].startswith(("to_k", "to_v"))
+        rows = across.queries if not is_key else f"{across.keys} - {across.without}" if across.without else across.keys
+        return part, rows, "block"
     if _matches(name, products.sample):
         return "adaLN", "round" if _matches(name, products.rounds) else "sample", "block"
     if top in products.cross:
-        return "cross-attention", _cross_attention_rows(rest, getattr(block, top), products.cross_joint), "block"
+        return (
+            "cross-attention",
+            _cross_attention_rows(rest, getattr(block, top), products.crosses_joint(block)),
+            "block",
+        )
     owner: Owner = "block"
     if _inside(name, _first_of(block, blocks.attention)):
         part, owner = "projections", "attention"
@@ -188,14 +246,14 @@ def _classify(name: str, block: nn.Module, blocks: Blocks, products: Products) -
         part = "mlp" if _matches(name, products.mlp) else "other"
     if _matches(name, products.text):
         return part, "text", owner
-    joint = blocks.image != "all" or _matches(name, products.joint)
+    joint = (blocks.image != "all" and blocks.text is None) or _matches(name, products.is_joint(block))
     if owner == "attention":
         joint |= blocks.inside is not None or (
             blocks.text is not None and not _has_text_layers(block, blocks, products)
         )
     elif owner == "mlp":
         joint |= blocks.inside_mlp is not None
-    return part, "joint" if joint else "image", owner
+    return part, "joint" if joint else "image" if blocks.image == "all" else "sequence", owner
 
 
 def _has_text_layers(block: nn.Module, blocks: Blocks, products: Products) -> bool:
@@ -217,19 +275,25 @@ def _cross_attention_rows(name: str, attention: Any, joint: bool) -> Rows:
 def _attentions(block: nn.Module, blocks: Blocks, products: Products) -> Iterator[Pairs | None]:
     """Yield the attentions of a block; None in place of one whose number of channels cannot be read."""
     own = _first_of(block, blocks.attention)
-    kind = "linear" if products.linear else _pairs_of(blocks, products)
-    declared = [] if own is None else [(own, kind, "attention", "attention")]
-    declared += [(name, "image", "attention", "block") for name in products.beside]
-    across = "joint_context" if products.cross_joint else "context"
-    declared += [(name, across, "cross-attention", "block") for name in products.cross]
-    for name, kind, part, owner in declared:
+    kind = products.linear or _pairs_of(blocks, products)
+    declared = [] if own is None else [(own, kind, "attention", "attention", "", "")]
+    declared += [(name, "image", "attention", "block", "", "") for name in products.beside]
+    across = "joint_context" if products.crosses_joint(block) else "context"
+    declared += [(name, across, "cross-attention", "block", "", "") for name in products.cross]
+    for each in products.between:
+        keys = f"{each.keys} - {each.without}" if each.without else each.keys
+        part = "attention" if each.queries == each.keys else "cross-attention"
+        declared.append((each.path, "between", part, "block", each.queries, keys))
+    for name, kind, part, owner, queries, keys in declared:
         attention: Any = submodule(block, name)
         if attention is not None:
-            sliced = part != "cross-attention" or (blocks.width is not None and name in blocks.width.attention)
-            width = _query_channels(attention)
+            sliced = part == "attention" or (blocks.width is not None and name in blocks.width.attention)
+            width = (products.channels or _query_channels)(attention)
             heads = getattr(attention, "heads", None) or getattr(attention, "num_heads", None)
-            pairs = Pairs(part, kind, width, width // int(heads or 1), owner, sliced)  # type: ignore[arg-type]
-            yield pairs if width else None
+            known = (part, kind, width, width // int(heads or 1), owner, sliced and kind != "between")
+            yield Pairs(*known, queries, keys, _needs(name, products)) if width else None  # type: ignore[arg-type]
+    if products.pair_mask is not None:
+        yield Pairs("attention", "mask", 1, 1, "attention", False, needs=(products.pair_mask,))
 
 
 def _pairs_of(blocks: Blocks, products: Products) -> str:

@@ -158,6 +158,31 @@ def rounds_of(named: Mapping[str, Any], blocks: Blocks, batch: int) -> int:
     return sum(len(value) for value in held) // batch if held else 1
 
 
+def counted_rows(named: Mapping[str, Any], blocks: Blocks, batch: int) -> tuple[tuple[str, int | Tensor], ...]:
+    """Count the rows of the arguments of a block that FLOPs depend on, of all its samples together.
+
+    Returns:
+        Pairs of a name, as in `Products.over`, and a number of rows. True counts as a row of every sample. A flag on an
+        accelerator stays a tensor, so that nobody waits for it.
+    """
+    return tuple((name, _rows_of(named, name, batch)) for name in blocks.counted)
+
+
+def _rows_of(named: Mapping[str, Any], name: str, batch: int) -> int | Tensor:
+    """Count the rows of an argument, or of an item of it, of all samples together."""
+    name, _, item = name.partition(".")
+    value: Any = named.get(name)
+    if isinstance(value, (tuple, list)):
+        value = value[int(item or 0)]
+    elif item:
+        value = None
+    if not isinstance(value, Tensor):
+        return batch * int(value or 0)
+    if not value.dim():
+        return value
+    return value.numel() // value.shape[-1] if value.dim() > 1 else len(value)
+
+
 def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:
     """Select the entries of some image tokens from an argument with a token axis. Entries of text tokens stay.
 

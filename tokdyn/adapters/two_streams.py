@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.flux import FLUX
 from tokdyn.adapters.mmdit import COGVIEW4
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, REFERENCE_REASON, timestep_level
@@ -105,6 +105,7 @@ GLM_IMAGE = replace(
         replace(
             COGVIEW4.blocks[0],
             modulated=modulation.cogvideox,
+            products=Products(joint=("ff.*",), pair_mask="attention_mask"),
             width=attention_and_mlp("attn1", "ff", "GlmImageAttnProcessor"),
         ),
     ),

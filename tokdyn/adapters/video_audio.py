@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
+from tokdyn.adapters.products import CrossAttention, Products
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, channels_last_grid, frame_level, timestep_level
 from tokdyn.adapters.width import SlicedLayer, Width, attention_and_mlp, mlp_layers, runs_processor
 from tokdyn.tokens import Grid
@@ -25,6 +26,24 @@ def _ltx2_sliceable(block: nn.Module) -> bool:
 
 
 _LTX2_WIDTH = attention_and_mlp("attn1", "ff", tables=("video_rotary_emb",))
+
+_PERTURBED = ("attn1", "attn1.to_[qk]*", "audio_attn1", "audio_attn1.to_[qk]*")
+_LTX2_PRODUCTS = Products(
+    cross=("attn2",),
+    mlp=("ff*", "audio_ff.*"),
+    between=(
+        CrossAttention("audio_attn1", "audio_hidden_states", "audio_hidden_states"),
+        CrossAttention("audio_attn2", "audio_hidden_states", "audio_encoder_hidden_states"),
+        CrossAttention("audio_to_video_attn", "image", "audio_hidden_states"),
+        CrossAttention("video_to_audio_attn", "audio_hidden_states", "image"),
+    ),
+    over={"audio_hidden_states": ("audio_ff.*",)},
+    needs={
+        "use_a2v_cross_attention": ("audio_to_video_attn*",),
+        "use_v2a_cross_attention": ("video_to_audio_attn*",),
+        "not all_perturbed": _PERTURBED,  # values go through unchanged then
+    },
+)
 
 LTX2 = ModelAdapter(
     name="LTX-2",
@@ -52,7 +71,7 @@ LTX2 = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.ltx2,
-            products=None,  # layers run over text, video and audio tokens
+            products=_LTX2_PRODUCTS,
             width=Width(
                 _LTX2_WIDTH.layers,
                 _LTX2_WIDTH.inner,
@@ -83,6 +102,20 @@ _KANDINSKY6_WIDTH = Width(
     counts=("num_heads",),
 )
 
+_KANDINSKY6_PRODUCTS = Products(
+    mlp=("*.feed_forward.*",),
+    between=(
+        CrossAttention("video_dec_block.cross_attention", "image", "text_v"),
+        CrossAttention("audio_dec_block.self_attention", "aud", "aud"),
+        CrossAttention("audio_dec_block.cross_attention", "aud", "text_a"),
+        CrossAttention("va_cross_attention", "image", "aud"),
+        CrossAttention("av_cross_attention", "aud", "image"),
+    ),
+    over={"aud": ("audio_dec_block.feed_forward.*",)},
+    needs={"aud": ("audio_dec_block.*", "va_*", "av_*")},
+    indicator=("video_dec_block.visual_modulation.*",),
+)
+
 KANDINSKY6 = ModelAdapter(
     name="Kandinsky 6",
     classes=("Kandinsky6Transformer3DModel",),
@@ -100,7 +133,7 @@ KANDINSKY6 = ModelAdapter(
             attention=("video_dec_block.self_attention",),
             mlp=("video_dec_block.feed_forward",),
             modulated=modulation.kandinsky6,
-            products=None,  # layers run over text, video and audio tokens
+            products=_KANDINSKY6_PRODUCTS,
             width=_KANDINSKY6_WIDTH,
         ),
     ),
@@ -154,7 +187,7 @@ MINIMAX_H3 = ModelAdapter(
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.minimax_h3,
-            products=None,  # the layer of adaLN runs over timesteps
+            products=Products(sample=("adaln_proj.*",), over={"temb": ("adaln_proj.*",)}, indicator=("adaln_proj.*",)),
             width=attention_and_mlp("attn", "ff", "MiniMaxH3AttnProcessor"),
         ),
     ),

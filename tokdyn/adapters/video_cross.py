@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.products import CrossAttention
 from tokdyn.adapters.readers import (
     CONTROL_REASON,
     IMAGE_PROMPT_REASON,
@@ -67,7 +68,15 @@ COSMOS = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.cosmos,
-            products=Products(cross=("attn2",)),
+            products=Products(
+                cross=("attn2",),
+                between=(CrossAttention("attn2", "image", "encoder_hidden_states.1"),),
+                over={
+                    "embedded_timestep": ("norm*",),  # frames may have timesteps of their own
+                    "encoder_hidden_states.1": ("attn2.[kv]_img",),  # an image
+                },
+                needs={"encoder_hidden_states.1": ("attn2.q_img",)},
+            ),
             width=attention_and_mlp("attn1", "ff", "CosmosAttnProcessor2_0"),
         ),
     ),
@@ -77,13 +86,7 @@ COSMOS = ModelAdapter(
     fits=lambda model: bool(model.config["extra_pos_embed_type"]),  # type: ignore[index]
 )
 
-COSMOS2 = replace(
-    COSMOS,
-    name="Cosmos 2",
-    # frames may have timesteps of their own, and then all layers of adaLN run on tokens; 2.5 attends to images as well
-    blocks=(replace(COSMOS.blocks[0], products=None),),
-    fits=None,
-)
+COSMOS2 = replace(COSMOS, name="Cosmos 2", fits=None)
 
 
 def _kandinsky_heads(model: nn.Module) -> int:
@@ -148,7 +151,7 @@ SANA_VIDEO = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.sana_video,
-            products=None,  # its linear attention has other products than that of Sana
+            products=Products(cross=("attn2",), linear="summed"),
             width=Width(
                 layers=attention_layers("attn1"),
                 inner="attn1.to_out.0.in_features",

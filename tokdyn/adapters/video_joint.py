@@ -12,6 +12,7 @@ from torch import nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.products import CrossAttention
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level, video_grid
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN
 from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp, runs_processor
@@ -52,14 +53,13 @@ FRAMEPACK = replace(
     classes=("HunyuanVideoFramepackTransformer3DModel",),
     blocks=(
         # tokens of earlier frames come before those of the video in both lists, text tokens are a stream of their own
-        replace(HUNYUAN.blocks[0], image="last", joint="last", follow=_FRAMEPACK_FOLLOW, products=None),
+        replace(HUNYUAN.blocks[0], image="last", joint="last", follow=_FRAMEPACK_FOLLOW),
         replace(
             HUNYUAN.blocks[1],
             image="last",
             inside_mlp=None,
             joint="last",
             follow=_FRAMEPACK_FOLLOW,
-            products=None,
             width=None,  # in the MLP, tokens of the video lie between earlier frames and text
         ),
     ),
@@ -89,6 +89,8 @@ MOCHI = ModelAdapter(
     softmax=False,  # attention is computed for one sample after another, because prompts differ in length
 )
 
+_EASYANIMATE_PRODUCTS = Products(text=(*Products().text, "txt_ff.*"), mlp=("ff*", "txt_ff.*"))
+
 EASYANIMATE = ModelAdapter(
     name="EasyAnimate",
     classes=("EasyAnimateTransformer3DModel",),
@@ -101,7 +103,7 @@ EASYANIMATE = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.cogvideox,
-            products=Products(text=(*Products().text, "txt_ff.*")),
+            products=_EASYANIMATE_PRODUCTS,
             width=attention_and_mlp("attn1", "ff", "EasyAnimateAttnProcessor2_0"),
         ),
     ),
@@ -113,8 +115,17 @@ EASYANIMATE = ModelAdapter(
 EASYANIMATE_SHARED = replace(
     EASYANIMATE,
     name="EasyAnimate with shared layers",
-    # the last blocks call one MLP on the video tokens and then on the text tokens
-    blocks=(replace(EASYANIMATE.blocks[0], mlp=(), products=None),),
+    blocks=(
+        replace(
+            EASYANIMATE.blocks[0],
+            mlp=(),  # the last blocks call one MLP on the video tokens and then on the text tokens
+            products=replace(
+                _EASYANIMATE_PRODUCTS,
+                joint=lambda block: () if block.txt_ff else ("ff.*",),
+                over={"image": ("attn1.to_out*",)},
+            ),
+        ),
+    ),
     fits=None,
 )
 
@@ -145,7 +156,9 @@ def _without_cross_attention(block: nn.Module) -> bool:
 _MOTIF_TWO_STREAM = replace(
     HUNYUAN15.blocks[0],
     follow=(Follow("image_rotary_emb", axis=0, batched=False), Follow("attention_mask", axis=3, dims=4)),
-    products=None,  # further cross-attention to the text
+    products=Products(
+        between=(CrossAttention("cross_attn", "image", "text", without="image_embed_seq_len"),), joint=("proj_*",)
+    ),
     width=attention_and_mlp("attn", "ff", "MotifVideoAttnProcessor2_0"),
 )
 

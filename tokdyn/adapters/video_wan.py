@@ -66,7 +66,7 @@ HELIOS = ModelAdapter(
             image="last",  # behind the tokens of earlier frames
             follow=(Follow("rotary_emb"), Follow("temb", dims=4), Follow("original_context_length")),
             modulated=modulation.shift_table_per_token,
-            products=None,  # whether cross-attention runs over earlier frames depends on the model
+            products=Products(cross=("attn2",), cross_joint=lambda block: not block.guidance_cross_attn),
             width=replace(attention_and_mlp("attn1", "ffn"), sliceable=_one_scale),
         ),
     ),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
-from tokdyn.adapters.tokens import other_tokens, rounds_of
+from tokdyn.adapters.tokens import counted_rows, other_tokens, rounds_of
 from tokdyn.attach.inferred import Guard
 from tokdyn.attach.offload import Residency
 from tokdyn.attach.sites import Site
@@ -187,6 +187,8 @@ class CallContext:
             trace.batch, trace.cells = batch, count
             trace.text, trace.context = other_tokens(named, blocks, count)
             trace.rounds = rounds_of(named, blocks, batch)
+            sizes, rows = (batch, count, trace.text, trace.context), counted_rows(named, blocks, batch)
+            trace.first = BlockTrace(0, *sizes, rounds=trace.rounds, given=rows, whole=rows)
             if self.readings.images.known:
                 self.check_images(self.images)
         return TokenView(samples, count, count, tokens.device)
@@ -211,8 +213,13 @@ class CallContext:
         """Return the positions in the batch of a view's samples; None if the view has all samples."""
         return None if len(view.samples) == self.trace.batch else view.samples
 
-    def record(self, view: TokenView, site: Site, named: Mapping[str, Any]) -> BlockTrace:
-        """Add a computation of a block for the samples of a view to the trace, and return its record."""
+    def record(
+        self, view: TokenView, site: Site, named: Mapping[str, Any], whole: Mapping[str, Any] | None = None
+    ) -> BlockTrace:
+        """Add a computation of a block for the samples of a view to the trace, and return its record.
+
+        `named` has the arguments of the block with entries of this view, `whole` those of all samples, if they differ.
+        """
         lengths = () if view.packing is None else view.packing.lengths
         rows = lengths if len(set(lengths)) > 1 else None
         tokens = view.room if view.packing is None else view.packing.longest
@@ -220,6 +227,9 @@ class CallContext:
         rounds = rounds_of(named, site.blocks, view.batch)
         self.trace.text, self.trace.context = max(self.trace.text, beside[0]), max(self.trace.context, beside[1])
         block = BlockTrace(site.block, view.batch, tokens, *beside, rows=rows, which=self.which(view), rounds=rounds)
+        if site.blocks.counted:
+            block.given = counted_rows(named, site.blocks, view.batch)
+            block.whole = block.given if whole is None else counted_rows(whole, site.blocks, self.trace.batch)
         self.trace.blocks.append(block)
         return block
 

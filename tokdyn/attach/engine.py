@@ -272,7 +272,7 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
     view = frame.view if part is None else part.view
     arguments = named if part is None else part.take(named, blocks)
     arguments = {**arguments, **context.readings.followed.select(named, blocks, view, part, _rotation(frame, blocks))}
-    block = context.record(view, site, arguments)
+    block = context.record(view, site, arguments, named)
     inside = frame._replace(view=view, block=block, exchange=Exchange(view.samples))
     for kernel in frame.handlers.kernels:
         inner = partial(kernel.run, inside, module, site, inner)

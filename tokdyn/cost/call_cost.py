@@ -102,6 +102,8 @@ def _combined(
     known = structures(model, attachment.adapter)
     assert known is not None
     costs = Costs(known)
+    for earlier in attachment.records[:-1]:
+        costs.learn(earlier)
     holders = {blocks.path.partition(".")[0] for blocks in attachment.adapter.blocks} | {"tokdyn"}
     outside = {name: value for name, value in children.items() if name not in holders}
     rest = total - record.counted - sum(outside.values())

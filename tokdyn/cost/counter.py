@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +23,15 @@ def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[st
         The FLOPs of the pass (a multiply-add is 2); the FLOPs by child module, with "rest" for those that the model
         computes outside of its children; and the output.
     """
+    return count_call(model, inputs, keywords)
+
+
+def count_call(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], training: bool = False
+) -> tuple[int, dict[str, int], Any]:
+    """Count as `count` does; `training` keeps gradients, so that methods which act in training only are included."""
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
-    with torch.no_grad(), frozen(model), mode:
+    with torch.set_grad_enabled(training), nullcontext() if training else frozen(model), mode:
         output = model(*inputs, **keywords)
     total, children = int(mode.get_total_flops()), by_child(mode, type(model).__name__)
     rest = total - sum(children.values())

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach import attachment_of, inner_model, untraced
+from tokdyn.attach import attachment_of, disabled, inner_model, untraced
 from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.cost.call_cost import call_cost, is_computable, paddings
-from tokdyn.cost.counter import count, to_meta
+from tokdyn.cost.counter import count, count_call, to_meta
 from tokdyn.cost.trajectory_stats import unit_of
 from tokdyn.errors import InputError
 from tokdyn.tokens import cells
@@ -29,8 +29,9 @@ class Flops:
         counted: all FLOPs, counted by torch's FlopCounterMode; None if the model did not run.
         batch: B, images in the batch.
         counted_parts: counted FLOPs by child module of the model.
-        dense: FLOPs of the same pass without methods; None for an unwrapped `DiT` or `DCDiT` and for a model without an
-            adapter.
+        dense: FLOPs of the same pass without methods; None for an unwrapped `DiT` or `DCDiT`, and for an unwrapped
+            model whose blocks no adapter describes.
+        computed: whether parts were computed; otherwise parts and `dense` were all counted, in two calls.
     """
 
     parts: dict[str, int]
@@ -38,6 +39,7 @@ class Flops:
     batch: int = 1
     counted_parts: dict[str, int] = field(default_factory=dict)
     dense: int | None = None
+    computed: bool = True
 
     @property
     def total(self) -> int:
@@ -54,7 +56,9 @@ class Flops:
         width = max(12, *(len(name) for name in self.parts))
         lines = [f"{name:<{width}} {value / size:10.3f} {unit}" for name, value in self.parts.items()]
         lines.append(f"{'total':<{width}} {self.total / size:10.3f} {unit} (multiply-add = 2, batch of {self.batch})")
-        if self.counted is not None:
+        if not self.computed:
+            lines.append(f"{'counted':<{width}} by calling the model: nothing says what its blocks multiply")
+        elif self.counted is not None:
             lines.append(f"{'counted':<{width}} {self.counted / size:10.3f} {unit}")
         if self.dense is not None and self.dense != self.total:
             share = f"the total is {self.total / self.dense:.1%} of it"
@@ -73,7 +77,8 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
     - For other models with an adapter, and for wrapped ones, the parts of blocks and methods are computed from the
       layers of the blocks and the decisions of the methods in this pass; everything else is counted by module. A
       wrapped model in training mode runs as in training.
-    - For a model without an adapter, everything is counted by module.
+    - For a model without an adapter, or whose adapter does not say what its blocks multiply, everything is counted by
+      module; if it is wrapped, it is called a second time without its methods, for `dense`.
     - Without inputs, or for a DC-DiT on the meta device, whose router has no values to decide by, nothing runs, and the
       cost of a `DiT` or of a `DCDiT` that keeps 1/N of its tokens is computed.
 
@@ -113,12 +118,18 @@ def flops(model: nn.Module, *inputs: Any, **keywords: Any) -> Flops:
         return Flops(cost.parts, cost.counted, cost.batch, cost.children, cost.dense)
     if any(parameter.is_meta for parameter in model.parameters()):
         inputs, keywords = to_meta(inputs), to_meta(keywords)
-    with nullcontext() if attachment is None else untraced(attachment):
-        if wrapped and attachment is not None and attachment.adapter.inferred:  # its first call has extra checks
-            with torch.no_grad():
-                model(*inputs, **keywords)
-        total, children, _ = count(model, *inputs, **keywords)
-    return Flops(children, total, batch, children)
+    if attachment is None or not wrapped:
+        with nullcontext() if attachment is None else untraced(attachment):
+            total, children, _ = count(model, *inputs, **keywords)
+        return Flops(children, total, batch, children, computed=False)
+    if attachment.adapter.inferred:  # its first call has extra checks, which are not what it costs
+        with untraced(attachment), torch.no_grad():
+            model(*inputs, **keywords)
+    with untraced(attachment):
+        total, children, _ = count_call(model, inputs, keywords, model.training and torch.is_grad_enabled())
+    with disabled(model):
+        dense = count(model, *inputs, **keywords)[0]
+    return Flops(children, total, batch, children, dense, computed=False)
 
 
 def _own(

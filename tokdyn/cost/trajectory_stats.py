@@ -311,7 +311,8 @@ def _summary(trajectory: TrajectoryStats) -> list[str]:
     lines += _times(trajectory)
     blocks, methods, dense = trajectory.block_flops, trajectory.method_flops, trajectory.dense_flops
     if blocks is None or methods is None or not dense:
-        return [*lines, "FLOPs are not known: the adapter does not declare the products of the blocks"]
+        missing = "the adapter does not declare the products of the blocks; tokdyn.flops counts those of a call"
+        return [*lines, f"FLOPs are not known: {missing}"]
     size, unit = unit_of(dense)
     return [
         *lines,

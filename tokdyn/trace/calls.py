@@ -33,6 +33,8 @@ class BlockTrace:
         saved: FLOPs of all samples that pruned layers did without, by the layer's path in the block (multiply-add = 2).
             A smaller `mlp_rows` and the products of attention are not in it.
         rounds: embeddings of timesteps of each sample, where image and reference tokens have different ones.
+        given: rows of further arguments of the block that FLOPs depend on, of all samples together, by name.
+        whole: the same for the whole batch and all image tokens.
     """
 
     block: int
@@ -49,6 +51,8 @@ class BlockTrace:
     which: tuple[int, ...] | None = None
     saved: dict[str, int] = field(default_factory=dict)
     rounds: int = 1
+    given: tuple[tuple[str, int | Tensor], ...] = ()
+    whole: tuple[tuple[str, int | Tensor], ...] = ()
 
     def save(self, layer: str, flops: int) -> None:
         """Add FLOPs that a layer did without; a multiply-add is 2."""
@@ -100,13 +104,20 @@ class BlockTrace:
         total = sum(samples * tokens for samples, tokens in self.groups(merged))
         return float(total if rows is None else rows) / self.samples
 
+    def dense(self, batch: int, cells: int) -> BlockTrace:
+        """Return the trace of the same block with all `batch` samples, all `cells` image tokens and no method."""
+        return BlockTrace(
+            self.block, batch, cells, self.text, self.context, rounds=self.rounds, given=self.whole, whole=self.whole
+        )
+
     @property
     def key(self) -> Hashable:
         """Equal for computations that cost the same in equal blocks."""
         merged = tuple(self.attention), tuple(self.mlp)
         rows = None if self.mlp_rows is None else int(self.mlp_rows)
         saved = tuple(self.saved.items())
-        sizes = self.samples, self.rounds, self.tokens, self.rows, self.text, self.context
+        given = tuple((name, int(count)) for name, count in self.given)
+        sizes = self.samples, self.rounds, self.tokens, self.rows, self.text, self.context, given
         return *sizes, merged, self.heads, rows, saved
 
 
@@ -121,6 +132,8 @@ class CallTrace:
         text: text tokens of each sample.
         context: tokens of an encoder that each sample attends to in cross-attention.
         rounds: embeddings of timesteps of each sample.
+        first: what the first block would compute of all samples and image tokens without methods; None if it gets
+            packed tokens.
         training: whether the model was in training mode and gradients were wanted.
         observed: what could be seen of the call from outside; None in training and in graphs of torch.compile.
         branch: name that the pipeline gave to the guidance branch, None if it gave none.
@@ -141,6 +154,7 @@ class CallTrace:
     text: int = 0
     context: int = 0
     rounds: int = 1
+    first: BlockTrace | None = None
     training: bool = False
     observed: Observation | None = None
     branch: str | None = None

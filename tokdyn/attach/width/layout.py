@@ -99,7 +99,8 @@ class Layout:
         Returns:
             FLOPs of attention, and FLOPs of the MLP.
         """
-        rows = {"image": image, "text": text, "joint": image + text}  # layers over an encoder's tokens are left out
+        both = image + text
+        rows = {"image": image, "text": text, "joint": both, "sequence": both}  # not those over an encoder's tokens
         pairs = (image + text) ** 2 + self.beside * image**2
         spent: dict[Kind, int] = {"heads": 4 * pairs * self.total("heads"), "channels": 0}
         for layer in self.layers:

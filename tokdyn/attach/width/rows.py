@@ -216,7 +216,9 @@ def _split_weight(
 def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
     """Record the FLOPs that the slices `taken` saved in a block, by the number of rows that each of its layers got."""
     call = frame.block
-    text = call.samples * call.text
+    text = stream = call.samples * call.text
+    if site.blocks.image != "all" and site.blocks.text is not None:
+        stream = int(dict(call.given)[site.blocks.text])
     rows = {
         kind: sum(samples * tokens for samples, tokens in call.groups(merged))
         for kind, merged in (("block", []), ("attention", call.attention), ("mlp", call.mlp))
@@ -235,7 +237,8 @@ def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
             inside = "block" if held in others else "attention"
         else:
             inside = "block" if layout.parallel else "mlp"
-        counts = {"text": text, "image": rows[inside], "joint": rows[inside] + text}
+        counts = {"text": stream, "image": rows[inside], "joint": rows[inside] + text}
+        counts["sequence"] = counts["joint"] - stream
         count = counts.get(layer.rows, call.samples * call.context)
         call.save(".".join(layer.names), 2 * elements * count)
 
