@@ -172,13 +172,7 @@ class Attachment(nn.Module):
         """Return the blocks of the wrapped model, in the order in which they run."""
         return [block for blocks in self.adapter.blocks for block in blocks_of(model, blocks)]
 
-    def begin_call(
-        self,
-        model: nn.Module,
-        arguments: Mapping[str, Any],
-        gradients: bool,
-        prepared: Prepared,
-    ) -> Frame:
+    def begin_call(self, model: nn.Module, arguments: Mapping[str, Any], gradients: bool, prepared: Prepared) -> Frame:
         """Make the frame of a call.
 
         Args:

@@ -20,8 +20,6 @@ from tokdyn.methods import METHODS, Chunking, Method
 from tokdyn.methods.base import Sizes, Stage, Traits
 
 _DEPTH = 28  # number of blocks assumed for a family when no model is given
-_BY_FIRST_BLOCK = ("FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig")
-"""Caches of diffusers that decide at the first block and record at the last one what all blocks did."""
 _SUBLAYERS = {"attention": "attention", "mlp": "MLP"}
 
 
@@ -254,40 +252,3 @@ def reads_images(placed: Sequence[Placed], training: bool) -> bool:
     """
     needs = (each.traits.reads in ("count", "grid") and (training or "sample" in each.traits.phases) for each in placed)
     return any(needs)
-
-
-def check_cache(model: nn.Module, placed: Sequence[Placed], depth: int, config: Any) -> None:
-    """Check that a cache of diffusers and the methods of a model do not get into each other's way.
-
-    Args:
-        model: for the message.
-        placed: the methods.
-        depth: number of blocks of the model.
-        config: of the cache; None if there is no cache.
-
-    Raises:
-        InputError: a FeatureCache would be a second cache, or a method may skip the block at which the cache decides
-            or the one at which it records.
-    """
-    if config is None:
-        return
-    kind = type(config).__name__
-    for each in placed:
-        skipped = each.traits.owns.get("skipping", frozenset())
-        if each.traits.remembers:
-            raise InputError(
-                f"this {type(model).__name__} would have two caches, {each.name} and diffusers' {kind}; leave out one."
-            )
-        for block, place, role in ((0, "first", "decides"), (depth - 1, "last", "records what the blocks did")):
-            if kind in _BY_FIRST_BLOCK and (skipped is None or block in skipped):
-                raise InputError(
-                    f"{each.name} may skip the {place} block of this {type(model).__name__}, at which diffusers' "
-                    f"{kind} {role}; give {each.name} other blocks, or use tokdyn.FeatureCache in the place of {kind}."
-                )
-
-
-def enable_cache(model: Any, original: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-    """Enable a cache of diffusers in a wrapped model, after checking that it goes with the methods."""
-    blueprint = model.tokdyn.blueprint
-    check_cache(model, blueprint.placed, blueprint.sizes.depth, config)
-    original(model, config, *args, **kwargs)

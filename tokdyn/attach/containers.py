@@ -1,4 +1,6 @@
-"""Find the model inside of DDP, FSDP and compile containers; reject sharded models that a method cannot run on.
+"""Find the model inside of DDP, FSDP and compile containers; reject what others do to it that a method cannot bear.
+
+That are weights or tokens that are split over devices, and caches of diffusers.
 
 Functions that only read a model accept it inside of a container. `wrap` does not, because it has to come before some
 containers; the errors say which order works.
@@ -6,7 +8,7 @@ containers; the errors say which order works.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed
 from torch import nn
 
 from tokdyn.attach.attachment import Attachment
+from tokdyn.compose import Placed
 from tokdyn.errors import InputError, UnsupportedModelError
 
 _CONTAINERS = {  # class name: attribute that holds the model, and what to call on the wrapped model afterwards
@@ -24,6 +27,8 @@ _CONTAINERS = {  # class name: attribute that holds the model, and what to call 
     "AveragedModel": ("module", "AveragedModel"),
     "PeftModel": ("get_base_model()", None),
 }
+_BY_FIRST_BLOCK = ("FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig")
+"""Caches of diffusers that decide at the first block and record at the last one what all blocks did."""
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
 
@@ -175,3 +180,54 @@ def _tokens_are_split(model: nn.Module, attachment: Attachment) -> bool:
     places: tuple[Any, ...] = (model, _first_block(model, attachment))
     registries = [vars(place)["_diffusers_hook"] for place in places if "_diffusers_hook" in vars(place)]
     return any(name.startswith("cp_") for registry in registries for name in registry.hooks)
+
+
+def check_beside_dense(model: nn.Module) -> None:
+    """Check that calls can be made without methods too.
+
+    Raises:
+        InputError: a cache of diffusers would count them.
+    """
+    cache = getattr(model, "_cache_config", None)
+    if cache is not None:
+        raise InputError(
+            f"diffusers' {type(cache).__name__} on this {type(model).__name__} would take the call without methods for "
+            "a step; disable it (disable_cache), or leave out tokdyn.beside_dense."
+        )
+
+
+def check_cache(model: nn.Module, placed: Sequence[Placed], depth: int, config: Any) -> None:
+    """Check that a cache of diffusers and the methods of a model do not get into each other's way.
+
+    Args:
+        model: for the message.
+        placed: the methods.
+        depth: number of blocks of the model.
+        config: of the cache; None if there is no cache.
+
+    Raises:
+        InputError: a FeatureCache would be a second cache, or a method may skip the block at which the cache decides
+            or the one at which it records.
+    """
+    if config is None:
+        return
+    kind = type(config).__name__
+    for each in placed:
+        skipped = each.traits.owns.get("skipping", frozenset())
+        if each.traits.remembers:
+            raise InputError(
+                f"this {type(model).__name__} would have two caches, {each.name} and diffusers' {kind}; leave out one."
+            )
+        for block, place, role in ((0, "first", "decides"), (depth - 1, "last", "records what the blocks did")):
+            if kind in _BY_FIRST_BLOCK and (skipped is None or block in skipped):
+                raise InputError(
+                    f"{each.name} may skip the {place} block of this {type(model).__name__}, at which diffusers' "
+                    f"{kind} {role}; give {each.name} other blocks, or use tokdyn.FeatureCache in the place of {kind}."
+                )
+
+
+def enable_cache(model: Any, original: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    """Enable a cache of diffusers in a wrapped model, after checking that it goes with the methods."""
+    blueprint = model.tokdyn.blueprint
+    check_cache(model, blueprint.placed, blueprint.sizes.depth, config)
+    original(model, config, *args, **kwargs)

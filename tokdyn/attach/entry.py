@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,10 +15,11 @@ from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.clock import Level, with_level
 from tokdyn.attach import class_swap, containers, recompute
 from tokdyn.attach.attachment import Attachment, Prepared, sizes_of
-from tokdyn.attach.checks import check, check_arguments, check_cache, check_sublayers, enable_cache, reads_images
+from tokdyn.attach.checks import check, check_arguments, check_sublayers, reads_images
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
+from tokdyn.compose import check_list
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.provenance import warn_of_another_model
@@ -47,11 +48,7 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     containers.check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
-    if isinstance(methods, Method | str) or not isinstance(methods, Iterable):
-        raise InputError(f"methods is {methods!r}; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
-    for method in methods:
-        if not isinstance(method, Method):
-            raise InputError(f"{method!r} is not a method; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
+    check_list(methods)
     adapter = with_level(adapter_for(model), model, level)
     check(model, adapter, methods, sizes_of(model, adapter))
     attachment = Attachment(model, adapter, methods)
@@ -59,7 +56,7 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     containers.check_sharding(model, attachment)
     containers.check_parts_unsharded(model, attachment)
     placed, depth = attachment.blueprint.placed, attachment.blueprint.sizes.depth
-    check_cache(model, placed, depth, getattr(model, "_cache_config", None))
+    containers.check_cache(model, placed, depth, getattr(model, "_cache_config", None))
     sites = attachment.sites(model)
     check_sublayers(model, methods, sites.values(), depth)
     model.tokdyn = attachment
@@ -74,7 +71,7 @@ def _overrides(model: nn.Module, adapter: ModelAdapter) -> dict[str, Any]:
     own: dict[str, Any] = {
         "save_pretrained": _save_pretrained,
         "enable_layerwise_casting": _enable_layerwise_casting,
-        "enable_cache": enable_cache,
+        "enable_cache": containers.enable_cache,
     }
     overrides = {name: override for name, override in own.items() if hasattr(model, name)}
     overrides |= {name: _call_entry for name in adapter.entries if hasattr(model, name)}
@@ -193,11 +190,7 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             images = adapter.image_tokens(model, named)
     prepared = attachment.prepare(model, named, images)
     if attachment.settings.beside_dense and prepared.seen is not None:
-        if (cache := getattr(model, "_cache_config", None)) is not None:
-            raise InputError(
-                f"diffusers' {type(cache).__name__} on this {type(model).__name__} would take the call without methods "
-                "for a step; disable it (disable_cache), or leave out tokdyn.beside_dense."
-            )
+        containers.check_beside_dense(model)
         with disabled(model), torch.no_grad(), prepared.seen.timing_dense():
             model(*args, **kwargs)
     return prepared
@@ -208,8 +201,8 @@ def _conclude(model: nn.Module, output: Any) -> None:
     attachment = _acting(model)
     if attachment is not None:
         attachment.trajectory.note(output)
-        if attachment.meter is None:
-            attachment.watch.shortfalls.see(model, attachment.history[-1].shortfalls)
+        if (found := attachment.history[-1].shortfalls) and attachment.meter is None:
+            attachment.watch.shortfalls.see(model, found)
 
 
 def _call_model(
