@@ -86,6 +86,8 @@ def test_nothing_is_drawn_before_all_is_known_to_fit(pipeline, tmp_path, monkeyp
     (tmp_path / "file").write_text("")
     assert "is a file" in run("quality", pipeline, "--stack", CACHED, *SMALL, f"out={tmp_path / 'file'}", code=2)
     bad = "{name: a, methods: [{method: DepthSkip, blocks: [99]}]}"
+    assert "leave out out" in run("speed", pipeline, "--stack", CACHED, *SMALL, f"out={tmp_path / 'q'}", code=2)
+    assert "leave out rounds" in run("quality", pipeline, "--stack", CACHED, *SMALL, "rounds=3", code=2)
     words = [pipeline, "--stack", CACHED, "--stack", bad, *SMALL, f"out={tmp_path / 'q'}"]
     assert "no block 99" in run("quality", *words, code=2)
     assert not calls

@@ -38,7 +38,7 @@ class PipelineBenchConfig(Drawing):
 
     Attributes:
         model: Folder or hub id of the pipeline.
-        out: Folder to write to.
+        out: For quality: folder to write to.
         prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
             arguments, such as {prompt: make it night, image: street.png}. For speed the first one counts.
         steps: Steps of the sampler per image.
@@ -115,6 +115,10 @@ def bench_pipeline(config: PipelineBenchConfig, stacks: Sequence[Stack], timed: 
     for stack in acting:
         if stack.model is not None:
             raise RecipeError(f"the stack {stack.name} names a model, but all stacks act on {config.model}; remove it.")
+    for name in {"out"} if timed else {"rounds"}:
+        if name in config.model_fields_set:
+            what = "times and writes no files" if timed else "draws every prompt once"
+            raise RecipeError(f"bench {'speed' if timed else 'quality'} of a pipeline {what}; leave out {name}.")
     if not timed:
         require_folder(config.out)
     settle_memory()
