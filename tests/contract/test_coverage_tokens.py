@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import tokdyn
 from tests.contract.coverage_images import IMAGES
-from tests.contract.kit import moved
-from tokdyn import TokenDrop
+from tests.contract.kit import moved, one_of
+from tests.contract.models import TINY, sample
+from tokdyn import Chunking, DepthSkip, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import Blocks
 from tokdyn.ops.weighting import KeyBias
@@ -93,3 +94,29 @@ def test_tokens_that_are_left_out_are_hidden_image_tokens(name: str) -> None:
     torch.testing.assert_close(
         dropped.result.flatten(0, 1), expected[places], rtol=0, atol=2e-5, msg=lambda text: f"{name}: {text}"
     )
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "BriaFiboTransformer2DModel"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["keys", "pairs"])
+@torch.no_grad()
+def test_a_mask_among_the_attention_arguments_follows_the_tokens(name: str, pairs: bool) -> None:
+    """Padding of a prompt changes nothing, and a sample does not depend on others, whichever tokens are left."""
+    tiny = {**TINY, **IMAGES}[name]
+    call, text = {**tiny.inputs(2), **tiny.at(2, 0.8)}, 6
+    call[tiny.clock[0]] = call[tiny.clock[0]] * torch.tensor([1.0, 0.5])  # one of the samples skips a block
+    mask = torch.ones(2, text + 20, dtype=torch.bool)
+    mask[0, 4:text] = False
+    mask = mask[:, None, None].expand(-1, -1, text + 20 if pairs else 1, -1)
+    other = {**call, "encoder_hidden_states": call["encoder_hidden_states"].clone()}
+    other["encoder_hidden_states"][0, 4:] += 1.0
+    methods = [TokenMerge(ratio=0.5), Chunking(target=2), DepthSkip(blocks=(1,), levels=(0.6, 1.0))]
+    model = tokdyn.wrap(tiny.build(), methods)
+    out = sample(model(**call, joint_attention_kwargs={"attention_mask": mask}))
+    torch.testing.assert_close(
+        sample(model(**other, joint_attention_kwargs={"attention_mask": mask})), out, rtol=0, atol=2e-6
+    )
+    layers = call.pop("text_encoder_layers", None)
+    for i in range(2):
+        more = {} if layers is None else {"text_encoder_layers": [layer[i : i + 1] for layer in layers]}
+        alone = model(**one_of(call, i), **more, joint_attention_kwargs={"attention_mask": mask[i : i + 1]})
+        torch.testing.assert_close(sample(alone), out[i : i + 1], rtol=0, atol=5e-6)

@@ -154,3 +154,14 @@ def test_blocks_that_a_call_leaves_out_are_not_those_where_methods_begin_or_end(
     out = model(**TINY[name].inputs(2), skip_layers=[0])[0]
     assert torch.isfinite(out).all()
     assert tokdyn.stats(model).calls[-1].blocks == tuple(range(2, len(blocks_of(model))))
+
+
+@pytest.mark.parametrize("indicator", ["input", "first_block"])
+@torch.no_grad()
+def test_blocks_where_a_cache_that_never_acts_begins_or_ends_may_be_left_out(indicator: str) -> None:
+    name = "SD3Transformer2DModel"
+    last = len(blocks_of(TINY[name].build())) - 1
+    for left_out in ([0], [last]):
+        plain = TINY[name].build()(**TINY[name].inputs(2), skip_layers=left_out)[0]
+        model = equip(TINY[name].build(), [FeatureCache(threshold=-1.0, indicator=indicator)])
+        assert torch.equal(model(**TINY[name].inputs(2), skip_layers=left_out)[0], plain)

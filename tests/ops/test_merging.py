@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokdyn import ops
 from tokdyn.errors import InputError
@@ -204,6 +205,38 @@ def test_sizes_weigh_rows_like_repetitions():
         expected = (x[members] * size[members, None]).sum(0) / size[members].sum()
         torch.testing.assert_close(merged[row], expected)
         assert plan.size[row] == size[members].sum()
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest number of elements of a tensor that is computed."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        self.elements = max(self.elements, *(each.numel() for each in made if isinstance(each, torch.Tensor)))
+        return out
+
+
+@pytest.mark.parametrize("batch", [(1.0,), (1.0, 0.3)], ids=["equal", "ragged"])
+def test_many_tokens_are_matched_without_a_table_of_all_pairs(batch):
+    """Of rows in a plane, the most similar destination is the one with the next angle."""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.stack([torch.rand(20_000, generator=generator) < share for share in batch])
+    packing = ops.pack(keep, (100, 200))
+    angle = torch.rand(packing.total, generator=generator, dtype=torch.float64) * 6
+    into = destinations(packing.cell, packing.sample, len(batch), packing.grid)
+    with Largest() as made:
+        plan = match(torch.stack([angle.cos(), angle.sin()], dim=1).float(), packing.lengths, into, 0.7)
+    length, buckets = packing.lengths[0], into.table.shape[1]
+    assert made.elements < (length - buckets) * buckets
+    source = plan.source[plan.source < length]
+    assert len(source) == int(length * 0.7)
+    places, target = angle[into.table[0]].sort().values, angle[plan.keep[plan.slot[source]]]
+    after = torch.searchsorted(places, angle[source]).clamp(1, buckets - 1)
+    nearest = torch.minimum((places[after] - angle[source]).abs(), (places[after - 1] - angle[source]).abs())
+    assert ((target - angle[source]).abs() - nearest).max() < 2e-3  # fp32 cannot tell smaller angles by their cosine
 
 
 def test_parts_are_matched_among_themselves():

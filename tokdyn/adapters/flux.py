@@ -30,6 +30,11 @@ def _flux_grid(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
 
 
 _ROTARY = (Follow("image_rotary_emb", axis=0, batched=False),)
+_FOLLOW = (
+    *_ROTARY,
+    *(Follow("joint_attention_kwargs", axis=axis, dims=4) for axis in (2, 3)),  # of the blocks: a mask in it
+    *(Follow("attention_mask", axis=axis, dims=4) for axis in (2, 3)),  # of attention, which gets what is in it
+)
 _FLUX_PROCESSORS = ("FluxAttnProcessor", "OvisImageAttnProcessor", "LongCatImageAttnProcessor")
 _FLUX_SINGLE = attention_beside_mlp("attn", *_FLUX_PROCESSORS, hiddens=("mlp_hidden_dim",))
 
@@ -41,7 +46,7 @@ FLUX = ModelAdapter(
             "transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
-            follow=_ROTARY,
+            follow=_FOLLOW,
             attention=("attn",),
             mlp=("ff",),
             modulated=modulation.from_embedding,
@@ -53,7 +58,7 @@ FLUX = ModelAdapter(
             returns=("text", "tokens"),
             inside="last",
             inside_mlp="last",
-            follow=_ROTARY,
+            follow=_FOLLOW,
             attention=("attn",),
             mlp=(),
             products=Products(joint=("proj_*",)),
@@ -127,7 +132,7 @@ FLUX2 = ModelAdapter(
         Blocks(
             "single_transformer_blocks",
             image="last",
-            follow=_ROTARY,
+            follow=_FOLLOW,
             attention=("attn",),
             mlp=(),
             width=_FLUX2_SINGLE,

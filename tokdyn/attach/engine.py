@@ -130,8 +130,8 @@ def _seeing(frame: Frame, view: TokenView) -> Frame:
 
 def _rotation(frame: Frame, blocks: Blocks) -> tuple[int, ...]:
     """Return how sequences are rotated for a block, if what acts in it depends on the places of image tokens."""
-    placed = frame.view.index is not None or len(frame.handlers.sublayers) + len(frame.handlers.kernels) > 0
-    return frame.context.rotation(blocks) if placed else ()
+    inside = frame.handlers.counts and len(frame.handlers.sublayers) + len(frame.handlers.kernels) > 0
+    return frame.context.rotation(blocks) if inside or frame.view.index is not None else ()
 
 
 def _open(frame: Frame, module: nn.Module, site: Site, named: Named) -> tuple[Tensor, TokenView]:

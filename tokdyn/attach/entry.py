@@ -233,7 +233,8 @@ def _call(
     if attachment.blueprint.reduces or attachment.adapter.refuse_always:
         check_arguments(model, attachment.adapter, named, attachment.blueprint.reduces)
     left_out = named.get("skip_layers")
-    edges = attachment.handlers.edges.intersection(left_out) if left_out else ()
+    brackets = [each for each in attachment.handlers.brackets if not each.never] if left_out else []
+    edges = {block for each in brackets for block in (each.first, each.last)}.intersection(left_out or ())
     if edges:
         raise InputError(
             f"skip_layers leaves out block {min(edges)}, where a method on this {type(model).__name__} begins or ends; "

@@ -17,6 +17,8 @@ from tokdyn.errors import InputError
 from tokdyn.ops.destinations import Destinations
 from tokdyn.ops.precision import exact, halves_multiply_slowly
 
+_PRODUCTS = 2**26  # products of rows and destinations that are held at a time: 256 MiB in fp32
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -188,7 +190,7 @@ def _match_equal(metric: Tensor, length: int, into: Destinations, merged: int) -
         candidates = into.others
         metric = metric.index_select(0, candidates.flatten())
         inverse = inverse.index_select(0, candidates.flatten())
-    best, column = (metric.view(batch, candidates.shape[1], -1) @ places.view(batch, buckets, -1).mT).max(dim=-1)
+    best, column = _most_similar(metric.view(batch, candidates.shape[1], -1), places.view(batch, buckets, -1))
     best = best * inverse.view_as(best)
     if into.others is None:  # destinations stay
         best = best.masked_fill(into.mask.view_as(best), -math.inf)
@@ -210,7 +212,7 @@ def _match_ragged(
         places.split_with_sizes([table.shape[1]] * len(table)), table, merged, strict=True,
     ):  # fmt: skip
         if count:
-            best, column = (rows @ unit.mT).max(dim=-1)
+            best, column = (each.squeeze(0) for each in _most_similar(rows[None], unit[None]))
             best = (best * scale).masked_fill(mask, -math.inf)
             top = best.topk(count, sorted=False).indices
             target, order = place.index_select(0, column.index_select(0, top)).sort()
@@ -218,6 +220,16 @@ def _match_ragged(
             targets.append(target)
         first += len(rows)
     return torch.cat(sources), torch.cat(targets)
+
+
+def _most_similar(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest product of every row (B, S, D) with a destination (B, K, D), and which it is, (B, S) each.
+
+    The products of a long video would need gigabytes, so they are made for some of the rows at a time.
+    """
+    at_once = max(1, _PRODUCTS // (places.shape[0] * places.shape[1]))
+    best, column = zip(*((some @ places.mT).max(dim=-1) for some in rows.split(at_once, dim=1)), strict=True)
+    return (best[0], column[0]) if len(best) == 1 else (torch.cat(best, dim=1), torch.cat(column, dim=1))
 
 
 def _filled(table: Tensor) -> Tensor:

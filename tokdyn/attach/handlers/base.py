@@ -65,6 +65,11 @@ class Bracket(ABC):
     last: int
     is_selector: ClassVar[bool] = False
 
+    @property
+    def never(self) -> bool:
+        """Whether the settings let it have no effect, whatever the call."""
+        return False
+
     @abstractmethod
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall) -> tuple[Tensor, TokenView]:
         """Act before the first block: select tokens, or decide which samples skip the blocks.

@@ -67,7 +67,7 @@ class CachedBlocks(Bracket):
 
     @property
     def never(self) -> bool:
-        """Whether the settings let no step be cached, so that the handler has no effect."""
+        """Whether the settings let no step be cached."""
         return self.method.steps is None and not self.method.compares
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
@@ -213,6 +213,11 @@ class FirstBlock(Bracket):
     compared: bool = True
     first: int = 0
     last: int = 0
+
+    @property
+    def never(self) -> bool:
+        """Whether the cache has no effect."""
+        return self.cache.never
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
         """Keep the tokens that the block gets, if the indicator is compared."""
