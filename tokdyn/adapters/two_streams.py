@@ -38,7 +38,6 @@ HUNYUAN_IMAGE = replace(
         replace(HUNYUAN.blocks[1], width=attention_beside_mlp("attn", "HunyuanImageAttnProcessor")),
     ),
     grid=_hunyuan_grid,
-    whole=None,
 )
 
 
