@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,20 @@ from torch import Tensor, nn
 import tokdyn
 from tests.contract.coverage_videos import WITHOUT_BATCH
 from tests.contract.kit import SHARED, sample, shallow
-from tests.contract.references import BESIDE, CALLS, COLUMNS, EDITS, LATER, ROWS, kontext, ltx2, numbered, qwen
+from tests.contract.references import (
+    BESIDE,
+    CALLS,
+    COLUMNS,
+    EDITS,
+    LATER,
+    ROWS,
+    flux2_arguments,
+    flux2_pipe,
+    kontext,
+    ltx2,
+    numbered,
+    qwen,
+)
 from tests.contract.stacks import ACTIVE, acting
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
@@ -204,6 +218,22 @@ def test_a_reference_with_the_number_of_the_picture_is_refused() -> None:
     model = tokdyn.wrap(CALLS["Kontext"].build(), [TokenMerge()])
     with pytest.raises(tokdyn.InputError, match=f"{len(places)} image tokens"):
         model(**call)
+
+
+@pytest.mark.parametrize("method", [FeatureCache(steps=(0, 2)), DepthSkip(blocks=(1,)), TokenMerge()])
+@torch.no_grad()
+def test_keys_and_values_of_references_are_kept_without_methods_only(method: Method) -> None:
+    if not hasattr(diffusers, "Flux2KleinKVPipeline"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no Flux2KleinKVPipeline")
+    pipe = diffusers.Flux2KleinKVPipeline(**{**flux2_pipe().components, "tokenizer": None})
+    pipe.set_progress_bar_config(disable=True)
+    tokdyn.wrap(pipe, [method])
+    given = {**flux2_arguments(), "num_inference_steps": 3, "output_type": "np"}
+    with pytest.raises(tokdyn.InputError, match=r"kv_cache_mode.*Flux2KleinPipeline"):
+        pipe(**given)
+    del given["image"]
+    pipe(**given)
+    assert len(tokdyn.stats(pipe).calls) == 3
 
 
 @pytest.fixture
