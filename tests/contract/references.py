@@ -1,19 +1,13 @@
-"""Calls of tiny models with reference images, and pipelines that make such calls."""
+"""Calls of tiny models with reference images."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
-from PIL import Image
 from torch import Tensor, nn
 
 from tests.contract.kit import Tiny, ids, latents, of_diffusers
-from tests.contract.pipelines import ltx as ltx_of_text
-from tests.contract.pipelines import prompts, vae
-from tests.contract.pipelines import wan as wan_of_text
 from tests.contract.stacks import KNOWN
 
 ROWS, COLUMNS = 4, 5
@@ -252,83 +246,3 @@ BESIDE = {
     "Fibo 2": (0, 16),
 }
 """How many reference tokens come before and after the generated ones."""
-
-
-def picture(width: int = 16, height: int = 16) -> Image.Image:
-    return Image.linear_gradient("L").resize((width, height)).convert("RGB")
-
-
-def kontext_pipe() -> Any:
-    model = of_diffusers(
-        "FluxTransformer2DModel",
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=False,
-        axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.FluxKontextPipeline(scheduler, vae(), None, None, None, None, model)
-
-
-def qwen_pipe() -> Any:
-    decoder = diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
-    )
-    model, scheduler = qwen_model(), diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.QwenImageEditPlusPipeline(scheduler, decoder, None, None, None, model)
-
-
-def flux2_pipe() -> Any:
-    decoder = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8,) * 3, down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-    )  # fmt: skip
-    model = of_diffusers(
-        "Flux2Transformer2DModel",
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=12, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
-    )  # fmt: skip
-    return diffusers.Flux2Pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), decoder, None, None, model)
-
-
-def kontext_arguments() -> dict[str, Any]:
-    return {
-        **prompts(pooled=True),
-        "image": picture(12, 16), "height": 16, "width": 16, "max_area": 256, "_auto_resize": False,
-        "true_cfg_scale": 3.0,
-    }  # fmt: skip
-
-
-def qwen_arguments() -> dict[str, Any]:
-    masks = {name: torch.ones(1, 6) for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask")}
-    images = [picture(32, 32), picture(64, 32)]
-    return {**prompts(), **masks, "image": images, "height": 64, "width": 64, "true_cfg_scale": 3.0}
-
-
-def flux2_arguments() -> dict[str, Any]:
-    images = [picture(64, 64), picture(64, 96)]
-    return {"prompt_embeds": latents(1, 6, 12), "image": images, "height": 32, "width": 32}
-
-
-def wan_pipe() -> Any:
-    parts = wan_of_text().components
-    return diffusers.WanImageToVideoPipeline(**{**parts, "image_processor": None, "expand_timesteps": True})
-
-
-def ltx_pipe() -> Any:
-    return diffusers.LTXConditionPipeline(**ltx_of_text().components)
-
-
-def ltx_arguments() -> dict[str, Any]:
-    """The first frame is given in its place, and a later one ahead of the video."""
-    given = [LTXVideoCondition(image=picture(32, 32), frame_index=frame) for frame in (0, 8)]
-    return {**prompts(masks=True), "conditions": given, "height": 32, "width": 32, "num_frames": 9}
-
-
-EDITS = {
-    "Kontext": (kontext_pipe, kontext_arguments),
-    "Qwen-Image-Edit-Plus": (qwen_pipe, qwen_arguments),
-    "Flux 2": (flux2_pipe, flux2_arguments),
-    "Wan": (wan_pipe, lambda: {**prompts(), "image": picture(48, 32), "height": 32, "width": 48, "num_frames": 5}),
-    "LTX": (ltx_pipe, ltx_arguments),
-}
-"""Pipelines that give references to the model, and arguments of a call."""

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 import tokdyn
 from tests.contract.coverage_videos import WITHOUT_BATCH
+from tests.contract.edits import EDITS, flux2_arguments, flux2_pipe
 from tests.contract.kit import SHARED, sample, shallow
 from tests.contract.references import (
     BESIDE,
     CALLS,
     COLUMNS,
-    EDITS,
     LATER,
     ROWS,
-    flux2_arguments,
-    flux2_pipe,
     kontext,
     ltx2,
     numbered,
