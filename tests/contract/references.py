@@ -139,6 +139,16 @@ def anyflow(batch: int) -> dict[str, Any]:
     return {**KNOWN["AnyFlowTransformer3DModel"].inputs(batch), "hidden_states": latents(batch, 3, 4, 8, 6), **times}
 
 
+def flux3(batch: int) -> dict[str, Any]:
+    """Two references, which join the image after the first blocks."""
+    places = torch.cat([numbered((10, 3, 4), (20, 2, 2)), torch.zeros(16, 1)], dim=1)
+    return {
+        **KNOWN["Flux3Transformer2DModel"].inputs(batch),
+        "image_cond_hidden_states": latents(batch, 16, 4),
+        "image_cond_ids": places,
+    }
+
+
 def joyimage(batch: int) -> dict[str, Any]:
     return {**KNOWN["JoyImageEditTransformer3DModel"].inputs(batch), "hidden_states": latents(batch, 3, 4, 1, 8, 10)}
 
@@ -221,9 +231,11 @@ CALLS = {
     "JoyImage": _tiny("JoyImageEditTransformer3DModel", joyimage),
     "JoyImage Plus": _tiny("JoyImageEditPlusTransformer3DModel", joyimage_plus),
     "Fibo 2": _tiny("BriaFibo2Transformer2DModel", fibo2),
+    "Flux 3": _tiny("Flux3Transformer2DModel", flux3),
 }
 LATER = {
-    "LTX-2", "AnyFlow", "Cosmos", "Sana Video", "HunyuanVideo", "Framepack", "JoyImage", "JoyImage Plus", "Fibo 2"
+    "LTX-2", "AnyFlow", "Cosmos", "Sana Video", "HunyuanVideo", "Framepack", "JoyImage", "JoyImage Plus", "Fibo 2",
+    "Flux 3",
 }  # fmt: skip
 """Those on which fewer laws are checked, as they are on these models without references."""
 BESIDE = {

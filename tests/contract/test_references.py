@@ -57,7 +57,7 @@ DECLARED = (
     "gradients_are_the_same_with_checkpointing",
 )
 """Laws that depend on what an adapter declares."""
-WITHOUT = SHARED | WITHOUT_BATCH
+WITHOUT = SHARED | WITHOUT_BATCH | {"image_cond_ids"}
 every = pytest.mark.parametrize("name", CALLS)
 with_references = pytest.mark.parametrize("name", BESIDE)
 
@@ -97,6 +97,20 @@ def test_adapters_say_which_tokens_are_references(name: str) -> None:
     assert beside(images) == BESIDE[name]
     seen = tokens_of_blocks(model, call)[0]
     assert total(images) <= seen.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "grids"),
+    [
+        ("LTX-2", ((1, 3, 4), (1, 3, 4), (1, 3, 4), (2, 2, 2))),  # the first frame, two pictures, a video
+        ("Framepack", ((1, 1, 1), (1, 2, 2), (2, 4, 3))),  # the oldest frames first
+        ("JoyImage Plus", ((3, 4), (2, 2))),
+        ("Fibo 2", ((3, 4), (2, 2))),
+    ],
+)
+def test_adapters_tell_references_apart(name: str, grids: object) -> None:
+    model = CALLS[name].build()
+    assert adapter_for(model).image_tokens(model, CALLS[name].inputs(2)).references == grids
 
 
 @torch.no_grad()
@@ -146,6 +160,45 @@ def test_references_stay_whole_where_tokens_are_left_out(name: str, method: Meth
         assert all((token == all_tokens).all(dim=1).any() for token in kept)
 
 
+@pytest.mark.parametrize("name", ["Kontext", "Flux 3"])
+def test_tokens_that_are_left_out_might_as_well_not_have_been_given(name: str) -> None:
+    """Beside references, those that are left in all blocks get what the model predicts for them alone."""
+    model, call = CALLS[name].build().train(), CALLS[name].inputs(1)
+    own = ROWS * COLUMNS
+    whole = tokens_of_blocks(copy.deepcopy(model), call)[0][0]
+    seen: list[Tensor] = []
+    dropping = tokdyn.wrap(copy.deepcopy(model), [TokenDrop(rate=0.5, blocks=(0, -1))])
+    first = dropping.get_submodule(adapter_for(model).blocks[0].path)[0]  # type: ignore[index]
+    first.register_forward_pre_hook(lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True)
+    out = sample(dropping(**call))
+    kept = (whole[:own, None] == seen[0][0]).all(dim=2).any(dim=1).nonzero().flatten()
+    assert len(kept) == own // 2
+    given = torch.cat([kept, torch.arange(own, call["hidden_states"].shape[1])])
+    fewer = {**call, "hidden_states": call["hidden_states"][:, given], "img_ids": call["img_ids"][given]}
+    expected = sample(model(**fewer))[:, : len(kept)]
+    torch.testing.assert_close(out[:, kept], expected, rtol=0, atol=1e-5)  # fp32
+
+
+@torch.no_grad()
+def test_references_that_join_later_are_not_merged() -> None:
+    """Attention of the first joint block of Flux 3 gets text, references and merged tokens."""
+    call = CALLS["Flux 3"].inputs(2)
+
+    def attention(methods: list[Method]) -> Tensor:
+        model, seen = tokdyn.wrap(CALLS["Flux 3"].build(), methods), list[Tensor]()
+        joint = model.single_transformer_blocks[0].attn  # type: ignore[index,union-attr]
+        joint.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+        model(**call)
+        return seen[0]
+
+    text, own, references = attention([]).split([6, ROWS * COLUMNS, 16], dim=1)
+    rows = own.flatten(0, 1)
+    plan = match(rows, [own.shape[1]] * 2, grid_destinations(2, (ROWS, COLUMNS), rows.device), 0.5)
+    expected = torch.cat([text, references, merge(rows, plan).view(2, -1, own.shape[2])], dim=1)
+    found = attention([TokenMerge(ratio=0.5, blocks=(2, 3))])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # fp32
+
+
 @pytest.mark.parametrize("references", ["keep", "merge"])
 @pytest.mark.parametrize("name", ["Qwen", "Wan", "LTX-2"])
 @torch.no_grad()
@@ -179,7 +232,25 @@ def test_nothing_changes_where_nothing_is_merged_or_left_out(name: str) -> None:
     for methods in () if name in DENSE else outside:
         assert torch.equal(sample(tokdyn.wrap(CALLS[name].build(), methods)(**call)), plain)
     merged = sample(tokdyn.wrap(CALLS[name].build(), [TokenMerge(ratio=0.0, references="merge")])(**call))
-    torch.testing.assert_close(merged, plain, rtol=0, atol=5e-6 if name in ("Z-Image", "Lumina") else 0.0)
+    torch.testing.assert_close(merged, plain, rtol=0, atol=5e-6 if name in ("Z-Image", "Lumina", "Flux 3") else 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+@torch.no_grad()
+def test_a_cached_step_predicts_nearly_what_a_computed_one_would(name: str) -> None:
+    """Just after a computed step; without blocks the prediction is far."""
+    tiny = CALLS[name]
+    first = tiny.inputs(2)
+    second = {**first, "hidden_states": 0.9999 * first["hidden_states"]}
+    exact = sample(tiny.build()(**second))
+    depth = sum(len(tiny.build().get_submodule(blocks.path)) for blocks in adapter_for(tiny.build()).blocks)  # type: ignore[arg-type]
+    without = sample(tokdyn.wrap(tiny.build(), [DepthSkip(blocks=tuple(range(depth)))])(**second))
+    model = tokdyn.wrap(tiny.build(), [FeatureCache(threshold=float("inf"))])
+    with tokdyn.trajectory(model, steps=3) as here:
+        for here.step, call in enumerate((first, second)):
+            found = sample(model(**call))
+    assert tokdyn.traces(model)[-1].cached == {0, 1}
+    assert (found - exact).abs().max() < 0.1 * (without - exact).abs().max()
 
 
 @torch.no_grad()

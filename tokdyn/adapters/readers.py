@@ -3,7 +3,7 @@
 A reader that looks at values, and not only at shapes, synchronises with their device. In a graph of torch.compile it
 reads them while the graph is made, and the graph asserts that they stay.
 
-`CONTROL_REASON`, `IMAGE_PROMPT_REASON` and `REFERENCE_REASON` are reasons for `ModelAdapter.refuse`.
+`CONTROL_REASON` and `IMAGE_PROMPT_REASON` are reasons for `ModelAdapter.refuse`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ CONTROL_REASON = (
     "its residuals have one entry per cell and are added where tokens may be missing; leave the control out"
 )
 IMAGE_PROMPT_REASON = "image prompts and other attention arguments may have one entry per cell; leave them out"
-REFERENCE_REASON = "reference images add tokens that belong to no cell of the grid; leave them out"
 
 
 def patch_grid(model: nn.Module, call: Arguments) -> Grid:
