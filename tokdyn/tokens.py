@@ -37,8 +37,9 @@ class ImageTokens(NamedTuple):
         grid: the grid of the generated tokens.
         references: the grids of the reference images, in the order in which their tokens come.
         leading: how many of these images come before the generated tokens; the others come after them.
-        rotation: for each sample of the batch, by how many places its sequence of text and image tokens must be
-            rotated to the left for the image tokens to come where `Blocks.image` says; () if they come there already.
+        rotation: for each sample of the batch, or one for all, by how many places its sequence of text and image
+            tokens must be rotated to the left for the image tokens to come where `Blocks.image` says; () if they come
+            there already.
     """
 
     grid: Grid

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokdyn.adapters.readers import grid_from_coordinates, grid_from_ids, with_clean_frames
+from tokdyn.adapters.readers import (
+    grid_from_coordinates,
+    grid_from_ids,
+    grid_of_patches,
+    grids_behind,
+    with_given_frames,
+)
 from tokdyn.errors import InputError
 from tokdyn.tokens import ImageTokens
 
@@ -107,12 +113,70 @@ def clean(*frames: int, cells: int = 6) -> Tensor:
     ],
 )
 def test_clean_frames_at_the_ends_are_references(timestep: Tensor, expected: object) -> None:
-    assert with_clean_frames((4, 2, 3), timestep) == expected
+    assert with_given_frames((4, 2, 3), timestep) == expected
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ([1, 1, 1, 1], (4, 2, 3)),
+        ([0, 1, 1, 1], ImageTokens((3, 2, 3), ((1, 2, 3),), leading=1)),
+        ([0, 0, 0.5, 1], ImageTokens((1, 2, 3), ((2, 2, 3), (1, 2, 3)), leading=2)),
+        ([0.5, 1, 0.5, 0.2], ImageTokens((1, 2, 3), ((1, 2, 3), (1, 2, 3), (1, 2, 3)), leading=1)),
+    ],
+)
+def test_frames_that_are_less_noisy_are_references_by_strength(level: list[float], expected: object) -> None:
+    """Samples may stand at other noise levels; frames of different strengths are references of their own."""
+    noise = torch.tensor(level).repeat_interleave(6)[None] * torch.tensor([[900.0], [300.0]])
+    assert with_given_frames((4, 2, 3), noise, strengths=True) == expected
+
+
+def test_given_frames_may_have_one_level_each() -> None:
+    expected = ImageTokens((3, 2, 3), ((1, 2, 3),), leading=1)
+    assert with_given_frames((4, 2, 3), clean(1, 0, 0, 0, cells=1)) == expected
+
+
+def spans(frames: int, rows: int, columns: int, first: float, last: float = 8.0) -> Tensor:
+    """(1, 3, N, 2) spans of patches of a video at 25 frames per second, of which each frame lasts `last` frames."""
+    sizes = (torch.arange(float(size)) for size in (frames, rows, columns))
+    places = torch.cartesian_prod(*sizes).T
+    begins = torch.cat([8 * places[:1] + first, 32 * places[1:]])
+    found = torch.stack([begins, begins + torch.tensor([last, 32.0, 32.0])[:, None]], dim=2)[None]
+    found[:, 0] /= 25
+    return found
+
+
+def test_a_video_ends_where_what_follows_does_not_begin() -> None:
+    """A picture at the last frame of the video is none of its frames."""
+    whole = spans(3, 2, 4, -7)
+    whole[:, 0, :, 0] = whole[:, 0, :, 0].clamp(min=0)  # the first frame lasts one
+    for behind in ([], [spans(1, 2, 4, 16, 1)], [spans(1, 2, 4, 9, 1), spans(3, 1, 2, 0)]):
+        assert grid_of_patches(torch.cat([whole, *behind], dim=2)) == (3, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "levels", "expected"),
+    [
+        ([spans(1, 2, 4, 9, 1)], None, ((1, 2, 4),)),
+        ([spans(1, 2, 4, 9, 1), spans(1, 2, 4, 9, 1)], None, ((1, 2, 4), (1, 2, 4))),
+        ([spans(1, 2, 4, 9, 1), spans(1, 2, 4, 17, 1)], None, ((2, 2, 4),)),
+        ([spans(1, 2, 4, 9, 1), spans(1, 2, 4, 17, 1)], [0.0, 0.5], ((1, 2, 4), (1, 2, 4))),
+        ([spans(2, 2, 4, 9), spans(3, 1, 2, 0)], [0.0, 0.0], ((2, 2, 4), (3, 1, 2))),
+        ([spans(1, 2, 4, 9), spans(1, 1, 3, 17)], None, ((11,),)),
+    ],
+)
+def test_images_behind_a_video_are_told_apart(
+    images: list[Tensor], levels: list[float] | None, expected: object
+) -> None:
+    """By their places, and by their noise level."""
+    counts = torch.tensor([each.shape[2] for each in images])
+    noise = None if levels is None else torch.tensor(levels).repeat_interleave(counts)[None]
+    assert grids_behind(torch.cat(images, dim=2)[..., 0], noise) == expected
 
 
 def test_clean_frames_of_a_video_follow_conditions_before_it() -> None:
     tokens = ImageTokens((4, 2, 3), ((1, 2, 3),), leading=1)
-    found = with_clean_frames(tokens, torch.cat([torch.zeros(1, 6), clean(1, 0, 0, 0)], dim=1))
+    found = with_given_frames(tokens, clean(1, 0, 0, 0))
     assert found == ImageTokens((3, 2, 3), ((1, 2, 3), (1, 2, 3)), leading=2)
 
 
@@ -123,4 +187,4 @@ def test_clean_frames_of_a_video_follow_conditions_before_it() -> None:
 )
 def test_other_clean_tokens_are_refused(timestep: Tensor) -> None:
     with pytest.raises(InputError, match="timestep 0"):
-        with_clean_frames((4, 2, 3), timestep)
+        with_given_frames((4, 2, 3), timestep)

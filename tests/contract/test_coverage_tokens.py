@@ -22,6 +22,7 @@ from tokdyn import Chunking, DepthSkip, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import Blocks
 from tokdyn.ops.weighting import KeyBias
+from tokdyn.tokens import total
 
 BY_EXPERTS = {"NucleusMoEImageTransformer2DModel"}  # experts choose among the tokens that are there
 
@@ -71,8 +72,7 @@ def test_tokens_that_are_left_out_are_hidden_image_tokens(name: str) -> None:
     call = tiny.inputs(2)
     model = tiny.build().train()
     adapter = adapter_for(model)
-    assert adapter.grid is not None
-    cells = int(torch.tensor(adapter.grid(model, call)).prod())
+    cells = total(adapter.image_tokens(model, call))
     dense, other = Seen(model, call), Seen(model, {**call, **moved(call)})
     image = (dense.attention[0] != other.attention[0]).any(dim=-1)  # (B, S) rows that depend on the latents
     assert image.sum(dim=1).tolist() == [cells, cells]

@@ -6,6 +6,7 @@ import torch
 import tokdyn
 from tests.contract.kit import assert_a_cache_compares_what_attention_gets, moved
 from tests.contract.models import TINY, of_diffusers, one_of, sample
+from tests.contract.references import token_replace
 
 
 def wan():
@@ -27,13 +28,7 @@ def qwen():
 
 def hunyuan():
     """HunyuanVideo from an image: the first frame is modulated by a timestep of zero."""
-    model = of_diffusers(
-        "HunyuanVideoTransformer3DModel",
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
-        text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8), image_condition_type="token_replace",
-    )  # fmt: skip
-    return model, TINY["HunyuanVideoTransformer3DModel"].inputs(2)
+    return token_replace(), TINY["HunyuanVideoTransformer3DModel"].inputs(2)
 
 
 @pytest.mark.parametrize("variant", [wan, qwen, hunyuan], ids=lambda variant: variant.__name__)

@@ -22,7 +22,15 @@ from tokdyn.methods import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMe
 
 REDUCING = [[TokenMerge(ratio=0.5)], [Chunking(target=2)]]
 ARGUMENTS = [
-    (name, argument) for adapter in ADAPTERS for name in adapter.classes if name in TINY for argument in adapter.refuse
+    (name, argument, stacks)
+    for adapter in ADAPTERS
+    for name in adapter.classes
+    if name in TINY
+    for arguments, stacks in (
+        (adapter.refuse, REDUCING),
+        (adapter.refuse_always, [*REDUCING, [FeatureCache(threshold=0.1)], [DepthSkip(blocks=(1,))]]),
+    )
+    for argument in arguments
 ]
 
 
@@ -33,10 +41,10 @@ def value_of(argument: str) -> Any:
     return [torch.zeros(2, 20, 32)]
 
 
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
-def test_arguments_with_an_entry_for_every_cell(name: str, argument: str) -> None:
-    """ControlNet residuals, image prompts, caches of keys: refused with fewer tokens, before anything is computed."""
-    for methods in (each for each in REDUCING if works(name, each)):
+@pytest.mark.parametrize(("name", "argument", "stacks"), ARGUMENTS)
+def test_arguments_that_do_not_go_with_methods(name: str, argument: str, stacks: list[list[Any]]) -> None:
+    """ControlNet residuals and image prompts with fewer tokens, caches of keys: refused before anything is computed."""
+    for methods in (each for each in stacks if works(name, each)):
         model = equip(TINY[name].build(), methods)
         ran: list[int] = []
         blocks_of(model)[0].register_forward_hook(lambda *_, ran=ran: ran.append(1))

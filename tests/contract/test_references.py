@@ -7,16 +7,30 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tokdyn
+from tests.contract.coverage_videos import WITHOUT_BATCH
+from tests.contract.edits import EDITS, flux2_arguments, flux2_pipe
 from tests.contract.kit import SHARED, sample, shallow
-from tests.contract.references import BESIDE, CALLS, COLUMNS, EDITS, ROWS, kontext, numbered, qwen
+from tests.contract.references import (
+    BESIDE,
+    CALLS,
+    COLUMNS,
+    LATER,
+    ROWS,
+    kontext,
+    ltx2,
+    numbered,
+    qwen,
+)
 from tests.contract.stacks import ACTIVE, acting
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
 from tokdyn.adapters import adapter_for
+from tokdyn.adapters.tokens import split
 from tokdyn.methods import Method
 from tokdyn.ops.destinations import grid_destinations
 from tokdyn.ops.merging import match, merge
@@ -25,28 +39,55 @@ from tokdyn.tokens import beside, total
 
 STACKS: dict[str, list[Method]] = {
     **{name: ACTIVE[name] for name in ("drop-nested", "cache", "cache-first", "curves", "chunk-ragged-train", "width")},
+    "drop": [TokenDrop(rate=0.5)],
     "merge-references": [TokenMerge(ratio=0.5, references="merge", weighted=True, reuse=2)],
     "merge-important": [TokenMerge(ratio=0.4, references="merge", important=True)],
     "chunk-merge": [Chunking(target=2, ragged=True, router="cosine"), TokenMerge(references="merge", seed=3)],
     "chunk-stack": [FeatureCache(threshold=0.5), Chunking(target=3), TokenMerge(), DepthSkip(blocks=(2,))],
 }
+DENSE = {"Sana Video"}
+"""Models whose blocks need all tokens."""
+FEWER = ("cache-first", "curves", "merge-important", "merge-references", "width", "drop", "chunk-stack")
+FITTING = {"Sana Video": FEWER[:3], "Cosmos": FEWER[:6]}
+"""The stacks of these that fit some models; routers are calibrated for others of the class of Cosmos."""
 BY_NAME = {law.__name__: law for law in LAWS}
+DECLARED = (
+    "samples_do_not_depend_on_each_other",
+    "computed_flops_are_the_counted_ones",
+    "gradients_are_the_same_with_checkpointing",
+)
+"""Laws that depend on what an adapter declares."""
+WITHOUT = SHARED | WITHOUT_BATCH | {"image_cond_ids"}
 every = pytest.mark.parametrize("name", CALLS)
 with_references = pytest.mark.parametrize("name", BESIDE)
 
 
 @pytest.mark.pairwise("references")
-@pytest.mark.parametrize(("name", "stack"), [*product(CALLS, STACKS)])
+@pytest.mark.parametrize(("name", "stack"), [*product(CALLS.keys() - LATER, STACKS)])
 @pytest.mark.parametrize("law", BY_NAME)
 def test_laws_hold(law: str, name: str, stack: str) -> None:
+    holds(law, name, stack)
+
+
+@pytest.mark.pairwise("later references")
+@pytest.mark.parametrize(
+    ("name", "stack"), [(name, stack) for name in sorted(LATER) for stack in FITTING.get(name, FEWER)]
+)
+@pytest.mark.parametrize("law", DECLARED)
+def test_laws_hold_for_models_that_were_declared_later(law: str, name: str, stack: str) -> None:
+    holds(law, name, stack)
+
+
+def holds(law: str, name: str, stack: str) -> None:
     model = CALLS[name].build()
     methods = tuple(STACKS[stack])
-    BY_NAME[law](Case(lambda: copy.deepcopy(model), CALLS[name].inputs(3), methods, SHARED, 1e-5, acting))
+    BY_NAME[law](Case(lambda: copy.deepcopy(model), CALLS[name].inputs(3), methods, WITHOUT, 1e-5, acting))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in CALLS])
 def test_adapters_pass_their_check(name: str) -> None:
-    assert len(check_adapter(CALLS[name].build(), CALLS[name].inputs(2), shared=SHARED, tolerance=1e-5)) >= 14
+    checked = check_adapter(CALLS[name].build(), CALLS[name].inputs(2), shared=WITHOUT, tolerance=1e-5)
+    assert len(checked) >= (6 if name in DENSE else 14)
 
 
 @with_references
@@ -56,6 +97,28 @@ def test_adapters_say_which_tokens_are_references(name: str) -> None:
     assert beside(images) == BESIDE[name]
     seen = tokens_of_blocks(model, call)[0]
     assert total(images) <= seen.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "grids"),
+    [
+        ("LTX-2", ((1, 3, 4), (1, 3, 4), (1, 3, 4), (2, 2, 2))),  # the first frame, two pictures, a video
+        ("Framepack", ((1, 1, 1), (1, 2, 2), (2, 4, 3))),  # the oldest frames first
+        ("JoyImage Plus", ((3, 4), (2, 2))),
+        ("Fibo 2", ((3, 4), (2, 2))),
+    ],
+)
+def test_adapters_tell_references_apart(name: str, grids: object) -> None:
+    model = CALLS[name].build()
+    assert adapter_for(model).image_tokens(model, CALLS[name].inputs(2)).references == grids
+
+
+@torch.no_grad()
+def test_sizes_of_a_video_are_read_from_the_spans_of_its_patches() -> None:
+    model = tokdyn.wrap(CALLS["LTX-2"].build(), [TokenMerge(ratio=0.5)])
+    call = ltx2(2)
+    unnamed = {name: value for name, value in call.items() if name not in ("num_frames", "height", "width")}
+    assert torch.equal(sample(model(**call)), sample(model(**unnamed)))
 
 
 def tokens_of_blocks(model: nn.Module, call: dict[str, Any], sublayer: str | None = None) -> list[Tensor]:
@@ -73,17 +136,23 @@ def tokens_of_blocks(model: nn.Module, call: dict[str, Any], sublayer: str | Non
     return seen
 
 
-@pytest.mark.parametrize("name", ["Kontext", "Qwen", "Wan", "LTX"])
 @pytest.mark.parametrize(
-    "method", [Chunking(target=2), TokenDrop(rate=0.5, blocks=(0, -1))], ids=lambda one: type(one).__name__
+    ("name", "method"),
+    [
+        *product(["Kontext", "Qwen", "Wan", "LTX"], [Chunking(target=2)]),
+        *product(BESIDE.keys() - {*DENSE, "Z-Image"}, [TokenDrop(rate=0.5, blocks=(0, -1))]),
+    ],
+    ids=lambda one: one if isinstance(one, str) else type(one).__name__,
 )
 def test_references_stay_whole_where_tokens_are_left_out(name: str, method: Method) -> None:
     model, call = CALLS[name].build().train(), CALLS[name].inputs(2)
-    whole = tokens_of_blocks(copy.deepcopy(model), call)[0]
-    first, last = BESIDE[name]
-    own = whole.shape[1] - first - last
-    reduced = tokens_of_blocks(tokdyn.wrap(model, [method]), call)[0]
-    assert reduced.shape[1] == whole.shape[1] - own // 2
+    adapter = adapter_for(model)
+    count, (first, last) = total(adapter.image_tokens(model, call)), BESIDE[name]
+    text, whole = split(tokens_of_blocks(copy.deepcopy(model), call)[0], count, adapter.blocks[0].image)
+    own = count - first - last
+    tokens = tokens_of_blocks(tokdyn.wrap(model, [method]), call)[0]
+    reduced = split(tokens, count - own // 2, adapter.blocks[0].image)[1]
+    assert reduced.shape[1] == tokens.shape[1] - (0 if text is None else text.shape[1])
     assert torch.equal(reduced[:, :first], whole[:, :first])
     assert torch.equal(reduced[:, reduced.shape[1] - last :], whole[:, whole.shape[1] - last :])
     stop = reduced.shape[1] - last
@@ -91,12 +160,51 @@ def test_references_stay_whole_where_tokens_are_left_out(name: str, method: Meth
         assert all((token == all_tokens).all(dim=1).any() for token in kept)
 
 
+@pytest.mark.parametrize("name", ["Kontext", "Flux 3"])
+def test_tokens_that_are_left_out_might_as_well_not_have_been_given(name: str) -> None:
+    """Beside references, those that are left in all blocks get what the model predicts for them alone."""
+    model, call = CALLS[name].build().train(), CALLS[name].inputs(1)
+    own = ROWS * COLUMNS
+    whole = tokens_of_blocks(copy.deepcopy(model), call)[0][0]
+    seen: list[Tensor] = []
+    dropping = tokdyn.wrap(copy.deepcopy(model), [TokenDrop(rate=0.5, blocks=(0, -1))])
+    first = dropping.get_submodule(adapter_for(model).blocks[0].path)[0]  # type: ignore[index]
+    first.register_forward_pre_hook(lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True)
+    out = sample(dropping(**call))
+    kept = (whole[:own, None] == seen[0][0]).all(dim=2).any(dim=1).nonzero().flatten()
+    assert len(kept) == own // 2
+    given = torch.cat([kept, torch.arange(own, call["hidden_states"].shape[1])])
+    fewer = {**call, "hidden_states": call["hidden_states"][:, given], "img_ids": call["img_ids"][given]}
+    expected = sample(model(**fewer))[:, : len(kept)]
+    torch.testing.assert_close(out[:, kept], expected, rtol=0, atol=1e-5)  # fp32
+
+
+@torch.no_grad()
+def test_references_that_join_later_are_not_merged() -> None:
+    """Attention of the first joint block of Flux 3 gets text, references and merged tokens."""
+    call = CALLS["Flux 3"].inputs(2)
+
+    def attention(methods: list[Method]) -> Tensor:
+        model, seen = tokdyn.wrap(CALLS["Flux 3"].build(), methods), list[Tensor]()
+        joint = model.single_transformer_blocks[0].attn  # type: ignore[index,union-attr]
+        joint.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+        model(**call)
+        return seen[0]
+
+    text, own, references = attention([]).split([6, ROWS * COLUMNS, 16], dim=1)
+    rows = own.flatten(0, 1)
+    plan = match(rows, [own.shape[1]] * 2, grid_destinations(2, (ROWS, COLUMNS), rows.device), 0.5)
+    expected = torch.cat([text, references, merge(rows, plan).view(2, -1, own.shape[2])], dim=1)
+    found = attention([TokenMerge(ratio=0.5, blocks=(2, 3))])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # fp32
+
+
 @pytest.mark.parametrize("references", ["keep", "merge"])
-@pytest.mark.parametrize("name", ["Qwen", "Wan"])
+@pytest.mark.parametrize("name", ["Qwen", "Wan", "LTX-2"])
 @torch.no_grad()
 def test_attention_gets_tokens_merged_within_one_image(name: str, references: Any) -> None:
     """The first block's attention gets what the plain functions make of each image by itself."""
-    sublayer = {"Qwen": "attn", "Wan": "attn1"}[name]
+    sublayer = "attn" if name == "Qwen" else "attn1"
     plain, call = CALLS[name].build(), CALLS[name].inputs(2)
     whole = tokens_of_blocks(plain, call, sublayer)[0]
     model = tokdyn.wrap(CALLS[name].build(), [TokenMerge(ratio=0.5, references=references)])
@@ -120,13 +228,28 @@ def test_nothing_changes_where_nothing_is_merged_or_left_out(name: str) -> None:
     """Bit for bit: no sequence is rotated either, for attention would add in another order."""
     call = CALLS[name].inputs(2)
     plain = sample(CALLS[name].build()(**call))
-    stacks: list[list[Method]] = [
-        [FeatureCache(threshold=-1.0), Chunking(target=1)],
-        [TokenDrop(rate=0.0)],
-        [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0, references="merge")],
-    ]
-    for methods in stacks:
+    outside: list[list[Method]] = [[FeatureCache(threshold=-1.0), Chunking(target=1)], [TokenDrop(rate=0.0)]]
+    around: list[Method] = [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0, references="merge")]
+    for methods in [around] if name in DENSE else [*outside, around]:
         assert torch.equal(sample(tokdyn.wrap(CALLS[name].build(), methods)(**call)), plain)
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+@torch.no_grad()
+def test_a_cached_step_predicts_nearly_what_a_computed_one_would(name: str) -> None:
+    """Just after a computed step; without blocks the prediction is far."""
+    tiny = CALLS[name]
+    first = tiny.inputs(2)
+    second = {**first, "hidden_states": 0.9999 * first["hidden_states"]}
+    exact = sample(tiny.build()(**second))
+    depth = sum(len(tiny.build().get_submodule(blocks.path)) for blocks in adapter_for(tiny.build()).blocks)  # type: ignore[arg-type]
+    without = sample(tokdyn.wrap(tiny.build(), [DepthSkip(blocks=tuple(range(depth)))])(**second))
+    model = tokdyn.wrap(tiny.build(), [FeatureCache(threshold=float("inf"))])
+    with tokdyn.trajectory(model, steps=3) as here:
+        for here.step, call in enumerate((first, second)):
+            found = sample(model(**call))
+    assert tokdyn.traces(model)[-1].cached == {0, 1}
+    assert (found - exact).abs().max() < 0.1 * (without - exact).abs().max()
 
 
 @torch.no_grad()
@@ -145,6 +268,13 @@ def test_samples_with_other_references_are_refused_where_the_model_knows_one_set
     call["timestep"][1] = 500.0
     with pytest.raises(tokdyn.InputError, match="timestep 0"):
         tokdyn.wrap(CALLS["Wan"].build(), [TokenMerge()])(**call)
+    other = CALLS["JoyImage Plus"].inputs(2)
+    other["shape_list"] = [other["shape_list"][0], [(1, ROWS, COLUMNS), (1, 2, 6), (1, 2, 2)]]
+    with pytest.raises(tokdyn.InputError, match="shape_list"):
+        tokdyn.wrap(CALLS["JoyImage Plus"].build(), [TokenMerge()])(**other)
+    other = {**CALLS["HunyuanVideo"].inputs(1), "hidden_states": torch.randn(1, 4, 1, 8, 6)}
+    with pytest.raises(tokdyn.InputError, match="one frame"):
+        tokdyn.wrap(CALLS["HunyuanVideo"].build(), [TokenMerge()])(**other)
     for method in (FeatureCache(threshold=0.1), DepthSkip(blocks=(1,))):
         assert sample(tokdyn.wrap(CALLS["Wan"].build(), [method])(**call)).isfinite().all()
 
@@ -156,6 +286,22 @@ def test_a_reference_with_the_number_of_the_picture_is_refused() -> None:
     model = tokdyn.wrap(CALLS["Kontext"].build(), [TokenMerge()])
     with pytest.raises(tokdyn.InputError, match=f"{len(places)} image tokens"):
         model(**call)
+
+
+@pytest.mark.parametrize("method", [FeatureCache(steps=(0, 2)), DepthSkip(blocks=(1,)), TokenMerge()])
+@torch.no_grad()
+def test_keys_and_values_of_references_are_kept_without_methods_only(method: Method) -> None:
+    if not hasattr(diffusers, "Flux2KleinKVPipeline"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no Flux2KleinKVPipeline")
+    pipe = diffusers.Flux2KleinKVPipeline(**{**flux2_pipe().components, "tokenizer": None})
+    pipe.set_progress_bar_config(disable=True)
+    tokdyn.wrap(pipe, [method])
+    given = {**flux2_arguments(), "num_inference_steps": 3, "output_type": "np"}
+    with pytest.raises(tokdyn.InputError, match=r"kv_cache_mode.*Flux2KleinPipeline"):
+        pipe(**given)
+    del given["image"]
+    pipe(**given)
+    assert len(tokdyn.stats(pipe).calls) == 3
 
 
 @pytest.fixture

@@ -35,14 +35,6 @@ def test_models_whose_build_needs_all_tokens_are_refused():
     with pytest.raises(tokdyn.UnsupportedModelError, match="num_frame_per_block"):
         tokdyn.wrap(model, [TokenMerge()])
     assert sample(tokdyn.wrap(model, [DepthSkip(blocks=(1,))])(**wan_inputs(1))).isfinite().all()
-    model = of_diffusers(
-        "HunyuanVideoTransformer3DModel",
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_single_layers=2, num_refiner_layers=1, text_embed_dim=12, pooled_projection_dim=10, rope_axes_dim=(4, 4, 8),
-        image_condition_type="token_replace",
-    )  # fmt: skip
-    with pytest.raises(tokdyn.UnsupportedModelError, match="image_condition_type"):
-        tokdyn.wrap(model, [TokenDrop()])
 
 
 def test_position_ids_that_form_no_grid_are_refused():

@@ -188,6 +188,9 @@ class ModelAdapter:
             other kind of tokens, so that its keys can be weighted.
         varying: arguments beside the input and the noise level that change from step to step, such as latents of the
             sound or a second timestep, and so do not tell one prompt from another.
+        behind: `behind(arguments)` counts the tokens of a call, such as those of reference images, that follow the
+            image tokens in the sequences of blocks with `Blocks.image="last"`; None if there are never any. Methods see
+            them before the image tokens. It may look at shapes only.
         read_ahead: arguments whose values, not only their shapes, determine the grid or which tokens are references.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
@@ -210,6 +213,7 @@ class ModelAdapter:
     dense: bool = False
     softmax: bool = True
     varying: tuple[str, ...] = ()
+    behind: Callable[[Arguments], int] | None = None
     read_ahead: tuple[str, ...] = ()
     whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None
@@ -227,7 +231,9 @@ class ModelAdapter:
         """Read the grid of a call, and those of its reference images."""
         assert self.grid is not None, "methods that need a grid were refused"
         tokens = self.grid(model, call)
-        return tokens if isinstance(tokens, ImageTokens) else ImageTokens(tokens)
+        tokens = tokens if isinstance(tokens, ImageTokens) else ImageTokens(tokens)
+        behind = 0 if self.behind is None else self.behind(call)
+        return tokens._replace(rotation=(-behind,)) if behind else tokens
 
     def telling(self, arguments: Arguments) -> Arguments:
         """Return the arguments of a call by which it is told from others: all but those in `varying`."""

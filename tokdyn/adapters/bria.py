@@ -17,7 +17,6 @@ from tokdyn.adapters.flux import FLUX
 from tokdyn.adapters.readers import (
     CONTROL_REASON,
     IMAGE_PROMPT_REASON,
-    REFERENCE_REASON,
     patch_grid,
     timestep_level,
 )
@@ -30,7 +29,7 @@ from tokdyn.adapters.width import (
     runs_processor,
 )
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid
+from tokdyn.tokens import ImageTokens
 
 _PROCESSORS = ("BriaAttnProcessor", "BriaFiboAttnProcessor")
 _TWO_STREAMS = replace(FLUX.blocks[0], width=attention_and_mlp("attn", "ff", *_PROCESSORS))
@@ -69,17 +68,12 @@ FIBO = replace(
 )
 
 
-def _fibo2_grid(model: nn.Module, call: Arguments) -> Grid:
-    """Return the grid of a call in which the image tokens come last.
+def _fibo2_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+    """Return the grids of a call in which the image tokens come last, those of images to edit after the others.
 
     Raises:
-        InputError: they come first, as among prompts of several lengths, or reference images follow.
+        InputError: they come first, as among prompts of several lengths.
     """
-    if call.get("context_latents"):
-        raise InputError(
-            "the argument context_latents of BriaFibo2Transformer2DModel cannot be combined with methods that reduce "
-            f"tokens: {REFERENCE_REASON}."
-        )
     mask = call.get("encoder_attention_mask")
     lengths = [] if mask is None else mask.sum(dim=1).tolist()
     if len(set(lengths)) > 1:
@@ -87,7 +81,9 @@ def _fibo2_grid(model: nn.Module, call: Arguments) -> Grid:
             f"the prompts have {lengths} tokens, so the image tokens of a BriaFibo2Transformer2DModel may begin at "
             "different places; call a wrapped one with prompts of one length at a time."
         )
-    return patch_grid(model, call)
+    size = model.config["patch_size"]  # type: ignore[index]
+    references = [tuple(side // size for side in image.shape[2:]) for image in call.get("context_latents") or ()]
+    return ImageTokens(patch_grid(model, call), tuple(references))
 
 
 def _fibo2_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
@@ -126,10 +122,9 @@ FIBO2 = ModelAdapter(
             ),
         ),
     ),
-    grid=_fibo2_grid,
+    grid=_fibo2_tokens,
     read_ahead=("encoder_attention_mask",),
     level=timestep_level(scale=1.0),
-    refuse={"context_latents": REFERENCE_REASON},
     width=lambda model: int(model.config["dim"]),  # type: ignore[index]
     heads=lambda model: int(model.config["n_heads"]),  # type: ignore[index]
     guidance="calls",

@@ -104,7 +104,10 @@ CHROMA = ModelAdapter(
     guidance="calls",
 )
 
-_KV_CACHE_REASON = "it holds keys and values of earlier calls for every cell; leave the cache out"
+_KV_CACHE_REASON = (
+    "blocks store keys and values of reference images in one call and read them in later ones, for all samples "
+    "together; leave the cache out, as Flux2KleinPipeline does"
+)
 _FLUX2_DOUBLE = Width(
     layers=(*attention_layers("attn"), *mlp_layers("ff.linear_out", "ff.linear_in")),
     inner="attn.to_out.0.in_features",
@@ -141,10 +144,7 @@ FLUX2 = ModelAdapter(
     grid=_flux_grid,
     read_ahead=("img_ids",),
     level=timestep_level(scale=1.0),
-    refuse={
-        "kv_cache": _KV_CACHE_REASON,
-        "kv_cache_mode": _KV_CACHE_REASON,
-        "joint_attention_kwargs": IMAGE_PROMPT_REASON,
-    },
+    refuse={"joint_attention_kwargs": IMAGE_PROMPT_REASON},
+    refuse_always={"kv_cache": _KV_CACHE_REASON, "kv_cache_mode": _KV_CACHE_REASON},
     guidance="calls",
 )

@@ -10,7 +10,7 @@ from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Produc
 from tokdyn.adapters.readers import timestep_level
 from tokdyn.adapters.width import SlicedLayer, Width, mlp_layers, runs_processor
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, ImageTokens
 
 
 def _joy_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
@@ -20,16 +20,19 @@ def _joy_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
     return out
 
 
-def _joy_grid(model: nn.Module, call: Arguments) -> Grid:
-    """Return the grid of latents (B, C, frames, rows, columns), or (B, images, C, frames, rows, columns)."""
+def _joy_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+    """Return the grid of latents (B, C, frames, rows, columns), or (B, images, C, frames, rows, columns).
+
+    Of several images the last is the generated one, whose tokens come first.
+    """
     latents = call["hidden_states"]
-    if latents.dim() == 6 and latents.shape[1] > 1:
-        raise InputError(
-            f"hidden_states holds {latents.shape[1]} images per sample; a wrapped JoyImageEditTransformer3DModel takes "
-            "one with methods that reduce tokens, so leave out the reference images."
-        )
     patch = model.config["patch_size"]  # type: ignore[index]
-    grid = tuple(size // part for size, part in zip(latents.shape[-3:], patch, strict=True))
+    grid = _flat(tuple(size // part for size, part in zip(latents.shape[-3:], patch, strict=True)))
+    return ImageTokens(grid, (grid,) * (latents.shape[1] - 1 if latents.dim() == 6 else 0))
+
+
+def _flat(grid: Grid) -> Grid:
+    """Leave out the axis of frames if there is one."""
     return grid[1:] if grid[0] == 1 else grid
 
 
@@ -60,24 +63,26 @@ JOYIMAGE = ModelAdapter(
     name="JoyImage Edit",
     classes=("JoyImageEditTransformer3DModel",),
     blocks=(_JOY_BLOCKS,),
-    grid=_joy_grid,
+    grid=_joy_tokens,
     level=timestep_level(),
     width=lambda model: int(model.config["hidden_size"]),  # type: ignore[index]
     guidance="calls",
 )
 
 
-def _joy_plus_grid(model: nn.Module, call: Arguments) -> Grid:
-    """Return the grid of the image of every sample, of which `shape_list` has frames, rows and columns."""
+def _joy_plus_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+    """Return the grids of the images of every sample, of which `shape_list` has frames, rows and columns.
+
+    The first is the generated one.
+    """
     shapes = {tuple(map(tuple, images)) for images in call["shape_list"]}
-    if len(shapes) > 1 or len(next(iter(shapes))) > 1:
+    if len(shapes) > 1:
         raise InputError(
-            "shape_list holds reference images, or images of several sizes; a wrapped "
-            "JoyImageEditPlusTransformer3DModel takes one image per sample, of one size, with methods that reduce "
-            "tokens."
+            f"shape_list holds other sizes for some samples than for others, {sorted(shapes)}; call a wrapped "
+            "JoyImageEditPlusTransformer3DModel with samples whose images and reference images have the same sizes."
         )
-    ((grid,),) = shapes
-    return grid[1:] if grid[0] == 1 else grid
+    grid, *references = map(_flat, shapes.pop())
+    return ImageTokens(grid, tuple(references))
 
 
 JOYIMAGE_PLUS = replace(
@@ -85,6 +90,6 @@ JOYIMAGE_PLUS = replace(
     name="JoyImage Edit Plus",
     classes=("JoyImageEditPlusTransformer3DModel",),
     blocks=(replace(_JOY_BLOCKS, follow=(Follow("image_rotary_emb"), Follow("attention_mask", axis=3))),),
-    grid=_joy_plus_grid,
+    grid=_joy_plus_tokens,
     guidance="uncond_first",
 )

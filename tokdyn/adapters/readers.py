@@ -3,7 +3,7 @@
 A reader that looks at values, and not only at shapes, synchronises with their device. In a graph of torch.compile it
 reads them while the graph is made, and the graph asserts that they stay.
 
-`CONTROL_REASON`, `IMAGE_PROMPT_REASON` and `REFERENCE_REASON` are reasons for `ModelAdapter.refuse`.
+`CONTROL_REASON` and `IMAGE_PROMPT_REASON` are reasons for `ModelAdapter.refuse`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.base import Arguments
 from tokdyn.errors import InputError
-from tokdyn.tokens import Grid, ImageTokens, beside, cells
+from tokdyn.tokens import Grid, ImageTokens, cells
 
 CONTROL_REASON = (
     "its residuals have one entry per cell and are added where tokens may be missing; leave the control out"
 )
 IMAGE_PROMPT_REASON = "image prompts and other attention arguments may have one entry per cell; leave them out"
-REFERENCE_REASON = "reference images add tokens that belong to no cell of the grid; leave them out"
 
 
 def patch_grid(model: nn.Module, call: Arguments) -> Grid:
@@ -170,11 +169,7 @@ def grid_from_coordinates(places: Tensor) -> Grid | ImageTokens:
     if not bool((places == places[:1]).all()):
         raise InputError("the samples have different video_coords; call the model with samples that share theirs.")
     here = places[0].cpu()
-    starts = [0, *((here[0].diff() < 0).nonzero().flatten() + 1).tolist(), here.shape[1]]
-    grids: list[Grid] = []
-    for first, stop in pairwise(starts):
-        sizes = tuple(len(axis.unique()) for axis in here[:, first:stop])
-        grids.append(sizes if cells(sizes) == stop - first else (stop - first,))
+    grids = _grids_between(here, here[0].diff() < 0)
     if len(grids[-1]) == 1:
         raise InputError(
             f"the last {grids[-1][0]} places in video_coords form no grid of frames, rows and columns; leave "
@@ -184,45 +179,98 @@ def grid_from_coordinates(places: Tensor) -> Grid | ImageTokens:
     return ImageTokens(grid, tuple(references), leading=len(references)) if references else grid
 
 
-def with_clean_frames(read: Grid | ImageTokens, timestep: Any) -> Grid | ImageTokens:
-    """Take the first and last frames of a video for references if their tokens have timestep 0 and others have not.
+def grid_of_patches(spans: Tensor) -> Grid:
+    """Read the grid of a video from the spans (B, 3, N, 2) of its patches in time and in the two axes of the frame.
 
-    Args:
-        read: what was read so far, with a grid of (frames, rows, columns).
-        timestep: a timestep for each token, (B, N); anything else leaves `read` as it is.
-
-    Raises:
-        InputError: the clean tokens are no such frames, or samples have different ones.
+    The video comes first; what follows it does not begin where its last frame ends.
     """
-    if not isinstance(timestep, Tensor) or timestep.dim() != 2 or timestep.shape[1] == 1:
-        return read
-    tokens = read if isinstance(read, ImageTokens) else ImageTokens(read)
-    before, _ = beside(tokens)
-    own = timestep[:, before : before + cells(tokens.grid)] == 0
-    first, last = _constant_clean_frames(rearrange(own, "b (f n) -> b f n", f=tokens.grid[0]))
-    frames, *rest = tokens.grid
-    if torch.compiler.is_compiling():
-        same = own.sum() == len(own) * cells((first + last, *rest))
-        torch._assert_async(same, "this graph was compiled for other clean frames; compile the model alone instead.")
-    if not first + last:
-        return read
-    leading = tokens.references[: tokens.leading] + (((first, *rest),) if first else ())
-    trailing = (((last, *rest),) if last else ()) + tokens.references[tokens.leading :]
-    return ImageTokens((frames - first - last, *rest), leading + trailing, len(leading))
+    begins, ends = spans[0, ..., 0].cpu(), spans[0, ..., 1].cpu()
+    later = (begins[0] != begins[0, 0]).tolist()
+    frame = later.index(True) if True in later else len(later)
+    below = (begins[1, :frame] != begins[1, 0]).tolist()
+    columns = below.index(True) if True in below else frame
+    frames = 1
+    while (frames + 1) * frame <= begins.shape[1] and torch.isclose(
+        begins[0, frames * frame], ends[0, frames * frame - 1]
+    ):
+        frames += 1
+    return frames, frame // columns, columns
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_clean_frames(clean: Tensor) -> tuple[int, int]:
-    """Return how many frames at the beginning and at the end are clean, from (B, F, R * C) bool."""
-    clean = clean.cpu()
-    frames = clean[0, :, 0].tolist()
-    if all(frames):
-        frames = [False] * len(frames)
-    first = frames.index(False)
-    last = frames[::-1].index(False)
-    if bool((clean != clean[:1, :, :1]).any()) or any(frames[first : len(frames) - last]):
+def grids_behind(begins: Tensor, level: Tensor | None) -> tuple[Grid, ...]:
+    """Return the grids of images whose tokens follow a video, each with a noise level of its own.
+
+    Args:
+        begins: (B, 3, N) where their patches begin in time and in the two axes of the frame.
+        level: (B, N) how noisy they are; None if all are equally noisy.
+    """
+    time, row, column = begins[0].cpu().diff()
+    back = (time < 0) | ((time == 0) & ((row < 0) | ((row == 0) & (column <= 0))))
+    changes = torch.zeros_like(back) if level is None else (level.diff(dim=1) != 0).any(0).cpu()
+    return tuple(_grids_between(begins[0].cpu(), back | changes))
+
+
+def _grids_between(places: Tensor, changes: Tensor) -> list[Grid]:
+    """Return the grids of places (3, N), of which those after `changes` (N - 1) begin another.
+
+    The grid of n places that form none is (n,).
+    """
+    grids: list[Grid] = []
+    for first, stop in pairwise([0, *(changes.nonzero().flatten() + 1).tolist(), places.shape[1]]):
+        sizes = tuple(len(axis.unique()) for axis in places[:, first:stop])
+        grids.append(sizes if cells(sizes) == stop - first else (stop - first,))
+    return grids
+
+
+def with_given_frames(read: Grid | ImageTokens, level: Any, strengths: bool = False) -> Grid | ImageTokens:
+    """Take the first and last frames of a video for references if they are given and the others are generated.
+
+    Args:
+        read: what was read so far, with a grid of (frames, rows, columns).
+        level: how noisy the generated grid's frames, or cells, are in every sample: (B, frames * n) numbers of which
+            each frame has n, or 0 for what is given and anything else for what is generated. Any other value, such as
+            a timestep for each sample, leaves `read` as it is.
+        strengths: whether all frames are given that are less noisy than others; else those are whose level is 0.
+
+    Raises:
+        InputError: what is given are no such frames, or samples have different ones.
+    """
+    if not isinstance(level, Tensor) or level.dim() != 2 or level.shape[1] == 1:
+        return read
+    tokens = read if isinstance(read, ImageTokens) else ImageTokens(read)
+    frames, *rest = tokens.grid
+    level = rearrange(level, "b (f n) -> b f n", f=frames)
+    given = level < level.flatten(1).amax(1)[:, None, None] if strengths else level == 0
+    given = given & ~given.all()
+    first, last = _constant_given_frames(given, level)
+    if torch.compiler.is_compiling():
+        same = given.sum() == given[:, : sum(first) + sum(last)].numel()
+        torch._assert_async(same, "this graph was compiled for other given frames; compile the model alone instead.")
+    if not first + last:
+        return read
+    leading = tokens.references[: tokens.leading] + tuple((count, *rest) for count in first)
+    trailing = tuple((count, *rest) for count in last) + tokens.references[tokens.leading :]
+    return ImageTokens((frames - sum(first) - sum(last), *rest), leading + trailing, len(leading))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_given_frames(given: Tensor, level: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Count the frames that are given at the beginning and at the end, (B, F, n) bool, in parts of equal levels."""
+    frames = given[0, :, 0].tolist()
+    first = frames.index(False) if False in frames else len(frames)
+    stop = len(frames) - frames[::-1].index(False) if False in frames else len(frames)
+    if bool((given != given[:1, :, :1]).any()) or any(frames[first:stop]):
         raise InputError(
-            "some tokens have timestep 0, but they are not the first or last frames of all samples, so that the others "
-            "form no grid; call the model with such samples, or use FeatureCache or DepthSkip."
+            "some tokens have timestep 0 or a condition of their own, but they are not the first or last frames of all "
+            "samples, so that the others form no grid; call the model with such samples, or use FeatureCache or "
+            "DepthSkip."
         )
-    return first, last
+    changes = (level[:, 1:, 0] != level[:, :-1, 0]).any(0).tolist() if first or stop < len(frames) else []
+    return _parts(changes, 0, first), _parts(changes, stop, len(frames))
+
+
+def _parts(changes: list[bool], first: int, stop: int) -> tuple[int, ...]:
+    """Return the lengths of the parts of a range of places; `changes[i]` begins another one after place i."""
+    ends = [place + 1 for place in range(first, stop - 1) if changes[place]]
+    return tuple(end - begin for begin, end in pairwise([first, *ends, stop])) if first < stop else ()

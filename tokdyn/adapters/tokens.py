@@ -99,14 +99,38 @@ def rotate(x: Tensor, by: Sequence[int], back: bool = False) -> Tensor:
 
     Args:
         x: the sequences.
-        by: the number of places for every sample; () leaves x as it is.
+        by: the number of places for every sample, or one for all; () leaves x as it is.
         back: whether to rotate to the right.
     """
     if not by:
         return x
+    if len(by) == 1:
+        return x.roll(by[0] if back else -by[0], dims=1)
     places = torch.tensor(by, device=x.device)[:, None]
     slot = torch.arange(x.shape[1], device=x.device) + (-places if back else places)
     return take(x, slot.remainder(x.shape[1]))
+
+
+def rotate_entries(value: Any, argument: Follow, by: Sequence[int], length: int) -> Any:
+    """Rotate the entries of an argument with a token axis as `rotate` rotates the tokens.
+
+    Args:
+        value: the argument: a tensor, or a tuple or list of tensors if one number rotates all samples.
+        argument: which axis of the argument is its token axis.
+        by: the number of places for every sample, or one for all.
+        length: S, the tokens of a sequence. Entries before the last S, such as those of text tokens that join the
+            sequence within the block, stay, and so do tensors with fewer entries.
+    """
+    if len(by) != 1:
+        return rotate(value, by)
+    if isinstance(value, (tuple, list)):
+        return type(value)(rotate_entries(part, argument, by, length) for part in value)
+    axis = argument.axis
+    if not isinstance(value, Tensor) or value.dim() != (argument.dims or value.dim()) or value.shape[axis] < length:
+        return value
+    start = value.shape[axis] - length
+    own = value.narrow(axis, start, length).roll(-by[0], dims=axis)
+    return torch.cat([value.narrow(axis, 0, start), own], dim=axis)
 
 
 def gather(whole: Tensor, cells: int, index: Tensor | None, blocks: Blocks) -> Tensor:

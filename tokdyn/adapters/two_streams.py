@@ -10,7 +10,7 @@ from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.flux import FLUX
 from tokdyn.adapters.mmdit import COGVIEW4
-from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, REFERENCE_REASON, timestep_level
+from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level
 from tokdyn.adapters.video import HUNYUAN
 from tokdyn.adapters.width import (
     Width,
@@ -38,7 +38,6 @@ HUNYUAN_IMAGE = replace(
         replace(HUNYUAN.blocks[1], width=attention_beside_mlp("attn", "HunyuanImageAttnProcessor")),
     ),
     grid=_hunyuan_grid,
-    whole=None,
 )
 
 
@@ -47,6 +46,12 @@ def _flux3_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
     shift, scale, _ = arguments["temb_mod"].chunk(3, dim=-1)
     out: Tensor = block.norm(arguments["hidden_states"]) * (1 + scale) + shift  # type: ignore[operator]
     return out
+
+
+def _flux3_references(call: Arguments) -> int:
+    """Count the tokens of reference images, which follow those of the image from the joint blocks on."""
+    tokens = call.get("image_cond_hidden_states")
+    return 0 if tokens is None else int(tokens.shape[1])
 
 
 _FLUX3_FOLLOW = (Follow("temb_mod"), Follow("image_rotary_emb", axis=0, batched=False))
@@ -74,7 +79,7 @@ FLUX3 = ModelAdapter(
             "single_transformer_blocks",
             text="encoder_hidden_states",
             returns=("text", "tokens"),
-            image="first",  # reference images follow
+            image="last",  # reference images, which follow, are moved before it
             inside="last",
             inside_mlp="last",
             follow=_FLUX3_FOLLOW,
@@ -86,7 +91,8 @@ FLUX3 = ModelAdapter(
     grid=FLUX.grid,
     read_ahead=FLUX.read_ahead,
     level=timestep_level(scale=1.0),
-    refuse={"image_cond_hidden_states": REFERENCE_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
+    refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
+    behind=_flux3_references,
     guidance="calls",
 )
 

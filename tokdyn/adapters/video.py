@@ -14,15 +14,16 @@ from tokdyn.adapters.readers import (
     grid_from_coordinates,
     timestep_level,
     video_grid,
-    with_clean_frames,
+    with_given_frames,
 )
 from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp
-from tokdyn.tokens import Grid, ImageTokens
+from tokdyn.errors import InputError
+from tokdyn.tokens import Grid, ImageTokens, beside
 
 
 def _wan_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
     """Read the grid; the first frame of image to video (Wan 2.2 5B) is clean and has timestep 0."""
-    return with_clean_frames(video_grid(model, call), call["timestep"])
+    return with_given_frames(video_grid(model, call), call["timestep"])
 
 
 WAN = ModelAdapter(
@@ -69,13 +70,16 @@ SKYREELS = replace(
 
 
 def _ltx_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
-    """Read the grid; frames that the video is conditioned on come before it, or are clean and have timestep 0."""
+    """Read the grid; frames that the video is conditioned on come before it, or have a lower timestep than others."""
     read: Grid | ImageTokens
     if call.get("video_coords") is None:
         read = call["num_frames"], call["height"], call["width"]
     else:
         read = grid_from_coordinates(call["video_coords"])
-    return with_clean_frames(read, call["timestep"])
+    level = call["timestep"]
+    if isinstance(read, ImageTokens) and level.dim() == 2 and level.shape[1] > 1:
+        level = level[:, beside(read)[0] :]
+    return with_given_frames(read, level, strengths=True)
 
 
 LTX = ModelAdapter(
@@ -99,14 +103,17 @@ LTX = ModelAdapter(
 )
 
 
-def _needs_first_frame(model: nn.Module) -> str | None:
-    """Return why a model that treats the first frame as a condition needs all tokens; None for other models."""
+def _hunyuan_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid; some models from an image are given the first frame, which blocks find by its place."""
+    frames, *rest = grid = video_grid(model, call)
     if model.config["image_condition_type"] != "token_replace":  # type: ignore[index]
-        return None
-    return (
-        "with image_condition_type='token_replace', the tokens of the first frame are found by their position and "
-        "modulated differently; use DepthSkip or FeatureCache"
-    )
+        return grid
+    if frames == 1:
+        raise InputError(
+            "hidden_states holds one frame, the given one of a HunyuanVideoTransformer3DModel with "
+            "image_condition_type='token_replace'; call it with the frames to generate as well."
+        )
+    return ImageTokens((frames - 1, *rest), references=((1, *rest),), leading=1)
 
 
 _HUNYUAN_TWO_STREAM = Blocks(
@@ -121,7 +128,9 @@ _HUNYUAN_TWO_STREAM = Blocks(
     ),
     attention=("attn",),
     mlp=("ff",),
+    rounds=("temb", "token_replace_emb"),  # the first frame may have a timestep of its own
     modulated=modulation.from_embedding,
+    products=Products(rounds=("norm1.*",)),
     width=attention_and_mlp("attn", "ff", "HunyuanVideoAttnProcessor2_0"),
 )
 _HUNYUAN_SINGLE_STREAM = replace(
@@ -130,7 +139,7 @@ _HUNYUAN_SINGLE_STREAM = replace(
     mlp=(),
     inside_mlp="first",
     modulated=None,
-    products=Products(joint=("*",)),
+    products=Products(joint=("*",), rounds=("norm.*",)),
     width=attention_beside_mlp("attn", "HunyuanVideoAttnProcessor2_0"),
 )
 
@@ -138,11 +147,10 @@ HUNYUAN = ModelAdapter(
     name="HunyuanVideo",
     classes=("HunyuanVideoTransformer3DModel",),
     blocks=(_HUNYUAN_TWO_STREAM, _HUNYUAN_SINGLE_STREAM),
-    grid=video_grid,
+    grid=_hunyuan_tokens,
     level=timestep_level(),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     guidance="calls",
-    whole=_needs_first_frame,
 )
 
 

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
 from tokdyn.adapters.products import CrossAttention, Products
-from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, channels_last_grid, frame_level, timestep_level
+from tokdyn.adapters.readers import (
+    IMAGE_PROMPT_REASON,
+    channels_last_grid,
+    frame_level,
+    grid_of_patches,
+    grids_behind,
+    timestep_level,
+    with_given_frames,
+)
 from tokdyn.adapters.width import SlicedLayer, Width, attention_and_mlp, mlp_layers, runs_processor
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, ImageTokens, cells
 
 
 def _ltx2_sliceable(block: nn.Module) -> bool:
@@ -23,6 +31,25 @@ def _ltx2_sliceable(block: nn.Module) -> bool:
     attention: Any = block.attn1
     known = runs_processor("attn1", "LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")(block)
     return known and attention.to_gate_logits is None and attention.rope_type == "interleaved"
+
+
+def _ltx2_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+    """Read the grid. First frames that the video is conditioned on are less noisy than others.
+
+    Tokens of other conditions follow the video: images between its frames, and videos to refer to. So do those of
+    frames that are generated beside it, which lie on no place of its grid.
+    """
+    level: Tensor = call["timestep"]
+    spans: Any = call.get("video_coords")
+    named: Any = tuple(call.get(name) for name in ("num_frames", "height", "width"))
+    grid: Grid = grid_of_patches(spans) if None in named else named
+    own = cells(grid)
+    tokens = with_given_frames(grid, level[:, :own] if level.dim() > 1 else level, strengths=True)
+    tokens = tokens if isinstance(tokens, ImageTokens) else ImageTokens(tokens)
+    if spans is None or call["hidden_states"].shape[1] <= own:
+        return tokens
+    behind = grids_behind(spans[:, :, own:, 0], level[:, own:] if level.dim() > 1 and level.shape[1] > 1 else None)
+    return tokens._replace(references=tokens.references + behind)
 
 
 _LTX2_WIDTH = attention_and_mlp("attn1", "ff", tables=("video_rotary_emb",))
@@ -82,7 +109,8 @@ LTX2 = ModelAdapter(
             ),
         ),
     ),
-    grid=lambda model, call: (call["num_frames"], call["height"], call["width"]),
+    grid=_ltx2_tokens,
+    read_ahead=("timestep", "video_coords"),
     level=frame_level(),
     varying=("audio_hidden_states", "audio_timestep", "audio_sigma"),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},

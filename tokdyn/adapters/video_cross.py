@@ -18,8 +18,10 @@ from tokdyn.adapters.readers import (
     frame_level,
     timestep_level,
     video_grid,
+    with_given_frames,
 )
 from tokdyn.adapters.width import SlicedLayer, Width, attention_and_mlp, attention_layers, mlp_layers, runs_processor
+from tokdyn.tokens import Grid, ImageTokens
 
 ALLEGRO = ModelAdapter(
     name="Allegro",
@@ -52,6 +54,15 @@ def _cosmos_level(model: nn.Module, call: Arguments) -> Tensor:
     return torch.sigmoid(4 * value) if model.config["extra_pos_embed_type"] else value  # type: ignore[index]
 
 
+def _cosmos_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid; `condition_mask` (B, 1, frames, rows, columns) is 1 in the frames that the model is given."""
+    grid, mask = video_grid(model, call), call.get("condition_mask")
+    if mask is None:
+        return grid
+    duration, rows, columns = model.config["patch_size"]  # type: ignore[index]
+    return with_given_frames(grid, 1 - mask[:, 0, ::duration, ::rows, ::columns].flatten(1))
+
+
 COSMOS = ModelAdapter(
     name="Cosmos",
     classes=("CosmosTransformer3DModel",),
@@ -80,7 +91,8 @@ COSMOS = ModelAdapter(
             width=attention_and_mlp("attn1", "ff", "CosmosAttnProcessor2_0"),
         ),
     ),
-    grid=video_grid,
+    grid=_cosmos_tokens,
+    read_ahead=("condition_mask",),
     level=_cosmos_level,
     guidance="calls",
     fits=lambda model: bool(model.config["extra_pos_embed_type"]),  # type: ignore[index]
@@ -141,6 +153,13 @@ KANDINSKY5 = ModelAdapter(
     guidance="calls",
 )
 
+
+def _sana_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid; a first frame that the model is given is clean and has timestep 0."""
+    timestep: Tensor = call["timestep"]
+    return with_given_frames(video_grid(model, call), timestep.flatten(1) if timestep.dim() > 1 else timestep)
+
+
 SANA_VIDEO = ModelAdapter(
     name="Sana Video",
     classes=("SanaVideoTransformer3DModel",),
@@ -161,7 +180,8 @@ SANA_VIDEO = ModelAdapter(
             ),
         ),
     ),
-    grid=video_grid,
+    grid=_sana_tokens,
+    read_ahead=("timestep",),
     level=frame_level(),
     refuse={"controlnet_block_samples": CONTROL_REASON, "attention_kwargs": IMAGE_PROMPT_REASON},
     dense=True,

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from tokdyn.adapters import modulation
-from tokdyn.adapters.base import Blocks, Follow, ModelAdapter, Products
+from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.products import CrossAttention
 from tokdyn.adapters.readers import IMAGE_PROMPT_REASON, timestep_level, video_grid
 from tokdyn.adapters.video import COGVIDEOX, HUNYUAN
 from tokdyn.adapters.width import attention_and_mlp, attention_beside_mlp, runs_processor
+from tokdyn.tokens import ImageTokens
 
 HUNYUAN15 = ModelAdapter(
     name="HunyuanVideo 1.5",
@@ -40,31 +41,23 @@ HUNYUAN15 = ModelAdapter(
     guidance="calls",
 )
 
-_FRAMEPACK_FOLLOW = (
-    Follow("freqs_cis", axis=0, batched=False),
-    Follow("image_rotary_emb", axis=0, batched=False),
-    # its entries for all video tokens are equal and come first, so that any of them may be left out
-    Follow("attention_mask", axis=3, joint="first"),
-)
+
+def _framepack_tokens(model: nn.Module, call: Arguments) -> ImageTokens:
+    """Read the grid, and those of earlier frames, whose tokens come first; the oldest stand for more pixels."""
+    earlier = [("latents_history_4x", (4, 8, 8)), ("latents_history_2x", (2, 4, 4)), ("latents_clean", (1, 2, 2))]
+    grids = [
+        tuple(-(-length // part) for length, part in zip(call[name].shape[2:], patch, strict=True))
+        for name, patch in earlier
+        if call.get(name) is not None
+    ]
+    return ImageTokens(video_grid(model, call), tuple(grids), leading=len(grids))
+
 
 FRAMEPACK = replace(
     HUNYUAN,
     name="HunyuanVideo Framepack",
     classes=("HunyuanVideoFramepackTransformer3DModel",),
-    blocks=(
-        # tokens of earlier frames come before those of the video in both lists, text tokens are a stream of their own
-        replace(HUNYUAN.blocks[0], image="last", joint="last", follow=_FRAMEPACK_FOLLOW),
-        replace(
-            HUNYUAN.blocks[1],
-            image="last",
-            inside_mlp=None,
-            joint="last",
-            follow=_FRAMEPACK_FOLLOW,
-            width=None,  # in the MLP, tokens of the video lie between earlier frames and text
-        ),
-    ),
-    softmax=False,  # earlier frames, video and text are three kinds of keys
-    whole=None,
+    grid=_framepack_tokens,
 )
 
 MOCHI = ModelAdapter(

@@ -9,10 +9,10 @@ from torch import nn
 
 from tokdyn.adapters import modulation
 from tokdyn.adapters.base import Arguments, Follow, ModelAdapter, Products
-from tokdyn.adapters.readers import frame_level, timestep_level, video_grid
+from tokdyn.adapters.readers import frame_level, timestep_level, video_grid, with_given_frames
 from tokdyn.adapters.video import WAN
 from tokdyn.adapters.width import attention_and_mlp, runs_processor
-from tokdyn.tokens import Grid
+from tokdyn.tokens import Grid, ImageTokens
 
 WAN_VACE = replace(
     WAN,
@@ -28,10 +28,11 @@ WAN_ANIMATE = replace(
 )
 
 
-def _anyflow_grid(model: nn.Module, call: Arguments) -> Grid:
+def _anyflow_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid; frames that the video continues are clean and have timestep 0."""
     frames, _, rows, columns = call["hidden_states"].shape[1:]
     patch = model.config["patch_size"]  # type: ignore[index]
-    return frames, rows // patch[1], columns // patch[2]
+    return with_given_frames((frames, rows // patch[1], columns // patch[2]), call["timestep"])
 
 
 ANYFLOW = ModelAdapter(
@@ -45,7 +46,8 @@ ANYFLOW = ModelAdapter(
             width=attention_and_mlp("attn1", "ffn", "AnyFlowAttnProcessor"),
         ),
     ),
-    grid=_anyflow_grid,
+    grid=_anyflow_tokens,
+    read_ahead=("timestep",),
     level=frame_level(),
     varying=("r_timestep",),
 )

@@ -53,12 +53,14 @@ class Readings:
         levels: noise levels, one for each sample or one for all.
         position: step, guidance branch and image of the call.
         followed: entries of the blocks' arguments for the tokens of views.
+        behind: number of tokens that follow the image tokens; see `ModelAdapter.behind`.
     """
 
     images: Lazy[ImageTokens]
     levels: Lazy[tuple[float, ...]]
     position: Lazy[Position]
     followed: FollowedArguments
+    behind: int = 0
 
 
 @dataclass(eq=False)
@@ -118,8 +120,10 @@ class CallContext:
 
     def rotation(self, blocks: Blocks) -> tuple[int, ...]:
         """Return by how many places each sample's sequence is rotated in these blocks; see `ImageTokens`."""
-        if blocks.image == "all" or not self.readings.images.known:
+        if blocks.image == "all":
             return ()
+        if not self.readings.images.known:
+            return (-self.readings.behind,) if self.readings.behind else ()
         return self.images.rotation
 
     @property
@@ -276,6 +280,7 @@ def open_context(
         Lazy(lambda: _read_levels(trace)),
         Lazy(lambda: trajectory.position(trace.observed, trace.batch)),
         FollowedArguments(),
+        0 if adapter.behind is None else adapter.behind(arguments),
     )
     context = CallContext(model, adapter, arguments, settings, trace, slots, readings, guard, Residency(), counted, {})
     return context

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tokdyn.attach import class_swap
-from tokdyn.attach.context import CallContext, Readings
+from tokdyn.attach.context import CallContext
 from tokdyn.attach.engine import call_block
 from tokdyn.attach.handlers.base import Exchange, Frame
 from tokdyn.attach.sites import Site
@@ -112,9 +112,7 @@ def _detached(frame: Frame, old: Any, new: Any) -> Frame:
     """
     context = copy.copy(frame.context)
     context.trace, context.losses, context.arguments, context.guard = context.trace.blank(), {}, {}, None
-    context.readings = Readings(
-        context.readings.images, context.readings.levels, context.readings.position, FollowedArguments()
-    )
+    context.readings = replace(context.readings, followed=FollowedArguments())
     context.slots = [_replaced(state, old, new) for state in context.slots]
     return frame._replace(context=context, remember=None)
 

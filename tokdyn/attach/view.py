@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters.base import Blocks
-from tokdyn.adapters.tokens import join, rotate, select_samples, select_tokens, split, together
+from tokdyn.adapters.tokens import join, rotate_entries, select_samples, select_tokens, split, together
 from tokdyn.ops.pack import pack_index, packing_of_some
 from tokdyn.tokens import Packing
 
@@ -279,6 +279,7 @@ class FollowedArguments:
             The arguments that change, by name.
         """
         selected: dict[str, Any] = {}
+        length = named[blocks.tokens].shape[1] - (part.whole if part else view).room + view.cells if rotation else 0
         for argument in blocks.follow if part is not None or view.index is not None or rotation else ():
             name = argument.name
             value = selected.get(name, named.get(name))  # an argument may have two token axes
@@ -288,7 +289,8 @@ class FollowedArguments:
             index = (part.whole if part else view).index
             known = self._selected.get(key)
             if known is None or known[0] is not value or known[1] is not index:
-                entries = value if name in selected else rotate(value, rotation)
+                rotates = rotation and name not in selected
+                entries = rotate_entries(value, argument, rotation, length) if rotates else value
                 if part is not None and name not in selected:
                     entries = select_samples({name: entries}, part.places, part.whole.batch, blocks)[name]
                 if view.index is not None:
