@@ -228,7 +228,8 @@ def _most_similar(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     The products of a long video would need gigabytes, so they are made for some of the rows at a time.
     """
     at_once = max(1, _PRODUCTS // (places.shape[0] * places.shape[1]))
-    best, column = zip(*((some @ places.mT).max(dim=-1) for some in rows.split(at_once, dim=1)), strict=True)
+    parts: tuple[Tensor, ...] = rows.split(at_once, dim=1)  # type: ignore[no-untyped-call]
+    best, column = zip(*((some @ places.mT).max(dim=-1) for some in parts), strict=True)
     return (best[0], column[0]) if len(best) == 1 else (torch.cat(best, dim=1), torch.cat(column, dim=1))
 
 
