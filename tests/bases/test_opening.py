@@ -9,7 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ from tokdyn.bases.download import cache_folder, digest
 from tokdyn.bases.opening import in_cache, locate
 from tokdyn.checkpoints import read, to_facebook, to_official
 from tokdyn.checkpoints.writer import write
-from tokdyn.errors import CheckpointError
+from tokdyn.data.vae import load_vae
+from tokdyn.errors import CheckpointError, DataError
 from tokdyn.models import DCDiT, DiT
+from tokdyn.pipelines.opening import names_pipeline
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "sample_size": 8}
 
@@ -294,3 +299,75 @@ def test_offline_in_a_new_process(tmp_path: Path) -> None:
 def test_named_base_equals_its_file(tmp_path: Path) -> None:
     place = fill("SiT-XL/2", tmp_path)
     assert equal(open_base("SiT-XL/2", num_heads=4), read(place, kind="sit", num_heads=4))
+
+
+class Hub:
+    """A hub on this machine that knows one pipeline, and may close every connection without an answer."""
+
+    def __init__(self) -> None:
+        self.answers, self.asked = True, 0
+        index = json.dumps({"_class_name": "PixArtSigmaPipeline", "transformer": ["diffusers", "PixArt"]}).encode()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                hub.asked += 1
+                if not hub.answers:
+                    self.close_connection = True
+                    return
+                known = self.path.startswith("/some/pipe/") or self.path == "/"
+                self.send_response(200 if known else 404)
+                for name, value in (
+                    ("Content-Length", str(len(index) if known else 0)), ("ETag", '"0123"'),
+                    ("X-Repo-Commit", "a" * 40), ("X-Error-Code", "" if known else "RepoNotFound"),
+                ):  # fmt: skip
+                    self.send_header(name, value)
+                self.end_headers()
+                if known and self.command == "GET":
+                    self.wfile.write(index)
+
+            do_GET = do_HEAD
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    made = Hub()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", made.address)
+    template = made.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(hub: Hub, tmp_path: Path) -> None:
+    """Its own client would try again for half a minute, for every file."""
+    hub.answers = False
+    assert not names_pipeline("some/pipe")
+    with pytest.raises(CheckpointError, match=r"some/pipe .*cannot be reached"):
+        locate("some/pipe")
+    with pytest.raises(DataError, match=r"some/vae .*cannot be reached"):
+        load_vae("some/vae")
+    assert hub.asked == 1
+
+
+def test_a_hub_that_answers_is_looked_into_and_then_the_cache(hub: Hub) -> None:
+    assert names_pipeline("some/pipe")
+    assert not names_pipeline("some/other")
+    hub.answers, before = False, hub.asked
+    assert names_pipeline("some/pipe")
+    assert hub.asked == before
+
+
+def test_names_of_models_are_not_looked_up(hub: Hub) -> None:
+    assert not any(names_pipeline(name) for name in ("DiT-XL/2", "DC-DiT-S", *rows()))
+    assert hub.asked == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,8 +24,41 @@ from tokdyn.errors import CheckpointError
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
 """OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER."""
+INDEX = "model_index.json"
+"""The file of a pipeline of diffusers that lists its components."""
 _ENDINGS = (*PICKLED, ".safetensors", ".index.json")
 _WEIGHTS = tuple(f"*{ending}" for ending in _ENDINGS)
+_PATIENCE = 4.0  # seconds that the hub has to answer; its client would try again and again for half a minute
+_REMEMBERED = 60.0  # seconds for which it counts as unreachable after that
+_asked: dict[str, tuple[bool, float]] = {}  # by address of the hub: whether it answered, and when it was asked
+
+
+def reachable() -> bool:
+    """Return whether the hub answers, after one short try. If it does not, it is asked again after a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers, when = _asked.get(constants.ENDPOINT, (False, -math.inf))
+    if not answers and time.monotonic() - when > _REMEMBERED:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            answers = True
+        except Exception:  # of httpx or of requests, whichever the hub's client uses
+            answers = False
+        _asked[constants.ENDPOINT] = answers, time.monotonic()
+    return answers
+
+
+def pipeline_index(repo: str) -> Path | None:
+    """Return the model_index.json of a pipeline, from the cache or else from the hub; None if it is in neither."""
+    cached = try_to_load_from_cache(repo, INDEX)
+    if isinstance(cached, str):
+        return Path(cached)
+    if not reachable():
+        return None
+    try:
+        return Path(hf_hub_download(repo, INDEX))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None  # the command says what is wrong with the name
 
 
 def fetch_from_hub(name: str, local: bool = False) -> Path:
@@ -43,7 +78,7 @@ def fetch_from_hub(name: str, local: bool = False) -> Path:
     """
     match = HUB_ID.fullmatch(name)
     assert match is not None, "the caller has checked the id"
-    repo, inside = match["repo"], match["inside"]
+    repo, inside, local = match["repo"], match["inside"], local or not reachable()
     if inside is not None and ".." in PurePosixPath(inside).parts:
         raise CheckpointError(
             f"{name} names {inside!r}, which is outside of the repository {repo}; give a path without '..'."
@@ -77,7 +112,7 @@ def fetch_from_hub(name: str, local: bool = False) -> Path:
 def _is_pipeline(repo: str, local: bool) -> bool:
     """Return whether a repository holds a diffusers pipeline."""
     try:
-        hf_hub_download(repo, "model_index.json", local_files_only=local)
+        hf_hub_download(repo, INDEX, local_files_only=local)
     except LocalEntryNotFoundError:
         if local or _cached(repo):
             return False
@@ -106,7 +141,7 @@ def _folder(repo: str, inside: str | None, local: bool) -> Path:
     folder = root if inside is None else root / inside.strip("/")
     if not folder.is_dir() or not any(path.name.endswith(_ENDINGS) for path in folder.iterdir()):
         place = "its top folder" if inside is None else inside
-        if local or constants.HF_HUB_OFFLINE:
+        if local:
             raise Unreachable(f"the cache of the hub has no weights of {repo} in {place}")
         raise CheckpointError(f"{repo} has no weights in {place}; give {repo}:FILE or {repo}:FOLDER.")
     return folder

@@ -26,7 +26,7 @@ from tokdyn.diffusion.schedulers import SchedulerName
 from tokdyn.errors import RecipeError, TokdynError
 from tokdyn.files import UserPath
 from tokdyn.models import DCDiT, DiT
-from tokdyn.models.sizes import SHAPES
+from tokdyn.models.sizes import SHAPES, is_named
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
 from tokdyn.sample.config import listed
@@ -145,12 +145,6 @@ def bench_flops(config: FlopsConfig, stacks: Sequence[Stack] = ()) -> list[Flops
             rows.append(_cost_of_stack(config, stack))
             advance(1)
     return [_checked(row) for row in rows]
-
-
-def is_named(name: str) -> bool:
-    """Return whether `name` is that of a named model such as DiT-XL/2 or DC-DiT-S."""
-    size, _, patch = name.removeprefix("DC-").removeprefix("DiT-").partition("/")
-    return size in SHAPES and (name.startswith("DC-DiT-") if not patch else not name.startswith("DC-"))
 
 
 def _bare(config: FlopsConfig, name: str) -> Stack:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from tokdyn.attach import accept_methods, attachment_of
 from tokdyn.bench import timing
-from tokdyn.bench.flops import is_named
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.calibration.after_training import rewrap
 from tokdyn.cost import flops
@@ -29,6 +28,7 @@ from tokdyn.errors import RecipeError
 from tokdyn.files import UserPath
 from tokdyn.host import open_device, settle_memory
 from tokdyn.models import DCDiT, DiT
+from tokdyn.models.sizes import is_named
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
 from tokdyn.sample.config import listed

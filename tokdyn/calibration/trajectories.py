@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokdyn.bases.hub import INDEX
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
@@ -22,7 +23,7 @@ from tokdyn.files import json_object
 from tokdyn.host import product_type
 from tokdyn.pipelines import denoisers
 from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
-from tokdyn.pipelines.opening import INDEX, names_pipeline, open_pipeline
+from tokdyn.pipelines.opening import names_pipeline, open_pipeline
 from tokdyn.progress import progress
 from tokdyn.recorder import Call, recording
 from tokdyn.sample.labels import class_numbers

@@ -82,20 +82,22 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
     import diffusers
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    from tokdyn.bases.hub import reachable
+
     failure: Exception | None = None
     local = Path(path).expanduser()
-    where = str(local) if local.is_dir() else path
+    where, offline = (str(local), True) if local.is_dir() else (path, not reachable())
     for place in (subfolder,) if subfolder else (None, "vae"):
         try:
             with quiet_diffusers():
-                config = diffusers.AutoencoderKL.load_config(where, subfolder=place)
+                config = diffusers.AutoencoderKL.load_config(where, subfolder=place, local_files_only=offline)
                 kind = getattr(diffusers, str(config.get("_class_name")), None)
                 if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "encode")):
                     raise DataError(
                         f"{path} holds a {config.get('_class_name')}, which does not encode images; give vae a "
                         "diffusers autoencoder such as AutoencoderKL or AutoencoderTiny."
                     )
-                vae: nn.Module = kind.from_pretrained(where, subfolder=place)  # type: ignore[attr-defined]
+                vae: nn.Module = kind.from_pretrained(where, subfolder=place, local_files_only=offline)  # type: ignore[attr-defined]
             return vae.eval()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             failure = failure or error

@@ -17,6 +17,12 @@ SHAPES: dict[str, dict[str, int]] = {
 PATCHES = (1, 2, 4, 8)
 
 
+def is_named(name: str) -> bool:
+    """Return whether `name` is that of a named model such as DiT-XL/2 or DC-DiT-S."""
+    size, _, patch = name.removeprefix("DC-").removeprefix("DiT-").partition("/")
+    return size in SHAPES and (name.startswith("DC-DiT-") if not patch else not name.startswith("DC-"))
+
+
 def dit_settings(name: str) -> dict[str, Any]:
     """Return the constructor settings of a named DiT.
 

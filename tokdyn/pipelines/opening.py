@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from tokdyn.bases import rows
+from tokdyn.bases.hub import INDEX, pipeline_index, reachable
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
+from tokdyn.models.sizes import is_named
 
-INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat these as models, with their own sampler
 
@@ -19,28 +21,15 @@ _CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat
 def names_pipeline(name: str | None) -> bool:
     """Return whether a name is that of a pipeline: its folder, or its hub id, with any but a class-conditional DiT.
 
-    An id of the hub is looked up there, unless there is a folder of that name.
+    An id of the hub is looked up there, unless it is in the cache, there is a folder of that name, or tokdyn has a
+    model of that name. A hub that does not answer within a few seconds has no such pipeline.
     """
-    if name is None:
+    if name is None or name in rows() or is_named(name):
         return False
     folder = Path(name).expanduser()
-    if folder.exists() or not _HUB_ID.fullmatch(name):
-        path: Path | None = folder / INDEX
-    else:
-        path = _index_on_the_hub(name)
-    entry = json_object(path).get("transformer") if path is not None and path.is_file() else None
+    index = pipeline_index(name) if _HUB_ID.fullmatch(name) and not folder.exists() else folder / INDEX
+    entry = json_object(index).get("transformer") if index is not None and index.is_file() else None
     return isinstance(entry, list) and len(entry) == 2 and entry[1] not in _CLASS_CONDITIONAL
-
-
-def _index_on_the_hub(name: str) -> Path | None:
-    """Return the index of a pipeline in the cache of the hub's client; None if there is no such pipeline."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, INDEX))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return None  # the command says what is wrong with the name
 
 
 def open_pipeline(name: str, device: torch.device, precision: str = "fp32") -> Any:
@@ -58,8 +47,9 @@ def open_pipeline(name: str, device: torch.device, precision: str = "fp32") -> A
 
     reader: Any = diffusers.DiffusionPipeline
     folder = Path(name).expanduser()
+    where, offline = (str(folder), True) if folder.exists() else (name, not reachable())
     try:
-        pipe = reader.from_pretrained(str(folder) if folder.exists() else name, use_safetensors=True)
+        pipe = reader.from_pretrained(where, use_safetensors=True, local_files_only=offline)
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers: {error}") from error
     if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
