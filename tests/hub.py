@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.contract.edits import kontext_pipe, picture
 from tests.contract.pipelines import build
-from tests.contract.references import kontext_pipe, picture
 
 
 def embeddings(prompt: str | list[str], *shape: int) -> Tensor:

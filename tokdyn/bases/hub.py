@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 from tokdyn.bases.download import Unreachable, digest
 from tokdyn.checkpoints.files import PICKLED

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach import unsupported
+from tokdyn.attach import accept_methods, unsupported
 from tokdyn.bench.pipelines import PipelineBench, PipelineBenchConfig, attach, bench_pipeline, write_pipeline_page
 from tokdyn.bench.stacks import Stack
 from tokdyn.bench.tune_search import Shape, Trial, Tuner, search, uniform_trial
@@ -100,6 +100,8 @@ class PipelineTuner(Tuner):
             attach(self.pipe, stack)
         except TokdynError:
             return None
+        for model in denoisers(self.pipe).values():  # what a trial falls short of, its FLOPs show
+            accept_methods(model)
         images, spent, dense = [], 0, 0
         try:
             for place in range(len(self.calls)):

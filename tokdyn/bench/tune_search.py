@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters import adapter_for
-from tokdyn.attach import attachment_of, unwrap
+from tokdyn.attach import accept_methods, attachment_of, unwrap
 from tokdyn.bench.stacks import Opened, Stack, attach_stack
 from tokdyn.bench.tune_settings import Knob, TuneConfig
 from tokdyn.calibration.caching import calibrate_cache
@@ -239,6 +239,8 @@ class ModelTuner(Tuner):
             other = replace(self.opened, stack=stack, model=attach_stack(copy.deepcopy(self.opened.model), stack))
         except TokdynError:
             return None
+        if attachment_of(other.model) is not None:  # what a trial falls short of, its FLOPs show
+            accept_methods(other.model)
         return self._draw(other)
 
     def _draw(self, opened: Opened) -> tuple[Tensor, float]:
