@@ -364,3 +364,22 @@ def test_parts_are_asked_for() -> None:
     trajectory.branch = "pred_cond"
     seen = trajectory.observe({"hidden_states": x.clone(), "timestep": torch.ones(1)}, torch.ones(1))
     assert (seen.parts, trajectory.name(seen)) == (None, "cond")
+
+
+def test_a_branch_of_another_size_in_the_first_step_begins_no_trajectory() -> None:
+    """LTX-2 calls for both branches in one batch, and then for one that is perturbed; its first step is not told."""
+    trajectory, x = Trajectory(), noise(0)
+    both = call(trajectory, torch.cat([x, x]), 1.0, 1.0, branch="cond_uncond")
+    perturbed, again = (call(trajectory, x, 1.0, branch=name) for name in ("uncond_stg", "uncond_modality"))
+    assert both.trajectory == perturbed.trajectory == again.trajectory
+    assert [each.place for each in (both, perturbed, again)] == [0, 1, 2]
+    trajectory.step = 1
+    later = call(trajectory, torch.cat([x, x]), 0.8, 0.8, branch="cond_uncond")
+    assert later.images == both.images
+    assert later.trajectory == both.trajectory
+
+
+def test_a_batch_of_another_size_with_the_name_of_a_branch_before_begins_a_trajectory() -> None:
+    trajectory, x = Trajectory(), noise(0)
+    first = call(trajectory, torch.cat([x, x]), 1.0, 1.0, branch="cond")
+    assert call(trajectory, x, 1.0, branch="cond").trajectory != first.trajectory

@@ -108,12 +108,14 @@ class Tracker:
         """
         name = name or None
         levels, alike, moved, conditions = zip(*seen, strict=True) if seen else ((), (), (), ())
-        same_input = same_step = False
+        same_input = same_step = joins = False
         if told is not None:
             same_step, same_input = told == self._told, len(levels) == len(self._levels)
         elif levels == self._levels:
             same_input = alike.count(SAME) == len(alike)
             same_step = same_input or (max(moved) > ROUNDED and min(alike) >= RESEMBLES)
+        elif name is not None and self._seen and name not in self._seen and {*levels} == {*self._levels}:
+            same_step = joins = True  # a branch that has another number of samples, before the first step is told
         loops = self._place + 1 >= MOST_BRANCHES if name is None else name in self._seen
         if told is None and same_step and loops:  # a loop over one call, or an image that ended in its first step
             self.clear()
@@ -123,7 +125,7 @@ class Tracker:
         else:
             self._place, self._same_input, self._seen = 0, True, {}
         if not same_step or len(levels) not in self._images:
-            self._begin_images(levels, alike, told is not None)
+            self._begin_images(levels, alike, joins or told is not None)
         self._told = told
         branch = self._branch(name, conditions)
         images = tuple(zip(self._images[len(levels)], conditions, strict=True))
