@@ -113,7 +113,8 @@ def test_lost_tests_are_noticed_and_finished_files_are_not_run_again(checkout: P
     known = peer(checkout, "--known", "--results", str(checkout / "results.md"))
     assert known.returncode == 1, known.stdout + known.stderr  # what the other file lost is not expected
     results = (checkout / "results.md").read_text()
-    assert "| models/transformers/test_steady.py | 4 | 0 | 0 | 1 | 0 | TransformerTemporalModel | 2 (1) |" in results
+    assert "| models/transformers/test_steady.py | 4 | 0 | 0 | 1 | 0 | DiTTransformer2DModel: " in results
+    assert "| TransformerTemporalModel | 2 (1) |" in results
     assert "2. it counts the blocks that run" in results
 
 

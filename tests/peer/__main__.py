@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, checkout: Path, files: list[str]) -> int:
     if args.out is not None:
         write(args.out, done, entries)
     if args.results is not None:
-        write_page(args.results, done, entries)
+        write_page(args.results, done, entries, sorted({*files} - {each.file for each in done}))
     for pattern in idle(done, entries):
         print(f"{args.expected} lists {pattern}, but no such test is lost.")
     bad = unexpected(done, entries)

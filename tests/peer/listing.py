@@ -69,7 +69,8 @@ def idle(findings: Sequence[Findings], entries: Sequence[Expected]) -> list[str]
     ]
 
 
-def _row(findings: Findings) -> tuple[str, ...]:
+def row(findings: Findings) -> tuple[str, ...]:
+    """Return the row of a file in a table with `COLUMNS`."""
     acting = findings.losses[ACTING]
     unwrapped = sorted({name for loss in findings.losses.values() for name in loss.unwrapped})
     wrapped = "; ".join(f"{name}: {', '.join(methods) or 'no method'}" for name, methods in acting.wrapped.items())
@@ -79,9 +80,14 @@ def _row(findings: Findings) -> tuple[str, ...]:
 
 def table(findings: Sequence[Findings]) -> str:
     """Return a table by file, with a row of sums, in markdown."""
-    rows = [_row(each) for each in findings]
-    sums = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(COLUMNS) - 2)]
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows, ("all", *sums, "", "")]
+    return as_table([row(each) for each in findings], COLUMNS)
+
+
+def as_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> str:
+    """Return rows with a row of sums of the numbers among `COLUMNS`, in markdown."""
+    numbers = range(1, len(COLUMNS) - 2)
+    sums = ("all", *(str(sum(int(each[i]) for each in rows)) for i in numbers))
+    lines = [columns, tuple("---" for _ in columns), *rows, (*sums, *("" for _ in columns[len(sums) :]))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examining import Findings
-from listing import WRAPPED, Expected, losses, reason
+from listing import COLUMNS, WRAPPED, Expected, as_table, losses, reason, row
 from wrapping import ACTING, SETTINGS, versions
+
+from tokdyn.methods import Method
 
 HEAD = """# diffusers' own tests on wrapped models
 
@@ -20,27 +22,33 @@ below the table, with how many tests each explains."""
 UNKNOWN = "not known"
 
 
-def page(findings: Sequence[Findings], entries: Sequence[Expected]) -> str:
-    """Return the page, in markdown."""
+def page(findings: Sequence[Findings], entries: Sequence[Expected], unknown: Sequence[str] = ()) -> str:
+    """Return the page, in markdown; `unknown` are files that were not run in all settings."""
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items()) + "."
-    methods = [f"- {setting}: {', '.join(map(repr, SETTINGS[setting])) or 'no method'}" for setting in WRAPPED]
+    methods = [f"- {setting}: {', '.join(map(_as_call, SETTINGS[setting])) or 'no method'}" for setting in WRAPPED]
     whys = {each.file: _whys(each, entries) for each in findings}
-    numbers = {
-        why: number for number, why in enumerate(dict.fromkeys(why for each in whys.values() for why in each), 1)
-    }
-    columns = ("file", "tests", *(f"lost, {setting}" for setting in WRAPPED), "refused", "not wrapped", "reasons")
+    every = dict.fromkeys(why for each in whys.values() for why in each)
+    numbers = {why: number for number, why in enumerate(every, 1)}
     rows = [
-        (*_row(each), ", ".join(f"{numbers[why]} ({count})" for why, count in whys[each.file].items()))
+        (*row(each), ", ".join(f"{numbers[why]} ({count})" for why, count in whys[each.file].items()))
         for each in findings
     ]
-    sums = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(columns) - 2)]
-    lines = [columns, tuple("---" for _ in columns), *rows, ("all", *sums, "", "")]
-    parts = [HEAD, made_with, "\n".join(methods), "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    if numbers:
-        parts.append("\n".join(["## Reasons", "", *(f"{number}. {why}" for why, number in numbers.items())]))
-    if broken := [f"- `{each.file}`: {each.uncollected}" for each in findings if each.uncollected is not None]:
-        parts.append("\n".join(["## Not collected", "", *broken]))
+    parts = [HEAD, made_with, "\n".join(methods), as_table(rows, (*COLUMNS, "reasons"))]
+    broken = [f"- `{each.file}`: {each.uncollected}" for each in findings if each.uncollected is not None]
+    for title, lines in (
+        ("Reasons", [f"{number}. {why}" for why, number in numbers.items()]),
+        ("Not collected", broken),
+        ("Not run in all settings", [f"- `{file}`" for file in unknown]),
+    ):
+        if lines:
+            parts.append("\n".join([f"## {title}", "", *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def _as_call(method: Method) -> str:
+    """Write the call that makes a method, with the settings that were given."""
+    given = ", ".join(f"{name}={value!r}" for name, value in method if name in method.model_fields_set)
+    return f"`{type(method).__name__}({given})`"
 
 
 def _whys(findings: Findings, entries: Sequence[Expected]) -> Counter[str]:
@@ -48,14 +56,7 @@ def _whys(findings: Findings, entries: Sequence[Expected]) -> Counter[str]:
     return Counter(reason(test, error, entries) or UNKNOWN for test, error in losses([findings], ACTING))
 
 
-def _row(findings: Findings) -> tuple[str, ...]:
-    counts = [len(findings.passed), *(len(findings.losses[setting].lost) for setting in WRAPPED)]
-    unwrapped = sorted({name for loss in findings.losses.values() for name in loss.unwrapped})
-    row = map(str, (*counts, len(findings.losses[ACTING].refused)))
-    return (findings.file.removeprefix("tests/"), *row, ", ".join(unwrapped))
-
-
-def write_page(path: Path, findings: Sequence[Findings], entries: Sequence[Expected]) -> None:
+def write_page(path: Path, findings: Sequence[Findings], entries: Sequence[Expected], unknown: Sequence[str]) -> None:
     """Write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(findings, entries))
+    path.write_text(page(findings, entries, unknown))
