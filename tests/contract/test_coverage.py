@@ -14,7 +14,7 @@ import torch
 
 import tokdyn
 from tests.contract.coverage_images import IMAGES
-from tests.contract.kit import SHARED, assert_a_cache_compares_what_attention_gets, moved, sample, works
+from tests.contract.kit import SHARED, assert_a_cache_compares_what_attention_gets, moved, of_diffusers, sample, works
 from tests.contract.stacks import ACTIVE, acting, at_levels
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, InputError, TokenDrop, TokenMerge
 from tokdyn.adapters import ADAPTERS, adapter_for
@@ -133,6 +133,19 @@ def test_methods_act(name):
         assert not torch.equal(out, plain)
     model, *_ = run(FeatureCache(threshold=1e9))
     model(**{**moved(call), **IMAGES[name].at(2, 0.45)})
+    assert tokdyn.stats(model).calls[-1].reused == 2
+
+
+@torch.no_grad()
+def test_the_timestep_that_a_step_leads_to_does_not_make_another_prompt():
+    """The distilled Flux 3 is told it in every step."""
+    model = of_diffusers(
+        "Flux3Transformer2DModel", **{**IMAGES["Flux3Transformer2DModel"].build().config, "flow_map": True}
+    )
+    tokdyn.wrap(model, [FeatureCache(threshold=1e9)])
+    call = IMAGES["Flux3Transformer2DModel"].inputs(2)
+    for level in (0.5, 0.45):
+        model(**{**moved(call), "timestep": torch.full((2,), level), "target_timestep": torch.full((2,), level - 0.05)})
     assert tokdyn.stats(model).calls[-1].reused == 2
 
 

@@ -91,6 +91,7 @@ FLUX3 = ModelAdapter(
     grid=FLUX.grid,
     read_ahead=FLUX.read_ahead,
     level=timestep_level(scale=1.0),
+    varying=("target_timestep",),
     refuse={"attention_kwargs": IMAGE_PROMPT_REASON},
     behind=_flux3_references,
     guidance="calls",
