@@ -47,8 +47,9 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     containers.check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
-    if isinstance(methods, Method | str) or not isinstance(methods, Iterable):
-        raise InputError(f"methods is {methods!r}; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
+    given: Any = methods
+    if isinstance(given, Method | str) or not isinstance(given, Iterable):
+        raise InputError(f"methods is {given!r}; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
     for method in methods:
         if not isinstance(method, Method):
             raise InputError(f"{method!r} is not a method; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
