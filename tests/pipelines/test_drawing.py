@@ -117,3 +117,13 @@ def test_pictures_and_frames_are_bytes_and_refusals_are_words():
         assert pixels.shape[3] == 3
     with pytest.raises(InputError, match="FluxPipeline cannot draw"):
         draw(build("Flux"), {**PIPES["Flux"].arguments(), "prompt": "a"}, 3)
+
+
+class Sound(diffusers.DiTPipeline):
+    def __call__(self, **_):
+        return (np.zeros((1, 2, 100), np.float32),)
+
+
+def test_what_is_no_picture_is_refused():
+    with pytest.raises(InputError, match=r"Sound .*\(1, 2, 100\)"):
+        draw(Sound(**build("DiT").components), {}, 3)

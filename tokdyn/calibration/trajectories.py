@@ -59,9 +59,9 @@ def open_subject(config: CalibrateConfig, device: torch.device) -> Subject:
         TokdynError: the model does not exist, or the settings do not fit it.
     """
     path = Path(config.model).expanduser()
-    if names_pipeline(config.model):
+    if names_pipeline(config.model, wanted=config.prompts is not None):
         return _prompted(config, device)
-    for name in ("prompts", "height", "width", "frames"):
+    for name in ("height", "width", "frames"):
         if getattr(config, name) is not None:
             raise RecipeError(f"{name} is for pipelines that draw prompts, which {config.model} is not: leave it out.")
     return _pipeline(config, path, device) if (path / INDEX).is_file() else _own(config, device)

@@ -178,7 +178,7 @@ def draw(pipe: Any, arguments: Mapping[str, Any], seed: int) -> NDArray[np.uint8
         (F, H, W, 3), the pictures of the call, or the frames of a video.
 
     Raises:
-        InputError: the pipeline refuses the arguments.
+        InputError: the pipeline refuses the arguments, or makes something else, such as sound.
     """
     generator = noise_generator(seed)
     try:
@@ -186,6 +186,11 @@ def draw(pipe: Any, arguments: Mapping[str, Any], seed: int) -> NDArray[np.uint8
     except (TypeError, ValueError) as error:
         raise InputError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from error
     pixels = np.asarray(made)
+    if pixels.ndim not in (4, 5) or pixels.shape[-1] != 3:
+        raise InputError(
+            f"{type(pipe).__name__} made an array of shape {pixels.shape}, not pictures (B, H, W, 3) or "
+            "videos (B, F, H, W, 3)."
+        )
     return (255.0 * pixels.reshape(-1, *pixels.shape[-3:])).round().clip(0, 255).astype(np.uint8)
 
 

@@ -45,7 +45,7 @@ def names_pipeline(name: str | None, wanted: bool = False) -> bool:
             return True
         reason = "it has no transformer that draws prompts"
     if wanted:
-        raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers: {reason}.")
+        raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers, which prompts are for: {reason}.")
     return False
 
 
