@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. Names on one line do not import each other.
 LAYERS = [
     ["errors"],
-    ["files", "host", "lazy", "progress", "section", "seeds"],
+    ["files", "host", "hub", "lazy", "progress", "section", "seeds"],
     ["tokens"],
     ["ops"],
     ["methods"],
@@ -23,6 +23,7 @@ LAYERS = [
     ["adapters"],
     ["trace"],
     ["provenance"],
+    ["watching"],
     ["attach"],
     ["recorder"],
     ["checkpoints"],

@@ -24,11 +24,11 @@ from tokdyn.attach.view import TokenView
 from tokdyn.attach.width.layout import Layout, layouts_of
 from tokdyn.compose import Placed, compose
 from tokdyn.methods import Method, Sizes
-from tokdyn.provenance import Watch
 from tokdyn.tokens import ImageTokens
 from tokdyn.trace.calls import BlockTrace, CallTrace, levels_of
 from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Trajectory
+from tokdyn.watching import Watch
 
 _REMEMBERED = 512  # traces of calls that are kept: 250 steps of two guidance branches
 KINDS = ("brackets", "gates", "sublayers", "kernels")
@@ -208,7 +208,7 @@ class Attachment(nn.Module):
         level = None if adapter.level is None or training else adapter.level(model, arguments)
         told = adapter.telling(arguments) if adapter.varying else arguments
         seen = None if level is None else self.trajectory.observe(told, levels_of(level))
-        if self.meter is None:
+        if self.meter is None and not self.watch.done:
             self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
         return Prepared(images, level, seen)
 

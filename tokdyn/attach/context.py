@@ -25,6 +25,8 @@ from tokdyn.tokens import Grid, ImageTokens, beside, cells, total
 from tokdyn.trace.calls import BlockTrace, CallTrace, per_sample
 from tokdyn.trace.trajectory import Position, Trajectory
 
+Named = Mapping[str, Any]  # arguments by name
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -120,11 +122,9 @@ class CallContext:
 
     def rotation(self, blocks: Blocks) -> tuple[int, ...]:
         """Return by how many places each sample's sequence is rotated in these blocks; see `ImageTokens`."""
-        if blocks.image == "all":
-            return ()
-        if not self.readings.images.known:
-            return (-self.readings.behind,) if self.readings.behind else ()
-        return self.images.rotation
+        if blocks.image != "all" and self.readings.images.known:
+            return self.images.rotation
+        return (-self.readings.behind,) if self.readings.behind and blocks.image != "all" else ()
 
     @property
     def position(self) -> Position:
@@ -161,9 +161,7 @@ class CallContext:
             )
         return images
 
-    def view_of(
-        self, named: Mapping[str, Any], blocks: Blocks, before: TokenView, separate: bool, needed: bool
-    ) -> TokenView:
+    def view_of(self, named: Named, blocks: Blocks, before: TokenView, separate: bool, needed: bool) -> TokenView:
         """Return the view of a block's tokens: the previous block's, or all at the first, which begins the trace.
 
         Args:
@@ -191,8 +189,9 @@ class CallContext:
             trace.batch, trace.cells = batch, count
             trace.text, trace.context = other_tokens(named, blocks, count)
             trace.rounds = rounds_of(named, blocks, batch)
-            sizes, rows = (batch, count, trace.text, trace.context), counted_rows(named, blocks, batch)
-            trace.first = BlockTrace(0, *sizes, rounds=trace.rounds, given=rows, whole=rows)
+            if blocks.counted:
+                sizes, rows = (batch, count, trace.text, trace.context), counted_rows(named, blocks, batch)
+                trace.first = BlockTrace(0, *sizes, rounds=trace.rounds, given=rows, whole=rows)
             if self.readings.images.known:
                 self.check_images(self.images)
         return TokenView(samples, count, count, tokens.device)
@@ -217,12 +216,10 @@ class CallContext:
         """Return the positions in the batch of a view's samples; None if the view has all samples."""
         return None if len(view.samples) == self.trace.batch else view.samples
 
-    def record(
-        self, view: TokenView, site: Site, named: Mapping[str, Any], whole: Mapping[str, Any] | None = None
-    ) -> BlockTrace:
-        """Add a computation of a block for the samples of a view to the trace, and return its record.
+    def record(self, view: TokenView, site: Site, named: Named, whole: Named | None = None) -> BlockTrace:
+        """Add a computation of a block for the samples of a view, with arguments `named`, to the trace; return it.
 
-        `named` has the arguments of the block with entries of this view, `whole` those of all samples, if they differ.
+        `whole` are the arguments of all samples, if they differ.
         """
         lengths = () if view.packing is None else view.packing.lengths
         rows = lengths if len(set(lengths)) > 1 else None
@@ -262,18 +259,9 @@ def open_context(
     guard: Guard | None,
     counted: Callable[[], int] | None,
 ) -> CallContext:
-    """Create the context of a call. Nothing is read from the arguments yet.
+    """Create the context of a call, which belongs to this trajectory. Nothing is read from the arguments yet.
 
-    Args:
-        model: the wrapped model.
-        adapter: the adapter of the model.
-        arguments: the arguments of the call, by name.
-        settings: what the user has set for this call.
-        trace: a new trace.
-        slots: one None for each slot of the handlers.
-        trajectory: the trajectory that the call belongs to.
-        guard: checks of a model whose adapter was inferred; None for other models.
-        counted: returns the FLOPs counted so far, while they are counted; else None.
+    The other parameters are attributes of the context; `trace` is a new one, and no slot is filled.
     """
     readings = Readings(
         Lazy(lambda: _read_images(context)),

@@ -22,7 +22,7 @@ from tokdyn.attach.handlers.chunking import call_chunked
 from tokdyn.compose import check_list
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
-from tokdyn.provenance import warn_of_another_model
+from tokdyn.watching import warn_of_another_model
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -10,7 +10,7 @@ from torch import nn
 from tokdyn.attach.attachment import Attachment, Meter
 from tokdyn.attach.class_swap import detach
 from tokdyn.attach.entry import attach_sites, attachment_of, unwrap, wrap
-from tokdyn.provenance import Watch
+from tokdyn.watching import Watch
 
 
 @contextmanager

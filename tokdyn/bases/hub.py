@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -21,6 +19,7 @@ from huggingface_hub.errors import (
 from tokdyn.bases.download import Unreachable, digest
 from tokdyn.checkpoints.files import PICKLED
 from tokdyn.errors import CheckpointError
+from tokdyn.hub import reachable
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
 """OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER."""
@@ -28,24 +27,6 @@ INDEX = "model_index.json"
 """The file of a pipeline of diffusers that lists its components."""
 _ENDINGS = (*PICKLED, ".safetensors", ".index.json")
 _WEIGHTS = tuple(f"*{ending}" for ending in _ENDINGS)
-_PATIENCE = 4.0  # seconds that the hub has to answer; its client would try again and again for half a minute
-_REMEMBERED = 60.0  # seconds for which it counts as unreachable after that
-_asked: dict[str, tuple[bool, float]] = {}  # by address of the hub: whether it answered, and when it was asked
-
-
-def reachable() -> bool:
-    """Return whether the hub answers, after one short try. If it does not, it is asked again after a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    answers, when = _asked.get(constants.ENDPOINT, (False, -math.inf))
-    if not answers and time.monotonic() - when > _REMEMBERED:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-            answers = True
-        except Exception:  # of httpx or of requests, whichever the hub's client uses
-            answers = False
-        _asked[constants.ENDPOINT] = answers, time.monotonic()
-    return answers
 
 
 def pipeline_index(repo: str) -> tuple[Path | None, str]:

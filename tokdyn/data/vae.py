@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tokdyn.bases.hub import reachable
 from tokdyn.errors import DataError
+from tokdyn.hub import reachable
 
 
 class LatentScaling(BaseModel):

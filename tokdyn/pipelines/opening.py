@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from tokdyn.bases import rows
-from tokdyn.bases.hub import INDEX, pipeline_index, reachable
+from tokdyn.bases.hub import INDEX, pipeline_index
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
+from tokdyn.hub import reachable
 from tokdyn.models.sizes import is_named
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
