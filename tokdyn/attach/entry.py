@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -47,12 +47,6 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     containers.check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
-    given: Any = methods
-    if isinstance(given, Method | str) or not isinstance(given, Iterable):
-        raise InputError(f"methods is {given!r}; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
-    for method in methods:
-        if not isinstance(method, Method):
-            raise InputError(f"{method!r} is not a method; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
     adapter = with_level(adapter_for(model), model, level)
     check(model, adapter, methods, sizes_of(model, adapter))
     attachment = Attachment(model, adapter, methods)
