@@ -5,12 +5,11 @@ Stages, traits and rules are described in docs/design.md. All that is known of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
-from tokdyn.errors import CompositionError, InputError
+from tokdyn.errors import CompositionError
 from tokdyn.methods.base import Method, Stage, Traits
 
 
@@ -32,19 +31,6 @@ class Placed:
     def name(self) -> str:
         """Class name of the method, for messages."""
         return type(self.method).__name__
-
-
-def check_list(methods: Any) -> None:
-    """Check that methods are given as a list of them.
-
-    Raises:
-        InputError: they are not.
-    """
-    single = isinstance(methods, Method | str) or not isinstance(methods, Iterable)
-    for method in [methods] if single else methods:
-        if single or not isinstance(method, Method):
-            what = "not a list of methods" if single else "not a method"
-            raise InputError(f"{method!r} is {what}; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
 
 
 def compose(methods: Sequence[Method], depth: int) -> tuple[Placed, ...]:

@@ -245,14 +245,10 @@ class Attachment(nn.Module):
         for cache in self.caches:
             cache.memory.clear()
 
-    def forget(self) -> None:
-        """Forget all statistics."""
-        self.history[:] = [CallTrace()] * _REMEMBERED
-
     def clear(self) -> None:
         """End the trajectory, clear the caches, and forget all statistics."""
         self.end()
-        self.forget()
+        self.history[:] = [CallTrace()] * _REMEMBERED
 
 
 def draw(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> Blueprint:

@@ -70,8 +70,14 @@ def check(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method], si
         sizes: depth, width and heads of the model.
 
     Raises:
+        InputError: they are no methods in a list.
         UnsupportedModelError: one cannot; the message names the method, the model and the reason.
     """
+    listed = isinstance(methods, Iterable) and not isinstance(methods, (Method, str))
+    wrong = [each for each in methods if not isinstance(each, Method)] if listed else [methods]
+    if wrong:
+        what = "method" if listed else "list of methods"
+        raise InputError(f"{wrong[0]!r} is not a {what}; give a list such as [tokdyn.TokenMerge(ratio=0.5)].")
     whole = None if adapter.whole is None else adapter.whole(model)
     for method in methods:
         reason = _misfit(adapter, method, sizes.depth)

@@ -19,7 +19,6 @@ from tokdyn.attach.checks import check, check_arguments, check_sublayers, reads_
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
-from tokdyn.compose import check_list
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.watching import warn_of_another_model
@@ -48,7 +47,6 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     containers.check_target(model)
     if attachment_of(model) is not None:
         raise InputError(f"this {type(model).__name__} is wrapped already; call tokdyn.unwrap on it first.")
-    check_list(methods)
     adapter = with_level(adapter_for(model), model, level)
     check(model, adapter, methods, sizes_of(model, adapter))
     attachment = Attachment(model, adapter, methods)

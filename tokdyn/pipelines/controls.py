@@ -301,8 +301,7 @@ def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[st
     teller, timer = Teller(pipe, attachments), Stopwatch(home(next(iter(models.values()))))
     before = [(each, list(each.history), each.trajectory.pipeline) for each in attachments.values()]
     for attachment in attachments.values():
-        attachment.end()
-        attachment.forget()
+        attachment.clear()
     try:
         with listening(pipe.components, teller):
             return plain(pipe, *args, **kwargs)
