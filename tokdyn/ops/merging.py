@@ -227,9 +227,8 @@ def _most_similar(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 
     The products of a long video would need gigabytes, so they are made for some of the rows at a time.
     """
-    at_once = max(1, _PRODUCTS // (places.shape[0] * places.shape[1]))
-    parts: tuple[Tensor, ...] = rows.split(at_once, dim=1)  # type: ignore[no-untyped-call]
-    best, column = zip(*((some @ places.mT).max(dim=-1) for some in parts), strict=True)
+    parts = max(1, math.ceil(rows.shape[0] * rows.shape[1] * places.shape[1] / _PRODUCTS))
+    best, column = zip(*((some @ places.mT).max(dim=-1) for some in rows.chunk(parts, dim=1)), strict=True)
     return (best[0], column[0]) if len(best) == 1 else (torch.cat(best, dim=1), torch.cat(column, dim=1))
 
 
