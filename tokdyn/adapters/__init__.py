@@ -3,6 +3,7 @@
 Only this package knows the attribute names of other people's models. docs/adapters.md shows how to add an adapter.
 """
 
+from tokdyn.adapters.arrangement import Arrangement, without_batch
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter, Products
 from tokdyn.adapters.registry import (
     ADAPTERS,
@@ -17,6 +18,7 @@ from tokdyn.tokens import ImageTokens
 __all__ = [
     "ADAPTERS",
     "Arguments",
+    "Arrangement",
     "Blocks",
     "Follow",
     "ImageTokens",
@@ -28,4 +30,5 @@ __all__ = [
     "declared_adapter",
     "known_adapters",
     "register_adapter",
+    "without_batch",
 ]

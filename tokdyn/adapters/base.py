@@ -6,12 +6,13 @@ to a model, or counts what a call costs, reads the model through its adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tokdyn.adapters.arrangement import Arrangement
 from tokdyn.adapters.width import Width
 from tokdyn.errors import InputError
 from tokdyn.tokens import Grid, ImageTokens
@@ -104,6 +105,7 @@ class Blocks:
         tokens: argument of a block that holds the image tokens, (B, N, D).
         sequence_first: arguments whose first two axes are tokens and batch, in this order, instead of batch and tokens;
             if `tokens` is one of them, the block returns its tokens like this, too.
+        arrangement: how arguments are arranged that lack a batch axis, or have other samples on it; None if none does.
         text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
         streams: arguments that hold tokens of further streams, such as audio, which blocks change and return and which
             the model uses after its last block. A cache restores each by its own effect; the effect on `text` is not
@@ -126,7 +128,7 @@ class Blocks:
             in one that has one entry of every sample and then another of every sample. A last round with fewer entries
             belongs to all samples.
         attention: attributes of a block that may hold self-attention over the image tokens; dots lead into submodules,
-            and the first that the block has is used.
+            and the first that the block has is used. Its first argument holds them, or the one named like `tokens`.
         mlp: attributes that may hold the MLP, likewise.
         stream: attribute of a block that holds an identity module through which tokens pass between attention and the
             norm before the MLP; None if there is none.
@@ -140,6 +142,7 @@ class Blocks:
     path: str
     tokens: str = "hidden_states"
     sequence_first: tuple[str, ...] = ()
+    arrangement: Arrangement | None = None
     text: str | None = None
     streams: tuple[str, ...] = ()
     returns: tuple[str, ...] = ("tokens",)
@@ -160,6 +163,11 @@ class Blocks:
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
     products: Products | None = DEFAULT_PRODUCTS
     width: Width | None = None
+
+    @property
+    def rearranged(self) -> bool:
+        """Whether a block takes arguments in which samples are not on the first axis and tokens on the second."""
+        return bool(self.sequence_first) or self.arrangement is not None
 
     @property
     def text_sees_less(self) -> bool:
@@ -195,6 +203,11 @@ def configured_heads(model: nn.Module) -> int:
     return _configured(model, "num_attention_heads")
 
 
+def _skip_layers(model: nn.Module, arguments: Arguments) -> Collection[int]:
+    """Return the blocks that skip-layer guidance of diffusers leaves out of a call."""
+    return arguments.get("skip_layers") or ()
+
+
 def _configured(model: nn.Module, name: str) -> int:
     config: Any = getattr(model, "config", None)
     return int(config.get(name) or 0) if isinstance(config, Mapping) else 0
@@ -225,7 +238,13 @@ class ModelAdapter:
             other kind of tokens, so that its keys can be weighted.
         varying: arguments beside the input and the noise level that change from step to step, such as latents of the
             sound or a second timestep, and so do not tell one prompt from another.
+        told: `told(arguments)` returns, with a batch axis, the input of a call and what it is conditioned on, where
+            arguments lack that axis; None takes all arguments but those in `varying`.
+        plain: `plain(arguments)` tells whether a call is made without methods, because it only prepares others.
+        left_out: `left_out(model, arguments)` returns the blocks that the model itself leaves out of a call.
         read_ahead: arguments whose values, not only their shapes, determine the grid or which tokens are references.
+        complete: why no token may be left out of a block, nor merged around a sublayer that the blocks do not declare;
+            None if tokens may.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
         entries: methods of the model that run its blocks and may be called instead of the model itself.
@@ -247,7 +266,11 @@ class ModelAdapter:
     dense: bool = False
     softmax: bool = True
     varying: tuple[str, ...] = ()
+    told: Callable[[Arguments], Arguments] | None = None
+    plain: Callable[[Arguments], bool] | None = None
+    left_out: Callable[[nn.Module, Arguments], Collection[int]] = _skip_layers
     read_ahead: tuple[str, ...] = ()
+    complete: str | None = None
     whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None
     entries: tuple[str, ...] = ()
@@ -267,7 +290,9 @@ class ModelAdapter:
         return tokens if isinstance(tokens, ImageTokens) else ImageTokens(tokens)
 
     def telling(self, arguments: Arguments) -> Arguments:
-        """Return the arguments of a call by which it is told from others: all but those in `varying`."""
+        """Return the arguments of a call by which it is told from others: all but those in `varying`, see `told`."""
+        if self.told is not None:
+            return self.told(arguments)
         if not self.varying:
             return arguments
         return {name: value for name, value in arguments.items() if name not in self.varying}

@@ -212,7 +212,7 @@ class Attachment(nn.Module):
         """Look at a call before it is made."""
         adapter, training = self.adapter, model.training and torch.is_grad_enabled()
         level = None if adapter.level is None or training else adapter.level(model, arguments)
-        told = adapter.telling(arguments) if adapter.varying else arguments
+        told = adapter.telling(arguments)
         seen = None if level is None else self.trajectory.observe(told, levels_of(level))
         if self.watch and self.meter is None:
             self.watch = self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
