@@ -285,17 +285,6 @@ REFUSED = {
 }  # fmt: skip
 
 UNFIT = {
-    "WanAnimate2Transformer3DModel": (
-        Tiny(
-            build(
-                "WanAnimate2Transformer3DModel",
-                text_len=6, in_dim=4, dim=32, ffn_dim=48, freq_dim=8, text_dim=12, out_dim=4, num_heads=2, num_layers=2,
-                use_img_emb=False,
-            ),
-            lambda b: {},
-        ),
-        "WanAnimateTransformer3DModel",
-    ),
     "SD3ControlNetModel": (
         Tiny(
             build(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tokdyn
+from tests.contract.coverage_arranged import ARRANGED
 from tests.contract.coverage_images import IMAGES
 from tests.contract.coverage_videos import VIDEOS
 from tests.contract.models import TINY, sit, works
@@ -56,7 +57,7 @@ NEUTRAL: dict[str, list[Method]] = {
     "width-none": [DynamicWidth(target=1.0)],
     "all": [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.0), DepthSkip()],
 }
-KNOWN = {**TINY, **IMAGES, **VIDEOS, "SiT": replace(TINY["DiT"], build=sit)}
+KNOWN = {**TINY, **IMAGES, **VIDEOS, **ARRANGED, "SiT": replace(TINY["DiT"], build=sit)}
 """All tiny models by class, also those that the whole contract is not checked on."""
 PAIRS = [(name, methods) for name, methods in product(sorted(TINY), ACTIVE) if works(name, ACTIVE[methods])]
 """(model, stack) that go together."""

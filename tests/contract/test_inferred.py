@@ -9,6 +9,7 @@ import torch
 import tokdyn
 from tests.contract.foreign import INFERRED, REFUSED, UNFIT, undeclared
 from tests.contract.kit import sample
+from tests.contract.undeclared import TINY_UNDECLARED
 from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, UnsupportedModelError
 from tokdyn.attach import wrap
 
@@ -158,8 +159,8 @@ def test_what_does_not_hold_is_refused_in_the_first_call(name, batch):
 
 def test_a_class_that_would_be_refused_in_the_first_call_is_refused_before(monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(UnsupportedModelError, match=r"LatteTransformer3DModel .* across frames"):
-        wrap(REFUSED["LatteTransformer3DModel"][0].build(), [])
+    with pytest.raises(UnsupportedModelError, match=r"SanaWMLTX2RefinerTransformer3DModel .* keys and values"):
+        wrap(TINY_UNDECLARED["SanaWMLTX2RefinerTransformer3DModel"].build(), [])
 
 
 @pytest.mark.parametrize("name", sorted(UNFIT))

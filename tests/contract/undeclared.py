@@ -26,14 +26,6 @@ def build(name: str, **config: Any) -> nn.Module:
     return of_diffusers(name, **config)
 
 
-def anyflow_far() -> nn.Module:
-    return build(
-        "AnyFlowFARTransformer3DModel",
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=12, freq_dim=16,
-        ffn_dim=32, num_layers=3, rope_max_seq_len=32, chunk_partition=(1, 1),
-    )  # fmt: skip
-
-
 def sana_refiner() -> nn.Module:
     return build(
         "SanaWMLTX2RefinerTransformer3DModel",
@@ -54,16 +46,6 @@ def proteina() -> nn.Module:
 
 
 TINY_UNDECLARED: dict[str, Tiny] = {
-    "AnyFlowFARTransformer3DModel": Tiny(
-        anyflow_far,
-        lambda b: {
-            "hidden_states": latents(b, 2, 4, 8, 8),
-            "timestep": torch.full((b, 2), 500.0),
-            "r_timestep": torch.full((b, 2), 400.0),
-            "encoder_hidden_states": latents(b, 6, 12),
-            "chunk_partition": [1, 1],
-        },
-    ),
     "DreamLiteTransformer2DModel": Tiny(
         lambda: build("DreamLiteTransformer2DModel", **UNET, cross_attention_dim=12), unet_part
     ),

@@ -3,6 +3,7 @@
 Only this package knows the attribute names of other people's models. docs/adapters.md shows how to add an adapter.
 """
 
+from tokdyn.adapters.arrangement import Arrangement, without_batch
 from tokdyn.adapters.base import Arguments, Blocks, Follow, ModelAdapter
 from tokdyn.adapters.products import CrossAttention, Experts, Products
 from tokdyn.adapters.registry import (
@@ -18,6 +19,7 @@ from tokdyn.tokens import ImageTokens
 __all__ = [
     "ADAPTERS",
     "Arguments",
+    "Arrangement",
     "Blocks",
     "CrossAttention",
     "Experts",
@@ -31,4 +33,5 @@ __all__ = [
     "declared_adapter",
     "known_adapters",
     "register_adapter",
+    "without_batch",
 ]

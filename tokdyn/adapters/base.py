@@ -6,13 +6,14 @@ to a model, or counts what a call costs, reads the model through its adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tokdyn.adapters.arrangement import Arrangement
 from tokdyn.adapters.products import DEFAULT_PRODUCTS
 from tokdyn.adapters.products import Products as Products
 from tokdyn.adapters.width import Width
@@ -58,6 +59,7 @@ class Blocks:
         tokens: argument of a block that holds the image tokens, (B, N, D).
         sequence_first: arguments whose first two axes are tokens and batch, in this order, instead of batch and tokens;
             if `tokens` is one of them, the block returns its tokens like this, too.
+        arrangement: how arguments are arranged that lack a batch axis, or have other samples on it; None if none does.
         text: argument of a block that holds text tokens in a stream of their own, (B, L, D); None if there is none.
         streams: arguments that hold tokens of further streams, such as audio, which blocks change and return and which
             the model uses after its last block. A cache restores each by its own effect; the effect on `text` is not
@@ -80,7 +82,7 @@ class Blocks:
             in one that has one entry of every sample and then another of every sample. A last round with fewer entries
             belongs to all samples.
         attention: attributes of a block that may hold self-attention over the image tokens; dots lead into submodules,
-            and the first that the block has is used.
+            and the first that the block has is used. Its first argument holds them, or the one named like `tokens`.
         mlp: attributes that may hold the MLP, likewise.
         stream: attribute of a block that holds an identity module through which tokens pass between attention and the
             norm before the MLP; None if there is none.
@@ -94,6 +96,7 @@ class Blocks:
     path: str
     tokens: str = "hidden_states"
     sequence_first: tuple[str, ...] = ()
+    arrangement: Arrangement | None = None
     text: str | None = None
     streams: tuple[str, ...] = ()
     returns: tuple[str, ...] = ("tokens",)
@@ -114,6 +117,11 @@ class Blocks:
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
     products: Products | None = DEFAULT_PRODUCTS
     width: Width | None = None
+
+    @property
+    def rearranged(self) -> bool:
+        """Whether a block takes arguments in which samples are not on the first axis and tokens on the second."""
+        return bool(self.sequence_first) or self.arrangement is not None
 
     @property
     def text_sees_less(self) -> bool:
@@ -158,6 +166,11 @@ def configured_heads(model: nn.Module) -> int:
     return _configured(model, "num_attention_heads")
 
 
+def _skip_layers(model: nn.Module, arguments: Arguments) -> Collection[int]:
+    """Return the blocks that skip-layer guidance of diffusers leaves out of a call."""
+    return arguments.get("skip_layers") or ()
+
+
 def _configured(model: nn.Module, name: str) -> int:
     config: Any = getattr(model, "config", None)
     return int(config.get(name) or 0) if isinstance(config, Mapping) else 0
@@ -191,7 +204,13 @@ class ModelAdapter:
         behind: `behind(arguments)` counts the tokens of a call, such as those of reference images, that follow the
             image tokens in the sequences of blocks with `Blocks.image="last"`; None if there are never any. Methods see
             them before the image tokens. It may look at shapes only.
+        told: `told(arguments)` returns, with a batch axis, the input of a call and what it is conditioned on, where
+            arguments lack that axis; None takes all arguments but those in `varying`.
+        plain: `plain(arguments)` tells whether a call is made without methods, because it only prepares others.
+        left_out: `left_out(model, arguments)` returns the blocks that the model itself leaves out of a call.
         read_ahead: arguments whose values, not only their shapes, determine the grid or which tokens are references.
+        complete: why no token may be left out of a block, nor merged around a sublayer that the blocks do not declare;
+            None if tokens may.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
         entries: methods of the model that run its blocks and may be called instead of the model itself.
@@ -214,7 +233,11 @@ class ModelAdapter:
     softmax: bool = True
     varying: tuple[str, ...] = ()
     behind: Callable[[Arguments], int] | None = None
+    told: Callable[[Arguments], Arguments] | None = None
+    plain: Callable[[Arguments], bool] | None = None
+    left_out: Callable[[nn.Module, Arguments], Collection[int]] = _skip_layers
     read_ahead: tuple[str, ...] = ()
+    complete: str | None = None
     whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None
     entries: tuple[str, ...] = ()
@@ -236,7 +259,9 @@ class ModelAdapter:
         return tokens._replace(rotation=(-behind,)) if behind else tokens
 
     def telling(self, arguments: Arguments) -> Arguments:
-        """Return the arguments of a call by which it is told from others: all but those in `varying`."""
+        """Return the arguments of a call by which it is told from others: all but those in `varying`, see `told`."""
+        if self.told is not None:
+            return self.told(arguments)
         if not self.varying:
             return arguments
         return {name: value for name, value in arguments.items() if name not in self.varying}

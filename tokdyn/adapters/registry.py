@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from tokdyn.adapters.anyflow_far import ANYFLOW_FAR
 from tokdyn.adapters.audio import ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, STABLE_AUDIO, STABLE_AUDIO3
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.bria import BRIA, FIBO, FIBO2
+from tokdyn.adapters.cosmos3 import COSMOS3
 from tokdyn.adapters.facebook import DC_DIT, FACEBOOK, SIT
 from tokdyn.adapters.flux import CHROMA, FLUX, FLUX2
 from tokdyn.adapters.hidream import HIDREAM
@@ -17,6 +19,7 @@ from tokdyn.adapters.image_only import DIT, PIXART, SANA
 from tokdyn.adapters.image_stream import HUNYUAN_DIT, LUMINA_NEXT, NUCLEUS, PRX
 from tokdyn.adapters.infer import infer
 from tokdyn.adapters.joyimage import JOYIMAGE, JOYIMAGE_PLUS
+from tokdyn.adapters.latte import LATTE
 from tokdyn.adapters.mmdit import AURAFLOW, COGVIEW3, COGVIEW4, QWEN, SD3
 from tokdyn.adapters.one_stream import ERNIE_IMAGE, IDEOGRAM4, KREA2, OMNIGEN
 from tokdyn.adapters.qwen21 import QWEN21
@@ -28,6 +31,7 @@ from tokdyn.adapters.video_audio import KANDINSKY6, LTX2, MINIMAX_H3
 from tokdyn.adapters.video_cross import ALLEGRO, COSMOS, COSMOS2, KANDINSKY5, KANDINSKY6_SR, SANA_VIDEO, SANA_WM
 from tokdyn.adapters.video_joint import CONSISID, EASYANIMATE, EASYANIMATE_SHARED, FRAMEPACK, HUNYUAN15, MOCHI, MOTIF
 from tokdyn.adapters.video_wan import ANYFLOW, HELIOS, WAN_ANIMATE, WAN_VACE
+from tokdyn.adapters.wan_animate2 import WAN_ANIMATE2
 from tokdyn.errors import InputError, UnsupportedModelError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
@@ -38,19 +42,14 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     WAN_VACE, HUNYUAN15, FRAMEPACK, MOCHI, EASYANIMATE, EASYANIMATE_SHARED, CONSISID, ALLEGRO, COSMOS, COSMOS2,
     KANDINSKY5, STABLE_AUDIO, STABLE_AUDIO3, ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, LTX2, KANDINSKY6, MINIMAX_H3,
     KANDINSKY6_SR, SANA_VIDEO, SANA_WM, MOTIF, WAN_ANIMATE, ANYFLOW, HELIOS,
+    LATTE, COSMOS3, WAN_ANIMATE2, ANYFLOW_FAR,
     TIMM_VIT,
 )  # fmt: skip
 _STORES = (
     "its blocks store keys and values for later calls, so that none may be skipped, and find tokens by their places"
 )
 REFUSED: dict[str, str] = {
-    "WanAnimate2Transformer3DModel": f"{_STORES}; use a WanAnimateTransformer3DModel",
-    "AnyFlowFARTransformer3DModel": f"{_STORES}; use an AnyFlowTransformer3DModel",
     "SanaWMLTX2RefinerTransformer3DModel": f"{_STORES}; wrap the SanaWMTransformer3DModel that it refines",
-    "LatteTransformer3DModel": "its blocks attend in turn within frames and across frames, and get every frame, or "
-    "every place, as a sample of its own; use one whose blocks get all tokens, such as an AllegroTransformer3DModel",
-    "Cosmos3OmniTransformer": "its blocks get tokens of text and video of one sample without a batch axis; use a "
-    "CosmosTransformer3DModel",
 }
 """Classes for which inference would find a wrong adapter, each with the reason for the refusal."""
 REGISTERED: list[ModelAdapter] = []

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokdyn.adapters.arrangement import change_results
 from tokdyn.adapters.base import Blocks, Follow
 from tokdyn.errors import InputError
+from tokdyn.lazy import Lazy
 from tokdyn.ops.dropping import put_back, take
+from tokdyn.tokens import ImageTokens
 
 
 def split(x: Tensor, count: int | None, image: str) -> tuple[Tensor | None, Tensor]:
@@ -256,21 +259,44 @@ def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, c
     return selected if argument.batched else PerSample.of(selected)
 
 
-def batch_first(named: Mapping[str, Any], blocks: Blocks) -> dict[str, Any]:
-    """Swap the first two axes of the arguments in `blocks.sequence_first`, here and back again.
+def batch_first(named: Mapping[str, Any], blocks: Blocks, images: Lazy[ImageTokens]) -> dict[str, Any]:
+    """Arrange the arguments of a block with samples on the first axis and tokens on the second.
 
     Args:
-        named: arguments of a block, by name: tensors, or lists of tensors.
+        named: arguments as the block takes them, by name.
         blocks: the adapter's declaration of the block.
+        images: the grids of the call.
 
     Returns:
         All arguments, by name.
     """
+    if blocks.arrangement is not None:
+        return dict(blocks.arrangement.inward(named, images))
+    return {**named, **{name: _swapped(named[name]) for name in blocks.sequence_first if name in named}}
 
-    def swap(value: Any) -> Any:
-        return type(value)(map(swap, value)) if isinstance(value, (tuple, list)) else value.transpose(0, 1)
 
-    return {**named, **{name: swap(named[name]) for name in blocks.sequence_first}}
+def _as_taken(named: Mapping[str, Any], blocks: Blocks, images: Lazy[ImageTokens]) -> dict[str, Any]:
+    """Arrange arguments as the block takes them; the inverse of `batch_first`."""
+    if blocks.arrangement is not None:
+        return dict(blocks.arrangement.outward(named, images))
+    return batch_first(named, blocks, images)  # swapping twice changes nothing
+
+
+def _swapped(value: Any) -> Any:
+    """Swap the first two axes of a tensor, or of each tensor in a tuple or list."""
+    return type(value)(map(_swapped, value)) if isinstance(value, (tuple, list)) else value.transpose(0, 1)
+
+
+def as_returned(results: Mapping[str, Any], blocks: Blocks, images: Lazy[ImageTokens]) -> dict[str, Any]:
+    """Arrange results of a block, by the names in `blocks.returns`, as the block returns them."""
+    out = tuple(results[name] for name in blocks.returns)
+    changed = change_results(out, _argument_names(blocks), lambda named: _as_taken(named, blocks, images))
+    return dict(zip(blocks.returns, changed, strict=True))
+
+
+def _argument_names(blocks: Blocks) -> list[str]:
+    """Return for each result of a block the name of the argument that it is arranged like."""
+    return [{"tokens": blocks.tokens, "text": blocks.text or "text"}.get(name, name) for name in blocks.returns]
 
 
 def call_by_name(
@@ -278,25 +304,27 @@ def call_by_name(
     blocks: Blocks,
     positional: Sequence[str],
     keywords: Sequence[str],
+    images: Lazy[ImageTokens],
     named: Mapping[str, Any],
 ) -> Any:
-    """Call a block with arguments by name, in the order of axes that it takes.
+    """Call a block with arguments by name, in the arrangement that it takes.
 
     Args:
         call: the call of the block.
         blocks: the adapter's declaration of the block.
         positional: names of the arguments to pass by position, as the block's caller did.
         keywords: names of the others.
+        images: the grids of the call.
         named: the arguments, batch first.
 
     Returns:
         Its result, batch first.
     """
-    if not blocks.sequence_first:
+    if not blocks.rearranged:
         return call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
-    named = batch_first(named, blocks)
+    named = _as_taken(named, blocks, images)
     out = call(*(named[name] for name in positional), **{name: named[name] for name in keywords})
-    return out.transpose(0, 1) if blocks.tokens in blocks.sequence_first else out
+    return change_results(out, _argument_names(blocks), lambda named: batch_first(named, blocks, images))
 
 
 def select_samples(named: Mapping[str, Any], rows: Tensor, batch: int, blocks: Blocks) -> dict[str, Any]:
@@ -341,12 +369,10 @@ def _rows(value: Any, rows: Tensor, batch: int, shared: bool) -> Any:
         return {name: _rows(part, rows, batch, shared) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_rows(part, rows, batch, shared) for part in value)
-    if isinstance(value, Mapping):
-        return {name: _rows(part, rows, batch, shared) for name, part in value.items()}
     if isinstance(value, PerSample):
         return PerSample.of(value.table.index_select(0, rows))
     if isinstance(value, Tensor) and not shared and value.dim() and value.shape[0] == batch:
-        return value.index_select(0, rows)
+        return value.index_select(0, rows.to(value.device))  # sizes of grids may be on the host
     return value
 
 

@@ -29,9 +29,6 @@ class Undeclared:
 _INFERRED = ("DepthSkip", "FeatureCache")
 
 UNDECLARED: dict[str, Undeclared] = {
-    "AnyFlowFARTransformer3DModel": Undeclared(
-        (), "frames attend to earlier ones by a mask of flex_attention, or by a cache of their keys and values"
-    ),
     "DreamLiteTransformer2DModel": Undeclared(_INFERRED, "it is a part of a UNet, whose convolutions need all tokens"),
     "MiniMaxMusic3RVQDepthDecoder": Undeclared(
         ("DepthSkip",), "it has no noise level, and its few tokens are the codes of one moment of sound"
@@ -47,13 +44,6 @@ UNDECLARED: dict[str, Undeclared] = {
     "Transformer2DModel": Undeclared(_INFERRED, "it is a part of a UNet, whose convolutions need all tokens"),
     "TransformerTemporalModel": Undeclared(
         (), "it is a part of a UNet, and its blocks get every place of the image as a sample of its own"
-    ),
-    "Cosmos3OmniTransformer": Undeclared(
-        (), "its blocks get tokens of text and video of one sample without a batch axis; a call has not been tried"
-    ),
-    "LatteTransformer3DModel": Undeclared((), "its blocks get frames and places of the image in turn as samples"),
-    "WanAnimate2Transformer3DModel": Undeclared(
-        (), "its blocks store keys and values for later calls, so that none may be skipped"
     ),
 }
 """By the name of the class."""

@@ -206,7 +206,7 @@ class Attachment(nn.Module):
         """Look at a call before it is made."""
         adapter, training = self.adapter, model.training and torch.is_grad_enabled()
         level = None if adapter.level is None or training else adapter.level(model, arguments)
-        told = adapter.telling(arguments) if adapter.varying else arguments
+        told = adapter.telling(arguments)
         seen = None if level is None else self.trajectory.observe(told, levels_of(level))
         if self.meter is None and not self.watch.done:
             self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)

@@ -163,6 +163,14 @@ def _dense(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     return f"it leaves out tokens, but the blocks mix neighbouring cells, by a convolution for example; use {cure}"
 
 
+def _complete(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
+    """Refuse to leave out tokens, or to merge them around sublayers that are not declared, where all are needed."""
+    if adapter.complete is None or traits.tokens == "full":
+        return None
+    declared = all(any(getattr(blocks, kind) for blocks in adapter.blocks) for kind in traits.around)
+    return None if traits.around and declared else adapter.complete
+
+
 def _level(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
     """Refuse settings that depend on the noise level if the adapter cannot read one."""
     if adapter.level is not None or not traits.needs_level:
@@ -207,7 +215,7 @@ def _pruning(adapter: ModelAdapter, method: Method, traits: Traits) -> str | Non
 
 
 _RULES: tuple[Callable[[ModelAdapter, Method, Traits], str | None], ...] = (
-    _unknown, _pruning, _dense, _level, _sublayer, _weighted,
+    _unknown, _pruning, _dense, _complete, _level, _sublayer, _weighted,
 )  # fmt: skip
 
 

@@ -126,6 +126,11 @@ class CallContext:
             return self.images.rotation
         return (-self.readings.behind,) if self.readings.behind and blocks.image != "all" else ()
 
+    def parts(self, blocks: Blocks) -> tuple[int, Grid | None]:
+        """Return into how many parts attention splits a sample's tokens, and the grid of each; see `Arrangement`."""
+        split = None if blocks.arrangement is None else blocks.arrangement.parts
+        return (1, None) if split is None else split(self.grid)
+
     @property
     def position(self) -> Position:
         """Step, guidance branch and image of this call. A handler that uses it must read it in every call."""

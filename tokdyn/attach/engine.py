@@ -16,6 +16,7 @@ from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.coupling import check_groups
 from tokdyn.adapters.tokens import (
     apart,
+    as_returned,
     batch_first,
     call_by_name,
     gather,
@@ -26,6 +27,7 @@ from tokdyn.adapters.tokens import (
     together,
 )
 from tokdyn.attach import class_swap
+from tokdyn.attach.arranged import call_arranged
 from tokdyn.attach.context import is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
 from tokdyn.attach.sites import Site
@@ -82,8 +84,8 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         plain = partial(class_swap.base_class(module).__call__, module, *args, **kwargs)
         site = context.guard.begin(frame.sites, module, named, plain)
     blocks, edge = site.blocks, site.block in handlers.edges
-    if blocks.sequence_first:
-        named = batch_first(named, blocks)
+    if blocks.rearranged:
+        named = batch_first(named, blocks, context.readings.images)
     view = context.view = context.view_of(named, blocks, frame.view, handlers.separates_text, handlers.counts)
     if not edge and _passes(frame, module, site):
         return site.unchanged(args, kwargs)
@@ -97,17 +99,14 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
     frame = _seeing(frame, view)
     if rotation := () if blocks.image == "all" else _rotation(frame, blocks):
         named[blocks.tokens] = rotate(named[blocks.tokens], rotation)
-    as_given = not edge and (
-        named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
-    )
-    if blocks.packing is not None:
-        named[blocks.packing] = view.packing
-    if as_given and _nothing_acts(frame, blocks):
+    as_given = named[blocks.tokens] is given if blocks.packing is None else view.packing is named[blocks.packing]
+    named |= {} if blocks.packing is None else {blocks.packing: view.packing}
+    if as_given and not edge and _nothing_acts(frame, blocks):
         block = context.record(view, site, named)
         if len(handlers.sublayers) == 0:
             return call(*args, **kwargs)
         return class_swap.within(frame._replace(block=block), call, *args, **kwargs)
-    inner = partial(call_by_name, call, blocks, site.names[: len(args)], tuple(kwargs))
+    inner = partial(call_by_name, call, blocks, site.names[: len(args)], tuple(kwargs), context.readings.images)
     results = _compute_groups(frame, module, site, inner, named)
     if rotation:
         results["tokens"] = rotate(results["tokens"], rotation, back=True)
@@ -118,8 +117,8 @@ def _call_block(frame: Frame, module: nn.Module, site: Site, call: Call, args: t
         results["tokens"] = scatter(results["tokens"], given, view.cells, view.index, view.lengths, blocks)
     if context.guard is not None:
         context.guard.before = (blocks.path, results)
-    if blocks.tokens in blocks.sequence_first:
-        results["tokens"] = results["tokens"].transpose(0, 1)
+    if blocks.rearranged:
+        results = as_returned(results, blocks, context.readings.images)
     return results["tokens"] if len(blocks.returns) == 1 else tuple(results[name] for name in blocks.returns)
 
 
@@ -188,8 +187,7 @@ def _act_one(
     """Open a bracket, or close it if the block is None; one that selects tokens gets the generated ones only."""
     context = frame.context
     selects = bracket.is_selector and cast(Selector, bracket).selects(context)
-    beside = context.beside if selects else (0, 0)
-    if beside == (0, 0):  # in every cached step, where slices would be felt
+    if (beside := context.beside if selects else (0, 0)) == (0, 0):  # in every cached step, where slices would be felt
         x, inner = bracket.close(frame, view, x) if block is None else bracket.open(frame, view, x, block)
         if not selects and inner.room < view.room and any(context.beside):
             raise InputError(
@@ -282,10 +280,12 @@ def _compute(frame: Frame, module: nn.Module, site: Site, inner: Inner, named: N
     return dict(zip(blocks.returns, out if isinstance(out, tuple) else (out,), strict=False))
 
 
-def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named) -> Any:
+def _call_sublayer(frame: Frame, site: Site, call: Call, args: tuple[Any, ...], kwargs: Named, own: bool = True) -> Any:
     """Call the attention or MLP of a block through the handlers around it, of which the first is the outermost."""
     if len(frame.handlers.sublayers) == 0:
         return call(*args, **kwargs)
+    if own and site.blocks.arrangement is not None:
+        return call_arranged(_call_sublayer, frame, site, call, args, kwargs)
     named = {**dict(zip(site.names, args, strict=False)), **kwargs}
 
     def inner(**arguments: Any) -> Any:

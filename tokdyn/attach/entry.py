@@ -180,6 +180,8 @@ def _prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs}
     adapter, images = attachment.adapter, None
+    if adapter.plain is not None and adapter.plain(named):
+        return None
     if attachment.meter is not None:
         named = dict(attachment.meter.arguments)
     elif adapter.read_ahead and all(named.get(name) is not None for name in adapter.read_ahead):
@@ -212,9 +214,9 @@ def _call_model(
 ) -> Any:
     """Call the model, through the engine if methods act."""
     attachment = _acting(model)
-    if attachment is None:
+    named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs} if attachment else {}
+    if attachment is None or (attachment.adapter.plain is not None and attachment.adapter.plain(named)):
         return class_swap.within(None, plain, model, *args, **kwargs)
-    named = {**dict(zip(attachment.blueprint.names, args, strict=False)), **kwargs}
     return _call(model, attachment, plain, args, kwargs, named, prepared or Prepared())
 
 
@@ -230,13 +232,13 @@ def _call(
     """Call the model, or an entry of it, in a frame of its own."""
     if attachment.blueprint.reduces or attachment.adapter.refuse_always:
         check_arguments(model, attachment.adapter, named, attachment.blueprint.reduces)
-    left_out = named.get("skip_layers")
+    left_out = attachment.adapter.left_out(model, named)
     brackets = [each for each in attachment.handlers.brackets if not each.never] if left_out else []
-    edges = {block for each in brackets for block in (each.first, each.last)}.intersection(left_out or ())
+    edges = {block for each in brackets for block in (each.first, each.last)}.intersection(left_out)
     if edges:
         raise InputError(
-            f"skip_layers leaves out block {min(edges)}, where a method on this {type(model).__name__} begins or ends; "
-            "leave out other blocks, or skip that one with tokdyn.DepthSkip."
+            f"{'skip_layers' if named.get('skip_layers') else 'the model'} leaves out block {min(edges)} in this call, "
+            f"where a method on this {type(model).__name__} begins or ends; let it run, or use tokdyn.DepthSkip alone."
         )
     if not torch.compiler.is_compiling():
         containers.check_sharding(model, attachment)

@@ -30,6 +30,7 @@ class Site:
         blocks: the adapter's declaration of the list that this block is in.
         names: names of the arguments of the module's forward, in order; () for a layer.
         layer: which outputs and inputs of a layer belong to heads and MLP channels; None for other modules.
+        tokens: name of the argument that holds the image tokens; "" for a layer.
         returned: position and name of the arguments that a skipped block returns as they are; () for other modules.
     """
 
@@ -38,13 +39,16 @@ class Site:
     blocks: Blocks
     names: tuple[str, ...]
     layer: Layer | None = None
+    tokens: str = field(init=False)
     returned: tuple[tuple[int, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         given = {"tokens": self.blocks.tokens, "text": self.blocks.text or ""}
         named = [given.get(name, name) for name in self.blocks.returns] if self.kind == "block" else []
         places = tuple((self.names.index(name) if name in self.names else len(self.names), name) for name in named)
+        own = self.blocks.tokens if self.blocks.tokens in self.names else next(iter(self.names), "")
         object.__setattr__(self, "returned", places)
+        object.__setattr__(self, "tokens", own)
 
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a skipped block returns: the tokens of all streams that it was given."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.tokens import join, rotate_entries, select_samples, select_tokens, split, together
 from tokdyn.ops.pack import pack_index, packing_of_some
-from tokdyn.tokens import Packing
+from tokdyn.tokens import Grid, Packing
 
 _CPU = torch.device("cpu")
 
@@ -37,6 +37,7 @@ class TokenView:
         packing: which cells and samples packed rows belong to; None for dense tokens.
         idle: positions within the view of the samples that skip all blocks until the bracket that said so closes.
         source: slots of the brackets that selected the tokens, outermost first.
+        grid: the grid of the cells, if samples are split into parts; each part is a sample then, and `samples` repeats.
     """
 
     samples: tuple[int, ...]
@@ -48,6 +49,7 @@ class TokenView:
     packing: Packing | None = None
     idle: frozenset[int] = frozenset()
     source: tuple[int, ...] = ()
+    grid: Grid | None = None
 
     @property
     def batch(self) -> int:
@@ -147,12 +149,9 @@ class TokenView:
         return Part(view, self, chosen, chosen)
 
     def padded(self, rows: Tensor) -> tuple[Tensor, TokenView]:
-        """Turn packed rows (T, D) into dense tokens (B, M, D), because brackets work on those.
+        """Turn packed rows (T, D) into dense tokens (B, M, D), because brackets work on those; return their view too.
 
         Each sample's tokens come first; copies of its last token fill the rest. Dense tokens stay as they are.
-
-        Returns:
-            The dense tokens and their view.
         """
         if self.packing is None:
             return rows, self

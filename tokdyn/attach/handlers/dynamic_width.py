@@ -175,9 +175,9 @@ class DynamicBlocks(Bracket, Kernel):
         layout = self.layouts[site.block]
         attach_layers(frame.sites, module, site, layout)
         out = inner(named)
-        lengths = frame.block.rows or (frame.block.tokens,) * len(samples)
+        lengths, parts = frame.block.rows or (frame.block.tokens,) * len(samples), frame.context.parts(site.blocks)[0]
         widths.spent += tuple(
-            (site.block, sample, layout.flops(length, frame.block.text))
+            (site.block, sample, layout.flops(length, frame.block.text, parts))
             for sample, length in zip(samples, lengths, strict=True)
         )
         widths.shares += tuple((site.block, some, share) for some, share in frame.exchange.returned.items())
@@ -205,7 +205,7 @@ class DynamicBlocks(Bracket, Kernel):
         if slices.columns is not None:
             for name in (name for name in layout.width.tables if named.get(name) is not None):
                 named = {**named, name: select_channels(named[name], slices.columns)}
-        out = call_by_name(copy, site.blocks, (), tuple(named), named)
+        out = call_by_name(copy, site.blocks, (), tuple(named), frame.context.readings.images, named)
         note_saved(frame, site, layout, slices)
         return out
 
@@ -219,7 +219,7 @@ class DynamicBlocks(Bracket, Kernel):
             return call(x, *rest)  # type: ignore[no-any-return]
         if layer.out:
             return into_mlp(self.module, self.method.temperature, frame, module, site, call, x, *rest)
-        mask = input_mask(frame, layer, layout, x)
+        mask = input_mask(frame, site, layout, x)
         if mask is not None:
             x = x * mask
         if layer.split:

@@ -30,6 +30,7 @@ from tokdyn.ops.schedules import at
 from tokdyn.ops.weighting import KeyBias, size_bias
 from tokdyn.tokens import Grid, cells
 
+Call = Callable[..., Any]
 _BIAS = "key_bias"  # attention with an argument of this name adds it to the logits of its keys itself
 
 
@@ -41,11 +42,12 @@ class Matchings:
         destinations: destinations that depend on cell and noise level only, by samples and source of the view, and by
             the place where the tokens of an image begin.
         plans: matchings that several blocks use, by sublayer, window of `reuse` blocks and source of the view. For each
-            sample (its position in the batch) the matching that it is part of, and its position there.
+            sample (its position in the batch, and the number of its part) the matching that it is part of, and its
+            position there.
     """
 
     destinations: dict[Hashable, Destinations] = field(default_factory=dict)
-    plans: dict[Hashable, dict[int, tuple[Merging, int]]] = field(default_factory=dict)
+    plans: dict[Hashable, dict[tuple[int, int], tuple[Merging, int]]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -64,7 +66,7 @@ class MergedTokens(Sublayer):
     last: int
     slot: int
 
-    def around(self, frame: Frame, view: TokenView, site: Site, call: Callable[..., Any], named: dict[str, Any]) -> Any:
+    def around(self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any]) -> Any:
         """Merge, compute and unmerge in the sublayers and blocks of the settings; elsewhere compute only."""
         wanted = site.kind != "stream" and self.method.where in (site.kind, "both")
         if not wanted or not self.first <= site.block <= self.last:
@@ -78,13 +80,7 @@ class MergedTokens(Sublayer):
         return self._by_ratio(frame, view, site, call, named, ratios)
 
     def _by_ratio(
-        self,
-        frame: Frame,
-        view: TokenView,
-        site: Site,
-        call: Callable[..., Any],
-        named: dict[str, Any],
-        ratios: Sequence[float],
+        self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any], ratios: Sequence[float]
     ) -> Any:
         """Compute each group of samples with the same ratio, and put the results into the order of the batch."""
         groups = [[i for i, other in enumerate(ratios) if other == ratio] for ratio in dict.fromkeys(ratios)]
@@ -100,19 +96,13 @@ class MergedTokens(Sublayer):
         return torch.cat(outputs).index_select(0, order)
 
     def _merged(
-        self,
-        frame: Frame,
-        view: TokenView,
-        site: Site,
-        call: Callable[..., Any],
-        named: dict[str, Any],
-        ratios: Sequence[float],
+        self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any], ratios: Sequence[float]
     ) -> Any:
         """Merge the image tokens of all samples, compute the sublayer, and unmerge its result.
 
         `ratios` has the share of tokens to merge away of each sample; in a dense view all are equal.
         """
-        blocks, before, packing = site.blocks, named[site.names[0]], view.packing
+        blocks, before, packing = site.blocks, named[site.tokens], view.packing
         if packing is None and int(view.room * ratios[0]) == 0:
             frame.context.trace.fall_short("TokenMerge", (self.method.ratio,), (0,), (view.room,))
             return call(**named)
@@ -126,7 +116,8 @@ class MergedTokens(Sublayer):
         counts = frame.block.attention if site.kind == "attention" else frame.block.mlp
         if packing is None:
             left = len(plan.keep) // view.batch
-            counts.append((view.batch, left))
+            parts = view.samples.count(view.samples[0])
+            counts.append((view.batch // parts, left * parts))
             merged = join(text, merged.view(view.batch, left, -1), place)
         else:
             counts.extend((1, length) for length in plan.lengths)
@@ -135,14 +126,15 @@ class MergedTokens(Sublayer):
         arguments |= self._select_arguments(view, site, plan, named)
         weighted = self.method.weighted and site.kind == "attention"
         out = _weighted(view, site, call, arguments, plan, text, place) if weighted else call(**arguments)
-        first, *rest = out if isinstance(out, tuple) else (out,)
+        at = site.names.index(site.tokens)  # results are in the order of the arguments
+        first = out[at] if isinstance(out, tuple) else out
         if packing is None:
             text, y = split(first, left, place)
             restored = unmerge(y.reshape(view.batch * left, -1), plan).view(view.batch, view.room, *y.shape[2:])
             whole = join(text, restored, place)
         else:
             whole = unmerge(first, plan)
-        return (whole, *rest) if isinstance(out, tuple) else whole
+        return (*out[:at], whole, *out[at + 1 :]) if isinstance(out, tuple) else whole
 
     def _select_arguments(self, view: TokenView, site: Site, plan: Merging, named: dict[str, Any]) -> dict[str, Any]:
         """Select from arguments with one entry per token the entries of the tokens that are left.
@@ -172,13 +164,14 @@ class MergedTokens(Sublayer):
             return self._match(frame.context, view, rows, ratios)
         key = (site.kind, (site.block - self.first) // self.method.reuse, view.source)
         plans = self._matchings(frame.context).plans.setdefault(key, {})
-        new = [place for place, sample in enumerate(view.samples) if sample not in plans]
+        names = [(sample, view.samples[:place].count(sample)) for place, sample in enumerate(view.samples)]
+        new = [place for place, name in enumerate(names) if name not in plans]
         if new:  # samples that skipped the block in which the others were matched
             plan = self._match(frame.context, view, rows, ratios)
             if plan is None:
                 return None
-            plans.update({view.samples[place]: (plan, place) for place in new})
-        matched = [plans[sample] for sample in view.samples]
+            plans.update({names[place]: (plan, place) for place in new})
+        matched = [plans[name] for name in names]
         first = matched[0][0]
         whole = len(first.lengths) == view.batch
         if whole and all(plan is first and place == i for i, (plan, place) in enumerate(matched)):
@@ -190,7 +183,7 @@ class MergedTokens(Sublayer):
         if view.packing is None and any(context.beside):
             return self._match_images(context, view, rows, ratios[0])
         sizes = view.sizes if len(rows) == sum(view.sizes) else (len(rows) // view.batch,) * view.batch
-        into = self._into(context, view, rows, context.grid)
+        into = self._into(context, view, rows, view.grid or context.grid)
         if not self._spend(context, sizes, into, ratios, rows.shape[1]):
             return None
         return match(rows, sizes, into, ratios[0] if len(set(ratios)) == 1 else list(ratios))
@@ -251,13 +244,7 @@ class MergedTokens(Sublayer):
 
 
 def _weighted(
-    view: TokenView,
-    site: Site,
-    call: Callable[..., Any],
-    named: dict[str, Any],
-    plan: Merging,
-    text: Tensor | None,
-    place: str,
+    view: TokenView, site: Site, call: Call, named: dict[str, Any], plan: Merging, text: Tensor | None, place: str
 ) -> Any:
     """Call attention with log s added to the logits of each key that stands for s tokens (arXiv 2210.09461, eq. 1).
 

@@ -243,13 +243,15 @@ def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
         call.save(".".join(layer.names), 2 * elements * count)
 
 
-def input_mask(frame: Frame, layer: Layer, layout: Layout, x: Tensor) -> Tensor | None:
+def input_mask(frame: Frame, site: Site, layout: Layout, x: Tensor) -> Tensor | None:
     """Return the mask of a layer's inputs, in which the value of each head or group is repeated for its channels.
 
     Returns:
-        (1 or B, 1, C); (1, 1 or B, C) for x (S, B, C); or (1 or T, C) for packed rows. None if the exchange holds no
-        masks for this layer.
+        (1 or B, 1, C); (1, 1 or B, C) for x (S, B, C); (P B, 1, C) where each sample is P rows of x; or (1 or T, C) for
+        packed rows and for x (T, C) of one sample. None if the exchange holds no masks for this layer.
     """
+    layer = site.layer
+    assert layer is not None
     masks = [frame.exchange.given.get(kind) for kind in layer.into]
     samples = max((len(mask) for mask in masks if mask is not None), default=0)
     if not samples:
@@ -262,5 +264,9 @@ def input_mask(frame: Frame, layer: Layer, layout: Layout, x: Tensor) -> Tensor 
     if samples > 1:
         whole = _select_view(frame, whole)
     if frame.view.packing is None:
-        return whole[:, None] if len(x) == frame.view.batch else whole[None]  # x may have tokens before samples
+        if x.dim() == 2:  # a block without a batch axis
+            return whole
+        if frame.context.parts(site.blocks)[0] > 1 and len(whole) not in (1, len(x)):
+            whole = whole.repeat_interleave(len(x) // len(whole), dim=0)
+        return whole[:, None] if len(x) == len(whole) or len(x) == frame.view.batch else whole[None]
     return whole.index_select(0, _sample_of_rows(frame, layer.into[0], x)) if samples > 1 else whole
