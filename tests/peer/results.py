@@ -35,7 +35,9 @@ def page(findings: Sequence[Findings], entries: Sequence[Expected], unknown: Seq
     ]
     parts = [HEAD, made_with, "\n".join(methods), as_table(rows, (*COLUMNS, "reasons"))]
     broken = [f"- `{each.file}`: {each.uncollected}" for each in findings if each.uncollected is not None]
+    quiet = {test: error for setting in WRAPPED if setting != ACTING for test, error in losses(findings, setting)}
     for title, lines in (
+        ("Lost to methods that do not act", [f"- `{test}`: {error}" for test, error in quiet.items()]),
         ("Reasons", [f"{number}. {why}" for why, number in numbers.items()]),
         ("Not collected", broken),
         ("Not run in all settings", [f"- `{file}`" for file in unknown]),
