@@ -20,7 +20,13 @@ from tokdyn.adapters import ADAPTERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own
 KNOWN = {**IMAGES, **VIDEOS}
-UNKNOWN = {"Sana WM", "Kandinsky 6 SR"}  # attention along frames in chunks, and to blocks that the data choose
+UNKNOWN = {
+    "Sana WM",  # attention along frames in chunks
+    "Kandinsky 6 SR",  # attention to blocks that the data choose
+    "Latte",  # attention among the tokens of a frame, or of a place
+    "Wan Animate 2",  # attention to stored keys
+    "AnyFlow FAR",
+}
 LTX, K6, SA3 = "LTX-2.3", "Kandinsky6Transformer3DModel", "StableAudio3DiTModel"
 MOTIF, HELIOS, HIDREAM = "MotifVideoTransformer3DModel", "HeliosTransformer3DModel", "HiDreamImageTransformer2DModel"
 

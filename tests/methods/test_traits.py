@@ -32,6 +32,7 @@ ANSWERS = [
             "learns": "tokens",
             "target": 4.0,
             "needs_sizes": True,
+            "short": "that is less than one token; raise the target",
             "controls": frozenset({"tail_drop", "calibrate_router"}),
         },
     ),
@@ -46,6 +47,7 @@ ANSWERS = [
             "reads": "grid",
             "owns": {"merging around attention": None},
             "around": ("attention",),
+            "short": "one token of every bucket stays, for others to be merged into; lower ratio or enlarge bucket",
         },
     ),
     (TokenMerge(partition="grid"), {"needs_grid": True}),
@@ -65,6 +67,7 @@ ANSWERS = [
             "phases": TRAIN,
             "span": (2, 8),  # arXiv 2501.04765
             "controls": frozenset({"drop_rate"}),
+            "short": "that is less than one token; raise the rate",
             "owns": {},
         },
     ),

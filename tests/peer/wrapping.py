@@ -105,8 +105,8 @@ class Wrapper:
                 continue
             with suppress(TokdynError):  # a method that cannot be used on this model
                 tokdyn.wrap(model, [*chosen, method])
-                depth = model.tokdyn.blueprint.sizes.depth
                 tokdyn.unwrap(model)
+                depth = sum(len(model.get_submodule(blocks.path)) for blocks in adapter_for(model).blocks)
                 if not self.beside_cache or _goes_with_caches(method, depth):
                     chosen.append(method)
         try:

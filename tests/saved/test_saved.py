@@ -36,7 +36,6 @@ READERS = {
     "tokdyn/upcycling/command.py": None,  # only compares settings.json, whose keys are those of the command
     "tokdyn/calibration/trajectories.py": None,  # a file of diffusers
     "tokdyn/pipelines/opening.py": None,  # likewise
-    "tokdyn/pipelines/drawing.py": None,  # prompts of anybody
     "tokdyn/sample/pipeline.py": None,  # pictures of other settings are refused, and so are those of another version
     "tokdyn/evaluate/timm_model.py": None,  # a file of timm
     "tokdyn/report/pareto.py": None,  # rows of anybody
