@@ -15,6 +15,12 @@ from tokdyn.attach import wrap
 
 COMPILED = ("merge", "merge-both", "merge-weighted", "skip", "chunk", "chunk-merge", "width", "chunk-width")
 """Stacks without decisions that leave the graph."""
+QUICK = {
+    "DCDiT", "DiT", "DiTTransformer2DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel", "SanaTransformer2DModel", "VisionTransformer", "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
+}  # fmt: skip
+"""Models that are compiled by default, of all kinds of blocks."""
 BROKEN = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
 
 
@@ -34,7 +40,10 @@ def plain_is_one(name):
 
 
 @pytest.mark.pairwise("laws", cost=100)
-@pytest.mark.parametrize(("name", "methods"), [pair for pair in PAIRS if pair[1] in COMPILED])
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [pytest.param(*pair, marks=[] if pair[0] in QUICK else pytest.mark.slow) for pair in PAIRS if pair[1] in COMPILED],
+)
 @torch.no_grad()
 def test_one_graph(name, methods):
     inputs = TINY[name].inputs(2)

@@ -105,7 +105,13 @@ def test_a_cached_step_restores_every_stream(name):
         assert (cached - computed).abs().max() < 0.1 * (skipped - computed).abs().max()
 
 
-@every
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in DEAR or place % 2 else [])
+        for place, name in enumerate(sorted(VIDEOS))
+    ],
+)
 def test_samples_are_independent_and_flops_are_counted(name):
     model = VIDEOS[name].build()
     stacks = [Chunking(target=2), TokenMerge(ratio=0.3)], [TokenMerge(ratio=0.3)], [DepthSkip(blocks=(1,))]

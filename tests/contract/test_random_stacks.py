@@ -129,7 +129,7 @@ def test_every_setting_of_every_method_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(drawn=stacks)
 def test_a_list_is_refused_with_a_way_out_or_obeys_the_laws(name: str, drawn: Any) -> None:
     hold(name, drawn)

@@ -46,6 +46,8 @@ STACKS: dict[str, list[Method]] = {
     "chunk-stack": [FeatureCache(threshold=0.5), Chunking(target=3), TokenMerge(), DepthSkip(blocks=(2,))],
 }
 DENSE = {"Sana Video"}
+QUICK = {"Kontext", "Qwen-Image-Edit-Plus", "Flux 2", "Wan", "LTX", "LTX-2"}  # pipelines that are drawn with by default
+SOME = {"LTX-2", "Sana Video", "JoyImage Plus", "Flux 3"}  # whose laws are checked by default
 """Models whose blocks need all tokens."""
 FEWER = ("cache-first", "curves", "merge-important", "merge-references", "width", "drop", "chunk-stack")
 FITTING = {"Sana Video": FEWER[:3], "Cosmos": FEWER[:6]}
@@ -71,7 +73,12 @@ def test_laws_hold(law: str, name: str, stack: str) -> None:
 
 @pytest.mark.pairwise("later references")
 @pytest.mark.parametrize(
-    ("name", "stack"), [(name, stack) for name in sorted(LATER) for stack in FITTING.get(name, FEWER)]
+    ("name", "stack"),
+    [
+        pytest.param(name, stack, marks=[] if name in SOME else pytest.mark.slow)
+        for name in sorted(LATER)
+        for stack in FITTING.get(name, FEWER)
+    ],
 )
 @pytest.mark.parametrize("law", DECLARED)
 def test_laws_hold_for_models_that_were_declared_later(law: str, name: str, stack: str) -> None:
@@ -339,7 +346,8 @@ def test_brackets_that_select_without_saying_so_are_refused_beside_references(fi
         model(**qwen(1))
 
 
-@pytest.mark.parametrize("name", ["Kontext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen", "Wan"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Kontext", "Qwen", "Wan"])
 @torch.no_grad()
 def test_one_graph(name: str) -> None:
     methods = [Chunking(target=2), TokenMerge(ratio=0.5, references="merge")]
@@ -370,7 +378,9 @@ def edit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any
     return pipe, draw
 
 
-@pytest.mark.parametrize("edit", EDITS, indirect=True)
+@pytest.mark.parametrize(
+    "edit", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EDITS], indirect=True
+)
 @torch.no_grad()
 def test_editing_pipelines_work_wrapped(edit: Any) -> None:
     pipe, draw = edit

@@ -44,8 +44,17 @@ def trained_tensors(student: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in student.tokdyn.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["Flux", "PixArt", "Z-Image"])
-@pytest.mark.parametrize("trained", ["methods", "all"])
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("Flux", "methods"),
+        ("PixArt", "all"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [("Flux", "all"), ("PixArt", "methods"), ("Z-Image", "methods"), ("Z-Image", "all")]
+        ),
+    ],
+)
 def test_the_error_falls_and_the_pipeline_draws(name: str, trained: str, tmp_path: Path) -> None:
     pipe = build(name)
     calls = recorded(pipe, name)
