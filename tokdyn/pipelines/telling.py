@@ -183,10 +183,11 @@ def _reporting(owner: Any, reports: Reports, of_copies: Reports | None = None) -
 
     Afterwards the object and its copies have their class again.
     """
-    base, listens = type(owner), [True]
+    base: Any = type(owner)
+    listens = [True]
     made: list[weakref.ref[Any]] = []
 
-    @functools.wraps(base.__init__)  # type: ignore[misc]  # whose arguments are those of the class
+    @functools.wraps(base.__init__)  # whose arguments are those of the class
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
         """Make an object of the subclass, as copying does, and remember it."""
         plain = base.__new__ is object.__new__
