@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import tokdyn
 from tokdyn import checkpoints
@@ -238,6 +239,24 @@ class Attend(nn.Module):
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(query, query, query)
+
+
+class FlexAttend(nn.Module):
+    """Attends as blocks of 64 tokens choose, by flex attention that is not compiled, as in Kandinsky 6 SR."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        number, index = torch.ones(1, 1, 2, dtype=torch.int32), torch.arange(2, dtype=torch.int32).expand(1, 1, 2, 2)
+        mask = BlockMask.from_kv_blocks(torch.zeros_like(number), index, number, index, BLOCK_SIZE=64)
+        return flex_attention(x, x, x, block_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_without_a_compiler_is_counted_as_it_is_computed() -> None:
+    """By the products of all queries and keys, of which the mask is taken afterwards."""
+    x, model = torch.randn(1, 2, 128, 8), FlexAttend()
+    found, _, output = count(model, x)
+    assert found == tokdyn.flops(model, x).total == 4 * 2 * 128 * 128 * 8
+    assert torch.equal(output, model(x))
 
 
 def test_report_names_parts_and_unit() -> None:

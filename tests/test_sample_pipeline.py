@@ -38,16 +38,17 @@ def read(path):
 
 
 def test_prompts_are_drawn_as_diffusers_draws_them(pipeline, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red square\na blue square\n")
+    prompts = ["a red square", {"prompt": "a blue square", "height": 32}]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     found = json.loads(
-        run(pipeline, f"prompts={tmp_path / 'prompts.txt'}", "seed=5", *SIZE, f"out={tmp_path / 'o'}", "--json")
+        run(pipeline, f"prompts={tmp_path / 'prompts.json'}", "seed=5", *SIZE, f"out={tmp_path / 'o'}", "--json")
     )
     assert [each["seed"] for each in found["drawn"]] == [5, 6]
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline)
     for number, each in enumerate(found["drawn"]):
         expected = pipe(
             ("a red square", "a blue square")[number], generator=torch.Generator().manual_seed(5 + number),
-            num_inference_steps=3, guidance_scale=2.0, height=16, width=16, use_resolution_binning=False,
+            num_inference_steps=3, guidance_scale=2.0, height=(16, 32)[number], width=16, use_resolution_binning=False,
             output_type="np",
         ).images[0]  # fmt: skip
         assert np.array_equal(read(tmp_path / "o" / each["file"]), (255 * expected).round().astype(np.uint8))

@@ -40,6 +40,24 @@ def warn_of_another_model(model: nn.Module, methods: Sequence[Method]) -> None:
             return
 
 
+def warn_of_missing_gates(model: nn.Module, placed: Sequence[Placed], heads: int) -> None:
+    """Warn about a method that decides about heads or groups of channels on a model with a single head.
+
+    Args:
+        model: the model.
+        placed: the methods with their traits.
+        heads: H of the model; 0 if unknown.
+    """
+    for one in placed:
+        if heads == 1 and one.traits.prunes and (one.traits.prunes.heads or one.traits.prunes.channels):
+            text = (
+                f"this {type(model).__name__} has a single attention head, which is always on, and as many groups of "
+                f"channels, so neither have gates: {one.name} selects only tokens of the MLP; write "
+                f"{one.name}(heads=False, channels=False) if that is what you want."
+            )
+            warnings.warn(text, UserWarning, stacklevel=_outside())
+
+
 def _outside() -> int:
     """Return the stack level of the line outside of tokdyn and torch that led to the caller, to warn there."""
     frame, level = sys._getframe(1), 1
@@ -91,7 +109,7 @@ class FirstCall:
 
 
 class Shortfalls:
-    """Warns, once for each method, about calls that leave out fewer tokens than its settings ask for.
+    """Warns, once for each method, about calls that leave out fewer tokens, or FLOPs, than its settings ask for.
 
     Args:
         placed: the methods with their traits.
@@ -99,19 +117,21 @@ class Shortfalls:
 
     def __init__(self, placed: Sequence[Placed]) -> None:
         self._reasons = {one.name: one.traits.short for one in placed}
+        self._of_flops = {one.name for one in placed if one.traits.learns == "FLOPs"}
 
     def settle(self) -> None:
         """Warn about nothing."""
         self._reasons = {}
 
     def see(self, model: nn.Module, found: Mapping[str, tuple[float, int, int]]) -> None:
-        """Look at a call after it was made: the share asked for, tokens left out and tokens, by the method's name."""
+        """Look at a call after it was made: its shortfalls as in `CallTrace.shortfalls`."""
         for name, (asked, reached, size) in found.items():
             reason = self._reasons.pop(name, None)
             if reason is not None:
+                what, most = ("FLOPs", "at most ") if name in self._of_flops else ("tokens", "")
                 text = (
-                    f"{name} on this {type(model).__name__} leaves out fewer tokens than its settings ask for: "
-                    f"{reached} of {size} ({reached / size:.1%}) and not {asked:.1%}; {reason}."
+                    f"{name} on this {type(model).__name__} leaves out fewer {what} than its settings ask for: "
+                    f"{most}{reached:,} of {size:,} ({reached / size:.1%}) and not {asked:.1%}; {reason}."
                 )
                 warnings.warn(text, UserWarning, stacklevel=_outside())
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,12 @@ def test_pairs_of_different_sizes_are_on_one_page_with_words_that_can_be_read(tm
     assert page.shape[0] > 2 * 200
     with Image.open(compared.save(tmp_path / "pairs.png")) as image:
         assert image.size == page.shape[1::-1]
+    many = replace(compared, pairs=compared.pairs * 40)
+    pages = list(many.pages())
+    assert sum(page.shape[0] for page in pages) > many.picture().shape[0] > 16_384  # every pair is on one of them
+    assert len(pages) == 10
+    with Image.open(many.save(tmp_path / "many.png")) as image:
+        assert image.height == 16_384
 
 
 @pytest.mark.parametrize(

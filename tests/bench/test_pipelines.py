@@ -1,6 +1,7 @@
 """`tokdyn bench speed` and `bench quality` on a pipeline of diffusers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import tokdyn
 from tokdyn import FeatureCache
+from tokdyn.bench.pipelines import PipelineBench, PipelineBenchConfig, write_pipeline_page
 from tokdyn.pipelines.opening import open_pipeline
 
 CACHED = "{name: cached, methods: [{method: FeatureCache, steps: [0, 2]}]}"
@@ -41,6 +43,17 @@ def test_quality_shows_pairs_of_every_stack(pipeline, tmp_path):
         assert f"pairs-{place}.png" in page
         with Image.open(tmp_path / "q" / f"pairs-{place}.png") as image:
             assert np.asarray(image).std() > 5
+
+
+def test_many_pairs_are_on_several_pictures_of_the_page(pipeline, tmp_path):
+    drawn = open_pipeline(str(pipeline), torch.device("cpu"))
+    call = {"num_inference_steps": 1, "height": 16, "width": 16, "use_resolution_binning": False}
+    compared = tokdyn.compare(drawn, [FeatureCache(steps=(0,))], ["a red square"], **call)
+    many = replace(compared, pairs=compared.pairs * 17)
+    config = PipelineBenchConfig(model="m", out=tmp_path / "q")
+    _, page, *pictures = write_pipeline_page(config, PipelineBench({"cached": many, "other": compared}, {}))
+    assert [path.name for path in pictures] == ["pairs-1.png", "pairs-1-2.png", "pairs-1-3.png", "pairs-2.png"]
+    assert all(path.is_file() and f'src="{path.name}"' in page.read_text() for path in pictures)
 
 
 def test_speed_repeats_the_first_prompt_in_turn(pipeline, tmp_path, monkeypatch):

@@ -3,8 +3,10 @@
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
@@ -23,8 +25,9 @@ def run(*words, code=0):
 
 def test_what_is_found_meets_the_target_and_the_printed_command_draws_with_it(pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.txt").write_text("a red square\na blue square\n")
-    words = ["tune", pipeline, "flops=0.7", "prompts=p.txt", "trials=4", "finalists=1", *SMALL]
+    prompts = ("a red: square", "a blue square")
+    (tmp_path / "p.yaml").write_text(json.dumps(prompts))
+    words = ["tune", pipeline, "flops=0.7", "prompts=p.yaml", "seed=3", "trials=4", "finalists=1", *SMALL]
     shown = run(*words)
     found = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
     assert found["sample"] in shown
@@ -35,20 +38,31 @@ def test_what_is_found_meets_the_target_and_the_printed_command_draws_with_it(pi
     pipe = tokdyn.load(open_pipeline(str(pipeline), torch.device("cpu")), tmp_path / "tuned" / "methods")
     call = {"num_inference_steps": 5, "guidance_scale": 2.0, "height": 16, "width": 16, "use_resolution_binning": False}
     shares = []
-    for seed, prompt in enumerate(("a red square", "a blue square")):
-        draw(pipe, {**call, "prompt": prompt}, seed)
+    pictures = []
+    for seed, prompt in enumerate(prompts):
+        pictures.append(draw(pipe, {**call, "prompt": prompt}, 3 + seed)[0])
         shares.append(tokdyn.stats(pipe).share)
     (tried,) = {trial["flops"] for trial in found["trials"] if trial["stack"] == found["winner"]}
     assert sum(shares) / 2 == pytest.approx(tried)
-    run(*shlex.split(found["sample"])[1:], "device=cpu", "out=drawn", "prompts=p.txt")
+    run(*shlex.split(found["sample"])[1:], "device=cpu", "out=drawn")
     drawn = json.loads((tmp_path / "drawn" / "sample.json").read_text())["drawn"].values()
     assert [entry["share"] for entry in drawn] == pytest.approx(shares)
+    for entry, expected in zip(drawn, pictures, strict=True):
+        with Image.open(tmp_path / "drawn" / entry["file"]) as image:
+            assert np.array_equal(np.asarray(image), expected)
 
 
 def test_targets_knobs_and_pipelines_that_do_not_fit_are_refused(pipeline, tmp_path):
     out = f"out={tmp_path / 'o'}"
     assert "drop" in run("tune", pipeline, "flops=0.7", "knobs=drop", out, *SMALL, code=2)
-    assert "meets flops=0.01" in run("tune", pipeline, "flops=0.01", "knobs=merge", "trials=2", out, *SMALL, code=2)
+    (tmp_path / "sizes.json").write_text(json.dumps(["small", {"prompt": "large", "height": 32, "width": 16}]))
+    words = [
+        "flops=0.01",
+        "knobs=merge",
+        "trials=2",
+        f"prompts={tmp_path / 'sizes.json'}",
+    ]  # all are drawn first
+    assert "meets flops=0.01" in run("tune", pipeline, *words, out, *SMALL, code=2)
     assert not (tmp_path / "o" / "tuned.json").exists()
 
 
@@ -62,7 +76,7 @@ def test_each_of_two_denoisers_gets_settings_of_its_own(experts, tmp_path, monke
     assert all(0.65 <= trial["flops"] <= 0.7 for trial in found["trials"])
     folders = [path.parent.name for path in (tmp_path / "tuned" / "methods").glob("*/tokdyn_config.json")]
     assert sorted(folders) == names
-    run(*shlex.split(found["sample"])[1:], "prompts=a red square", "device=cpu", "out=drawn")
+    run(*shlex.split(found["sample"])[1:], "device=cpu", "out=drawn")
     (drawn,) = json.loads((tmp_path / "drawn" / "sample.json").read_text())["drawn"].values()
     run("bench", "quality", experts, "--stack", "tuned/stack.yaml", "prompts=a red square", *size, "out=again")
     (row,) = json.loads((tmp_path / "again" / "quality.json").read_text())["stacks"].values()

@@ -90,6 +90,17 @@ def test_nearly_all_families_say_what_their_blocks_multiply() -> None:
     assert without == UNKNOWN
 
 
+@pytest.mark.slow  # flex attention without a compiler
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_a_model_whose_data_choose_what_attends_to_what_is_counted() -> None:
+    name = "Kandinsky6SRTransformer3DModel"
+    model, call = KNOWN[name].build(), KNOWN[name].inputs(1)
+    plain = tokdyn.flops(model, **call)
+    assert not plain.computed
+    found = tokdyn.flops(tokdyn.wrap(model, [DepthSkip(blocks=(1,))]), **call)
+    assert found.dense == plain.total > found.total
+
+
 @torch.no_grad()
 def test_a_cached_step_is_compared_with_what_the_blocks_would_get() -> None:
     """The last blocks of the decoder read all tokens as text, which a step whose blocks do not run cannot tell."""

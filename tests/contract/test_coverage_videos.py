@@ -24,7 +24,7 @@ pytestmark = [  # diffusers' own: of names that it is giving up, and of Mochi, w
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:flex_attention called without"),
 ]
-DEAR = {"Kandinsky6SRTransformer3DModel"}  # flex attention without a compiler, whose FLOPs torch cannot count
+DEAR = {"Kandinsky6SRTransformer3DModel"}  # flex attention without a compiler, whose FLOPs are not computed
 every = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in sorted(VIDEOS)]
 )

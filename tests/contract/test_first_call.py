@@ -228,3 +228,29 @@ def test_compiled_models_tell_it_and_accepted_ones_do_not():
         tokdyn.flops(model, **TINY["DiTTransformer2DModel"].inputs(2))
     with pytest.warns(UserWarning, match=SHORT):
         call(model)
+
+
+def test_a_share_of_the_flops_that_gates_cannot_reach_is_told_in_training_once():
+    """Of 2 heads and 2 groups of channels one is always on, so that half of the FLOPs stay."""
+    inputs = TINY["DiTTransformer2DModel"].inputs(2)
+    model = model_with(DynamicWidth(target=0.3, tokens=False)).train()
+    with pytest.warns(UserWarning, match=r"fewer FLOPs.*at most .*\(50\.0%\) and not 70\.0%.*raise target"):
+        model(**inputs)
+    with silence():
+        model(**inputs)
+        for reached in (DynamicWidth(target=0.55, tokens=False), DynamicWidth(target=0.4)):
+            model_with(reached).train()(**inputs)
+    with pytest.warns(UserWarning, match="fewer FLOPs"):  # attention is more than a tenth
+        model_with(DynamicWidth(target=0.1, heads=False)).train()(**inputs)
+
+
+def test_a_single_head_has_no_gates_and_that_is_told_when_the_model_is_wrapped():
+    def model():
+        return tokdyn.DiT(sample_size=8, hidden_size=16, depth=2, num_heads=1)
+
+    with pytest.warns(UserWarning, match="single attention head.*neither have gates") as seen:
+        tokdyn.wrap(model(), [DynamicWidth()])
+    assert [each.filename for each in seen] == [__file__]
+    with silence():
+        tokdyn.wrap(model(), [DynamicWidth(heads=False, channels=False)])
+        model_with(DynamicWidth())

@@ -173,7 +173,8 @@ def test_a_model_with_one_head_has_nothing_to_choose():
     model = tokdyn.DiT(sample_size=8, hidden_size=16, depth=2, num_heads=1)
     with pytest.raises(InputError, match="tokens=True"):
         tokdyn.wrap(model, [DynamicWidth(tokens=False)])
-    tokdyn.wrap(model, [DynamicWidth()])
+    with pytest.warns(UserWarning, match="single attention head"):
+        tokdyn.wrap(model, [DynamicWidth()])
 
 
 @torch.no_grad()

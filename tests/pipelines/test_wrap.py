@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -128,6 +129,7 @@ class Series(diffusers.DiffusionPipeline):
     def __call__(self, images: int, steps: int) -> None:
         self.scheduler.set_timesteps(steps)
         beside, inputs = copy.deepcopy(self.scheduler), TINY["DiTTransformer2DModel"].inputs(1)
+        self.kept = [beside, copy.copy(beside), type(self.scheduler).from_config(self.scheduler.config)]
         for seed in range(images):
             x = other(inputs["hidden_states"], seed)
             for timestep in self.scheduler.timesteps:
@@ -143,6 +145,8 @@ def test_a_trajectory_ends_with_its_last_step() -> None:
         pipe(images=3, steps=4)
     assert cached == [False, True, True, False] * 3
     assert list(reused(pipe)) == [0, 1, 2, 3]
+    assert all(type(each) is diffusers.DDIMScheduler for each in pipe.kept)  # not merely equal to it
+    pickle.dumps(pipe.kept)
 
 
 @contextmanager

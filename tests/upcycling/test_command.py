@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import tokdyn
 from tokdyn import Chunking
-from tokdyn.errors import CheckpointError
+from tokdyn.errors import CheckpointError, InputError
 from tokdyn.host import describe, open_device
 from tokdyn.upcycling.command import PipelineConfig, PipelineResult, upcycle_pipeline
 
@@ -267,3 +267,10 @@ def test_a_result_cannot_be_changed(tmp_path: Path) -> None:
     result: Any = PipelineResult(tmp_path, {})
     with pytest.raises(AttributeError):
         result.folder = None
+
+
+def test_a_pipeline_with_two_transformers_is_refused_by_their_names(experts: Path, tmp_path: Path) -> None:
+    config = PipelineConfig(base=str(experts), out=tmp_path / "out", device="cpu", steps=1)
+    with pytest.raises(InputError, match="transformer and transformer_2"):
+        upcycle_pipeline(config, ["dc"])
+    assert not (tmp_path / "out").exists()

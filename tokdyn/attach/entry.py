@@ -21,7 +21,7 @@ from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
-from tokdyn.watching import warn_of_another_model
+from tokdyn.watching import warn_of_another_model, warn_of_missing_gates
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,6 +54,7 @@ def wrap(model: Model, methods: Sequence[Method], level: Level | None = None) ->
     containers.check_sharding(model, attachment)
     containers.check_parts_unsharded(model, attachment)
     placed, depth = attachment.blueprint.placed, attachment.blueprint.sizes.depth
+    warn_of_missing_gates(model, placed, attachment.blueprint.sizes.heads)
     containers.check_cache(model, placed, depth, getattr(model, "_cache_config", None))
     sites = attachment.sites(model)
     check_sublayers(model, methods, sites.values(), depth)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from tokdyn.attach import Attachment, attachment_of, inner_model, untraced
@@ -25,11 +26,13 @@ from tokdyn.methods import Method
 from tokdyn.pipelines import denoisers, disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
 from tokdyn.pipelines.drawing import draw, title_of
 from tokdyn.progress import progress
-from tokdyn.report.grids import image_grid
+from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import Pixels, write_png
 
 _WIDTH = 256  # pixels; narrower pictures are enlarged to about this width
 _LINE = 22  # letters of a prompt in a line beside its pair
+_ON_PAGE = 8  # pairs
+_TALLEST = 16_384  # pixels, of the PNG files that viewers and browsers show
 _WARM_UP = 2  # steps of a call before the first one that is timed
 
 
@@ -92,19 +95,27 @@ class Compared:
 
         Smaller pictures have white margins. Tiny ones are enlarged by a whole factor.
         """
-        images = [frames[len(frames) // 2] for pair in self.pairs for frames in (pair.without, pair.acting)]
+        return self._drawn(self.pairs)
+
+    def pages(self) -> Iterator[Pixels]:
+        """Draw the pairs as `picture` does, eight on each page."""
+        for first in range(0, len(self.pairs), _ON_PAGE):
+            yield self._drawn(self.pairs[first : first + _ON_PAGE])
+
+    def _drawn(self, pairs: Sequence[Pair]) -> Pixels:
+        images = [frames[len(frames) // 2] for pair in pairs for frames in (pair.without, pair.acting)]
         captions = [
             text
-            for pair in self.pairs
+            for pair in pairs
             for text in (f"{pair.seconds[0]:.2f} s", f"{pair.seconds[1]:.2f} s, PSNR {pair.psnr:.1f} dB")
         ]
-        titles = ["\n".join([*wrap_text(pair.prompt, _LINE), f"seed {pair.seed}"]) for pair in self.pairs]
-        cells, columns = _on_cells(images), ["without methods", self.methods]
+        titles = ["\n".join([*wrap_text(pair.prompt, _LINE), f"seed {pair.seed}"]) for pair in pairs]
+        cells, columns = on_cells(images), ["without methods", self.methods]
         scale = max(1, round(_WIDTH / cells.shape[2]))
         return image_grid(cells, 2, captions, row_titles=titles, column_titles=columns, scale=scale)
 
     def save(self, path: str | Path) -> Path:
-        """Write the pairs side by side as a PNG file.
+        """Write the pairs side by side as a PNG file. One taller than 16,384 pixels is made smaller, to be shown.
 
         Returns:
             The path.
@@ -112,7 +123,10 @@ class Compared:
         Raises:
             OutputError: the file cannot be written.
         """
-        return write_png(self.picture(), Path(path).expanduser())
+        pixels = self.picture()
+        if (height := len(pixels)) > _TALLEST:
+            pixels = np.asarray(Image.fromarray(pixels).resize((pixels.shape[1] * _TALLEST // height, _TALLEST)))
+        return write_png(pixels, Path(path).expanduser())
 
     def as_dict(self) -> dict[str, Any]:
         """Return all numbers as a JSON-ready dictionary; infinite ones as None."""
@@ -251,16 +265,6 @@ def _pair(name: str, seed: int, without: tuple[Pixels, float], acting: tuple[Pix
     similar = ssim(image, reference).mean().item() if min(image.shape[-2:]) >= WINDOW else None
     ratio = psnr(image, reference).mean().item()
     return Pair(name, seed, without[0], acting[0], (without[1], acting[1]), ratio, similar)
-
-
-def _on_cells(images: Sequence[Pixels]) -> Pixels:
-    """Put (H, W, 3) pictures at the bottom of equal white cells, above their captions: (N, height, width, 3)."""
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    cells = np.full((len(images), height, width, 3), 255, np.uint8)
-    for cell, image in zip(cells, images, strict=True):
-        left = (width - image.shape[1]) // 2
-        cell[height - image.shape[0] :, left : left + image.shape[1]] = image
-    return cells
 
 
 def _planes(pixels: Pixels) -> Tensor:

@@ -5,6 +5,7 @@ A stack is a list of methods that act together on a model.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, set_tail_drop, unwrap, wrap
 from tokdyn.pipelines.drawing import Drawing, call_arguments, title_of
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.report.pixels import write_png
 
 UNITS = "a multiply-add is 2 FLOPs, of blocks and methods"
 _SHOWN = ("steps", "guidance", "height", "width", "frames", "seed", "precision")  # settings, on the page
@@ -161,7 +163,7 @@ def attach(pipe: Any, stack: Stack) -> None:
 
 
 def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> tuple[Path, ...]:
-    """Write quality.json, quality.html and, for each stack, a picture with its pairs side by side.
+    """Write quality.json, quality.html and, for each stack, pictures with its pairs side by side, eight on each.
 
     Returns:
         The paths of the files.
@@ -169,18 +171,18 @@ def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> t
     require_folder(config.out)
     content = {"settings": config.model_dump(mode="json"), **result.as_dict()}
     page, numbers = config.out / "quality.html", config.out / "quality.json"
-    pictures = {
-        name: row.save(config.out / f"pairs-{place}.png")
-        for place, (name, row) in enumerate(result.compared.items(), 1)
-    }
+    pictures = {}
+    for place, (name, row) in enumerate(result.compared.items(), 1):
+        paths = (config.out / f"pairs-{place}{f'-{page}' if page > 1 else ''}.png" for page in itertools.count(1))
+        pictures[name] = [write_png(pixels, path) for pixels, path in zip(row.pages(), paths, strict=False)]
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     with replacing(page) as temporary:
         temporary.write_text(_html(config, result, pictures), encoding="utf-8")
-    return numbers, page, *pictures.values()
+    return numbers, page, *itertools.chain(*pictures.values())
 
 
-def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str, Path]) -> str:
+def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str, list[Path]]) -> str:
     table = result.columns()
     head = "".join(f"<th>{escape(name)}</th>" for name in table)
     body = "".join(
@@ -191,8 +193,9 @@ def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str
     count = len(config.prompts)
     settings = (f"{name} {value}" for name in _SHOWN if (value := getattr(config, name)) is not None)
     shown = "".join(
-        f'<h2>{escape(name)}</h2><p><img src="{path.name}" alt="pairs of {escape(name)}"></p>\n'
-        for name, path in pictures.items()
+        f"<h2>{escape(name)}</h2>"
+        + "".join(f'<p><img src="{path.name}" alt="pairs of {escape(name)}"></p>\n' for path in paths)
+        for name, paths in pictures.items()
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Pairs of pictures</title>'

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from einops import rearrange
 from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
 
@@ -113,9 +112,8 @@ class PipelineTuner(Tuner):
         return torch.cat(images), spent / dense
 
     def _picture(self, place: int) -> Tensor:
-        """Draw a prompt: (B, C, H, W) in [0, 255], one after the other the frames of a video."""
-        pixels = draw(self.pipe, self.calls[place], self.config.seed + place)
-        return rearrange(torch.from_numpy(pixels), "f h w c -> f c h w").float()
+        """Draw a prompt and return its pixels (F * H * W * C,) in [0, 255]; prompts may have sizes of their own."""
+        return torch.from_numpy(draw(self.pipe, self.calls[place], self.config.seed + place)).flatten().float()
 
 
 @dataclass(frozen=True)
@@ -123,12 +121,12 @@ class PipelineTuned:
     """The result of `tune_pipeline`.
 
     Attributes:
-        folder: holds stack.yaml, the best schedule; methods, for `tokdyn sample` and `tokdyn.load`; tuned.json; and the
-            files of `tokdyn bench quality`.
+        folder: holds stack.yaml, the best schedule; methods, for `tokdyn sample` and `tokdyn.load`; prompts.json;
+            tuned.json; and the files of `tokdyn bench quality`.
         stack: the best schedule.
         trials: all schedules of the search that met the target, the lowest error first.
         compared: the uniform schedule and the finalists beside the pipeline without methods.
-        command: the shell command that samples with the best schedule.
+        command: the shell command that draws the prompts, from the noise of the search, with the best schedule.
     """
 
     folder: Path
@@ -195,8 +193,14 @@ def _merges(pipe: Any) -> bool:
 
 
 def _command(config: PipelineTuneConfig, methods: Path) -> str:
-    """Return the shell command that samples with the methods that were found."""
-    words = ["tokdyn", "sample", config.model, f"methods={methods}"]
+    """Return the shell command that draws the prompts, from the noise of the search, with the methods that were found.
+
+    The prompts are written to prompts.json beside the methods, with absolute paths of their images.
+    """
+    prompts = config.out / "prompts.json"
+    with replacing(prompts) as temporary:
+        temporary.write_text(json.dumps(config.prompts, indent=1) + "\n", encoding="utf-8")
+    words = ["tokdyn", "sample", config.model, f"methods={methods}", f"prompts={prompts}", f"seed={config.seed}"]
     for name in ("steps", "guidance", "height", "width", "frames"):
         value = getattr(config, name)
         words += [] if value is None else [f"{name}={value:g}"]

@@ -81,7 +81,7 @@ class Tuner(ABC):
     Attributes:
         config: the settings, of which `flops`, `model`, `trials` and `seed` are read here.
         knobs: the knobs to turn.
-        reference: (B, C, H, W) images of the unmodified model, on the CPU.
+        reference: images of the unmodified model, on the CPU: (B, C, H, W), or all their pixels in a row.
         reference_gflops: 1e9 FLOPs of one of these images; a multiply-add is 2 FLOPs.
         denoisers: names of the denoisers of a pipeline; a model is the only one, "".
         caches: for each denoiser the calibrated FeatureCache with the largest threshold, if the knob "cache" is used.
@@ -133,7 +133,7 @@ class Tuner(ABC):
         """Draw with a stack what errors are measured on.
 
         Returns:
-            The images (B, C, H, W), on the CPU, and the 1e9 FLOPs of one; None if the methods cannot be combined on
+            The images, as `reference`, on the CPU, and the 1e9 FLOPs of one; None if the methods cannot be combined on
             this model.
         """
 

@@ -16,7 +16,7 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.structure import structures
 from tokdyn.attach import Attachment, Meter, argument_names, blocks_of, metered, untraced
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.counter import attention_formulas, by_child, frozen, to_meta
+from tokdyn.cost.counter import attention_formulas, by_child, eager_flex_attention, frozen, to_meta
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.models.blocks import Attention
 from tokdyn.ops.attention import computed_pairs
@@ -73,7 +73,8 @@ def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
     with metered(model, Meter(mode.get_total_flops, arguments)) as attachment, untraced(attachment):
         training = bool(attachment.methods) and model.training and torch.is_grad_enabled()
         try:
-            with torch.set_grad_enabled(training), nullcontext() if training else frozen(model), mode:
+            frozen_or_not = nullcontext() if training else frozen(model)
+            with torch.set_grad_enabled(training), frozen_or_not, eager_flex_attention(), mode:
                 model(*inputs, **keywords)
         except RuntimeError as error:
             if not meta:

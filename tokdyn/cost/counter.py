@@ -7,8 +7,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.attention.flex_attention as flex
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch._higher_order_ops.flex_attention import flex_attention, sdpa_dense
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 
 def count(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[int, dict[str, int], Any]:
@@ -31,7 +33,7 @@ def count_call(
 ) -> tuple[int, dict[str, int], Any]:
     """Count as `count` does; `training` keeps gradients, so that methods which act in training only are included."""
     mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
-    with torch.set_grad_enabled(training), nullcontext() if training else frozen(model), mode:
+    with torch.set_grad_enabled(training), nullcontext() if training else frozen(model), eager_flex_attention(), mode:
         output = model(*inputs, **keywords)
     total, children = int(mode.get_total_flops()), by_child(mode, type(model).__name__)
     rest = total - sum(children.values())
@@ -97,10 +99,32 @@ def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor
     return sum(2 * length * length * query.shape[1] * (query.shape[2] + value.shape[2]) for length in lengths)
 
 
+@contextmanager
+def eager_flex_attention() -> Iterator[None]:
+    """Let flex attention that is not compiled run as it is, and not through the compiler, which refuses counters."""
+    before = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        yield
+    finally:
+        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+def _flex_attention(mode: Any, *args: Any) -> Any:
+    """Compute flex attention as it is without a compiler, by products of all queries and keys, which are counted."""
+    with mode:
+        return sdpa_dense(*args)
+
+
 def attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Return FLOP formulas for attention kernels that torch's counter does not know: fused on CPU, packed on CUDA."""
+    """Return FLOP formulas for attention kernels that torch's counter does not know: fused on CPU, packed on CUDA.
+
+    Flex attention that is not compiled, which the counter refuses, can be counted from then on.
+    """
     import torch.nn.attention.varlen  # registers the operator of packed rows
 
+    if _FlopCounterMode not in flex_attention.python_key_table:
+        flex_attention.py_impl(_FlopCounterMode)(_flex_attention)
     _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter then passes tensors, not shapes
     return {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,

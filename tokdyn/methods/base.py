@@ -78,8 +78,8 @@ class Traits:
             groups of samples.
         controls: the functions of `tokdyn.attach.controls` that act on the method.
         idle: why the method has no effect with these settings, a clause for a message; None if it has one.
-        short: why a call may leave out a smaller share of the tokens than the settings ask for, and what to do about
-            it, a clause for a message.
+        short: why a call may leave out a smaller share of the tokens, or of the FLOPs, than the settings ask for, and
+            what to do about it, a clause for a message.
     """
 
     stage: Stage

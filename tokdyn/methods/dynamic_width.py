@@ -85,6 +85,8 @@ class DynamicWidth(Method):
             diverges=True,
             prunes=None if self.target == 1.0 else Pruning(self.heads, self.channels, self.tokens, stream),
             aligned="mlp" if self.tokens and self.token_input == "stream" else None,
+            short="the first head and the first group of channels of every block are always on, and so is all that has "
+            "no gates; raise target, or give more of heads, channels and tokens gates",
         )
 
     @classmethod

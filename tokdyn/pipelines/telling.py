@@ -9,6 +9,7 @@ themselves; the calls until then are those of one step. Guiders of modular pipel
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -178,8 +179,21 @@ def listening(components: dict[str, Any], teller: Teller) -> Iterator[None]:
 
 @contextmanager
 def _reporting(owner: Any, reports: Reports, of_copies: Reports | None = None) -> Iterator[None]:
-    """Let methods of one object, and of copies that are made meanwhile, report what they return and their arguments."""
-    base, listens = type(owner), [True]
+    """Let methods of one object, and of copies that are made meanwhile, report what they return and their arguments.
+
+    Afterwards the object and its copies have their class again.
+    """
+    base: Any = type(owner)
+    listens = [True]
+    made: list[weakref.ref[Any]] = []
+
+    @functools.wraps(base.__init__)  # whose arguments are those of the class
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of the subclass, as copying does, and remember it."""
+        plain = base.__new__ is object.__new__
+        each = object.__new__(cls) if plain else base.__new__(cls, *args, **kwargs)
+        made.append(weakref.ref(each))
+        return each
 
     def reporting(name: str, report: Callable[..., None]) -> Callable[..., Any]:
         original, of_copy = getattr(base, name), (of_copies or {}).get(name)
@@ -198,9 +212,11 @@ def _reporting(owner: Any, reports: Reports, of_copies: Reports | None = None) -
     names = {name: reporting(name, report) for name, report in reports.items() if hasattr(base, name)}
     about = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     kind: Any = _Alike if type(base) is type else type(base)
-    owner.__class__ = kind(base.__name__, (base,), {**about, **names})
+    owner.__class__ = reports_to = kind(base.__name__, (base,), {**about, **names, "__new__": new})
     try:
         yield
     finally:
-        owner.__class__ = base
         listens.clear()
+        for each in (owner, *(reference() for reference in made)):
+            if type(each) is reports_to:
+                each.__class__ = base

@@ -94,6 +94,16 @@ def image_grid(
     return np.asarray(page)
 
 
+def on_cells(images: Sequence[Pixels]) -> Pixels:
+    """Put (H, W, 3) pictures at the bottom of equal white cells, above their captions: (N, height, width, 3)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    cells = np.full((len(images), height, width, 3), 255, np.uint8)
+    for cell, image in zip(cells, images, strict=True):
+        left = (width - image.shape[1]) // 2
+        cell[height - image.shape[0] :, left : left + image.shape[1]] = image
+    return cells
+
+
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return the font of figures in a size in pixels."""
     return ImageFont.truetype(font_file(bold), size)

@@ -24,7 +24,7 @@ from tokdyn.pipelines import load, stats
 from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, images_of, title_of
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.progress import progress
-from tokdyn.report.grids import image_grid
+from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import write_png
 
 RESULT, GRID = "sample.json", "grid.png"
@@ -223,10 +223,9 @@ def _write(path: Path, pixels: NDArray[np.uint8]) -> str:
 
 
 def _overview(out: Path, drawn: tuple[Drawn, ...], titles: Sequence[str]) -> None:
-    """Draw all pictures, the first frames of videos, in one grid, if they have one size."""
+    """Draw all pictures, the first frames of videos, in one grid; smaller ones have white margins."""
     images = []
     for each in drawn:
         with Image.open(out / each.file) as image:
             images.append(np.asarray(image.convert("RGB")))
-    if len({image.shape for image in images}) == 1:
-        write_png(image_grid(np.stack(images), captions=titles), out / GRID)
+    write_png(image_grid(on_cells(images), captions=titles), out / GRID)

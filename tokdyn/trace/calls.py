@@ -142,7 +142,8 @@ class CallTrace:
         cached: samples whose blocks were skipped because a cache added their remembered effect.
         kept: generated tokens that learned chunking kept of each sample; None without it.
         shortfalls: where a method left out fewer tokens than its settings ask for, by its name: the share that is asked
-            for, the tokens that it left out, and those that there were, of the first such sample.
+            for, the tokens that it left out, and those that there were, of the first such sample; in training, of a
+            method that learns a share of the FLOPs, those that it could leave out at most, and all of them.
         method_flops: FLOPs of what the methods computed besides the blocks, by what it was; a multiply-add is 2.
         compared: samples for which a cache computed the modulated input of the first block.
         counted: FLOPs that were counted from the first block to the last, while `tokdyn.flops` counts.
@@ -172,7 +173,7 @@ class CallTrace:
         self.method_flops[what] = self.method_flops.get(what, 0) + flops
 
     def fall_short(self, what: str, asked: Sequence[Any], reached: Sequence[int], sizes: Sequence[int]) -> None:
-        """Note it if a method leaves out fewer tokens than it is asked to, by more than rounding to whole tokens.
+        """Note it if a method leaves out fewer tokens, or FLOPs, than it is asked to, by more than rounding.
 
         Args:
             what: name of the method.

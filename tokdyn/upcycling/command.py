@@ -15,9 +15,10 @@ from pydantic import Field, PositiveInt, model_validator
 from tokdyn import __version__
 from tokdyn.attach import attached
 from tokdyn.cost import flops, stats
-from tokdyn.errors import CheckpointError
+from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
+from tokdyn.pipelines import denoisers
 from tokdyn.pipelines.drawing import Drawing, Prompts, call_arguments, draw, title_of
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.recorder import evaluating, recording
@@ -121,7 +122,8 @@ def upcycle_pipeline(
         tell: receives a summary before the first step: trained and frozen parameters, tokens and FLOPs of a call.
 
     Raises:
-        TokdynError: the pipeline cannot be read, or its transformer does not support the methods.
+        TokdynError: the pipeline cannot be read or has several transformers, or its transformer does not support the
+            methods.
     """
     settle_memory()
     for name in methods:
@@ -142,6 +144,11 @@ def upcycle_pipeline(
                 f"{out} was started with other settings; to resume it, set back {', '.join(changed)}."
             )
     pipe = open_pipeline(config.base, device, config.precision)
+    if len(names := tuple(denoisers(pipe))) > 1:
+        raise InputError(
+            f"{config.base} draws with {' and '.join(names)}, of which upcycle would train one alone; train each in "
+            f"Python, on calls that tokdyn.recording(pipe.{names[-1]}) keeps, with tokdyn.upcycling.distil."
+        )
     drawn = call_arguments(pipe, config.drawing)
     with recording(pipe.transformer) as calls:
         before = _draw(pipe, drawn, config.seed)

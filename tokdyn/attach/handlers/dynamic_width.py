@@ -26,6 +26,7 @@ from tokdyn.attach.width.rows import (
     STREAM,
     input_mask,
     into_mlp,
+    note_reach,
     note_saved,
     out_of_mlp,
     select_tokens,
@@ -224,19 +225,18 @@ class DynamicBlocks(Bracket, Kernel):
             x = x * mask
         if layer.split:
             return out_of_mlp(frame, module, layer, call, x, *rest)
-        out: Tensor = call(x, *rest)
-        return out
+        return call(x, *rest)  # type: ignore[no-any-return]
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Add the FLOPs loss in training. The tokens stay as they are."""
-        context = frame.context
-        widths: Widths | None = context.slots[self.slot]
+        context, widths = frame.context, frame.context.slots[self.slot]
         if widths is None:  # no sample was computed
             return x, view
         context.slots[self.slot] = None
         if context.training and widths.masks is not None:
             loss = flops_loss(self._share(widths, x.device), self.module.target(self.method))
             context.add_loss("DynamicWidth", self.method.loss_weight * loss)
+            note_reach(context.trace, self.method, self.module, self.layouts, widths.spent)
             if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:  # else it is recomputed
                 self.module.calls += 1
         return x, view

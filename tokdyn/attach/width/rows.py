@@ -7,7 +7,7 @@ training, `frame` is the frame of the block call, `site` the site of the MLP or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ from tokdyn.attach.sites import Site
 from tokdyn.attach.width.copies import readable
 from tokdyn.attach.width.layout import Layer, Layout
 from tokdyn.attach.width.slices import Slice
-from tokdyn.methods import WidthGates
+from tokdyn.methods import DynamicWidth, WidthGates
 from tokdyn.ops.skipping import gate
 from tokdyn.ops.width import spread, with_text
+from tokdyn.trace.calls import CallTrace
 
 _ROWS, _MASK = "rows", "mask"  # names in `Exchange.given`: what the first layer of the MLP hands to its last layer
 STREAM = "stream"
 """Name in `Exchange.given` of the tokens before the norm ahead of the MLP; see `Blocks.stream`."""
+Spent = tuple[int, int, tuple[int, int]]  # see `Widths.spent`
 
 
 def _place(site: Site) -> str:
@@ -241,6 +243,24 @@ def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
         counts["sequence"] = counts["joint"] - stream
         count = counts.get(layer.rows, call.samples * call.context)
         call.save(".".join(layer.names), 2 * elements * count)
+
+
+def note_reach(
+    trace: CallTrace, method: DynamicWidth, gates: WidthGates, layouts: Sequence[Layout], spent: Sequence[Spent]
+) -> None:
+    """Note it if the target is out of reach: if no gates that may shut could lower the FLOPs `spent` to it.
+
+    The first head and the first group of channels of a block are always on. Graphs of torch.compile do not note it.
+    """
+    saved = whole = 0
+    for block, _, (attention, mlp) in () if torch.compiler.is_compiling() else spent:
+        heads, channels = (layouts[block].sizes[kind] for kind in ("heads", "channels"))
+        shut = 0 if gates.channels is None or not channels else mlp * sum(channels[1:]) // sum(channels)
+        saved += shut if gates.tokens is None else mlp
+        saved += 0 if gates.heads is None else attention * (len(heads) - 1) // len(heads)
+        whole += attention + mlp
+    if whole:
+        trace.fall_short("DynamicWidth", (1.0 - method.target,), (saved,), (whole,))
 
 
 def input_mask(frame: Frame, site: Site, layout: Layout, x: Tensor) -> Tensor | None:
