@@ -207,11 +207,7 @@ def _conclude(model: nn.Module, output: Any) -> None:
 
 
 def _call_model(
-    model: nn.Module,
-    plain: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    prepared: Prepared | None = None,
+    model: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any], prepared: Prepared | None = None
 ) -> Any:
     """Call the model, through the engine if methods act."""
     attachment = _acting(model)
