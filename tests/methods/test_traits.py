@@ -93,6 +93,8 @@ ANSWERS = [
             "reads": "count",
             "needs_sizes": True,
             "diverges": True,
+            "short": "the first head and the first group of channels of every block are always on, and so is all that "
+            "has no gates; raise target, or give more of heads, channels and tokens gates",
         },
     ),
     (
