@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.contract.coverage_videos import COSMOS
 from tests.contract.kit import latents, of_diffusers
+from tests.contract.pipelines import flux, prompts
 from tests.contract.pipelines import ltx as ltx_of_text
-from tests.contract.pipelines import prompts, vae
 from tests.contract.pipelines import wan as wan_of_text
 from tests.contract.references import qwen_model, token_replace
 from tests.contract.stacks import KNOWN
@@ -23,14 +23,7 @@ def picture(width: int = 16, height: int = 16) -> Image.Image:
 
 
 def kontext_pipe() -> Any:
-    model = of_diffusers(
-        "FluxTransformer2DModel",
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=False,
-        axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.FluxKontextPipeline(scheduler, vae(), None, None, None, None, model)
+    return diffusers.FluxKontextPipeline(**flux().components)
 
 
 def qwen_pipe() -> Any:
