@@ -1,6 +1,6 @@
-"""Find the model inside of DDP, FSDP and compile containers; reject what others do to it that a method cannot bear.
+"""Find the model inside of DDP, FSDP and compile containers; reject what methods cannot run with.
 
-That are weights or tokens that are split over devices, and caches of diffusers.
+That is a model whose weights or tokens are split over devices, or one with a cache of diffusers.
 
 Functions that only read a model accept it inside of a container. `wrap` does not, because it has to come before some
 containers; the errors say which order works.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
-from tokdyn.adapters.tokens import counted_rows, other_tokens, rounds_of
+from tokdyn.adapters.counting import counted_rows, other_tokens, rounds_of
 from tokdyn.attach.inferred import Guard
 from tokdyn.attach.offload import Residency
 from tokdyn.attach.sites import Site

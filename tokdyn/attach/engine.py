@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tokdyn.adapters.base import Blocks
+from tokdyn.adapters.counting import other_tokens
 from tokdyn.adapters.coupling import check_groups
 from tokdyn.adapters.tokens import (
     apart,
@@ -21,7 +22,6 @@ from tokdyn.adapters.tokens import (
     call_by_name,
     gather,
     join,
-    other_tokens,
     rotate,
     scatter,
     together,
