@@ -104,6 +104,7 @@ def test_only_pipelines_of_other_models_than_tokdyn_samples_itself_are_pipelines
     assert not names_pipeline(None)
     assert not names_pipeline(str(tmp_path))
     assert not names_pipeline("nobody/no-such-pipeline")
+    assert not names_pipeline("./no-such-folder")  # looks like an id of the hub, which the hub's client refuses
     assert not names_pipeline(str(tmp_path / "none"))
     with pytest.raises(tokdyn.CheckpointError, match="no such folder"):
         names_pipeline(str(tmp_path / "none"), wanted=True)

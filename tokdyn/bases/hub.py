@@ -31,13 +31,13 @@ _WEIGHTS = tuple(f"*{ending}" for ending in _ENDINGS)
 
 def pipeline_index(repo: str) -> tuple[Path | None, str]:
     """Return the model_index.json of a pipeline, from the cache or else from the hub; or None and why there is none."""
-    cached = try_to_load_from_cache(repo, INDEX)
-    if isinstance(cached, str):
-        return Path(cached), ""
     unreachable = "it cannot be reached"
-    if not reachable():
-        return None, unreachable
     try:
+        cached = try_to_load_from_cache(repo, INDEX)
+        if isinstance(cached, str):
+            return Path(cached), ""
+        if not reachable():
+            return None, unreachable
         return Path(hf_hub_download(repo, INDEX)), ""
     except GatedRepoError:
         return None, "access to it has to be granted (accept its licence there, then run hf auth login)"
