@@ -60,8 +60,9 @@ def test_every_adapter_and_every_method_is_in_it() -> None:
 def test_wrap_says_the_same(adapter: ModelAdapter) -> None:
     """For every kind of settings: refused with that reason, or attached, to a real model."""
     name = next(name for name in (adapter.name, *adapter.classes) if name in KNOWN)
+    model = KNOWN[name].build()
     for method in (each for known in METHODS.values() for each in known.examples()):
-        model, reason = KNOWN[name].build(), unsupported(adapter, method)
+        reason = unsupported(adapter, method)
         if reason is None:
             tokdyn.unwrap(tokdyn.wrap(model, [method]))
             continue
@@ -110,12 +111,13 @@ def run(*words: str, code: int = 0) -> str:
 
 
 def test_models_lists_families() -> None:
-    entries = {each["name"]: each for each in json.loads(run("models", "--json")) if each["kind"] == "family"}
+    listed = json.loads(run("models", "--json"))
+    entries = {each["name"]: each for each in listed if each["kind"] == "family"}
     assert set(entries) == {adapter.name for adapter in ADAPTERS}
     assert entries["Sana"]["methods"]["TokenMerge"] == "partly"
     assert "neighbouring cells" in entries["Sana"]["refused"]["TokenMerge(where='mlp')"]
     assert entries["timm ViT"]["refused"]["FeatureCache"].startswith("it depends on the noise level")
-    others = {each["name"]: each for each in json.loads(run("models", "--json")) if each["kind"] == "class"}
+    others = {each["name"]: each for each in listed if each["kind"] == "class"}
     assert set(others) == set(UNDECLARED) == {each.name for each in classes()}
     assert [name for name, works in others["PriorTransformer"]["methods"].items() if works == "yes"] == [
         "DepthSkip",

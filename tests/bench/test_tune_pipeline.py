@@ -66,6 +66,7 @@ def test_targets_knobs_and_pipelines_that_do_not_fit_are_refused(pipeline, tmp_p
     assert not (tmp_path / "o" / "tuned.json").exists()
 
 
+@pytest.mark.slow
 def test_each_of_two_denoisers_gets_settings_of_its_own(experts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["steps=6", "height=32", "width=32", "frames=1", "device=cpu"]

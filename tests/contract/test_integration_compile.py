@@ -54,7 +54,7 @@ def test_a_compiled_model_in_a_pipeline() -> None:
     assert torch.equal(images(pipe, "DiT"), plain)
 
 
-@pytest.mark.parametrize("first", ["wrap", "compile"])
+@pytest.mark.parametrize("first", ["wrap", pytest.param("compile", marks=pytest.mark.slow)])
 def test_a_model_that_is_compiled_in_place(first: str) -> None:
     pipe, counter = small("DiT", num_layers=2), CompileCounter()
     model = pipe.transformer
@@ -93,6 +93,7 @@ def test_blocks_that_are_compiled_one_by_one() -> None:
     assert counter.frame_count == frames
 
 
+@pytest.mark.slow
 def test_another_size_is_another_graph_and_no_stale_one() -> None:
     model = equip(TINY["DiT"].build(), [TokenMerge(ratio=0.5), DepthSkip(blocks=(0, 1, 2))])
     expected = [predict(model, "DiT", batch=batch) for batch in (2, 1)]

@@ -299,8 +299,15 @@ def test_indices_outside_are_refused(tmp_path):
             data[index]
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("method", "in_memory"),
+    [
+        ("fork", True),
+        ("spawn", False),
+        pytest.param("fork", False, marks=pytest.mark.slow),
+        pytest.param("spawn", True, marks=pytest.mark.slow),
+    ],
+)
 def test_worker_processes_read_the_same_zip(tmp_path, method, in_memory):
     data = images(archive(tmp_path / "z.zip", FILES), in_memory=in_memory)
     stream = BatchStream(data, 3, seed=0, flip=True)
