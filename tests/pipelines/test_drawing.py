@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from tests.contract.pipelines import build
 from tokdyn.errors import InputError
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, read_prompts
+from tokdyn.pipelines.drawing import call_arguments, draw
+from tokdyn.prompts import Drawing, read_prompts
 
 
 @pytest.fixture

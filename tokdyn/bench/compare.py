@@ -24,8 +24,9 @@ from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.pipelines import denoisers, disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
-from tokdyn.pipelines.drawing import draw, title_of
+from tokdyn.pipelines.drawing import draw
 from tokdyn.progress import progress
+from tokdyn.prompts import title_of
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import Pixels, write_png
 

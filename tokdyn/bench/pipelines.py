@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import PositiveInt
+from typing import Any
 
 from tokdyn.bench.compare import Compared, compare
+from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
 from tokdyn.errors import RecipeError
-from tokdyn.files import UserPath, replacing, require_folder
+from tokdyn.files import replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, set_tail_drop, unwrap, wrap
-from tokdyn.pipelines.drawing import Drawing, call_arguments, title_of
+from tokdyn.pipelines.drawing import call_arguments
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.prompts import title_of
 from tokdyn.report.pixels import write_png
 
 UNITS = "a multiply-add is 2 FLOPs, of blocks and methods"
@@ -33,32 +33,6 @@ _STYLE = (
     "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
     "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
 )
-
-
-class PipelineBenchConfig(Drawing):
-    """Settings of `tokdyn bench speed` and `bench quality` for a pipeline; null means the default of the pipeline.
-
-    Attributes:
-        model: Folder or hub id of the pipeline.
-        out: For quality: folder to write to.
-        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
-            arguments, such as {prompt: make it night, image: street.png}. For speed the first one counts.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: The noise of prompt i has the seed `seed` + i.
-        rounds: For speed: how often the prompt is drawn without methods and with them, in turn; the median counts.
-        precision: Precision of the pipeline's weights.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-    """
-
-    model: str
-    out: UserPath = Path("quality")
-    rounds: PositiveInt = 3
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
 
 
 @dataclass(frozen=True)

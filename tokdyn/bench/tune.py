@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tokdyn.attach import attachment_of, save
-from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.quality import QualityResult, bench_quality
 from tokdyn.bench.quality_page import write_page
+from tokdyn.bench.settings import QualityConfig
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.bench.tune_search import ModelTuner, Trial, search, uniform_trial, usable_knobs
 from tokdyn.bench.tune_settings import TuneConfig

@@ -6,66 +6,30 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from tokdyn.adapters import adapter_for
 from tokdyn.attach import accept_methods, unsupported
-from tokdyn.bench.pipelines import PipelineBench, PipelineBenchConfig, attach, bench_pipeline, write_pipeline_page
+from tokdyn.bench.pipelines import PipelineBench, attach, bench_pipeline, write_pipeline_page
+from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
 from tokdyn.bench.tune_search import Shape, Trial, Tuner, search, uniform_trial
+from tokdyn.bench.tune_settings import PipelineKnob, PipelineTuneConfig
 from tokdyn.errors import InputError, TokdynError
-from tokdyn.files import UserPath, replacing, require_folder
+from tokdyn.files import replacing, require_folder
 from tokdyn.host import open_device, settle_memory
 from tokdyn.methods import TokenMerge
-from tokdyn.methods.registry import short_name
 from tokdyn.pipelines import denoisers, recording, save, stats, unwrap
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
+from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.prompts import Drawing
 from tokdyn.recipe import yaml_text
 from tokdyn.recorder import Call
-from tokdyn.sample.config import listed
 
-PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(short_name)]
 _KNOBS: tuple[PipelineKnob, ...] = ("merge", "skip", "cache")
-
-
-class PipelineTuneConfig(Drawing):
-    """Settings of `tokdyn tune` for a pipeline; null means the default of the pipeline.
-
-    Attributes:
-        model: Folder or hub id of the pipeline.
-        flops: Target, as a share of the FLOPs of the blocks without methods.
-        out: Folder to write to.
-        knobs: Ways to save FLOPs that the search may use: `merge` (TokenMerge by noise level), `skip` (DepthSkip with a
-            calibrated table), `cache` (FeatureCache with a calibrated threshold); null takes all that the transformer
-            can use. Of several transformers, each is calibrated on the calls that it gets, and turned by itself.
-        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
-            arguments, such as {prompt: make it night, image: street.png}. Every trial draws all of them.
-        trials: Number of schedules that the search tries.
-        finalists: Number of schedules, those with the lowest errors, that are compared on the same prompts with other
-            noise, together with the uniform schedule, whose settings are the same at all noise levels.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: Seed of the search; the noise of prompt i has the seed `seed` + i.
-        precision: Precision of the pipeline's weights.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-    """
-
-    model: str
-    flops: Annotated[float, Field(gt=0.0, lt=1.0)]
-    out: UserPath = Path("tuned")
-    knobs: Annotated[tuple[PipelineKnob, ...] | None, BeforeValidator(listed), Field(min_length=1)] = None
-    trials: PositiveInt = 24
-    finalists: PositiveInt = 3
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
 
 
 @dataclass

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,43 +18,19 @@ from PIL import Image
 from tokdyn import __version__
 from tokdyn.attach import CONFIG, WEIGHTS
 from tokdyn.errors import InputError, RecipeError
-from tokdyn.files import UserPath, json_object, replacing, require_folder
+from tokdyn.files import json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, stats
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, images_of, title_of
+from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.progress import progress
+from tokdyn.prompts import images_of, title_of
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import write_png
+from tokdyn.sample.config import PipelineSampleConfig
 
 RESULT, GRID = "sample.json", "grid.png"
 _MILLISECONDS = 80  # a frame of a video is shown
-
-
-class PipelineSampleConfig(Drawing):
-    """Settings of `tokdyn sample` for a pipeline of diffusers; null means the default of the pipeline.
-
-    Attributes:
-        model: Folder or hub id of the pipeline.
-        out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
-        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`.
-        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
-            arguments, such as {prompt: make it night, image: street.png}.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: The noise of prompt i has the seed `seed` + i.
-        precision: Precision of the pipeline's weights.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-    """
-
-    model: str
-    out: UserPath | None = None
-    methods: UserPath | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
