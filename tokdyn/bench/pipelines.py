@@ -51,14 +51,14 @@ class PipelineBench:
         """Return the columns of the table by title, each with one text per stack."""
         rows = list(self.compared.values())
         seconds = [[statistics.median(pair.seconds[side] for pair in row.pairs) for row in rows] for side in (0, 1)]
-        similar = [row.ssim for row in rows]
+        inside, spent, similar = zip(*((row.denoiser_seconds, row.flops_share, row.ssim) for row in rows), strict=True)
         table = {
             "stack": list(self.compared),
             "s without": [f"{value:.3g}" for value in seconds[0]],
             "s with": [f"{value:.3g}" for value in seconds[1]],
             "times as fast": [f"{row.speedup:.2f}" for row in rows],
-            "s in the model": ["-" if row.stats.seconds is None else f"{row.stats.seconds:.3g}" for row in rows],
-            "FLOPs": ["-" if row.stats.share is None else f"{row.stats.share:.1%}" for row in rows],
+            "s in the model": ["-" if value is None else f"{value:.3g}" for value in inside],
+            "FLOPs": ["-" if value is None else f"{value:.1%}" for value in spent],
             "PSNR, dB": [f"{row.psnr:.2f}" for row in rows],
             "SSIM": ["-" if value is None else f"{value:.4f}" for value in similar],
         }
@@ -176,6 +176,7 @@ def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str
         f"<style>{_STYLE}</style>\n<h1>{escape(config.model)}, without methods and with them</h1>"
         f"<p>{count} prompt{'s' * (count > 1)}, from {escape(title_of(config.prompts[0]))}; pairs have the same noise. "
         f"Settings: {', '.join(settings)}; others are the pipeline's own. "
-        f"Times are medians of whole calls, in turn; FLOPs are relative to those without methods ({UNITS}).</p>\n"
+        "Times are medians of whole calls, in turn; FLOPs are those of all prompts, relative to those without methods "
+        f"({UNITS}).</p>\n"
         f"<table><tr>{head}</tr>\n{body}</table>\n{shown}<p>{escape(machine)}</p></html>\n"
     )
