@@ -19,7 +19,7 @@ from tokdyn.bench.stacks import Stack
 from tokdyn.bench.tune_search import Shape, Trial, Tuner, search, uniform_trial
 from tokdyn.bench.tune_settings import PipelineKnob, PipelineTuneConfig
 from tokdyn.errors import InputError, TokdynError
-from tokdyn.files import replacing, require_folder
+from tokdyn.files import replacing, require_folder, unused
 from tokdyn.host import open_device, settle_memory
 from tokdyn.methods import TokenMerge
 from tokdyn.pipelines import denoisers, recording, save, stats, unwrap
@@ -159,13 +159,14 @@ def _merges(pipe: Any) -> bool:
 def _command(config: PipelineTuneConfig, methods: Path) -> str:
     """Return the shell command that draws the prompts, from the noise of the search, with the methods that were found.
 
-    The prompts are written to prompts.json beside the methods, with absolute paths of their images.
+    The prompts are written to prompts.json beside the methods, with absolute paths of their images. It draws into a
+    folder that does not exist yet.
     """
     prompts = config.out / "prompts.json"
     with replacing(prompts) as temporary:
         temporary.write_text(json.dumps(config.prompts, indent=1) + "\n", encoding="utf-8")
     words = ["tokdyn", "sample", config.model, f"methods={methods}", f"prompts={prompts}", f"seed={config.seed}"]
-    for name in ("steps", "guidance", "height", "width", "frames"):
+    for name in ("steps", "guidance", "height", "width", "frames", "precision", "device"):
         value = getattr(config, name)
-        words += [] if value is None else [f"{name}={value:g}"]
-    return shlex.join([*words, *([f"precision={config.precision}"] if config.precision != "fp32" else [])])
+        words += [] if value == type(config).model_fields[name].default else [f"{name}={value}"]
+    return shlex.join([*words, f"out={unused(config.out / 'drawn')}"])
