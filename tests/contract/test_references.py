@@ -52,7 +52,7 @@ SOME = {"LTX-2", "Sana Video", "JoyImage Plus", "Flux 3"}  # whose laws are chec
 """Models whose blocks need all tokens."""
 FEWER = ("cache-first", "curves", "merge-important", "merge-references", "width", "drop", "chunk-stack")
 FITTING = {"Sana Video": FEWER[:3], "Cosmos": FEWER[:6], "Kandinsky": FEWER[:6]}
-"""The stacks of these that fit some models; routers are calibrated for others of the classes of Cosmos and Kandinsky."""
+"""The stacks of these that fit some models; routers are calibrated for other models of Cosmos and Kandinsky."""
 BY_NAME = {law.__name__: law for law in LAWS}
 DECLARED = (
     "samples_do_not_depend_on_each_other",
