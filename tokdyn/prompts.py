@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -33,18 +34,25 @@ def read_prompts(value: Any) -> Any:
         return value
     path = Path(value).expanduser()
     if path.suffix not in _READERS:
+        if path.suffix and os.path.isfile(path):
+            raise ValueError(f"the file of prompts {value} has an unknown ending: write a .txt, .json or .yaml file")
         return [value]
     if not path.is_file():
         raise ValueError(f"the file of prompts {value} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
         content = _READERS[path.suffix](text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"the file of prompts {value} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, list) or not all(isinstance(each, (str, dict)) for each in content):
         raise ValueError(f"the file of prompts {value} holds no list of texts and dictionaries")
     if not content:
         raise ValueError(f"the file of prompts {value} is empty")
+    for each in content:
+        try:
+            json.dumps(each)
+        except TypeError as error:  # YAML reads dates, too
+            raise ValueError(f"the file of prompts {value} holds {each!r}: write texts in quotes") from error
     return [_located(each, path.parent) if isinstance(each, dict) else each for each in content]
 
 

@@ -63,7 +63,7 @@ def _opened(value: Any) -> Any:
     try:
         with Image.open(value) as image:
             return ImageOps.exif_transpose(image).convert("RGB")  # upright, as diffusers loads it
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{value} cannot be read as an image: {error}.") from error
 
 
@@ -84,7 +84,7 @@ def draw(pipe: Any, arguments: Mapping[str, Any], seed: int) -> NDArray[np.uint8
     generator = noise_generator(seed)
     try:
         made = pipe(**arguments, generator=generator, output_type="np", return_dict=False)[0]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{type(pipe).__name__} cannot draw with these settings: {error}") from error
     pixels = np.asarray(made)
     if pixels.ndim not in (4, 5) or pixels.shape[-1] != 3:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tokdyn import __version__
 from tokdyn.attach import CONFIG, WEIGHTS
-from tokdyn.errors import InputError, RecipeError
+from tokdyn.errors import InputError, OutputError, RecipeError
 from tokdyn.files import json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, stats
@@ -133,7 +133,7 @@ def _content(folder: Path) -> dict[str, Any]:
         weights = path.with_name(WEIGHTS)
         digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
         name = "" if path.parent == folder else path.parent.name
-        found[name] = {"methods": json_object(path)["methods"], "weights": digest}
+        found[name] = {"methods": json_object(path).get("methods"), "weights": digest}
     if not found:
         raise RecipeError(f"{folder} holds no methods; give a folder that tokdyn calibrate or tokdyn.save has written.")
     return found
@@ -158,14 +158,21 @@ def _earlier(out: Path, facts: dict[str, Any]) -> dict[int, Drawn]:
     if not (out / RESULT).is_file():
         return {}
     before = json_object(out / RESULT)
-    settings = before.get("settings", {})
+    settings, drawn = before.get("settings"), before.get("drawn")
+    if not isinstance(settings, dict) or not isinstance(drawn, dict):
+        raise RecipeError(f"{out / RESULT} was not written by tokdyn sample; choose another out, or remove the file.")
     changed = sorted(name for name in facts.keys() | settings.keys() if facts.get(name) != settings.get(name))
     if changed:
         raise RecipeError(
             f"{out} holds pictures that were drawn with other settings ({', '.join(changed)}); choose another out, or "
             "set these back."
         )
-    return {int(place): Drawn(**entry) for place, entry in before["drawn"].items()}
+    try:
+        return {int(place): Drawn(**entry) for place, entry in drawn.items()}
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{out / RESULT} is damaged ({error}); choose another out, or remove it to draw all again."
+        ) from error
 
 
 def _save(out: Path, facts: dict[str, Any], known: dict[int, Drawn], machine: Any) -> None:
@@ -202,6 +209,10 @@ def _overview(out: Path, drawn: tuple[Drawn, ...], titles: Sequence[str]) -> Non
     """Draw all pictures, the first frames of videos, in one grid; smaller ones have white margins."""
     images = []
     for each in drawn:
-        with Image.open(out / each.file) as image:
-            images.append(np.asarray(image.convert("RGB")))
+        try:
+            with Image.open(out / each.file) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:
+            what = f"{out / each.file} cannot be read as an image ({error})"
+            raise OutputError(f"{what}; remove it, and repeat the command to draw it again.") from error
     write_png(image_grid(on_cells(images), captions=titles), out / GRID)
