@@ -23,7 +23,8 @@ import torch
 
 from benchmarks import command_line
 from tokdyn.bench import timing
-from tokdyn.bench.speed import SpeedConfig, bench_speed
+from tokdyn.bench.settings import SpeedConfig
+from tokdyn.bench.speed import bench_speed
 from tokdyn.bench.stacks import Stack
 from tokdyn.models import DCDiT
 

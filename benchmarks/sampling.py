@@ -24,7 +24,8 @@ from benchmarks import command_line, markdown
 from tokdyn import DynamicWidth, FeatureCache, TokenMerge
 from tokdyn.bench import timing
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.models import DCDiT, DiT
 from tokdyn.sample.costs import mean_kept, step_costs
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks import command_line, markdown
 from tokdyn.bench import timing
-from tokdyn.bench.quality import QualityConfig, bench_quality
+from tokdyn.bench.quality import bench_quality
 from tokdyn.bench.quality_page import columns, write_page
+from tokdyn.bench.settings import QualityConfig
 from tokdyn.bench.stacks import read_stacks
 from tokdyn.calibration.command import calibrate_from_disk
 from tokdyn.calibration.config import CalibrateConfig

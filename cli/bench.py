@@ -24,25 +24,25 @@ Stacks = Annotated[
 
 
 def _flops_settings() -> type:
-    from tokdyn.bench.flops import FlopsConfig
+    from tokdyn.bench.settings import FlopsConfig
 
     return FlopsConfig
 
 
 def _speed_settings() -> type:
-    from tokdyn.bench.speed import SpeedConfig
+    from tokdyn.bench.settings import SpeedConfig
 
     return SpeedConfig
 
 
 def _quality_settings() -> type:
-    from tokdyn.bench.quality import QualityConfig
+    from tokdyn.bench.settings import QualityConfig
 
     return QualityConfig
 
 
 def _pipeline_settings() -> type:
-    from tokdyn.bench.pipelines import PipelineBenchConfig
+    from tokdyn.bench.settings import PipelineBenchConfig
 
     return PipelineBenchConfig
 
@@ -74,9 +74,10 @@ def flops(
     multiply-add is 2 FLOPs. Named models such as DC-DiT-S have no trained weights, so they are taken to keep 1/N of
     their tokens, or kept=SHARE. For checkpoints, the kept share is measured on images that they draw.
     """
-    from tokdyn.bench.flops import FlopsConfig, bench_flops
+    from tokdyn.bench.flops import bench_flops
     from tokdyn.bench.flops_table import columns, draw_parts, write_csv
     from tokdyn.bench.published import compare_with_paper
+    from tokdyn.bench.settings import FlopsConfig
     from tokdyn.bench.stacks import read_stacks
 
     config = read(ctx.args, FlopsConfig, ["models"])
@@ -123,7 +124,8 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     if is_of_pipeline(ctx.args):
         _pipeline(ctx.args, stack, json, timed=True)
         return
-    from tokdyn.bench.speed import SpeedConfig, bench_speed
+    from tokdyn.bench.settings import SpeedConfig
+    from tokdyn.bench.speed import bench_speed
     from tokdyn.bench.speed_table import columns, content, draw
     from tokdyn.bench.stacks import Stack, read_stacks
     from tokdyn.bench.timing import write
@@ -169,8 +171,9 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> Non
     if is_of_pipeline(ctx.args):
         _pipeline(ctx.args, stack, json, timed=False)
         return
-    from tokdyn.bench.quality import QualityConfig, bench_quality
+    from tokdyn.bench.quality import bench_quality
     from tokdyn.bench.quality_page import columns, write_page
+    from tokdyn.bench.settings import QualityConfig
     from tokdyn.bench.stacks import read_stacks
 
     config = read(ctx.args, QualityConfig, ["model"])
@@ -185,7 +188,8 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> Non
 
 def _pipeline(args: list[str], stack: list[str] | None, json: bool, timed: bool) -> None:
     """Compare stacks on a pipeline, and print or write the result."""
-    from tokdyn.bench.pipelines import UNITS, PipelineBenchConfig, bench_pipeline, write_pipeline_page
+    from tokdyn.bench.pipelines import UNITS, bench_pipeline, write_pipeline_page
+    from tokdyn.bench.settings import PipelineBenchConfig
     from tokdyn.bench.stacks import read_stacks
 
     config = read(args, PipelineBenchConfig, ["model"])

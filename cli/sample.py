@@ -23,7 +23,7 @@ def _settings() -> type:
 
 
 def _pipeline_settings() -> type:
-    from tokdyn.sample.pipeline import PipelineSampleConfig
+    from tokdyn.sample.config import PipelineSampleConfig
 
     return PipelineSampleConfig
 
@@ -87,7 +87,8 @@ def _pipeline(args: list[str], json: bool) -> None:
     """Draw prompts with a pipeline, and print times and costs."""
     from dataclasses import asdict
 
-    from tokdyn.sample.pipeline import PipelineSampleConfig, sample_pipeline
+    from tokdyn.sample.config import PipelineSampleConfig
+    from tokdyn.sample.pipeline import sample_pipeline
 
     result = sample_pipeline(read(args, PipelineSampleConfig, ["model"]))
     if json:

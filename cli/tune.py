@@ -17,7 +17,7 @@ def _settings() -> type:
 
 
 def _pipeline_settings() -> type:
-    from tokdyn.bench.tune_pipeline import PipelineTuneConfig
+    from tokdyn.bench.tune_settings import PipelineTuneConfig
 
     return PipelineTuneConfig
 
@@ -65,7 +65,8 @@ def register(app: typer.Typer) -> None:
 
 def _pipeline(args: list[str], json: bool) -> None:
     """Tune methods on a pipeline, and print what was found."""
-    from tokdyn.bench.tune_pipeline import PipelineTuneConfig, tune_pipeline
+    from tokdyn.bench.tune_pipeline import tune_pipeline
+    from tokdyn.bench.tune_settings import PipelineTuneConfig
 
     result = tune_pipeline(read(args, PipelineTuneConfig, ["model"]))
     if json:

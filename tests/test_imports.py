@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors"],
     ["files", "host", "hub", "lazy", "progress", "section", "seeds"],
-    ["tokens"],
+    ["prompts", "tokens"],
     ["ops"],
     ["methods"],
     ["compose"],
@@ -161,6 +161,25 @@ MODEL_CODE = {"accelerate", "diffusers", "timm", "torchvision", "transformers"}
 def test_schema_of_recipes_loads_no_models() -> None:
     """Settings of methods and objectives live beside their tensor code, so torch is loaded; models are not."""
     assert not loaded_after("import tokdyn.recipe") & MODEL_CODE
+
+
+def test_help_with_the_settings_of_pictures_loads_no_torch() -> None:
+    """Settings lie apart from the code that they are for; one interpreter, because each takes a second."""
+    shown = {
+        "sample": "map_steps",
+        "bench flops": "uncond_tail_drop",
+        "bench speed": "warmup",
+        "bench quality": "timed",
+    }
+    statements = [
+        "from typer.testing import CliRunner",
+        "from tokdyn.cli.main import app",
+        *(
+            f"assert '{setting}' in CliRunner().invoke(app, '{words} --help'.split()).output"
+            for words, setting in shown.items()
+        ),
+    ]
+    assert not loaded_after("; ".join(statements)) & (MODEL_CODE | {"torch", "matplotlib", "numpy"})
 
 
 def test_help_with_the_settings_of_a_run_loads_no_models() -> None:

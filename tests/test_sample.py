@@ -11,7 +11,8 @@ import torch
 from tests.sampling import FACTS, QUICK, png, tiny
 from tokdyn import DiT
 from tokdyn.cost import flops_per_image
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import CheckpointError, InputError, OutputError, UnsupportedModelError
 from tokdyn.sample import SampleConfig, load_model, sample
 from tokdyn.sample import run as runs

@@ -13,7 +13,8 @@ from tokdyn.cost import model_parts
 from tokdyn.cost.blocks import PARTS
 from tokdyn.cost.counter import attention_formulas
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.sample import SampleConfig, sample
 from tokdyn.sample.costs import step_costs
 from tokdyn.train.snapshot import save_model

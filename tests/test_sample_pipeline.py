@@ -166,3 +166,38 @@ def test_prompts_are_shown_and_not_their_arguments(tmp_path, pipeline):
     shown = run(pipeline, f"prompts={tmp_path / 'p.yaml'}", *SIZE, f"out={tmp_path / 'o'}")
     assert "a red square" in shown
     assert "{" not in shown
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [("text_encoder/model.safetensors", None), ("tokenizer/tokenizer_config.json", "[1]"), ("vae/config.json", "{")],
+)
+def test_a_pipeline_with_a_damaged_part_is_refused(part, content, pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "damaged")
+    before = (folder / part).read_bytes()
+    (folder / part).write_bytes(before[: len(before) // 2] if content is None else content.encode())
+    shown = run(folder, "prompts=a red square", *SIZE, f"out={tmp_path / 'o'}", code=2)
+    assert f"{folder} cannot be read as a pipeline" in shown
+    assert not (tmp_path / "o").exists()
+
+
+def test_methods_without_their_settings_are_refused(pipeline, methods, tmp_path):
+    (path,) = methods.rglob("tokdyn_config.json")
+    path.write_text("{}")
+    assert "tokdyn_config.json" in run(pipeline, f"methods={methods}", *SIZE, f"out={tmp_path / 'o'}", code=2)
+    assert not (tmp_path / "o").exists()
+
+
+def test_damaged_results_are_not_continued(pipeline, tmp_path):
+    words = [pipeline, "prompts=a red square", *SIZE, f"out={tmp_path}"]
+    run(*words)
+    (picture,), record = tmp_path.glob("0*.png"), tmp_path / "sample.json"
+    whole, content = picture.read_bytes(), json.loads(record.read_text())
+    picture.write_bytes(whole[: len(whole) // 2])
+    assert picture.name in run(*words, code=2)
+    picture.unlink()
+    run(*words)
+    assert picture.read_bytes() == whole
+    for wrong in ({"settings": 3}, {"drawn": []}, {"drawn": {"0": {"file": "a.png"}}}, {"drawn": {"first": {}}}):
+        record.write_text(json.dumps({**content, **wrong}))
+        assert "sample.json" in run(*words, code=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -78,6 +79,12 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{path} cannot be written ({reason}): make room, or choose another place.") from error
+
+
+def unused(folder: Path) -> Path:
+    """Return the folder, or the first of NAME-2, NAME-3 and so on that does not exist."""
+    names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    return next(path for path in names if not path.exists())
 
 
 def require_folder(folder: Path, setting: str = "out") -> None:

@@ -55,6 +55,23 @@ def test_times_are_those_of_whole_calls():
     assert compared.stats.cached > 0
 
 
+def test_flops_are_those_of_all_prompts():
+    """Sizes differ, so that FLOPs do: merging saves more of those of the larger picture."""
+    sizes = [{"height": 32, "width": 32}, {"height": 16, "width": 16}]
+    pipe = build("Flux")
+    calls = [{**CALLS["Flux"], **size} for size in sizes]
+    compared = tokdyn.compare(pipe, [TokenMerge(ratio=0.5)], calls, num_inference_steps=2)
+    spent, dense = 0, 0
+    tokdyn.wrap(pipe, [TokenMerge(ratio=0.5)])
+    for call in calls:
+        pipe(**{**call, "num_inference_steps": 2})
+        found = tokdyn.stats(pipe)
+        spent, dense = spent + found.flops, dense + found.dense_flops
+    assert compared.flops_share == pytest.approx(spent / dense)
+    assert abs(compared.flops_share - compared.stats.share) > 0.01
+    assert f"{spent / dense:.1%}" in str(compared)
+
+
 def test_equal_pictures_are_equal_and_a_wrapped_pipeline_stays_wrapped(tmp_path):
     pipe = tokdyn.wrap(build("DiT"), [FeatureCache(threshold=-1.0)])
     compared = tokdyn.compare(pipe, prompts=[1, 2], num_inference_steps=3)

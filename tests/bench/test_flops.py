@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 from tests.sampling import FACTS, tiny
 from tokdyn import DCDiT, DiT
 from tokdyn.bench import flops as bench
-from tokdyn.bench.flops import FlopsConfig, bench_flops
+from tokdyn.bench.flops import bench_flops
 from tokdyn.bench.published import MATCHED_STEPS, compare_with_paper
+from tokdyn.bench.settings import FlopsConfig
 from tokdyn.bench.stacks import open_stack, read_stacks
 from tokdyn.cost.counter import attention_formulas
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import TokdynError
 from tokdyn.train.snapshot import save_model
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import tokdyn
 from tokdyn import FeatureCache
-from tokdyn.bench.pipelines import PipelineBench, PipelineBenchConfig, write_pipeline_page
+from tokdyn.bench.pipelines import PipelineBench, write_pipeline_page
+from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.pipelines.opening import open_pipeline
 
 CACHED = "{name: cached, methods: [{method: FeatureCache, steps: [0, 2]}]}"

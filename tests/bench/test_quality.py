@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from tests.evaluate.conftest import Kit
 from tests.sampling import FACTS, tiny
 from tokdyn import DiT
-from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.quality import QualityResult, bench_quality
 from tokdyn.bench.quality_page import columns, write_page
+from tokdyn.bench.settings import QualityConfig
 from tokdyn.bench.stacks import read_stacks
 from tokdyn.data import DataConfig, open_data
 from tokdyn.diffusion.objective import Objective

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from tests.sampling import FACTS, tiny
 from tokdyn import DiT
-from tokdyn.bench.speed import Case, SpeedConfig, SpeedRow, bench_speed, cases, growth, model_of
+from tokdyn.bench.settings import SpeedConfig
+from tokdyn.bench.speed import Case, SpeedRow, bench_speed, cases, growth, model_of
 from tokdyn.bench.speed_table import columns, curves
 from tokdyn.bench.stacks import Stack, read_stacks
 from tokdyn.cost import flops, model_parts

@@ -162,8 +162,10 @@ def test_command_prints_a_sampling_command_that_runs(saved: dict[str, str], tmp_
     content = json.loads((tmp_path / "tuned.json").read_text())
     assert content["sample"] in shown.stdout
     command = shlex.split(content["sample"])[1:]
-    again = CliRunner().invoke(app, [*command, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
+    again = CliRunner().invoke(app, [*command, "count=2", "--json"])
     assert again.exit_code == 0, again.output
+    assert (tmp_path / "drawn" / "grid.png").is_file()
+    assert "device=cpu" in command
     spent = json.loads(again.stdout)["budgets"][0]["tflops_per_image"]
     rows = {row["name"]: row for row in json.loads((tmp_path / "quality.json").read_text())["rows"]}
     assert spent < 0.8 * rows["unmodified"]["tflops_per_image"]

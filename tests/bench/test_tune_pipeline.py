@@ -27,6 +27,8 @@ def test_what_is_found_meets_the_target_and_the_printed_command_draws_with_it(pi
     monkeypatch.chdir(tmp_path)
     prompts = ("a red: square", "a blue square")
     (tmp_path / "p.yaml").write_text(json.dumps(prompts))
+    (tmp_path / "tuned" / "drawn").mkdir(parents=True)
+    (tmp_path / "tuned" / "drawn" / "sample.json").write_text('{"settings": {"seed": 9}, "drawn": {}}')
     words = ["tune", pipeline, "flops=0.7", "prompts=p.yaml", "seed=3", "trials=4", "finalists=1", *SMALL]
     shown = run(*words)
     found = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
@@ -44,11 +46,13 @@ def test_what_is_found_meets_the_target_and_the_printed_command_draws_with_it(pi
         shares.append(tokdyn.stats(pipe).share)
     (tried,) = {trial["flops"] for trial in found["trials"] if trial["stack"] == found["winner"]}
     assert sum(shares) / 2 == pytest.approx(tried)
-    run(*shlex.split(found["sample"])[1:], "device=cpu", "out=drawn")
-    drawn = json.loads((tmp_path / "drawn" / "sample.json").read_text())["drawn"].values()
+    command = shlex.split(found["sample"])[1:]
+    assert "device=cpu" in command
+    run(*command)
+    drawn = json.loads((tmp_path / "tuned" / "drawn-2" / "sample.json").read_text())["drawn"].values()
     assert [entry["share"] for entry in drawn] == pytest.approx(shares)
     for entry, expected in zip(drawn, pictures, strict=True):
-        with Image.open(tmp_path / "drawn" / entry["file"]) as image:
+        with Image.open(tmp_path / "tuned" / "drawn-2" / entry["file"]) as image:
             assert np.array_equal(np.asarray(image), expected)
 
 
@@ -77,8 +81,8 @@ def test_each_of_two_denoisers_gets_settings_of_its_own(experts, tmp_path, monke
     assert all(0.65 <= trial["flops"] <= 0.7 for trial in found["trials"])
     folders = [path.parent.name for path in (tmp_path / "tuned" / "methods").glob("*/tokdyn_config.json")]
     assert sorted(folders) == names
-    run(*shlex.split(found["sample"])[1:], "device=cpu", "out=drawn")
-    (drawn,) = json.loads((tmp_path / "drawn" / "sample.json").read_text())["drawn"].values()
+    run(*shlex.split(found["sample"])[1:])
+    (drawn,) = json.loads((tmp_path / "tuned" / "drawn" / "sample.json").read_text())["drawn"].values()
     run("bench", "quality", experts, "--stack", "tuned/stack.yaml", "prompts=a red square", *size, "out=again")
     (row,) = json.loads((tmp_path / "again" / "quality.json").read_text())["stacks"].values()
     (tried,) = {trial["flops"] for trial in found["trials"] if trial["stack"] == found["winner"]}

@@ -71,6 +71,14 @@ def wan_pipe() -> Any:
     return diffusers.WanImageToVideoPipeline(**{**parts, "image_processor": None, "expand_timesteps": True})
 
 
+def skyreels_pipe() -> Any:
+    scheduler = diffusers.UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True)
+    model = KNOWN["SkyReelsV2Transformer3DModel"].build()
+    return diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline(
+        None, None, model, wan_of_text().components["vae"], scheduler
+    )
+
+
 def ltx_pipe() -> Any:
     return diffusers.LTXConditionPipeline(**ltx_of_text().components)
 
@@ -219,6 +227,7 @@ EDITS = {
     "Qwen-Image-Edit-Plus": (qwen_pipe, qwen_arguments),
     "Flux 2": (flux2_pipe, flux2_arguments),
     "Wan": (wan_pipe, lambda: {**prompts(), "image": picture(48, 32), "height": 32, "width": 48, "num_frames": 5}),
+    "SkyReels": (skyreels_pipe, lambda: {**prompts(), **FRAMES, "image": picture(48, 32)}),
     "LTX": (ltx_pipe, ltx_arguments),
     "LTX-2": (ltx2_pipe, ltx2_arguments),
     "AnyFlow": (

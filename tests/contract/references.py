@@ -134,6 +134,30 @@ def cosmos(batch: int) -> dict[str, Any]:
     return first_frame("Cosmos 2", batch, timestep=level, condition_mask=mask)
 
 
+def kandinsky(batch: int) -> dict[str, Any]:
+    """Latents of three frames beside those that are given, of which the last channel marks the first."""
+    call = KNOWN["Kandinsky5Transformer3DModel"].inputs(batch)
+    places = [torch.arange(3), *call["visual_rope_pos"][1:]]
+    noise = latents(batch, 3, 8, 6, 9)
+    noise[..., -1] = 0.0
+    noise[:, 0, ..., -1] = 1.0
+    return {**call, "hidden_states": noise, "visual_rope_pos": places}
+
+
+def kandinsky_model() -> nn.Module:
+    return of_diffusers(
+        "Kandinsky5Transformer3DModel",
+        in_visual_dim=4, in_text_dim=12, in_text_dim2=10, time_dim=8, out_visual_dim=4, model_dim=32, ff_dim=48,
+        num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6), visual_cond=True,
+    )  # fmt: skip
+
+
+def skyreels(batch: int, *given: float) -> dict[str, Any]:
+    """Diffusion forcing: every frame has a timestep of its own, and frames that are done have 0."""
+    timestep = torch.tensor(given or (0.0, 300.0, 700.0)).expand(batch, -1)
+    return first_frame("SkyReelsV2Transformer3DModel", batch, timestep=timestep, enable_diffusion_forcing=True)
+
+
 def anyflow(batch: int) -> dict[str, Any]:
     times = {"timestep": timesteps(batch), "r_timestep": torch.full((batch, 3), 300.0)}
     return {**KNOWN["AnyFlowTransformer3DModel"].inputs(batch), "hidden_states": latents(batch, 3, 4, 8, 6), **times}
@@ -216,6 +240,8 @@ CALLS = {
     "LTX-2": _tiny("LTX2VideoTransformer3DModel", ltx2),
     "AnyFlow": _tiny("AnyFlowTransformer3DModel", anyflow),
     "Cosmos": _tiny("Cosmos 2", cosmos),
+    "SkyReels": _tiny("SkyReelsV2Transformer3DModel", skyreels),
+    "Kandinsky": _tiny("Kandinsky5Transformer3DModel", kandinsky, kandinsky_model),
     "Sana Video": _tiny(
         "SanaVideoTransformer3DModel",
         lambda batch: first_frame(
@@ -235,7 +261,7 @@ CALLS = {
 }
 LATER = {
     "LTX-2", "AnyFlow", "Cosmos", "Sana Video", "HunyuanVideo", "Framepack", "JoyImage", "JoyImage Plus", "Fibo 2",
-    "Flux 3",
+    "Flux 3", "SkyReels", "Kandinsky",
 }  # fmt: skip
 """Those on which fewer laws are checked, as they are on these models without references."""
 BESIDE = {
@@ -250,6 +276,8 @@ BESIDE = {
     "LTX-2": (12, 32),
     "AnyFlow": (12, 0),
     "Cosmos": (12, 0),
+    "SkyReels": (12, 0),
+    "Kandinsky": (12, 0),
     "Sana Video": (12, 0),
     "HunyuanVideo": (12, 0),
     "Framepack": (29, 0),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tokdyn
+from tests.contract.coverage_arranged import ARRANGED
 from tests.contract.foreign import INFERRED, undeclared
 from tests.contract.models import TINY, latents, of_diffusers, sample, works
 from tests.contract.siblings import TWINS
@@ -322,3 +323,31 @@ def test_the_report_is_tidy():
     assert lines[-1].startswith("dense")
     assert "% of it" in lines[-1]
     assert len({line.index("MFLOPs") for line in lines}) == 1
+
+
+def block_flops(tokens, text, width, hidden, queries, keys):
+    """FLOPs by hand of a block that attends to itself and to text; a multiply-add is 2.
+
+    Self-attention multiplies all of its padded queries and keys, whatever its mask leaves out.
+    """
+    projections = 2 * (4 + 2) * tokens * width**2 + 2 * 2 * text * width**2
+    attention = 4 * width * (queries * keys + tokens * text)
+    return projections + attention + 4 * tokens * width * hidden
+
+
+@pytest.mark.slow  # flex attention without a compiler
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # 18 tokens of three frames, padded to 128, and 12 of the driving video, too; text is padded to 6 tokens
+        ("WanAnimate2Transformer3DModel", block_flops(18, 6, 32, 48, 128, 128 + 128)),
+        # 16 tokens, padded to 128; as many are added to 16 keys of their own and 16 of the cached frame
+        ("AnyFlowFARTransformer3DModel", block_flops(16, 6, 32, 32, 128, 128 + 16)),
+    ],
+)
+def test_flex_attention_costs_what_is_counted_by_hand(name, expected):
+    model = tokdyn.wrap(ARRANGED[name].build(), [DepthSkip(blocks=(1,))])
+    found = tokdyn.flops(model, **ARRANGED[name].inputs(1))
+    assert not found.computed
+    assert found.dense - found.total == expected
+    assert found.total == found.counted

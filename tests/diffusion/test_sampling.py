@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.randomness import initial_noise, step_generators
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import InputError, RecipeError, UnsupportedModelError
 
 NOISE, PLAIN, FLOW = Objective(), Objective(learn_sigma=False), Objective(kind="flow")

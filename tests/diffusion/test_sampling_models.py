@@ -7,7 +7,8 @@ import torch
 
 from tokdyn import DCDiT, DiT
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import UnsupportedModelError
 
 TINY = {"sample_size": (6, 8), "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 4}

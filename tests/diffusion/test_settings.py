@@ -15,9 +15,10 @@ from torch import nn
 from tokdyn.diffusion.guidance import drops, image_shape, null_class, num_classes, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.randomness import initial_noise, step_generators
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
 from tokdyn.diffusion.schedule import betas
 from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.diffusion.variational import discretised_gaussian_nll, gaussian_kl
 from tokdyn.errors import RecipeError, UnsupportedModelError
 

@@ -53,6 +53,19 @@ def test_two_images_in_one_call_are_not_two_branches() -> None:
     assert kept(pipe) == {"cond": (16, 16), "uncond": (2, 2)}
 
 
+@pytest.mark.parametrize("name", ["PixArt", "DiT"])
+def test_two_pictures_from_equal_noise_are_not_two_branches(name: str) -> None:
+    """These pipelines tell in no property whether they guide; their first batch has two equal halves either way."""
+    pipe = tokdyn.wrap(build(name), [Chunking(target=2)])
+    two = {"num_images_per_prompt": 2} if name == "PixArt" else {"class_labels": [1, 2]}
+    for scale, expected in ((1.0, ("cond",)), (3.0, ("uncond", "cond"))):
+        noise = [torch.Generator().manual_seed(3) for _ in range(2)]
+        given = {**PIPES[name].arguments(), **two, "guidance_scale": scale}
+        pipe(**given, num_inference_steps=2, output_type="np", generator=noise)
+        assert {frozenset(each) for each in branches(pipe).values()} == {frozenset(expected)}
+        assert {len(each) for each in kept(pipe).values()} == {2}
+
+
 def test_guidance_may_end_within_a_trajectory() -> None:
     """Z-Image then leaves the unconditional half out of its batches."""
     pipe = tokdyn.wrap(build("Z-Image"), [FeatureCache(threshold=1e9)])

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from tests.contract.pipelines import build
 from tokdyn.errors import InputError
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, read_prompts
+from tokdyn.pipelines.drawing import call_arguments, draw
+from tokdyn.prompts import Drawing, read_prompts
 
 
 @pytest.fixture
@@ -51,6 +52,31 @@ def test_files_that_hold_something_else_are_named_in_one_line(content, kind, tmp
     with pytest.raises(ValidationError, match=rf"a\.{kind}") as raised:
         Drawing(prompts=str(path))
     assert "\n" not in raised.value.errors()[0]["msg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "prompt\na red cube\n"), ("a.json", "[" * 100_000), ("a.yaml", "- {prompt: 2020-01-01}")],
+    ids=["table", "nested", "date"],
+)
+def test_files_of_other_kinds_are_not_taken_for_prompts(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValidationError, match=name):
+        Drawing(prompts=str(tmp_path / name))
+    assert read_prompts(str(tmp_path / "b.csv")) == [str(tmp_path / "b.csv")]  # no file, so a text
+    assert read_prompts("a.b" * 1000) == ["a.b" * 1000]
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "huge"])
+def test_files_that_are_no_images_are_named(kind, tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.bmp")
+    content = bytearray((tmp_path / "a.bmp").read_bytes())
+    if kind == "huge":
+        content[18:26] = b"\xff\x7f\0\0\xff\x7f\0\0"  # width and height
+    (tmp_path / "a.bmp").write_bytes({"text": b"hello", "cut": content[: len(content) // 2], "huge": content}[kind])
+    drawing = Drawing(prompts=[{"prompt": "a", "image": str(tmp_path / "a.bmp")}])
+    with pytest.raises(InputError, match=r"a\.bmp cannot be read as an image"):
+        call_arguments(build("Flux"), drawing)
 
 
 def test_missing_files_and_half_a_size_are_refused(tmp_path):

@@ -248,3 +248,26 @@ def test_pipelines_run_at_once() -> None:
     for each, wanted in zip(made, expected, strict=True):
         assert len(each) == 2
         assert all(torch.equal(image, wanted) for image in each)
+
+
+def test_a_picture_that_a_callback_draws_leaves_the_outer_trajectory_as_it_is() -> None:
+    """With the same transformer and a scheduler of its own."""
+    methods = [FeatureCache(steps=(0, 3))]
+    pipe, other = tokdyn.wrap(build("SD3"), methods), build("SD3")
+    other.register_modules(transformer=pipe.transformer)
+    tokdyn.wrap(other, methods)
+    alone, expected = images(other, "SD3", 2), images(pipe, "SD3")
+    statistics = [(call.step, call.branch, call.reused) for call in tokdyn.stats(pipe).calls]
+    drawn = []
+
+    def draw(_: Any, step: int, *rest: Any) -> dict[str, Any]:
+        drawn.append(images(other, "SD3", 2))
+        return {}
+
+    assert torch.equal(images(pipe, "SD3", callback_on_step_end=draw), expected)
+    assert len(drawn) == 4
+    assert all(torch.equal(each, alone) for each in drawn)
+    assert [(call.step, call.branch, call.reused) for call in tokdyn.stats(pipe).calls] == statistics
+    with tokdyn.trajectory(pipe.transformer):  # around a call; it has the statistics of the call
+        images(pipe, "SD3")
+    assert [(call.step, call.branch, call.reused) for call in tokdyn.stats(pipe).calls] == statistics

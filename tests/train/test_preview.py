@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tokdyn import DCDiT, DiT
-from tokdyn.diffusion.sampling import Sampler
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.recipe import Recipe
 from tokdyn.train.preview import draw_preview
 

@@ -22,7 +22,10 @@ from tokdyn.tokens import Grid, ImageTokens, beside
 
 
 def _wan_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
-    """Read the grid; the first frame of image to video (Wan 2.2 5B) is clean and has timestep 0."""
+    """Read the grid; the first frame of image to video (Wan 2.2 5B) is clean and has timestep 0.
+
+    So are and have, with diffusion forcing of SkyReels V2, frames that are given and those that are generated already.
+    """
     return with_given_frames(video_grid(model, call), call["timestep"])
 
 
@@ -63,8 +66,6 @@ SKYREELS = replace(
     name="SkyReels V2",
     classes=("SkyReelsV2Transformer3DModel",),
     blocks=(replace(WAN.blocks[0], follow=(Follow("rotary_emb"), Follow("temb", axis=2, dims=4))),),
-    grid=video_grid,  # its frames may all have timesteps of their own
-    read_ahead=(),
     whole=_needs_all_frames,
 )
 

@@ -55,7 +55,10 @@ def _cosmos_level(model: nn.Module, call: Arguments) -> Tensor:
 
 
 def _cosmos_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
-    """Read the grid; `condition_mask` (B, 1, frames, rows, columns) is 1 in the frames that the model is given."""
+    """Read the grid; `condition_mask` (B, 1, frames, rows, columns) is 1 in the frames that the model is given.
+
+    With `input_frames_guidance=True` of the Cosmos 1 pipeline, it is 0 in unconditional calls, and nothing is found.
+    """
     grid, mask = video_grid(model, call), call.get("condition_mask")
     if mask is None:
         return grid
@@ -121,6 +124,16 @@ _KANDINSKY_WIDTH = Width(
     sliceable=runs_processor("self_attention", "Kandinsky5AttnProcessor"),
 )
 
+
+def _kandinsky_tokens(model: nn.Module, call: Arguments) -> Grid | ImageTokens:
+    """Read the grid; where latents hold conditions, their last channel is 1 in the frames that the model is given."""
+    grid = channels_last_grid(model, call)
+    if not model.config["visual_cond"]:  # type: ignore[index]
+        return grid
+    duration, rows, columns = model.config["patch_size"]  # type: ignore[index]
+    return with_given_frames(grid, 1 - call["hidden_states"][:, ::duration, ::rows, ::columns, -1].flatten(1))
+
+
 KANDINSKY5 = ModelAdapter(
     name="Kandinsky 5",
     classes=("Kandinsky5Transformer3DModel",),
@@ -142,7 +155,8 @@ KANDINSKY5 = ModelAdapter(
             width=_KANDINSKY_WIDTH,
         ),
     ),
-    grid=channels_last_grid,
+    grid=_kandinsky_tokens,
+    read_ahead=("hidden_states",),
     level=timestep_level(),
     refuse={
         "sparse_params": "sparse attention works on squares of 8 x 8 cells, in which no cell may be missing; leave it "

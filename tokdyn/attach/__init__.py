@@ -22,6 +22,7 @@ from tokdyn.attach.controls import (
     set_tail_drop,
     traces,
     trajectory,
+    trajectory_apart,
 )
 from tokdyn.attach.entry import attached, attachment_of, disabled, unwrap, wrap
 from tokdyn.attach.handlers.base import (
@@ -93,6 +94,7 @@ __all__ = [
     "swap_class",
     "traces",
     "trajectory",
+    "trajectory_apart",
     "unsupported",
     "untraced",
     "unwrap",

@@ -246,9 +246,11 @@ class CallContext:
             self.trace = trace.blank()
         return trace
 
-    def release(self) -> None:
-        """Release the arguments after the call, so that frames which are kept for recomputation do not hold them."""
+    def release(self, recomputed: bool) -> None:
+        """Release the arguments after the call, and what handlers hold unless its blocks may be recomputed with it."""
         self.arguments, self.readings.followed = {}, FollowedArguments()
+        if not recomputed:
+            self.slots[:] = [None] * len(self.slots)
         self.readings.images.close()
         self.readings.position.close()
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tokdyn.attach.attachment import Attachment
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached
 from tokdyn.attach.measuring import untraced
@@ -16,6 +17,7 @@ from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.trace.calls import CallTrace
+from tokdyn.trace.memory import Memory
 from tokdyn.trace.steps import last_trajectory
 from tokdyn.trace.trajectory import Trajectory
 
@@ -185,7 +187,8 @@ def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajector
                 here.step = step
                 ...  # call the model
 
-    Caches, budgets per guidance branch and statistics begin and end with the context, also where it ends by an error.
+    Caches, budgets per guidance branch and statistics begin and end with the context, also where it ends by an error. A
+    trajectory that is under way, such as that of a pipeline whose callback this is, goes on afterwards.
     Without a step, the step of each call is guessed from its noise level and its input; where the loop sets
     `here.step`, nothing is guessed and no inputs are compared. `here.branch` names the guidance branch of the calls to
     come, such as "cond", or the branches in equal parts of their batch, such as ("uncond", "cond"); without a name,
@@ -204,13 +207,46 @@ def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajector
     if steps is not None and not (isinstance(steps, int) and steps >= 1):
         raise InputError(f"steps is {steps!r}; give the number of steps of the loop, at least 1, or leave it out.")
     attachment = attached(model)
-    attachment.end()
-    attachment.trajectory.begin(steps)
-    try:
-        yield attachment.trajectory
-    finally:
-        attachment.trajectory.branch = None
+    with trajectory_apart(attachment):
         attachment.end()
+        attachment.trajectory.begin(steps)
+        try:
+            yield attachment.trajectory
+        finally:
+            attachment.trajectory.branch = None
+            attachment.end()
+
+
+@contextmanager
+def trajectory_apart(attachment: Attachment) -> Iterator[None]:
+    """Set a trajectory that is under way aside while the context is open, and let it go on afterwards.
+
+    A callback that draws with the same model begins a trajectory within another. Caches and statistics of the outer one
+    are those from before, and statistics of the inner one are gone, unless the outer one has made no call yet.
+    """
+    outer = attachment.trajectory
+    if outer.calls is None:
+        outer.calls = 0
+        try:
+            yield
+        finally:
+            outer.calls = None
+        return
+    memories, sampler = [(cache, cache.memory) for cache in attachment.caches], attachment.watch.sampler
+    history = list(attachment.history)
+    attachment.trajectory = Trajectory()
+    attachment.trajectory.calls = 0
+    attachment.watch.sampler = None
+    for cache, _ in memories:
+        cache.memory = Memory()
+    try:
+        yield
+    finally:
+        attachment.trajectory, attachment.watch.sampler = outer, sampler
+        if outer.calls:
+            attachment.history[:] = history
+        for cache, memory in memories:
+            cache.memory = memory
 
 
 @contextmanager

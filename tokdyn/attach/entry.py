@@ -255,7 +255,7 @@ def _call(
         attachment.trajectory.interrupt()  # a call that is tried again is no second branch
         raise
     finally:
-        context.release()
+        context.release(gradients)
         recompute.release(bound)
     if context.losses or attachment.losses:  # nn.Module looks at what is assigned
         attachment.losses = context.losses

@@ -24,8 +24,9 @@ from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.pipelines import denoisers, disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
-from tokdyn.pipelines.drawing import draw, title_of
+from tokdyn.pipelines.drawing import draw
 from tokdyn.progress import progress
+from tokdyn.prompts import title_of
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import Pixels, write_png
 
@@ -48,6 +49,7 @@ class Pair:
         seconds: time of the whole call without and with methods.
         psnr: peak signal-to-noise ratio in dB, the mean over F; infinite for equal pictures.
         ssim: structural similarity, the mean over F; None for pictures of fewer than 11 pixels a side.
+        stats: of the call with methods.
     """
 
     prompt: str
@@ -57,6 +59,7 @@ class Pair:
     seconds: tuple[float, float]
     psnr: float
     ssim: float | None
+    stats: TrajectoryStats
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,30 @@ class Compared:
 
     Attributes:
         pairs: one for each prompt.
-        stats: of the last call with methods.
         methods: what acted, to be printed.
     """
 
     pairs: tuple[Pair, ...]
-    stats: TrajectoryStats
     methods: str
+
+    @property
+    def stats(self) -> TrajectoryStats:
+        """Those of the last call with methods."""
+        return self.pairs[-1].stats
+
+    @property
+    def flops_share(self) -> float | None:
+        """FLOPs of all calls with methods over those of the same calls without; None where they are not known."""
+        found = [pair.stats for pair in self.pairs]
+        if any(each.flops is None or each.dense_flops is None for each in found):
+            return None
+        return sum(each.flops or 0 for each in found) / sum(each.dense_flops or 0 for each in found)
+
+    @property
+    def denoiser_seconds(self) -> float | None:
+        """Median time in the denoisers of a call with methods; None where it is not known."""
+        known = [pair.stats.seconds for pair in self.pairs if pair.stats.seconds is not None]
+        return statistics.median(known) if known else None
 
     @property
     def speedup(self) -> float:
@@ -141,7 +161,7 @@ class Compared:
             }
             for pair in self.pairs
         ]  # fmt: skip
-        sums = {"speedup": self.speedup, "psnr": finite(self.psnr), "ssim": self.ssim, "flops_share": self.stats.share}
+        sums = {"speedup": self.speedup, "psnr": finite(self.psnr), "ssim": self.ssim, "flops_share": self.flops_share}
         return {"methods": self.methods, **sums, "pairs": pairs}
 
     def __str__(self) -> str:
@@ -155,8 +175,8 @@ class Compared:
         text = f"{self.methods}: {self.speedup:.2f} times as fast, PSNR {self.psnr:.2f} dB"
         if self.ssim is not None:
             text += f", SSIM {self.ssim:.4f}"
-        if self.stats.share is not None:
-            text += f", {self.stats.share:.1%} of the FLOPs (multiply-add = 2, blocks and methods)"
+        if (share := self.flops_share) is not None:
+            text += f", {share:.1%} of the FLOPs (multiply-add = 2, blocks and methods)"
         return "\n".join([*lines, text])
 
 
@@ -217,10 +237,10 @@ def compare(
                     with nullcontext() if acting else disabled(pipe):
                         drawn[acting] = _draw(pipe, arguments, seed + place)
                     if acting:
-                        found = stats(pipe)
+                        spent = stats(pipe)
                     advance(1)
-                pairs.append(_pair(name, seed + place, drawn[False], drawn[True]))
-        return Compared(tuple(pairs), found, _named(pipe))
+                pairs.append(_pair(name, seed + place, drawn[False], drawn[True], spent))
+        return Compared(tuple(pairs), _named(pipe))
     finally:
         if methods is not None:
             unwrap(pipe)
@@ -260,11 +280,13 @@ def _draw(pipe: Any, arguments: Mapping[str, Any], seed: int) -> tuple[Pixels, f
     return pixels, time.perf_counter() - start
 
 
-def _pair(name: str, seed: int, without: tuple[Pixels, float], acting: tuple[Pixels, float]) -> Pair:
+def _pair(
+    name: str, seed: int, without: tuple[Pixels, float], acting: tuple[Pixels, float], spent: TrajectoryStats
+) -> Pair:
     reference, image = (_planes(pixels) for pixels, _ in (without, acting))
     similar = ssim(image, reference).mean().item() if min(image.shape[-2:]) >= WINDOW else None
     ratio = psnr(image, reference).mean().item()
-    return Pair(name, seed, without[0], acting[0], (without[1], acting[1]), ratio, similar)
+    return Pair(name, seed, without[0], acting[0], (without[1], acting[1]), ratio, similar, spent)
 
 
 def _planes(pixels: Pixels) -> Tensor:

@@ -8,28 +8,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from tokdyn.attach import attachment_of
+from tokdyn.bench.settings import FlopsConfig
 from tokdyn.bench.stacks import Opened, Stack, open_stack
 from tokdyn.cost import Flops, compute_matched_steps, flops, flops_per_image, model_parts
 from tokdyn.cost.analytic import grid_of
 from tokdyn.cost.blocks import PARTS
 from tokdyn.cost.statistics import stats
 from tokdyn.diffusion.records import Generation, StepRecord
-from tokdyn.diffusion.sampling import GuidanceScale, Share, Steps, generate
-from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.diffusion.sampling import generate
 from tokdyn.errors import RecipeError, TokdynError
-from tokdyn.files import UserPath
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import SHAPES, is_named
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
-from tokdyn.sample.config import listed
 from tokdyn.sample.costs import CHUNKING, step_costs
 from tokdyn.seeds import noise_generator
 
@@ -41,51 +38,6 @@ NAMED = tuple(f"DiT-{size}/2" for size in SHAPES if size != "tiny") + tuple(
     f"DC-DiT-{size}" for size in SHAPES if size != "tiny"
 )
 _COUNTED_TIMES = (0.9, 0.5, 0.1)  # positions in the range of timesteps at which calls of a checkpoint are counted
-
-
-class FlopsConfig(BaseModel):
-    """Settings of `tokdyn bench flops`.
-
-    Attributes:
-        models: Named models such as DiT-XL/2 or DC-DiT-S, or models that `tokdyn sample` accepts; null takes all named
-            models.
-        steps: Sampling steps per image.
-        guidance: Scale of classifier-free guidance; any value but 1 also computes the unconditional branch.
-        sample_size: Input size of named models, rows and columns; 32 is a 256-pixel image in an 8x latent space.
-        in_channels: Number of input channels of named models.
-        num_classes: Number of classes of named models.
-        target: N of named DC-DiTs, cells per kept token.
-        kept: Kept share of DC-DiTs before tail drop. With null, it is 1/N for named models, which have no trained
-            weights, and is measured for checkpoints on images that they draw.
-        tail_drop: Share of the kept tokens to drop.
-        uncond_tail_drop: Tail drop of the unconditional branch (Lite-CFG); null takes tail_drop.
-        images: Number of images to draw with each checkpoint to measure its kept share, if `kept` is null.
-        scheduler: Scheduler to draw these images with; null takes ddpm, or euler for a flow.
-        seed: Seed of the first of these images.
-        count: Also count the FLOPs of some calls with torch's counter, and fail if the computed FLOPs of these calls
-            differ from the count by more than 0.1%.
-        csv: Write the table to this CSV file.
-        plot: Draw the FLOPs by part to this PNG.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    models: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
-    steps: Steps = 250
-    guidance: GuidanceScale = 1.0
-    sample_size: PositiveInt = 32
-    in_channels: PositiveInt = 4
-    num_classes: PositiveInt = 1000
-    target: Annotated[float, Field(gt=1.0)] = 4.0
-    kept: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    tail_drop: Share = 0.0
-    uncond_tail_drop: Share | None = None
-    images: PositiveInt = 4
-    scheduler: SchedulerName | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    count: bool = True
-    csv: UserPath | None = None
-    plot: UserPath | None = None
 
 
 @dataclass(frozen=True)

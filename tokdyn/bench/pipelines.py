@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import PositiveInt
+from typing import Any
 
 from tokdyn.bench.compare import Compared, compare
+from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
 from tokdyn.errors import RecipeError
-from tokdyn.files import UserPath, replacing, require_folder
+from tokdyn.files import replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, set_tail_drop, unwrap, wrap
-from tokdyn.pipelines.drawing import Drawing, call_arguments, title_of
+from tokdyn.pipelines.drawing import call_arguments
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.prompts import title_of
 from tokdyn.report.pixels import write_png
 
 UNITS = "a multiply-add is 2 FLOPs, of blocks and methods"
@@ -33,32 +33,6 @@ _STYLE = (
     "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
     "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
 )
-
-
-class PipelineBenchConfig(Drawing):
-    """Settings of `tokdyn bench speed` and `bench quality` for a pipeline; null means the default of the pipeline.
-
-    Attributes:
-        model: Folder or hub id of the pipeline.
-        out: For quality: folder to write to.
-        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
-            arguments, such as {prompt: make it night, image: street.png}. For speed the first one counts.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: The noise of prompt i has the seed `seed` + i.
-        rounds: For speed: how often the prompt is drawn without methods and with them, in turn; the median counts.
-        precision: Precision of the pipeline's weights.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-    """
-
-    model: str
-    out: UserPath = Path("quality")
-    rounds: PositiveInt = 3
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -77,14 +51,14 @@ class PipelineBench:
         """Return the columns of the table by title, each with one text per stack."""
         rows = list(self.compared.values())
         seconds = [[statistics.median(pair.seconds[side] for pair in row.pairs) for row in rows] for side in (0, 1)]
-        similar = [row.ssim for row in rows]
+        inside, spent, similar = zip(*((row.denoiser_seconds, row.flops_share, row.ssim) for row in rows), strict=True)
         table = {
             "stack": list(self.compared),
             "s without": [f"{value:.3g}" for value in seconds[0]],
             "s with": [f"{value:.3g}" for value in seconds[1]],
             "times as fast": [f"{row.speedup:.2f}" for row in rows],
-            "s in the model": ["-" if row.stats.seconds is None else f"{row.stats.seconds:.3g}" for row in rows],
-            "FLOPs": ["-" if row.stats.share is None else f"{row.stats.share:.1%}" for row in rows],
+            "s in the model": ["-" if value is None else f"{value:.3g}" for value in inside],
+            "FLOPs": ["-" if value is None else f"{value:.1%}" for value in spent],
             "PSNR, dB": [f"{row.psnr:.2f}" for row in rows],
             "SSIM": ["-" if value is None else f"{value:.4f}" for value in similar],
         }
@@ -202,6 +176,7 @@ def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str
         f"<style>{_STYLE}</style>\n<h1>{escape(config.model)}, without methods and with them</h1>"
         f"<p>{count} prompt{'s' * (count > 1)}, from {escape(title_of(config.prompts[0]))}; pairs have the same noise. "
         f"Settings: {', '.join(settings)}; others are the pipeline's own. "
-        f"Times are medians of whole calls, in turn; FLOPs are relative to those without methods ({UNITS}).</p>\n"
+        "Times are medians of whole calls, in turn; FLOPs are those of all prompts, relative to those without methods "
+        f"({UNITS}).</p>\n"
         f"<table><tr>{head}</tr>\n{body}</table>\n{shown}<p>{escape(machine)}</p></html>\n"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tokdyn.bench.flops import FlopsConfig, named_model
+from tokdyn.bench.flops import named_model
+from tokdyn.bench.settings import FlopsConfig
 from tokdyn.cost import flops_per_image
 from tokdyn.models import DCDiT, DiT
 

@@ -9,21 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from tokdyn.attach import attachment_of, save
 from tokdyn.bench import timing
 from tokdyn.bench.fidelity import WINDOW, feature_distance, psnr, ssim
+from tokdyn.bench.settings import QualityConfig
 from tokdyn.bench.stacks import Opened, Stack, open_stack
 from tokdyn.data import open_data
-from tokdyn.diffusion.sampling import GuidanceScale, Steps, generate
-from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.diffusion.sampling import generate
 from tokdyn.errors import DataError, RecipeError
 from tokdyn.evaluate import EvalConfig, evaluate
 from tokdyn.evaluate.extractor import Extractor
@@ -31,7 +30,7 @@ from tokdyn.evaluate.features import extract
 from tokdyn.evaluate.held_out import held_out_loss
 from tokdyn.evaluate.images import ImageSet, open_images
 from tokdyn.evaluate.networks import open_extractor
-from tokdyn.files import UserPath, require_folder
+from tokdyn.files import require_folder
 from tokdyn.host import open_device, product_type, settle_memory
 from tokdyn.progress import progress
 from tokdyn.report.pareto import ParetoPoint, frontier
@@ -39,59 +38,6 @@ from tokdyn.sample import SampleConfig, sample
 
 _BATCH = 100  # images that are compared at once
 _RUN_FOLDERS = frozenset({"model", "ema", "checkpoints"})  # folders inside that of a run
-
-
-class QualityConfig(BaseModel):
-    """Settings of `tokdyn bench quality`.
-
-    Attributes:
-        model: Model of the stacks that do not name their own, in any form that `tokdyn sample` accepts.
-        out: Folder to write to. A repeated run continues there: images that exist are not sampled again, and images
-            that were made with other settings are refused.
-        count: Images per stack; image i has the seed `seed` + i in every stack.
-        seed: Seed of the first image.
-        batch_size: Images per model call, before guidance doubles it.
-        scheduler: `ddpm`, `ddim` or `dpm` for a noise objective, `euler` for a flow; null takes ddpm or euler.
-        steps: Sampling steps per image.
-        guidance: Scale of classifier-free guidance; 1 turns it off.
-        held_out: Images (folder or zip) or latents that none of the models was trained on, to measure the diffusion
-            loss on; null does not measure it.
-        held_out_count: Number of held-out images.
-        reference: Images or statistics to compare generated images with, as for `tokdyn eval`.
-        extractor: Network whose features are compared, as for `tokdyn eval`; null measures no feature distances.
-        rounds: Number of timed rounds. In each, every stack draws one batch in turn; the median counts. 0 measures no
-            time.
-        timed: Images in a timed batch.
-        precision: `bf16` computes matrix products in bfloat16; `auto` does so on a GPU only.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-        ema: Use the averaged weights.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str | None = None
-    out: UserPath = Path("quality")
-    count: Annotated[int, Field(ge=2)] = 1000
-    seed: Annotated[int, Field(ge=0)] = 0
-    batch_size: PositiveInt = 64
-    scheduler: SchedulerName | None = None
-    steps: Steps = 50
-    guidance: GuidanceScale = 1.0
-    held_out: UserPath | None = None
-    held_out_count: Annotated[int, Field(ge=2)] = 2000
-    reference: UserPath | None = None
-    extractor: str | None = None
-    rounds: Annotated[int, Field(ge=0)] = 3
-    timed: PositiveInt = 16
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    device: str = "auto"
-    ema: bool = True
-
-    @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> Self:
-        if self.reference is not None and self.extractor is None:
-            raise ValueError("reference has no effect without extractor: name the network whose features are compared")
-        return self
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tokdyn.bench.quality import QualityConfig, QualityResult, QualityRow, points_of
+from tokdyn.bench.quality import QualityResult, QualityRow, points_of
+from tokdyn.bench.settings import QualityConfig
 from tokdyn.errors import DataError
 from tokdyn.evaluate.images import open_images
 from tokdyn.files import replacing

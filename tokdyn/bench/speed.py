@@ -13,73 +13,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from tokdyn.attach import accept_methods, attachment_of
 from tokdyn.bench import timing
+from tokdyn.bench.settings import Mode, Precision, SpeedConfig
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.calibration.after_training import rewrap
 from tokdyn.cost import flops
 from tokdyn.errors import RecipeError
-from tokdyn.files import UserPath
 from tokdyn.host import open_device, settle_memory
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import is_named
 from tokdyn.ops.schedules import at
 from tokdyn.progress import progress
-from tokdyn.sample.config import listed
 from tokdyn.train.setup import compile_parts
 from tokdyn.train.step import autocast
-
-Precision = Literal["fp32", "bf16"]
-Mode = Literal["sample", "train"]
-
-
-class SpeedConfig(BaseModel):
-    """Settings of `tokdyn bench speed`.
-
-    Attributes:
-        model: Model of the stacks that do not name their own: a named model such as DC-DiT-S (random weights), or a
-            model in any form that `tokdyn sample` accepts.
-        batch: Images per call; one number or several.
-        size: Rows and columns of the input; one number or several. null takes the model's own size, or 32 for a named
-            model.
-        kept: Kept share of DC-DiTs, the same in every image; one number or several. null leaves it to the router.
-        precision: `fp32`, `bf16` (autocast for matrix products), or both.
-        mode: `sample` (a call without gradients), `train` (forward and backward), or both.
-        compile: `none`, or the parts of the model to compile: `scaffold`, `blocks` or `all`; one or several.
-            Compilation happens in the warm-up and is not timed.
-        rounds: Number of timed rounds. In each, every stack runs once in turn; the median counts.
-        warmup: Number of rounds before that, which are not timed.
-        memory: Also measure the peak memory that a call adds.
-        plot: Draw the times to this PNG; needs several sizes or batches.
-        out: Write all results to this JSON file.
-        threads: Number of CPU threads; null takes all.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str | None = None
-    batch: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed), Field(min_length=1)] = (8,)
-    size: Annotated[tuple[PositiveInt, ...] | None, BeforeValidator(listed)] = None
-    kept: Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] | None, BeforeValidator(listed)] = None
-    precision: Annotated[tuple[Precision, ...], BeforeValidator(listed), Field(min_length=1)] = ("fp32",)
-    mode: Annotated[tuple[Mode, ...], BeforeValidator(listed), Field(min_length=1)] = ("sample",)
-    compile: Annotated[
-        tuple[Literal["none", "scaffold", "blocks", "all"], ...], BeforeValidator(listed), Field(min_length=1)
-    ] = ("none",)
-    rounds: Annotated[int, Field(ge=3)] = 7
-    warmup: Annotated[int, Field(ge=1)] = 2
-    memory: bool = False
-    plot: UserPath | None = None
-    out: UserPath | None = None
-    threads: PositiveInt | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tokdyn.bench import timing
-from tokdyn.bench.speed import SpeedConfig, SpeedRow, growth
+from tokdyn.bench.settings import SpeedConfig
+from tokdyn.bench.speed import SpeedRow, growth
 from tokdyn.errors import InputError
 from tokdyn.report.style import COLOURS, MARKERS, figure_style, save_figure
 

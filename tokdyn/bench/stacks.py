@@ -13,8 +13,7 @@ from tokdyn.attach import attachment_of, load, unwrap
 from tokdyn.calibration.after_training import rewrap
 from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.sampling import Drop, Sampler
-from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.diffusion.settings import Drop, Sampler, SchedulerName
 from tokdyn.errors import RecipeError
 from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tokdyn.attach import attachment_of, save
-from tokdyn.bench.quality import QualityConfig, QualityResult, bench_quality
+from tokdyn.bench.quality import QualityResult, bench_quality
 from tokdyn.bench.quality_page import write_page
+from tokdyn.bench.settings import QualityConfig
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.bench.tune_search import ModelTuner, Trial, search, uniform_trial, usable_knobs
 from tokdyn.bench.tune_settings import TuneConfig
 from tokdyn.errors import InputError
-from tokdyn.files import replacing, require_folder
+from tokdyn.files import replacing, require_folder, unused
 from tokdyn.host import open_device, settle_memory
 from tokdyn.recipe import yaml_text
 
@@ -96,7 +97,7 @@ def tune(config: TuneConfig) -> TuneResult:
 
 
 def sample_command(config: TuneConfig, stack: Stack, methods: Path | None) -> str:
-    """Return the shell command that samples with a schedule.
+    """Return the shell command that samples with a schedule, into a folder that does not exist yet.
 
     Args:
         config: the settings of the search, of which the sampler's are used.
@@ -105,13 +106,16 @@ def sample_command(config: TuneConfig, stack: Stack, methods: Path | None) -> st
     """
     words = ["tokdyn", "sample", config.model, f"steps={config.steps}"]
     words += [f"scheduler={config.scheduler}"] if config.scheduler else []
-    words += [f"guidance={config.guidance:g}"] if config.guidance != 1.0 else []
+    words += [f"guidance={config.guidance}"] if config.guidance != 1.0 else []
     flat = isinstance(stack.tail_drop, float)
     words += [f"{'tail_drop' if flat else 'drop_curve'}={_compact(stack.tail_drop)}"] if stack.tail_drop else []
     if stack.uncond_tail_drop is not None and config.guidance != 1.0:
         words.append(f"uncond_tail_drop={_compact(stack.uncond_tail_drop)}")
     words += [f"methods={methods}"] if methods is not None else []
-    return shlex.join(words)
+    words += [f"precision={config.precision}"] if config.precision != "auto" else []
+    words += [f"device={config.device}"] if config.device != "auto" else []
+    words += [] if config.ema else ["ema=false"]
+    return shlex.join([*words, f"out={unused(config.out / 'drawn')}"])
 
 
 def _compact(value: Any) -> str:

@@ -6,66 +6,30 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from tokdyn.adapters import adapter_for
 from tokdyn.attach import accept_methods, unsupported
-from tokdyn.bench.pipelines import PipelineBench, PipelineBenchConfig, attach, bench_pipeline, write_pipeline_page
+from tokdyn.bench.pipelines import PipelineBench, attach, bench_pipeline, write_pipeline_page
+from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
 from tokdyn.bench.tune_search import Shape, Trial, Tuner, search, uniform_trial
+from tokdyn.bench.tune_settings import PipelineKnob, PipelineTuneConfig
 from tokdyn.errors import InputError, TokdynError
-from tokdyn.files import UserPath, replacing, require_folder
+from tokdyn.files import replacing, require_folder, unused
 from tokdyn.host import open_device, settle_memory
 from tokdyn.methods import TokenMerge
-from tokdyn.methods.registry import short_name
 from tokdyn.pipelines import denoisers, recording, save, stats, unwrap
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
+from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.prompts import Drawing
 from tokdyn.recipe import yaml_text
 from tokdyn.recorder import Call
-from tokdyn.sample.config import listed
 
-PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(short_name)]
 _KNOBS: tuple[PipelineKnob, ...] = ("merge", "skip", "cache")
-
-
-class PipelineTuneConfig(Drawing):
-    """Settings of `tokdyn tune` for a pipeline; null means the default of the pipeline.
-
-    Attributes:
-        model: Folder or hub id of the pipeline.
-        flops: Target, as a share of the FLOPs of the blocks without methods.
-        out: Folder to write to.
-        knobs: Ways to save FLOPs that the search may use: `merge` (TokenMerge by noise level), `skip` (DepthSkip with a
-            calibrated table), `cache` (FeatureCache with a calibrated threshold); null takes all that the transformer
-            can use. Of several transformers, each is calibrated on the calls that it gets, and turned by itself.
-        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
-            arguments, such as {prompt: make it night, image: street.png}. Every trial draws all of them.
-        trials: Number of schedules that the search tries.
-        finalists: Number of schedules, those with the lowest errors, that are compared on the same prompts with other
-            noise, together with the uniform schedule, whose settings are the same at all noise levels.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: Seed of the search; the noise of prompt i has the seed `seed` + i.
-        precision: Precision of the pipeline's weights.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-    """
-
-    model: str
-    flops: Annotated[float, Field(gt=0.0, lt=1.0)]
-    out: UserPath = Path("tuned")
-    knobs: Annotated[tuple[PipelineKnob, ...] | None, BeforeValidator(listed), Field(min_length=1)] = None
-    trials: PositiveInt = 24
-    finalists: PositiveInt = 3
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
 
 
 @dataclass
@@ -195,13 +159,14 @@ def _merges(pipe: Any) -> bool:
 def _command(config: PipelineTuneConfig, methods: Path) -> str:
     """Return the shell command that draws the prompts, from the noise of the search, with the methods that were found.
 
-    The prompts are written to prompts.json beside the methods, with absolute paths of their images.
+    The prompts are written to prompts.json beside the methods, with absolute paths of their images. It draws into a
+    folder that does not exist yet.
     """
     prompts = config.out / "prompts.json"
     with replacing(prompts) as temporary:
         temporary.write_text(json.dumps(config.prompts, indent=1) + "\n", encoding="utf-8")
     words = ["tokdyn", "sample", config.model, f"methods={methods}", f"prompts={prompts}", f"seed={config.seed}"]
-    for name in ("steps", "guidance", "height", "width", "frames"):
+    for name in ("steps", "guidance", "height", "width", "frames", "precision", "device"):
         value = getattr(config, name)
-        words += [] if value is None else [f"{name}={value:g}"]
-    return shlex.join([*words, *([f"precision={config.precision}"] if config.precision != "fp32" else [])])
+        words += [] if value == type(config).model_fields[name].default else [f"{name}={value}"]
+    return shlex.join([*words, f"out={unused(config.out / 'drawn')}"])

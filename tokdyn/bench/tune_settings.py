@@ -6,17 +6,25 @@ A knob is one way to save FLOPs; a schedule says how strongly each knob acts at 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
-from tokdyn.diffusion.sampling import GuidanceScale, Steps
-from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.diffusion.settings import GuidanceScale, SchedulerName, Steps
 from tokdyn.files import UserPath
-from tokdyn.methods.registry import short_name
-from tokdyn.sample.config import listed
+from tokdyn.prompts import Drawing
+from tokdyn.section import listed
 
-Knob = Annotated[Literal["drop", "uncond", "merge", "skip", "cache"], BeforeValidator(short_name)]
+
+def _short_name(knob: Any) -> Any:
+    """Return the short name of the method with this name; other values unchanged."""
+    from tokdyn.methods.registry import short_name  # loads torch
+
+    return short_name(knob)
+
+
+Knob = Annotated[Literal["drop", "uncond", "merge", "skip", "cache"], BeforeValidator(_short_name)]
+PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(_short_name)]
 KNOBS: tuple[Knob, ...] = ("drop", "uncond", "merge", "skip", "cache")
 
 
@@ -71,3 +79,38 @@ class TuneConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     ema: bool = True
+
+
+class PipelineTuneConfig(Drawing):
+    """Settings of `tokdyn tune` for a pipeline; null means the default of the pipeline.
+
+    Attributes:
+        model: Folder or hub id of the pipeline.
+        flops: Target, as a share of the FLOPs of the blocks without methods.
+        out: Folder to write to.
+        knobs: Ways to save FLOPs that the search may use: `merge` (TokenMerge by noise level), `skip` (DepthSkip with a
+            calibrated table), `cache` (FeatureCache with a calibrated threshold); null takes all that the transformer
+            can use. Of several transformers, each is calibrated on the calls that it gets, and turned by itself.
+        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
+            arguments, such as {prompt: make it night, image: street.png}. Every trial draws all of them.
+        trials: Number of schedules that the search tries.
+        finalists: Number of schedules, those with the lowest errors, that are compared on the same prompts with other
+            noise, together with the uniform schedule, whose settings are the same at all noise levels.
+        steps: Steps of the sampler per image.
+        guidance: Guidance scale.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        frames: Frames of a video.
+        seed: Seed of the search; the noise of prompt i has the seed `seed` + i.
+        precision: Precision of the pipeline's weights.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
+    """
+
+    model: str
+    flops: Annotated[float, Field(gt=0.0, lt=1.0)]
+    out: UserPath = Path("tuned")
+    knobs: Annotated[tuple[PipelineKnob, ...] | None, BeforeValidator(listed), Field(min_length=1)] = None
+    trials: PositiveInt = 24
+    finalists: PositiveInt = 3
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"

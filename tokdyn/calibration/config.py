@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-from tokdyn.diffusion.sampling import GuidanceScale, Steps
-from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.diffusion.settings import GuidanceScale, SchedulerName, Steps
 from tokdyn.files import UserPath
 from tokdyn.methods.registry import short_name
-from tokdyn.pipelines.drawing import Prompts
+from tokdyn.prompts import Prompts
+from tokdyn.section import listed
 
 Target = Annotated[float, Field(gt=0.0, lt=1.0)]
 _SKIP_SETTINGS = ("levels", "protected", "sequential")
 _CACHE_SETTINGS = ("cache_steps", "threshold", "indicator", "degree")
-
-
-def _listed(value: Any) -> Any:
-    """Turn `0,-1`, as a command line gives it, or a single value into a list."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int) else value
 
 
 class CalibrateConfig(BaseModel):
@@ -66,7 +59,7 @@ class CalibrateConfig(BaseModel):
     out: UserPath | None = None
     flops: Target | None = None
     levels: PositiveInt = 10
-    protected: Annotated[tuple[int, ...], BeforeValidator(_listed)] = ()
+    protected: Annotated[tuple[int, ...], BeforeValidator(listed)] = ()
     sequential: bool = False
     cache_steps: Target | None = None
     threshold: Annotated[float, Field(gt=0.0)] = 0.1
@@ -77,7 +70,7 @@ class CalibrateConfig(BaseModel):
     height: PositiveInt | None = None
     width: PositiveInt | None = None
     frames: PositiveInt | None = None
-    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(_listed)] = None
+    classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(listed)] = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     batch_size: PositiveInt = 8
     scheduler: SchedulerName | None = None

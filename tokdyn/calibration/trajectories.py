@@ -16,15 +16,17 @@ from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.records import StepState
-from tokdyn.diffusion.sampling import Sampler, generate
+from tokdyn.diffusion.sampling import generate
 from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import CheckpointError, RecipeError
 from tokdyn.files import json_object
 from tokdyn.host import product_type
 from tokdyn.pipelines import denoisers
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw
+from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import names_pipeline, open_pipeline
 from tokdyn.progress import progress
+from tokdyn.prompts import Drawing
 from tokdyn.recorder import Call, recording
 from tokdyn.sample.labels import class_numbers
 from tokdyn.sample.loading import ModelInfo, load_model

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import repeat
 from torch import Tensor, nn
 
 from tokdyn.diffusion.objective import Objective
+from tokdyn.diffusion.settings import GuidanceChannels
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.ops.schedules import Curve, at
-
-GuidanceChannels = Literal["all", "three"]
 
 
 @dataclass(frozen=True)

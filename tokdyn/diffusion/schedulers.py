@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokdyn.diffusion.objective import Objective
+from tokdyn.diffusion.settings import SchedulerName
 from tokdyn.errors import RecipeError
-
-SchedulerName = Literal["ddpm", "ddim", "dpm", "euler"]
 
 # Half the log signal-to-noise ratio at which the deterministic solvers start. The cosine schedule has lower ones, at
 # which predicting an image means dividing by an alpha near 0. diffusers' `lambda_min_clipped` has the same purpose.

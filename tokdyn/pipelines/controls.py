@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tokdyn import attach, cost
 from tokdyn.adapters.clock import Level
-from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class
+from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class, trajectory_apart
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.methods import Method
@@ -298,18 +299,39 @@ def _call_pipeline(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[st
     models = {name: inner_model(each) for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     found = {name: attachment_of(model) for name, model in models.items()}
     attachments = {name: each for name, each in found.items() if each is not None}
-    teller, timer = Teller(pipe, attachments), Stopwatch(home(next(iter(models.values()))))
-    before = [(each, list(each.history), each.trajectory.pipeline) for each in attachments.values()]
-    for attachment in attachments.values():
-        attachment.clear()
+    teller = Teller(pipe, attachments, _guided(pipe, plain, args, kwargs))
+    timer = Stopwatch(home(next(iter(models.values()))))
+    with ExitStack() as stack:
+        for attachment in attachments.values():
+            stack.enter_context(trajectory_apart(attachment))
+        before = [(each, list(each.history), each.trajectory.pipeline) for each in attachments.values()]
+        for attachment in attachments.values():
+            attachment.clear()
+        try:
+            with listening(pipe.components, teller):
+                return plain(pipe, *args, **kwargs)
+        finally:
+            timer.stop()
+            called = any(each.records for each in attachments.values())
+            for attachment, history, earlier in before:
+                attachment.end()
+                attachment.trajectory.pipeline = timer if called else earlier
+                if not called:  # a call without methods, or one that failed early, is no trajectory
+                    attachment.history[:] = history
+
+
+def _guided(pipe: Any, plain: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
+    """Return whether a call of a pipeline is guided, where its guidance scale says so; None where it says nothing.
+
+    Pipelines such as PixArt and DiT guide with a scale above 1, but have no property that tells so while they run.
+    """
+    parameters = inspect.signature(plain).parameters
+    if "guidance_scale" not in parameters:
+        return None
     try:
-        with listening(pipe.components, teller):
-            return plain(pipe, *args, **kwargs)
-    finally:
-        timer.stop()
-        called = any(each.records for each in attachments.values())
-        for attachment, history, earlier in before:
-            attachment.end()
-            attachment.trajectory.pipeline = timer if called else earlier
-            if not called:  # a call without methods, or one that failed early, is no trajectory
-                attachment.history[:] = history
+        given = inspect.signature(plain).bind(pipe, *args, **kwargs)
+    except TypeError:  # the call is going to fail
+        return None
+    given.apply_defaults()
+    scale = given.arguments["guidance_scale"]
+    return scale > 1.0 if isinstance(scale, (int, float)) else None

@@ -68,8 +68,9 @@ def open_pipeline(name: str, device: torch.device, precision: str = "fp32") -> A
     where, offline = (str(folder), True) if folder.exists() else (name, not reachable())
     try:
         pipe = reader.from_pretrained(where, use_safetensors=True, local_files_only=offline)
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers: {error}") from error
+    except Exception as error:  # readers of damaged components raise errors of all kinds
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers: {why}") from error
     if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
         raise CheckpointError(f"{name} holds a {type(pipe).__name__}, which has no transformer.")
     pipe.set_progress_bar_config(disable=True)

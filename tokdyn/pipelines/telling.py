@@ -32,9 +32,11 @@ class Teller:
     Args:
         pipe: the pipeline.
         attachments: those of its denoisers, by the names of their components.
+        guided: whether the call is guided, as its arguments say; None where they do not.
     """
 
-    def __init__(self, pipe: Any, attachments: Mapping[str, Attachment]) -> None:
+    def __init__(self, pipe: Any, attachments: Mapping[str, Attachment], guided: bool | None = None) -> None:
+        self._guided = guided
         self._pipe, self._attachments, self._names = pipe, tuple(attachments.values()), tuple(attachments)
         self._scheduler = pipe.components.get("scheduler")
         self._made = 0
@@ -144,7 +146,8 @@ class Teller:
             perturbed: whether the pipeline says that a branch is perturbed.
             calls: whether pipelines of this family call the model for each branch.
         """
-        if not perturbed and (calls or getattr(self._pipe, "do_classifier_free_guidance", True) is False):
+        guided = getattr(self._pipe, "do_classifier_free_guidance", self._guided)
+        if not perturbed and (calls or guided is False):
             return 1
         for parts in range(_MOST_PARTS if perturbed else 2, 1, -1):
             if len(x) % parts == 0 and all(torch.equal(x[: len(x) // parts], each) for each in x.chunk(parts)[1:]):

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from tokdyn.data import DataConfig
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.sampling import Sampler
+from tokdyn.diffusion.settings import Sampler
 from tokdyn.recipe.model_settings import BASE, ModelSettings
 from tokdyn.section import Count, Fraction, Positive, Section
 from tokdyn.upcycling.settings import UpcycleSettings

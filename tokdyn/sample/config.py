@@ -6,20 +6,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
-from tokdyn.diffusion.guidance import GuidanceChannels
-from tokdyn.diffusion.sampling import Drop, GuidanceScale, Interval, Points, Sampler, Share, Steps
-from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.diffusion.settings import (
+    Drop,
+    GuidanceChannels,
+    GuidanceScale,
+    Interval,
+    Points,
+    Sampler,
+    SchedulerName,
+    Share,
+    Steps,
+)
 from tokdyn.files import UserPath
-
-
-def listed(value: Any) -> Any:
-    """Turn a string such as "0,0.3" into the list of its parts, and a single number into a list of one.
-
-    Other values are returned unchanged.
-    """
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int | float) else value
+from tokdyn.prompts import Drawing
+from tokdyn.section import listed
 
 
 def _two_levels(value: Any) -> Any:
@@ -145,3 +145,29 @@ class SampleConfig(BaseModel):
             uncond_tail_drop=self.uncond_tail_drop,
             clip=clip,
         )
+
+
+class PipelineSampleConfig(Drawing):
+    """Settings of `tokdyn sample` for a pipeline of diffusers; null means the default of the pipeline.
+
+    Attributes:
+        model: Folder or hub id of the pipeline.
+        out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
+        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`.
+        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
+            arguments, such as {prompt: make it night, image: street.png}.
+        steps: Steps of the sampler per image.
+        guidance: Guidance scale.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        frames: Frames of a video.
+        seed: The noise of prompt i has the seed `seed` + i.
+        precision: Precision of the pipeline's weights.
+        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
+    """
+
+    model: str
+    out: UserPath | None = None
+    methods: UserPath | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"

@@ -11,7 +11,8 @@ import torch
 from tokdyn.attach import attachment_of, load, unwrap
 from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
-from tokdyn.diffusion.schedulers import SchedulerName, default_scheduler, open_scheduler
+from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
+from tokdyn.diffusion.settings import SchedulerName
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.files import require_folder
 from tokdyn.host import open_device, product_type

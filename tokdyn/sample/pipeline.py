@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,44 +17,20 @@ from PIL import Image
 
 from tokdyn import __version__
 from tokdyn.attach import CONFIG, WEIGHTS
-from tokdyn.errors import InputError, RecipeError
-from tokdyn.files import UserPath, json_object, replacing, require_folder
+from tokdyn.errors import InputError, OutputError, RecipeError
+from tokdyn.files import json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, stats
-from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, images_of, title_of
+from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.progress import progress
+from tokdyn.prompts import images_of, title_of
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import write_png
+from tokdyn.sample.config import PipelineSampleConfig
 
 RESULT, GRID = "sample.json", "grid.png"
 _MILLISECONDS = 80  # a frame of a video is shown
-
-
-class PipelineSampleConfig(Drawing):
-    """Settings of `tokdyn sample` for a pipeline of diffusers; null means the default of the pipeline.
-
-    Attributes:
-        model: Folder or hub id of the pipeline.
-        out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
-        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`.
-        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
-            arguments, such as {prompt: make it night, image: street.png}.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: The noise of prompt i has the seed `seed` + i.
-        precision: Precision of the pipeline's weights.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-    """
-
-    model: str
-    out: UserPath | None = None
-    methods: UserPath | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -157,7 +133,7 @@ def _content(folder: Path) -> dict[str, Any]:
         weights = path.with_name(WEIGHTS)
         digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
         name = "" if path.parent == folder else path.parent.name
-        found[name] = {"methods": json_object(path)["methods"], "weights": digest}
+        found[name] = {"methods": json_object(path).get("methods"), "weights": digest}
     if not found:
         raise RecipeError(f"{folder} holds no methods; give a folder that tokdyn calibrate or tokdyn.save has written.")
     return found
@@ -182,14 +158,21 @@ def _earlier(out: Path, facts: dict[str, Any]) -> dict[int, Drawn]:
     if not (out / RESULT).is_file():
         return {}
     before = json_object(out / RESULT)
-    settings = before.get("settings", {})
+    settings, drawn = before.get("settings"), before.get("drawn")
+    if not isinstance(settings, dict) or not isinstance(drawn, dict):
+        raise RecipeError(f"{out / RESULT} was not written by tokdyn sample; choose another out, or remove the file.")
     changed = sorted(name for name in facts.keys() | settings.keys() if facts.get(name) != settings.get(name))
     if changed:
         raise RecipeError(
             f"{out} holds pictures that were drawn with other settings ({', '.join(changed)}); choose another out, or "
             "set these back."
         )
-    return {int(place): Drawn(**entry) for place, entry in before["drawn"].items()}
+    try:
+        return {int(place): Drawn(**entry) for place, entry in drawn.items()}
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{out / RESULT} is damaged ({error}); choose another out, or remove it to draw all again."
+        ) from error
 
 
 def _save(out: Path, facts: dict[str, Any], known: dict[int, Drawn], machine: Any) -> None:
@@ -226,6 +209,10 @@ def _overview(out: Path, drawn: tuple[Drawn, ...], titles: Sequence[str]) -> Non
     """Draw all pictures, the first frames of videos, in one grid; smaller ones have white margins."""
     images = []
     for each in drawn:
-        with Image.open(out / each.file) as image:
-            images.append(np.asarray(image.convert("RGB")))
+        try:
+            with Image.open(out / each.file) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError, ValueError) as error:
+            what = f"{out / each.file} cannot be read as an image ({error})"
+            raise OutputError(f"{what}; remove it, and repeat the command to draw it again.") from error
     write_png(image_grid(on_cells(images), captions=titles), out / GRID)

@@ -193,6 +193,7 @@ class Trajectory:
         step: index of the step of the calls to come, where somebody says so. Then the inputs of calls are not compared.
         steps: number of steps, where somebody says so.
         pipeline: measures how long the whole call of the pipeline takes that made the calls; None without one.
+        calls: number of calls since a loop or a pipeline began that says where it is; None outside of one.
     """
 
     def __init__(self) -> None:
@@ -201,6 +202,7 @@ class Trajectory:
         self.step: int | None = None
         self.steps: int | None = None
         self.pipeline: Stopwatch | None = None
+        self.calls: int | None = None
         self._tracker = Tracker()
         self._conditioning = Conditioning(MOST_BRANCHES)
         self._now = self._before = InputSeen()
@@ -307,6 +309,8 @@ class Trajectory:
     def note(self, output: Any) -> None:
         """Note what the model predicted in the call that was observed last, whatever the model returned."""
         observation, self._observation = self._observation, None
+        if self.calls is not None:
+            self.calls += 1
         if observation is None:
             return
         if observation.timer is not None:

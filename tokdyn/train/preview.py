@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokdyn.diffusion.guidance import takes_tail_drop
-from tokdyn.diffusion.sampling import Sampler, generate
-from tokdyn.diffusion.schedulers import SchedulerName
+from tokdyn.diffusion.sampling import generate
+from tokdyn.diffusion.settings import Sampler, SchedulerName
 from tokdyn.errors import DataError, RecipeError
 from tokdyn.recipe import Recipe
 from tokdyn.report.decoding import open_decoder

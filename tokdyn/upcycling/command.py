@@ -19,8 +19,9 @@ from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import UserPath, json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import denoisers
-from tokdyn.pipelines.drawing import Drawing, Prompts, call_arguments, draw, title_of
+from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.prompts import Drawing, Prompts, title_of
 from tokdyn.recorder import evaluating, recording
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
