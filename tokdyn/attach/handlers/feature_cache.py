@@ -172,7 +172,7 @@ class CachedBlocks(Bracket):
             start: (B, N, D) the tokens of the stream before the blocks.
             x: (B, N, D) the tokens after the blocks, which reused samples skipped.
         """
-        reused, effects, keep = state.reused, state.branch.effects, self.method.extrapolate
+        reused, effects, keep = state.reused, state.branch.effects, bool(self.method.forecast)
         effect = effects.get(stream)
         if effect is not None and all(reused) and not keep:
             return start + effect.latest
