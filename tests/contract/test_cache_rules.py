@@ -1,4 +1,4 @@
-"""The rules of FeatureCache against plain loops over recorded trajectories, written from the formulas of their papers."""
+"""FeatureCache's rules against plain loops over recorded trajectories, written from the formulas of their papers."""
 
 import copy
 import itertools
@@ -294,6 +294,90 @@ def test_a_cancelled_run_leaves_nothing(method):
             model(**arguments)
             found.append([place in attached(model).records[-1].cached for place in range(2)])
     assert list(zip(*found, strict=True)) == expected
+
+
+@rules
+@torch.no_grad()
+def test_dc_dit_decides_around_its_own_chunking_by_every_rule(method):
+    """Its chunking is inside: what is reused is the effect of encoder, chunking and decoder together."""
+    calls, model = inputs_of("DCDiT"), tokdyn.wrap(TINY["DCDiT"].build(), [method])
+    plain, found = outputs_of("DCDiT", calls), []
+    with tokdyn.trajectory(model, steps=STEPS):
+        for arguments, expected in zip(calls, plain, strict=True):
+            out, reused = sample(model(**arguments)), attached(model).records[-1].cached
+            found.append([place in reused for place in range(2)])
+            for place in {0, 1} - reused:
+                torch.testing.assert_close(out[place], expected[place], rtol=0, atol=2e-6)
+    assert mixed([*zip(*found, strict=True)])
+    assert found[0] == found[-1] == [False, False]
+
+
+class Undeclared(torch.nn.Module):
+    """A model of nobody's, whose name for the embedding of the timestep is one of those that people give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time_embed = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.SiLU(), torch.nn.Linear(8, 8))
+        self.blocks = torch.nn.ModuleList([Mixing() for _ in range(3)])
+
+    def forward(self, x, timestep):
+        embedded = self.time_embed(timestep[:, None] / 1000)
+        for block in self.blocks:
+            x = block(x, embedded)
+        return x
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x, embedded):
+        return x + self.outer(torch.tanh(self.inner(x) + embedded[:, None]))
+
+
+@torch.no_grad()
+def test_the_embedding_of_the_timestep_is_found_in_a_model_that_nobody_declared():
+    plain, seen, times = Undeclared().eval(), [], [1000 * level for level in levels()]
+    plain.time_embed.register_forward_hook(lambda _, args, out: seen.append(out[0]))
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(STEPS, 2, 6, 8, generator=generator).cumsum(0)
+    for x, time in zip(xs, times, strict=True):
+        plain(x, torch.full((2,), time))
+    changes = relative(seen)
+    threshold = 2.5 * sorted(changes)[len(changes) // 2]
+    model = tokdyn.wrap(Undeclared().eval(), [FeatureCache(indicator="time", threshold=threshold)])
+    found = []
+    with tokdyn.trajectory(model, steps=STEPS):
+        for x, time in zip(xs, times, strict=True):
+            model(x, torch.full((2,), time))
+            found.append([place in attached(model).records[-1].cached for place in range(2)])
+    expected = by_changes(changes, threshold)
+    assert mixed([expected])
+    assert found == [[reuse, reuse] for reuse in expected]
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [tokdyn.Chunking(target=2)],
+        [tokdyn.DepthSkip(blocks=(1,)), tokdyn.TokenMerge(ratio=0.3, where="both")],
+    ],
+    ids=lambda methods: "-".join(type(each).__name__ for each in methods),
+)
+@rules
+@torch.no_grad()
+def test_rules_that_see_no_effect_decide_alike_whatever_acts_inside(method, methods):
+    """EasyCache compares predictions, which other methods change; its decisions may differ."""
+    calls = inputs_of("DiT")
+    model = tokdyn.wrap(TINY["DiT"].build(), [method, *methods])
+    with tokdyn.trajectory(model, steps=STEPS):
+        for arguments in calls:
+            model(**arguments)
+    reused = [record.reused for record in tokdyn.stats(model).calls]
+    alone = [sum(row) for row in zip(*cached("DiT", method, calls)["cond", 0], strict=True)]
+    assert reused == alone or (method.rule == "easycache" and any(reused))
 
 
 @rules

@@ -164,8 +164,7 @@ class Attachment(nn.Module):
         if not self._sites:
             plan = self.blueprint
             stream = any(placed.traits.aligned is not None for placed in plan.placed)
-            sublayers = bool(self.handlers.sublayers)
-            self._sites = find_sites(model, plan.adapter, sublayers, plan.layouts, stream)
+            self._sites = find_sites(model, plan.adapter, bool(self.handlers.sublayers), plan.layouts, stream)
         return self._sites
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:

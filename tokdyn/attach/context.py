@@ -106,10 +106,7 @@ class CallContext:
 
     @property
     def images(self) -> ImageTokens:
-        """The grids of the generated image and of reference images, read from the arguments at the first use.
-
-        Raises an InputError if they cannot be read, or have another number of cells than the blocks get image tokens.
-        """
+        """The grids of the generated image and of references; an InputError if they cannot be read or do not fit."""
         return self.readings.images.value
 
     @property

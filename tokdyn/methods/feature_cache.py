@@ -128,7 +128,7 @@ class FeatureCache(Method):
             if not (value >= 0 if isinstance(value, int) else 0 <= value <= 1):
                 raise InputError(f"{name}={value} is neither a number of steps (0, 1, 2, ...) nor a share from 0 to 1.")
         first = max(self.start, 1) if isinstance(self.end, int) and isinstance(self.start, int) else self.start
-        if type(first) is type(self.end) and first >= self.end:
+        if not self.end or (type(first) is type(self.end) and first >= self.end):
             raise InputError(f"start={self.start} is not before end={self.end}, so no step could be reused.")
         if self.steps is not None and (self.warmup or self.start or self.end != 1 or self.max_reused is not None):
             raise InputError("steps are listed, so warmup, start, end and max_reused have no effect; leave them out.")

@@ -37,13 +37,13 @@ class Accumulated:
         zeros = torch.zeros(batch, device=device, dtype=dtype)
         return cls(zeros, torch.ones_like(zeros), (0,) * batch)
 
-    def after(self, reused: Sequence[bool]) -> Accumulated:
-        """Return what a step leaves: of samples that are not reused, nothing."""
-        count = tuple(number + 1 if reuse else 0 for number, reuse in zip(self.reused, reused, strict=True))
+    def kept(self, reused: Sequence[bool]) -> Accumulated:
+        """Return what a step leaves in which these samples (B) are reused: nothing of those that are computed."""
         if all(reused):
-            return replace(self, reused=count)
+            return self
         kept = torch.tensor(reused, device=self.total.device)
-        return Accumulated(torch.where(kept, self.total, 0.0), torch.where(kept, self.product, 1.0), count)
+        row = tuple(number if reuse else 0 for number, reuse in zip(self.reused, reused, strict=True))
+        return Accumulated(torch.where(kept, self.total, 0.0), torch.where(kept, self.product, 1.0), row)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,7 @@ def nothing_accumulated(method: FeatureCache, batch: int, device: torch.device) 
 
 
 def decide(
-    method: FeatureCache,
-    position: Position,
-    branch: BranchMemory,
-    indicator: Tensor,
-    fresh: Sequence[bool],
-    agree: Callable[[list[bool]], list[bool]],
+    method: FeatureCache, position: Position, branch: BranchMemory, indicator: Tensor, fresh: Sequence[bool]
 ) -> list[bool]:
     """Decide for each sample whether it is reused, and update what has accumulated in the memory of its branch.
 
@@ -39,7 +34,6 @@ def decide(
         branch: the memory of the branch, whose indicator is that of the step before; `since` is updated.
         indicator: (B, ...) the indicator of this step.
         fresh: for each sample, whether another image is remembered; such a sample is computed.
-        agree: returns decisions (B) of which some that reuse a sample are taken back, because of others.
 
     Raises:
         InputError: the settings need the number of steps, which is unknown.
@@ -49,7 +43,7 @@ def decide(
         count = position.num_steps  # what the loop says goes before what was set
     if method.steps is not None:
         listed = [step in method.steps or (count is not None and step >= count - 1) for step in steps]
-        return agree([not (one or other) for one, other in zip(listed, fresh, strict=True)])
+        return [not (one or other) for one, other in zip(listed, fresh, strict=True)]
     since, window, most = branch.since, method.window(count), method.max_reused
     forced = [
         new or step not in window or (most is not None and reused >= most)
@@ -62,8 +56,9 @@ def decide(
     if any(forced):  # NaN is not below any threshold
         change = change.masked_fill(torch.tensor(forced, device=change.device), math.nan)
     reuse, total = accumulate(since.total, change, method.threshold)
-    decided = agree(reuse.tolist())
-    branch.since = Accumulated(total, product, since.reused).after(decided)
+    decided: list[bool] = reuse.tolist()
+    row = tuple(number + 1 for number in since.reused)
+    branch.since = Accumulated(total, product, row).kept(decided)
     return decided
 
 

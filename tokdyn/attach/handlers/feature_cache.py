@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.coupling import coupled_parts, together
@@ -91,7 +90,8 @@ class CachedBlocks(Bracket):
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
-            reused = decide(self.method, position, branch, indicator, fresh, partial(_coupled, context.model))
+            decided = decide(self.method, position, branch, indicator, fresh)
+            reused = self._together(context, branch, decided)
             branch.images, branch.indicator = position.images, indicator
         if self.method.rule == "easycache":
             branch.awaited = reused, fresh
@@ -121,6 +121,16 @@ class CachedBlocks(Bracket):
             return embedding_in(method.indicator, blocks, named, context.readings.time, len(x))
         tokens = x if block is None or blocks.modulated is None else _modulated(context, blocks.modulated, block)
         return tokens.detach() if method.rule == "teacache" else _filtered(context, view, tokens, blocks).detach()
+
+    @staticmethod
+    def _together(context: CallContext, branch: BranchMemory, decided: list[bool]) -> list[bool]:
+        """Reuse samples that attention couples only together; what is computed has accumulated nothing."""
+        reused = decided
+        if any(reused) and not all(reused):
+            reused = together(reused, coupled_parts(context.model))
+        if reused != decided:
+            branch.since = branch.since.kept(reused)
+        return reused
 
     def note(self, output: Any) -> None:
         """Note what the model returned, if the rule compares predictions. The call is over."""
@@ -179,11 +189,6 @@ class CachedBlocks(Bracket):
             return x
         chosen = torch.tensor(reused, device=x.device).view(-1, 1, 1)
         return torch.where(chosen, start + effect.at(level), x)
-
-
-def _coupled(model: nn.Module, reused: list[bool]) -> list[bool]:
-    """Let samples that attention couples be reused only together."""
-    return together(reused, coupled_parts(model)) if any(reused) and not all(reused) else reused
 
 
 def _modulated(context: CallContext, modulated: Callable[..., Tensor], block: BlockCall) -> Tensor:
