@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import tokdyn
+from tests.contract.coverage_images import IMAGES
+from tests.contract.coverage_videos import VIDEOS
 from tests.contract.models import TINY, sample
 from tests.contract.test_trajectories import latents_name
 from tokdyn import FeatureCache
@@ -356,6 +358,27 @@ def test_the_embedding_of_the_timestep_is_found_in_a_model_that_nobody_declared(
     expected = by_changes(changes, threshold)
     assert mixed([expected])
     assert found == [[reuse, reuse] for reuse in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # diffusers' own
+@pytest.mark.parametrize("name", [*IMAGES, *VIDEOS])
+@pytest.mark.parametrize("indicator", ["time", "projected_time"])
+@torch.no_grad()
+def test_every_family_has_an_embedding_of_the_timestep_or_is_refused(name, indicator):
+    tiny, method = {**IMAGES, **VIDEOS}[name], FeatureCache(indicator=indicator, threshold=1e9)
+    model, arguments = tiny.build(), tiny.inputs(2)
+    if indicator == "projected_time" and adapter_for(model).blocks[0].time_projection is None:
+        with pytest.raises(UnsupportedModelError, match="time_projection="):
+            tokdyn.wrap(model, [method])
+        return
+    tokdyn.wrap(model, [method])
+    with tokdyn.trajectory(model, steps=4) as here:
+        for here.step in range(4):
+            model(**arguments)
+    first, *rest, last = [record.reused for record in tokdyn.stats(model).calls]
+    assert first == last == 0
+    assert all(rest)
 
 
 @pytest.mark.parametrize(

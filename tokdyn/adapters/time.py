@@ -56,7 +56,10 @@ def missing_time(
 
 
 def embedding_in(embedding: str, blocks: Blocks, named: Arguments | None, noted: Tensor | None, batch: int) -> Tensor:
-    """Return an embedding of the timestep with one row a sample, (B, ...).
+    """Return an embedding of the timestep with an entry a sample, (B, ...).
+
+    A sample may have several timesteps, such as one for each token. Rows whose number is no multiple of the samples are
+    a table that all samples share.
 
     Args:
         embedding: "time" or "projected_time".
@@ -70,16 +73,14 @@ def embedding_in(embedding: str, blocks: Blocks, named: Arguments | None, noted:
     """
     name = blocks.time if embedding == "time" else blocks.time_projection
     found = noted if name is None or named is None else named.get(name)
-    if found is None or (len(found) % batch and batch % len(found)):
+    if found is None or not len(found):
         raise UnsupportedModelError(
             f"FeatureCache(indicator={embedding!r}) found no embedding of the timestep before the first block; use "
             "another indicator."
         )
     rows = found.detach()
-    if len(rows) < batch:
-        return rows.repeat(batch // len(rows), *[1] * (rows.dim() - 1))
-    if len(rows) == batch:
-        return rows
-    if blocks.rounds:  # one timestep of every sample, then another
-        return rows.reshape(-1, batch, *rows.shape[1:]).transpose(0, 1)
-    return rows.reshape(batch, -1, *rows.shape[1:])
+    if blocks.rounds and len(rows) > batch:  # the timestep of every sample, then others
+        rows = rows[:batch]
+    if len(rows) % batch:
+        return rows.expand(batch, *rows.shape)
+    return rows if len(rows) == batch else rows.reshape(batch, -1, *rows.shape[1:])

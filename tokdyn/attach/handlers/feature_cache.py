@@ -116,7 +116,7 @@ class CachedBlocks(Bracket):
             if found is None or len(found) != len(x):
                 raise UnsupportedModelError("rule='easycache' compares the model's input, which has no entry a sample.")
             return found.detach().clone()  # samplers may change it in place
-        if method.traits(1).embedding is not None:
+        if method.indicator != "input":
             named = None if block is None else block.named
             return embedding_in(method.indicator, blocks, named, context.readings.time, len(x))
         tokens = x if block is None or blocks.modulated is None else _modulated(context, blocks.modulated, block)
