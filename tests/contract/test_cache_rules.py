@@ -457,6 +457,20 @@ def test_inputs_that_a_sampler_changes_in_place_are_compared_as_they_were():
     assert list(zip(*found, strict=True)) == cached("DiT", method, calls)["cond", 0]
 
 
+@torch.no_grad()
+def test_the_rate_of_a_sample_that_begins_another_image_is_unknown_until_two_steps_are_computed():
+    model = tokdyn.wrap(TINY["DiT"].build(), [FeatureCache(rule="easycache", threshold=1e9)])
+    x, found = TINY["DiT"].inputs(2)["hidden_states"], []
+    for step, level in enumerate(levels(7)):
+        if step == 3:
+            x = torch.stack([x[0], torch.randn(x[1].shape, generator=torch.Generator().manual_seed(7))])
+        x = 0.97 * x
+        model(**{**TINY["DiT"].inputs(2), **TINY["DiT"].at(2, level), "hidden_states": x})
+        found.append([place in attached(model).records[-1].cached for place in range(2)])
+    assert [one for one, _ in found] == [False, False, *[True] * 5]
+    assert [two for _, two in found] == [False, False, True, False, False, True, True]
+
+
 @pytest.mark.parametrize(
     "method",
     [
