@@ -11,6 +11,7 @@ from tests.contract.models import CLOCKED, TINY, one_of, sample
 from tokdyn.calibration import calibrate_cache
 from tokdyn.calibration.threshold import simulate
 from tokdyn.cost import count
+from tokdyn.errors import InputError
 from tokdyn.methods import TEACACHE_FLUX
 from tokdyn.ops.caching import fit_rescaling, relative_change
 
@@ -42,6 +43,31 @@ def test_simulation_agrees_with_the_cache(name, indicator):
     close = 0.05 if name == "DCDiT" else 1e-12
     assert sum(spent for _, spent in done) / plain == pytest.approx(found.flops, rel=close)
     assert 1 - sum(number for number, _ in done) / (2 * len(calls)) == pytest.approx(found.computed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"warmup": 3, "max_reused": 1}, {"start": 0.4, "end": 0.9, "max_reused": 2}, {"indicator": "time", "warmup": 2}],
+    ids=["steps", "shares", "time"],
+)
+@torch.no_grad()
+def test_the_simulation_keeps_to_the_window(settings):
+    model, calls = TINY["DiT"].build(), trajectory("DiT", branches=1)
+    method = tokdyn.FeatureCache(threshold=1.0, num_steps=len(LEVELS), **settings)
+    found = calibrate_cache(model, calls, method, steps=0.75)
+    tokdyn.wrap(model, [found.method])
+    done = []
+    for call in calls:
+        model(**call)
+        done.append(tokdyn.stats(model).calls[-1].reused)
+    assert done == [int(reuse.sum()) for reuse in simulate(found.steps, found.method)]
+    assert any(done)
+    assert not any(done[: settings.get("warmup", 1)])
+
+
+def test_rules_without_a_polynomial_are_not_calibrated():
+    with pytest.raises(InputError, match=r"seacache.*no polynomial"):
+        calibrate_cache(TINY["DiT"].build(), trajectory("DiT"), tokdyn.FeatureCache(rule="seacache"))
 
 
 @pytest.mark.pairwise("caching")

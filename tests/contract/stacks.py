@@ -26,7 +26,7 @@ ACTIVE: dict[str, list[Method]] = {
     "drop-nested": [TokenDrop(rate=0.5, blocks=(0, 3)), TokenDrop(rate=0.5, blocks=(1, 2))],
     "skip": [DepthSkip(blocks=(1, -1))],
     "cache": [FeatureCache(threshold=0.5)],
-    "cache-first": [FeatureCache(threshold=0.5, indicator="first_block", extrapolate=True)],
+    "cache-first": [FeatureCache(threshold=0.5, indicator="first_block", forecast=1)],
     "stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,))],
     "curves": [TokenMerge(ratio=((0.0, 0.2), (1.0, 0.6))), DepthSkip(table=((0.0, 0.5, (1,)), (0.5, 1.0, (2,))))],
     "chunk": [Chunking(target=3)],

@@ -89,11 +89,19 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "FeatureCache": {
         "threshold": st.sampled_from((-1.0, 0.0, 0.1, 0.5, 10.0)),
-        "indicator": st.sampled_from(("input", "first_block")),
+        "rule": st.sampled_from(("teacache", "easycache", "seacache")),
+        "indicator": st.sampled_from(("input", "first_block", "time", "projected_time")),
         "coefficients": st.sampled_from(((1.0, 0.0), (3.0, -1.0, 0.1), (0.0,))),
         "steps": st.one_of(st.none(), st.sets(st.integers(0, 3), min_size=1).map(sorted).map(tuple)),
         "num_steps": st.sampled_from((None, 1, 4)),
-        "extrapolate": st.booleans(),
+        "ratios": st.none(),  # with them the number of steps must be known, which nobody tells here
+        "warmup": st.integers(0, 2),
+        "start": st.integers(0, 2),
+        "end": st.sampled_from((1.0, 2, 3)),
+        "max_reused": st.sampled_from((None, 1, 2)),
+        "forecast": st.sampled_from((0, 1)),
+        "residual_dtype": st.none(),
+        "residual_device": st.none(),
     },
 }
 """What is drawn of every setting; most of it goes together, and some of it no model takes."""

@@ -125,6 +125,12 @@ ANSWERS = [
     ),
     (FeatureCache(threshold=0.0), {"compares": False, "diverges": False}),
     (FeatureCache(steps=(0, 2)), {"compares": False, "diverges": False}),
+    (FeatureCache(rule="magcache", ratios=(1.0, 0.9)), {"compares": False, "diverges": False, "embedding": None}),
+    (FeatureCache(rule="easycache"), {"compares": True, "diverges": True, "reads": "split", "needs_grid": False}),
+    (FeatureCache(rule="seacache"), {"compares": True, "reads": "grid", "needs_grid": True}),
+    (FeatureCache(indicator="time"), {"compares": False, "diverges": False, "embedding": "time"}),
+    (FeatureCache(indicator="projected_time"), {"embedding": "projected_time"}),
+    (FeatureCache(indicator="time", steps=(0, 2)), {"embedding": None}),
 ]
 
 

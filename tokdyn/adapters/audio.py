@@ -24,6 +24,7 @@ def _samples_grid(model: nn.Module, call: Arguments) -> Grid:
 
 STABLE_AUDIO = ModelAdapter(
     name="Stable Audio",
+    time="timestep_proj",
     classes=("StableAudioDiTModel",),
     blocks=(
         Blocks(
@@ -53,6 +54,7 @@ def _sa3_sliceable(block: nn.Module) -> bool:
 
 STABLE_AUDIO3 = ModelAdapter(
     name="Stable Audio 3",
+    time="to_timestep_embed",
     classes=("StableAudio3DiTModel",),
     blocks=(
         Blocks(

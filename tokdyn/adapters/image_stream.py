@@ -21,6 +21,7 @@ def _prx_modulated(block: nn.Module, arguments: Arguments) -> Tensor:
 
 PRX = ModelAdapter(
     name="PRX",
+    time="time_in",
     classes=("PRXTransformer2DModel",),
     blocks=(
         Blocks(

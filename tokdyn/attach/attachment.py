@@ -164,8 +164,7 @@ class Attachment(nn.Module):
         if not self._sites:
             plan = self.blueprint
             stream = any(placed.traits.aligned is not None for placed in plan.placed)
-            sublayers = bool(self.handlers.sublayers)
-            self._sites = find_sites(model, plan.adapter, sublayers, plan.layouts, stream)
+            self._sites = find_sites(model, plan.adapter, bool(self.handlers.sublayers), plan.layouts, stream)
         return self._sites
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -235,6 +234,12 @@ class Attachment(nn.Module):
         """Add the trace of a call to the history, or an empty trace between two trajectories; drop the oldest."""
         self.history.pop(0)  # in place: a copy touches the reference counts of all traces
         self.history.append(trace)
+
+    def conclude(self, output: Any) -> None:
+        """Note what the model returned, for the trajectory and for caches that compare predictions."""
+        self.trajectory.note(output)
+        for cache in self.caches:
+            cache.note(output)
 
     def end(self) -> None:
         """End the trajectory and clear the caches; its statistics stay until the next one begins."""

@@ -56,6 +56,7 @@ class Readings:
         position: step, guidance branch and image of the call.
         followed: entries of the blocks' arguments for the tokens of views.
         behind: number of tokens that follow the image tokens; see `ModelAdapter.behind`.
+        time: the embedding of the timestep, noted when the model computes it, if a method reads it.
     """
 
     images: Lazy[ImageTokens]
@@ -63,6 +64,7 @@ class Readings:
     position: Lazy[Position]
     followed: FollowedArguments
     behind: int = 0
+    time: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -104,10 +106,7 @@ class CallContext:
 
     @property
     def images(self) -> ImageTokens:
-        """The grids of the generated image and of reference images, read from the arguments at the first use.
-
-        Raises an InputError if they cannot be read, or have another number of cells than the blocks get image tokens.
-        """
+        """The grids of the generated image and of references; an InputError if they cannot be read or do not fit."""
         return self.readings.images.value
 
     @property
@@ -248,7 +247,7 @@ class CallContext:
 
     def release(self, recomputed: bool) -> None:
         """Release the arguments after the call, and what handlers hold unless its blocks may be recomputed with it."""
-        self.arguments, self.readings.followed = {}, FollowedArguments()
+        self.arguments, self.readings.followed, self.readings.time = {}, FollowedArguments(), None
         if not recomputed:
             self.slots[:] = [None] * len(self.slots)
         self.readings.images.close()

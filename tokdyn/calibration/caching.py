@@ -61,6 +61,11 @@ def calibrate_cache(
             f"FeatureCache(steps={method.steps}) already fixes the computed steps; calibrate FeatureCache() with "
             "steps=0.5, for example, to compute half of them."
         )
+    if method.rule != "teacache":
+        raise InputError(
+            f"FeatureCache(rule={method.rule!r}) has no polynomial to fit; calibrate FeatureCache(), whose rule is "
+            "'teacache', or choose its threshold by comparing images."
+        )
     if degree < 1:
         raise InputError(f"degree={degree} is no degree of a polynomial; give 1 or more.")
     if flops is not None and steps is not None:

@@ -32,7 +32,8 @@ class CalibrateConfig(BaseModel):
         sequential: skip: choose blocks one by one by the error of the output; better and much slower.
         cache_steps: cache: target, as the share of computed steps, instead of flops.
         threshold: cache: accumulated change below which a step is reused, if neither flops nor cache_steps is given.
-        indicator: cache: compare the modulated `input` of the first block, or what the `first_block` adds.
+        indicator: cache: compare the modulated `input` of the first block, what the `first_block` adds, the embedding
+            of the timestep (`time`), or its projection to the modulation of the blocks (`projected_time`).
         degree: cache: degree of the fitted polynomial.
         count: Images to draw, each of which is one trajectory to measure.
         prompts: Of a pipeline: a prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of
@@ -63,7 +64,7 @@ class CalibrateConfig(BaseModel):
     sequential: bool = False
     cache_steps: Target | None = None
     threshold: Annotated[float, Field(gt=0.0)] = 0.1
-    indicator: Literal["input", "first_block"] = "input"
+    indicator: Literal["input", "first_block", "time", "projected_time"] = "input"
     degree: PositiveInt = 4
     count: PositiveInt = 8
     prompts: Prompts | None = None
