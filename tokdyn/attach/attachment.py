@@ -76,7 +76,8 @@ class Blueprint:
     @cached_property
     def needs_all_tokens(self) -> str | None:
         """The name of a method that needs the whole grid; None if none does."""
-        return next((one.name for one in self.placed if one.traits.tokens != "full" or one.traits.compares), None)
+        traits = ((placed.name, placed.traits) for placed in self.placed)
+        return next((name for name, each in traits if each.tokens != "full" or each.needs_all_tokens), None)
 
 
 class Prepared(NamedTuple):

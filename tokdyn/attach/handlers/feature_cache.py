@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters.coupling import coupled_parts, together
+from tokdyn.adapters.splitting import splits, token_group
 from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, relative_change, rescale
-from tokdyn.trace.effects import Effect
+from tokdyn.trace.agreement import Ranks
+from tokdyn.trace.effects import Effect, Remembering
 from tokdyn.trace.memory import BranchMemory, Memory
 from tokdyn.trace.trajectory import Position
 
@@ -66,6 +68,11 @@ class CachedBlocks(Bracket):
     memory: Memory = field(default_factory=Memory)
 
     @property
+    def remembering(self) -> Remembering:
+        """How effects are remembered and forecast."""
+        return Remembering.of(self.method.forecast, self.method.residual_dtype, self.method.residual_device)
+
+    @property
     def never(self) -> bool:
         """Whether the settings let no step be cached."""
         return self.method.steps is None and not self.method.compares
@@ -80,15 +87,21 @@ class CachedBlocks(Bracket):
             return x, view
         indicator, position = self.indicator(context, x, block), context.position
         branch = self.memory.get(position, indicator.shape)
+        ranks = _ranks(context, block)
         if branch is None:
             branch = BranchMemory(position.images, indicator, torch.zeros(len(x), device=x.device))
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
-            reused = self._together(context, branch, self._decide(branch, indicator, position, fresh))
+            reused = self._decide(branch, indicator, position, fresh, ranks)
             branch.images, branch.indicator = position.images, indicator
+        apart = self.first == 0 and block is not None and splits(block.module)  # into the parts of the processes
+        reused = self._together(context, branch, reused, ranks, apart)
         self.memory.put(position, branch)
-        context.slots[self.slot] = Reuse(x, _streams(context, view, block), reused, fresh, branch, view)
+        starts = [x, *_streams(context, view, block)]
+        if apart:
+            starts = [ranks.part(start) for start in starts]
+        context.slots[self.slot] = Reuse(starts[0], starts[1:], reused, fresh, branch, view)
         idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
         context.trace.cached = idle
         return x, view.with_idle(idle)
@@ -109,7 +122,9 @@ class CachedBlocks(Bracket):
         with context.residency.present(block.module):
             return modulated(block.module, block.named).detach()
 
-    def _decide(self, branch: BranchMemory, indicator: Tensor, position: Position, fresh: Sequence[bool]) -> list[bool]:
+    def _decide(
+        self, branch: BranchMemory, indicator: Tensor, position: Position, fresh: Sequence[bool], ranks: Ranks
+    ) -> list[bool]:
         """Decide for each sample whether it is reused, and update the accumulated change of the branch.
 
         Args:
@@ -117,6 +132,7 @@ class CachedBlocks(Bracket):
             indicator: (B, ...) the indicator of this step.
             position: the place of the call.
             fresh: for each sample, whether another image is remembered; such a sample is computed.
+            ranks: the processes beside this one.
         """
         steps, count = position.steps, self.method.num_steps
         if position.num_steps is not None and (count is not None or self.method.steps is None):
@@ -125,7 +141,7 @@ class CachedBlocks(Bracket):
         if self.method.steps is not None:
             computed = [step in self.method.steps for step in steps]
             return [not any(reasons) for reasons in zip(computed, last, fresh, strict=True)]
-        change = rescale(relative_change(indicator, branch.indicator), self.method.coefficients)
+        change = rescale(relative_change(indicator, branch.indicator, ranks.total), self.method.coefficients)
         forced = [one or other for one, other in zip(last, fresh, strict=True)]
         if any(forced):  # NaN is not below any threshold
             change = change.masked_fill(torch.tensor(forced, device=change.device), math.nan)
@@ -134,10 +150,24 @@ class CachedBlocks(Bracket):
         return decided
 
     @staticmethod
-    def _together(context: CallContext, branch: BranchMemory, reused: list[bool]) -> list[bool]:
-        """Reuse samples that attention couples only together; what is computed has accumulated nothing."""
-        if not all(reused) and any(reused):
-            reused = together(reused, coupled_parts(context.model))
+    def _together(
+        context: CallContext, branch: BranchMemory, decided: list[bool], ranks: Ranks, apart: bool
+    ) -> list[bool]:
+        """Reuse only what all processes reuse, and samples that attention couples only together.
+
+        What is computed has accumulated nothing.
+
+        Args:
+            context: the call of the model.
+            branch: the memory of the branch; `total` is updated.
+            decided: for each sample, whether this process would reuse it.
+            ranks: the processes beside this one.
+            apart: whether the first block begins with splitting the tokens, which ties all samples together.
+        """
+        reused = ranks.all_of(decided, branch.total.device)
+        if any(reused) and not all(reused):
+            reused = together(reused, len(reused) if apart else coupled_parts(context.model))
+        if reused != decided:
             branch.total = torch.where(torch.tensor(reused, device=branch.total.device), branch.total, 0.0)
         return reused
 
@@ -154,6 +184,8 @@ class CachedBlocks(Bracket):
         context, state = frame.context, frame.context.slots[self.slot]
         if not isinstance(state, Reuse):
             return streams
+        if all(state.reused):
+            streams = state.streams  # nothing has changed them
         if [stream.shape for stream in streams] != [start.shape for start in state.streams]:
             raise UnsupportedModelError(
                 f"FeatureCache does not fit {type(context.model).__name__}: its blocks change other tokens beside the "
@@ -172,19 +204,25 @@ class CachedBlocks(Bracket):
             start: (B, N, D) the tokens of the stream before the blocks.
             x: (B, N, D) the tokens after the blocks, which reused samples skipped.
         """
-        reused, effects, keep = state.reused, state.branch.effects, bool(self.method.forecast)
-        effect = effects.get(stream)
-        if effect is not None and all(reused) and not keep:
-            return start + effect.latest
-        level = torch.tensor(context.levels(state.view), device=x.device)
-        if effect is None:
-            effect = effects[stream] = Effect((x - start).detach(), level)
-        elif not all(reused):
-            effect = effects[stream] = effect.updated((x - start).detach(), level, reused, state.fresh, keep)
+        reused, effects, levels = state.reused, state.branch.effects, context.levels(state.view)
+        if stream not in effects or not all(reused):
+            effect = effects.get(stream, Effect(self.remembering))
+            effects[stream] = effect.updated((x - start).detach(), levels, reused, state.fresh)
         if not any(reused):
             return x
-        chosen = torch.tensor(reused, device=x.device).view(-1, 1, 1)
-        return torch.where(chosen, start + effect.at(level), x)
+        restored = start + effects[stream].at(levels, start)
+        if all(reused):
+            return restored
+        return torch.where(torch.tensor(reused, device=x.device).view(-1, 1, 1), restored, x)
+
+
+def _ranks(context: CallContext, block: BlockCall | None) -> Ranks:
+    """Return the processes that hold parts of the tokens, and those that have to decide alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Ranks()
+    agreement = context.settings.agreement
+    places = (context.model,) if block is None else (context.model, block.module)
+    return Ranks(token_group(*places), None if agreement is None else agreement.group)
 
 
 def _streams(context: CallContext, view: TokenView, block: BlockCall | None) -> list[Tensor]:
@@ -226,8 +264,11 @@ class FirstBlock(Bracket):
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Put the effect of the block, or a tensor of its shape, into the slot of the cache."""
-        slots = frame.context.slots
-        slots[self.cache.slot] = (x - slots[self.slot] if self.compared else x).detach()
+        context, slots = frame.context, frame.context.slots
+        start = slots[self.slot]
+        if self.compared and start.shape != x.shape:  # the block begins with splitting the tokens
+            start = _ranks(context, None).part(start)
+        slots[self.cache.slot] = (x - start if self.compared else x).detach()
         slots[self.slot] = None
         return x, view
 
