@@ -1,4 +1,4 @@
-"""One of two processes that decide together what a cache reuses: agreement_worker.py FOLDER. It writes what it found."""
+"""One of two processes that decide together what a cache reuses: agreement_worker.py FOLDER. It writes its findings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLIT = ("FluxTransformer2DModel", "WanTransformer3DModel", "QwenImageTransforme
 """Models whose tokens diffusers splits: of Flux in the whole model, of the others in their first block."""
 CACHES = {
     "input": FeatureCache(threshold=0.2),
-    "first block": FeatureCache(threshold=0.2, indicator="first_block", forecast=1),
+    "first block": FeatureCache(threshold=0.6, indicator="first_block", forecast=1),
     "steps": FeatureCache(steps=(0, 1, 4), forecast=2),
 }
 MOVES = ((0.05, 0.02), (0.1, 0.3), (0.02, 0.02), (0.3, 0.05), (0.03, 0.1), (0.02, 0.02), (0.2, 0.02))
@@ -41,9 +41,7 @@ def reused(model: nn.Module) -> list[list[int]]:
 
 
 @torch.no_grad()
-def run(
-    model: nn.Module, name: str, rank: int, batch: int, outputs: list[Tensor] | None = None
-) -> list[list[int]]:
+def run(model: nn.Module, name: str, rank: int, batch: int, outputs: list[Tensor] | None = None) -> list[list[int]]:
     """Call a model along a trajectory, which differs from rank to rank; return the samples reused in each call."""
     tiny = TINY[name]
     inputs = tiny.inputs(batch)
@@ -55,13 +53,14 @@ def run(
             here.step = step
             moved = moved + torch.tensor((moves[rank], moves[1 - rank]) * batch)[:batch]
             x = inputs[key] + moved.view(-1, *[1] * (noise.dim() - 1)) * noise
-            out = sample(model(**{**inputs, **tiny.at(batch, 0.9 - 0.1 * step), key: x}))
+            given = {**inputs, **tiny.at(batch, 0.9 - 0.1 * step), key: x}
+            out = sample(model(**given, **({"return_dict": False} if name in SPLIT else {})))  # as pipelines do
             if outputs is not None:
                 outputs.append(out)
         return reused(model)
 
 
-def split_tokens(name: str, method: FeatureCache) -> dict[str, Any]:
+def split_tokens(name: str, method: FeatureCache, batch: int) -> dict[str, Any]:
     """Split the tokens of a model between both processes, by the hooks and attention of diffusers.
 
     `enable_parallelism` does the same on an accelerator.
@@ -81,20 +80,7 @@ def split_tokens(name: str, method: FeatureCache) -> dict[str, Any]:
     apply_context_parallel(model, config.context_parallel_config, model._cp_plan)
     tokdyn.wrap(model, [method])
     outputs: list[Tensor] = []
-    return {"reused": run(model, name, 0, batch=2, outputs=outputs), "outputs": torch.stack(outputs)}
-
-
-class Exchanging(nn.Module):
-    """A block that adds up something of both processes, as blocks with shards or parts of the tokens do."""
-
-    def __init__(self, block: nn.Module, group: Any) -> None:
-        super().__init__()
-        self.block, self.group = block, group
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        total = x.mean()
-        dist.all_reduce(total, group=self.group)
-        return self.block(x, c)  # type: ignore[no-any-return]
+    return {"reused": run(model, name, 0, batch=batch, outputs=outputs), "outputs": torch.stack(outputs)}
 
 
 def exchanging(agreed: bool) -> str:
@@ -140,7 +126,8 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {"sharded": sharded(), "agreed": exchanging(agreed=True)}
     for name in SPLIT:
         for cache, method in CACHES.items():
-            found[f"{name} {cache}"] = split_tokens(name, method)
+            for batch in (1, 2):
+                found[f"{name} {cache} {batch}"] = split_tokens(name, method, batch)
     found["alone"] = exchanging(agreed=False)
     torch.save(found, folder / f"{rank}.pt")
 

@@ -93,7 +93,9 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "coefficients": st.sampled_from(((1.0, 0.0), (3.0, -1.0, 0.1), (0.0,))),
         "steps": st.one_of(st.none(), st.sets(st.integers(0, 3), min_size=1).map(sorted).map(tuple)),
         "num_steps": st.sampled_from((None, 1, 4)),
-        "forecast": st.sampled_from((0, 1)),
+        "forecast": st.sampled_from((0, 1, 2, "chebyshev")),
+        "residual_dtype": st.sampled_from((None, "float32")),  # fewer bits turn rounding errors into steps
+        "residual_device": st.sampled_from((None, "host")),
     },
 }
 """What is drawn of every setting; most of it goes together, and some of it no model takes."""

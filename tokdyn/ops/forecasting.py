@@ -27,8 +27,8 @@ def taylor_weights(levels: Tensor, level: Tensor, order: int) -> Tensor:
     `i! N^i`, as in arXiv 2503.06923; divided differences are right at unequal distances as well.
 
     Order 1 is the straight line through two effects. Order 2 adds a curvature and keeps the slope of order 1 at the
-    last step, as in the paper. The parabola through three effects has another slope there, and errors that are larger
-    by 5 to 13% in the measurement of docs/methods/feature-cache.md.
+    last step, as in the paper; the parabola through three effects would have another slope there, and follow errors
+    of the effects more (docs/methods/feature-cache.md compares both).
 
     Args:
         levels: (B, K) fp64 noise levels of the computed steps of each sample, the last one first and all different; NaN

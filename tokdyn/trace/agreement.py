@@ -46,7 +46,8 @@ class Ranks:
         votes = torch.tensor(decided, dtype=torch.uint8, device=device)
         for group in groups:
             dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
-        return votes.bool().tolist()  # type: ignore[no-any-return]
+        agreed: list[bool] = votes.bool().tolist()
+        return agreed
 
     def part(self, x: Tensor) -> Tensor:
         """Return the tokens (B, n, D) of all tokens (B, N, D) that this process holds."""

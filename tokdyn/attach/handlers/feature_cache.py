@@ -117,7 +117,7 @@ class CachedBlocks(Bracket):
         if modulated is None or block is None or self.method.steps is not None:
             return x.detach()
         context.trace.compared = len(x)
-        if not is_offloaded(block.module):
+        if not (is_offloaded(block.module) or hasattr(block.module, "unshard")):
             return modulated(block.module, block.named).detach()
         with context.residency.present(block.module):
             return modulated(block.module, block.named).detach()
@@ -218,8 +218,6 @@ class CachedBlocks(Bracket):
 
 def _ranks(context: CallContext, block: BlockCall | None) -> Ranks:
     """Return the processes that hold parts of the tokens, and those that have to decide alike."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return Ranks()
     agreement = context.settings.agreement
     places = (context.model,) if block is None else (context.model, block.module)
     return Ranks(token_group(*places), None if agreement is None else agreement.group)
