@@ -76,8 +76,11 @@ class Blueprint:
     @cached_property
     def needs_all_tokens(self) -> str | None:
         """The name of a method that needs the whole grid; None if none does."""
-        traits = ((placed.name, placed.traits) for placed in self.placed)
-        return next((name for name, each in traits if each.tokens != "full" or each.needs_all_tokens), None)
+        for placed in self.placed:
+            traits = placed.traits
+            if traits.tokens != "full" or (traits.compares and traits.needs_grid):
+                return placed.name
+        return None
 
 
 class Prepared(NamedTuple):

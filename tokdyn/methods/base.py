@@ -74,7 +74,6 @@ class Traits:
         prunes: what the method leaves out of the computation of a block; None if nothing.
         needs_sizes: `build` needs the width of the model and its number of heads.
         compares: the method decides by comparing tokens with those of the step before; processes can agree on it.
-        needs_all_tokens: one process must hold all tokens of a sample, though the method leaves out none of them.
         diverges: in two processes with different samples the method may run different blocks, or a different number of
             groups of samples.
         controls: the functions of `tokdyn.attach.controls` that act on the method.
@@ -101,7 +100,6 @@ class Traits:
     prunes: Pruning | None = None
     needs_sizes: bool = False
     compares: bool = False
-    needs_all_tokens: bool = False
     diverges: bool = False
     controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
     idle: str | None = None

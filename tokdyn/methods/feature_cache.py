@@ -32,8 +32,8 @@ class FeatureCache(Method):
     The effect of the blocks, their output minus their input, is remembered for each guidance branch. A sample whose
     indicator has changed by less than the threshold since its last computed step skips the blocks and gets that effect.
 
-    Only the rule "teacache" with the indicators "input" and "first_block" acts in this commit, and forecasts of order 0
-    and 1; `warmup`, `start`, `end`, `max_reused` and `residual_*` are checked and saved, and have no effect yet.
+    Only the rule "teacache" with the indicators "input" and "first_block" acts in this commit; `warmup`, `start`, `end`
+    and `max_reused` are checked and saved, and have no effect yet.
 
     Attributes:
         threshold: what a rule accumulates from step to step, such as the relative change of the indicator, is compared
@@ -152,7 +152,7 @@ class FeatureCache(Method):
             phases=frozenset({"sample"}),
             reads="split",
             compares=self.compares,
-            needs_all_tokens=self.compares and self.rule == "seacache",
+            needs_grid=self.rule == "seacache",
             diverges=self.compares,
             owns=owns | ({"skipping": frozenset({0})} if first else {}),
         )
