@@ -76,11 +76,7 @@ class Blueprint:
     @cached_property
     def needs_all_tokens(self) -> str | None:
         """The name of a method that needs the whole grid; None if none does."""
-        for placed in self.placed:
-            traits = placed.traits
-            if traits.tokens != "full" or (traits.compares and traits.needs_grid):
-                return placed.name
-        return None
+        return next((placed.name for placed in self.placed if placed.traits.needs_all_tokens), None)
 
 
 class Prepared(NamedTuple):

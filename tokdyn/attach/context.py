@@ -34,8 +34,7 @@ class Settings:
     """What the user has set for the following calls, by the functions of `tokdyn.attach.controls`.
 
     Attributes:
-        tail_drop: one share for all samples, one for each sample, or one for each guidance branch by name; None leaves
-            it to the methods' own settings.
+        tail_drop: a share for all samples, for each of them, or for each guidance branch by name; None sets none.
         drop_rate: rate at which TokenDrop acts, in sampling too; None lets it act in training only, at its own rate.
         calibrating: whether routers adjust their bias to the tokens of this call.
         beside_dense: whether every call in sampling is made without methods too, to compare their times.

@@ -105,6 +105,11 @@ class Traits:
     idle: str | None = None
     short: str = "choose other settings for so few tokens"
 
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether one process must hold all tokens of a sample: to leave some out, or to compare whole grids."""
+        return self.tokens != "full" or (self.compares and self.needs_grid)
+
 
 @dataclass(frozen=True)
 class Sizes:
