@@ -88,13 +88,19 @@ def test_effects_on_the_host_or_in_fewer_bits_give_the_same_within_their_roundin
     def drawn(**settings):
         model = tokdyn.wrap(TINY["DiT"].build(), [FeatureCache(steps=(0, 1), forecast=1, **settings)])
         calls = [{**TINY["DiT"].inputs(2), **TINY["DiT"].at(2, 0.9 - 0.1 * step)} for step in range(4)]
-        return torch.stack([sample(model(**call)) for call in calls])
+        found = torch.stack([sample(model(**call)) for call in calls])
+        kept.append([call.cache_bytes for call in tokdyn.stats(model).calls])
+        return found
 
+    kept: list[list[int]] = []
     whole = drawn()
+    tokens = 2 * 24 * 16  # elements of both samples
+    assert kept == [[4 * tokens, 8 * tokens, 8 * tokens, 8 * tokens]]
     assert torch.equal(drawn(residual_device="host"), whole)
     errors = [(drawn(residual_dtype=kind) - whole)[2:].norm() for kind in ("float16", "bfloat16", "float8_e4m3fn")]
     assert 0 < errors[0] < errors[1] < errors[2] < 0.1 * whole[2:].norm()
     assert torch.equal(drawn(residual_dtype="float32"), whole)
+    assert [each[-1] / tokens for each in kept[2:]] == [4 + 8 / 16, 4, 2 + 8 / 16, 8]  # a scale of 4 bytes a token
 
 
 @torch.no_grad()

@@ -208,6 +208,7 @@ class CachedBlocks(Bracket):
         if stream not in effects or not all(reused):
             effect = effects.get(stream, Effect(self.remembering))
             effects[stream] = effect.updated((x - start).detach(), levels, reused, state.fresh)
+        context.trace.cache_bytes += effects[stream].nbytes
         if not any(reused):
             return x
         restored = start + effects[stream].at(levels, start)
