@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenDrop, TokenMerge, register_method
     from tokdyn.models import DCDiT, DiT
     from tokdyn.pipelines import (
+        agree,
         beside_dense,
         disabled,
         flops,
@@ -69,6 +70,7 @@ __all__ = [
     "TokenMerge",
     "UnsupportedModelError",
     "__version__",
+    "agree",
     "beside_dense",
     "calibrate",
     "calibrate_router",
@@ -108,6 +110,7 @@ _LAZY = {
     ),
     **dict.fromkeys(
         (
+            "agree",
             "beside_dense",
             "disabled",
             "flops",

@@ -71,6 +71,38 @@ def test_a_cache_continues_an_effect_that_is_linear_in_the_noise_level_exactly()
     assert [call.reused for call in tokdyn.stats(model).calls] == [0, 0, 2, 2]
 
 
+@pytest.mark.parametrize("forecast", [2, "chebyshev"])
+@torch.no_grad()
+def test_forecasts_continue_what_is_linear_in_the_noise_level(forecast):
+    """At unequal distances, and for samples at different levels; until five steps are computed, both are lines."""
+    model, x = LinearModel(), torch.randn(2, 6, 8)
+    tokdyn.wrap(model, [FeatureCache(steps=(0, 1, 2), forecast=forecast)])
+    for level in (900.0, 820.0, 650.0, 500.0, 100.0):
+        levels = torch.tensor([level, level - 50])
+        out = model(x, timestep=levels)
+        torch.testing.assert_close(out, x + 3 * levels.view(-1, 1, 1) / 1000, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_effects_on_the_host_or_in_fewer_bits_give_the_same_within_their_rounding():
+    def drawn(**settings):
+        model = tokdyn.wrap(TINY["DiT"].build(), [FeatureCache(steps=(0, 1), forecast=1, **settings)])
+        calls = [{**TINY["DiT"].inputs(2), **TINY["DiT"].at(2, 0.9 - 0.1 * step)} for step in range(4)]
+        found = torch.stack([sample(model(**call)) for call in calls])
+        kept.append([call.cache_bytes for call in tokdyn.stats(model).calls])
+        return found
+
+    kept: list[list[int]] = []
+    whole = drawn()
+    tokens = 2 * 24 * 16  # elements of both samples
+    assert kept == [[4 * tokens, 8 * tokens, 8 * tokens, 8 * tokens]]
+    assert torch.equal(drawn(residual_device="host"), whole)
+    errors = [(drawn(residual_dtype=kind) - whole)[2:].norm() for kind in ("float16", "bfloat16", "float8_e4m3fn")]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.1 * whole[2:].norm()
+    assert torch.equal(drawn(residual_dtype="float32"), whole)
+    assert [each[-1] / tokens for each in kept[2:]] == [4 + 8 / 16, 4, 2 + 8 / 16, 8]  # a scale of 4 bytes a token
+
+
 @torch.no_grad()
 def test_a_span_inside_a_span_knows_the_cells_of_its_tokens():
     """Merging inside both spans compares tokens by their cells; a token's cell decides into which bucket it falls."""
@@ -203,7 +235,7 @@ VALUES = {
         "max_reused": 3,
         "forecast": 1,
         "residual_dtype": "bfloat16",
-        "residual_device": "cpu",
+        "residual_device": "host",
         "fingerprint": "X:1:2",
     },
 }

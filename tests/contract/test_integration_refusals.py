@@ -77,7 +77,7 @@ def test_tokens_that_are_split_over_devices(name: str) -> None:
         "TokenMerge": [TokenMerge()],
         "Chunking": [Chunking(target=2)],
         "TokenDrop": [TokenDrop()],
-        "FeatureCache": [FeatureCache(threshold=0.1)],
+        "FeatureCache": [FeatureCache(rule="seacache")],
     }
     for method, methods in refused.items():
         words = f"^{method} .*{name} "
@@ -96,7 +96,7 @@ def test_tokens_that_are_split_over_devices(name: str) -> None:
             predict(configured, name)
     allowed = TINY[name].build()
     apply_context_parallel(allowed, ContextParallelConfig(ulysses_degree=2), allowed._cp_plan)
-    tokdyn.wrap(allowed, [DepthSkip(blocks=(1,)), FeatureCache(steps=(0, 2))])
+    tokdyn.wrap(allowed, [DepthSkip(blocks=(1,)), FeatureCache(threshold=0.1)])
 
 
 def test_containers_are_refused_and_looked_through() -> None:

@@ -17,7 +17,7 @@ CACHES = {
     "steps": FeatureCache(steps=(0, 9)),
     "input": FeatureCache(threshold=1e9),
     "first block": FeatureCache(threshold=1e9, indicator="first_block"),
-    "forecast": FeatureCache(threshold=1e9, forecast=1),
+    "forecast": FeatureCache(threshold=1e9, forecast=2, residual_dtype="float8_e4m3fn"),
 }
 caches = pytest.mark.parametrize("method", CACHES.values(), ids=list(CACHES))
 models = pytest.mark.parametrize(

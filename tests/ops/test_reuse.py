@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokdyn.errors import InputError
-from tokdyn.ops.caching import accumulate, extrapolate, fit_rescaling, relative_change, rescale
+from tokdyn.ops.caching import accumulate, fit_rescaling, relative_change, rescale
 from tokdyn.ops.dropping import kept_count, put_back, random_subset, take
 from tokdyn.ops.schedules import at, check_curve
 from tokdyn.ops.skipping import block_influence, choose_skips, gate, gumbel_difference
@@ -68,11 +68,6 @@ def test_thresholds_of_zero_and_infinity():
     assert accumulate(total, change, 0.0)[0].tolist() == [False] * 3
     assert accumulate(total, change, -1.0)[0].tolist() == [False] * 3
     assert accumulate(total, change, math.inf)[0].tolist() == [True, True, False]
-
-
-def test_extrapolation_is_exact_on_straight_lines():
-    assert extrapolate(torch.tensor(5.0), torch.tensor(3.0), 0.0) == 5.0
-    assert extrapolate(torch.tensor(5.0), torch.tensor(3.0), 1.5) == 8.0
 
 
 def test_the_fit_recovers_a_polynomial():

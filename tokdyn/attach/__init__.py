@@ -13,6 +13,7 @@ from tokdyn.attach.containers import inner_model
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.controls import (
     accept_methods,
+    agree,
     beside_dense,
     calibrate_router,
     dropping,
@@ -65,6 +66,7 @@ __all__ = [
     "Support",
     "TokenView",
     "accept_methods",
+    "agree",
     "argument_names",
     "attached",
     "attachment_of",

@@ -76,7 +76,7 @@ class Blueprint:
     @cached_property
     def needs_all_tokens(self) -> str | None:
         """The name of a method that needs the whole grid; None if none does."""
-        return next((one.name for one in self.placed if one.traits.tokens != "full" or one.traits.compares), None)
+        return next((placed.name for placed in self.placed if placed.traits.needs_all_tokens), None)
 
 
 class Prepared(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed
 from torch import nn
 
+from tokdyn.adapters.splitting import context_parallel
 from tokdyn.attach.attachment import Attachment
 from tokdyn.compose import Placed
 from tokdyn.errors import InputError, UnsupportedModelError
@@ -97,7 +98,7 @@ def check_sharding(model: nn.Module, attachment: Attachment) -> None:
     if not attachment.methods:
         return
     needy = attachment.blueprint.needs_all_tokens
-    if needy is not None and _tokens_are_split(model, attachment):
+    if needy is not None and context_parallel(model, _first_block(model, attachment)) is not None:
         raise InputError(
             f"{needy} cannot be used while context parallelism splits the tokens of this {type(model).__name__} "
             "over devices, because no device has the whole grid; leave out the context parallelism or the method."
@@ -109,7 +110,8 @@ def check_sharding(model: nn.Module, attachment: Attachment) -> None:
         raise InputError(
             f"{diverging} may run other blocks in one process than in another, but the blocks of this "
             f"{type(model).__name__} are sharded, so all processes have to run the same ones; use "
-            "DistributedDataParallel, or settings that do not depend on the sample or its noise level."
+            "DistributedDataParallel, settings that do not depend on the sample or its noise level, or, for "
+            "FeatureCache, tokdyn.agree before fully_shard."
         )
 
 
@@ -149,8 +151,10 @@ def _diverging(attachment: Attachment) -> str | None:
     """Return the name of a method by which two processes may run other blocks, or a block another number of times."""
     drop = attachment.settings.tail_drop
     several = drop is not None and (isinstance(drop, dict) or len(set(drop)) > 1)
+    agreed = attachment.settings.agreement is not None
     for placed in attachment.blueprint.placed:
-        if placed.traits.diverges or (several and "tail_drop" in placed.traits.controls):
+        diverges = placed.traits.diverges and not (agreed and placed.traits.compares)
+        if diverges or (several and "tail_drop" in placed.traits.controls):
             return placed.name
     return None
 
@@ -170,16 +174,6 @@ def _sharded(model: nn.Module, attachment: Attachment) -> bool:
         return False
     places = (model, _first_block(model, attachment))
     return any(kind.__name__ == "FSDPModule" for place in places for kind in type(place).__mro__)
-
-
-def _tokens_are_split(model: nn.Module, attachment: Attachment) -> bool:
-    """Return whether diffusers splits the tokens over devices (context parallelism)."""
-    config = vars(model).get("_parallel_config")
-    if getattr(config, "context_parallel_config", None) is not None:
-        return True
-    places: tuple[Any, ...] = (model, _first_block(model, attachment))
-    registries = [vars(place)["_diffusers_hook"] for place in places if "_diffusers_hook" in vars(place)]
-    return any(name.startswith("cp_") for registry in registries for name in registry.hooks)
 
 
 def check_beside_dense(model: nn.Module) -> None:

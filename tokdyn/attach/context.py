@@ -22,6 +22,7 @@ from tokdyn.attach.view import FollowedArguments, TokenView
 from tokdyn.errors import InputError
 from tokdyn.lazy import Lazy
 from tokdyn.tokens import Grid, ImageTokens, beside, cells, total
+from tokdyn.trace.agreement import Agreement
 from tokdyn.trace.calls import BlockTrace, CallTrace, per_sample
 from tokdyn.trace.trajectory import Position, Trajectory
 
@@ -33,17 +34,18 @@ class Settings:
     """What the user has set for the following calls, by the functions of `tokdyn.attach.controls`.
 
     Attributes:
-        tail_drop: one share for all samples, one for each sample, or one for each guidance branch by name; None leaves
-            it to the methods' own settings.
+        tail_drop: a share for all samples, for each of them, or for each guidance branch by name; None sets none.
         drop_rate: rate at which TokenDrop acts, in sampling too; None lets it act in training only, at its own rate.
         calibrating: whether routers adjust their bias to the tokens of this call.
         beside_dense: whether every call in sampling is made without methods too, to compare their times.
+        agreement: the processes that decide alike which steps FeatureCache caches; None if this one decides alone.
     """
 
     tail_drop: tuple[float, ...] | dict[str, float] | None = None
     drop_rate: float | None = None
     calibrating: bool = False
     beside_dense: bool = False
+    agreement: Agreement | None = None
 
 
 @dataclass
@@ -142,10 +144,8 @@ class CallContext:
 
     def level_tensor(self, view: TokenView, device: torch.device | str) -> Tensor:
         """Return the noise levels of a view, (b,) or (1,) fp32 on a device, without synchronising with it."""
-        values = self.trace.levels
-        if self.readings.levels.known:
-            values = torch.tensor(self.readings.levels.value, device=device)
-        values = values.to(device)
+        read = self.readings.levels
+        values = (torch.tensor(read.value) if read.known else self.trace.levels).to(device)
         if len(values) > 1 and view.samples != tuple(range(len(values))):
             values = values.index_select(0, torch.tensor(view.samples, device=device))
         return values

@@ -16,6 +16,7 @@ from tokdyn.attach.measuring import untraced
 from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
+from tokdyn.trace.agreement import Agreement
 from tokdyn.trace.calls import CallTrace
 from tokdyn.trace.memory import Memory
 from tokdyn.trace.steps import last_trajectory
@@ -247,6 +248,32 @@ def trajectory_apart(attachment: Attachment) -> Iterator[None]:
             attachment.history[:] = history
         for cache, memory in memories:
             cache.memory = memory
+
+
+def agree(model: nn.Module, group: Any) -> None:
+    """Let processes decide alike which steps FeatureCache caches; see `tokdyn.agree`.
+
+    Args:
+        model: a model wrapped with FeatureCache.
+        group: the processes, as a `torch.distributed` process group or a device mesh of one dimension; None lets this
+            process decide alone again.
+
+    Raises:
+        InputError: the model is not wrapped or has no FeatureCache, or there is no such group.
+    """
+    attachment = attached(model)
+    if not attachment.remembers:
+        raise InputError(
+            f"this {type(model).__name__} is wrapped without FeatureCache, so there is nothing to agree on; wrap it "
+            "with tokdyn.FeatureCache."
+        )
+    if group is not None and not hasattr(group, "size"):
+        raise InputError(
+            f"group is {group!r}; give a process group, such as torch.distributed.group.WORLD, or a device mesh."
+        )
+    if hasattr(group, "get_group"):
+        group = group.get_group()
+    attachment.set(agreement=None if group is None else Agreement(group))
 
 
 @contextmanager

@@ -68,8 +68,17 @@ class Residency:
     def present(self, block: nn.Module) -> Iterator[None]:
         """Have the weights of a block on the computing device, whether or not the block runs afterwards.
 
-        A group that diffusers onloads stays onloaded until its last block runs or is skipped.
+        A group that diffusers onloads stays onloaded until its last block runs or is skipped. Of a block whose weights
+        are sharded (`fully_shard`), every process has to do this in the same call.
         """
+        sharded: Any = block
+        if hasattr(sharded, "unshard"):
+            sharded.unshard()
+            try:
+                yield
+            finally:
+                sharded.reshard()
+            return
         self._onload(_group(block))
         hook: Any = vars(block).get("_hf_hook")
         if hook is None:

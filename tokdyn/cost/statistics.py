@@ -102,6 +102,7 @@ def _call(
         dense=dense,
         seconds=None if timed is None or timed.seconds is None else share * timed.seconds,
         dense_seconds=None if timed is None or timed.dense_seconds is None else share * timed.dense_seconds,
+        cache_bytes=round(share * trace.cache_bytes),
     )
 
 

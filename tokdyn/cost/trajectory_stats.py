@@ -111,6 +111,7 @@ class CallStats(_Costs):
         seconds: time of the call on its device; of a call for both guidance branches half each. None in training, in
             graphs around the model, and for models without a noise level.
         dense_seconds: time of the same call without methods; None unless it was made, see `tokdyn.beside_dense`.
+        cache_bytes: memory of the effects that FeatureCache keeps for these samples and this branch after the call.
     """
 
     step: int
@@ -132,6 +133,7 @@ class CallStats(_Costs):
     dense: dict[str, int] | None
     seconds: float | None = None
     dense_seconds: float | None = None
+    cache_bytes: int = 0
 
     @property
     def cached(self) -> bool:

@@ -73,7 +73,7 @@ class Traits:
         weighs_keys: the method adds a bias to the logits of keys, which needs softmax attention.
         prunes: what the method leaves out of the computation of a block; None if nothing.
         needs_sizes: `build` needs the width of the model and its number of heads.
-        compares: the method decides by comparing tokens with those of the step before, for which it needs all of them.
+        compares: the method decides by comparing tokens with those of the step before; processes can agree on it.
         embedding: the embedding of the timestep that the method reads: as it is ("time"), or projected to the
             modulation of the blocks ("projected_time"); None if neither.
         diverges: in two processes with different samples the method may run different blocks, or a different number of
@@ -107,6 +107,11 @@ class Traits:
     controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
     idle: str | None = None
     short: str = "choose other settings for so few tokens"
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether one process must hold all tokens of a sample: to leave some out, or to compare whole grids."""
+        return self.tokens != "full" or (self.compares and self.needs_grid)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ class FeatureCache(Method):
     The effect of the blocks, their output minus their input, is remembered for each guidance branch. A sample whose
     indicator has changed by less than the threshold since its last computed step skips the blocks and gets that effect.
 
-    Only forecasts of order 0 and 1 act in this commit; `residual_*` are checked and saved, and have no effect yet.
 
     Attributes:
         threshold: what a rule accumulates from step to step, such as the relative change of the indicator, is compared
@@ -57,10 +56,13 @@ class FeatureCache(Method):
         start: the first step that may be cached, likewise; the later one of `warmup` and `start` counts.
         end: the first step from which on all are computed again, likewise; 1.0 is the end of the trajectory.
         max_reused: cached steps in a row; None does not limit them.
-        forecast: 0 repeats the last computed effect; 1, 2 and "chebyshev" forecast it in the noise level from those
-            before: 1 along a straight line, 2 along a parabola, "chebyshev" by a fit of Chebyshev polynomials.
-        residual_dtype: the type in which effects are kept; None is that of the tokens.
-        residual_device: where effects are kept, such as "cpu"; None is where the tokens are.
+        forecast: 0 repeats the last computed effect; others forecast it in the noise level, from the computed steps
+            before: 1 and 2 by a Taylor expansion of this order, 1 along a straight line (TaylorSeer, arXiv 2503.06923);
+            "chebyshev" by a fit of Chebyshev polynomials to up to ten of them (Spectrum, arXiv 2603.01623).
+        residual_dtype: type in which effects are kept; None is that of the tokens. In "float16" and "float8_e4m3fn"
+            each token has a scale of its own.
+        residual_device: "host" keeps effects in the memory of the host, pinned beside a CUDA device, and copies them
+            back to use them; None keeps them where the tokens are.
         fingerprint: identifies the model and sampler that the polynomial was calibrated with; others raise a warning.
     """
 
@@ -78,8 +80,8 @@ class FeatureCache(Method):
     end: int | float = 1.0
     max_reused: int | None = Field(default=None, ge=1)
     forecast: Literal[0, 1, 2, "chebyshev"] = 0
-    residual_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    residual_device: str | None = None
+    residual_dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn"] | None = None
+    residual_device: Literal["host"] | None = None
     fingerprint: str | None = None
 
     @model_validator(mode="before")

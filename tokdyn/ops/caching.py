@@ -1,4 +1,4 @@
-"""Decide when a cached output of the blocks may be reused, and extrapolate it.
+"""Decide when a cached output of the blocks may be reused.
 
 Source: TeaCache (arXiv 2411.19108). The relative change of the modulated input goes through a polynomial and is summed
 over steps; when the sum reaches a threshold, the blocks are computed again.
@@ -6,7 +6,7 @@ over steps; when the sum reaches a threshold, the blocks are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,18 +14,19 @@ from torch import Tensor
 from tokdyn.errors import InputError
 
 
-def relative_change(now: Tensor, before: Tensor) -> Tensor:
+def relative_change(now: Tensor, before: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Compute `|now - before|_1 / |before|_1` for each sample.
 
     Args:
         now: (B, ...).
         before: the shape of now, from an earlier step.
+        total: adds sums (2, B) up over the processes that have parts of the samples; None if this one has all.
 
     Returns:
         (B,) fp32; 0 where both are zero, infinity where only `before` is.
     """
-    difference = (now.float() - before.float()).abs().flatten(1).sum(1)
-    length = before.float().abs().flatten(1).sum(1)
+    sums = torch.stack([(now.float() - before.float()), before.float()]).abs().flatten(2).sum(2)
+    difference, length = sums if total is None else total(sums)
     return torch.where(difference == 0, 0.0, difference / length)
 
 
@@ -56,11 +57,6 @@ def accumulate(total: Tensor, change: Tensor, threshold: float) -> tuple[Tensor,
     total = total + change
     reuse = (total < threshold) & torch.full_like(total, threshold > 0, dtype=torch.bool)
     return reuse, torch.where(reuse, total, 0.0)
-
-
-def extrapolate(last: Tensor, before: Tensor, steps: float | Tensor) -> Tensor:
-    """Extrapolate linearly: the last computed value plus `steps` times its change since the computed one before it."""
-    return torch.lerp(before, last, 1.0 + steps)
 
 
 def fit_rescaling(changes: Tensor, effects: Tensor, degree: int = 4) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ The functions here take a model or a pipeline. `tokdyn.wrap`, `tokdyn.stats` and
 
 from tokdyn.pipelines.calls import recording
 from tokdyn.pipelines.controls import (
+    agree,
     beside_dense,
     disabled,
     is_wrapped,
@@ -20,6 +21,7 @@ from tokdyn.pipelines.counting import flops
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 
 __all__ = [
+    "agree",
     "beside_dense",
     "denoisers",
     "disabled",

@@ -170,6 +170,26 @@ def set_tail_drop(target: Any, value: float | Tensor | Mapping[str, float] | Non
         attach.set_tail_drop(model, value)
 
 
+def agree(target: Any, group: Any) -> None:
+    """Let processes decide alike which steps FeatureCache caches: a step is cached only where all of them would.
+
+    Without it, processes that wait for each other inside of the model may wait forever: those that compute guidance
+    branches of one image, or hold shards of the weights (`fully_shard`). The processes between which diffusers splits
+    the tokens (context parallelism) agree by themselves.
+
+    Args:
+        target: a model or pipeline wrapped with FeatureCache. All processes must make the same calls, with equally many
+            samples.
+        group: the processes, as a `torch.distributed` process group or a device mesh of one dimension; None lets this
+            process decide alone again.
+
+    Raises:
+        InputError: it is not wrapped or has no FeatureCache, or there is no such group.
+    """
+    for model in _wrapped(target).values():
+        attach.agree(model, group)
+
+
 def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
     """Return what the last trajectory computed and what it cost, during it or after its end.
 

@@ -147,6 +147,7 @@ class CallTrace:
         method_flops: FLOPs of what the methods computed besides the blocks, by what it was; a multiply-add is 2.
         compared: samples for which a cache computed the modulated input of the first block.
         counted: FLOPs that were counted from the first block to the last, while `tokdyn.flops` counts.
+        cache_bytes: memory of the effects that a cache keeps after the call, of its branch.
     """
 
     level: Tensor | float | None = None
@@ -167,6 +168,7 @@ class CallTrace:
     method_flops: dict[str, int] = field(default_factory=dict)
     compared: int = 0
     counted: int = 0
+    cache_bytes: int = 0
 
     def spend(self, what: str, flops: int) -> None:
         """Add FLOPs of what a method computed besides the blocks, for all samples; a multiply-add is 2."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ def nothing_accumulated(method: FeatureCache, batch: int, device: torch.device) 
 
 
 def decide(
-    method: FeatureCache, position: Position, branch: BranchMemory, indicator: Tensor, fresh: Sequence[bool]
+    method: FeatureCache,
+    position: Position,
+    branch: BranchMemory,
+    indicator: Tensor,
+    fresh: Sequence[bool],
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> list[bool]:
     """Decide for each sample whether it is reused, and update what has accumulated in the memory of its branch.
 
@@ -34,6 +39,7 @@ def decide(
         branch: the memory of the branch, whose indicator is that of the step before; `since` is updated.
         indicator: (B, ...) the indicator of this step.
         fresh: for each sample, whether another image is remembered; such a sample is computed.
+        total: adds sums (2, B) up over the processes that have parts of the samples; None if this one has all.
 
     Raises:
         InputError: the settings need the number of steps, which is unknown.
@@ -52,18 +58,23 @@ def decide(
     if all(forced):
         branch.since = Accumulated.nothing(len(steps), since.total.device, since.total.dtype)
         return [False] * len(steps)
-    change, product = _change(method, branch, indicator, steps, count)
+    change, product = _change(method, branch, indicator, steps, count, total)
     if any(forced):  # NaN is not below any threshold
         change = change.masked_fill(torch.tensor(forced, device=change.device), math.nan)
-    reuse, total = accumulate(since.total, change, method.threshold)
+    reuse, accumulated = accumulate(since.total, change, method.threshold)
     decided: list[bool] = reuse.tolist()
     row = tuple(number + 1 for number in since.reused)
-    branch.since = Accumulated(total, product, row).kept(decided)
+    branch.since = Accumulated(accumulated, product, row).kept(decided)
     return decided
 
 
 def _change(
-    method: FeatureCache, branch: BranchMemory, indicator: Tensor, steps: Sequence[int], count: int | None
+    method: FeatureCache,
+    branch: BranchMemory,
+    indicator: Tensor,
+    steps: Sequence[int],
+    count: int | None,
+    total: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what the rule accumulates in this step, (B,), and the product of MagCache's ratios, (B,)."""
     product = branch.since.product
@@ -76,5 +87,5 @@ def _change(
         if branch.last is None:
             return torch.full_like(branch.since.total, math.nan), product
         return predicted_change(branch.last.rate, indicator, branch.indicator, branch.last.output), product
-    change = relative_change(indicator, branch.indicator)
+    change = relative_change(indicator, branch.indicator, total)
     return change if method.rule == "seacache" else rescale(change, method.coefficients), product

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.coupling import coupled_parts, together
+from tokdyn.adapters.splitting import splits, token_group
 from tokdyn.adapters.time import embedding_in
 from tokdyn.adapters.tokens import rotate
 from tokdyn.attach.context import CallContext, is_offloaded
@@ -25,7 +26,8 @@ from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.seacache import sea_filter
 from tokdyn.tokens import cells
-from tokdyn.trace.effects import Effect
+from tokdyn.trace.agreement import Ranks
+from tokdyn.trace.effects import Effect, Remembering
 from tokdyn.trace.memory import BranchMemory, Memory
 from tokdyn.trace.observation import main_input, prediction_in
 from tokdyn.trace.reuse import decide, nothing_accumulated
@@ -71,6 +73,11 @@ class CachedBlocks(Bracket):
     memory: Memory = field(default_factory=Memory)
 
     @property
+    def remembering(self) -> Remembering:
+        """How effects are remembered and forecast."""
+        return Remembering.of(self.method.forecast, self.method.residual_dtype, self.method.residual_device)
+
+    @property
     def never(self) -> bool:
         """Whether the settings let no step be cached."""
         return self.method.steps is None and not self.method.decides
@@ -85,18 +92,23 @@ class CachedBlocks(Bracket):
             return x, view
         indicator, position = self.indicator(context, view, x, block), context.position
         branch = self.memory.get(position, indicator.shape)
+        ranks = _ranks(context, block)
         if branch is None:
             branch = BranchMemory(position.images, indicator, nothing_accumulated(self.method, len(x), x.device))
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
-            decided = decide(self.method, position, branch, indicator, fresh)
-            reused = self._together(context, branch, decided)
+            reused = decide(self.method, position, branch, indicator, fresh, ranks.total)
             branch.images, branch.indicator = position.images, indicator
+        apart = self.first == 0 and block is not None and splits(block.module)  # into the parts of the processes
+        reused = self._together(context, branch, reused, ranks.all_of(reused, x.device), apart)
         if self.method.rule == "easycache":
             branch.awaited = reused, fresh
         self.memory.put(position, branch)
-        context.slots[self.slot] = Reuse(x, _streams(context, view, block), reused, fresh, branch, view)
+        starts = [x, *_streams(context, view, block)]
+        if apart:
+            starts = [ranks.part(start) for start in starts]
+        context.slots[self.slot] = Reuse(starts[0], starts[1:], reused, fresh, branch, view)
         idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
         context.trace.cached = idle
         return x, view.with_idle(idle)
@@ -123,11 +135,23 @@ class CachedBlocks(Bracket):
         return tokens.detach() if method.rule == "teacache" else _filtered(context, view, tokens, blocks).detach()
 
     @staticmethod
-    def _together(context: CallContext, branch: BranchMemory, decided: list[bool]) -> list[bool]:
-        """Reuse samples that attention couples only together; what is computed has accumulated nothing."""
-        reused = decided
+    def _together(
+        context: CallContext, branch: BranchMemory, decided: list[bool], agreed: list[bool], apart: bool
+    ) -> list[bool]:
+        """Reuse what all processes reuse, and samples that attention couples only together.
+
+        What is computed has accumulated nothing.
+
+        Args:
+            context: the call of the model.
+            branch: the memory of the branch; `since` is updated.
+            decided: for each sample, whether this process would reuse it.
+            agreed: for each sample, whether all processes would.
+            apart: whether the first block begins with splitting the tokens, which ties all samples together.
+        """
+        reused = agreed
         if any(reused) and not all(reused):
-            reused = together(reused, coupled_parts(context.model))
+            reused = together(reused, len(reused) if apart else coupled_parts(context.model))
         if reused != decided:
             branch.since = branch.since.kept(reused)
         return reused
@@ -158,6 +182,8 @@ class CachedBlocks(Bracket):
         context, state = frame.context, frame.context.slots[self.slot]
         if not isinstance(state, Reuse):
             return streams
+        if all(state.reused):
+            streams = state.streams  # nothing has changed them
         if [stream.shape for stream in streams] != [start.shape for start in state.streams]:
             raise UnsupportedModelError(
                 f"FeatureCache does not fit {type(context.model).__name__}: its blocks change other tokens beside the "
@@ -176,25 +202,30 @@ class CachedBlocks(Bracket):
             start: (B, N, D) the tokens of the stream before the blocks.
             x: (B, N, D) the tokens after the blocks, which reused samples skipped.
         """
-        reused, effects, keep = state.reused, state.branch.effects, bool(self.method.forecast)
-        effect = effects.get(stream)
-        if effect is not None and all(reused) and not keep:
-            return start + effect.latest
-        level = torch.tensor(context.levels(state.view), device=x.device)
-        if effect is None:
-            effect = effects[stream] = Effect((x - start).detach(), level)
-        elif not all(reused):
-            effect = effects[stream] = effect.updated((x - start).detach(), level, reused, state.fresh, keep)
+        reused, effects, levels = state.reused, state.branch.effects, context.levels(state.view)
+        if stream not in effects or not all(reused):
+            effect = effects.get(stream, Effect(self.remembering))
+            effects[stream] = effect.updated((x - start).detach(), levels, reused, state.fresh)
+        context.trace.cache_bytes += effects[stream].nbytes
         if not any(reused):
             return x
-        chosen = torch.tensor(reused, device=x.device).view(-1, 1, 1)
-        return torch.where(chosen, start + effect.at(level), x)
+        restored = start + effects[stream].at(levels, start)
+        if all(reused):
+            return restored
+        return torch.where(torch.tensor(reused, device=x.device).view(-1, 1, 1), restored, x)
+
+
+def _ranks(context: CallContext, block: BlockCall | None) -> Ranks:
+    """Return the processes that hold parts of the tokens, and those that have to decide alike."""
+    agreement = context.settings.agreement
+    places = (context.model,) if block is None else (context.model, block.module)
+    return Ranks(token_group(*places), None if agreement is None else agreement.group)
 
 
 def _modulated(context: CallContext, modulated: Callable[..., Tensor], block: BlockCall) -> Tensor:
     """Compute the modulated input of a block's attention, all its tokens."""
     context.trace.compared = context.trace.batch
-    if not is_offloaded(block.module):
+    if not (is_offloaded(block.module) or hasattr(block.module, "unshard")):
         return modulated(block.module, block.named)
     with context.residency.present(block.module):
         return modulated(block.module, block.named)
@@ -248,8 +279,11 @@ class FirstBlock(Bracket):
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Put the effect of the block, or a tensor of its shape, into the slot of the cache."""
-        slots = frame.context.slots
-        slots[self.cache.slot] = (x - slots[self.slot] if self.compared else x).detach()
+        context, slots = frame.context, frame.context.slots
+        start = slots[self.slot]
+        if self.compared and start.shape != x.shape:  # the block begins with splitting the tokens
+            start = _ranks(context, None).part(start)
+        slots[self.cache.slot] = (x - start if self.compared else x).detach()
         slots[self.slot] = None
         return x, view
 
