@@ -14,7 +14,6 @@ from tokdyn.attach.context import CallContext
 from tokdyn.attach.controls import (
     accept_methods,
     agree,
-    beside_dense,
     calibrate_router,
     dropping,
     losses,
@@ -23,7 +22,6 @@ from tokdyn.attach.controls import (
     set_tail_drop,
     traces,
     trajectory,
-    trajectory_apart,
 )
 from tokdyn.attach.entry import attached, attachment_of, disabled, unwrap, wrap
 from tokdyn.attach.handlers.base import (
@@ -39,7 +37,7 @@ from tokdyn.attach.handlers.base import (
     handles,
 )
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
-from tokdyn.attach.measuring import metered, untraced
+from tokdyn.attach.measuring import beside_dense, metered, trajectory_apart, untraced
 from tokdyn.attach.offload import home
 from tokdyn.attach.sidecar import CONFIG, WEIGHTS, load, save
 from tokdyn.attach.sites import Site, argument_names, blocks_of, find_sites

@@ -9,16 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokdyn.attach.attachment import Attachment
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached
-from tokdyn.attach.measuring import untraced
+from tokdyn.attach.measuring import trajectory_apart, untraced
 from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.trace.agreement import Agreement
 from tokdyn.trace.calls import CallTrace
-from tokdyn.trace.memory import Memory
 from tokdyn.trace.steps import last_trajectory
 from tokdyn.trace.trajectory import Trajectory
 
@@ -218,38 +216,6 @@ def trajectory(model: nn.Module, steps: int | None = None) -> Iterator[Trajector
             attachment.end()
 
 
-@contextmanager
-def trajectory_apart(attachment: Attachment) -> Iterator[None]:
-    """Set a trajectory that is under way aside while the context is open, and let it go on afterwards.
-
-    A callback that draws with the same model begins a trajectory within another. Caches and statistics of the outer one
-    are those from before, and statistics of the inner one are gone, unless the outer one has made no call yet.
-    """
-    outer = attachment.trajectory
-    if outer.calls is None:
-        outer.calls = 0
-        try:
-            yield
-        finally:
-            outer.calls = None
-        return
-    memories, sampler = [(cache, cache.memory) for cache in attachment.caches], attachment.watch.sampler
-    history = list(attachment.history)
-    attachment.trajectory = Trajectory()
-    attachment.trajectory.calls = 0
-    attachment.watch.sampler = None
-    for cache, _ in memories:
-        cache.memory = Memory()
-    try:
-        yield
-    finally:
-        attachment.trajectory, attachment.watch.sampler = outer, sampler
-        if outer.calls:
-            attachment.history[:] = history
-        for cache, memory in memories:
-            cache.memory = memory
-
-
 def agree(model: nn.Module, group: Any) -> None:
     """Let processes decide alike which steps FeatureCache caches; see `tokdyn.agree`.
 
@@ -274,25 +240,6 @@ def agree(model: nn.Module, group: Any) -> None:
     if hasattr(group, "get_group"):
         group = group.get_group()
     attachment.set(agreement=None if group is None else Agreement(group))
-
-
-@contextmanager
-def beside_dense(model: nn.Module) -> Iterator[None]:
-    """Make every call in sampling a second time without methods while the context is open, to compare their times.
-
-    `tokdyn.stats` then says how much faster the calls are than without methods, measured under the same conditions.
-    The results are those of the calls with methods; sampling takes as long as both.
-
-    Raises:
-        InputError: the model is not wrapped. A call raises one if a cache of diffusers is enabled.
-    """
-    attachment = attached(model)
-    before = attachment.settings.beside_dense
-    attachment.set(beside_dense=True)
-    try:
-        yield
-    finally:
-        attachment.set(beside_dense=before)
 
 
 def accept_methods(model: Model) -> Model:
