@@ -18,6 +18,7 @@ LAYERS = [
     ["tokens"],
     ["ops"],
     ["methods"],
+    ["presets"],
     ["compose"],
     ["models"],
     ["adapters"],

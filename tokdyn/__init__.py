@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
+    from tokdyn.presets import preset
     from tokdyn.upcycling import upcycle
 
 __version__ = "0.1.0.dev0"
@@ -79,6 +80,7 @@ __all__ = [
     "load",
     "losses",
     "parts",
+    "preset",
     "recording",
     "register_adapter",
     "register_method",
@@ -122,6 +124,7 @@ _LAZY = {
         ),
         "tokdyn.pipelines",
     ),
+    "preset": "tokdyn.presets",
     "upcycle": "tokdyn.upcycling",
     **dict.fromkeys(
         ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge", "register_method"),
@@ -149,6 +152,7 @@ _SUBMODULES = frozenset(
         "models",
         "ops",
         "pipelines",
+        "presets",
         "recipe",
         "report",
     }

@@ -18,13 +18,17 @@ from tokdyn.errors import CheckpointError, InputError
 from tokdyn.methods import Method
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 from tokdyn.pipelines.telling import Teller, listening
+from tokdyn.presets import choose
+from tokdyn.progress import tell
 from tokdyn.trace.timing import Stopwatch
 
 Target = TypeVar("Target")
 
 
 def wrap(
-    target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Method]], level: Level | None = None
+    target: Target,
+    methods: Sequence[Method] | Mapping[str, Sequence[Method]] | str | Path,
+    level: Level | None = None,
 ) -> Target:
     """Attach methods to a model, or to every denoiser of a pipeline, in place. `unwrap` undoes it exactly.
 
@@ -36,7 +40,9 @@ def wrap(
             of diffusers that has one or several.
         methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
             the list matters only between methods of one stage. For a pipeline also a list for each denoiser, by the
-            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. A
+            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. Or a
+            preset (docs/presets.md): "fast", for which the configuration decides whose it is, "FLUX.1-dev/fast", or a
+            file of `tokdyn calibrate`; what was chosen and why is printed on stderr. A
             pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then each
             pipeline tells the trajectory while it is called.
         level: the values of the model's timestep at pure noise and at the image, such as (1.0, 0.0), where they cannot
@@ -52,8 +58,14 @@ def wrap(
         UnsupportedModelError: the model has no adapter, a method cannot be used on models of this kind, or the pipeline
             has no diffusion transformer.
         InputError: the model is wrapped already, an element of the list is not a method, a setting is out of range for
-            this model, or the pipeline has no denoiser of a given name. Nothing is wrapped then.
+            this model, the pipeline has no denoiser of a given name, or no preset fits, or several do. Nothing is
+            wrapped then.
     """
+    if isinstance(methods, (str, Path)) and (is_pipeline(target) or isinstance(target, nn.Module)):
+        found = denoisers(target) if is_pipeline(target) else {"": inner_model(target)}
+        preset = choose(target, found, methods)
+        tell(preset.why)
+        methods = preset.methods if is_pipeline(target) else preset.methods[""]
     if not is_pipeline(target):
         if isinstance(methods, Mapping):
             raise InputError(f"methods by name are for pipelines; give a list for this {type(target).__name__}.")
