@@ -18,7 +18,7 @@ from tokdyn.errors import CheckpointError, InputError
 from tokdyn.methods import Method
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 from tokdyn.pipelines.telling import Teller, listening
-from tokdyn.presets import choose
+from tokdyn.presets import choose, is_file
 from tokdyn.progress import tell
 from tokdyn.trace.timing import Stopwatch
 
@@ -239,6 +239,7 @@ def load(target: Target, folder: str | Path, level: Level | None = None) -> Targ
     Args:
         target: a model that is not wrapped, of the class that the methods were saved from, or a pipeline around it.
         folder: the folder that `save` returned; for a pipeline with one denoiser, also one that was saved from a model.
+            Or a preset file of `tokdyn calibrate`.
         level: as in `wrap`, in place of the one that was saved; needed if that is a function, which no file holds.
 
     Returns:
@@ -250,6 +251,8 @@ def load(target: Target, folder: str | Path, level: Level | None = None) -> Targ
         CompositionError, UnsupportedModelError, InputError: as in `wrap`.
     """
     where = Path(folder).expanduser()
+    if is_file(where):
+        return wrap(target, where, level)
     if not is_pipeline(target):
         attach.load(target, where, level)  # type: ignore[type-var]
         return target

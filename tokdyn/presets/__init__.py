@@ -5,8 +5,8 @@ what was published about them. The files that ship with the package are in recip
 """
 
 from tokdyn.presets.choosing import Chosen, choose
-from tokdyn.presets.files import families, read
-from tokdyn.presets.named import find, preset, published_for
+from tokdyn.presets.files import families, read, write
+from tokdyn.presets.named import find, is_file, preset, published_for
 from tokdyn.presets.schema import TIERS, Calibration, Entry, Family, Published, Setting, Source
 from tokdyn.presets.table import PresetRow, listed
 
@@ -23,8 +23,10 @@ __all__ = [
     "choose",
     "families",
     "find",
+    "is_file",
     "listed",
     "preset",
     "published_for",
     "read",
+    "write",
 ]

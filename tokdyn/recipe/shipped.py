@@ -9,7 +9,6 @@ from tokdyn.errors import RecipeError
 from tokdyn.files import shipped_recipes
 from tokdyn.recipe.explain import nearest
 
-
 PRESETS = "presets"
 """The folder of the shipped presets, which are no recipes."""
 

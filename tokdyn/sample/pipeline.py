@@ -23,6 +23,7 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, stats
 from tokdyn.pipelines.drawing import Drawing, call_arguments, draw, images_of, title_of
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.presets import is_file, read
 from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import write_png
@@ -37,7 +38,8 @@ class PipelineSampleConfig(Drawing):
     Attributes:
         model: Folder or hub id of the pipeline.
         out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
-        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`.
+        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a preset
+            file of `tokdyn calibrate`.
         prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
             arguments, such as {prompt: make it night, image: street.png}.
         steps: Steps of the sampler per image.
@@ -152,6 +154,8 @@ def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
 
 def _content(folder: Path) -> dict[str, Any]:
     """Return what decides about the methods in a folder, or in one for each denoiser: their settings and weights."""
+    if is_file(folder):
+        return {"preset": read(folder).model_dump(mode="json", exclude_defaults=True)}
     found = {}
     for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")]):
         weights = path.with_name(WEIGHTS)
