@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokdyn.presets import PresetRow
 
 _WIDTH = 200  # columns of a table that is not on a terminal
-COLUMNS = ("model", "setting", "method", "settings", "indicator", "speed-up", "quality", "source", "measured")
+COLUMNS = ("model", "setting", "method", "settings", "indicator", "steps", "speed-up", "quality", "source", "measured")
 
 
 def register(app: typer.Typer) -> None:
@@ -57,7 +57,8 @@ def register(app: typer.Typer) -> None:
 
 def _cells(row: PresetRow) -> tuple[str, ...]:
     speed = "-" if row.speedup is None else f"{row.speedup:g}x"
-    facts = (row.method, row.settings, row.indicator, f"{speed}, {row.hardware}" if row.hardware else speed)
+    speed = f"{speed}, {row.hardware}" if row.hardware else speed
+    facts = (row.method, row.settings, row.indicator, "-" if row.steps is None else str(row.steps), speed)
     measured = "no" if row.measured is None else ", ".join(f"{key} {value}" for key, value in row.measured.items())
     return (row.model, row.setting, *facts, row.quality or "-", row.source or "-", measured)
 
@@ -76,9 +77,7 @@ def _table(rows: list[PresetRow]) -> None:
         Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, highlight=False).print(table)
     for model, note in _notes(rows):
         typer.echo(f"{model}: {note}.")
-    typer.echo(
-        "Speed-up and quality are what the sources report; nothing here was measured with real weights by tokdyn."
-    )
+    typer.echo("Speed-up and quality are what the sources report; tokdyn has measured none of it with real weights.")
 
 
 def _markdown(rows: list[PresetRow]) -> None:

@@ -1,4 +1,7 @@
-"""Tell on stderr what was chosen, and show the progress of long work there: a bar on a terminal, occasional plain lines elsewhere."""
+"""Tell on stderr what was chosen, and show the progress of long work there.
+
+Progress is a bar on a terminal, and occasional plain lines elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ configuration, eight weights in bf16 and, if the calibration depends on the samp
 middle and last noise level. Weights are compared with the tolerance of a cast to bf16, so a model that was cast still
 matches, and so does one that was trained so little that these eight weights are equal to that precision.
 
-That of a published preset, such as `WanTransformer3DModel:num_layers=30,in_channels=16`, holds the class and those values
-of the configuration that tell the model apart from others of the class.
+That of a published preset, such as `WanTransformer3DModel:num_layers=30,in_channels=16`, holds the class and those
+values of the configuration that tell the model apart from others of the class.
 """
 
 from __future__ import annotations

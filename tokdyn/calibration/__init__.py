@@ -95,8 +95,8 @@ def calibrate(
     `DepthSkip` gets a table of the blocks to skip at each noise level: those that change the direction of the image
     tokens least per FLOP, until the share `flops` of the FLOPs of all calls remains. `FeatureCache` gets the polynomial
     that predicts how much the output of the blocks changes from the change of its indicator (arXiv 2411.19108) and,
-    with `flops` or `steps`, the threshold; with `rule="magcache"`, in place of the polynomial, the ratios of the lengths
-    of the blocks' effect from step to step (arXiv 2506.09045).
+    with `flops` or `steps`, the threshold. With `rule="magcache"` it gets, in place of the polynomial, the ratios of
+    the lengths of the blocks' effect from step to step (arXiv 2506.09045).
 
     Args:
         target: a model, or a pipeline, each of whose denoisers is calibrated on the calls that it gets. It is not

@@ -75,9 +75,7 @@ def ratios_of(measured: Sequence[tuple[Position, Tensor | None]]) -> Ratios:
                 own.setdefault(step, []).append(float(ratio[sample]))
     counts = sorted(set(lengths.values()))
     if len(counts) > 1:
-        raise InputError(
-            f"the recorded runs have {counts[0]} and {counts[-1]} steps; record runs of one number of steps."
-        )
+        raise InputError(f"the recorded runs have {counts[0]} and {counts[-1]} steps; record runs of equal length.")
     steps = range(1, counts[0])
     tables = {name: [torch.tensor(own[step], dtype=torch.float64) for step in steps] for name, own in values.items()}
     branches = {name: _rounded([float(each.mean()) for each in table]) for name, table in tables.items()}

@@ -50,7 +50,7 @@ def write_preset(config: CalibrateConfig, subject: Subject, found: Mapping[str, 
         computed={name: _share(each) for name, each in found.items()},
     )
     setting = Setting(
-        methods=methods[""] if "" in methods else methods,
+        methods=methods.get("", methods),
         steps=config.steps if config.prompts is None or "steps" in config.model_fields_set else _steps(found),
         calibration=calibration,
     )

@@ -71,7 +71,8 @@ def _recognised(target: Any, models: Mapping[str, nn.Module], setting: str) -> t
     called = [each for each in fitting if names & {name.casefold() for name in each.names}]
     found = called or [each for each in fitting if not each.named]
     if len(found) > 1:
-        choices = " or ".join(repr(f"{each.name}/{setting}") for each in found)
+        named = [setting if setting in each.settings else next(iter(each.settings), setting) for each in found]
+        choices = " or ".join(repr(f"{each.name}/{one}") for each, one in zip(found, named, strict=True))
         raise InputError(
             f"the configuration of this {what} does not tell {len(found)} models with presets apart; name the one that "
             f"it is, as in {choices}."

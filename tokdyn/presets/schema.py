@@ -1,4 +1,4 @@
-"""The format of preset files: published or calibrated settings of methods, the models they are for, and their source."""
+"""The format of preset files: settings of methods, the models they are for, and where their numbers come from."""
 
 from __future__ import annotations
 
