@@ -101,7 +101,7 @@ def reused_steps(method: FeatureCache, count: int) -> list[bool]:
     """
     assert method.ratios is not None
     first = max(_place(method.start, count), _place(method.warmup, count), 1)
-    last = min(_place(method.end, count), count if method.num_steps is None else method.num_steps - 1)
+    last = min(_place(method.end, count), count - 1)  # the last step is always computed
     product, error, row, decided = 1.0, 0.0, 0, []
     for step, ratio in enumerate(method.ratios):
         reuse = False
