@@ -95,8 +95,9 @@ def _notes(rows: list[PresetRow]) -> list[tuple[str, str]]:
     """Return the notes of models, each with the settings that it is about unless those are all of them."""
     notes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row.note:
-            notes.setdefault((row.model, row.note), []).append(row.setting)
+        for note in (row.note, row.instead):
+            if note:
+                notes.setdefault((row.model, note), []).append(row.setting)
     count = {row.model: sum(other.model == row.model for other in rows) for row in rows}
     return [
         (model if len(settings) == count[model] else f"{model} ({', '.join(settings)})", note)

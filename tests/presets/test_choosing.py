@@ -127,7 +127,7 @@ def test_a_preset_of_another_model_is_refused_or_warned_about() -> None:
 def test_a_preset_acts_like_its_methods() -> None:
     arguments = {
         "prompt_embeds": torch.randn(1, 6, 12), "pooled_prompt_embeds": torch.randn(1, 10), "height": 32, "width": 32,
-        "num_inference_steps": 8, "output_type": "latent",
+        "num_inference_steps": 28, "output_type": "latent",
     }  # fmt: skip
     pipe = diffusers.FluxPipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(), vae(channels=16), None, None, None, None, flux()
@@ -142,4 +142,9 @@ def test_a_preset_acts_like_its_methods() -> None:
     reused = tokdyn.stats(pipe).cached
     tokdyn.wrap(tokdyn.unwrap(pipe), tokdyn.preset("FLUX.1-dev", "mask-fast"))
     assert torch.equal(draw(), shown)
-    assert reused > 0
+    assert reused == 17
+    tokdyn.unwrap(pipe)
+    tokdyn.wrap(pipe, "mask-fast")
+    arguments["num_inference_steps"] = 8
+    with pytest.warns(UserWarning, match="takes 8 steps, not 28"):
+        draw()

@@ -60,7 +60,7 @@ def is_file(name: str | Path) -> bool:
 
 
 def stack_of(entry: Entry, setting: str) -> list[Method] | dict[str, list[Method]]:
-    """Return the methods of a setting, each with a fingerprint of the model that it is for."""
+    """Return the methods of a setting, each with a fingerprint of what it is for."""
     methods = entry.settings[setting].methods
     if isinstance(methods, dict):
         return {name: [_marked(each, entry) for each in own] for name, own in methods.items()}
@@ -103,7 +103,9 @@ def _marked(method: Method, entry: Entry) -> Method:
     fields = type(method).model_fields
     if "fingerprint" not in fields or getattr(method, "fingerprint", None):
         return method
-    return method.model_copy(update={"fingerprint": entry.fingerprint})
+    listed = getattr(method, "steps", None) is not None  # for this number of steps only
+    steps = f"::{getattr(method, 'num_steps', '')}" if listed else ""
+    return method.model_copy(update={"fingerprint": entry.fingerprint + steps})
 
 
 def _key(name: str) -> str:

@@ -32,7 +32,8 @@ class PresetRow:
         source: project with commit or pull request, and paper.
         licence: of the project.
         measured: what was measured with real weights by this project; None is nothing.
-        note: what one should know; for a model without settings what to use instead.
+        note: what one should know.
+        instead: why a cache gains nothing for this model, and what to use.
     """
 
     family: str
@@ -50,6 +51,7 @@ class PresetRow:
     licence: str | None
     measured: dict[str, Any] | None
     note: str | None
+    instead: str | None
 
 
 def listed(model: str | Path | None = None) -> list[PresetRow]:
@@ -76,14 +78,13 @@ def listed(model: str | Path | None = None) -> list[PresetRow]:
 
 def _rows(family: Family, entry: Entry) -> list[PresetRow]:
     if not entry.settings:
-        blank = (None,) * 7
+        blank = (None,) * 8
         return [PresetRow(family.family, entry.name, "-", entry.kind, "-", "-", "-", *blank, entry.instead)]
     return [_row(family, entry, name, setting) for name, setting in entry.settings.items()]
 
 
 def _row(family: Family, entry: Entry, name: str, setting: Setting) -> PresetRow:
     methods, source, published = flat(setting), setting.source, setting.published
-    notes = [each for each in (setting.note, entry.instead) if each]
     return PresetRow(
         family=family.family,
         model=entry.name,
@@ -99,7 +100,8 @@ def _row(family: Family, entry: Entry, name: str, setting: Setting) -> PresetRow
         source=None if source is None else str(source),
         licence=None if source is None else source.licence,
         measured=None if setting.measured is None else setting.measured.model_dump(),
-        note=". ".join(notes) or None,
+        note=setting.note,
+        instead=entry.instead,
     )
 
 
