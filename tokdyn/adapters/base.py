@@ -89,6 +89,10 @@ class Blocks:
         packing: argument of a block that takes the `Packing` of packed tokens (T, D); None if tokens are (B, N, D).
         modulated: `modulated(block, arguments)` computes the modulated input (B, N, D) of the block's attention, which
             FeatureCache compares from step to step; None compares the tokens that the block gets.
+        time: argument of a block that holds the embedding of the timestep, (B, ...), if no module returns the one that
+            coefficients were published for; None takes what the module returns that embeds it, see `ModelAdapter.time`.
+        time_projection: argument of a block that holds the projection of that embedding to the modulation of all
+            blocks, (B, ...); None if there is none.
         products: what the layers of a block run over; None if unknown, and then FLOPs are counted but not computed.
         width: the layers that can be sliced to some heads and MLP channels; None if there are none.
     """
@@ -115,6 +119,8 @@ class Blocks:
     stream: str | None = None
     packing: str | None = None
     modulated: Callable[[nn.Module, Arguments], Tensor] | None = None
+    time: str | None = None
+    time_projection: str | None = None
     products: Products | None = DEFAULT_PRODUCTS
     width: Width | None = None
 
@@ -213,6 +219,7 @@ class ModelAdapter:
             None if tokens may.
         whole: `whole(model)` returns why a model with this configuration needs all its tokens, or None if it does not.
         fits: `fits(model)` returns whether a model with such a class name belongs to the family; None accepts all.
+        time: path of the module that embeds the timestep, before the blocks; None finds it by its class or its name.
         entries: methods of the model that run its blocks and may be called instead of the model itself.
         clock: whether the direction of `level` is "known", or "assumed" and held against the first calls in sampling.
         inferred: whether the adapter was inferred from the model's structure and has to be checked in the first call.
@@ -240,6 +247,7 @@ class ModelAdapter:
     complete: str | None = None
     whole: Callable[[nn.Module], str | None] | None = None
     fits: Callable[[nn.Module], bool] | None = None
+    time: str | None = None
     entries: tuple[str, ...] = ()
     clock: Literal["known", "assumed"] = "known"
     inferred: bool = False

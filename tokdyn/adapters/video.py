@@ -36,6 +36,7 @@ WAN = ModelAdapter(
             attention=("attn1",),
             mlp=("ffn",),
             modulated=modulation.shift_table_per_token,
+            time_projection="temb",
             products=Products(cross=("attn2",), context_text=512),
             width=attention_and_mlp("attn1", "ffn", "WanAttnProcessor", "SkyReelsV2AttnProcessor"),
         ),
@@ -174,6 +175,7 @@ COGVIDEOX = ModelAdapter(
             attention=("attn1",),
             mlp=("ff",),
             modulated=modulation.cogvideox,
+            time="temb",  # with the embedding of `ofs`, as in the published indicator
             products=Products(joint=("attn1.*",)),
             width=attention_and_mlp("attn1", "ff", "CogVideoXAttnProcessor2_0"),
         ),

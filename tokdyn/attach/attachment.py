@@ -236,6 +236,12 @@ class Attachment(nn.Module):
         self.history.pop(0)  # in place: a copy touches the reference counts of all traces
         self.history.append(trace)
 
+    def conclude(self, output: Any) -> None:
+        """Note what the model returned, for the trajectory and for caches that compare predictions."""
+        self.trajectory.note(output)
+        for cache in self.caches:
+            cache.note(output)
+
     def end(self) -> None:
         """End the trajectory and clear the caches; its statistics stay until the next one begins."""
         self.remember(CallTrace())

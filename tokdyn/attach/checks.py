@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from tokdyn.adapters import ModelAdapter, known_adapters
+from tokdyn.adapters.time import missing_time
 from tokdyn.attach.sites import Site
 from tokdyn.attach.width.layout import unfit
 from tokdyn.compose import Placed, compose
@@ -86,6 +87,7 @@ def check(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method], si
             reason = whole
         if reason is None and traits.needs_sizes and not (sizes.width and sizes.heads):
             reason = f"it needs the width and the number of heads; give the adapter {adapter.name!r} width= and heads="
+        reason = reason or missing_time(model, adapter, traits.embedding)
         if reason is not None:
             raise UnsupportedModelError(f"{type(method).__name__} does not fit {type(model).__name__}: {reason}.")
 
@@ -142,8 +144,9 @@ def check_arguments(model: nn.Module, adapter: ModelAdapter, named: Mapping[str,
 
 
 def _unknown(adapter: ModelAdapter, method: Method, traits: Traits) -> str | None:
-    """Refuse fewer tokens, and methods inside of blocks, if the adapter declares no grid."""
-    if adapter.grid is not None or (traits.tokens == "full" and traits.stage not in (Stage.SUBLAYER, Stage.KERNEL)):
+    """Refuse fewer tokens, methods inside of blocks and methods that need a grid, if the adapter declares none."""
+    inside = traits.stage in (Stage.SUBLAYER, Stage.KERNEL)
+    if adapter.grid is not None or not (inside or traits.tokens != "full" or traits.needs_grid):
         return None
     if not adapter.inferred:
         return f"its adapter {adapter.name!r} has no grid=; give it one, or use DepthSkip or FeatureCache"

@@ -56,6 +56,7 @@ class Readings:
         position: step, guidance branch and image of the call.
         followed: entries of the blocks' arguments for the tokens of views.
         behind: number of tokens that follow the image tokens; see `ModelAdapter.behind`.
+        time: the embedding of the timestep, noted when the model computes it, if a method reads it.
     """
 
     images: Lazy[ImageTokens]
@@ -63,6 +64,7 @@ class Readings:
     position: Lazy[Position]
     followed: FollowedArguments
     behind: int = 0
+    time: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -248,7 +250,7 @@ class CallContext:
 
     def release(self) -> None:
         """Release the arguments after the call, so that frames which are kept for recomputation do not hold them."""
-        self.arguments, self.readings.followed = {}, FollowedArguments()
+        self.arguments, self.readings.followed, self.readings.time = {}, FollowedArguments(), None
         self.readings.images.close()
         self.readings.position.close()
 

@@ -19,6 +19,7 @@ from tokdyn.attach.checks import check, check_arguments, check_sublayers, reads_
 from tokdyn.attach.engine import call_module
 from tokdyn.attach.handlers.base import Frame
 from tokdyn.attach.handlers.chunking import call_chunked
+from tokdyn.attach.sites import attach_time_embedder
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.watching import warn_of_another_model, warn_of_missing_gates
@@ -92,6 +93,8 @@ def attach_sites(model: nn.Module, attachment: Attachment) -> None:
             class_swap.attach(module, call_module, outside=recompute.call_outside)
     for block in attachment.blocks(model):
         class_swap.enter_in_table_of_caches(block)
+    if any(placed.traits.embedding for placed in attachment.blueprint.placed):
+        attach_time_embedder(model, attachment.adapter)
 
 
 def unwrap(model: Model) -> Model:
@@ -201,7 +204,7 @@ def _conclude(model: nn.Module, output: Any) -> None:
     """Record the prediction of a call, from which a sampler computes the next latents, and what it fell short of."""
     attachment = _acting(model)
     if attachment is not None:
-        attachment.trajectory.note(output)
+        attachment.conclude(output)
         if (found := attachment.history[-1].shortfalls) and attachment.meter is None:
             attachment.watch.shortfalls.see(model, found)
 

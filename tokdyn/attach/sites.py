@@ -6,7 +6,7 @@ Modules are found when the model is wrapped, and again in a copy of the model.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from torch import nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
 from tokdyn.adapters.structure import submodule
-from tokdyn.attach.class_swap import attach_like, base_class, is_attached
+from tokdyn.adapters.time import time_embedder
+from tokdyn.attach.class_swap import attach, attach_like, base_class, current, is_attached
 from tokdyn.attach.width.layout import Layer, Layout, reach
 from tokdyn.errors import UnsupportedModelError
 
@@ -123,6 +124,21 @@ def find_sites(
                 sites |= layer_sites(block, site, layouts[number])
             number += 1
     return sites
+
+
+def attach_time_embedder(model: nn.Module, adapter: ModelAdapter) -> None:
+    """Let the module that embeds the timestep note what it returns, for methods that read it."""
+    embedder = time_embedder(model, adapter)
+    if embedder is not None and not is_attached(embedder):
+        attach(embedder, _note_time)
+
+
+def _note_time(module: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the module that embeds the timestep; the first call of it in a call of the model is noted."""
+    out, frame = plain(module, *args, **kwargs), current()
+    if frame is not None and frame.context.readings.time is None:
+        frame.context.readings.time = out[0] if isinstance(out, tuple) else out
+    return out
 
 
 def layer_sites(block: nn.Module, site: Site, layout: Layout) -> Sites:

@@ -43,8 +43,8 @@ class CalibrateConfig(BaseModel):
         cache_steps: cache, mag: target, as the share of computed steps, instead of flops.
         threshold: cache, mag: accumulated change below which a step is reused, if neither flops nor cache_steps is
             given; null means 0.1, and 0.06 for mag.
-        indicator: cache: compare the modulated `input` of the first block, what the `first_block` adds, or the
-            embedding of the `time`.
+        indicator: cache: compare the modulated `input` of the first block, what the `first_block` adds, the embedding
+            of the timestep (`time`), or its projection to the modulation of the blocks (`projected_time`).
         degree: cache: degree of the fitted polynomial.
         start: mag: share of the steps that are computed first.
         max_reused: mag: most steps in a row that are reused; null does not limit them.
@@ -77,7 +77,7 @@ class CalibrateConfig(BaseModel):
     sequential: bool = False
     cache_steps: Target | None = None
     threshold: Annotated[float, Field(gt=0.0)] | None = None
-    indicator: Literal["input", "first_block", "time"] = "input"
+    indicator: Literal["input", "first_block", "time", "projected_time"] = "input"
     degree: PositiveInt = 4
     start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     max_reused: PositiveInt | None = 3

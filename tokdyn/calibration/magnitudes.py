@@ -100,12 +100,10 @@ def reused_steps(method: FeatureCache, count: int) -> list[bool]:
         count: number of steps.
     """
     assert method.ratios is not None
-    first = max(_place(method.start, count), _place(method.warmup, count), 1)
-    last = min(_place(method.end, count), count - 1)  # the last step is always computed
-    product, error, row, decided = 1.0, 0.0, 0, []
+    window, product, error, row, decided = method.window(count), 1.0, 0.0, 0, []
     for step, ratio in enumerate(method.ratios):
         reuse = False
-        if first <= step < last:
+        if step in window:
             product, row = product * ratio, row + 1
             error += abs(1.0 - product)
             reuse = error < method.threshold and (method.max_reused is None or row <= method.max_reused)
@@ -129,11 +127,6 @@ def thresholds(method: FeatureCache, count: int) -> list[float]:
     return [math.nextafter(value, math.inf) for value in rising]
 
 
-def _place(value: int | float, count: int) -> int:
-    """Return a step that is given as a number or as a share of all steps."""
-    return value if isinstance(value, int) else math.floor(value * count + 1e-9)
-
-
 def in_whole_run(own: Mapping[str, tuple[FeatureCache, float]]) -> dict[str, FeatureCache]:
     """Place the ratios of several denoisers, each of which makes some of the steps, in the run that they share.
 
@@ -149,7 +142,7 @@ def in_whole_run(own: Mapping[str, tuple[FeatureCache, float]]) -> dict[str, Fea
     for name, (cache, _) in sorted(own.items(), key=lambda item: -item[1][1]):
         ratios = cache.ratios or ()
         after = total - before - len(ratios)
-        start = (before + _place(cache.start, len(ratios))) / total
+        start = (before + cache.window(len(ratios)).start) / total
         whole = (1.0,) * before + ratios + (1.0,) * after
         placed[name] = cache.model_copy(update={"ratios": whole, "start": round(start, 6)})
         before += len(ratios)

@@ -38,7 +38,7 @@ class Observer(CachedBlocks):
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
         """Compute the indicator."""
         before = self.spent()
-        indicator = self.indicator(frame.context, x, block)
+        indicator = self.indicator(frame.context, view, x, block)
         self.indicator_flops = self.spent() - before
         self._seen = [frame.context.position, frame.context.levels(view), indicator, x]
         self.inside = self.spent()

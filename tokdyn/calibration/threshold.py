@@ -64,15 +64,20 @@ def simulate(steps: Sequence[Step], method: FeatureCache) -> Iterator[Tensor]:
         yield from decisions([step.position for step in steps], method)
         return
     totals: dict[Any, Tensor] = {}
+    rows: dict[Any, Tensor] = {}  # cached steps in a row
     for step in steps:
+        branch = step.position.branch
         if step.change is None:
-            totals[step.position.branch] = torch.zeros(len(step.levels))
+            totals[branch] = rows[branch] = torch.zeros(len(step.levels))
             yield torch.zeros(len(step.levels), dtype=torch.bool)
             continue
-        last = method.num_steps is not None and step.position.steps[0] >= method.num_steps - 1
+        open_now = step.position.steps[0] in method.window(step.position.num_steps or method.num_steps)
         change = rescale(step.change, method.coefficients)
-        threshold = math.nan if last else method.threshold
-        reuse, totals[step.position.branch] = accumulate(totals[step.position.branch], change, threshold)
+        if method.max_reused is not None:
+            change = change.masked_fill(rows[branch] >= method.max_reused, math.nan)
+        threshold = method.threshold if open_now else math.nan
+        reuse, totals[branch] = accumulate(totals[branch], change, threshold)
+        rows[branch] = torch.where(reuse, rows[branch] + 1, 0.0)
         yield reuse
 
 

@@ -74,6 +74,8 @@ class Traits:
         prunes: what the method leaves out of the computation of a block; None if nothing.
         needs_sizes: `build` needs the width of the model and its number of heads.
         compares: the method decides by comparing tokens with those of the step before, for which it needs all of them.
+        embedding: the embedding of the timestep that the method reads: as it is ("time"), or projected to the
+            modulation of the blocks ("projected_time"); None if neither.
         diverges: in two processes with different samples the method may run different blocks, or a different number of
             groups of samples.
         controls: the functions of `tokdyn.attach.controls` that act on the method.
@@ -100,6 +102,7 @@ class Traits:
     prunes: Pruning | None = None
     needs_sizes: bool = False
     compares: bool = False
+    embedding: Literal["time", "projected_time"] | None = None
     diverges: bool = False
     controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
     idle: str | None = None

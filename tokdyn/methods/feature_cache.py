@@ -6,6 +6,7 @@ TeaCache, arXiv 2411.19108; the first-block variant is ParaAttention's.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,8 +30,7 @@ class FeatureCache(Method):
     The effect of the blocks, their output minus their input, is remembered for each guidance branch. A sample whose
     indicator has changed by less than the threshold since its last computed step skips the blocks and gets that effect.
 
-    Only the rule "teacache" with the indicators "input" and "first_block" acts in this commit, and forecasts of order 0
-    and 1; `warmup`, `start`, `end`, `max_reused` and `residual_*` are checked and saved, and have no effect yet.
+    Only forecasts of order 0 and 1 act in this commit; `residual_*` are checked and saved, and have no effect yet.
 
     Attributes:
         threshold: what a rule accumulates from step to step, such as the relative change of the indicator, is compared
@@ -40,11 +40,12 @@ class FeatureCache(Method):
             `ratios`; "easycache" a change of the output that it predicts from that of the input; "seacache" the
             change of the input after a filter that keeps the frequencies which are not noise.
         indicator: the tensor that is compared from step to step: the modulated "input" of the first block, the effect
-            of the "first_block", which then runs in every step, or the embedding of the "time" alone.
+            of the "first_block", which then runs in every step, the embedding of the timestep ("time"), the same for
+            every prompt, or its projection to the modulation of the blocks ("projected_time").
         coefficients: polynomial that maps the relative change of the indicator to that of the output, highest degree
             first; (1, 0) is the identity.
-        ratios: for "magcache", the mean length of the effect of the blocks in each step of a calibrated run, divided by
-            that in the step before; the first is 1. They are resampled to other numbers of steps.
+        ratios: for "magcache", the length of a token's effect in each step of a calibrated run, divided by that in the
+            step before, averaged over tokens; the first is 1. They are resampled to other numbers of steps.
         steps: the steps to compute, counted from 0; all others are cached, and the indicator is not used. None decides
             by the threshold.
         num_steps: number of steps of the sampler, so that the last one is always computed; None if unknown. Within
@@ -64,7 +65,7 @@ class FeatureCache(Method):
 
     threshold: float = 0.1
     rule: Literal["teacache", "magcache", "easycache", "seacache"] = "teacache"
-    indicator: Literal["input", "first_block", "time"] = "input"
+    indicator: Literal["input", "first_block", "time", "projected_time"] = "input"
     coefficients: tuple[float, ...] = (1.0, 0.0)
     ratios: tuple[float, ...] | None = None
     steps: tuple[int, ...] | None = None
@@ -123,16 +124,45 @@ class FeatureCache(Method):
             value = getattr(self, name)
             if not (value >= 0 if isinstance(value, int) else 0 <= value <= 1):
                 raise InputError(f"{name}={value} is neither a number of steps (0, 1, 2, ...) nor a share from 0 to 1.")
-        if type(self.start) is type(self.end) and self.start >= self.end:
+        first = max(self.start, 1) if isinstance(self.end, int) and isinstance(self.start, int) else self.start
+        if type(first) is type(self.end) and first >= self.end:
             raise InputError(f"start={self.start} is not before end={self.end}, so no step could be reused.")
-        if self.steps is not None and ((self.warmup, self.start, self.end) != (0, 0, 1) or self.max_reused is not None):
+        if self.steps is not None and (self.warmup or self.start or self.end != 1 or self.max_reused is not None):
             raise InputError("steps are listed, so warmup, start, end and max_reused have no effect; leave them out.")
         return self
 
     @property
-    def compares(self) -> bool:
-        """Whether the change of the indicator decides which steps are cached."""
+    def decides(self) -> bool:
+        """Whether a rule decides which steps are cached; not if `steps` lists them, or if no step is."""
         return self.steps is None and self.threshold > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether the rule compares tensors that depend on the image: tokens, or what goes into the model."""
+        return self.decides and self.rule != "magcache" and self.indicator not in ("time", "projected_time")
+
+    def window(self, count: int | None) -> range:
+        """Return the steps that may be cached; the first and, where it is known, the last step are not among them.
+
+        Args:
+            count: number of steps of the trajectory; None if unknown.
+
+        Raises:
+            InputError: a setting is a share of a number of steps that is unknown.
+        """
+        if count is None:
+            shares = {"warmup": self.warmup, "start": self.start, "end": self.end if self.end != 1 else 0}
+            name = next((name for name, value in shares.items() if isinstance(value, float) and value), None)
+            name = "rule='magcache'" if self.rule == "magcache" else name and f"{name}={shares[name]}"
+            if name:
+                raise InputError(
+                    f"FeatureCache({name}) needs the number of steps, which is unknown here; set num_steps=, or call "
+                    "the model within tokdyn.trajectory(model, steps=N)."
+                )
+        last = sys.maxsize if count is None else count
+        bounds = (self.warmup, self.start, self.end)
+        warmup, start, end = (value if isinstance(value, int) else math.floor(value * last + 1e-9) for value in bounds)
+        return range(max(warmup, start, 1), min(end, last if count is None else last - 1))
 
     def traits(self, depth: int) -> Traits:
         """Return the traits: in sampling, the effect of all blocks, or of all but the first, is kept between steps."""
@@ -144,8 +174,10 @@ class FeatureCache(Method):
             remembers=True,
             needs_level=True,
             phases=frozenset({"sample"}),
-            reads="split",
+            needs_grid=self.rule == "seacache",
+            reads="grid" if self.rule == "seacache" else "split",
             compares=self.compares,
+            embedding=self.indicator if self.decides and self.indicator in ("time", "projected_time") else None,
             diverges=self.compares,
             owns=owns | ({"skipping": frozenset({0})} if first else {}),
         )

@@ -7,23 +7,29 @@ of its own.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokdyn.adapters.base import Blocks
 from tokdyn.adapters.coupling import coupled_parts, together
+from tokdyn.adapters.time import embedding_in
+from tokdyn.adapters.tokens import rotate
 from tokdyn.attach.context import CallContext, is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import FeatureCache
-from tokdyn.ops.caching import accumulate, relative_change, rescale
+from tokdyn.ops.seacache import sea_filter
+from tokdyn.tokens import cells
 from tokdyn.trace.effects import Effect
 from tokdyn.trace.memory import BranchMemory, Memory
-from tokdyn.trace.trajectory import Position
+from tokdyn.trace.observation import main_input, prediction_in
+from tokdyn.trace.reuse import decide, nothing_accumulated
 
 
 @dataclass
@@ -68,7 +74,7 @@ class CachedBlocks(Bracket):
     @property
     def never(self) -> bool:
         """Whether the settings let no step be cached."""
-        return self.method.steps is None and not self.method.compares
+        return self.method.steps is None and not self.method.decides
 
     def open(self, frame: Frame, view: TokenView, x: Tensor, block: BlockCall | None) -> tuple[Tensor, TokenView]:
         """Decide for every sample whether it is reused, and mark reused ones as idle, so that the blocks skip them.
@@ -78,68 +84,56 @@ class CachedBlocks(Bracket):
         context = frame.context
         if context.training or self.never:
             return x, view
-        indicator, position = self.indicator(context, x, block), context.position
+        indicator, position = self.indicator(context, view, x, block), context.position
         branch = self.memory.get(position, indicator.shape)
         if branch is None:
-            branch = BranchMemory(position.images, indicator, torch.zeros(len(x), device=x.device))
+            branch = BranchMemory(position.images, indicator, nothing_accumulated(self.method, len(x), x.device))
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
-            reused = self._together(context, branch, self._decide(branch, indicator, position, fresh))
+            reused = decide(self.method, position, branch, indicator, fresh, partial(_coupled, context.model))
             branch.images, branch.indicator = position.images, indicator
+        if self.method.rule == "easycache":
+            branch.awaited = reused, fresh
         self.memory.put(position, branch)
         context.slots[self.slot] = Reuse(x, _streams(context, view, block), reused, fresh, branch, view)
         idle = frozenset(sample for sample, reuse in enumerate(reused) if reuse)
         context.trace.cached = idle
         return x, view.with_idle(idle)
 
-    def indicator(self, context: CallContext, x: Tensor, block: BlockCall | None) -> Tensor:
+    def indicator(self, context: CallContext, view: TokenView, x: Tensor, block: BlockCall | None) -> Tensor:
         """Compute the indicator (B, ...) that is compared from step to step.
 
-        If the settings list the computed steps, only the shape of the indicator matters, and it is x itself.
+        If nothing is compared, only the shape of the indicator matters, and it is x itself.
         """
-        if self.method.indicator == "first_block":
+        method, blocks = self.method, context.adapter.blocks[0] if block is None else block.site.blocks
+        if method.indicator == "first_block":
             return context.slots[self.slot]  # type: ignore[no-any-return]
-        modulated = None if block is None else block.site.blocks.modulated
-        if modulated is None or block is None or self.method.steps is not None:
+        if not method.decides or method.rule == "magcache":
             return x.detach()
-        context.trace.compared = len(x)
-        if not is_offloaded(block.module):
-            return modulated(block.module, block.named).detach()
-        with context.residency.present(block.module):
-            return modulated(block.module, block.named).detach()
+        if method.rule == "easycache":
+            found = main_input(context.adapter.telling(context.arguments))
+            if found is None or len(found) != len(x):
+                raise UnsupportedModelError("rule='easycache' compares the model's input, which has no entry a sample.")
+            return found.detach().clone()  # samplers may change it in place
+        if method.traits(1).embedding is not None:
+            named = None if block is None else block.named
+            return embedding_in(method.indicator, blocks, named, context.readings.time, len(x))
+        tokens = x if block is None or blocks.modulated is None else _modulated(context, blocks.modulated, block)
+        return tokens.detach() if method.rule == "teacache" else _filtered(context, view, tokens, blocks).detach()
 
-    def _decide(self, branch: BranchMemory, indicator: Tensor, position: Position, fresh: Sequence[bool]) -> list[bool]:
-        """Decide for each sample whether it is reused, and update the accumulated change of the branch.
-
-        Args:
-            branch: the memory of the branch; `total` is updated.
-            indicator: (B, ...) the indicator of this step.
-            position: the place of the call.
-            fresh: for each sample, whether another image is remembered; such a sample is computed.
-        """
-        steps, count = position.steps, self.method.num_steps
-        if position.num_steps is not None and (count is not None or self.method.steps is None):
-            count = position.num_steps  # what the loop says goes before what was set
-        last = [count is not None and step >= count - 1 for step in steps]
-        if self.method.steps is not None:
-            computed = [step in self.method.steps for step in steps]
-            return [not any(reasons) for reasons in zip(computed, last, fresh, strict=True)]
-        change = rescale(relative_change(indicator, branch.indicator), self.method.coefficients)
-        forced = [one or other for one, other in zip(last, fresh, strict=True)]
-        if any(forced):  # NaN is not below any threshold
-            change = change.masked_fill(torch.tensor(forced, device=change.device), math.nan)
-        reuse, branch.total = accumulate(branch.total, change, self.method.threshold)
-        decided: list[bool] = reuse.tolist()
-        return decided
-
-    @staticmethod
-    def _together(context: CallContext, branch: BranchMemory, reused: list[bool]) -> list[bool]:
-        """Reuse samples that attention couples only together; what is computed has accumulated nothing."""
-        if not all(reused) and any(reused):
-            reused = together(reused, coupled_parts(context.model))
-            branch.total = torch.where(torch.tensor(reused, device=branch.total.device), branch.total, 0.0)
-        return reused
+    def note(self, output: Any) -> None:
+        """Note what the model returned, if the rule compares predictions. The call is over."""
+        branch = self.memory.latest
+        if branch is None or branch.awaited is None:
+            return
+        prediction = prediction_in(output)
+        if prediction is None or len(prediction) != len(branch.images):
+            raise UnsupportedModelError(
+                "FeatureCache(rule='easycache') compares the predictions of the model, but it returned none with an "
+                "entry a sample; use another rule."
+            )
+        branch.note(prediction.detach().clone())  # samplers may change it in place
 
     def close(self, frame: Frame, view: TokenView, x: Tensor) -> tuple[Tensor, TokenView]:
         """Add the remembered effect to samples that are reused, and remember the new effect of the others."""
@@ -185,6 +179,29 @@ class CachedBlocks(Bracket):
             return x
         chosen = torch.tensor(reused, device=x.device).view(-1, 1, 1)
         return torch.where(chosen, start + effect.at(level), x)
+
+
+def _coupled(model: nn.Module, reused: list[bool]) -> list[bool]:
+    """Let samples that attention couples be reused only together."""
+    return together(reused, coupled_parts(model)) if any(reused) and not all(reused) else reused
+
+
+def _modulated(context: CallContext, modulated: Callable[..., Tensor], block: BlockCall) -> Tensor:
+    """Compute the modulated input of a block's attention, all its tokens."""
+    context.trace.compared = context.trace.batch
+    if not is_offloaded(block.module):
+        return modulated(block.module, block.named)
+    with context.residency.present(block.module):
+        return modulated(block.module, block.named)
+
+
+def _filtered(context: CallContext, view: TokenView, tokens: Tensor, blocks: Blocks) -> Tensor:
+    """Filter the generated tokens among what goes into attention (B, N, D), or text and image tokens, on their grid."""
+    if blocks.image != "all" and tokens.shape[1] > view.room:
+        tokens = view.split(rotate(tokens, context.rotation(blocks)), blocks)[1]
+    before = context.beside[0]
+    generated = tokens[:, before : before + cells(context.grid)]
+    return sea_filter(generated, context.grid, context.level_tensor(view, tokens.device))
 
 
 def _streams(context: CallContext, view: TokenView, block: BlockCall | None) -> list[Tensor]:
