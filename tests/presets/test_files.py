@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from pydantic import ValidationError
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
 
 import tokdyn
+from tests.contract.coverage_images import IMAGES
+from tests.contract.coverage_videos import VIDEOS
+from tests.contract.models import TINY
 from tokdyn import FeatureCache, InputError
 from tokdyn.adapters import known_adapters
 from tokdyn.attach import unsupported
@@ -42,8 +50,6 @@ def test_there_is_a_file_for_every_family_and_a_model_is_named_once() -> None:
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_a_model_is_of_a_class_of_diffusers_and_its_configuration_has_what_tells_it_apart(entry: Entry) -> None:
     kind = getattr(diffusers, entry.kind)
-    import inspect
-
     assert set(entry.config) <= set(inspect.signature(kind.__init__).parameters)
     assert all(hasattr(diffusers, pipeline) for pipeline in entry.pipelines)
 
@@ -170,3 +176,48 @@ def test_a_file_is_read_as_it_was_written_and_mistakes_are_named(tmp_path: Path)
         read(tmp_path / "missing.yaml")
     with pytest.raises(ValidationError):
         families()[0].models[0].__class__(name="a", kind="b", settings={}, unknown=1)
+
+
+def test_the_page_of_the_docs_holds_the_table_that_the_command_prints() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "presets.md").read_text()
+    printed = CliRunner().invoke(app, ["presets", "--markdown"])
+    assert printed.exit_code == 0
+    assert page.endswith(printed.stdout)
+
+
+def test_the_command_lists_what_a_word_is_part_of_and_gives_everything_as_json() -> None:
+    shown = CliRunner().invoke(app, ["presets", "wan2.2"]).stdout
+    for said in ("Wan2.2-T2V-A14B", "1.3x", "MagCache", "measured", "high noise"):
+        assert said in shown
+    assert "FLUX" not in shown
+    rows = json.loads(CliRunner().invoke(app, ["presets", "wan2.2", "--json"]).stdout)
+    assert {row["model"] for row in rows} >= {"Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B"}
+    assert all(row["measured"] is None and row["licence"] for row in rows)
+    assert json.loads(CliRunner().invoke(app, ["presets", "schnell", "--json"]).stdout)[0]["setting"] == "-"
+    refused = CliRunner().invoke(app, ["presets", "FLUX.1-dve"])
+    assert refused.exit_code == 2
+    assert "FLUX.1-dev" in refused.output
+
+
+KINDS: dict[tuple[str, str, str], FeatureCache] = {
+    (entry.kind, cache.rule, cache.indicator): cache
+    for entry, _, setting in SETTINGS
+    for cache in caches(setting)
+    if cache.steps is None
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", KINDS, ids=str)
+@torch.no_grad()
+def test_every_rule_and_indicator_acts_on_a_tiny_model_of_the_class(key: tuple[str, str, str]) -> None:
+    tiny = {**TINY, **IMAGES, **VIDEOS}.get(key[0])
+    if tiny is None:
+        pytest.skip("there is no tiny model of this class among the usual ones")
+    plain = {"threshold": 1e9, "fingerprint": None, "warmup": 0, "start": 0, "max_reused": None}
+    model = tokdyn.wrap(tiny.build(), [KINDS[key].model_copy(update=plain)])
+    with tokdyn.trajectory(model, steps=4) as here:
+        for step in range(4):
+            here.step = step
+            model(**{**tiny.inputs(1), **tiny.at(1, 1 - step / 4)})
+    assert [call.reused for call in tokdyn.stats(model).calls][:3] == [0, 1, 1]
