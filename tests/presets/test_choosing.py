@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import warnings
 from typing import Any
 
@@ -13,7 +15,7 @@ import tokdyn
 from tests.contract.models import TINY, of_diffusers
 from tests.contract.pipelines import build, vae
 from tokdyn import FeatureCache, InputError, UnsupportedModelError
-from tokdyn.attach import attached
+from tokdyn.methods.registry import from_settings
 
 WAN = {
     "patch_size": (1, 2, 2), "num_attention_heads": 1, "attention_head_dim": 12, "out_channels": 4, "text_dim": 12,
@@ -45,7 +47,10 @@ def wan_pipe(model: Any, other: Any = None) -> Any:
 
 
 def methods_of(model: Any) -> list[Any]:
-    return list(attached(model).methods)
+    """The methods of a wrapped model, as it is saved with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = json.loads((tokdyn.save(model, folder) / "tokdyn_config.json").read_text())
+    return [from_settings(settings) for settings in saved["methods"]]
 
 
 def test_a_pipeline_gets_the_preset_of_its_model_and_is_told_once_which_and_why(capsys: Any) -> None:

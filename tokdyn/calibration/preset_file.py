@@ -56,9 +56,8 @@ def write_preset(config: CalibrateConfig, subject: Subject, found: Mapping[str, 
     )
     first = next(iter(subject.models.values()))
     names = ["transformer"] if "" in methods else list(methods)
-    entry = Entry(
-        name=subject.name, kind=type(first).__name__, denoisers=names, named=True, settings={SETTING: setting}
-    )
+    about = {"name": subject.name, "class": type(first).__name__, "denoisers": names, "named": True}
+    entry = Entry.model_validate({**about, "settings": {SETTING: setting}})
     return write(Family(family=subject.name, models=[entry]), folder / FILE)
 
 

@@ -61,11 +61,8 @@ def wrap(
             this model, the pipeline has no denoiser of a given name, or no preset fits, or several do. Nothing is
             wrapped then.
     """
-    if isinstance(methods, (str, Path)) and (is_pipeline(target) or isinstance(target, nn.Module)):
-        found = denoisers(target) if is_pipeline(target) else {"": inner_model(target)}
-        preset = choose(target, found, methods)
-        tell(preset.why)
-        methods = preset.methods if is_pipeline(target) else preset.methods[""]
+    if isinstance(methods, (str, Path)):
+        methods = _of_preset(target, methods)
     if not is_pipeline(target):
         if isinstance(methods, Mapping):
             raise InputError(f"methods by name are for pipelines; give a list for this {type(target).__name__}.")
@@ -83,6 +80,16 @@ def wrap(
     if not is_swapped(target):  # `from_pipe` makes pipelines that share a model
         chosen = {name: each for name, each in chosen.items() if not _has(models[name], each)}
     return _attached(target, [partial(attach.wrap, models[name], each, level) for name, each in chosen.items()])
+
+
+def _of_preset(target: Any, wanted: str | Path) -> Sequence[Method] | Mapping[str, Sequence[Method]]:
+    """Choose the preset of a model or pipeline, tell which, and return its methods."""
+    if not is_pipeline(target) and not isinstance(target, nn.Module):
+        return []  # which `attach.wrap` refuses
+    found = denoisers(target) if is_pipeline(target) else {"": inner_model(target)}
+    preset = choose(target, found, wanted)
+    tell(preset.why)
+    return preset.methods if is_pipeline(target) else preset.methods[""]
 
 
 def unwrap(target: Target) -> Target:

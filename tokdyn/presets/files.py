@@ -60,7 +60,7 @@ def write(family: Family, path: Path) -> Path:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
-    def lists(dumper: yaml.Dumper, data: list[Any]) -> yaml.Node:
+    def lists(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
         plain = not any(isinstance(each, (dict, list)) for each in data)
         return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=plain)
 
