@@ -56,7 +56,7 @@ def find(model: str | Path, setting: str | None = None) -> tuple[Entry, str]:
 
 def is_file(name: str | Path) -> bool:
     """Return whether a name is that of a preset file."""
-    return isinstance(name, Path) or Path(name).suffix in SUFFIXES
+    return Path(name).suffix in SUFFIXES
 
 
 def stack_of(entry: Entry, setting: str) -> list[Method] | dict[str, list[Method]]:
