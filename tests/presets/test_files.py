@@ -207,6 +207,7 @@ KINDS: dict[tuple[str, str, str], FeatureCache] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # of Mochi, which asks for fp32
 @pytest.mark.slow
 @pytest.mark.parametrize("key", KINDS, ids=str)
 @torch.no_grad()
