@@ -15,7 +15,7 @@ from tokdyn.adapters.clock import Level
 from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import CheckpointError, InputError
-from tokdyn.methods import Method
+from tokdyn.methods import Method, find_method
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 from tokdyn.pipelines.telling import Teller, listening
 from tokdyn.presets import choose, is_file
@@ -86,6 +86,12 @@ def _of_preset(target: Any, wanted: str | Path) -> Sequence[Method] | Mapping[st
     """Choose the preset of a model or pipeline, tell which, and return its methods."""
     if not is_pipeline(target) and not isinstance(target, nn.Module):
         return []  # which `attach.wrap` refuses
+    method = find_method(str(wanted))
+    if method is not None:
+        raise InputError(
+            f"{wanted!r} is not a list of methods; give one, such as [tokdyn.{method.__name__}()], or a preset, such as "
+            "'fast'."
+        )
     found = denoisers(target) if is_pipeline(target) else {"": inner_model(target)}
     preset = choose(target, found, wanted)
     tell(preset.why)
