@@ -89,8 +89,8 @@ def _of_preset(target: Any, wanted: str | Path) -> Sequence[Method] | Mapping[st
     method = find_method(str(wanted))
     if method is not None:
         raise InputError(
-            f"{wanted!r} is not a list of methods; give one, such as [tokdyn.{method.__name__}()], or a preset, such as "
-            "'fast'."
+            f"{wanted!r} is not a list of methods; give one, such as [tokdyn.{method.__name__}()], or a preset, such "
+            "as 'fast'."
         )
     found = denoisers(target) if is_pipeline(target) else {"": inner_model(target)}
     preset = choose(target, found, wanted)
