@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
             "tokdyn calibrate runs/demo method=skip flops=0.7 steps=25",
             "tokdyn calibrate DiT-XL-2-256 method=skip flops=0.7 steps=50 guidance=4 protected=0,-1 --sequential",
             "tokdyn calibrate black-forest-labs/FLUX.1-dev method=cache cache_steps=0.6 prompts=prompts.txt",
+            "tokdyn calibrate black-forest-labs/FLUX.1-dev method=mag cache_steps=0.5 prompts=prompts.txt steps=28",
             "tokdyn calibrate DiT-XL-2-256 method=cache cache_steps=0.5 steps=50 guidance=4 out=calibrated/xl",
         ],
     )
@@ -39,7 +40,8 @@ def register(app: typer.Typer) -> None:
         """Calibrate DepthSkip or FeatureCache for a model.
 
         The blocks to skip, or the threshold of the cache, are chosen by measurements on sampled images. Of a pipeline
-        with several denoisers, each is calibrated on the calls that it gets.
+        with several denoisers, each is calibrated on the calls that it gets. What was found is written as a folder for
+        tokdyn.load and as a preset file, preset.yaml, for tokdyn.wrap.
         """
         from tokdyn.calibration.command import calibrate_from_disk
         from tokdyn.calibration.config import CalibrateConfig
@@ -53,6 +55,8 @@ def register(app: typer.Typer) -> None:
             if name:
                 typer.echo(f"{name}:")
             _show(each)
+        name, first = next(iter(found.items()))
+        typer.echo(f"As a preset: {(first.folder.parent if name else first.folder) / 'preset.yaml'}")
 
 
 def _show(result: CalibrateResult) -> None:
@@ -60,6 +64,16 @@ def _show(result: CalibrateResult) -> None:
     report = result.report
     if report["settings"]["method"] == "skip":
         table(["noise level", "skipped blocks", "error of the output"], map(_row, reversed(report["levels"])))
+    elif report["settings"]["method"] == "mag":
+        ratios = report["ratios"]
+        pairs(
+            [
+                ("ratios", ", ".join(f"{ratio:.3f}" for ratio in ratios["mean"])),
+                ("differ", f"by {ratios['deviation']:.2g} over images, by {ratios['difference']:.2g} over branches"),
+                ("threshold", f"{report['method']['threshold']:.4g}"),
+                ("blocks run in", f"{report['computed_steps']:.1%} of the steps"),
+            ]
+        )
     else:
         method = report["method"]
         pairs(

@@ -18,6 +18,7 @@ LAYERS = [
     ["prompts", "tokens"],
     ["ops"],
     ["methods"],
+    ["presets"],
     ["compose"],
     ["models"],
     ["adapters"],

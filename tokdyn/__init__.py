@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
+    from tokdyn.presets import preset
     from tokdyn.upcycling import upcycle
 
 __version__ = "0.1.0.dev0"
@@ -81,6 +82,7 @@ __all__ = [
     "load",
     "losses",
     "parts",
+    "preset",
     "recording",
     "register_adapter",
     "register_method",
@@ -125,6 +127,7 @@ _LAZY = {
         ),
         "tokdyn.pipelines",
     ),
+    "preset": "tokdyn.presets",
     "upcycle": "tokdyn.upcycling",
     **dict.fromkeys(
         ("Chunking", "DepthSkip", "DynamicWidth", "FeatureCache", "TokenDrop", "TokenMerge", "register_method"),
@@ -152,6 +155,7 @@ _SUBMODULES = frozenset(
         "models",
         "ops",
         "pipelines",
+        "presets",
         "recipe",
         "report",
     }

@@ -1,4 +1,4 @@
-"""Write files atomically, check output folders before long work begins, and read JSON objects."""
+"""Write files atomically, check output folders before long work begins, read JSON objects, and find shipped files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,33 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 from safetensors import SafetensorError
 
-from tokdyn.errors import CheckpointError, OutputError
+from tokdyn.errors import CheckpointError, OutputError, RecipeError
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 """The type of paths in settings. A leading `~` becomes the home folder, even if the shell has not expanded it."""
+
+
+def shipped_recipes() -> Path:
+    """Return the folder of the shipped recipes: that of tokdyn.recipes, or in a checkout the one beside the package.
+
+    Raises:
+        RecipeError: The folder is missing.
+    """
+    checkout = Path(__file__).resolve().parents[1] / "recipes"
+    try:
+        installed = Path(str(resources.files("tokdyn.recipes")))
+    except ModuleNotFoundError:
+        installed = checkout
+    if not installed.is_dir():
+        raise RecipeError(f"The shipped recipes are missing from {installed}; install tokdyn again.")
+    return installed
 
 
 def json_object(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Show the progress of long work on stderr: a bar on a terminal, occasional plain lines elsewhere."""
+"""Tell on stderr what was chosen, and show the progress of long work there.
+
+Progress is a bar on a terminal, and occasional plain lines elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _INTERVAL = 30.0  # seconds between plain lines
+_told: set[str] = set()
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, once in a process."""
+    if text not in _told:
+        _told.add(text)
+        print(f"tokdyn: {text}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,10 @@ A fingerprint such as `DiTTransformer2DModel:1f0c2a9b:3c1dbd04...:50@0.999-0.488
 configuration, eight weights in bf16 and, if the calibration depends on the sampler, its number of steps with the first,
 middle and last noise level. Weights are compared with the tolerance of a cast to bf16, so a model that was cast still
 matches, and so does one that was trained so little that these eight weights are equal to that precision.
+
+That of a published preset, such as `WanTransformer3DModel:num_layers=30,in_channels=16`, holds the class and those
+values of the configuration that tell the model apart from others of the class, and ends with `::28` if it is for 28
+steps only.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ def different(expected: str, model: nn.Module) -> str | None:
     kind, configuration, weights = (expected + "::").split(":")[:3]
     if kind != _class(model):
         return f"the model is a {_class(model)}, not a {kind}"
+    if "=" in configuration or not configuration:
+        return _other_values(configuration, model)
     if configuration != _configuration(model):
         return "the model has another configuration"
     before = [weights[start : start + 4] for start in range(0, len(weights), 4)]
@@ -67,13 +73,26 @@ def other_sampler(expected: str, levels: Sequence[float]) -> str | None:
     (steps, _, marks), (taken, _, passed) = before.partition("@"), now.partition("@")
     if steps != taken:
         return f"the sampler takes {taken} steps, not {steps}"
-    if any(abs(float(a) - float(b)) > _LEVEL for a, b in zip(marks.split("-"), passed.split("-"), strict=False)):
+    if marks and any(
+        abs(float(a) - float(b)) > _LEVEL for a, b in zip(marks.split("-"), passed.split("-"), strict=False)
+    ):
         return f"the first, middle and last noise level of the sampler are {passed}, not {marks}"
     return None
 
 
 def _class(model: nn.Module) -> str:
     return type(model).__name__
+
+
+def _other_values(expected: str, model: nn.Module) -> str | None:
+    """Name the first value, of those in a fingerprint, that the configuration of a model has otherwise."""
+    config: Any = getattr(model, "config", None)
+    for name, _, value in (each.partition("=") for each in expected.split(",") if each):
+        if not isinstance(config, Mapping) or name not in config:
+            return f"the configuration of the model has no {name}, which is {value} in the other"
+        if str(config[name]) != value:
+            return f"{name} is {config[name]} in the configuration of the model, not {value}"
+    return None
 
 
 def _configuration(model: nn.Module) -> str:

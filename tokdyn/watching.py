@@ -13,7 +13,7 @@ from tokdyn.adapters.base import ModelAdapter
 from tokdyn.compose import Placed
 from tokdyn.errors import InputError
 from tokdyn.methods import Method
-from tokdyn.methods.feature_cache import FITTED_FOR
+from tokdyn.presets import published_for
 from tokdyn.provenance import different, other_sampler
 from tokdyn.trace.comparison import RESEMBLES, SAME, version
 from tokdyn.trace.observation import Observation, SampleSeen
@@ -25,13 +25,13 @@ _CURE = "calibrate again on calls of this one: tokdyn.calibrate(model, calls, {n
 def warn_of_another_model(model: nn.Module, methods: Sequence[Method]) -> None:
     """Warn about the first method that was calibrated on another model than this one, or fitted for another family."""
     for method in methods:
-        family = FITTED_FOR.get(getattr(method, "coefficients", ()))
-        if family is not None and family not in {base.__name__ for base in type(model).__mro__}:
-            name = type(method).__name__
-            text = f"the coefficients of {name} were fitted for a {family}, not for a {type(model).__name__}; "
+        expected = getattr(method, "fingerprint", None)
+        families = frozenset() if expected else published_for(method)
+        if families and families.isdisjoint(base.__name__ for base in type(model).__mro__):
+            name, kinds = type(method).__name__, " or a ".join(sorted(families))
+            text = f"the numbers of {name} were published for a {kinds}, not for a {type(model).__name__}; "
             warnings.warn(text + _CURE.format(name=name) + ".", UserWarning, stacklevel=_outside())
             return
-        expected = getattr(method, "fingerprint", None)
         reason = different(expected, model) if expected else None
         if reason is not None:
             name = type(method).__name__

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from tokdyn.adapters.clock import Level
-from tokdyn.calibration.caching import CacheCalibration, calibrate_cache
+from tokdyn.calibration.caching import CacheCalibration, calibrate_cache, together
 from tokdyn.calibration.skipping import SkipCalibration, calibrate_skipping
 from tokdyn.errors import InputError
 from tokdyn.methods import DepthSkip, FeatureCache, Method
@@ -95,7 +95,8 @@ def calibrate(
     `DepthSkip` gets a table of the blocks to skip at each noise level: those that change the direction of the image
     tokens least per FLOP, until the share `flops` of the FLOPs of all calls remains. `FeatureCache` gets the polynomial
     that predicts how much the output of the blocks changes from the change of its indicator (arXiv 2411.19108) and,
-    with `flops` or `steps`, the threshold.
+    with `flops` or `steps`, the threshold. With `rule="magcache"` it gets, in place of the polynomial, the ratios of
+    the lengths of the blocks' effect from step to step (arXiv 2506.09045).
 
     Args:
         target: a model, or a pipeline, each of whose denoisers is calibrated on the calls that it gets. It is not
@@ -128,7 +129,7 @@ def calibrate(
         if isinstance(calls, Mapping):
             raise InputError(f"calls by name are for pipelines; give a list of those of this {type(target).__name__}.")
         return calibrator(target, calls, method).method  # type: ignore[no-any-return]
-    found = {}
+    found: dict[str, Any] = {}
     for name, (model, own) in _called(target, calls).items():
         if not own:
             raise InputError(
@@ -136,8 +137,8 @@ def calibrate(
                 "to calibrate the others."
             )
         with naming(name):
-            found[name] = [calibrator(model, own, method).method]
-    return found
+            found[name] = calibrator(model, own, method)
+    return {name: [each.method] for name, each in together(found).items()}
 
 
 def _calibrator(kind: type[Method], options: Mapping[str, Any]) -> Calibrator:

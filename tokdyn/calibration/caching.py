@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokdyn.adapters.clock import Level
 from tokdyn.attach import fingerprint
+from tokdyn.calibration.magnitudes import Ratios, in_whole_run, magnitude_ratio, ratios_of
 from tokdyn.calibration.observer import Observer, observing
 from tokdyn.calibration.replay import Replay, Spent
 from tokdyn.calibration.threshold import Step, choose_threshold, share_of
@@ -29,16 +30,26 @@ class CacheCalibration:
     Attributes:
         method: the cache with the polynomial, and with the threshold if a target was given.
         steps: measurements, one per recorded call.
-        fit: share of the variance of the effects that the polynomial explains (R**2).
+        fit: share of the variance of the effects that the polynomial explains (R**2); None if none is fitted.
         flops: share of the FLOPs of the recorded calls that remains with the threshold.
         computed: share of computed steps with the threshold.
+        ratios: MagCache's ratios with their spread; None for other rules.
+        alone: the cache on the calls of this denoiser alone, if several share a run and `method` has a ratio for each
+            of its steps; None otherwise.
     """
 
     method: FeatureCache
     steps: tuple[Step, ...]
-    fit: float
+    fit: float | None
     flops: float
     computed: float
+    ratios: Ratios | None = None
+    alone: FeatureCache | None = None
+
+    @property
+    def local(self) -> FeatureCache:
+        """The cache that decides about the recorded calls."""
+        return self.alone or self.method
 
 
 def calibrate_cache(
@@ -50,7 +61,7 @@ def calibrate_cache(
     steps: float | None = None,
     level: Level | None = None,
 ) -> CacheCalibration:
-    """Fit the polynomial and choose the threshold; see `tokdyn.calibrate` for the arguments.
+    """Fit the polynomial, or measure MagCache's ratios, and choose the threshold; see `tokdyn.calibrate`.
 
     Raises:
         InputError: the settings contradict each other or do not fit the calls.
@@ -61,10 +72,10 @@ def calibrate_cache(
             f"FeatureCache(steps={method.steps}) already fixes the computed steps; calibrate FeatureCache() with "
             "steps=0.5, for example, to compute half of them."
         )
-    if method.rule != "teacache":
+    if method.rule not in ("teacache", "magcache"):
         raise InputError(
-            f"FeatureCache(rule={method.rule!r}) has no polynomial to fit; calibrate FeatureCache(), whose rule is "
-            "'teacache', or choose its threshold by comparing images."
+            f"FeatureCache(rule={method.rule!r}) needs no calibration: its rule has no numbers of a model; choose a "
+            "threshold, or calibrate FeatureCache()."
         )
     if degree < 1:
         raise InputError(f"degree={degree} is no degree of a polynomial; give 1 or more.")
@@ -73,34 +84,57 @@ def calibrate_cache(
     replay, recorded = Replay(model, level), listed(calls)
     with evaluating(model):
         measured = measure(replay, recorded, method)
-    pairs = [(step.change, step.effect) for step in measured if step.change is not None and step.effect is not None]
-    changes, effects = (torch.cat(column) for column in zip(*pairs, strict=True))
-    coefficients = fit_rescaling(changes, effects, degree)
-    settings = method.model_dump() | {"coefficients": coefficients}
+    if method.rule == "magcache":
+        fit, ratios = None, ratios_of([(step.position, step.magnitude) for step in measured])
+        settings = method.model_dump() | {"ratios": ratios.mean}
+    else:
+        pairs = [(step.change, step.effect) for step in measured if step.change is not None and step.effect is not None]
+        changes, effects = (torch.cat(column) for column in zip(*pairs, strict=True))
+        coefficients = fit_rescaling(changes, effects, degree)
+        fit, ratios = _explained_variance(changes, effects, coefficients), None
+        settings = method.model_dump() | {"coefficients": coefficients}
     if flops is not None or steps is not None:
         settings["threshold"] = choose_threshold(measured, FeatureCache(**settings), flops=flops, computed=steps)
     calibrated = FeatureCache(**{**settings, "fingerprint": fingerprint(model, _grid(measured))})
     share = share_of(measured, calibrated)
-    return CacheCalibration(
-        calibrated, measured, _explained_variance(changes, effects, coefficients), share.flops, share.computed
-    )
+    return CacheCalibration(calibrated, measured, fit, share.flops, share.computed, ratios)
+
+
+def together(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results of all denoisers of a pipeline, with ratios for every step of the run that they share.
+
+    Args:
+        found: the result of each denoiser, by name; only MagCache's ratios are changed.
+    """
+    own = {
+        name: (each.method, max(each.steps[0].levels))
+        for name, each in found.items()
+        if isinstance(each, CacheCalibration) and each.ratios is not None
+    }
+    if len(own) < 2:
+        return dict(found)
+    placed = in_whole_run(own).items()
+    return {**found, **{name: replace(found[name], method=cache, alone=own[name][0]) for name, cache in placed}}
 
 
 def measure(replay: Replay, calls: Sequence[Call], method: FeatureCache) -> tuple[Step, ...]:
     """Replay all calls and compare the indicator and output of the blocks with those of the step before."""
-    last: dict[Any, tuple[int, Tensor, Tensor]] = {}
+    last: dict[Any, tuple[int, Tensor, Tensor, Tensor]] = {}
     steps = []
     with observing(replay.model, method, replay.level) as observer, progress("measuring", len(calls)) as advance:
         for call in calls:
             costs = replay.counted(call, partial(_costs, replay, call, observer))
-            position, levels, indicator, output = observer.take()
-            change, effect = None, None
-            trajectory, last_indicator, last_output = last.get(position.branch, (-1, indicator, output))
+            position, levels, indicator, start, output = observer.take()
+            change, effect, magnitude = None, None, None
+            known = last.get(position.branch, (-1, indicator, start, output))
+            trajectory, last_indicator, last_start, last_output = known
             if trajectory == position.trajectory and last_indicator.shape == indicator.shape:
                 change = relative_change(indicator, last_indicator).cpu()
                 effect = relative_change(output, last_output).cpu()
-            last[position.branch] = (position.trajectory, indicator, output)
-            steps.append(Step(position, levels, change, effect, *costs))
+                if method.rule == "magcache":
+                    magnitude = magnitude_ratio(output - start, last_output - last_start).cpu()
+            last[position.branch] = (position.trajectory, indicator, start, output)
+            steps.append(Step(position, levels, change, effect, *costs, magnitude))
             advance(1)
     if all(step.change is None for step in steps):
         raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import tokdyn
 from tokdyn.attach import attachment_of, save, unwrap, wrap
-from tokdyn.calibration.caching import CacheCalibration, calibrate_cache
+from tokdyn.calibration.caching import CacheCalibration, calibrate_cache, together
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.calibration.pictures import draw_caching, draw_skipping
+from tokdyn.calibration.preset_file import write_preset
 from tokdyn.calibration.skipping import SkipCalibration, calibrate_skipping
 from tokdyn.calibration.trajectories import Subject, open_subject, trajectories
 from tokdyn.errors import InputError
@@ -43,11 +44,12 @@ class CalibrateResult:
 
 
 def calibrate_from_disk(config: CalibrateConfig) -> dict[str, CalibrateResult]:
-    """Draw images, calibrate on the calls of the model, and write the methods, a report and a picture.
+    """Draw images, calibrate on the calls of the model, and write the methods, a report, a picture and a preset file.
 
     Returns:
         One result, by the name "". Of a pipeline with several denoisers one for each by its name, each calibrated on
-        the calls that it got and in a folder of this name, so that `tokdyn.load` takes the folder around them.
+        the calls that it got and in a folder of this name, so that `tokdyn.load` takes the folder around them. The
+        preset file is in the folder around them.
 
     Raises:
         TokdynError: a setting, the model or the folder does not fit.
@@ -70,10 +72,13 @@ def calibrate_from_disk(config: CalibrateConfig) -> dict[str, CalibrateResult]:
         for name, model in subject.models.items():
             with naming(name):
                 found[name] = _calibrated(config, model, calls[name])
-    return {
+    found = together(found)
+    written = {
         name: _written(config, subject, name, result, len(calls[name]), device, out / name)
         for name, result in found.items()
     }
+    write_preset(config, subject, found, out)
+    return written
 
 
 def _calibrated(config: CalibrateConfig, model: nn.Module, calls: list[Call]) -> SkipCalibration | CacheCalibration:
@@ -90,7 +95,10 @@ def _calibrated(config: CalibrateConfig, model: nn.Module, calls: list[Call]) ->
             sequential=config.sequential,
             errors=True,
         )
-    method = FeatureCache(threshold=config.threshold, indicator=config.indicator)
+    settings: dict[str, Any] = {"threshold": config.given_threshold, "indicator": config.indicator}
+    if config.method == "mag":
+        settings |= {"rule": "magcache", "ratios": (1.0,), "start": config.start, "max_reused": config.max_reused}
+    method = FeatureCache(**settings)
     return calibrate_cache(model, calls, method, degree=config.degree, flops=config.flops, steps=config.cache_steps)
 
 
@@ -185,5 +193,6 @@ def _report_caching(result: CacheCalibration) -> dict[str, Any]:
         "flops": result.flops,
         "computed_steps": result.computed,
         "explained_variance": result.fit,
+        **({} if result.ratios is None else {"ratios": asdict(result.ratios)}),
         "points": points,
     }

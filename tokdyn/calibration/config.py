@@ -14,7 +14,10 @@ from tokdyn.section import listed
 
 Target = Annotated[float, Field(gt=0.0, lt=1.0)]
 _SKIP_SETTINGS = ("levels", "protected", "sequential")
-_CACHE_SETTINGS = ("cache_steps", "threshold", "indicator", "degree")
+_CACHE_SETTINGS = ("indicator", "degree")
+_MAG_SETTINGS = ("start", "max_reused")
+_OF_RULES = ("cache_steps", "threshold")
+_THRESHOLDS = {"cache": 0.1, "mag": 0.06}
 
 
 class CalibrateConfig(BaseModel):
@@ -24,17 +27,20 @@ class CalibrateConfig(BaseModel):
         model: A training folder, one of its checkpoints, a folder of `save_pretrained`, a checkpoint file, or the
             folder or hub id of a pipeline of diffusers.
         method: `skip` finds the blocks to skip at each noise level, `cache` the steps at which to reuse the output of
-            the blocks.
+            the blocks by a polynomial (TeaCache), `mag` by the lengths of their effect from step to step (MagCache).
         out: Output folder; null means calibrated/NAME/METHOD, where NAME is that of the model.
         flops: Target, as a share of the FLOPs of whole trajectories; skip needs it.
         levels: skip: largest number of noise-level rows in the table.
         protected: skip: blocks that always run, such as 0,-1; negative numbers count from the end.
         sequential: skip: choose blocks one by one by the error of the output; better and much slower.
-        cache_steps: cache: target, as the share of computed steps, instead of flops.
-        threshold: cache: accumulated change below which a step is reused, if neither flops nor cache_steps is given.
+        cache_steps: cache, mag: target, as the share of computed steps, instead of flops.
+        threshold: cache, mag: accumulated change below which a step is reused, if neither flops nor cache_steps is
+            given; null means 0.1, and 0.06 for mag.
         indicator: cache: compare the modulated `input` of the first block, what the `first_block` adds, the embedding
             of the timestep (`time`), or its projection to the modulation of the blocks (`projected_time`).
         degree: cache: degree of the fitted polynomial.
+        start: mag: share of the steps that are computed first.
+        max_reused: mag: most steps in a row that are reused; null does not limit them.
         count: Images to draw, each of which is one trajectory to measure.
         prompts: Of a pipeline: a prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of
             texts and of arguments, such as {prompt: make it night, image: street.png}; images cycle through them.
@@ -56,16 +62,18 @@ class CalibrateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    method: Annotated[Literal["skip", "cache"], BeforeValidator(short_name)]
+    method: Annotated[Literal["skip", "cache", "mag"], BeforeValidator(short_name)]
     out: UserPath | None = None
     flops: Target | None = None
     levels: PositiveInt = 10
     protected: Annotated[tuple[int, ...], BeforeValidator(listed)] = ()
     sequential: bool = False
     cache_steps: Target | None = None
-    threshold: Annotated[float, Field(gt=0.0)] = 0.1
+    threshold: Annotated[float, Field(gt=0.0)] | None = None
     indicator: Literal["input", "first_block", "time", "projected_time"] = "input"
     degree: PositiveInt = 4
+    start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    max_reused: PositiveInt | None = 3
     count: PositiveInt = 8
     prompts: Prompts | None = None
     height: PositiveInt | None = None
@@ -83,16 +91,22 @@ class CalibrateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
-        others = _CACHE_SETTINGS if self.method == "skip" else _SKIP_SETTINGS
-        for name in others:
+        own = {"skip": _SKIP_SETTINGS, "cache": _CACHE_SETTINGS + _OF_RULES, "mag": _MAG_SETTINGS + _OF_RULES}
+        others = dict.fromkeys(name for names in own.values() for name in names)
+        for name in (name for name in others if name not in own[self.method]):
             if self._changed(name):
                 raise ValueError(f"{name} has no effect with method={self.method}: leave it out")
         if self.method == "skip" and self.flops is None:
             raise ValueError("method=skip needs a target: set flops, such as flops=0.7")
         targets = [name for name in ("flops", "cache_steps", "threshold") if self._changed(name)]
-        if self.method == "cache" and len(targets) > 1:
+        if self.method != "skip" and len(targets) > 1:
             raise ValueError(f"{targets[0]} and {targets[1]} both decide the threshold: give one of them")
         return self
+
+    @property
+    def given_threshold(self) -> float:
+        """The threshold of a cache, if no target decides it."""
+        return _THRESHOLDS.get(self.method, 0.1) if self.threshold is None else self.threshold
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)

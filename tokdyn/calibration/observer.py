@@ -40,7 +40,7 @@ class Observer(CachedBlocks):
         before = self.spent()
         indicator = self.indicator(frame.context, view, x, block)
         self.indicator_flops = self.spent() - before
-        self._seen = [frame.context.position, frame.context.levels(view), indicator]
+        self._seen = [frame.context.position, frame.context.levels(view), indicator, x]
         self.inside = self.spent()
         return x, view
 
@@ -50,20 +50,22 @@ class Observer(CachedBlocks):
         self._seen.append(x)
         return x, view
 
-    def take(self) -> tuple[Position, tuple[float, ...], Tensor, Tensor]:
-        """Return and forget the step, noise levels, indicator, and image tokens after the last block of the last call.
+    def take(self) -> tuple[Position, tuple[float, ...], Tensor, Tensor, Tensor]:
+        """Return and forget the step, noise levels, indicator, and image tokens before and after the blocks.
+
+        All are those of the last call.
 
         Raises:
             InputError: the first or the last block did not run.
         """
         seen, self._seen = self._seen, []
-        if len(seen) != 4:
+        if len(seen) != 5:
             raise InputError(
                 "the first or the last block did not run in a recorded call, but a cache needs both; record calls of "
                 "the whole model."
             )
-        position, levels, indicator, output = seen
-        return position, levels, indicator, output
+        position, levels, indicator, start, output = seen
+        return position, levels, indicator, start, output
 
 
 @contextmanager

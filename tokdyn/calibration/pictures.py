@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from tokdyn.calibration.caching import CacheCalibration
+from tokdyn.calibration.magnitudes import Ratios
 from tokdyn.calibration.skipping import SkipCalibration
 from tokdyn.calibration.threshold import simulate
 from tokdyn.ops.caching import rescale
@@ -92,11 +93,14 @@ def _skipping_caption(found: SkipCalibration) -> str:
 
 
 def draw_caching(found: CacheCalibration, path: Path, title: str) -> Path:
-    """Draw measured changes with the fitted polynomial, and the steps that are reused."""
+    """Draw measured changes with the fitted polynomial, or MagCache's ratios, and the steps that are reused."""
     with figure_style():
         figure = Figure(figsize=(10.4, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
-        _scatter(figure, left, found)
+        if found.ratios is None:
+            _scatter(figure, left, found)
+        else:
+            _ratios(left, found.ratios)
         _timeline(right, found)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
         caption = f"The blocks run in {found.computed:.1%} of the steps; {found.flops:.1%} of the FLOPs remain."
@@ -113,7 +117,7 @@ def _scatter(figure: Figure, axes: Axes, found: CacheCalibration) -> None:
     axes.set_xlabel("relative change of the indicator")
     axes.set_ylabel("relative change of the blocks' output")
     axes.set_title(
-        f"polynomial of degree {len(found.method.coefficients) - 1}: explains {found.fit:.0%} of the variance",
+        f"polynomial of degree {len(found.method.coefficients) - 1}: explains {found.fit or 0.0:.0%} of the variance",
         fontsize=9.5,
     )
     axes.set_ylim(0, None)
@@ -123,11 +127,22 @@ def _scatter(figure: Figure, axes: Axes, found: CacheCalibration) -> None:
     bar.outline.set_visible(False)
 
 
+def _ratios(axes: Axes, ratios: Ratios) -> None:
+    """Plot the ratios of every guidance branch against the step."""
+    for place, (name, values) in enumerate(ratios.branches.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        axes.plot(range(len(values)), values, color=colour, marker="o", markersize=3, label=f"branch {name}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("length of the effect over that in the step before")
+    axes.set_title(f"they differ by at most {ratios.deviation:.2g} (standard deviation) over images", fontsize=9.5)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def _timeline(axes: Axes, found: CacheCalibration) -> None:
     """Mark the steps in which the blocks run, for each sample and branch of the first trajectory."""
     rows: dict[tuple[object, int], list[tuple[float, bool]]] = {}
     first = found.steps[0].position.trajectory
-    for step, reuse in zip(found.steps, simulate(found.steps, found.method), strict=True):
+    for step, reuse in zip(found.steps, simulate(found.steps, found.local), strict=True):
         if step.position.trajectory == first:
             for sample, reused in enumerate(reuse.tolist()):
                 rows.setdefault((step.position.label, sample), []).append((step.levels[sample], reused))

@@ -35,6 +35,7 @@ class Measured:
         cost: (levels, blocks) FLOPs of the blocks in all calls, fp64; a multiply-add is 2 FLOPs.
         other: (levels,) FLOPs of everything else.
         rows: for each call, the row of each sample.
+        deviation: (levels, blocks) standard deviation of the influence over the samples of a row.
     """
 
     bins: Bins
@@ -42,6 +43,7 @@ class Measured:
     cost: Tensor
     other: Tensor
     rows: tuple[tuple[int, ...], ...]
+    deviation: Tensor
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def measure(replay: Replay, calls: Sequence[Call], levels: int | Sequence[float]
             advance(1)
     bins = bins_of([level for row, *_ in seen for level in row], levels)
     depth = replay.depth
-    total, count = torch.zeros(2, len(bins), depth, dtype=torch.float64)
+    total, squares, count = torch.zeros(3, len(bins), depth, dtype=torch.float64)
     cost, other = torch.zeros(len(bins), depth, dtype=torch.float64), torch.zeros(len(bins), dtype=torch.float64)
     rows = []
     for level, influence, blocks, rest in seen:
@@ -131,12 +133,16 @@ def measure(replay: Replay, calls: Sequence[Call], levels: int | Sequence[float]
         samples = len(sample_rows)
         index = torch.tensor(sample_rows)
         ran = influence.isfinite()
-        total.index_add_(0, index, torch.where(ran, influence, 0.0).double().cpu())
+        finite = torch.where(ran, influence, 0.0).double().cpu()
+        total.index_add_(0, index, finite)
+        squares.index_add_(0, index, finite.square())
         count.index_add_(0, index, ran.double().cpu())
         cost.index_add_(0, index, repeat(blocks / samples, "block -> sample block", sample=samples))
         other.index_add_(0, index, torch.full((samples,), rest / samples, dtype=torch.float64))
         rows.append(tuple(sample_rows))
-    return Measured(bins, total / count.clamp(min=1), cost, other, tuple(rows))
+    mean = total / count.clamp(min=1)
+    deviation = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+    return Measured(bins, mean, cost, other, tuple(rows), deviation)
 
 
 def _measure_call(replay: Replay, call: Call) -> tuple[tuple[float, ...], Tensor, Tensor, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokdyn.calibration.magnitudes import decisions, thresholds
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache
 from tokdyn.ops.caching import accumulate, rescale
@@ -30,6 +31,8 @@ class Step:
         stack: FLOPs of the blocks that a cache can skip; a multiply-add is 2 FLOPs.
         other: FLOPs of everything else, including the indicator.
         plain: FLOPs of the model without a cache.
+        magnitude: (B,) ratio of the lengths of the blocks' effect and of that in the step before; None in a first step,
+            or if the rule does not need it.
     """
 
     position: Position
@@ -39,6 +42,7 @@ class Step:
     stack: int
     other: int
     plain: int
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Share:
 
 def simulate(steps: Sequence[Step], method: FeatureCache) -> Iterator[Tensor]:
     """Yield (B,) bool for every step: the samples that would reuse the last output, decided like in the cache."""
+    if method.rule == "magcache":
+        yield from decisions([step.position for step in steps], method)
+        return
     totals: dict[Any, Tensor] = {}
     rows: dict[Any, Tensor] = {}  # cached steps in a row
     for step in steps:
@@ -109,7 +116,10 @@ def choose_threshold(
         found = share_of(steps, method.model_copy(update={"threshold": threshold}))
         return found.computed if flops is None else found.flops
 
-    candidates = _candidates(steps, method.coefficients)
+    if method.rule == "magcache":
+        candidates = thresholds(method, len(method.ratios or ()))
+    else:
+        candidates = _candidates(steps, method.coefficients)
     least = share(candidates[-1])
     if least > target:
         raise InputError(

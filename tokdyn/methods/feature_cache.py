@@ -22,9 +22,6 @@ TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 With the thresholds 0.25, 0.4, 0.6 and 0.8 the authors measured speed-ups of 1.5, 1.8, 2.0 and 2.25.
 """
 
-FITTED_FOR: dict[tuple[float, ...], str] = {TEACACHE_FLUX: "FluxTransformer2DModel"}
-"""The class of the models that published coefficients were fitted for; `wrap` warns about others."""
-
 
 @register_method
 class FeatureCache(Method):

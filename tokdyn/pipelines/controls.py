@@ -16,16 +16,20 @@ from tokdyn.adapters.clock import Level
 from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class, trajectory_apart
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import CheckpointError, InputError
-from tokdyn.methods import Method
+from tokdyn.methods import Method, find_method
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 from tokdyn.pipelines.telling import Teller, listening
+from tokdyn.presets import choose, is_file
+from tokdyn.progress import tell
 from tokdyn.trace.timing import Stopwatch
 
 Target = TypeVar("Target")
 
 
 def wrap(
-    target: Target, methods: Sequence[Method] | Mapping[str, Sequence[Method]], level: Level | None = None
+    target: Target,
+    methods: Sequence[Method] | Mapping[str, Sequence[Method]] | str | Path,
+    level: Level | None = None,
 ) -> Target:
     """Attach methods to a model, or to every denoiser of a pipeline, in place. `unwrap` undoes it exactly.
 
@@ -37,7 +41,9 @@ def wrap(
             of diffusers that has one or several.
         methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
             the list matters only between methods of one stage. For a pipeline also a list for each denoiser, by the
-            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. A
+            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. Or a
+            preset (docs/presets.md): "fast", for which the configuration decides whose it is, "FLUX.1-dev/fast", or a
+            file of `tokdyn calibrate`; what was chosen and why is printed on stderr. A
             pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then each
             pipeline tells the trajectory while it is called.
         level: the values of the model's timestep at pure noise and at the image, such as (1.0, 0.0), where they cannot
@@ -53,8 +59,11 @@ def wrap(
         UnsupportedModelError: the model has no adapter, a method cannot be used on models of this kind, or the pipeline
             has no diffusion transformer.
         InputError: the model is wrapped already, an element of the list is not a method, a setting is out of range for
-            this model, or the pipeline has no denoiser of a given name. Nothing is wrapped then.
+            this model, the pipeline has no denoiser of a given name, or no preset fits, or several do. Nothing is
+            wrapped then.
     """
+    if isinstance(methods, (str, Path)):
+        methods = _of_preset(target, methods)
     if not is_pipeline(target):
         if isinstance(methods, Mapping):
             raise InputError(f"methods by name are for pipelines; give a list for this {type(target).__name__}.")
@@ -72,6 +81,22 @@ def wrap(
     if not is_swapped(target):  # `from_pipe` makes pipelines that share a model
         chosen = {name: each for name, each in chosen.items() if not _has(models[name], each)}
     return _attached(target, [partial(attach.wrap, models[name], each, level) for name, each in chosen.items()])
+
+
+def _of_preset(target: Any, wanted: str | Path) -> Sequence[Method] | Mapping[str, Sequence[Method]]:
+    """Choose the preset of a model or pipeline, tell which, and return its methods."""
+    if not is_pipeline(target) and not isinstance(target, nn.Module):
+        return []  # which `attach.wrap` refuses
+    method = find_method(str(wanted))
+    if method is not None:
+        raise InputError(
+            f"{wanted!r} is not a list of methods; give one, such as [tokdyn.{method.__name__}()], or a preset, such "
+            "as 'fast'."
+        )
+    found = denoisers(target) if is_pipeline(target) else {"": inner_model(target)}
+    preset = choose(target, found, wanted)
+    tell(preset.why)
+    return preset.methods if is_pipeline(target) else preset.methods[""]
 
 
 def unwrap(target: Target) -> Target:
@@ -248,6 +273,7 @@ def load(target: Target, folder: str | Path, level: Level | None = None) -> Targ
     Args:
         target: a model that is not wrapped, of the class that the methods were saved from, or a pipeline around it.
         folder: the folder that `save` returned; for a pipeline with one denoiser, also one that was saved from a model.
+            Or a preset file of `tokdyn calibrate`.
         level: as in `wrap`, in place of the one that was saved; needed if that is a function, which no file holds.
 
     Returns:
@@ -259,6 +285,8 @@ def load(target: Target, folder: str | Path, level: Level | None = None) -> Targ
         CompositionError, UnsupportedModelError, InputError: as in `wrap`.
     """
     where = Path(folder).expanduser()
+    if is_file(where):
+        return wrap(target, where, level)
     if not is_pipeline(target):
         attach.load(target, where, level)  # type: ignore[type-var]
         return target

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from tokdyn.errors import RecipeError
+from tokdyn.files import shipped_recipes
 from tokdyn.recipe.explain import nearest
+
+PRESETS = "presets"
+"""The folder of the shipped presets, which are no recipes."""
 
 
 @cache
 def folder() -> Path:
-    """Return the folder of the shipped recipes: that of tokdyn.recipes, or in a checkout the one beside the package.
-
-    Raises:
-        RecipeError: The folder is missing.
-    """
-    checkout = Path(__file__).resolve().parents[2] / "recipes"
-    try:
-        installed = Path(str(resources.files("tokdyn.recipes")))
-    except ModuleNotFoundError:
-        installed = checkout
-    if not installed.is_dir():
-        raise RecipeError(f"The shipped recipes are missing from {installed}; install tokdyn again.")
-    return installed
+    """Return the folder of the shipped recipes; raise a RecipeError if it is missing."""
+    return shipped_recipes()
 
 
 def names() -> list[str]:
     """List the names of the shipped recipes, such as "demo" and "cifar10/dit-flops".
 
-    Files whose name starts with '_' are left out: they are only there for others to extend.
+    Files whose name starts with '_' are left out: they are only there for others to extend. So are presets.
     """
     root = folder()
-    recipes = (path for path in root.rglob("*.yaml") if not path.name.startswith("_"))
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in recipes)
+    recipes = (path.relative_to(root) for path in root.rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path.with_suffix("").as_posix() for path in recipes if path.parts[0] != PRESETS)
 
 
 def path(name: str) -> Path:

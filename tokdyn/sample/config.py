@@ -64,8 +64,8 @@ class SampleConfig(BaseModel):
         uncond_tail_drop: Tail drop of the unconditional branch (Lite-CFG): a share or points. None takes that of the
             conditional branch.
         clip: Clamp predicted images to [-1, 1] at each step; None does so for pixels and not for latents.
-        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, in place of
-            those that the model was trained with.
+        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a preset
+            file of `tokdyn calibrate`, in place of those that the model was trained with.
         vae: Autoencoder that decodes latents, a path or a hub id; None takes the one that encoded the training data.
         maps: Also draw which tokens were kept along the trajectory (maps.png), and the kept tokens and the time against
             the noise level (trajectory.png).
@@ -153,7 +153,8 @@ class PipelineSampleConfig(Drawing):
     Attributes:
         model: Folder or hub id of the pipeline.
         out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
-        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`.
+        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a preset
+            file of `tokdyn calibrate`.
         prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
             arguments, such as {prompt: make it night, image: street.png}.
         steps: Steps of the sampler per image.

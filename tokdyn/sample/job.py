@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokdyn.attach import attachment_of, load, unwrap
+from tokdyn.attach import attachment_of, unwrap
 from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
@@ -16,6 +16,7 @@ from tokdyn.diffusion.settings import SchedulerName
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.files import require_folder
 from tokdyn.host import open_device, product_type
+from tokdyn.pipelines import load
 from tokdyn.report.decoding import Decoder, open_decoder
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.labels import class_name, class_numbers

@@ -23,6 +23,7 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, stats
 from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.presets import is_file, read
 from tokdyn.progress import progress
 from tokdyn.prompts import images_of, title_of
 from tokdyn.report.grids import image_grid, on_cells
@@ -128,6 +129,8 @@ def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
 
 def _content(folder: Path) -> dict[str, Any]:
     """Return what decides about the methods in a folder, or in one for each denoiser: their settings and weights."""
+    if is_file(folder):
+        return {"preset": read(folder).model_dump(mode="json", exclude_defaults=True)}
     found = {}
     for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")]):
         weights = path.with_name(WEIGHTS)
