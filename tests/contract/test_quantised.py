@@ -73,24 +73,27 @@ def test_the_laws_hold_whichever_comes_first(name: str, way: str, stack: str, tm
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "way"),
+    ("name", "way", "stack"),
     [
-        pytest.param(name, way, marks=[] if name == FLUX else pytest.mark.slow)
+        pytest.param(
+            name, way, stack, marks=[] if (name, stack) in ((FLUX, "width"), (FLUX, "stack")) else pytest.mark.slow
+        )
         for name in NAMES
         for way in WAYS
+        for stack in ("merge", "skip", "chunk", "width", "stack")
         if way not in DYNAMIC
     ],
 )
-@pytest.mark.parametrize("stack", ["merge", "skip", "chunk", "width", "stack"])
 def test_results_are_those_of_the_rounded_weights(name: str, way: str, stack: str) -> None:
     """Sums are added in another order, which changes fp32 by 1e-6 or so; no decision may change by it."""
+    atol = 1e-2 if way == "bitsandbytes-4" else 2e-5  # its kernel computes in bf16 where the processor can
     model = WAYS[way](build(name))
     twin = rounded(name, model)
-    torch.testing.assert_close(trajectory(model, name), trajectory(twin, name), rtol=0, atol=2e-5)
+    torch.testing.assert_close(trajectory(model, name), trajectory(twin, name), rtol=0, atol=atol)
     for each in (model, twin):
         equip(each, SAMPLING[stack])
     found = trajectory(model, name)
-    torch.testing.assert_close(found, trajectory(twin, name), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, trajectory(twin, name), rtol=0, atol=atol)
     assert [call.blocks for call in tokdyn.stats(model).calls] == [call.blocks for call in tokdyn.stats(twin).calls]
 
 
