@@ -85,14 +85,14 @@ class MergedTokens(Sublayer):
         self.steady = isinstance(self.method.ratio, float)
 
     def alike(self, context: CallContext, block: int) -> int:
-        """Return the first block with the same place among those that share a matching; -1 where nothing is merged."""
+        """Return the first block that matches, or uses a matching, as this one does; -1 where nothing is merged."""
         if not self.first <= block <= self.last:
             return -1
         window, place = divmod(block - self.first, self.method.reuse)
         if self.method.reuse > 1:
             matchings = self._matchings(context)
             matchings.plans = matchings.windows.setdefault(window, {})
-        return self.first + place
+        return self.first + min(place, 1)
 
     def _by_ratio(
         self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any], ratios: Sequence[float]
