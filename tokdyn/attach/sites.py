@@ -183,8 +183,8 @@ def compiled_call(handlers: Any, module: nn.Module, site: Site, call: Callable[.
     if vars(module).get("_compiled_call_impl") is None or torch.compiler.is_compiling():
         return call
     if handlers.kernels or not all(handler.steady for handler in handlers.sublayers):
-        own = base_class(module).__call__ is nn.Module.__call__
-        return partial(base_class(module)._call_impl, module) if own else call
+        kind: Any = base_class(module)
+        return partial(kind._call_impl, module) if kind.__call__ is nn.Module.__call__ else call
     return partial(_call_compiled, module, site, call) if handlers.sublayers else call
 
 

@@ -18,6 +18,8 @@ from tokdyn.ops.precision import full_convolutions
 class Linear(nn.Module):
     """A linear layer that computes in the dtype of its input; its weights are named and initialised as nn.Linear's."""
 
+    bias: nn.Parameter  # None without a bias, as in nn.Linear
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         like = nn.Linear(in_features, out_features, bias)
@@ -40,6 +42,8 @@ class Conv2d(nn.Module):
     Its weights are named and initialised as nn.Conv2d's.
     """
 
+    bias: nn.Parameter  # None without a bias
+
     def __init__(
         self, inputs: int, outputs: int, size: int, padding: int = 0, groups: int = 1, bias: bool = True
     ) -> None:
@@ -47,7 +51,7 @@ class Conv2d(nn.Module):
         like = nn.Conv2d(inputs, outputs, size, padding=padding, groups=groups, bias=bias)
         self.padding, self.groups = padding, groups
         self.weight = like.weight
-        self.register_parameter("bias", like.bias)
+        self.register_parameter("bias", like.bias)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, inputs, rows, columns) to (B, outputs, rows, columns)."""
