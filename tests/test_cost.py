@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import tokdyn
 from tokdyn import checkpoints
 from tokdyn.cost import Flops, compute_matched_steps, count, flops_per_image, kept_tokens, model_parts
-from tokdyn.cost.counter import attention_formulas
+from tokdyn.cost.counter import operator_formulas
 from tokdyn.errors import InputError
 from tokdyn.models import DCDiT, DiT
 from tokdyn.ops import attention_backend, plain
@@ -175,7 +175,7 @@ def test_smoothing_on_the_grid() -> None:
 
 def test_packed_attention_on_cuda_is_a_sum_of_squares() -> None:
     """The counter passes tensors to this formula; the lengths are 3, 1 and 4."""
-    formula = attention_formulas()[torch.ops.torch_attn._varlen_attn]
+    formula = operator_formulas()[torch.ops.torch_attn._varlen_attn]
     rows = torch.zeros(8, 2, 5)
     offsets = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
     assert formula(rows, rows, rows, offsets, offsets, 4, 4) == 4 * (9 + 1 + 16) * 2 * 5

@@ -11,7 +11,7 @@ from tests.sampling import FACTS, QUICK, tiny
 from tokdyn import Chunking, DepthSkip, DiT, DynamicWidth, FeatureCache, TokenMerge
 from tokdyn.cost import model_parts
 from tokdyn.cost.blocks import PARTS
-from tokdyn.cost.counter import attention_formulas
+from tokdyn.cost.counter import operator_formulas
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import generate
 from tokdyn.diffusion.settings import Sampler
@@ -40,7 +40,7 @@ def test_reported_flops_are_those_counted(name, guidance):
     if name == "chunk" and guidance > 1:
         tokdyn.set_tail_drop(model, {"cond": 0.2, "uncond": 0.6})
     sampler = Sampler(steps=4, scheduler="ddim", guidance=guidance, guidance_interval=(0.3, 1.0), clip=True)
-    with FlopCounterMode(display=False, custom_mapping=attention_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=operator_formulas()) as counter:
         made = generate(model, sampler, NOISE, [0, 1, 2], range(3))
     costs = step_costs(model, made.steps, 3)
     assert 3e9 * sum(cost.gflops for cost in costs) == pytest.approx(counter.get_total_flops(), rel=1e-3)

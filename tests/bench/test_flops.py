@@ -20,7 +20,7 @@ from tokdyn.bench.flops import bench_flops
 from tokdyn.bench.published import MATCHED_STEPS, compare_with_paper
 from tokdyn.bench.settings import FlopsConfig
 from tokdyn.bench.stacks import open_stack, read_stacks
-from tokdyn.cost.counter import attention_formulas
+from tokdyn.cost.counter import operator_formulas
 from tokdyn.diffusion.sampling import generate
 from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import TokdynError
@@ -93,7 +93,7 @@ def test_trajectory_cost_is_what_torch_counts(saved: dict[str, str], model: str,
     (row,) = bench_flops(config, stacks)
     opened = open_stack(stacks[0])
     sampler = Sampler(steps=4, scheduler="ddim", guidance=guidance, clip=True)
-    with FlopCounterMode(display=False, custom_mapping=attention_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=operator_formulas()) as counter:
         generate(opened.model, sampler, opened.objective, [0], [0])
     assert row.tflops_per_image * 1e12 == pytest.approx(counter.get_total_flops(), rel=1e-3)
     assert sum(row.parts.values()) == pytest.approx(row.gflops_per_forward)

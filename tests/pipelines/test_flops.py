@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokdyn
 from tests.contract.pipelines import PIPES, build, images
 from tokdyn import DepthSkip, FeatureCache, TokenMerge
-from tokdyn.cost.counter import attention_formulas
+from tokdyn.cost.counter import operator_formulas
 
 METHODS = [FeatureCache(steps=(0, 2)), TokenMerge(ratio=0.5)]
 
@@ -20,7 +20,7 @@ def call(name, steps=3):
 @pytest.mark.parametrize("name", ["DiT", "Flux", "Wan"])
 def test_components_add_up_to_what_torch_counts(name):
     pipe = build(name)
-    mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    mode = FlopCounterMode(display=False, custom_mapping=operator_formulas())
     with mode:
         pipe(**call(name))
     found = tokdyn.flops(pipe, **call(name))

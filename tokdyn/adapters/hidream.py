@@ -67,7 +67,9 @@ def _experts(block: Any) -> tuple[Experts, ...]:
     mlp = block.block.ff_i
     if not hasattr(mlp, "experts"):
         return ()
-    weights = sum(layer.weight.numel() for layer in mlp.experts[0].modules() if isinstance(layer, nn.Linear))
+    weights = sum(
+        layer.in_features * layer.out_features for layer in mlp.experts[0].modules() if isinstance(layer, nn.Linear)
+    )
     return (Experts("block.ff_i.experts", 2 * weights, mlp.num_activated_experts, router=2 * mlp.gate.weight.numel()),)
 
 

@@ -15,7 +15,7 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.clock import Level, with_level
 from tokdyn.adapters.tokens import rotate, split
 from tokdyn.attach import Site, attachment_of, blocks_of, find_sites
-from tokdyn.cost.counter import attention_formulas
+from tokdyn.cost.counter import operator_formulas
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.recorder import Call, moved
 from tokdyn.tokens import ImageTokens, Packing, total
@@ -95,7 +95,7 @@ class Replay:
         if shapes in self._counts and not self.adapter.chunked:
             compute(lambda: 0)
         else:
-            counter = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+            counter = FlopCounterMode(display=False, custom_mapping=operator_formulas())
             with counter:
                 self._counts[shapes] = compute(lambda: int(counter.get_total_flops()))
         counts: Counts = self._counts[shapes]

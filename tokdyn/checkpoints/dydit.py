@@ -77,7 +77,7 @@ def _fill(part: WidthGates, model: DiT, gates: Mapping[str, Tensor], depth: int)
     for layer in ("0", "2"):
         embedding[int(layer)].load_state_dict(model.t_embedder.mlp.get_submodule(layer).state_dict())
     for kind, place in _LEVEL.items():
-        layer_of: nn.Linear = getattr(part, kind)
+        layer_of: nn.Module = getattr(part, kind)
         for name, own in layer_of.named_parameters():
             own.copy_(torch.cat([gates[f"blocks.{block}.{place}.{name}"] for block in range(depth)]))
     tokens: Any = part.tokens

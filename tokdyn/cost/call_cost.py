@@ -16,7 +16,7 @@ from tokdyn.adapters import adapter_for
 from tokdyn.adapters.structure import structures
 from tokdyn.attach import Attachment, Meter, argument_names, blocks_of, metered, untraced
 from tokdyn.cost.blocks import Costs
-from tokdyn.cost.counter import attention_formulas, by_child, eager_flex_attention, frozen, to_meta
+from tokdyn.cost.counter import by_child, eager_flex_attention, frozen, operator_formulas, to_meta
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.models.blocks import Attention
 from tokdyn.ops.attention import computed_pairs
@@ -69,7 +69,7 @@ def call_cost(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any
     meta = any(parameter.is_meta for parameter in model.parameters())
     if meta:
         inputs, keywords = to_meta(inputs), to_meta(keywords)
-    mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    mode = FlopCounterMode(display=False, custom_mapping=operator_formulas())
     with metered(model, Meter(mode.get_total_flops, arguments)) as attachment, untraced(attachment):
         training = bool(attachment.methods) and model.training and torch.is_grad_enabled()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -32,7 +33,7 @@ def count_call(
     model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], training: bool = False
 ) -> tuple[int, dict[str, int], Any]:
     """Count as `count` does; `training` keeps gradients, so that methods which act in training only are included."""
-    mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    mode = FlopCounterMode(display=False, custom_mapping=operator_formulas())
     with torch.set_grad_enabled(training), nullcontext() if training else frozen(model), eager_flex_attention(), mode:
         output = model(*inputs, **keywords)
     total, children = int(mode.get_total_flops()), by_child(mode, type(model).__name__)
@@ -116,17 +117,33 @@ def _flex_attention(mode: Any, *args: Any) -> Any:
         return sdpa_dense(*args)
 
 
-def attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Return FLOP formulas for attention kernels that torch's counter does not know: fused on CPU, packed on CUDA.
+_QUANTISED = {
+    "aten": ("_int_mm", "_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu"),
+    "bitsandbytes": ("gemm_4bit", "gemv_4bit", "int8_linear_matmul", "int8_scaled_mm"),
+    "quanto": ("qbytes_mm",),
+}
+"""Products with quantised weights, by the namespace of the operators; a library that is not loaded has none."""
 
-    Flex attention that is not compiled, which the counter refuses, can be counted from then on.
+
+def _quantised_product(x: tuple[int, ...], *_: Any, out_shape: tuple[int, ...], **__: Any) -> int:
+    """Count the product of x (..., K) with a quantised weight, which may be packed, from its result (..., E)."""
+    return 2 * math.prod(out_shape) * x[-1]
+
+
+def operator_formulas() -> dict[Any, Callable[..., int]]:
+    """Return FLOP formulas for operators that torch's counter does not know.
+
+    They are attention kernels, fused on CPU and packed on CUDA, and products with quantised weights. Flex attention
+    that is not compiled, which the counter refuses, can be counted from then on.
     """
     import torch.nn.attention.varlen  # registers the operator of packed rows
 
     if _FlopCounterMode not in flex_attention.python_key_table:
         flex_attention.py_impl(_FlopCounterMode)(_flex_attention)
     _ragged_attention._get_raw = True  # type: ignore[attr-defined]  # the counter then passes tensors, not shapes
+    quantised = [(getattr(torch.ops, space), name) for space, names in _QUANTISED.items() for name in names]
     return {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,
         torch.ops.torch_attn._varlen_attn: _ragged_attention,
+        **{getattr(space, name): _quantised_product for space, name in quantised if hasattr(space, name)},
     }

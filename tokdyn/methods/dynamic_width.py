@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokdyn.errors import InputError
 from tokdyn.methods.base import Method, Pruning, Sizes, Stage, Traits
+from tokdyn.methods.layers import Linear
 from tokdyn.methods.registry import register_method
 from tokdyn.ops import timestep_frequencies
 
@@ -135,8 +136,8 @@ class WidthGates(nn.Module):
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
-    def _by_level(self, width: int | None) -> nn.Linear:
-        gates = nn.Linear(width or self.FREQUENCIES, self.depth * self.gates)
+    def _by_level(self, width: int | None) -> Linear:
+        gates = Linear(width or self.FREQUENCIES, self.depth * self.gates)
         nn.init.zeros_(gates.weight)
         nn.init.constant_(gates.bias, self.OPEN)
         return gates
@@ -150,7 +151,7 @@ class WidthGates(nn.Module):
         frequencies = timestep_frequencies(1000.0 * level, self.FREQUENCIES)
         if self.embedding is not None:
             with torch.autocast(frequencies.device.type, enabled=False):
-                first: nn.Linear = self.embedding[0]  # type: ignore[assignment]
+                first: Linear = self.embedding[0]  # type: ignore[assignment]
                 frequencies = self.embedding(_fit(frequencies, first.weight))
         return self._logits(self.heads, frequencies), self._logits(self.channels, frequencies)
 
@@ -158,10 +159,10 @@ class WidthGates(nn.Module):
     def level_flops(self) -> int:
         """FLOPs of the gates of heads and channels at one noise level; a multiply-add is 2."""
         layers = [layer for layer in (self.heads, self.channels) if layer is not None]
-        layers += [] if self.embedding is None else [layer for layer in self.embedding if isinstance(layer, nn.Linear)]
+        layers += [] if self.embedding is None else [layer for layer in self.embedding if isinstance(layer, Linear)]
         return sum(2 * layer.in_features * layer.out_features for layer in layers)
 
-    def _logits(self, gates: nn.Linear | None, frequencies: Tensor) -> Tensor | None:
+    def _logits(self, gates: Linear | None, frequencies: Tensor) -> Tensor | None:
         if gates is None:
             return None
         with torch.autocast(frequencies.device.type, enabled=False):
@@ -196,12 +197,12 @@ def _fit(x: Tensor, weight: Tensor) -> Tensor:
 
 def _embedding(inputs: int, width: int) -> nn.Sequential:
     """Build a two-layer network like the one by which DiT embeds its timestep."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+    return nn.Sequential(Linear(inputs, width), nn.SiLU(), Linear(width, width))
 
 
 def _token_gate(width: int, hidden: int, bias: float) -> nn.Sequential:
     """Build the gate of a block's tokens; its last layer starts with zero weights, so that it is open for any token."""
-    last = nn.Linear(hidden, 1)
+    last = Linear(hidden, 1)
     nn.init.zeros_(last.weight)
     nn.init.constant_(last.bias, bias)
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), last)
+    return nn.Sequential(Linear(width, hidden), nn.ReLU(), last)

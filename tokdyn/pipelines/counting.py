@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokdyn import attach, cost
 from tokdyn.attach import attachment_of, inner_model, untraced
 from tokdyn.cost import Flops
-from tokdyn.cost.counter import attention_formulas
+from tokdyn.cost.counter import operator_formulas
 from tokdyn.pipelines.denoisers import is_pipeline
 
 
@@ -78,7 +78,7 @@ def _count(
     Returns:
         All FLOPs, those of each component that has any, and the number of images.
     """
-    mode = FlopCounterMode(display=False, custom_mapping=attention_formulas())
+    mode = FlopCounterMode(display=False, custom_mapping=operator_formulas())
     with torch.random.fork_rng(), mode, _shares(models, mode) as parts:
         output = pipe(*inputs, **keywords)
     total = int(mode.get_total_flops())

@@ -187,6 +187,12 @@ class CallTrace:
             if isinstance(share, float) and (count < int(size * share) or (share > 0 and not count)):
                 self.shortfalls.setdefault(what, (share, count, size))
 
+    def absorb(self, other: CallTrace) -> None:
+        """Add what methods noted in a blank trace of the same call."""
+        for what, flops in other.method_flops.items():
+            self.spend(what, flops)
+        self.shortfalls = {**other.shortfalls, **self.shortfalls}
+
     def blank(self) -> CallTrace:
         """Make a trace of the same call in which nothing has happened, to be thrown away."""
         return CallTrace(self.level, self.batch, self.cells, training=self.training, branch=self.branch)

@@ -120,13 +120,19 @@ class Gate(ABC):
 class Sublayer(ABC):
     """A handler around the attention or the MLP of a block."""
 
+    steady: bool = True  # whether it does the same in every call, so that a graph of torch.compile can hold it
+
     @abstractmethod
     def around(self, frame: Frame, view: TokenView, site: Site, call: Callable[..., Any], named: dict[str, Any]) -> Any:
         """Return what the sublayer returns. `call(**named)` computes the sublayer without this handler."""
 
+    def alike(self, context: CallContext, block: int) -> int:
+        """Return the number that stands for all blocks in which this handler does the same as in this compiled one."""
+        return block
+
 
 class Kernel(ABC):
-    """A handler that computes a block, or layers of it, in another way."""
+    """A handler that computes a block, or layers of it, in another way. The block is not compiled by itself then."""
 
     @abstractmethod
     def key(self, context: CallContext, view: TokenView, block: int) -> Sequence[Hashable] | None:
@@ -270,10 +276,7 @@ _BUILDERS: dict[type[Method], Builder] = {}
 
 
 def handles(method: type[Method]) -> Callable[[Builder], Builder]:
-    """Return a decorator that registers the function which builds the handlers of a method.
-
-    Registering another function for the same method replaces the first.
-    """
+    """Return a decorator that registers the function which builds the handlers of a method, in place of an earlier."""
 
     def register(build: Builder) -> Builder:
         _BUILDERS[method] = build
@@ -290,8 +293,6 @@ def build_handlers(plan: Plan) -> Sequence[object]:
     """
     build = _BUILDERS.get(type(plan.method))
     if build is None:
-        raise InputError(
-            f"{plan.placed.name} has no handler; register a function that builds one with "
-            f"tokdyn.attach.handles({plan.placed.name})."
-        )
+        cure = f"register a function that builds one with tokdyn.attach.handles({plan.placed.name})"
+        raise InputError(f"{plan.placed.name} has no handler; {cure}.")
     return build(plan)

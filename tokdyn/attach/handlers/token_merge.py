@@ -44,10 +44,12 @@ class Matchings:
         plans: matchings that several blocks use, by sublayer, window of `reuse` blocks and source of the view. For each
             sample (its position in the batch, and the number of its part) the matching that it is part of, and its
             position there.
+        windows: plans of single windows, for blocks that are compiled by themselves.
     """
 
     destinations: dict[Hashable, Destinations] = field(default_factory=dict)
     plans: dict[Hashable, dict[tuple[int, int], tuple[Merging, int]]] = field(default_factory=dict)
+    windows: dict[int, dict[Hashable, dict[tuple[int, int], tuple[Merging, int]]]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -78,6 +80,19 @@ class MergedTokens(Sublayer):
         if view.packing is not None or len(set(ratios)) == 1:
             return self._merged(frame, view, site, call, named, ratios)
         return self._by_ratio(frame, view, site, call, named, ratios)
+
+    def __post_init__(self) -> None:  # a curve leaves other numbers of tokens at other noise levels
+        self.steady = isinstance(self.method.ratio, float)
+
+    def alike(self, context: CallContext, block: int) -> int:
+        """Return the first block that matches, or uses a matching, as this one does; -1 where nothing is merged."""
+        if not self.first <= block <= self.last:
+            return -1
+        window, place = divmod(block - self.first, self.method.reuse)
+        if self.method.reuse > 1:
+            matchings = self._matchings(context)
+            matchings.plans = matchings.windows.setdefault(window, {})
+        return self.first + min(place, 1)
 
     def _by_ratio(
         self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any], ratios: Sequence[float]
@@ -156,10 +171,7 @@ class MergedTokens(Sublayer):
         return followed
 
     def _plan(self, frame: Frame, view: TokenView, site: Site, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
-        """Match the image tokens (T, D) in the input of a sublayer, or reuse the matching of an earlier block.
-
-        Returns None if no token is merged.
-        """
+        """Match the input (T, D) of a sublayer, or reuse an earlier block's matching; None if no token is merged."""
         if self.method.reuse == 1:
             return self._match(frame.context, view, rows, ratios)
         key = (site.kind, (site.block - self.first) // self.method.reuse, view.source)

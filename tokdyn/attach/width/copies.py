@@ -48,7 +48,7 @@ def sources_of(block: nn.Module, layout: Layout, on: On) -> dict[Names, nn.Modul
     whole: dict[Kind, bool] = {"heads": all(on.heads), "channels": all(on.channels)}
     sources: dict[Names, nn.Module] = {}
     free: dict[Names, nn.Module] = {(): block}
-    if not _free(block):
+    if not _free(block, compiled=True):
         return None
     for layer in layout.layers:
         if all(whole[kind] for kind in layer.out or layer.into):
@@ -67,8 +67,11 @@ def sources_of(block: nn.Module, layout: Layout, on: On) -> dict[Names, nn.Modul
     return sources
 
 
-def _free(module: nn.Module) -> bool:
-    """Return whether a copy can stand in for a module: it has no hook, no forward of its own, no compiled code."""
+def _free(module: nn.Module, compiled: bool = False) -> bool:
+    """Return whether a copy can stand in for a module: it has no hook, no forward of its own, no compiled code.
+
+    `compiled` is whether it may have compiled code, which its copy does not run.
+    """
     held = vars(module)
     if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
         return False
@@ -78,7 +81,7 @@ def _free(module: nn.Module) -> bool:
         module,
     ):
         return False
-    return held.get("_compiled_call_impl") is None
+    return compiled or held.get("_compiled_call_impl") is None
 
 
 def readable(module: nn.Module) -> bool:
@@ -161,7 +164,8 @@ def shallow(module: nn.Module, kind: type) -> nn.Module:
     other: nn.Module = untyped.__new__(untyped)
     vars(other).update(vars(module))
     vars(other)["_modules"] = dict(module._modules)
-    vars(other).pop("forward", None)  # a bound method of the original
+    for name in ("forward", "_compiled_call_impl"):  # bound to the original
+        vars(other).pop(name, None)
     return other
 
 
