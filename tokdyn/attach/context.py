@@ -38,12 +38,14 @@ class Settings:
         drop_rate: rate at which TokenDrop acts, in sampling too; None lets it act in training only, at its own rate.
         calibrating: whether routers adjust their bias to the tokens of this call.
         beside_dense: whether every call in sampling is made without methods too, to compare their times.
+        keep: bool mask, on the host, of tokens that TokenMerge and TokenDrop leave alone; see `fit_mask` for shapes.
     """
 
     tail_drop: tuple[float, ...] | dict[str, float] | None = None
     drop_rate: float | None = None
     calibrating: bool = False
     beside_dense: bool = False
+    keep: Tensor | None = None
 
 
 @dataclass

@@ -101,7 +101,7 @@ class Traits:
     needs_sizes: bool = False
     compares: bool = False
     diverges: bool = False
-    controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
+    controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router", "keep"]] = frozenset()
     idle: str | None = None
     short: str = "choose other settings for so few tokens"
 
