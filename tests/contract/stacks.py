@@ -19,7 +19,7 @@ from tokdyn.methods import Chunking, DepthSkip, DynamicWidth, FeatureCache, Meth
 
 ACTIVE: dict[str, list[Method]] = {
     "merge": [TokenMerge(ratio=0.5)],
-    "merge-both": [TokenMerge(ratio=0.4, where="both", seed=3)],
+    "merge-both": [TokenMerge(ratio=0.4, where="both", seed=3, window=2)],
     "merge-weighted": [TokenMerge(ratio=0.5, seed=1, weighted=True, reuse=2)],
     "merge-important": [TokenMerge(ratio=0.3, where="mlp", important=True)],
     "drop": [TokenDrop(rate=0.5)],
@@ -30,7 +30,7 @@ ACTIVE: dict[str, list[Method]] = {
     "stack": [FeatureCache(threshold=0.5), TokenMerge(ratio=0.5), DepthSkip(blocks=(2,))],
     "curves": [TokenMerge(ratio=((0.0, 0.2), (1.0, 0.6))), DepthSkip(table=((0.0, 0.5, (1,)), (0.5, 1.0, (2,))))],
     "chunk": [Chunking(target=3)],
-    "chunk-merge": [Chunking(target=3), TokenMerge(ratio=0.3)],
+    "chunk-merge": [Chunking(target=3), TokenMerge(ratio=0.3, window=2, metric_width=16)],
     "chunk-ragged": [Chunking(target=2, ragged=True, tail_drop=((0.0, 0.3), (1.0, 0.1)), router="cosine")],
     "chunk-stack": [FeatureCache(threshold=0.5), Chunking(target=2), TokenMerge(ratio=0.3), DepthSkip(blocks=(2,))],
     "chunk-ragged-train": [Chunking(target=2, ragged=True), TokenDrop(rate=0.5), TokenMerge(ratio=0.3)],

@@ -46,9 +46,9 @@ def test_matching(full):
         keep = torch.arange(36)[None] != 7
         packing = ops.pack(keep, (6, 6))
         into = destinations(packing.cell, packing.sample, 1, packing.grid)
-    count, buckets = len(into.mask), into.table.shape[1]
+    count = len(into.mask)
     found = counted(match, torch.randn(count, 8), (count,), into, 0.3)
-    assert matching_flops(count, buckets, full, 8) == found
+    assert matching_flops(into.pairs(count, alike=True), 8) == found
 
 
 @pytest.mark.parametrize("settings", [{}, {"heads": False}, {"embedding": 24}, {"channels": False, "embedding": 8}])

@@ -45,6 +45,7 @@ ANSWERS = [
             "stage": Stage.SUBLAYER,
             "tokens": "merged",
             "reads": "grid",
+            "controls": frozenset({"keep"}),
             "owns": {"merging around attention": None},
             "around": ("attention",),
             "short": "one token of every bucket stays, for others to be merged into; lower ratio or enlarge bucket",
@@ -66,7 +67,7 @@ ANSWERS = [
             "reads": "count",
             "phases": TRAIN,
             "span": (2, 8),  # arXiv 2501.04765
-            "controls": frozenset({"drop_rate"}),
+            "controls": frozenset({"drop_rate", "keep"}),
             "short": "that is less than one token; raise the rate",
             "owns": {},
         },

@@ -38,10 +38,13 @@ def plan_of(packing, x, ratio, **choices):
     return into, match(x, packing.lengths, into, ratio)
 
 
-def loop(packing, x, ratio, bucket=2):
-    """Merge token by token as ToMe for diffusion does; return what every row becomes."""
+def loop(packing, x, ratio, bucket=2, inside=lambda cell: None, keep=frozenset()):
+    """Merge token by token as ToMe for diffusion does; return what every row becomes.
+
+    `ratio` is a share, or the number of tokens of each sample; `inside` says in which window a cell is.
+    """
     out, first = x.clone(), 0
-    for length in packing.lengths:
+    for sample, length in enumerate(packing.lengths):
         rows, places = x[first : first + length], packing.cell[first : first + length]
         corners = {}
         for row, cell in enumerate(places.tolist()):
@@ -49,14 +52,20 @@ def loop(packing, x, ratio, bucket=2):
             for size in reversed(packing.grid):
                 corner.append(rest % size // bucket)
                 rest //= size
-            corners.setdefault(tuple(corner), row)
-        into = sorted(corners.values())
-        sources = [row for row in range(length) if row not in into]
+            if first + row not in keep:
+                corners.setdefault(tuple(corner), row)
+        every = sorted(corners.values())
+        sources = [row for row in range(length) if row not in every and first + row not in keep]
         buckets = math.prod(-(-size // bucket) for size in packing.grid)
         unit = rows / rows.norm(dim=1, keepdim=True)
-        best = [(float((unit[into] @ unit[s]).max()), s, into[int((unit[into] @ unit[s]).argmax())]) for s in sources]
-        groups = {row: [row] for row in into}
-        for _, source, target in sorted(best, reverse=True)[: min(int(length * ratio), max(0, length - buckets))]:
+        best = []
+        for source in sources:
+            into = [row for row in every if inside(int(places[row])) == inside(int(places[source]))]
+            alike = unit[into] @ unit[source]
+            best.append((float(alike.max()), source, into[int(alike.argmax())]))
+        groups = {row: [row] for row in every}
+        count = min(int(length * ratio), max(0, length - buckets)) if isinstance(ratio, float) else ratio[sample]
+        for _, source, target in sorted(best, reverse=True)[:count]:
             groups[target].append(source)
         for group in groups.values():
             out[[first + row for row in group]] = rows[group].mean(0)

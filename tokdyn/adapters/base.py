@@ -144,6 +144,7 @@ class Blocks:
         return (*text, *(() if self.products is None else self.products.arguments))
 
     def __post_init__(self) -> None:
+        _ = self.counted  # at its first use, cached_property of Python 3.11 locks, which torch.compile cannot trace
         if self.returns and "tokens" not in self.returns:
             raise InputError(
                 f"the blocks in {self.path!r} are declared with returns={self.returns}, which lacks 'tokens'; name "

@@ -170,6 +170,15 @@ def scatter(
     return join(text, put_back(x, split(whole, cells, blocks.image)[1], index, lengths), blocks.image)
 
 
+def select_following(named: Mapping[str, Any], blocks: Blocks, index: Tensor, count: int) -> dict[str, Any]:
+    """Do `select_tokens` for all arguments with entries for tokens, and return those arguments by name."""
+    found: dict[str, Any] = {}
+    for argument in blocks.follow:  # an argument may have two token axes
+        if (value := found.get(argument.name, named.get(argument.name))) is not None:
+            found[argument.name] = select_tokens(value, argument, blocks, index, count)
+    return found
+
+
 def select_tokens(value: Any, argument: Follow, blocks: Blocks, index: Tensor, count: int) -> Any:
     """Select the entries of some image tokens from an argument with a token axis. Entries of text tokens stay.
 

@@ -16,6 +16,7 @@ from tokdyn.attach.context import Settings, open_context
 from tokdyn.attach.handlers import load_handlers
 from tokdyn.attach.handlers.base import Bracket, Exchange, Frame, Gate, Handlers, Kernel, Plan, Sublayer, build_handlers
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
+from tokdyn.attach.handlers.token_merge import MergedTokens
 from tokdyn.attach.inferred import Guard, samples
 from tokdyn.attach.offload import home
 from tokdyn.attach.recompute import Replays
@@ -154,10 +155,10 @@ class Attachment(nn.Module):
         return any(placed.traits.remembers for placed in self.blueprint.placed)
 
     @property
-    def caches(self) -> list[CachedBlocks]:
-        """The handlers of FeatureCache."""
-        handlers = (self.handlers.own_chunking, *self.handlers.brackets)
-        return [handler for handler in handlers if isinstance(handler, CachedBlocks)]
+    def caches(self) -> list[Any]:
+        """The handlers with a `memory` of earlier steps: those of FeatureCache and of TokenMerge."""
+        handlers = (self.handlers.own_chunking, *self.handlers.brackets, *self.handlers.sublayers)
+        return [handler for handler in handlers if isinstance(handler, (CachedBlocks, MergedTokens))]
 
     def sites(self, model: nn.Module) -> Sites:
         """Return the sites of the wrapped model; found at the first use, in a copy of the model once more."""

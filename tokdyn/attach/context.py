@@ -39,6 +39,7 @@ class Settings:
         calibrating: whether routers adjust their bias to the tokens of this call.
         beside_dense: whether every call in sampling is made without methods too, to compare their times.
         agreement: the processes that decide alike which steps FeatureCache caches; None if this one decides alone.
+        keep: bool mask, on the host, of tokens that TokenMerge and TokenDrop leave alone; shapes as in `fit_mask`.
     """
 
     tail_drop: tuple[float, ...] | dict[str, float] | None = None
@@ -46,6 +47,7 @@ class Settings:
     calibrating: bool = False
     beside_dense: bool = False
     agreement: Agreement | None = None
+    keep: Tensor | None = None
 
 
 @dataclass
@@ -248,8 +250,7 @@ class CallContext:
     def release(self, recomputed: bool) -> None:
         """Release the arguments after the call, and what handlers hold unless its blocks may be recomputed with it."""
         self.arguments, self.readings.followed, self.readings.time = {}, FollowedArguments(), None
-        if not recomputed:
-            self.slots[:] = [None] * len(self.slots)
+        self.slots[:] = self.slots if recomputed else [None] * len(self.slots)
         self.readings.images.close()
         self.readings.position.close()
 

@@ -139,6 +139,38 @@ def dropping(model: nn.Module, rate: float) -> Iterator[None]:
         attachment.set(drop_rate=before)
 
 
+@contextmanager
+def keeping(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Let TokenMerge and TokenDrop leave the tokens of a mask alone while the context is open.
+
+    A kept token is not merged into others, no other is merged into it, and it is not dropped. The ratio and the rate
+    remain shares of all tokens, and fewer are merged or dropped only where too few others are left.
+
+    Args:
+        model: a model wrapped with TokenMerge or TokenDrop.
+        mask: bool, true for what is to be kept; see `tokdyn.keeping` for its shapes.
+
+    Raises:
+        InputError: the model is not wrapped or has neither method, or the mask is not a boolean tensor. A call raises
+            one if the mask does not fit its tokens or its batch, or if the call is being compiled.
+    """
+    attachment = attached(model)
+    if not attachment.takes("keep"):
+        raise InputError(
+            f"this {type(model).__name__} is wrapped without a method that merges or drops tokens, so there is nothing "
+            "to keep; wrap it with tokdyn.TokenMerge or tokdyn.TokenDrop."
+        )
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InputError(f"the mask of tokens to keep is {kind}; give a boolean tensor, such as `mask > 0.5`.")
+    before = attachment.settings.keep
+    attachment.set(keep=mask.detach().cpu())
+    try:
+        yield
+    finally:
+        attachment.set(keep=before)
+
+
 @torch.no_grad()
 def calibrate_router(model: nn.Module, *inputs: Any, **arguments: Any) -> None:
     """Shift the bias of Chunking's router so that, of one batch, it keeps 1/N of the tokens, with N the target.

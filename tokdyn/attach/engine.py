@@ -47,7 +47,7 @@ def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, .
         return site.unchanged(args, kwargs)
     call = frame.context.residency.around(module, plain) if is_offloaded(module) else partial(plain, module)
     if site.kind == "block":
-        return call_block(frame, module, site, compiled_call(frame.handlers, module, site, call), args, kwargs)
+        return call_block(frame, module, site, compiled_call(frame, module, site, call), args, kwargs)
     if site.kind == "layer":
         call = partial(call, **kwargs)
         for kernel in frame.handlers.kernels:

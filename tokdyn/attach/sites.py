@@ -185,23 +185,24 @@ def attach_layers(sites: Sites, block: nn.Module, site: Site, layout: Layout, on
         sites[key] = layer_site
 
 
-def compiled_call(handlers: Any, module: nn.Module, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_call(frame: Any, module: nn.Module, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function that calls a block: another one than `call` if torch.compile compiles the block by itself.
 
     A block in which the handlers do other things from call to call runs as it is, without its compiled code.
 
     Args:
-        handlers: the handlers of the model.
+        frame: the call of the model.
         module: the block.
         site: the site of the block.
         call: the original call of the block.
     """
     if vars(module).get("_compiled_call_impl") is None or torch.compiler.is_compiling():
         return call
-    if handlers.kernels or not all(handler.steady for handler in handlers.sublayers):
+    sublayers = frame.handlers.sublayers
+    if frame.handlers.kernels or not all(handler.steady(frame.context) for handler in sublayers):
         kind: Any = base_class(module)
         return partial(kind._call_impl, module) if kind.__call__ is nn.Module.__call__ else call
-    return partial(_call_compiled, module, site, call) if handlers.sublayers else call
+    return partial(_call_compiled, module, site, call) if sublayers else call
 
 
 def _call_compiled(module: nn.Module, site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

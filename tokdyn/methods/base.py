@@ -104,7 +104,7 @@ class Traits:
     compares: bool = False
     embedding: Literal["time", "projected_time"] | None = None
     diverges: bool = False
-    controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router"]] = frozenset()
+    controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router", "keep"]] = frozenset()
     idle: str | None = None
     short: str = "choose other settings for so few tokens"
 

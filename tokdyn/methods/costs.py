@@ -40,13 +40,11 @@ def smoothing_flops(grid: Grid, width: int) -> int:
     return 2 * cells(grid) * (width + 1) * sum(size for size in grid if size <= BAND)
 
 
-def matching_flops(count: int, buckets: int, full: bool, width: int) -> int:
+def matching_flops(pairs: int, width: int) -> int:
     """Compute the FLOPs of comparing the tokens of one image with the destinations that they may be merged into.
 
     Args:
-        count: number of tokens.
-        buckets: number of destinations, one in each bucket.
-        full: whether every cell of the grid has a token; destinations are then not compared with each other.
-        width: D.
+        pairs: number of pairs of tokens, from `Destinations.pairs`.
+        width: D, or the number of channels that are compared.
     """
-    return 2 * (count - buckets if full else count) * buckets * width
+    return 2 * pairs * width

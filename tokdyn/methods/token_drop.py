@@ -14,7 +14,8 @@ from tokdyn.methods.registry import register_method
 class TokenDrop(Method):
     """Settings of token dropping. It acts in training only, and has no trainable parts.
 
-    Inside of `tokdyn.dropping` it acts in sampling too, to make the weak prediction of guidance.
+    Inside of `tokdyn.dropping` it acts in sampling too, to make the weak prediction of guidance. `tokdyn.keeping` names
+    tokens that are never dropped.
 
     Attributes:
         rate: share of the tokens that skips the span, in [0, 1).
@@ -40,6 +41,6 @@ class TokenDrop(Method):
             reads="count",
             phases=frozenset({"train"}),
             span=span,
-            controls=frozenset({"drop_rate"}),
+            controls=frozenset({"drop_rate", "keep"}),
             short="that is less than one token; raise the rate",
         )

@@ -5,7 +5,7 @@ ToMe for diffusion (arXiv 2303.17604); weighting by size from ToMe (arXiv 2210.0
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,6 +36,12 @@ class TokenMerge(Method):
         weighted: add the logarithm of the number of tokens that a merged token stands for to its logits as a key
             (arXiv 2210.09461).
         reuse: number of consecutive blocks that use the matching of the first of them.
+        reuse_steps: number of consecutive steps that use the matching of the first of them, for each sample and
+            guidance branch; another image or prompt is matched anew. Compiled models match in every step.
+        window: the most cells, along every axis or along each, of the windows of the grid in which tokens look for a
+            destination. None compares all tokens with all destinations on grids of up to 2,048 cells, and divides
+            larger ones into windows of at most 1,024, so that time and memory grow in proportion to the tokens.
+        metric_width: number of channels, in evenly spaced runs, by which tokens are compared; None for all.
         references: "keep" leaves the tokens of reference images as they are; "merge" merges the tokens of each of them
             among themselves, by the same ratio. None is ever merged with a token of the generated image.
     """
@@ -51,6 +57,9 @@ class TokenMerge(Method):
     blocks: Span | None = None
     weighted: bool = False
     reuse: int = Field(default=1, ge=1)
+    reuse_steps: int = Field(default=1, ge=1)
+    window: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    metric_width: int | None = Field(default=None, ge=1)
     references: Literal["keep", "merge"] = "keep"
 
     @field_validator("ratio")
@@ -87,6 +96,8 @@ class TokenMerge(Method):
             needs_level=not isinstance(self.ratio, float),
             owns={f"merging around {sublayer}": where for sublayer in sublayers},
             around=sublayers,
+            remembers=self.reuse_steps > 1,
+            controls=frozenset({"keep"}),
             weighs_keys=self.weighted,
             short="one token of every bucket stays, for others to be merged into; lower ratio or enlarge bucket",
         )

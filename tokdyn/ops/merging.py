@@ -5,7 +5,6 @@ Source: ToMe for diffusion (arXiv 2303.17604), on any set of tokens. A sample do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from tokdyn.errors import InputError
 from tokdyn.ops.destinations import Destinations
-from tokdyn.ops.precision import exact, halves_multiply_slowly
-
-_PRODUCTS = 2**26  # products of rows and destinations that are held at a time: 256 MiB in fp32
+from tokdyn.ops.matching import pairs
+from tokdyn.ops.precision import exact
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,9 @@ def joined(plans: Sequence[Merging]) -> Merging:
     )
 
 
-def merged_away(length: int, buckets: int, ratio: float) -> int:
-    """Count the rows of a sample that are merged into others: a ratio of all, but at most those not destinations."""
-    return min(int(length * ratio), max(0, length - buckets))
+def merged_away(length: int, stay: int, ratio: float) -> int:
+    """Count the rows of a sample that are merged into others: a ratio of all, but at most those that need not stay."""
+    return min(int(length * ratio), max(0, length - stay))
 
 
 def match(
@@ -117,8 +115,8 @@ def match(
     for each in ratios:
         if not 0.0 <= each < 1.0:
             raise InputError(f"the ratio is {each}, expected a share of the tokens in [0, 1).")
-    merged = [merged_away(length, into.table.shape[1], each) for length, each in zip(lengths, ratios, strict=True)]
-    source, place = _pairs(metric, lengths, into, merged)
+    merged = [merged_away(length, stay, each) for length, stay, each in zip(lengths, into.stay, ratios, strict=True)]
+    source, place = pairs(metric, lengths, into, merged)
     return _plan(source, place, lengths, merged, size)
 
 
@@ -136,29 +134,17 @@ def match_parts(
     Returns:
         The plan, made without a synchronisation with the host.
     """
-    batch, metric, merged = len(lengths), metric.detach(), 0
-    pairs = []
+    batch, metric, merged = len(lengths), metric.detach(), [0] * len(lengths)
+    both = []
     for rows, into in parts:
         count = len(rows) // batch
-        away = merged_away(count, into.table.shape[1], ratio)
-        found = _pairs(metric.index_select(0, rows), [count] * batch, into, [away] * batch)
-        pairs.append([rows.index_select(0, each) for each in found])
-        merged += away
-    source, place = (torch.cat(each) for each in zip(*pairs, strict=True))
+        away = [merged_away(count, stay, ratio) for stay in into.stay]
+        found = pairs(metric.index_select(0, rows), [count] * batch, into, away)
+        both.append([rows.index_select(0, each) for each in found])
+        merged = [before + more for before, more in zip(merged, away, strict=True)]
+    source, place = (torch.cat(each) for each in zip(*both, strict=True))
     place, order = place.sort(stable=True)
-    return _plan(source.index_select(0, order), place, lengths, [merged] * batch)
-
-
-def _pairs(metric: Tensor, lengths: Sequence[int], into: Destinations, merged: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the rows to merge, a number of each sample, and their destinations, sorted by destination."""
-    if not any(merged):
-        empty = torch.empty(0, dtype=torch.int64, device=metric.device)
-        return empty, empty
-    metric = metric.detach()
-    metric = metric.float() if halves_multiply_slowly(metric) else metric
-    if len(set(zip(lengths, merged, strict=True))) == 1:
-        return _match_equal(metric, lengths[0], into, merged[0])
-    return _match_ragged(metric, lengths, into, merged)
+    return _plan(source.index_select(0, order), place, lengths, merged)
 
 
 def _plan(
@@ -179,74 +165,6 @@ def _plan(
     return Merging(slot, keep, source, order, start, total, left, tuple(lengths))
 
 
-def _match_equal(metric: Tensor, length: int, into: Destinations, merged: int) -> tuple[Tensor, Tensor]:
-    """Match samples of equal length; return the rows to merge and their destinations, sorted by destination."""
-    batch, buckets = into.table.shape
-    table = _filled(into.table)
-    places, inverse = _unit(metric, table)
-    if into.others is None:
-        candidates = torch.arange(batch * length, device=metric.device).view(batch, length)
-    else:
-        candidates = into.others
-        metric = metric.index_select(0, candidates.flatten())
-        inverse = inverse.index_select(0, candidates.flatten())
-    best, column = _most_similar(metric.view(batch, candidates.shape[1], -1), places.view(batch, buckets, -1))
-    best = best * inverse.view_as(best)
-    if into.others is None:  # destinations stay
-        best = best.masked_fill(into.mask.view_as(best), -math.inf)
-    top = best.topk(merged, dim=-1, sorted=False).indices
-    place, order = table.gather(1, column.gather(1, top)).sort(dim=1)
-    return candidates.gather(1, top.gather(1, order)).flatten(), place.flatten()
-
-
-def _match_ragged(
-    metric: Tensor, lengths: Sequence[int], into: Destinations, merged: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Match samples of different length, one after the other; return what `_match_equal` does."""
-    table = _filled(into.table)
-    places, inverse = _unit(metric, table)
-    sources, targets, first = [], [], 0
-    split = list(lengths)
-    for rows, scale, mask, unit, place, count in zip(
-        metric.split_with_sizes(split), inverse.split_with_sizes(split), into.mask.split_with_sizes(split),
-        places.split_with_sizes([table.shape[1]] * len(table)), table, merged, strict=True,
-    ):  # fmt: skip
-        if count:
-            best, column = (each.squeeze(0) for each in _most_similar(rows[None], unit[None]))
-            best = (best * scale).masked_fill(mask, -math.inf)
-            top = best.topk(count, sorted=False).indices
-            target, order = place.index_select(0, column.index_select(0, top)).sort()
-            sources.append(top.index_select(0, order) + first)
-            targets.append(target)
-        first += len(rows)
-    return torch.cat(sources), torch.cat(targets)
-
-
-def _most_similar(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest product of every row (B, S, D) with a destination (B, K, D), and which it is, (B, S) each.
-
-    The products of a long video would need gigabytes, so they are made for some of the rows at a time.
-    """
-    parts = max(1, math.ceil(rows.shape[0] * rows.shape[1] * places.shape[1] / _PRODUCTS))
-    best, column = zip(*((some @ places.mT).max(dim=-1) for some in rows.chunk(parts, dim=1)), strict=True)
-    return (best[0], column[0]) if len(best) == 1 else (torch.cat(best, dim=1), torch.cat(column, dim=1))
-
-
-def _filled(table: Tensor) -> Tensor:
-    """Replace missing destinations by another one of the sample, which changes no maximum."""
-    return torch.where(table < 0, table.amax(dim=1, keepdim=True).clamp(min=0), table)
-
-
-def _unit(metric: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return destinations (B * K, D) scaled to length one, and one over the length of every row, (T,).
-
-    Rows are not scaled: which destination is most similar to a row does not depend on its length.
-    """
-    inverse = torch.linalg.vector_norm(metric, dim=-1).clamp(min=1e-12).reciprocal()
-    index = table.flatten()
-    return metric.index_select(0, index) * inverse.index_select(0, index)[:, None], inverse
-
-
 def merge(x: Tensor, plan: Merging, size: Tensor | None = None) -> Tensor:
     """Average the rows that a plan merges.
 
@@ -258,9 +176,8 @@ def merge(x: Tensor, plan: Merging, size: Tensor | None = None) -> Tensor:
     Returns:
         (M, D), in the type of x.
     """
-    if size is None:
-        return F.embedding_bag(plan.order, x, plan.start, mode="mean")
-    weight = size.to(x).index_select(0, plan.order)
+    weight = None if size is None else size.to(x).index_select(0, plan.order)
+    # mode="mean" would divide by integers, which takes the CPU longer than the sum
     total = F.embedding_bag(plan.order, x, plan.start, mode="sum", per_sample_weights=weight)
     return total / plan.size.to(x)[:, None]
 

@@ -176,6 +176,34 @@ def beside_dense(target: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def keeping(target: Any, mask: Tensor) -> Iterator[None]:
+    """Let TokenMerge and TokenDrop leave the tokens of a mask alone while the context is open.
+
+        with tokdyn.keeping(pipe, mask):  # (rows, columns) bool: a face, a text, what is being edited
+            pipe("a red cube")
+
+    A kept token is not merged into others, no other is merged into it, and it is not dropped. The ratio and the rate
+    remain shares of all tokens; fewer are merged or dropped only where too few others are left. The mask is about the
+    generated image; tokens of reference images are left to the methods' own settings.
+
+    Args:
+        target: a model or pipeline wrapped with TokenMerge or TokenDrop.
+        mask: bool, true for what is to be kept: (rows, columns) of any size, for videos also (frames, rows, columns),
+            where (rows, columns) stands for every frame; a token is kept if any entry over its cell is true. Or (N,),
+            one entry for each token. Or one of these for each image, on a first axis; the branches of guidance in a
+            batch share them.
+
+    Raises:
+        InputError: it is not wrapped, a model has neither method, or the mask is not a boolean tensor. A call raises
+            one if the mask does not fit its tokens or its batch, or if the call is being compiled.
+    """
+    with ExitStack() as stack:
+        for model in _wrapped(target).values():
+            stack.enter_context(attach.keeping(model, mask))
+        yield
+
+
 def set_tail_drop(target: Any, value: float | Tensor | Mapping[str, float] | None) -> None:
     """Set the tail drop of all following calls: the share of the kept tokens that Chunking drops as well.
 

@@ -120,11 +120,13 @@ class Gate(ABC):
 class Sublayer(ABC):
     """A handler around the attention or the MLP of a block."""
 
-    steady: bool = True  # whether it does the same in every call, so that a graph of torch.compile can hold it
-
     @abstractmethod
     def around(self, frame: Frame, view: TokenView, site: Site, call: Callable[..., Any], named: dict[str, Any]) -> Any:
         """Return what the sublayer returns. `call(**named)` computes the sublayer without this handler."""
+
+    def steady(self, context: CallContext) -> bool:
+        """Whether it does the same in every call, so that a graph of torch.compile can hold it."""
+        return True
 
     def alike(self, context: CallContext, block: int) -> int:
         """Return the number that stands for all blocks in which this handler does the same as in this compiled one."""

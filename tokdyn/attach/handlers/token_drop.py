@@ -13,6 +13,7 @@ from tokdyn.attach.handlers.base import BlockCall, Frame, Plan, Selector, handle
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import TokenDrop
 from tokdyn.ops.dropping import kept_count, mix, put_back, subset, take
+from tokdyn.ops.keeping import check_eager, fit_mask
 
 
 @dataclass
@@ -63,6 +64,15 @@ class DroppedSpan(Selector):
             return x, view
         noise = torch.rand(x.shape[:2], device=x.device) if context.training else self._hash(context, view, x)
         lengths = tuple(kept_count(size, rate) for size in view.sizes)
+        if context.settings.keep is not None:
+            check_eager()
+            kept = fit_mask(context.settings.keep, context.grid, context.trace.batch)[list(view.samples)]
+            least = kept.sum(1).tolist()  # all that may be among the tokens of a sample
+            lengths = tuple(max(each[0], min(each[1:])) for each in zip(lengths, view.sizes, least, strict=True))
+            dropped = [size - length for size, length in zip(view.sizes, lengths, strict=True)]
+            context.trace.fall_short("TokenDrop", [rate] * view.batch, dropped, view.sizes)
+            cell, sample = view.rows()
+            noise = noise.masked_fill(kept.to(x.device)[sample, cell].view(noise.shape), -1)  # they come first
         index = subset(noise, view.sizes, lengths)
         context.slots[self.slot] = Dropped(x, index, lengths, view)
         cells = index if view.index is None else view.index.gather(1, index)

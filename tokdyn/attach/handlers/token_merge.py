@@ -6,7 +6,7 @@ averaged with it; each of those then gets the sublayer's result for its destinat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.adapters.coupling import check_groups
-from tokdyn.adapters.tokens import join, select_samples, select_tokens, split
+from tokdyn.adapters.tokens import join, select_following, select_samples, split
 from tokdyn.attach import class_swap
 from tokdyn.attach.context import CallContext
 from tokdyn.attach.handlers.base import Frame, Plan, Sublayer, handles
@@ -23,33 +23,20 @@ from tokdyn.attach.view import TokenView
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import TokenMerge
 from tokdyn.methods.costs import matching_flops
-from tokdyn.ops.destinations import Destinations, destinations, grid_destinations
-from tokdyn.ops.merging import Merging, joined, match, match_parts, merge, merged_away, unmerge
+from tokdyn.ops.destinations import Destinations, destinations, grid_destinations, staying, widths
+from tokdyn.ops.keeping import check_eager, fit_mask, mask_of
+from tokdyn.ops.matching import some_channels
+from tokdyn.ops.merging import Merging, match, match_parts, merge, merged_away, unmerge
 from tokdyn.ops.pack import packing_of
+from tokdyn.ops.precision import exact
 from tokdyn.ops.schedules import at
 from tokdyn.ops.weighting import KeyBias, size_bias
+from tokdyn.ops.windows import tiling
 from tokdyn.tokens import Grid, cells
+from tokdyn.trace.matchings import MatchingMemory, Matchings
 
 Call = Callable[..., Any]
 _BIAS = "key_bias"  # attention with an argument of this name adds it to the logits of its keys itself
-
-
-@dataclass
-class Matchings:
-    """What the blocks of one call share.
-
-    Attributes:
-        destinations: destinations that depend on cell and noise level only, by samples and source of the view, and by
-            the place where the tokens of an image begin.
-        plans: matchings that several blocks use, by sublayer, window of `reuse` blocks and source of the view. For each
-            sample (its position in the batch, and the number of its part) the matching that it is part of, and its
-            position there.
-        windows: plans of single windows, for blocks that are compiled by themselves.
-    """
-
-    destinations: dict[Hashable, Destinations] = field(default_factory=dict)
-    plans: dict[Hashable, dict[tuple[int, int], tuple[Merging, int]]] = field(default_factory=dict)
-    windows: dict[int, dict[Hashable, dict[tuple[int, int], tuple[Merging, int]]]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -61,45 +48,27 @@ class MergedTokens(Sublayer):
         first: index of the first block in which tokens are merged.
         last: index of the last.
         slot: slot of the call's `Matchings`.
+        memory: matchings that later steps reuse.
     """
 
     method: TokenMerge
     first: int
     last: int
     slot: int
+    memory: MatchingMemory = field(default_factory=MatchingMemory)
 
     def around(self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any]) -> Any:
         """Merge, compute and unmerge in the sublayers and blocks of the settings; elsewhere compute only."""
         wanted = site.kind != "stream" and self.method.where in (site.kind, "both")
         if not wanted or not self.first <= site.block <= self.last:
             return call(**named)
-        ratio = self.method.ratio
-        if isinstance(ratio, float):
-            return self._merged(frame, view, site, call, named, [ratio] * view.batch)
-        ratios = [at(ratio, level) for level in frame.context.levels(view)]
-        if view.packing is not None or len(set(ratios)) == 1:
+        ratio, context = self.method.ratio, frame.context
+        ratios = [ratio] * view.batch if isinstance(ratio, float) else [at(ratio, x) for x in context.levels(view)]
+        away: Sequence[Any] = ratios if context.settings.keep is None else self._away(context, view, ratios)
+        if view.packing is not None or len(set(away)) == 1:
             return self._merged(frame, view, site, call, named, ratios)
-        return self._by_ratio(frame, view, site, call, named, ratios)
-
-    def __post_init__(self) -> None:  # a curve leaves other numbers of tokens at other noise levels
-        self.steady = isinstance(self.method.ratio, float)
-
-    def alike(self, context: CallContext, block: int) -> int:
-        """Return the first block that matches, or uses a matching, as this one does; -1 where nothing is merged."""
-        if not self.first <= block <= self.last:
-            return -1
-        window, place = divmod(block - self.first, self.method.reuse)
-        if self.method.reuse > 1:
-            matchings = self._matchings(context)
-            matchings.plans = matchings.windows.setdefault(window, {})
-        return self.first + min(place, 1)
-
-    def _by_ratio(
-        self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any], ratios: Sequence[float]
-    ) -> Any:
-        """Compute each group of samples with the same ratio, and put the results into the order of the batch."""
-        groups = [[i for i, other in enumerate(ratios) if other == ratio] for ratio in dict.fromkeys(ratios)]
-        check_groups(frame.context.model, site.block, groups, view.batch)
+        groups = [[i for i, other in enumerate(away) if other == count] for count in dict.fromkeys(away)]
+        check_groups(context.model, site.block, groups, view.batch)
         outputs = []
         for part in map(view.take, groups):
             inside = frame._replace(view=part.view)
@@ -109,6 +78,15 @@ class MergedTokens(Sublayer):
         if isinstance(outputs[0], tuple):
             return tuple(torch.cat(results).index_select(0, order) for results in zip(*outputs, strict=True))
         return torch.cat(outputs).index_select(0, order)
+
+    def steady(self, context: CallContext) -> bool:
+        """Whether every call matches anew and merges as many tokens."""
+        return isinstance(self.method.ratio, float) and self.method.reuse_steps == 1 and context.settings.keep is None
+
+    def alike(self, context: CallContext, block: int) -> int:
+        """Return the first block that matches, or uses a matching, as this one does; -1 where nothing is merged."""
+        merges = self.first <= block <= self.last
+        return self.first + self._matchings(context).enter(block - self.first, self.method.reuse) if merges else -1
 
     def _merged(
         self, frame: Frame, view: TokenView, site: Site, call: Call, named: dict[str, Any], ratios: Sequence[float]
@@ -162,33 +140,15 @@ class MergedTokens(Sublayer):
                 return {}
             sample, cell = (values.index_select(0, plan.keep) for values in (packing.sample, packing.cell))
             return {blocks.packing: packing_of(plan.lengths, sample, cell, packing.grid)}
-        following = [argument for argument in blocks.follow if named.get(argument.name) is not None]
-        kept = plan.keep.view(view.batch, -1).remainder(view.room)
-        followed: dict[str, Any] = {}
-        for argument in following:  # an argument may have two token axes
-            value = followed.get(argument.name, named[argument.name])
-            followed[argument.name] = select_tokens(value, argument, blocks, kept, view.room)
-        return followed
+        return select_following(named, blocks, plan.keep.view(view.batch, -1).remainder(view.room), view.room)
 
     def _plan(self, frame: Frame, view: TokenView, site: Site, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
         """Match the input (T, D) of a sublayer, or reuse an earlier block's matching; None if no token is merged."""
-        if self.method.reuse == 1:
-            return self._match(frame.context, view, rows, ratios)
-        key = (site.kind, (site.block - self.first) // self.method.reuse, view.source)
-        plans = self._matchings(frame.context).plans.setdefault(key, {})
-        names = [(sample, view.samples[:place].count(sample)) for place, sample in enumerate(view.samples)]
-        new = [place for place, name in enumerate(names) if name not in plans]
-        if new:  # samples that skipped the block in which the others were matched
-            plan = self._match(frame.context, view, rows, ratios)
-            if plan is None:
-                return None
-            plans.update({names[place]: (plan, place) for place in new})
-        matched = [plans[name] for name in names]
-        first = matched[0][0]
-        whole = len(first.lengths) == view.batch
-        if whole and all(plan is first and place == i for i, (plan, place) in enumerate(matched)):
-            return first
-        return joined([plan.sample(place) for plan, place in matched])
+        context, shared = frame.context, self._matchings(frame.context)
+        if self.method.reuse == 1 and not shared.steps:
+            return self._match(context, view, rows, ratios)
+        key = (site.kind, (site.block - self.first) // self.method.reuse, view.source, view.grid)
+        return shared.plan(key, view.samples, ratios, lambda: self._match(context, view, rows, ratios))
 
     def _match(self, context: CallContext, view: TokenView, rows: Tensor, ratios: Sequence[float]) -> Merging | None:
         """Match the rows (T, D) by their present values; None if no token is merged."""
@@ -196,9 +156,9 @@ class MergedTokens(Sublayer):
             return self._match_images(context, view, rows, ratios[0])
         sizes = view.sizes if len(rows) == sum(view.sizes) else (len(rows) // view.batch,) * view.batch
         into = self._into(context, view, rows, view.grid or context.grid)
-        if not self._spend(context, sizes, into, ratios, rows.shape[1]):
-            return None
-        return match(rows, sizes, into, ratios[0] if len(set(ratios)) == 1 else list(ratios))
+        rows = some_channels(rows, self.method.metric_width)
+        merged = self._spend(context, sizes, into, ratios, rows.shape[1])
+        return match(rows, sizes, into, list(ratios)) if merged else None
 
     def _match_images(self, context: CallContext, view: TokenView, rows: Tensor, ratio: float) -> Merging | None:
         """Match the generated tokens, and on request the tokens of each reference, among themselves."""
@@ -208,51 +168,91 @@ class MergedTokens(Sublayer):
         for number, grid in enumerate(images.references if self.method.references == "merge" else ()):
             at = sum(counts[:number]) if number < images.leading else view.room - sum(counts[number:])
             parts.append((at, grid, TokenView(view.samples, cells(grid), cells(grid), view.device)))
-        pairs, merged, rows = [], False, rows.detach()  # recomputed blocks reuse the matching
+        pairs, merged = list[tuple[Tensor, Destinations]](), False
+        compared = some_channels(rows, self.method.metric_width)
         first = torch.arange(view.batch, device=rows.device)[:, None] * view.room
         for at, grid, part in parts:
             own = (first + torch.arange(at, at + part.room, device=rows.device)).flatten()
-            into = self._into(context, part, rows.index_select(0, own), grid, at)
-            merged |= self._spend(context, part.sizes, into, (ratio,) * view.batch, rows.shape[1])
+            values = rows.index_select(0, own) if self.method.important else rows
+            into = self._into(context, part, values, grid, at, generated=not pairs)
+            merged |= self._spend(context, part.sizes, into, (ratio,) * view.batch, compared.shape[1])
             pairs.append((own, into))
-        return match_parts(rows, (view.room,) * view.batch, pairs, ratio) if merged else None
+        return match_parts(compared, (view.room,) * view.batch, pairs, ratio) if merged else None
 
     def _spend(
         self, context: CallContext, sizes: Sequence[int], into: Destinations, ratios: Sequence[float], width: int
     ) -> bool:
         """Return whether any of the tokens of each sample, `sizes`, are merged; record the FLOPs of matching them."""
-        buckets = into.table.shape[1]
-        merged = [merged_away(size, buckets, ratio) for size, ratio in zip(sizes, ratios, strict=True)]
+        merged = [merged_away(*each) for each in zip(sizes, into.stay, ratios, strict=True)]
         context.trace.fall_short("TokenMerge", ratios, merged, sizes)
-        alike = into.others is not None and len(set(merged)) == 1
-        for size in (size for size, count in zip(sizes, merged, strict=True) if count):
-            context.trace.spend("TokenMerge matching", matching_flops(size, buckets, alike, width))
+        alike = len(set(zip(sizes, merged, strict=True))) == 1
+        for size, count in zip(sizes, merged, strict=True):
+            if count or (into.windows is not None and any(merged)):
+                context.trace.spend("TokenMerge matching", matching_flops(into.pairs(size, alike), width))
         return any(merged)
 
-    def _into(self, context: CallContext, view: TokenView, rows: Tensor, grid: Grid, first: int = 0) -> Destinations:
+    def _into(
+        self, context: CallContext, view: TokenView, rows: Tensor, grid: Grid, first: int = 0, generated: bool = True
+    ) -> Destinations:
         """Choose a destination in every bucket of a grid, for rows (T, D) that begin at `first` among the image tokens.
 
         It is the one with the largest norm, or one chosen by cell, seed and noise level once for all blocks of a call.
+        Of `generated` tokens, those of the user's mask are neither destinations nor merged.
         """
-        bucket, seed = self.method.bucket, self.method.seed
-        if self.method.important:
-            norms = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
-            return destinations(*view.rows(), view.batch, grid, bucket, importance=norms)
-        known, key = self._matchings(context).destinations, (view.samples, view.source, first)
-        if key in known:
+        bucket, seed, important = self.method.bucket, self.method.seed, self.method.important
+        known, key = self._matchings(context).destinations, (view.samples, view.source, view.grid, first)
+        if key in known and not important:
             return known[key]
+        windows = tiling(grid, widths(grid, bucket), self.method.window)
         step = 0 if seed is None else (context.level_tensor(view, rows.device) * 1000).round().long()
-        if view.index is None and view.packing is None:
-            chosen = grid_destinations(view.batch, grid, rows.device, bucket, seed, step)
+        kept = self._kept(context, view) if generated else None
+        if not important and kept is None and view.index is None and view.packing is None:
+            chosen = grid_destinations(view.batch, grid, rows.device, bucket, seed, step, windows)
         else:
-            chosen = destinations(*view.rows(), view.batch, grid, bucket, seed, step)
+            norms = torch.linalg.vector_norm(exact(rows.detach()), dim=1) if important else None
+            cell, sample = view.rows()
+            keep = None if kept is None else kept.to(rows.device)[sample, cell]
+            stay = None if kept is None else self._stay(context, view, grid)
+            chosen = destinations(cell, sample, view.batch, grid, bucket, seed, step, norms, windows, keep, stay)
         known[key] = chosen
         return chosen
 
+    def _away(self, context: CallContext, view: TokenView, ratios: Sequence[float]) -> list[tuple[float, int]]:
+        """Return the ratio of each sample, and how many of its tokens are merged beside a mask of kept ones."""
+        own = view if view.grid is not None else view.generated(context.beside)
+        stay = self._stay(context, own, view.grid or context.grid)
+        return [(each[2], merged_away(*each)) for each in zip(own.sizes, stay, ratios, strict=True)]
+
+    def _stay(self, context: CallContext, view: TokenView, grid: Grid) -> list[int]:
+        """Count the generated tokens of each sample that are not merged, at most, without waiting for a device."""
+        known, key = self._matchings(context).stay, (view.samples, view.source, view.grid)
+        if key not in known:
+            kept = self._kept(context, view)
+            assert kept is not None
+            full = view.index is None and view.packing is None
+            known[key] = staying(kept, grid, self.method.bucket, full)
+        return known[key]
+
+    def _kept(self, context: CallContext, view: TokenView) -> Tensor | None:
+        """Return which generated tokens of a view are kept, (b, n) bool on the host; None without a mask."""
+        mask, shared = context.settings.keep, self._matchings(context)
+        if mask is None:
+            return None
+        check_eager()
+        if shared.kept is None:
+            shared.kept = fit_mask(mask, context.grid, context.trace.batch)
+        return mask_of(shared.kept, context.grid, view.samples, view.grid)
+
     def _matchings(self, context: CallContext) -> Matchings:
-        """Return what the blocks of this call share."""
-        context.slots[self.slot] = context.slots[self.slot] or Matchings()
-        return context.slots[self.slot]  # type: ignore[no-any-return]
+        """Return what the blocks of this call share; some of it is remembered for later steps."""
+        shared: Matchings | None = context.slots[self.slot]
+        if shared is None:
+            shared, steps = Matchings(), self.method.reuse_steps
+            if steps > 1 and not context.training and not torch.compiler.is_compiling():
+                plans = self.memory.of(context.position, steps, context.settings.keep)
+                shared = Matchings(plans, steps=context.position.steps)
+            context.slots[self.slot] = shared
+        return shared
 
 
 def _weighted(
