@@ -9,7 +9,7 @@ default settings, whose cached steps skip the first block too. Exits with 1 if a
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -210,11 +210,11 @@ def diffusers_cache(model: nn.Module, inputs: Inputs) -> Callable[[], None] | No
 
 def cache_dit(model: nn.Module, inputs: Inputs) -> Callable[[], None] | None:
     """Run the trajectory with cache-dit; None if it is not installed."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     try:
         import cache_dit as peer
     except ImportError:
         return None
-    logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
     mask = [int(step in COMPUTED) for step in range(STEPS)]
     config = peer.DBCacheConfig(
         Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0, residual_diff_threshold=1e9,

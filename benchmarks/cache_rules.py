@@ -1,0 +1,340 @@
+"""Time of the caching rules on CPU beside other caches: `python -m benchmarks.cache_rules --out results.json`.
+
+A Flux of 4 double and 8 single blocks and a Wan of 8 blocks, both of width 768, run a trajectory of 25 steps on latents
+that move from noise to an image at their own pace. Each rule gets the threshold with which it computes 13 of
+them; the caches of cache-dit (pip install cache-dit, version 1.5) and of diffusers get the threshold with which they
+compute as many steps of the same trajectory, and run on equal weights, in turn. What is computed is counted by a hook
+in the last block. Prints seconds, FLOPs (a multiply-add is 2) and the ratio of times; exits with 1 if a rule takes more
+than 1.02 of the time of the cache that decides by the same quantity at equal computed steps.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import tokdyn
+from benchmarks import command_line
+from benchmarks.caching import flux
+from tokdyn import FeatureCache
+from tokdyn.adapters import adapter_for
+from tokdyn.bench.timing import in_turn, machine, ratio, write
+
+STEPS = 25
+HALF = 13
+LISTED = tuple(range(0, STEPS, 2))
+BAR = 1.02
+RATIOS = (1.0, *(1.0 + 0.02 * ((step * 7) % 5 - 2) for step in range(1, STEPS)))
+"""Lengths of effects from step to step, as MagCache calibrates them; here only their cost is measured."""
+
+Calls = Sequence[dict[str, Any]]
+"""The arguments of each step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the calls of one trajectory.
+
+    Attributes:
+        build: builds the model, with equal weights each time.
+        calls: the arguments of each step.
+    """
+
+    build: Callable[[], nn.Module]
+    calls: Calls
+
+
+@dataclass
+class Side:
+    """A model with a cache.
+
+    Attributes:
+        run: calls the model through a whole trajectory, from an empty cache on.
+        computed: numbers of the steps that computed the last block in the last trajectory.
+        threshold: with which it ran; None where steps are listed.
+    """
+
+    run: Callable[[], None]
+    computed: list[int] = field(default_factory=list)
+    threshold: float | None = None
+
+
+def moving(*shape: int) -> list[Tensor]:
+    """Latents of each step between noise and an image, nearer to it by unlike amounts."""
+    noise, image = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    return [torch.lerp(image, noise, level) for level in levels()]
+
+
+def levels() -> list[float]:
+    """Noise levels of the steps, from 1 downwards, closer together at both ends."""
+    return [0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / STEPS))) for step in range(STEPS)]
+
+
+def flux_calls(side: int, text: int = 32) -> Calls:
+    """Calls of a Flux for one image of side x side tokens."""
+    words, pooled = torch.randn(1, text, 64), torch.randn(1, 32)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    ids = torch.cat([torch.zeros(side * side, 1), places], dim=1)
+    shared = {
+        "encoder_hidden_states": words,
+        "pooled_projections": pooled,
+        "img_ids": ids,
+        "txt_ids": torch.zeros(text, 3),
+    }
+    pairs = zip(moving(1, side * side, 16), levels(), strict=True)
+    return [{"hidden_states": x, "timestep": torch.full((1,), level), **shared} for x, level in pairs]
+
+
+def wan(blocks: int, heads: int, head: int = 96) -> nn.Module:
+    """Build a Wan of diffusers with random weights."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        num_attention_heads=heads, attention_head_dim=head, num_layers=blocks, ffn_dim=4 * heads * head, freq_dim=256,
+        text_dim=64, in_channels=16, out_channels=16,
+    ).eval()  # fmt: skip
+
+
+def wan_calls(frames: int, side: int, text: int = 32) -> Calls:
+    """Calls of a Wan for one video of frames x side x side tokens."""
+    words = torch.randn(1, text, 64)
+    pairs = zip(moving(1, 16, frames, 2 * side, 2 * side), levels(), strict=True)
+    return [
+        {"hidden_states": x, "timestep": torch.full((1,), 1000 * level), "encoder_hidden_states": words}
+        for x, level in pairs
+    ]
+
+
+def through(model: nn.Module, calls: Calls, begin: Callable[[], Any], around: Callable[[], Any] | None = None) -> Side:
+    """Run a model through the calls and note in which steps the last block is computed.
+
+    Args:
+        model: with its cache.
+        calls: the arguments of each step.
+        begin: empties the cache.
+        around: opens the context of a call, where a cache needs one.
+    """
+    step = [0]
+    side = Side(run=lambda: None)
+    linear = [each for each in last_block(model).modules() if isinstance(each, nn.Linear)][-1]
+    linear.register_forward_hook(lambda *_: side.computed.append(step[0]) if step[0] not in side.computed else None)
+
+    @torch.no_grad()
+    def run() -> None:
+        begin()
+        side.computed.clear()
+        for step[0], arguments in enumerate(calls):
+            if around is None:
+                model(**arguments)
+            else:
+                with around():
+                    model(**arguments)
+
+    side.run = run
+    return side
+
+
+def last_block(model: nn.Module) -> nn.Module:
+    """Return the last block that a model calls."""
+    return list(model.get_submodule(adapter_for(model).blocks[-1].path))[-1]
+
+
+def own(case: Case, **settings: Any) -> Side:
+    """FeatureCache with these settings."""
+    model = tokdyn.wrap(case.build(), [FeatureCache(num_steps=STEPS, **settings)])
+    return through(model, case.calls, lambda: tokdyn.reset(model))
+
+
+def of_diffusers(case: Case, name: str, **settings: Any) -> Side:
+    """A cache of diffusers by the name of its configuration."""
+    import diffusers
+
+    model = case.build()
+    model.enable_cache(getattr(diffusers, name)(**settings))
+    return through(model, case.calls, model._reset_stateful_cache, lambda: model.cache_context("cond"))
+
+
+def of_cache_dit(case: Case, order: int | None = None, **settings: Any) -> Side | None:
+    """DBCache of cache-dit, which computes the first block in every step; None if it is not installed."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
+    try:
+        import cache_dit
+    except ImportError:
+        return None
+    model = case.build()
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, num_inference_steps=STEPS,
+        enable_separate_cfg=False, **settings,
+    )  # fmt: skip
+    forecast = None if order is None else cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
+    cache_dit.enable_cache(model, cache_config=config, calibrator_config=forecast)
+    known = {"cache_config": config} | ({} if forecast is None else {"calibrator_config": forecast})
+    return through(model, case.calls, lambda: cache_dit.refresh_context(model, verbose=False, **known))
+
+
+def at(build: Callable[[float], Side | None], number: int, low: float = 1e-4, high: float = 1e2) -> Side | None:
+    """Search the threshold with which a cache computes a number of steps; the nearest if none does.
+
+    Args:
+        build: makes the side for a threshold.
+        number: of steps to compute.
+        low: a threshold that computes more.
+        high: a threshold that computes fewer.
+    """
+    best: Side | None = None
+    for _ in range(18):
+        threshold = (low * high) ** 0.5
+        side = build(threshold)
+        if side is None:
+            return None
+        side.threshold = threshold
+        side.run()
+        found = len(side.computed)
+        if best is None or abs(found - number) < abs(len(best.computed) - number):
+            best = side
+        if found == number:
+            break
+        low, high = (threshold, high) if found > number else (low, threshold)
+    return best
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "teacache": {},
+    "teacache, first block": {"indicator": "first_block"},
+    "teacache, time": {"indicator": "time"},
+    "magcache": {"rule": "magcache", "ratios": RATIOS, "max_reused": 1},
+    "easycache": {"rule": "easycache"},
+    "seacache": {"rule": "seacache"},
+}
+"""Settings of rules that a threshold decides."""
+PEERS: dict[str, dict[str, Callable[[Case, float], Side | None]]] = {
+    "teacache, first block": {
+        "cache-dit DBCache": lambda case, threshold: of_cache_dit(case, residual_diff_threshold=threshold),
+        "diffusers first block": lambda case, threshold: of_diffusers(
+            case, "FirstBlockCacheConfig", threshold=threshold
+        ),
+    },
+    "magcache": {
+        "diffusers MagCache": lambda case, threshold: of_diffusers(
+            case, "MagCacheConfig", threshold=threshold, max_skip_steps=1, retention_ratio=1 / STEPS,
+            num_inference_steps=STEPS, mag_ratios=torch.tensor(RATIOS),
+        ),
+    },
+}  # fmt: skip
+"""Caches that decide by the same quantity."""
+
+
+def listed(case: Case) -> tuple[dict[str, Side], dict[str, str]]:
+    """Sides that compute listed steps, with every forecast, and which of them are compared."""
+    mask = {
+        "residual_diff_threshold": 1e9, "steps_computation_mask": [int(step in LISTED) for step in range(STEPS)],
+        "steps_computation_policy": "static",
+    }  # fmt: skip
+    sides: dict[str, Side | None] = {"steps": own(case, steps=LISTED)}
+    sides |= {f"steps, forecast {order}": own(case, steps=LISTED, forecast=order) for order in (1, 2, "chebyshev")}
+    sides["cache-dit, mask"] = of_cache_dit(case, **mask)
+    sides["cache-dit, mask, Taylor 1"] = of_cache_dit(case, order=1, **mask)
+    sides["cache-dit, mask, Taylor 2"] = of_cache_dit(case, order=2, **mask)
+    sides["diffusers TaylorSeer 1"] = of_diffusers(
+        case, "TaylorSeerCacheConfig", cache_interval=2, disable_cache_before_step=1,
+        disable_cache_after_step=STEPS - 1, max_order=1, taylor_factors_dtype=torch.float32,
+    )  # fmt: skip
+    pairs = {
+        "cache-dit, mask": "steps",
+        "cache-dit, mask, Taylor 1": "steps, forecast 1",
+        "cache-dit, mask, Taylor 2": "steps, forecast 2",
+        "diffusers TaylorSeer 1": "steps, forecast 1",
+    }
+    found = {name: side for name, side in sides.items() if side is not None}
+    return found, {peer: mine for peer, mine in pairs.items() if peer in found}
+
+
+def measured(case: Case, rounds: int) -> dict[str, Any]:
+    """Time and count a plain trajectory and that of every cache."""
+    model = case.build()
+    sides, pairs = listed(case)
+    for name, settings in OWN.items():
+        mine = at(lambda threshold, settings=settings: own(case, threshold=threshold, **settings), HALF)
+        assert mine is not None
+        sides[name] = mine
+        for peer, build in PEERS.get(name, {}).items():
+            other = at(lambda threshold, build=build: build(case, threshold), len(mine.computed))
+            if other is not None:
+                sides[peer], pairs[peer] = other, name
+    sides["plain"] = through(model, case.calls, lambda: None)
+    times = in_turn({name: side.run for name, side in sides.items()}, rounds, warmup=1)
+    flops = {name: spent(side) for name, side in sides.items()}
+    rows = {
+        name: times[name] | {"computed": len(side.computed), "threshold": side.threshold, "gflops": flops[name] / 1e9}
+        for name, side in sides.items()
+    }
+    return {
+        "rows": rows,
+        "over": {
+            f"{mine} over {peer}": ratio(times, mine, peer)
+            for peer, mine in pairs.items()
+            if len(sides[mine].computed) == len(sides[peer].computed)
+        },
+        "unequal": [f"{mine}, {peer}" for peer, mine in pairs.items()
+                    if len(sides[mine].computed) != len(sides[peer].computed)],
+    }  # fmt: skip
+
+
+def spent(side: Side) -> float:
+    """FLOPs of a trajectory as torch counts them; a multiply-add is 2."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        side.run()
+    return float(counter.get_total_flops())
+
+
+def show(name: str, found: Mapping[str, Any]) -> None:
+    """Print the rows of a case."""
+    table = Table(title=f"{name}: {STEPS} steps")
+    for title in ("cache", "computed", "threshold", "GFLOPs", "seconds", "of plain"):
+        table.add_column(title)
+    plain = found["rows"]["plain"]
+    for row, each in found["rows"].items():
+        threshold = "" if each["threshold"] is None else f"{each['threshold']:.4g}"
+        table.add_row(
+            row, str(each["computed"]), threshold, f"{each['gflops']:.1f}", f"{each['median_ms'] / 1e3:.3f}",
+            f"{each['median_ms'] / plain['median_ms']:.3f}",
+        )  # fmt: skip
+    Console().print(table)
+    for pair, value in found["over"].items():
+        print(f"{pair}: {value:.3f}")
+    for pair in found["unequal"]:
+        print(f"{pair}: no threshold computes as many steps")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and save on request."""
+    options = command_line.start(command_line.parser(__doc__, rounds=7).parse_args(argv))
+    torch.manual_seed(0)
+    cases = {
+        "flux-768x12": Case(lambda: flux(4, 8, 12), flux_calls(16)),
+        "wan-768x8": Case(lambda: wan(8, 8), wan_calls(4, 12)),
+    }
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        found[name] = measured(case, options.rounds)
+        show(name, found[name])
+    missed = [f"{name}: {pair} {value:.3f} of {BAR}" for name, each in found.items()
+              for pair, value in each["over"].items() if value > BAR]  # fmt: skip
+    if options.out:
+        write(options.out, {"machine": machine(), "rounds": options.rounds, "cases": found, "missed": missed})
+    return command_line.finish(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
