@@ -14,7 +14,6 @@ from tests.contract.models import TINY, sample
 from tests.contract.test_trajectories import latents_name
 from tokdyn import FeatureCache
 from tokdyn.adapters import adapter_for
-from tokdyn.attach import attached
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import TEACACHE_FLUX
 
@@ -61,7 +60,7 @@ def cached(name, method, calls, told=STEPS, branches=("cond",), again=1):
             for time in range(again):
                 for here.branch in branches:
                     model(**prompted(name, arguments[time] if again > 1 else arguments, here.branch))
-                    reused = attached(model).records[-1].cached
+                    reused = tokdyn.traces(model)[-1].cached
                     found[here.branch, time].append([place in reused for place in range(2)])
     return {key: list(zip(*rows, strict=True)) for key, rows in found.items()}
 
@@ -294,7 +293,7 @@ def test_a_cancelled_run_leaves_nothing(method):
     with tokdyn.trajectory(model, steps=STEPS):
         for arguments in calls:
             model(**arguments)
-            found.append([place in attached(model).records[-1].cached for place in range(2)])
+            found.append([place in tokdyn.traces(model)[-1].cached for place in range(2)])
     assert list(zip(*found, strict=True)) == expected
 
 
@@ -306,7 +305,7 @@ def test_dc_dit_decides_around_its_own_chunking_by_every_rule(method):
     plain, found = outputs_of("DCDiT", calls), []
     with tokdyn.trajectory(model, steps=STEPS):
         for arguments, expected in zip(calls, plain, strict=True):
-            out, reused = sample(model(**arguments)), attached(model).records[-1].cached
+            out, reused = sample(model(**arguments)), tokdyn.traces(model)[-1].cached
             found.append([place in reused for place in range(2)])
             for place in {0, 1} - reused:
                 torch.testing.assert_close(out[place], expected[place], rtol=0, atol=2e-6)
@@ -354,7 +353,7 @@ def test_the_embedding_of_the_timestep_is_found_in_a_model_that_nobody_declared(
     with tokdyn.trajectory(model, steps=STEPS):
         for x, time in zip(xs, times, strict=True):
             model(x, torch.full((2,), time))
-            found.append([place in attached(model).records[-1].cached for place in range(2)])
+            found.append([place in tokdyn.traces(model)[-1].cached for place in range(2)])
     expected = by_changes(changes, threshold)
     assert mixed([expected])
     assert found == [[reuse, reuse] for reuse in expected]
@@ -420,7 +419,7 @@ def test_a_reused_step_adds_the_last_effect_and_a_computed_one_is_exact(method):
     with tokdyn.trajectory(model, steps=STEPS):
         for arguments, expected in zip(calls, plain, strict=True):
             out = sample(model(**arguments))
-            reused = attached(model).records[-1].cached
+            reused = tokdyn.traces(model)[-1].cached
             for place in range(2):
                 alike = torch.allclose(out[place], expected[place], rtol=0, atol=2e-6)
                 assert alike != (place in reused)
@@ -453,7 +452,7 @@ def test_inputs_that_a_sampler_changes_in_place_are_compared_as_they_were():
         for arguments in calls:
             x.copy_(arguments["hidden_states"])
             sample(model(**{**arguments, "hidden_states": x})).zero_()
-            found.append([place in attached(model).records[-1].cached for place in range(2)])
+            found.append([place in tokdyn.traces(model)[-1].cached for place in range(2)])
     assert list(zip(*found, strict=True)) == cached("DiT", method, calls)["cond", 0]
 
 
@@ -466,7 +465,7 @@ def test_the_rate_of_a_sample_that_begins_another_image_is_unknown_until_two_ste
             x = torch.stack([x[0], torch.randn(x[1].shape, generator=torch.Generator().manual_seed(7))])
         x = 0.97 * x
         model(**{**TINY["DiT"].inputs(2), **TINY["DiT"].at(2, level), "hidden_states": x})
-        found.append([place in attached(model).records[-1].cached for place in range(2)])
+        found.append([place in tokdyn.traces(model)[-1].cached for place in range(2)])
     assert [one for one, _ in found] == [False, False, *[True] * 5]
     assert [two for _, two in found] == [False, False, True, False, False, True, True]
 

@@ -66,6 +66,9 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "weighted": st.booleans(),
         "references": st.sampled_from(("keep", "merge")),
         "reuse": st.integers(1, 3),
+        "reuse_steps": st.sampled_from((1, 1, 2)),
+        "window": st.sampled_from((None, 2, 4)),
+        "metric_width": st.sampled_from((None, 4)),
     },
     "TokenDrop": {"rate": st.sampled_from((0.0, 0.3, 0.5, 0.9)), "blocks": span, "seed": st.integers(0, 3)},
     "DepthSkip": {

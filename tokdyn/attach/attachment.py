@@ -239,7 +239,7 @@ class Attachment(nn.Module):
     def conclude(self, output: Any) -> None:
         """Note what the model returned, for the trajectory and for caches that compare predictions."""
         self.trajectory.note(output)
-        for cache in self.caches:
+        for cache in (each for each in self.caches if isinstance(each, CachedBlocks)):
             cache.note(output)
 
     def end(self) -> None:

@@ -231,3 +231,48 @@ def enter_in_table_of_caches(block: nn.Module) -> None:
         return
     with contextlib.suppress(ValueError):  # diffusers has no caches for this class
         table.register(type(block), dataclasses.replace(table.get(base_class(block))))
+
+
+def compiled_call(frame: Any, module: nn.Module, site: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that calls a block: another one than `call` if torch.compile compiles the block by itself.
+
+    A block in which the handlers do other things from call to call runs as it is, without its compiled code.
+
+    Args:
+        frame: the call of the model.
+        module: the block.
+        site: the site of the block.
+        call: the original call of the block.
+    """
+    if vars(module).get("_compiled_call_impl") is None or torch.compiler.is_compiling():
+        return call
+    sublayers = frame.handlers.sublayers
+    if frame.handlers.kernels or not all(handler.steady(frame.context) for handler in sublayers):
+        kind: Any = base_class(module)
+        return functools.partial(kind._call_impl, module) if kind.__call__ is nn.Module.__call__ else call
+    return functools.partial(_call_compiled, module, site, call) if sublayers else call
+
+
+def _call_compiled(module: nn.Module, site: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a compiled block such that equal blocks share one graph.
+
+    A graph serves another block if all that was read while it was made is the same there. So the sublayers find their
+    sites in themselves and not by their ids, the sites have the number of a block that the handlers treat alike, and
+    what the trace has of earlier blocks is put aside.
+    """
+    frame = current()
+    numbers = {handler.alike(frame.context, site.block) for handler in frame.handlers.sublayers}
+    number = numbers.pop() if len(numbers) == 1 else site.block
+    found = [(vars(part), frame.sites[id(part)]) for part in module.modules() if id(part) in frame.sites]
+    inside = [(held, place) for held, place in found if place.kind in ("attention", "mlp")]
+    context = frame.context
+    whole, context.trace = context.trace, context.trace.blank()
+    for held, place in inside:
+        held["_tokdyn_site"] = dataclasses.replace(place, block=number)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        for held, _ in inside:
+            held.pop("_tokdyn_site", None)
+        whole.absorb(context.trace)
+        context.trace = whole

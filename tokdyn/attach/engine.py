@@ -30,7 +30,7 @@ from tokdyn.attach import class_swap
 from tokdyn.attach.arranged import call_arranged
 from tokdyn.attach.context import is_offloaded
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Exchange, Frame, Inner, Selector, Sublayer, scale_change
-from tokdyn.attach.sites import Site, compiled_call
+from tokdyn.attach.sites import Site
 from tokdyn.attach.view import Part, TokenView
 from tokdyn.errors import InputError
 
@@ -47,7 +47,7 @@ def call_module(frame: Frame, module: nn.Module, plain: Call, args: tuple[Any, .
         return site.unchanged(args, kwargs)
     call = frame.context.residency.around(module, plain) if is_offloaded(module) else partial(plain, module)
     if site.kind == "block":
-        return call_block(frame, module, site, compiled_call(frame, module, site, call), args, kwargs)
+        return call_block(frame, module, site, class_swap.compiled_call(frame, module, site, call), args, kwargs)
     if site.kind == "layer":
         call = partial(call, **kwargs)
         for kernel in frame.handlers.kernels:

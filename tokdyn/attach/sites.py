@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from tokdyn.adapters.base import Blocks, ModelAdapter
@@ -183,51 +181,6 @@ def attach_layers(sites: Sites, block: nn.Module, site: Site, layout: Layout, on
             sites.pop(id(inside), None)
         attach_like(module, block)
         sites[key] = layer_site
-
-
-def compiled_call(frame: Any, module: nn.Module, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that calls a block: another one than `call` if torch.compile compiles the block by itself.
-
-    A block in which the handlers do other things from call to call runs as it is, without its compiled code.
-
-    Args:
-        frame: the call of the model.
-        module: the block.
-        site: the site of the block.
-        call: the original call of the block.
-    """
-    if vars(module).get("_compiled_call_impl") is None or torch.compiler.is_compiling():
-        return call
-    sublayers = frame.handlers.sublayers
-    if frame.handlers.kernels or not all(handler.steady(frame.context) for handler in sublayers):
-        kind: Any = base_class(module)
-        return partial(kind._call_impl, module) if kind.__call__ is nn.Module.__call__ else call
-    return partial(_call_compiled, module, site, call) if sublayers else call
-
-
-def _call_compiled(module: nn.Module, site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a compiled block such that equal blocks share one graph.
-
-    A graph serves another block if all that was read while it was made is the same there. So the sublayers find their
-    sites in themselves and not by their ids, the sites have the number of a block that the handlers treat alike, and
-    what the trace has of earlier blocks is put aside.
-    """
-    frame = current()
-    numbers = {handler.alike(frame.context, site.block) for handler in frame.handlers.sublayers}
-    number = numbers.pop() if len(numbers) == 1 else site.block
-    found = [(vars(part), frame.sites[id(part)]) for part in module.modules() if id(part) in frame.sites]
-    inside = [(held, place) for held, place in found if place.kind in ("attention", "mlp")]
-    context = frame.context
-    whole, context.trace = context.trace, context.trace.blank()
-    for held, place in inside:
-        held["_tokdyn_site"] = replace(place, block=number)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        for held, _ in inside:
-            held.pop("_tokdyn_site", None)
-        whole.absorb(context.trace)
-        context.trace = whole
 
 
 def _block_arguments(block: nn.Module, blocks: Blocks) -> tuple[str, ...]:
