@@ -30,7 +30,7 @@ TINY = [
 ]  # fmt: skip
 LEAVES = [
     ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["tune"], ["eval"], ["convert"],
-    ["models"], ["methods"], ["bench", "flops"], ["bench", "speed"], ["bench", "quality"],
+    ["models"], ["methods"], ["presets"], ["bench", "flops"], ["bench", "speed"], ["bench", "quality"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 
