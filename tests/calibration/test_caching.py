@@ -66,7 +66,7 @@ def test_the_simulation_keeps_to_the_window(settings):
 
 
 def test_rules_without_a_polynomial_are_not_calibrated():
-    with pytest.raises(InputError, match="seacache.*needs no calibration"):
+    with pytest.raises(InputError, match=r"seacache.*needs no calibration"):
         calibrate_cache(TINY["DiT"].build(), trajectory("DiT"), tokdyn.FeatureCache(rule="seacache"))
 
 
