@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 # Before any test imports torch, matplotlib or a hub client.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +27,7 @@ settings.register_profile("tokdyn", deadline=None, derandomize=True, suppress_he
 settings.load_profile("tokdyn")
 
 
+CONTRACT, MANY = Path(__file__).parent / "contract", 8
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square")  # of the text encoders of pipelines
 
 
@@ -41,15 +43,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep a pairwise covering of the tests of each group, `@pytest.mark.pairwise(group, cost=1)`.
 
     The test function is one factor and each parameter another. A test that costs more than others runs as rarely as
-    possible. A test that is named on the command line is all there is to cover, so it always runs.
+    possible. Of other tests of the contract that are repeated for many models or methods, half are kept; a checksum
+    chooses, so that every model is in half of them. A test that is named on the command line always runs.
     """
     if config.getoption("product"):
         return
     groups: dict[str, list[pytest.Item]] = {}
+    alike: dict[str, list[pytest.Item]] = {}
     for item in items:
         if mark := item.get_closest_marker("pairwise"):
             groups.setdefault(mark.args[0], []).append(item)
+        elif CONTRACT in item.path.parents:
+            alike.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out: set[pytest.Item] = set()
+    for each in alike.values():
+        if len(each) >= MANY:
+            left_out.update(item for item in each if crc32(item.nodeid.encode()) % 2)
     for group in groups.values():
         rows = [
             [("test", item.nodeid.split("[")[0]), *((name, str(value)) for name, value in item.callspec.params.items())]

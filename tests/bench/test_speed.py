@@ -74,7 +74,8 @@ def test_methods_of_checkpoints_and_named_models(tmp_path: Path) -> None:
         assert less.gflops < plain.gflops
 
 
-@pytest.mark.parametrize("mode", [pytest.param("sample", marks=pytest.mark.slow), "train"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sample", "train"])
 def test_peak_memory_is_that_of_a_new_process(mode: str) -> None:
     """What this process has used before hides nothing: a call holds at least what its MLPs compute, one or all."""
     config = SpeedConfig(model="DiT-tiny/2", batch=64, mode=mode, memory=True, **QUICK)

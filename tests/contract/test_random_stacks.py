@@ -24,8 +24,11 @@ from tokdyn import CompositionError, FeatureCache, InputError, TokenDrop, Unsupp
 from tokdyn.methods import METHODS, Method
 from tokdyn.testing import LAWS, Case
 
-MODELS = ("DCDiT", "DiT", "FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel")
-MORE = (*MODELS, "DiTTransformer2DModel", "PixArtTransformer2DModel", "LTXVideoTransformer3DModel")
+MODELS = ("DiT", "FluxTransformer2DModel", "WanTransformer3DModel")
+MORE = (
+    *MODELS, "DCDiT", "SD3Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
+    "LTXVideoTransformer3DModel",
+)  # fmt: skip
 DEPTH = 4
 LEVELS = (0.9, 0.8, 0.3)
 REFUSALS = (CompositionError, InputError, UnsupportedModelError)
