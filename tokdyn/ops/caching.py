@@ -25,8 +25,10 @@ def relative_change(now: Tensor, before: Tensor, total: Callable[[Tensor], Tenso
     Returns:
         (B,) fp32; 0 where both are zero, infinity where only `before` is.
     """
-    sums = torch.stack([(now.float() - before.float()), before.float()]).abs().flatten(2).sum(2)
-    difference, length = sums if total is None else total(sums)
+    difference = (now.float() - before.float()).abs().flatten(1).sum(1)
+    length = before.float().abs().flatten(1).sum(1)
+    if total is not None:
+        difference, length = total(torch.stack([difference, length]))
     return torch.where(difference == 0, 0.0, difference / length)
 
 
