@@ -30,7 +30,6 @@ class FeatureCache(Method):
     The effect of the blocks, their output minus their input, is remembered for each guidance branch. A sample whose
     indicator has changed by less than the threshold since its last computed step skips the blocks and gets that effect.
 
-
     Attributes:
         threshold: what a rule accumulates from step to step, such as the relative change of the indicator, is compared
             with it: below it a step is cached. At 0 or less every step is computed.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from tokdyn.ops.destinations import Destinations
 from tokdyn.ops.merging import Merging, joined
-from tokdyn.trace.trajectory import MOST_BRANCHES, Position
+from tokdyn.trace.memory import TrajectoryMemory
+from tokdyn.trace.trajectory import Position
 
 Name = tuple[int, int]
 """A sample: its position in the batch, and the number of its part, where attention splits samples."""
@@ -116,24 +116,8 @@ class BranchMatchings:
     plans: Plans = field(default_factory=dict)
 
 
-@dataclass
-class MatchingMemory:
-    """What is remembered of the current trajectory.
-
-    Attributes:
-        trajectory: number of the trajectory.
-        branches: the memory of each guidance branch; the one that was used last is at the end.
-    """
-
-    trajectory: int = -1
-    branches: OrderedDict[Hashable, BranchMatchings] = field(default_factory=OrderedDict)
-
-    def __reduce__(self) -> Any:
-        return MatchingMemory, ()  # a copy of a model begins its own trajectory
-
-    def clear(self) -> None:
-        """Forget the trajectory."""
-        self.branches.clear()
+class MatchingMemory(TrajectoryMemory[BranchMatchings]):
+    """Which matchings are remembered of the current trajectory."""
 
     def fork(self) -> MatchingMemory:
         """Return a copy that can be changed without an effect on this memory. Tensors are shared."""
@@ -154,9 +138,7 @@ class MatchingMemory:
             steps: how many steps one matching serves.
             mask: the mask of tokens to keep.
         """
-        if position.trajectory != self.trajectory:
-            self.clear()
-            self.trajectory = position.trajectory
+        self.enter(position)
         branch = self.branches.pop(position.branch, None)
         if branch is None or len(branch.images) != len(position.images) or branch.mask is not mask:
             branch = BranchMatchings()
@@ -169,7 +151,5 @@ class MatchingMemory:
             }
             for key, known in branch.plans.items()
         }
-        self.branches[position.branch] = BranchMatchings(position.images, mask, plans)
-        while len(self.branches) > MOST_BRANCHES:
-            self.branches.popitem(last=False)
+        self.put(position, BranchMatchings(position.images, mask, plans))
         return plans

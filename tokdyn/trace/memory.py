@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from tokdyn.ops.easycache import transformation_rate
 from tokdyn.tokens import Routing
 from tokdyn.trace.effects import Effect
 from tokdyn.trace.trajectory import MOST_BRANCHES, Position
+
+Branch = TypeVar("Branch")
 
 
 @dataclass(frozen=True)
@@ -118,28 +120,45 @@ class BranchMemory:
 
 
 @dataclass
-class Memory:
+class TrajectoryMemory(Generic[Branch]):
     """What is remembered of the current trajectory.
 
     Attributes:
         trajectory: number of the trajectory.
-        branches: the memory of each guidance branch; the one that was written last is at the end.
+        branches: what is remembered of each guidance branch; the one that was written last is at the end.
     """
 
     trajectory: int = -1
-    branches: OrderedDict[Hashable, BranchMemory] = field(default_factory=OrderedDict)
+    branches: OrderedDict[Hashable, Branch] = field(default_factory=OrderedDict)
+
+    def __reduce__(self) -> Any:
+        return type(self), ()  # a copy of a model begins its own trajectory
+
+    def clear(self) -> None:
+        """Forget the trajectory."""
+        self.branches.clear()
+
+    def enter(self, position: Position) -> None:
+        """Forget an earlier trajectory than that of a call."""
+        if position.trajectory != self.trajectory:
+            self.clear()
+            self.trajectory = position.trajectory
+
+    def put(self, position: Position, branch: Branch) -> None:
+        """Store what is remembered of the branch that a call belongs to; of too many branches, forget the oldest."""
+        self.branches[position.branch] = branch
+        self.branches.move_to_end(position.branch)
+        while len(self.branches) > MOST_BRANCHES:
+            self.branches.popitem(last=False)
+
+
+class Memory(TrajectoryMemory[BranchMemory]):
+    """What a cache remembers of the current trajectory."""
 
     @property
     def latest(self) -> BranchMemory | None:
         """The memory of the branch that was written last; None before the first."""
         return next(reversed(self.branches.values()), None)
-
-    def __reduce__(self) -> Any:
-        return Memory, ()  # a copy of a model begins its own trajectory
-
-    def clear(self) -> None:
-        """Forget the trajectory."""
-        self.branches.clear()
 
     def fork(self) -> Memory:
         """Return a copy that can be changed without an effect on this memory. Tensors are shared."""
@@ -156,15 +175,6 @@ class Memory:
         Returns:
             The memory; None at the first step of the branch, or if its indicator had another shape.
         """
-        if position.trajectory != self.trajectory:
-            self.clear()
-            self.trajectory = position.trajectory
+        self.enter(position)
         branch = self.branches.get(position.branch)
         return branch if branch is not None and branch.indicator.shape == shape else None
-
-    def put(self, position: Position, branch: BranchMemory) -> None:
-        """Store the memory of the branch that a call belongs to; of too many branches, forget the oldest."""
-        self.branches[position.branch] = branch
-        self.branches.move_to_end(position.branch)
-        while len(self.branches) > MOST_BRANCHES:
-            self.branches.popitem(last=False)
