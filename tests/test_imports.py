@@ -171,6 +171,8 @@ def test_help_with_the_settings_of_pictures_loads_no_torch() -> None:
         "bench flops": "uncond_tail_drop",
         "bench speed": "warmup",
         "bench quality": "timed",
+        "calibrate": "protected",
+        "eval": "extractor",
     }
     statements = [
         "from typer.testing import CliRunner",

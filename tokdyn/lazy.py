@@ -1,8 +1,10 @@
-"""Define values that are computed at their first use."""
+"""Define values that are computed, and names of packages that are loaded, at their first use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -36,3 +38,21 @@ class Lazy(Generic[Value]):
     def close(self) -> None:
         """Release the function that computes the value; afterwards, a value that is not known may not be used."""
         self._read = None
+
+
+def loading(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
+    """Return a `__getattr__` for a package that loads its public names when they are first used (PEP 562).
+
+    Args:
+        package: name of the package, its `__name__`.
+        modules: the module of each name; ".name" is one of the package.
+    """
+
+    def load(name: str) -> object:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(modules[name], package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load

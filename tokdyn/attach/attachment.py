@@ -196,8 +196,7 @@ class Attachment(nn.Module):
         context = open_context(model, adapter, arguments, self.settings, trace, slots, trajectory, guard, counted)
         if images is not None:
             context.readings.images.put(images)
-        recomputable = gradients and (training or not self.remembers)
-        remember = self.replays.remember if recomputable else None
+        remember = self.replays.remember if gradients and (training or not self.remembers) else None
         return Frame(
             context, self.handlers, self.sites(model), remember, TokenView((), 0, 0), BlockTrace(0, 0, 0), Exchange()
         )
@@ -239,8 +238,9 @@ class Attachment(nn.Module):
     def conclude(self, output: Any) -> None:
         """Note what the model returned, for the trajectory and for caches that compare predictions."""
         self.trajectory.note(output)
-        for cache in (each for each in self.caches if isinstance(each, CachedBlocks)):
-            cache.note(output)
+        for handler in (self.handlers.own_chunking, *self.handlers.brackets):  # in every cached step
+            if isinstance(handler, CachedBlocks):
+                handler.note(output)
 
     def end(self) -> None:
         """End the trajectory and clear the caches; its statistics stay until the next one begins."""

@@ -6,25 +6,18 @@ A knob is one way to save FLOPs; a schedule says how strongly each knob acts at 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
+from tokdyn.calibration.config import short_method_name
 from tokdyn.diffusion.settings import GuidanceScale, SchedulerName, Steps
 from tokdyn.files import UserPath
 from tokdyn.prompts import Drawing
 from tokdyn.section import listed
 
-
-def _short_name(knob: Any) -> Any:
-    """Return the short name of the method with this name; other values unchanged."""
-    from tokdyn.methods.registry import short_name  # loads torch
-
-    return short_name(knob)
-
-
-Knob = Annotated[Literal["drop", "uncond", "merge", "skip", "cache"], BeforeValidator(_short_name)]
-PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(_short_name)]
+Knob = Annotated[Literal["drop", "uncond", "merge", "skip", "cache"], BeforeValidator(short_method_name)]
+PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(short_method_name)]
 KNOBS: tuple[Knob, ...] = ("drop", "uncond", "merge", "skip", "cache")
 
 

@@ -5,8 +5,9 @@ The names are loaded when they are first used, so that `tokdyn sample --help` lo
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from tokdyn.lazy import loading
 
 if TYPE_CHECKING:
     from tokdyn.sample.config import SampleConfig
@@ -17,21 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["BudgetResult", "ModelInfo", "SampleConfig", "SampleResult", "StepCost", "load_model", "sample"]
 
-_MODULES = {
-    "BudgetResult": "result",
-    "ModelInfo": "loading",
-    "SampleConfig": "config",
-    "SampleResult": "result",
-    "StepCost": "costs",
-    "load_model": "loading",
-    "sample": "run",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Load a name on first use (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loading(
+    __name__,
+    {
+        "BudgetResult": ".result",
+        "ModelInfo": ".loading",
+        "SampleConfig": ".config",
+        "SampleResult": ".result",
+        "StepCost": ".costs",
+        "load_model": ".loading",
+        "sample": ".run",
+    },
+)

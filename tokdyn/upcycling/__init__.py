@@ -9,8 +9,9 @@ Public names are loaded when they are first used, because the schema of recipes 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from tokdyn.lazy import loading
 
 if TYPE_CHECKING:
     from tokdyn.upcycling.comparison import UpcycleReport, report
@@ -20,18 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["DistilResult", "DistilSettings", "Distillation", "UpcycleReport", "distil", "report", "to_dc", "upcycle"]
 
-_LAZY = {
-    **dict.fromkeys(("UpcycleReport", "report"), "comparison"),
-    **dict.fromkeys(("to_dc", "upcycle"), "conversion"),
-    "Distillation": "distillation",
-    **dict.fromkeys(("DistilResult", "DistilSettings", "distil"), "pipelines"),
-}
-
-
-def __getattr__(name: str) -> object:
-    """Load a public name on first use (PEP 562)."""
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loading(
+    __name__,
+    {
+        **dict.fromkeys(("UpcycleReport", "report"), ".comparison"),
+        **dict.fromkeys(("to_dc", "upcycle"), ".conversion"),
+        "Distillation": ".distillation",
+        **dict.fromkeys(("DistilResult", "DistilSettings", "distil"), ".pipelines"),
+    },
+)
