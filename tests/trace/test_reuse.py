@@ -30,7 +30,7 @@ def decided(method, values, told=None):
     batch = values.shape[1]
     images = tuple(range(batch))
     found = [[False] * batch]
-    branch = BranchMemory(images, values[0], nothing_accumulated(method, batch, values.device))
+    branch = BranchMemory(images, values[0].shape, nothing_accumulated(method, batch, values.device), values[0])
     branch.awaited = [False] * batch, [True] * batch
     branch.note(values[0] + 1)
     for step, value in enumerate(values[1:], 1):

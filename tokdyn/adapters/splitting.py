@@ -18,7 +18,7 @@ def context_parallel(*modules: nn.Module) -> Any:
         config = getattr(held.get("_parallel_config"), "context_parallel_config", None)
         if config is not None:
             return config
-        hook = _splitter(module)
+        hook = _splitter(module) if "_diffusers_hook" in held else None
         if hook is not None:
             return hook.parallel_config
     return None
@@ -26,7 +26,7 @@ def context_parallel(*modules: nn.Module) -> Any:
 
 def splits(module: nn.Module) -> bool:
     """Whether diffusers splits the tokens that a module is called with, before it computes them."""
-    return _splitter(module) is not None
+    return "_diffusers_hook" in vars(module) and _splitter(module) is not None
 
 
 def token_group(*modules: nn.Module) -> Any:
@@ -40,7 +40,6 @@ def token_group(*modules: nn.Module) -> Any:
 
 
 def _splitter(module: nn.Module) -> Any:
-    """Return the hook that splits what a module is called with; None if there is none."""
-    registry = vars(module).get("_diffusers_hook")
-    hooks = {} if registry is None else registry.hooks
+    """Return the hook, among those of diffusers, that splits what a module is called with; None if there is none."""
+    hooks = vars(module)["_diffusers_hook"].hooks
     return next((hook for name, hook in hooks.items() if name.startswith("cp_input")), None)

@@ -138,9 +138,14 @@ class FeatureCache(Method):
         return self.steps is None and self.threshold > 0
 
     @property
+    def needs_indicator(self) -> bool:
+        """Whether the rule compares the indicators of two steps; MagCache's looks up ratios."""
+        return self.decides and self.rule != "magcache"
+
+    @property
     def compares(self) -> bool:
         """Whether the rule compares tensors that depend on the image: tokens, or what goes into the model."""
-        return self.decides and self.rule != "magcache" and self.indicator not in ("time", "projected_time")
+        return self.needs_indicator and self.indicator not in ("time", "projected_time")
 
     def window(self, count: int | None) -> range:
         """Return the steps that may be cached; the first and, where it is known, the last step are not among them.

@@ -25,8 +25,8 @@ def relative_change(now: Tensor, before: Tensor, total: Callable[[Tensor], Tenso
     Returns:
         (B,) fp32; 0 where both are zero, infinity where only `before` is.
     """
-    difference = (now.float() - before.float()).abs().flatten(1).sum(1)
-    length = before.float().abs().flatten(1).sum(1)
+    difference = (now.float() - before.float()).abs_().flatten(1).sum(1)
+    length = before.abs().flatten(1).sum(1, dtype=torch.float32)
     if total is not None:
         difference, length = total(torch.stack([difference, length]))
     return torch.where(difference == 0, 0.0, difference / length)

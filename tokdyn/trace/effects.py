@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -57,10 +58,15 @@ class Effect:
     slots: tuple[Stored, ...] = ()
     histories: tuple[History, ...] = ()
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of memory."""
         return sum(slot.nbytes for slot in self.slots)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the forecast depends on the noise level."""
+        return len(self.slots) > 1
 
     def updated(self, new: Tensor, levels: Sequence[float], reused: Sequence[bool], fresh: Sequence[bool]) -> Effect:
         """Return the effects after a step in which some samples were computed.
@@ -93,9 +99,9 @@ class Effect:
     def at(self, levels: Sequence[float], like: Tensor) -> Tensor:
         """Forecast the effect (B, N, D) at noise levels (B), in the type and on the device of another tensor.
 
-        Sums are computed in fp32; a repeated effect is returned as it was kept.
+        Sums are computed in fp32; a repeated effect is returned as it was kept, and needs no levels.
         """
-        if len(self.slots) == 1:
+        if not self.varies:
             return self.slots[0].load(like).to(like.dtype)
         weights = self._weights(levels).to(like.device, torch.float32)
         total = torch.zeros_like(like, dtype=torch.float32)

@@ -91,8 +91,9 @@ class BranchMemory:
     Attributes:
         images: for each sample an identifier of its image and conditioning; a sample whose identifier has changed is
             computed.
-        indicator: (B, ...) the indicator of the previous step.
+        shape: shape of the indicator.
         since: what has accumulated since the last computed step.
+        indicator: (B, ...) the indicator of the previous step; None if the rule compares none.
         effects: the effect of the blocks on each stream, by its number; 0 is that of the image tokens.
         routing: the latest routing of a DC-DiT; None for other models.
         last: the model in the last computed step; None in caches that do not compare what it predicts.
@@ -101,8 +102,9 @@ class BranchMemory:
     """
 
     images: tuple[Hashable, ...]
-    indicator: Tensor
+    shape: torch.Size
     since: Accumulated
+    indicator: Tensor | None = None
     effects: dict[int, Effect] = field(default_factory=dict)
     routing: Routing | None = None
     last: LastComputed | None = None
@@ -113,6 +115,7 @@ class BranchMemory:
         if self.awaited is None:
             return
         (reused, fresh), self.awaited = self.awaited, None
+        assert self.indicator is not None, "the input of the model, which the rule compares"
         if self.last is None or self.last.output.shape != output.shape:
             self.last = LastComputed(self.indicator, output, torch.full((len(output),), math.nan, device=output.device))
         else:
@@ -177,4 +180,4 @@ class Memory(TrajectoryMemory[BranchMemory]):
         """
         self.enter(position)
         branch = self.branches.get(position.branch)
-        return branch if branch is not None and branch.indicator.shape == shape else None
+        return branch if branch is not None and branch.shape == shape else None

@@ -83,6 +83,7 @@ def _change(
         last = count - 1
         ratios = [ratio_at(method.ratios, min(step, last), count) for step in steps]
         return drift(product, torch.tensor(ratios, dtype=product.dtype))
+    assert branch.indicator is not None, "kept by rules that compare it"
     if method.rule == "easycache":
         if branch.last is None:
             return torch.full_like(branch.since.total, math.nan), product

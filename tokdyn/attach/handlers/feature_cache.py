@@ -94,13 +94,14 @@ class CachedBlocks(Bracket):
         branch = self.memory.get(position, indicator.shape)
         ranks = _ranks(context, block)
         if branch is None:
-            branch = BranchMemory(position.images, indicator, nothing_accumulated(self.method, len(x), x.device))
+            branch = BranchMemory(position.images, indicator.shape, nothing_accumulated(self.method, len(x), x.device))
             fresh, reused = [True] * len(x), [False] * len(x)
         else:
             fresh = [now != before for now, before in zip(position.images, branch.images, strict=True)]
             reused = decide(self.method, position, branch, indicator, fresh, ranks.total)
-            branch.images, branch.indicator = position.images, indicator
-        apart = self.first == 0 and block is not None and splits(block.module)  # into the parts of the processes
+            branch.images = position.images
+        branch.indicator = indicator if self.method.needs_indicator else None
+        apart = ranks.tokens is not None and self.first == 0 and block is not None and splits(block.module)
         reused = self._together(context, branch, reused, ranks.all_of(reused, x.device), apart)
         if self.method.rule == "easycache":
             branch.awaited = reused, fresh
@@ -121,7 +122,7 @@ class CachedBlocks(Bracket):
         method, blocks = self.method, context.adapter.blocks[0] if block is None else block.site.blocks
         if method.indicator == "first_block":
             return context.slots[self.slot]  # type: ignore[no-any-return]
-        if not method.decides or method.rule == "magcache":
+        if not method.needs_indicator:
             return x.detach()
         if method.rule == "easycache":
             found = main_input(context.adapter.telling(context.arguments))
@@ -158,7 +159,7 @@ class CachedBlocks(Bracket):
 
     def note(self, output: Any) -> None:
         """Note what the model returned, if the rule compares predictions. The call is over."""
-        branch = self.memory.latest
+        branch = self.memory.latest if self.method.rule == "easycache" else None
         if branch is None or branch.awaited is None:
             return
         prediction = prediction_in(output)
@@ -202,14 +203,14 @@ class CachedBlocks(Bracket):
             start: (B, N, D) the tokens of the stream before the blocks.
             x: (B, N, D) the tokens after the blocks, which reused samples skipped.
         """
-        reused, effects, levels = state.reused, state.branch.effects, context.levels(state.view)
-        if stream not in effects or not all(reused):
-            effect = effects.get(stream, Effect(self.remembering))
-            effects[stream] = effect.updated((x - start).detach(), levels, reused, state.fresh)
-        context.trace.cache_bytes += effects[stream].nbytes
+        reused, effect = state.reused, state.branch.effects.get(stream)
+        if effect is None or not all(reused):
+            effect, levels = effect or Effect(self.remembering), context.levels(state.view)
+            state.branch.effects[stream] = effect = effect.updated((x - start).detach(), levels, reused, state.fresh)
+        context.trace.cache_bytes += effect.nbytes
         if not any(reused):
             return x
-        restored = start + effects[stream].at(levels, start)
+        restored = start + effect.at(context.levels(state.view) if effect.varies else (), start)
         if all(reused):
             return restored
         return torch.where(torch.tensor(reused, device=x.device).view(-1, 1, 1), restored, x)
