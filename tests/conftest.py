@@ -27,7 +27,7 @@ settings.register_profile("tokdyn", deadline=None, derandomize=True, suppress_he
 settings.load_profile("tokdyn")
 
 
-CONTRACT, MANY = Path(__file__).parent / "contract", 8
+ROOMS, MANY, SHARE = ("contract", "calibration"), 8, 3  # of tests that are repeated MANY times, one in SHARE runs
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square")  # of the text encoders of pipelines
 
 
@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep a pairwise covering of the tests of each group, `@pytest.mark.pairwise(group, cost=1)`.
 
     The test function is one factor and each parameter another. A test that costs more than others runs as rarely as
-    possible. Of other tests of the contract that are repeated for many models or methods, half are kept; a checksum
-    chooses, so that every model is in half of them. A test that is named on the command line always runs.
+    possible. Of other tests of the contract and of calibration that are repeated for many models or methods, a third is
+    kept; a checksum chooses, so that every model is in a third of them. A test that is named on the command line runs.
     """
     if config.getoption("product"):
         return
@@ -53,12 +53,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if mark := item.get_closest_marker("pairwise"):
             groups.setdefault(mark.args[0], []).append(item)
-        elif CONTRACT in item.path.parents:
+        elif item.path.parent.name in ROOMS:
             alike.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out: set[pytest.Item] = set()
     for each in alike.values():
         if len(each) >= MANY:
-            left_out.update(item for item in each if crc32(item.nodeid.encode()) % 2)
+            left_out.update(item for item in each if crc32(item.nodeid.encode()) % SHARE)
     for group in groups.values():
         rows = [
             [("test", item.nodeid.split("[")[0]), *((name, str(value)) for name, value in item.callspec.params.items())]
