@@ -69,7 +69,7 @@ class Blueprint:
     names: tuple[str, ...]
     layouts: tuple[Layout, ...]
 
-    @cached_property
+    @property
     def reduces(self) -> bool:
         """Whether a method lets blocks compute fewer tokens than the grid has."""
         return any(placed.traits.tokens != "full" for placed in self.placed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -52,16 +51,13 @@ class Effect:
         settings: what is remembered.
         slots: effects (B, N, D); a slot may hold effects of different steps for different samples.
         histories: (B) for each sample, where its effects are and at which noise levels they were computed.
+        nbytes: bytes of memory.
     """
 
     settings: Remembering
     slots: tuple[Stored, ...] = ()
     histories: tuple[History, ...] = ()
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return sum(slot.nbytes for slot in self.slots)
+    nbytes: int = 0
 
     @property
     def varies(self) -> bool:
@@ -94,7 +90,7 @@ class Effect:
                 slots[place] = storage.store(new)
             else:
                 slots[place] = storage.replace(slots[place], new, torch.tensor(rows))
-        return Effect(self.settings, tuple(slots), tuple(histories))
+        return Effect(self.settings, tuple(slots), tuple(histories), sum(slot.nbytes for slot in slots))
 
     def at(self, levels: Sequence[float], like: Tensor) -> Tensor:
         """Forecast the effect (B, N, D) at noise levels (B), in the type and on the device of another tensor.
