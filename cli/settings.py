@@ -128,12 +128,15 @@ def _text(info: FieldInfo) -> str:
 
 
 def _attributes(model: type[BaseModel]) -> dict[str, str]:
-    """Read the meaning of each field from the `Attributes:` section of the class docstring."""
-    text = inspect.getdoc(model) or ""
-    _, _, section = text.partition("Attributes:\n")
+    """Read the meaning of each field from the `Attributes:` sections of the docstrings of a class and its bases.
+
+    What a class says of a field goes before what its bases say.
+    """
     meanings: dict[str, str] = {}
-    for entry in re.split(r"\n(?= {4}\w)", section.partition("\n\n")[0]):
-        name, colon, meaning = entry.strip().partition(":")
-        if colon:
-            meanings[re.sub(r"\s*\(.*\)$", "", name)] = " ".join(meaning.split())
+    for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+        _, _, section = inspect.cleandoc(vars(kind).get("__doc__") or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?= {4}\w)", section.partition("\n\n")[0]):
+            name, colon, meaning = entry.strip().partition(":")
+            if colon:
+                meanings[re.sub(r"\s*\(.*\)$", "", name)] = " ".join(meaning.split())
     return meanings

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from tokdyn.errors import InputError
 from tokdyn.section import Section
 
 IMAGES = ("image", "mask_image", "control_image", "last_image", "image_reference")
-
-
 """Arguments of pipelines that hold images, or lists of images."""
+MOST = 100_000
+"""The most steps, frames, and pixels along a side."""
+_COUNTS = ("num_inference_steps", "height", "width", "num_frames", "frames")
+_SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
 
 
 def read_prompts(value: Any) -> Any:
@@ -80,8 +84,50 @@ def _located(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {name: at(value) if name in IMAGES else value for name, value in entry.items()}
 
 
-Prompts = Annotated[tuple[str | dict[str, Any], ...], BeforeValidator(read_prompts), Field(min_length=1)]
+def check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Check the numbers among the arguments of a pipeline: not every pipeline refuses -1 steps, and none refuses NaN.
+
+    Raises:
+        InputError: a number of steps, frames or pixels is no whole number from 1 to 100,000, a guidance scale is
+            negative, a strength is outside of 0 to 1, or a number is not finite.
+    """
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name in _COUNTS and not (number and isinstance(value, int) and 1 <= value <= MOST):
+            raise InputError(f"{name} is {value!r}; give a whole number from 1 to {MOST:,}.")
+        if not _finite(value):
+            raise InputError(f"{name} is {value!r}; give finite numbers.")
+        if name in _SCALES and not (number and value >= 0):
+            raise InputError(f"{name} is {value!r}; give a number of at least 0.")
+        if name == "strength" and number and not 0 <= value <= 1:
+            raise InputError(f"strength is {value!r}; give a number from 0 to 1.")
+
+
+def _finite(value: Any) -> bool:
+    """Return whether there is no NaN and no infinity in a value, a list or a dictionary."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _sound(prompts: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+    """Check the numbers of every prompt."""
+    for place, each in enumerate(prompts, 1):
+        if isinstance(each, dict):
+            try:
+                check_numbers(each)
+            except InputError as error:
+                raise ValueError(f"in prompt {place}, {error}") from error
+    return prompts
+
+
+Prompts = Annotated[
+    tuple[str | dict[str, Any], ...], BeforeValidator(read_prompts), Field(min_length=1), AfterValidator(_sound)
+]
 """Texts, or dictionaries of arguments, such as {prompt: make it night, image: street.png}."""
+Number = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Drawing(Section):
@@ -99,11 +145,11 @@ class Drawing(Section):
     """
 
     prompts: Prompts = ("a photo",)
-    steps: PositiveInt | None = None
+    steps: Number | None = None
     guidance: Annotated[float, Field(ge=0.0)] | None = None
-    height: PositiveInt | None = None
-    width: PositiveInt | None = None
-    frames: PositiveInt | None = None
+    height: Number | None = None
+    width: Number | None = None
+    frames: Number | None = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
 
     @model_validator(mode="after")

@@ -46,6 +46,27 @@ def test_quality_shows_pairs_of_every_stack(pipeline, tmp_path):
             assert np.asarray(image).std() > 5
 
 
+PRESET = """
+family: tiny
+models:
+- name: tiny
+  class: PixArtTransformer2DModel
+  settings: {fast: {methods: [{method: FeatureCache, steps: [0, 2]}]}}
+"""
+
+
+def test_a_stack_may_be_a_preset(pipeline, tmp_path):
+    """By a file here: the tiny pipeline is none of those that have published ones, which is said in words."""
+    (tmp_path / "preset.yaml").write_text(PRESET)
+    named = f"{{name: named, methods: {tmp_path / 'preset.yaml'}}}"
+    run("quality", pipeline, "--stack", named, "--stack", CACHED, *SMALL, f"out={tmp_path / 'q'}")
+    found = json.loads((tmp_path / "q" / "quality.json").read_text())["stacks"]
+    assert found["named"]["psnr"] == found["cached"]["psnr"] is not None
+    shown = run("quality", pipeline, "--stack", "{name: fast, methods: fast}", f"out={tmp_path / 'r'}", code=2)
+    assert "no preset fits this PixArtSigmaPipeline" in shown
+    assert not (tmp_path / "r").exists()
+
+
 def test_many_pairs_are_on_several_pictures_of_the_page(pipeline, tmp_path):
     drawn = open_pipeline(str(pipeline), torch.device("cpu"))
     call = {"num_inference_steps": 1, "height": 16, "width": 16, "use_resolution_binning": False}

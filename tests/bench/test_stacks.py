@@ -80,3 +80,6 @@ def test_repeated_names_missing_models_and_useless_tail_drops_are_refused(dit: s
     (dropping,) = read_stacks(["{name: a, tail_drop: 0.5}"])
     with pytest.raises(TokdynError, match="DiT"):
         open_stack(dropping, dit)
+    (preset,) = read_stacks(["{name: a, methods: fast}"])
+    with pytest.raises(RecipeError, match="methods=fast, a preset"):
+        open_stack(preset, dit)

@@ -60,6 +60,24 @@ def test_rows_name_every_setting() -> None:
     }
 
 
+class Wider(Outer):
+    """A command with more settings.
+
+    Attributes:
+        folder: Where to.
+        count: How many.
+    """
+
+    count: int = 1
+
+
+def test_settings_of_a_base_class_are_explained_once() -> None:
+    table = dict(rows(Wider))
+    assert table["folder"].startswith("Where to. ")
+    assert table["count"].startswith("How many. ")
+    assert table["scheduler"].startswith("Which one ")
+
+
 def test_read_builds_the_model() -> None:
     args = ["runs/a", "--maps", "inner.rate=3e-4", "--interval", "[0.1, 0.5]", "--scheduler=ddim", "--inner.compile"]
     settings = read(args, Outer, ["folder"])

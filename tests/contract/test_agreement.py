@@ -21,11 +21,12 @@ import tokdyn
 from tests.contract.agreement_worker import CACHES, SPLIT, run
 from tests.contract.models import TINY
 from tests.processes import launch
-from tokdyn import DepthSkip, FeatureCache
+from tokdyn import DepthSkip, FeatureCache, TokenMerge
 from tokdyn.errors import InputError
 from tokdyn.ops.caching import relative_change
 from tokdyn.trace.agreement import Ranks
 
+CPU = torch.device("cpu")
 WORKER = Path(__file__).parent / "agreement_worker.py"
 
 
@@ -60,6 +61,36 @@ def test_branches_on_two_ranks_cache_the_same_steps() -> None:
             break
 
 
+@pytest.mark.parametrize("batches", [(1, 2), (63, 64), (100, 3)])
+def test_ranks_whose_batches_differ_are_all_told_so(batches: tuple[int, int]) -> None:
+    """None waits for the other, none goes on, and with equal batches both do."""
+
+    def call(rank: int, group: Any) -> list[Any]:
+        found: list[Any] = []
+        for batch in (batches[rank], max(batches)):
+            try:
+                found.append(Ranks(others=group).all_of([(rank + place) % 3 > 0 for place in range(batch)], CPU))
+            except InputError as error:
+                found.append(str(error))
+        return found
+
+    first, second = on_two_ranks(call)
+    assert first == second
+    assert f"{min(batches)} to {max(batches)} samples" in first[0]
+    assert first[1] == [place % 3 == 1 for place in range(max(batches))]
+
+
+def test_a_model_refuses_a_batch_that_the_other_rank_has_not() -> None:
+    def call(rank: int, group: Any) -> str:
+        model = tokdyn.wrap(TINY["DiT"].build(), [FeatureCache(threshold=0.2)])
+        tokdyn.agree(model, group)
+        with pytest.raises(InputError, match=r"tokdyn\.agree.* 1 to 2 samples") as raised:
+            run(model, "DiT", rank, batch=1 + rank)
+        return str(raised.value)
+
+    assert len(set(on_two_ranks(call))) == 1
+
+
 def test_the_change_of_split_tokens_is_that_of_all() -> None:
     before, now = torch.randn(3, 10, 4), torch.randn(3, 10, 4)
 
@@ -87,6 +118,8 @@ def test_agreement_belongs_to_copies_and_can_be_ended() -> None:
 def test_agreement_needs_a_cache_and_a_group() -> None:
     with pytest.raises(InputError, match=r"DiT .*FeatureCache"):
         tokdyn.agree(tokdyn.wrap(TINY["DiT"].build(), [DepthSkip(blocks=(1,))]), object())
+    with pytest.raises(InputError, match="FeatureCache"):  # matchings of earlier steps are no cached steps
+        tokdyn.agree(tokdyn.wrap(TINY["DiT"].build(), [TokenMerge(reuse_steps=2)]), object())
     with pytest.raises(InputError, match="group is 3"):
         tokdyn.agree(tokdyn.wrap(TINY["DiT"].build(), [FeatureCache()]), 3)
 

@@ -1,5 +1,6 @@
 """What wrapped models cost beside the law that computed equals counted: parts, cached steps, budgets, meta device."""
 
+import math
 from itertools import cycle, product
 
 import pytest
@@ -76,6 +77,36 @@ def test_cached_steps_and_no_trace(name):
     assert cached.cached
     if name != "DCDiT":  # whose chunking around the blocks is left out too
         assert second.total - outside == cached.flops == cached.method_flops
+
+
+@pytest.mark.parametrize("name", ["DiT", "FluxTransformer2DModel", "WanTransformer3DModel"])
+@torch.no_grad()
+def test_the_filter_of_seacache_is_counted(name):
+    """Two transforms of N real values in each of D channels, 2.5 N log2 N operations each."""
+    model, tiny = wrapped(name, [FeatureCache(rule="seacache", threshold=float("inf"))]), TINY[name]
+    sample(model(**{**tiny.inputs(2), **tiny.at(2, 0.9)}))
+    found = tokdyn.flops(model, **{**tiny.inputs(2), **tiny.at(2, 0.8)})
+    cells = math.prod(adapter_for(model).image_tokens(model, tiny.inputs(2)).grid)
+    width = adapter_for(model).width(model)
+    assert found.parts["FeatureCache filter"] == pytest.approx(2 * 5 * width * cells * math.log2(cells), rel=0.01)
+    assert found.total == found.counted
+    sample(model(**{**tiny.inputs(2), **tiny.at(2, 0.8)}))
+    call = tokdyn.stats(model).calls[-1]
+    assert call.cached
+    assert call.methods["FeatureCache filter"] == found.parts["FeatureCache filter"]
+
+
+@pytest.mark.parametrize("size", [(8,), (6, 10), (1, 1)])
+def test_fourier_transforms_are_counted_in_any_form(size):
+    class Both(torch.nn.Module):
+        def forward(self, x):
+            dims = tuple(range(1, x.dim()))
+            spectrum = torch.fft.rfftn(x, dim=dims)
+            return torch.fft.irfftn(spectrum, s=x.shape[1:], dim=dims), torch.fft.fftn(x, dim=dims)
+
+    values = math.prod(size)
+    expected = 3 * (2.5 + 2.5 + 5) * values * math.log2(values)
+    assert tokdyn.cost.count(Both(), torch.randn(3, *size))[0] == pytest.approx(expected, rel=0.02)
 
 
 SIBLINGS = {

@@ -19,6 +19,7 @@ MAG = diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4))
 ACTING = {"Wan": FIRST, "Flux": TAYLOR}  # a cache that changes the images of a pipeline
 METHODS: dict[str, list[Any]] = {
     "merge": [TokenMerge(ratio=0.5)],
+    "merge, matched in every other step": [TokenMerge(ratio=0.5, reuse_steps=2)],
     "skip": [DepthSkip(blocks=(1,))],
     "chunking": [Chunking(target=2)],
     "width": [DynamicWidth(target=0.5)],
@@ -71,6 +72,17 @@ def test_what_cannot_go_together_is_refused_in_either_order(method: Any, config:
         tokdyn.wrap(pipe, [method])
     assert type(pipe.transformer) is kind
     assert not hasattr(pipe.transformer, "tokdyn")
+
+
+@torch.no_grad()
+def test_a_matching_serves_as_many_steps_whether_a_cache_skips_them_or_not() -> None:
+    """diffusers' cache computes the first and last of four steps, of which the last is too late for its matching."""
+    pipes = [build("Flux") for _ in range(2)]
+    for pipe, steps in zip(pipes, (1, 2), strict=True):
+        tokdyn.wrap(pipe, [TokenMerge(ratio=0.5, reuse_steps=steps)])
+        pipe.transformer.enable_cache(diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4)))
+    every, second = (images(pipe, "Flux") for pipe in pipes)
+    assert torch.equal(every, second)
 
 
 @pytest.mark.parametrize("config", [EVERY, MAG], ids=["first block", "magnitudes"])

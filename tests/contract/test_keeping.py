@@ -149,6 +149,20 @@ def test_wrong_masks_and_models_are_refused_by_name():
         pass
 
 
+@pytest.mark.parametrize("method", [TokenMerge(ratio=0.5), TokenDrop(rate=0.5)], ids=["merge", "drop"])
+def test_a_compiled_model_says_how_to_keep_tokens(method):
+    """What the sentence says works. TokenDrop draws at random in training."""
+    model, inputs = tokdyn.wrap(TINY[NAME].build(), [method]), TINY[NAME].inputs(2)
+    model.train(isinstance(method, TokenDrop))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with tokdyn.keeping(model, SIDE):
+        with pytest.raises(Exception, match=r"set_stance\('force_eager'\)"):
+            compiled(**inputs)
+        kept = sample(model(**inputs))
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(sample(compiled(**inputs)), kept) != model.training
+
+
 @torch.no_grad()
 def test_inside_chunking_kept_tokens_that_are_left_are_not_merged():
     model = tokdyn.wrap(TINY[NAME].build(), [Chunking(target=2, router="random"), TokenMerge(ratio=0.4, blocks=(0, 0))])

@@ -212,7 +212,11 @@ def test_examples_ask_for_everything_that_methods_can_ask_of_a_model():
         (True, False, False),
         (False, False, True),
     }
-    assert [each.traits(DEPTH).span for each in FeatureCache.examples()] == [None, (1, 11)]
+    caches = FeatureCache.examples()
+    assert {each.traits(DEPTH).span for each in caches} == {None, (1, 11)}
+    assert {each.traits(DEPTH).needs_grid for each in caches} == {True, False}
+    assert {each.rule for each in caches} == {"teacache", "magcache", "easycache", "seacache"}
+    assert {each.forecast for each in caches} == {0, 1, 2, "chebyshev"}
     skips = DepthSkip.examples()
     assert [each.traits(DEPTH).needs_level for each in skips] == [False, True, True]
     assert [each.learned for each in skips] == [False, False, True]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+import tokdyn
 from tests.contract.pipelines import build
 from tokdyn.errors import InputError
 from tokdyn.pipelines.drawing import call_arguments, draw
@@ -120,6 +121,51 @@ def test_a_prompt_is_one_picture_with_the_noise_of_its_seed(more, match):
         return
     with pytest.raises(InputError, match=match):
         call_arguments(build("Flux"), drawing)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_inference_steps", -1),
+        ("num_inference_steps", 0),
+        ("num_inference_steps", 10**9),
+        ("num_inference_steps", 2.0),
+        ("height", -8),
+        ("height", 10**9),
+        ("width", True),
+        ("num_frames", 0),
+        ("frames", "nine"),
+        ("guidance_scale", float("nan")),
+        ("guidance_scale", -1.0),
+        ("true_cfg_scale", float("inf")),
+        ("sigmas", [1.0, float("nan")]),
+        ("strength", 1.5),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_before_a_pipeline_is_opened(name, value, tmp_path):
+    """PixArt, among others, takes -1 steps, and draws noise."""
+    (tmp_path / "p.json").write_text(json.dumps(["a", {"prompt": "b", name: value}]))
+    for prompts in (str(tmp_path / "p.json"), ["a", {"prompt": "b", name: value}]):
+        with pytest.raises(ValidationError, match=f"in prompt 2, {name} is ") as raised:
+            Drawing(prompts=prompts)
+        assert "\n" not in raised.value.errors()[0]["msg"]
+    with pytest.raises(InputError, match=f"{name} is "):
+        tokdyn.compare(build("DiT"), [tokdyn.TokenMerge()], [1], **{name: value})
+
+
+def test_numbers_that_pipelines_take_are_left_alone():
+    entry = {
+        "prompt": "a", "num_inference_steps": 1, "height": 8, "width": None, "guidance_scale": 0.0, "strength": 1,
+        "sigmas": [1.0, 0.5], "negative_prompt": "nan", "attention_kwargs": {"scale": -0.5},
+    }  # fmt: skip
+    assert Drawing(prompts=[entry]).prompts == (entry,)
+
+
+@pytest.mark.parametrize("name", ["steps", "height", "frames"])
+@pytest.mark.parametrize("value", [0, -8, 10**9, float("nan")])
+def test_settings_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(ValidationError, match=name):
+        Drawing(**{name: value})
 
 
 def test_photos_are_upright(edits):

@@ -153,3 +153,21 @@ def test_a_preset_acts_like_its_methods() -> None:
     arguments["num_inference_steps"] = 8
     with pytest.warns(UserWarning, match="takes 8 steps, not 28"):
         draw()
+
+
+@torch.no_grad()
+def test_a_preset_is_compared_by_its_name() -> None:
+    """`tokdyn.compare` takes what `tokdyn.wrap` takes."""
+    pipe = flux_pipe()
+    pipe.register_modules(vae=vae(16))
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": torch.zeros(1, 6, 12), "pooled_prompt_embeds": torch.zeros(1, 10)}
+    call = {**embeds, "height": 16, "width": 16, "num_inference_steps": 4}
+    compared = tokdyn.compare(pipe, "balanced", [call])
+    assert not tokdyn.pipelines.is_wrapped(pipe)
+    expected = tokdyn.compare(pipe, tokdyn.preset("FLUX.1-dev", "balanced"), [call])
+    assert compared.methods == expected.methods
+    assert (compared.pairs[0].acting == expected.pairs[0].acting).all()
+    with pytest.raises(InputError, match="no setting 'nope'"):
+        tokdyn.compare(pipe, "nope", [call])
+    assert not tokdyn.pipelines.is_wrapped(pipe)

@@ -69,7 +69,10 @@ class Blueprint:
     names: tuple[str, ...]
     layouts: tuple[Layout, ...]
 
-    @property
+    def __post_init__(self) -> None:
+        _ = self.reduces, self.needs_all_tokens  # at its first use, cached_property of Python 3.11 locks
+
+    @cached_property
     def reduces(self) -> bool:
         """Whether a method lets blocks compute fewer tokens than the grid has."""
         return any(placed.traits.tokens != "full" for placed in self.placed)
@@ -187,10 +190,8 @@ class Attachment(nn.Module):
             level = adapter.level(model, arguments)
         training = model.training and gradients
         trace = CallTrace(level, training=training, observed=seen, branch=trajectory.name(seen))
-        guard = None
-        if adapter.inferred:
-            caches = bool(self.handlers.brackets)
-            guard = Guard(type(model).__name__, self.blueprint.sizes.depth, samples(arguments), caches=caches)
+        name, depth, caches = type(model).__name__, self.blueprint.sizes.depth, bool(self.handlers.brackets)
+        guard = Guard(name, depth, samples(arguments), caches=caches) if adapter.inferred else None
         counted = None if self.meter is None else self.meter.counted
         slots: list[Any] = [None] * self.handlers.slots
         context = open_context(model, adapter, arguments, self.settings, trace, slots, trajectory, guard, counted)
@@ -219,7 +220,7 @@ class Attachment(nn.Module):
 
     def replace_handlers(self, change: Callable[[Any], Any]) -> None:
         """Replace every handler by `change(handler)`, for example to observe its calls."""
-        kinds: Any = {name: tuple(change(handler) for handler in getattr(self.handlers, name)) for name in KINDS}
+        kinds: Any = {name: tuple(map(change, getattr(self.handlers, name))) for name in KINDS}
         self.handlers = replace(self.handlers, own_chunking=change(self.handlers.own_chunking), **kinds)
 
     def takes(self, control: str) -> bool:
@@ -285,8 +286,7 @@ def _handlers(blueprint: Blueprint, parts: nn.ModuleDict) -> Handlers:
     built: list[object] = []
     for placed in blueprint.placed:
         module = dict(parts).get(str(placed.index))
-        plan = Plan(placed, module, blueprint.sizes, blueprint.adapter, blueprint.layouts, len(built))
-        built += build_handlers(plan)
+        built += build_handlers(Plan(placed, module, blueprint.sizes, blueprint.adapter, blueprint.layouts, len(built)))
     caches = [each for each in built if isinstance(each, CachedBlocks)] if blueprint.adapter.chunked else []
     return Handlers(
         tuple(each for each in built if isinstance(each, Bracket) and each not in caches),

@@ -208,7 +208,7 @@ def check_cache(model: nn.Module, placed: Sequence[Placed], depth: int, config: 
     kind = type(config).__name__
     for each in placed:
         skipped = each.traits.owns.get("skipping", frozenset())
-        if each.traits.remembers:
+        if "residual of all blocks" in each.traits.owns:
             raise InputError(
                 f"this {type(model).__name__} would have two caches, {each.name} and diffusers' {kind}; leave out one."
             )

@@ -250,7 +250,8 @@ class CallContext:
     def release(self, recomputed: bool) -> None:
         """Release the arguments after the call, and what handlers hold unless its blocks may be recomputed with it."""
         self.arguments, self.readings.followed, self.readings.time = {}, FollowedArguments(), None
-        self.slots[:] = self.slots if recomputed else [None] * len(self.slots)
+        if not recomputed:
+            self.slots[:] = [None] * len(self.slots)
         self.readings.images.close()
         self.readings.position.close()
 
@@ -271,7 +272,7 @@ def open_context(
     The other parameters are attributes of the context; `trace` is a new one, and no slot is filled.
     """
     readings = Readings(
-        Lazy(lambda: _read_images(context)),
+        Lazy(lambda: context.check_images(adapter.image_tokens(model, context.arguments))),
         Lazy(lambda: _read_levels(trace)),
         Lazy(lambda: trajectory.position(trace.observed, trace.batch)),
         FollowedArguments(),
@@ -287,11 +288,6 @@ def _read_levels(trace: CallTrace) -> tuple[float, ...]:
         return tuple(trace.levels.tolist())
     levels = tuple(each.level for each in trace.observed.samples)
     return levels if isinstance(trace.level, Tensor) and trace.level.numel() > 1 else levels[:1]
-
-
-def _read_images(context: CallContext) -> ImageTokens:
-    """Read the grids of a call and check them."""
-    return context.check_images(context.adapter.image_tokens(context.model, context.arguments))
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -260,7 +260,7 @@ def agree(model: nn.Module, group: Any) -> None:
         InputError: the model is not wrapped or has no FeatureCache, or there is no such group.
     """
     attachment = attached(model)
-    if not attachment.remembers:
+    if not any("residual of all blocks" in placed.traits.owns for placed in attachment.blueprint.placed):
         raise InputError(
             f"this {type(model).__name__} is wrapped without FeatureCache, so there is nothing to agree on; wrap it "
             "with tokdyn.FeatureCache."

@@ -26,7 +26,7 @@ from tokdyn.methods import Method
 from tokdyn.pipelines import denoisers, disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
 from tokdyn.pipelines.drawing import draw
 from tokdyn.progress import progress
-from tokdyn.prompts import title_of
+from tokdyn.prompts import check_numbers, title_of
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import Pixels, write_png
 
@@ -182,7 +182,7 @@ class Compared:
 
 def compare(
     pipe: Any,
-    methods: Sequence[Method] | Mapping[str, Sequence[Method]] | None = None,
+    methods: Sequence[Method] | Mapping[str, Sequence[Method]] | str | Path | None = None,
     prompts: Iterable[Any] = (),
     *,
     seed: int = 0,
@@ -199,8 +199,8 @@ def compare(
 
     Args:
         pipe: a pipeline of diffusers. It is left as it was.
-        methods: for all of its denoisers, or a list for each by name, as in `tokdyn.wrap`; None compares what a wrapped
-            pipeline carries.
+        methods: for all of its denoisers, a list for each by name, or a preset such as "fast", as in `tokdyn.wrap`;
+            None compares what a wrapped pipeline carries.
         prompts: a call each: the first argument of the pipeline (a text, or a class), or a dictionary of arguments.
         seed: of the noise of the first prompt; each further one has the next number.
         **call: further arguments of every call, such as `num_inference_steps=28`.
@@ -262,6 +262,7 @@ def _calls(pipe: Any, prompts: Iterable[Any], call: Mapping[str, Any]) -> list[t
     for place, each in enumerate(given):
         named = dict(each) if isinstance(each, Mapping) else {first: [each] if isinstance(each, int) else each}
         text = named.get("prompt") if isinstance(named.get("prompt"), str) else f"{place + 1}"
+        check_numbers({**call, **named})
         result.append((title_of(str(text)), {**call, **named}))
     return result
 

@@ -158,19 +158,13 @@ class QualityConfig(BaseModel):
 
 
 class PipelineBenchConfig(Drawing):
-    """Settings of `tokdyn bench speed` and `bench quality` for a pipeline; null means the default of the pipeline.
+    """Settings of `tokdyn bench speed` and `bench quality` for a pipeline, beside those of `Drawing`.
 
     Attributes:
         model: Folder or hub id of the pipeline.
         out: For quality: folder to write to.
         prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
             arguments, such as {prompt: make it night, image: street.png}. For speed the first one counts.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: The noise of prompt i has the seed `seed` + i.
         rounds: For speed: how often the prompt is drawn without methods and with them, in turn; the median counts.
         precision: Precision of the pipeline's weights.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.

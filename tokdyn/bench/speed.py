@@ -223,10 +223,11 @@ def model_of(config: SpeedConfig, stack: Stack, case: Case) -> Any:
     attachment = attachment_of(model)
     if attachment is None:
         return model
-    if attachment.remembers:
+    across = next((each.name for each in attachment.blueprint.placed if each.traits.remembers), None)
+    if across is not None:
         raise RecipeError(
-            f"The stack {stack.name} has a FeatureCache, which acts across steps and cannot be timed by single calls: "
-            "use tokdyn bench quality."
+            f"The stack {stack.name} has a {across} that acts across steps, which single calls cannot time: use tokdyn "
+            "bench quality."
         )
     return accept_methods(model)  # an untrained method costs what a trained one does
 

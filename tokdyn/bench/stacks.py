@@ -31,7 +31,8 @@ class Stack(BaseModel):
         folder: folder of methods that `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save` wrote. They are attached in
             place of the methods that the model was trained with.
         methods: methods to attach around these, outermost first: a list of {method: NAME, setting: value, ...}. For a
-            pipeline also a list for each denoiser, {transformer: [...], transformer_2: [...]}.
+            pipeline also a list for each denoiser, {transformer: [...], transformer_2: [...]}, or a preset such as fast
+            or FLUX.1-dev/fast.
         tail_drop: share of the kept tokens that a chunking model drops, or points [[noise level, share], ...].
         uncond_tail_drop: tail drop of the unconditional branch (Lite-CFG, arXiv 2603.06351); null takes `tail_drop`.
     """
@@ -41,13 +42,15 @@ class Stack(BaseModel):
     name: Annotated[str, Field(min_length=1)]
     model: str | None = None
     folder: Path | None = None
-    methods: tuple[dict[str, Any], ...] | dict[str, tuple[dict[str, Any], ...]] = ()
+    methods: str | tuple[dict[str, Any], ...] | dict[str, tuple[dict[str, Any], ...]] = ()
     tail_drop: Drop = 0.0
     uncond_tail_drop: Drop | None = None
 
     @field_validator("methods", mode="before")
     @classmethod
     def _methods_are_valid(cls, methods: Any) -> Any:
+        if isinstance(methods, str):
+            return methods
         lists = list(methods.values()) if isinstance(methods, dict) else [methods]
         if not all(isinstance(each, (list, tuple)) and all(isinstance(one, dict) for one in each) for each in lists):
             raise ValueError("give a list such as [{method: TokenMerge, ratio: 0.3}], or one for each denoiser by name")
@@ -59,8 +62,13 @@ class Stack(BaseModel):
         """Build the methods that act on a model.
 
         Raises:
-            RecipeError: they are listed by denoiser, which only pipelines have.
+            RecipeError: they are listed by denoiser, which only pipelines have, or are a preset.
         """
+        if isinstance(self.methods, str):
+            raise RecipeError(
+                f"the stack {self.name} has methods={self.methods}, a preset, which is chosen for a pipeline of "
+                "diffusers; give a model a list such as [{method: TokenMerge, ratio: 0.3}]."
+            )
         if isinstance(self.methods, dict):
             raise RecipeError(
                 f"the stack {self.name} lists methods for the denoisers {', '.join(self.methods)} of a pipeline; give "
@@ -68,8 +76,10 @@ class Stack(BaseModel):
             )
         return [from_settings(each) for each in self.methods]
 
-    def for_pipeline(self) -> list[Method] | dict[str, list[Method]]:
-        """Build the methods that act on all denoisers of a pipeline, or on each by name."""
+    def for_pipeline(self) -> list[Method] | dict[str, list[Method]] | str:
+        """Build the methods that act on all denoisers of a pipeline, or on each by name, or return a preset's name."""
+        if isinstance(self.methods, str):
+            return self.methods
         if not isinstance(self.methods, dict):
             return self.for_model()
         return {name: [from_settings(each) for each in some] for name, some in self.methods.items()}

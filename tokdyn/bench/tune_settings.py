@@ -75,7 +75,7 @@ class TuneConfig(BaseModel):
 
 
 class PipelineTuneConfig(Drawing):
-    """Settings of `tokdyn tune` for a pipeline; null means the default of the pipeline.
+    """Settings of `tokdyn tune` for a pipeline, beside those of `Drawing`.
 
     Attributes:
         model: Folder or hub id of the pipeline.
@@ -89,11 +89,6 @@ class PipelineTuneConfig(Drawing):
         trials: Number of schedules that the search tries.
         finalists: Number of schedules, those with the lowest errors, that are compared on the same prompts with other
             noise, together with the uniform schedule, whose settings are the same at all noise levels.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
         seed: Seed of the search; the noise of prompt i has the seed `seed` + i.
         precision: Precision of the pipeline's weights.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 
 from tokdyn.diffusion.settings import GuidanceScale, SchedulerName, Steps
 from tokdyn.files import UserPath
-from tokdyn.prompts import Prompts
+from tokdyn.prompts import Number, Prompts
 from tokdyn.section import listed
 
 Target = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -82,9 +82,9 @@ class CalibrateConfig(BaseModel):
     max_reused: PositiveInt | None = 3
     count: PositiveInt = 8
     prompts: Prompts | None = None
-    height: PositiveInt | None = None
-    width: PositiveInt | None = None
-    frames: PositiveInt | None = None
+    height: Number | None = None
+    width: Number | None = None
+    frames: Number | None = None
     classes: Annotated[tuple[int | str, ...] | None, BeforeValidator(listed)] = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     batch_size: PositiveInt = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -130,11 +130,32 @@ def _quantised_product(x: tuple[int, ...], *_: Any, out_shape: tuple[int, ...], 
     return 2 * math.prod(out_shape) * x[-1]
 
 
+def _complex_transform(x: tuple[int, ...], axes: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count Fourier transforms of complex values over some axes of n values: 5 n log2 n for each."""
+    return 2 * _real_transforms(x, axes)
+
+
+def _transform(x: tuple[int, ...], axes: Sequence[int], *_: Any, **__: Any) -> int:
+    """Count Fourier transforms of real values (...) over some axes."""
+    return _real_transforms(x, axes)
+
+
+def _inverse_transform(_: Any, axes: Sequence[int], *__: Any, out_shape: tuple[int, ...], **___: Any) -> int:
+    """Count Fourier transforms to real values (...) over some axes."""
+    return _real_transforms(out_shape, axes)
+
+
+def _real_transforms(x: tuple[int, ...], axes: Sequence[int]) -> int:
+    """Count Fourier transforms of real values (...) over axes of n values: 2.5 n log2 n operations for each."""
+    values = math.prod(x[axis] for axis in axes)
+    return math.prod(x) // max(values, 1) * round(2.5 * values * math.log2(max(values, 1)))
+
+
 def operator_formulas() -> dict[Any, Callable[..., int]]:
     """Return FLOP formulas for operators that torch's counter does not know.
 
-    They are attention kernels, fused on CPU and packed on CUDA, and products with quantised weights. Flex attention
-    that is not compiled, which the counter refuses, can be counted from then on.
+    They are attention kernels, fused on CPU and packed on CUDA, products with quantised weights, and Fourier
+    transforms. Flex attention that is not compiled, which the counter refuses, can be counted from then on.
     """
     import torch.nn.attention.varlen  # registers the operator of packed rows
 
@@ -145,5 +166,8 @@ def operator_formulas() -> dict[Any, Callable[..., int]]:
     return {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,
         torch.ops.torch_attn._varlen_attn: _ragged_attention,
+        torch.ops.aten._fft_r2c: _transform,
+        torch.ops.aten._fft_c2r: _inverse_transform,
+        torch.ops.aten._fft_c2c: _complex_transform,
         **{getattr(space, name): _quantised_product for space, name in quantised if hasattr(space, name)},
     }

@@ -1,9 +1,11 @@
 """Compute the FLOPs of what methods compute besides the blocks; a multiply-add is 2 FLOPs.
 
-Matrix products and convolutions count; sums, norms and activations do not.
+Matrix products, convolutions and Fourier transforms count; sums, norms and activations do not.
 """
 
 from __future__ import annotations
+
+import math
 
 from tokdyn.methods.routers import RouterName
 from tokdyn.ops.dechunk import BAND
@@ -48,3 +50,17 @@ def matching_flops(pairs: int, width: int) -> int:
         width: D, or the number of channels that are compared.
     """
     return 2 * pairs * width
+
+
+def filter_flops(grid: Grid, width: int) -> int:
+    """Compute the FLOPs of SeaCache's filter on the features of one image: a Fourier transform and its inverse.
+
+    Each of D transforms of N real values is taken to be `2.5 N log2 N` additions and multiplications, half of what is
+    usual for complex values, whatever algorithm computes it.
+
+    Args:
+        grid: of N cells.
+        width: D.
+    """
+    count = cells(grid)
+    return 2 * width * round(2.5 * count * math.log2(count))

@@ -190,5 +190,14 @@ class FeatureCache(Method):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """Return one example for each indicator."""
-        return cls(), cls(indicator="first_block")
+        """Return examples of where the cache opens, and of all rules, each with another forecast.
+
+        Whether a model has an embedding of the timestep is known only of the model itself, so there is none of those.
+        """
+        return (
+            cls(),
+            cls(indicator="first_block"),
+            cls(rule="seacache", forecast=1),
+            cls(rule="easycache", forecast="chebyshev"),
+            cls(rule="magcache", ratios=(1.0, 0.9), num_steps=2, forecast=2),
+        )

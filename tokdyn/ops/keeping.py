@@ -80,6 +80,6 @@ def check_eager() -> None:
     """
     if torch.compiler.is_compiling():
         raise InputError(
-            "the tokens of a mask are counted in every call, which a graph of torch.compile cannot do; use "
-            "tokdyn.keeping with the model that is not compiled."
+            "tokdyn.keeping counts the tokens of its mask in every call, which no graph of torch.compile can; call the "
+            "model within torch.compiler.set_stance('force_eager'), which compiles nothing, or leave out the mask."
         )

@@ -103,8 +103,8 @@ def _marked(method: Method, entry: Entry) -> Method:
     fields = type(method).model_fields
     if "fingerprint" not in fields or getattr(method, "fingerprint", None):
         return method
-    listed = getattr(method, "steps", None) is not None  # for this number of steps only
-    steps = f"::{getattr(method, 'num_steps', '')}" if listed else ""
+    listed, count = getattr(method, "steps", None) is not None, getattr(method, "num_steps", None)
+    steps = f"::{count}" if listed and count is not None else ""  # for this number of steps only
     return method.model_copy(update={"fingerprint": entry.fingerprint + steps})
 
 

@@ -148,21 +148,13 @@ class SampleConfig(BaseModel):
 
 
 class PipelineSampleConfig(Drawing):
-    """Settings of `tokdyn sample` for a pipeline of diffusers; null means the default of the pipeline.
+    """Settings of `tokdyn sample` for a pipeline of diffusers, beside those of `Drawing`.
 
     Attributes:
         model: Folder or hub id of the pipeline.
         out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
         methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a preset
             file of `tokdyn calibrate`.
-        prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
-            arguments, such as {prompt: make it night, image: street.png}.
-        steps: Steps of the sampler per image.
-        guidance: Guidance scale.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
-        frames: Frames of a video.
-        seed: The noise of prompt i has the seed `seed` + i.
         precision: Precision of the pipeline's weights.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
     """

@@ -21,7 +21,7 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import denoisers
 from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
-from tokdyn.prompts import Drawing, Prompts, title_of
+from tokdyn.prompts import Drawing, Number, Prompts, title_of
 from tokdyn.recorder import evaluating, recording
 from tokdyn.report.grids import image_grid
 from tokdyn.report.pixels import write_png
@@ -62,10 +62,10 @@ class PipelineConfig(Section):
     out: UserPath | None = None
     prompts: Prompts = ("a photo",)
     target: Annotated[float, Field(gt=1.0)] = 4.0
-    sampling_steps: PositiveInt | None = None
+    sampling_steps: Number | None = None
     guidance: Annotated[float, Field(ge=0.0)] | None = None
-    height: PositiveInt | None = None
-    width: PositiveInt | None = None
+    height: Number | None = None
+    width: Number | None = None
     steps: PositiveInt = 1000
     calls: PositiveInt = 1
     lr: Annotated[float, Field(gt=0.0)] = 1e-3

@@ -24,6 +24,7 @@ from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.errors import UnsupportedModelError
 from tokdyn.methods import FeatureCache
+from tokdyn.methods.costs import filter_flops
 from tokdyn.ops.seacache import sea_filter
 from tokdyn.tokens import cells
 from tokdyn.trace.agreement import Ranks
@@ -236,8 +237,8 @@ def _filtered(context: CallContext, view: TokenView, tokens: Tensor, blocks: Blo
     """Filter the generated tokens among what goes into attention (B, N, D), or text and image tokens, on their grid."""
     if blocks.image != "all" and tokens.shape[1] > view.room:
         tokens = view.split(rotate(tokens, context.rotation(blocks)), blocks)[1]
-    before = context.beside[0]
-    generated = tokens[:, before : before + cells(context.grid)]
+    generated = tokens.narrow(1, context.beside[0], cells(context.grid))
+    context.trace.spend("FeatureCache filter", len(tokens) * filter_flops(context.grid, tokens.shape[2]))
     return sea_filter(generated, context.grid, context.level_tensor(view, tokens.device))
 
 
@@ -292,8 +293,7 @@ class FirstBlock(Bracket):
 @handles(FeatureCache)
 def build(plan: Plan) -> Sequence[object]:
     """Build the cache; if the first block is the indicator, also the bracket around that block."""
-    method: FeatureCache = plan.method
-    last = plan.sizes.depth - 1
+    method, last = plan.method, plan.sizes.depth - 1
     if method.indicator == "first_block":
         cache = CachedBlocks(method, 1, last, plan.slot + 1)
         return [FirstBlock(cache, plan.slot, method.compares), cache]
