@@ -11,11 +11,13 @@ PICTURES = Path(__file__).parents[1] / "pictures"
 def main() -> None:
     """Draw what is named."""
     parser = argparse.ArgumentParser(prog="python -m docs.draw", description=__doc__)
-    parser.add_argument("what", nargs="*", choices=["concepts", "cards", "maps"], help="concepts and cards by default")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help="concepts, cards or maps; the first two by default")
     parser.add_argument("--run", type=Path, help="training run of a DC-DiT on procedural shapes, for maps")
     parser.add_argument("--out", type=Path, default=PICTURES, help="folder of the pictures")
     given = parser.parse_args()
     what = given.what or ["concepts", "cards"]
+    if unknown := set(what) - {"concepts", "cards", "maps"}:
+        parser.error(f"there is no {sorted(unknown)[0]} to draw; name concepts, cards or maps")
     if "maps" in what and given.run is None:
         parser.error("maps need --run, the folder of a training run such as `tokdyn train demo out=runs/demo` makes")
     if "concepts" in what:

@@ -80,7 +80,7 @@ def trajectory(folder: Path) -> Path:
     drawing.text(18, 158, "uncond", 13, INK, "start", bold=True)
     for step in range(8):
         x, level = 92 + 82 * step, 1 - step / 7
-        drawing.cells(x, 14, 4, colours(level * noise + (1 - level) * clean, 16))
+        drawing.cells(x, 14, 8, colours(level * noise + (1 - level) * clean, 8))
         for branch in range(2):
             reuse = step in cached[branch]
             drawing.box(x, 96 + 42 * branch, 64, 30, DROPPED if reuse else KEPT, LINE if reuse else KEPT)
@@ -99,7 +99,7 @@ def choice(folder: Path) -> Path:
     drawing = Drawing(760, 208, "Three questions that lead to a method")
     rows = (
         ("Can you train?", "yes", "Chunking, DynamicWidth", "hours; the largest saving", SECOND),
-        ("20 steps or more?", "yes", "FeatureCache", "minutes; neighbouring steps share their work", THIRD),
+        ("20 steps or more?", "yes", "FeatureCache", "a line; neighbouring steps are alike", THIRD),
         ("Many tokens?", "yes", "TokenMerge", "no preparation; attention shrinks", KEPT),
     )
     for row, (question, answer, methods, note, colour) in enumerate(rows):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -16,12 +17,12 @@ from tokdyn.sample import load_model
 from tokdyn.seeds import noise_generator
 
 _IMAGES = (50_003, 50_004, 50_006, 50_005)  # a star, a ring, a heart and a cross outside of the training set
-_LEVEL = 0.3
+_LEVEL, _DROP = 0.3, 0.6
 _DIM = 0.25  # share of its contrast that a cell without detail, or dropped, keeps
 
 
 def keep_map(folder: Path, run: Path) -> Path:
-    """Draw images, their noisy forms, the cells with true detail and the cells that the router of a run keeps.
+    """Draw noisy images, the cells with true detail and the cells that the router of a run keeps at two budgets.
 
     Args:
         folder: where `keep-map.png` is written.
@@ -33,17 +34,21 @@ def keep_map(folder: Path, run: Path) -> Path:
     steps = torch.arange(objective.num_train_timesteps)
     nearest = steps[(objective.level(steps) - _LEVEL).abs().argmin()]
     noised = objective.mix(images, torch.randn(images.shape, generator=noise_generator(0)), nearest.expand(len(images)))
-    with torch.inference_mode():
-        routing = model(noised.x_t, timestep=noised.timestep, class_labels=labels).routing
-    keep = routing.keep.view(-1, *routing.grid)
     masks = data.detail_masks(_IMAGES)
-    truth = torch.nn.functional.adaptive_max_pool2d(masks.float(), keep.shape[1:]).bool()
-    score = detail_score(routing.keep, tuple(routing.grid), masks)
+    keeps, scores = [], []
+    for drop in (0.0, _DROP):
+        with torch.inference_mode():
+            routing = model(noised.x_t, timestep=noised.timestep, class_labels=labels, tail_drop=drop).routing
+        keeps.append(routing.keep.view(-1, *routing.grid))
+        scores.append(detail_score(routing.keep, tuple(routing.grid), masks))
+        share = f"{scores[-1].kept:.1%} of the cells, which hold {scores[-1].recall:.1%} of the detail"
+        print(f"tail drop {drop:g}: keeps {share}, {scores[-1].lift:.2f} of a random choice")
+    truth = torch.nn.functional.adaptive_max_pool2d(masks.float(), keeps[0].shape[1:]).bool()
     rows = (
-        ("image", images, None),
-        ("with noise: what\nthe router sees", noised.x_t, None),
-        ("the truth: cells\nthat hold the shape", images, truth),
-        (f"what the router\nkeeps: {score.kept:.0%} of the cells", images, keep),
+        (f"what the router sees,\nat noise level {_LEVEL:g}", noised.x_t, None),
+        (f"the truth: {truth.float().mean():.0%} of the cells\nhold the shape", images, truth),
+        (f"what the router keeps:\n{scores[0].kept:.0%} of the cells", images, keeps[0]),
+        (f"at tail drop {_DROP:g}:\n{scores[1].kept:.0%} of the cells", images, keeps[1]),
     )
     figure = Figure(figsize=(6.4, 5.6), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots(len(rows), len(_IMAGES))
@@ -54,7 +59,6 @@ def keep_map(folder: Path, run: Path) -> Path:
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10, labelpad=8)
     path = folder / "keep-map.png"
     figure.savefig(path)
-    print(f"kept {score.kept:.1%} of the cells, which hold {score.recall:.1%} of the detail, {score.lift:.2f} of a random choice")
     return path
 
 
@@ -65,15 +69,20 @@ def _show(axes: Axes, pixels: NDArray[np.float32], kept: NDArray[np.bool_] | Non
     if kept is not None:
         mask = kept.repeat(8 * side, 0).repeat(8 * side, 1)
         large = np.where(mask[..., None], large, 0.5 + _DIM * (large.mean(-1, keepdims=True) - 0.5))
-        for axis in (0, 1):
-            for edge in np.argwhere(np.diff(kept.astype(int), axis=axis) != 0):
-                row, column = edge * 8 * side - 0.5
-                step = 8 * side
-                ends = ([column, column + step], [row + step] * 2) if axis == 0 else ([column + step] * 2, [row, row + step])
-                axes.plot(*ends, color="white", linewidth=2.2)
-                axes.plot(*ends, color="black", linewidth=1.0)
+        for colour, width in (("white", 2.6), ("black", 1.2)):  # seen on bright and on dark cells
+            axes.add_collection(LineCollection(_outline(kept, 8 * side), colors=colour, linewidths=width, capstyle="projecting"))
     axes.imshow(large, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _outline(kept: NDArray[np.bool_], side: int) -> list[list[tuple[float, float]]]:
+    """Return the line segments between kept and other cells, in pixels (x, y)."""
+    segments = []
+    for axis in (0, 1):
+        for row, column in np.argwhere(np.diff(kept.astype(int), axis=axis) != 0):
+            top, left = (row + 1 - axis) * side - 0.5, (column + axis) * side - 0.5
+            segments.append([(left, top), (left + side * (1 - axis), top + side * axis)])
+    return segments

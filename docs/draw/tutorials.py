@@ -39,7 +39,7 @@ def method(folder: Path) -> Path:
     drawing.text(385, 32, "attention_reuse_handler.py", 12, MUTED)
     drawing.text(125, 146, "traits: stage, what it owns", 12, INK)
     drawing.text(385, 146, "gets a Frame and a TokenView", 12, INK)
-    for row, reader in enumerate(("wrap, unwrap, disabled", "composition", "save, load, YAML, command line", "stats, flops")):
+    for row, reader in enumerate(("wrap, unwrap, disabled", "composition", "files and command line", "stats, flops")):
         drawing.box(556, 22 + 34 * row, 184, 26, PAPER, LINE, 13)
         drawing.text(648, 39 + 34 * row, reader, 11.5)
     drawing.arrow(482, 85, 550, 85)
@@ -57,7 +57,7 @@ def own_images(folder: Path) -> Path:
         drawing.text(x + 75, 88, what, 11, MUTED)
         drawing.arrow(x + 152, 70, x + 186, 70)
     for index in range(6):
-        drawing.cells(592 + 52 * (index % 3), 24 + 52 * (index // 3), 3, colours(picture(index), 16))
+        drawing.cells(592 + 52 * (index % 3), 20 + 52 * (index // 3), 3, colours(picture(index), 16))
     for column, command in enumerate(("recipes copy", "train", "sample")):
         drawing.text(189 + 190 * column, 124, command, 12, SECOND, bold=True)
     return drawing.save(folder / "own-images.svg")
