@@ -88,7 +88,7 @@ peer: $(STAMP)
 # The site is built from the source alone, in an environment without torch.
 DOCS := $(VENV)-docs
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 	@echo "the site is in site/; open site/index.html, or serve it: $(DOCS)/bin/python -m http.server --directory site"
 
 $(DOCS)/.installed: pyproject.toml
@@ -100,7 +100,7 @@ $(DOCS)/.installed: pyproject.toml
 
 notebooks: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
-	cd docs/tutorials && "$(abspath $(BIN))/jupyter" execute --inplace *.ipynb
+	$(BIN)/python docs/notebooks.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -43,10 +43,14 @@ def reference(packages: Mapping[str, Mapping[str, str | None]] | None = None) ->
         text = [f"# {package}\n\n{summary(package)}\n"]
         for name, same in names.items():
             path = f"{package}.{name}"
-            text.append(f"::: {path}\n" if same is None else f"## `{path}` {{#{path}}}\n\nThe same as [`{same}`][{same}].\n")
+            text.append(
+                f"::: {path}\n" if same is None else f"## `{path}` {{#{path}}}\n\nThe same as [`{same}`][{same}].\n"
+            )
         pages[f"reference/{package}.md"] = "\n".join(text)
         rows.append(f"| [{package}]({package}.md) | {len(names)} | {summary(package)} |")
-    head = "# API reference\n\nEvery public name, by package. Names in `tokdyn` itself are all that most programs need.\n"
+    head = (
+        "# API reference\n\nEvery public name, by package. Most programs need no more than those of `tokdyn` itself.\n"
+    )
     pages["reference/index.md"] = "\n".join([head, "| package | names | what it is for |", "|---|---|---|", *rows, ""])
     return pages
 
@@ -96,7 +100,8 @@ def version() -> str:
 
 
 def on_config(config: Any) -> Any:
-    """Build into a folder named by the version."""
+    """Build into a folder named by the version, and list the pages of the reference in the navigation."""
+    config.nav = [{"Reference": sorted(reference())} if "Reference" in item else item for item in config.nav]
     config.site_dir = str(Path(config.site_dir) / version())
     config.site_name = f"tokdyn {version()}"
     return config
@@ -119,7 +124,7 @@ def on_post_build(config: Any) -> None:
     from mkdocs.exceptions import PluginError
 
     folder = Path(config.site_dir)
-    header, body = (folder / "objects.inv").read_bytes().split(b"zlib.\n", 1)
+    _, body = (folder / "objects.inv").read_bytes().split(b"zlib.\n", 1)
     documented = {line.split(" ", 1)[0] for line in zlib.decompress(body).decode().splitlines()}
     missing = [
         f"{package}.{name}"
@@ -129,8 +134,10 @@ def on_post_build(config: Any) -> None:
     ]
     if missing:
         raise PluginError(f"The API reference lacks {', '.join(missing)}.")
-    versions = sorted((path.parent.name for path in folder.parent.glob("*/objects.inv")), reverse=True)
+    built = (path.parent.name for path in folder.parent.glob("*/objects.inv"))
+    versions = sorted(built, key=lambda name: [int(number) for number in re.findall(r"\d+", name)], reverse=True)
     listed = [{"version": name, "title": name, "aliases": []} for name in versions]
     (folder.parent / "versions.json").write_text(json.dumps(listed), encoding="utf-8")
-    page = f'<!doctype html><meta http-equiv="refresh" content="0; url={versions[0]}/index.html"><a href="{versions[0]}/index.html">tokdyn</a>\n'
+    newest = f"{versions[0]}/index.html"
+    page = f'<!doctype html><meta http-equiv="refresh" content="0; url={newest}"><a href="{newest}">tokdyn</a>\n'
     (folder.parent / "index.html").write_text(page, encoding="utf-8")

@@ -59,7 +59,7 @@ def test_python_runs_block_by_block(page: Path, tmp_path: Path, monkeypatch: pyt
     """A block whose first line is `# name.py` is that file, which later blocks import; each runs without the others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    if page.name == "pipelines.md":
+    if page.name in {"README.md", "pipelines.md"}:
         put_in_place_of_the_hub(monkeypatch)
     files: set[str] = set()
     for number, block in enumerate(blocks(page, "python"), 1):

@@ -1,4 +1,4 @@
-"""Draw the pictures of the pages: `python -m docs.draw [concepts] [cards] [maps --run RUN]`; concepts and cards by default."""
+"""Draw the pictures of the pages: concepts and cards, or with --run the map of a router."""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def token_merge(folder: Path) -> Path:
     drawing = _card("TokenMerge", f"256 tokens share {len(plan.size)} computations")
     drawing.cells(20, 22, 7.5, colours(image, 16))
     drawing.arrow(144, 82, 156, 82)
-    drawing.cells(160, 22, 7.5, colours(shared.reshape(16, 16, 2, 2, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3), 16))
+    drawing.cells(
+        160, 22, 7.5, colours(shared.reshape(16, 16, 2, 2, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3), 16)
+    )
     slot = plan.slot.view(16, 16).numpy()
     for row in range(16):
         for column in range(16):  # a line between neighbours that do not share
@@ -109,7 +111,8 @@ def depth_skip(folder: Path) -> Path:
 def dynamic_width(folder: Path) -> Path:
     """Draw, as a sketch, heads that the noise level turns off."""
     drawing = _card("DynamicWidth", "a sketch: the noise level selects heads")
-    _table(drawing, np.add.outer(np.arange(4) * 2, -np.arange(8)[::-1]) > np.array([1, 0, 2, -1])[:, None], "heads that run")
+    off = np.add.outer(np.arange(4) * 2, -np.arange(8)[::-1]) > np.array([1, 0, 2, -1])[:, None]
+    _table(drawing, off, "heads that run")
     return drawing.save(folder / "card-dynamic-width.svg")
 
 

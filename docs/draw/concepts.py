@@ -16,7 +16,8 @@ def tokens(folder: Path) -> Path:
     image, rank = colours(picture(3), 16), ranked_by_detail(3, 16)
     kept = rank < 64
     side = 8.5
-    for x, head, keep in ((18, "1  grid of cells", None), (196, "2  router", kept), (592, "4  spread over the grid", None)):
+    grids = ((18, "1  grid of cells", None), (196, "2  router", kept), (592, "4  spread over the grid", None))
+    for x, head, keep in grids:
         drawing.text(x + 68, 26, head, bold=True)
         drawing.cells(x, 40, side, image, keep)
     drawing.text(86, 198, "256 cells: one token each", 12, MUTED)
@@ -84,7 +85,8 @@ def trajectory(folder: Path) -> Path:
         for branch in range(2):
             reuse = step in cached[branch]
             drawing.box(x, 96 + 42 * branch, 64, 30, DROPPED if reuse else KEPT, LINE if reuse else KEPT)
-            drawing.text(x + 32, 115 + 42 * branch, "cached" if reuse else "computed", 10.5, INK if reuse else "#ffffff")
+            word, colour = ("cached", INK) if reuse else ("computed", "#ffffff")
+            drawing.text(x + 32, 115 + 42 * branch, word, 10.5, colour)
         drawing.text(x + 32, 192, f"step {step}", 11, MUTED)
         if step:
             drawing.arrow(x - 16, 46, x - 2, 46)

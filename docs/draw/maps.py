@@ -70,7 +70,8 @@ def _show(axes: Axes, pixels: NDArray[np.float32], kept: NDArray[np.bool_] | Non
         mask = kept.repeat(8 * side, 0).repeat(8 * side, 1)
         large = np.where(mask[..., None], large, 0.5 + _DIM * (large.mean(-1, keepdims=True) - 0.5))
         for colour, width in (("white", 2.6), ("black", 1.2)):  # seen on bright and on dark cells
-            axes.add_collection(LineCollection(_outline(kept, 8 * side), colors=colour, linewidths=width, capstyle="projecting"))
+            lines = LineCollection(_outline(kept, 8 * side), colors=colour, linewidths=width, capstyle="projecting")
+            axes.add_collection(lines)
     axes.imshow(large, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])

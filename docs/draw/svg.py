@@ -18,7 +18,8 @@ class Drawing:
         self.parts = [
             f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' role='img' {FONT}>",
             f"<title>{escape(title)}</title>",
-            "<defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'>"
+            "<defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' "
+            "orient='auto'>"
             f"<path d='M0 0 L8 4 L0 8 z' fill='{MUTED}'/></marker></defs>",
             f"<rect width='{width:g}' height='{height:g}' rx='10' fill='{PAPER}'/>",
         ]
@@ -28,11 +29,19 @@ class Drawing:
     ) -> None:
         """Add a rectangle."""
         self.parts.append(
-            f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' rx='{radius:g}' fill='{fill}' stroke='{line}'/>"
+            f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' rx='{radius:g}' fill='{fill}' "
+            f"stroke='{line}'/>"
         )
 
     def text(
-        self, x: float, y: float, text: str, size: float = 13, colour: str = INK, anchor: str = "middle", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = 13,
+        colour: str = INK,
+        anchor: str = "middle",
+        bold: bool = False,
     ) -> None:
         """Add a line of text, whose baseline is at y."""
         weight = " font-weight='bold'" if bold else ""
@@ -50,7 +59,8 @@ class Drawing:
     ) -> None:
         """Add a line."""
         self.parts.append(
-            f"<line x1='{x:g}' y1='{y:g}' x2='{to_x:g}' y2='{to_y:g}' stroke='{colour}' stroke-width='{width:g}'{more}/>"
+            f"<line x1='{x:g}' y1='{y:g}' x2='{to_x:g}' y2='{to_y:g}' stroke='{colour}' "
+            f"stroke-width='{width:g}'{more}/>"
         )
 
     def cells(self, x: float, y: float, side: float, colours: Sequence[Sequence[str]], kept: object = None) -> None:

@@ -49,7 +49,11 @@ def method(folder: Path) -> Path:
 def own_images(folder: Path) -> Path:
     """Draw the way from a folder of photos to a folder of samples."""
     drawing = Drawing(760, 150, "From photos to samples")
-    places = (("photos/cats/*.jpg", "one folder per class"), ("mine.yaml", "the recipe"), ("runs/mine", "weights, log, previews"))
+    places = (
+        ("photos/cats/*.jpg", "one folder per class"),
+        ("mine.yaml", "the recipe"),
+        ("runs/mine", "weights, log, previews"),
+    )
     for column, (name, what) in enumerate(places):
         x = 20 + 190 * column
         drawing.box(x, 40, 150, 60, "#ffffff", KEPT)
@@ -69,7 +73,12 @@ def upcycle(folder: Path) -> Path:
     drawing.text(14, 56, "base: DiT", 13, INK, "start", bold=True)
     drawing.text(14, 160, "student: DC-DiT", 13, INK, "start", bold=True)
     base = (("patches", 150, 92, DROPPED), ("blocks", 330, 190, KEPT), ("head", 596, 92, DROPPED))
-    student = (("encoder", 150, 92, SECOND), ("router", 256, 60, SECOND), ("blocks", 330, 190, KEPT), ("decoder, head", 596, 118, SECOND))
+    student = (
+        ("encoder", 150, 92, SECOND),
+        ("router", 256, 60, SECOND),
+        ("blocks", 330, 190, KEPT),
+        ("decoder, head", 596, 118, SECOND),
+    )
     for y, parts in ((30, base), (134, student)):
         for name, x, width, colour in parts:
             drawing.box(x, y, width, 40, colour, LINE if colour == DROPPED else colour)
@@ -102,7 +111,7 @@ def devices(folder: Path) -> Path:
         x = 420 + 156 * device
         drawing.box(x, 44, 144, 74, "#ffffff", KEPT)
         drawing.text(x + 72, 66, f"GPU {device}", 12, MUTED)
-        drawing.cells(x + 40, 74, 4, [row for row in colours(picture(3), 16)[8 * device : 8 * device + 8]])
+        drawing.cells(x + 40, 74, 4, colours(picture(3), 16)[8 * device : 8 * device + 8])
     drawing.arrow(560, 134, 590, 134)
     drawing.arrow(580, 134, 550, 134)
     drawing.text(570, 160, "one decision of the cache for all", 12, MUTED)
