@@ -20,7 +20,9 @@ def main(names: list[str]) -> None:
         if names and path.stem not in names:
             continue
         began, notebook = time.perf_counter(), nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}, record_timing=False).execute()
+        NotebookClient(
+            notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}, record_timing=False
+        ).execute()
         path.write_text(json.dumps(kept(notebook), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{path.name}: {time.perf_counter() - began:.0f} s")
 

@@ -96,6 +96,23 @@ def test_the_page_on_versions_shows_the_oldest_ones() -> None:
     assert f"| {oldest['python']} and newer | {oldest['torch']} and newer | {oldest['diffusers']} and newer |" in readme
 
 
+def test_the_table_of_what_goes_together_is_what_wrap_does() -> None:
+    lines = re.findall(r"^\| (?:\*\*)?(\w*)(?:\*\*)? \|(.*)\|$", (DOCS / "choosing.md").read_text(), re.MULTILINE)
+    names, *rows = [
+        (name, [cell.strip() for cell in cells.split("|")]) for name, cells in lines if cells.count("|") == 5
+    ]
+    model = tokdyn.bases.open_base("shapes")
+    assert {name for name, _ in rows} < set(names[1])
+    for name, cells in rows:
+        for other, cell in zip(names[1], cells, strict=True):
+            stack = [getattr(tokdyn, name)(), getattr(tokdyn, other)()]
+            if cell.startswith("no"):
+                with pytest.raises(tokdyn.CompositionError):
+                    tokdyn.wrap(model, stack)
+            elif cell.startswith("yes"):
+                tokdyn.unwrap(tokdyn.wrap(model, stack))
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
