@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 test test-all test-oldest demo lint: export MPLBACKEND ?= Agg
 test test-all test-oldest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all test-oldest bench mutants peer lint format wheel clean
+.PHONY: help setup demo test test-all test-oldest bench mutants peer docs notebooks lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,8 @@ help:
 	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
 	@echo "make mutants [ROOM=ops] [SAMPLE=300]  make mistakes one at a time, count what tests notice (hours)"
 	@echo "make peer TESTS=../diffusers [FILES=...]  run diffusers' own tests on wrapped models, list what is lost (hours)"
+	@echo "make docs    build the site of the documentation into site/ (a minute)"
+	@echo "make notebooks  run the notebooks of docs/tutorials and keep what they print and draw (minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make wheel   build dist/*.whl from the tracked files"
@@ -83,6 +85,23 @@ peer: $(STAMP)
 	$(BIN)/python tests/peer $(if $(filter file,$(origin TESTS)),,$(TESTS) $(FILES)) --jobs $(or $(PEER_JOBS),1) \
 		$(if $(KNOWN),--known) $(if $(LIST),--results tests/peer/results.md) --out runs/peer/report
 
+# The site is built from the source alone, in an environment without torch.
+DOCS := $(VENV)-docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+	@echo "the site is in site/; open site/index.html, or serve it: $(DOCS)/bin/python -m http.server --directory site"
+
+$(DOCS)/.installed: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		>$(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(DOCS)/requirements.txt
+	@touch $@
+
+notebooks: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	$(BIN)/python docs/notebooks.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,4 +117,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VENV)-mutants $(OLDEST) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-mutants $(DOCS) $(OLDEST) build site dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

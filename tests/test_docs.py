@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +55,42 @@ def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to")  # torch 2.10, of diffusers' own functions
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs_block_by_block(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block whose first line is `# name.py` is that file, which later blocks import; each runs without the others."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokdyn.adapters.registry.REGISTERED", [])
-    if page.name == "pipelines.md":
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if page.name in {"README.md", "pipelines.md"}:
         put_in_place_of_the_hub(monkeypatch)
-    methods = dict(METHODS)
-    names: dict[str, Any] = {"__name__": "__main__"}
+    files: set[str] = set()
+    for number, block in enumerate(blocks(page, "python"), 1):
+        named = re.match(r"# (\w+)\.py\n", block)
+        if named:
+            (tmp_path / f"{named[1]}.py").write_text(block)
+            files.add(named[1])
+        with registries_as_before(), monkeypatch.context() as patch:
+            for name in files:
+                patch.delitem(sys.modules, name, raising=False)
+            if named:
+                importlib.import_module(named[1])
+            else:
+                where = f"{page.name}, Python block {number}"
+                exec(compile(block, where, "exec"), {"__name__": "__main__"})
+            for name in files:
+                sys.modules.pop(name, None)
+
+
+@contextmanager
+def registries_as_before() -> Iterator[None]:
+    """Forget the methods and adapters that a block registers."""
+    from tokdyn.adapters import registry
+
+    methods, adapters = dict(METHODS), list(registry.REGISTERED)
     try:
-        for number, block in enumerate(blocks(page, "python"), 1):
-            exec(compile(block, f"{page.name}, Python block {number}", "exec"), names)
+        yield
     finally:
-        METHODS.clear()  # a page may register a method
+        METHODS.clear()
         METHODS.update(methods)
+        registry.REGISTERED[:] = adapters
 
 
 @pytest.mark.parametrize("words", commands())

@@ -22,7 +22,8 @@ from tokdyn.files import json_object, replacing
 from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings, to_settings
 
-CONFIG, WEIGHTS = "tokdyn_config.json", "tokdyn.safetensors"
+CONFIG = "tokdyn_config.json"  # two assignments: the API reference resolves no names in a tuple
+WEIGHTS = "tokdyn.safetensors"
 _FUNCTION = "function"  # in place of a noise level that is computed by a function, which no file can hold
 Model = TypeVar("Model", bound=nn.Module)
 

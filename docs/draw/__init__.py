@@ -1,0 +1,1 @@
+"""Draw the pictures of the pages: `python -m docs.draw` writes them to docs/pictures."""
