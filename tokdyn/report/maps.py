@@ -25,9 +25,9 @@ from tokdyn.report.pixels import Pixels
 from tokdyn.report.style import INK, MUTED, figure_style, save_figure, with_drawable_letters
 
 _CELL = 8  # smallest width of a drawn cell in pixels
-_FADED = 0.22  # share of its colour that a dropped cell keeps
-_PAPER = 246  # grey level that a dropped cell fades to
-_BORDER = 0.45  # share of its brightness that the border of the kept cells loses
+_MIX = 0.75  # share of the hatch in a dropped cell
+_BRIGHT, _DARK = 150, 90  # grey levels of the hatch
+_PERIOD, _STROKE = 6, 2  # distance and width of its bright lines in pixels, along a row
 _TILE = 1.2  # width of a picture in inches
 _LETTERS = 12  # letters of a row's name per inch
 
@@ -111,7 +111,10 @@ class MapRecorder:
 
 
 def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
-    """Fade the dropped cells of an image, and darken the border of the kept ones.
+    """Hatch the dropped cells of an image in grey, and outline the kept ones.
+
+    Hatch and outline do not depend on the image, so that kept and dropped cells can be told apart whether it is bright,
+    dark or coloured. A kept cell shows the image itself. `page.js` draws the same in pages.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -125,12 +128,18 @@ def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
     image = repeat(pixels, "h w rgb -> (h rows) (w columns) rgb", rows=factor, columns=factor).astype(np.float32)
     rows = np.arange(len(image)) * keep.shape[0] // len(image)
     columns = np.arange(image.shape[1]) * keep.shape[1] // image.shape[1]
-    mask = keep[rows][:, columns]
-    padded = np.pad(mask, 1, constant_values=True)  # the edge of the image does not count as a border
-    interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    faded = np.where(mask[..., None], image, _FADED * image + (1.0 - _FADED) * _PAPER)
-    faded = np.where((mask & ~interior)[..., None], (1.0 - _BORDER) * faded, faded)
-    shaded: Pixels = faded.round().astype(np.uint8)
+    kept = keep[np.ix_(rows, columns)]
+    diagonal = np.add.outer(np.arange(len(image)), np.arange(image.shape[1])) % _PERIOD
+    hatch = np.where(diagonal < _STROKE, _BRIGHT, _DARK)[..., None]
+    image = np.where(kept[..., None], image, (1.0 - _MIX) * image + _MIX * hatch)
+    edge = np.zeros_like(kept)
+    across, down = kept[:, 1:] != kept[:, :-1], kept[1:] != kept[:-1]
+    edge[:, 1:] |= across
+    edge[:, :-1] |= across
+    edge[1:] |= down
+    edge[:-1] |= down
+    image[edge] = np.where(kept[edge], 255.0, 0.0)[:, None]
+    shaded: Pixels = (image + 0.5).astype(np.uint8)
     return shaded
 
 
