@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 from tokdyn.errors import DataError, InputError
+from tokdyn.report.charts import Line, chart
+from tokdyn.report.html import Html
 from tokdyn.report.style import COLOURS, INK, MARKERS, MUTED, figure_style, save_figure
 
 
@@ -153,6 +155,20 @@ def draw_pareto(
         if note:
             figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=MUTED)
         return save_figure(figure, path)
+
+
+def pareto_chart(
+    points: Sequence[ParetoPoint], cost_name: str, quality_name: str, higher_is_better: bool = False
+) -> Html:
+    """Return the same as a chart of a page, which shows the label of a point under the pointer; arguments as above."""
+    lines = []
+    for name in dict.fromkeys(point.series for point in points):
+        own = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
+        values = [point.cost for point in own], [point.quality for point in own]
+        lines.append(Line(name, *values, [point.label for point in own], joined=False))
+    front = [(point.cost, point.quality) for point in frontier(points, higher_is_better)]
+    title = f"{quality_name} ({'higher' if higher_is_better else 'lower'} is better)"
+    return chart(lines, title, cost_name, quality_name, front=front)
 
 
 def _draw_frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[ParetoPoint]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.progress import progress
 from tokdyn.report.charts import Line, bars, chart
 from tokdyn.report.explorer import explorer
-from tokdyn.report.html import Html, code, facts, image_uri, join, picture, table, tag
+from tokdyn.report.gallery import Column, gallery, side_by_side
+from tokdyn.report.html import Html, code, facts, join, table, tag
 from tokdyn.report.page import Page, described
-from tokdyn.report.pareto import ParetoPoint, frontier
+from tokdyn.report.pareto import ParetoPoint, pareto_chart
 from tokdyn.run_report.folders import RESULTS, Folder, curve, quality_points, read_folder, shown
 from tokdyn.run_report.parts import NOTE
 from tokdyn.run_report.sampled import Budget, Sampled, budgets_of, open_run, sample_run
@@ -102,7 +103,7 @@ def build(config: ReportConfig, runs: Sequence[Run], paths: Sequence[str]) -> Pa
             if each.frames
         ),
     )
-    page.add("Budgets", *(join((_heading(name, drawn), _budgets(each))) for name, each in drawn.items()))
+    page.add("Budgets", _budgets(drawn))
     page.add("Quality against cost", _pareto(runs, drawn))
     page.add("Where FLOPs and time go", _parts(drawn))
     page.add("Samples", *(join((_heading(name, drawn), _samples(each))) for name, each in drawn.items()))
@@ -112,7 +113,7 @@ def build(config: ReportConfig, runs: Sequence[Run], paths: Sequence[str]) -> Pa
     return page
 
 
-def _heading(name: str, runs: dict[str, Sampled]) -> Html:
+def _heading(name: str, runs: Mapping[str, Sampled]) -> Html:
     """Return the name of a run as a heading, if there are several runs."""
     return tag("h3", name) if len(runs) > 1 else Html("")
 
@@ -149,58 +150,41 @@ def sampled(run: Run) -> Sampled:
     return run.sampled
 
 
-def _cost(budget: Budget) -> str:
-    """Return kept share, GFLOPs and ms of a budget."""
+def _cost(budget: Budget) -> list[str]:
+    """Return kept share, GFLOPs and ms of a budget, a line each."""
     kept = "all tokens" if budget.kept is None else f"{budget.kept:.1%} kept"
-    flops = "" if budget.gflops is None else f"{budget.gflops:.3f} GFLOPs, "
-    return f"{kept}\n{flops}{budget.milliseconds:.1f} ms"
+    flops = [] if budget.gflops is None else [f"{budget.gflops:.3f} GFLOPs"]
+    return [kept, *flops, f"{budget.milliseconds:.1f} ms"]
 
 
-def _budgets(run: Sampled) -> Html:
-    """Return the first images of all budgets beside each other, with the costs above."""
-    heads = [
-        tag("th", budget.name, *(tag("small", line) for line in _cost(budget).split("\n")), scope="col")
-        for budget in run.budgets
-    ]
-    rows = []
-    for index, name in enumerate(run.names[:_COMPARED]):
-        cells = []
-        for budget in run.budgets:
-            pixels = budget.images[index]
-            height, width = pixels.shape[:2]
-            cells.append(
-                tag(
-                    "td",
-                    tag(
-                        "img", src=image_uri(pixels), alt=f"{name}, {budget.name}", width=width, height=height,
-                        loading="lazy", class_="cells" if width <= 96 else None,
-                    ),
-                )
-            )  # fmt: skip
-        seed = tag("small", f"seed {run.job.config.seed + index}", class_="note")
-        rows.append(tag("tr", tag("th", name, seed, scope="row"), *cells))
-    head = tag("thead", tag("tr", tag("td"), *heads))
-    return tag(
-        "div",
-        tag("table", head, tag("tbody", *rows)),
-        class_="scroll budgets",
-        tabindex="0",
-        role="region",
-        aria_label="budgets",
-    )
+def _budgets(drawn: Mapping[str, Sampled]) -> Html:
+    """Return the first images of all budgets beside each other; runs that draw the same classes are in one table."""
+    groups: dict[tuple[str, ...], list[tuple[str, Sampled]]] = {}
+    for name, each in drawn.items():
+        groups.setdefault(each.names[:_COMPARED], []).append((name, each))
+    tables = []
+    for names, members in groups.items():
+        columns = [
+            Column(
+                budget.name if len(drawn) == 1 else f"{name}, {budget.name}",
+                _cost(budget),
+                list(budget.images[:_COMPARED]),
+            )
+            for name, each in members
+            for budget in each.budgets
+        ]
+        first = members[0][1].job.config.seed
+        tables.append(side_by_side(columns, names, [f"seed {first + place}" for place in range(len(names))]))
+    return join(tables)
 
 
 def _samples(run: Sampled) -> Html:
     """Return all images of the largest budget."""
-    first = run.budgets[0]
-    tiles = [
-        picture(pixels, f"{name}, seed {run.job.config.seed + index}", name)
-        for index, (name, pixels) in enumerate(zip(run.names, first.images, strict=True))
-    ]
-    return tag("div", *tiles, class_="tiles")
+    seeds = [f"seed {run.job.config.seed + place}" for place in range(len(run.names))]
+    return gallery(list(run.budgets[0].images), run.names, seeds)
 
 
-def _pareto(runs: Sequence[Run], drawn: dict[str, Sampled]) -> Html:
+def _pareto(runs: Sequence[Run], drawn: Mapping[str, Sampled]) -> Html:
     """Return plots of quality against GFLOPs and ms: of the sampled budgets, and of measurements in the folders."""
     charts = []
     for cost, unit in (("gflops", "GFLOPs per image"), ("milliseconds", "ms per image")):
@@ -216,23 +200,12 @@ def _pareto(runs: Sequence[Run], drawn: dict[str, Sampled]) -> Html:
     for run in runs:
         name, found = quality_points(run.folder)
         by_measurement.setdefault(name, []).extend(found)
-    charts += [pareto_chart(points, name) for name, points in by_measurement.items() if points]
+    charts += [pareto_chart(points, "GFLOPs per image", name) for name, points in by_measurement.items() if points]
     content = join(charts)
     return tag("div", content, class_="charts") if content else content
 
 
-def pareto_chart(points: Sequence[ParetoPoint], quality: str) -> Html:
-    """Return a chart of points with their Pareto front; lower is better, and costs are GFLOPs per image."""
-    lines = []
-    for name in dict.fromkeys(point.series for point in points):
-        own = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
-        lines.append(Line(name, [p.cost for p in own], [p.quality for p in own], [p.label for p in own], joined=False))
-    front = [(point.cost, point.quality) for point in frontier(points)]
-    title = f"{quality} (lower is better) against GFLOPs"
-    return chart(lines, title, "GFLOPs per image", quality, front=front)
-
-
-def _parts(drawn: dict[str, Sampled]) -> Html:
+def _parts(drawn: Mapping[str, Sampled]) -> Html:
     """Return FLOPs and time by part of each run, as bars and as a table."""
     if not drawn:
         return Html("")
