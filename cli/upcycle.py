@@ -94,7 +94,7 @@ def register(app: typer.Typer) -> None:
             carry_out(resolved, resume, dry_run, json)
         except typer.Exit as end:
             if end.exit_code == 0:
-                _page(resolved.out)
+                _page(Path(resolved.folder))
             raise
 
 

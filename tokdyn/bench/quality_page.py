@@ -117,12 +117,9 @@ def _page(config: QualityConfig, result: QualityResult, shown: Sequence[Any], po
 
 def _costs(row: QualityRow) -> list[str]:
     """Return kept share, GFLOPs and ms of a stack, a line each, as far as they are known."""
-    values = (
-        (row.kept, lambda value: f"{value:.1%} kept"),
-        (row.tflops_per_image, lambda value: f"{1e3 * value:.1f} GFLOPs"),
-        (row.milliseconds, lambda value: f"{value:.1f} ms"),
-    )
-    return [form(value) for value, form in values if value is not None]
+    kept = [] if row.kept is None else [f"{row.kept:.1%} kept"]
+    flops = [] if row.tflops_per_image is None else [f"{1e3 * row.tflops_per_image:.1f} GFLOPs"]
+    return [*kept, *flops, *([] if row.milliseconds is None else [f"{row.milliseconds:.1f} ms"])]
 
 
 def _jsonable(value: Any) -> Any:

@@ -21,7 +21,7 @@ from tokdyn.run_report.sampled import Budget, Sampled, budgets_of, open_run, sam
 from tokdyn.run_report.settings import Drawing, ReportConfig
 
 _COMPARED = 8  # images beside each other at all budgets
-_CURVES = {"loss": "training loss", "kept": "tokens kept, share", "ratio": "ratio loss", "grad_norm": "gradient norm"}
+CURVES = {"loss": "training loss", "kept": "tokens kept, share", "ratio": "ratio loss", "grad_norm": "gradient norm"}
 """Metrics that are drawn, and the labels of their axes; others are left out."""
 
 
@@ -150,7 +150,7 @@ def sampled(run: Run) -> Sampled:
     return run.sampled
 
 
-def _cost(budget: Budget) -> list[str]:
+def cost_lines(budget: Budget) -> list[str]:
     """Return kept share, GFLOPs and ms of a budget, a line each."""
     kept = "all tokens" if budget.kept is None else f"{budget.kept:.1%} kept"
     flops = [] if budget.gflops is None else [f"{budget.gflops:.3f} GFLOPs"]
@@ -167,7 +167,7 @@ def _budgets(drawn: Mapping[str, Sampled]) -> Html:
         columns = [
             Column(
                 budget.name if len(drawn) == 1 else f"{name}, {budget.name}",
-                _cost(budget),
+                cost_lines(budget),
                 list(budget.images[:_COMPARED]),
             )
             for name, each in members
@@ -229,7 +229,7 @@ def _parts(drawn: Mapping[str, Sampled]) -> Html:
 def _training(runs: Sequence[Run]) -> Html:
     """Return training curves; several runs are in one chart."""
     charts = []
-    for metric, label in _CURVES.items():
+    for metric, label in CURVES.items():
         lines = [Line(run.name, *curve(run.folder.metrics, metric)) for run in runs]
         charts.append(chart([line for line in lines if line.x], label.capitalize(), "training step", label))
     content = join(charts)

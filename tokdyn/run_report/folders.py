@@ -52,7 +52,7 @@ def read_folder(path: Path | str) -> Folder:
     place = Path(path).expanduser()
     if not place.exists():
         raise DataError(f"{place} does not exist: give the folder of a run, a model, or a folder of measurements.")
-    recipe, rows = "", ()
+    recipe = ""
     try:
         if (place / "recipe.yaml").is_file():
             recipe = (place / "recipe.yaml").read_text(encoding="utf-8", errors="replace")

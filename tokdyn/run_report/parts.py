@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from tokdyn.diffusion.randomness import initial_noise
 from tokdyn.sample.job import Job
 from tokdyn.trace.timing import Stopwatch
 
-_ROUNDS = 5
+_ROUNDS = 3
+_TIMESTEPS = (0.85, 0.5, 0.15)  # shares of the range of timesteps
 CHUNKING, REST = "router and chunking", "rest"
 _FLOPS = {
     "embedders": ("embed",),
@@ -33,7 +34,7 @@ _MODULES = {
     "blocks": "blocks", "decoder": "decoder", "final_layer": "head",
 }  # fmt: skip
 NOTE = (
-    "Per step and image, guidance branches included; times are medians of five calls at noise level 0.5. "
+    "Per step and image, guidance branches included; times are means over three noise levels. "
     "What runs between the modules of a DC-DiT counts as router and chunking."
 )
 
@@ -61,12 +62,11 @@ def part_costs(gflops: Mapping[str, float], milliseconds: Mapping[str, float], g
         milliseconds: time of one call by part, from `time_parts`.
         guided: whether a step calls the model on two branches.
     """
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     place = {part: name for name, parts in _FLOPS.items() for part in parts}
     for part, value in gflops.items():
         spent[place.get(part, "methods")] += value
-    times: Counter[str] = Counter()
-    times.update(milliseconds)
+    times = defaultdict(float, milliseconds)
     if CHUNKING in spent:
         times[CHUNKING] += times.pop(REST, 0.0)
     branches = 2 if guided else 1
@@ -75,7 +75,7 @@ def part_costs(gflops: Mapping[str, float], milliseconds: Mapping[str, float], g
 
 
 def time_parts(job: Job, batch: int) -> dict[str, float]:
-    """Time the parts of a model in a call at noise level 0.5, in ms per image; the median of five calls.
+    """Time the parts of a model in calls at three timesteps, in ms per image: means of the medians of three calls each.
 
     Args:
         job: the run.
@@ -85,16 +85,21 @@ def time_parts(job: Job, batch: int) -> dict[str, float]:
         Times by part. What runs outside of the parts is "rest".
     """
     model, device = job.model, job.device
-    timestep = torch.tensor([job.objective.num_train_timesteps // 2], device=device)
     labels = torch.tensor([job.classes[index % len(job.classes)] for index in range(batch)], device=device)
-    rounds = []
+    found: defaultdict[str, float] = defaultdict(float)
     with torch.no_grad(), torch.autocast(device.type, job.dtype or torch.bfloat16, enabled=job.dtype is not None):
-        for number in range(1 + _ROUNDS):  # of other images each, of which no method can reuse anything
-            seeds = list(range(number * batch, (number + 1) * batch))
-            x = initial_noise(seeds, image_shape(model)).to(device, next(model.parameters()).dtype)
-            rounds.append(_time_once(model, (x, timestep.expand(batch), labels), device))
-    names = {name for row in rounds for name in row}
-    return {name: statistics.median(row.get(name, 0.0) for row in rounds[1:]) / batch for name in names}
+        for place, share in enumerate(_TIMESTEPS):
+            timestep = torch.full((batch,), int(share * job.objective.num_train_timesteps), device=device)
+            rounds = []
+            for number in range(1 + _ROUNDS):  # of other images each, of which no method can reuse anything
+                first = (place * (1 + _ROUNDS) + number) * batch
+                x = initial_noise(list(range(first, first + batch)), image_shape(model))
+                x = x.to(device, next(model.parameters()).dtype)
+                rounds.append(_time_once(model, (x, timestep, labels), device))
+            for name in {name for row in rounds for name in row}:
+                median = statistics.median(row.get(name, 0.0) for row in rounds[1:])
+                found[name] += median / batch / len(_TIMESTEPS)
+    return dict(found)
 
 
 def _time_once(model: nn.Module, inputs: tuple[Any, ...], device: torch.device) -> dict[str, float]:
@@ -120,7 +125,7 @@ def _time_once(model: nn.Module, inputs: tuple[Any, ...], device: torch.device) 
         whole = Stopwatch(device)
         model(*inputs)
         whole.stop()
-    times: Counter[str] = Counter()
+    times: defaultdict[str, float] = defaultdict(float)
     for part, watch in watches:
         times[part] += 1e3 * (watch.seconds or 0.0)
     times[REST] = max(0.0, 1e3 * (whole.seconds or 0.0) - sum(times.values()))

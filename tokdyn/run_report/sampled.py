@@ -180,7 +180,7 @@ class _Watch:
         if keep is None:
             return
         self.recorder(step)
-        shown = keep[: self._images].unflatten(1, step.routing.grid).cpu().numpy()
+        shown = keep[: self._images].reshape(-1, *step.routing.grid).cpu().numpy()
         self.frames.append(NoiseFrame(step.level, self._job.decoder(step.x[: self._images]), shown))
 
 
@@ -215,8 +215,7 @@ def _budget(
     gflops = [cost.gflops for cost in costs if cost.gflops is not None]
     similarity = None
     if before:
-        both = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (images, before[0].images))
-        similarity = float(psnr(*both).clamp(max=_EQUAL).mean())
+        similarity = float(psnr(torch.from_numpy(images), torch.from_numpy(before[0].images)).clamp(max=_EQUAL).mean())
     return Budget(
         tail_drop=drop,
         images=images,
