@@ -85,7 +85,7 @@ def _show(result: CalibrateResult) -> None:
             ]
         )
     typer.echo(f"\n{report['flops']:.1%} of the FLOPs remain (a multiply-add is 2 FLOPs). In {result.folder}:")
-    for name in ("tokdyn_config.json", "calibration.json", "calibration.png"):
+    for name in ("tokdyn_config.json", "calibration.json", "calibration.html"):
         typer.echo(f"  {result.folder / name}")
 
 

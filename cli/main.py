@@ -11,10 +11,25 @@ import tokdyn
 
 from . import bench, calibrate, convert, demo, features, methods, models, presets, recipes, sample, train, tune, upcycle
 from . import eval as evaluation
+from . import report as reports
 from .frame import group
 
 app = group("tokdyn", "Dynamic token computation for diffusion transformers: train, sample and measure DC-DiT and DiT.")
-for part in (demo, features, train, upcycle, sample, calibrate, tune, evaluation, convert, models, methods, presets):
+for part in (
+    demo,
+    features,
+    train,
+    upcycle,
+    sample,
+    calibrate,
+    tune,
+    evaluation,
+    reports,
+    convert,
+    models,
+    methods,
+    presets,
+):
     part.register(app)
 app.add_typer(bench.app)
 app.add_typer(recipes.app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -89,7 +90,26 @@ def register(app: typer.Typer) -> None:
             resolved = load(given.settings["out"], given.overrides())  # the recipe that the run was started with
         else:
             resolved = upcycling_recipe(base, recipe, given.overrides(), method or ())
-        carry_out(resolved, resume, dry_run, json)
+        try:
+            carry_out(resolved, resume, dry_run, json)
+        except typer.Exit as end:
+            if end.exit_code == 0:
+                _page(Path(resolved.folder))
+            raise
+
+
+def _page(folder: Path) -> None:
+    """Write the report of a finished run into its folder, if it can be sampled here, and name it on stderr."""
+    from tokdyn.errors import TokdynError
+    from tokdyn.run_report.build import report
+    from tokdyn.run_report.settings import ReportConfig
+
+    try:
+        page = report(ReportConfig(out=folder / "report.html", count=8), [str(folder)])
+    except TokdynError as error:
+        typer.echo(f"No page was written: {error}", err=True)
+    else:
+        typer.echo(f"Report: {page}", err=True)
 
 
 def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> None:
@@ -111,4 +131,4 @@ def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json
             ("blocks", f"{result.report['share_of_block_flops']:.1%} of their FLOPs (a multiply-add is 2)"),
         ]
     )
-    typer.echo(f"\n{result.folder} holds methods for tokdyn.load, and images.png with images before and after.")
+    typer.echo(f"\n{result.folder} holds methods for tokdyn.load, and upcycle.html with images before and after.")

@@ -41,6 +41,7 @@ LAYERS = [
     ["sample", "evaluate"],
     ["catalog", "demo", "calibration"],
     ["bench"],
+    ["run_report"],
     ["recipes"],
     ["cli"],
 ]

@@ -217,7 +217,7 @@ def _cost_of_stack(config: FlopsConfig, stack: Stack) -> FlopsRow:
             raise RecipeError(
                 f"steps={config.steps} makes more calls than statistics of {stack.name} hold: choose fewer steps."
             )
-        parts = _measured_parts(model, generation.steps, config.images, wrapped)
+        parts = measured_parts(model, generation.steps, config.images, wrapped)
         total = sum(parts.values())
         measured = [share for cost in costs for share in (cost.kept, cost.uncond_kept) if share is not None]
         kept = sum(measured) / len(measured) if measured else None
@@ -255,7 +255,7 @@ def _draw(config: FlopsConfig, opened: Opened) -> Generation:
     return generate(opened.model, sampler, opened.objective, opened.labels(config.images), list(seeds))
 
 
-def _measured_parts(model: Any, steps: Sequence[StepRecord], images: int, wrapped: bool) -> dict[str, float]:
+def measured_parts(model: Any, steps: Sequence[StepRecord], images: int, wrapped: bool) -> dict[str, float]:
     """Return the 1e9 FLOPs of a step by part, both guidance branches included, as means over steps and images.
 
     Args:

@@ -10,7 +10,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,13 @@ from tokdyn.pipelines import load, set_tail_drop, unwrap, wrap
 from tokdyn.pipelines.drawing import call_arguments
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.prompts import title_of
+from tokdyn.report.gallery import Column, side_by_side
+from tokdyn.report.html import table
+from tokdyn.report.page import Page, described
 from tokdyn.report.pixels import write_png
 
 UNITS = "a multiply-add is 2 FLOPs, of blocks and methods"
 _SHOWN = ("steps", "guidance", "height", "width", "frames", "seed", "precision")  # settings, on the page
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
-    "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
-)
 
 
 @dataclass(frozen=True)
@@ -151,32 +148,32 @@ def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> t
         pictures[name] = [write_png(pixels, path) for pixels, path in zip(row.pages(), paths, strict=False)]
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    with replacing(page) as temporary:
-        temporary.write_text(_html(config, result, pictures), encoding="utf-8")
+    _page(config, result).write(page)
     return numbers, page, *itertools.chain(*pictures.values())
 
 
-def _html(config: PipelineBenchConfig, result: PipelineBench, pictures: dict[str, list[Path]]) -> str:
-    table = result.columns()
-    head = "".join(f"<th>{escape(name)}</th>" for name in table)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in zip(*table.values(), strict=True)
-    )
-    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
-    count = len(config.prompts)
+def _page(config: PipelineBenchConfig, result: PipelineBench) -> Page:
+    """Return the page: the table, and the pairs of each stack side by side."""
     settings = (f"{name} {value}" for name in _SHOWN if (value := getattr(config, name)) is not None)
-    shown = "".join(
-        f"<h2>{escape(name)}</h2>"
-        + "".join(f'<p><img src="{path.name}" alt="pairs of {escape(name)}"></p>\n' for path in paths)
-        for name, paths in pictures.items()
+    count = len(config.prompts)
+    lead = (
+        f"{count} prompt{'s' * (count > 1)}, from {title_of(config.prompts[0])}; pairs have the same noise. Settings: "
+        f"{', '.join(settings)}; others are the pipeline's own."
     )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Pairs of pictures</title>'
-        f"<style>{_STYLE}</style>\n<h1>{escape(config.model)}, without methods and with them</h1>"
-        f"<p>{count} prompt{'s' * (count > 1)}, from {escape(title_of(config.prompts[0]))}; pairs have the same noise. "
-        f"Settings: {', '.join(settings)}; others are the pipeline's own. "
+    page = Page(f"{config.model}, without methods and with them", lead, described(result.machine))
+    note = (
         "Times are medians of whole calls, in turn; FLOPs are those of all prompts, relative to those without methods "
-        f"({UNITS}).</p>\n"
-        f"<table><tr>{head}</tr>\n{body}</table>\n{shown}<p>{escape(machine)}</p></html>\n"
+        f"({UNITS})."
     )
+    page.add("Stacks", table(result.columns(), caption=note))
+    for name, row in result.compared.items():
+        sides = []
+        for side, title in enumerate(("without methods", row.methods)):
+            frames = [(pair.without, pair.acting)[side] for pair in row.pairs]
+            texts = [f"{pair.seconds[side]:.2f} s" for pair in row.pairs]
+            if side:
+                texts = [f"{text}, PSNR {pair.psnr:.1f} dB" for text, pair in zip(texts, row.pairs, strict=True)]
+            sides.append(Column(title, (), [each[len(each) // 2] for each in frames], texts))
+        prompts = [pair.prompt for pair in row.pairs]
+        page.add(name, side_by_side(sides, prompts, [f"seed {pair.seed}" for pair in row.pairs]))
+    return page

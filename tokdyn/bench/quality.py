@@ -317,7 +317,7 @@ def _mark_front(rows: Sequence[QualityRow], quality: str) -> list[QualityRow]:
 
 
 def points_of(rows: Sequence[QualityRow], quality: str) -> list[ParetoPoint]:
-    """Return a point of a plot for each row that has a cost and a quality.
+    """Return a point of a plot, in GFLOPs per image, for each row that has a cost and a quality.
 
     Args:
         rows: the rows. The first stack has the feature distance 0, because it is compared with itself.
@@ -331,5 +331,5 @@ def points_of(rows: Sequence[QualityRow], quality: str) -> list[ParetoPoint]:
         if value is not None and row.tflops_per_image is not None:
             folders = reversed(Path(row.model).parts)
             run = next(part for part in folders if part not in _RUN_FOLDERS and "step_" not in part)
-            points.append(ParetoPoint(series=run, label=row.name, cost=row.tflops_per_image, quality=value))
+            points.append(ParetoPoint(series=run, label=row.name, cost=1e3 * row.tflops_per_image, quality=value))
     return points

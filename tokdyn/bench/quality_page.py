@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,15 @@ from tokdyn.bench.settings import QualityConfig
 from tokdyn.errors import DataError
 from tokdyn.evaluate.images import open_images
 from tokdyn.files import replacing
+from tokdyn.report.gallery import Column, side_by_side
 from tokdyn.report.grids import image_grid
-from tokdyn.report.pareto import draw_pareto
+from tokdyn.report.html import code, table, tag
+from tokdyn.report.page import Page, described
+from tokdyn.report.pareto import ParetoPoint, draw_pareto, pareto_chart
 from tokdyn.report.pixels import write_png
 
 UNITS = "a multiply-add is 2 FLOPs"
 _SHOWN = 8  # images of each stack on the page
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
-    "th:first-child,td:first-child{text-align:left}tr.front td{font-weight:600}img{max-width:100%}"
-)
 
 
 def columns(rows: Sequence[QualityRow]) -> dict[str, list[str]]:
@@ -80,10 +77,9 @@ def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]
     if len(points) > 1 and result.quality is not None:
         note = f"{config.count:,} images, {config.steps} steps, guidance {config.guidance:g}; {UNITS}"
         files.append(
-            draw_pareto(points, out / "pareto.png", "TFLOPs per image", result.quality, note=note, joined=False)
+            draw_pareto(points, out / "pareto.png", "GFLOPs per image", result.quality, note=note, joined=False)
         )
-    with replacing(files[1]) as temporary:
-        temporary.write_text(_html(config, result, len(files) > 3), encoding="utf-8")
+    _page(config, result, [images[:count] for images in shown], points).write(files[1])
     return tuple(files)
 
 
@@ -94,28 +90,36 @@ def _first_images(place: Path) -> Any:
     return np.stack([image for image in images.images(sorted(indices), None) if not isinstance(image, DataError)])
 
 
-def _html(config: QualityConfig, result: QualityResult, ranked: bool) -> str:
-    """Return the page; `ranked` says whether there is a pareto.png."""
-    table = columns(result.rows)
-    head = "".join(f"<th>{escape(name)}</th>" for name in table)
-    body = "".join(
-        f"<tr{' class=front' if row.front else ''}>"
-        + "".join(f"<td>{escape(texts[number])}</td>" for texts in table.values())
-        + "</tr>\n"
-        for number, row in enumerate(result.rows)
+def _page(config: QualityConfig, result: QualityResult, shown: Sequence[Any], points: Sequence[ParetoPoint]) -> Page:
+    """Return the page.
+
+    Args:
+        config: the settings.
+        result: the measurements.
+        shown: for each stack the same few images (N, H, W, 3) uint8.
+        points: the points to rank stacks by; empty if they cannot be ranked.
+    """
+    lead = (
+        f"{config.count:,} images of each stack from the same seeds, {config.steps} steps, guidance "
+        f"{config.guidance:g}. Savings, PSNR, SSIM and feature distance are relative to the first row."
     )
-    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
-    pictures = ["samples.png", *(["pareto.png"] if ranked else [])]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Quality of stacks</title>'
-        f"<style>{_STYLE}</style>\n<h1>Quality of stacks</h1><p>{config.count:,} images of each "
-        f"from the same seeds, {config.steps} steps, "
-        f"guidance {config.guidance:g}. Savings, PSNR, SSIM and feature distance are relative to the first row; "
-        f"{UNITS}.</p>\n"
-        f"<table><tr>{head}</tr>\n{body}</table>\n"
-        + "".join(f'<p><img src="{name}" alt="{name}"></p>\n' for name in pictures)
-        + f"<p>{escape(machine)}</p></html>\n"
-    )
+    page = Page("Quality of stacks", lead, described(result.machine))
+    caption = "Stacks on the Pareto front are in bold." if any(row.front for row in result.rows) else ""
+    page.add("Stacks", table(columns(result.rows), [row.front for row in result.rows], caption))
+    if result.quality is not None and len(points) > 1:
+        chart = pareto_chart(points, "GFLOPs per image", result.quality)
+        page.add("Quality against cost", tag("div", chart, class_="charts") if chart else "")
+    sides = [Column(row.name, _costs(row), list(images)) for row, images in zip(result.rows, shown, strict=True)]
+    page.add("The same seeds with every stack", side_by_side(sides, [f"image {n + 1}" for n in range(len(shown[0]))]))
+    page.add("Settings", code(json.dumps(config.model_dump(mode="json"), indent=1), "settings"))
+    return page
+
+
+def _costs(row: QualityRow) -> list[str]:
+    """Return kept share, GFLOPs and ms of a stack, a line each, as far as they are known."""
+    kept = [] if row.kept is None else [f"{row.kept:.1%} kept"]
+    flops = [] if row.tflops_per_image is None else [f"{1e3 * row.tflops_per_image:.1f} GFLOPs"]
+    return [*kept, *flops, *([] if row.milliseconds is None else [f"{row.milliseconds:.1f} ms"])]
 
 
 def _jsonable(value: Any) -> Any:

@@ -14,6 +14,7 @@ import tokdyn
 from tokdyn.attach import attachment_of, save, unwrap, wrap
 from tokdyn.calibration.caching import CacheCalibration, calibrate_cache, together
 from tokdyn.calibration.config import CalibrateConfig
+from tokdyn.calibration.page import write_page
 from tokdyn.calibration.pictures import draw_caching, draw_skipping
 from tokdyn.calibration.preset_file import write_preset
 from tokdyn.calibration.skipping import SkipCalibration, calibrate_skipping
@@ -25,7 +26,7 @@ from tokdyn.methods import DepthSkip, FeatureCache
 from tokdyn.pipelines.denoisers import naming
 from tokdyn.recorder import Call
 
-REPORT, PICTURE = "calibration.json", "calibration.png"
+REPORT, PICTURE, PAGE = "calibration.json", "calibration.png", "calibration.html"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class CalibrateResult:
     """What `tokdyn calibrate` found for a model.
 
     Attributes:
-        folder: holds the methods for `tokdyn.load`, the report and the picture.
+        folder: holds the methods for `tokdyn.load`, the report, the picture and the page.
         report: content of calibration.json.
         method: the calibrated method.
     """
@@ -111,7 +112,7 @@ def _written(
     device: torch.device,
     out: Path,
 ) -> CalibrateResult:
-    """Write the methods, the report and the picture of a model."""
+    """Write the methods, the report, the picture and the page of a model."""
     model = wrap(subject.models[name], [result.method])
     try:
         save(model, out)
@@ -125,6 +126,7 @@ def _written(
         draw_skipping(result, out / PICTURE, f"Which blocks matter when: {title}")
     else:
         draw_caching(result, out / PICTURE, f"When the blocks need to run: {title}")
+    write_page(report, out / PICTURE, out / PAGE, title)
     return CalibrateResult(out, report, result.method)
 
 

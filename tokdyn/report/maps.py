@@ -16,6 +16,7 @@ from einops import repeat
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,9 +26,9 @@ from tokdyn.report.pixels import Pixels
 from tokdyn.report.style import INK, MUTED, figure_style, save_figure, with_drawable_letters
 
 _CELL = 8  # smallest width of a drawn cell in pixels
-_FADED = 0.22  # share of its colour that a dropped cell keeps
-_PAPER = 246  # grey level that a dropped cell fades to
-_BORDER = 0.45  # share of its brightness that the border of the kept cells loses
+_MIX = 0.75  # share of the hatch in a dropped cell
+_BRIGHT, _DARK = 150, 90  # grey levels of the hatch
+_PERIOD, _STROKE = 6, 2  # distance and width of its bright lines in pixels, along a row
 _TILE = 1.2  # width of a picture in inches
 _LETTERS = 12  # letters of a row's name per inch
 
@@ -111,7 +112,10 @@ class MapRecorder:
 
 
 def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
-    """Fade the dropped cells of an image, and darken the border of the kept ones.
+    """Hatch the dropped cells of an image in grey, and outline the kept ones.
+
+    Hatch and outline do not depend on the image, so that kept and dropped cells can be told apart whether it is bright,
+    dark or coloured. A kept cell shows the image itself. `page.js` draws the same in pages.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -125,12 +129,18 @@ def shade(pixels: Pixels, keep: NDArray[np.bool_]) -> Pixels:
     image = repeat(pixels, "h w rgb -> (h rows) (w columns) rgb", rows=factor, columns=factor).astype(np.float32)
     rows = np.arange(len(image)) * keep.shape[0] // len(image)
     columns = np.arange(image.shape[1]) * keep.shape[1] // image.shape[1]
-    mask = keep[rows][:, columns]
-    padded = np.pad(mask, 1, constant_values=True)  # the edge of the image does not count as a border
-    interior = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    faded = np.where(mask[..., None], image, _FADED * image + (1.0 - _FADED) * _PAPER)
-    faded = np.where((mask & ~interior)[..., None], (1.0 - _BORDER) * faded, faded)
-    shaded: Pixels = faded.round().astype(np.uint8)
+    kept = keep[np.ix_(rows, columns)]
+    diagonal = np.add.outer(np.arange(len(image)), np.arange(image.shape[1])) % _PERIOD
+    hatch = np.where(diagonal < _STROKE, _BRIGHT, _DARK)[..., None]
+    image = np.where(kept[..., None], image, (1.0 - _MIX) * image + _MIX * hatch)
+    edge = np.zeros_like(kept)
+    across, down = kept[:, 1:] != kept[:, :-1], kept[1:] != kept[:-1]
+    edge[:, 1:] |= across
+    edge[:, :-1] |= across
+    edge[1:] |= down
+    edge[:-1] |= down
+    image[edge] = np.where(kept[edge], 255.0, 0.0)[:, None]
+    shaded: Pixels = (image + 0.5).astype(np.uint8)
     return shaded
 
 
@@ -141,8 +151,9 @@ def draw_maps(
     path: Path,
     names: Sequence[str] | None = None,
     title: str = "Tokens kept over the trajectory",
+    column: bool = False,
 ) -> Path:
-    """Draw one row per image: the recorded steps with dropped cells faded, the final image, and a heat map.
+    """Draw one row per image: the recorded steps with dropped cells hatched, the final image, and a heat map.
 
     The heat map shows the share of all steps in which each cell was kept.
 
@@ -153,35 +164,46 @@ def draw_maps(
         path: path of the file to write.
         names: n row titles.
         title: title of the figure.
+        column: make the figure as wide as a column of a paper, without a title.
 
     Returns:
         `path`.
     """
     frequency, steps = maps.frequency.numpy(), len(maps.frames)
     count = len(frequency)
-    with figure_style():
+    tile = 3.0 / (steps + 2.3) if column else _TILE
+    with figure_style(column):
         engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-        tall = _TILE * finals.shape[1] / finals.shape[2]
-        figure = Figure(figsize=(_TILE * (steps + 2.3) + 0.75, (tall + 0.2) * count + 0.75), layout=engine)
+        tall = tile * finals.shape[1] / finals.shape[2]
+        figure = Figure(
+            figsize=(tile * (steps + 2.3) + 0.4 + 0.35 * (not column), (tall + 0.2) * count + 1.0), layout=engine
+        )
         axes = figure.subplots(count, steps + 2, squeeze=False)
-        for column, frame in enumerate(maps.frames):
+        for place, frame in enumerate(maps.frames):
             pictures, keeps = to_pixels(frame.picture), frame.keep.numpy()
             for row in range(count):
-                _show(axes[row, column], shade(pictures[row], keeps[row]), f"{keeps[row].mean():.0%}")
-            heading = f"noise level\n{frame.level:.2f}" if column == 0 else f"{frame.level:.2f}"
-            axes[0, column].set_title(heading, fontsize=9, fontweight="normal", loc="center", color=INK)
+                _show(axes[row, place], shade(pictures[row], keeps[row]), f"{keeps[row].mean():.0%}")
+            heading = f"noise\n{frame.level:.2f}" if place == 0 else f"{frame.level:.2f}"
+            axes[0, place].set_title(heading, fontsize="medium", fontweight="normal", loc="center", color=INK)
         for row in range(count):
             _show(axes[row, steps], finals[row], "")
             heat = axes[row, steps + 1].imshow(frequency[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             _bare(axes[row, steps + 1], f"{frequency[row].mean():.0%}")
             if names is not None:
-                axes[row, 0].set_ylabel(_fitting(names[row], tall), fontsize=9.5, fontweight="bold", color=INK)
-        for column, heading in ((steps, "final image"), (steps + 1, "kept, share\nof all steps")):
-            axes[0, column].set_title(heading, fontsize=9, fontweight="normal", loc="center", color=INK)
+                axes[row, 0].set_ylabel(_fitting(names[row], tall), fontsize="medium", fontweight="bold", color=INK)
+        for place, heading in ((steps, "final\nimage"), (steps + 1, "kept in\nall steps")):
+            axes[0, place].set_title(heading, fontsize="medium", fontweight="normal", loc="center", color=INK)
         bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.09, pad=0.04, ticks=[0, 0.5, 1])
-        bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize=8)
+        bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize="small")
         bar.outline.set_visible(False)
-        figure.suptitle(with_drawable_letters(title), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        if not column:
+            figure.suptitle(with_drawable_letters(title), x=0.01, ha="left", fontsize="large", fontweight="bold")
+        grey, bright = (f"#{level:02x}{level:02x}{level:02x}" for level in (_DARK, _BRIGHT))
+        handles = [
+            Patch(facecolor="white", edgecolor="black", label="kept: the image itself, outlined"),
+            Patch(facecolor=grey, edgecolor=bright, hatch="////", label="dropped: grey, hatched"),
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize="small")
         return save_figure(figure, path)
 
 
@@ -204,4 +226,4 @@ def _bare(axes: Axes, caption: str) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xlabel(caption, fontsize=8, color=MUTED, labelpad=1.5)
+    axes.set_xlabel(caption, fontsize="small", color=MUTED, labelpad=1.5)

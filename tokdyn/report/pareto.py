@@ -13,7 +13,10 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 from tokdyn.errors import DataError, InputError
-from tokdyn.report.style import COLOURS, INK, MARKERS, MUTED, figure_style, save_figure
+from tokdyn.report.charts import Line, chart
+from tokdyn.report.html import Html
+from tokdyn.report.labels import place_labels
+from tokdyn.report.style import COLOURS, MARKERS, MUTED, figure_style, save_figure, with_drawable_letters
 
 
 class ParetoPoint(BaseModel):
@@ -105,6 +108,7 @@ def draw_pareto(
     higher_is_better: bool = False,
     note: str = "",
     joined: bool = True,
+    column: bool = False,
 ) -> Path:
     """Draw one line per series through its points in order of ascending cost, and the Pareto frontier behind them.
 
@@ -117,6 +121,7 @@ def draw_pareto(
         higher_is_better: whether a higher quality value is better.
         note: small text below the axes, such as the machine and the settings.
         joined: connect the points of a series by lines.
+        column: make the figure as wide as a column of a paper, without a title.
 
     Returns:
         `path`.
@@ -127,8 +132,8 @@ def draw_pareto(
     if not points:
         raise InputError("There are no points to draw: give at least one.")
     names = list(dict.fromkeys(point.series for point in points))
-    with figure_style():
-        figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    with figure_style(column):
+        figure = Figure(figsize=(3.4, 2.6) if column else (6.8, 4.4), layout="constrained")
         axes = figure.subplots()
         _draw_frontier(axes, frontier(points, higher_is_better), points)
         for index, name in enumerate(names):
@@ -139,20 +144,36 @@ def draw_pareto(
                 color=COLOURS[index % len(COLOURS)],
                 linestyle="-" if joined else "none",
                 marker=MARKERS[index % len(MARKERS)],
-                markersize=7,
+                markersize=5 if column else 7,
                 markeredgecolor="white",
-                label=name,
+                label=with_drawable_letters(name),
                 zorder=3,
             )
-        _draw_labels(axes, points)
         axes.set_xlabel(cost_name)
         axes.set_ylabel(f"{quality_name}\n({'higher' if higher_is_better else 'lower'} is better)")
         axes.margins(x=0.1, y=0.12)
-        axes.set_title(title)
-        axes.legend(loc="best", fontsize=8.5)
+        if not column:
+            axes.set_title(title)
+        legend = axes.legend(loc="best", fontsize="small")
         if note:
-            figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=MUTED)
+            figure.supxlabel(note, x=0.01, ha="left", fontsize="small", color=MUTED)
+        labelled = [(point.cost, point.quality, with_drawable_letters(point.label)) for point in points]
+        place_labels(figure, axes, labelled, [legend])
         return save_figure(figure, path)
+
+
+def pareto_chart(
+    points: Sequence[ParetoPoint], cost_name: str, quality_name: str, higher_is_better: bool = False
+) -> Html:
+    """Return the same as a chart of a page, which shows the label of a point under the pointer; arguments as above."""
+    lines = []
+    for name in dict.fromkeys(point.series for point in points):
+        own = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
+        values = [point.cost for point in own], [point.quality for point in own]
+        lines.append(Line(name, *values, [point.label for point in own], joined=False))
+    front = [(point.cost, point.quality) for point in frontier(points, higher_is_better)]
+    title = f"{quality_name} ({'higher' if higher_is_better else 'lower'} is better)"
+    return chart(lines, title, cost_name, quality_name, front=front)
 
 
 def _draw_frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[ParetoPoint]) -> None:
@@ -160,20 +181,6 @@ def _draw_frontier(axes: Axes, best: Sequence[ParetoPoint], points: Iterable[Par
     right = max(point.cost for point in points)
     costs, qualities = [*(point.cost for point in best), right], [*(point.quality for point in best), best[-1].quality]
     axes.step(costs, qualities, where="post", color="#cfcfcf", linewidth=3, zorder=1, label="Pareto frontier")
-
-
-def _draw_labels(axes: Axes, points: Sequence[ParetoPoint]) -> None:
-    """Write the label of each point beside it."""
-    for point in points:
-        axes.annotate(
-            point.label,
-            (point.cost, point.quality),
-            xytext=(7, 6),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK,
-            zorder=4,
-        )
 
 
 def _look_up(row: Mapping[str, Any], key: str) -> Any:

@@ -42,7 +42,21 @@ _SETTINGS: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,  # text stays text
     "text.parse_math": False,  # a class may be called $5
+}
+
+_IN_COLUMN: Any = {
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.linewidth": 0.6,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.2,
 }
 
 
@@ -64,9 +78,13 @@ def _glyphs() -> frozenset[int]:
 
 
 @contextmanager
-def figure_style() -> Iterator[None]:
-    """Return a context in which figures have this style; matplotlib's settings are restored afterwards."""
-    with matplotlib.rc_context(_SETTINGS):
+def figure_style(column: bool = False) -> Iterator[None]:
+    """Return a context in which figures have this style; matplotlib's settings are restored afterwards.
+
+    Args:
+        column: whether the figure is as wide as a column of a paper and shown in its own size, with smaller letters.
+    """
+    with matplotlib.rc_context({**_SETTINGS, **(_IN_COLUMN if column else {})}):
         yield
 
 

@@ -68,7 +68,9 @@ def join_batches(label: str, batches: Sequence[Sequence[StepRecord]], images: in
     return Trajectory(label, level, cond, None if np.isnan(uncond).all() else uncond, milliseconds)
 
 
-def draw_trajectory(trajectories: Sequence[Trajectory], path: Path, title: str = "What each step costs") -> Path:
+def draw_trajectory(
+    trajectories: Sequence[Trajectory], path: Path, title: str = "What each step costs", column: bool = False
+) -> Path:
     """Draw the kept share (above) and the time of each step (below), from noise on the left to the image on the right.
 
     Lines are means over images; bands reach from the 10th to the 90th percentile. Each trajectory has its colour; the
@@ -78,6 +80,7 @@ def draw_trajectory(trajectories: Sequence[Trajectory], path: Path, title: str =
         trajectories: the trajectories to compare.
         path: path of the file to write.
         title: title of the figure.
+        column: make the figure as wide as a column of a paper, without a title.
 
     Returns:
         `path`.
@@ -88,15 +91,17 @@ def draw_trajectory(trajectories: Sequence[Trajectory], path: Path, title: str =
     if not trajectories:
         raise InputError("There are no trajectories to draw: give at least one.")
     routed = any(trajectory.cond is not None for trajectory in trajectories)
-    with figure_style():
-        figure = Figure(figsize=(6.4, 5.4 if routed else 3.1), layout="constrained")
+    width, height = (3.4, 3.1 if routed else 1.9) if column else (6.4, 5.4 if routed else 3.1)
+    with figure_style(column):
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(1 + routed, 1, sharex=True, squeeze=False, height_ratios=[1.5, 1] if routed else [1])
         if routed:
             _draw_kept(axes[0, 0], trajectories)
         _draw_time(axes[-1, 0], trajectories)
         axes[-1, 0].set_xlabel("noise level  (1 is pure noise, 0 the clean image)")
         axes[-1, 0].set_xlim(1.02, -0.02)
-        axes[0, 0].set_title(title)
+        if not column:
+            axes[0, 0].set_title(title)
         return save_figure(figure, path)
 
 
@@ -125,7 +130,7 @@ def _draw_kept(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
         names = ("with class", "without class")
         handles += [Line2D([], [], color=colour, ls=d, label=n) for d, n in zip(DASHES, names, strict=False)]
     if handles:
-        axes.legend(handles=handles, loc="best", fontsize=8.5)
+        axes.legend(handles=handles, loc="best", fontsize="small")
 
 
 def _draw_time(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
@@ -138,7 +143,7 @@ def _draw_time(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
     )  # the first step warms up
     axes.set_ylim(0, 1.15 * slowest)
     if len(trajectories) > 1 and all(trajectory.cond is None for trajectory in trajectories):
-        axes.legend(loc="best", fontsize=8.5)
+        axes.legend(loc="best", fontsize="small")
 
 
 def _colours(count: int) -> list[str]:

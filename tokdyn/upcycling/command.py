@@ -23,14 +23,18 @@ from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.prompts import Drawing, Number, Prompts, title_of
 from tokdyn.recorder import evaluating, recording
+from tokdyn.report.charts import Line, chart
+from tokdyn.report.gallery import Column, side_by_side
 from tokdyn.report.grids import image_grid
-from tokdyn.report.pixels import write_png
+from tokdyn.report.html import code, facts, tag
+from tokdyn.report.page import Page, described
+from tokdyn.report.pixels import Pixels, write_png
 from tokdyn.section import Section
 from tokdyn.seeds import Stream, seed_everything
 from tokdyn.upcycling.conversion import check_method, upcycle
 from tokdyn.upcycling.pipelines import DistilSettings, distil, require_unused
 
-REPORT, PICTURE, BEGUN = "upcycle.json", "images.png", "settings.json"
+REPORT, PICTURE, PAGE, BEGUN = "upcycle.json", "images.png", "upcycle.html", "settings.json"
 
 
 class PipelineConfig(Section):
@@ -102,8 +106,8 @@ class PipelineResult:
     """The result of `upcycle_pipeline`.
 
     Attributes:
-        folder: holds `methods`, metrics, a report and a picture of images before and after. Errors in the report are
-            means over the first and the last tenth of the steps.
+        folder: holds `methods`, metrics, a report, a page and a picture of images before and after. Errors in the
+            report are means over the first and the last tenth of the steps.
         report: content of upcycle.json.
     """
 
@@ -181,7 +185,30 @@ def upcycle_pipeline(
     }
     with replacing(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _page(report, result.rows, row_titles, list(before), list(after)).write(out / PAGE)
     return PipelineResult(out, report)
+
+
+def _page(
+    report: Mapping[str, Any],
+    rows: Sequence[Mapping[str, float]],
+    prompts: Sequence[str],
+    before: Sequence[Pixels],
+    after: Sequence[Pixels],
+) -> Page:
+    """Return the page: images before and after, the error over the steps, and the settings."""
+    base, share = report["settings"]["base"], report["share_of_block_flops"]
+    lead = f"{', '.join(report['methods'])} on the {report['model']} of {base}"
+    lead += "." if share is None else f": {share:.1%} of the FLOPs of its blocks."
+    page = Page(f"Upcycling of {base}", lead, described(report["machine"]))
+    page.add("Summary", facts({**report["before_the_first_step"], "recorded calls": f"{report['calls']:,}"}))
+    sides = [Column("all tokens", (), before), Column("upcycled", (), after)]
+    page.add("Images before and after", side_by_side(sides, prompts))
+    error = Line("error", list(range(1, len(rows) + 1)), [row["output"] for row in rows])
+    label = "mean square / variance of the teacher"
+    page.add("Training", tag("div", chart([error], "Error of the output", "training step", label), class_="charts"))
+    page.add("Settings", code(json.dumps(report["settings"], indent=1), "settings"))
+    return page
 
 
 def _summary(student: Any, call: Mapping[str, Any], config: PipelineConfig) -> dict[str, str]:

@@ -1,0 +1,89 @@
+"""Define `tokdyn report` and `tokdyn plot`: show runs as a page, and as figures for papers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from .arguments import split
+from .frame import command
+from .output import Json, as_json, files
+from .settings import flags, read
+
+
+def _report_settings() -> type:
+    from tokdyn.run_report.settings import ReportConfig
+
+    return ReportConfig
+
+
+def _plot_settings() -> type:
+    from tokdyn.run_report.settings import PlotConfig
+
+    return PlotConfig
+
+
+def _runs(args: Sequence[str], settings: type) -> tuple[str, ...]:
+    """Return the positional words of a command, of which there must be one at least."""
+    from tokdyn.errors import RecipeError
+
+    given = split(args, frozenset(flags(settings))).positional
+    if not given:
+        raise RecipeError("RUN is missing: give the folder of a run, or several; see the examples of --help.")
+    return given
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+
+    @command(
+        app,
+        "report",
+        words=["RUN..."],
+        settings=_report_settings,
+        examples=[
+            "tokdyn report runs/demo",
+            "tokdyn report runs/dit runs/dc out=compared.html guidance=2 count=200",
+            "tokdyn report runs/dc quality/night tail_drop=0,0.5",
+        ],
+    )
+    def report(ctx: typer.Context, json: Json = False) -> None:
+        """Write a page about runs: samples, keep maps, budgets, costs and curves.
+
+        RUN is the folder of a run, a model that `tokdyn sample` takes, or a folder that bench quality, tune, calibrate
+        or upcycle has written. Several are compared. The page is one HTML file that needs no network.
+        """
+        from tokdyn.run_report.build import report
+        from tokdyn.run_report.settings import ReportConfig
+
+        runs = _runs(ctx.args, ReportConfig)
+        config = read([word for word in ctx.args if word not in runs], ReportConfig)
+        path = report(config, runs)
+        if json:
+            as_json({"page": path})
+            return
+        files([path])
+        typer.echo(f"Open it in a browser. Figures for a paper: tokdyn plot {' '.join(runs)}")
+
+    @command(
+        app,
+        "plot",
+        words=["RUN..."],
+        settings=_plot_settings,
+        examples=["tokdyn plot runs/demo", "tokdyn plot runs/dit runs/dc out=figures formats=pdf guidance=2"],
+    )
+    def plot(ctx: typer.Context, json: Json = False) -> None:
+        """Draw the figures of a report as PNG, SVG and PDF, as wide as a column of a paper."""
+        from tokdyn.run_report.figures import plot
+
+        from tokdyn.run_report.settings import PlotConfig
+
+        runs = _runs(ctx.args, PlotConfig)
+        config = read([word for word in ctx.args if word not in runs], PlotConfig)
+        paths = plot(config, runs)
+        if json:
+            as_json({"files": list(paths)})
+            return
+        files(paths)
+        typer.echo(f"The same as a page: tokdyn report {' '.join(runs)}")
