@@ -57,7 +57,7 @@ def _pipeline_settings() -> type:
         "tokdyn bench flops",
         "tokdyn bench flops DiT-XL/2,DC-DiT-XL guidance=1.25 uncond_tail_drop=0.9 plot=flops.png",
         "tokdyn bench flops runs/demo steps=25 guidance=2 --json",
-        'tokdyn bench flops --stack "{name: merged, model: runs/dit, methods: [{method: TokenMerge, ratio: 0.3}]}"',
+        'tokdyn bench flops --stack "{name: merged, model: runs/dit, methods: [{method: merge}]}"',
         "tokdyn bench flops --paper",
     ],
 )

@@ -39,7 +39,7 @@ LAYERS = [
     ["recipe"],
     ["train"],
     ["sample", "evaluate"],
-    ["catalog", "demo", "calibration"],
+    ["catalog", "demo", "doctor", "calibration"],
     ["bench"],
     ["recipes"],
     ["cli"],
