@@ -13,7 +13,7 @@ import typer
 from . import output
 from .frame import command, group
 from .output import Json, as_json, table
-from .settings import is_of_pipeline, read
+from .settings import check_model, is_of_pipeline, read
 
 app = group("bench", "Measure cost, speed and quality of models and stacks.")
 UNITS = "a multiply-add is 2 FLOPs"
@@ -52,11 +52,12 @@ def _pipeline_settings() -> type:
     "flops",
     words=["[MODELS]"],
     settings=_flops_settings,
+    main=["models", "kept", "tail_drop", "uncond_tail_drop", "guidance", "steps", "sample_size", "csv", "plot"],
     examples=[
         "tokdyn bench flops",
         "tokdyn bench flops DiT-XL/2,DC-DiT-XL guidance=1.25 uncond_tail_drop=0.9 plot=flops.png",
         "tokdyn bench flops runs/demo steps=25 guidance=2 --json",
-        'tokdyn bench flops --stack "{name: merged, model: runs/dit, methods: [{method: TokenMerge, ratio: 0.3}]}"',
+        'tokdyn bench flops --stack "{name: merged, model: runs/dit, methods: [{method: merge}]}"',
         "tokdyn bench flops --paper",
     ],
 )
@@ -67,38 +68,42 @@ def flops(
         bool, typer.Option("--paper", help="Compare the costs printed in arXiv 2603.06351 with the computed ones.")
     ] = False,
     json: Json = False,
-) -> None:
+) -> str:
     """Compute the FLOPs of models and stacks by part.
 
     A stack is a list of methods that act together on a model. The FLOPs are checked with torch's counter; a
     multiply-add is 2 FLOPs. Named models such as DC-DiT-S have no trained weights, so they are taken to keep 1/N of
     their tokens, or kept=SHARE. For checkpoints, the kept share is measured on images that they draw.
     """
+    from tokdyn.bench.settings import FlopsConfig
+
+    config = read(ctx.args, FlopsConfig, ["models"])
+    for name in config.models or ():
+        check_model(name, sizes=True)
     from tokdyn.bench.flops import bench_flops
     from tokdyn.bench.flops_table import columns, draw_parts, write_csv
     from tokdyn.bench.published import compare_with_paper
-    from tokdyn.bench.settings import FlopsConfig
     from tokdyn.bench.stacks import read_stacks
 
-    config = read(ctx.args, FlopsConfig, ["models"])
     if paper:
         comparison = compare_with_paper(config)
         if json:
             as_json({"units": UNITS, "rows": comparison})
-            return
-        body = [["-" if value is None else value for value in row.values()] for row in comparison]
-        table(list(comparison[0]), body)
-        return
+        else:
+            body = [["-" if value is None else value for value in row.values()] for row in comparison]
+            table(list(comparison[0]), body)
+        return "tokdyn bench flops"
     rows = bench_flops(config, read_stacks(stack or []))
     files = [write_csv(rows, config.csv)] if config.csv else []
     if config.plot:
         files.append(draw_parts(rows, config.plot))
     if json:
         as_json({"units": UNITS, "models": [asdict(row) for row in rows]})
-        return
-    output.columns(columns(rows))
-    typer.echo(f"\n{config.steps} steps; {UNITS}.")
-    output.files(files)
+    else:
+        output.columns(columns(rows))
+        typer.echo(f"\n{config.steps} steps; {UNITS}.")
+        output.files(files)
+    return output.shell("tokdyn", "bench", "speed", config.models[0] if config.models else "DC-DiT-S", "kept=0.25")
 
 
 @command(
@@ -106,6 +111,7 @@ def flops(
     "speed",
     words=["[MODEL]"],
     settings=_speed_settings,
+    main=["model", "batch", "size", "kept", "precision", "mode", "compile", "rounds", "device", "out", "plot"],
     of_pipelines=_pipeline_settings,
     examples=[
         "tokdyn bench speed DC-DiT-S kept=0.25 batch=1,8 precision=fp32,bf16 memory=true",
@@ -114,7 +120,7 @@ def flops(
         'tokdyn bench speed Wan-AI/Wan2.1-T2V-1.3B-Diffusers --stack "{name: merged, methods: [{method: TokenMerge}]}"',
     ],
 )
-def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
+def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str:
     """Time models and stacks in turn.
 
     A stack is a list of methods that act together on a model. All stacks are compared with the first one: the time that
@@ -122,15 +128,16 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     each stack in turn.
     """
     if is_of_pipeline(ctx.args):
-        _pipeline(ctx.args, stack, json, timed=True)
-        return
+        return _pipeline(ctx.args, stack, json, timed=True)
     from tokdyn.bench.settings import SpeedConfig
+
+    config = read(ctx.args, SpeedConfig, ["model"])
+    check_model(config.model, sizes=True)
     from tokdyn.bench.speed import bench_speed
     from tokdyn.bench.speed_table import columns, content, draw
     from tokdyn.bench.stacks import Stack, read_stacks
     from tokdyn.bench.timing import write
 
-    config = read(ctx.args, SpeedConfig, ["model"])
     stacks = read_stacks(stack) if stack else (Stack(name=config.model or "model"),)
     rows = bench_speed(config, stacks)
     result = content(config, rows)
@@ -140,12 +147,13 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
         files.append(config.out)
     if json:
         as_json(result)
-        return
-    output.columns(columns(rows))
-    for along, lines in result["growth"].items():
-        for name, exponent in lines.items():
-            typer.echo(f"time grows with {along} to the power of {exponent:.2f}: {name}")
-    output.files(files)
+    else:
+        output.columns(columns(rows))
+        for along, lines in result["growth"].items():
+            for name, exponent in lines.items():
+                typer.echo(f"time grows with {along} to the power of {exponent:.2f}: {name}")
+        output.files(files)
+    return "tokdyn bench flops" if config.model is None else output.shell("tokdyn", "bench", "flops", config.model)
 
 
 @command(
@@ -153,6 +161,7 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
     "quality",
     words=["[MODEL]"],
     settings=_quality_settings,
+    main=["model", "out", "count", "steps", "guidance", "held_out", "reference", "extractor", "rounds", "device"],
     of_pipelines=_pipeline_settings,
     examples=[
         'tokdyn bench quality runs/demo --stack "{name: plain}" --stack "{name: dropped, tail_drop: 0.5}"',
@@ -161,7 +170,7 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
         "tokdyn bench quality black-forest-labs/FLUX.1-dev --stack stacks.yaml prompts=prompts.txt precision=bf16",
     ],
 )
-def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> None:
+def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str:
     """Compare image quality, FLOPs and time of stacks.
 
     A stack is a list of methods that act together on a model. All stacks draw images from the same seeds, and are
@@ -169,25 +178,27 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> Non
     the page shows the pairs side by side.
     """
     if is_of_pipeline(ctx.args):
-        _pipeline(ctx.args, stack, json, timed=False)
-        return
-    from tokdyn.bench.quality import bench_quality
-    from tokdyn.bench.quality_page import columns, write_page
+        return _pipeline(ctx.args, stack, json, timed=False)
     from tokdyn.bench.settings import QualityConfig
-    from tokdyn.bench.stacks import read_stacks
 
     config = read(ctx.args, QualityConfig, ["model"])
+    check_model(config.model)
+    from tokdyn.bench.quality import bench_quality
+    from tokdyn.bench.quality_page import columns, write_page
+    from tokdyn.bench.stacks import read_stacks
+
     result = bench_quality(config, read_stacks(stack or ["{name: plain}"]))
     files = write_page(config, result)
     if json:
         typer.echo(files[0].read_text(encoding="utf-8").rstrip())
-        return
-    output.columns(columns(result.rows))
-    output.files(files)
+    else:
+        output.columns(columns(result.rows))
+        output.files(files)
+    return output.shell("tokdyn", "tune", config.model or "RUN", "flops=0.6", f"steps={config.steps}")
 
 
-def _pipeline(args: list[str], stack: list[str] | None, json: bool, timed: bool) -> None:
-    """Compare stacks on a pipeline, and print or write the result."""
+def _pipeline(args: list[str], stack: list[str] | None, json: bool, timed: bool) -> str:
+    """Compare stacks on a pipeline, print or write the result, and return the command to try next."""
     from tokdyn.bench.pipelines import UNITS, bench_pipeline, write_pipeline_page
     from tokdyn.bench.settings import PipelineBenchConfig
     from tokdyn.bench.stacks import read_stacks
@@ -197,8 +208,9 @@ def _pipeline(args: list[str], stack: list[str] | None, json: bool, timed: bool)
     files = () if timed else write_pipeline_page(config, result)
     if json:
         as_json(result.as_dict())
-        return
-    found = result.columns()
-    output.columns({name: found[name] for name in found if not (timed and name in ("PSNR, dB", "SSIM"))})
-    typer.echo(f"\nMedian times of whole calls; {UNITS}.")
-    output.files(files)
+    else:
+        found = result.columns()
+        output.columns({name: found[name] for name in found if not (timed and name in ("PSNR, dB", "SSIM"))})
+        typer.echo(f"\nMedian times of whole calls; {UNITS}.")
+        output.files(files)
+    return output.shell("tokdyn", "tune", config.model, "flops=0.6", "prompts=prompts.txt")

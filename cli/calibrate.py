@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .frame import command
-from .output import Json, as_json, pairs, table
-from .settings import read
+from .output import Json, as_json, pairs, shell, table
+from .settings import check_model, read
 
 if TYPE_CHECKING:
     from tokdyn.calibration.command import CalibrateResult
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
         "calibrate",
         words=["MODEL"],
         settings=_settings,
+        main=["model", "method", "flops", "cache_steps", "steps", "guidance", "prompts", "count", "device", "out"],
         examples=[
             "tokdyn calibrate runs/demo method=skip flops=0.7 steps=25",
             "tokdyn calibrate DiT-XL-2-256 method=skip flops=0.7 steps=50 guidance=4 protected=0,-1 --sequential",
@@ -36,27 +37,33 @@ def register(app: typer.Typer) -> None:
             "tokdyn calibrate DiT-XL-2-256 method=cache cache_steps=0.5 steps=50 guidance=4 out=calibrated/xl",
         ],
     )
-    def calibrate(ctx: typer.Context, json: Json = False) -> None:
+    def calibrate(ctx: typer.Context, json: Json = False) -> str:
         """Calibrate DepthSkip or FeatureCache for a model.
 
         The blocks to skip, or the threshold of the cache, are chosen by measurements on sampled images. Of a pipeline
         with several denoisers, each is calibrated on the calls that it gets. What was found is written as a folder for
         tokdyn.load and as a preset file, preset.yaml, for tokdyn.wrap.
         """
-        from tokdyn.calibration.command import calibrate_from_disk
         from tokdyn.calibration.config import CalibrateConfig
 
-        found = calibrate_from_disk(read(ctx.args, CalibrateConfig, ["model"]))
+        config = read(ctx.args, CalibrateConfig, ["model"])
+        check_model(config.model)
+        from tokdyn.calibration.command import calibrate_from_disk
+
+        found = calibrate_from_disk(config)
+        name, first = next(iter(found.items()))
+        folder = first.folder.parent if name else first.folder
         if json:
             reports = {name: {"folder": each.folder, **each.report} for name, each in found.items()}
             as_json(reports.get("", {"denoisers": reports}))
-            return
-        for name, each in found.items():
-            if name:
-                typer.echo(f"{name}:")
-            _show(each)
-        name, first = next(iter(found.items()))
-        typer.echo(f"As a preset: {(first.folder.parent if name else first.folder) / 'preset.yaml'}")
+        else:
+            for name, each in found.items():
+                if name:
+                    typer.echo(f"{name}:")
+                _show(each)
+            typer.echo(f"As a preset: {folder / 'preset.yaml'}")
+        drawn = "prompts=prompts.txt" if config.prompts is not None else f"steps={config.steps}"
+        return shell("tokdyn", "sample", config.model, f"methods={folder}", drawn)
 
 
 def _show(result: CalibrateResult) -> None:

@@ -7,12 +7,12 @@ from dataclasses import asdict
 import typer
 
 from .frame import command
-from .output import Json, as_json, pairs
-from .settings import read
+from .output import Json, as_json, pairs, shell
+from .settings import check_model, read
 
 
 def _settings() -> type:
-    from tokdyn.bases.converting import ConvertConfig
+    from tokdyn.bases.convert_config import ConvertConfig
 
     return ConvertConfig
 
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
         "convert",
         words=["SOURCE", "DESTINATION"],
         settings=_settings,
+        main=["source", "destination", "to", "kind", "dtype", "ema", "num_heads", "sample_size"],
         examples=[
             "tokdyn convert DiT-XL-2-256x256.pt dit-xl --to diffusers",
             "tokdyn convert SiT-XL/2 sit-xl --to tokdyn --dtype bf16",
@@ -32,15 +33,19 @@ def register(app: typer.Typer) -> None:
             "tokdyn convert facebook/DiT-XL-2-256 dit.safetensors --to facebook timestep_shift=0 mlp_norm_eps=1e-6",
         ],
     )
-    def convert(ctx: typer.Context, json: Json = False) -> None:
+    def convert(ctx: typer.Context, json: Json = False) -> str:
         """Convert a checkpoint to another project's layout."""
-        from tokdyn.bases.converting import ConvertConfig
+        from tokdyn.bases.convert_config import ConvertConfig
+
+        config = read(ctx.args, ConvertConfig, ["source", "destination"])
+        check_model(config.source)
         from tokdyn.bases.converting import convert as run
 
-        done = run(read(ctx.args, ConvertConfig, ["source", "destination"]))
+        done = run(config)
+        following = shell("tokdyn", "sample", done.place, "steps=25")
         if json:
             as_json(asdict(done))
-            return
+            return following
         methods = f", with {' and '.join(done.methods)} attached" if done.methods else ""
         pairs(
             [
@@ -51,3 +56,4 @@ def register(app: typer.Typer) -> None:
         )
         for note in done.notes:
             typer.echo(f"Note: {note}", err=True)
+        return following

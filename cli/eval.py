@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from .frame import command
-from .output import Json, table
+from .output import Json, shell, table
 from .settings import read
 
 
@@ -23,23 +23,31 @@ def register(app: typer.Typer) -> None:
         "eval",
         words=["GENERATED", "[REFERENCE]"],
         settings=_settings,
+        main=["generated", "reference", "metrics", "extractor", "limit", "batch_size", "cache", "out", "device"],
         examples=[
             "tokdyn eval samples test.zip",
             "tokdyn eval samples.npz test.zip metrics=frechet,kid limit=5000 --json",
             "tokdyn eval samples test.zip extractor=cifar10_resnet56.ts cache=test.safetensors",
         ],
     )
-    def evaluate(ctx: typer.Context, json: Json = False) -> None:
+    def evaluate(ctx: typer.Context, json: Json = False) -> str:
         """Measure generated images with FID and related metrics.
 
         Some metrics compare them with REFERENCE; see docs/evaluation.md.
         """
-        from tokdyn.evaluate import EvalConfig, evaluate
+        from tokdyn.evaluate import EvalConfig
+        from tokdyn.files import require_path
 
-        result = evaluate(read(ctx.args, EvalConfig, ["generated", "reference"]))
+        config = read(ctx.args, EvalConfig, ["generated", "reference"])
+        for path in filter(None, (config.generated, config.reference)):
+            require_path(path)
+        from tokdyn.evaluate import evaluate
+
+        result = evaluate(config)
+        following = shell("tokdyn", "bench", "quality", "RUN", config.reference and f"reference={config.reference}")
         if json:
             typer.echo(result.to_json())
-            return
+            return following
         table(
             ["metric", "value", "spread", "reference"],
             [
@@ -49,6 +57,7 @@ def register(app: typer.Typer) -> None:
         )
         for line in (*result.warnings, *result.notes):
             typer.echo(line, err=True)
+        return following
 
 
 def _number(value: float | None) -> str:

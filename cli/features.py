@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 
 from .frame import command
-from .output import Json, as_json, pairs
+from .output import Json, as_json, pairs, shell
 from .settings import read
 
 
@@ -25,16 +26,25 @@ def register(app: typer.Typer) -> None:
         "features",
         words=["PATH"],
         settings=_settings,
+        main=["path", "vae", "out", "size", "flip", "num_classes", "on_error", "dtype", "batch_size", "device"],
         examples=["tokdyn features imagenet/train vae=stabilityai/sd-vae-ft-ema out=latents size=256 --flip"],
     )
-    def features(ctx: typer.Context, json: Json = False) -> None:
+    def features(ctx: typer.Context, json: Json = False) -> str:
         """Encode images once, for training on latents."""
-        from tokdyn.data import FeaturesConfig, write_features
+        from tokdyn.data import FeaturesConfig
+        from tokdyn.files import require_path
 
-        report = write_features(read(ctx.args, FeaturesConfig, ["path"]))
+        config = read(ctx.args, FeaturesConfig, ["path"])
+        if config.path is not None:
+            require_path(Path(config.path).expanduser())
+        from tokdyn.data import write_features
+
+        report = write_features(config)
+        sizes = [f"data.path={report.out}", f"data.size={report.shape[1]}x{report.shape[2]}", "data.num_classes=null"]
+        following = shell("tokdyn", "train", "imagenet/dc-dit-s-256", *sizes, "--dry-run")
         if json:
             as_json(asdict(report))
-            return
+            return following
         pairs(
             [
                 ("folder", report.out),
@@ -44,3 +54,4 @@ def register(app: typer.Typer) -> None:
                 ("size", f"{report.size / 2**20:,.1f} MiB"),
             ]
         )
+        return following

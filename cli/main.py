@@ -9,27 +9,43 @@ import typer
 
 import tokdyn
 
-from . import bench, calibrate, convert, demo, features, methods, models, presets, recipes, sample, train, tune, upcycle
+from . import (
+    bench,
+    calibrate,
+    convert,
+    demo,
+    doctor,
+    features,
+    methods,
+    models,
+    pages,
+    presets,
+    recipes,
+    sample,
+    train,
+    tune,
+    upcycle,
+)
 from . import eval as evaluation
 from . import report as reports
 from .frame import group
 
-app = group("tokdyn", "Dynamic token computation for diffusion transformers: train, sample and measure DC-DiT and DiT.")
+WHAT = (
+    "Diffusion transformers that compute fewer tokens, blocks and steps. tokdyn attaches methods to the pipelines and "
+    "models that you have, and trains DC-DiT, which decides image by image which tokens are worth computing."
+)
+FIRST = {
+    "tokdyn demo": "a first look at what it does, with pictures",
+    "tokdyn doctor": "what works on this machine, and what to install",
+    "tokdyn train photos/": "a proposal for training on your images",
+}
+"""The commands that `tokdyn` alone shows, and what each does."""
+
+app = group("tokdyn", WHAT, completion=True)
 for part in (
-    demo,
-    features,
-    train,
-    upcycle,
-    sample,
-    calibrate,
-    tune,
-    evaluation,
-    reports,
-    convert,
-    models,
-    methods,
+    demo, doctor, train, sample, calibrate, tune, upcycle, features, evaluation, reports, convert, models, methods,
     presets,
-):
+):  # fmt: skip
     part.register(app)
 app.add_typer(bench.app)
 app.add_typer(recipes.app)
@@ -42,13 +58,19 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True, help=WHAT)
 def root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Dynamic token computation for diffusion transformers: train, sample and measure DC-DiT and DiT."""
+    """Show what tokdyn is for and where to start, if no command is given."""
+    if ctx.invoked_subcommand is None:
+        lines = [f"tokdyn {tokdyn.__version__}", "", *pages.paragraphs(WHAT)]
+        lines += pages.section("To begin with", pages.definitions(FIRST.items()))
+        lines += ["", "All commands: tokdyn --help", "Completion by the tab key: tokdyn --install-completion"]
+        typer.echo("\n".join(lines))
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ import typer
 
 from .arguments import split
 from .frame import command
-from .output import Json, as_json, pairs
+from .output import Json, as_json, paragraph, shell
+from .pages import definitions
 from .settings import rows
 
 
@@ -21,26 +22,32 @@ def register(app: typer.Typer) -> None:
         words=["[METHOD]"],
         examples=["tokdyn methods", "tokdyn methods TokenMerge", "tokdyn methods --json"],
     )
-    def methods(ctx: typer.Context, json: Json = False) -> None:
+    def methods(ctx: typer.Context, json: Json = False) -> str:
         """List the methods, their settings and their models."""
-        from tokdyn.catalog import methods as catalog
         from tokdyn.errors import InputError
-        from tokdyn.methods import METHODS, find_method
+        from tokdyn.method_names import ALIASES, full_name
+        from tokdyn.recipe.explain import nearest
 
         (wanted,) = split(ctx.args).no_settings().take(optional=["METHOD"])
-        method = find_method(wanted)
-        entries = [entry for entry in catalog() if not wanted or (method and entry.name == method.__name__)]
-        if not entries:
-            raise InputError(f"There is no method {wanted!r}; choose from {', '.join(METHODS)}.")
+        if wanted and full_name(wanted) not in ALIASES:
+            raise InputError(f"There is no method {wanted!r}{nearest(wanted, ALIASES)}.")
+        from tokdyn.catalog import methods as catalog
+        from tokdyn.methods import METHODS
+
+        following = "tokdyn presets"
+        if wanted:
+            stack = f"{{name: tried, methods: [{{method: {full_name(wanted)}}}]}}"
+            following = shell("tokdyn", "bench", "speed", "DiT-S/2", "--stack", "{name: plain}", "--stack", stack)
+        entries = [entry for entry in catalog() if not wanted or entry.name == full_name(wanted)]
         if json:
             as_json([asdict(entry) for entry in entries])
-            return
+            return following
         for entry in entries:
             lines = [("acts", f"in {' and '.join(entry.acts)}, on the {entry.stage}")]
             for support, title in (("yes", "works on"), ("partly", "partly on"), ("no", "not on")):
                 names = [name for name, found in entry.families.items() if found == support]
                 lines += [(title, ", ".join(names))] if names else []
-            typer.echo(f"{entry.name}: {entry.what}")
-            pairs((f"  {key}", text) for key, text in [*lines, *rows(METHODS[entry.name])])
-            typer.echo()
-        typer.echo("tokdyn models lists what each family refuses, and why. For other models, see docs/adapters.md.")
+            paragraph(f"{entry.name} ({', '.join(ALIASES.get(entry.name, ()))}): {entry.what}")
+            typer.echo("\n".join([*definitions([*lines, *rows(METHODS[entry.name])]), ""]))
+        paragraph("tokdyn models lists what each family refuses, and why. For other models, see docs/adapters.md.")
+        return following

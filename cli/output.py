@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
+
+from . import pages
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 
@@ -48,3 +51,14 @@ def pairs(body: Iterable[tuple[str, object]]) -> None:
 def _numeric(cell: str) -> bool:
     """Return whether a cell holds a number, a percentage, or "-" for none."""
     return cell.replace(",", "").replace(".", "", 1).removesuffix("%").lstrip("-").isdigit() or cell == "-"
+
+
+def shell(*words: object) -> str:
+    """Return a shell command of these words, quoted where necessary; words that are None are left out."""
+    return shlex.join(str(word) for word in words if word is not None)
+
+
+def paragraph(text: str, indent: str = "") -> None:
+    """Print a paragraph, broken between words where the terminal ends; other lines than the first are indented more."""
+    for line in pages.wrapped(text, indent, f"{indent}  "):
+        typer.echo(line)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import pages
 from .arguments import split
 from .frame import command
-from .output import Json, as_json
+from .output import Json, as_json, paragraph
 
 if TYPE_CHECKING:
     from tokdyn.presets import PresetRow
 
 _WIDTH = 200  # columns of a table that is not on a terminal
+_NARROW = 100  # columns of a terminal on which the table would break words
 COLUMNS = ("model", "setting", "method", "settings", "indicator", "steps", "speed-up", "quality", "source", "measured")
 
 
@@ -37,7 +39,7 @@ def register(app: typer.Typer) -> None:
         ctx: typer.Context,
         json: Json = False,
         markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/presets.md.")] = False,
-    ) -> None:
+    ) -> str:
         """List published settings of methods for named models.
 
         MODEL is part of the name of a model, a family or a class, or a preset file. Attach one with
@@ -53,6 +55,7 @@ def register(app: typer.Typer) -> None:
             _markdown(rows)
         else:
             _table(rows)
+        return "tokdyn calibrate FOLDER_OR_HUB_ID method=cache cache_steps=0.6 prompts=prompts.txt"
 
 
 def _cells(row: PresetRow) -> tuple[str, ...]:
@@ -71,6 +74,11 @@ def _table(rows: list[PresetRow]) -> None:
 
     table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     with_settings = [row for row in rows if row.setting != "-"]
+    if with_settings and sys.stdout.isatty() and pages.width() < _NARROW:
+        for row in with_settings:
+            values = [f"{name} {cell}" for name, cell in zip(COLUMNS[2:], _cells(row)[2:], strict=True) if cell != "-"]
+            paragraph(f"{row.model}/{row.setting}: {'; '.join(values)}")
+        with_settings = []
     for row in with_settings:
         table.add_row(*_cells(row))
     if with_settings:

@@ -76,7 +76,6 @@ def register(app: typer.Typer) -> None:
     def plot(ctx: typer.Context, json: Json = False) -> None:
         """Draw the figures of a report as PNG, SVG and PDF, as wide as a column of a paper."""
         from tokdyn.run_report.figures import plot
-
         from tokdyn.run_report.settings import PlotConfig
 
         runs = _runs(ctx.args, PlotConfig)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from .arguments import split
 from .frame import command
-from .output import Json, as_json, table
-from .settings import is_of_pipeline, read
+from .output import Json, as_json, shell, table
+from .settings import check_model, flags, is_of_pipeline, read
 
 if TYPE_CHECKING:
     from tokdyn.sample import BudgetResult
@@ -52,6 +53,19 @@ def register(app: typer.Typer) -> None:
         "sample",
         words=["MODEL"],
         settings=_settings,
+        main=[
+            "model",
+            "out",
+            "count",
+            "classes",
+            "seed",
+            "steps",
+            "guidance",
+            "tail_drop",
+            "methods",
+            "maps",
+            "device",
+        ],
         of_pipelines=_pipeline_settings,
         examples=[
             "tokdyn sample runs/demo steps=25 guidance=2",
@@ -61,7 +75,7 @@ def register(app: typer.Typer) -> None:
             "tokdyn sample black-forest-labs/FLUX.1-dev prompts=prompts.txt methods=calibrated/flux precision=bf16",
         ],
     )
-    def sample(ctx: typer.Context, json: Json = False) -> None:
+    def sample(ctx: typer.Context, json: Json = False) -> str:
         """Sample images from a trained model.
 
         With several tail drops (shares of the kept tokens that are dropped to save compute), the same images are
@@ -69,31 +83,46 @@ def register(app: typer.Typer) -> None:
 
         A pipeline of diffusers, by folder or hub id, draws prompts with its own sampler, and has settings of its own.
         """
-        from tokdyn.sample import SampleConfig, sample
+        from tokdyn.sample import SampleConfig
 
         if is_of_pipeline(ctx.args):
-            _pipeline(ctx.args, json)
-            return
-        result = sample(read(ctx.args, SampleConfig, ["model"]))
+            return _pipeline(ctx.args, json)
+        config = read(ctx.args, SampleConfig, ["model"])
+        check_model(config.model)
+        from tokdyn.sample import sample
+
+        result = sample(config)
         if json:
             typer.echo(result.model_dump_json(indent=2))
-            return
-        table(BUDGET_COLUMNS, map(budget_row, result.budgets))
-        for path in (*result.files, *(file for budget in result.budgets for file in budget.files)):
-            typer.echo(f"  {path}")
+        else:
+            table(BUDGET_COLUMNS, map(budget_row, result.budgets))
+            for path in (*result.files, *(file for budget in result.budgets for file in budget.files)):
+                typer.echo(f"  {path}")
+        if len(result.budgets) == 1 and result.budgets[0].kept is not None:
+            given = split(ctx.args, set(flags(SampleConfig))).overrides()
+            same = [
+                each for each in given if not each.startswith(("model=", "out=", "tail_drop=", "drop_curve=", "maps="))
+            ]
+            return shell("tokdyn", "sample", config.model, *same, "tail_drop=0,0.3,0.6", "--maps", "out=budgets")
+        return shell("tokdyn", "tune", config.model, "flops=0.6", f"steps={config.steps}")
 
 
-def _pipeline(args: list[str], json: bool) -> None:
-    """Draw prompts with a pipeline, and print times and costs."""
+def _pipeline(args: list[str], json: bool) -> str:
+    """Draw prompts with a pipeline, print times and costs, and return the command to try next."""
     from dataclasses import asdict
 
     from tokdyn.sample.config import PipelineSampleConfig
     from tokdyn.sample.pipeline import sample_pipeline
 
-    result = sample_pipeline(read(args, PipelineSampleConfig, ["model"]))
+    config = read(args, PipelineSampleConfig, ["model"])
+    result = sample_pipeline(config)
+    target = ("calibrate", config.model, "method=cache", "cache_steps=0.6") if config.methods is None else (
+        "tune", config.model, "flops=0.5"
+    )  # fmt: skip
+    following = shell("tokdyn", *target, "prompts=prompts.txt")
     if json:
         as_json({"folder": result.folder, "drawn": [asdict(each) for each in result.drawn]})
-        return
+        return following
     if result.table is not None:
         typer.echo(f"{result.table}\n")
     columns = ("prompt", "seed", "seconds", "in the model", "reused", "FLOPs", "file")
@@ -110,3 +139,4 @@ def _pipeline(args: list[str], json: bool) -> None:
         for title, each in zip(result.titles, result.drawn, strict=True)
     ]
     table(columns, rows)
+    return following

@@ -8,15 +8,18 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .arguments import Words, split
 
-Settings = TypeVar("Settings", bound=BaseModel)
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
+Settings = TypeVar("Settings", bound="BaseModel")
+
+_BRIEF = 54  # characters of a meaning that --help shows, if it has a comma before
+_SHORT = 12  # characters of a default that --help shows
 _NOTHING = frozenset({"", "null", "~"})  # as in YAML
 
 
@@ -31,9 +34,8 @@ def flags(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         members = _members(info.annotation)
         if bool in members:
             yield prefix + name
-        for member in members:
-            if inspect.isclass(member) and issubclass(member, BaseModel):
-                yield from flags(member, f"{prefix}{name}.")
+        for member in filter(_is_section, members):
+            yield from flags(member, f"{prefix}{name}.")
 
 
 def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) -> Settings:
@@ -48,6 +50,8 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
     Raises:
         RecipeError: there are too many words, a key is unknown, or a value is invalid.
     """
+    from pydantic import ValidationError
+
     from tokdyn.recipe.explain import explain
     from tokdyn.recipe.files import parse_overrides
 
@@ -75,24 +79,61 @@ def is_of_pipeline(args: Sequence[str]) -> bool:
     return names_pipeline(name, wanted=prompted)
 
 
+def check_model(name: str | None, sizes: bool = False) -> None:
+    """Refuse a name that cannot be that of a model, before torch is loaded.
+
+    Args:
+        name: the name; None is accepted.
+        sizes: accept named sizes such as DiT-S/2, which have no trained weights.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    from tokdyn.bases.names import check_name, is_size
+
+    if name is not None and not (sizes and is_size(name)):
+        check_name(name)
+
+
 def _texts(model: type[BaseModel]) -> set[str]:
     """Return the keys whose values are texts or paths, which are taken literally, not as YAML."""
     plain = {str, Path, type(None)}
     return {name for name, info in model.model_fields.items() if set(_members(info.annotation)) <= plain}
 
 
-def rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, "meaning [type, default]") for each setting, those in sections included; arguments as for `flags`."""
+def rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Yield (key, "meaning [type, default]") for each setting, those in sections included."""
+    for key, meaning, info in _fields(model):
+        default = "required" if info.is_required() else f"default {_text(info)}"
+        yield key, f"{meaning} [{_type(info.annotation)}, {default}]".strip()
+
+
+def brief_rows(model: type[BaseModel]) -> dict[str, str]:
+    """Map each setting, those in sections included, to the first clause of its meaning and its default."""
+    found = {}
+    for key, meaning, info in _fields(model):
+        default = "required" if info.is_required() else _text(info)
+        clause = re.split(r"[.;:](?:\s|$)", re.sub(r"\s*\([^()]*\)", "", meaning), maxsplit=1)[0]
+        start = clause[: clause.rfind(", ", 0, _BRIEF)] if len(clause) > _BRIEF else clause
+        plain = default not in ("null", "") and len(default) <= _SHORT and not default.startswith("(")
+        found[key] = f"{start or clause} [{default}]".strip() if plain else start or clause
+    return found
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
+    """Yield key, meaning and field of each setting, those in sections included; arguments as for `flags`."""
     meanings = _attributes(model)
     for name, info in model.model_fields.items():
-        sections = [m for m in _members(info.annotation) if inspect.isclass(m) and issubclass(m, BaseModel)]
-        if sections:
-            for section in sections:
-                yield from rows(section, f"{prefix}{name}.")
-            continue
-        meaning = info.description or meanings.get(name, "")
-        default = "required" if info.is_required() else f"default {_text(info)}"
-        yield f"{prefix}{name}", f"{meaning} [{_type(info.annotation)}, {default}]".strip()
+        sections = [member for member in _members(info.annotation) if _is_section(member)]
+        for section in sections:
+            yield from _fields(section, f"{prefix}{name}.")
+        if not sections:
+            yield f"{prefix}{name}", info.description or meanings.get(name, ""), info
+
+
+def _is_section(member: Any) -> bool:
+    """Return whether a type is a pydantic model, whose fields are settings of their own."""
+    return inspect.isclass(member) and hasattr(member, "model_fields")
 
 
 def _members(annotation: Any) -> list[Any]:

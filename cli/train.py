@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .arguments import split
 from .frame import command
-from .output import Json, as_json, pairs
+from .output import Json, as_json, pairs, paragraph, shell
+from .pages import command_line
 from .settings import flags
 
 if TYPE_CHECKING:
     from tokdyn.recipe import Recipe
+    from tokdyn.recipe.proposal import Proposal
+
+MAIN = (
+    "name", "out", "seed", "model.kind", "model.name", "data.kind", "data.path", "data.size", "optimizer.lr",
+    "training.steps", "training.batch_size", "training.precision",
+)  # fmt: skip
+"""Settings of a run that --help explains."""
 
 
 def _settings() -> type:
@@ -30,10 +39,12 @@ def register(app: typer.Typer) -> None:
         "train",
         words=["RECIPE"],
         settings=_settings,
+        main=MAIN,
         examples=[
-            "tokdyn train demo",
+            "tokdyn train photos/",
             "tokdyn train demo out=runs/mine optimizer.lr=3e-4 model.depth=6",
             "tokdyn train demo --dry-run --json",
+            "tokdyn train photos.zip training.steps=1000 --yes",
             "tokdyn train runs/mine --resume",
         ],
     )
@@ -44,21 +55,63 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--dry-run", help="Print parameters, FLOPs, memory and estimated time, and stop."),
         ] = False,
+        yes: Annotated[bool, typer.Option("--yes", help="Train on images as proposed.")] = False,
         json: Json = False,
-    ) -> None:
-        """Train a model with a recipe, or resume a run.
+    ) -> str:
+        """Train a model with a recipe or on a folder of images.
 
-        RECIPE is the name of a shipped recipe, a YAML file, or the folder of a run.
+        RECIPE is the name of a shipped recipe, a YAML file, or the folder of a run. For a folder or a zip of images, a
+        recipe is proposed, with the command that trains with it.
         """
         from tokdyn import recipe
+        from tokdyn.errors import RecipeError
+        from tokdyn.recipe.proposal import holds_images, propose
 
         given = split(ctx.args, frozenset(flags(recipe.Recipe)))
         (name,) = given.take(["RECIPE"])
-        carry_out(recipe.load(name, given.overrides()), resume, dry_run, json)
+        settings = given.overrides()
+        if holds_images(name):
+            if resume:
+                raise RecipeError(f"{name} holds images, and no run to resume; give the folder of the run.")
+            proposal = propose(name, settings)
+            resolved = recipe.load(proposal.recipe, proposal.settings)
+            if not yes and not dry_run:
+                _show(proposal, json)
+                return shell("tokdyn", "train", name, *settings, "--yes")
+            name, settings = proposal.recipe, list(proposal.settings)
+        elif yes:
+            raise RecipeError(f"--yes is for a folder or a zip of images, and {name} is a recipe; remove --yes.")
+        else:
+            resolved = recipe.load(name, settings)
+        carry_out(resolved, resume, dry_run, json)
+        return shell("tokdyn", "train", name, *settings) if dry_run else sampling(resolved)
+
+
+def _show(proposal: Proposal, json: bool) -> None:
+    """Print a proposal."""
+    if json:
+        as_json({**asdict(proposal), "command": proposal.command})
+        return
+    count = len(proposal.classes)
+    classes = "no classes" if count == 1 else f"{count} classes: {', '.join(list(proposal.classes)[:8])}"
+    classes += ", ..." if count > 8 else ""
+    size = f"{proposal.width}x{proposal.height} pixels (median)"
+    paragraph(f"{proposal.path} holds {proposal.images:,} images of {size}, with {classes}.")
+    typer.echo("Proposed, with more settings behind it if you like:\n")
+    typer.echo("\n".join(command_line(proposal.command)) + "\n")
+    for note in proposal.notes:
+        paragraph(note)
+
+
+def sampling(recipe: Recipe) -> str:
+    """Return the command that samples from a finished run, with the methods that were attached after it."""
+    methods = Path(recipe.folder) / "methods"
+    with_methods = f"methods={methods}" if recipe.upcycle is not None and recipe.upcycle.after else None
+    return shell("tokdyn", "sample", recipe.folder, "steps=25", with_methods)
 
 
 def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
-    """Train a model, and exit with the code of the run; or with `dry_run` print an estimate and return.
+    """Train a model, and exit with the code of the run unless it is 0; or with `dry_run` print an estimate.
 
     If the run finishes, the methods that its recipe attaches after training are attached and saved too.
     """
@@ -80,7 +133,7 @@ def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
         from tokdyn.calibration.after_training import finish
 
         summary["methods"] = finish(result.folder, recipe.upcycle.after)
-        typer.echo(f"Sample with the methods: tokdyn sample {result.folder} methods={summary['methods']}", err=True)
     if json:
         as_json(summary)
-    raise typer.Exit(result.exit_code)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)

@@ -7,7 +7,7 @@ import typer
 from . import output
 from .frame import command
 from .output import Json
-from .settings import is_of_pipeline, read
+from .settings import check_model, is_of_pipeline, read
 
 
 def _settings() -> type:
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
         "tune",
         words=["MODEL"],
         settings=_settings,
+        main=["model", "flops", "knobs", "steps", "guidance", "images", "count", "finalists", "device", "out"],
         of_pipelines=_pipeline_settings,
         examples=[
             "tokdyn tune runs/demo flops=0.6 steps=25 guidance=2",
@@ -38,7 +39,7 @@ def register(app: typer.Typer) -> None:
             "tokdyn tune black-forest-labs/FLUX.1-dev flops=0.5 prompts=prompts.txt precision=bf16",
         ],
     )
-    def tune(ctx: typer.Context, json: Json = False) -> None:
+    def tune(ctx: typer.Context, json: Json = False) -> str:
         """Find the best methods for a share of the FLOPs.
 
         The search tries tail drops, merging, skipping and caching with settings that may change with the noise level.
@@ -46,32 +47,33 @@ def register(app: typer.Typer) -> None:
         a pipeline of diffusers, merging, skipping and caching are tuned on prompts.
         """
         if is_of_pipeline(ctx.args):
-            _pipeline(ctx.args, json)
-            return
+            return _pipeline(ctx.args, json)
+        from tokdyn.bench.tune_settings import TuneConfig
+
+        config = read(ctx.args, TuneConfig, ["model"])
+        check_model(config.model)
         from tokdyn.bench.quality_page import columns
         from tokdyn.bench.tune import tune
-        from tokdyn.bench.tune_settings import TuneConfig
         from tokdyn.files import json_object
 
-        result = tune(read(ctx.args, TuneConfig, ["model"]))
+        result = tune(config)
         if json:
             typer.echo((result.folder / "tuned.json").read_text(encoding="utf-8").rstrip())
-            return
-        output.columns(columns(result.quality.rows))
-        content = json_object(result.folder / "tuned.json")
-        typer.echo(f"\n  {content['sample']}\n")
-        output.files(result.folder / name for name in ("stack.yaml", "tuned.json", "quality.html"))
+        else:
+            output.columns(columns(result.quality.rows))
+            output.files(result.folder / name for name in ("stack.yaml", "tuned.json", "quality.html"))
+        return str(json_object(result.folder / "tuned.json")["sample"])
 
 
-def _pipeline(args: list[str], json: bool) -> None:
-    """Tune methods on a pipeline, and print what was found."""
+def _pipeline(args: list[str], json: bool) -> str:
+    """Tune methods on a pipeline, print what was found, and return the command that draws with it."""
     from tokdyn.bench.tune_pipeline import tune_pipeline
     from tokdyn.bench.tune_settings import PipelineTuneConfig
 
     result = tune_pipeline(read(args, PipelineTuneConfig, ["model"]))
     if json:
         typer.echo((result.folder / "tuned.json").read_text(encoding="utf-8").rstrip())
-        return
-    output.columns(result.compared.columns())
-    typer.echo(f"\n  {result.command}\n")
-    output.files(result.folder / name for name in ("stack.yaml", "tuned.json", "quality.html"))
+    else:
+        output.columns(result.compared.columns())
+        output.files(result.folder / name for name in ("stack.yaml", "tuned.json", "quality.html"))
+    return result.command

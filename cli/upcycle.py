@@ -9,9 +9,9 @@ import typer
 
 from .arguments import split
 from .frame import command
-from .output import Json, as_json, pairs
+from .output import Json, as_json, pairs, shell
 from .settings import flags, read
-from .train import carry_out
+from .train import carry_out, sampling
 
 
 def _settings() -> type:
@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
         app,
         "upcycle",
         settings=_settings,
+        main=("out", "data.path", "training.steps", "training.batch_size"),
         examples=[
             "tokdyn upcycle --recipe shapes/upcycle out=runs/upcycled",
             "tokdyn upcycle --base runs/dit --method dc data.path=train.zip training.steps=2000 training.batch_size=64",
@@ -59,7 +60,7 @@ def register(app: typer.Typer) -> None:
             ),
         ] = False,
         json: Json = False,
-    ) -> None:
+    ) -> str:
         """Build a DC-DiT from a pretrained DiT, and train it.
 
         By default it is trained by distillation from the DiT first, and then on its own.
@@ -68,7 +69,7 @@ def register(app: typer.Typer) -> None:
         on images that it draws itself to predict with fewer tokens what it predicts with all of them. The settings are
         then those of a pipeline: prompts=FILE, steps, lr, trained=all; see docs/upcycling.md.
         """
-        from tokdyn.bases.opening import check_name
+        from tokdyn.bases.names import check_name
         from tokdyn.errors import RecipeError
         from tokdyn.pipelines.opening import names_pipeline
         from tokdyn.recipe import Recipe, load
@@ -80,8 +81,7 @@ def register(app: typer.Typer) -> None:
                     f"{base} is a pipeline, which is trained without a recipe; remove "
                     f"{'--dry-run' if dry_run else '--recipe'}."
                 )
-            _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
-            return
+            return _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
         if base is not None:
             check_name(base)
         given = split(ctx.args, frozenset(flags(Recipe)))
@@ -90,12 +90,16 @@ def register(app: typer.Typer) -> None:
             resolved = load(given.settings["out"], given.overrides())  # the recipe that the run was started with
         else:
             resolved = upcycling_recipe(base, recipe, given.overrides(), method or ())
-        try:
-            carry_out(resolved, resume, dry_run, json)
-        except typer.Exit as end:
-            if end.exit_code == 0:
-                _page(Path(resolved.folder))
-            raise
+        carry_out(resolved, resume, dry_run, json)
+        if not dry_run:
+            _page(Path(resolved.folder))
+            return sampling(resolved)
+        words = [
+            base and f"--base={base}",
+            recipe and f"--recipe={recipe}",
+            *(f"--method={each}" for each in method or ()),
+        ]
+        return shell("tokdyn", "upcycle", *words, *given.overrides())
 
 
 def _page(folder: Path) -> None:
@@ -112,15 +116,16 @@ def _page(folder: Path) -> None:
         typer.echo(f"Report: {page}", err=True)
 
 
-def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> None:
-    """Upcycle the transformer of a pipeline, and print the error before and after, and the FLOPs."""
+def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> str:
+    """Upcycle a pipeline, print the error before and after, and return the command that draws with the result."""
     from tokdyn.upcycling.command import PipelineConfig, upcycle_pipeline
 
     config = read([*args, f"base={base}"], PipelineConfig)
     result = upcycle_pipeline(config, methods, resume, lambda text: typer.echo(text, err=True))
+    following = shell("tokdyn", "sample", base, f"methods={result.folder}", "prompts=prompts.txt")
     if json:
         as_json({"folder": result.folder, **result.report})
-        return
+        return following
     error = result.report["error"]
     pairs(
         [
@@ -132,3 +137,4 @@ def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json
         ]
     )
     typer.echo(f"\n{result.folder} holds methods for tokdyn.load, and upcycle.html with images before and after.")
+    return following

@@ -11,9 +11,9 @@ from tokdyn.catalog import CatalogSettings, catalog
 def test_sizes_and_costs_are_as_published() -> None:
     """Millions of parameters with the position table, and GFLOPs where a multiply-add is 2 (arXiv 2603.06351)."""
     found = {(entry.kind, entry.name): entry for entry in catalog(CatalogSettings())}
-    millions = {name: round(found["dcdit", name].parameters / 1e6, 2) for name in ("S", "B", "L", "XL")}
+    millions = {name: round(found["dcdit", f"DC-DiT-{name}"].parameters / 1e6, 2) for name in ("S", "B", "L", "XL")}
     assert millions == {"S": 34.76, "B": 137.13, "L": 469.61, "XL": 689.59}
-    gflops = {name: round(found["dit", name].gflops, 2) for name in ("S/2", "B/2", "L/2", "XL/2", "XL/4")}
+    gflops = {name: round(found["dit", f"DiT-{name}"].gflops, 2) for name in ("S/2", "B/2", "L/2", "XL/2", "XL/4")}
     assert gflops == {"S/2": 12.11, "B/2": 46.01, "L/2": 161.40, "XL/2": 237.24, "XL/4": 58.09}
 
 
@@ -29,7 +29,7 @@ def test_tail_drop_lowers_cost_and_kept_tokens() -> None:
 
 def test_patch_sizes_that_do_not_divide_the_input_are_left_out() -> None:
     assert {e.name for e in catalog(CatalogSettings(sample_size=18)) if e.kind == "dit"} == {
-        f"{size}/2" for size in ("tiny", "S", "B", "L", "XL")
+        f"DiT-{size}/2" for size in ("tiny", "S", "B", "L", "XL")
     }
 
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from tokdyn.adapters import known_adapters
-from tokdyn.adapters.undeclared import undeclared
-from tokdyn.attach import support
-from tokdyn.bases import rows
-from tokdyn.bases.opening import in_cache
-from tokdyn.cost import flops_per_image
-from tokdyn.methods import METHODS
-from tokdyn.models import DCDiT, DiT
-from tokdyn.models.sizes import SHAPES
+if TYPE_CHECKING:  # everything is imported where it is used, so that the settings can be checked before torch is loaded
+    from torch import nn
 
 LISTED_PATCHES = (2, 4, 8)
 
@@ -47,7 +39,7 @@ class CatalogEntry:
     """The size and cost of one named model.
 
     Attributes:
-        name: its name for `DiT.named` or `DCDiT.named`.
+        name: its name for `DiT.named` or `DCDiT.named`, and on the command line.
         kind: "dit" or "dcdit".
         parameters: number of parameters, including the frozen position table.
         tokens: N, cells of the token grid.
@@ -72,6 +64,12 @@ def catalog(settings: CatalogSettings) -> list[CatalogEntry]:
     Returns:
         An entry for each model and patch size; patch sizes that do not divide the input are left out.
     """
+    import torch
+
+    from tokdyn.cost import flops_per_image
+    from tokdyn.models import DCDiT, DiT
+    from tokdyn.models.sizes import SHAPES
+
     size = settings.sample_size
     shared = {"sample_size": size, "in_channels": settings.in_channels, "num_classes": settings.num_classes}
     kept = (1.0 - settings.tail_drop) / settings.target
@@ -81,14 +79,16 @@ def catalog(settings: CatalogSettings) -> list[CatalogEntry]:
             for patch in (p for p in LISTED_PATCHES if size % p == 0):
                 dit = DiT.named(f"{name}/{patch}", **shared)
                 cells = (size // patch) ** 2
-                entries.append(_entry(f"{name}/{patch}", "dit", dit, cells, cells, flops_per_image(dit)))
+                entries.append(_entry(f"DiT-{name}/{patch}", "dit", dit, cells, cells, flops_per_image(dit)))
             chunked = DCDiT.named(name, **shared, target=settings.target)
             cells = size**2
-            entries.append(_entry(name, "dcdit", chunked, cells, kept * cells, flops_per_image(chunked, kept)))
+            entries.append(
+                _entry(f"DC-DiT-{name}", "dcdit", chunked, cells, kept * cells, flops_per_image(chunked, kept))
+            )
     return entries
 
 
-def _entry(name: str, kind: str, model: torch.nn.Module, cells: int, computed: float, flops: float) -> CatalogEntry:
+def _entry(name: str, kind: str, model: nn.Module, cells: int, computed: float, flops: float) -> CatalogEntry:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return CatalogEntry(name, kind, parameters, cells, computed, flops / 1e9)
 
@@ -118,6 +118,9 @@ class BaseEntry:
 
 def bases() -> list[BaseEntry]:
     """Return an entry for each named pretrained model."""
+    from tokdyn.bases import rows
+    from tokdyn.bases.opening import in_cache
+
     return [
         BaseEntry(
             row.name,
@@ -153,6 +156,9 @@ class FamilyEntry:
 
 def families() -> list[FamilyEntry]:
     """Return an entry for each family with an adapter."""
+    from tokdyn.adapters import known_adapters
+    from tokdyn.attach import support
+
     matrix = support()
     entries = []
     for adapter in known_adapters():
@@ -182,6 +188,9 @@ class ClassEntry:
 
 def classes() -> list[ClassEntry]:
     """Return an entry for each transformer class of diffusers that no adapter is declared for."""
+    from tokdyn.adapters.undeclared import undeclared
+    from tokdyn.methods import METHODS
+
     return [
         ClassEntry(name, "class", {method: "yes" if method in one.methods else "no" for method in METHODS}, one.reason)
         for name, one in undeclared().items()
@@ -211,6 +220,9 @@ class MethodEntry:
 
 def methods() -> list[MethodEntry]:
     """Return an entry for each registered method."""
+    from tokdyn.attach import support
+    from tokdyn.methods import METHODS
+
     matrix = support()
     entries = []
     for name, method in METHODS.items():

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from safetensors import SafetensorError
 
-from tokdyn.errors import CheckpointError, OutputError, RecipeError
+from tokdyn.errors import CheckpointError, DataError, OutputError, RecipeError
 
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 """The type of paths in settings. A leading `~` becomes the home folder, even if the shell has not expanded it."""
@@ -102,6 +102,16 @@ def unused(folder: Path) -> Path:
     """Return the folder, or the first of NAME-2, NAME-3 and so on that does not exist."""
     names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
     return next(path for path in names if not path.exists())
+
+
+def require_path(path: Path) -> None:
+    """Check that there is a file or folder to read, or a file such as a zip that the path leads into.
+
+    Raises:
+        DataError: there is neither.
+    """
+    if not path.exists() and not any(place.is_file() for place in path.parents):
+        raise DataError(f"There is no file or folder {path}: give the path of one that exists.")
 
 
 def require_folder(folder: Path, setting: str = "out") -> None:

@@ -70,8 +70,16 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device={name} is not available: give device=cpu, device=cuda or device=auto.") from error
+        raise InputError(f"device={name} cannot be used here: give {' or '.join(_choices())}.") from error
     return device
+
+
+def _choices() -> list[str]:
+    """Return the settings of devices that this machine has."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(1, count))]
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    return [f"device={name}" for name in names]
 
 
 def product_type(precision: str, device: torch.device) -> torch.dtype | None:
@@ -92,14 +100,22 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "system", the operating system; "processor"; "cpus", the number of cores; "threads", the number of threads that
         torch uses; "accelerator", the name of the GPU, only if the device is one; "device"; and "torch", its version.
     """
-    machine: dict[str, str | int] = {"system": platform.system(), "processor": _processor()}
+    machine: dict[str, str | int] = {"system": platform.system(), "processor": processor()}
     machine |= {"cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()}
     if device.type == "cuda":
         machine["accelerator"] = torch.cuda.get_device_name(device)
     return machine | {"device": str(device), "torch": torch.__version__}
 
 
-def _processor() -> str:
+def memory() -> int | None:
+    """Return the bytes of memory of the machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def processor() -> str:
     """Return the processor's model name on Linux; elsewhere, or if Linux does not give it, what Python reports."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

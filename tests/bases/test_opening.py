@@ -143,7 +143,7 @@ def test_offline_errors_name_the_ways_out(name: str, tmp_path: Path) -> None:
     if row.source == "shipped":
         return
     place = str(tmp_path / "cache" / row.file) if row.source == "url" else str(tmp_path / "hub")
-    with pytest.raises(CheckpointError, match="--base PATH") as error:
+    with pytest.raises(CheckpointError, match="the path of a file") as error:
         read_base(name)
     assert place in str(error.value)
     assert "shapes" in str(error.value)  # ships with the package
@@ -169,9 +169,9 @@ def test_hub_ids_name_files_folders_and_pipelines(tmp_path: Path, model: Any) ->
         assert equal(base.model, made), name
         assert base.objective == "flow"
         assert base.sha256 == digest(folder / weights)
-    with pytest.raises(CheckpointError, match=r"some-one/deep.*--base PATH"):
+    with pytest.raises(CheckpointError, match=r"some-one/deep.*the path of a file"):
         read_base("some-one/deep")  # nothing in its top folder
-    with pytest.raises(CheckpointError, match=r"some-one/deep:other.*--base PATH"):
+    with pytest.raises(CheckpointError, match=r"some-one/deep:other.*the path of a file"):
         read_base("some-one/deep:other")
 
 
@@ -293,7 +293,7 @@ def test_offline_in_a_new_process(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     kind, depth, text = json.loads(done.stdout)
     assert (kind, depth) == ("CheckpointError", 2)
-    assert "--base PATH" in text
+    assert "the path of a file" in text
 
 
 def test_named_base_equals_its_file(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from diffusers import DiTTransformer2DModel
 
 import tokdyn
 from tokdyn.checkpoints import read
-from tokdyn.checkpoints.writer import Layout, write
+from tokdyn.checkpoints.formats import Layout
+from tokdyn.checkpoints.writer import write
 from tokdyn.errors import CheckpointError, OutputError
 from tokdyn.models import DCDiT, DiT
 

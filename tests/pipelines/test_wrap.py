@@ -225,12 +225,20 @@ def test_saving_replaces_the_methods_of_other_denoisers_and_of_a_model(tmp_path:
     assert [method for method, _ in tokdyn.parts(one.transformer)] == [DepthSkip(blocks=(1,))]
 
 
-@pytest.mark.parametrize("methods", [FeatureCache(), "FeatureCache", None, {}, {"transformer": FeatureCache()}])
+@pytest.mark.parametrize("methods", ["FeatureCache", None, {}, {"transformer": None}])
 def test_methods_that_are_no_list_are_refused(methods: Any) -> None:
     pipe = build("SD3")
     with pytest.raises(tokdyn.InputError, match=r"is not a list of methods|no denoiser is named"):
         tokdyn.wrap(pipe, methods)
     assert not tokdyn.pipelines.is_wrapped(pipe)
+
+
+@pytest.mark.parametrize("methods", [FeatureCache(), {"transformer": FeatureCache()}])
+def test_a_method_is_as_good_as_a_list_of_it(methods: Any) -> None:
+    pipe = tokdyn.wrap(build("SD3"), methods)
+    assert [method for method, _ in tokdyn.parts(pipe.transformer)] == [FeatureCache()]
+    model = tokdyn.wrap(build("SD3").transformer, FeatureCache())
+    assert [method for method, _ in tokdyn.parts(model)] == [FeatureCache()]
 
 
 def test_what_cannot_be_wrapped_is_refused_and_nothing_is_wrapped() -> None:

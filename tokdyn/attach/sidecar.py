@@ -85,6 +85,9 @@ def load(model: Model, folder: str | Path, level: Level | None = None) -> Model:
     from safetensors.torch import load_file
 
     where = Path(folder).expanduser()
+    if not (where / CONFIG).is_file():
+        what = f"holds no {CONFIG}" if where.is_dir() else "is no folder"
+        raise CheckpointError(f"{where} {what}; give a folder that tokdyn.save or tokdyn calibrate has written.")
     content = json_object(where / CONFIG)
     if content.get("model") != type(model).__name__:
         raise CheckpointError(

@@ -4,55 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from tokdyn.attach import attachment_of
+from tokdyn.bases.convert_config import ConvertConfig
 from tokdyn.bases.opening import Base, read_base
 from tokdyn.bases.table import Objective, rows
-from tokdyn.checkpoints import Kind
-from tokdyn.checkpoints.writer import Layout, write
-from tokdyn.files import UserPath
+from tokdyn.checkpoints.formats import Layout
+from tokdyn.checkpoints.writer import write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class ConvertConfig(BaseModel):
-    """Settings of `tokdyn convert`.
-
-    Attributes:
-        source: A checkpoint file or folder, a name of `tokdyn models`, or OWNER/REPO[:FILE_OR_FOLDER] of the hub.
-        destination: A path that does not exist yet: a .safetensors file for `official` and `facebook`, otherwise a
-            folder.
-        to: The layout: a folder for diffusers' DiTTransformer2DModel (`diffusers`) or for tokdyn (`tokdyn`), or a file
-            for the public code of DC-DiT (`official`) or DiT (`facebook`).
-        kind: The format of the source; null recognises it. For SiT, set `sit`, and for the SiT of REPA `repa`, because
-            their tensors have the names of DiT's.
-        dtype: Dtype of the written tensors.
-        ema: Take the averaged weights if the source holds averaged and plain ones.
-        num_heads: Number of attention heads, if neither the width nor the source determines it.
-        sample_size: Input size in pixels or latent pixels, one number or (rows, columns), if the source does not
-            determine it.
-        patch_size: Patch size of a DC-DiT whose source does not determine it; null takes 1.
-        timestep_shift: Timestep frequencies to read diffusers' weights with: 0 for facebook's, 1 for diffusers' own.
-        mlp_norm_eps: Epsilon of the norm before the MLP: 1e-6 in facebook's DiT, 1e-5 in diffusers'.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str = Field(min_length=1)
-    destination: UserPath
-    to: Layout
-    kind: Kind | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: bool = True
-    num_heads: int | None = Field(default=None, ge=1)
-    sample_size: int | tuple[int, int] | None = None
-    patch_size: int | None = Field(default=None, ge=1)
-    timestep_shift: int | None = Field(default=None, ge=0, le=1)
-    mlp_norm_eps: float | None = Field(default=None, gt=0.0)
 
 
 @dataclass(frozen=True)

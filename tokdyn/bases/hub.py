@@ -17,14 +17,11 @@ from huggingface_hub.errors import (
 )
 
 from tokdyn.bases.download import Unreachable, digest
+from tokdyn.bases.names import HUB_ID, INDEX
 from tokdyn.checkpoints.files import PICKLED
 from tokdyn.errors import CheckpointError
 from tokdyn.hub import reachable
 
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
-"""OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER."""
-INDEX = "model_index.json"
-"""The file of a pipeline of diffusers that lists its components."""
 _ENDINGS = (*PICKLED, ".safetensors", ".index.json")
 _WEIGHTS = tuple(f"*{ending}" for ending in _ENDINGS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from huggingface_hub import constants
 
 from tokdyn.attach import CONFIG, load
 from tokdyn.bases.download import Unreachable, cache_folder, digest, fetch
-from tokdyn.bases.hub import HUB_ID, checked_digest, fetch_from_hub
+from tokdyn.bases.hub import checked_digest, fetch_from_hub
+from tokdyn.bases.names import check_name, suggestion
 from tokdyn.bases.table import TARGETS, Objective, Row, rows, shipped_folder
 from tokdyn.checkpoints import Kind, read
 from tokdyn.checkpoints.files import weight_files
@@ -81,21 +81,6 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
     return Base(model, _objective(model, row, facts, files[0].parent), str(name), path, _sha256(files), facts)
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that cannot be a base, without using the network.
-
-    Raises:
-        CheckpointError: the name is neither an existing path, nor listed by `tokdyn models`, nor a hub id.
-    """
-    if (name and Path(name).expanduser().exists()) or name in rows():
-        return
-    if not HUB_ID.fullmatch(name) or name.startswith(("./", "../", "~/")):
-        raise CheckpointError(
-            f"there is no base {name!r}, and no such path{_suggestion(name)}; give a path, a name of `tokdyn models`, "
-            "or OWNER/REPO[:FILE_OR_FOLDER] of the hub."
-        )
-
-
 def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
     """Return the path of a base, downloading it if necessary, and its row in the table of listed bases.
 
@@ -125,8 +110,9 @@ def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
         shipped = [each.name for each in rows().values() if each.source == "shipped"]
         alternatives = f"use a base that ships with tokdyn ({', '.join(shipped) or 'this installation has none'})"
         raise CheckpointError(
-            f"{name} cannot be downloaded ({reason}){_suggestion(name) if row is None else ''}: give --base PATH to a "
-            f"file or folder on this machine, copy a filled cache ({_cache(row)}) from another one, or {alternatives}."
+            f"{name} cannot be downloaded ({reason}){suggestion(name) if row is None else ''}: give the path of "
+            f"a file or folder on this machine, copy a filled cache ({_cache(row)}) from another one, or "
+            f"{alternatives}."
         ) from reason
 
 
@@ -155,12 +141,6 @@ def _cache(row: Row | None) -> str:
     if row is not None and row.source == "url":
         return str(cache_folder() / row.file)
     return str(constants.HF_HUB_CACHE)
-
-
-def _suggestion(name: str) -> str:
-    """Return a hint with the listed name that is most like a wrong one, or ""."""
-    near = difflib.get_close_matches(name, rows(), n=1, cutoff=0.75)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _objective(model: DiT | DCDiT, row: Row | None, facts: dict[str, Any], folder: Path) -> Objective:

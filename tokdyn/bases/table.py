@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
-
-from tokdyn.checkpoints import Kind
+from tokdyn import models
 from tokdyn.files import json_object
-from tokdyn.methods import DynamicWidth
-from tokdyn.methods.base import Sizes
-from tokdyn.models import DCDiT, DiT
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokdyn.checkpoints import Kind
 
 Objective = Literal["noise", "flow"]
 Source = Literal["url", "hub", "shipped"]
@@ -49,23 +48,30 @@ class Row:
     @property
     def parameters(self) -> int:
         """The number of parameters, the frozen position table and gates included."""
+        import torch
+
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build().parameters())
 
 
 def _dit(size: int = 32) -> Callable[[], nn.Module]:
     """Return a function that builds DiT-XL/2 for latents of size x size pixels."""
-    return lambda: DiT.named("XL/2", sample_size=size)
+    return lambda: models.DiT.named("XL/2", sample_size=size)
 
 
 def _dc_dit(name: str) -> Callable[[], nn.Module]:
     """Return a function that builds the DC-DiT of a named size."""
-    return lambda: DCDiT.named(name)
+    return lambda: models.DCDiT.named(name)
 
 
 def _dydit() -> nn.Module:
     """Build DiT-XL/2 with the gates of `DynamicWidth`."""
-    model = DiT.named("XL/2")
+    from torch import nn
+
+    from tokdyn.methods import DynamicWidth
+    from tokdyn.methods.base import Sizes
+
+    model = models.DiT.named("XL/2")
     width, heads = model.config.hidden_size, model.config.num_heads
     gates = DynamicWidth(token_input="stream", embedding=width).build(Sizes(width, heads, (0,) * model.config.depth))
     assert gates is not None
@@ -109,7 +115,8 @@ def _shipped(name: str) -> Row:
     """Return the row of a shipped base, from the files in its folder."""
     folder = shipped_folder(name)
     config = json_object(folder / "config.json")
-    family = {"DiT": DiT, "DCDiT": DCDiT}[config["_class_name"]]
     facts = json_object(folder / "tokdyn.json") if (folder / "tokdyn.json").is_file() else {}
     objective: Objective = "flow" if facts.get("objective", {}).get("kind") == "flow" else "noise"
-    return Row(name, "tokdyn", objective, "shipped", name, lambda: family.from_config(config))
+    return Row(
+        name, "tokdyn", objective, "shipped", name, lambda: getattr(models, config["_class_name"]).from_config(config)
+    )

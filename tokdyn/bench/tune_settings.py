@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
-from tokdyn.calibration.config import short_method_name
 from tokdyn.diffusion.settings import GuidanceScale, SchedulerName, Steps
 from tokdyn.files import UserPath
+from tokdyn.method_names import short_name
 from tokdyn.prompts import Drawing
 from tokdyn.section import listed
 
-Knob = Annotated[Literal["drop", "uncond", "merge", "skip", "cache"], BeforeValidator(short_method_name)]
-PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(short_method_name)]
+Knob = Annotated[Literal["drop", "uncond", "merge", "skip", "cache"], BeforeValidator(short_name)]
+PipelineKnob = Annotated[Literal["merge", "skip", "cache"], BeforeValidator(short_name)]
 KNOBS: tuple[Knob, ...] = ("drop", "uncond", "merge", "skip", "cache")
 
 

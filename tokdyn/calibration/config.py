@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from tokdyn.diffusion.settings import GuidanceScale, SchedulerName, Steps
 from tokdyn.files import UserPath
+from tokdyn.method_names import short_name
 from tokdyn.prompts import Number, Prompts
 from tokdyn.section import listed
 
@@ -17,13 +18,6 @@ _CACHE_SETTINGS = ("indicator", "degree")
 _MAG_SETTINGS = ("start", "max_reused")
 _OF_RULES = ("cache_steps", "threshold")
 _THRESHOLDS = {"cache": 0.1, "mag": 0.06}
-
-
-def short_method_name(value: Any) -> Any:
-    """Return the short name of the method with this name; other values unchanged."""
-    from tokdyn.methods.registry import short_name  # loads torch
-
-    return short_name(value)
 
 
 class CalibrateConfig(BaseModel):
@@ -68,7 +62,7 @@ class CalibrateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    method: Annotated[Literal["skip", "cache", "mag"], BeforeValidator(short_method_name)]
+    method: Annotated[Literal["skip", "cache", "mag"], BeforeValidator(short_name)]
     out: UserPath | None = None
     flops: Target | None = None
     levels: PositiveInt = 10

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokdyn.bases.hub import INDEX
+from tokdyn.bases.names import INDEX
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective

@@ -1,9 +1,17 @@
 """Read and write checkpoints in the formats of official DC-DiT, facebook's DiT, SiT, DyDiT, diffusers and tokdyn."""
 
-from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
-from tokdyn.checkpoints.files import Raw, open_file
-from tokdyn.checkpoints.reader import Kind, read
-from tokdyn.checkpoints.writer import Layout, Written, write
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokdyn.lazy import loading
+
+if TYPE_CHECKING:
+    from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
+    from tokdyn.checkpoints.files import Raw, open_file
+    from tokdyn.checkpoints.formats import Kind, Layout
+    from tokdyn.checkpoints.reader import read
+    from tokdyn.checkpoints.writer import Written, write
 
 __all__ = [
     "Kind",
@@ -17,3 +25,19 @@ __all__ = [
     "to_official",
     "write",
 ]
+
+__getattr__ = loading(
+    __name__,
+    {
+        "Kind": ".formats",
+        "Layout": ".formats",
+        "Raw": ".files",
+        "Written": ".writer",
+        "open_file": ".files",
+        "read": ".reader",
+        "to_diffusers": ".convert",
+        "to_facebook": ".convert",
+        "to_official": ".convert",
+        "write": ".writer",
+    },
+)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
 from tokdyn.checkpoints.dydit import split_gates, wrap_with_gates
 from tokdyn.checkpoints.files import Raw, find_state_dict, open_file
 from tokdyn.checkpoints.fill import fill, first_few
+from tokdyn.checkpoints.formats import Kind
 from tokdyn.checkpoints.infer import dcdit_settings, dit_settings, input_size
 from tokdyn.checkpoints.names import OFFICIAL, from_diffusers, rename, without_wrappers
 from tokdyn.checkpoints.settings import diffusers_settings, noted_settings, official_settings, own_settings, settle
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
 
-Kind = Literal["dc-dit", "dit", "sit", "repa", "dydit", "diffusers", "tokdyn"]
-"""Formats: official DC-DiT, facebook's DiT, SiT and the SiT of REPA (with the tensor names of facebook's DiT), DyDiT,
-diffusers' DiT, tokdyn's own."""
 _TIMESTEP_MAPS: dict[Kind | None, tuple[float, float]] = {  # of time at noise level s; tokdyn passes 1000 * s
     "sit": (-0.001, 1.0),  # 1 - s
     "repa": (0.001, 0.0),  # s

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 from tokdyn.attach import attachment_of, save
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
 from tokdyn.checkpoints.files import NOTES
+from tokdyn.checkpoints.formats import Layout
 from tokdyn.errors import CheckpointError, OutputError
 from tokdyn.files import half_of, replacing, writing
 from tokdyn.models import DCDiT, DiT
 
-Layout = Literal["diffusers", "tokdyn", "official", "facebook"]
 FILES = ("official", "facebook")
 """Layouts that are a single file; the others are folders."""
 FACTS = "tokdyn.json"

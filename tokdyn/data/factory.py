@@ -56,12 +56,13 @@ def _open_latents(config: DataConfig, path: str) -> LatentDataset:
     if config.size is not None and rows_and_columns(config.size) != latents.shape[1:]:
         rows, columns = latents.shape[1:]
         raise DataError(
-            f"The latents in {path} are {rows}x{columns}, but data.size={config.size}: correct data.size or remove it."
+            f"The latents in {path} are {rows}x{columns}, but data.size={config.size} is expected: set "
+            f"data.size={rows}x{columns}."
         )
     if config.num_classes is not None and config.num_classes != latents.num_classes:
         raise DataError(
-            f"The latents in {path} have {latents.num_classes} classes, but data.num_classes={config.num_classes}: "
-            "correct data.num_classes or remove it."
+            f"The latents in {path} have {latents.num_classes} classes, but data.num_classes={config.num_classes} is "
+            f"expected: set data.num_classes={latents.num_classes}."
         )
     if config.flip:
         latents.require_flip()

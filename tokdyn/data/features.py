@@ -6,15 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 from tokdyn.data.base import Dataset
-from tokdyn.data.config import DataConfig, Size
 from tokdyn.data.encoding import Encoder, encode_parts
 from tokdyn.data.factory import open_data
+from tokdyn.data.features_config import FeaturesConfig
 from tokdyn.data.shards import (
     DTYPES,
     INDEX,
@@ -33,64 +32,6 @@ from tokdyn.errors import DataError
 from tokdyn.files import require_folder
 from tokdyn.host import open_device, settle_memory
 from tokdyn.progress import progress
-
-
-class FeaturesConfig(BaseModel):
-    """Settings of `tokdyn features`.
-
-    Attributes:
-        path: folder or zip of images; required for kind=images.
-        vae: folder or hub id of a diffusers autoencoder.
-        out: folder for the latents. The same command continues after an interruption.
-        subfolder: folder of the autoencoder below `vae`; None looks in `vae` itself, then in its folder "vae".
-        kind: "images", or "shapes" (procedural images).
-        size: image size in pixels, one number or (rows, columns), also written "256x384".
-        channels: channels of the images.
-        num_classes: expected number of classes; 1 puts all images into one class.
-        on_error: "raise" stops at an unreadable image; "skip" leaves it out.
-        length: number of procedural shapes.
-        seed: seed of procedural shapes and of posterior samples.
-        posterior: store the "mean" of the posterior, or one "sample" of it.
-        flip: store the latents of the mirrored images as well, so that training can mirror samples.
-        dtype: dtype of the stored latents: fp32, fp16 or bf16.
-        scaling_factor: scaling factor to use in place of the autoencoder's own.
-        shift_factor: shift to use in place of the autoencoder's own.
-        batch_size: images per call of the autoencoder.
-        shard_size: images per file.
-        workers: number of processes that decode images; 0 decodes in the main process.
-        device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
-        vae_dtype: dtype that the autoencoder computes in: fp32, fp16 or bf16.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    path: str | None = None
-    vae: str | None = None
-    out: str
-    subfolder: str | None = None
-    kind: Literal["images", "shapes"] = "images"
-    size: Size = 256
-    channels: Literal[1, 3, 4] = 3
-    num_classes: PositiveInt | None = None
-    on_error: Literal["raise", "skip"] = "raise"
-    length: PositiveInt = 50_000
-    seed: int = 0
-    posterior: Literal["mean", "sample"] = "sample"
-    flip: bool = False
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    scaling_factor: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    shift_factor: FiniteFloat | None = None
-    batch_size: PositiveInt = 32
-    shard_size: PositiveInt = 4096
-    workers: NonNegativeInt = 0
-    device: str = "auto"
-    vae_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-
-    @property
-    def data(self) -> DataConfig:
-        """The settings of the data set to encode. Images are decoded on demand, because each is used once."""
-        names = ("kind", "path", "size", "channels", "num_classes", "on_error", "length", "seed")
-        return DataConfig(**{name: getattr(self, name) for name in names}, in_memory=False)
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,8 @@ def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple
     if num_classes is not None and num_classes != count:
         shown = ", ".join(classes.names[:_NAMED]) + (", ..." if count > _NAMED else "")
         raise DataError(
-            f"{source.path} holds {count} class folder(s) ({shown}), but num_classes={num_classes}: correct "
-            "num_classes or remove it."
+            f"{source.path} holds {count} class folder(s) ({shown}), but num_classes={num_classes} is expected: set "
+            f"num_classes={count} (data.num_classes={count} for a recipe), or 1 to put all images into one class."
         )
     nested = {name.split("/", 2)[1] for name in names if name.count("/") >= 2}
     if num_classes != 1 and count == 1 and len(nested) > 1 and all(name.count("/") >= 2 for name in names):

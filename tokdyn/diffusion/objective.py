@@ -8,15 +8,18 @@ both objectives.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
-from tokdyn.diffusion.schedule import BetaSchedule, NoiseTables, betas, noise_tables
-from tokdyn.diffusion.variational import bound_bits
+from tokdyn.diffusion.settings import BetaSchedule
 from tokdyn.errors import UnsupportedModelError
+
+if TYPE_CHECKING:  # an objective is a section of recipes, which are checked before torch is loaded
+    import torch
+    from torch import Tensor
+
+    from tokdyn.diffusion.schedule import NoiseTables
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Objective(BaseModel):
     @property
     def betas(self) -> Tensor:
         """The betas (T,) float64 of the noise process."""
+        from tokdyn.diffusion.schedule import betas
+
         return betas(self.beta_schedule, self.num_train_timesteps)
 
     def scales(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +109,8 @@ class Objective(BaseModel):
             x0: (B, C, H, W) clean images or latents.
             generator: draws both; None takes torch's global one. It may be on another device than ``x0``.
         """
+        import torch
+
         device = x0.device if generator is None else generator.device
         timestep = self._draw_timesteps(len(x0), device, generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
@@ -155,7 +162,7 @@ class Objective(BaseModel):
                 f"The model returned {returned} channels for images with {channels}, but a {self.kind} objective with "
                 f"learn_sigma={self.learn_sigma} needs {min(allowed)}: build the model with the same learn_sigma."
             )
-        output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        output = output.float() if output.dtype.itemsize < 4 else output
         return output[:, :channels], output[:, channels:] if self.learn_sigma else None
 
     def predict_x0(self, prediction: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
@@ -183,6 +190,8 @@ class Objective(BaseModel):
 
     def _bound(self, prediction: Tensor, variance: Tensor, noised: Noised) -> Tensor:
         """Return the variational bound (B,) in bits per dimension."""
+        from tokdyn.diffusion.variational import bound_bits
+
         tables, x0, x_t, timestep = self._tables(noised.x0.device), noised.x0, noised.x_t, noised.timestep
         weight_x0, weight_xt, log_posterior = (
             _column(table[timestep], x0) for table in (tables.posterior_x0, tables.posterior_xt, tables.log_min)
@@ -198,10 +207,14 @@ class Objective(BaseModel):
 
     def _tables(self, device: torch.device) -> NoiseTables:
         """Return the constants of the noise process on a device."""
+        from tokdyn.diffusion.schedule import noise_tables
+
         return noise_tables(self.beta_schedule, self.num_train_timesteps, device)
 
     def _draw_timesteps(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw timesteps (count,) from the distribution of training."""
+        import torch
+
         if self.kind == "noise":
             return torch.randint(self.num_train_timesteps, (count,), generator=generator, device=device)
         if self.timestep_sampling == "uniform":

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-BetaSchedule = Literal["linear", "squaredcos_cap_v2", "scaled_linear"]
+from tokdyn.diffusion.settings import BetaSchedule
 
 _BETA_START, _BETA_END = 1e-4, 0.02  # over 1000 steps, arXiv 2006.11239
 _MAX_BETA = 0.999

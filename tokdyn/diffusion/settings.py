@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from tokdyn.ops.schedules import Curve
 
+BetaSchedule = Literal["linear", "squaredcos_cap_v2", "scaled_linear"]
 SchedulerName = Literal["ddpm", "ddim", "dpm", "euler"]
 GuidanceChannels = Literal["all", "three"]
 

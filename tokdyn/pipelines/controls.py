@@ -28,7 +28,7 @@ Target = TypeVar("Target")
 
 def wrap(
     target: Target,
-    methods: Sequence[Method] | Mapping[str, Sequence[Method]] | str | Path,
+    methods: Method | Sequence[Method] | Mapping[str, Method | Sequence[Method]] | str | Path,
     level: Level | None = None,
 ) -> Target:
     """Attach methods to a model, or to every denoiser of a pipeline, in place. `unwrap` undoes it exactly.
@@ -39,13 +39,13 @@ def wrap(
     Args:
         target: a diffusion transformer, of diffusers, of tokdyn or of another library (docs/adapters.md); or a pipeline
             of diffusers that has one or several.
-        methods: in any order. The stage of a method decides where in the model it acts (docs/design.md); the order of
-            the list matters only between methods of one stage. For a pipeline also a list for each denoiser, by the
-            name of its component, such as {"transformer": [...], "transformer_2": [...]}; others stay as they are. Or a
-            preset (docs/presets.md): "fast", for which the configuration decides whose it is, "FLUX.1-dev/fast", or a
-            file of `tokdyn calibrate`; what was chosen and why is printed on stderr. A
-            pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then each
-            pipeline tells the trajectory while it is called.
+        methods: a method, or several in any order. The stage of a method decides where in the model it acts
+            (docs/design.md); the order of the list matters only between methods of one stage. For a pipeline also
+            methods for each denoiser, by the name of its component, such as {"transformer": [...], "transformer_2":
+            [...]}; others stay as they are. Or a preset (docs/presets.md): "fast", for which the configuration decides
+            whose it is, "FLUX.1-dev/fast", or a file of `tokdyn calibrate`; what was chosen and why is printed on
+            stderr. A pipeline may share denoisers with one that was wrapped with the same methods (`from_pipe`); then
+            each pipeline tells the trajectory while it is called.
         level: the values of the model's timestep at pure noise and at the image, such as (1.0, 0.0), where they cannot
             be known (SiT, and models without an adapter); or a function of the model and the arguments of a call that
             returns the noise levels, (B,) or (), where 1 is pure noise. Without it, the direction of time is assumed
@@ -64,6 +64,10 @@ def wrap(
     """
     if isinstance(methods, (str, Path)):
         methods = _of_preset(target, methods)
+    if isinstance(methods, Mapping):
+        methods = {name: _listed(each) for name, each in methods.items()}
+    else:
+        methods = _listed(methods)
     if not is_pipeline(target):
         if isinstance(methods, Mapping):
             raise InputError(f"methods by name are for pipelines; give a list for this {type(target).__name__}.")
@@ -81,6 +85,11 @@ def wrap(
     if not is_swapped(target):  # `from_pipe` makes pipelines that share a model
         chosen = {name: each for name, each in chosen.items() if not _has(models[name], each)}
     return _attached(target, [partial(attach.wrap, models[name], each, level) for name, each in chosen.items()])
+
+
+def _listed(methods: Method | Sequence[Method]) -> Sequence[Method]:
+    """Return a list of methods; a single method becomes a list of it."""
+    return [methods] if isinstance(methods, Method) else methods
 
 
 def _of_preset(target: Any, wanted: str | Path) -> Sequence[Method] | Mapping[str, Sequence[Method]]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tokdyn.bases import rows
-from tokdyn.bases.hub import INDEX, pipeline_index
+from tokdyn.bases.names import INDEX
+from tokdyn.bases.table import rows
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
-from tokdyn.hub import reachable
 from tokdyn.models.sizes import is_named
+
+if TYPE_CHECKING:
+    import torch
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat these as models, with their own sampler
@@ -38,6 +38,8 @@ def names_pipeline(name: str | None, wanted: bool = False) -> bool:
     index: Path | None = folder / INDEX
     reason = f"{INDEX} is missing there" if folder.exists() else "there is no such folder"
     if _HUB_ID.fullmatch(name) and not folder.exists():
+        from tokdyn.bases.hub import pipeline_index
+
         index, why = pipeline_index(name)
         reason = f"{reason}, and on the hub {why}"
     if index is not None and index.is_file():
@@ -62,6 +64,9 @@ def open_pipeline(name: str, device: torch.device, precision: str = "fp32") -> A
         CheckpointError: it cannot be read as a pipeline, or has no transformer.
     """
     import diffusers
+    import torch
+
+    from tokdyn.hub import reachable
 
     reader: Any = diffusers.DiffusionPipeline
     folder = Path(name).expanduser()

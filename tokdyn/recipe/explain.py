@@ -6,9 +6,9 @@ import difflib
 import inspect
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tokdyn.errors import RecipeError
 
@@ -50,6 +50,22 @@ def valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     return sorted({name for candidate in models for name in candidate.model_fields})
 
 
+def _in_sections(model: type[BaseModel], name: str, value: Any) -> list[str]:
+    """List the settings of this name in the sections of a model, as key=value; those that take the value, if any do."""
+    found: dict[str, bool] = {}
+    for section, outer in model.model_fields.items():
+        for inner in models_in(outer.annotation):
+            if name in inner.model_fields:
+                info = inner.model_fields[name]
+                try:
+                    TypeAdapter(Annotated[info.annotation, info]).validate_python(value)
+                except ValidationError:
+                    found[f"{section}.{name}={value}"] = False
+                else:
+                    found[f"{section}.{name}={value}"] = True
+    return [key for key, takes in found.items() if takes or not any(found.values())]
+
+
 def _sentence(model: type[BaseModel], error: Any) -> str:
     """Describe one of pydantic's errors in the validation of `model`."""
     path = [part for part in error["loc"] if isinstance(part, int) or not part.endswith(")")]
@@ -57,6 +73,9 @@ def _sentence(model: type[BaseModel], error: Any) -> str:
     value = error.get("input")
     match error["type"]:
         case "extra_forbidden":
+            inside = _in_sections(model, str(path[-1]), value) if len(path) == 1 else []
+            if inside:
+                return f"'{key}' is not a setting (did you mean {' or '.join(inside)}?)"
             return f"'{key}' is not a setting{nearest(str(path[-1]), valid_keys(model, path[:-1]))}"
         case "missing":
             return f"'{key}' is required; set {key}=VALUE"

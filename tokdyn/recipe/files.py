@@ -42,7 +42,9 @@ def locate(name: str, folder: Path | None = None) -> Path:
     plain = name.removesuffix(".yaml")
     if plain in names:
         return shipped.path(plain)
-    raise RecipeError(f"There is no recipe '{name}': neither a YAML file nor a shipped recipe{nearest(plain, names)}.")
+    close = nearest(plain, names)
+    hint = close if "did you mean" in close else "; `tokdyn recipes ls` lists those"
+    raise RecipeError(f"There is no recipe '{name}': neither a file or folder of this name nor a shipped recipe{hint}.")
 
 
 def read(name: str, folder: Path | None = None, _chain: tuple[Path, ...] = ()) -> Settings:
@@ -62,7 +64,11 @@ def read(name: str, folder: Path | None = None, _chain: tuple[Path, ...] = ()) -
         raise RecipeError(f"These recipes extend each other in a circle: {circle}. Remove one of the `extends:` lines.")
     try:
         data = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is no recipe, because it is not text: give a YAML file, or a folder or .zip of images to train on."
+        ) from error
+    except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error}.") from error
     if data is None:
         data = {}

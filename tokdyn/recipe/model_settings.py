@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
+from tokdyn.models.arguments import ARGUMENTS, TARGET
+from tokdyn.models.sizes import dc_dit_settings, dit_settings, renamed_settings
 from tokdyn.recipe.explain import nearest
 
 BASE = "base"
@@ -21,19 +21,6 @@ DERIVED = {
     "out_channels": "objective.learn_sigma",
 }
 """Arguments of a model's constructor that other sections set, each with the setting that decides it."""
-
-
-@cache
-def constructor(kind: str) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a model's constructor by name, with evaluated annotations.
-
-    Args:
-        kind: "dit" or "dcdit".
-    """
-    from tokdyn.models import DCDiT, DiT
-
-    signature = inspect.signature({"dit": DiT, "dcdit": DCDiT}[kind].__init__, eval_str=True)
-    return {name: parameter for name, parameter in signature.parameters.items() if name != "self"}
 
 
 class ModelSettings(BaseModel):
@@ -63,7 +50,7 @@ class ModelSettings(BaseModel):
         """N: one of N tokens should be kept; 1.0 for a "dit"."""
         if self.kind == "dit":
             return 1.0
-        return float(self.overrides.get("target", constructor("dcdit")["target"].default))
+        return float(self.overrides.get("target", TARGET))
 
     @model_validator(mode="before")
     @classmethod
@@ -71,13 +58,11 @@ class ModelSettings(BaseModel):
         """Rename settings in recipes that an earlier version of tokdyn saved."""
         if not isinstance(given, Mapping) or given.get("kind", "dcdit") != "dcdit":
             return given
-        from tokdyn.models.sizes import renamed_settings
-
         return renamed_settings(given)
 
     @model_validator(mode="after")
     def _check_overrides(self) -> Self:
-        arguments = constructor(self.kind)
+        arguments = ARGUMENTS[self.kind]
         settable = [name for name in arguments if name not in DERIVED]
         for key, value in self.overrides.items():
             if key in DERIVED:
@@ -85,7 +70,7 @@ class ModelSettings(BaseModel):
             if key not in arguments:
                 raise ValueError(f"'{key}' is not an argument of {self.kind}{nearest(key, settable)}")
             try:
-                checked = TypeAdapter(arguments[key].annotation).validate_python(value)
+                checked = TypeAdapter(arguments[key]).validate_python(value)
             except ValidationError as error:
                 message = error.errors(include_url=False)[0]["msg"]
                 raise ValueError(f"'{key}': {message[0].lower()}{message[1:]}, got {value!r}") from error
@@ -97,6 +82,4 @@ class ModelSettings(BaseModel):
         """Raise an InputError if there is no size of this name."""
         if self.name == BASE:
             return
-        from tokdyn.models.sizes import dc_dit_settings, dit_settings
-
         {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError

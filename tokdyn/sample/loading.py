@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tokdyn.attach import load
+from tokdyn.bases import read_base
 from tokdyn.checkpoints import read
 from tokdyn.data.config import DataConfig
 from tokdyn.data.shards import LatentOrigin
@@ -50,7 +51,8 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
 
     Args:
         path: a training folder (of which the finished model is read, or if there is none the newest checkpoint), a
-            checkpoint folder, a folder of `save_pretrained`, or any file that `tokdyn.checkpoints.read` reads.
+            checkpoint folder, a folder of `save_pretrained`, or any file that `tokdyn.checkpoints.read` reads. Where
+            there is none, a name that `tokdyn models` lists as pretrained, or an id of the hub.
         ema: take the averaged weights of a checkpoint, not those of the last step. With False, the finished model of a
             training folder is skipped, because it holds averaged weights.
 
@@ -63,9 +65,13 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
         CheckpointError: there is no model at the path, or it is damaged.
     """
     start = Path(path).expanduser()
-    place, step = _locate(start, ema)
-    model = read(place, ema=ema)
-    if (place / METHODS).is_dir():
+    if start.exists():
+        place, step = _locate(start, ema)
+        model, title = read(place, ema=ema), _name(start)
+    else:
+        base = read_base(str(path), ema=ema)
+        place, step, model, title = base.path, None, base.model, base.origin
+    if start.exists() and (place / METHODS).is_dir():
         load(model, place / METHODS)
     facts = _facts(place)
     try:
@@ -77,7 +83,7 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
             f"{place / _FACTS} does not describe an objective and data that this version of tokdyn reads: save the "
             "model again."
         ) from error
-    name, names = str(facts.get("name") or _name(start)), facts.get("class_names") or ()
+    name, names = str(facts.get("name") or title), facts.get("class_names") or ()
     if not isinstance(names, list | tuple) or len(names) > model.config.num_classes:
         raise CheckpointError(
             f"{place / _FACTS} does not list the {model.config.num_classes} classes of the model: save the model again."

@@ -6,14 +6,16 @@ The base is the pretrained model; the student is made from it, and trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tokdyn.errors import RecipeError
-from tokdyn.methods import Method
-from tokdyn.methods.registry import from_settings, full_name, short_name
+from tokdyn.method_names import full_name, short_name
 from tokdyn.section import Positive, Section, Weight
+
+if TYPE_CHECKING:
+    from tokdyn.methods import Method
 
 Part = Literal["embedders", "blocks", "router", "methods", "scaffold"]
 TRAINED = ("dc", "dydit")
@@ -40,6 +42,8 @@ class AttachedMethod(BaseModel):
 
     def build(self) -> Method:
         """Build the method from its settings."""
+        from tokdyn.methods.registry import from_settings
+
         return from_settings({"method": self.method, **(self.__pydantic_extra__ or {})})
 
 

@@ -1,0 +1,87 @@
+"""Words are read before libraries are loaded, and a wrong one ends in a sentence that helps."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokdyn.cli.main import app
+from typer.testing import CliRunner
+
+from tests.test_imports import MODEL_CODE, loaded_after
+
+WRONG = {
+    "train demoo": "'demo'",
+    "train demo optimizer.lrr=1": "'optimizer.lrr'",
+    "train demo model.dpeth=3": "'depth'",
+    "train demo kind=images": "data.kind=images",
+    "train demo --yes": "--yes",
+    "sample nowhere": "'nowhere'",
+    "sample shapse": "'shapes'",
+    "sample shapes stesp=3": "'steps'",
+    "sample DiT-S/2": "model.kind=dit model.name=S/2",
+    "sample DC-DiT-B": "model.kind=dcdit model.name=B",
+    "calibrate nowhere method=cache": "'nowhere'",
+    "calibrate shapes method=skp": "'skip'",
+    "calibrate DC-DiT-B method=cache": "DC-DiT-B",
+    "tune nowhere flops=0.5": "'nowhere'",
+    "tune DiT-B/4 flops=0.5": "DiT-B/4",
+    "bench flops nowhere": "'nowhere'",
+    "bench speed nowhere": "'nowhere'",
+    "bench quality DiT-S/2": "DiT-S/2",
+    "eval nowhere": "nowhere",
+    "features nowhere vae=x out=y": "nowhere",
+    "convert nowhere x to=tokdyn": "'nowhere'",
+    "convert DC-DiT-L x to=tokdyn": "DC-DiT-L",
+    "upcycle --base shapse": "'shapes'",
+    "upcycle --base DiT-S/2": "DiT-S/2",
+    "upcycle --method nope": "nope",
+    "methods TokenMrge": "'TokenMerge'",
+    "models sampel_size=3": "'sample_size'",
+    "recipes show demoo": "'demo'",
+}
+
+
+def run(*words: str | Path, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_words_end_in_a_sentence_with_a_way_out(words: str) -> None:
+    result = run(*words.split(), code=2)
+    assert WRONG[words] in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 400
+    assert result.stdout == ""
+
+
+def test_no_libraries_are_loaded_for_words() -> None:
+    """One interpreter for all of them, because each takes a second."""
+    statements = [
+        "from typer.testing import CliRunner",
+        "from tokdyn.cli.main import app",
+        *(f"assert CliRunner().invoke(app, {words.split()}).exit_code == 2" for words in WRONG),
+        *(f"assert CliRunner().invoke(app, {words}).exit_code == 0" for words in (["recipes", "ls"], ["train", "-h"])),
+    ]
+    assert not loaded_after("; ".join(statements)) & (MODEL_CODE | {"torch", "matplotlib", "huggingface_hub"})
+
+
+def test_devices_that_are_named_exist() -> None:
+    shown = run("sample", "shapes", "device=meta9", code=2).stderr
+    assert "device=cpu" in shown
+    assert ("device=cuda" in shown) == torch.cuda.is_available()
+
+
+def test_what_is_no_recipe_is_said(tmp_path: Path) -> None:
+    binary, empty = tmp_path / "weights.bin", tmp_path / "empty.zip"
+    binary.write_bytes(bytes(range(256)))
+    zipfile.ZipFile(empty, "w").close()
+    assert "YAML" in run("train", binary, code=2).stderr
+    assert "empty.zip holds no images" in run("train", empty, code=2).stderr
+    (tmp_path / "folder").mkdir()
+    assert "folder holds no images" in run("train", tmp_path / "folder", code=2).stderr
