@@ -17,8 +17,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import tokdyn
 from benchmarks import command_line, markdown
@@ -53,7 +54,8 @@ DECIDED: dict[str, Settings] = {
 """Rules that a threshold decides."""
 NO_CACHE = "no cache"
 COMPANIONS = ("alone", "TokenMerge", "DepthSkip")
-SCHEDULER, BATCH = "dpm", 100
+SCHEDULER: Final = "dpm"
+BATCH = 100
 WARMUP = 2
 """Steps that every rule with a threshold computes first; each computes the last one, too."""
 MERGED, FLOPS = 0.3, 0.8
@@ -89,8 +91,9 @@ def spaced(steps: int, share: float) -> list[int]:
     return sorted({round(place * (steps - 1) / (number - 1)) for place in range(number)})
 
 
-def computed_share(given: argparse.Namespace, cache: Settings) -> float:
+def computed_share(given: argparse.Namespace, cache: Settings, threshold: float) -> float:
     """Draw images with a cache, and return the share of their steps and branches in which the blocks ran."""
+    cache = {**cache, "threshold": threshold}
     opened = open_stack(Stack(name="searched", model=str(given.model), methods=(cache,)))
     seeds = [given.count + number for number in range(given.searched)]
     sampler = opened.sampler(SCHEDULER, given.steps, given.guidance)
@@ -127,7 +130,7 @@ def caches(given: argparse.Namespace) -> dict[str, list[Settings]]:
     """
     file = given.work / "caches.json"
     wanted = {key: str(getattr(given, key)) for key in ("model", "steps", "guidance", "count", "searched")}
-    known = json.loads(file.read_text()) if file.is_file() else {"settings": wanted, "found": {}}
+    known: Settings = json.loads(file.read_text()) if file.is_file() else {"settings": wanted, "found": {}}
     if known["settings"] != wanted:
         before = " ".join(f"{key}={value}" for key, value in known["settings"].items() if wanted[key] != value)
         sys.exit(f"{given.work} was searched with {before}; choose another --work, or delete it.")
@@ -141,10 +144,7 @@ def caches(given: argparse.Namespace) -> dict[str, list[Settings]]:
             found[key] = {"cache": cache, "computed": len(steps) / given.steps}
         elif key not in found:
             settings = decided(given, rule)
-            threshold, share = search(
-                lambda threshold, settings=settings: computed_share(given, {**settings, "threshold": threshold}),
-                budget, tolerance=0.2 / given.steps,
-            )  # fmt: skip
+            threshold, share = search(partial(computed_share, given, settings), budget, tolerance=0.2 / given.steps)
             found[key] = {"cache": {**settings, "threshold": threshold}, "computed": share}
             print(f"{key}: threshold {threshold:g} computes {share:.1%} of the steps", flush=True)
         timing.write(file, {"settings": wanted, "found": found})

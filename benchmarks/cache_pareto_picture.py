@@ -40,13 +40,13 @@ def draw(content: Row, path: Path) -> Path:
         panels = figure.subplot_mosaic([["time", "psnr"], ["time", "flops"]], width_ratios=[1.7, 1])
         for name, cost, quality, title, higher in (
             ("time", time, distance, f"{distance}, lower is better", False),
-            ("psnr", time, "PSNR", "PSNR to the model without methods, dB, higher is better", True),
+            ("psnr", time, "PSNR", "PSNR to no methods, dB, higher is better", True),
             ("flops", flops, distance, f"{distance}, lower is better", False),
         ):
             axes = panels[name]
             _scatter(axes, rows, values[cost], values[quality], higher)
             axes.set_xlabel(cost)
-            axes.set_title(title, fontsize=9.5)
+            axes.set_title(title, fontsize=9, fontweight="normal")
             axes.margins(0.06)
         figure.suptitle("Caching rules alone, with TokenMerge and with DepthSkip", x=0.01, ha="left", weight="bold")
         figure.legend(handles=_handles(rows), loc="outside right upper", fontsize=8.5)
@@ -80,7 +80,7 @@ def _scatter(
             markerfacecolor=ink if _is_filled(row, rows) else "white", markeredgewidth=1.4, zorder=3,
         )  # fmt: skip
     for (rule, _), line in lines.items():
-        axes.plot(*zip(*line, strict=True), color=inks[rule], linewidth=0.9, alpha=0.5, zorder=2)
+        axes.plot(*zip(*line, strict=True), color=inks[rule], linewidth=0.9, alpha=0.3, zorder=2)
 
 
 def _is_filled(row: Row, rows: Sequence[Row]) -> bool:
