@@ -174,7 +174,7 @@ def _attributes(model: type[BaseModel]) -> dict[str, str]:
     What a class says of a field goes before what its bases say.
     """
     meanings: dict[str, str] = {}
-    for kind in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+    for kind in (kind for kind in reversed(model.__mro__) if hasattr(kind, "model_fields") and kind.model_fields):
         _, _, section = inspect.cleandoc(vars(kind).get("__doc__") or "").partition("Attributes:\n")
         for entry in re.split(r"\n(?= {4}\w)", section.partition("\n\n")[0]):
             name, colon, meaning = entry.strip().partition(":")
