@@ -20,10 +20,10 @@ _THRESHOLDS = {"cache": 0.1, "mag": 0.06}
 
 
 def short_method_name(value: Any) -> Any:
-    """Return the short name of the method with this name; other values unchanged."""
+    """Return the short name of the method, or rule of FeatureCache, with this name; other values unchanged."""
     from tokdyn.methods.registry import short_name  # loads torch
 
-    return short_name(value)
+    return "mag" if value == "magcache" else short_name(value)
 
 
 class CalibrateConfig(BaseModel):
@@ -75,7 +75,7 @@ class CalibrateConfig(BaseModel):
     protected: Annotated[tuple[int, ...], BeforeValidator(listed)] = ()
     sequential: bool = False
     cache_steps: Target | None = None
-    threshold: Annotated[float, Field(gt=0.0)] | None = None
+    threshold: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     indicator: Literal["input", "first_block", "time", "projected_time"] = "input"
     degree: PositiveInt = 4
     start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
