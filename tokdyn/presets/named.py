@@ -35,7 +35,7 @@ def preset(model: str | Path, setting: str | None = None) -> list[Method] | dict
     return stack_of(*find(model, setting))
 
 
-def find(model: str | Path, setting: str | None = None) -> tuple[Entry, str]:
+def find(model: object, setting: object = None) -> tuple[Entry, str]:
     """Return the model of a preset and the name of the setting; arguments and errors are those of `preset`."""
     if not isinstance(model, (str, Path)) or not isinstance(setting, (str, type(None))):
         wrong = setting if isinstance(model, (str, Path)) else model
