@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache, Method
@@ -35,11 +36,12 @@ def preset(model: str | Path, setting: str | None = None) -> list[Method] | dict
     return stack_of(*find(model, setting))
 
 
-def find(model: object, setting: object = None) -> tuple[Entry, str]:
+def find(model: str | Path, setting: str | None = None) -> tuple[Entry, str]:
     """Return the model of a preset and the name of the setting; arguments and errors are those of `preset`."""
-    if not isinstance(model, (str, Path)) or not isinstance(setting, (str, type(None))):
-        wrong = setting if isinstance(model, (str, Path)) else model
-        raise InputError(f"{wrong!r} names no preset; give texts, as in tokdyn.preset('FLUX.1-dev', 'fast').")
+    given: tuple[tuple[Any, Any], ...] = (model, (str, Path)), (setting, (str, type(None)))
+    for value, kinds in given:
+        if not isinstance(value, kinds):
+            raise InputError(f"{value!r} names no preset; give texts, as in tokdyn.preset('FLUX.1-dev', 'fast').")
     if is_file(model):
         fitting = read(model).models
     else:
