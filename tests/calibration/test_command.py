@@ -235,3 +235,10 @@ def test_other_pipelines_and_their_settings_are_refused(of_classes, tmp_path):
     index = json.loads((of_classes / "model_index.json").read_text())
     (of_classes / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
     assert "FluxPipeline" in run(of_classes, "method=cache", code=2).stderr
+
+
+def test_magcache_is_a_name_of_mag_and_thresholds_are_finite():
+    assert CalibrateConfig(model="a", method="magcache") == CalibrateConfig(model="a", method="mag")
+    for threshold in (float("inf"), float("nan"), 0.0):
+        with pytest.raises(ValueError, match="threshold"):
+            CalibrateConfig(model="a", method="mag", threshold=threshold)

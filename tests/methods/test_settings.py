@@ -1,5 +1,7 @@
 """Settings of every method: their defaults and the values they take."""
 
+import math
+
 import pytest
 
 from tokdyn.errors import InputError
@@ -126,6 +128,8 @@ LIMITS = [
     (TokenMerge, "metric_width", [None, 1, 64], [0]),
     (TokenMerge, "reuse_steps", [1, 9], [0]),
     (TokenMerge, "reuse", [1, 4], [0]),
+    (TokenMerge, "seed", [None, 0, -1, 2**32], [2**63, -(2**63), 0.5]),
+    (TokenDrop, "seed", [0, -1, 2**32], [2**63, -(2**63), None]),
     (TokenDrop, "rate", [0.0, 0.99], [1.0, -0.1]),
     (DepthSkip, "target", [0.01, 1.0], [0.0, 1.01]),
     (DepthSkip, "loss_weight", [0.0], [-0.01]),
@@ -137,16 +141,16 @@ LIMITS = [
     (DynamicWidth, "temperature", [0.01], [0.0]),
     (DynamicWidth, "warmup", [0, 1], [-1]),
     (DynamicWidth, "loss_weight", [0.0], [-0.01]),
-    (FeatureCache, "warmup", [0, 7, 0.0, 0.3, 1.0], [-1, -0.1, 1.1]),
+    (FeatureCache, "warmup", [0, 7, 0.0, 0.3, 0.99], [-1, -0.1, 1.1, 1.0]),
     (FeatureCache, "start", [0, 7, 0.99], [-1, -0.1, 1.1, 1.0]),
     (FeatureCache, "end", [2, 7, 0.01, 1.0], [1, 0, 0.0, -0.1, 1.1]),
     (FeatureCache, "max_reused", [None, 1, 9], [0, -1]),
     (FeatureCache, "rule", ["teacache", "easycache", "seacache"], ["magcache", "mag", None]),
     (FeatureCache, "indicator", ["input", "first_block", "time", "projected_time"], ["output"]),
     (FeatureCache, "forecast", [0, 1, 2, "chebyshev"], [3, -1, "taylor"]),
-    (FeatureCache, "threshold", [-1.0, 0.0, 2.0], ["much"]),
-    (FeatureCache, "coefficients", [(1.0,), TEACACHE_FLUX], [()]),
-    (FeatureCache, "steps", [None, (0,), (0, 3, 4)], [(1, 2), (0, 3, 3), (0, 4, 3), ()]),
+    (FeatureCache, "threshold", [-1.0, 0.0, 2.0, math.inf], ["much", math.nan]),
+    (FeatureCache, "coefficients", [(1.0,), TEACACHE_FLUX], [(), (math.nan,), (math.inf, 0.0)]),
+    (FeatureCache, "steps", [None, (0,), (0, 3, 4)], [(1, 2), (0, 3, 3), (0, 4, 3), (-1, 0), ()]),
     (FeatureCache, "num_steps", [None, 1], [0]),
 ]
 
@@ -186,6 +190,28 @@ def test_weighted_keys_need_attention():
         assert TokenMerge(weighted=True, where=where).traits(DEPTH).weighs_keys
     with pytest.raises(InputError, match=r"weighted.*where='mlp'"):
         TokenMerge(weighted=True, where="mlp")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"warmup": 8, "end": 5}, {"warmup": 0.9, "end": 0.5}, {"start": 1, "warmup": 5, "end": 5}],
+)
+def test_a_warmup_leaves_steps_to_cache(settings):
+    with pytest.raises(InputError, match=r"warmup=.* is not before end="):
+        FeatureCache(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"warmup": 20}, {"start": 0.9}, {"start": 5, "end": 0.1}, {"end": 0.1}])
+def test_a_window_leaves_steps_to_cache(settings):
+    assert FeatureCache(**settings).window(200)
+    with pytest.raises(InputError, match="none of num_steps=10 "):
+        FeatureCache(**settings, num_steps=10)
+
+
+def test_listed_steps_are_steps_of_the_sampler():
+    assert FeatureCache(steps=(0, 3), num_steps=4).steps == (0, 3)
+    with pytest.raises(InputError, match="steps lists 50, but num_steps=4"):
+        FeatureCache(steps=(0, 50), num_steps=4)
 
 
 def test_skips_are_decided_in_one_way():

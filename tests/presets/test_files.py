@@ -222,3 +222,46 @@ def test_every_rule_and_indicator_acts_on_a_tiny_model_of_the_class(key: tuple[s
             here.step = step
             model(**{**tiny.inputs(1), **tiny.at(1, 1 - step / 4)})
     assert [call.reused for call in tokdyn.stats(model).calls][:3] == [0, 1, 1]
+
+
+BASE = "family: x\nmodels:\n- name: tiny\n  class: DiTTransformer2DModel\n"
+ONE = "{methods: [{method: FeatureCache}]"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (f"{BASE}  settings: {{fast: {{methods: 5}}}}", "list of methods"),
+        (f"{BASE}  settings: {{fast: {{methods: null}}}}", "list of methods"),
+        (f"{BASE}  settings: {{fast: {{methods: []}}}}", "list of methods"),
+        (f"{BASE}  settings: {{fast: {{methods: {{transformer: 3}}}}}}", "list of methods"),
+        (f"{BASE}  settings: {{fast: {{methods: FeatureCache}}}}", "list of methods"),
+        (f"{BASE}  settings: {{fast: {{methods: [5]}}}}", "there is no method .* TokenMerge"),
+        (f"{BASE}  settings: {{Fast: {ONE}}}}}", "'Fast' in lower case"),
+        (f"{BASE}  settings: {{fast: {ONE}, published: {{speedup: .inf}}}}}}", "speedup"),
+        (f"{BASE}  settings: {{fast: {ONE}, note: 2020-13-45}}}}", "month"),
+        ("a: " + "[" * 3000, "cannot be read"),
+    ],
+    ids=range(10),
+)
+def test_files_of_other_content_are_refused_in_a_sentence(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(content)
+    with pytest.raises(InputError, match=rf"p\.yaml .*{says}") as raised:
+        preset(tmp_path / "p.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_setting_of_a_file_is_named_behind_its_path(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(f"{BASE}  settings: {{fast: {ONE}}}, slow: {ONE}}}}}")
+    with pytest.raises(InputError, match="several settings; give one of fast, slow"):
+        preset(tmp_path / "p.yaml")
+    (method,) = preset(f"{tmp_path / 'p.yaml'}/slow")
+    assert isinstance(method, FeatureCache)
+    model = TINY["DiTTransformer2DModel"].build()
+    tokdyn.unwrap(tokdyn.wrap(model, f"{tmp_path / 'p.yaml'}/slow"))
+
+
+@pytest.mark.parametrize("names", [(5,), (None,), ([],), ("FLUX.1-dev", 5), ("",), ("/",), ("FLUX.1-dev/",)])
+def test_names_that_are_none_are_refused_in_a_sentence(names: tuple[object, ...]) -> None:
+    with pytest.raises(InputError, match=r"preset|setting"):
+        preset(*names)  # type: ignore[arg-type]

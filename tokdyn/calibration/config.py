@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
@@ -18,6 +18,11 @@ _CACHE_SETTINGS = ("indicator", "degree")
 _MAG_SETTINGS = ("start", "max_reused")
 _OF_RULES = ("cache_steps", "threshold")
 _THRESHOLDS = {"cache": 0.1, "mag": 0.06}
+
+
+def _method(value: Any) -> Any:
+    """Return the short name of the method, or rule of FeatureCache, with this name; other values unchanged."""
+    return "mag" if value == "magcache" else short_name(value)
 
 
 class CalibrateConfig(BaseModel):
@@ -62,14 +67,14 @@ class CalibrateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    method: Annotated[Literal["skip", "cache", "mag"], BeforeValidator(short_name)]
+    method: Annotated[Literal["skip", "cache", "mag"], BeforeValidator(_method)]
     out: UserPath | None = None
     flops: Target | None = None
     levels: PositiveInt = 10
     protected: Annotated[tuple[int, ...], BeforeValidator(listed)] = ()
     sequential: bool = False
     cache_steps: Target | None = None
-    threshold: Annotated[float, Field(gt=0.0)] | None = None
+    threshold: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     indicator: Literal["input", "first_block", "time", "projected_time"] = "input"
     degree: PositiveInt = 4
     start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2

@@ -94,10 +94,18 @@ class FeatureCache(Method):
 
     @model_validator(mode="after")
     def _fits(self) -> FeatureCache:
-        if not self.coefficients:
-            raise InputError("coefficients are empty; give those of a polynomial, such as (1, 0), the identity.")
-        if self.steps is not None and (0 not in self.steps or sorted(set(self.steps)) != [*self.steps]):
-            raise InputError(f"steps are {self.steps}; give the steps to compute in ascending order, 0 among them.")
+        if math.isnan(self.threshold):
+            raise InputError("threshold is NaN; give a number, or infinity to cache every step that may be cached.")
+        if not self.coefficients or not all(map(math.isfinite, self.coefficients)):
+            raise InputError(
+                f"coefficients are {self.coefficients}; give finite ones of a polynomial, such as (1, 0), the identity."
+            )
+        if self.steps is not None and (self.steps[:1] != (0,) or sorted(set(self.steps)) != [*self.steps]):
+            raise InputError(f"steps are {self.steps}; give the steps to compute in ascending order, from 0 on.")
+        if self.steps is not None and self.num_steps is not None and self.steps[-1] >= self.num_steps:
+            raise InputError(
+                f"steps lists {self.steps[-1]}, but num_steps={self.num_steps}; list steps below that, from 0 on."
+            )
         return self
 
     @model_validator(mode="after")
@@ -125,10 +133,18 @@ class FeatureCache(Method):
             value = getattr(self, name)
             if not (value >= 0 if isinstance(value, int) else 0 <= value <= 1):
                 raise InputError(f"{name}={value} is neither a number of steps (0, 1, 2, ...) nor a share from 0 to 1.")
-        first = max(self.start, 1) if isinstance(self.end, int) and isinstance(self.start, int) else self.start
-        if not self.end or (type(first) is type(self.end) and first >= self.end):
-            raise InputError(f"start={self.start} is not before end={self.end}, so no step could be reused.")
-        if self.steps is not None and (self.warmup or self.start or self.end != 1 or self.max_reused is not None):
+        for name in ("start", "warmup"):
+            first = getattr(self, name)
+            least = max(first, 1) if isinstance(self.end, int) and isinstance(first, int) else first
+            if not self.end or (type(least) is type(self.end) and least >= self.end):
+                raise InputError(f"{name}={first} is not before end={self.end}, so no step could be reused.")
+        narrow = self.warmup or self.start or self.end != 1
+        if self.num_steps is not None and narrow and not self.window(self.num_steps):
+            raise InputError(
+                f"warmup={self.warmup}, start={self.start} and end={self.end} leave none of num_steps={self.num_steps} "
+                "steps to be cached (the last is always computed)."
+            )
+        if self.steps is not None and (narrow or self.max_reused is not None):
             raise InputError("steps are listed, so warmup, start, end and max_reused have no effect; leave them out.")
         return self
 
@@ -199,5 +215,5 @@ class FeatureCache(Method):
             cls(indicator="first_block"),
             cls(rule="seacache", forecast=1),
             cls(rule="easycache", forecast="chebyshev"),
-            cls(rule="magcache", ratios=(1.0, 0.9), num_steps=2, forecast=2),
+            cls(rule="magcache", ratios=(1.0, 0.9, 0.8, 0.7), num_steps=4, forecast=2),
         )

@@ -28,7 +28,7 @@ class TokenDrop(Method):
 
     rate: float = Field(default=0.5, ge=0.0, lt=1.0)
     blocks: Span | None = None
-    seed: int = 0
+    seed: int = Field(default=0, gt=-(2**40), lt=2**40)
 
     def traits(self, depth: int) -> Traits:
         """Return the traits: in training, a random subset of the tokens in a span of blocks."""

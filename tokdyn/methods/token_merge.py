@@ -52,7 +52,7 @@ class TokenMerge(Method):
     where: Literal["attention", "mlp", "both"] = "attention"
     partition: Literal["bucket", "grid"] = "bucket"
     bucket: int = Field(default=2, ge=2)
-    seed: int | None = None
+    seed: int | None = Field(default=None, gt=-(2**40), lt=2**40)
     important: bool = False
     blocks: Span | None = None
     weighted: bool = False

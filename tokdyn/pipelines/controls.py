@@ -102,7 +102,8 @@ def _of_preset(target: Any, wanted: str | Path) -> Sequence[Method] | Mapping[st
             f"{wanted!r} is not a list of methods; give one, such as [tokdyn.{method.__name__}()], or a preset, such "
             "as 'fast'."
         )
-    found = denoisers(target) if is_pipeline(target) else {"": inner_model(target)}
+    found = denoisers(target) if is_pipeline(target) else {"": target}
+    found = {name: inner_model(model) for name, model in found.items()}
     preset = choose(target, found, wanted)
     tell(preset.why)
     return preset.methods if is_pipeline(target) else preset.methods[""]

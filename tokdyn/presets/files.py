@@ -38,16 +38,17 @@ def read(path: str | Path) -> Family:
     try:
         content: Any = yaml.safe_load(where.read_text(encoding="utf-8"))
         return Family.model_validate(content)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the preset file {where} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
         raise InputError(f"the preset file {where} is no YAML: {' '.join(str(error).split())}.") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the top"
-        raise InputError(f"{where} is no preset file: at {place}, {first['msg'].lower().removesuffix('.')}.") from error
+        reason = first["msg"].removeprefix("Value error, ").removesuffix(".")
+        raise InputError(f"{where} is no preset file: at {place}, {reason[0].lower()}{reason[1:]}.") from error
     except TokdynError as error:
         raise InputError(f"{where} is no preset file: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # YAML reads dates, too, and impossible ones
+        raise InputError(f"the preset file {where} cannot be read: {error}.") from error
 
 
 def write(family: Family, path: Path) -> Path:

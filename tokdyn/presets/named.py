@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache, Method
@@ -23,7 +24,8 @@ def preset(model: str | Path, setting: str | None = None) -> list[Method] | dict
     Args:
         model: name of a model or its id on the hub, in any case; the name of a family if only one of its models has the
             setting; or a preset file, such as `tokdyn calibrate` writes.
-        setting: such as "fast"; it may also be part of the name, as in "FLUX.1-dev/fast". None takes the only one.
+        setting: such as "fast"; it may also be part of the name, as in "FLUX.1-dev/fast" or "preset.yaml/fast". None
+            takes the only one.
 
     Returns:
         A list of methods; for a model with several denoisers a list for each, by the name of its component.
@@ -36,6 +38,10 @@ def preset(model: str | Path, setting: str | None = None) -> list[Method] | dict
 
 def find(model: str | Path, setting: str | None = None) -> tuple[Entry, str]:
     """Return the model of a preset and the name of the setting; arguments and errors are those of `preset`."""
+    given: tuple[tuple[Any, Any], ...] = (model, (str, Path)), (setting, (str, type(None)))
+    for value, kinds in given:
+        if not isinstance(value, kinds):
+            raise InputError(f"{value!r} names no preset; give texts, as in tokdyn.preset('FLUX.1-dev', 'fast').")
     if is_file(model):
         fitting = read(model).models
     else:
@@ -43,7 +49,7 @@ def find(model: str | Path, setting: str | None = None) -> tuple[Entry, str]:
         fitting = _named(name)
         if not fitting and setting is None and "/" in name:
             name, _, setting = name.rpartition("/")
-            fitting = _named(name)
+            fitting = read(name).models if is_file(name) else _named(name)
         if not fitting:
             names = [each for family, entry in entries() for each in (family.family, *entry.names)]
             raise InputError(f"there is no preset for {name!r}{near(name, names)}; see tokdyn presets.")

@@ -19,6 +19,8 @@ def _to_methods(value: Any) -> Any:
     """Build methods from a list of their settings, or from one for each denoiser."""
     if isinstance(value, Mapping):
         return {name: _to_methods(each) for name, each in value.items()}
+    if not isinstance(value, list) or not value:
+        raise ValueError("give a list of methods, such as [{method: FeatureCache}], or one for each denoiser")
     return [each if isinstance(each, Method) else from_settings(each) for each in value]
 
 
@@ -79,7 +81,7 @@ class Published(_Section):
         quality: against the images without methods.
     """
 
-    speedup: Annotated[float, Field(gt=0)] | None = None
+    speedup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     hardware: str | None = None
     quality: str | None = None
 
@@ -170,6 +172,8 @@ class Entry(_Section):
     @model_validator(mode="after")
     def _settings_are_for_its_denoisers(self) -> Entry:
         for name, setting in self.settings.items():
+            if name != name.casefold():
+                raise ValueError(f"write the name of the setting {name!r} in lower case")
             unknown = set(setting.methods) - set(self.denoisers) if isinstance(setting.methods, dict) else ()
             if unknown:
                 raise ValueError(f"{name} has methods for {', '.join(unknown)}, which is none of the denoisers")
