@@ -25,7 +25,7 @@ import tokdyn
 from tokdyn.attach import attachment_of
 from tokdyn.bases import open_base, read_base, rows, table
 from tokdyn.bases.download import cache_folder, digest
-from tokdyn.bases.opening import in_cache, locate
+from tokdyn.bases.locating import in_cache, locate
 from tokdyn.checkpoints import read, to_facebook, to_official
 from tokdyn.checkpoints.writer import write
 from tokdyn.data.vae import load_vae
