@@ -72,7 +72,7 @@ def is_of_pipeline(args: Sequence[str]) -> bool:
     Raises:
         CheckpointError: it does not, but prompts are given, which only pipelines draw.
     """
-    from tokdyn.pipelines.opening import names_pipeline
+    from tokdyn.bases.names import names_pipeline
 
     prompted = any(word.lstrip("-").partition("=")[0] == "prompts" for word in args)
     name = next((word for word in args if "=" not in word and not word.startswith("-")), None)

@@ -172,7 +172,9 @@ def test_names_of_pretrained_models_are_names_of_models(tmp_path: Path) -> None:
     found = json.loads(run("sample", "shapes", "steps=1", "count=1", f"out={tmp_path}", "--json").stdout)
     assert found["model"]["name"] == "shapes"
     assert Path(found["budgets"][0]["files"][0]).is_file()
-    (row,) = json.loads(run("bench", "flops", "shapes", "steps=1", "images=1", "count=false", "--json").stdout)["models"]
+    (row,) = json.loads(run("bench", "flops", "shapes", "steps=1", "images=1", "count=false", "--json").stdout)[
+        "models"
+    ]
     assert row["params"] == found["model"]["parameters"]
     (timed,) = json.loads(run("bench", "speed", "shapes", "batch=1", "rounds=1", "warmup=0", "--json").stdout)["rows"]
     assert timed["stack"] == "shapes"
