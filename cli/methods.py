@@ -42,11 +42,14 @@ def register(app: typer.Typer) -> None:
             as_json([asdict(entry) for entry in entries])
             return following
         for entry in entries:
-            lines = [("acts", f"in {' and '.join(entry.acts)}, on the {entry.stage}")]
+            lines = [
+                ("or", ", ".join(ALIASES.get(entry.name, ()))),
+                ("acts", f"in {' and '.join(entry.acts)}, on the {entry.stage}"),
+            ]
             for support, title in (("yes", "works on"), ("partly", "partly on"), ("no", "not on")):
                 names = [name for name, found in entry.families.items() if found == support]
                 lines += [(title, ", ".join(names))] if names else []
-            paragraph(f"{entry.name} ({', '.join(ALIASES.get(entry.name, ()))}): {entry.what}")
+            paragraph(f"{entry.name}: {entry.what}")
             typer.echo("\n".join([*definitions([*lines, *known.explained[entry.name].items()]), ""]))
         paragraph("tokdyn models lists what each family refuses, and why. For other models, see docs/adapters.md.")
         return following

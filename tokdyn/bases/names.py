@@ -6,15 +6,11 @@ import difflib
 import re
 from pathlib import Path
 
-from tokdyn.bases.table import rows
+from tokdyn.bases.table import HUB_ID, INDEX, rows
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 from tokdyn.models.sizes import PATCHES, is_named
 
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
-"""OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER."""
-INDEX = "model_index.json"
-"""The file of a pipeline of diffusers that lists its components."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat these as models, with their own sampler
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokdyn.bases.names import INDEX, names_pipeline
+from tokdyn.bases.names import names_pipeline
+from tokdyn.bases.table import INDEX
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
