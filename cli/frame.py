@@ -37,14 +37,14 @@ class Command(TyperCommand):
         words: positional words in the usage line.
         settings: function that returns the pydantic model of the settings; None for a command without settings.
         of_pipelines: the same for the settings that the command has when it is given a pipeline; None if it takes none.
-        main: keys of the settings that --help explains; --help-all explains all of them.
+        shown: keys of the settings that --help explains; --help-all explains all of them.
         examples: command lines that the help shows.
     """
 
     words: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[Any] = None
     of_pipelines: ClassVar[Any] = None
-    main: ClassVar[tuple[str, ...]] = ()
+    shown: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ()
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
@@ -118,7 +118,7 @@ class Command(TyperCommand):
                 )
             return lines
         known = brief_rows(self.settings())
-        return pages.section(title, pages.definitions((key, known[key]) for key in self.main or known))
+        return pages.section(title, pages.definitions((key, known[key]) for key in self.shown or known))
 
 
 class Group(TyperGroup):
@@ -180,7 +180,7 @@ def command(
         "words": tuple(words),
         "settings": staticmethod(settings) if settings else None,
         "of_pipelines": staticmethod(of_pipelines) if of_pipelines else None,
-        "main": tuple(main),
+        "shown": tuple(main),
         "examples": tuple(examples),
     }
     return app.command(name, cls=type("Command", (Command,), members), context_settings=CONTEXT)

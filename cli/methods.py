@@ -10,7 +10,6 @@ from .arguments import split
 from .frame import command
 from .output import Json, as_json, paragraph, shell
 from .pages import definitions
-from .settings import rows
 
 
 def register(app: typer.Typer) -> None:
@@ -31,23 +30,26 @@ def register(app: typer.Typer) -> None:
         (wanted,) = split(ctx.args).no_settings().take(optional=["METHOD"])
         if wanted and full_name(wanted) not in ALIASES:
             raise InputError(f"There is no method {wanted!r}{nearest(wanted, ALIASES)}.")
-        from tokdyn.catalog import methods as catalog
-        from tokdyn.methods import METHODS
+        from tokdyn.catalog import shipped
 
+        known = shipped()
         following = "tokdyn presets"
         if wanted:
             stack = f"{{name: tried, methods: [{{method: {full_name(wanted)}}}]}}"
             following = shell("tokdyn", "bench", "speed", "DiT-S/2", "--stack", "{name: plain}", "--stack", stack)
-        entries = [entry for entry in catalog() if not wanted or entry.name == full_name(wanted)]
+        entries = [entry for entry in known.methods if not wanted or entry.name == full_name(wanted)]
         if json:
             as_json([asdict(entry) for entry in entries])
             return following
         for entry in entries:
-            lines = [("acts", f"in {' and '.join(entry.acts)}, on the {entry.stage}")]
+            lines = [
+                ("or", ", ".join(ALIASES.get(entry.name, ()))),
+                ("acts", f"in {' and '.join(entry.acts)}, on the {entry.stage}"),
+            ]
             for support, title in (("yes", "works on"), ("partly", "partly on"), ("no", "not on")):
                 names = [name for name, found in entry.families.items() if found == support]
                 lines += [(title, ", ".join(names))] if names else []
-            paragraph(f"{entry.name} ({', '.join(ALIASES.get(entry.name, ()))}): {entry.what}")
-            typer.echo("\n".join([*definitions([*lines, *rows(METHODS[entry.name])]), ""]))
+            paragraph(f"{entry.name}: {entry.what}")
+            typer.echo("\n".join([*definitions([*lines, *known.explained[entry.name].items()]), ""]))
         paragraph("tokdyn models lists what each family refuses, and why. For other models, see docs/adapters.md.")
         return following

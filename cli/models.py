@@ -32,13 +32,16 @@ def register(app: typer.Typer) -> None:
 
         Named sizes are listed with their cost, and families of models with the methods that can be attached to them.
         """
-        from tokdyn.catalog import CatalogSettings, bases, catalog, classes, families
+        from tokdyn.catalog import CatalogSettings, catalog, shipped
         from tokdyn.method_names import short_name
 
-        entries, pretrained, known = catalog(read(ctx.args, CatalogSettings)), bases(), families()
+        settings = read(ctx.args, CatalogSettings)
+        stored = shipped()
+        pretrained, known = stored.bases, stored.families
+        entries = stored.sizes if settings == CatalogSettings() else catalog(settings)
         following = "tokdyn sample shapes steps=25"
         if json:
-            listed: list[Any] = [*entries, *pretrained, *known, *classes()]
+            listed: list[Any] = [*entries, *pretrained, *known, *stored.classes]
             as_json([asdict(entry) for entry in listed])
             return following
         table(
@@ -63,11 +66,11 @@ def register(app: typer.Typer) -> None:
         for family in known:
             paragraph(f"{family.name}: {', '.join(family.classes)}", "  ")
             for reason in dict.fromkeys(family.refused.values()):
-                settings = [setting for setting, why in family.refused.items() if why == reason]
-                paragraph(f"not {', '.join(settings)}: {reason}", "    ")
+                given = [setting for setting, why in family.refused.items() if why == reason]
+                paragraph(f"not {', '.join(given)}: {reason}", "    ")
         typer.echo()
         paragraph("Transformers of diffusers without a family, the methods that work on them, and why no others:")
-        for each in classes():
+        for each in stored.classes:
             works = [method for method, answer in each.methods.items() if answer == "yes"]
             paragraph(f"{each.name}: {', '.join(works) or 'none'}; {each.reason}", "  ")
         paragraph("Other models: DepthSkip and FeatureCache, if their structure can be read; see docs/adapters.md.")

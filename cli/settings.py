@@ -72,7 +72,7 @@ def is_of_pipeline(args: Sequence[str]) -> bool:
     Raises:
         CheckpointError: it does not, but prompts are given, which only pipelines draw.
     """
-    from tokdyn.pipelines.opening import names_pipeline
+    from tokdyn.bases.names import names_pipeline
 
     prompted = any(word.lstrip("-").partition("=")[0] == "prompts" for word in args)
     name = next((word for word in args if "=" not in word and not word.startswith("-")), None)
@@ -103,7 +103,7 @@ def _texts(model: type[BaseModel]) -> set[str]:
 
 def rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Yield (key, "meaning [type, default]") for each setting, those in sections included."""
-    for key, meaning, info in _fields(model):
+    for key, meaning, info in _described(model):
         default = "required" if info.is_required() else f"default {_text(info)}"
         yield key, f"{meaning} [{_type(info.annotation)}, {default}]".strip()
 
@@ -111,7 +111,7 @@ def rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
 def brief_rows(model: type[BaseModel]) -> dict[str, str]:
     """Map each setting, those in sections included, to the first clause of its meaning and its default."""
     found = {}
-    for key, meaning, info in _fields(model):
+    for key, meaning, info in _described(model):
         default = "required" if info.is_required() else _text(info)
         clause = re.split(r"[.;:](?:\s|$)", re.sub(r"\s*\([^()]*\)", "", meaning), maxsplit=1)[0]
         start = clause[: clause.rfind(", ", 0, _BRIEF)] if len(clause) > _BRIEF else clause
@@ -120,13 +120,13 @@ def brief_rows(model: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
+def _described(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, FieldInfo]]:
     """Yield key, meaning and field of each setting, those in sections included; arguments as for `flags`."""
     meanings = _attributes(model)
     for name, info in model.model_fields.items():
         sections = [member for member in _members(info.annotation) if _is_section(member)]
         for section in sections:
-            yield from _fields(section, f"{prefix}{name}.")
+            yield from _described(section, f"{prefix}{name}.")
         if not sections:
             yield f"{prefix}{name}", info.description or meanings.get(name, ""), info
 

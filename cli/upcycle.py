@@ -69,9 +69,8 @@ def register(app: typer.Typer) -> None:
         on images that it draws itself to predict with fewer tokens what it predicts with all of them. The settings are
         then those of a pipeline: prompts=FILE, steps, lr, trained=all; see docs/upcycling.md.
         """
-        from tokdyn.bases.names import check_name
+        from tokdyn.bases.names import check_name, names_pipeline
         from tokdyn.errors import RecipeError
-        from tokdyn.pipelines.opening import names_pipeline
         from tokdyn.recipe import Recipe, load
         from tokdyn.recipe.from_base import upcycling_recipe
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from tokdyn.catalog import CatalogSettings, catalog
+from tests import catalog_file
+from tests.test_imports import MODEL_CODE, loaded_after
+from tokdyn.catalog import SHIPPED, CatalogSettings, catalog
 
 
 def test_sizes_and_costs_are_as_published() -> None:
@@ -36,3 +38,17 @@ def test_patch_sizes_that_do_not_divide_the_input_are_left_out() -> None:
 def test_settings_are_strict() -> None:
     with pytest.raises(ValidationError):
         CatalogSettings(patch=2)  # type: ignore[call-arg]
+
+
+def test_the_shipped_catalog_is_what_the_code_gives() -> None:
+    """`python tests/catalog_file.py` writes it anew."""
+    assert SHIPPED.read_text(encoding="utf-8") == catalog_file.text()
+
+
+def test_models_and_methods_are_listed_without_torch() -> None:
+    statements = [
+        "from typer.testing import CliRunner",
+        "from tokdyn.cli.main import app",
+        *(f"assert CliRunner().invoke(app, ['{word}']).exit_code == 0" for word in ("models", "methods")),
+    ]
+    assert not loaded_after("; ".join(statements)) & (MODEL_CODE | {"torch"})

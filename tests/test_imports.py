@@ -163,10 +163,10 @@ MODEL_CODE = {"accelerate", "diffusers", "timm", "torchvision", "transformers"}
 def test_recipes_and_names_are_checked_without_torch() -> None:
     """A misspelt recipe, key, size, base or method is refused before anything heavy is loaded."""
     statements = [
-        "import tokdyn.recipe, tokdyn.bases.names, tokdyn.pipelines.opening, tokdyn.method_names",
+        "import tokdyn.recipe, tokdyn.bases.names, tokdyn.method_names",
         "tokdyn.recipe.load('cifar10/dcdit-learned', ['data.path=x', 'model.depth=3'])",
         "tokdyn.bases.names.check_name('shapes')",
-        "tokdyn.pipelines.opening.names_pipeline('runs/nowhere/at/all')",
+        "tokdyn.bases.names.names_pipeline('runs/nowhere/at/all')",
     ]
     assert not loaded_after("; ".join(statements)) & (MODEL_CODE | {"torch", "numpy", "huggingface_hub"})
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import tokdyn
 from tests.hub import kontext
 from tokdyn import FeatureCache, TokenMerge
-from tokdyn.pipelines.opening import names_pipeline, open_pipeline
+from tokdyn.bases.names import names_pipeline
+from tokdyn.pipelines.opening import open_pipeline
 
 SIZE = ["steps=3", "guidance=2", "height=16", "width=16", "device=cpu"]
 

@@ -1,9 +1,16 @@
-"""List named models with their sizes and costs, pretrained models, model families, methods, and what works on what."""
+"""List named models with their sizes and costs, pretrained models, model families, methods, and what works on what.
+
+All of it but the caches is the same on every machine. It ships in catalog.json, so that it is listed without torch;
+`python tests/catalog_file.py` writes that file anew.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -118,8 +125,8 @@ class BaseEntry:
 
 def bases() -> list[BaseEntry]:
     """Return an entry for each named pretrained model."""
-    from tokdyn.bases import rows
-    from tokdyn.bases.opening import in_cache
+    from tokdyn.bases.locating import in_cache
+    from tokdyn.bases.table import rows
 
     return [
         BaseEntry(
@@ -233,3 +240,62 @@ def methods() -> list[MethodEntry]:
         works: dict[str, str] = {one.family: one.works for one in matrix if one.method == name}
         entries.append(MethodEntry(name, what, acts, traits.stage.name.lower(), settings, works))
     return entries
+
+
+SHIPPED = Path(__file__).with_name("catalog.json")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Everything that `tokdyn models` and `tokdyn methods` list.
+
+    Attributes:
+        sizes: the named models, with the default settings.
+        bases: the pretrained models.
+        families: the families with an adapter.
+        classes: the classes of diffusers without one.
+        methods: the methods of this package.
+        explained: by the name of a method, the meaning, type and default of each of its settings.
+    """
+
+    sizes: tuple[CatalogEntry, ...]
+    bases: tuple[BaseEntry, ...]
+    families: tuple[FamilyEntry, ...]
+    classes: tuple[ClassEntry, ...]
+    methods: tuple[MethodEntry, ...]
+    explained: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def computed(explained: Mapping[str, Mapping[str, str]]) -> Catalog:
+    """Compute the catalog from the code, with given explanations of settings; it loads torch and diffusers."""
+    return Catalog(
+        sizes=tuple(catalog(CatalogSettings())),
+        bases=tuple(bases()),
+        families=tuple(families()),
+        classes=tuple(classes()),
+        methods=tuple(methods()),
+        explained={name: dict(rows) for name, rows in explained.items()},
+    )
+
+
+def to_json(known: Catalog) -> str:
+    """Write a catalog as the text of catalog.json. What is in the caches of this machine is left out."""
+    plain = replace(known, bases=tuple(replace(each, cached=False) for each in known.bases))
+    return json.dumps(asdict(plain), indent=1) + "\n"
+
+
+def shipped() -> Catalog:
+    """Read the catalog that ships with the package, and look up which pretrained models are in the caches."""
+    from tokdyn.bases.locating import in_cache
+    from tokdyn.bases.table import rows
+
+    content, known = json.loads(SHIPPED.read_text(encoding="utf-8")), rows()
+    entries = [BaseEntry(**each) for each in content["bases"] if each["name"] in known]
+    return Catalog(
+        sizes=tuple(CatalogEntry(**each) for each in content["sizes"]),
+        bases=tuple(replace(each, cached=in_cache(known[each.name])) for each in entries),
+        families=tuple(FamilyEntry(**{**each, "classes": tuple(each["classes"])}) for each in content["families"]),
+        classes=tuple(ClassEntry(**each) for each in content["classes"]),
+        methods=tuple(MethodEntry(**{**each, "acts": tuple(each["acts"])}) for each in content["methods"]),
+        explained=content["explained"],
+    )

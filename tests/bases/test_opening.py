@@ -25,13 +25,13 @@ import tokdyn
 from tokdyn.attach import attachment_of
 from tokdyn.bases import open_base, read_base, rows, table
 from tokdyn.bases.download import cache_folder, digest
-from tokdyn.bases.opening import in_cache, locate
+from tokdyn.bases.locating import in_cache, locate
+from tokdyn.bases.names import names_pipeline
 from tokdyn.checkpoints import read, to_facebook, to_official
 from tokdyn.checkpoints.writer import write
 from tokdyn.data.vae import load_vae
 from tokdyn.errors import CheckpointError, DataError
 from tokdyn.models import DCDiT, DiT
-from tokdyn.pipelines.opening import names_pipeline
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "sample_size": 8}
 

@@ -160,7 +160,7 @@ def test_command_prints_a_sampling_command_that_runs(saved: dict[str, str], tmp_
     shown = CliRunner().invoke(app, ["tune", saved["dit"], "flops=0.7", "knobs=skip,cache", f"out={tmp_path}", *words])
     assert shown.exit_code == 0, shown.output
     content = json.loads((tmp_path / "tuned.json").read_text())
-    assert content["sample"] in shown.stdout
+    assert content["sample"] in shown.stderr
     command = shlex.split(content["sample"])[1:]
     again = CliRunner().invoke(app, [*command, "count=2", "--json"])
     assert again.exit_code == 0, again.output

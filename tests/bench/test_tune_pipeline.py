@@ -20,7 +20,7 @@ SMALL = ["steps=5", "guidance=2", "height=16", "width=16", "device=cpu"]
 def run(*words, code=0):
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
+    return result.output if code == 0 else result.stderr
 
 
 def test_what_is_found_meets_the_target_and_the_printed_command_draws_with_it(pipeline, tmp_path, monkeypatch):

@@ -167,6 +167,21 @@ def test_sampling_at_two_budgets(trained: Path, tmp_path: Path) -> None:
     assert "tokens kept" in run(*words, f"out={tmp_path}").stdout
 
 
+def test_names_of_pretrained_models_are_names_of_models(tmp_path: Path) -> None:
+    """`shapes` ships with the package; other pretrained models are opened in the same way."""
+    found = json.loads(run("sample", "shapes", "steps=2", "count=1", f"out={tmp_path}", "--json").stdout)
+    assert Path(found["model"]["path"]).name == "shapes"
+    assert Path(found["budgets"][0]["files"][0]).is_file()
+    (row,) = json.loads(run("bench", "flops", "shapes", "steps=2", "images=1", "count=false", "--json").stdout)[
+        "models"
+    ]
+    assert row["params"] == found["model"]["parameters"]
+    (timed,) = json.loads(run("bench", "speed", "shapes", "batch=1", "rounds=3", "warmup=1", "--json").stdout)["rows"]
+    assert timed["stack"] == "shapes"
+    shown = run("calibrate", "shapes", "method=cache", "steps=3", "count=1", f"out={tmp_path / 'found'}")
+    assert f"methods={tmp_path / 'found'}" in shown.stderr.splitlines()[-1]
+
+
 def test_evaluation_with_a_network_from_a_file(tmp_path: Path, trained: Path) -> None:
     class Mean(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ READERS = {
     "tokdyn/bases/download.py": None,  # a download that was interrupted begins anew
     "tokdyn/upcycling/command.py": None,  # only compares settings.json, whose keys are those of the command
     "tokdyn/calibration/trajectories.py": None,  # a file of diffusers
-    "tokdyn/pipelines/opening.py": None,  # likewise
+    "tokdyn/bases/names.py": None,  # likewise
+    "tokdyn/catalog.py": None,  # a table that ships with the package
     "tokdyn/sample/pipeline.py": None,  # pictures of other settings are refused, and so are those of another version
     "tokdyn/evaluate/timm_model.py": None,  # a file of timm
     "tokdyn/report/pareto.py": None,  # rows of anybody

@@ -14,8 +14,8 @@ from tests.contract.models import TINY
 from tests.contract.pipelines import vae
 from tests.upcycling.models import small_base
 from tokdyn import DCDiT
+from tokdyn.bases.names import names_pipeline
 from tokdyn.errors import CheckpointError, InputError, OutputError
-from tokdyn.pipelines.opening import names_pipeline
 from tokdyn.upcycling import DistilSettings
 from tokdyn.upcycling.command import PipelineConfig, upcycle_pipeline
 

@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 )
 
 from tokdyn.bases.download import Unreachable, digest
-from tokdyn.bases.names import HUB_ID, INDEX
-from tokdyn.checkpoints.files import PICKLED
+from tokdyn.bases.table import HUB_ID, INDEX
+from tokdyn.checkpoints.formats import PICKLED
 from tokdyn.errors import CheckpointError
 from tokdyn.hub import reachable
 

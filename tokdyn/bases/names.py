@@ -1,4 +1,4 @@
-"""Decide what a user's name for a model means, without loading it, the network or torch."""
+"""Decide what a user's name for a model means, without loading the model or torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import difflib
 import re
 from pathlib import Path
 
-from tokdyn.bases.table import rows
+from tokdyn.bases.table import HUB_ID, INDEX, rows
 from tokdyn.errors import CheckpointError
+from tokdyn.files import json_object
 from tokdyn.models.sizes import PATCHES, is_named
 
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
-"""OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER."""
-INDEX = "model_index.json"
-"""The file of a pipeline of diffusers that lists its components."""
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat these as models, with their own sampler
 
 
 def check_name(name: str) -> None:
@@ -54,3 +53,36 @@ def suggestion(name: str) -> str:
     """Return a hint with the listed name that is most like a wrong one, or ""."""
     near = difflib.get_close_matches(name, rows(), n=1, cutoff=0.75)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def names_pipeline(name: str | None, wanted: bool = False) -> bool:
+    """Return whether a name is that of a pipeline: its folder, or its hub id, with any but a class-conditional DiT.
+
+    An id of the hub is looked up there, unless it is in the cache, there is a folder of that name, or tokdyn has a
+    model of that name. A hub that does not answer within a few seconds has no such pipeline.
+
+    Args:
+        name: folder or hub id.
+        wanted: whether it should be one.
+
+    Raises:
+        CheckpointError: it is none although it should be.
+    """
+    if name is None or name in rows() or is_named(name):
+        return False
+    folder = Path(name).expanduser()
+    index: Path | None = folder / INDEX
+    reason = f"{INDEX} is missing there" if folder.exists() else "there is no such folder"
+    if _REPOSITORY.fullmatch(name) and not folder.exists():
+        from tokdyn.bases.hub import pipeline_index
+
+        index, why = pipeline_index(name)
+        reason = f"{reason}, and on the hub {why}"
+    if index is not None and index.is_file():
+        entry = json_object(index).get("transformer")
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] not in _CLASS_CONDITIONAL:
+            return True
+        reason = "it has no transformer that draws prompts"
+    if wanted:
+        raise CheckpointError(f"{name} cannot be read as a pipeline of diffusers, which prompts are for: {reason}.")
+    return False

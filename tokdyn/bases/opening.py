@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
 from tokdyn.attach import CONFIG, load
-from tokdyn.bases.download import Unreachable, cache_folder, digest, fetch
-from tokdyn.bases.hub import checked_digest, fetch_from_hub
-from tokdyn.bases.names import check_name, suggestion
-from tokdyn.bases.table import TARGETS, Objective, Row, rows, shipped_folder
+from tokdyn.bases.download import digest
+from tokdyn.bases.hub import checked_digest
+from tokdyn.bases.locating import locate
+from tokdyn.bases.table import TARGETS, Objective, Row
 from tokdyn.checkpoints import Kind, read
 from tokdyn.checkpoints.files import weight_files
 from tokdyn.errors import CheckpointError
@@ -79,68 +77,6 @@ def read_base(name: str | Path, kind: Kind | None = None, ema: bool = True, **co
             load(model, place)
     facts = _facts(files[0].parent)
     return Base(model, _objective(model, row, facts, files[0].parent), str(name), path, _sha256(files), facts)
-
-
-def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
-    """Return the path of a base, downloading it if necessary, and its row in the table of listed bases.
-
-    Args:
-        name: the base, as for `read_base`.
-        local: do not download.
-
-    Returns:
-        The path of the file or folder, and the row; None for a path or a hub id.
-
-    Raises:
-        CheckpointError: there is no such base, or it is not in the cache and cannot be downloaded.
-    """
-    path = Path(name).expanduser()
-    if name and path.exists():
-        return path, None
-    check_name(name)
-    row = rows().get(name)
-    place = name if row is None else row.place
-    try:
-        if row is not None and row.source == "shipped":
-            return shipped_folder(row.place), row
-        if row is not None and row.source == "url":
-            return _public_file(row, local), row
-        return fetch_from_hub(place, local), row
-    except Unreachable as reason:
-        shipped = [each.name for each in rows().values() if each.source == "shipped"]
-        alternatives = f"use a base that ships with tokdyn ({', '.join(shipped) or 'this installation has none'})"
-        raise CheckpointError(
-            f"{name} cannot be downloaded ({reason}){suggestion(name) if row is None else ''}: give the path of "
-            f"a file or folder on this machine, copy a filled cache ({_cache(row)}) from another one, or "
-            f"{alternatives}."
-        ) from reason
-
-
-def in_cache(row: Row) -> bool:
-    """Return whether a base can be opened without a network."""
-    try:
-        locate(row.name, local=True)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _public_file(row: Row, local: bool) -> Path:
-    """Return the path of a public file, after downloading it if necessary and not forbidden by `local`."""
-    file = cache_folder() / row.file
-    if local:
-        if not file.is_file():
-            raise Unreachable("downloads are off")
-        return file
-    fetch(row.place, file, row.sha256)
-    return file
-
-
-def _cache(row: Row | None) -> str:
-    """Return the path of the cache that holds a base: the file of a public URL, or the cache of the hub."""
-    if row is not None and row.source == "url":
-        return str(cache_folder() / row.file)
-    return str(constants.HF_HUB_CACHE)
 
 
 def _objective(model: DiT | DCDiT, row: Row | None, facts: dict[str, Any], folder: Path) -> Objective:

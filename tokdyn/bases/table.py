@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from tokdyn.checkpoints import Kind
 
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<inside>[^:]+))?")
+"""OWNER/REPO or OWNER/REPO:FILE_OR_FOLDER."""
+INDEX = "model_index.json"
+"""The file of a pipeline of diffusers that lists its components."""
 Objective = Literal["noise", "flow"]
 Source = Literal["url", "hub", "shipped"]
 """Where a base is: at a public URL, in a repository of the Hugging Face hub, or in a folder of this package."""

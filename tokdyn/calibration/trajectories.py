@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokdyn.bases.names import INDEX
+from tokdyn.bases.names import names_pipeline
+from tokdyn.bases.table import INDEX
 from tokdyn.calibration.config import CalibrateConfig
 from tokdyn.data.vae import quiet_diffusers
 from tokdyn.diffusion.objective import Objective
@@ -24,7 +25,7 @@ from tokdyn.files import json_object
 from tokdyn.host import product_type
 from tokdyn.pipelines import denoisers
 from tokdyn.pipelines.drawing import call_arguments, draw
-from tokdyn.pipelines.opening import names_pipeline, open_pipeline
+from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.progress import progress
 from tokdyn.prompts import Drawing
 from tokdyn.recorder import Call, recording

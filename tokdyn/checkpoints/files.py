@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tokdyn.checkpoints.formats import PICKLED
 from tokdyn.checkpoints.pickles import Record, load_pickled
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 METHODS = "tokdyn.safetensors"  # weights of attached methods, which are not those of a model
 NOTES = "_tokdyn"
 """Key under which tokdyn stores the settings that the layout of another project has no key for: in diffusers'

@@ -9,3 +9,5 @@ Kind = Literal["dc-dit", "dit", "sit", "repa", "dydit", "diffusers", "tokdyn"]
 diffusers' DiT, tokdyn's own."""
 Layout = Literal["diffusers", "tokdyn", "official", "facebook"]
 """Formats that can be written."""
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+"""Endings of files that torch.save writes."""

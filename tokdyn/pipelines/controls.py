@@ -64,17 +64,14 @@ def wrap(
     """
     if isinstance(methods, (str, Path)):
         methods = _of_preset(target, methods)
-    if isinstance(methods, Mapping):
-        methods = {name: _listed(each) for name, each in methods.items()}
-    else:
-        methods = _listed(methods)
     if not is_pipeline(target):
         if isinstance(methods, Mapping):
             raise InputError(f"methods by name are for pipelines; give a list for this {type(target).__name__}.")
-        attach.wrap(target, methods, level)  # type: ignore[type-var]
+        attach.wrap(target, _listed(methods), level)  # type: ignore[type-var]
         return target
     models = denoisers(target)
-    chosen = dict(methods) if isinstance(methods, Mapping) else dict.fromkeys(models, methods)
+    named = methods if isinstance(methods, Mapping) else dict.fromkeys(models, methods)
+    chosen = {name: _listed(each) for name, each in named.items()}
     if not chosen:
         raise InputError(f"no denoiser is named; give methods for {', '.join(map(repr, models))}, or a list for all.")
     for name in chosen:

@@ -57,8 +57,9 @@ def _in_sections(model: type[BaseModel], name: str, value: Any) -> list[str]:
         for inner in models_in(outer.annotation):
             if name in inner.model_fields:
                 info = inner.model_fields[name]
+                kind: Any = Annotated[info.annotation, info]
                 try:
-                    TypeAdapter(Annotated[info.annotation, info]).validate_python(value)
+                    TypeAdapter(kind).validate_python(value)
                 except ValidationError:
                     found[f"{section}.{name}={value}"] = False
                 else:
