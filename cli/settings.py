@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="BaseModel")
 
-_BRIEF = 54  # characters of a meaning that --help shows, if it has a comma before
+_BRIEF = 90  # characters of a meaning that --help shows, if it has a comma before
 _SHORT = 12  # characters of a default that --help shows
 _NOTHING = frozenset({"", "null", "~"})  # as in YAML
 
@@ -113,8 +113,10 @@ def brief_rows(model: type[BaseModel]) -> dict[str, str]:
     found = {}
     for key, meaning, info in _described(model):
         default = "required" if info.is_required() else _text(info)
-        clause = re.split(r"[.;:](?:\s|$)", re.sub(r"\s*\([^()]*\)", "", meaning), maxsplit=1)[0]
-        start = clause[: clause.rfind(", ", 0, _BRIEF)] if len(clause) > _BRIEF else clause
+        clause = re.split(r"[.;](?:\s|$)", re.sub(r"\s*\([^()]*\)", "", meaning), maxsplit=1)[0]
+        comma = clause.rfind(", ", 0, _BRIEF) if len(clause) > _BRIEF else -1
+        choices = [str(each) for kind in _members(info.annotation) for each in _choices(kind)]
+        start = clause if comma < 0 else " or ".join(choices) if choices else clause[:comma]
         plain = default not in ("null", "") and len(default) <= _SHORT and not default.startswith("(")
         found[key] = f"{start or clause} [{default}]".strip() if plain else start or clause
     return found
@@ -134,6 +136,11 @@ def _described(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 def _is_section(member: Any) -> bool:
     """Return whether a type is a pydantic model, whose fields are settings of their own."""
     return inspect.isclass(member) and hasattr(member, "model_fields")
+
+
+def _choices(member: Any) -> tuple[Any, ...]:
+    """Return the values of a `Literal`; none of another type."""
+    return typing.get_args(member) if typing.get_origin(member) is typing.Literal else ()
 
 
 def _members(annotation: Any) -> list[Any]:
