@@ -61,8 +61,8 @@ def place_labels(
             if within and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 text.set_position(offset)
-                text.set_horizontalalignment({0.0: "left", -1.0: "right", -0.5: "center"}[sides[0]])
-                text.set_verticalalignment({0.0: "bottom", -1.0: "top", -0.5: "center"}[sides[1]])
+                text.set_horizontalalignment("left" if sides[0] == 0.0 else "right" if sides[0] == -1.0 else "center")
+                text.set_verticalalignment("bottom" if sides[1] == 0.0 else "top" if sides[1] == -1.0 else "center")
                 if distance > _LINE_FROM:
                     line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
                     axes.annotate(
