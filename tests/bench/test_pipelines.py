@@ -40,8 +40,8 @@ def test_quality_shows_pairs_of_every_stack(pipeline, tmp_path):
         assert row["flops_share"] < 1
     page = (tmp_path / "q" / "quality.html").read_text()
     assert "merged &lt;b&gt;" in page
+    assert page.count("<img") == 2 * 2 * 2  # stacks, prompts, with and without methods
     for place in (1, 2):
-        assert f"pairs-{place}.png" in page
         with Image.open(tmp_path / "q" / f"pairs-{place}.png") as image:
             assert np.asarray(image).std() > 5
 
@@ -75,7 +75,8 @@ def test_many_pairs_are_on_several_pictures_of_the_page(pipeline, tmp_path):
     config = PipelineBenchConfig(model="m", out=tmp_path / "q")
     _, page, *pictures = write_pipeline_page(config, PipelineBench({"cached": many, "other": compared}, {}))
     assert [path.name for path in pictures] == ["pairs-1.png", "pairs-1-2.png", "pairs-1-3.png", "pairs-2.png"]
-    assert all(path.is_file() and f'src="{path.name}"' in page.read_text() for path in pictures)
+    assert all(path.is_file() for path in pictures)
+    assert page.read_text().count("<img") == 2 * (17 + 1)
 
 
 def test_speed_repeats_the_first_prompt_in_turn(pipeline, tmp_path, monkeypatch):

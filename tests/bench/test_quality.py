@@ -117,7 +117,9 @@ def test_page_shows_every_cell(made: tuple[QualityConfig, QualityResult]) -> Non
     assert [row["name"] for row in content["rows"]] == [row.name for row in result.rows]
     assert content["rows"][1]["psnr"] == "inf"
     page = files[1].read_text()
-    assert page.count("<tr") == 6
+    assert page.partition("</table>")[0].count("<tr") == 6
+    assert page.count("<img") >= 5 * 2
+    assert 'src="http' not in page
     assert all(f"<td>{text}</td>" in page for texts in columns(result.rows).values() for text in texts)
 
 

@@ -69,12 +69,14 @@ def test_skip_writes_methods_report_and_picture(saved, tmp_path):
     out = tmp_path / "out"
     found = report(saved, "method=skip", "flops=0.7", "guidance=2", "levels=3", f"out={out}", *QUICK)
     assert sorted(path.name for path in out.iterdir()) == [
+        "calibration.html",
         "calibration.json",
         "calibration.png",
         "preset.yaml",
         "tokdyn_config.json",
     ]
     assert is_picture(out / "calibration.png")
+    assert "tiny/run" in (out / "calibration.html").read_text()
     assert {**json.loads((out / "calibration.json").read_text()), "folder": str(out)} == found
     assert found["calls"] == 2 * 6
     assert found["model"] == {"name": "tiny/run", "class": "DiT"}

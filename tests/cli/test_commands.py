@@ -29,8 +29,9 @@ TINY = [
     "training.precision=fp32",
 ]  # fmt: skip
 LEAVES = [
-    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["tune"], ["eval"], ["convert"],
-    ["models"], ["methods"], ["presets"], ["doctor"], ["bench", "flops"], ["bench", "speed"], ["bench", "quality"],
+    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["tune"], ["eval"], ["report"], ["plot"],
+    ["convert"], ["models"], ["methods"], ["presets"], ["doctor"], ["bench", "flops"], ["bench", "speed"],
+    ["bench", "quality"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 
@@ -83,6 +84,11 @@ def test_unknown_commands_and_options_are_refused() -> None:
         (["train", "demo", "optimizer.lr=fast"], "'optimizer.lr'"),
         (["sample"], "'model'"),
         (["sample", "nowhere"], "nowhere"),
+        (["report"], "RUN"),
+        (["report", "nowhere"], "nowhere"),
+        (["report", "runs/x", "out=page.txt"], "'out'"),
+        (["plot", "nowhere"], "nowhere"),
+        (["plot", "runs/x", "formats=gif"], "'formats"),
         (["calibrate", "runs/x"], "'method'"),
         (["calibrate", "runs/x", "method=skip"], "flops=0.7"),
         (["calibrate", "nowhere", "method=cache"], "nowhere"),

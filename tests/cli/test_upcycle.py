@@ -49,6 +49,8 @@ def test_one_command_trains_and_attaches_a_stack(base: Path, tmp_path: Path) -> 
     assert summary["step"] == 4
     assert summary["methods"] == str(out / "methods")
     assert "copied" in notes
+    assert str(out / "report.html") in notes
+    assert "<canvas" in (out / "report.html").read_text()
     for name in ("tokdyn_config.json", "tokdyn.safetensors", "cache/calibration.json", "cache/calibration.png"):
         assert (out / "methods" / name).is_file()
     methods = json.loads((out / "methods" / "tokdyn_config.json").read_text())["methods"]

@@ -128,6 +128,8 @@ def test_the_summary_counts_parameters_and_flops(finished: Finished, pipeline: P
 
 def test_the_picture_holds_the_images_before_and_after(finished: Finished, pipeline: Path) -> None:
     """One row per prompt; whoever loads the methods draws the same images, with the share of FLOPs that is reported."""
+    shown = (finished.out / "upcycle.html").read_text()
+    assert shown.count("<img") == 2 * shown.count('scope="row"') > 0
     with Image.open(finished.out / "images.png") as file:
         page = np.asarray(file.convert("RGB"))
     places = []

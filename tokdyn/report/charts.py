@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tokdyn.report.html import Html, tag
 
 _WIDTH, _HEIGHT = 480.0, 300.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 16.0, 30.0, 48.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 16.0, 30.0, 54.0
 _TICKS = 5
 _MARKS = (
     "M-5,0A5,5 0 1,1 5,0A5,5 0 1,1 -5,0Z",
@@ -208,7 +208,7 @@ def _axes(
         anchor = "end" if spot > _WIDTH - _RIGHT - 8 else "middle"
         shift = spot + (_RIGHT if anchor == "end" else 0.0)
         drawn.append(tag("line", x1=f"{spot:.1f}", x2=f"{spot:.1f}", y1=bottom, y2=bottom + 4, class_="grid"))
-        drawn.append(tag("text", number(value), x=f"{shift:.1f}", y=bottom + 17, text_anchor=anchor))
+        drawn.append(tag("text", number(value), x=f"{shift:.1f}", y=bottom + 22, text_anchor=anchor))
     drawn.append(tag("text", x_label, x=(_LEFT + _WIDTH - _RIGHT) / 2, y=_HEIGHT - 8, text_anchor="middle"))
     middle = (_TOP + bottom) / 2
     drawn.append(tag("text", y_label, transform=f"translate(13 {middle}) rotate(-90)", text_anchor="middle"))

@@ -48,19 +48,25 @@ def place_labels(
             label, (x, y), xytext=(0, 0), textcoords="offset points", fontsize="small", color=INK, zorder=4
         )
         text.set_in_layout(False)
+        size = text.get_window_extent()
+        spot = axes.transData.transform((x, y))
         for distance, angle in ((d, a) for d in _DISTANCES for a in _DIRECTIONS):
             across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            text.set_position((distance * across, distance * up))
-            text.set_horizontalalignment("left" if across > 0.2 else "right" if across < -0.2 else "center")
-            text.set_verticalalignment("bottom" if up > 0.2 else "top" if up < -0.2 else "center")
-            box = text.get_window_extent().padded(_MARGIN)
+            offset = distance * across, distance * up
+            sides = [0.0 if part > 0.2 else -1.0 if part < -0.2 else -0.5 for part in (across, up)]
+            left = spot[0] + offset[0] * pixels + sides[0] * size.width
+            bottom = spot[1] + offset[1] * pixels + sides[1] * size.height
+            box = Bbox.from_bounds(left, bottom, size.width, size.height).padded(_MARGIN)
             within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
             if within and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
+                text.set_position(offset)
+                text.set_horizontalalignment("left" if sides[0] == 0.0 else "right" if sides[0] == -1.0 else "center")
+                text.set_verticalalignment("bottom" if sides[1] == 0.0 else "top" if sides[1] == -1.0 else "center")
                 if distance > _LINE_FROM:
                     line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
                     axes.annotate(
-                        "", (x, y), xytext=text.get_position(), textcoords="offset points", arrowprops=line, zorder=2
+                        "", (x, y), xytext=offset, textcoords="offset points", arrowprops=line, zorder=2
                     ).set_in_layout(False)
                 break
         else:

@@ -176,7 +176,8 @@ def draw_maps(
         engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
         tall = tile * finals.shape[1] / finals.shape[2]
         figure = Figure(
-            figsize=(tile * (steps + 2.3) + 0.4 + 0.35 * (not column), (tall + 0.2) * count + 1.0), layout=engine
+            figsize=(tile * (steps + 2.3) + 0.4 + 0.35 * (not column), (tall + 0.2) * count + (0.6 if column else 1.0)),
+            layout=engine,
         )
         axes = figure.subplots(count, steps + 2, squeeze=False)
         for place, frame in enumerate(maps.frames):
@@ -190,8 +191,9 @@ def draw_maps(
             heat = axes[row, steps + 1].imshow(frequency[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             _bare(axes[row, steps + 1], f"{frequency[row].mean():.0%}")
             if names is not None:
-                axes[row, 0].set_ylabel(_fitting(names[row], tall), fontsize="medium", fontweight="bold", color=INK)
-        for place, heading in ((steps, "final\nimage"), (steps + 1, "kept in\nall steps")):
+                name = _fitting(names[row], tall * (1.6 if column else 1.0))
+                axes[row, 0].set_ylabel(name, fontsize="small" if column else "medium", fontweight="bold", color=INK)
+        for place, heading in ((steps, "final\nimage"), (steps + 1, "share of\nsteps kept")):
             axes[0, place].set_title(heading, fontsize="medium", fontweight="normal", loc="center", color=INK)
         bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.09, pad=0.04, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize="small")

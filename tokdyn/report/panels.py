@@ -13,7 +13,7 @@ from tokdyn.report.gallery import Column
 from tokdyn.report.style import COLOURS, DASHES, INK, figure_style, save_figure, with_drawable_letters
 
 _COLUMN, _PAGE = 3.4, 6.9  # inches: a column and the whole width of a paper
-_NARROWEST = 0.72  # inches of an image with its costs above
+_NARROWEST = 0.69  # inches of an image with its costs above
 _NAMES = 0.62  # inches for the names of the rows
 
 
