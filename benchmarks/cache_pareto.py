@@ -113,7 +113,7 @@ def search(share_at: Callable[[float], float], target: float, tolerance: float) 
     Returns:
         The threshold, with 4 digits, and the share of computed steps.
     """
-    low, high, tried = 1e-4, 10.0, {}
+    low, high, tried = 1e-3, 3.0, {}
     for _ in range(14):
         threshold = float(f"{(low * high) ** 0.5:.4g}")
         tried[threshold] = share = share_at(threshold)
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, nargs="?", help="run of the recipe cifar10/dit-base")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--judge", type=Path)
-    parser.add_argument("--count", type=int, default=200, help="images of each stack")
+    parser.add_argument("--count", type=int, default=150, help="images of each stack")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--budgets", default="0.7,0.5", help="shares of computed steps")
