@@ -101,7 +101,10 @@ def version() -> str:
 
 def on_config(config: Any) -> Any:
     """Build into a folder named by the version, and list the pages of the reference in the navigation."""
-    config.nav = [{"Reference": sorted(reference())} if "Reference" in item else item for item in config.nav]
+    pages = sorted(
+        reference(), key=lambda path: (path.count("."), path.removesuffix("index.md"))
+    )  # tokdyn itself first
+    config.nav = [{"Reference": pages} if "Reference" in item else item for item in config.nav]
     config.site_dir = str(Path(config.site_dir) / version())
     config.site_name = f"tokdyn {version()}"
     return config

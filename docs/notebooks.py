@@ -28,7 +28,7 @@ def main(names: list[str]) -> None:
 
 
 def kept(notebook: Any) -> Any:
-    """Return a notebook without warnings and times, which differ from machine to machine; prints of a cell are joined."""
+    """Return a notebook without warnings and times, which differ by machine; what a cell prints is joined."""
     for cell in notebook["cells"]:
         cell["metadata"] = {}
         if cell["cell_type"] == "code":
