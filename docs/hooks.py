@@ -89,7 +89,7 @@ def from_notebook(path: Path) -> str:
                 parts.append(f"![drawn by the cell above](data:image/png;base64,{''.join(data['image/png']).strip()})")
             elif printed := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
                 parts.append(f"```text\n{printed}\n```")
-    return "\n\n".join([*parts, f"[This page as a notebook]({path.name})"]) + "\n"
+    return "\n\n".join([*parts, f'<a href="{path.name}">This page as a notebook</a>']) + "\n"
 
 
 def version() -> str:
@@ -120,6 +120,12 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Let links to notebooks and to pages of the root, which lead somewhere in the repository, lead to their pages."""
+    markdown = re.sub(r"(\]\([^)#\s]+)\.ipynb([)#])", r"\1.md\2", markdown)
+    return re.sub(r"\]\((?:\.\./)+(CONTRIBUTING|CHANGELOG)\.md", lambda found: f"]({found[1].lower()}.md", markdown)
 
 
 def on_post_build(config: Any) -> None:

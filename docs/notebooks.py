@@ -34,7 +34,7 @@ def kept(notebook: Any) -> Any:
         if cell["cell_type"] == "code":
             outputs: list[Any] = []
             for output in cell["outputs"]:
-                if output.get("name") == "stderr":
+                if output.get("name") == "stderr" or "text/html" in output.get("data", {}):  # warnings, progress
                     continue
                 if outputs and output["output_type"] == outputs[-1]["output_type"] == "stream":
                     outputs[-1]["text"] = "".join([*outputs[-1]["text"], *output["text"]])
