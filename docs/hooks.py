@@ -125,7 +125,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Let links to notebooks and to pages of the root, which lead somewhere in the repository, lead to their pages."""
     markdown = re.sub(r"(\]\([^)#\s]+)\.ipynb([)#])", r"\1.md\2", markdown)
-    return re.sub(r"\]\((?:\.\./)+(CONTRIBUTING|CHANGELOG)\.md", lambda found: f"]({found[1].lower()}.md", markdown)
+    root = re.compile(r"\]\(\.\./((?:\.\./)*)(CONTRIBUTING|CHANGELOG)\.md")
+    return root.sub(lambda found: f"]({found[1]}{found[2].lower()}.md", markdown)
 
 
 def on_post_build(config: Any) -> None:
