@@ -89,7 +89,7 @@ def from_notebook(path: Path) -> str:
                 parts.append(f"![drawn by the cell above](data:image/png;base64,{''.join(data['image/png']).strip()})")
             elif printed := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
                 parts.append(f"```text\n{printed}\n```")
-    return "\n\n".join([*parts, f"[This page as a notebook]({path.name})"]) + "\n"
+    return "\n\n".join([*parts, f'<a href="{path.name}">This page as a notebook</a>']) + "\n"
 
 
 def version() -> str:
@@ -101,7 +101,10 @@ def version() -> str:
 
 def on_config(config: Any) -> Any:
     """Build into a folder named by the version, and list the pages of the reference in the navigation."""
-    config.nav = [{"Reference": sorted(reference())} if "Reference" in item else item for item in config.nav]
+    pages = sorted(
+        reference(), key=lambda path: (path.count("."), path.removesuffix("index.md"))
+    )  # tokdyn itself first
+    config.nav = [{"Reference": pages} if "Reference" in item else item for item in config.nav]
     config.site_dir = str(Path(config.site_dir) / version())
     config.site_name = f"tokdyn {version()}"
     return config
@@ -117,6 +120,13 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Let links to notebooks and to pages of the root, which lead somewhere in the repository, lead to their pages."""
+    markdown = re.sub(r"(\]\([^)#\s]+)\.ipynb([)#])", r"\1.md\2", markdown)
+    root = re.compile(r"\]\(\.\./((?:\.\./)*)(CONTRIBUTING|CHANGELOG)\.md")
+    return root.sub(lambda found: f"]({found[1]}{found[2].lower()}.md", markdown)
 
 
 def on_post_build(config: Any) -> None:

@@ -28,11 +28,19 @@ def main(names: list[str]) -> None:
 
 
 def kept(notebook: Any) -> Any:
-    """Return a notebook without warnings and times, which differ from machine to machine."""
+    """Return a notebook without warnings and times, which differ by machine; what a cell prints is joined."""
     for cell in notebook["cells"]:
         cell["metadata"] = {}
         if cell["cell_type"] == "code":
-            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+            outputs: list[Any] = []
+            for output in cell["outputs"]:
+                if output.get("name") == "stderr" or "text/html" in output.get("data", {}):  # warnings, progress
+                    continue
+                if outputs and output["output_type"] == outputs[-1]["output_type"] == "stream":
+                    outputs[-1]["text"] = "".join([*outputs[-1]["text"], *output["text"]])
+                else:
+                    outputs.append(output)
+            cell["outputs"] = outputs
     notebook["metadata"] = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -7,8 +7,6 @@ import importlib
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -97,7 +95,7 @@ def test_the_page_on_versions_shows_the_oldest_ones() -> None:
 
 
 def test_the_table_of_what_goes_together_is_what_wrap_does() -> None:
-    lines = re.findall(r"^\| (?:\*\*)?(\w*)(?:\*\*)? \|(.*)\|$", (DOCS / "choosing.md").read_text(), re.MULTILINE)
+    lines = re.findall(r"^\|\s*(?:\*\*)?(\w*)(?:\*\*)?\s*\|(.*)\|$", (DOCS / "choosing.md").read_text(), re.MULTILINE)
     names, *rows = [
         (name, [cell.strip() for cell in cells.split("|")]) for name, cells in lines if cells.count("|") == 5
     ]
@@ -105,7 +103,7 @@ def test_the_table_of_what_goes_together_is_what_wrap_does() -> None:
     assert {name for name, _ in rows} < set(names[1])
     for name, cells in rows:
         for other, cell in zip(names[1], cells, strict=True):
-            stack = [getattr(tokdyn, name)(), getattr(tokdyn, other)()]
+            stack = [getattr(tokdyn, each).examples()[0] for each in (name, other)]
             if cell.startswith("no"):
                 with pytest.raises(tokdyn.CompositionError):
                     tokdyn.wrap(model, stack)
@@ -157,20 +155,16 @@ def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
 
 
-def test_concepts_are_drawn_by_the_command(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "docs.draw", "concepts", "--out", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_concepts_are_drawn_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module("docs.draw.__main__").main
+    main(["concepts", "--out", str(tmp_path)])
     drawn = {path.name: elements(path) for path in tmp_path.iterdir()}
     assert drawn == {name: elements(DOCS / "pictures" / name) for name in drawn}
     assert {"tokens.svg", "stages.svg", "budgets.svg", "trajectory.svg"} <= set(drawn)
-    unknown = subprocess.run([sys.executable, "-m", "docs.draw", "nothing"], cwd=ROOT, capture_output=True, text=True)
-    assert unknown.returncode == 2
-    assert "nothing" in unknown.stderr
+    with pytest.raises(SystemExit) as refused:
+        main(["nothing"])
+    assert refused.value.code == 2
+    assert "nothing" in capsys.readouterr().err
 
 
 def elements(path: Path) -> list[str]:

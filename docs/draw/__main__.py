@@ -8,13 +8,13 @@ from pathlib import Path
 PICTURES = Path(__file__).parents[1] / "pictures"
 
 
-def main() -> None:
-    """Draw what is named."""
+def main(words: list[str] | None = None) -> None:
+    """Draw what is named, on the command line by default."""
     parser = argparse.ArgumentParser(prog="python -m docs.draw", description=__doc__)
     parser.add_argument("what", nargs="*", metavar="WHAT", help="concepts, cards or maps; the first two by default")
     parser.add_argument("--run", type=Path, help="training run of a DC-DiT on procedural shapes, for maps")
     parser.add_argument("--out", type=Path, default=PICTURES, help="folder of the pictures")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     what = given.what or ["concepts", "cards"]
     if unknown := set(what) - {"concepts", "cards", "maps"}:
         parser.error(f"there is no {sorted(unknown)[0]} to draw; name concepts, cards or maps")

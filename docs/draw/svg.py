@@ -16,7 +16,8 @@ class Drawing:
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self.parts = [
-            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' role='img' {FONT}>",
+            f"<svg xmlns='http://www.w3.org/2000/svg' width='{width:g}' height='{height:g}' "
+            f"viewBox='0 0 {width:g} {height:g}' role='img' {FONT}>",
             f"<title>{escape(title)}</title>",
             "<defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' "
             "orient='auto'>"
