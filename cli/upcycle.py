@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         app,
         "upcycle",
         settings=_settings,
-        main=("out", "data.path", "training.steps", "training.batch_size"),
+        main=("out", "data.path", "training.steps"),
         examples=[
             "tokdyn upcycle --recipe shapes/upcycle out=runs/upcycled",
             "tokdyn upcycle --base runs/dit --method dc data.path=train.zip training.steps=2000 training.batch_size=64",

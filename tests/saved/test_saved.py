@@ -40,6 +40,7 @@ READERS = {
     "tokdyn/sample/pipeline.py": None,  # pictures of other settings are refused, and so are those of another version
     "tokdyn/evaluate/timm_model.py": None,  # a file of timm
     "tokdyn/report/pareto.py": None,  # rows of anybody
+    "tokdyn/run_report/folders.py": None,  # shows what it finds
 }
 """The format that a module reads; None where it is no format of ours."""
 READING = {"json_object", "loads", "load_file", "safe_open", "parse", "model_validate_json"}
