@@ -15,13 +15,15 @@ from tokdyn import Chunking, DepthSkip, DynamicWidth, FeatureCache, TokenMerge
 FIRST = diffusers.FirstBlockCacheConfig(threshold=0.2)
 EVERY = diffusers.FirstBlockCacheConfig(threshold=100.0)  # which takes every step but the first from the cache
 TAYLOR = diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1)
+BROADCAST = diffusers.PyramidAttentionBroadcastConfig(
+    spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+)
 MAG = diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4))
-ACTING = {"Wan": FIRST, "Flux": TAYLOR}  # a cache that changes the images of a pipeline
+ACTING = {"Wan": FIRST, "Flux": EVERY}  # a cache that changes the images of a pipeline
 METHODS: dict[str, list[Any]] = {
     "merge": [TokenMerge(ratio=0.5)],
     "merge, matched in every other step": [TokenMerge(ratio=0.5, reuse_steps=2)],
     "skip": [DepthSkip(blocks=(1,))],
-    "chunking": [Chunking(target=2)],
     "width": [DynamicWidth(target=0.5)],
 }
 
@@ -56,8 +58,21 @@ def test_the_order_of_wrapping_and_caching_is_free(name: str, methods: list[Any]
         (DepthSkip(blocks=(3,), levels=(0.2, 0.4)), FIRST),
         (DepthSkip(table=((0.5, 1.0, (1, -1)),)), MAG),
         (DepthSkip(learned=True), MAG),
+        (TokenMerge(ratio=0.5), TAYLOR),
+        (TokenMerge(ratio=0.5), BROADCAST),
+        (Chunking(target=2), FIRST),
     ],
-    ids=["two caches", "two caches, listed steps", "first block", "last block", "last block, table", "learned"],
+    ids=[
+        "two caches",
+        "two caches, listed steps",
+        "first block",
+        "last block",
+        "last block, table",
+        "learned",
+        "other merged tokens",
+        "other merged tokens, broadcast",
+        "other kept tokens",
+    ],
 )
 def test_what_cannot_go_together_is_refused_in_either_order(method: Any, config: Any) -> None:
     pipe = build("Flux")
@@ -91,6 +106,14 @@ def test_a_method_that_skips_other_blocks_goes_with_a_cache_at_the_first_and_las
     skipped = images(pipe, "Flux")
     pipe.transformer.enable_cache(config)
     assert not torch.equal(images(pipe, "Flux"), skipped)
+
+
+@pytest.mark.parametrize("method", [DepthSkip(blocks=(1,)), DynamicWidth(target=0.5)], ids=["skip", "width"])
+def test_the_results_of_attention_may_be_kept_for_all_tokens(method: Any) -> None:
+    pipe = tokdyn.wrap(build("Flux"), [method])
+    without = images(pipe, "Flux")
+    pipe.transformer.enable_cache(TAYLOR)
+    assert not torch.equal(images(pipe, "Flux"), without)
 
 
 def test_a_cache_that_records_in_every_block_goes_with_skipping_the_last() -> None:

@@ -200,8 +200,8 @@ def check_cache(model: nn.Module, placed: Sequence[Placed], depth: int, config: 
         config: of the cache; None if there is no cache.
 
     Raises:
-        InputError: a FeatureCache would be a second cache, or a method may skip the block at which the cache decides
-            or the one at which it records.
+        InputError: a FeatureCache would be a second cache, a method may skip the block at which the cache decides or
+            the one at which it records, or the cache would keep results of tokens that are others in the next step.
     """
     if config is None:
         return
@@ -211,6 +211,12 @@ def check_cache(model: nn.Module, placed: Sequence[Placed], depth: int, config: 
         if "residual of all blocks" in each.traits.owns:
             raise InputError(
                 f"this {type(model).__name__} would have two caches, {each.name} and diffusers' {kind}; leave out one."
+            )
+        inside = each.traits.tokens == "merged" and kind not in (*_BY_FIRST_BLOCK, "TextKVCacheConfig")
+        if inside or each.traits.tokens == "subset":
+            raise InputError(
+                f"diffusers' {kind} on this {type(model).__name__} would reuse results of the tokens that {each.name} "
+                f"leaves in one step for those of another; use tokdyn.FeatureCache in the place of {kind}."
             )
         for block, place, role in ((0, "first", "decides"), (depth - 1, "last", "records what the blocks did")):
             if kind in _BY_FIRST_BLOCK and (skipped is None or block in skipped):
