@@ -4,9 +4,9 @@ A Flux of 4 double and 8 single blocks on 96 tokens and a Wan of 8 blocks on 128
 of 25 steps on latents that move from noise to an image at their own pace. Each rule gets the threshold with which it
 computes 13 of them; the caches of cache-dit (pip install cache-dit, version 1.5) and of diffusers get the threshold
 with which they compute as many steps of the same trajectory, and run on equal weights, in turn. What is computed is
-counted by a hook in the last block. Prints seconds, FLOPs (a multiply-add is 2) and the ratio of times; exits with 1
-if a rule takes more than 1.02 of the time of the cache that decides by the same quantity at equal computed steps.
-Takes about half an hour.
+counted by a hook in the last block. Prints seconds, FLOPs (a multiply-add is 2) and the ratio of times, the median
+over rounds; exits with 1 if a rule takes more than 1.02 of the time of the cache that decides by the same quantity at
+equal computed steps. Takes about half an hour.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import truediv
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from benchmarks import command_line
 from benchmarks.caching import flux
 from tokdyn import FeatureCache
 from tokdyn.adapters import adapter_for
-from tokdyn.bench.timing import in_turn, machine, ratio, write
+from tokdyn.bench.timing import machine, write
 
 STEPS = 25
 HALF = 13
@@ -278,23 +281,45 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
             if other is not None:
                 sides[peer], pairs[peer] = other, name
     sides["plain"] = through(model, case.calls, lambda: None)
-    gc.collect()
-    times = in_turn({name: side.run for name, side in sides.items()}, rounds, warmup=1)
+    times = in_rounds({name: side.run for name, side in sides.items()}, rounds)
     flops = {name: spent(side) for name, side in sides.items()}
     rows = {
-        name: times[name] | {"computed": len(side.computed), "threshold": side.threshold, "gflops": flops[name] / 1e9}
+        name: {
+            "median_ms": statistics.median(times[name]), "min_ms": min(times[name]), "max_ms": max(times[name]),
+            "computed": len(side.computed), "threshold": side.threshold, "gflops": flops[name] / 1e9,
+        }
         for name, side in sides.items()
-    }
+    }  # fmt: skip
     return {
         "rows": rows,
         "over": {
-            f"{mine} over {peer}": ratio(times, mine, peer)
+            f"{mine} over {peer}": statistics.median(map(truediv, times[mine], times[peer]))
             for peer, mine in pairs.items()
             if len(sides[mine].computed) == len(sides[peer].computed)
         },
         "unequal": [f"{mine}, {peer}" for peer, mine in pairs.items()
                     if len(sides[mine].computed) != len(sides[peer].computed)],
     }  # fmt: skip
+
+
+def in_rounds(sides: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Time all sides in every round, the order turning around, and return the milliseconds of each round by side.
+
+    The ratio of two sides is that of one round, because the machine changes from round to round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(-1, rounds):
+            for name in sides if index % 2 else reversed(sides):
+                start = time.perf_counter()
+                sides[name]()
+                if index >= 0:
+                    times[name].append((time.perf_counter() - start) * 1e3)
+    finally:
+        gc.enable()
+    return times
 
 
 def spent(side: Side) -> float:
@@ -327,7 +352,7 @@ def show(name: str, found: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and save on request."""
-    options = command_line.start(command_line.parser(__doc__, rounds=7).parse_args(argv))
+    options = command_line.start(command_line.parser(__doc__, rounds=15).parse_args(argv))
     torch.manual_seed(0)
     cases = {
         "flux-768x12": Case(flux(4, 8, 12), flux_calls(8)),
