@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokdyn.report.html import Html, image_uri, picture, tag
+from tokdyn.report.html import Html, image, picture, tag
 from tokdyn.report.pixels import Pixels
 
 
@@ -41,10 +41,10 @@ def side_by_side(columns: Sequence[Column], names: Sequence[str], notes: Sequenc
         cells = []
         for column in columns:
             caption = tag("small", column.captions[place]) if place < len(column.captions) else ""
-            cells.append(tag("td", _image(column.images[place], f"{name}, {column.name}"), caption))
+            cells.append(tag("td", image(column.images[place], f"{name}, {column.name}"), caption))
         rows.append(tag("tr", tag("th", name, note, scope="row"), *cells))
     made = tag("table", tag("thead", tag("tr", tag("td"), *heads)), tag("tbody", *rows))
-    large = any(image.shape[1] > 256 for column in columns for image in column.images)
+    large = any(pixels.shape[1] > 256 for column in columns for pixels in column.images)
     names_of = f"scroll side-by-side{' large' if large else ''}"
     return tag("div", made, class_=names_of, tabindex="0", role="region", aria_label="Images side by side")
 
@@ -56,19 +56,3 @@ def gallery(images: Sequence[Pixels], names: Sequence[str], notes: Sequence[str]
         text = f"{name}, {notes[place]}" if place < len(notes) else name
         tiles.append(picture(pixels, text, name))
     return tag("div", *tiles, class_="tiles")
-
-
-def _image(pixels: Pixels, text: str) -> Html:
-    """Return an image of a cell."""
-    height, width = pixels.shape[:2]
-    small = "cells" if width <= 96 else None
-    return tag(
-        "img",
-        src=image_uri(pixels),
-        alt=text,
-        width=width,
-        height=height,
-        loading="lazy",
-        decoding="async",
-        class_=small,
-    )

@@ -97,17 +97,15 @@ def image_uri(pixels: Pixels) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def picture(pixels: Pixels, text: str, caption: object = "", whole: bool = False) -> Html:
-    """Return an image with a caption below it.
+def image(pixels: Pixels, text: str) -> Html:
+    """Return an image (H, W, 3), which is shown enlarged if it is small.
 
     Args:
         pixels: (H, W, 3) uint8.
         text: what it shows, for readers who do not see it.
-        caption: text below; "" for none.
-        whole: whether the image is a figure of its own, as wide as the page allows, and not a tile.
     """
     height, width = pixels.shape[:2]
-    shown = tag(
+    return tag(
         "img",
         src=image_uri(pixels),
         alt=text,
@@ -117,6 +115,18 @@ def picture(pixels: Pixels, text: str, caption: object = "", whole: bool = False
         decoding="async",
         class_=None if width > 96 else "cells",
     )
+
+
+def picture(pixels: Pixels, text: str, caption: object = "", whole: bool = False) -> Html:
+    """Return an image with a caption below it.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        text: what it shows, for readers who do not see it.
+        caption: text below; "" for none.
+        whole: whether the image is a figure of its own, as wide as the page allows, and not a tile.
+    """
+    shown = image(pixels, text)
     below = tag("figcaption", caption) if caption else ""
     return tag("figure", shown, below, class_="whole" if whole else "tile")
 
