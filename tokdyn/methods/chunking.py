@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from tokdyn.method_names import ALIASES
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
 from tokdyn.methods.registry import register_method
@@ -42,7 +43,7 @@ class Chunking(Method):
         loss_weight: weight of the ratio loss.
     """
 
-    aliases: ClassVar[tuple[str, ...]] = ("dc",)
+    aliases: ClassVar[tuple[str, ...]] = ALIASES["Chunking"]
 
     target: float = Field(default=4.0, ge=1.0)
     router: RouterName = "spatial_predictability"

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
+from tokdyn.method_names import ALIASES
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
 from tokdyn.methods.registry import register_method
@@ -39,7 +40,7 @@ class DepthSkip(Method):
         fingerprint: identifies the model that the table was calibrated on; `wrap` warns about another model.
     """
 
-    aliases: ClassVar[tuple[str, ...]] = ("skip",)
+    aliases: ClassVar[tuple[str, ...]] = ALIASES["DepthSkip"]
 
     blocks: tuple[int, ...] = ()
     levels: tuple[float, float] = (0.0, 1.0)

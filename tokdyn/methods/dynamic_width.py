@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
+from tokdyn.method_names import ALIASES
 from tokdyn.methods.base import Method, Pruning, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
 from tokdyn.methods.registry import register_method
@@ -43,7 +44,7 @@ class DynamicWidth(Method):
         loss_weight: weight of the loss.
     """
 
-    aliases: ClassVar[tuple[str, ...]] = ("dydit", "width")
+    aliases: ClassVar[tuple[str, ...]] = ALIASES["DynamicWidth"]
 
     target: float = Field(default=0.7, gt=0.0, le=1.0)
     heads: bool = True

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from tokdyn.errors import InputError
+from tokdyn.method_names import ALIASES
 from tokdyn.methods.base import Method, Stage, Traits
 from tokdyn.methods.registry import register_method
 
@@ -62,7 +63,7 @@ class FeatureCache(Method):
         fingerprint: identifies the model and sampler that the polynomial was calibrated with; others raise a warning.
     """
 
-    aliases: ClassVar[tuple[str, ...]] = ("cache", "teacache")
+    aliases: ClassVar[tuple[str, ...]] = ALIASES["FeatureCache"]
 
     threshold: float = 0.1
     rule: Literal["teacache", "magcache", "easycache", "seacache"] = "teacache"

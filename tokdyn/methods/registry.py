@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from tokdyn import method_names
 from tokdyn.errors import InputError
 from tokdyn.methods.base import Method
 
@@ -42,28 +43,23 @@ def register_method(method: Kind) -> Kind:
 
 
 def find_method(name: str) -> type[Method] | None:
-    """Return the method with this name or alias; None if there is none.
-
-    Aliases match exactly. Class names match in any case, and with any dashes and underscores: `TokenMerge`,
-    `token-merge` and `token_merge` are the same.
-    """
-    plain = name.replace("-", "").replace("_", "").lower()
-    return next((kind for kind in METHODS.values() if name in kind.aliases or plain == kind.__name__.lower()), None)
+    """Return the method with this name or alias; None if there is none."""
+    return METHODS.get(full_name(name))
 
 
 def full_name(name: Any) -> Any:
-    """Return the class name of the method with this name or alias; return a value that names no method unchanged."""
-    method = find_method(name) if isinstance(name, str) else None
-    return name if method is None else method.__name__
+    """Do what `method_names.full_name` does, among all registered methods."""
+    return method_names.full_name(name, _aliases())
 
 
 def short_name(name: Any) -> Any:
-    """Return the first alias of the method with this name or alias, or its class name if it has no alias.
+    """Do what `method_names.short_name` does, among all registered methods."""
+    return method_names.short_name(name, _aliases())
 
-    Command lines and recipes use this form. Return a value that names no method unchanged.
-    """
-    method = find_method(name) if isinstance(name, str) else None
-    return name if method is None else method.aliases[0] if method.aliases else method.__name__
+
+def _aliases() -> dict[str, tuple[str, ...]]:
+    """Return the aliases of all registered methods by the name of their class."""
+    return {name: method.aliases for name, method in METHODS.items()}
 
 
 def to_settings(method: Method) -> dict[str, Any]:

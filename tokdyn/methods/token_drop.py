@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from tokdyn.method_names import ALIASES
 from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
 from tokdyn.methods.registry import register_method
 
@@ -24,7 +25,7 @@ class TokenDrop(Method):
         seed: seed of the tokens dropped in sampling, which also depend on the noise level and the cell.
     """
 
-    aliases: ClassVar[tuple[str, ...]] = ("tread",)
+    aliases: ClassVar[tuple[str, ...]] = ALIASES["TokenDrop"]
 
     rate: float = Field(default=0.5, ge=0.0, lt=1.0)
     blocks: Span | None = None

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tokdyn.errors import InputError
+from tokdyn.method_names import ALIASES
 from tokdyn.methods.base import Method, Span, Stage, Traits, resolve
 from tokdyn.methods.registry import register_method
 from tokdyn.ops.schedules import Curve, check_curve
@@ -46,7 +47,7 @@ class TokenMerge(Method):
             among themselves, by the same ratio. None is ever merged with a token of the generated image.
     """
 
-    aliases: ClassVar[tuple[str, ...]] = ("merge", "tome")
+    aliases: ClassVar[tuple[str, ...]] = ALIASES["TokenMerge"]
 
     ratio: Curve = 0.5
     where: Literal["attention", "mlp", "both"] = "attention"
