@@ -14,8 +14,7 @@ from tokdyn.cost import flops_per_image
 from tokdyn.diffusion.sampling import generate
 from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import CheckpointError, InputError, OutputError, UnsupportedModelError
-from tokdyn.sample import SampleConfig, load_model, sample
-from tokdyn.sample import run as runs
+from tokdyn.sample import SampleConfig, drawing, load_model, sample
 from tokdyn.train.snapshot import save_model
 
 
@@ -137,7 +136,7 @@ def test_too_large_a_batch_is_named(saved, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(runs, "generate", full)
+    monkeypatch.setattr(drawing, "generate", full)
     with pytest.raises(InputError, match=r"2 .*cpu.*batch_size"):
         sample(SampleConfig(model=str(saved), out=tmp_path / "out", count=4, batch_size=2, **QUICK))
 

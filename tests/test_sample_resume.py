@@ -11,8 +11,7 @@ import tokdyn
 from tests.sampling import FACTS, QUICK, png, tiny
 from tokdyn import FeatureCache
 from tokdyn.errors import RecipeError
-from tokdyn.sample import SampleConfig, sample
-from tokdyn.sample import run as runs
+from tokdyn.sample import SampleConfig, drawing, sample
 from tokdyn.train.snapshot import save_model
 
 
@@ -54,7 +53,7 @@ def test_a_resumed_folder_records_the_cost_of_all_its_images(saved, tmp_path):
 
 def interrupt(monkeypatch, batches: int) -> None:
     """Raise KeyboardInterrupt once, after so many batches."""
-    real, calls = runs.generate, []
+    real, calls = drawing.generate, []
 
     def generated(*args, **keywords):
         calls.append(None)
@@ -62,7 +61,7 @@ def interrupt(monkeypatch, batches: int) -> None:
             raise KeyboardInterrupt
         return real(*args, **keywords)
 
-    monkeypatch.setattr(runs, "generate", generated)
+    monkeypatch.setattr(drawing, "generate", generated)
 
 
 def test_an_interrupted_job_records_the_cost_of_its_images(saved, tmp_path, monkeypatch):

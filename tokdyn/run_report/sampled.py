@@ -15,8 +15,6 @@ from tokdyn.bench.fidelity import psnr
 from tokdyn.bench.flops import measured_parts
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.records import StepRecord, StepState
-from tokdyn.diffusion.sampling import generate
-from tokdyn.errors import CheckpointError, InputError
 from tokdyn.report.explorer import NoiseFrame
 from tokdyn.report.maps import MapRecorder, Maps
 from tokdyn.report.pixels import Pixels
@@ -25,6 +23,7 @@ from tokdyn.run_report.parts import PartCost, part_costs, time_parts
 from tokdyn.run_report.settings import Drawing
 from tokdyn.sample import SampleConfig
 from tokdyn.sample.costs import StepCost, mean_kept, merge_costs, step_costs
+from tokdyn.sample.drawing import draw
 from tokdyn.sample.job import Job, prepare
 
 _WARM_UP = 2  # steps that are sampled before times count
@@ -129,7 +128,7 @@ def sample_run(config: Drawing, job: Job, advance: Callable[[int], None]) -> Sam
         InputError: the images of a batch do not fit into memory.
     """
     drops = budgets_of(config, job)
-    _draw(config, job, drops[0], range(min(config.batch_size, config.count)), None, _WARM_UP)
+    _draw(job, drops[0], range(min(config.batch_size, config.count)), None, _WARM_UP)
     watch = _Watch(job, config.map_images, MapRecorder(config.steps, config.map_images, _MAPS))
     budgets: list[Budget] = []
     flops: dict[str, float] = {}
@@ -145,7 +144,7 @@ def sample_run(config: Drawing, job: Job, advance: Callable[[int], None]) -> Sam
                     watch(step)
                 advance(1)
 
-            pixels, records = _draw(config, job, drop, indices, callback, config.steps)
+            pixels, records = _draw(job, drop, indices, callback, config.steps)
             costs = merge_costs(costs, start, step_costs(job.model, records, len(indices)), len(indices))
             if not flops:
                 flops = measured_parts(job.model, records, len(indices), attachment_of(job.model) is not None)
@@ -185,23 +184,11 @@ class _Watch:
 
 
 def _draw(
-    config: Drawing, job: Job, drop: float, indices: range, callback: Callable[[StepState], None] | None, steps: int
+    job: Job, drop: float, indices: range, callback: Callable[[StepState], None] | None, steps: int
 ) -> tuple[Pixels, list[StepRecord]]:
     """Sample the images with some indices."""
     sampler = job.config.sampler(drop, job.clip).model_copy(update={"scheduler": job.scheduler, "steps": steps})
-    labels, seeds = [job.labels[index] for index in indices], [config.seed + index for index in indices]
-    try:
-        made = generate(job.model, sampler, job.objective, labels, seeds, callback=callback, dtype=job.dtype)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"{len(indices)} images do not fit into the memory of {job.device}: lower batch_size."
-        ) from error
-    if not torch.isfinite(made.images).all():
-        raise CheckpointError(
-            f"{job.info.path} generates values that are not finite (precision {job.precision}): check its weights, or "
-            "lower guidance."
-        )
-    return job.decoder(made.images), made.steps
+    return draw(job, sampler, indices, callback)
 
 
 def _budget(

@@ -7,13 +7,11 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import torch
 from einops import rearrange
-from torch import Tensor
 
 from tokdyn.diffusion.records import StepRecord, StepState
-from tokdyn.diffusion.sampling import Callback, generate
-from tokdyn.errors import CheckpointError, InputError, RecipeError
+from tokdyn.diffusion.sampling import Callback
+from tokdyn.errors import RecipeError
 from tokdyn.host import describe, settle_memory
 from tokdyn.progress import progress
 from tokdyn.report.grids import image_grid
@@ -22,6 +20,7 @@ from tokdyn.report.pixels import Pixels, write_png
 from tokdyn.report.trajectory import Trajectory, draw_trajectory, join_batches
 from tokdyn.sample.config import SampleConfig
 from tokdyn.sample.costs import step_costs
+from tokdyn.sample.drawing import draw
 from tokdyn.sample.identity import RESULT, earlier_budgets, identity
 from tokdyn.sample.job import Job, prepare
 from tokdyn.sample.result import BudgetResult, SampleResult
@@ -118,32 +117,19 @@ def _sample_budget(
         The result, and the trajectory to draw; None if no image was missing.
     """
     config, missing, drop = job.config, sink.missing(), budget.tail_drop
-    labels, names = job.labels, job.names
+    names = job.names
     sampler = config.sampler(drop, job.clip)
     recorder = MapRecorder(config.steps, config.map_images, config.map_steps)
     finals: Pixels | None = None
     batches: list[list[StepRecord]] = []
     for start in range(0, len(missing), config.batch_size):
         indices = missing[start : start + config.batch_size]
-        try:
-            generation = generate(
-                job.model,
-                sampler,
-                job.objective,
-                [labels[index] for index in indices],
-                [config.seed + index for index in indices],
-                callback=_step_callback(recorder if config.maps and finals is None else None, advance),
-                dtype=job.dtype,
-            )
-            pixels = job.decoder(_finite(job, generation.images))
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{len(indices)} images do not fit into the memory of {job.device}: lower batch_size."
-            ) from error
+        callback = _step_callback(recorder if config.maps and finals is None else None, advance)
+        pixels, steps = draw(job, sampler, indices, callback)
         sink.write(indices, pixels)
-        batches.append(generation.steps)
+        batches.append(steps)
         finals = pixels[: config.map_images] if finals is None else finals
-        budget = budget.with_batch(step_costs(job.model, generation.steps, len(indices)), len(indices))
+        budget = budget.with_batch(step_costs(job.model, steps, len(indices)), len(indices))
         record(budget)
     files = [sink.close()]
     path = _folder(job, drop) / _MAPS
@@ -155,16 +141,6 @@ def _sample_budget(
         files.append(path)
     trajectory = join_batches(f"tail drop {drop:g}", batches, len(missing)) if batches else None
     return budget.model_copy(update={"files": tuple(files)}), trajectory
-
-
-def _finite(job: Job, images: Tensor) -> Tensor:
-    """Return the images; raise a CheckpointError if they are not finite."""
-    if not torch.isfinite(images).all():
-        raise CheckpointError(
-            f"{job.info.path} generates values that are not finite (precision {job.precision}): check its weights, or "
-            "lower guidance."
-        )
-    return images
 
 
 def _draw_overviews(job: Job, trajectories: list[Trajectory], sinks: dict[float, Sink]) -> tuple[Path, ...]:
