@@ -4,9 +4,9 @@ A Flux of 4 double and 8 single blocks on 96 tokens and a Wan of 8 blocks on 128
 of 25 steps on latents that move from noise to an image at their own pace. Each rule gets the threshold with which it
 computes 13 of them; the caches of cache-dit (pip install cache-dit, version 1.5) and of diffusers get the threshold
 with which they compute as many steps of the same trajectory, and run on equal weights, in turn. What is computed is
-counted by a hook in the last block. Prints seconds, FLOPs (a multiply-add is 2) and the ratio of times, the median
-over rounds; exits with 1 if a rule takes more than 1.02 of the time of the cache that decides by the same quantity at
-equal computed steps. Takes about half an hour.
+counted by a hook in the last block. Prints seconds and FLOPs (a multiply-add is 2). Then each rule runs in turn with
+the cache that decides by the same quantity at equal computed steps, and nothing between the two: prints the ratio of
+their times, the median over rounds, and exits with 1 if one is above 1.02. Takes about half an hour.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokdyn
-from benchmarks import command_line
+from benchmarks import command_line, markdown
 from benchmarks.caching import flux
 from tokdyn import FeatureCache
 from tokdyn.adapters import adapter_for
@@ -77,18 +77,18 @@ class Side:
     threshold: float | None = None
 
 
-def moving(*shape: int) -> list[Tensor]:
+def moving(steps: int, *shape: int) -> list[Tensor]:
     """Latents of each step between noise and an image, nearer to it by unlike amounts."""
     noise, image = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    return [torch.lerp(image, noise, level) for level in levels()]
+    return [torch.lerp(image, noise, level) for level in levels(steps)]
 
 
-def levels() -> list[float]:
+def levels(steps: int) -> list[float]:
     """Noise levels of the steps, from 1 downwards, closer together at both ends."""
-    return [0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / STEPS))) for step in range(STEPS)]
+    return [0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / steps))) for step in range(steps)]
 
 
-def flux_calls(side: int, text: int = 32) -> Calls:
+def flux_calls(side: int, text: int = 32, steps: int = STEPS) -> Calls:
     """Calls of a Flux for one image of side x side tokens."""
     words, pooled = torch.randn(1, text, 64), torch.randn(1, 32)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
@@ -99,7 +99,7 @@ def flux_calls(side: int, text: int = 32) -> Calls:
         "img_ids": ids,
         "txt_ids": torch.zeros(text, 3),
     }
-    pairs = zip(moving(1, side * side, 16), levels(), strict=True)
+    pairs = zip(moving(steps, 1, side * side, 16), levels(steps), strict=True)
     return [{"hidden_states": x, "timestep": torch.full((1,), level), **shared} for x, level in pairs]
 
 
@@ -114,10 +114,10 @@ def wan(blocks: int, heads: int, head: int = 96) -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def wan_calls(frames: int, side: int, text: int = 32) -> Calls:
+def wan_calls(frames: int, side: int, text: int = 32, steps: int = STEPS) -> Calls:
     """Calls of a Wan for one video of frames x side x side tokens."""
     words = torch.randn(1, text, 64)
-    pairs = zip(moving(1, 16, frames, 2 * side, 2 * side), levels(), strict=True)
+    pairs = zip(moving(steps, 1, 16, frames, 2 * side, 2 * side), levels(steps), strict=True)
     return [
         {"hidden_states": x, "timestep": torch.full((1,), 1000 * level), "encoder_hidden_states": words}
         for x, level in pairs
@@ -281,7 +281,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
             if other is not None:
                 sides[peer], pairs[peer] = other, name
     sides["plain"] = through(model, case.calls, lambda: None)
-    times = in_rounds({name: side.run for name, side in sides.items()}, rounds)
+    times = in_rounds({name: side.run for name, side in sides.items()}, max(3, rounds // 3))
     flops = {name: spent(side) for name, side in sides.items()}
     rows = {
         name: {
@@ -290,23 +290,28 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
         }
         for name, side in sides.items()
     }  # fmt: skip
+    equal = {
+        f"{mine} over {peer}": (sides[mine].run, sides[peer].run)
+        for peer, mine in pairs.items()
+        if len(sides[mine].computed) == len(sides[peer].computed)
+    }
+    ratios = {name: in_turn(*pair, rounds) for name, pair in equal.items()}
     return {
         "rows": rows,
-        "over": {
-            f"{mine} over {peer}": statistics.median(map(truediv, times[mine], times[peer]))
-            for peer, mine in pairs.items()
-            if len(sides[mine].computed) == len(sides[peer].computed)
-        },
-        "unequal": [f"{mine}, {peer}" for peer, mine in pairs.items()
-                    if len(sides[mine].computed) != len(sides[peer].computed)],
+        "over": {name: statistics.median(each) for name, each in ratios.items()},
+        "rounds_over": ratios,
+        "unequal": [pair for peer, mine in pairs.items() if (pair := f"{mine} over {peer}") not in equal],
     }  # fmt: skip
 
 
-def in_rounds(sides: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Time all sides in every round, the order turning around, and return the milliseconds of each round by side.
+def in_turn(mine: Callable[[], None], peer: Callable[[], None], rounds: int) -> list[float]:
+    """Time two sides one after the other in every round and return the ratio of each: the machine's speed changes."""
+    times = in_rounds({"mine": mine, "peer": peer}, rounds)
+    return list(map(truediv, times["mine"], times["peer"]))
 
-    The ratio of two sides is that of one round, because the machine changes from round to round.
-    """
+
+def in_rounds(sides: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Time all sides in every round, the order turning around, and return the milliseconds of each round by side."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     gc.collect()
     gc.disable()
@@ -348,6 +353,33 @@ def show(name: str, found: Mapping[str, Any]) -> None:
         print(f"{pair}: {value:.3f}")
     for pair in found["unequal"]:
         print(f"{pair}: no threshold computes as many steps")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Format the seconds and the FLOPs of every cache in Markdown; a multiply-add is 2 FLOPs."""
+    cases = list(result["cases"].values())
+    head = ["cache"]
+    for name in result["cases"]:
+        head += [f"{name}: steps", "GFLOPs", "s", "of plain"]
+    lines = []
+    for cache in cases[0]["rows"]:
+        line = [cache]
+        for each in cases:
+            row, plain = each["rows"][cache], each["rows"]["plain"]
+            share = row["median_ms"] / plain["median_ms"]
+            line += [str(row["computed"]), f"{row['gflops']:.0f}", f"{row['median_ms'] / 1e3:.2f}", f"{share:.2f}"]
+        lines.append(line)
+    return markdown.table(head, lines)
+
+
+def ratios(result: Mapping[str, Any]) -> str:
+    """Format the ratios of times to those of other caches in Markdown: the median, and the quartiles over rounds."""
+    lines = []
+    for name, case in result["cases"].items():
+        for pair, rounds in case["rounds_over"].items():
+            low, middle, high = statistics.quantiles(rounds, n=4)
+            lines.append([name, pair, f"{middle:.3f}", f"{low:.3f} to {high:.3f}"])
+    return markdown.table(["model", "rule over cache", "time", "quartiles"], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ settings.register_profile("tokdyn", deadline=None, derandomize=True, suppress_he
 settings.load_profile("tokdyn")
 
 
-ROOMS, MANY, SHARE = ("contract", "calibration"), 8, 3  # of tests that are repeated MANY times, one in SHARE runs
+ROOMS, MANY, SHARE = ("contract", "calibration"), 6, 4  # of tests that are repeated MANY times, one in SHARE runs
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square")  # of the text encoders of pipelines
 
 
@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep a pairwise covering of the tests of each group, `@pytest.mark.pairwise(group, cost=1)`.
 
     The test function is one factor and each parameter another. A test that costs more than others runs as rarely as
-    possible. Of other tests of the contract and of calibration that are repeated for many models or methods, a third is
-    kept; a checksum chooses, so that every model is in a third of them. A test that is named on the command line runs.
+    possible. Of other tests of the contract and of calibration that are repeated for many models or methods, a quarter
+    is kept; a checksum chooses, so that every model is in a quarter of them. A test named on the command line runs.
     """
     if config.getoption("product"):
         return
