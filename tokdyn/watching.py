@@ -80,21 +80,31 @@ class FirstCall:
         self._idle: dict[str, str] = {one.name: one.traits.idle for one in placed if one.traits.idle is not None}
         in_training = (one.name for one in placed if one.traits.phases == {"train"})
         self._idle |= dict.fromkeys(in_training, "it acts in training only, so leave it out in sampling")
+        self._idle_in = {one.name: one.traits.idle_in for one in placed if one.traits.idle_in is not None}
         self._initial = {
             one.name: (part, [(value, version(value)) for value in part.parameters()])
             for one in placed
             if (part := dict(parts.items()).get(str(one.index))) is not None
         }
-        self.settled = not (self._idle or self._initial)
+        self.settled = not (self._idle or self._idle_in or self._initial)
 
     def settle(self) -> None:
         """Take the methods for what the user wants, and warn about nothing."""
-        self._idle, self._initial, self.settled = {}, {}, True
+        self._idle, self._idle_in, self._initial, self.settled = {}, {}, {}, True
 
-    def see(self, model: nn.Module, sampling: bool) -> None:
-        """Look at a call before it is made."""
+    def see(self, model: nn.Module, sampling: bool, steps: int | None = None) -> None:
+        """Look at a call before it is made.
+
+        Args:
+            model: the model.
+            sampling: whether the call is one in sampling.
+            steps: number of steps of its trajectory, where that was told.
+        """
         if self.settled:
             return
+        if steps is not None:
+            found = ((name, reason(steps)) for name, reason in self._idle_in.items())
+            self._idle |= {name: reason for name, reason in found if reason is not None}
         untrained = [name for name, (part, before) in self._initial.items() if _is_as_before(part, before)]
         reasons = [f"{name} has no effect: {reason}" for name, reason in self._idle.items()]
         if untrained:
@@ -270,13 +280,13 @@ class Watch:
         self.first.settle()
         self.shortfalls.settle()
 
-    def see(self, model: nn.Module, seen: Observation | None, sampling: bool) -> None:
-        """Look at a call before it is made.
+    def see(self, model: nn.Module, seen: Observation | None, sampling: bool, steps: int | None = None) -> None:
+        """Look at a call before it is made; `steps` is the number of steps of its trajectory, where that was told.
 
         Raises:
             InputError: time runs the other way than assumed.
         """
-        self.first.see(model, sampling)
+        self.first.see(model, sampling, steps)
         if seen is not None:
             self.clock.see(model, seen)
         self.done = self.first.settled and self.clock.settled

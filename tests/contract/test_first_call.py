@@ -254,3 +254,18 @@ def test_a_single_head_has_no_gates_and_that_is_told_when_the_model_is_wrapped()
     with silence():
         tokdyn.wrap(model(), [DynamicWidth(heads=False, channels=False)])
         model_with(DynamicWidth())
+
+
+@pytest.mark.parametrize("method", [FeatureCache(threshold=0.1, warmup=4), FeatureCache(threshold=0.1, start=0.9)])
+def test_a_cache_that_no_step_of_the_told_trajectory_is_open_to_says_so(method):
+    model = model_with(method)
+    warns = pytest.warns(UserWarning, match="FeatureCache has no effect.*none of 4 steps")
+    with warns, tokdyn.trajectory(model, steps=4):
+        call(model)
+    with silence():
+        with tokdyn.trajectory(model, steps=4):
+            call(model)
+        longer = model_with(method)
+        with tokdyn.trajectory(longer, steps=20):
+            call(longer)
+        call(model_with(method))  # nobody says how many steps there are

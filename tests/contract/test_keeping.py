@@ -141,6 +141,9 @@ def test_wrong_masks_and_models_are_refused_by_name():
     model = tokdyn.wrap(TINY["DiT"].build(), [TokenMerge()])
     with pytest.raises(InputError, match=r"torch\.float32.*boolean"), tokdyn.keeping(model, torch.ones(4, 4)):
         pass
+    meta = torch.ones(4, 4, dtype=torch.bool, device="meta")
+    with pytest.raises(InputError, match=r"torch\.bool on meta.*values"), tokdyn.keeping(model, meta):
+        pass
     with tokdyn.keeping(model, torch.ones(3, 4, 4, dtype=torch.bool)), pytest.raises(InputError, match="3 samples"):
         model(**TINY["DiT"].inputs(2))
     model(**TINY["DiT"].inputs(2))

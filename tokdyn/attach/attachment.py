@@ -209,7 +209,7 @@ class Attachment(nn.Module):
         told = adapter.telling(arguments)
         seen = None if level is None else self.trajectory.observe(told, levels_of(level))
         if self.meter is None and not self.watch.done:
-            self.watch.see(model, seen, sampling=not training and not self.settings.drop_rate)
+            self.watch.see(model, seen, not training and not self.settings.drop_rate, self.trajectory.steps)
         return Prepared(images, level, seen)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

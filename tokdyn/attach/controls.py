@@ -160,9 +160,9 @@ def keeping(model: nn.Module, mask: Tensor) -> Iterator[None]:
             f"this {type(model).__name__} is wrapped without a method that merges or drops tokens, so there is nothing "
             "to keep; wrap it with tokdyn.TokenMerge or tokdyn.TokenDrop."
         )
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise InputError(f"the mask of tokens to keep is {kind}; give a boolean tensor, such as `mask > 0.5`.")
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.is_meta:
+        kind = f"{mask.dtype} on {mask.device}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InputError(f"the mask of tokens to keep is {kind}; give a boolean tensor with values, like `mask > 0`.")
     before = attachment.settings.keep
     attachment.set(keep=mask.detach().cpu())
     try:

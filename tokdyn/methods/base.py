@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Self
@@ -80,6 +81,7 @@ class Traits:
             groups of samples.
         controls: the functions of `tokdyn.attach.controls` that act on the method.
         idle: why the method has no effect with these settings, a clause for a message; None if it has one.
+        idle_in: returns the same for a trajectory of so many steps; None if the number does not matter.
         short: why a call may leave out a smaller share of the tokens, or of the FLOPs, than the settings ask for, and
             what to do about it, a clause for a message.
     """
@@ -106,6 +108,7 @@ class Traits:
     diverges: bool = False
     controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router", "keep"]] = frozenset()
     idle: str | None = None
+    idle_in: Callable[[int], str | None] | None = None
     short: str = "choose other settings for so few tokens"
 
     @property

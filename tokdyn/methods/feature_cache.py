@@ -203,6 +203,16 @@ class FeatureCache(Method):
             embedding=self.indicator if self.decides and self.indicator in ("time", "projected_time") else None,
             diverges=self.compares,
             owns=owns | ({"skipping": frozenset({0})} if first else {}),
+            idle_in=self._idle_in,
+        )
+
+    def _idle_in(self, count: int) -> str | None:
+        """Return why no step of a trajectory of `count` steps is ever cached; None if one may be."""
+        if self.steps is not None or not self.decides or self.window(count):
+            return None
+        return (
+            f"warmup={self.warmup}, start={self.start} and end={self.end} leave none of {count} steps to be cached"
+            " (the last is always computed)"
         )
 
     @classmethod
