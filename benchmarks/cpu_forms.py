@@ -107,6 +107,7 @@ FORMS: dict[str, Switch] = {
     "linear: weights cast once": part(layers, "kept_casts", lambda: None),
     "linear: casts column by column": part(linear, "_cast", _cast_by_rows),
     "modulated norm": form(layers.modulated_norm),
+    "GroupNorm of small maps": form(layers.group_norm_silu),
     "dense attention": form(attention.dense_attention),
     "packed attention": form(attention.packed_attention),
     "packed attention: padding": part(cpu_attention, "choose", lambda *_: "split"),
@@ -198,7 +199,7 @@ STEPS = ("fp32 step", "bf16 step")
 
 SETTINGS = (
     Setting("README DC-DiT tiny, 4 x 1024", dc(**README), (4, 3, 32, 32), ("fp32 call",), 0.3),
-    Setting("demo DC-DiT, 8 x 256", dc(**DEMO), (8, 3, 32, 32), ("fp32 call", "fp32 step"), 0.3),
+    Setting("demo DC-DiT, 8 x 256", dc(**DEMO), (8, 3, 32, 32), ("fp32 call", "fp32 step", "bf16 step"), 0.3),
     Setting("CIFAR-10 DC-DiT, 16 x 256", dc(**CIFAR), (16, 3, 32, 32), ("bf16 call", "bf16 step"), 0.3),
     Setting("DC-DiT-S, 2 x 1024", dc(**SMALL), (2, 4, 32, 32), (*CALLS, *STEPS), 0.05),
     Setting("DC-DiT-S guided, 4 x 1024", dc(**SMALL), (4, 4, 32, 32), (*CALLS, "bf16 step"), 0.6),

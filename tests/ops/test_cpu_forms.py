@@ -51,6 +51,13 @@ def randn(*shape: int) -> Callable[[torch.dtype], Tensor]:
     return lambda dtype: torch.randn(*shape).to(dtype)
 
 
+def group_norm(groups: int, width: int) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, width)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
 def linear_case(bias=True, gelu=False, shape=(3, 70, 24), **kwargs):
     def build(dtype):
         layer = nn.Linear(24, 400, bias).to(FLOAT if kwargs.get("autocast") else dtype)
@@ -104,6 +111,10 @@ CASES: dict[Callable[..., Any], dict[str, Case]] = {
         "packed": Case(modulated(True), (FLOAT, DOUBLE, HALF)),
         "packed, no gradients": Case(modulated(True), (FLOAT, DOUBLE, HALF), learns=False),
         "dense, no gradients": Case(modulated(False), (FLOAT, DOUBLE, HALF), learns=False),
+    },
+    layers.group_norm_silu: {
+        "small map": Case(lambda dtype: (randn(3, 16, 5, 7)(dtype), group_norm(8, 16)), (HALF,)),
+        "no gradients": Case(lambda dtype: (randn(3, 6, 4, 4)(dtype), group_norm(2, 6)), (HALF,), learns=False),
     },
     attention.dense_attention: {
         "plain": Case(lambda dtype: (randn(2, 9, 3 * 16)(dtype), 2), (HALF,)),

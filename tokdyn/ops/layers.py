@@ -84,6 +84,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
 
 
+@has_cpu_form
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Apply GroupNorm (arXiv 1803.08494) and SiLU.
 

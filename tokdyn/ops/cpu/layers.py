@@ -1,4 +1,4 @@
-"""Modulated norms, sample by sample."""
+"""Modulated norms, sample by sample, and the GroupNorm of small maps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokdyn.ops import layers, torch_private
 from tokdyn.ops.cpu.linear import empty_rows
@@ -15,6 +15,7 @@ from tokdyn.ops.precision import product_dtype
 from tokdyn.tokens import Packing
 
 _LONG_ROWS = 192  # rows per sample from which one call per sample beats indexing the modulation by token
+_SMALL_MAP = 256  # cells up to which GroupNorm takes two to four times as long in bf16 as in fp32
 
 
 @cpu_form(layers.modulated_norm)
@@ -28,6 +29,15 @@ def modulated_norm(
     shift, scale = shift.to(x.dtype), (1 + scale).to(x.dtype)
     rows: Tensor = _ModulatedNorm.apply(x.reshape(-1, x.shape[-1]), shift, scale, lengths, eps, product_dtype(x))
     return rows.view(x.shape)
+
+
+@cpu_form(layers.group_norm_silu)
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor | None:
+    """Compute small maps in fp32, of which PyTorch's kernel for bf16 gets rows too short to work on."""
+    small = x.dtype == torch.bfloat16 and x[0, 0].numel() <= _SMALL_MAP
+    if not small or norm.weight is None or norm.weight.dtype != torch.float32:
+        return None
+    return F.silu(norm(x.float())).to(x.dtype)
 
 
 def _by_sample(x: Tensor, packing: Packing | None) -> tuple[int, ...] | None:
