@@ -17,7 +17,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import truediv
 from typing import Any
@@ -124,14 +125,19 @@ def wan_calls(frames: int, side: int, text: int = 32, steps: int = STEPS) -> Cal
     ]
 
 
-def through(model: nn.Module, calls: Calls, begin: Callable[[], Any], around: Callable[[], Any] | None = None) -> Side:
+def through(
+    model: nn.Module,
+    calls: Calls,
+    begin: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    at_step: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> Side:
     """Run a model through the calls and note in which steps the last block is computed.
 
     Args:
         model: with its cache.
         calls: the arguments of each step.
-        begin: empties the cache.
-        around: opens the context of a call, where a cache needs one.
+        begin: opens the context of a trajectory, with an empty cache.
+        at_step: opens the context of a step.
     """
     step = [0]
     side = Side(run=lambda: None)
@@ -140,13 +146,10 @@ def through(model: nn.Module, calls: Calls, begin: Callable[[], Any], around: Ca
 
     @torch.no_grad()
     def run() -> None:
-        begin()
         side.computed.clear()
-        for step[0], arguments in enumerate(calls):
-            if around is None:
-                model(**arguments)
-            else:
-                with around():
+        with begin():
+            for step[0], arguments in enumerate(calls):
+                with at_step(step[0]):
                     model(**arguments)
 
     side.run = run
@@ -160,8 +163,25 @@ def last_block(model: nn.Module) -> nn.Module:
 
 def own(case: Case, **settings: Any) -> Side:
     """FeatureCache with these settings."""
-    model = tokdyn.wrap(case.build(), [FeatureCache(num_steps=STEPS, **settings)])
-    return through(model, case.calls, lambda: tokdyn.reset(model))
+    return told(tokdyn.wrap(case.build(), [FeatureCache(**settings)]), case.calls)
+
+
+def told(model: nn.Module, calls: Calls) -> Side:
+    """Run a wrapped model through the calls and tell it step and branch, as pipelines tell every cache."""
+
+    @contextmanager
+    def begin() -> Iterator[None]:
+        with tokdyn.trajectory(model, steps=len(calls)) as found:
+            here.append(found)
+            found.branch = "cond"
+            yield
+
+    def at_step(step: int) -> AbstractContextManager[None]:
+        here[-1].step = step
+        return nullcontext()
+
+    here: list[Any] = []
+    return through(model, calls, begin, at_step)
 
 
 def of_diffusers(case: Case, name: str, **settings: Any) -> Side:
@@ -170,7 +190,12 @@ def of_diffusers(case: Case, name: str, **settings: Any) -> Side:
 
     model = case.build()
     model.enable_cache(getattr(diffusers, name)(**settings))
-    return through(model, case.calls, model._reset_stateful_cache, lambda: model.cache_context("cond"))
+
+    def begin() -> AbstractContextManager[None]:
+        model._reset_stateful_cache()
+        return nullcontext()
+
+    return through(model, case.calls, begin, lambda _: model.cache_context("cond"))
 
 
 def of_cache_dit(case: Case, order: int | None = None, **settings: Any) -> Side | None:
@@ -188,7 +213,12 @@ def of_cache_dit(case: Case, order: int | None = None, **settings: Any) -> Side 
     forecast = None if order is None else cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
     cache_dit.enable_cache(model, cache_config=config, calibrator_config=forecast)
     known = {"cache_config": config} | ({} if forecast is None else {"calibrator_config": forecast})
-    return through(model, case.calls, lambda: cache_dit.refresh_context(model, verbose=False, **known))
+
+    def begin() -> AbstractContextManager[None]:
+        cache_dit.refresh_context(model, verbose=False, **known)
+        return nullcontext()
+
+    return through(model, case.calls, begin)
 
 
 def at(build: Callable[[float], Side | None], number: int, low: float = 1e-4, high: float = 1e2) -> Side | None:
@@ -280,7 +310,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
             other = at(lambda threshold, build=build: build(case, threshold), len(mine.computed))
             if other is not None:
                 sides[peer], pairs[peer] = other, name
-    sides["plain"] = through(model, case.calls, lambda: None)
+    sides["plain"] = through(model, case.calls)
     times = in_rounds({name: side.run for name, side in sides.items()}, max(3, rounds // 3))
     flops = {name: spent(side) for name, side in sides.items()}
     rows = {

@@ -20,7 +20,7 @@ import torch
 
 import tokdyn
 from benchmarks import command_line, markdown
-from benchmarks.cache_rules import Calls, Case, Side, flux_calls, in_rounds, spent, through, wan, wan_calls
+from benchmarks.cache_rules import Calls, Case, Side, flux_calls, in_rounds, spent, through, told, wan, wan_calls
 from benchmarks.caching import flux
 from tokdyn.bench.timing import machine, write
 from tokdyn.methods import Method
@@ -30,20 +30,11 @@ USUAL_STEPS = 50
 """Steps of a trajectory for which a preset names none."""
 
 
-def through_preset(case: Case, methods: Sequence[Method]) -> Side:
-    """Attach methods and tell the model its trajectory, as a wrapped pipeline does."""
+def with_preset(case: Case, methods: Sequence[Method]) -> Side:
+    """Attach methods, for whose model this one stands in."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the preset is for the class, and not for this size
-        model = tokdyn.wrap(case.build(), methods)
-    side = through(model, case.calls, lambda: tokdyn.reset(model))
-    guessed = side.run
-
-    def told() -> None:
-        with tokdyn.trajectory(model, steps=len(case.calls)):
-            guessed()
-
-    side.run = told
-    return side
+        warnings.simplefilter("ignore")  # its size is another
+        return told(tokdyn.wrap(case.build(), methods), case.calls)
 
 
 def measured(model: torch.nn.Module, calls_of: Callable[[int], Calls], name: str, rounds: int) -> list[dict[str, Any]]:
@@ -61,8 +52,8 @@ def measured(model: torch.nn.Module, calls_of: Callable[[int], Calls], name: str
         steps = given.steps or USUAL_STEPS
         case = Case(model, calls_of(steps))
         sides = {
-            "plain": through(case.build(), case.calls, lambda: None),
-            "preset": through_preset(case, tokdyn.preset(name, setting)),
+            "plain": through(case.build(), case.calls),
+            "preset": with_preset(case, tokdyn.preset(name, setting)),
         }
         times = in_rounds({key: side.run for key, side in sides.items()}, rounds)
         flops = {key: spent(side) for key, side in sides.items()}
