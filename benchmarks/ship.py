@@ -50,7 +50,7 @@ _LINES = 120  # of the log that is kept
 
 
 def ship(
-    run: Path, name: str, root: Path, dtype: str = "int8", steps: int = 25, guidance: float = 2.0, force: bool = False
+    run: Path, name: str, root: Path, dtype: str = "int8", steps: int = 25, guidance: float = 3.0, force: bool = False
 ) -> dict[str, Any]:
     """Write the averaged weights of a run, and what is known of them, into a folder.
 
@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--dtype", choices=("int8", "bf16", "fp16"), default="int8")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps to record")
-    parser.add_argument("--guidance", type=float, default=2.0, help="scale of guidance to record")
+    parser.add_argument("--guidance", type=float, default=3.0, help="scale of guidance to record")
     parser.add_argument("--root", type=Path, default=shipped_folder("."), help="folder of the package's bases")
     parser.add_argument("--force", action="store_true", help="accept a run of another recipe")
     given = parser.parse_args()

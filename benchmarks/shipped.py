@@ -47,13 +47,13 @@ _SCORED = 512  # images that the router is scored on
 
 
 def settings_of(model: str, given: argparse.Namespace) -> dict[str, float]:
-    """Return steps and guidance: those of the command line, or those recorded with a model, or 25 and 2."""
+    """Return steps and guidance: those of the command line, or those recorded with a model, or 25 and 3."""
     recorded: dict[str, Any] = {}
     if not Path(model).exists():
         path, _ = locate(model)
         recorded = json_object(path / "tokdyn.json").get("sampling", {})
     chosen = {"steps": given.steps, "guidance": given.guidance}
-    return {name: value or recorded.get(name, {"steps": 25, "guidance": 2.0}[name]) for name, value in chosen.items()}
+    return {name: value or recorded.get(name, {"steps": 25, "guidance": 3.0}[name]) for name, value in chosen.items()}
 
 
 def measure(
@@ -159,8 +159,9 @@ def missed(result: dict[str, Any]) -> list[str]:
 
 def draw_pictures(shown: dict[str, Pixels], names: tuple[str, ...], dc_dit: str, figures: Path) -> None:
     """Draw ten images of each model and budget, and the cells that the router keeps."""
+    columns = len(next(iter(shown.values())))
     page = image_grid(
-        np.concatenate(list(shown.values())), columns=_SIDE_BY_SIDE, row_titles=list(shown), column_titles=list(names)
+        np.concatenate(list(shown.values())), columns, row_titles=list(shown), column_titles=names[:columns]
     )
     write_png(page, figures / "shipped-samples.png")
     model, objective, _ = load_model(dc_dit)

@@ -54,7 +54,7 @@ def _show(settings: DemoSettings, json: bool) -> str:
     result = show(settings)
     model = result.rows[0].model
     following = shell(
-        "tokdyn", "sample", model, f"steps={settings.sampling_steps}", f"guidance={settings.guidance:g}",
+        "tokdyn", "sample", model, f"steps={result.steps}", f"guidance={result.guidance:g}",
         "tail_drop=0,0.6", "--maps", "out=budgets",
     )  # fmt: skip
     if json:

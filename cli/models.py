@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
         entries = stored.sizes if settings == CatalogSettings() else catalog(settings)
         names = [each.name for each in pretrained]
         following = (
-            "tokdyn sample shapes/dc-dit steps=25 guidance=2 tail_drop=0,0.6"
+            "tokdyn sample shapes/dc-dit steps=25 guidance=3 tail_drop=0,0.6"
             if "shapes/dc-dit" in names
             else "tokdyn sample shapes steps=25"
         )

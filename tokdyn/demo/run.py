@@ -69,8 +69,8 @@ def demo(settings: DemoSettings) -> DemoResult:
             out=pictures,
             count=settings.count,
             seed=settings.seed,
-            steps=settings.sampling_steps,
-            guidance=settings.guidance,
+            steps=settings.sampling_steps or 25,
+            guidance=2.0 if settings.guidance is None else settings.guidance,
             tail_drop=BUDGETS,
             maps=True,
         )

@@ -22,8 +22,9 @@ class DemoSettings(BaseModel):
         train: Train a model, in place of showing those that ship with tokdyn; null trains if there are none here.
         out: Page to write, report.html by default; if a model is trained, the folder for the run and its pictures,
             runs/demo by default.
-        sampling_steps: Sampling steps per image.
-        guidance: Scale of classifier-free guidance.
+        sampling_steps: Sampling steps per image; null takes what was chosen for the models that ship, and 25 for a
+            trained one.
+        guidance: Scale of classifier-free guidance; null takes what was chosen likewise, and 2.
         count: Number of images to sample with each budget; the classes are assigned to them in turn.
         seed: Seed of the samples, and of the training.
         minutes: Time limit of the training. The model is then sampled as it is; the same command trains it further.
@@ -35,8 +36,8 @@ class DemoSettings(BaseModel):
 
     train: bool | None = None
     out: UserPath | None = None
-    sampling_steps: PositiveInt = 25
-    guidance: float = Field(default=2.0, ge=0.0)
+    sampling_steps: PositiveInt | None = None
+    guidance: float | None = Field(default=None, ge=0.0)
     count: PositiveInt = 10
     seed: int = Field(default=0, ge=0)
     minutes: float = Field(default=2.5, gt=0.0)

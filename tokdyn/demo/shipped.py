@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tokdyn.bases.locating import locate
 from tokdyn.demo.settings import DCDIT, DIT, DemoSettings
 from tokdyn.errors import RecipeError
+from tokdyn.files import json_object
 from tokdyn.methods import DepthSkip, FeatureCache, TokenMerge
 from tokdyn.recipe.explain import explain
 from tokdyn.run_report.build import Run, build, gather
@@ -56,11 +57,15 @@ class Shown:
 
     Attributes:
         page: the page that was written.
+        steps: sampling steps per image.
+        guidance: scale of guidance.
         rows: a row for each model and setting.
         seconds: time of everything, loading included.
     """
 
     page: Path
+    steps: int
+    guidance: float
     rows: tuple[ShownRow, ...]
     seconds: float
 
@@ -74,17 +79,20 @@ def show(settings: DemoSettings) -> Shown:
         OutputError: the page cannot be written.
     """
     began = time.perf_counter()
-    for name in (DCDIT, DIT):
-        locate(name, local=True)
-    if settings.guidance == 1.0:
+    for name in (DIT, DCDIT):
+        folder, _ = locate(name, local=True)
+    chosen = json_object(folder / "tokdyn.json").get("sampling", {})
+    steps = settings.sampling_steps or chosen.get("steps", 25)
+    guidance = chosen.get("guidance", 2.0) if settings.guidance is None else settings.guidance
+    if guidance == 1.0:
         raise RecipeError("guidance=1 turns guidance off, and Lite-CFG acts on guidance alone: give another guidance.")
     try:
         config = ReportConfig(
             out=settings.place,
             count=settings.count,
             seed=settings.seed,
-            steps=settings.sampling_steps,
-            guidance=settings.guidance,
+            steps=steps,
+            guidance=guidance,
             tail_drop=DROPS,
         )
     except ValidationError as error:
@@ -95,7 +103,7 @@ def show(settings: DemoSettings) -> Shown:
     runs = gather(config, names, {DCDIT: budgets, DIT: stacks})
     page = build(config, runs, names).write(config.out)
     rows = [_row(run, budget) for run in runs for budget in sampled_of(run).budgets]
-    return Shown(page, tuple(rows), time.perf_counter() - began)
+    return Shown(page, steps, guidance, tuple(rows), time.perf_counter() - began)
 
 
 def _row(run: Run, budget: Budget) -> ShownRow:
