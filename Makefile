@@ -14,7 +14,7 @@ test test-all test-oldest: export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    train a small DC-DiT, sample it at three budgets, draw pictures (about 3 minutes on 2 cores)"
+	@echo "make demo    a first look: the models that ship, at several budgets (without them, train one in 3 minutes)"
 	@echo "make test    the default test suite: models, methods and laws pairwise (at most 8 minutes on 2 cores)"
 	@echo "make test-all  the whole product of models, methods and laws, and the slow tests"
 	@echo "make test-oldest  tests with the oldest dependencies that pyproject.toml allows, in $(OLDEST)"

@@ -39,7 +39,12 @@ def register(app: typer.Typer) -> None:
         stored = shipped()
         pretrained, known = stored.bases, stored.families
         entries = stored.sizes if settings == CatalogSettings() else catalog(settings)
-        following = "tokdyn sample shapes steps=25"
+        names = [each.name for each in pretrained]
+        following = (
+            "tokdyn sample shapes/dc-dit steps=25 guidance=3 tail_drop=0,0.6"
+            if "shapes/dc-dit" in names
+            else "tokdyn sample shapes steps=25"
+        )
         if json:
             listed: list[Any] = [*entries, *pretrained, *known, *stored.classes]
             as_json([asdict(entry) for entry in listed])

@@ -48,6 +48,9 @@ def test_router_of_contrast_beats_chance_until_noise_hides_the_detail(shapes: Sh
     assert clear.detail.kept == pytest.approx(0.25, abs=0.01)
     assert clear.detail.lift > 2.5
     assert noisy.detail.lift < 1.3
+    assert 0.75 < clear.area < clear.best_area < 1.0
+    assert noisy.area == pytest.approx(0.5, abs=0.1)
+    assert noisy.best_area == clear.best_area
 
 
 def test_score_depends_on_its_seed_alone(shapes: ShapesDataset) -> None:
@@ -66,11 +69,12 @@ def test_picture_is_written(shapes: ShapesDataset, tmp_path: Path) -> None:
 def test_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=tmp_path.name):
-        demo(DemoSettings(out=tmp_path))
+        demo(DemoSettings(train=True, out=tmp_path))
 
 
 def test_time_limit_stops_training_and_the_next_call_resumes_it(tmp_path: Path) -> None:
-    settings = DemoSettings(out=tmp_path / "run", minutes=1e-6, training_steps=7, sampling_steps=1, count=1, scored=8)
+    lengths = {"minutes": 1e-6, "training_steps": 7, "sampling_steps": 1, "count": 1, "scored": 8}
+    settings = DemoSettings(train=True, out=tmp_path / "run", **lengths)
     stopped = demo(settings)
     assert (stopped.steps, stopped.planned) == (5, 7)
     assert [budget.images for budget in stopped.samples.budgets] == [1, 1, 1]

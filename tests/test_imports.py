@@ -39,9 +39,10 @@ LAYERS = [
     ["recipe"],
     ["train"],
     ["sample", "evaluate"],
-    ["catalog", "demo", "doctor", "calibration"],
+    ["catalog", "doctor", "calibration"],
     ["bench"],
     ["run_report"],
+    ["demo"],
     ["recipes"],
     ["cli"],
 ]

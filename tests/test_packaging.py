@@ -64,6 +64,9 @@ def test_every_data_file_is_shipped() -> None:
     }
     for name, folder in folders.items():
         shipped = {p for pattern in SETUPTOOLS["package-data"].get(name, []) for p in folder.glob(pattern)}
-        for path in folder.iterdir():
+        packages = {init.parent for init in folder.rglob("__init__.py")} - {folder}
+        for path in folder.rglob("*"):
+            if packages.intersection(path.parents) or "__pycache__" in path.parts:
+                continue  # of a package of its own
             if path.is_file() and path.suffix != ".py":
                 assert path in shipped, f"{path} is in no package-data pattern of {name}"

@@ -226,7 +226,15 @@ def test_features_are_written_once(tmp_path: Path) -> None:
 
 
 def test_demo_trains_once(tmp_path: Path) -> None:
-    words = ["demo", f"out={tmp_path / 'demo'}", "training_steps=1", "sampling_steps=2", "count=2", "scored=8"]
+    words = [
+        "demo",
+        "--train",
+        f"out={tmp_path / 'demo'}",
+        "training_steps=1",
+        "sampling_steps=2",
+        "count=2",
+        "scored=8",
+    ]
     found = json.loads(run(*words, "--json").stdout)
     assert [budget["tail_drop"] for budget in found["samples"]["budgets"]] == [0.0, 0.3, 0.6]
     assert all(Path(file).is_file() for file in found["pictures"])

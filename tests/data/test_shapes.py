@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokdyn.data import DataConfig, ShapesDataset, detail_score, open_data
+from tokdyn.data import DataConfig, ShapesDataset, detail_area, detail_score, detail_shares, open_data
 from tokdyn.errors import DataError
 
 
@@ -175,3 +175,34 @@ def test_true_detail_scores_above_chance_and_random_tokens_do_not():
 def test_tokens_and_masks_that_do_not_fit_are_refused(keep, grid, masks, values):
     with pytest.raises(DataError, match=values):
         detail_score(keep, grid, masks)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (8, 12)])
+def test_area_is_the_share_of_pairs_of_pixels_in_the_right_order(grid):
+    random = np.random.default_rng(1)
+    masks = random.random((4, 8, 12)) < 0.3
+    masks[2] = True  # has no pixels without detail, so it does not count
+    scores = random.integers(0, 5, (4, grid[0] * grid[1]))  # with ties
+    areas = []
+    for mask, score in zip(masks, scores, strict=True):
+        pixels = score.reshape(grid).repeat(8 // grid[0], 0).repeat(12 // grid[1], 1)
+        above = np.subtract.outer(pixels[mask], pixels[~mask])
+        if above.size:
+            areas.append(np.mean((above > 0) + 0.5 * (above == 0)))
+    assert len(areas) == 3
+    found = detail_area(torch.from_numpy(scores), grid, torch.from_numpy(masks))
+    assert found == pytest.approx(np.mean(areas))
+    best = detail_area(detail_shares(grid, torch.from_numpy(masks)), grid, torch.from_numpy(masks))
+    assert found < best <= 1.0
+    assert (best == 1.0) == (grid == (8, 12))  # tokens of one pixel each
+
+
+def test_area_of_scores_that_know_nothing():
+    masks = ShapesDataset((32, 32)).detail_masks(range(200))
+    assert detail_area(torch.zeros(200, 64), (8, 8), masks) == 0.5
+    guess = torch.rand(200, 64, generator=torch.Generator().manual_seed(0))
+    assert detail_area(guess, (8, 8), masks) == pytest.approx(0.5, abs=0.02)
+    with pytest.raises(DataError, match="masks"):
+        detail_area(torch.zeros(1, 64), (8, 8), torch.ones(1, 32, 32, dtype=torch.bool))
+    with pytest.raises(DataError, match=r"\(3, 64\).*\(200, 64\)"):
+        detail_area(torch.zeros(3, 64), (8, 8), masks)

@@ -21,7 +21,8 @@ class ConvertConfig(BaseModel):
             for the public code of DC-DiT (`official`) or DiT (`facebook`).
         kind: The format of the source; null recognises it. For SiT, set `sit`, and for the SiT of REPA `repa`, because
             their tensors have the names of DiT's.
-        dtype: Dtype of the written tensors.
+        dtype: Dtype of the written tensors; `int8` is for the layout `tokdyn`, and stores a scale for each row of a
+            matrix.
         ema: Take the averaged weights if the source holds averaged and plain ones.
         num_heads: Number of attention heads, if neither the width nor the source determines it.
         sample_size: Input size in pixels or latent pixels, one number or (rows, columns), if the source does not
@@ -37,7 +38,7 @@ class ConvertConfig(BaseModel):
     destination: UserPath
     to: Layout
     kind: Kind | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     ema: bool = True
     num_heads: int | None = Field(default=None, ge=1)
     sample_size: int | tuple[int, int] | None = None

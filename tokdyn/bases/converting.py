@@ -15,7 +15,7 @@ from tokdyn.bases.table import Objective, rows
 from tokdyn.checkpoints.formats import Layout
 from tokdyn.checkpoints.writer import write
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from tokdyn.bases.table import HUB_ID, INDEX, rows
+from tokdyn.bases.table import HUB_ID, INDEX, SHIPPED, rows
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 from tokdyn.models.sizes import PATCHES, is_named
@@ -23,6 +23,11 @@ def check_name(name: str) -> None:
     """
     if (name and Path(name).expanduser().exists()) or name in rows():
         return
+    if name in SHIPPED:
+        raise CheckpointError(
+            f"{name} is not part of this installation; install a tokdyn that holds it, or train it (tokdyn recipes ls) "
+            "and give the folder of the run."
+        )
     if is_size(name):
         trained = ", ".join(row for row in rows() if row.removeprefix("DC-").startswith("DiT-"))
         raise CheckpointError(
@@ -68,7 +73,7 @@ def names_pipeline(name: str | None, wanted: bool = False) -> bool:
     Raises:
         CheckpointError: it is none although it should be.
     """
-    if name is None or name in rows() or is_named(name):
+    if name is None or name in rows() or name in SHIPPED or is_named(name):
         return False
     folder = Path(name).expanduser()
     index: Path | None = folder / INDEX

@@ -100,14 +100,15 @@ _PUBLISHED = (
     Row("facebook/DiT-XL-2-256", "diffusers", "noise", "hub", "facebook/DiT-XL-2-256:transformer", _dit()),
     Row("facebook/DiT-XL-2-512", "diffusers", "noise", "hub", "facebook/DiT-XL-2-512:transformer", _dit(64)),
 )
-_SHIPPED = ("shapes",)
+SHIPPED = ("shapes", "shapes/dit", "shapes/dc-dit")
+"""Bases that ship with the package, by the name of their folder in it; an installation may lack some."""
 TARGETS = {"DyDiT-XL/2-0.7": 0.7, "DyDiT-XL/2-0.5": 0.5}
 """Shares of the FLOPs that the DyDiTs were trained to use, which their checkpoints do not record."""
 
 
 def rows() -> dict[str, Row]:
     """Return all listed bases by name. Shipped ones are listed if they are installed."""
-    shipped = [_shipped(name) for name in _SHIPPED if (shipped_folder(name) / "config.json").is_file()]
+    shipped = [_shipped(name) for name in SHIPPED if (shipped_folder(name) / "config.json").is_file()]
     return {row.name: row for row in (*shipped, *_PUBLISHED)}
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tokdyn.checkpoints.eight_bits import from_eight_bits
 from tokdyn.checkpoints.formats import PICKLED
 from tokdyn.checkpoints.pickles import Record, load_pickled
 from tokdyn.errors import CheckpointError
@@ -139,7 +140,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated or not a safetensors file ({error}); copy or download it again, or "
             "use another checkpoint."
         ) from error
-    return tensors
+    return from_eight_bits(tensors, str(path))
 
 
 def _notes(path: Path) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tokdyn.attach import attachment_of, save
 from tokdyn.checkpoints.convert import to_diffusers, to_facebook, to_official
+from tokdyn.checkpoints.eight_bits import to_eight_bits
 from tokdyn.checkpoints.files import NOTES
 from tokdyn.checkpoints.formats import Layout
 from tokdyn.errors import CheckpointError, OutputError
@@ -59,7 +61,8 @@ def write(
         to: "diffusers" for DiTTransformer2DModel.from_pretrained; "tokdyn" for `from_pretrained` of the model's class,
             with the attached methods beside the weights; "official" for the public code of DC-DiT; "facebook" for that
             of DiT.
-        dtype: dtype of the written tensors.
+        dtype: dtype of the written tensors. With torch.int8, for "tokdyn" alone, matrices are rounded to eight bits
+            with a scale for each row, which `read` restores and `from_pretrained` does not.
         facts: contents of the tokdyn.json in a folder of layout "tokdyn": name, objective, data. Other layouts ignore
             them.
 
@@ -75,6 +78,11 @@ def write(
         raise OutputError(f"{place} exists already and is not overwritten; choose another path.")
     if to in FILES and place.suffix != ".safetensors":
         raise OutputError(f"{place} must end in .safetensors, because the {to} layout is a file; change the ending.")
+    if dtype == torch.int8 and (to != "tokdyn" or attachment_of(model) is not None):
+        raise CheckpointError(
+            "eight bits are for a plain model in the layout of tokdyn; write it with to=tokdyn and without methods, or "
+            "in another dtype."
+        )
     if to != "tokdyn" and attachment_of(model) is not None:
         raise CheckpointError(
             f"the {to} layout cannot hold the methods attached to this model; write it with to=tokdyn, or unwrap it "
@@ -94,10 +102,16 @@ def write(
 
 def _write_own(model: DiT | DCDiT, place: Path, dtype: torch.dtype, facts: Mapping[str, Any] | None) -> Written:
     """Write a folder in tokdyn's layout."""
-    if next(model.parameters()).dtype != dtype:
+    eight_bits = dtype == torch.int8
+    if not eight_bits and next(model.parameters()).dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     with _new_folder(place) as temporary:
-        model.save_pretrained(temporary)
+        if eight_bits:
+            model.save_config(temporary)
+            tensors = to_eight_bits(model.state_dict(), model._keep_in_fp32_modules or ())
+            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        else:
+            model.save_pretrained(temporary)
         if attachment_of(model) is not None:
             save(model, temporary)
         if facts:

@@ -12,7 +12,7 @@ from tokdyn.lazy import loading
 if TYPE_CHECKING:
     from tokdyn.data.base import Dataset
     from tokdyn.data.config import DataConfig
-    from tokdyn.data.detail import DetailScore, detail_score
+    from tokdyn.data.detail import DetailScore, detail_area, detail_score, detail_shares
     from tokdyn.data.factory import open_data
     from tokdyn.data.features import FeaturesReport, write_features
     from tokdyn.data.features_config import FeaturesConfig
@@ -31,7 +31,9 @@ __all__ = [
     "ImageDataset",
     "LatentDataset",
     "ShapesDataset",
+    "detail_area",
     "detail_score",
+    "detail_shares",
     "open_data",
     "write_features",
 ]
@@ -48,7 +50,9 @@ __getattr__ = loading(
         "ImageDataset": ".images",
         "LatentDataset": ".latents",
         "ShapesDataset": ".shapes",
+        "detail_area": ".detail",
         "detail_score": ".detail",
+        "detail_shares": ".detail",
         "open_data": ".factory",
         "write_features": ".features",
     },

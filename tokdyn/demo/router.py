@@ -1,4 +1,4 @@
-"""Score the tokens that a router keeps against the ground truth of the procedural shapes."""
+"""Score the decisions of a router against the ground truth of the procedural shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokdyn.data import DetailScore, ShapesDataset, detail_score
+from tokdyn.data import DetailScore, ShapesDataset, detail_area, detail_score, detail_shares
 from tokdyn.diffusion.objective import Noised, Objective
 from tokdyn.seeds import noise_generator
 from tokdyn.tokens import Routing
@@ -21,16 +21,20 @@ class RouterScore:
     Attributes:
         level: noise level of the images, in [0, 1].
         detail: score of the kept tokens.
+        area: area under the ROC curve of the boundary probabilities; 0.5 for a random router.
+        best_area: the largest area that scores of tokens of this size can have.
     """
 
     level: float
     detail: DetailScore
+    area: float
+    best_area: float
 
 
 def score_router(
     model: Any, objective: Objective, data: ShapesDataset, indices: Sequence[int], level: float, seed: int = 0
 ) -> RouterScore:
-    """Compare the tokens that a chunking model keeps with the detail of the shapes.
+    """Compare the decisions of a router with the detail of the shapes: the kept tokens, and their probabilities.
 
     Args:
         model: a `DCDiT` that was trained on procedural shapes.
@@ -45,8 +49,13 @@ def score_router(
     """
     routing, noised = route_noisy_shapes(model, objective, data, indices, level, seed)
     rows, columns = routing.grid
-    masks = data.detail_masks(indices)
-    return RouterScore(float(noised.level[0]), detail_score(routing.keep.cpu(), (rows, columns), masks))
+    grid, masks = (rows, columns), data.detail_masks(indices)
+    return RouterScore(
+        level=float(noised.level[0]),
+        detail=detail_score(routing.keep.cpu(), grid, masks),
+        area=detail_area(routing.probability.cpu(), grid, masks),
+        best_area=detail_area(detail_shares(grid, masks), grid, masks),
+    )
 
 
 def route_noisy_shapes(

@@ -1,4 +1,4 @@
-"""Run the demo: train a small DC-DiT, sample it with three tail drops, draw pictures and score its router."""
+"""Train a small DC-DiT in the demo, sample it with three tail drops, draw pictures and score its router."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-
 from tokdyn import recipe as recipes
 from tokdyn.data import open_data
 from tokdyn.data.shapes import ShapesDataset
 from tokdyn.demo.pictures import draw_router
 from tokdyn.demo.router import RouterScore, score_router
+from tokdyn.demo.settings import DemoSettings
 from tokdyn.errors import CheckpointError
-from tokdyn.files import UserPath
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import total_steps
 from tokdyn.sample import SampleConfig, SampleResult, load_model, sample
@@ -26,32 +24,6 @@ BUDGETS = (0.0, 0.3, 0.6)
 LEVELS = (0.1, 0.3, 0.5)
 _DRAWN = 6  # images in the picture of the router
 _POLL = 5  # training steps between checks of the time limit
-
-
-class DemoSettings(BaseModel):
-    """Settings of the demo.
-
-    Attributes:
-        out: folder for the run and its pictures.
-        minutes: time limit of the training. The model is then sampled as it is; the same command trains it further.
-        training_steps: optimizer steps; None takes those of the recipe `demo`.
-        sampling_steps: sampling steps per image.
-        guidance: scale of classifier-free guidance.
-        count: number of images to sample with each tail drop; the classes are assigned to them in turn.
-        scored: number of images outside the training set to score the router on.
-        seed: seed of the training and the samples.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    out: UserPath = Path("runs/demo")
-    minutes: float = Field(default=2.5, gt=0.0)
-    training_steps: PositiveInt | None = None
-    sampling_steps: PositiveInt = 25
-    guidance: float = Field(default=2.0, ge=0.0)
-    count: PositiveInt = 10
-    scored: PositiveInt = 256
-    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -80,30 +52,30 @@ class DemoResult:
 def demo(settings: DemoSettings) -> DemoResult:
     """Train a model with the recipe `demo`, then sample it and score its router.
 
-    A stopped run in `settings.out` is resumed, and a finished one is only sampled and scored. If the time limit stops
+    A stopped run in `settings.place` is resumed, and a finished one is only sampled and scored. If the time limit stops
     the training, the model is sampled and scored as it is.
 
     Raises:
         CheckpointError: the folder holds a run with other settings, or other files.
         KeyboardInterrupt: the user interrupted the training; the same call resumes it.
     """
-    began = time.perf_counter()
+    began, settings = time.perf_counter(), settings.model_copy(update={"train": True})
     recipe, steps = _train(settings)
     seconds = time.perf_counter() - began
-    pictures = settings.out / "pictures"
+    pictures = settings.place / "pictures"
     made = sample(
         SampleConfig(
-            model=str(settings.out),
+            model=str(settings.place),
             out=pictures,
             count=settings.count,
             seed=settings.seed,
-            steps=settings.sampling_steps,
-            guidance=settings.guidance,
+            steps=settings.sampling_steps or 25,
+            guidance=2.0 if settings.guidance is None else settings.guidance,
             tail_drop=BUDGETS,
             maps=True,
         )
     )
-    model, objective, _ = load_model(settings.out)
+    model, objective, _ = load_model(settings.place)
     data = open_data(recipe.data)
     assert isinstance(data, ShapesDataset)  # as the recipe `demo` says
     unseen = range(len(data), len(data) + settings.scored)  # indices beyond the epoch are not in the training set
@@ -112,7 +84,7 @@ def demo(settings: DemoSettings) -> DemoResult:
         model, objective, data, range(len(data), len(data) + _DRAWN), LEVELS, pictures / "router.png", settings.seed
     )
     drawn = (*made.files, *(file for budget in made.budgets for file in budget.files), path)
-    return DemoResult(settings.out, drawn, made, scores, steps, total_steps(recipe), seconds)
+    return DemoResult(settings.place, drawn, made, scores, steps, total_steps(recipe), seconds)
 
 
 def _train(settings: DemoSettings) -> tuple[Recipe, int]:
@@ -125,16 +97,16 @@ def _train(settings: DemoSettings) -> tuple[Recipe, int]:
         CheckpointError: the folder holds a run with other settings, or other files.
         KeyboardInterrupt: the user interrupted the training.
     """
-    overrides = [f"out={settings.out}", f"seed={settings.seed}", f"training.sample_every={_POLL}"]
+    overrides = [f"out={settings.place}", f"seed={settings.seed}", f"training.sample_every={_POLL}"]
     if settings.training_steps is not None:
         overrides.append(f"training.steps={settings.training_steps}")
     recipe = recipes.load("demo", overrides)
-    started = (settings.out / "recipe.yaml").is_file()
-    if started and recipes.load(settings.out / "recipe.yaml") != recipe:
+    started = (settings.place / "recipe.yaml").is_file()
+    if started and recipes.load(settings.place / "recipe.yaml") != recipe:
         raise CheckpointError(
-            f"{settings.out} holds a run with other settings; choose another out=FOLDER, or remove that folder."
+            f"{settings.place} holds a run with other settings; choose another out=FOLDER, or remove that folder."
         )
-    if started and (settings.out / "model").is_dir():
+    if started and (settings.place / "model").is_dir():
         return recipe, total_steps(recipe)
     limit = _TimeLimit(60.0 * settings.minutes)
     result = train(recipe, resume=started, preview=limit)

@@ -17,7 +17,7 @@ from tokdyn.report.page import Page, described
 from tokdyn.report.pareto import ParetoPoint, pareto_chart
 from tokdyn.run_report.folders import RESULTS, Folder, curve, quality_points, read_folder, shown
 from tokdyn.run_report.parts import NOTE
-from tokdyn.run_report.sampled import Budget, Sampled, budgets_of, open_run, sample_run
+from tokdyn.run_report.sampled import Budget, Sampled, Setting, budgets_of, open_run, sample_run
 from tokdyn.run_report.settings import Drawing, ReportConfig
 
 _COMPARED = 8  # images beside each other at all budgets
@@ -40,18 +40,35 @@ class Run:
     sampled: Sampled | None
 
 
-def gather(config: Drawing, paths: Sequence[str]) -> tuple[Run, ...]:
+def gather(
+    config: Drawing, paths: Sequence[str], settings: Mapping[str, Sequence[Setting]] | None = None
+) -> tuple[Run, ...]:
     """Read the folders and sample the runs among them. All are opened before the first is sampled.
+
+    Args:
+        config: the settings.
+        paths: as for `report`.
+        settings: how to sample a run, by its path; others are sampled with each tail drop of `config`.
+
+    Returns:
+        A run for each path.
 
     Raises:
         TokdynError: a folder cannot be read, or a model cannot be loaded or sampled with these settings.
     """
     settle_memory()
     folders = [read_folder(path) for path in paths]
-    jobs = [open_run(config, folder.path) if folder.holds_model else None for folder in folders]
+    jobs = [open_run(config, folder.model) if folder.holds_model else None for folder in folders]
+    chosen = [
+        () if job is None else (settings or {}).get(path) or budgets_of(config, job)
+        for path, job in zip(paths, jobs, strict=True)
+    ]
     steps = config.steps * -(-config.count // config.batch_size)
-    with progress("sampling", steps * sum(len(budgets_of(config, job)) for job in jobs if job is not None)) as advance:
-        sampled = [None if job is None else sample_run(config, job, advance) for job in jobs]
+    with progress("sampling", steps * sum(map(len, chosen))) as advance:
+        sampled = [
+            None if job is None else sample_run(config, job, ways, advance)
+            for job, ways in zip(jobs, chosen, strict=True)
+        ]
     names = [folder.name if job is None else job.info.name for folder, job in zip(folders, jobs, strict=True)]
     unique = [
         name if names.count(name) == 1 else f"{name} ({folder.path})"
@@ -66,8 +83,8 @@ def report(config: ReportConfig, paths: Sequence[str]) -> Path:
 
     Args:
         config: the settings.
-        paths: one or several runs, models, or folders that `tokdyn bench quality`, `tune`, `calibrate` and `upcycle`
-            have written.
+        paths: one or several runs, models, names of pretrained models, or folders that `tokdyn bench quality`, `tune`,
+            `calibrate` and `upcycle` have written.
 
     Returns:
         The path of the page.
@@ -132,16 +149,23 @@ def _summary(runs: Sequence[Run]) -> Html:
         "run": [run.name for run, _ in rows],
         "model": [type(sampled(run).job.model).__name__ for run, _ in rows],
         "parameters, M": [f"{sampled(run).parameters / 1e6:.2f}" for run, _ in rows],
-        "methods": [sampled(run).methods for run, _ in rows],
+        "methods": [_methods(run, budget) for run, budget in rows],
         "tail drop": [f"{budget.tail_drop:g}" for _, budget in rows],
+        "unconditional": [_text(budget.setting.uncond_tail_drop, "g") for _, budget in rows],
         "kept": ["100.0%" if budget.kept is None else f"{budget.kept:.1%}" for _, budget in rows],
         "GFLOPs": [_text(budget.gflops, ".3f") for _, budget in rows],
         "ms": [f"{budget.milliseconds:.1f}" for _, budget in rows],
         "PSNR, dB": ["" if budget.psnr is None else f"{budget.psnr:.1f}" for _, budget in rows],
     }
-    if all(text == "none" for text in columns["methods"]):
-        del columns["methods"]
+    for title, nothing in (("methods", "none"), ("unconditional", "")):
+        if all(text == nothing for text in columns[title]):
+            del columns[title]
     return table(columns, caption="GFLOPs and ms per image. PSNR is the similarity to the run's own largest budget.")
+
+
+def _methods(run: Run, budget: Budget) -> str:
+    """Return the names of the methods that acted when a budget was sampled."""
+    return budget.name if budget.setting.methods else sampled(run).methods
 
 
 def sampled(run: Run) -> Sampled:
@@ -190,11 +214,17 @@ def _pareto(runs: Sequence[Run], drawn: Mapping[str, Sampled]) -> Html:
     for cost, unit in (("gflops", "GFLOPs per image"), ("milliseconds", "ms per image")):
         lines = []
         for name, each in drawn.items():
-            points = [(getattr(b, cost), b.psnr, f"{b.name}, {_text(b.kept, '.1%')} kept") for b in each.budgets[1:]]
-            points = [point for point in points if point[0] is not None and point[1] is not None]
-            if points:
+            series: dict[tuple[float | None, bool], list[tuple[float, float, str]]] = {}
+            for budget in each.budgets[1:]:
+                value, setting = getattr(budget, cost), budget.setting
+                if value is not None and budget.psnr is not None:
+                    note = budget.name if budget.kept is None else f"{budget.name}, {budget.kept:.1%} kept"
+                    kind = setting.uncond_tail_drop, bool(setting.methods)
+                    series.setdefault(kind, []).append((value, budget.psnr, note))
+            for (lite, stacks), points in series.items():
                 x, y, notes = zip(*points, strict=True)
-                lines.append(Line(name, x, y, notes))
+                label = name if lite is None else f"{name}, Lite-CFG {lite:g}"
+                lines.append(Line(label, x, y, notes, joined=not stacks))
         charts.append(chart(lines, f"Similarity to the largest budget against {unit.split()[0]}", unit, "PSNR, dB"))
     by_measurement: dict[str, list[ParetoPoint]] = {}
     for run in runs:
@@ -247,9 +277,9 @@ def _results(run: Run) -> Html:
 
 def _recipe(config: ReportConfig, run: Run, paths: Sequence[str]) -> Html:
     """Return the recipe of a run and the commands that train, sample and report it again."""
-    path, commands = str(run.folder.path), []
+    path, commands = run.folder.model, []
     if run.folder.recipe:
-        commands.append(["tokdyn", "train", f"{path}/recipe.yaml", f"out={path}-again"])
+        commands.append(["tokdyn", "train", f"{run.folder.path}/recipe.yaml", f"out={path}-again"])
     if run.sampled is not None:
         commands.append(
             [

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokdyn.bases.locating import locate
+from tokdyn.bases.table import rows
 from tokdyn.errors import CheckpointError, DataError
 from tokdyn.files import json_object
 from tokdyn.report.pareto import ParetoPoint
@@ -25,13 +27,15 @@ class Folder:
 
     Attributes:
         path: the folder or file.
-        name: the name of the run in its recipe; else that of the folder.
+        model: what commands call the model in it: the path, or the name that `tokdyn models` lists.
+        name: that name, or that of the folder.
         recipe: text of recipe.yaml; "" if there is none.
         metrics: numbers of each line of metrics.jsonl.
         results: content of the files of measurements, by file name.
     """
 
     path: Path
+    model: str
     name: str
     recipe: str
     metrics: tuple[dict[str, float], ...]
@@ -46,21 +50,32 @@ class Folder:
 def read_folder(path: Path | str) -> Folder:
     """Read the files of a run or of a folder of measurements. Nothing is loaded and nothing is sampled.
 
+    Args:
+        path: the folder; where there is none, a name that `tokdyn models` lists as pretrained.
+
     Raises:
         DataError: the path does not exist, or a file in it cannot be read.
+        CheckpointError: the pretrained model is not in the cache and cannot be downloaded.
     """
     place = Path(path).expanduser()
+    model, name = str(place), place.absolute().name
+    if not place.exists() and str(path) in rows():
+        model = name = str(path)
+        place, _ = locate(name)
     if not place.exists():
-        raise DataError(f"{place} does not exist: give the folder of a run, a model, or a folder of measurements.")
+        raise DataError(
+            f"{place} does not exist: give the folder of a run, a pretrained model "
+            "(tokdyn models), or a folder of measurements."
+        )
     recipe = ""
     try:
         if (place / "recipe.yaml").is_file():
             recipe = (place / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
-        rows = tuple(_numbers(row) for row in metrics.read(place / "metrics.jsonl") if isinstance(row, dict))
+        lines = tuple(_numbers(row) for row in metrics.read(place / "metrics.jsonl") if isinstance(row, dict))
         results = {name: json_object(place / name) for name in RESULTS if (place / name).is_file()}
     except (UnicodeDecodeError, CheckpointError) as error:
         raise DataError(f"{place} holds a file that cannot be read ({error}): restore or remove it.") from error
-    return Folder(place, place.absolute().name, recipe, rows, results)
+    return Folder(place, model, name, recipe, lines, results)
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokdyn.attach import attachment_of
+from tokdyn.attach import attachment_of, unwrap, wrap
 from tokdyn.bench.fidelity import psnr
 from tokdyn.bench.flops import measured_parts
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.records import StepRecord, StepState
+from tokdyn.methods import Method
 from tokdyn.report.explorer import NoiseFrame
 from tokdyn.report.maps import MapRecorder, Maps
 from tokdyn.report.pixels import Pixels
@@ -26,9 +28,32 @@ from tokdyn.sample.costs import StepCost, mean_kept, merge_costs, step_costs
 from tokdyn.sample.drawing import draw
 from tokdyn.sample.job import Job, prepare
 
-_WARM_UP = 2  # steps that are sampled before times count
+_WARM_UP = 2  # steps that are sampled before times count, of the model and of each stack of methods
 _MAPS = 4  # steps in the figure of keep maps
 _EQUAL = 99.0  # dB that stand for equal images, whose PSNR is infinite
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample a run.
+
+    Attributes:
+        tail_drop: share of the kept tokens that is dropped.
+        uncond_tail_drop: that of the unconditional branch (Lite-CFG); None takes `tail_drop`.
+        methods: methods that are attached while the run is sampled; empty for none.
+    """
+
+    tail_drop: float = 0.0
+    uncond_tail_drop: float | None = None
+    methods: tuple[Method, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the setting on pages."""
+        if self.methods:
+            return " + ".join(type(each).__name__ for each in self.methods)
+        lite = "" if self.uncond_tail_drop is None else f", Lite-CFG {self.uncond_tail_drop:g}"
+        return f"tail drop {self.tail_drop:g}{lite}"
 
 
 @dataclass(frozen=True)
@@ -36,16 +61,16 @@ class Budget:
     """What a run draws with one budget.
 
     Attributes:
-        tail_drop: share of the kept tokens that is dropped.
+        setting: how it was sampled.
         images: (N, H, W, 3) uint8.
         kept: kept share, mean over steps, images and branches; None for a model that computes every token.
         gflops: 1e9 FLOPs per image, all steps and branches; a multiply-add is 2 FLOPs. None if not known.
         milliseconds: time per image, all steps.
-        psnr: mean PSNR in dB to the images of the run's largest budget; None for that budget itself.
+        psnr: mean PSNR in dB to the images of the run's first budget, the largest; None for that budget itself.
         trajectory: kept share and time of each step.
     """
 
-    tail_drop: float
+    setting: Setting
     images: Pixels
     kept: float | None
     gflops: float | None
@@ -56,7 +81,12 @@ class Budget:
     @property
     def name(self) -> str:
         """The name of the budget."""
-        return f"tail drop {self.tail_drop:g}"
+        return self.setting.name
+
+    @property
+    def tail_drop(self) -> float:
+        """Share of the kept tokens that is dropped."""
+        return self.setting.tail_drop
 
 
 @dataclass(frozen=True)
@@ -110,47 +140,49 @@ def _settings(config: Drawing, path: Path | str, scheduler: Any) -> SampleConfig
     return SampleConfig(model=str(path), scheduler=scheduler, **shared, **more)
 
 
-def budgets_of(config: Drawing, job: Job) -> tuple[float, ...]:
-    """Return the tail drops that a run is sampled with: those of the settings, or none if it computes every token."""
-    return config.tail_drop if takes_tail_drop(job.model) else (0.0,)
+def budgets_of(config: Drawing, job: Job) -> tuple[Setting, ...]:
+    """Return how a run is sampled: with each tail drop, or in one way if it computes every token."""
+    return tuple(map(Setting, config.tail_drop)) if takes_tail_drop(job.model) else (Setting(),)
 
 
-def sample_run(config: Drawing, job: Job, advance: Callable[[int], None]) -> Sampled:
-    """Sample a run with each budget.
+def sample_run(config: Drawing, job: Job, settings: Sequence[Setting], advance: Callable[[int], None]) -> Sampled:
+    """Sample a run in each of several ways.
 
     Args:
         config: the settings.
         job: the run, from `open_run`.
+        settings: how to sample it; the others are compared with the first.
         advance: moves a progress bar by a number of steps.
 
     Raises:
         CheckpointError: the model generates values that are not finite.
         InputError: the images of a batch do not fit into memory.
     """
-    drops = budgets_of(config, job)
-    _draw(job, drops[0], range(min(config.batch_size, config.count)), None, _WARM_UP)
     watch = _Watch(job, config.map_images, MapRecorder(config.steps, config.map_images, _MAPS))
     budgets: list[Budget] = []
     flops: dict[str, float] = {}
-    for drop in drops:
+    for setting in settings:
         costs: tuple[StepCost, ...] = ()
         images: list[Pixels] = []
         batches: list[list[StepRecord]] = []
-        for start in range(0, config.count, config.batch_size):
-            indices = range(start, min(start + config.batch_size, config.count))
+        with _attached(job.model, setting.methods):
+            if setting.methods or not budgets:
+                _draw(job, setting, range(min(config.batch_size, config.count)), None, _WARM_UP)
+            for start in range(0, config.count, config.batch_size):
+                indices = range(start, min(start + config.batch_size, config.count))
 
-            def callback(step: StepState, watched: bool = not budgets and not images) -> None:
-                if watched:
-                    watch(step)
-                advance(1)
+                def callback(step: StepState, watched: bool = not budgets and not images) -> None:
+                    if watched:
+                        watch(step)
+                    advance(1)
 
-            pixels, records = _draw(job, drop, indices, callback, config.steps)
-            costs = merge_costs(costs, start, step_costs(job.model, records, len(indices)), len(indices))
-            if not flops:
-                flops = measured_parts(job.model, records, len(indices), attachment_of(job.model) is not None)
-            images.append(pixels)
-            batches.append(records)
-        budgets.append(_budget(drop, np.concatenate(images), costs, batches, budgets))
+                pixels, records = _draw(job, setting, indices, callback, config.steps)
+                costs = merge_costs(costs, start, step_costs(job.model, records, len(indices)), len(indices))
+                if not flops:
+                    flops = measured_parts(job.model, records, len(indices), attachment_of(job.model) is not None)
+                images.append(pixels)
+                batches.append(records)
+        budgets.append(_budget(setting, np.concatenate(images), costs, batches, budgets))
     milliseconds = time_parts(job, min(config.batch_size, config.count))
     parts = part_costs(flops, milliseconds, config.guidance != 1.0)
     maps = watch.recorder.maps() if watch.frames else None
@@ -183,16 +215,29 @@ class _Watch:
         self.frames.append(NoiseFrame(step.level, self._job.decoder(step.x[: self._images]), shown))
 
 
+@contextmanager
+def _attached(model: Any, methods: Sequence[Method]) -> Iterator[None]:
+    """Attach methods to a model while the context lasts."""
+    if methods:
+        wrap(model, methods)
+    try:
+        yield
+    finally:
+        if methods:
+            unwrap(model)
+
+
 def _draw(
-    job: Job, drop: float, indices: range, callback: Callable[[StepState], None] | None, steps: int
+    job: Job, setting: Setting, indices: range, callback: Callable[[StepState], None] | None, steps: int
 ) -> tuple[Pixels, list[StepRecord]]:
     """Sample the images with some indices."""
-    sampler = job.config.sampler(drop, job.clip).model_copy(update={"scheduler": job.scheduler, "steps": steps})
+    update = {"scheduler": job.scheduler, "steps": steps, "uncond_tail_drop": setting.uncond_tail_drop}
+    sampler = job.config.sampler(setting.tail_drop, job.clip).model_copy(update=update)
     return draw(job, sampler, indices, callback)
 
 
 def _budget(
-    drop: float,
+    setting: Setting,
     images: Pixels,
     costs: tuple[StepCost, ...],
     batches: list[list[StepRecord]],
@@ -204,11 +249,11 @@ def _budget(
     if before:
         similarity = float(psnr(torch.from_numpy(images), torch.from_numpy(before[0].images)).clamp(max=_EQUAL).mean())
     return Budget(
-        tail_drop=drop,
+        setting=setting,
         images=images,
         kept=mean_kept(costs),
         gflops=sum(gflops) if len(gflops) == len(costs) else None,
         milliseconds=sum(cost.milliseconds for cost in costs),
         psnr=similarity,
-        trajectory=join_batches(f"tail drop {drop:g}", batches, len(images)),
+        trajectory=join_batches(setting.name, batches, len(images)),
     )
