@@ -158,7 +158,7 @@ def test_demo_trains_where_there_is_nothing_to_show(
         assert words[0].split("=")[0] in run("demo", *words, code=2).stderr
     monkeypatch.setattr(table, "files", lambda _: tmp_path)
     assert DemoSettings().trains
-    assert "shapes/dc-dit is not part" in run("demo", "--no-train", code=2).stderr
+    assert "is not part of this installation" in run("demo", "--no-train", code=2).stderr
     assert list(tmp_path.iterdir()) == []
 
 
