@@ -134,6 +134,8 @@ def test_trained_methods_stay_and_take_a_budget(tmp_path):
     studio = opened(tmp_path / "run")
     assert studio.offer.budgets
     scene = last(studio, tail_drop=0.5, methods="[{method: merge, bucket: 6}]")
+    lean = last(studio, tail_drop=0.5)
+    assert (lean.drawn.keep.sum(), lean.beside.keep.sum()) == (12, 24)  # the budget of one is not that of the next
     full = last(studio)
     assert full.drawn.keep.sum() == 24
     assert scene.drawn.keep.sum() < 12
