@@ -19,6 +19,7 @@ from . import (
     methods,
     models,
     pages,
+    playground,
     presets,
     recipes,
     sample,
@@ -43,8 +44,8 @@ FIRST = {
 
 app = group("tokdyn", WHAT, completion=True)
 for part in (
-    demo, doctor, train, sample, calibrate, tune, upcycle, features, evaluation, reports, convert, models, methods,
-    presets,
+    demo, doctor, train, sample, calibrate, tune, upcycle, features, evaluation, reports, playground, convert, models,
+    methods, presets,
 ):  # fmt: skip
     part.register(app)
 app.add_typer(bench.app)

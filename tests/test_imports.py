@@ -41,7 +41,7 @@ LAYERS = [
     ["sample", "evaluate"],
     ["catalog", "doctor", "calibration"],
     ["bench"],
-    ["run_report"],
+    ["playground", "run_report"],
     ["demo"],
     ["recipes"],
     ["cli"],
@@ -181,6 +181,7 @@ def test_help_with_the_settings_of_pictures_loads_no_torch() -> None:
         "bench quality": "timed",
         "calibrate": "protected",
         "eval": "extractor",
+        "playground": "shown",
     }
     statements = [
         "from typer.testing import CliRunner",

@@ -20,6 +20,7 @@ OPTIONAL = {
     "transformers": "text encoders of diffusers' pipelines",
     "sentencepiece": "tokenizers of T5, which many pipelines have",
     "peft": "LoRA",
+    "gradio": "tokdyn playground",
     "bitsandbytes": "weights in 8 and 4 bits",
     "torchao": "weights in 8 and 4 bits",
     "gguf": "GGUF checkpoints",

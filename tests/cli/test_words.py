@@ -40,6 +40,9 @@ WRONG = {
     "upcycle --base DiT-S/2": "DiT-S/2",
     "upcycle --method nope": "nope",
     "methods TokenMrge": "'TokenMerge'",
+    "playground nowhere": "'nowhere'",
+    "playground shapes stesp=3": "'steps'",
+    "playground shapes port=0": "port",
     "models sampel_size=3": "'sample_size'",
     "recipes show demoo": "'demo'",
 }
