@@ -117,9 +117,11 @@ def _page(folder: Path) -> None:
 
 def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> str:
     """Upcycle a pipeline, print the error before and after, and return the command that draws with the result."""
-    from tokdyn.upcycling.command import PipelineConfig, upcycle_pipeline
+    from tokdyn.upcycling.pipeline_settings import PipelineConfig
 
     config = read([*args, f"base={base}"], PipelineConfig)
+    from tokdyn.upcycling.command import upcycle_pipeline
+
     result = upcycle_pipeline(config, methods, resume, lambda text: typer.echo(text, err=True))
     following = shell("tokdyn", "sample", base, f"methods={result.folder}", "prompts=prompts.txt")
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,23 @@ WRONG = {
     "methods TokenMrge": "'TokenMerge'",
     "models sampel_size=3": "'sample_size'",
     "recipes show demoo": "'demo'",
+    "presets FLUXX.1-dev": "'FLUX.1-dev'",
+    "presets nowhere.yaml": "nowhere.yaml",
+    "presets flux x=1": "x=1",
+    "bench speed DiT-S/2 --stack '{name: a, methods: [{method: TokenMrge}]}'": "'TokenMerge'",
+    "bench flops --stack '{name: a, model: nowhere}'": "'nowhere'",
+    "bench flops --stack '{nmae: a}'": "'name'",
+    "bench flops --stack nowhere.yaml": "nowhere.yaml",
+    "bench quality shapes --stack '{name: a, methods: [{method: merge, ratoi: 0.3}]}'": "'ratio'",
+    "upcycle --recipe shapes/upcylce": "'shapes/upcycle'",
+    "upcycle trainnig.steps=3": "'training'",
+    "upcycle --base shapes chunking.budget_warmup=3": "'budget_warmup_steps'",
+    "upcycle --method mrge=0.2": "merge=RATIO",
+    "report nowhere": "nowhere",
+    "report . cuont=3": "'count'",
+    "plot . formts=pdf": "'formats'",
+    "doctor x=1": "x=1",
+    "tune shapes flops=0.5 knobs=mrge": "'merge'",
 }
 
 
@@ -53,7 +71,7 @@ def run(*words: str | Path, code: int = 0) -> Any:
 
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_words_end_in_a_sentence_with_a_way_out(words: str) -> None:
-    result = run(*words.split(), code=2)
+    result = run(*shlex.split(words), code=2)
     assert WRONG[words] in result.stderr
     assert result.stderr.count("\n") == 1
     assert len(result.stderr) < 400
@@ -65,7 +83,7 @@ def test_no_libraries_are_loaded_for_words() -> None:
     statements = [
         "from typer.testing import CliRunner",
         "from tokdyn.cli.main import app",
-        *(f"assert CliRunner().invoke(app, {words.split()}).exit_code == 2" for words in WRONG),
+        *(f"assert CliRunner().invoke(app, {shlex.split(words)}).exit_code == 2" for words in WRONG),
         *(f"assert CliRunner().invoke(app, {words}).exit_code == 0" for words in (["recipes", "ls"], ["train", "-h"])),
     ]
     assert not loaded_after("; ".join(statements)) & (MODEL_CODE | {"torch", "matplotlib", "huggingface_hub"})
