@@ -12,7 +12,7 @@ import typer
 
 from . import output
 from .frame import command, group
-from .output import Json, as_json, table
+from .output import Json, as_json
 from .settings import check_model, check_stacks, is_of_pipeline, read
 
 app = group("bench", "Measure cost, speed and quality of models and stacks.")
@@ -83,7 +83,7 @@ def flops(
     check_stacks(stack)
     from tokdyn.bench.flops import bench_flops
     from tokdyn.bench.flops_table import columns, draw_parts, write_csv
-    from tokdyn.bench.published import compare_with_paper
+    from tokdyn.bench.published import compare_with_paper, paper_columns
     from tokdyn.bench.stacks import read_stacks
 
     if paper:
@@ -91,8 +91,7 @@ def flops(
         if json:
             as_json({"units": UNITS, "rows": comparison})
         else:
-            body = [["-" if value is None else value for value in row.values()] for row in comparison]
-            table(list(comparison[0]), body)
+            output.columns(paper_columns(comparison))
         return "tokdyn bench flops"
     rows = bench_flops(config, read_stacks(stack or []))
     files = [write_csv(rows, config.csv)] if config.csv else []

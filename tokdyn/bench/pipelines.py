@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokdyn.bench.compare import Compared, compare
+from tokdyn.bench.compare import Compared, compare, in_ms
 from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
 from tokdyn.errors import RecipeError
@@ -51,10 +51,10 @@ class PipelineBench:
         inside, spent, similar = zip(*((row.denoiser_seconds, row.flops_share, row.ssim) for row in rows), strict=True)
         table = {
             "stack": list(self.compared),
-            "s without": [f"{value:.3g}" for value in seconds[0]],
-            "s with": [f"{value:.3g}" for value in seconds[1]],
+            "ms without": list(map(in_ms, seconds[0])),
+            "ms with": list(map(in_ms, seconds[1])),
             "times as fast": [f"{row.speedup:.2f}" for row in rows],
-            "s in the model": ["-" if value is None else f"{value:.3g}" for value in inside],
+            "ms in the model": ["-" if value is None else in_ms(value) for value in inside],
             "FLOPs": ["-" if value is None else f"{value:.1%}" for value in spent],
             "PSNR, dB": [f"{row.psnr:.2f}" for row in rows],
             "SSIM": ["-" if value is None else f"{value:.4f}" for value in similar],
@@ -170,7 +170,7 @@ def _page(config: PipelineBenchConfig, result: PipelineBench) -> Page:
         sides = []
         for side, title in enumerate(("without methods", row.methods)):
             frames = [(pair.without, pair.acting)[side] for pair in row.pairs]
-            texts = [f"{pair.seconds[side]:.2f} s" for pair in row.pairs]
+            texts = [f"{in_ms(pair.seconds[side])} ms" for pair in row.pairs]
             if side:
                 texts = [f"{text}, PSNR {pair.psnr:.1f} dB" for text, pair in zip(texts, row.pairs, strict=True)]
             sides.append(Column(title, (), [each[len(each) // 2] for each in frames], texts))
