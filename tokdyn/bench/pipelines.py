@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tokdyn.pipelines.drawing import call_arguments
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.prompts import title_of
 from tokdyn.report.gallery import Column, side_by_side
-from tokdyn.report.html import table
+from tokdyn.report.html import Html, table
 from tokdyn.report.page import Page, described
 from tokdyn.report.pixels import write_png
 
@@ -133,8 +133,15 @@ def attach(pipe: Any, stack: Stack) -> None:
         set_tail_drop(pipe, branches)  # type: ignore[arg-type]
 
 
-def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> tuple[Path, ...]:
+def write_pipeline_page(
+    config: PipelineBenchConfig, result: PipelineBench, further: Mapping[str, Html] | None = None
+) -> tuple[Path, ...]:
     """Write quality.json, quality.html and, for each stack, pictures with its pairs side by side, eight on each.
+
+    Args:
+        config: the settings.
+        result: the measurements.
+        further: more sections of the page, by title.
 
     Returns:
         The paths of the files.
@@ -148,7 +155,10 @@ def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> t
         pictures[name] = [write_png(pixels, path) for pixels, path in zip(row.pages(), paths, strict=False)]
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _page(config, result).write(page)
+    made = _page(config, result)
+    for title, section in (further or {}).items():
+        made.add(title, section)
+    made.write(page)
     return numbers, page, *itertools.chain(*pictures.values())
 
 
