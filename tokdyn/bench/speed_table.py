@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from tokdyn.bench import timing
 from tokdyn.bench.settings import SpeedConfig
-from tokdyn.bench.speed import SpeedRow, growth
+from tokdyn.bench.speed import NO_CURVE, SpeedRow, growth
 from tokdyn.errors import InputError
 from tokdyn.report.style import COLOURS, MARKERS, figure_style, save_figure
 
@@ -77,7 +77,7 @@ def curves(rows: Sequence[SpeedRow], column: bool = False) -> Figure:
     """
     along = "tokens" if len({row.tokens for row in rows}) > 1 else "batch"
     if along == "batch" and len({row.case.batch for row in rows}) < 2:
-        raise InputError("A curve needs several sizes or batches, but there is one of each: give size=16,32,64.")
+        raise InputError(NO_CURVE)
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         name = f"{row.line} batch={row.case.batch}" if along == "tokens" else row.line
