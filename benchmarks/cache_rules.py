@@ -369,13 +369,13 @@ def spent(side: Side) -> float:
 def show(name: str, found: Mapping[str, Any]) -> None:
     """Print the rows of a case."""
     table = Table(title=f"{name}: {STEPS} steps")
-    for title in ("cache", "computed", "threshold", "GFLOPs", "seconds", "of plain"):
+    for title in ("cache", "computed", "threshold", "GFLOPs", "ms", "of plain"):
         table.add_column(title)
     plain = found["rows"]["plain"]
     for row, each in found["rows"].items():
         threshold = "" if each["threshold"] is None else f"{each['threshold']:.4g}"
         table.add_row(
-            row, str(each["computed"]), threshold, f"{each['gflops']:.1f}", f"{each['median_ms'] / 1e3:.3f}",
+            row, str(each["computed"]), threshold, f"{each['gflops']:.1f}", f"{each['median_ms']:,.1f}",
             f"{each['median_ms'] / plain['median_ms']:.3f}",
         )  # fmt: skip
     Console().print(table)

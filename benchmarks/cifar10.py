@@ -184,7 +184,7 @@ def main() -> None:
     print(table(result))
     judge = next(key for key in rows[0]["values"] if key.startswith("frechet_distance"))
     points = read_points(given.out, "gflops_per_image", f"values.{judge}")
-    draw_pareto(points, given.figures / "cifar10-pareto.png", "GFLOPs per image", judge)
+    draw_pareto(points, given.figures / "cifar10-pareto.png", "GFLOPs per image", judge, column=True)
     for name in dict.fromkeys(row["run"] for row in rows):
         pictures(name, given)
 

@@ -235,20 +235,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw the training loss of every run over its images, and the held-out losses."""
-    with figure_style():
-        figure = Figure(figsize=(9.0, 4.4), layout="constrained")
-        trained, scored = figure.subplots(1, 2)
+    with figure_style(column=True):
+        figure = Figure(figsize=(3.4, 5.2), layout="constrained")
+        trained, scored = figure.subplots(2, 1)
         for kind, colour, marker in zip(KINDS, COLOURS, MARKERS, strict=False):
             for name, curve in result["curves"].items():
                 if name.startswith(kind):
                     images, losses = ([row[key] for row in curve if row["loss"] < 0.2] for key in ("images", "loss"))
                     label = KINDS[kind] if name.endswith("-0") else None
-                    trained.plot(images, losses, color=colour, linewidth=1.2, label=label)
+                    trained.plot(images, losses, color=colour, linewidth=1.0, label=label)
             rows = [row for row in result["rows"] if row["kind"] == kind]
             losses = [row["held_out"]["0"]["loss"] for row in rows]
             first = [(row["images"], loss) for row, loss in zip(rows, losses, strict=True) if row["seed"] == 0]
-            scored.plot(*zip(*first, strict=True), color=colour, linewidth=1.2)
-            scored.scatter([row["images"] for row in rows], losses, color=colour, marker=marker, label=KINDS[kind])
+            scored.plot(*zip(*first, strict=True), color=colour, linewidth=1.0)
+            scored.scatter(
+                [row["images"] for row in rows], losses, color=colour, marker=marker, s=16, label=KINDS[kind]
+            )
         for row in result["rows"]:
             if row["kind"] == "base":
                 label = f"DiT, the base, {row['images']:,} images"
@@ -259,7 +261,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.set_xlabel("images, thousands")
             axes.set_ylabel("diffusion loss")
             axes.xaxis.set_major_formatter(lambda images, _: f"{images / 1e3:g}")
-        figure.legend(*scored.get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=8.5)
+        figure.legend(*scored.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
         save_figure(figure, path)
 
 

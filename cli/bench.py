@@ -12,8 +12,8 @@ import typer
 
 from . import output
 from .frame import command, group
-from .output import Json, as_json, table
-from .settings import check_model, is_of_pipeline, read
+from .output import Json, as_json
+from .settings import check_model, check_stacks, is_of_pipeline, read
 
 app = group("bench", "Measure cost, speed and quality of models and stacks.")
 UNITS = "a multiply-add is 2 FLOPs"
@@ -80,9 +80,10 @@ def flops(
     config = read(ctx.args, FlopsConfig, ["models"])
     for name in config.models or ():
         check_model(name, sizes=True)
+    check_stacks(stack)
     from tokdyn.bench.flops import bench_flops
     from tokdyn.bench.flops_table import columns, draw_parts, write_csv
-    from tokdyn.bench.published import compare_with_paper
+    from tokdyn.bench.published import compare_with_paper, paper_columns
     from tokdyn.bench.stacks import read_stacks
 
     if paper:
@@ -90,8 +91,7 @@ def flops(
         if json:
             as_json({"units": UNITS, "rows": comparison})
         else:
-            body = [["-" if value is None else value for value in row.values()] for row in comparison]
-            table(list(comparison[0]), body)
+            output.columns(paper_columns(comparison))
         return "tokdyn bench flops"
     rows = bench_flops(config, read_stacks(stack or []))
     files = [write_csv(rows, config.csv)] if config.csv else []
@@ -133,6 +133,7 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str:
 
     config = read(ctx.args, SpeedConfig, ["model"])
     check_model(config.model, sizes=True)
+    check_stacks(stack)
     from tokdyn.bench.speed import bench_speed
     from tokdyn.bench.speed_table import columns, content, draw
     from tokdyn.bench.stacks import Stack, read_stacks
@@ -183,6 +184,7 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str
 
     config = read(ctx.args, QualityConfig, ["model"])
     check_model(config.model)
+    check_stacks(stack)
     from tokdyn.bench.quality import bench_quality
     from tokdyn.bench.quality_page import columns, write_page
     from tokdyn.bench.stacks import read_stacks
@@ -199,11 +201,13 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str
 
 def _pipeline(args: list[str], stack: list[str] | None, json: bool, timed: bool) -> str:
     """Compare stacks on a pipeline, print or write the result, and return the command to try next."""
-    from tokdyn.bench.pipelines import UNITS, bench_pipeline, write_pipeline_page
     from tokdyn.bench.settings import PipelineBenchConfig
-    from tokdyn.bench.stacks import read_stacks
 
     config = read(args, PipelineBenchConfig, ["model"])
+    check_stacks(stack, models=False)
+    from tokdyn.bench.pipelines import UNITS, bench_pipeline, write_pipeline_page
+    from tokdyn.bench.stacks import read_stacks
+
     result = bench_pipeline(config, read_stacks(stack or []), timed)
     files = () if timed else write_pipeline_page(config, result)
     if json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -45,10 +46,8 @@ def register(app: typer.Typer) -> None:
         MODEL is part of the name of a model, a family or a class, or a preset file. Attach one with
         tokdyn.wrap(pipe, "fast") or tokdyn.wrap(pipe, "FLUX.1-dev/fast").
         """
-        from tokdyn.presets import listed
-
         (wanted,) = split(ctx.args).no_settings().take(optional=["MODEL"])
-        rows = listed(wanted or None)
+        rows = _rows(wanted)
         if json:
             as_json([asdict(row) for row in rows])
         elif markdown:
@@ -56,6 +55,21 @@ def register(app: typer.Typer) -> None:
         else:
             _table(rows)
         return "tokdyn calibrate FOLDER_OR_HUB_ID method=cache cache_steps=0.6 prompts=prompts.txt"
+
+
+def _rows(wanted: str) -> list[PresetRow]:
+    """Return the rows about a model or of a preset file; all of them for ""."""
+    from tokdyn.catalog import stored
+    from tokdyn.files import require_path
+    from tokdyn.presets.rows import about, is_file
+
+    if not is_file(wanted):
+        rows = stored().presets
+        return about(rows, wanted) if wanted else list(rows)
+    require_path(Path(wanted).expanduser())
+    from tokdyn.presets import listed
+
+    return listed(wanted)
 
 
 def _cells(row: PresetRow) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
 from .arguments import split
 from .frame import command
 from .output import Json, as_json, files
-from .settings import flags, read
+from .settings import Settings, flags, read
 
 
 def _report_settings() -> type:
@@ -24,14 +25,18 @@ def _plot_settings() -> type:
     return PlotConfig
 
 
-def _runs(args: Sequence[str], settings: type) -> tuple[str, ...]:
-    """Return the positional words of a command, of which there must be one at least."""
+def _read(args: Sequence[str], settings: type[Settings]) -> tuple[tuple[str, ...], Settings]:
+    """Return the positional words of a command, of which there must be one at least, and its settings."""
     from tokdyn.errors import RecipeError
+    from tokdyn.files import require_path
 
     given = split(args, frozenset(flags(settings))).positional
     if not given:
         raise RecipeError("RUN is missing: give the folder of a run, or several; see the examples of --help.")
-    return given
+    config = read([word for word in args if word not in given], settings)
+    for run in given:
+        require_path(Path(run).expanduser())
+    return given, config
 
 
 def register(app: typer.Typer) -> None:
@@ -54,11 +59,11 @@ def register(app: typer.Typer) -> None:
         RUN is the folder of a run, a model that `tokdyn sample` takes, or a folder that bench quality, tune, calibrate
         or upcycle has written. Several are compared. The page is one HTML file that needs no network.
         """
-        from tokdyn.run_report.build import report
         from tokdyn.run_report.settings import ReportConfig
 
-        runs = _runs(ctx.args, ReportConfig)
-        config = read([word for word in ctx.args if word not in runs], ReportConfig)
+        runs, config = _read(ctx.args, ReportConfig)
+        from tokdyn.run_report.build import report
+
         path = report(config, runs)
         if json:
             as_json({"page": path})
@@ -75,11 +80,11 @@ def register(app: typer.Typer) -> None:
     )
     def plot(ctx: typer.Context, json: Json = False) -> None:
         """Draw the figures of a report as PNG, SVG and PDF, as wide as a column of a paper."""
-        from tokdyn.run_report.figures import plot
         from tokdyn.run_report.settings import PlotConfig
 
-        runs = _runs(ctx.args, PlotConfig)
-        config = read([word for word in ctx.args if word not in runs], PlotConfig)
+        runs, config = _read(ctx.args, PlotConfig)
+        from tokdyn.run_report.figures import plot
+
         paths = plot(config, runs)
         if json:
             as_json({"files": list(paths)})

@@ -14,7 +14,7 @@ from .settings import check_model, flags, is_of_pipeline, read
 if TYPE_CHECKING:
     from tokdyn.sample import BudgetResult
 
-BUDGET_COLUMNS = ("tail drop", "images", "tokens kept", "GFLOPs", "images/s")
+BUDGET_COLUMNS = ("tail drop", "images", "tokens kept", "GFLOPs", "ms")
 
 
 def _settings() -> type:
@@ -36,7 +36,7 @@ def budget_row(budget: BudgetResult) -> tuple[str, ...]:
         f"{budget.images}",
         "-" if budget.kept is None else f"{budget.kept:.1%}",
         "-" if budget.tflops_per_image is None else _digits(1e3 * budget.tflops_per_image),
-        "-" if budget.images_per_second is None else f"{budget.images_per_second:.2f}",
+        "-" if budget.images_per_second is None else f"{1e3 / budget.images_per_second:,.1f}",
     )
 
 
@@ -125,13 +125,13 @@ def _pipeline(args: list[str], json: bool) -> str:
         return following
     if result.table is not None:
         typer.echo(f"{result.table}\n")
-    columns = ("prompt", "seed", "seconds", "in the model", "reused", "FLOPs", "file")
+    columns = ("prompt", "seed", "ms", "ms in the model", "reused", "FLOPs", "file")
     rows = [
         (
             title,
             each.seed,
-            f"{each.seconds:.2f}",
-            "-" if each.denoiser_seconds is None else f"{each.denoiser_seconds:.2f}",
+            f"{1e3 * each.seconds:,.1f}",
+            "-" if each.denoiser_seconds is None else f"{1e3 * each.denoiser_seconds:,.1f}",
             "-" if each.cached is None else each.cached,
             "-" if each.share is None else f"{each.share:.1%}",
             result.folder / each.file,

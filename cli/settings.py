@@ -95,6 +95,19 @@ def check_model(name: str | None, sizes: bool = False) -> None:
         check_name(name)
 
 
+def check_stacks(stacks: Sequence[str] | None, models: bool = True) -> None:
+    """Refuse misspelt words of the stacks given with --stack, before torch is loaded; `models` if they may name any.
+
+    Raises:
+        RecipeError: a key, a method or a setting of a method is unknown.
+        CheckpointError: there is no such model.
+    """
+    from tokdyn.bench.stacks import check_words
+    from tokdyn.catalog import stored
+
+    check_words(stacks or (), stored().explained, models)
+
+
 def _texts(model: type[BaseModel]) -> set[str]:
     """Return the keys whose values are texts or paths, which are taken literally, not as YAML."""
     plain = {str, Path, type(None)}

@@ -72,7 +72,7 @@ def register(app: typer.Typer) -> None:
         settings = given.overrides()
         if holds_images(name):
             if resume:
-                raise RecipeError(f"{name} holds images, and no run to resume; give the folder of the run.")
+                raise RecipeError(f"There is no run to resume in {name}; give the folder of a run.")
             proposal = propose(name, settings)
             resolved = recipe.load(proposal.recipe, proposal.settings)
             if not yes and not dry_run:

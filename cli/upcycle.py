@@ -69,7 +69,7 @@ def register(app: typer.Typer) -> None:
         on images that it draws itself to predict with fewer tokens what it predicts with all of them. The settings are
         then those of a pipeline: prompts=FILE, steps, lr, trained=all; see docs/upcycling.md.
         """
-        from tokdyn.bases.names import check_name, names_pipeline
+        from tokdyn.bases.names import check_name, check_weights, names_pipeline
         from tokdyn.errors import RecipeError
         from tokdyn.recipe import Recipe, load
         from tokdyn.recipe.from_base import upcycling_recipe
@@ -83,9 +83,12 @@ def register(app: typer.Typer) -> None:
             return _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
         if base is not None:
             check_name(base)
+            check_weights(base)
         given = split(ctx.args, frozenset(flags(Recipe)))
         given.take()
         if resume and base is None and recipe is None and not method and "out" in given.settings:
+            if not (Path(given.settings["out"]).expanduser() / "recipe.yaml").is_file():
+                raise RecipeError(f"There is no run to resume in {given.settings['out']}; start it without --resume.")
             resolved = load(given.settings["out"], given.overrides())  # the recipe that the run was started with
         else:
             resolved = upcycling_recipe(base, recipe, given.overrides(), method or ())
@@ -117,9 +120,11 @@ def _page(folder: Path) -> None:
 
 def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> str:
     """Upcycle a pipeline, print the error before and after, and return the command that draws with the result."""
-    from tokdyn.upcycling.command import PipelineConfig, upcycle_pipeline
+    from tokdyn.upcycling.pipeline_settings import PipelineConfig
 
     config = read([*args, f"base={base}"], PipelineConfig)
+    from tokdyn.upcycling.command import upcycle_pipeline
+
     result = upcycle_pipeline(config, methods, resume, lambda text: typer.echo(text, err=True))
     following = shell("tokdyn", "sample", base, f"methods={result.folder}", "prompts=prompts.txt")
     if json:

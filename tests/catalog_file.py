@@ -1,4 +1,4 @@
-"""What `tokdyn models` and `tokdyn methods` list without torch. `python tests/catalog_file.py` writes it anew."""
+"""What `tokdyn models`, `methods` and `presets` list without torch. `python tests/catalog_file.py` writes it anew."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ def test_the_shipped_catalog_is_what_the_code_gives() -> None:
     assert SHIPPED.read_text(encoding="utf-8") == catalog_file.text()
 
 
-def test_models_and_methods_are_listed_without_torch() -> None:
+def test_models_methods_and_presets_are_listed_without_torch() -> None:
     statements = [
         "from typer.testing import CliRunner",
         "from tokdyn.cli.main import app",
-        *(f"assert CliRunner().invoke(app, ['{word}']).exit_code == 0" for word in ("models", "methods")),
+        *(f"assert CliRunner().invoke(app, ['{word}']).exit_code == 0" for word in ("models", "methods", "presets")),
     ]
     assert not loaded_after("; ".join(statements)) & (MODEL_CODE | {"torch"})

@@ -98,6 +98,9 @@ def test_folders_are_checked_and_not_created(tmp_path: Path) -> None:
             require_folder(folder, "cache")
     require_folder(tmp_path)
     require_folder(tmp_path / "new" / "deep")
+    if Path("/proc/self").exists():  # where not even root can make a folder
+        with pytest.raises(OutputError, match="out=/proc/nope"):
+            require_folder(Path("/proc/nope"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -66,6 +66,7 @@ def test_methods_in_a_folder_act_and_their_costs_are_printed(pipeline, methods, 
     assert entry["cached"] > 0
     assert entry["share"] < 1
     assert 0 < entry["denoiser_seconds"] < entry["seconds"]
+    assert all(f" {1e3 * entry[name]:,.1f} " in shown for name in ("seconds", "denoiser_seconds"))
     run(*words[:-1], f"out={tmp_path / 'plain'}")
     assert not np.array_equal(read(tmp_path / "o" / entry["file"]), read(tmp_path / "plain" / entry["file"]))
 

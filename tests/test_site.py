@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 import tokdyn
 
@@ -165,6 +166,18 @@ def test_concepts_are_drawn_by_the_command(tmp_path: Path, capsys: pytest.Captur
         main(["nothing"])
     assert refused.value.code == 2
     assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_figures_of_results_are_drawn_from_their_numbers(tmp_path: Path) -> None:
+    """As wide as a column: 3.5 inches of 160 pixels."""
+    results = importlib.import_module("docs.draw.results")
+    drawn = [draw(tmp_path) for draw in results.ALL]
+    assert {path.name for path in drawn} <= {path.name for path in results.FOLDER.iterdir()}
+    for path in drawn:
+        with Image.open(path) as image, Image.open(results.FOLDER / path.name) as committed:
+            assert max(image.width, committed.width) <= 3.7 * 160
+            assert image.height == pytest.approx(committed.height, rel=0.1)
 
 
 def elements(path: Path) -> list[str]:

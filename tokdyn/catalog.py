@@ -1,4 +1,4 @@
-"""List named models with their sizes and costs, pretrained models, model families, methods, and what works on what.
+"""List named models with their sizes and costs, pretrained models, families, methods, presets, and what works on what.
 
 All of it but the caches is the same on every machine. It ships in catalog.json, so that it is listed without torch;
 `python tests/catalog_file.py` writes that file anew.
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from tokdyn.presets import PresetRow
 
 if TYPE_CHECKING:  # everything is imported where it is used, so that the settings can be checked before torch is loaded
     from torch import nn
@@ -247,7 +249,7 @@ SHIPPED = Path(__file__).with_name("catalog.json")
 
 @dataclass(frozen=True)
 class Catalog:
-    """Everything that `tokdyn models` and `tokdyn methods` list.
+    """Everything that `tokdyn models`, `tokdyn methods` and `tokdyn presets` list.
 
     Attributes:
         sizes: the named models, with the default settings.
@@ -256,6 +258,7 @@ class Catalog:
         classes: the classes of diffusers without one.
         methods: the methods of this package.
         explained: by the name of a method, the meaning, type and default of each of its settings.
+        presets: the published settings of methods for named models.
     """
 
     sizes: tuple[CatalogEntry, ...]
@@ -264,10 +267,13 @@ class Catalog:
     classes: tuple[ClassEntry, ...]
     methods: tuple[MethodEntry, ...]
     explained: dict[str, dict[str, str]] = field(default_factory=dict)
+    presets: tuple[PresetRow, ...] = ()
 
 
 def computed(explained: Mapping[str, Mapping[str, str]]) -> Catalog:
     """Compute the catalog from the code, with given explanations of settings; it loads torch and diffusers."""
+    from tokdyn.presets import listed
+
     return Catalog(
         sizes=tuple(catalog(CatalogSettings())),
         bases=tuple(bases()),
@@ -275,6 +281,7 @@ def computed(explained: Mapping[str, Mapping[str, str]]) -> Catalog:
         classes=tuple(classes()),
         methods=tuple(methods()),
         explained={name: dict(rows) for name, rows in explained.items()},
+        presets=tuple(listed()),
     )
 
 
@@ -284,18 +291,25 @@ def to_json(known: Catalog) -> str:
     return json.dumps(asdict(plain), indent=1) + "\n"
 
 
+def stored() -> Catalog:
+    """Read the catalog that ships with the package; no pretrained model is said to be in the caches."""
+    content = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    return Catalog(
+        sizes=tuple(CatalogEntry(**each) for each in content["sizes"]),
+        bases=tuple(BaseEntry(**each) for each in content["bases"]),
+        families=tuple(FamilyEntry(**{**each, "classes": tuple(each["classes"])}) for each in content["families"]),
+        classes=tuple(ClassEntry(**each) for each in content["classes"]),
+        methods=tuple(MethodEntry(**{**each, "acts": tuple(each["acts"])}) for each in content["methods"]),
+        explained=content["explained"],
+        presets=tuple(PresetRow(**{**each, "names": tuple(each["names"])}) for each in content["presets"]),
+    )
+
+
 def shipped() -> Catalog:
     """Read the catalog that ships with the package, and look up which pretrained models are in the caches."""
     from tokdyn.bases.locating import in_cache
     from tokdyn.bases.table import rows
 
-    content, known = json.loads(SHIPPED.read_text(encoding="utf-8")), rows()
-    entries = [BaseEntry(**each) for each in content["bases"] if each["name"] in known]
-    return Catalog(
-        sizes=tuple(CatalogEntry(**each) for each in content["sizes"]),
-        bases=tuple(replace(each, cached=in_cache(known[each.name])) for each in entries),
-        families=tuple(FamilyEntry(**{**each, "classes": tuple(each["classes"])}) for each in content["families"]),
-        classes=tuple(ClassEntry(**each) for each in content["classes"]),
-        methods=tuple(MethodEntry(**{**each, "acts": tuple(each["acts"])}) for each in content["methods"]),
-        explained=content["explained"],
-    )
+    found, known = stored(), rows()
+    present = (each for each in found.bases if each.name in known)
+    return replace(found, bases=tuple(replace(each, cached=in_cache(known[each.name])) for each in present))

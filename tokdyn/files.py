@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
@@ -115,7 +116,7 @@ def require_path(path: Path) -> None:
 
 
 def require_folder(folder: Path, setting: str = "out") -> None:
-    """Check that a folder can be written to, before long work begins. Nothing is created.
+    """Check that a folder can be written to, before long work begins. Nothing is left there.
 
     Args:
         folder: the folder, which need not exist.
@@ -132,5 +133,11 @@ def require_folder(folder: Path, setting: str = "out") -> None:
         raise OutputError(
             f"{setting}={folder} cannot be a folder, because {nearest} is a file: choose another {setting}."
         )
+    refused = OutputError(f"{setting}={folder} is not writable ({nearest}): choose another {setting}.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{setting}={folder} is not writable ({nearest}): choose another {setting}.")
+        raise refused
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell, as in /proc
+            pass
+    except OSError as error:
+        raise refused from error

@@ -18,6 +18,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """The other names of each method by the name of its class, in the order of tables."""
 
+EARLIER_SETTINGS: dict[str, tuple[str, ...]] = {"FeatureCache": ("extrapolate",)}
+"""Earlier names of settings, by the name of the class, which files may still have."""
+
 
 def full_name(name: Any, known: Mapping[str, tuple[str, ...]] = ALIASES) -> Any:
     """Return the class name of the method with this name or alias; return a value that names no method unchanged.

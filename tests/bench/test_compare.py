@@ -52,6 +52,8 @@ def test_times_are_those_of_whole_calls():
         assert pair.seconds[0] >= 2 * 4 * depth * 0.005  # two branches of guidance
         assert pair.seconds[1] < pair.seconds[0]
     assert compared.speedup > 1.2
+    for pair in compared.pairs:
+        assert all(f"{1e3 * seconds:,.1f}" in str(compared) for seconds in pair.seconds)
     assert compared.stats.cached > 0
 
 

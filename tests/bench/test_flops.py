@@ -17,7 +17,7 @@ from tests.sampling import FACTS, tiny
 from tokdyn import DCDiT, DiT
 from tokdyn.bench import flops as bench
 from tokdyn.bench.flops import bench_flops
-from tokdyn.bench.published import MATCHED_STEPS, compare_with_paper
+from tokdyn.bench.published import MATCHED_STEPS, compare_with_paper, paper_columns
 from tokdyn.bench.settings import FlopsConfig
 from tokdyn.bench.stacks import open_stack, read_stacks
 from tokdyn.cost.counter import operator_formulas
@@ -53,6 +53,9 @@ def test_published_costs_are_reproduced() -> None:
         assert row["computed"] == pytest.approx(row["printed"], rel=allowed), row
     implied = [row["implied_kept"] for row in rows if row["implied_kept"] is not None]
     assert max(implied) - min(implied) < 0.01
+    table = paper_columns(rows)
+    assert table["printed, GFLOPs/image"][:2] == ["3,020", "11,460"]  # 3.02 and 11.46 TFLOPs
+    assert {len(texts) for texts in table.values()} == {21}
 
 
 def test_named_models_and_matched_steps() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
@@ -34,6 +38,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         model = tiny(0, depth=4, sample_size=8) if kind is None else tiny(0, kind, depth=4, sample_size=8)
         save_model(model, top / name, FACTS)
     return {name: str(top / name) for name in ("dit", "dc")}
+
+
+def shown_image(page: str, text: str) -> np.ndarray:
+    """The image of a page (H, W, 3) that is described by a text."""
+    (found,) = re.findall(rf'src="data:image/png;base64,([^"]+)" alt="{text}"', page)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(found)))).astype(int)
 
 
 def prepared_tuner(model: str, **settings: Any) -> Tuner:
@@ -136,12 +146,17 @@ def test_winner_is_measured_written_and_opened_again(saved: dict[str, str], tmp_
     content = json.loads((tmp_path / "tuned.json").read_text())
     assert len(content["trials"]) == len(result.trials)
     command = shlex.split(content["sample"])[1:]
-    shown = CliRunner().invoke(app, [*command, "count=2", "device=cpu", f"out={tmp_path / 'images'}", "--json"])
+    shown = CliRunner().invoke(app, [*command, "count=2", "format=npz", "device=cpu", f"out={tmp_path / 'images'}"])
     assert shown.exit_code == 0, shown.output
     best = min((row for row in result.quality.rows[2:]), key=lambda row: -(row.psnr or 0.0))
     chosen = next(n for n, trial in enumerate(result.trials) if trial.stack.tail_drop == result.stack.tail_drop)
     assert result.quality.rows[2 + chosen].psnr == best.psnr
-    assert (tmp_path / "quality.html").is_file()
+    page = (tmp_path / "quality.html").read_text()
+    drawn = np.load(tmp_path / "images" / "samples.npz")["arr_0"].astype(int)
+    for number in range(2):
+        assert np.abs(shown_image(page, f"schedule {chosen + 1}, image {number + 1}") - drawn[number]).max() <= 1
+        assert (shown_image(page, f"unmodified, image {number + 1}") != drawn[number]).any()
+    assert page.count('alt="schedule ') == 2 * len(result.trials)
 
 
 def test_unusable_knobs_and_targets_out_of_reach_are_refused(saved: dict[str, str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tokdyn.cli.main import app
 from typer.testing import CliRunner
 
 import tokdyn
+from tests.bench.test_tune import shown_image
 from tokdyn.pipelines.drawing import draw
 from tokdyn.pipelines.opening import open_pipeline
 
@@ -45,6 +46,10 @@ def test_what_is_found_meets_the_target_and_the_printed_command_draws_with_it(pi
         pictures.append(draw(pipe, {**call, "prompt": prompt}, 3 + seed)[0])
         shares.append(tokdyn.stats(pipe).share)
     (tried,) = {trial["flops"] for trial in found["trials"] if trial["stack"] == found["winner"]}
+    place = next(n for n, trial in enumerate(found["trials"], 1) if trial["stack"] == found["winner"])
+    page = (tmp_path / "tuned" / "quality.html").read_text()
+    for number, expected in enumerate(pictures, 1):
+        assert np.array_equal(shown_image(page, f"schedule {place}, image {number}"), expected)
     assert sum(shares) / 2 == pytest.approx(tried)
     command = shlex.split(found["sample"])[1:]
     assert "device=cpu" in command

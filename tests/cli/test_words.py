@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,23 @@ WRONG = {
     "playground shapes port=0": "port",
     "models sampel_size=3": "'sample_size'",
     "recipes show demoo": "'demo'",
+    "presets FLUXX.1-dev": "'FLUX.1-dev'",
+    "presets nowhere.yaml": "nowhere.yaml",
+    "presets flux x=1": "x=1",
+    "bench speed DiT-S/2 --stack '{name: a, methods: [{method: TokenMrge}]}'": "'TokenMerge'",
+    "bench flops --stack '{name: a, model: nowhere}'": "'nowhere'",
+    "bench flops --stack '{nmae: a}'": "'name'",
+    "bench flops --stack nowhere.yaml": "nowhere.yaml",
+    "bench quality shapes --stack '{name: a, methods: [{method: merge, ratoi: 0.3}]}'": "'ratio'",
+    "upcycle --recipe shapes/upcylce": "'shapes/upcycle'",
+    "upcycle trainnig.steps=3": "'training'",
+    "upcycle --base shapes chunking.budget_warmup=3": "'budget_warmup_steps'",
+    "upcycle --method mrge=0.2": "merge=RATIO",
+    "report nowhere": "nowhere",
+    "report . cuont=3": "'count'",
+    "plot . formts=pdf": "'formats'",
+    "doctor x=1": "x=1",
+    "tune shapes flops=0.5 knobs=mrge": "'merge'",
 }
 
 
@@ -56,7 +74,7 @@ def run(*words: str | Path, code: int = 0) -> Any:
 
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_words_end_in_a_sentence_with_a_way_out(words: str) -> None:
-    result = run(*words.split(), code=2)
+    result = run(*shlex.split(words), code=2)
     assert WRONG[words] in result.stderr
     assert result.stderr.count("\n") == 1
     assert len(result.stderr) < 400
@@ -68,7 +86,7 @@ def test_no_libraries_are_loaded_for_words() -> None:
     statements = [
         "from typer.testing import CliRunner",
         "from tokdyn.cli.main import app",
-        *(f"assert CliRunner().invoke(app, {words.split()}).exit_code == 2" for words in WRONG),
+        *(f"assert CliRunner().invoke(app, {shlex.split(words)}).exit_code == 2" for words in WRONG),
         *(f"assert CliRunner().invoke(app, {words}).exit_code == 0" for words in (["recipes", "ls"], ["train", "-h"])),
     ]
     assert not loaded_after("; ".join(statements)) & (MODEL_CODE | {"torch", "matplotlib", "huggingface_hub"})
@@ -88,3 +106,52 @@ def test_what_is_no_recipe_is_said(tmp_path: Path) -> None:
     assert "empty.zip holds no images" in run("train", empty, code=2).stderr
     (tmp_path / "folder").mkdir()
     assert "folder holds no images" in run("train", tmp_path / "folder", code=2).stderr
+
+
+UNWRITABLE = [
+    "train demo out=FILE/deep",
+    "upcycle --recipe shapes/upcycle out=FILE",
+    "report RUN out=FILE/deep/report.html",
+    "plot RUN out=FILE",
+    "bench flops shapes csv=FILE/deep/x.csv",
+    "bench flops shapes plot=FILE/deep/x.png",
+    "bench speed shapes out=FILE/deep/x.json",
+    "recipes copy demo FILE/deep/x.yaml",
+]
+
+
+@pytest.mark.parametrize("words", UNWRITABLE)
+def test_places_that_cannot_be_written_are_refused_before_work_begins(words: str, saved: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file.txt"
+    file.write_text("no folder\n")
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*words.replace("FILE", str(file)).replace("RUN", str(saved)).split(), code=2)
+    assert str(file) in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["report", "plot", "sample", "upcycle --base", "train --resume"])
+def test_what_is_no_model_is_said(command: str, tmp_path: Path) -> None:
+    """Not that data are missing, or that an empty folder holds images."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello\n")
+    for name in ("empty", "notes.txt"):
+        result = run(*command.split(), tmp_path / name, code=2)
+        assert name in result.stderr
+        assert "path" not in result.stderr.replace(str(tmp_path), "")
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed() -> None:
+    assert "no run to resume in runs/nowhere" in run("upcycle", "out=runs/nowhere", "--resume", code=2).stderr
+
+
+def test_a_damaged_model_is_refused_in_a_sentence(saved: Path, tmp_path: Path) -> None:
+    weights = next(saved.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    for words in (["report", saved], ["plot", saved, f"out={tmp_path / 'figures'}"], ["sample", saved, "steps=2"]):
+        result = run(*words, code=2)
+        assert str(saved) in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "figures").exists()

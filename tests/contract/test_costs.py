@@ -350,10 +350,10 @@ def test_the_report_is_tidy():
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["t_embedder", "x_embedder"]
     assert any(line.startswith("Chunking router") for line in lines)
-    assert "MFLOPs (multiply-add = 2, batch of 2)" in text
+    assert "GFLOPs (multiply-add = 2, batch of 2)" in text
     assert lines[-1].startswith("dense")
     assert "% of it" in lines[-1]
-    assert len({line.index("MFLOPs") for line in lines}) == 1
+    assert len({line.index("GFLOPs") for line in lines}) == 1
 
 
 def block_flops(tokens, text, width, hidden, queries, keys):

@@ -161,12 +161,12 @@ def test_the_table_fits_and_the_rest_is_for_machines():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[0].split() == [
-        "step", "branch", "noise", "tokens", "in", "attention", "in", "MLP", "blocks", "reused", "MFLOPs", "dense",
+        "step", "branch", "noise", "tokens", "in", "attention", "in", "MLP", "blocks", "reused", "GFLOPs", "dense",
         "share", "ms",
     ]  # fmt: skip
     assert "... 200 calls ..." in lines
     assert f"150 steps, 300 calls, {run.cached} of them reused" in lines[-4]
-    assert f"MFLOPs dense: {run.share:.1%}" in lines[-2]
+    assert f"GFLOPs dense: {run.share:.1%}" in lines[-2]
     found = json.loads(json.dumps(run.as_dict()))
     assert found["flops"] == run.flops == sum(call["flops"] for call in found["calls"])
     assert found["calls"][1]["branch"] == "uncond"

@@ -115,6 +115,18 @@ def test_figures_fit_a_column_and_their_texts_do_not_overlap(
     assert min(each.get_fontsize() for each in figure.findobj(Text) if each.get_text()) >= 6
 
 
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("size", [(8, 12), (8, 8), (4, 12)])
+def test_names_of_maps_are_whole(tmp_path: Path, drawn: list[Figure], size: tuple[int, int], column: bool) -> None:
+    names = ["crescent", "automobile", "golden retriever"]
+    finals = to_pixels(torch.zeros(3, 3, *size))
+    draw_maps(record(images=3, frames=6).maps(), finals, to_pixels, tmp_path / "m.png", names, column=column)
+    shown = [each.get_text().replace("\n", " ") for each in drawn[0].findobj(Text)]
+    assert set(names[:2]) <= set(shown)
+    assert names[2] in shown or size[0] < 8  # low rows have room for one line
+    assert overlapping(drawn[0]) == []
+
+
 @pytest.mark.parametrize("kind", ["svg", "pdf"])
 def test_text_of_vector_formats_stays_text(tmp_path: Path, kind: str):
     content = curves(tmp_path / f"f.{kind}").read_bytes()

@@ -21,7 +21,8 @@ import tokdyn
 from tokdyn import Chunking
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.host import describe, open_device
-from tokdyn.upcycling.command import PipelineConfig, PipelineResult, upcycle_pipeline
+from tokdyn.upcycling.command import PipelineResult, upcycle_pipeline
+from tokdyn.upcycling.pipeline_settings import PipelineConfig
 
 PROMPTS = ("a red square", "a blue square")
 QUICK = ["steps=30", "lr=3e-3", "sampling_steps=3", "guidance=2", "seed=5", "height=16", "width=16", "target=2"]

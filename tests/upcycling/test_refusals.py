@@ -17,7 +17,8 @@ from tokdyn import DCDiT
 from tokdyn.bases.names import names_pipeline
 from tokdyn.errors import CheckpointError, InputError, OutputError
 from tokdyn.upcycling import DistilSettings
-from tokdyn.upcycling.command import PipelineConfig, upcycle_pipeline
+from tokdyn.upcycling.command import upcycle_pipeline
+from tokdyn.upcycling.pipeline_settings import PipelineConfig
 
 SIZE = {"height": 16, "width": 16}
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from tokdyn.errors import RecipeError
 from tokdyn.methods import DynamicWidth
 from tokdyn.upcycling import DistilSettings
-from tokdyn.upcycling.command import PipelineConfig
+from tokdyn.upcycling.pipeline_settings import PipelineConfig
 from tokdyn.upcycling.settings import (
     DISTILLED,
     AfterSettings,

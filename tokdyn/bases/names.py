@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 from tokdyn.bases.table import HUB_ID, INDEX, SHIPPED, rows
+from tokdyn.checkpoints.formats import PICKLED
 from tokdyn.errors import CheckpointError
 from tokdyn.files import json_object
 from tokdyn.models.sizes import PATCHES, is_named
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = (".safetensors", *PICKLED)
 _CLASS_CONDITIONAL = ("DiTTransformer2DModel", "DiT", "DCDiT")  # commands treat these as models, with their own sampler
 
 
@@ -39,6 +41,20 @@ def check_name(name: str) -> None:
             f"there is no model {name!r}, and no such path{suggestion(name)}; give a path, a name that `tokdyn models` "
             "lists as pretrained, or OWNER/REPO[:FILE_OR_FOLDER] of the hub. Families and classes are no models by "
             "themselves."
+        )
+
+
+def check_weights(name: str) -> None:
+    """Refuse a path that leads to no file of weights; names and hub ids pass.
+
+    Raises:
+        CheckpointError: the folder holds none, or the file has another ending.
+    """
+    path = Path(name).expanduser()
+    if path.exists() and not any(each.suffix in _WEIGHTS for each in (path.rglob("*") if path.is_dir() else (path,))):
+        raise CheckpointError(
+            f"{name} holds no weights: give the folder of a run or of a model, a .safetensors file or a .pt file, or a "
+            "name that `tokdyn models` lists as pretrained."
         )
 
 

@@ -127,7 +127,7 @@ class Compared:
         captions = [
             text
             for pair in pairs
-            for text in (f"{pair.seconds[0]:.2f} s", f"{pair.seconds[1]:.2f} s, PSNR {pair.psnr:.1f} dB")
+            for text in (f"{in_ms(pair.seconds[0])} ms", f"{in_ms(pair.seconds[1])} ms, PSNR {pair.psnr:.1f} dB")
         ]
         titles = ["\n".join([*wrap_text(pair.prompt, _LINE), f"seed {pair.seed}"]) for pair in pairs]
         cells, columns = on_cells(images), ["without methods", self.methods]
@@ -165,10 +165,10 @@ class Compared:
         return {"methods": self.methods, **sums, "pairs": pairs}
 
     def __str__(self) -> str:
-        rows = [("prompt", "seed", "s without", "s with", "PSNR dB", "SSIM")]
+        rows = [("prompt", "seed", "ms without", "ms with", "PSNR dB", "SSIM")]
         for pair in self.pairs:
             similar = "-" if pair.ssim is None else f"{pair.ssim:.4f}"
-            before, now = (f"{seconds:.3g}" for seconds in pair.seconds)
+            before, now = map(in_ms, pair.seconds)
             rows.append((pair.prompt, str(pair.seed), before, now, f"{pair.psnr:.2f}", similar))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -178,6 +178,11 @@ class Compared:
         if (share := self.flops_share) is not None:
             text += f", {share:.1%} of the FLOPs (multiply-add = 2, blocks and methods)"
         return "\n".join([*lines, text])
+
+
+def in_ms(seconds: float) -> str:
+    """Write a time in milliseconds."""
+    return f"{1e3 * seconds:,.1f}"
 
 
 def compare(

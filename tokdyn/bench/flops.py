@@ -23,6 +23,7 @@ from tokdyn.cost.statistics import stats
 from tokdyn.diffusion.records import Generation, StepRecord
 from tokdyn.diffusion.sampling import generate
 from tokdyn.errors import RecipeError, TokdynError
+from tokdyn.files import require_folder
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import SHAPES, is_named
 from tokdyn.ops.schedules import at
@@ -85,8 +86,12 @@ def bench_flops(config: FlopsConfig, stacks: Sequence[Stack] = ()) -> list[Flops
         One row per model and stack, in this order.
 
     Raises:
-        TokdynError: a model cannot be opened, or computed and counted FLOPs differ.
+        TokdynError: a model cannot be opened, a file of the settings cannot be written, or computed and counted FLOPs
+            differ.
     """
+    for setting, path in (("csv", config.csv), ("plot", config.plot)):
+        if path is not None:
+            require_folder(path.parent, setting)
     names = config.models if config.models is not None else () if stacks else NAMED
     rows = []
     with progress("FLOPs", len(names) + len(stacks)) as advance:

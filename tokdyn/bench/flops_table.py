@@ -43,7 +43,7 @@ def columns(rows: Sequence[FlopsRow]) -> dict[str, list[str]]:
         "tokens": [str(row.tokens) for row in rows],
         "kept": ["-" if row.kept is None else f"{row.kept:.1%}" for row in rows],
         "kept from": [row.tokens_from for row in rows],
-        "TFLOPs/image": [f"{row.tflops_per_image:.4g}" for row in rows],
+        "GFLOPs/image": [f"{1e3 * row.tflops_per_image:,.1f}" for row in rows],
         "GFLOPs/call": [f"{row.gflops_per_forward:.3f}" for row in rows],
         **{name: [f"{grouped(row.parts).get(name, 0.0):.3f}" for row in rows] for name in names},
         "counted": ["-" if row.counted_gflops is None else _agreement(row) for row in rows],

@@ -8,12 +8,12 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokdyn.bench.compare import Compared, compare
+from tokdyn.bench.compare import Compared, compare, in_ms
 from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
 from tokdyn.errors import RecipeError
@@ -24,7 +24,7 @@ from tokdyn.pipelines.drawing import call_arguments
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.prompts import title_of
 from tokdyn.report.gallery import Column, side_by_side
-from tokdyn.report.html import table
+from tokdyn.report.html import Html, table
 from tokdyn.report.page import Page, described
 from tokdyn.report.pixels import write_png
 
@@ -51,10 +51,10 @@ class PipelineBench:
         inside, spent, similar = zip(*((row.denoiser_seconds, row.flops_share, row.ssim) for row in rows), strict=True)
         table = {
             "stack": list(self.compared),
-            "s without": [f"{value:.3g}" for value in seconds[0]],
-            "s with": [f"{value:.3g}" for value in seconds[1]],
+            "ms without": list(map(in_ms, seconds[0])),
+            "ms with": list(map(in_ms, seconds[1])),
             "times as fast": [f"{row.speedup:.2f}" for row in rows],
-            "s in the model": ["-" if value is None else f"{value:.3g}" for value in inside],
+            "ms in the model": ["-" if value is None else in_ms(value) for value in inside],
             "FLOPs": ["-" if value is None else f"{value:.1%}" for value in spent],
             "PSNR, dB": [f"{row.psnr:.2f}" for row in rows],
             "SSIM": ["-" if value is None else f"{value:.4f}" for value in similar],
@@ -133,8 +133,15 @@ def attach(pipe: Any, stack: Stack) -> None:
         set_tail_drop(pipe, branches)  # type: ignore[arg-type]
 
 
-def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> tuple[Path, ...]:
+def write_pipeline_page(
+    config: PipelineBenchConfig, result: PipelineBench, further: Mapping[str, Html] | None = None
+) -> tuple[Path, ...]:
     """Write quality.json, quality.html and, for each stack, pictures with its pairs side by side, eight on each.
+
+    Args:
+        config: the settings.
+        result: the measurements.
+        further: more sections of the page, by title.
 
     Returns:
         The paths of the files.
@@ -148,7 +155,10 @@ def write_pipeline_page(config: PipelineBenchConfig, result: PipelineBench) -> t
         pictures[name] = [write_png(pixels, path) for pixels, path in zip(row.pages(), paths, strict=False)]
     with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _page(config, result).write(page)
+    made = _page(config, result)
+    for title, section in (further or {}).items():
+        made.add(title, section)
+    made.write(page)
     return numbers, page, *itertools.chain(*pictures.values())
 
 
@@ -170,7 +180,7 @@ def _page(config: PipelineBenchConfig, result: PipelineBench) -> Page:
         sides = []
         for side, title in enumerate(("without methods", row.methods)):
             frames = [(pair.without, pair.acting)[side] for pair in row.pairs]
-            texts = [f"{pair.seconds[side]:.2f} s" for pair in row.pairs]
+            texts = [f"{in_ms(pair.seconds[side])} ms" for pair in row.pairs]
             if side:
                 texts = [f"{text}, PSNR {pair.psnr:.1f} dB" for text, pair in zip(texts, row.pairs, strict=True)]
             sides.append(Column(title, (), [each[len(each) // 2] for each in frames], texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,22 @@ def compare_with_paper(config: FlopsConfig) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def paper_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the columns of the comparison by title, each with one text per row of `compare_with_paper`."""
+    in_gflops = {"printed": "printed, GFLOPs/image", "computed": "computed, GFLOPs/image"}
+    table = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        texts = [f"{1e3 * value:,.0f}" for value in values] if name in in_gflops else map(_text, values)
+        table[in_gflops.get(name, name)] = list(texts)
+    return table
+
+
+def _text(value: Any) -> str:
+    """Return a value as text, "-" for None."""
+    return "-" if value is None else str(value)
 
 
 def _published_cost(model: DiT | DCDiT, printed: Published, natural: float | None) -> float:

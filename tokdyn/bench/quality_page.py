@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tokdyn.evaluate.images import open_images
 from tokdyn.files import replacing
 from tokdyn.report.gallery import Column, side_by_side
 from tokdyn.report.grids import image_grid
-from tokdyn.report.html import code, table, tag
+from tokdyn.report.html import Html, code, table, tag
 from tokdyn.report.page import Page, described
 from tokdyn.report.pareto import ParetoPoint, draw_pareto, pareto_chart
 from tokdyn.report.pixels import write_png
@@ -52,8 +52,15 @@ def columns(rows: Sequence[QualityRow]) -> dict[str, list[str]]:
     return table
 
 
-def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]:
+def write_page(
+    config: QualityConfig, result: QualityResult, further: Mapping[str, Html] | None = None
+) -> tuple[Path, ...]:
     """Write quality.json, quality.html, samples.png and, if stacks can be ranked, pareto.png into `config.out`.
+
+    Args:
+        config: the settings.
+        result: the measurements.
+        further: more sections of the page, by title.
 
     Returns:
         The paths of the files.
@@ -79,7 +86,10 @@ def write_page(config: QualityConfig, result: QualityResult) -> tuple[Path, ...]
         files.append(
             draw_pareto(points, out / "pareto.png", "GFLOPs per image", result.quality, note=note, joined=False)
         )
-    _page(config, result, [images[:count] for images in shown], points).write(files[1])
+    page = _page(config, result, [images[:count] for images in shown], points)
+    for title, section in (further or {}).items():
+        page.add(title, section)
+    page.write(files[1])
     return tuple(files)
 
 

@@ -24,7 +24,8 @@ from tokdyn.bench.settings import Mode, Precision, SpeedConfig
 from tokdyn.bench.stacks import Stack, open_stack
 from tokdyn.calibration.after_training import rewrap
 from tokdyn.cost import flops
-from tokdyn.errors import RecipeError
+from tokdyn.errors import InputError, RecipeError
+from tokdyn.files import require_folder
 from tokdyn.host import open_device, settle_memory
 from tokdyn.models import DCDiT, DiT
 from tokdyn.models.sizes import is_named
@@ -95,6 +96,9 @@ class SpeedRow:
         return " ".join(words)
 
 
+NO_CURVE = "A curve needs several sizes or batches, but there is one of each: give size=16,32,64."
+
+
 def cases(config: SpeedConfig) -> Iterator[Case]:
     """Yield every combination of the settings."""
     sizes: Sequence[int | None] = config.size or (None,)
@@ -118,12 +122,18 @@ def bench_speed(config: SpeedConfig, stacks: Sequence[Stack]) -> list[SpeedRow]:
         One row for each stack in each case.
 
     Raises:
-        TokdynError: there are no stacks, a stack cannot be opened, or it has a method that acts across steps.
+        TokdynError: there are no stacks, a stack cannot be opened, it has a method that acts across steps, or a file of
+            the settings cannot be written or drawn.
     """
     settle_memory()
     timing.prepare(config.threads)
     if not stacks:
         raise RecipeError("There are no stacks to time: give at least one with --stack.")
+    for setting, path in (("out", config.out), ("plot", config.plot)):
+        if path is not None:
+            require_folder(path.parent, setting)
+    if config.plot is not None and len(stacks) == 1 and len(config.batch) < 2 and len(config.size or ()) < 2:
+        raise InputError(NO_CURVE)
     device, wanted = open_device(config.device), list(cases(config))
     rows = []
     with progress("timing", len(wanted)) as advance:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from tokdyn.bench import timing
 from tokdyn.bench.settings import SpeedConfig
-from tokdyn.bench.speed import SpeedRow, growth
+from tokdyn.bench.speed import NO_CURVE, SpeedRow, growth
 from tokdyn.errors import InputError
 from tokdyn.report.style import COLOURS, MARKERS, figure_style, save_figure
 
@@ -59,27 +59,31 @@ def content(config: SpeedConfig, rows: Sequence[SpeedRow]) -> dict[str, Any]:
     }
 
 
-def draw(rows: Sequence[SpeedRow], path: Path) -> Path:
-    """Write the plot of `curves` to a file, and return `path`."""
-    with figure_style():
-        return save_figure(curves(rows), path)
+def draw(rows: Sequence[SpeedRow], path: Path, column: bool = False) -> Path:
+    """Write the plot of `curves` to a file, and return `path`; other arguments are those of `curves`."""
+    with figure_style(column):
+        return save_figure(curves(rows, column), path)
 
 
-def curves(rows: Sequence[SpeedRow]) -> Figure:
+def curves(rows: Sequence[SpeedRow], column: bool = False) -> Figure:
     """Plot time against tokens, or against the batch if all rows have the same tokens; both axes are logarithmic.
+
+    Args:
+        rows: the measurements.
+        column: make the figure as wide as a column of a paper, without a title.
 
     Raises:
         InputError: all rows have the same size and the same batch.
     """
     along = "tokens" if len({row.tokens for row in rows}) > 1 else "batch"
     if along == "batch" and len({row.case.batch for row in rows}) < 2:
-        raise InputError("A curve needs several sizes or batches, but there is one of each: give size=16,32,64.")
+        raise InputError(NO_CURVE)
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         name = f"{row.line} batch={row.case.batch}" if along == "tokens" else row.line
         x = row.tokens if along == "tokens" else row.case.batch
         lines.setdefault(name, []).append((x, row.milliseconds))
-    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    figure = Figure(figsize=(3.4, 2.6) if column else (6.8, 4.4), layout="constrained")
     axes = figure.subplots()
     for index, (name, points) in enumerate(lines.items()):
         xs, ys = zip(*sorted(points), strict=True)
@@ -92,7 +96,8 @@ def curves(rows: Sequence[SpeedRow]) -> Figure:
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.set_minor_formatter("")
     axes.set_xlabel("tokens of an image" if along == "tokens" else "images in a batch")
-    axes.set_ylabel("milliseconds")
-    axes.set_title("Time of a call")
-    axes.legend(fontsize=8.5)
+    axes.set_ylabel("ms per call")
+    if not column:
+        axes.set_title("Time of a call")
+    axes.legend(fontsize="small")
     return figure

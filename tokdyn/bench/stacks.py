@@ -1,25 +1,28 @@
-"""Read stacks, lists of methods that act together on a model, from YAML, and attach them to their models."""
+"""Read stacks, lists of methods that act together on a model, from YAML, and attach them to their models.
+
+What needs torch is imported where it is used, so that misspelt words are refused before it is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tokdyn.attach import attachment_of, load, unwrap
-from tokdyn.calibration.after_training import rewrap
-from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
-from tokdyn.diffusion.objective import Objective
+from tokdyn.bases.names import check_name, is_size
 from tokdyn.diffusion.settings import Drop, Sampler, SchedulerName
 from tokdyn.errors import RecipeError
-from tokdyn.methods import Method
-from tokdyn.methods.registry import from_settings
+from tokdyn.method_names import ALIASES, EARLIER_SETTINGS, full_name
 from tokdyn.recipe import yaml_text
-from tokdyn.recipe.explain import explain
-from tokdyn.sample.loading import ModelInfo, load_model
+from tokdyn.recipe.explain import explain, nearest
+
+if TYPE_CHECKING:
+    from tokdyn.diffusion.objective import Objective
+    from tokdyn.methods import Method
+    from tokdyn.sample.loading import ModelInfo
 
 
 class Stack(BaseModel):
@@ -54,6 +57,8 @@ class Stack(BaseModel):
         lists = list(methods.values()) if isinstance(methods, dict) else [methods]
         if not all(isinstance(each, (list, tuple)) and all(isinstance(one, dict) for one in each) for each in lists):
             raise ValueError("give a list such as [{method: TokenMerge, ratio: 0.3}], or one for each denoiser by name")
+        from tokdyn.methods.registry import from_settings
+
         for each in (one for some in lists for one in some):
             from_settings(each)  # raises an InputError, which is a ValueError
         return methods
@@ -74,6 +79,8 @@ class Stack(BaseModel):
                 f"the stack {self.name} lists methods for the denoisers {', '.join(self.methods)} of a pipeline; give "
                 "a model one list."
             )
+        from tokdyn.methods.registry import from_settings
+
         return [from_settings(each) for each in self.methods]
 
     def for_pipeline(self) -> list[Method] | dict[str, list[Method]] | str:
@@ -82,6 +89,8 @@ class Stack(BaseModel):
             return self.methods
         if not isinstance(self.methods, dict):
             return self.for_model()
+        from tokdyn.methods.registry import from_settings
+
         return {name: [from_settings(each) for each in some] for name, some in self.methods.items()}
 
 
@@ -124,6 +133,58 @@ def read_stacks(arguments: Sequence[str]) -> tuple[Stack, ...]:
         RecipeError: an argument is neither, a stack is invalid, or two stacks share a name.
     """
     stacks: list[Stack] = []
+    for source, entry in _entries(arguments):
+        try:
+            stacks.append(Stack.model_validate(entry))
+        except ValidationError as error:
+            raise explain(Stack, error, source) from error
+    names = [stack.name for stack in stacks]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise RecipeError(f"Two stacks are called {repeated[0]}: give each stack a name of its own.")
+    return tuple(stacks)
+
+
+def check_words(arguments: Sequence[str], settings: Mapping[str, Collection[str]], models: bool = True) -> None:
+    """Refuse misspelt keys of stacks, and misspelt methods and settings, before torch is loaded.
+
+    Args:
+        arguments: as for `read_stacks`.
+        settings: the names of the settings of each method, by the name of its class. No other methods are accepted.
+        models: whether stacks may name models, which are then checked, too.
+
+    Raises:
+        RecipeError: an argument holds no stacks, or a word is not known; the message names the nearest one.
+        CheckpointError: there is no such model.
+    """
+    for source, entry in _entries(arguments):
+        wrong = [key for key in entry if key not in Stack.model_fields]
+        if wrong:
+            raise RecipeError(f"{source}: '{wrong[0]}' is not a setting{nearest(str(wrong[0]), Stack.model_fields)}.")
+        model = entry.get("model")
+        if models and isinstance(model, str) and not is_size(model):
+            check_name(model)
+        for method in _listed(entry.get("methods", ())):
+            given = method.get("method")
+            name = str(full_name(given))
+            if name not in settings:
+                raise RecipeError(f"{source}: 'methods': there is no method {given!r}{nearest(str(given), ALIASES)}.")
+            known = {"method", *settings[name], *EARLIER_SETTINGS.get(name, ())}
+            for key in (key for key in method if key not in known):
+                raise RecipeError(
+                    f"{source}: 'methods': {name} has no setting '{key}'{nearest(str(key), settings[name])}."
+                )
+
+
+def _listed(methods: Any) -> Iterator[dict[str, Any]]:
+    """Yield the methods of a stack, those of all denoisers; nothing of what is not a method."""
+    lists = methods.values() if isinstance(methods, dict) else [methods]
+    for each in lists:
+        yield from (method for method in (each if isinstance(each, list) else ()) if isinstance(method, dict))
+
+
+def _entries(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the content of each stack and what to call its source; arguments and errors are those of `read_stacks`."""
     for argument in arguments:
         inline = argument.lstrip().startswith("{")
         source = "the stack" if inline else argument
@@ -140,16 +201,7 @@ def read_stacks(arguments: Sequence[str]) -> tuple[Stack, ...]:
             raise RecipeError(
                 f"{source} does not hold stacks: give a list of {{name: ..., methods: [...]}}, with at least one."
             )
-        for each in listed:
-            try:
-                stacks.append(Stack.model_validate(each))
-            except ValidationError as error:
-                raise explain(Stack, error, source) from error
-    names = [stack.name for stack in stacks]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise RecipeError(f"Two stacks are called {repeated[0]}: give each stack a name of its own.")
-    return tuple(stacks)
+        yield from ((source, each) for each in listed)
 
 
 def open_stack(stack: Stack, model: str | None = None, ema: bool = True) -> Opened:
@@ -166,6 +218,8 @@ def open_stack(stack: Stack, model: str | None = None, ema: bool = True) -> Open
     path = stack.model or model
     if path is None:
         raise RecipeError(f"The stack {stack.name} has no model: set its model, or one for all stacks.")
+    from tokdyn.sample.loading import load_model
+
     loaded, objective, info = load_model(path, ema)
     return Opened(stack, attach_stack(loaded, stack), objective, info)
 
@@ -176,6 +230,10 @@ def attach_stack(model: Any, stack: Stack) -> Any:
     Raises:
         TokdynError: a method or a tail drop cannot be applied to this model.
     """
+    from tokdyn.attach import attachment_of, load, unwrap
+    from tokdyn.calibration.after_training import rewrap
+    from tokdyn.diffusion.guidance import tail_drop_error, takes_tail_drop
+
     if stack.folder is not None:
         if attachment_of(model) is not None:
             unwrap(model)

@@ -13,17 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tokdyn.attach import attachment_of, save
 from tokdyn.bench.quality import QualityResult, bench_quality
 from tokdyn.bench.quality_page import write_page
 from tokdyn.bench.settings import QualityConfig
 from tokdyn.bench.stacks import Stack, open_stack
+from tokdyn.bench.tune_page import TITLE, trial_cards
 from tokdyn.bench.tune_search import ModelTuner, Trial, search, uniform_trial, usable_knobs
 from tokdyn.bench.tune_settings import TuneConfig
 from tokdyn.errors import InputError
 from tokdyn.files import replacing, require_folder, unused
 from tokdyn.host import open_device, settle_memory
 from tokdyn.recipe import yaml_text
+from tokdyn.report.decoding import open_decoder
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def tune(config: TuneConfig) -> TuneResult:
     settle_memory()
     require_folder(config.out)
     opened = open_stack(Stack(name="unmodified", model=config.model), ema=config.ema)
-    opened.model.to(open_device(config.device))
+    device = open_device(config.device)
+    opened.model.to(device)
     usable = usable_knobs(opened, config.guidance != 1.0)
     unusable = [knob for knob in config.knobs or () if knob not in usable]
     if unusable:
@@ -75,7 +80,10 @@ def tune(config: TuneConfig) -> TuneResult:
     settings = {name: getattr(config, name) for name in (*shared, "out", "precision", "device", "ema")}
     measured = QualityConfig(seed=config.seed + config.images, rounds=0, **settings)
     quality = bench_quality(measured, [opened.stack, *uniform, *finalists])
-    write_page(measured, quality)
+    info = opened.info
+    decoder = open_decoder(opened.model.config.in_channels, info.data, None, device, info.latents)
+    cards = trial_cards(tuner.reference, trials, lambda shown: list(decoder(torch.stack(shown))))
+    write_page(measured, quality, {TITLE: cards})
     winner = _best([*finalists, *uniform], quality)
     with replacing(config.out / "stack.yaml") as temporary:
         temporary.write_text(yaml_text.dump([_without_defaults(winner)]), encoding="utf-8")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 
 from tokdyn.adapters import adapter_for
 from tokdyn.attach import accept_methods, unsupported
 from tokdyn.bench.pipelines import PipelineBench, attach, bench_pipeline, write_pipeline_page
 from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
-from tokdyn.bench.tune_search import Shape, Trial, Tuner, search, uniform_trial
+from tokdyn.bench.tune_page import TITLE, trial_cards
+from tokdyn.bench.tune_search import SHOWN, Drawn, Shape, Trial, Tuner, search, uniform_trial
 from tokdyn.bench.tune_settings import PipelineKnob, PipelineTuneConfig
 from tokdyn.errors import InputError, TokdynError
 from tokdyn.files import replacing, require_folder, unused
@@ -28,8 +32,10 @@ from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.prompts import Drawing
 from tokdyn.recipe import yaml_text
 from tokdyn.recorder import Call
+from tokdyn.report.pixels import Pixels
 
 _KNOBS: tuple[PipelineKnob, ...] = ("merge", "skip", "cache")
+_SIDE = 128  # pixels, at most, of images on the page
 
 
 @dataclass
@@ -49,15 +55,15 @@ class PipelineTuner(Tuner):
         """See `Tuner.record`."""
         models = denoisers(self.pipe)
         with recording(self.pipe, host=True) as calls:
-            self.reference = torch.cat([self._picture(place) for place in range(len(self.calls))])
-        self.reference_gflops, self.denoisers = 1.0, tuple(models)
+            self.reference = _drawn([self._picture(place) for place in range(len(self.calls))], 1.0)
+        self.denoisers = tuple(models)
         return {name: (model, calls[name]) for name, model in models.items()}
 
     def stack(self, shape: Shape, strength: float, name: str = "tuned") -> Stack:
         """Return the schedule of a shape multiplied by a strength, without a model."""
         return super().stack(shape, strength, name).model_copy(update={"model": None})
 
-    def draw(self, stack: Stack) -> tuple[Tensor, float] | None:
+    def draw(self, stack: Stack) -> Drawn | None:
         """See `Tuner.draw`."""
         try:
             attach(self.pipe, stack)
@@ -73,11 +79,20 @@ class PipelineTuner(Tuner):
                 spent, dense = spent + (found.flops or 0), dense + (found.dense_flops or 0)
         finally:
             unwrap(self.pipe)
-        return torch.cat(images), spent / dense
+        return _drawn(images, spent / dense)
 
-    def _picture(self, place: int) -> Tensor:
-        """Draw a prompt and return its pixels (F * H * W * C,) in [0, 255]; prompts may have sizes of their own."""
-        return torch.from_numpy(draw(self.pipe, self.calls[place], self.config.seed + place)).flatten().float()
+    def _picture(self, place: int) -> Pixels:
+        """Draw a prompt: (F, H, W, 3) uint8. Prompts may have sizes of their own."""
+        return draw(self.pipe, self.calls[place], self.config.seed + place)
+
+
+def _drawn(pictures: Sequence[Pixels], share: float) -> Drawn:
+    """Return pictures (F, H, W, 3) as errors are measured on them and as they are shown, with their share of FLOPs."""
+    pixels = torch.cat([torch.from_numpy(frames).flatten().float() for frames in pictures])
+    small = [Image.fromarray(frames[len(frames) // 2]) for frames in pictures[:SHOWN]]
+    for image in small:
+        image.thumbnail((_SIDE, _SIDE))
+    return Drawn(pixels, share, tuple(torch.from_numpy(np.array(image)) for image in small))
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,8 @@ def tune_pipeline(config: PipelineTuneConfig) -> PipelineTuned:
     shared = {name: getattr(config, name) for name in (*Drawing.model_fields, "model", "out", "precision", "device")}
     measured = PipelineBenchConfig(**{**shared, "seed": config.seed + len(config.prompts)})
     compared = bench_pipeline(measured, [*uniform, *finalists], timed=False)
-    write_pipeline_page(measured, compared)
+    cards = trial_cards(tuner.reference, trials, lambda shown: [each.numpy() for each in shown])
+    write_pipeline_page(measured, compared, {TITLE: cards})
     name = max(compared.compared, key=lambda each: compared.compared[each].psnr)
     winner = next(stack for stack in (*uniform, *finalists) if stack.name == name).model_copy(update={"name": "tuned"})
     attach(pipe, winner)

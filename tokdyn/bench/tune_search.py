@@ -44,6 +44,8 @@ _CLOSE = 0.003  # a schedule is close enough if its share of the FLOPs is so lit
 _FAR = 0.05  # knobs that move in jumps may stay below the target by so much
 _ATTEMPTS = 9
 _MUTATION_SPREADS = (0.08, 0.3)  # standard deviations of small and large mutations
+SHOWN = 4
+"""Images of each trial that are kept for the page."""
 
 
 Shape = dict[Knob, tuple[float, ...]]
@@ -60,6 +62,7 @@ class Trial:
         stack: the resulting schedule.
         flops: FLOPs of the schedule, as a share of those of the unmodified model.
         error: mean squared distance to the images of the unmodified model, divided by their variance.
+        shown: its first images, as in `Drawn`.
     """
 
     shape: Shape
@@ -67,11 +70,28 @@ class Trial:
     stack: Stack
     flops: float
     error: float
+    shown: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def turned(self) -> Shape:
         """The shape multiplied by the strength, at most 1."""
         return {knob: tuple(min(self.strength * value, 1.0) for value in values) for knob, values in self.shape.items()}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn with a stack.
+
+    Attributes:
+        images: what errors are measured on, on the CPU: (B, C, H, W), or all their pixels in a row.
+        gflops: 1e9 FLOPs of one image, a multiply-add being 2; of a pipeline, the share of those without methods.
+        shown: the first images, for the page: (C, H, W) as the model draws them, or (H, W, 3) bytes of a pipeline, made
+            smaller.
+    """
+
+    images: Tensor
+    gflops: float
+    shown: tuple[Tensor, ...]
 
 
 @dataclass
@@ -81,8 +101,7 @@ class Tuner(ABC):
     Attributes:
         config: the settings, of which `flops`, `model`, `trials` and `seed` are read here.
         knobs: the knobs to turn.
-        reference: images of the unmodified model, on the CPU: (B, C, H, W), or all their pixels in a row.
-        reference_gflops: 1e9 FLOPs of one of these images; a multiply-add is 2 FLOPs.
+        reference: what the unmodified model draws.
         denoisers: names of the denoisers of a pipeline; a model is the only one, "".
         caches: for each denoiser the calibrated FeatureCache with the largest threshold, if the knob "cache" is used.
         skips: for each denoiser DepthSkip calibrated for several shares of the FLOPs, the one that skips least first.
@@ -90,8 +109,7 @@ class Tuner(ABC):
 
     config: Any
     knobs: tuple[Knob, ...]
-    reference: Tensor = field(init=False)
-    reference_gflops: float = field(init=False)
+    reference: Drawn = field(init=False)
     denoisers: tuple[str, ...] = ("",)
     caches: dict[str, FeatureCache] = field(default_factory=dict)
     skips: dict[str, tuple[DepthSkip, ...]] = field(default_factory=dict)
@@ -122,20 +140,15 @@ class Tuner(ABC):
 
     @abstractmethod
     def record(self) -> dict[str, tuple[nn.Module, list[Call]]]:
-        """Draw the reference, and set `reference`, `reference_gflops` and `denoisers`.
+        """Draw the reference, and set `reference` and `denoisers`.
 
         Returns:
             Each denoiser without methods, and its calls, by name.
         """
 
     @abstractmethod
-    def draw(self, stack: Stack) -> tuple[Tensor, float] | None:
-        """Draw with a stack what errors are measured on.
-
-        Returns:
-            The images, as `reference`, on the CPU, and the 1e9 FLOPs of one; None if the methods cannot be combined on
-            this model.
-        """
+    def draw(self, stack: Stack) -> Drawn | None:
+        """Draw with a stack; return None if its methods cannot be combined on this model."""
 
     def stack(self, shape: Shape, strength: float, name: str = "tuned") -> Stack:
         """Return the schedule of a shape multiplied by a strength."""
@@ -208,9 +221,9 @@ class Tuner(ABC):
         drawn = self.draw(stack)
         if drawn is None:
             return None
-        images, spent = drawn
-        error = (images - self.reference).square().mean() / self.reference.var().clamp(min=1e-12)
-        return Trial(shape, strength, stack, spent / self.reference_gflops, float(error))
+        bare = self.reference
+        error = (drawn.images - bare.images).square().mean() / bare.images.var().clamp(min=1e-12)
+        return Trial(shape, strength, stack, drawn.gflops / bare.gflops, float(error), drawn.shown)
 
 
 @dataclass
@@ -228,12 +241,12 @@ class ModelTuner(Tuner):
         """See `Tuner.record`."""
         bare = replace(self.opened, model=copy.deepcopy(self.opened.model))
         with recording(bare.model, host=True) as calls:
-            self.reference, self.reference_gflops = self._draw(bare)
+            self.reference = self._draw(bare)
         if attachment_of(bare.model) is not None:  # methods are calibrated on the model without others
             unwrap(bare.model)
         return {"": (bare.model, calls)}
 
-    def draw(self, stack: Stack) -> tuple[Tensor, float] | None:
+    def draw(self, stack: Stack) -> Drawn | None:
         """See `Tuner.draw`."""
         try:
             other = replace(self.opened, stack=stack, model=attach_stack(copy.deepcopy(self.opened.model), stack))
@@ -243,8 +256,8 @@ class ModelTuner(Tuner):
             accept_methods(other.model)
         return self._draw(other)
 
-    def _draw(self, opened: Opened) -> tuple[Tensor, float]:
-        """Draw the images (B, C, H, W) that errors are measured on; return them, and the 1e9 FLOPs of one image."""
+    def _draw(self, opened: Opened) -> Drawn:
+        """Draw the images (B, C, H, W) that errors are measured on."""
         config, device = self.config, next(opened.model.parameters()).device
         sampler = opened.sampler(config.scheduler, config.steps, config.guidance)
         all_labels = opened.labels(config.images)
@@ -262,7 +275,8 @@ class ModelTuner(Tuner):
                 raise RecipeError(f"steps={config.steps} makes more calls than statistics hold: choose fewer steps.")
             spent += sum(known) * len(seeds)
             images.append(generation.images.cpu())
-        return torch.cat(images), spent / config.images
+        drawn = torch.cat(images)
+        return Drawn(drawn, spent / config.images, drawn[:SHOWN].clone().unbind())
 
 
 def _curve(values: Sequence[float], largest: float) -> Any:

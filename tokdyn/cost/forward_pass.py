@@ -14,7 +14,7 @@ from tokdyn.attach import attachment_of, disabled, inner_model, untraced
 from tokdyn.cost.analytic import grid_of, is_chunked, model_config, model_parts
 from tokdyn.cost.call_cost import call_cost, is_computable, paddings
 from tokdyn.cost.counter import count, count_call, to_meta
-from tokdyn.cost.trajectory_stats import unit_of
+from tokdyn.cost.trajectory_stats import in_gflops
 from tokdyn.errors import InputError
 from tokdyn.tokens import cells
 
@@ -52,17 +52,18 @@ class Flops:
         return self.total / self.batch
 
     def __str__(self) -> str:
-        size, unit = unit_of(max(self.total, self.counted or 0))
+        def row(name: str, value: int) -> str:
+            return f"{name:<{width}} {in_gflops(value, max(self.total, self.counted or 0)):>10} GFLOPs"
+
         width = max(12, *(len(name) for name in self.parts))
-        lines = [f"{name:<{width}} {value / size:10.3f} {unit}" for name, value in self.parts.items()]
-        lines.append(f"{'total':<{width}} {self.total / size:10.3f} {unit} (multiply-add = 2, batch of {self.batch})")
+        lines = [row(name, value) for name, value in self.parts.items()]
+        lines.append(f"{row('total', self.total)} (multiply-add = 2, batch of {self.batch})")
         if not self.computed:
             lines.append(f"{'counted':<{width}} by calling the model: nothing says what its blocks multiply")
         elif self.counted is not None:
-            lines.append(f"{'counted':<{width}} {self.counted / size:10.3f} {unit}")
+            lines.append(row("counted", self.counted))
         if self.dense is not None and self.dense != self.total:
-            share = f"the total is {self.total / self.dense:.1%} of it"
-            lines.append(f"{'dense':<{width}} {self.dense / size:10.3f} {unit}: {share}")
+            lines.append(f"{row('dense', self.dense)}: the total is {self.total / self.dense:.1%} of it")
         return "\n".join(lines)
 
 

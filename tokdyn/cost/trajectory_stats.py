@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 Number = TypeVar("Number", int, float)
 _MANY, _ENDS = 120, 50  # a table of more calls shows this many of its first and last ones
-_UNITS = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 
 
 class _Costs(ABC):
@@ -236,10 +235,22 @@ def as_text(trajectory: TrajectoryStats) -> str:
     """Write a table with one line for each call, followed by a summary."""
     if not trajectory.calls:
         return f"{trajectory.model}: no calls since it was wrapped or reset"
-    size, unit = unit_of(max(call.dense_flops or 0 for call in trajectory.calls))
+    most = max(call.dense_flops or 0 for call in trajectory.calls)
     header: tuple[str, ...]
-    header = ("step", "branch", "noise", "tokens", "in attention", "in MLP", "blocks", "reused", unit, "dense", "share")
-    rows = [_row(call, size) for call in trajectory.calls]
+    header = (
+        "step",
+        "branch",
+        "noise",
+        "tokens",
+        "in attention",
+        "in MLP",
+        "blocks",
+        "reused",
+        "GFLOPs",
+        "dense",
+        "share",
+    )
+    rows = [_row(call, most) for call in trajectory.calls]
     for name, values in _columns_of_times(trajectory.calls):
         header, rows = (*header, name), [(*row, value) for row, value in zip(rows, values, strict=True)]
     shown = rows if len(rows) <= _MANY else [*rows[:_ENDS], *rows[-_ENDS:]]
@@ -250,7 +261,7 @@ def as_text(trajectory: TrajectoryStats) -> str:
     return "\n".join([*lines, *_summary(trajectory)])
 
 
-def _row(call: CallStats, size: float) -> tuple[str, ...]:
+def _row(call: CallStats, most: float) -> tuple[str, ...]:
     spent, dense = call.flops, call.dense_flops
     return (
         str(call.step),
@@ -261,8 +272,8 @@ def _row(call: CallStats, size: float) -> tuple[str, ...]:
         _number(call.mlp_tokens),
         f"{len(call.blocks)}/{call.depth}",
         f"{call.reused}/{call.samples}" if call.reused else "-",
-        "-" if spent is None else f"{spent / size:.3f}",
-        "-" if dense is None else f"{dense / size:.3f}",
+        "-" if spent is None else in_gflops(spent, most),
+        "-" if dense is None else in_gflops(dense, most),
         "-" if call.share is None else f"{call.share:.1%}",
     )
 
@@ -294,9 +305,9 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
-def unit_of(most: float) -> tuple[float, str]:
-    """Return divisor and name of the unit in which FLOPs of up to `most` are printed, such as (1e9, "GFLOPs")."""
-    return next(((size, name) for size, name in _UNITS if most >= size), (1e6, "MFLOPs"))
+def in_gflops(flops: float, most: float) -> str:
+    """Write FLOPs in GFLOPs, with three decimals; with six if the largest of their table, `most`, is below 1 GFLOP."""
+    return f"{flops / 1e9:,.{3 if most >= 1e9 else 6}f}"
 
 
 def _summary(trajectory: TrajectoryStats) -> list[str]:
@@ -315,11 +326,10 @@ def _summary(trajectory: TrajectoryStats) -> list[str]:
     if blocks is None or methods is None or not dense:
         missing = "the adapter does not declare the products of the blocks; tokdyn.flops counts those of a call"
         return [*lines, f"FLOPs are not known: {missing}"]
-    size, unit = unit_of(dense)
+    spent, added, whole = (in_gflops(each, dense) for each in (blocks, methods, dense))
     return [
         *lines,
-        f"blocks {blocks / size:.3f} and methods {methods / size:.3f} of {dense / size:.3f} {unit} dense: "
-        f"{(blocks + methods) / dense:.1%}",
+        f"blocks {spent} and methods {added} of {whole} GFLOPs dense: {(blocks + methods) / dense:.1%}",
         "multiply-add = 2 FLOPs; embedders and head are not included",
     ]
 
@@ -329,7 +339,7 @@ def _times(trajectory: TrajectoryStats) -> list[str]:
     seconds = trajectory.seconds
     if seconds is None:
         return []
-    text = f"{seconds:.3g} s in the model, {1e3 * seconds / len(trajectory.steps):.1f} ms a step"
+    text = f"{1e3 * seconds:,.1f} ms in the model, {1e3 * seconds / len(trajectory.steps):.1f} ms a step"
     if trajectory.denoiser_share is not None:
         text += f", {trajectory.denoiser_share:.0%} of the pipeline's time"
     if trajectory.speedup is None:

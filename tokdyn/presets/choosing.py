@@ -12,7 +12,8 @@ from torch import nn
 from tokdyn.errors import InputError, UnsupportedModelError
 from tokdyn.methods import Method
 from tokdyn.presets.files import entries
-from tokdyn.presets.named import find, flat, is_file, stack_of, with_setting
+from tokdyn.presets.named import find, flat, stack_of, with_setting
+from tokdyn.presets.rows import is_file
 from tokdyn.presets.schema import Entry
 
 

@@ -12,8 +12,6 @@ from tokdyn.errors import InputError, TokdynError
 from tokdyn.files import replacing, shipped_recipes
 from tokdyn.presets.schema import Entry, Family
 
-SUFFIXES = (".yaml", ".yml")
-
 
 @cache
 def families() -> tuple[Family, ...]:

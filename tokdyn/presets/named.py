@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokdyn.errors import InputError
 from tokdyn.methods import FeatureCache, Method
-from tokdyn.presets.files import SUFFIXES, entries, read
+from tokdyn.presets.files import entries, read
+from tokdyn.presets.rows import is_file, near, plain, unknown
 from tokdyn.presets.schema import Entry, Setting
 
 
@@ -52,17 +51,12 @@ def find(model: str | Path, setting: str | None = None) -> tuple[Entry, str]:
             fitting = read(name).models if is_file(name) else _named(name)
         if not fitting:
             names = [each for family, entry in entries() for each in (family.family, *entry.names)]
-            raise InputError(f"there is no preset for {name!r}{near(name, names)}; see tokdyn presets.")
+            raise unknown(name, names)
     able = [entry for entry in fitting if setting is None or setting.casefold() in entry.settings]
     if len(able) > 1:
         choices = ", ".join(repr(each.name) for each in able)
         raise InputError(f"{str(model)!r} has presets for several models; give one of {choices}.")
     return with_setting(able[0] if able else fitting[0], setting)
-
-
-def is_file(name: str | Path) -> bool:
-    """Return whether a name is that of a preset file."""
-    return Path(name).suffix in SUFFIXES
 
 
 def stack_of(entry: Entry, setting: str) -> list[Method] | dict[str, list[Method]]:
@@ -71,13 +65,6 @@ def stack_of(entry: Entry, setting: str) -> list[Method] | dict[str, list[Method
     if isinstance(methods, dict):
         return {name: [_marked(each, entry) for each in own] for name, own in methods.items()}
     return [_marked(each, entry) for each in methods]
-
-
-def near(word: str, choices: Iterable[str]) -> str:
-    """Return a hint with the choices most like a word; empty if none is."""
-    by_key = {_key(each): each for each in choices}
-    found = difflib.get_close_matches(_key(word), by_key, n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(repr(by_key[each]) for each in found)}?)" if found else ""
 
 
 def published_for(method: Method) -> frozenset[str]:
@@ -114,15 +101,11 @@ def _marked(method: Method, entry: Entry) -> Method:
     return method.model_copy(update={"fingerprint": entry.fingerprint + steps})
 
 
-def _key(name: str) -> str:
-    return name.casefold().replace("_", "-").replace(" ", "-")
-
-
 def _named(name: str) -> list[Entry]:
     """Return the models of this name; those of a family of this name if there are none."""
-    key, known = _key(name), entries()
-    own = [entry for _, entry in known if key in map(_key, entry.names)]
-    return own or [entry for family, entry in known if _key(family.family) == key]
+    key, known = plain(name), entries()
+    own = [entry for _, entry in known if key in map(plain, entry.names)]
+    return own or [entry for family, entry in known if plain(family.family) == key]
 
 
 def with_setting(entry: Entry, setting: str | None) -> tuple[Entry, str]:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tokdyn.errors import RecipeError
+from tokdyn.files import replacing
 from tokdyn.recipe import files, shipped, yaml_text
 from tokdyn.recipe.explain import explain
 from tokdyn.recipe.model_settings import ModelSettings
@@ -103,6 +104,7 @@ def copy(name: str, destination: str | Path) -> Path:
 
     Raises:
         RecipeError: There is no such recipe, or the destination exists already.
+        OutputError: The file cannot be written.
     """
     source = shipped.path(name)
     target = Path(destination).expanduser()
@@ -114,8 +116,8 @@ def copy(name: str, destination: str | Path) -> Path:
     settings = files.read(name)
     if "extends:" in text:
         text = f"# Copied from the shipped recipe {name}, with what it extends.\n{yaml_text.dump(settings)}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    with replacing(target) as half:
+        half.write_text(text, encoding="utf-8")
     return target
 
 

@@ -23,14 +23,15 @@ from torch import Tensor
 from tokdyn.diffusion.records import StepState
 from tokdyn.errors import InputError
 from tokdyn.report.pixels import Pixels
-from tokdyn.report.style import INK, MUTED, figure_style, save_figure, with_drawable_letters
+from tokdyn.report.style import INK, MUTED, figure_style, in_lines, save_figure, with_drawable_letters
 
 _CELL = 8  # smallest width of a drawn cell in pixels
 _MIX = 0.75  # share of the hatch in a dropped cell
 _BRIGHT, _DARK = 150, 90  # grey levels of the hatch
 _PERIOD, _STROKE = 6, 2  # distance and width of its bright lines in pixels, along a row
 _TILE = 1.2  # width of a picture in inches
-_LETTERS = 12  # letters of a row's name per inch
+_LETTERS = 10  # of a line of a row's name
+_WIDTH = 0.0097  # inches of such a letter, per point of its size
 
 Background = Literal["prediction", "noisy"]
 
@@ -171,12 +172,16 @@ def draw_maps(
     """
     frequency, steps = maps.frequency.numpy(), len(maps.frames)
     count = len(frequency)
-    tile = 3.0 / (steps + 2.3) if column else _TILE
+    points, proportion = 6.5 if column else 9.5, finals.shape[1] / finals.shape[2]
+    tile = (3.1 - _LETTERS * _WIDTH * points) / (steps + 2.3) if column else _TILE
+    titles = [in_lines(name, _LETTERS, tile * proportion + 0.1, points) for name in names or ()]
+    beside = _WIDTH * points * max((len(line) for title in titles for line in title.split("\n")), default=0)  # inches
+    tile = (3.1 - beside) / (steps + 2.3) if column else _TILE
     with figure_style(column):
         engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-        tall = tile * finals.shape[1] / finals.shape[2]
+        tall = tile * proportion
         figure = Figure(
-            figsize=(tile * (steps + 2.3) + 0.4 + 0.35 * (not column), (tall + 0.2) * count + (0.6 if column else 1.0)),
+            figsize=(tile * (steps + 2.3) + 0.4 + beside, (tall + 0.2) * count + (0.6 if column else 1.0)),
             layout=engine,
         )
         axes = figure.subplots(count, steps + 2, squeeze=False)
@@ -185,16 +190,17 @@ def draw_maps(
             for row in range(count):
                 _show(axes[row, place], shade(pictures[row], keeps[row]), f"{keeps[row].mean():.0%}")
             heading = f"noise\n{frame.level:.2f}" if place == 0 else f"{frame.level:.2f}"
-            axes[0, place].set_title(heading, fontsize="medium", fontweight="normal", loc="center", color=INK)
+            axes[0, place].set_title(heading, fontsize=points, fontweight="normal", loc="center", color=INK)
         for row in range(count):
             _show(axes[row, steps], finals[row], "")
             heat = axes[row, steps + 1].imshow(frequency[row], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             _bare(axes[row, steps + 1], f"{frequency[row].mean():.0%}")
-            if names is not None:
-                name = _fitting(names[row], tall * (1.6 if column else 1.0))
-                axes[row, 0].set_ylabel(name, fontsize="small" if column else "medium", fontweight="bold", color=INK)
-        for place, heading in ((steps, "final\nimage"), (steps + 1, "share of\nsteps kept")):
-            axes[0, place].set_title(heading, fontsize="medium", fontweight="normal", loc="center", color=INK)
+            if titles:
+                axes[row, 0].set_ylabel(
+                    titles[row], fontsize=points, fontweight="bold", rotation=0, ha="right", va="center", color=INK,
+                )  # fmt: skip
+        for place, heading in ((steps, "final\nimage"), (steps + 1, "steps\nkept")):
+            axes[0, place].set_title(heading, fontsize=points, fontweight="normal", loc="center", color=INK)
         bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.09, pad=0.04, ticks=[0, 0.5, 1])
         bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize="small")
         bar.outline.set_visible(False)
@@ -207,12 +213,6 @@ def draw_maps(
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize="small")
         return save_figure(figure, path)
-
-
-def _fitting(name: str, inches: float) -> str:
-    """Return the name, shortened with an ellipsis if it is longer than so many inches."""
-    letters = max(4, int(_LETTERS * inches))
-    return with_drawable_letters(name if len(name) <= letters else name[: letters - 1] + "…")
 
 
 def _show(axes: Axes, pixels: Pixels, caption: str) -> None:

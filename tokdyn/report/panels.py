@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tokdyn.report.gallery import Column
-from tokdyn.report.style import COLOURS, DASHES, INK, figure_style, save_figure, with_drawable_letters
+from tokdyn.report.style import COLOURS, DASHES, INK, figure_style, in_lines, save_figure, with_drawable_letters
 
 _COLUMN, _PAGE = 3.4, 6.9  # inches: a column and the whole width of a paper
 _NARROWEST = 0.69  # inches of an image with its costs above
 _NAMES = 0.62  # inches for the names of the rows
+_LETTER = 0.058  # inches of a letter of 6.5 points
 
 
 def draw_side_by_side(columns: Sequence[Column], names: Sequence[str], path: Path) -> Path:
@@ -45,9 +46,8 @@ def draw_side_by_side(columns: Sequence[Column], names: Sequence[str], path: Pat
                 axes[row, place].imshow(column.images[row])
                 _bare(axes[row, place])
         for row, name in enumerate(names):
-            axes[row, 0].set_ylabel(
-                _fitting(name, _NAMES), fontsize=6.5, rotation=0, ha="right", va="center", color=INK
-            )
+            title = in_lines(name, int(_NAMES / _LETTER), side * tall, 6.5)
+            axes[row, 0].set_ylabel(title, fontsize=6.5, rotation=0, ha="right", va="center", color=INK)
         return save_figure(figure, path)
 
 
@@ -117,7 +117,7 @@ def draw_bars(rows: Mapping[str, Mapping[str, float]], label: str, path: Path) -
 
 def _fitting(name: str, inches: float) -> str:
     """Return a name, shortened with an ellipsis if it is longer than so many inches at 6.5 points."""
-    letters = max(5, int(inches / 0.058))
+    letters = max(5, int(inches / _LETTER))
     return with_drawable_letters(name if len(name) <= letters else f"{name[: letters - 1]}…")
 
 

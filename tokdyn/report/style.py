@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +22,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e3e3e3"
 DPI = 160
 _BOX = "\u25a1"
+_SPACING = 1.25  # height of a line over the size of its letters
 
 _SETTINGS: Any = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
@@ -69,6 +71,19 @@ def font_file(bold: bool = False) -> Path:
 def with_drawable_letters(text: str) -> str:
     """Return the text with a box in place of every character that the font does not have."""
     return "".join(letter if ord(letter) in _glyphs() else _BOX for letter in text)
+
+
+def in_lines(text: str, letters: int, inches: float, points: float) -> str:
+    """Break a name into lines, between words where possible; what is beyond the last line becomes an ellipsis.
+
+    Args:
+        text: the name.
+        letters: letters of a line.
+        inches: height of all lines together; there is at least one, and at most three.
+        points: size of the letters.
+    """
+    lines = min(3, max(1, int(72.0 * inches / (_SPACING * points))))
+    return "\n".join(textwrap.wrap(with_drawable_letters(text), letters, max_lines=lines, placeholder="…"))
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokdyn.files import require_folder
 from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.progress import progress
 from tokdyn.report.charts import Line, bars, chart
@@ -92,6 +93,7 @@ def report(config: ReportConfig, paths: Sequence[str]) -> Path:
     Raises:
         TokdynError: as in `gather`, or the page cannot be written.
     """
+    require_folder(config.out.parent)
     runs = gather(config, paths)
     return build(config, runs, paths).write(config.out)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tokdyn.errors import CheckpointError
+from tokdyn.files import require_folder
 from tokdyn.host import settle_memory
 from tokdyn.recipe import Recipe, dump
 from tokdyn.train import checkpoints, metrics
@@ -91,8 +92,9 @@ def train(
 
 
 def _check_unused(folder: Path) -> None:
-    """Raise a CheckpointError unless the folder is empty or does not exist."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raise an error unless the folder is empty or does not exist, and can be written to."""
+    require_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
 
 
