@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from tokdyn.bench.fidelity import psnr
-from tokdyn.cost.trajectory_stats import unit_of
 from tokdyn.playground.scene import Drawn, Scene, Sketch
 from tokdyn.playground.studio import Offer
 from tokdyn.report.explorer import legend
@@ -71,12 +70,10 @@ def costs(scene: Scene, offer: Offer) -> Html:
     rows = [("This picture", drawn)]
     if isinstance(full, Drawn) and full is not drawn:
         rows.append((offer.full, full))
-    most = max((each.gflops or 0.0) * 1e9 for _, each in rows)
-    size, unit = unit_of(most)
     columns = {
         "": [name for name, _ in rows],
-        "seconds": [f"{each.seconds:.2f}" for _, each in rows],
-        unit: ["-" if each.gflops is None else f"{each.gflops * 1e9 / size:.2f}" for _, each in rows],
+        "ms": [f"{1e3 * each.seconds:,.1f}" for _, each in rows],
+        "GFLOPs": ["-" if each.gflops is None else f"{each.gflops:,.2f}" for _, each in rows],
         "tokens kept": ["all" if each.kept is None else f"{each.kept:.1%}" for _, each in rows],
         "cached steps": [str(each.cached) for _, each in rows],
     }
@@ -105,6 +102,6 @@ def _compared(drawn: Drawn, full: Sketch | Drawn | None) -> Html:
 def _progress(shown: Sketch | Drawn) -> str:
     """Say how far a picture is."""
     if isinstance(shown, Drawn):
-        return f"{shown.steps} steps, {shown.seconds:.2f} s"
+        return f"{shown.steps} steps, {1e3 * shown.seconds:,.0f} ms"
     level = "" if shown.level is None else f", noise {shown.level:.2f}"
     return f"step {shown.step} of {shown.steps}{level}"
