@@ -43,7 +43,7 @@ JUDGE = 0.99  # accuracy of the judge on real images
 BARS = {0.0: 0.95, 0.3: 0.95, 0.6: 0.90}
 """Accuracy on generated images that is asked for, by tail drop."""
 _SIDE_BY_SIDE = 10  # images of each row of the picture, one of each class
-_SCORED = 512  # images that the router is scored on
+SCORED = 512  # images that the router is scored on
 
 
 def settings_of(model: str, given: argparse.Namespace) -> dict[str, float]:
@@ -89,7 +89,7 @@ def measure(
 def router_rows(model: str, data: ShapesDataset) -> list[dict[str, Any]]:
     """Score the router of a DC-DiT at each noise level, beside a random one."""
     loaded, objective, _ = load_model(model)
-    unseen = range(UNSEEN, UNSEEN + _SCORED)
+    unseen = range(UNSEEN, UNSEEN + SCORED)
     side = loaded.config.sample_size // loaded.config.patch_size
     masks, grid = data.detail_masks(unseen), (side, side)
     guess = torch.rand(detail_shares(grid, masks).shape, generator=torch.Generator().manual_seed(0))

@@ -27,15 +27,21 @@ def _plot_settings() -> type:
 
 def _read(args: Sequence[str], settings: type[Settings]) -> tuple[tuple[str, ...], Settings]:
     """Return the positional words of a command, of which there must be one at least, and its settings."""
+    from tokdyn.bases.names import check_name
+    from tokdyn.bases.table import SHIPPED, rows
     from tokdyn.errors import RecipeError
     from tokdyn.files import require_path
 
+    known = {*SHIPPED, *rows()}
     given = split(args, frozenset(flags(settings))).positional
     if not given:
         raise RecipeError("RUN is missing: give the folder of a run, or several; see the examples of --help.")
     config = read([word for word in args if word not in given], settings)
     for run in given:
-        require_path(Path(run).expanduser())
+        if run in known:
+            check_name(run)
+        else:
+            require_path(Path(run).expanduser())
     return given, config
 
 

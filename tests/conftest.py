@@ -27,6 +27,7 @@ settings.register_profile("tokdyn", deadline=None, derandomize=True, suppress_he
 settings.load_profile("tokdyn")
 
 
+THREADS = torch.get_num_threads()
 ROOMS, MANY, SHARE = ("contract", "calibration"), 6, 4  # of tests that are repeated MANY times, one in SHARE runs
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square")  # of the text encoders of pipelines
 
@@ -110,8 +111,10 @@ def largest_file() -> Callable[[int], AbstractContextManager[None]]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Starts every test from the same global random state."""
+    """Start every test from the same random state and number of threads, which commands that time something change."""
     torch.manual_seed(0)
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

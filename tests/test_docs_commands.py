@@ -22,6 +22,7 @@ ELSEWHERE = {
     "bash": "runs all of CI, this test included",
     "pip": "installs from a package index",
     "python": "measures for minutes to hours, on trained models; tests/bench tries the functions",
+    "tokdyn playground": "serves a page until it is stopped; tests/playground opens it in a browser",
     "tokdyn convert SiT-XL/2": "reads 2.7 GB of weights from the net",
     "tokdyn upcycle --base DiT-XL/2": "reads 2.7 GB of weights from the net",
 }
@@ -110,8 +111,10 @@ def of_pip(words: list[str], _: pytest.MonkeyPatch) -> None:
 
 
 def of_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module takes the options; it stops when they are parsed."""
-    assert words[0] == "-m"
+    """The file exists, or the module takes the options; it stops when they are parsed."""
+    if words[0] != "-m":
+        assert (ROOT / words[0]).is_file()
+        return
     module = importlib.import_module(words[1])
     parse = argparse.ArgumentParser.parse_known_args
 

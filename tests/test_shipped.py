@@ -172,7 +172,7 @@ def test_shipped_models_are_measured(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On random models: the images are not recognised, and the router is hardly better than a random one."""
-    monkeypatch.setattr(shipped, "_SCORED", 16)
+    monkeypatch.setattr(shipped, "SCORED", 16)
     words = ["--count", "4", "--steps", "2", "--judge-steps", "3", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["shipped", *words, "--out", "shipped.json", "--figures", "figures"])
     assert shipped.main() == 1

@@ -42,6 +42,7 @@ READERS = {
     "tokdyn/report/pareto.py": None,  # rows of anybody
     "tokdyn/run_report/folders.py": None,  # shows what it finds
     "tokdyn/demo/shipped.py": None,  # the description of a model that ships with the package
+    "tokdyn/playground/words.py": None,  # words that were typed on the page
 }
 """The format that a module reads; None where it is no format of ours."""
 READING = {"json_object", "loads", "load_file", "safe_open", "parse", "model_validate_json"}
