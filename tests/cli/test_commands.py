@@ -29,9 +29,9 @@ TINY = [
     "training.precision=fp32",
 ]  # fmt: skip
 LEAVES = [
-    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["tune"], ["eval"], ["report"], ["plot"], ["playground"],
-    ["convert"], ["models"], ["methods"], ["presets"], ["doctor"], ["bench", "flops"], ["bench", "speed"],
-    ["bench", "quality"],
+    ["demo"], ["train"], ["upcycle"], ["features"], ["sample"], ["calibrate"], ["tune"], ["eval"], ["report"], ["plot"],
+    ["playground"], ["convert"], ["models"], ["methods"], ["presets"], ["doctor"], ["bench", "flops"],
+    ["bench", "speed"], ["bench", "quality"],
     ["recipes", "ls"], ["recipes", "show"], ["recipes", "copy"], ["recipes", "check"],
 ]  # fmt: skip
 
