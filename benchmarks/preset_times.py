@@ -20,8 +20,8 @@ import torch
 
 import tokdyn
 from benchmarks import command_line, markdown
-from benchmarks.cache_rules import Calls, Case, Side, flux_calls, in_rounds, spent, through, told, wan, wan_calls
 from benchmarks.caching import flux
+from benchmarks.trajectories import Calls, Case, Side, flux_calls, in_rounds, spent, through, told, wan, wan_calls
 from tokdyn.bench.timing import machine, write
 from tokdyn.methods import Method
 from tokdyn.presets import families

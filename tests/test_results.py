@@ -5,7 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, caching, cifar10, command_line, dcdit, markdown, sampling, stacking, tuning, upcycling
+from benchmarks import (
+    attention,
+    cache_rules,
+    caching,
+    cifar10,
+    command_line,
+    dcdit,
+    markdown,
+    preset_times,
+    sampling,
+    stacking,
+    tuning,
+    upcycling,
+)
+from benchmarks.trajectories import flux_calls
 
 ROOT = Path(__file__).parents[1]
 
@@ -227,3 +241,30 @@ def test_benchmarks_share_options_and_exit_codes(capsys):
 
 def test_markdown_tables():
     assert markdown.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_times_of_caches_are_shown_beside_those_of_the_plain_model():
+    def row(ms, computed=13):
+        return {"median_ms": ms, "computed": computed, "gflops": 213.4, "threshold": None}
+
+    case = {"rows": {"steps": row(500), "plain": row(1000, 25)}, "rounds_over": {"steps over mask": [0.9, 1.0, 0.95]}}
+    result = {"cases": {"flux": case, "wan": case}}
+    assert cells(cache_rules.table(result)) == [
+        ["steps", *["13", "213", "0.50", "0.50"] * 2],
+        ["plain", *["25", "213", "1.00", "1.00"] * 2],
+    ]
+    assert [row[:3] for row in cells(cache_rules.ratios(result))] == [
+        ["flux", "steps over mask", "0.950"], ["wan", "steps over mask", "0.950"],
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_preset_of_a_model_is_measured_at_the_steps_it_is_published_for():
+    model = caching.flux(1, 2, 1, 32)
+    rows = preset_times.measured(model, lambda steps: flux_calls(2, 4, steps), "FLUX.1-dev", rounds=1)
+    by_name = {row["preset"]: row for row in rows}
+    assert by_name["mask-fast"]["steps"] == 28
+    assert by_name["mask-fast"]["computed"] == 11
+    assert all(0 < row["preset_gflops"] <= row["plain_gflops"] for row in rows)
+    lines = cells(preset_times.table({"models": {"FLUX.1-dev": rows}}))
+    assert [line[1] for line in lines] == list(by_name)
