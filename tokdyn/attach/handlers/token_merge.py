@@ -168,7 +168,8 @@ class MergedTokens(Sublayer):
         for number, grid in enumerate(images.references if self.method.references == "merge" else ()):
             at = sum(counts[:number]) if number < images.leading else view.room - sum(counts[number:])
             parts.append((at, grid, TokenView(view.samples, cells(grid), cells(grid), view.device)))
-        pairs, merged = list[tuple[Tensor, Destinations]](), False
+        pairs: list[tuple[Tensor, Destinations]] = []
+        merged = False
         compared = some_channels(rows, self.method.metric_width)
         first = torch.arange(view.batch, device=rows.device)[:, None] * view.room
         for at, grid, part in parts:
