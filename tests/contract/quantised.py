@@ -103,8 +103,10 @@ def _cast(model: Any) -> nn.Module:
 
 def _cast_by_function(model: nn.Module) -> nn.Module:
     from diffusers.hooks import apply_layerwise_casting
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
-    apply_layerwise_casting(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    skip = (*DEFAULT_SKIP_MODULES_PATTERN, "condition_embedder")  # Wan's reads the type of its weights and casts to it
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=skip)
     return model
 
 
