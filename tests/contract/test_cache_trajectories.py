@@ -7,6 +7,7 @@ import torch
 
 import tokdyn
 from tests.contract.models import TINY, sample
+from tests.contract.references import CALLS as REFERENCES
 from tests.contract.test_cache_rules import RATIOS, STEPS, cached, inputs_of, levels, mixed, outputs_of
 from tokdyn import FeatureCache
 from tokdyn.errors import InputError
@@ -160,3 +161,15 @@ def test_a_share_of_an_unknown_number_of_steps_is_refused_in_words(method):
     model(**calls[0])  # the first step is computed in any case
     with pytest.raises(InputError, match=r"num_steps=.*tokdyn\.trajectory"):
         model(**calls[1])
+
+
+@torch.no_grad()
+def test_an_edit_is_decided_by_the_generated_image_and_not_by_its_references():
+    """Z-Image takes the images of a sample as a list, of several sizes, the generated one last."""
+    call = REFERENCES["Z-Image"].inputs(2)
+    model = tokdyn.wrap(REFERENCES["Z-Image"].build(), [FeatureCache(rule="easycache", threshold=1e9)])
+    with tokdyn.trajectory(model, steps=5):
+        for level in (0.9, 0.8, 0.7, 0.6, 0.5):
+            images = [[*before, one + level] for *before, one in call["x"]]
+            model(**{**call, "x": images, "t": torch.full((2,), 1.0 - level)})
+    assert [len(each.cached) for each in tokdyn.traces(model)] == [0, 0, 2, 2, 0]

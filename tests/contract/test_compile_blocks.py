@@ -35,7 +35,7 @@ STACKS: dict[str, tuple[list[Any], int]] = {
     "chunk": ([Chunking(target=2, router="cosine")], 1),
     "merge": ([TokenMerge(ratio=0.5)], 2),
     "merge-weighted": ([TokenMerge(ratio=0.5, where="both", seed=3, weighted=True)], 2),
-    "merge-important": ([TokenMerge(ratio=0.5, where="mlp", important=True)], 1),
+    "merge-important": ([TokenMerge(ratio=0.5, where="mlp", important=True)], 2),
     "merge-reuse": ([TokenMerge(ratio=0.5, reuse=3)], 3),
     "merge-some": ([TokenMerge(ratio=0.5, blocks=(3, 9))], 3),
     "stack": ([FeatureCache(threshold=0.3), Chunking(target=2), TokenMerge(ratio=0.3), DepthSkip(blocks=(4,))], 2),
@@ -109,8 +109,8 @@ def test_a_few_graphs_serve_all_blocks_and_steps(name: str, stack: str) -> None:
     expected = steps(plain, name)
     for _ in range(2):
         torch.testing.assert_close(steps(model, name), expected, rtol=0, atol=1e-5)
-        kinds = 1 if name == "DiT" else 2
-        assert counter.frame_count <= graphs * kinds + (stack == "cache-first")
+        classes, kinds = (1, 1) if name == "DiT" else (2, 3)  # the first single block gets other strides than the rest
+        assert counter.frame_count <= graphs * kinds + classes * (stack == "cache-first")  # for a part of the batch
         assert (counter.frame_count > 0) == (graphs > 0)
     if methods:
         predict(plain, name)

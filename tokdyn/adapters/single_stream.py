@@ -50,6 +50,12 @@ def _zimage_cells(image: Tensor, call: Arguments) -> Grid:
     return grid[1:] if grid[0] == 1 else grid
 
 
+def _zimage_told(call: Arguments) -> Arguments:
+    """Put the generated image, the last of each sample, in place of the lists of images that it comes with."""
+    images = call["x"]
+    return {**call, "x": [each[-1] for each in images]} if isinstance(images[0], list) else call
+
+
 ZIMAGE = ModelAdapter(
     name="Z-Image",
     classes=("ZImageTransformer2DModel",),
@@ -78,6 +84,7 @@ ZIMAGE = ModelAdapter(
         ),
     ),
     grid=_zimage_grid,
+    told=_zimage_told,
     level=timestep_level("t", scale=1.0, backwards=True),
     refuse={"controlnet_block_samples": CONTROL_REASON},
     width=lambda model: int(model.config["dim"]),  # type: ignore[index]

@@ -202,7 +202,7 @@ class MergedTokens(Sublayer):
         """
         bucket, seed, important = self.method.bucket, self.method.seed, self.method.important
         known, key = self._matchings(context).destinations, (view.samples, view.source, view.grid, first)
-        if key in known and not important:
+        if not important and key in known:
             return known[key]
         windows = tiling(grid, widths(grid, bucket), self.method.window)
         step = 0 if seed is None else (context.level_tensor(view, rows.device) * 1000).round().long()
@@ -215,8 +215,7 @@ class MergedTokens(Sublayer):
             keep = None if kept is None else kept.to(rows.device)[sample, cell]
             stay = None if kept is None else self._stay(context, view, grid)
             chosen = destinations(cell, sample, view.batch, grid, bucket, seed, step, norms, windows, keep, stay)
-        known[key] = chosen
-        return chosen
+        return chosen if important else known.setdefault(key, chosen)
 
     def _away(self, context: CallContext, view: TokenView, ratios: Sequence[float]) -> list[tuple[float, int]]:
         """Return the ratio of each sample, and how many of its tokens are merged beside a mask of kept ones."""
