@@ -76,3 +76,8 @@ class _Lines:
         self._printed = now
         left = (now - self._began) / self._done * (self._total - self._done)
         print(f"{self._title}  {self._done}/{self._total}  ETA {duration(left)}", file=sys.stderr, flush=True)
+
+
+def in_ms(seconds: float) -> str:
+    """Write a time in milliseconds."""
+    return f"{1e3 * seconds:,.1f}"

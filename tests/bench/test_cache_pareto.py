@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,15 +82,7 @@ def test_picture_shows_every_rule_in_a_colour_of_its_own(tmp_path: Path) -> None
     assert int((image == inks[-1]).all(-1).sum()) == 0
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("threads")
 def test_command_measures_every_rule_and_continues_when_repeated(tmp_path: Path) -> None:
     save_model(tiny(0, DiT, depth=4, sample_size=8, patch_size=2), tmp_path / "dit", FACTS)
     kit = Kit(tmp_path)

@@ -25,7 +25,7 @@ from tokdyn.errors import InputError
 from tokdyn.methods import Method
 from tokdyn.pipelines import denoisers, disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
 from tokdyn.pipelines.drawing import draw
-from tokdyn.progress import progress
+from tokdyn.progress import in_ms, progress
 from tokdyn.prompts import check_numbers, title_of
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import Pixels, write_png
@@ -178,11 +178,6 @@ class Compared:
         if (share := self.flops_share) is not None:
             text += f", {share:.1%} of the FLOPs (multiply-add = 2, blocks and methods)"
         return "\n".join([*lines, text])
-
-
-def in_ms(seconds: float) -> str:
-    """Write a time in milliseconds."""
-    return f"{1e3 * seconds:,.1f}"
 
 
 def compare(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokdyn.bench.compare import Compared, compare, in_ms
+from tokdyn.bench.compare import Compared, compare
 from tokdyn.bench.settings import PipelineBenchConfig
 from tokdyn.bench.stacks import Stack
 from tokdyn.errors import RecipeError
@@ -22,6 +22,7 @@ from tokdyn.host import describe, open_device, settle_memory
 from tokdyn.pipelines import load, set_tail_drop, unwrap, wrap
 from tokdyn.pipelines.drawing import call_arguments
 from tokdyn.pipelines.opening import open_pipeline
+from tokdyn.progress import in_ms
 from tokdyn.prompts import title_of
 from tokdyn.report.gallery import Column, side_by_side
 from tokdyn.report.html import Html, table

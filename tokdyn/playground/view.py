@@ -8,6 +8,7 @@ import torch
 from tokdyn.bench.fidelity import psnr
 from tokdyn.playground.scene import Drawn, Scene, Sketch
 from tokdyn.playground.studio import Offer
+from tokdyn.progress import in_ms
 from tokdyn.report.explorer import legend
 from tokdyn.report.html import Html, join, picture, table, tag
 from tokdyn.report.maps import shade
@@ -72,7 +73,7 @@ def costs(scene: Scene, offer: Offer) -> Html:
         rows.append((offer.full, full))
     columns = {
         "": [name for name, _ in rows],
-        "ms": [f"{1e3 * each.seconds:,.1f}" for _, each in rows],
+        "ms": [in_ms(each.seconds) for _, each in rows],
         "GFLOPs": ["-" if each.gflops is None else f"{each.gflops:,.2f}" for _, each in rows],
         "tokens kept": ["all" if each.kept is None else f"{each.kept:.1%}" for _, each in rows],
         "cached steps": [str(each.cached) for _, each in rows],
