@@ -22,9 +22,9 @@ from tokdyn.testing import LAWS, Case, check_adapter
 
 NAMES = sorted(IMAGES)
 every = pytest.mark.parametrize("name", NAMES)
-STACKS = ("merge-weighted", "drop-nested", "cache-first", "chunk-ragged", "width", "width-heads")
+STACKS = ("merge-weighted", "drop-nested", "cache-first", "chunk-ragged", "width", "width-heads", "width-tokens")
 PAIRS = [(name, stack) for name, stack in product(NAMES, STACKS) if works(name, ACTIVE[stack])]
-PAIRS = [pair for pair in PAIRS if pair[1] != "width-heads" or (pair[0], "width") not in PAIRS]
+PAIRS = [pair for pair in PAIRS if not pair[1].startswith("width-") or (pair[0], "width") not in PAIRS]
 BY_NAME = {
     law.__name__: law
     for law in LAWS

@@ -16,6 +16,7 @@ from tests.contract.widths import (
     blocks_of,
     calls,
     clock,
+    decided_flops,
     hold,
     in_double,
     layouts_on,
@@ -146,7 +147,7 @@ def test_the_loss_charges_what_is_saved(name):
     model(**inputs)
     saved = 0.0
     for call in calls(model):
-        attention, mlp = layouts_on(model)[call.block].flops(call.tokens, call.text)
+        attention, mlp = decided_flops(model, call)
         saved += call.samples * ((1 - call.heads) * attention + (1 - call.channels) * mlp)
     really = whole - found.counted + found.parts["DynamicWidth gates"]
     if name in ("shared-keys", "Lumina2Transformer2DModel"):  # keys and values are needed if one of two heads is on

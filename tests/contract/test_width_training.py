@@ -13,6 +13,7 @@ from tests.contract.widths import (
     NAMES,
     calls,
     clock,
+    decided_flops,
     hold,
     in_double,
     layouts_on,
@@ -82,7 +83,7 @@ def share_of(model):
     """Share of the FLOPs, from what was recorded; the mean over samples."""
     spent, whole, layouts = 0.0, 0.0, layouts_on(model)
     for call in calls(model):
-        attention, mlp = layouts[call.block].flops(call.tokens, call.text)
+        attention, mlp = decided_flops(model, call)
         joint = any(layer.rows == "joint" and "channels" in layer.elements for layer in layouts[call.block].layers)
         words = call.text if joint else 0
         rows = (call.mlp_rows + call.samples * words) / (call.samples * (call.tokens + words))

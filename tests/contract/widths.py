@@ -14,7 +14,9 @@ from tests.contract.models import TINY
 from tests.contract.siblings import TWINS
 from tokdyn import DynamicWidth
 from tokdyn.adapters import adapter_for
+from tokdyn.adapters.counting import text_stream
 from tokdyn.attach.width.layout import Layout, layouts_of
+from tokdyn.trace.calls import BlockTrace
 
 
 @torch.no_grad()
@@ -47,6 +49,13 @@ def widths_of(model: Any) -> list[Any]:
 def layouts_on(model: nn.Module) -> tuple[Layout, ...]:
     """What belongs to heads and channels in the layers of each block."""
     return layouts_of(model, adapter_for(model), [method for method, _ in tokdyn.parts(model)])
+
+
+def decided_flops(model: nn.Module, call: BlockTrace) -> tuple[int, int]:
+    """FLOPs of attention and of the MLP of one sample that gates decide about, in a block that was computed."""
+    blocks = [each for each in adapter_for(model).blocks for _ in model.get_submodule(each.path).children()]
+    stream = text_stream(call, blocks[call.block])
+    return layouts_on(model)[call.block].flops(call.tokens, call.text, stream)
 
 
 def in_double(value: Any) -> Any:

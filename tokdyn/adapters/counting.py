@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,21 @@ def other_tokens(named: Mapping[str, Any], blocks: Blocks, image: int) -> tuple[
     encoder = encoder[0] if isinstance(encoder, tuple) else encoder
     beside = named[blocks.tokens].shape[1] - image
     return beside + (0 if text is None else text.shape[1]), 0 if encoder is None else encoder.shape[1]
+
+
+class Counted(Protocol):
+    """What was counted of one computation of a block; see `tokdyn.trace.calls.BlockTrace`."""
+
+    samples: int
+    text: int
+    given: tuple[tuple[str, int | Tensor], ...]
+
+
+def text_stream(counted: Counted, blocks: Blocks) -> int:
+    """Return how many text tokens of each sample lie in a stream of their own; all if none are among image tokens."""
+    if blocks.image == "all" or blocks.text is None:
+        return counted.text
+    return int(dict(counted.given)[blocks.text]) // counted.samples
 
 
 def rounds_of(named: Mapping[str, Any], blocks: Blocks, batch: int) -> int:

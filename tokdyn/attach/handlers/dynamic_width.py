@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokdyn.adapters.counting import text_stream
 from tokdyn.adapters.tokens import call_by_name
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.context import CallContext
@@ -151,8 +152,7 @@ class DynamicBlocks(Bracket, Kernel):
     def key(self, context: CallContext, view: TokenView, block: int) -> Sequence[Hashable] | None:
         """Return for every sample the heads and channels to compute; None if everything is computed."""
         widths: Widths = context.slots[self.slot]
-        on = [blocks[block] for blocks in widths.on]
-        return on if any(on) else None
+        return on if any(on := [blocks[block] for blocks in widths.on]) else None
 
     def run(self, frame: Frame, module: nn.Module, site: Site, inner: Inner, named: dict[str, Any]) -> Any:
         """Compute the block on sliced weights, or with masks."""
@@ -176,11 +176,10 @@ class DynamicBlocks(Bracket, Kernel):
         layout = self.layouts[site.block]
         attach_layers(frame.sites, module, site, layout)
         out = inner(named)
-        lengths, parts = frame.block.rows or (frame.block.tokens,) * len(samples), frame.context.parts(site.blocks)[0]
-        widths.spent += tuple(
-            (site.block, sample, layout.flops(length, frame.block.text, parts))
-            for sample, length in zip(samples, lengths, strict=True)
-        )
+        lengths = frame.block.rows or (frame.block.tokens,) * len(samples)
+        rest = frame.block.text, text_stream(frame.block, site.blocks), frame.context.parts(site.blocks)[0]
+        spent = ((sample, layout.flops(length, *rest)) for sample, length in zip(samples, lengths, strict=True))
+        widths.spent += tuple((site.block, sample, flops) for sample, flops in spent)
         widths.shares += tuple((site.block, some, share) for some, share in frame.exchange.returned.items())
         return out
 

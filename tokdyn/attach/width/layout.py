@@ -89,19 +89,20 @@ class Layout:
         """Return the number of channels of all heads together, or of the MLP."""
         return sum(self.sizes[kind])
 
-    def flops(self, image: int, text: int, parts: int = 1) -> tuple[int, int]:
+    def flops(self, image: int, text: int, stream: int, parts: int = 1) -> tuple[int, int]:
         """Compute the FLOPs that gates decide about, for one sample; a multiply-add is 2.
 
         Args:
             image: number of image tokens.
             text: number of text tokens.
+            stream: how many of them are in a stream of their own.
             parts: number of equal parts of the image tokens that do not attend to each other.
 
         Returns:
             FLOPs of attention, and FLOPs of the MLP.
         """
         both = image + text
-        rows = {"image": image, "text": text, "joint": both, "sequence": both}  # not those over an encoder's tokens
+        rows = {"image": image, "text": stream, "joint": both, "sequence": both - stream}  # no encoder's
         pairs = (both**2 + self.beside * image**2) // parts
         spent: dict[Kind, int] = {"heads": 4 * pairs * self.total("heads"), "channels": 0}
         for layer in self.layers:

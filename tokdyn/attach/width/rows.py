@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokdyn.adapters.counting import text_stream
 from tokdyn.adapters.tokens import split
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.handlers.base import Frame
@@ -49,8 +50,10 @@ def _logits(gates: WidthGates, frame: Frame, site: Site, x: Tensor) -> tuple[Ten
     if frame.view.packing is not None:
         text, image = None, x
     else:
-        place = _place(site)
-        text, image = split(x, None if place == "all" else x.shape[1] - frame.block.text, place)
+        place, blocks, beside = _place(site), site.blocks, frame.block.text
+        if blocks.text is not None and blocks.inside_mlp is None:
+            beside -= text_stream(frame.block, blocks)
+        text, image = split(x, None if place == "all" else x.shape[1] - beside, place)
     rows = image.numel() // image.shape[-1]
     frame.context.trace.spend("DynamicWidth gates", rows * gates.token_flops)
     return gates.token_logits(site.block, image), 0 if text is None else text.shape[1]
@@ -218,9 +221,7 @@ def _split_weight(
 def note_saved(frame: Frame, site: Site, layout: Layout, taken: Slice) -> None:
     """Record the FLOPs that the slices `taken` saved in a block, by the number of rows that each of its layers got."""
     call = frame.block
-    text = stream = call.samples * call.text
-    if site.blocks.image != "all" and site.blocks.text is not None:
-        stream = int(dict(call.given)[site.blocks.text])
+    text, stream = call.samples * call.text, call.samples * text_stream(call, site.blocks)
     rows = {
         kind: sum(samples * tokens for samples, tokens in call.groups(merged))
         for kind, merged in (("block", []), ("attention", call.attention), ("mlp", call.mlp))
