@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tokdyn.progress import in_ms
+
 from .arguments import split
 from .frame import command
 from .output import Json, as_json, shell, table
@@ -36,7 +38,7 @@ def budget_row(budget: BudgetResult) -> tuple[str, ...]:
         f"{budget.images}",
         "-" if budget.kept is None else f"{budget.kept:.1%}",
         "-" if budget.tflops_per_image is None else _digits(1e3 * budget.tflops_per_image),
-        "-" if budget.images_per_second is None else f"{1e3 / budget.images_per_second:,.1f}",
+        "-" if budget.images_per_second is None else in_ms(1 / budget.images_per_second),
     )
 
 
@@ -130,8 +132,8 @@ def _pipeline(args: list[str], json: bool) -> str:
         (
             title,
             each.seed,
-            f"{1e3 * each.seconds:,.1f}",
-            "-" if each.denoiser_seconds is None else f"{1e3 * each.denoiser_seconds:,.1f}",
+            in_ms(each.seconds),
+            "-" if each.denoiser_seconds is None else in_ms(each.denoiser_seconds),
             "-" if each.cached is None else each.cached,
             "-" if each.share is None else f"{each.share:.1%}",
             result.folder / each.file,

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
 
+from tokdyn.progress import in_ms
+
 Number = TypeVar("Number", int, float)
 _MANY, _ENDS = 120, 50  # a table of more calls shows this many of its first and last ones
 
@@ -282,7 +284,7 @@ def _columns_of_times(calls: Sequence[CallStats]) -> list[tuple[str, list[str]]]
     """List the columns of times in milliseconds that hold any, each with its name."""
     columns = (("ms", [call.seconds for call in calls]), ("dense ms", [call.dense_seconds for call in calls]))
     return [
-        (name, ["-" if value is None else f"{1e3 * value:.1f}" for value in values])
+        (name, ["-" if value is None else in_ms(value) for value in values])
         for name, values in columns
         if any(value is not None for value in values)
     ]
@@ -339,7 +341,7 @@ def _times(trajectory: TrajectoryStats) -> list[str]:
     seconds = trajectory.seconds
     if seconds is None:
         return []
-    text = f"{1e3 * seconds:,.1f} ms in the model, {1e3 * seconds / len(trajectory.steps):.1f} ms a step"
+    text = f"{in_ms(seconds)} ms in the model, {in_ms(seconds / len(trajectory.steps))} ms a step"
     if trajectory.denoiser_share is not None:
         text += f", {trajectory.denoiser_share:.0%} of the pipeline's time"
     if trajectory.speedup is None:
