@@ -61,6 +61,14 @@ def test_what_is_found_meets_the_target_and_the_printed_command_draws_with_it(pi
             assert np.array_equal(np.asarray(image), expected)
 
 
+def test_a_few_steps_are_cached_down_to_the_first_and_the_last(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["steps=4", *SMALL[1:]]
+    run("tune", pipeline, "flops=0.52", "knobs=cache", "prompts=a red square", "trials=1", "finalists=1", *few)
+    (trial,) = json.loads((tmp_path / "tuned" / "tuned.json").read_text())["trials"]
+    assert trial["flops"] == pytest.approx(0.5, abs=0.02)
+
+
 def test_targets_knobs_and_pipelines_that_do_not_fit_are_refused(pipeline, tmp_path):
     out = f"out={tmp_path / 'o'}"
     assert "drop" in run("tune", pipeline, "flops=0.7", "knobs=drop", out, *SMALL, code=2)

@@ -8,6 +8,7 @@ meet the target gives a schedule. Its error is the distance to the unmodified mo
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from tokdyn.bench.tune_settings import Knob, TuneConfig
 from tokdyn.calibration.caching import calibrate_cache
 from tokdyn.calibration.replay import Replay
 from tokdyn.calibration.skipping import calibrate_skipping
+from tokdyn.calibration.threshold import choose_threshold, share_of
 from tokdyn.diffusion.guidance import takes_tail_drop
 from tokdyn.diffusion.sampling import generate
 from tokdyn.errors import InputError, RecipeError, TokdynError
@@ -123,12 +125,13 @@ class Tuner(ABC):
 
     def _calibrate(self, name: str, model: nn.Module, calls: list[Call]) -> None:
         """Calibrate the methods of a denoiser on the calls that it got."""
-        if "cache" in self.knobs:
-            replay = Replay(model)
-            steps = len({replay.levels(call, 1)[0] for call in calls})
-            least = max(_FEWEST_COMPUTED, 1.5 / steps)  # the first step is always computed
-            if least < 1.0:
-                self.caches[name] = calibrate_cache(model, calls, FeatureCache(), steps=least).method
+        replay = Replay(model)
+        if "cache" in self.knobs and len({replay.levels(call, 1)[0] for call in calls}) > 1:
+            found = calibrate_cache(model, calls, FeatureCache())
+            fewest = share_of(found.steps, found.method.model_copy(update={"threshold": math.inf})).computed
+            if fewest < 1.0:
+                threshold = choose_threshold(found.steps, found.method, computed=max(_FEWEST_COMPUTED, fewest))
+                self.caches[name] = found.method.model_copy(update={"threshold": threshold})
         if "skip" in self.knobs:
             tables = []
             for share in _SKIP_TARGETS:
