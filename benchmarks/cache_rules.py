@@ -4,9 +4,9 @@ A Flux of 4 double and 8 single blocks on 96 tokens and a Wan of 8 blocks on 128
 of 25 steps on latents that move from noise to an image at their own pace. Each rule gets the threshold with which it
 computes 13 of them; the caches of cache-dit (pip install cache-dit, version 1.5) and of diffusers get the threshold
 with which they compute as many steps of the same trajectory, and run on equal weights, in turn. What is computed is
-counted by a hook in the last block. Prints seconds and FLOPs (a multiply-add is 2). Then each rule runs in turn with
-the cache that decides by the same quantity at equal computed steps, and nothing between the two: prints the ratio of
-their times, the median over rounds, and exits with 1 if one is above 1.02. Takes about half an hour.
+counted by a hook in the last block. Prints seconds and FLOPs (a multiply-add is 2). Then each rule runs step by step in
+turn with the cache that decides by the same quantity at equal computed steps, and nothing between the two: prints the
+ratio of their times, the median over rounds, and exits with 1 if one is above 1.02. Takes about half an hour.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from operator import truediv
 from typing import Any
 
 import torch
@@ -26,7 +25,18 @@ from rich.table import Table
 import tokdyn
 from benchmarks import command_line, markdown
 from benchmarks.caching import flux
-from benchmarks.trajectories import Case, Side, flux_calls, in_rounds, spent, through, told, wan, wan_calls
+from benchmarks.trajectories import (
+    Case,
+    Side,
+    flux_calls,
+    in_rounds,
+    spent,
+    step_by_step,
+    through,
+    told,
+    wan,
+    wan_calls,
+)
 from tokdyn import FeatureCache
 from tokdyn.bench.timing import machine, write
 
@@ -180,23 +190,17 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
         for name, side in sides.items()
     }  # fmt: skip
     equal = {
-        f"{mine} over {peer}": (sides[mine].run, sides[peer].run)
+        f"{mine} over {peer}": (sides[mine], sides[peer])
         for peer, mine in pairs.items()
         if len(sides[mine].computed) == len(sides[peer].computed)
     }
-    ratios = {name: in_turn(*pair, rounds) for name, pair in equal.items()}
+    ratios = {name: step_by_step(*pair, rounds) for name, pair in equal.items()}
     return {
         "rows": rows,
         "over": {name: statistics.median(each) for name, each in ratios.items()},
         "rounds_over": ratios,
         "unequal": [pair for peer, mine in pairs.items() if (pair := f"{mine} over {peer}") not in equal],
     }  # fmt: skip
-
-
-def in_turn(mine: Callable[[], None], peer: Callable[[], None], rounds: int) -> list[float]:
-    """Time two sides one after the other in every round and return the ratio of each: the machine's speed changes."""
-    times = in_rounds({"mine": mine, "peer": peer}, rounds)
-    return list(map(truediv, times["mine"], times["peer"]))
 
 
 def show(name: str, found: Mapping[str, Any]) -> None:

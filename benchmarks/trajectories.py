@@ -42,14 +42,19 @@ class Side:
     """A model with a cache.
 
     Attributes:
-        run: calls the model through a whole trajectory, from an empty cache on.
+        steps: begins a trajectory from an empty cache on, and calls the model once at each turn of the iterator.
         computed: numbers of the steps that computed the last block in the last trajectory.
         threshold: with which it ran; None where steps are listed.
     """
 
-    run: Callable[[], None]
+    steps: Callable[[], Iterator[None]]
     computed: list[int] = field(default_factory=list)
     threshold: float | None = None
+
+    def run(self) -> None:
+        """Call the model through a whole trajectory."""
+        for _ in self.steps():
+            pass
 
 
 def moving(steps: int, *shape: int) -> list[Tensor]:
@@ -114,19 +119,20 @@ def through(
         at_step: opens the context of a step.
     """
     step = [0]
-    side = Side(run=lambda: None)
+    side = Side(steps=lambda: iter(()))
     linear = [each for each in last_block(model).modules() if isinstance(each, nn.Linear)][-1]
     linear.register_forward_hook(lambda *_: side.computed.append(step[0]) if step[0] not in side.computed else None)
 
     @torch.no_grad()
-    def run() -> None:
+    def steps() -> Iterator[None]:
         side.computed.clear()
         with begin():
             for step[0], arguments in enumerate(calls):
                 with at_step(step[0]):
                     model(**arguments)
+                yield
 
-    side.run = run
+    side.steps = steps
     return side
 
 
@@ -168,6 +174,35 @@ def in_rounds(sides: Mapping[str, Callable[[], None]], rounds: int) -> dict[str,
     finally:
         gc.enable()
     return times
+
+
+def step_by_step(mine: Side, peer: Side, rounds: int) -> list[float]:
+    """Run two sides through their trajectories together, a step of each in turn, and compare their times.
+
+    The machine's speed changes within seconds, so that whole trajectories one after the other differ by more than
+    caches do.
+
+    Returns:
+        The time of `mine` over that of `peer` in each round, after one that does not count.
+    """
+    ratios, ended = [], object()
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(-1, rounds):
+            walks, times, running, step = (mine.steps(), peer.steps()), [0.0, 0.0], {0, 1}, index
+            while running:
+                for place in sorted(running, reverse=step % 2 == 0):
+                    start = time.perf_counter()
+                    if next(walks[place], ended) is ended:
+                        running.remove(place)
+                    times[place] += time.perf_counter() - start
+                step += 1
+            if index >= 0:
+                ratios.append(times[0] / times[1])
+    finally:
+        gc.enable()
+    return ratios
 
 
 def spent(side: Side) -> float:

@@ -20,6 +20,7 @@ from benchmarks import (
     upcycling,
 )
 from benchmarks.trajectories import flux_calls
+from tokdyn.presets import families
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +101,24 @@ def test_tuning_table_is_the_measured_one_and_tuned_schedules_win_at_three_budge
     for each in result["budgets"]:
         assert tuning.beats(each["tuned"][0], each["uniform"], each["plain"])
         assert each["images"] >= 256
+
+
+def test_cache_rules_on_the_page_are_the_measured_ones():
+    result = committed("cache-rules-cpu")
+    assert cache_rules.table(result) in page("performance")
+    assert cache_rules.ratios(result) in page("performance")
+    assert result["missed"] == []
+    for name, case in result["cases"].items():
+        assert {*cache_rules.OWN, "plain"} <= case["rows"].keys(), name
+        assert len(case["over"]) >= 6
+
+
+def test_times_of_presets_on_the_page_are_the_measured_ones():
+    result = committed("preset-times-cpu")
+    assert preset_times.table(result) in page("performance")
+    for name, rows in result["models"].items():
+        (entry,) = (entry for family in families() for entry in family.models if entry.name == name)
+        assert {row["preset"] for row in rows} == set(entry.settings)
 
 
 def test_cifar10_table_of_a_small_result():
