@@ -80,7 +80,8 @@ def check_adapter(
         images = adapter.image_tokens(model, call)
         for grid in (images.grid, *images.references):
             assert min(grid) >= 1, f"the {name} reads the grid {grid}; every size must be at least 1"
-        _check_tokens(model, call, total(images))
+        case = Case(lambda: copy.deepcopy(model), call, (), shared)
+        _check_tokens(model, call, case.batch, total(images))
     checked = []
     for kind in METHODS.values():
         for method in kind.examples():
@@ -92,8 +93,11 @@ def check_adapter(
 
 
 @torch.no_grad()
-def _check_tokens(model: nn.Module, call: Mapping[str, Any], count: int) -> None:
-    """Check that the first block runs and gets as many tokens as the grid has cells, unless it gets text as well."""
+def _check_tokens(model: nn.Module, call: Mapping[str, Any], batch: int, count: int) -> None:
+    """Check that the first block runs and gets as many tokens as the grid has cells, unless it gets text as well.
+
+    A block may get the tokens of a sample in parts, such as its frames, or with the samples on the second axis.
+    """
     adapter, shapes = adapter_for(model), []
     first = next(iter(model.get_submodule(adapter.blocks[0].path).children()))
     name = adapter.blocks[0].tokens
@@ -111,7 +115,7 @@ def _check_tokens(model: nn.Module, call: Mapping[str, Any], count: int) -> None
     assert shapes, f"the adapter {adapter.name!r} declares blocks in {blocks.path!r}, but the first of them did not run"
     if blocks.image == "all" and blocks.packing is None:
         assert shapes[0] is not None
-        tokens = shapes[0][1]
+        tokens = shapes[0][:-1].numel() / batch
         assert tokens == count, (
-            f"the adapter {adapter.name!r} reads a grid of {count} cells, but the first block gets {tokens} tokens"
+            f"the adapter {adapter.name!r} reads a grid of {count} cells, but the first block gets {tokens:g} tokens"
         )
