@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import (
     attention,
+    cache_pareto,
     cache_rules,
     caching,
     cifar10,
@@ -119,6 +120,14 @@ def test_times_of_presets_on_the_page_are_the_measured_ones():
     for name, rows in result["models"].items():
         (entry,) = (entry for family in families() for entry in family.models if entry.name == name)
         assert {row["preset"] for row in rows} == set(entry.settings)
+
+
+def test_table_of_caching_rules_is_the_measured_one():
+    content = committed("cache-pareto")
+    assert cache_pareto.table(content) in page("results")
+    rules = {row["rule"] for row in content["rows"]}
+    assert rules == {cache_pareto.NO_CACHE, *cache_pareto.LISTED, *cache_pareto.DECIDED}
+    assert {row["companion"] for row in content["rows"]} == set(cache_pareto.COMPANIONS)
 
 
 def test_cifar10_table_of_a_small_result():
