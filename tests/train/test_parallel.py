@@ -115,7 +115,7 @@ def test_accumulated_gradients_and_losses_are_those_of_the_whole_batch(
     gradients, metrics = one_step(family(name, tmp_path, steps=9), 2)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     assert all(gradient.any() for gradient in gradients.values()) or "upcycled" in name
-    for parts in (2, 4, 8):
+    for parts in (2, 4):
         pieces, found = one_step(family(name, tmp_path, steps=9, accumulation=parts), 2)
         assert found == pytest.approx(metrics, rel=1e-6, abs=1e-9)
         assert pieces.keys() == gradients.keys()
@@ -140,7 +140,7 @@ def test_two_processes_equal_one_before_and_after_resumes_that_change_the_divisi
             recipe = family(name, tmp_path / "parts" / name, steps=steps, accumulation=accumulation)
             runs.append((recipe.model_dump(mode="json"), steps == 5))
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    processes.launch(WORKER, str(tmp_path / "runs.json"))
+    processes.launch(WORKER, str(tmp_path / "runs.json"), timeout=300)
     for name in names:
         whole, parts = tmp_path / "whole" / name, tmp_path / "parts" / name
         train(family(name, parts, steps=6, accumulation=4), resume=True)
