@@ -19,6 +19,7 @@ from benchmarks import command_line
 from tokdyn import DiT
 from tokdyn.bench.timing import in_turn, machine, write
 from tokdyn.diffusion.objective import Objective
+from tokdyn.seeds import image_keys
 from tokdyn.train.step import RatioTerm, draw, micro_step
 from tokdyn.upcycling import Distillation
 from tokdyn.upcycling.phases import PhaseBatch
@@ -30,7 +31,7 @@ SLACK = 1.05
 def step(model: Distillation, phase: PhaseSettings, batch: int) -> Callable[[], None]:
     """Return a function that runs a forward and a backward pass on random images, the same in every call."""
     torch.manual_seed(0)
-    draws = draw(Objective(), torch.randn(batch, 4, 32, 32), torch.arange(batch), 1000, 0.1)
+    draws = draw(Objective(), torch.randn(batch, 4, 32, 32), torch.arange(batch), 1000, 0.1, image_keys(0, 0, 0, batch))
     phase_batch = PhaseBatch(phase, torch.ones(batch, dtype=torch.bool))
 
     def run() -> None:

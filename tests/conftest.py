@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKDYN_CACHE"] = tempfile.mkdtemp(prefix="tokdyn-")
 
 import pytest
 import torch
@@ -30,6 +33,10 @@ settings.load_profile("tokdyn")
 THREADS = torch.get_num_threads()
 ROOMS, MANY, SHARE = ("contract", "calibration"), 6, 4  # of tests that are repeated MANY times, one in SHARE runs
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "square")  # of the text encoders of pipelines
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TOKDYN_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors"],
     ["files", "host", "hub", "lazy", "method_names", "progress", "section", "seeds"],
-    ["prompts", "tokens"],
+    ["draws", "prompts", "tokens"],
+    ["division"],
     ["ops"],
     ["methods"],
     ["presets"],

@@ -1,4 +1,4 @@
-"""Derive the seed of every random draw from (seed, purpose, step, slot), so that checkpoints hold no random state."""
+"""Derive the seed of every random draw from (seed, purpose, step, place), so that checkpoints hold no random state."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from enum import IntEnum
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
+SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""The constants of SplitMix64 (Steele, Lea and Flood 2014): what is added to the state, and its two factors."""
 _MASK = (1 << 64) - 1
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
+_STEP, _FIRST, _SECOND = map(np.uint64, SPLITMIX)
 _LOW = 2**32 - 1
 _SPREAD = 0x9E3779B1  # odd, so that different high halves of a seed stay different
 
@@ -24,11 +25,23 @@ class Stream(IntEnum):
     BUDGET = 2
     CALIBRATION = 3
     PREVIEW = 4
-    PLAN = 5
+    IMAGE = 5
+
+
+class Draw(IntEnum):
+    """What is drawn for an image in a training step. Draws of different kinds are independent."""
+
+    NOISE = 0
+    TIMESTEP = 1
+    LABEL = 2
+    TAIL_DROP = 3
+    PLAN = 4
+    ROUTER = 5
+    METHOD = 6
 
 
 def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Apply one step of SplitMix64 (Steele, Lea and Flood 2014) to each element.
+    """Apply one step of SplitMix64 to each element.
 
     It is written out in integer arithmetic, so that draws are the same on all machines and library versions.
     """
@@ -85,3 +98,18 @@ def low_seed(seed: int) -> int:
 def noise_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return the generator of an image's noise, which a seed below 2**32 seeds as it is, as users of diffusers do."""
     return torch.Generator(device).manual_seed(low_seed(seed) if torch.device(device).type == "cpu" else seed)
+
+
+def image_keys(seed: int, step: int, first: int, count: int) -> Tensor:
+    """Return the keys from which `tokdyn.draws` draws all that is random about images of a training step.
+
+    Args:
+        seed: the seed of the recipe.
+        step: steps already taken.
+        first: place of the first image in the batch of the step.
+        count: number of images, which have consecutive places.
+
+    Returns:
+        (count,) int64 on the CPU.
+    """
+    return torch.from_numpy(mixed(seed, Stream.IMAGE, step, np.arange(first, first + count)).view(np.int64))

@@ -27,6 +27,7 @@ READERS = {
     "tokdyn/recipe/from_base.py": "training",
     "tokdyn/upcycling/pipelines.py": "distillation",
     "tokdyn/data/shards.py": "latents",
+    "tokdyn/data/digests.py": None,  # a cache that may be deleted
     "tokdyn/evaluate/statistics.py": "statistics",
     "tokdyn/recipe/files.py": "settings",
     "tokdyn/bench/stacks.py": "settings",

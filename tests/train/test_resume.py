@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from tokdyn.errors import CheckpointError, DataError
@@ -147,6 +148,29 @@ def test_other_data_are_rejected(half: Path, tiny: Tiny) -> None:
     state.write_text(json.dumps(contents))
     with pytest.raises(CheckpointError, match=r"data\.path"):
         train(tiny(half, *FULL), resume=True)
+
+
+def test_replaced_images_are_rejected(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal names, sizes and times. A checkpoint of an earlier version, which knows names alone, is continued."""
+    monkeypatch.setenv("TOKDYN_CACHE", str(tmp_path / "cache"))
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(5):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(images / f"{number}.bmp")
+    settings = ("data.kind=images", f"data.path={images}")
+    folder = tmp_path / "run"
+    train(tiny(folder, *settings))
+    assert train(tiny(folder, *settings, "training.steps=3"), resume=True).finished
+    before = (images / "3.bmp").stat()
+    Image.new("RGB", (16, 16), (99, 0, 0)).save(images / "3.bmp")
+    os.utime(images / "3.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=str(images)):
+        train(tiny(folder, *settings, "training.steps=4"), resume=True)
+    state = folder / "checkpoints" / "step_0000003" / "state.json"
+    contents = json.loads(state.read_text())
+    del contents["data"]["content"]
+    state.write_text(json.dumps(contents))
+    assert train(tiny(folder, *settings, "training.steps=4"), resume=True).finished
 
 
 def test_settings_that_only_change_the_rounding_are_noted(half: Path, tiny: Tiny, console: Console) -> None:

@@ -21,6 +21,7 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import RecipeError, TokdynError
 from tokdyn.models import DCDiT
 from tokdyn.recipe import OptimizerSettings, Recipe, load
+from tokdyn.seeds import image_keys
 from tokdyn.train import checkpoints, metrics, train
 from tokdyn.train.ema import Ema
 from tokdyn.train.setup import open_optimizer
@@ -33,14 +34,14 @@ Tiny = Callable[..., Recipe]
 
 
 def test_labels_are_dropped_with_the_given_probability() -> None:
-    torch.manual_seed(0)
     x, labels = torch.zeros(4000, 1, 1, 1), torch.arange(4000) % 10
-    drawn = draw(Objective(), x, labels, null_class=10, label_dropout=0.1)
+    keys = image_keys(0, 5, 0, 4000)
+    drawn = draw(Objective(), x, labels, null_class=10, label_dropout=0.1, keys=keys)
     share = (drawn.labels == 10).float().mean().item()
     assert share == pytest.approx(0.1, abs=5 * math.sqrt(0.09 / 4000))  # five standard deviations
     kept = drawn.labels != 10
     assert torch.equal(drawn.labels[kept], labels[kept])
-    assert torch.equal(draw(Objective(), x, labels, 10, 0.0).labels, labels)
+    assert torch.equal(draw(Objective(), x, labels, 10, 0.0, keys).labels, labels)
 
 
 def test_the_average_is_the_weighted_sum() -> None:
@@ -68,7 +69,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     phase = PhaseSettings(name="a", diffusion=0.5, teacher=0.25, output=2.0, complete=3.0)
     weights = {"loss": 0.5, "teacher": 0.25, "output": 2.0, "complete": 3.0, "ratio": 0.125, "DynamicWidth": 1.0}
     x, _, labels = inputs()
-    draws = draw(Objective(), x, labels, null_class=5, label_dropout=0.0)
+    draws = draw(Objective(), x, labels, null_class=5, label_dropout=0.0, keys=image_keys(0, 0, 0, 3))
     result = micro_step(
         Distillation(student, base), Objective(), draws, "fp32", RatioTerm(4.0, 0.125, None),
         PhaseBatch(phase, torch.ones(3, dtype=torch.bool)),

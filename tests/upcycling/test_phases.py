@@ -12,7 +12,7 @@ import tokdyn
 from tests.upcycling.models import small_base
 from tokdyn.errors import RecipeError
 from tokdyn.upcycling.conversion import build_student
-from tokdyn.upcycling.phases import PhaseBatch, always_frozen, drop_frozen_gradients, freeze, part_of
+from tokdyn.upcycling.phases import PhaseBatch, always_frozen, count_steps, drop_frozen_gradients, freeze, part_of
 from tokdyn.upcycling.settings import DISTILLED, AttachedMethod, PhaseSettings, UpcycleSettings, split_methods
 
 PARTS = ("embedders", "blocks", "router", "methods", "scaffold")
@@ -95,12 +95,13 @@ def test_gradients_of_frozen_parts_are_dropped() -> None:
     assert [parameter.grad is None for parameter in model.parameters()] == [True, True, False, False]
 
 
-def test_the_warm_up_of_a_method_counts_calls_of_the_model() -> None:
+def test_the_warm_up_of_a_method_counts_steps_whatever_it_counted_before() -> None:
     method = AttachedMethod(method="DynamicWidth", target=0.6, warmup=8)
-    settings = SETTINGS.model_copy(update={"methods": (method,)})
-    student = build_student(settings, small_base(), chunked=True, accumulation=3)
-    ((built, _),) = tokdyn.parts(student)
-    assert (built.target, built.warmup) == (0.6, 24)
+    student = build_student(SETTINGS.model_copy(update={"methods": (method,)}), small_base(), chunked=True)
+    ((built, module),) = tokdyn.parts(student)
+    module.calls.fill_(30)  # as after ten steps of three micro-batches in an earlier version
+    count_steps(student, 4)
+    assert float(module.target(built)) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(

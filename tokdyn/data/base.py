@@ -49,7 +49,10 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, object]:
-        """Return a description of the content as JSON values. Data sets with equal descriptions have equal samples."""
+        """Return a description of the content as JSON values. Data sets with equal descriptions have equal samples.
+
+        It may read all files once, and has further keys in later versions.
+        """
 
     def batch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
         """Return samples (B, C, H, W) float32 and labels (B,) int64; arguments as in `fetch`."""

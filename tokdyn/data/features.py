@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -88,15 +90,19 @@ def write_features(
             f"channels={channels} or use another autoencoder."
         )
     encoder = Encoder(vae, _scaling(config, vae), config.posterior, config.seed, config.dtype)
-    fingerprint = _fingerprint(config, encoder, source, dataset)
+    starts = range(0, len(dataset), config.shard_size)
+    parts = [range(start, min(start + config.shard_size, len(dataset))) for start in starts]
+    paths = [folder / shard_name(number) for number in range(len(parts))]
+    fingerprint = _fingerprint(config, encoder, source, dataset.identity())
+    named = {key: value for key, value in dataset.identity().items() if key != "content"}
+    earlier = _fingerprint(config, encoder, source, named)  # of versions that looked at the names of files alone
+    if _was_begun(folder, paths, config, earlier):
+        fingerprint = earlier
     if (folder / INDEX).exists() and read_index(folder).fingerprint != fingerprint:
         raise DataError(
             f"{folder} holds latents that were made from other images or settings: choose another out, or delete the "
             "folder."
         )
-    starts = range(0, len(dataset), config.shard_size)
-    parts = [range(start, min(start + config.shard_size, len(dataset))) for start in starts]
-    paths = [folder / shard_name(number) for number in range(len(parts))]
     complete = {number for number, path in enumerate(paths) if _is_complete(path, config, fingerprint)}
     with progress(f"Encoding to {folder.name}", len(dataset)) as advance:
         advance(sum(len(parts[number]) for number in complete))
@@ -157,14 +163,25 @@ def _scaling(config: FeaturesConfig, vae: nn.Module) -> LatentScaling:
     return scaling
 
 
-def _fingerprint(config: FeaturesConfig, encoder: Encoder, source: VaeIdentity, dataset: Dataset) -> str:
-    """Return a hash of everything that the stored latents depend on."""
+def _fingerprint(config: FeaturesConfig, encoder: Encoder, source: VaeIdentity, data: dict[str, object]) -> str:
+    """Return a hash of everything that the stored latents depend on; `data` is the identity of the images."""
     deciding = {
-        "data": dataset.identity(), "vae": source.sha256, "vae_dtype": str(next(encoder.vae.parameters()).dtype),
+        "data": data, "vae": source.sha256, "vae_dtype": str(next(encoder.vae.parameters()).dtype),
         "scaling": encoder.scaling.model_dump(), "posterior": config.posterior, "seed": config.seed,
         "flip": config.flip, "dtype": config.dtype, "shard_size": config.shard_size,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _was_begun(folder: Path, paths: Sequence[Path], config: FeaturesConfig, fingerprint: str) -> bool:
+    """Return whether a folder holds an index or shards with this fingerprint."""
+    if (folder / INDEX).exists():
+        return read_index(folder).fingerprint == fingerprint
+    for path in paths:
+        with suppress(DataError):
+            open_shard(path, config.dtype, config.flip, fingerprint)
+            return True
+    return False
 
 
 def _is_complete(path: Path, config: FeaturesConfig, fingerprint: str) -> bool:

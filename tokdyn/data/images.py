@@ -62,6 +62,7 @@ class ImageDataset(Dataset):
         self.names = source.names()
         self.class_names, self.labels = _classes(source, self.names, num_classes)
         self._broken: dict[str, str] = {}
+        self._identity: dict[str, object] | None = None
         self._pixels: Tensor | None = None
         if in_memory is None:
             in_memory = len(self.names) * int(np.prod(self.shape)) <= memory_limit
@@ -87,10 +88,18 @@ class ImageDataset(Dataset):
         return to_signed(pixels, flips), torch.from_numpy(self.labels[used]), used
 
     def identity(self) -> dict[str, object]:
-        """Return a description of the content: file names, labels and shape. See `Dataset.identity`."""
-        listing = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
-        digest = sha256(listing.encode(errors="surrogateescape"))  # names need not be valid UTF-8
-        return {"kind": "images", "shape": list(self.shape), "files": digest.hexdigest()}
+        """Return a description of the content: names, labels, sizes and CRC-32 of the files, and the shape of images.
+
+        It is computed once. See `Dataset.identity`.
+        """
+        if self._identity is None:
+            listing = "\n".join(f"{label} {name}" for label, name in zip(self.labels, self.names, strict=True))
+            files = sha256(listing.encode(errors="surrogateescape"))  # names need not be valid UTF-8
+            content = sha256(self.source.digests(self.names).astype("<i8").tobytes())
+            self._identity = {
+                "kind": "images", "shape": list(self.shape), "files": files.hexdigest(), "content": content.hexdigest(),
+            }  # fmt: skip
+        return self._identity
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         """Return one image (C, H, W)."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tokdyn.data.digests import folder_digests
 from tokdyn.errors import DataError
 
 EXTENSIONS = frozenset(
@@ -25,6 +30,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; raise a DataError with its name if it cannot be read."""
+
+    def digests(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Return the size in bytes and the CRC-32 (N, 2) of some files; -1 where they cannot be read."""
 
 
 class FolderSource:
@@ -59,6 +67,10 @@ class FolderSource:
         except OSError as error:
             raise DataError(f"{name} in {self.path} cannot be read: {error.strerror or error}.") from error
 
+    def digests(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Return sizes and CRC-32; see `Source`. A file is read only the first time and when it has changed."""
+        return folder_digests(self.path, names)
+
 
 class ZipSource:
     """The image files in a zip, or in one folder of it. Each process that reads opens the archive for itself."""
@@ -89,6 +101,11 @@ class ZipSource:
             return self._open().read(self.folder + name)
         except (OSError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
             raise DataError(f"{name} in {self.path} cannot be read: {error}.") from error
+
+    def digests(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Return sizes and CRC-32, as the archive lists them; see `Source`."""
+        entries = [self._open().getinfo(self.folder + name) for name in names]
+        return np.array([(entry.file_size, entry.CRC) for entry in entries], dtype=np.int64).reshape(-1, 2)
 
     def _open(self) -> zipfile.ZipFile:
         """Return the archive, opened by this process: after a fork, two processes must not share a file position."""

@@ -116,6 +116,25 @@ class Objective(BaseModel):
         noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
         return self.mix(x0, noise, timestep)
 
+    def add_own_noise(self, x0: Tensor, keys: Tensor) -> Noised:
+        """Draw a timestep and noise for every image from its own key, whatever its batch, and mix them in.
+
+        Args:
+            x0: (B, C, H, W) clean images or latents.
+            keys: (B,) int64 on the device of ``x0``, see `tokdyn.seeds.image_keys`.
+        """
+        from tokdyn import draws
+        from tokdyn.seeds import Draw
+
+        noise = draws.normal(keys, x0[0].numel(), Draw.NOISE).view(x0.shape).to(x0.dtype)
+        if self.kind == "noise":
+            timestep = draws.integers(keys, 1, self.num_train_timesteps, Draw.TIMESTEP)
+        elif self.timestep_sampling == "uniform":
+            timestep = draws.uniform(keys, 1, Draw.TIMESTEP) * self.num_train_timesteps
+        else:
+            timestep = draws.normal(keys, 1, Draw.TIMESTEP).sigmoid() * self.num_train_timesteps
+        return self.mix(x0, noise, timestep[:, 0])
+
     def mix(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Noised:
         """Mix ``noise`` into ``x0``, both (B, C, H, W), at ``timestep`` (B,)."""
         alpha, sigma = (_column(scale, x0) for scale in self.scales(timestep))

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokdyn.division import current
+from tokdyn.draws import integers
 from tokdyn.methods.layers import Conv2d, GroupNorm, Linear
 from tokdyn.ops.dropping import mix
+from tokdyn.seeds import Draw
 
 RouterName = Literal["spatial_predictability", "cosine", "random"]
 
@@ -150,8 +153,8 @@ class CosineRouter(Router):
 class RandomRouter(Router):
     """A router that keeps 1/N of the cells at random, for the ablation in arXiv 2603.06351. It has no trained weights.
 
-    In training mode each sample draws its noise from torch's generator. In evaluation mode the noise is a hash of cell
-    and timestep, so that the result depends neither on the other samples of the batch nor on the generator.
+    In training mode each sample draws its noise, in a training run from its own key. In evaluation mode it is a hash of
+    cell and timestep, so that the result depends neither on the other samples of the batch nor on the generator.
 
     Args:
         target: N, more than 1.
@@ -174,10 +177,13 @@ class RandomRouter(Router):
         """Draw logits (B F, R, C) for tokens (B F, D, R, C), of which only the shape matters."""
         _, _, rows, columns = tokens.shape
         batch = len(tokens) // frames
-        if self.training:
-            seed = torch.randint(2**31, (batch, 1), device=tokens.device)
-        else:
+        part = current()
+        if not self.training:
             seed = (timestep.double() * 64).round().long().expand(batch)[:, None]
+        elif part is not None:
+            seed = integers(part.keys, 1, 2**31, Draw.ROUTER)
+        else:
+            seed = torch.randint(2**31, (batch, 1), device=tokens.device)
         cell = torch.arange(frames * rows * columns, device=tokens.device)
         uniform = (mix(mix(seed) + cell).double() + 0.5) / 2**32
         return (torch.logit(uniform).to(tokens) + self.offset.to(tokens)).view(-1, rows, columns)

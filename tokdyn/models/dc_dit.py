@@ -166,6 +166,18 @@ class DCDiT(Transformer):
             logits = self.chunking.logits(self._encode(hidden_states, condition), grid, steps)
         self.chunking.router.calibrate(logits, target)
 
+    @torch.no_grad()
+    def route(self, hidden_states: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Routing:
+        """Decide which cells to keep, without tail drop and without running the blocks; arguments as in `forward`.
+
+        Raises:
+            InputError: an input is wrong.
+        """
+        precision, hidden_states = self._compute_precision(hidden_states)
+        with precision:
+            grid, steps, condition = self._embed_condition(hidden_states, timestep, class_labels)
+            return self.chunking.route(self._encode(hidden_states, condition), grid, steps)
+
     def _encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map (B, in_channels, rows, columns) to dense tokens (B, N, D)."""
         cells = F.pixel_unshuffle(x, self.config.patch_size)

@@ -143,7 +143,27 @@ def straight_through(features: Tensor, probability: Tensor) -> Tensor:
     return out
 
 
-def ratio_loss(probability: Tensor, natural_keep: Tensor, target: float, group_size: int | None = None) -> Tensor:
+def group_means(values: Tensor, size: int | None = None) -> Tensor:
+    """Return for every sample the mean of its group of consecutive samples.
+
+    Args:
+        values: (B,).
+        size: samples of a group; None is all of them. The last group may be smaller.
+
+    Returns:
+        (B,).
+    """
+    size = min(size or len(values), len(values))
+    whole = len(values) // size * size
+    means = values[:whole].view(-1, size).mean(dim=1).repeat_interleave(size)
+    if whole == len(values):
+        return means
+    return torch.cat([means, values[whole:].mean().expand(len(values) - whole)])
+
+
+def ratio_loss(
+    probability: Tensor, natural_keep: Tensor, target: float, group_size: int | None = None, share: Tensor | None = None
+) -> Tensor:
     """Compute `N / (N - 1) ((1 - F) (1 - G) + (N - 1) F G)` (arXiv 2507.07955, eq. 10).
 
     F is the mean kept share and G the mean probability. F has no gradient, and dL/dG is proportional to `N F - 1`, so
@@ -155,6 +175,9 @@ def ratio_loss(probability: Tensor, natural_keep: Tensor, target: float, group_s
         target: N > 1, tokens per kept token.
         group_size: samples that F and G are averaged over; None is the whole batch. The last group may be smaller;
             groups are weighted by their number of samples.
+        share: (B,) F of the group that each sample belongs to, if the batch is a part of a larger one whose groups do
+            not end where it ends; the mean of the losses of all parts is then the loss of the larger one. None
+            computes it.
 
     Returns:
         A scalar, fp32; 1 for F = G = 1/N.
@@ -166,11 +189,6 @@ def ratio_loss(probability: Tensor, natural_keep: Tensor, target: float, group_s
         raise InputError(f"target is {target}, expected more than 1 token per kept token.")
     if group_size is not None and group_size < 1:
         raise InputError(f"group_size is {group_size}, expected at least 1 sample.")
-    share = natural_keep.float().mean(dim=1)
-    mean = probability.float().mean(dim=1)
-    size = group_size or len(share)
-    loss = share.new_zeros(())
-    for start in range(0, len(share), size):
-        f, g = share[start : start + size].mean(), mean[start : start + size].mean()
-        loss = loss + ((1 - f) * (1 - g) + (target - 1) * f * g) * min(size, len(share) - start)
-    return loss * (target / (target - 1) / len(share))
+    f = group_means(natural_keep.float().mean(dim=1), group_size) if share is None else share
+    g = probability.float().mean(dim=1)  # the loss is linear in it, so that samples may stand for their group
+    return ((1 - f) * (1 - g) + (target - 1) * f * g).mean() * (target / (target - 1))

@@ -107,8 +107,7 @@ def gate(logit: Tensor, training: bool, temperature: float = 5.0, noise: Tensor 
     """
     if not training:
         return (logit > 0).to(logit.dtype)
-    if noise is None:
-        noise = gumbel_difference(logit)
+    noise = gumbel_difference(logit) if noise is None else noise.to(logit)
     soft = torch.sigmoid((logit + noise) / temperature)
     hard = (logit + noise > 0).to(logit.dtype)
     return hard + (soft - soft.detach())  # in this order the value is exact
@@ -116,4 +115,9 @@ def gate(logit: Tensor, training: bool, temperature: float = 5.0, noise: Tensor 
 
 def gumbel_difference(like: Tensor) -> Tensor:
     """Draw differences of two Gumbel variables, which are logistic, in the shape and type of a tensor."""
-    return torch.logit(torch.rand_like(like).clamp(1e-6, 1 - 1e-6))
+    return logistic(torch.rand_like(like))
+
+
+def logistic(uniform: Tensor) -> Tensor:
+    """Turn uniform numbers in [0, 1) into logistic ones, the differences of two Gumbel variables."""
+    return torch.logit(uniform.clamp(1e-6, 1 - 1e-6))

@@ -164,9 +164,9 @@ def build_model(
     shape = shape or stated_shape(recipe.data)
     if recipe.upcycle is not None:
         base = base or open_base(recipe, shape, num_classes)
-        chunked, accumulation = recipe.model.kind == "dcdit", recipe.training.accumulation
+        chunked = recipe.model.kind == "dcdit"
         with torch.device(device):
-            student = build_student(recipe.upcycle, base, chunked, accumulation, **recipe.model.overrides)
+            student = build_student(recipe.upcycle, base, chunked, **recipe.model.overrides)
             return student.to(device)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
     with torch.device(device):

@@ -49,8 +49,9 @@ class ChunkingSettings(Section):
 
     Attributes:
         ratio_weight: Weight of the ratio loss, which holds the kept share at 1/N.
-        ratio_group: Number of samples over which the ratio loss averages the kept share; null averages over the
-            micro-batch.
+        ratio_group: Number of images, consecutive in the batch of a step, over which the ratio loss averages the kept
+            share; null averages over the whole batch. If groups span accumulated micro-batches, a pass of the router
+            over all of them comes before each step.
         tail_drops: Tail drops (shares of the kept tokens to drop) to draw from after the warm-up, for multi-budget
             training.
         draw: Draw one tail drop per step, or one per sample.
@@ -84,7 +85,8 @@ class TrainingSettings(Section):
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
         images: Length of the run in images, rounded up to whole steps.
         steps: Length of the run in optimizer steps, in place of `images`.
-        accumulation: Micro-batches per step on each device.
+        accumulation: Micro-batches per step on each device. They change results by rounding only, but DynamicWidth in
+            upcycle.methods costs one more forward per micro-batch if there are several.
         precision: bf16 computes matrix products in bfloat16 (in fp32 on a CPU that has no instructions for it) and
             keeps fp32 weights; fp32 computes in fp32.
         ema: Decay of the averaged weights.

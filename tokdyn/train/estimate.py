@@ -17,6 +17,7 @@ from tokdyn.models import DiT
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import Shape, build_model, open_base, stated_shape, total_steps
+from tokdyn.seeds import image_keys
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import RatioTerm, draw, micro_step
 from tokdyn.upcycling.comparison import UpcycleReport, report
@@ -245,6 +246,7 @@ def _measure(
     optimizer = open_optimizer(model, recipe.optimizer)
     parameter_storages = {parameter.data_ptr() for parameter in model.parameters()}
     labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    keys = image_keys(recipe.seed, 0, 0, len(x))
     chunking, drop = None, 0.0
     if recipe.chunking is not None:
         chunking = RatioTerm(recipe.model.target, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
@@ -259,7 +261,7 @@ def _measure(
 
     def step() -> float:
         saved.clear()
-        draws = draw(recipe.objective, x, labels, model.config.num_classes, recipe.training.label_dropout, drop)
+        draws = draw(recipe.objective, x, labels, model.config.num_classes, recipe.training.label_dropout, keys, drop)
         began = time.perf_counter()
         out = micro_step(called, recipe.objective, draws, recipe.training.precision, chunking, phase_batch)
         torch.autograd.backward(out.loss)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokdyn.division import computing
 from tokdyn.errors import TokdynError
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe, dump
-from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import checkpoints, metrics, schedule
+from tokdyn.train.batches import Division
 from tokdyn.train.metrics import Row
 from tokdyn.train.progress import ProgressLine
 from tokdyn.train.setup import Run
 from tokdyn.train.signals import StopRequest
 from tokdyn.train.snapshot import save_model
-from tokdyn.train.step import RatioTerm, draw, micro_step
-from tokdyn.upcycling.phases import PhaseBatch, drop_frozen_gradients
+from tokdyn.train.step import RatioTerm, micro_step
+from tokdyn.upcycling.phases import drop_frozen_gradients
 
 Preview = Callable[[Any, Recipe, Path, int], object]
 """A function `preview(model, recipe, folder, step)` that draws previews; `model` is the averaged model."""
@@ -86,6 +87,7 @@ class Loop:
         self.line = line
         self.stop = stop
         self.preview = preview
+        self.division = Division(run)
         self.row: Row = {}
         self.began = self.last_save = self.last_log = time.monotonic()
         self.last_logged = 0
@@ -136,24 +138,12 @@ class Loop:
             target = schedule.target(recipe.chunking, recipe.model.target, step)
             chunking = RatioTerm(target, recipe.chunking.ratio_weight, recipe.chunking.ratio_group)
         collected: list[dict[str, Tensor]] = []
-        for micro in range(training.accumulation):
-            x, labels = next(batches)
-            slot = run.slot(micro)
-            tail: float | Tensor = 0.0
-            if recipe.chunking is not None:
-                tail = schedule.tail_drop(recipe.chunking, recipe.seed, step, slot * run.micro_batch, run.micro_batch)
-                drop += float(torch.as_tensor(tail).mean()) / training.accumulation
-            seed_everything(recipe.seed, Stream.MICRO_STEP, step, slot)
-            x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            null = trainee.model.config.num_classes
-            draws = draw(recipe.objective, x, labels, null, training.label_dropout, tail)
-            phase_batch = None
-            if recipe.upcycle is not None:
-                first = slot * run.micro_batch
-                phase_batch = PhaseBatch.draw(recipe.upcycle, recipe.seed, step, first, run.micro_batch)
-            last = micro == training.accumulation - 1
-            with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-                out = micro_step(run.wrapped, recipe.objective, draws, training.precision, chunking, phase_batch)
+        for batch in self.division.micro_batches(step, batches, chunking):
+            drop += batch.tail_drop / training.accumulation
+            with computing(batch.part), nullcontext() if batch.last else run.accelerator.no_sync(run.wrapped):
+                out = micro_step(
+                    run.wrapped, recipe.objective, batch.draws, training.precision, chunking, batch.phase_batch
+                )
                 run.accelerator.backward(out.loss / training.accumulation)
             collected.append(out.metrics)
         if recipe.upcycle is not None:

@@ -94,7 +94,8 @@ def check_resumable(
             f"{folder} was started from other weights than upcycle.base {base and base['base']} holds; set "
             "upcycle.base to the original base to resume the run."
         )
-    if stored["data"] != data:
+    known = {"kind": None, **stored["data"]}  # earlier versions had fewer keys
+    if any(data.get(key) != value for key, value in known.items()):
         raise CheckpointError(
             f"{folder} was trained on other data than {recipe.data.path or 'the recipe describes'}: the number, order "
             "or content of the samples differs. Set data.path to the original data to resume the run."

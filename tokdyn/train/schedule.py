@@ -11,8 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tokdyn import draws
 from tokdyn.recipe import ChunkingSettings, OptimizerSettings, Recipe
-from tokdyn.seeds import Stream, generator
+from tokdyn.seeds import Draw, Stream, generator, image_keys
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -85,10 +86,8 @@ def tail_drop(settings: ChunkingSettings, seed: int, step: int, first: int, batc
         return 0.0
     if settings.draw == "step":
         return drops[int(torch.randint(len(drops), (), generator=generator(seed, Stream.BUDGET, step)))]
-    drawn = torch.stack(
-        [torch.randint(len(drops), (), generator=generator(seed, Stream.BUDGET, step, first + i)) for i in range(batch)]
-    )
-    return torch.tensor(drops)[drawn]
+    drawn = draws.integers(image_keys(seed, step, first, batch), 1, len(drops), Draw.TAIL_DROP)
+    return torch.tensor(drops)[drawn[:, 0]]
 
 
 def ema_decay(decay: float, warmup: bool, step: int) -> float:

@@ -62,6 +62,8 @@ def train(
             notes.append(f"Changed since the run was started, which may change its rounding: {', '.join(differing)}.")
     elif resume:
         notes = [f"{folder} has no checkpoint yet, so the run starts again at step 0."]
+    if checkpoint is None and accelerator.is_main_process:
+        run.dataset.identity()  # before the first step, because it may read all files
     if recipe.training.sample_every and preview is None:
         notes.append(
             "No previews will be drawn: training.sample_every is set, but train was given no preview function."

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.diffusion.objective import Noised, Objective
+from tokdyn.division import current
+from tokdyn.draws import uniform
 from tokdyn.ops import ratio_loss
+from tokdyn.seeds import Draw
+from tokdyn.tokens import Routing
 from tokdyn.upcycling.distillation import LossTerms
 from tokdyn.upcycling.phases import PhaseBatch
 
@@ -47,7 +51,8 @@ class RatioTerm:
     Attributes:
         target: N: one of N tokens should be kept.
         ratio_weight: Weight of the ratio loss.
-        ratio_group: Number of samples over which the loss averages the kept share; None averages over the micro-batch.
+        ratio_group: Number of consecutive images over which the loss averages the kept share; None averages over the
+            batch of the step.
     """
 
     target: float
@@ -77,9 +82,10 @@ def draw(
     labels: Tensor,
     null_class: int,
     label_dropout: float,
+    keys: Tensor,
     tail_drop: float | Tensor = 0.0,
 ) -> Draws:
-    """Draw timesteps, noise and label dropout from torch's global generator.
+    """Draw timesteps, noise and label dropout of each image from its own key.
 
     Args:
         objective: Draws the timesteps and the noise.
@@ -87,11 +93,13 @@ def draw(
         labels: (B,) int64 classes.
         null_class: The label of unconditional samples.
         label_dropout: Probability that a label is replaced by the null class.
-        tail_drop: Copied into the result. It is drawn elsewhere, by `tokdyn.train.schedule.tail_drop`, because all
-            processes need the same.
+        keys: (B,) int64, from `tokdyn.seeds.image_keys`.
+        tail_drop: Copied into the result. It is drawn by `tokdyn.train.schedule.tail_drop`, because one for a whole
+            step belongs to no image.
     """
-    noised = objective.add_noise(x)
-    dropped = torch.rand(labels.shape, device=labels.device) < label_dropout
+    keys = keys.to(x.device)
+    noised = objective.add_own_noise(x, keys)
+    dropped = uniform(keys, 1, Draw.LABEL)[:, 0] < label_dropout
     if isinstance(tail_drop, Tensor):
         tail_drop = tail_drop.to(x.device)
     return Draws(noised, torch.where(dropped, null_class, labels), tail_drop)
@@ -100,6 +108,20 @@ def draw(
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return the context to run a forward pass in: bfloat16 autocast for "bf16", no autocast for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def kept_share(routing: Routing, group: int | None) -> Tensor | None:
+    """Return the mean kept share (B,), before tail drop, of the group of the step's batch that each image belongs to.
+
+    Args:
+        routing: Of the images of the part that is computed, see `tokdyn.division`.
+        group: Consecutive images of a group; None is the whole batch.
+
+    Returns:
+        None where no part of a batch is computed, but a batch of its own.
+    """
+    part = current()
+    return None if part is None else part.means("kept", routing.natural_keep.float().mean(dim=1), group)
 
 
 def micro_step(
@@ -145,7 +167,9 @@ def micro_step(
     if chunking is None:
         return StepLoss(loss, metrics)
     routing = output.routing
-    ratio = ratio_loss(routing.probability, routing.natural_keep, chunking.target, chunking.ratio_group)
+    group = chunking.ratio_group
+    share = kept_share(routing, group)
+    ratio = ratio_loss(routing.probability, routing.natural_keep, chunking.target, group, share)
     tokens = routing.keep.shape[1]
     metrics |= {
         "ratio": ratio.detach(),

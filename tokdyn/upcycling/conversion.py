@@ -21,7 +21,7 @@ from tokdyn.errors import InputError, RecipeError
 from tokdyn.methods import Chunking, DynamicWidth, Method
 from tokdyn.methods.registry import short_name
 from tokdyn.models import DCDiT, DiT
-from tokdyn.upcycling.settings import TRAINED, AfterSettings, AttachedMethod, UpcycleSettings
+from tokdyn.upcycling.settings import TRAINED, AfterSettings, UpcycleSettings
 
 INSTEAD_OF_TRAINING = {
     "merge": "attach tokdyn.TokenMerge() with tokdyn.wrap",
@@ -114,36 +114,26 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
     return accept_methods(wrap(student.train(), attached)) if attached else student
 
 
-def build_student(
-    settings: UpcycleSettings, base: DiT, chunked: bool, accumulation: int = 1, **overrides: Any
-) -> nn.Module:
+def build_student(settings: UpcycleSettings, base: DiT, chunked: bool, **overrides: Any) -> nn.Module:
     """Build the student of an upcycling run, with the methods of its recipe attached.
 
     Args:
         settings: The section `upcycle` of the recipe.
         base: The pretrained model, which is not changed.
         chunked: Whether the student is a DC-DiT; otherwise it is a copy of the base.
-        accumulation: Calls of the model per optimizer step.
         **overrides: Settings of the DC-DiT, see `dc_settings`; ignored if `chunked` is False.
 
     Returns:
-        The student, in training mode.
+        The student, in training mode. Training sets what its methods count to the steps taken, see `count_steps`.
 
     Raises:
         InputError: An override is wrong, or a method cannot be attached.
         RecipeError: A method to attach after training has a FLOPs target that it cannot reach on this model.
     """
     student: Any = to_dc(base, **overrides) if chunked else copy.deepcopy(base).train()
-    methods = [_counted_in_calls(each, accumulation) for each in settings.methods]
+    methods = [each.build() for each in settings.methods]
     _check_skipping(settings.after, student)
     return wrap(student, methods) if methods else student  # type: ignore[no-any-return]
-
-
-def _counted_in_calls(method: AttachedMethod, accumulation: int) -> Method:
-    """Build a method from a recipe, converting its warm-up from optimizer steps to calls of the model."""
-    built: Any = method.build()
-    counted: Method = built.model_copy(update={"warmup": built.warmup * accumulation})
-    return counted
 
 
 def _check_skipping(after: Sequence[AfterSettings], model: nn.Module) -> None:

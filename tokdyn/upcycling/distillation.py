@@ -82,6 +82,29 @@ def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - target).square().mean() / variance
 
 
+def image_variances(teacher: Tensor) -> Tensor:
+    """Return the variance of each image's tokens (B, N, D) over its tokens, averaged over channels: (B,) fp32."""
+    target = teacher.float()
+    spread = (target - target.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))  # `var` takes three times as long
+    return spread.clamp(min=1e-12)
+
+
+def image_errors(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared error of each image, divided by the variance of the teacher's tokens; mean over images.
+
+    No image has a part in the error of another one, so the mean of the errors of two batches is that of both together.
+
+    Args:
+        student: (B, N, D).
+        teacher: (B, N, D), without gradient.
+
+    Returns:
+        A scalar; 1 for a student that predicts the mean of every channel in each image.
+    """
+    errors = (student.float() - teacher.float()).square().mean(dim=(1, 2))
+    return (errors / image_variances(teacher)).mean()
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """What a call of `Distillation` computes beside the student's prediction.
@@ -167,8 +190,8 @@ class Distillation(nn.Module):
         if terms.blocks:
             losses["teacher"] = self._block_error(ours, theirs, self._grid(hidden_states))
         if target is not None and terms.output:
-            pixels = [rearrange(image, "b c r k -> (b r k) c") for image in (result.sample, target)]
-            losses["output"] = normalised_mse(*pixels)
+            pixels = [rearrange(image, "b c r k -> b (r k) c") for image in (result.sample, target)]
+            losses["output"] = image_errors(*pixels)
         complete = None
         if terms.complete:
             with disabled(self.student):
@@ -183,22 +206,28 @@ class Distillation(nn.Module):
     def _block_error(
         self, ours: Sequence[tuple[Tensor, Packing | None]], theirs: Sequence[tuple[Tensor, Any]], grid: Grid
     ) -> Tensor:
-        """Return the normalised error of each block's tokens, mean over the blocks.
+        """Return the normalised error of each block's tokens, mean over images and blocks.
 
         Args:
             ours: Outputs of the student's blocks: (B, N, D), or packed as (T, D) with the packing.
             theirs: Outputs of the teacher's blocks, (B, P, D) for P patches.
             grid: (rows, columns) of the student.
         """
-        rows, packing = None, ours[0][1]
-        if packing is not None:  # for each packed token, the row of its patch in the teacher's tokens (B * P, D)
-            patches = theirs[0][0].shape[1]
-            rows = packing.sample * patches + patch_of(packing.cell, grid, cells_per_patch_side(self.student))
+        packing = ours[0][1]
+        if packing is None:
+            pairs = zip(ours, theirs, strict=True)
+            return torch.stack([image_errors(own, target) for (own, _), (target, _) in pairs]).mean()
+        # For each packed token, the row of its patch in the teacher's tokens (B * P, D), and its weight in a mean over
+        # images.
+        patches = theirs[0][0].shape[1]
+        rows = packing.sample * patches + patch_of(packing.cell, grid, cells_per_patch_side(self.student))
+        weights = 1.0 / torch.tensor(packing.lengths, dtype=torch.float32, device=rows.device)
         errors = []
         for (own, _), (target, _) in zip(ours, theirs, strict=True):
-            targets = rearrange(target, "b p d -> (b p) d")
-            own = rearrange(own, "... d -> (...) d")
-            errors.append(normalised_mse(own, targets if rows is None else targets.index_select(0, rows)))
+            targets = rearrange(target, "b p d -> (b p) d").index_select(0, rows)
+            squares = (own.float() - targets.float()).square().mean(dim=1)
+            scaled = (weights / image_variances(target) / len(weights)).index_select(0, packing.sample)
+            errors.append((squares * scaled).sum())
         return torch.stack(errors).mean()
 
 

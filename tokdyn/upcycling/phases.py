@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokdyn import draws
 from tokdyn.errors import RecipeError
-from tokdyn.seeds import Stream, generator
+from tokdyn.methods import WidthGates
+from tokdyn.seeds import Draw, image_keys
 from tokdyn.upcycling.conversion import EMBEDDERS
 from tokdyn.upcycling.settings import Part, PhaseSettings, UpcycleSettings
 
@@ -58,6 +60,13 @@ def drop_frozen_gradients(model: nn.Module, phase: PhaseSettings) -> None:
             parameter.grad = None
 
 
+def count_steps(model: nn.Module, step: int) -> None:
+    """Set the counter of every warm-up of a method to the steps taken, however many calls of the model a step has."""
+    for module in model.modules():
+        if isinstance(module, WidthGates):
+            module.calls.fill_(step)
+
+
 @dataclass(frozen=True)
 class PhaseBatch:
     """The phase that a micro-batch of B samples is in, and which of its samples keep the tokens of the fixed plan.
@@ -91,5 +100,5 @@ class PhaseBatch:
         share = {"fixed": 1.0, "learned": 0.0, "handover": 1.0 - passed}[phase.plan]
         if share in (0.0, 1.0):
             return PhaseBatch(phase, torch.full((batch,), bool(share)))
-        drawn = [torch.rand((), generator=generator(seed, Stream.PLAN, step, first + i)) for i in range(batch)]
-        return PhaseBatch(phase, torch.stack(drawn) < share)
+        drawn = draws.uniform(image_keys(seed, step, first, batch), 1, Draw.PLAN)[:, 0]
+        return PhaseBatch(phase, drawn < share)

@@ -57,9 +57,9 @@ class PhaseSettings(Section):
             "learned" keeps those that the router chooses; "handover" moves from the first to the second, sample by
             sample.
         teacher: Weight of the error between the outputs of the student's blocks and those of the frozen base, divided
-            by the variance of the base's.
+            by the variance of the base's in each image.
         output: Weight of the error between the student's prediction and the base's, divided by the variance of the
-            base's.
+            base's in each image.
         diffusion: Weight of the diffusion loss.
         complete: Weight of the diffusion loss of the student with its methods disabled, on the same noisy images, with
             which DyDiT (arXiv 2410.03456) keeps the whole network trained.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokdyn.attach.context import CallContext
+from tokdyn.attach.drawing import gate_noise, over_batch
 from tokdyn.attach.handlers.base import Gate, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import DepthSkip, Sizes, SkipGates
@@ -81,9 +82,11 @@ class LearnedGate(Gate):
             return None
         drawn: Tensor | None = context.slots[self.slot]
         if drawn is None:
-            drawn = gate(self._logits(context, view).expand(view.batch, -1), training=True)
+            logits = self._logits(context, view).expand(view.batch, -1)
+            noise = gate_noise(context, view.samples, logits.shape[1:], logits.device, self.slot)
+            drawn = gate(logits, training=True, noise=noise)
             cost = drawn.new_tensor(self.sizes.weights) / sum(self.sizes.weights)
-            share = (drawn * cost).sum(dim=1).mean()
+            share = over_batch(context, "DepthSkip", (drawn * cost).sum(dim=1)).mean()
             context.add_loss("DepthSkip", self.method.loss_weight * 2.0 * (share - self.method.target) ** 2)
             context.slots[self.slot] = drawn
         return drawn[:, block]

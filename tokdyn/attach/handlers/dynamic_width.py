@@ -19,6 +19,7 @@ from tokdyn.adapters.counting import text_stream
 from tokdyn.adapters.tokens import call_by_name
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.context import CallContext
+from tokdyn.attach.drawing import gate_noise, over_batch
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Inner, Kernel, Plan, Sublayer, handles
 from tokdyn.attach.sites import Site, attach_layers
 from tokdyn.attach.view import TokenView
@@ -35,7 +36,7 @@ from tokdyn.attach.width.rows import (
 )
 from tokdyn.attach.width.slices import Slices, select_channels
 from tokdyn.methods import DynamicWidth, WidthGates
-from tokdyn.ops.skipping import gate, gumbel_difference
+from tokdyn.ops.skipping import gate
 from tokdyn.ops.width import flops_loss, flops_share
 
 KINDS: tuple[Kind, Kind] = ("heads", "channels")
@@ -97,14 +98,13 @@ class DynamicBlocks(Bracket, Kernel):
         masked = context.training or torch.compiler.is_compiling()
         if self.module.heads is None and self.module.channels is None:  # the noise level does not matter
             everything: list[On | None] = [None] * len(self.layouts)
-            on = [everything] * view.batch
-            widths = Widths(view.samples, {}) if masked else Widths(view.samples, on=on)
+            widths = Widths(view.samples, {}) if masked else Widths(view.samples, on=[everything] * view.batch)
         elif masked:
             levels = context.level_tensor(view, x.device)
             logits = self.module(levels)
             self._spend(context, len(levels))
             drawn = {
-                kind: self._draw(context, view, values)
+                kind: self._draw(context, view, kind, values)
                 for kind, values in zip(KINDS, logits, strict=True)
                 if values is not None
             }
@@ -117,13 +117,14 @@ class DynamicBlocks(Bracket, Kernel):
         context.slots[self.slot] = widths
         return x, view
 
-    def _draw(self, context: CallContext, view: TokenView, logits: Tensor) -> Tensor:
+    def _draw(self, context: CallContext, view: TokenView, kind: Kind, logits: Tensor) -> Tensor:
         """Draw masks (B, depth, H) of 0 and 1, in training with a gradient, from logits (B or 1, depth, H - 1).
 
         The first head or group of each block has no gate and is always 1.
         """
         logits = logits.expand(view.batch, *logits.shape[1:])
-        drawn = gate(logits, context.training, self.method.temperature)
+        noise = gate_noise(context, view.samples, logits.shape[1:], logits.device, self.slot, KINDS.index(kind))
+        drawn = gate(logits, context.training, self.method.temperature, noise)
         return torch.cat([torch.ones_like(drawn[..., :1]), drawn], dim=2)
 
     def _decide(self, context: CallContext, view: TokenView, device: torch.device) -> list[list[On | None]]:
@@ -171,8 +172,8 @@ class DynamicBlocks(Bracket, Kernel):
         rows = None if samples == widths.samples else torch.tensor(widths.places(samples), device=device)
         for kind, mask in widths.masks.items():
             given[kind] = mask[:, site.block] if rows is None else mask[:, site.block].index_select(0, rows)
-        if frame.context.training and self.module.tokens is not None:
-            given["noise"] = gumbel_difference(torch.empty(len(samples), frame.block.tokens, device=device))
+        if (context := frame.context).training and self.module.tokens is not None:
+            given["noise"] = gate_noise(context, samples, (frame.block.tokens,), device, self.slot, 2 + site.block)
         layout = self.layouts[site.block]
         attach_layers(frame.sites, module, site, layout)
         out = inner(named)
@@ -233,17 +234,16 @@ class DynamicBlocks(Bracket, Kernel):
             return x, view
         context.slots[self.slot] = None
         if context.training and widths.masks is not None:
-            loss = flops_loss(self._share(widths, x.device), self.module.target(self.method))
+            loss = flops_loss(self._share(context, widths, x.device), self.module.target(self.method))
             context.add_loss("DynamicWidth", self.method.loss_weight * loss)
             note_reach(context.trace, self.method, self.module, self.layouts, widths.spent)
             if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:  # else it is recomputed
                 self.module.calls += 1
         return x, view
 
-    def _share(self, widths: Widths, device: torch.device) -> Tensor:
+    def _share(self, context: CallContext, widths: Widths, device: torch.device) -> Tensor:
         """Compute the FLOPs (B,) that the blocks which ran spent, as a share of their FLOPs without gates."""
-        depth = len(self.layouts)
-        batch = len(widths.samples)
+        depth, batch = len(self.layouts), len(widths.samples)
         spent = [[[0.0] * depth for _ in range(batch)] for _ in range(2)]
         for block, sample, flops in widths.spent:
             (place,) = widths.places([sample])
@@ -260,7 +260,8 @@ class DynamicBlocks(Bracket, Kernel):
         for block, samples, share in widths.shares:
             rows = torch.tensor(widths.places(samples), device=device)
             tokens[block] = tokens[block].index_copy(0, rows, share.to(tokens[block]))
-        return flops_share(heads, channels, torch.stack(tokens, dim=1), attention, mlp)
+        share = flops_share(heads, channels, torch.stack(tokens, dim=1), attention, mlp)
+        return over_batch(context, "DynamicWidth", share)
 
 
 @dataclass(eq=False)

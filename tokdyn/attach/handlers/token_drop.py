@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.attach.context import CallContext
+from tokdyn.attach.drawing import uniform
 from tokdyn.attach.handlers.base import BlockCall, Frame, Plan, Selector, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import TokenDrop
@@ -62,7 +63,10 @@ class DroppedSpan(Selector):
         if int(x.shape[1] * rate) == 0:
             context.trace.fall_short("TokenDrop", (rate,), (0,), (x.shape[1],))
             return x, view
-        noise = torch.rand(x.shape[:2], device=x.device) if context.training else self._hash(context, view, x)
+        if context.training:
+            noise = uniform(context, view.samples, x.shape[1], x.device, self.slot)
+        else:
+            noise = self._hash(context, view, x)
         lengths = tuple(kept_count(size, rate) for size in view.sizes)
         if context.settings.keep is not None:
             check_eager()
