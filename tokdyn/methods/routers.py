@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokdyn.errors import InputError
 from tokdyn.methods.layers import Conv2d, GroupNorm, Linear
 from tokdyn.ops.dropping import mix
 
@@ -63,7 +64,16 @@ class Router(nn.Module, ABC):
         Args:
             logits: logits of any shape, computed with the current bias.
             target: N, cells per kept token.
+
+        Raises:
+            InputError: a logit is NaN or infinite, and would make the bias so.
         """
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(
+                "the router cannot be calibrated on this batch, for which it computes NaN or infinity; give "
+                "finite inputs, and "
+                "weights that are finite."
+            )
         kept = max(1, round(logits.numel() / target))
         ranked = logits.flatten().float().sort(descending=True).values
         threshold = ranked[kept - 1 : kept + 1].mean()  # between the last kept and the first dropped
