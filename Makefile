@@ -7,10 +7,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # Tests run in $(JOBS) processes; one thread each keeps them from competing.
-test test-all test-oldest demo lint: export MPLBACKEND ?= Agg
-test test-all test-oldest: export OMP_NUM_THREADS ?= 1
+test test-all test-oldest demo lint fuzz: export MPLBACKEND ?= Agg
+test test-all test-oldest fuzz: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all test-oldest bench mutants peer docs notebooks lint format wheel clean
+.PHONY: help setup demo test test-all test-oldest bench mutants peer fuzz audit docs notebooks lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,8 @@ help:
 	@echo "make bench   measure speed on this machine (5 to 10 minutes on 2 idle cores)"
 	@echo "make mutants [ROOM=ops] [SAMPLE=300]  make mistakes one at a time, count what tests notice (hours)"
 	@echo "make peer TESTS=../diffusers [FILES=...]  run diffusers' own tests on wrapped models, list what is lost (hours)"
+	@echo "make fuzz [SECONDS=180]  spoil files at random until a reader fails; tests/hostile has those known to be hostile"
+	@echo "make audit   look for known vulnerabilities of the installed packages (needs a network, and says so without one)"
 	@echo "make docs    build the site of the documentation into site/ (a minute)"
 	@echo "make notebooks  run the notebooks of docs/tutorials and keep what they print and draw (minutes)"
 	@echo "make lint    ruff and mypy"
@@ -85,6 +87,17 @@ peer: $(STAMP)
 	$(BIN)/python tests/peer $(if $(filter file,$(origin TESTS)),,$(TESTS) $(FILES)) --jobs $(or $(PEER_JOBS),1) \
 		$(if $(KNOWN),--known) $(if $(LIST),--results tests/peer/results.md) --out runs/peer/report
 
+# What fails is kept in runs/fuzz. With ENGINE=atheris (pip install '.[fuzz]') the lines that a file reaches guide it.
+SECONDS ?= 180
+fuzz: $(STAMP)
+	$(BIN)/python tests/hostile --seconds $(SECONDS) $(if $(READERS),--readers $(READERS)) \
+		$(if $(ENGINE),--engine $(ENGINE))
+
+# pip-audit lives in an environment of its own, so that it audits what tokdyn needs and not itself.
+AUDIT := $(VENV)-audit
+audit: $(STAMP)
+	$(PYTHON) .ci/audit $(BIN)/python $(AUDIT)
+
 # The site is built from the source alone, in an environment without torch.
 DOCS := $(VENV)-docs
 docs: $(DOCS)/.installed
@@ -117,4 +130,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(VENV)-mutants $(DOCS) $(OLDEST) build site dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-mutants $(AUDIT) $(DOCS) $(OLDEST) build site dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

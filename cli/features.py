@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import typer
 
@@ -32,11 +31,11 @@ def register(app: typer.Typer) -> None:
     def features(ctx: typer.Context, json: Json = False) -> str:
         """Encode images once, for training on latents."""
         from tokdyn.data import FeaturesConfig
-        from tokdyn.files import require_path
+        from tokdyn.files import require_path, user_path
 
         config = read(ctx.args, FeaturesConfig, ["path"])
         if config.path is not None:
-            require_path(Path(config.path).expanduser())
+            require_path(user_path(config.path))
         from tokdyn.data import write_features
 
         report = write_features(config)

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tokdyn.errors import TokdynError
+from tokdyn.reading import printable
 
 from . import pages
 
@@ -61,13 +62,13 @@ class Command(TyperCommand):
                 warnings.showwarning = _print_warning
                 following = super().invoke(ctx)
         except TokdynError as error:
-            typer.echo(f"{ctx.command_path}: {error}", err=True)
+            typer.echo(f"{ctx.command_path}: {printable(str(error))}", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
             if error.errno in (None, errno.EPIPE):  # not an error of the system, or the reader of a pipe has closed it
                 raise
             place = "" if error.filename is None else f"{error.filename}: "
-            typer.echo(f"{ctx.command_path}: {place}{error.strerror}.", err=True)
+            typer.echo(f"{ctx.command_path}: {printable(f'{place}{error.strerror}')}.", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as stop:
             typer.echo("Interrupted.", err=True)
@@ -149,7 +150,7 @@ def _options(command: Any, ctx: Any) -> list[tuple[str, str]]:
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning on one line of stderr, without its place in the code."""
-    typer.echo(f"Warning: {message}", err=True)
+    typer.echo(f"Warning: {printable(str(message))}", err=True)
 
 
 def command(

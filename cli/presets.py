@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,13 +59,13 @@ def register(app: typer.Typer) -> None:
 def _rows(wanted: str) -> list[PresetRow]:
     """Return the rows about a model or of a preset file; all of them for ""."""
     from tokdyn.catalog import stored
-    from tokdyn.files import require_path
+    from tokdyn.files import require_path, user_path
     from tokdyn.presets.rows import about, is_file
 
     if not is_file(wanted):
         rows = stored().presets
         return about(rows, wanted) if wanted else list(rows)
-    require_path(Path(wanted).expanduser())
+    require_path(user_path(wanted))
     from tokdyn.presets import listed
 
     return listed(wanted)

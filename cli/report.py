@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import typer
 
@@ -30,7 +29,7 @@ def _read(args: Sequence[str], settings: type[Settings]) -> tuple[tuple[str, ...
     from tokdyn.bases.names import check_name
     from tokdyn.bases.table import SHIPPED, rows
     from tokdyn.errors import RecipeError
-    from tokdyn.files import require_path
+    from tokdyn.files import require_path, user_path
 
     known = {*SHIPPED, *rows()}
     given = split(args, frozenset(flags(settings))).positional
@@ -41,7 +40,7 @@ def _read(args: Sequence[str], settings: type[Settings]) -> tuple[tuple[str, ...
         if run in known:
             check_name(run)
         else:
-            require_path(Path(run).expanduser())
+            require_path(user_path(run))
     return given, config
 
 

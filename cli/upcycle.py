@@ -71,6 +71,7 @@ def register(app: typer.Typer) -> None:
         """
         from tokdyn.bases.names import check_name, check_weights, names_pipeline
         from tokdyn.errors import RecipeError
+        from tokdyn.files import user_path
         from tokdyn.recipe import Recipe, load
         from tokdyn.recipe.from_base import upcycling_recipe
 
@@ -87,7 +88,7 @@ def register(app: typer.Typer) -> None:
         given = split(ctx.args, frozenset(flags(Recipe)))
         given.take()
         if resume and base is None and recipe is None and not method and "out" in given.settings:
-            if not (Path(given.settings["out"]).expanduser() / "recipe.yaml").is_file():
+            if not (user_path(given.settings["out"]) / "recipe.yaml").is_file():
                 raise RecipeError(f"There is no run to resume in {given.settings['out']}; start it without --resume.")
             resolved = load(given.settings["out"], given.overrides())  # the recipe that the run was started with
         else:

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. Names on one line do not import each other.
 LAYERS = [
     ["errors"],
+    ["limits"],
+    ["reading"],
+    ["image_files", "yaml_loading"],
     ["files", "host", "hub", "lazy", "method_names", "progress", "section", "seeds"],
     ["draws", "prompts", "tokens"],
     ["division"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,8 +15,18 @@ from pydantic import AfterValidator
 from safetensors import SafetensorError
 
 from tokdyn.errors import CheckpointError, DataError, OutputError, RecipeError
+from tokdyn.reading import one_line, read_json
 
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+def user_path(path: str | Path) -> Path:
+    """Return a path with the home folder in place of a leading `~`; that of an unknown user stays, as in shells."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+UserPath = Annotated[Path, AfterValidator(user_path)]
 """The type of paths in settings. A leading `~` becomes the home folder, even if the shell has not expanded it."""
 
 
@@ -44,10 +53,10 @@ def json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or does not hold a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}): restore it, or use another checkpoint."
+            f"{path} cannot be read as JSON ({one_line(error)}): restore it, or use another checkpoint."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(

@@ -13,7 +13,10 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tokdyn.errors import InputError
+from tokdyn.files import user_path
+from tokdyn.reading import one_line, parse_json, read_text, shown
 from tokdyn.section import Section
+from tokdyn.yaml_loading import load_yaml
 
 IMAGES = ("image", "mask_image", "control_image", "last_image", "image_reference")
 """Arguments of pipelines that hold images, or lists of images."""
@@ -36,7 +39,7 @@ def read_prompts(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    path = Path(value).expanduser()
+    path = user_path(value)
     if path.suffix not in _READERS:
         if path.suffix and os.path.isfile(path):
             raise ValueError(f"the file of prompts {value} has an unknown ending: write a .txt, .json or .yaml file")
@@ -44,10 +47,10 @@ def read_prompts(value: Any) -> Any:
     if not path.is_file():
         raise ValueError(f"the file of prompts {value} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         content = _READERS[path.suffix](text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"the file of prompts {value} cannot be read: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the file of prompts {value} cannot be read: {one_line(error)}") from error
     if not isinstance(content, list) or not all(isinstance(each, (str, dict)) for each in content):
         raise ValueError(f"the file of prompts {value} holds no list of texts and dictionaries")
     if not content:
@@ -56,7 +59,7 @@ def read_prompts(value: Any) -> Any:
         try:
             json.dumps(each)
         except TypeError as error:  # YAML reads dates, too
-            raise ValueError(f"the file of prompts {value} holds {each!r}: write texts in quotes") from error
+            raise ValueError(f"the file of prompts {value} holds {shown(each)}: write texts in quotes") from error
     return [_located(each, path.parent) if isinstance(each, dict) else each for each in content]
 
 
@@ -67,9 +70,9 @@ def _lines(text: str) -> list[str]:
 
 _READERS: dict[str, Callable[[str], Any]] = {
     ".txt": _lines,
-    ".json": json.loads,
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
+    ".json": parse_json,
+    ".yaml": load_yaml,
+    ".yml": load_yaml,
 }
 
 
@@ -79,7 +82,7 @@ def _located(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     def at(value: Any) -> Any:
         if isinstance(value, list):
             return [at(each) for each in value]
-        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+        return str((folder / user_path(value)).resolve()) if isinstance(value, str) else value
 
     return {name: at(value) if name in IMAGES else value for name, value in entry.items()}
 

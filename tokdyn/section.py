@@ -2,20 +2,98 @@
 
 from __future__ import annotations
 
+import typing
+from types import UnionType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from tokdyn.limits import STEPS, Limit
+
+
+def at_most(limit: Limit) -> AfterValidator:
+    """Return a validator of numbers that refuses those above a limit."""
+
+    def check(value: int) -> int:
+        if excess := limit.excess(value):
+            raise ValueError(f"these are {excess}")
+        return value
+
+    return AfterValidator(check)
+
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0), at_most(STEPS)]
+Positive = Annotated[int, Field(ge=1), at_most(STEPS)]
 Weight = Annotated[float, Field(ge=0.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """Immutable settings that refuse unknown keys, NaN and infinite numbers."""
+    """Immutable settings that refuse unknown keys, NaN and infinite numbers, and what only looks like a number.
+
+    pydantic reads true as 1 and the text "0010" as 10; here both are mistakes. So is text that no file can hold.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_what_it_says(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        require_plain(value, Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+        return value
+
+
+def require_plain(value: Any, annotation: Any) -> None:
+    """Raise a ValueError if a value is, or holds, a boolean or a text where a type has only numbers.
+
+    Args:
+        value: a value before its validation.
+        annotation: the type that it is for. A type with a validator of its own that reads other values may have text.
+    """
+    _require(value, *_leaves(annotation))
+
+
+def _require(value: Any, leaves: set[Any], read: bool) -> None:
+    """Do what `require_plain` does, with the plain types in the type, and whether a validator reads other values."""
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            _require(each, leaves, read)
+    elif isinstance(value, bool):
+        if not read and bool not in leaves and leaves & {int, float}:
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+    elif isinstance(value, str):
+        if not read and leaves <= {int, float, type(None)}:
+            raise ValueError(f"expected a number, got the text {value[:80]!r}")
+        require_text(value)
+
+
+def require_text(value: str) -> None:
+    """Raise a ValueError if a text holds a NUL or half of a character, which neither paths nor files can hold."""
+    if "\0" in value:
+        raise ValueError("it holds a NUL character; remove it")
+    try:
+        value.encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a character (a surrogate); remove it") from error
+
+
+def _leaves(annotation: Any) -> tuple[set[Any], bool]:
+    """Return the plain types in a type, and whether a validator reads values of other types.
+
+    Literals count as the types of their values, and anything that is no type here as text.
+    """
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        leaves, read = _leaves(parts[0])
+        return leaves, read or any(isinstance(each, BeforeValidator) for each in parts[1:])
+    if origin is typing.Literal:
+        return {type(each) for each in parts}, False
+    if origin in (typing.Union, UnionType, tuple, list):
+        found = [_leaves(part) for part in parts if part is not ...]
+        return {leaf for leaves, _ in found for leaf in leaves}, any(read for _, read in found)
+    return {annotation if annotation in (int, float, bool, type(None)) else str}, False
 
 
 def listed(value: Any) -> Any:
@@ -25,4 +103,4 @@ def listed(value: Any) -> Any:
     """
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int | float) else value
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -244,3 +244,58 @@ def test_decompression_bombs_are_refused_by_name():
     bomb = png(60_000, 60_000, 1, 0, b"\0" * 100)
     with pytest.raises(DataError, match=r"^cats/7\.png\b.*3600000000"):
         decode(bomb, "cats/7.png", SIZE, 3)
+
+
+RAMP = np.arange(192, dtype=np.int64).reshape(SIZE)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (RAMP.astype(np.int32), "191"),  # 0 .. 255 in 32 bits: black, if white were 65535
+        ((RAMP * 21).astype(np.uint16), "4011"),  # 12 bits in 16
+        ((RAMP * 300.0).astype(np.float32), "57300"),  # 16 bits as floats: white
+        ((RAMP - 90.0).astype(np.float32), "-90"),
+        ((RAMP * 10**6).astype(np.int32), "1.91e\\+08"),
+        ((RAMP * 50 - 900).astype(np.int32), "-900"),
+    ],
+    ids=str,
+)
+def test_tiffs_whose_white_is_unknown_are_refused(values, named):
+    with pytest.raises(DataError, match=rf"^x\.png\b.*{named}"):
+        read(encoded(Image.fromarray(values), "TIFF"), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "tag", "white"),
+    [
+        (RAMP.astype(np.int32), 281, 255),
+        ((RAMP * 21).astype(np.uint16), 281, 4095),
+        ((RAMP * 300.0).astype(np.float32), 341, 65535.0),
+    ],
+    ids=["int32", "uint16", "float"],
+)
+def test_tiffs_that_say_their_white_are_scaled_by_it(values, tag, white):
+    content = encoded(Image.fromarray(values), "TIFF", tiffinfo={tag: white})
+    np.testing.assert_array_equal(read(content, 1)[..., 0], np.rint(values * (255.0 / white)).astype(np.uint8))
+
+
+def test_black_pictures_of_any_type_are_black():
+    for kind in (np.int32, np.uint16, np.float32):
+        assert not read(encoded(Image.fromarray(np.zeros(SIZE, kind)), "TIFF"), 1).any()
+
+
+def test_a_dark_png_of_16_bits_is_dark():
+    """PNG says that white is 65535."""
+    wide = (RAMP * 21).astype(np.uint16)
+    np.testing.assert_array_equal(read(encoded(Image.fromarray(wide)), 1)[..., 0], np.rint(wide / 257.0))
+
+
+def test_files_of_other_formats_are_refused_whatever_they_are_called():
+    """Pillow would run ghostscript for the first."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PCX")
+    for content in (postscript, buffer.getvalue()):
+        with pytest.raises(DataError, match=r"^x\.png\b"):
+            read(content)

@@ -323,3 +323,28 @@ def test_a_pickled_data_set_reads_the_same_images(tmp_path):
     data = images(archive(tmp_path / "z.zip", FILES), in_memory=False)
     first = everything(data)[0]
     assert torch.equal(everything(pickle.loads(pickle.dumps(data)))[0], first)
+
+
+def first_readable(data: Dataset, indices: list[int]) -> str:
+    """The name of the image that is read for the first of these."""
+    return data.names[data.fetch(indices)[2][0]]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_broken_streams_in_a_zip_are_named_and_skipped_as_asked(tmp_path, method, in_memory):
+    """Decompressors have errors of their own: zlib.error, OSError, LZMAError."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "BMP")
+    path = tmp_path / "z.zip"
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("cat/a.bmp", buffer.getvalue())
+        file.writestr("cat/b.bmp", buffer.getvalue())
+    content = bytearray(path.read_bytes())
+    content[200:260] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^cat/a\.bmp in .*z\.zip"):
+        everything(images(str(path), in_memory=in_memory))
+    with pytest.warns(UserWarning, match=r"cat/a\.bmp"):
+        assert first_readable(images(str(path), in_memory=in_memory, on_error="skip"), [0]) == "cat/b.bmp"

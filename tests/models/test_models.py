@@ -302,6 +302,17 @@ def test_random_boundaries_repeat_in_evaluation_and_differ_in_training():
         (lambda m: m(torch.zeros(2, 4, 8, 8), 1, torch.tensor([0, -1])), "class_labels .*-1"),
         (lambda m: m(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2)), "class_labels .*torch.float32"),
         (lambda m: m.calibrate_router(torch.zeros(2, 4, 8, 8), 1, None, target=1.0), "target is 1.0"),
+        (lambda m: m.calibrate_router(torch.full((2, 4, 8, 8), math.nan), 1, None), "NaN"),
+        (lambda m: m(None, 1), "NoneType"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8).int(), 1), "torch.int32"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8).half(), 1), "torch.float16 .*torch.float32"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8).double(), 1), "torch.float64 .*torch.float32"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), math.nan), "timestep is nan"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), -1), "timestep is -1"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), torch.tensor([1.0, math.inf])), "timestep is .*inf"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), [1, -7]), "timestep is .*-7"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), 1, plan=torch.ones(2, 5).bool()), r"plan .*\(2, 5\).*\(2, 16\)"),
+        (lambda m: m(torch.zeros(2, 4, 8, 8), 1, plan=torch.ones(2, 16)), "plan .*torch.float32"),
     ],
 )
 def test_wrong_input_raises(call, words):
@@ -321,6 +332,13 @@ def test_wrong_input_raises(call, words):
         ({"depth": -1}, "depth is -1"),
         ({"sample_size": (8, 8, 8)}, r"sample_size is \(8, 8, 8\)"),
         ({"sample_size": 8.0}, r"sample_size is 8.0"),
+        ({"sample_size": 100_000}, "sample_size is 100000.*TOKDYN_MAX_TOKENS"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"mlp_ratio": math.nan}, "mlp_ratio is nan"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"timestep_shift": 128}, "timestep_shift is 128"),
+        ({"target": math.inf}, "target is inf"),
     ],
 )
 def test_impossible_settings_raise(settings, words):

@@ -240,7 +240,7 @@ ONE = "{methods: [{method: FeatureCache}]"
         (f"{BASE}  settings: {{Fast: {ONE}}}}}", "'Fast' in lower case"),
         (f"{BASE}  settings: {{fast: {ONE}, published: {{speedup: .inf}}}}}}", "speedup"),
         (f"{BASE}  settings: {{fast: {ONE}, note: 2020-13-45}}}}", "month"),
-        ("a: " + "[" * 3000, "cannot be read"),
+        ("a: " + "[" * 3000, "TOKDYN_MAX_YAML_DEPTH"),
     ],
     ids=range(10),
 )

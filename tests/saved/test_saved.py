@@ -46,7 +46,7 @@ READERS = {
     "tokdyn/playground/words.py": None,  # words that were typed on the page
 }
 """The format that a module reads; None where it is no format of ours."""
-READING = {"json_object", "loads", "load_file", "safe_open", "parse", "model_validate_json"}
+READING = {"json_object", "loads", "load_file", "safe_open", "parse", "parse_json", "read_json", "model_validate_json"}
 
 
 @pytest.mark.parametrize(("name", "number"), SAVED)
@@ -108,5 +108,5 @@ def test_every_module_that_reads_files_has_a_format() -> None:
             name = getattr(call.func, "attr", getattr(call.func, "id", None)) if isinstance(call, ast.Call) else None
             if name in READING:
                 found.add(path.relative_to(ROOT).as_posix())
-    assert found - {"tokdyn/files.py", "tokdyn/recipe/yaml_text.py"} == set(READERS)
+    assert found - {"tokdyn/files.py", "tokdyn/reading.py", "tokdyn/recipe/yaml_text.py"} == set(READERS)
     assert {each for each in READERS.values() if each is not None} == set(FORMATS)

@@ -18,12 +18,14 @@ from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached, unwrap, wrap
 from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import CheckpointError, InputError
-from tokdyn.files import json_object, replacing
+from tokdyn.files import json_object, replacing, user_path
 from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings, to_settings
+from tokdyn.reading import one_line, shown
 
 CONFIG = "tokdyn_config.json"  # two assignments: the API reference resolves no names in a tuple
 WEIGHTS = "tokdyn.safetensors"
+_KEYS = frozenset({"tokdyn", "model", "methods", "level"})
 _FUNCTION = "function"  # in place of a noise level that is computed by a function, which no file can hold
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,7 +48,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    attachment, where = attached(model), Path(folder).expanduser()
+    attachment, where = attached(model), user_path(folder)
     model = inner_model(model)
     if weights_are_offloaded(model, attachment):
         raise InputError(
@@ -84,11 +86,19 @@ def load(model: Model, folder: str | Path, level: Level | None = None) -> Model:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    where = Path(folder).expanduser()
+    where = user_path(folder)
     if not (where / CONFIG).is_file():
         what = f"holds no {CONFIG}" if where.is_dir() else "is no folder"
         raise CheckpointError(f"{where} {what}; give a folder that tokdyn.save or tokdyn calibrate has written.")
     content = json_object(where / CONFIG)
+    methods, unknown = content.get("methods", []), sorted(set(content) - _KEYS)
+    if unknown or not isinstance(methods, list):
+        what = f"has {shown(unknown[0])}" if unknown else f"lists {shown(methods)} as its methods"
+        raise CheckpointError(
+            f"{where / CONFIG} {what}, which this version of tokdyn does not know; use the version that wrote it, "
+            "or save the "
+            "methods again."
+        )
     if content.get("model") != type(model).__name__:
         raise CheckpointError(
             f"{where / CONFIG} holds methods for a {content.get('model')}, but this is a {type(model).__name__}; give "
@@ -100,15 +110,16 @@ def load(model: Model, folder: str | Path, level: Level | None = None) -> Model:
             f"{where / CONFIG} was saved with a noise level that a function computes, which no file can hold; give it "
             "again, as in tokdyn.load(model, folder, level=function)."
         )
-    wrap(model, [_method(settings, where / CONFIG) for settings in content.get("methods", [])], level)
+    wrap(model, [_method(settings, where / CONFIG) for settings in methods], level)
     expected = set(attached(model).state_dict())
     try:
         weights = load_file(where / WEIGHTS) if expected else {}
         attached(model).load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         unwrap(model)
         raise CheckpointError(
-            f"{where / WEIGHTS} does not hold the weights of the methods in {CONFIG} ({error}); save them again."
+            f"{where / WEIGHTS} does not hold the weights of the methods in {CONFIG} ({one_line(error)}); save "
+            "them again."
         ) from error
     attached(model).watch.first.settle()
     return model

@@ -11,6 +11,7 @@ from tokdyn.bases.hub import fetch_from_hub
 from tokdyn.bases.names import check_name, suggestion
 from tokdyn.bases.table import Row, rows, shipped_folder
 from tokdyn.errors import CheckpointError
+from tokdyn.files import user_path
 
 
 def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
@@ -26,7 +27,7 @@ def locate(name: str, local: bool = False) -> tuple[Path, Row | None]:
     Raises:
         CheckpointError: there is no such base, or it is not in the cache and cannot be downloaded.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name and path.exists():
         return path, None
     check_name(name)

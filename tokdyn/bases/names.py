@@ -9,7 +9,7 @@ from pathlib import Path
 from tokdyn.bases.table import HUB_ID, INDEX, SHIPPED, rows
 from tokdyn.checkpoints.formats import PICKLED
 from tokdyn.errors import CheckpointError
-from tokdyn.files import json_object
+from tokdyn.files import json_object, user_path
 from tokdyn.models.sizes import PATCHES, is_named
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,7 +23,7 @@ def check_name(name: str) -> None:
     Raises:
         CheckpointError: the name is neither an existing path, nor listed by `tokdyn models` with weights, nor a hub id.
     """
-    if (name and Path(name).expanduser().exists()) or name in rows():
+    if (name and user_path(name).exists()) or name in rows():
         return
     if name in SHIPPED:
         raise CheckpointError(
@@ -50,7 +50,7 @@ def check_weights(name: str) -> None:
     Raises:
         CheckpointError: the folder holds none, or the file has another ending.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists() and not any(each.suffix in _WEIGHTS for each in (path.rglob("*") if path.is_dir() else (path,))):
         raise CheckpointError(
             f"{name} holds no weights: give the folder of a run or of a model, a .safetensors file or a .pt file, or a "
@@ -91,7 +91,7 @@ def names_pipeline(name: str | None, wanted: bool = False) -> bool:
     """
     if name is None or name in rows() or name in SHIPPED or is_named(name):
         return False
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     index: Path | None = folder / INDEX
     reason = f"{INDEX} is missing there" if folder.exists() else "there is no such folder"
     if _REPOSITORY.fullmatch(name) and not folder.exists():

@@ -22,6 +22,7 @@ from tokdyn.attach import Attachment, attachment_of, inner_model, untraced
 from tokdyn.bench.fidelity import WINDOW, psnr, ssim
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import InputError
+from tokdyn.files import user_path
 from tokdyn.methods import Method
 from tokdyn.pipelines import denoisers, disabled, is_pipeline, is_wrapped, stats, unwrap, wrap
 from tokdyn.pipelines.drawing import draw
@@ -146,7 +147,7 @@ class Compared:
         pixels = self.picture()
         if (height := len(pixels)) > _TALLEST:
             pixels = np.asarray(Image.fromarray(pixels).resize((pixels.shape[1] * _TALLEST // height, _TALLEST)))
-        return write_png(pixels, Path(path).expanduser())
+        return write_png(pixels, user_path(path))
 
     def as_dict(self) -> dict[str, Any]:
         """Return all numbers as a JSON-ready dictionary; infinite ones as None."""

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tokdyn.bases.names import check_name, is_size
 from tokdyn.diffusion.settings import Drop, Sampler, SchedulerName
 from tokdyn.errors import RecipeError
+from tokdyn.files import user_path
 from tokdyn.method_names import ALIASES, EARLIER_SETTINGS, full_name
+from tokdyn.reading import read_text
 from tokdyn.recipe import yaml_text
 from tokdyn.recipe.explain import explain, nearest
 
@@ -189,9 +191,9 @@ def _entries(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         inline = argument.lstrip().startswith("{")
         source = "the stack" if inline else argument
         try:
-            text = argument if inline else Path(argument).expanduser().read_text(encoding="utf-8")
+            text = argument if inline else read_text(user_path(argument))
             content = yaml_text.parse(text, source)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise RecipeError(
                 f"{argument} cannot be read ({error}): give a YAML file with a list of stacks, or one stack as "
                 '"{name: merged, methods: [{method: TokenMerge, ratio: 0.3}]}".'

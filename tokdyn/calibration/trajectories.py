@@ -21,7 +21,7 @@ from tokdyn.diffusion.sampling import generate
 from tokdyn.diffusion.schedulers import default_scheduler, open_scheduler
 from tokdyn.diffusion.settings import Sampler
 from tokdyn.errors import CheckpointError, RecipeError
-from tokdyn.files import json_object
+from tokdyn.files import json_object, user_path
 from tokdyn.host import product_type
 from tokdyn.pipelines import denoisers
 from tokdyn.pipelines.drawing import call_arguments, draw
@@ -61,7 +61,7 @@ def open_subject(config: CalibrateConfig, device: torch.device) -> Subject:
     Raises:
         TokdynError: the model does not exist, or the settings do not fit it.
     """
-    path = Path(config.model).expanduser()
+    path = user_path(config.model)
     if names_pipeline(config.model, wanted=config.prompts is not None):
         return _prompted(config, device)
     for name in ("height", "width", "frames"):

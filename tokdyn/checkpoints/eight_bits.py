@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.errors import CheckpointError
+from tokdyn.reading import one_line
 
 SCALE = ".row_scale"
 """Ending of the name under which the scales of a matrix are stored."""
@@ -63,7 +64,8 @@ def from_eight_bits(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Ten
         if scale is not None:
             if scale.shape != tensor.shape[:1]:
                 raise CheckpointError(
-                    f"{origin} has {len(tensor)} rows of {name} and {scale.numel()} scales for them; copy or convert "
+                    f"{origin} has {tensor.shape[:1].numel()} rows of {one_line(name, 80)} and {scale.numel()} "
+                    "scales for them; copy or convert "
                     "it again."
                 )
             tensor = tensor.float() * scale.float().reshape(-1, *[1] * (tensor.dim() - 1))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tokdyn.checkpoints.eight_bits import from_eight_bits
 from tokdyn.checkpoints.formats import PICKLED
-from tokdyn.checkpoints.pickles import Record, load_pickled
+from tokdyn.checkpoints.pickles import Record, load_pickled, require_honest
 from tokdyn.errors import CheckpointError
-from tokdyn.files import json_object
+from tokdyn.files import json_object, user_path
+from tokdyn.limits import TENSORS
+from tokdyn.reading import RefusedFileError, one_line, open_regular, parse_json, shown
 
+_NESTED = 8  # mappings within each other that may hold a state dict; some hold themselves
 METHODS = "tokdyn.safetensors"  # weights of attached methods, which are not those of a model
 NOTES = "_tokdyn"
 """Key under which tokdyn stores the settings that the layout of another project has no key for: in diffusers'
@@ -57,23 +60,29 @@ def open_file(path: str | Path, ema: bool = True) -> Raw:
         CheckpointError: the path does not exist, a folder holds several files with weights, or the file is damaged or
             does not hold a state dict.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint file or folder.")
     if path.is_dir():
         path = _weights_in(path, ema)
+    _require_regular(path)
     config = json_object(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
     if path.name.endswith(".index.json"):
         return Raw(_sharded(path), config, origin=str(path))
     if path.suffix == ".safetensors":
         return Raw(_safetensors(path), config, origin=str(path), notes=_notes(path))
     if path.suffix in PICKLED:
-        return find_state_dict(load_pickled(path), ema, str(path), config)
+        raw = find_state_dict(load_pickled(path), ema, str(path), config)
+        try:
+            require_honest(path, sum(tensor.numel() * tensor.element_size() for tensor in raw.tensors.values()))
+        except RefusedFileError as error:
+            raise CheckpointError(f"{path} is not read, because its tensors repeat their elements: {error}.") from error
+        return raw
     raise CheckpointError(f"{path} has an unknown ending; expected .safetensors, .index.json or {', '.join(PICKLED)}.")
 
 
 def find_state_dict(
-    content: Any, ema: bool, origin: str = "the state dict", config: Mapping[str, Any] | None = None
+    content: Any, ema: bool, origin: str = "the state dict", config: Mapping[str, Any] | None = None, depth: int = 0
 ) -> Raw:
     """Find the state dict in the content of a file.
 
@@ -83,20 +92,25 @@ def find_state_dict(
         ema: take the averaged weights if the content holds averaged and plain ones.
         origin: name of the checkpoint, for error messages.
         config: contents of the config.json beside the file.
+        depth: number of mappings that the content lies in.
 
     Raises:
         CheckpointError: the content does not hold a state dict.
     """
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
-            return Raw({str(name): value for name, value in content.items()}, config or {}, origin=origin)
+            tensors = {str(name): value for name, value in content.items()}
+            _require_plain(tensors, origin)
+            return Raw(tensors, config or {}, origin=origin)
         order = (*EMA_NAMES, *MODEL_NAMES) if ema else (*MODEL_NAMES, *EMA_NAMES)
         for name in order:
-            if isinstance(content.get(name), Mapping):
-                settings = content.get("config") or content.get("args")
-                inner = find_state_dict(content[name], ema, f"{origin}[{name!r}]", config)
-                return Raw(inner.tensors, inner.config, settings if isinstance(settings, Record) else Record(), origin)
-        names = ", ".join(repr(name) for name in list(content)[:6]) or "nothing"
+            if isinstance(content.get(name), Mapping) and depth < _NESTED:
+                settings = next(
+                    (each for key in ("config", "args") if isinstance(each := content.get(key), Record)), Record()
+                )
+                inner = find_state_dict(content[name], ema, f"{origin}[{name!r}]", config, depth + 1)
+                return Raw(inner.tensors, inner.config, settings, origin)
+        names = ", ".join(shown(name) for name in list(content)[:6]) or "nothing"
         raise CheckpointError(
             f"{origin} holds {names} but no state dict; expected tensors by name, or such a mapping under one of "
             f"{', '.join((*EMA_NAMES, *MODEL_NAMES))}."
@@ -106,7 +120,7 @@ def find_state_dict(
 
 def weight_files(path: str | Path, ema: bool = True) -> list[Path]:
     """List the files that `open_file` reads tensors from, with the same arguments: one file, or the shards."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     file = _weights_in(path, ema) if path.is_dir() else path
     if not file.name.endswith(".index.json"):
         return [file]
@@ -135,12 +149,40 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; raise a CheckpointError if it cannot be read."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged or hostile header can raise anything
         raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}); copy or download it again, or "
+            f"{path} is truncated or not a safetensors file ({one_line(error)}); copy or download it again, or "
             "use another checkpoint."
         ) from error
+    _require_plain(tensors, str(path))
     return from_eight_bits(tensors, str(path))
+
+
+def _require_regular(path: Path) -> None:
+    """Raise a CheckpointError if a path leads to a named pipe or a device, of which reading might never end."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _require_plain(tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise a CheckpointError if there are too many tensors, or one that holds no ordinary real numbers."""
+    if excess := TENSORS.excess(len(tensors)):
+        raise CheckpointError(f"{origin} has {excess}.")
+    for name, tensor in tensors.items():
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_complex()
+            or tensor.is_quantized
+            or tensor.is_meta
+            or tensor.is_nested
+        ):
+            raise CheckpointError(
+                f"{origin} holds {one_line(name, 80)} as {tensor.dtype} in the layout {tensor.layout} on "
+                f"{tensor.device}; "
+                "save it as an ordinary tensor of real numbers."
+            )
 
 
 def _notes(path: Path) -> dict[str, Any]:
@@ -148,9 +190,9 @@ def _notes(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(NOTES, "{}")
     try:
-        notes = json.loads(text)
+        notes = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"the header of {path} has a {NOTES} that is not JSON ({error}).") from error
+        raise CheckpointError(f"the header of {path} has a {NOTES} that is not JSON ({one_line(error)}).") from error
     if not isinstance(notes, dict):
         raise CheckpointError(f"the header of {path} has a {type(notes).__name__} under {NOTES}, expected an object.")
     return notes

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokdyn.errors import CheckpointError, TokdynError
 from tokdyn.models import DCDiT, DiT
 from tokdyn.ops import sincos_position
+from tokdyn.reading import one_line
 
 Model = TypeVar("Model", DiT, DCDiT)
 
@@ -65,4 +66,4 @@ def fill(model_class: type[Model], settings: Mapping[str, Any], tensors: Mapping
 
 def first_few(names: Sequence[str], limit: int = 4) -> str:
     """Join the first few names with commas, followed by dots if there are more."""
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join(one_line(name, 80) for name in names[:limit]) + (", ..." if len(names) > limit else "")

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from tokdyn.errors import CheckpointError
+from tokdyn.limits import DEPTH
 from tokdyn.ops import sincos_position
+from tokdyn.reading import one_line
+
+_DIGITS, _GAP = 9, 16  # digits of a number of a block, and numbers by which missing blocks are told from hostile ones
 
 ROUTERS = {"score": "spatial_predictability", "query": "cosine"}
 """The kind of router for the name of a submodule that no other kind has."""
@@ -56,8 +60,8 @@ def dcdit_settings(tensors: Mapping[str, Tensor], origin: str, patch: int) -> di
         "patch_size": patch,
         "in_channels": channels // (patch * patch),
         "scaffold_width": narrow,
-        "encoder_depth": _count(tensors, "encoder.layers."),
-        "decoder_depth": _count(tensors, "decoder.layers."),
+        "encoder_depth": _count(tensors, "encoder.layers.", origin),
+        "decoder_depth": _count(tensors, "decoder.layers.", origin),
         "condition_adaptor": "adaptor.weight" in tensors,
     }
     return shared | _output(tensors, channels, origin)
@@ -139,7 +143,7 @@ def _shared_settings(tensors: Mapping[str, Tensor], origin: str) -> dict[str, An
     ratio = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
     return {
         "hidden_size": width,
-        "depth": _count(tensors, "blocks."),
+        "depth": _count(tensors, "blocks.", origin),
         "mlp_ratio": ratio,
         "num_classes": classes,
     }
@@ -156,10 +160,21 @@ def _output(tensors: Mapping[str, Tensor], inputs: int, origin: str) -> dict[str
     return {"learn_sigma": outputs == 2 * inputs}
 
 
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+def _count(tensors: Mapping[str, Tensor], prefix: str, origin: str) -> int:
     """Return the number of numbered modules under a prefix, such as "blocks.": one more than the largest number."""
     parts = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
-    return 1 + max((int(part) for part in parts if part.isdecimal()), default=-1)
+    numbers = {part for part in parts if part.isdecimal()}
+    if any(len(part) > _DIGITS or int(part) > 2 * len(numbers) + _GAP for part in numbers):
+        largest = max(numbers, key=lambda part: (len(part), part))
+        raise CheckpointError(
+            f"{origin} has {prefix}{one_line(largest, 20)}, but tensors of only {len(numbers)} of so many; copy "
+            "or convert it "
+            "again."
+        )
+    count = 1 + max(map(int, numbers), default=-1)
+    if excess := DEPTH.excess(count):
+        raise CheckpointError(f"{origin} has {prefix}{count - 1}; these are {excess}.")
+    return count
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, dims: int, origin: str) -> tuple[int, ...]:
@@ -167,6 +182,6 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dims: int, origin: str) -> 
     if name not in tensors:
         raise CheckpointError(f"{origin} lacks {name!r} (tokdyn's name), from which settings are inferred.")
     shape = tuple(tensors[name].shape)
-    if len(shape) != dims:
-        raise CheckpointError(f"{origin} has {name!r} of shape {shape}; expected {dims} dimensions.")
+    if len(shape) != dims or 0 in shape:
+        raise CheckpointError(f"{origin} has {name!r} of shape {shape}; expected {dims} dimensions, none of them 0.")
     return shape

@@ -116,7 +116,14 @@ def from_diffusers(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tens
             present = [part for part in qkv if part is not None]
             if len(present) < 3:
                 raise CheckpointError(f"{origin} has {name} without its to_k or to_v.")
-            own[f"blocks.{block}.attn.qkv.{rest.rpartition('.')[2]}"] = torch.cat(present)
+            try:
+                joined = torch.cat(present)
+            except (RuntimeError, TypeError) as error:
+                shapes = ", ".join(str(tuple(part.shape)) for part in present)
+                raise CheckpointError(
+                    f"{origin} has q, k and v of {name} with shapes {shapes} that do not go together."
+                ) from error
+            own[f"blocks.{block}.attn.qkv.{rest.rpartition('.')[2]}"] = joined
     return own
 
 

@@ -15,6 +15,7 @@ from tokdyn.checkpoints.fill import fill, first_few
 from tokdyn.checkpoints.formats import Kind
 from tokdyn.checkpoints.infer import dcdit_settings, dit_settings, input_size
 from tokdyn.checkpoints.names import OFFICIAL, from_diffusers, rename, without_wrappers
+from tokdyn.checkpoints.pickles import lookup
 from tokdyn.checkpoints.settings import diffusers_settings, noted_settings, official_settings, own_settings, settle
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
@@ -137,7 +138,7 @@ def _read_dit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Map
 def _read_dydit(tensors: dict[str, Tensor], stored: Mapping[str, Any], config: Mapping[str, Any], raw: Raw) -> DiT:
     """Build a `DiT` with `DynamicWidth` from the tensors of a DyDiT; other arguments as for `_read_dit`."""
     plain, gates = split_gates(tensors)
-    target = config.get("target", raw.training.lookup("token_ratio") or 0.7)
+    target = config.get("target", lookup(raw.training, "token_ratio") or 0.7)
     model = _read_dit(plain, stored, {name: value for name, value in config.items() if name != "target"}, raw.origin)
     return wrap_with_gates(model, gates, target, raw.origin)
 

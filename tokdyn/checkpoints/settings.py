@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokdyn.checkpoints.files import NOTES, Raw
+from tokdyn.checkpoints.pickles import lookup
 from tokdyn.errors import CheckpointError
 from tokdyn.models import DCDiT, DiT
+from tokdyn.models.arguments import ARGUMENTS, checked
 from tokdyn.models.sizes import renamed_settings
+from tokdyn.reading import shown
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Number of attention heads for each published width (S, B, L, XL), which shapes do not determine."""
@@ -55,10 +58,12 @@ def settle(
             if value is None and name != "sigma":  # None means "not set", but sigma=None turns smoothing off
                 continue
             value = tuple(value) if isinstance(value, list) else value
+            if name in ARGUMENTS["dcdit"] and not (layer is given and name == "sample_size"):
+                value = _checked(name, value, f"{whose} {origin}")
             free = name in FREE and name not in inferred
             if name in settings and not free and not _same(settings[name], value):
                 raise CheckpointError(
-                    f"{name}={value!r}, {whose} {origin}, contradicts its "
+                    f"{name}={shown(value)}, {whose} {origin}, contradicts its "
                     f"{'weights' if name in inferred else 'settings'}, where it is {settings[name]!r}."
                 )
             settings[name] = settings[name] if name in inferred else value
@@ -72,6 +77,14 @@ def settle(
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise CheckpointError(f"num_heads={heads!r} does not divide the width {width} of {origin}.")
     return settings
+
+
+def _checked(name: str, value: Any, whose: str) -> Any:
+    """Return a setting in the type that the constructor takes; raise a CheckpointError if it is of another."""
+    try:
+        return checked("dcdit", name, value)  # the arguments of a DiT are among those of a DC-DiT
+    except ValueError as error:
+        raise CheckpointError(f"{name}={shown(value)}, {whose}, cannot be used: {error}.") from error
 
 
 def own_settings(raw: Raw) -> dict[str, Any]:
@@ -145,12 +158,12 @@ def noted_settings(model: type[DiT] | type[DCDiT], notes: Any, origin: str) -> d
 
 def official_settings(raw: Raw) -> dict[str, Any]:
     """Return the settings of official DC-DiT weights: force_ends=True, and those in their training file."""
-    heads = raw.training.lookup("model", "hnet", "num_heads")
-    target = raw.training.lookup("training", "downsample_factor")
+    heads = lookup(raw.training, "model", "hnet", "num_heads")
+    target = lookup(raw.training, "training", "downsample_factor")
     settings = {
         "force_ends": True,
         "num_heads": heads[0] if isinstance(heads, list) and heads else None,
-        "sigma": raw.training.lookup("model", "hnet", "dechunk_kernel_sigma"),
+        "sigma": lookup(raw.training, "model", "hnet", "dechunk_kernel_sigma"),
         "target": target[0] if isinstance(target, list) and target else target,
     }
     return {name: value for name, value in settings.items() if value is not None}

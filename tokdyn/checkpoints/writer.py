@@ -23,7 +23,7 @@ from tokdyn.checkpoints.eight_bits import to_eight_bits
 from tokdyn.checkpoints.files import NOTES
 from tokdyn.checkpoints.formats import Layout
 from tokdyn.errors import CheckpointError, OutputError
-from tokdyn.files import half_of, replacing, writing
+from tokdyn.files import half_of, replacing, user_path, writing
 from tokdyn.models import DCDiT, DiT
 
 FILES = ("official", "facebook")
@@ -73,7 +73,7 @@ def write(
         CheckpointError: the layout has no model with these settings, or cannot hold attached methods.
         OutputError: the path exists already, or cannot be written.
     """
-    place = Path(place).expanduser()
+    place = user_path(place)
     if place.exists():
         raise OutputError(f"{place} exists already and is not overwritten; choose another path.")
     if to in FILES and place.suffix != ".safetensors":

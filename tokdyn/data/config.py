@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from tokdyn.limits import CLASSES, PIXELS, SAMPLES
+from tokdyn.reading import shown
+from tokdyn.section import Positive, Section, at_most
+
+_SIDE = re.compile("[0-9]{1,9}")
 
 
 def _rows_and_columns(value: object) -> object:
     """Convert a size such as 32, "32" or "32x48" to one number or (rows, columns); reject other values."""
     sides = value.split("x") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    numbers = [int(side) for side in sides if type(side) is int or (isinstance(side, str) and side.isdecimal())]
+    numbers = [int(side) for side in sides if type(side) is int or (isinstance(side, str) and _SIDE.fullmatch(side))]
     if len(numbers) != len(sides) or len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise ValueError(f"expected a number of pixels or ROWSxCOLUMNS, each at least 1, got {value}")
+        given = value[:40] if isinstance(value, str) else shown(value)
+        raise ValueError(f"expected a number of pixels or ROWSxCOLUMNS, each at least 1, got {given}")
+    if excess := PIXELS.excess(numbers[0] * numbers[-1]):
+        raise ValueError(f"these are {excess}")
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 Size = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(_rows_and_columns)]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """The data to train on; `tokdyn.data.open_data` opens the data set.
 
     Attributes:
@@ -38,19 +48,17 @@ class DataConfig(BaseModel):
         memory_limit: bytes that decoded images may take if `in_memory` is None; 2 GiB by default.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["shapes", "images", "latents"] = "shapes"
     path: str | None = Field(default=None, coerce_numbers_to_str=True)
     size: Size | None = None
     channels: Literal[1, 3, 4] = 3
     flip: bool = False
     on_error: Literal["raise", "skip"] = "raise"
-    seed: int = 0
-    num_classes: PositiveInt | None = None
-    length: PositiveInt = 50_000
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    num_classes: Annotated[Positive, at_most(CLASSES)] | None = None
+    length: Annotated[Positive, at_most(SAMPLES)] = 50_000
     in_memory: bool | None = None
-    memory_limit: int = Field(default=2 * 1024**3, ge=0)
+    memory_limit: int = Field(default=2 * 1024**3, ge=0, lt=2**63)
 
 
 def rows_and_columns(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import struct
+import math
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,10 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tokdyn.errors import DataError
+from tokdyn.image_files import open_image
+from tokdyn.reading import one_line
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ELONGATED = 64  # an image is cropped while it is resized if resizing all of it gave over 64 times the pixels needed
 _ORIENTATION_TAG = 0x0112
+_LARGEST_TAGS = (281, 341)  # MaxSampleValue and SMaxSampleValue of TIFF
+_FULL_RANGE = ("PNG", "PPM")  # 16-bit integers end at 65535 in these, or Pillow scales them
+_TWELVE_BITS = 4096  # values of an image with 12 bits, which cameras and microscopes store in 16
 _UPRIGHT = {  # EXIF orientation -> the transposition that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,11 +31,6 @@ _UPRIGHT = {  # EXIF orientation -> the transposition that turns the image uprig
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Exceptions of Pillow's decoders on damaged files, depending on the format and on the place of the damage.
-_DAMAGE = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
-    struct.error, zlib.error,
-)  # fmt: skip
 
 
 @contextmanager
@@ -65,18 +63,14 @@ def decode(content: bytes, name: str, size: tuple[int, int] | None, channels: in
         DataError: the file is not an image, is damaged or truncated, or is too large to be decoded safely.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             image.load()
             picture = _upright(_convert(image, _MODES[channels]), image)
         picture = picture if size is None else fit(picture, size)
         pixels = np.array(picture).reshape(picture.height, picture.width, channels)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{name} has more pixels than can be decoded safely ({error}): shrink it, remove it, or skip it with "
-            "on_error=skip."
-        ) from error
-    except _DAMAGE as error:
-        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        reason = reason or type(error).__name__
         raise DataError(
             f"{name} is not a readable image ({reason}): repair or remove it, or skip such files with on_error=skip."
         ) from error
@@ -134,18 +128,50 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """Scale a grey image to bytes from 16-bit integers, or from floats in [0, 1] or, if one is above 1, [0, 255]."""
+    """Scale a grey image of integers or floats to bytes, by the range that its file says.
+
+    A TIFF may say its largest value. Otherwise that of integers is 65535, by definition in a PNG or a PPM; in other
+    formats fewer bits may be in use, so that their values must show it. That of floats is 1.0, or 255 if one is
+    above 1.
+
+    Raises:
+        ValueError: the range cannot be known, or there are values outside of it.
+    """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
-    largest = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+    low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+    largest = _stated_largest(image)
+    if largest is None and image.mode == "F":
+        largest = 1.0 if high <= 1.0 else 255.0
+    elif largest is None:
+        largest = 65535.0
+        if image.format not in _FULL_RANGE and 0 < high < _TWELVE_BITS:
+            raise ValueError(
+                f"its integers end at {high:g}, and it does not say whether {largest:g} or less is white; save it "
+                "with 8 bits"
+            )
+    margin = largest / 510.0  # half of a step between two bytes
+    if low < -margin or high > largest + margin:
+        raise ValueError(
+            f"it holds values from {low:g} to {high:g}, where 0 to {largest:g} are expected; save it with 8 bits"
+        )
     return Image.fromarray(np.clip(np.rint(values * (255.0 / largest)), 0, 255).astype(np.uint8))
+
+
+def _stated_largest(image: Image.Image) -> float | None:
+    """Return the value of white that a TIFF states; None for other files and those that state none."""
+    tags = getattr(image, "tag_v2", {})
+    stated = next((tags[tag] for tag in _LARGEST_TAGS if tag in tags), None)
+    first = stated[0] if isinstance(stated, tuple) and stated else stated
+    number = float(first) if isinstance(first, (int, float)) else 0.0
+    return number if 0.0 < number < math.inf else None
 
 
 def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
     """Turn an image upright by the orientation in the EXIF block of `source`, the image as opened from its file."""
     try:
         orientation = source.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGE:  # the EXIF block is damaged, the image is not
+    except Exception:  # the EXIF block is damaged, the image is not
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image

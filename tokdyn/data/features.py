@@ -31,7 +31,7 @@ from tokdyn.data.shards import (
 )
 from tokdyn.data.vae import LatentScaling, load_vae, quiet_diffusers, scaling_of, weights_digest
 from tokdyn.errors import DataError
-from tokdyn.files import require_folder
+from tokdyn.files import require_folder, user_path
 from tokdyn.host import open_device, settle_memory
 from tokdyn.progress import progress
 
@@ -79,7 +79,7 @@ def write_features(
         DataError: the images or the autoencoder cannot be used, or the folder holds other latents.
     """
     settle_memory()
-    folder = Path(config.out).expanduser()
+    folder = user_path(config.out)
     require_folder(folder)
     dataset = open_data(config.data) if dataset is None else dataset
     vae, source = _autoencoder(config, vae)
@@ -143,7 +143,7 @@ def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Modu
     if vae is None:
         if config.vae is None:
             raise DataError("No autoencoder is given: set vae to the folder or hub id of a diffusers autoencoder.")
-        device, local = open_device(config.device), Path(config.vae).expanduser()
+        device, local = open_device(config.device), user_path(config.vae)
         vae, loaded = load_vae(config.vae, config.subfolder), str(local.resolve()) if local.is_dir() else config.vae
     subfolder = config.subfolder if loaded else None
     identity = VaeIdentity(kind=type(vae).__name__, source=loaded, subfolder=subfolder, sha256=weights_digest(vae))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from tokdyn.data.config import DataConfig, Size
+from tokdyn.limits import BATCH, CLASSES, SAMPLES, WORKERS
+from tokdyn.section import Count, Positive, Section, at_most
 
 
-class FeaturesConfig(BaseModel):
+class FeaturesConfig(Section):
     """Settings of `tokdyn features`.
 
     Attributes:
@@ -36,8 +38,6 @@ class FeaturesConfig(BaseModel):
         vae_dtype: dtype that the autoencoder computes in: fp32, fp16 or bf16.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     path: str | None = None
     vae: str | None = None
     out: str
@@ -45,18 +45,18 @@ class FeaturesConfig(BaseModel):
     kind: Literal["images", "shapes"] = "images"
     size: Size = 256
     channels: Literal[1, 3, 4] = 3
-    num_classes: PositiveInt | None = None
+    num_classes: Annotated[Positive, at_most(CLASSES)] | None = None
     on_error: Literal["raise", "skip"] = "raise"
-    length: PositiveInt = 50_000
-    seed: int = 0
+    length: Annotated[Positive, at_most(SAMPLES)] = 50_000
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     posterior: Literal["mean", "sample"] = "sample"
     flip: bool = False
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    scaling_factor: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    shift_factor: FiniteFloat | None = None
-    batch_size: PositiveInt = 32
-    shard_size: PositiveInt = 4096
-    workers: NonNegativeInt = 0
+    scaling_factor: Annotated[float, Field(gt=0.0)] | None = None
+    shift_factor: float | None = None
+    batch_size: Annotated[Positive, at_most(BATCH)] = 32
+    shard_size: Annotated[Positive, at_most(BATCH)] = 4096
+    workers: Annotated[Count, at_most(WORKERS)] = 0
     device: str = "auto"
     vae_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokdyn.data.base import Dataset
 from tokdyn.data.shards import DamagedShardError, LatentIndex, open_shard, read_index, read_rows
 from tokdyn.errors import DataError
+from tokdyn.files import user_path
 
 
 class LatentDataset(Dataset):
@@ -34,7 +35,7 @@ class LatentDataset(Dataset):
         Raises:
             DataError: a file is missing, is damaged, or belongs to other latents.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.index: LatentIndex = read_index(self.folder)
         self.shape = self.index.shape
         self.class_names = self.index.class_names

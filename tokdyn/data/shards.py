@@ -9,17 +9,19 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tokdyn.data.vae import LatentScaling
 from tokdyn.errors import DataError
 from tokdyn.files import replacing
+from tokdyn.limits import JSON_BYTES
+from tokdyn.reading import one_line, open_regular, read_bytes
 
 INDEX = "index.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,7 +74,7 @@ class ShardEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     count: NonNegativeInt
     size: PositiveInt
 
@@ -133,9 +135,9 @@ def read_index(folder: Path) -> LatentIndex:
         )
         raise DataError(f"{folder} has no {INDEX}: {advice}.")
     try:
-        return LatentIndex.model_validate_json(path.read_bytes())
+        return LatentIndex.model_validate_json(read_bytes(path, JSON_BYTES))
     except (ValidationError, OSError) as error:
-        reason = str(error)
+        reason = one_line(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"
@@ -195,13 +197,14 @@ def open_shard(
         DataError: the shard is missing, or belongs to other latents.
     """
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             owner = (file.metadata() or {}).get("fingerprint")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: run the same `tokdyn features` again to write it.") from error
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+    except Exception as error:  # a damaged or hostile header can raise anything
+        raise _damaged(path, one_line(error)) from error
     if owner != fingerprint:
         raise DataError(f"{path} belongs to other latents: give each run of `tokdyn features` its own folder.")
     count = len(tensors["labels"]) if "labels" in tensors else 0

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from tokdyn.data.digests import folder_digests
 from tokdyn.errors import DataError
+from tokdyn.files import user_path
+from tokdyn.limits import ARCHIVE_ENTRIES, IMAGE_BYTES
+from tokdyn.reading import one_line, open_archive, read_bytes, require_size
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -53,6 +56,8 @@ class FolderSource:
             visited.add(real)
             below = Path(folder).relative_to(self.path)
             names.extend((below / name).as_posix() for name in files)
+            if excess := ARCHIVE_ENTRIES.excess(len(names)):
+                raise DataError(f"{self.path} has {excess}.")
             children[:] = [name for name in children if not _hidden(name)]
         return _images(names)
 
@@ -63,7 +68,7 @@ class FolderSource:
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; see `Source`."""
         try:
-            return (self.path / name).read_bytes()
+            return read_bytes(self.path / name, IMAGE_BYTES)
         except OSError as error:
             raise DataError(f"{name} in {self.path} cannot be read: {error.strerror or error}.") from error
 
@@ -97,10 +102,15 @@ class ZipSource:
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; see `Source`."""
+        archive = self._open()
         try:
-            return self._open().read(self.folder + name)
-        except (OSError, KeyError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise DataError(f"{name} in {self.path} cannot be read: {error}.") from error
+            entry = archive.getinfo(self.folder + name)
+            require_size(self.path, entry.file_size, IMAGE_BYTES)
+            return archive.read(entry)
+        except Exception as error:  # a damaged or hostile archive can raise anything: zlib.error, LZMAError, ...
+            raise DataError(
+                f"{name} in {self.path} cannot be read: {one_line(error) or type(error).__name__}."
+            ) from error
 
     def digests(self, names: Sequence[str]) -> NDArray[np.int64]:
         """Return sizes and CRC-32, as the archive lists them; see `Source`."""
@@ -111,10 +121,11 @@ class ZipSource:
         """Return the archive, opened by this process: after a fork, two processes must not share a file position."""
         if self._archive is None or self._archive[0] != os.getpid():
             try:
-                self._archive = (os.getpid(), zipfile.ZipFile(self.path))
-            except (zipfile.BadZipFile, OSError, EOFError) as error:
+                self._archive = (os.getpid(), open_archive(self.path))
+            except (zipfile.BadZipFile, OSError) as error:
                 raise DataError(
-                    f"{self.path} is not a readable zip file ({error}): give a folder of images or an intact .zip."
+                    f"{self.path} is not a readable zip file ({one_line(error)}): give a folder of images or an "
+                    "intact .zip."
                 ) from error
         return self._archive[1]
 
@@ -134,7 +145,7 @@ def open_source(path: str | Path) -> Source:
     Raises:
         DataError: nothing exists at the path, or it is neither a folder nor a zip.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         if path.is_dir():
             return FolderSource(path)

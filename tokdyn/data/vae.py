@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tokdyn.errors import DataError
+from tokdyn.files import user_path
 from tokdyn.hub import reachable
 
 
@@ -28,7 +28,7 @@ class LatentScaling(BaseModel):
         std: divisor; one element, or one per channel.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     factor: float = 1.0
     mean: tuple[float, ...] = (0.0,)
@@ -84,7 +84,7 @@ def load_vae(path: str, subfolder: str | None = None) -> nn.Module:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     failure: Exception | None = None
-    local = Path(path).expanduser()
+    local = user_path(path)
     where, offline = (str(local), True) if local.is_dir() else (path, not reachable())
     for place in (subfolder,) if subfolder else (None, "vae"):
         try:

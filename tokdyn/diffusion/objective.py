@@ -8,12 +8,14 @@ both objectives.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tokdyn.diffusion.settings import BetaSchedule
 from tokdyn.errors import UnsupportedModelError
+from tokdyn.limits import TIMESTEPS
+from tokdyn.section import Section, at_most
 
 if TYPE_CHECKING:  # an objective is a section of recipes, which are checked before torch is loaded
     import torch
@@ -41,7 +43,7 @@ class Noised:
     level: Tensor
 
 
-class Objective(BaseModel):
+class Objective(Section):
     """What a model is trained to predict, with the arithmetic that training and sampling share.
 
     ``noise``: the network predicts the noise of a variance-preserving process (arXiv 2006.11239). With ``learn_sigma``
@@ -59,10 +61,8 @@ class Objective(BaseModel):
             a flow only.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["noise", "flow"] = "noise"
-    num_train_timesteps: int = Field(default=1000, ge=2)
+    num_train_timesteps: Annotated[int, Field(ge=2), at_most(TIMESTEPS)] = 1000
     beta_schedule: BetaSchedule = "linear"
     learn_sigma: bool = True
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"

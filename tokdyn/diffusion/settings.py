@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
+
+from tokdyn.section import Section
 
 if TYPE_CHECKING:
     from tokdyn.ops.schedules import Curve
@@ -41,7 +43,7 @@ GuidanceScale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
-class Sampler(BaseModel):
+class Sampler(Section):
     """The settings of sampling.
 
     Attributes:
@@ -56,8 +58,6 @@ class Sampler(BaseModel):
         uncond_tail_drop: tail drop of the unconditional branch (Lite-CFG, arXiv 2603.06351); None takes `tail_drop`.
         clip: clamp each prediction of the clean image to [-1, 1]: right for pixels, wrong for latents.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scheduler: SchedulerName | None = None
     steps: Steps = 250

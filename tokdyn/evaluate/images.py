@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from tokdyn.data.decode import decode, fit
 from tokdyn.data.sources import Source, open_source
 from tokdyn.errors import DataError
 from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
+from tokdyn.reading import open_archive
 
 Pixels = NDArray[np.uint8]
 
@@ -234,7 +234,7 @@ def _open_files(path: Path) -> ImageFiles:
 
 def _archive_lines(path: Path) -> list[str]:
     """Return the name, size and checksum of each file in a zip or npz."""
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(path) as archive:
         return [f"{entry.filename} {entry.file_size} {entry.CRC}" for entry in archive.infolist()]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from tokdyn.checkpoints.pickles import load_pickled
 from tokdyn.errors import CheckpointError
 from tokdyn.evaluate.extractor import Extractor, ExtractorInfo, file_sha256
 
@@ -83,8 +83,8 @@ def _download() -> Path:
 def _check_plain_tensors(path: Path) -> None:
     """Raise a CheckpointError if a file holds more than tensors, because torch-fidelity unpickles it."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        load_pickled(path, records=False)
+    except CheckpointError as error:
         raise CheckpointError(
             f"{path} is not a file of tensors alone, which is required because other pickles can run code: save the "
             "state dict with torch.save."

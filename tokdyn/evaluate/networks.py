@@ -11,6 +11,7 @@ from tokdyn.errors import CheckpointError
 from tokdyn.evaluate.config import INCEPTION, TIMM_PREFIX, EvalConfig
 from tokdyn.evaluate.extractor import Extractor, ExtractorInfo, file_sha256
 from tokdyn.evaluate.inception import open_inception
+from tokdyn.files import user_path
 from tokdyn.host import open_device
 
 
@@ -28,7 +29,7 @@ def open_extractor(config: EvalConfig) -> Extractor:
         from tokdyn.evaluate.timm_model import open_timm  # timm takes seconds to import
 
         return open_timm(config.extractor.removeprefix(TIMM_PREFIX), config.checkpoint, config.input_size, device)
-    return open_torchscript(Path(config.extractor).expanduser(), config.input_size, device)
+    return open_torchscript(user_path(config.extractor), config.input_size, device)
 
 
 def open_torchscript(path: Path, input_size: int | None, device: torch.device) -> Extractor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics
@@ -19,6 +18,7 @@ from tokdyn.errors import DataError
 from tokdyn.evaluate.extractor import ExtractorInfo
 from tokdyn.evaluate.npz import npz_array
 from tokdyn.files import replacing
+from tokdyn.reading import one_line, open_regular, parse_json
 
 FORMAT = 1
 
@@ -96,15 +96,16 @@ def load_statistics(path: Path) -> Statistics:
         DataError: The file is damaged, or was not written by `save_statistics`.
     """
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # a damaged or hostile header can raise anything
         raise DataError(
-            f"{path} cannot be read as cached statistics ({error}): delete it and make it again."
+            f"{path} cannot be read as cached statistics ({one_line(error)}): delete it and make it again."
         ) from error
     try:
-        origin = Origin.model_validate(json.loads(metadata["tokdyn"]))
+        origin = Origin.model_validate(parse_json(metadata["tokdyn"]))
         features, mean, covariance = (
             tensors["features"],
             tensors["mu"].double().numpy(),
@@ -118,7 +119,7 @@ def load_statistics(path: Path) -> Statistics:
         raise DataError(
             f"{path} has format {origin.format}, and this version of tokdyn reads {FORMAT}: make it again with cache=."
         )
-    width = features.shape[-1]
+    width = features.shape[-1] if features.dim() else 0
     if features.shape != (origin.images, width) or mean.shape != (width,) or covariance.shape != (width, width):
         raise DataError(
             f"{path} is damaged, its arrays do not have the shapes (N, F), (F,) and (F, F): delete it and make it "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
+from tokdyn.checkpoints.pickles import load_pickled
 from tokdyn.errors import CheckpointError
 from tokdyn.evaluate.extractor import Extractor, ExtractorInfo
 
@@ -68,11 +67,8 @@ def _from_file(name: str, checkpoint: Path) -> Any:
     if not checkpoint.is_file():
         raise CheckpointError(f"There is no checkpoint {checkpoint} for timm:{name}: correct checkpoint=.")
     try:
-        if checkpoint.suffix == ".safetensors":
-            state: object = load_file(checkpoint)
-        else:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        state: object = load_file(checkpoint) if checkpoint.suffix == ".safetensors" else load_pickled(checkpoint)
+    except Exception as error:  # a damaged or hostile header can raise anything
         raise CheckpointError(
             f"{checkpoint} is neither a safetensors file nor a torch file of tensors alone: give a state dict."
         ) from error

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from tokdyn.errors import InputError
+from tokdyn.reading import one_line, shown
 
 Phase = Literal["train", "sample"]
 Span = tuple[int, int]
@@ -184,12 +185,12 @@ def _sentence(method: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
         return f"{method.__name__}: {cause}"
-    setting = str(first["loc"][0])
+    setting = one_line(first["loc"][0] if first["loc"] else "settings", 80)
     if first["type"] == "extra_forbidden":
         known = ", ".join(method.model_fields)
         return f"{method.__name__} has no setting {setting!r}; known are {known}."
     reason = first["msg"][0].lower() + first["msg"][1:]
-    return f"{method.__name__}: {setting}: {reason}, got {first['input']!r}."
+    return f"{method.__name__}: {setting}: {reason}, got {shown(first['input'])}."
 
 
 def resolve(span: Span, depth: int, method: str) -> Span:
@@ -206,7 +207,8 @@ def resolve(span: Span, depth: int, method: str) -> Span:
     first, last = (end + depth if end < 0 else end for end in span)
     if not 0 <= first <= last < depth:
         raise InputError(
-            f"{method}: blocks={span} is not a span of a model of {depth} blocks; give the first and the last block, "
+            f"{method}: blocks={shown(span)} is not a span of a model of {depth} blocks; give the first and the "
+            "last block, "
             f"from 0 to {depth - 1}, or counted from the end as negative numbers."
         )
     return first, last

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from tokdyn.errors import InputError
 from tokdyn.method_names import ALIASES
 from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
@@ -123,7 +124,16 @@ class ChunkingModule(nn.Module):
 
         Returns:
             The decision, with the ratio loss over the whole batch.
+
+        Raises:
+            InputError: the plan has another shape or dtype.
         """
+        if plan is not None and (plan.shape != tokens.shape[:2] or plan.dtype != torch.bool):
+            raise InputError(
+                f"the plan is {plan.dtype} of shape {tuple(plan.shape)}; give a boolean tensor of shape "
+                f"{tuple(tokens.shape[:2])}, "
+                "with one entry for each token."
+            )
         probability, natural = select(torch.sigmoid(self.logits(tokens, grid, timestep)), self.config.force_ends)
         selected = natural if plan is None else torch.where(plan.any(dim=1, keepdim=True), plan, natural)
         keep = tail_drop(probability, selected, drop)

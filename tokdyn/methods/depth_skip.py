@@ -14,6 +14,7 @@ from tokdyn.methods.base import Method, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
 from tokdyn.methods.registry import register_method
 from tokdyn.ops import timestep_frequencies
+from tokdyn.reading import shown
 
 Rows = tuple[tuple[float, float, tuple[int, ...]], ...]
 """Rows (low, high, blocks): these blocks are skipped at noise levels from low to high, both included."""
@@ -75,7 +76,8 @@ class DepthSkip(Method):
         for block in (block for _, _, blocks in rows for block in blocks):
             if not -depth <= block < depth:
                 raise InputError(
-                    f"DepthSkip: there is no block {block} in a model of {depth} blocks; they are 0 to {depth - 1}."
+                    f"DepthSkip: there is no block {shown(block)} in a model of {depth} blocks; they are 0 to "
+                    f"{depth - 1}."
                 )
         return tuple((low, high, tuple(sorted({block % depth for block in blocks}))) for low, high, blocks in rows)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tokdyn import method_names
 from tokdyn.errors import InputError
 from tokdyn.methods.base import Method
+from tokdyn.reading import shown
 
 METHODS: dict[str, type[Method]] = {}
 """The registered methods by the name of their class, in the order in which tables list them."""
@@ -80,7 +81,7 @@ def from_settings(settings: Any) -> Method:
     name = settings.get("method") if isinstance(settings, Mapping) else None
     method = find_method(name) if isinstance(name, str) else None
     if method is None:
-        raise InputError(f"there is no method {name!r}; known methods are {', '.join(METHODS)}.")
+        raise InputError(f"there is no method {shown(name)}; known methods are {', '.join(METHODS)}.")
     return method(**{str(key): _as_tuples(value) for key, value in settings.items() if key != "method"})
 
 

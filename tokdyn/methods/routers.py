@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokdyn.division import current
 from tokdyn.draws import integers
+from tokdyn.errors import InputError
 from tokdyn.methods.layers import Conv2d, GroupNorm, Linear
 from tokdyn.ops.dropping import mix
 from tokdyn.seeds import Draw
@@ -66,7 +67,16 @@ class Router(nn.Module, ABC):
         Args:
             logits: logits of any shape, computed with the current bias.
             target: N, cells per kept token.
+
+        Raises:
+            InputError: a logit is NaN or infinite, and would make the bias so.
         """
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(
+                "the router cannot be calibrated on this batch, for which it computes NaN or infinity; give "
+                "finite inputs, and "
+                "weights that are finite."
+            )
         kept = max(1, round(logits.numel() / target))
         ranked = logits.flatten().float().sort(descending=True).values
         threshold = ranked[kept - 1 : kept + 1].mean()  # between the last kept and the first dropped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +14,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokdyn.errors import InputError
+from tokdyn.limits import TOKENS
+from tokdyn.models.arguments import ARGUMENTS
 from tokdyn.models.blocks import CellEmbedder, DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder
 from tokdyn.ops import sincos_position
+from tokdyn.ops.dispatch import synchronises
 from tokdyn.ops.precision import autocast_is_slow
+from tokdyn.reading import shown
 from tokdyn.tokens import Grid, Routing
 
 
@@ -60,20 +64,35 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             InputError: a setting is out of range.
         """
         c = self.config
+        for name, kind in ARGUMENTS["dcdit"].items():
+            number = {int: Integral, float: Real}.get(kind)
+            if number is not None and name in c and not (isinstance(c[name], number) and abs(c[name]) < math.inf):
+                raise InputError(f"{name} is {shown(c[name])}; give a {'whole ' * (kind is int)}number.")
         for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             if c[name] < 1:
                 raise InputError(f"{name} is {c[name]}; give a number of at least 1.")
         size = c.sample_size
-        if not isinstance(size, Integral) and (not isinstance(size, (tuple, list)) or len(size) != 2):
-            raise InputError(f"sample_size is {size!r}; give a number or (rows, columns).")
+        sides = size if isinstance(size, (tuple, list)) else (size, size)
+        if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+            raise InputError(f"sample_size is {shown(size)}; give a number or (rows, columns).")
         mapping = c.timestep_map
         if (
             not isinstance(mapping, (tuple, list))
             or len(mapping) != 2
-            or not all(map(math.isfinite, mapping))
+            or not all(isinstance(each, Real) and math.isfinite(each) for each in mapping)
             or not mapping[0]
         ):
-            raise InputError(f"timestep_map is {mapping!r}; give (scale, offset) with a scale that is not 0.")
+            raise InputError(f"timestep_map is {shown(mapping)}; give (scale, offset) with a scale that is not 0.")
+        for name, sound, wanted in (
+            ("mlp_ratio", c.hidden_size * c.mlp_ratio >= 1, "a number that gives the MLP a width"),
+            ("num_classes", c.num_classes >= 0, "a number of at least 0"),
+            ("timestep_shift", c.timestep_shift in (0, 1), "0 or 1"),
+            ("mlp_norm_eps", c.mlp_norm_eps > 0, "a number above 0"),
+        ):
+            if not sound:
+                raise InputError(f"{name} is {c[name]}; give {wanted}.")
+        if excess := TOKENS.excess(math.prod(int(side) // c.patch_size for side in sides)):
+            raise InputError(f"sample_size is {size} and patch_size {c.patch_size}; these are {excess}.")
         if c.hidden_size % c.num_heads:
             raise InputError(f"hidden_size is {c.hidden_size}; give a multiple of num_heads = {c.num_heads}.")
 
@@ -114,9 +133,28 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         If autocast asks for a dtype that this CPU has no instructions for, the context turns autocast off and x is
         fp32, which is several times as fast there and more exact. Otherwise neither changes anything.
         """
+        self._check_input(x)
         if autocast_is_slow(x) and all(p.dtype == torch.float32 for p in self.parameters()):
             return torch.autocast(x.device.type, enabled=False), x.float()
         return nullcontext(), x
+
+    def _check_input(self, x: Any) -> None:
+        """Raise an InputError unless x is a tensor of floating-point numbers that the weights can be multiplied by."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(
+                f"the input is {kind}; give a tensor of floating-point numbers (B, {self.config.in_channels}, "
+                "rows, columns)."
+            )
+        own = self.pos_embed.dtype
+        if (
+            x.dtype != own
+            and not torch.is_autocast_enabled(x.device.type)
+            and {p.dtype for p in self.parameters()} == {own}
+        ):
+            raise InputError(
+                f"the input is {x.dtype} and the model {own}; convert one of them, as in x.to(model.dtype)."
+            )
 
     def _embed_condition(
         self, x: Tensor, timestep: Tensor | float | None, labels: Tensor | None
@@ -141,7 +179,7 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         if timestep is None:
             raise InputError("timestep is missing; pass a number or a (B,) tensor.")
-        timestep = _per_sample("timestep", timestep, x)
+        timestep = _times(timestep, x)
         labels = _per_sample("class_labels", c.num_classes if labels is None else labels, x)
         if labels.is_floating_point() or labels.is_complex():
             raise InputError(f"class_labels are {labels.dtype}, expected integers.")
@@ -178,6 +216,21 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 nn.init.normal_(parameter, std=0.02)
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
+
+
+def _times(given: Tensor | float, x: Tensor) -> Tensor:
+    """Expand timesteps to (B,); raise an InputError if one is negative, NaN or infinite.
+
+    A tensor on an accelerator is not looked at, because the host would wait for it.
+    """
+    values = _per_sample("timestep", given, x)
+    if isinstance(given, (int, float)):
+        sound = 0 <= given < math.inf
+    else:
+        sound = synchronises(values) or bool(((values >= 0) & (values < math.inf)).all())
+    if not sound:
+        raise InputError(f"timestep is {shown(given)}; give finite numbers of at least 0.")
+    return values
 
 
 def _per_sample(name: str, value: Tensor | float, x: Tensor) -> Tensor:

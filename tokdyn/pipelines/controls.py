@@ -16,6 +16,7 @@ from tokdyn.adapters.clock import Level
 from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class, trajectory_apart
 from tokdyn.cost import TrajectoryStats
 from tokdyn.errors import CheckpointError, InputError
+from tokdyn.files import user_path
 from tokdyn.methods import Method, find_method
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 from tokdyn.pipelines.telling import Teller, listening
@@ -290,7 +291,7 @@ def save(target: Any, folder: str | Path) -> Path:
         InputError: it is not wrapped, or the weights of the methods are offloaded.
         OutputError: the folder cannot be written to.
     """
-    where = Path(folder).expanduser()
+    where = user_path(folder)
     if not is_pipeline(target):
         return attach.save(target, where)
     wrapped = _wrapped(target)
@@ -319,7 +320,7 @@ def load(target: Target, folder: str | Path, level: Level | None = None) -> Targ
             method that is not registered here, or needs a level.
         CompositionError, UnsupportedModelError, InputError: as in `wrap`.
     """
-    where = Path(folder).expanduser()
+    where = user_path(folder)
     if is_file(where):
         return wrap(target, where, level)
     if not is_pipeline(target):

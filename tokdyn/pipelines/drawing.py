@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokdyn.errors import InputError
+from tokdyn.limits import IMAGE_BYTES
 from tokdyn.prompts import IMAGES, Drawing
+from tokdyn.reading import one_line, read_bytes
 from tokdyn.seeds import noise_generator
 
 _OWN = ("generator", "output_type", "return_dict")  # arguments that `draw` gives
@@ -54,17 +57,19 @@ def call_arguments(pipe: Any, drawing: Drawing) -> list[dict[str, Any]]:
 
 def _opened(value: Any) -> Any:
     """Open an image upright, or a list of them, given by path."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    from tokdyn.image_files import open_image
 
     if isinstance(value, list):
         return [_opened(each) for each in value]
     if not isinstance(value, str):
         return value
     try:
-        with Image.open(value) as image:
+        with open_image(read_bytes(Path(value), IMAGE_BYTES)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")  # upright, as diffusers loads it
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{value} cannot be read as an image: {error}.") from error
+    except Exception as error:  # Pillow raises anything on damaged files
+        raise InputError(f"{value} cannot be read as an image: {one_line(error)}.") from error
 
 
 def draw(pipe: Any, arguments: Mapping[str, Any], seed: int) -> NDArray[np.uint8]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokdyn.errors import CheckpointError
+from tokdyn.files import user_path
 from tokdyn.hub import reachable
 
 
@@ -25,7 +25,7 @@ def open_pipeline(name: str, device: torch.device, precision: str = "fp32") -> A
     import diffusers
 
     reader: Any = diffusers.DiffusionPipeline
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     where, offline = (str(folder), True) if folder.exists() else (name, not reachable())
     try:
         pipe = reader.from_pretrained(where, use_safetensors=True, local_files_only=offline)

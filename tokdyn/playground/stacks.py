@@ -13,6 +13,7 @@ from tokdyn.adapters.clock import told_level
 from tokdyn.attach import Attachment, attachment_of
 from tokdyn.calibration.after_training import rewrap
 from tokdyn.errors import RecipeError
+from tokdyn.files import user_path
 from tokdyn.methods import FeatureCache, Method
 from tokdyn.methods.registry import from_settings
 from tokdyn.pipelines import is_pipeline, is_wrapped, load, unwrap, wrap
@@ -33,7 +34,7 @@ def methods_of(text: str) -> Methods:
     """
     found = read_methods(text)
     if isinstance(found, str):
-        path = Path(found).expanduser()
+        path = user_path(found)
         return path if path.exists() else found
     if isinstance(found, dict):
         return {name: [from_settings(each) for each in some] for name, some in found.items()}

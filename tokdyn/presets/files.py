@@ -9,8 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from tokdyn.errors import InputError, TokdynError
-from tokdyn.files import replacing, shipped_recipes
+from tokdyn.files import replacing, shipped_recipes, user_path
+from tokdyn.limits import YAML_BYTES
 from tokdyn.presets.schema import Entry, Family
+from tokdyn.reading import one_line, read_text
 
 
 @cache
@@ -32,12 +34,14 @@ def read(path: str | Path) -> Family:
     """
     import yaml
 
-    where = Path(path).expanduser()
+    from tokdyn.yaml_loading import load_yaml
+
+    where = user_path(path)
     try:
-        content: Any = yaml.safe_load(where.read_text(encoding="utf-8"))
+        content: Any = load_yaml(read_text(where, YAML_BYTES))
         return Family.model_validate(content)
     except yaml.YAMLError as error:
-        raise InputError(f"the preset file {where} is no YAML: {' '.join(str(error).split())}.") from error
+        raise InputError(f"the preset file {where} is no YAML: {one_line(error)}.") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the top"
@@ -45,8 +49,8 @@ def read(path: str | Path) -> Family:
         raise InputError(f"{where} is no preset file: at {place}, {reason[0].lower()}{reason[1:]}.") from error
     except TokdynError as error:
         raise InputError(f"{where} is no preset file: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:  # YAML reads dates, too, and impossible ones
-        raise InputError(f"the preset file {where} cannot be read: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"the preset file {where} cannot be read: {one_line(error)}.") from error
 
 
 def write(family: Family, path: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tokdyn.errors import RecipeError
-from tokdyn.files import replacing
+from tokdyn.files import replacing, user_path
 from tokdyn.recipe import files, shipped, yaml_text
 from tokdyn.recipe.explain import explain
 from tokdyn.recipe.model_settings import ModelSettings
@@ -107,7 +107,7 @@ def copy(name: str, destination: str | Path) -> Path:
         OutputError: The file cannot be written.
     """
     source = shipped.path(name)
-    target = Path(destination).expanduser()
+    target = user_path(destination)
     if target.is_dir() or target.suffix not in {".yaml", ".yml"}:
         target = target / f"{Path(name).name}.yaml"
     if target.exists():

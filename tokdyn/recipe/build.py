@@ -6,6 +6,7 @@ A base is the pretrained DiT that upcycling starts from.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokdyn.cost import compute_matched_steps, flops_per_image
 from tokdyn.data import DataConfig
 from tokdyn.data.config import rows_and_columns
 from tokdyn.errors import CheckpointError, InputError, RecipeError
+from tokdyn.host import memory
 from tokdyn.models import DCDiT, DiT
 from tokdyn.recipe.model_settings import DERIVED, ModelSettings
 from tokdyn.recipe.schema import Recipe
@@ -25,6 +27,7 @@ Shape = tuple[int, int, int]
 _LATENT_CHANNELS = 4  # of the VAEs that the published models were trained on
 _SHAPES_SIZE = 32
 _SHAPES_CLASSES = 10
+_FLOAT = 4  # bytes
 
 
 def stated_shape(data: DataConfig) -> Shape:
@@ -168,9 +171,30 @@ def build_model(
         with torch.device(device):
             student = build_student(recipe.upcycle, base, chunked, **recipe.model.overrides)
             return student.to(device)
+    if torch.device(device).type != "meta":
+        _require_memory(recipe, shape)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
     with torch.device(device):
         return family.named(recipe.model.name, **model_arguments(recipe, shape, num_classes))
+
+
+def _require_memory(recipe: Recipe, shape: Shape) -> None:
+    """Raise a RecipeError if the weights, or the images of a micro-batch, take more memory than this machine has."""
+    available = memory()
+    if available is None:
+        return
+    rows = max(1, recipe.training.batch_size // (recipe.training.accumulation * int(os.environ.get("WORLD_SIZE", "1"))))
+    needs = {
+        "the weights of the model; choose a smaller model": recipe.model.parameters,
+        f"a micro-batch of {rows:,} images; lower training.batch_size or raise training.accumulation": rows
+        * math.prod(shape),
+    }
+    for what, count in needs.items():
+        if _FLOAT * count > available:
+            raise RecipeError(
+                f"{_FLOAT * count / 2**30:,.0f} GiB would be needed for {what}. This machine has "
+                f"{available / 2**30:,.0f} GiB."
+            )
 
 
 def total_steps(recipe: Recipe, shape: Shape | None = None, num_classes: int | None = None) -> int:

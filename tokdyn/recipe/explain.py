@@ -11,8 +11,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tokdyn.errors import RecipeError
+from tokdyn.reading import one_line, shown
 
 _SHOWN = 4  # mistakes listed in a message; further ones are only counted
+_LONGEST = 80  # characters of a key, of which no valid one has as many
+_SENTENCE = 400  # characters of a sentence, longer than any that lists the valid keys
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -23,7 +26,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
         valid: The valid words; the hint is empty if there are none.
     """
     choices = sorted(set(valid))
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:_LONGEST], choices, n=1, cutoff=0.6)
     if close:
         return f" (did you mean '{close[0]}'?)"
     return f" (valid: {', '.join(choices)})" if choices else ""
@@ -61,16 +64,21 @@ def _in_sections(model: type[BaseModel], name: str, value: Any) -> list[str]:
                 try:
                     TypeAdapter(kind).validate_python(value)
                 except ValidationError:
-                    found[f"{section}.{name}={value}"] = False
+                    found[f"{section}.{name}={_brief(value)}"] = False
                 else:
-                    found[f"{section}.{name}={value}"] = True
+                    found[f"{section}.{name}={_brief(value)}"] = True
     return [key for key, takes in found.items() if takes or not any(found.values())]
+
+
+def _brief(value: Any) -> str:
+    """Return a value as a user would write it, cut if it is long."""
+    return one_line(value if isinstance(value, str) else shown(value), _LONGEST)
 
 
 def _sentence(model: type[BaseModel], error: Any) -> str:
     """Describe one of pydantic's errors in the validation of `model`."""
     path = [part for part in error["loc"] if isinstance(part, int) or not part.endswith(")")]
-    key = ".".join(str(part) for part in path)
+    key = one_line(".".join(str(part) for part in path), _LONGEST)
     value = error.get("input")
     match error["type"]:
         case "extra_forbidden":
@@ -86,11 +94,11 @@ def _sentence(model: type[BaseModel], error: Any) -> str:
         case "literal_error":
             choices = error["ctx"]["expected"]
             options = [word.strip("'") for word in choices.replace(" or ", ", ").split(", ")]
-            close = difflib.get_close_matches(str(value), options, n=1)
+            close = difflib.get_close_matches(_brief(value), options, n=1)
             hint = f" (did you mean '{close[0]}'?)" if close else ""
-            return f"'{key}' should be {choices}, got {value!r}{hint}"
+            return f"'{key}' should be {choices}, got {shown(value)}{hint}"
         case _:
-            return f"'{key}': {error['msg'][0].lower()}{error['msg'][1:]}, got {value!r}"
+            return f"'{key}': {error['msg'][0].lower()}{error['msg'][1:]}, got {shown(value)}"
 
 
 def explain(model: type[BaseModel], error: ValidationError, source: str) -> RecipeError:
@@ -104,7 +112,7 @@ def explain(model: type[BaseModel], error: ValidationError, source: str) -> Reci
     # For a union, pydantic reports the error of each member under the same key; the first is enough.
     by_key: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        sentence = _sentence(model, item)
+        sentence = one_line(_sentence(model, item), _SENTENCE)
         by_key.setdefault(sentence.split("'")[1] if "'" in sentence else sentence, sentence)
     sentences = list(by_key.values())
     more = f"; and {len(sentences) - _SHOWN} more" if len(sentences) > _SHOWN else ""

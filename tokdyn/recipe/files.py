@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tokdyn.errors import RecipeError
+from tokdyn.files import user_path
+from tokdyn.limits import EXTENDS, YAML_BYTES, YAML_DEPTH
+from tokdyn.reading import one_line, read_text, shown
 from tokdyn.recipe import shipped, yaml_text
 from tokdyn.recipe.explain import nearest
 
@@ -32,19 +35,22 @@ def locate(name: str, folder: Path | None = None) -> Path:
     Raises:
         RecipeError: There is neither such a file nor such a shipped recipe.
     """
-    candidates = [Path(name).expanduser()] if folder is None else [folder / name]
-    for path in candidates:
+    path = user_path(name) if folder is None else folder / name
+    try:
         if path.is_file():
             return path.resolve()
         if path.is_dir() and (path / "recipe.yaml").is_file():
             return (path / "recipe.yaml").resolve()
+    except OSError as error:  # the system refuses names that are too long
+        raise RecipeError(f"There is no recipe '{one_line(name, 80)}': {error.strerror}.") from error
     names = shipped.names()
     plain = name.removesuffix(".yaml")
     if plain in names:
         return shipped.path(plain)
     close = nearest(plain, names)
     hint = close if "did you mean" in close else "; `tokdyn recipes ls` lists those"
-    raise RecipeError(f"There is no recipe '{name}': neither a file or folder of this name nor a shipped recipe{hint}.")
+    what = one_line(name, 80)
+    raise RecipeError(f"There is no recipe '{what}': neither a file or folder of this name nor a shipped recipe{hint}.")
 
 
 def read(name: str, folder: Path | None = None, _chain: tuple[Path, ...] = ()) -> Settings:
@@ -62,8 +68,10 @@ def read(name: str, folder: Path | None = None, _chain: tuple[Path, ...] = ()) -
     if path in _chain:
         circle = " -> ".join(link.name for link in (*_chain[_chain.index(path) :], path))
         raise RecipeError(f"These recipes extend each other in a circle: {circle}. Remove one of the `extends:` lines.")
+    if excess := EXTENDS.excess(len(_chain) + 1):
+        raise RecipeError(f"{_chain[0]} extends a recipe that extends another, and so on: {excess}.")
     try:
-        data = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
+        data = yaml_text.parse(read_text(path, YAML_BYTES), str(path))
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path} is no recipe, because it is not text: give a YAML file, or a folder or .zip of images to train on."
@@ -78,7 +86,7 @@ def read(name: str, folder: Path | None = None, _chain: tuple[Path, ...] = ()) -
     if parent is None:
         return data
     if not isinstance(parent, str):
-        raise RecipeError(f"{path}: 'extends' should be one path or recipe name, got {parent!r}.")
+        raise RecipeError(f"{path}: 'extends' should be one path or recipe name, got {shown(parent)}.")
     return deep_merge(read(parent, path.parent, (*_chain, path)), data)
 
 
@@ -94,9 +102,11 @@ def parse_overrides(settings: Iterable[str]) -> Settings:
     for setting in settings:
         key, equals, text = setting.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise RecipeError(f"'{setting}' is not a setting; write key=value, for example optimizer.lr=1e-4.")
-        value = yaml_text.parse_value(text, f"The value of '{key.strip()}'")
+        if not equals or not all(parts) or YAML_DEPTH.excess(len(parts)):
+            raise RecipeError(
+                f"'{one_line(setting, 80)}' is not a setting; write key=value, for example optimizer.lr=1e-4."
+            )
+        value = yaml_text.parse_value(text, f"The value of '{one_line(key, 80)}'")
         nested: Any = value
         for part in reversed(parts):
             nested = {part: nested}

@@ -12,7 +12,7 @@ from typing import Any
 from tokdyn.bases import rows
 from tokdyn.bases.table import shipped_folder
 from tokdyn.errors import RecipeError
-from tokdyn.files import json_object
+from tokdyn.files import json_object, user_path
 from tokdyn.recipe import Recipe, files, resolve
 from tokdyn.upcycling.settings import DISTILLED, split_methods
 
@@ -30,7 +30,7 @@ def facts_of(base: str) -> dict[str, Any]:
         The contents of the tokdyn.json beside its weights; if there is none, the objective of a base that
         `tokdyn models` lists; otherwise an empty dict.
     """
-    path = Path(base).expanduser()
+    path = user_path(base)
     row = None if path.exists() else rows().get(base)
     if row is not None and row.source == "shipped":
         path = shipped_folder(row.place)

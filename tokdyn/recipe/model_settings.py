@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, model_validator
 
-from tokdyn.models.arguments import ARGUMENTS, TARGET
+from tokdyn.models.arguments import ARGUMENTS, TARGET, checked, require_size
 from tokdyn.models.sizes import dc_dit_settings, dit_settings, renamed_settings
 from tokdyn.recipe.explain import nearest
+from tokdyn.section import Section
 
 BASE = "base"
 """Name of a model that takes its sizes from `upcycle.base`, the pretrained model that it starts from."""
@@ -23,7 +24,7 @@ DERIVED = {
 """Arguments of a model's constructor that other sections set, each with the setting that decides it."""
 
 
-class ModelSettings(BaseModel):
+class ModelSettings(Section):
     """The network to train.
 
     Any argument of the model's constructor may be added, such as `depth: 6`; it overrides the named size. Image size,
@@ -52,6 +53,11 @@ class ModelSettings(BaseModel):
             return 1.0
         return float(self.overrides.get("target", TARGET))
 
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, or a little less; 0 of a model that takes its sizes from a base."""
+        return 0 if self.name == BASE else require_size({**self._named_size(), **self.overrides})
+
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, given: Any) -> Any:
@@ -69,17 +75,12 @@ class ModelSettings(BaseModel):
                 raise ValueError(f"'{key}' is set by {DERIVED[key]}; set that instead")
             if key not in arguments:
                 raise ValueError(f"'{key}' is not an argument of {self.kind}{nearest(key, settable)}")
-            try:
-                checked = TypeAdapter(arguments[key]).validate_python(value)
-            except ValidationError as error:
-                message = error.errors(include_url=False)[0]["msg"]
-                raise ValueError(f"'{key}': {message[0].lower()}{message[1:]}, got {value!r}") from error
-            cast(dict[str, Any], self.__pydantic_extra__)[key] = checked
-        self._check_name()
+            cast(dict[str, Any], self.__pydantic_extra__)[key] = checked(self.kind, key, value)
+        require_size({**self._named_size(), **self.overrides})
         return self
 
-    def _check_name(self) -> None:
-        """Raise an InputError if there is no size of this name."""
+    def _named_size(self) -> dict[str, Any]:
+        """Return the arguments that the name stands for; raise an InputError if there is no size of this name."""
         if self.name == BASE:
-            return
-        {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError
+            return {}
+        return {"dit": dit_settings, "dcdit": dc_dit_settings}[self.kind](self.name)  # an InputError is a ValueError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import statistics
@@ -16,7 +15,7 @@ from pathlib import Path
 from tokdyn.data.classes import class_folders
 from tokdyn.data.sources import EXTENSIONS, Source, open_source
 from tokdyn.errors import DataError, RecipeError
-from tokdyn.files import unused
+from tokdyn.files import unused, user_path
 from tokdyn.recipe import yaml_text
 
 RECIPE = "demo"
@@ -60,7 +59,7 @@ class Proposal:
 
 def holds_images(name: str) -> bool:
     """Return whether a name is that of a folder or a zip, or a folder in a zip, and not that of a run or a recipe."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return not any((path / part).exists() for part in ("recipe.yaml", "metrics.jsonl", "checkpoints"))
     archive = next((place for place in (path, *path.parents) if place.is_file()), None)
@@ -108,7 +107,7 @@ def propose(name: str, overrides: Sequence[str] = ()) -> Proposal:
             f"Images are scaled down to {side}x{side} pixels. For large ones, encode them with tokdyn features, and "
             "train imagenet/dc-dit-s-256 on the latents."
         )
-    stem = Path(place).expanduser().absolute().stem or "images"
+    stem = user_path(place).absolute().stem or "images"
     settings = (
         "data.kind=images",
         f"data.path={_as_yaml(place)}",
@@ -129,17 +128,17 @@ def _look(source: Source, names: Sequence[str]) -> tuple[list[tuple[int, int]], 
     Returns:
         (rows, columns) of those that can be read, whether all of them are grey, and the names of the others.
     """
-    from PIL import Image
+    from tokdyn.image_files import open_image
 
     sizes, grey, broken = [], True, []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images, whose pixels are not decoded here
         for name in names[:: -(-len(names) // _LOOKED_AT)]:
             try:
-                with Image.open(io.BytesIO(source.read(name))) as image:
+                with open_image(source.read(name)) as image:
                     sizes.append((image.height, image.width))
                     grey = grey and image.mode in ("1", "L", "LA")
-            except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            except Exception:  # of Pillow, which raises anything on damaged files
                 broken.append(name)
     return sizes, grey, broken
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,8 +10,10 @@ from pydantic import Field, model_validator
 from tokdyn.data import DataConfig
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.settings import Sampler
+from tokdyn.files import user_path
+from tokdyn.limits import BATCH, WORKERS
 from tokdyn.recipe.model_settings import BASE, ModelSettings
-from tokdyn.section import Count, Fraction, Positive, Section
+from tokdyn.section import Count, Fraction, Positive, Section, Seed, at_most
 from tokdyn.upcycling.settings import UpcycleSettings
 
 
@@ -105,17 +106,17 @@ class TrainingSettings(Section):
         trackers: Names of accelerate trackers that receive the metrics too, such as "tensorboard" or "wandb".
     """
 
-    batch_size: Positive = 256
+    batch_size: Annotated[Positive, at_most(BATCH)] = 256
     images: Positive | None = None
     steps: Positive | None = None
-    accumulation: Positive = 1
+    accumulation: Annotated[Positive, at_most(BATCH)] = 1
     precision: Literal["bf16", "fp32"] = "bf16"
     ema: Fraction = 0.9999
     ema_warmup: bool = True
     label_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     gradient_checkpointing: bool = False
     compile: Literal[False, "scaffold", "blocks", "all"] = False
-    workers: Count = 0
+    workers: Annotated[Count, at_most(WORKERS)] = 0
     log_every: Positive = 50
     checkpoint_every: Positive = 5000
     checkpoint_minutes: Annotated[float, Field(gt=0.0)] | None = None
@@ -142,8 +143,8 @@ class PreviewSettings(Section):
     """
 
     sampler: Sampler | None = None
-    images: Positive = 16
-    seed: Count = 0
+    images: Annotated[Positive, at_most(BATCH)] = 16
+    seed: Seed = 0
     tail_drops: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0,)
     maps: bool = True
 
@@ -183,7 +184,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$")] = "run"
     description: str = ""
-    seed: Count = 0
+    seed: Seed = 0
     out: str | None = Field(default=None, coerce_numbers_to_str=True)
     model: ModelSettings
     data: DataConfig
@@ -247,4 +248,4 @@ class Recipe(Section):
     @property
     def folder(self) -> str:
         """The folder that the run writes to."""
-        return str(Path(self.out).expanduser()) if self.out else f"runs/{self.name}"
+        return str(user_path(self.out)) if self.out else f"runs/{self.name}"

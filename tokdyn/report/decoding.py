@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from tokdyn.data.config import DataConfig
 from tokdyn.data.shards import LatentOrigin, read_index
 from tokdyn.data.vae import LatentScaling, decode, load_vae, scaling_of, weights_digest
 from tokdyn.errors import DataError, RecipeError
+from tokdyn.files import user_path
 from tokdyn.report.pixels import Pixels, to_pixels
 
 _AT_ONCE = 16  # latents per call of the autoencoder, whose activations are large
@@ -104,6 +104,6 @@ def _origin(data: DataConfig | None) -> LatentOrigin | None:
     if data is None or data.path is None:
         return None
     try:
-        return read_index(Path(data.path).expanduser()).origin
+        return read_index(user_path(data.path)).origin
     except DataError:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 from tokdyn.errors import DataError, InputError
+from tokdyn.reading import one_line, read_json
 from tokdyn.report.charts import Line, chart
 from tokdyn.report.html import Html
 from tokdyn.report.labels import place_labels
@@ -53,9 +53,11 @@ def read_points(path: Path, cost: str, quality: str, series: str = "model", labe
         DataError: the file is not such a list, or a row lacks a key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error}): give a JSON file with a list of rows.") from error
+        raise DataError(
+            f"{path} cannot be read as JSON ({one_line(error)}): give a JSON file with a list of rows."
+        ) from error
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(

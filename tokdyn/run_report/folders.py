@@ -12,7 +12,9 @@ from typing import Any
 from tokdyn.bases.locating import locate
 from tokdyn.bases.table import rows
 from tokdyn.errors import CheckpointError, DataError
-from tokdyn.files import json_object
+from tokdyn.files import json_object, user_path
+from tokdyn.limits import YAML_BYTES
+from tokdyn.reading import read_bytes
 from tokdyn.report.pareto import ParetoPoint
 from tokdyn.train import metrics
 
@@ -57,7 +59,7 @@ def read_folder(path: Path | str) -> Folder:
         DataError: the path does not exist, or a file in it cannot be read.
         CheckpointError: the pretrained model is not in the cache and cannot be downloaded.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     model, name = str(place), place.absolute().name
     if not place.exists() and str(path) in rows():
         model = name = str(path)
@@ -70,10 +72,10 @@ def read_folder(path: Path | str) -> Folder:
     recipe = ""
     try:
         if (place / "recipe.yaml").is_file():
-            recipe = (place / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+            recipe = read_bytes(place / "recipe.yaml", YAML_BYTES).decode(errors="replace")
         lines = tuple(_numbers(row) for row in metrics.read(place / "metrics.jsonl") if isinstance(row, dict))
         results = {name: json_object(place / name) for name in RESULTS if (place / name).is_file()}
-    except (UnicodeDecodeError, CheckpointError) as error:
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
         raise DataError(f"{place} holds a file that cannot be read ({error}): restore or remove it.") from error
     return Folder(place, model, name, recipe, lines, results)
 

@@ -15,7 +15,7 @@ from tokdyn.data.config import DataConfig
 from tokdyn.data.shards import LatentOrigin
 from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import CheckpointError
-from tokdyn.files import json_object
+from tokdyn.files import json_object, user_path
 from tokdyn.models import DCDiT, DiT
 from tokdyn.train.checkpoints import newest
 from tokdyn.train.snapshot import METHODS
@@ -64,7 +64,7 @@ def load_model(path: str | Path, ema: bool = True) -> tuple[DiT | DCDiT, Objecti
     Raises:
         CheckpointError: there is no model at the path, or it is damaged.
     """
-    start = Path(path).expanduser()
+    start = user_path(path)
     if start.exists():
         place, step = _locate(start, ema)
         model, title = read(place, ema=ema), _name(start)

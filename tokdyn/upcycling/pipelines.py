@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tokdyn.attach import attached, disabled, losses, save
 from tokdyn.checkpoints.optimizer import load_optimizer, optimizer_tensors
 from tokdyn.errors import CheckpointError, InputError, TokdynError
-from tokdyn.files import replacing
+from tokdyn.files import replacing, user_path
 from tokdyn.progress import progress
 from tokdyn.section import Count, Positive, Section
 from tokdyn.seeds import Stream, generator, seed_everything
@@ -102,7 +102,7 @@ def distil(
         CheckpointError: The folder is in use, or holds no run that can be continued.
         TokdynError: The loss or its gradient is no longer finite.
     """
-    settings, out = settings or DistilSettings(), Path(folder).expanduser()
+    settings, out = settings or DistilSettings(), user_path(folder)
     parts = attached(student).parts
     if not calls:
         raise InputError("calls is empty; record some with tokdyn.recording.")

@@ -1,0 +1,51 @@
+"""Spoil files until a reader fails (`make fuzz`), or write the corpus of hostile files.
+
+python tests/hostile --seconds 180
+python tests/hostile --seconds 600 --readers checkpoints zips
+python tests/hostile --engine atheris --readers recipes     (pip install '.[fuzz]')
+python tests/hostile --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+
+
+def instrumented() -> AbstractContextManager[object]:
+    """Return a context in which imports tell atheris which lines are reached, if it is asked for."""
+    if "atheris" not in sys.argv:
+        return nullcontext()
+    import atheris
+
+    context: AbstractContextManager[object] = atheris.instrument_imports(include=["tokdyn", "yaml", "zipfile", "PIL"])
+    return context
+
+
+def main() -> None:
+    """Parse the arguments and run."""
+    package = ModuleType("tests")  # a package in site-packages may have this name, too
+    package.__path__ = [str(Path(__file__).parents[1])]
+    sys.modules["tests"] = package
+    with instrumented():
+        from tests.hostile import fuzz, making
+        from tests.hostile.readers import READERS, warm
+
+        warm()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the corpus, and do nothing else")
+    parser.add_argument("--seconds", type=int, default=180)
+    parser.add_argument("--readers", nargs="+", choices=sorted(READERS), default=sorted(READERS))
+    parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis")
+    words = parser.parse_args()
+    if words.write:
+        making.main()
+    else:
+        fuzz.run(words.readers, words.seconds, words.engine)
+
+
+if __name__ == "__main__":
+    main()
