@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors"],
     ["files", "host", "hub", "lazy", "method_names", "progress", "section", "seeds"],
-    ["prompts", "tokens"],
+    ["ownership", "prompts", "tokens"],
     ["ops"],
     ["methods"],
     ["presets"],
