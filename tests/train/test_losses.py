@@ -24,6 +24,7 @@ from tokdyn.train.metrics import read
 Tiny = Callable[..., Recipe]
 Same = Callable[[Path, Path, int], None]
 Contents = Callable[[Path], dict[str, torch.Tensor]]
+SLOW = pytest.mark.slow
 EVERY = ("training.keep_checkpoints=99", "training.checkpoint_every=1", "data.length=256", "objective.kind=flow")
 
 
@@ -36,7 +37,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
     injected="a sample of NaN, 1e30 or 1,000, with a `loss_limit`",
     happened="stops and names step, loss and batch; the checkpoint before it is kept; `--resume` with `skip` goes on",
 )
-@pytest.mark.parametrize("value", [float("nan"), 1e30, 1e3])
+@pytest.mark.parametrize("value", [float("nan"), *(pytest.param(value, marks=SLOW) for value in (1e30, 1e3))])
 def test_a_bad_loss_stops_the_run(value: float, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (*EVERY, "training.loss_limit=500", "training.steps=6")
     recipe = tiny(tmp_path / "run", *settings)
@@ -57,7 +58,7 @@ def test_a_bad_loss_stops_the_run(value: float, tmp_path: Path, tiny: Tiny, monk
     happened="the step is left out, weights and moments stay what they were, and the batch is named",
     lost="the step",
 )
-@pytest.mark.parametrize("value", [float("nan"), 1e30, 1e3])
+@pytest.mark.parametrize("value", [1e3, *(pytest.param(value, marks=SLOW) for value in (float("nan"), 1e30))])
 def test_a_bad_step_is_skipped(
     value: float, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, console: Console, contents: Contents
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_run_rolls_back_to_its_start_before_the_first_checkpoint(
     injected="all samples are NaN",
     happened="the run stops after ten steps passed over, and does not go on for ever",
 )
-@pytest.mark.parametrize("how", ["skip", "roll_back"])
+@pytest.mark.parametrize("how", ["skip", pytest.param("roll_back", marks=SLOW)])
 def test_a_run_of_bad_steps_stops(how: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(tmp_path / "run", "training.steps=1000", f"training.on_bad_loss={how}")
     poison(monkeypatch, recipe, range(1, 17), float("nan"))
@@ -179,7 +180,7 @@ def test_a_spike_is_one_beside_those_before_it() -> None:
 @pytest.mark.parametrize(
     ("words", "low", "high"),
     [
-        (("optimizer.lr=0.3", "training.loss_limit=null", "training.spike=null"), 0.75, 1.0),
+        pytest.param(("optimizer.lr=0.3", "training.loss_limit=null", "training.spike=null"), 0.75, 1.0, marks=SLOW),
         (("model.official_init=true", "optimizer.lr=1e-9", "training.steps=6"), 0.0, 0.08),
     ],
     ids=["everything", "nothing"],

@@ -149,7 +149,10 @@ def sums(folder: Path) -> None:
     injected="cut moments, missing, renamed or halved weights, missing sums of metrics; hashes renewed",
     happened="one sentence that names the file or the tensor",
 )
-@pytest.mark.parametrize("damage", [moments, no_weights, halves, renamed_weights, sums])
+@pytest.mark.parametrize(
+    "damage",
+    [moments, *(pytest.param(each, marks=pytest.mark.slow) for each in (no_weights, halves, renamed_weights, sums))],
+)
 def test_tensors_are_checked(damage: Callable[[Path], None], run: Path, tiny: Tiny) -> None:
     folder = checkpoints.folder_of(run / "checkpoints", 4)
     damage(folder)

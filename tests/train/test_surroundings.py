@@ -48,7 +48,7 @@ def go_on(folder: Path, tiny: Tiny) -> None:
 )
 @pytest.mark.parametrize(
     "size",
-    [0, 1500, 20_000, *(pytest.param(size, marks=pytest.mark.slow) for size in (100, 300, 600, 3000, 8000, 50_000))],
+    [0, 20_000, *(pytest.param(size, marks=pytest.mark.slow) for size in (100, 300, 600, 1500, 3000, 8000, 50_000))],
 )
 def test_a_full_disk_ends_in_a_sentence(
     size: int, whole: Path, tmp_path: Path, tiny: Tiny, largest_file: Limit, assert_same_run: Same
@@ -66,7 +66,9 @@ def test_a_full_disk_ends_in_a_sentence(
     injected="its permissions, before a run, before it is resumed and at its second step; root loses its override",
     happened="one sentence; with permission the run goes on to the same weights and logs",
 )
-@pytest.mark.parametrize("moment", ["before", "resumed", "running"])
+@pytest.mark.parametrize(
+    "moment", ["running", *(pytest.param(when, marks=pytest.mark.slow) for when in ("before", "resumed"))]
+)
 def test_a_protected_folder_ends_in_a_sentence(
     moment: str, whole: Path, tmp_path: Path, tiny: Tiny, assert_same_run: Same
 ) -> None:
@@ -97,7 +99,9 @@ def test_a_protected_folder_ends_in_a_sentence(
     happened="one sentence, and nothing in its place; put back, the run goes on to the same weights and logs",
     lost="what was removed",
 )
-@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+@pytest.mark.parametrize(
+    "how", ["moved", *(pytest.param(how, marks=pytest.mark.slow) for how in ("removed", "replaced"))]
+)
 def test_a_folder_that_vanishes_ends_in_a_sentence(
     how: str, whole: Path, tmp_path: Path, tiny: Tiny, assert_same_run: Same
 ) -> None:
@@ -127,7 +131,7 @@ def test_a_folder_that_vanishes_ends_in_a_sentence(
     "leaps by days, as after a suspension",
     happened="the same weights and logs, except for their times",
 )
-@pytest.mark.parametrize("clock", ["still", "leaping"])
+@pytest.mark.parametrize("clock", ["leaping", pytest.param("still", marks=pytest.mark.slow)])
 def test_jumps_of_the_clock_change_nothing(
     clock: str, whole: Path, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, assert_same_run: Same
 ) -> None:
@@ -167,7 +171,9 @@ def test_what_a_killed_process_left_is_removed(whole: Path, tmp_path: Path, tiny
     injected="a second `train`, another with `seed=1`, and `--resume` beside a living run",
     happened="the second is refused at once and names the first; the first is not disturbed",
 )
-@pytest.mark.parametrize(("words", "resume"), [([], False), (["seed=1"], False), ([], True)])
+@pytest.mark.parametrize(
+    ("words", "resume"), [([], False), pytest.param(["seed=1"], False, marks=pytest.mark.slow), ([], True)]
+)
 def test_the_second_run_in_a_folder_is_refused(
     words: list[str], resume: bool, whole: Path, tmp_path: Path, tiny: Tiny, assert_same_run: Same
 ) -> None:

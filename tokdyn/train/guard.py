@@ -147,7 +147,7 @@ class Guard:
         loss = dict(losses).get(bad, math.nan)
         self._log(bad, "stopped", {"loss": loss, **self._repeating(bad)})
         raise TokdynError(
-            f"The loss or its gradient is bad since step {bad}, whose loss is {loss:.4g} (found at step {step}); its "
+            f"The loss or its gradient is bad since step {bad} (a loss of {loss:.4g}, found at step {step}); its "
             f"batch is {self._batch(bad)}, and {kept}. Continue with --resume training.on_bad_loss=skip or roll_back, "
             "or start again with a lower optimizer.lr, a longer optimizer.warmup_steps or training.precision=fp32."
         )

@@ -105,6 +105,8 @@ def distil(
         TokdynError: The loss or its gradient is no longer finite.
     """
     settings, out = settings or DistilSettings(), Path(folder).expanduser()
+    if not resume:
+        require_unused(out)
     parts = attached(student).parts
     if not calls:
         raise InputError("calls is empty; record some with tokdyn.recording.")
@@ -122,11 +124,7 @@ def distil(
     mode = student.training
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)  # every step sets the rate
     with owning(out):
-        if resume:
-            rows = _restore(out, student, optimizer, settings)
-        else:
-            require_unused(out)
-            rows = []
+        rows = _restore(out, student, optimizer, settings) if resume else []
         if facts is not None:
             with replacing(out / "settings.json") as half:
                 half.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
