@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
-import typer
+try:
+    import typer
 
-import tokdyn
+    import tokdyn
 
-from . import (
-    bench,
-    calibrate,
-    convert,
-    demo,
-    doctor,
-    features,
-    methods,
-    models,
-    pages,
-    playground,
-    presets,
-    recipes,
-    sample,
-    train,
-    tune,
-    upcycle,
-)
-from . import eval as evaluation
-from . import report as reports
-from .frame import group
+    from . import (
+        bench,
+        calibrate,
+        convert,
+        demo,
+        doctor,
+        features,
+        methods,
+        models,
+        pages,
+        playground,
+        presets,
+        recipes,
+        sample,
+        train,
+        tune,
+        upcycle,
+    )
+    from . import eval as evaluation
+    from . import report as reports
+    from .frame import group
+except KeyboardInterrupt:  # Ctrl-C before there is a command that could answer it
+    print("Interrupted.", file=sys.stderr)
+    sys.exit(130)
 
 WHAT = (
     "Diffusion transformers that compute fewer tokens, blocks and steps. tokdyn attaches methods to the pipelines and "

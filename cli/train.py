@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         yes: Annotated[bool, typer.Option("--yes", help="Train on images as proposed.")] = False,
         json: Json = False,
-    ) -> str:
+    ) -> str | None:
         """Train a model with a recipe or on a folder of images.
 
         RECIPE is the name of a shipped recipe, a YAML file, or the folder of a run. For a folder or a zip of images, a
@@ -83,8 +83,10 @@ def register(app: typer.Typer) -> None:
             raise RecipeError(f"--yes is for a folder or a zip of images, and {name} is a recipe; remove --yes.")
         else:
             resolved = recipe.load(name, settings)
-        carry_out(resolved, resume, dry_run, json)
-        return shell("tokdyn", "train", name, *settings) if dry_run else sampling(resolved)
+        finished = carry_out(resolved, resume, dry_run, json)
+        if dry_run:
+            return shell("tokdyn", "train", name, *settings)
+        return sampling(resolved) if finished else None
 
 
 def _show(proposal: Proposal, json: bool) -> None:
@@ -110,10 +112,13 @@ def sampling(recipe: Recipe) -> str:
     return shell("tokdyn", "sample", recipe.folder, "steps=25", with_methods)
 
 
-def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
+def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> bool:
     """Train a model, and exit with the code of the run unless it is 0; or with `dry_run` print an estimate.
 
     If the run finishes, the methods that its recipe attaches after training are attached and saved too.
+
+    Returns:
+        Whether there is a finished model.
     """
     if dry_run:
         from tokdyn.train import dry_run as estimate_run
@@ -123,7 +128,7 @@ def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
             as_json({**asdict(estimate), "seconds": estimate.seconds})
         else:
             pairs(estimate.lines())
-        return
+        return False
     from tokdyn.train import train as train_recipe
     from tokdyn.train.preview import draw_preview
 
@@ -137,3 +142,4 @@ def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> None:
         as_json(summary)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+    return result.finished

@@ -60,7 +60,7 @@ def register(app: typer.Typer) -> None:
             ),
         ] = False,
         json: Json = False,
-    ) -> str:
+    ) -> str | None:
         """Build a DC-DiT from a pretrained DiT, and train it.
 
         By default it is trained by distillation from the DiT first, and then on its own.
@@ -93,7 +93,9 @@ def register(app: typer.Typer) -> None:
             resolved = load(given.settings["out"], given.overrides())  # the recipe that the run was started with
         else:
             resolved = upcycling_recipe(base, recipe, given.overrides(), method or ())
-        carry_out(resolved, resume, dry_run, json)
+        finished = carry_out(resolved, resume, dry_run, json)
+        if not dry_run and not finished:
+            return None
         if not dry_run:
             _page(Path(resolved.folder))
             return sampling(resolved)

@@ -18,7 +18,7 @@ LAYERS = [
     ["reading"],
     ["image_files", "yaml_loading"],
     ["files", "host", "hub", "lazy", "method_names", "progress", "section", "seeds"],
-    ["draws", "prompts", "tokens"],
+    ["draws", "ownership", "prompts", "tokens"],
     ["division"],
     ["ops"],
     ["methods"],

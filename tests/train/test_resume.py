@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tokdyn.errors import CheckpointError, DataError
 from tokdyn.recipe import Recipe, load
-from tokdyn.train import EXIT_INTERRUPTED, train
+from tokdyn.train import EXIT_INTERRUPTED, checkpoints, train
 
 Tiny = Callable[..., Recipe]
 Same = Callable[[Path, Path, int], None]
@@ -111,6 +111,11 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 ENDLESS = ("training.steps=100000", "training.checkpoint_every=2", "chunking.budget_warmup_steps=1")
 
 
+@pytest.mark.fault(
+    "kill -9 or Ctrl-C of the training process",
+    injected="the signal after the second checkpoint",
+    happened="the resumed run equals one that was never stopped, bit for bit",
+)
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["kill", "ctrl-c"]
 )
@@ -145,7 +150,7 @@ def test_other_data_are_rejected(half: Path, tiny: Tiny) -> None:
     state = half / "checkpoints" / "step_0000003" / "state.json"
     contents = json.loads(state.read_text())
     contents["data"] = {**contents["data"], "length": 65}
-    state.write_text(json.dumps(contents))
+    state.write_text(json.dumps(checkpoints.sealed(contents)))
     with pytest.raises(CheckpointError, match=r"data\.path"):
         train(tiny(half, *FULL), resume=True)
 

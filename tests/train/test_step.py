@@ -133,7 +133,7 @@ def test_a_truncated_line_of_metrics_is_skipped(tmp_path: Path) -> None:
         metrics.append(path, {"step": step, "loss": 0.5})
     path.write_text(path.read_text()[:-5])
     assert [row["step"] for row in metrics.read(path)] == [1, 2]
-    metrics.remove_after(path, 1)
+    assert metrics.restore(path, None, 1) is not None
     metrics.append(path, {"step": 2})
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2}\n'
 

@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from tokdyn.data.base import Dataset
 from tokdyn.data.hashing import Purpose, generators
+from tokdyn.data.loading import load_in_order
 from tokdyn.data.shards import DTYPES
 from tokdyn.data.vae import LatentScaling, encode
 from tokdyn.errors import DataError
@@ -115,7 +115,7 @@ def encode_parts(
     """
     starts = [(number, at) for number, part in enumerate(parts) for at in range(0, len(part), batch_size)]
     batches = _Batches(dataset, [parts[number][at : at + batch_size] for number, at in starts])
-    loader = DataLoader(batches, batch_size=None, sampler=range(len(starts)), num_workers=workers)
+    loader = load_in_order(batches, range(len(starts)), workers)
     done: list[Part] = []
     for (number, at), (images, labels, used) in zip(starts, loader, strict=True):
         wanted = parts[number][at : at + batch_size]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from tokdyn.data.base import Dataset
 from tokdyn.data.hashing import Purpose, hashed, permutation
+from tokdyn.data.loading import load_in_order
 from tokdyn.errors import DataError
 
 
@@ -88,24 +89,21 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         """Return the number of epochs, with a fraction, that all ranks together have seen before a step."""
         return step * self.batch_size * self.world / len(self.dataset)
 
-    def loader(self, start: int, stop: int, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return a loader over the batches of steps start .. stop - 1, in order.
+    def loader(self, start: int, stop: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of steps start .. stop - 1, in order.
 
         Args:
             start: first step.
             stop: step after the last one.
             workers: number of processes that prepare batches; 0 prepares them in this process. The batches do not
                 depend on it.
+
+        Raises:
+            TokdynError: a sample cannot be read, in whichever process, or a process has ended.
         """
-        return DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            # Starting a loader draws a random number, which must not come from torch's global generator.
-            generator=torch.Generator().manual_seed(self.seed & (2**63 - 1)),
-        )
+        # Starting a loader draws a random number, which must not come from torch's global generator.
+        generator = torch.Generator().manual_seed(self.seed & (2**63 - 1))
+        return load_in_order(self, range(start, stop), workers, generator, pin_memory=torch.cuda.is_available())
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the order of the samples (n,) in an epoch; the orders of the last two epochs are cached."""

@@ -61,6 +61,8 @@ class ChunkingSettings(Section):
         interpolation: Between two points, hold the N of the earlier one, or interpolate linearly.
         calibrate: Before the first step, set the router's bias so that 1/N of the tokens of one batch are kept. It has
             no effect if the model has `official_init`.
+        on_collapse: What to do if the router keeps, or leaves out, less than a third of what it should in two log
+            lines in a row: say so once, or stop.
     """
 
     ratio_weight: Annotated[float, Field(ge=0.0)] = 0.03
@@ -71,6 +73,7 @@ class ChunkingSettings(Section):
     curriculum: tuple[tuple[Count, Annotated[float, Field(gt=1.0)]], ...] = ()
     interpolation: Literal["hold", "linear"] = "linear"
     calibrate: bool = True
+    on_collapse: Literal["say", "stop"] = "say"
 
     @model_validator(mode="after")
     def _steps_rise(self) -> Self:
@@ -104,6 +107,12 @@ class TrainingSettings(Section):
         keep_checkpoints: Number of checkpoints to keep; older ones are removed.
         sample_every: Steps between two previews; null draws none.
         trackers: Names of accelerate trackers that receive the metrics too, such as "tensorboard" or "wandb".
+        on_bad_loss: What to do if the loss or its gradient is not finite, or the loss exceeds `loss_limit`: stop, skip
+            the step, or roll_back to the weights of the newest checkpoint and go on with the next batch. The last two
+            wait for the device in every step.
+        loss_limit: Largest loss that is not bad; null sets no limit.
+        spike: Losses above so many times the median of the last 64 are logged as spikes, with the seed and the samples
+            that repeat them; null logs none.
     """
 
     batch_size: Annotated[Positive, at_most(BATCH)] = 256
@@ -123,6 +132,9 @@ class TrainingSettings(Section):
     keep_checkpoints: Positive = 2
     sample_every: Positive | None = None
     trackers: tuple[str, ...] = ()
+    on_bad_loss: Literal["stop", "skip", "roll_back"] = "stop"
+    loss_limit: Annotated[float, Field(gt=0.0)] | None = 1e4
+    spike: Annotated[float, Field(gt=1.0)] | None = 5.0
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

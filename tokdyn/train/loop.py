@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT, SIGTERM, Signals
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokdyn.division import computing
-from tokdyn.errors import TokdynError
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe, dump
 from tokdyn.train import checkpoints, metrics, schedule
 from tokdyn.train.batches import Division
+from tokdyn.train.guard import Guard
 from tokdyn.train.metrics import Row
 from tokdyn.train.progress import ProgressLine
 from tokdyn.train.setup import Run
@@ -31,6 +32,7 @@ Preview = Callable[[Any, Recipe, Path, int], object]
 
 EXIT_INTERRUPTED = 130
 _POLL = 8  # several processes agree whether to stop every so many steps
+_TICK = 1e-9  # seconds; a clock may stand still between two log lines
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Result:
         step: Optimizer steps taken since the run was started, those before it was resumed included.
         steps: Optimizer steps of the whole run.
         row: The last line of metrics; empty if this call logged none.
+        signal: The signal that asked the run to stop; None if none did.
     """
 
     folder: Path
     step: int
     steps: int
     row: Row
+    signal: Signals | None = None
 
     @property
     def finished(self) -> bool:
@@ -56,8 +60,8 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of `tokdyn train`: 0 if the run is finished, 130 if it was interrupted."""
-        return 0 if self.finished else EXIT_INTERRUPTED
+        """The exit code of `tokdyn train`: 130 if Ctrl-C stopped the run before its last step, otherwise 0."""
+        return EXIT_INTERRUPTED if not self.finished and self.signal == SIGINT else 0
 
 
 class Loop:
@@ -68,8 +72,9 @@ class Loop:
         folder: The run's folder.
         spent: Seconds of training before the run was resumed.
         line: Shows the progress.
-        stop: Set when the user asks to stop.
+        stop: Remembers the signal by which the user asks to stop.
         preview: Draws the previews; None draws none.
+        check_folder: Raises an error if the run's folder is not there any more.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Loop:
         line: ProgressLine,
         stop: StopRequest,
         preview: Preview | None = None,
+        check_folder: Callable[[], None] = lambda: None,
     ) -> None:
         self.run = run
         self.folder = folder
@@ -88,6 +94,8 @@ class Loop:
         self.stop = stop
         self.preview = preview
         self.division = Division(run)
+        self.check_folder = check_folder
+        self.guard = Guard(run, folder, line.note)
         self.row: Row = {}
         self.began = self.last_save = self.last_log = time.monotonic()
         self.last_logged = 0
@@ -100,10 +108,11 @@ class Loop:
         """
         run, training = self.run, self.run.recipe.training
         self.last_logged = start
-        loader = run.stream.loader(start * training.accumulation, run.steps * training.accumulation, training.workers)
-        batches = iter(loader)
-        step = start
-        while step < run.steps:
+        if training.on_bad_loss == "roll_back" and not checkpoints.steps_of(self.folder / "checkpoints"):
+            self._save(start)
+        batches = run.stream.loader(start * training.accumulation, run.steps * training.accumulation, training.workers)
+        step, asked = start, None
+        while step < run.steps and asked is None:
             self._step(step, batches)
             step += 1
             self.line.step(step)
@@ -111,15 +120,17 @@ class Loop:
                 self._log(step)
             if training.sample_every and (step % training.sample_every == 0 or step == run.steps):
                 self._draw(step)
-            stopping, due = self._agree(step)
-            if stopping or due or step % training.checkpoint_every == 0 or step == run.steps:
+            asked, due = self._agree(step)
+            if asked or due or step % training.checkpoint_every == 0 or step == run.steps:
                 self._save(step)
-            if stopping and step < run.steps:
-                self.line.note(f"Stopped at step {step}; continue with: tokdyn train {self.folder} --resume")
-                break
         if step >= run.steps:
             self._finish(step)
-        return Result(self.folder, step, run.steps, self.row)
+        elif asked is not None:
+            self.line.note(
+                f"Stopped and saved at step {step}, as {asked.name} asked; continue with: tokdyn train {self.folder} "
+                "--resume"
+            )
+        return Result(self.folder, step, run.steps, self.row, asked)
 
     def _step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Take one optimizer step, on the micro-batches of this process.
@@ -150,33 +161,31 @@ class Loop:
             drop_frozen_gradients(trainee.model, recipe.upcycle.phase(step)[0])
         parameters = [parameter for group in trainee.optimizer.param_groups for parameter in group["params"]]
         norm = run.accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip or float("inf"))
-        run.stepper.step()
-        run.stepper.zero_grad(set_to_none=True)
-        trainee.ema.update(step)
         means: dict[str, Tensor | float] = {
             name: sum((entry[name] for entry in collected), torch.zeros((), device=device)) / training.accumulation
             for name in collected[0]
         }
         if chunking is not None:
             means["tail_drop"] = drop
-        trainee.window.add(step + 1, {**means, "grad_norm": norm})
+        means["grad_norm"] = norm
+        if self.guard.refuses(means):
+            self.guard.pass_over(step + 1, means)
+        else:
+            run.stepper.step()
+            trainee.ema.update(step)
+            trainee.window.add(step + 1, means)
+        run.stepper.zero_grad(set_to_none=True)
 
-    def _check_finite(self, step: int) -> None:
-        """Raise a TokdynError if a loss or a gradient has not been finite; called before anything is written."""
-        bad = self.run.trainee.window.first_nonfinite(self.run.accelerator)
-        if bad is None:
-            return
-        last = checkpoints.steps_of(self.folder / "checkpoints")
-        kept = f"the checkpoint of step {last[-1]} is kept" if last else "there is no checkpoint yet"
-        raise TokdynError(
-            f"The loss or its gradient has not been finite since step {bad} (found at step {step}); {kept}. Lower "
-            "optimizer.lr, lengthen optimizer.warmup_steps or set training.precision=fp32."
-        )
+    def _check(self, step: int) -> None:
+        """Raise an error if the losses are bad or the folder is not there; called before anything is written."""
+        self.guard.check(step)
+        if self.run.accelerator.is_main_process:
+            self.check_folder()
 
     def _log(self, step: int) -> None:
         """Write and show the mean metrics of the steps since the last log line."""
         run, recipe = self.run, self.run.recipe
-        self._check_finite(step)
+        self._check(step)
         means = run.trainee.window.means(run.accelerator)
         run.trainee.window.clear()
         now = time.monotonic()
@@ -190,36 +199,44 @@ class Loop:
         }
         if recipe.chunking is not None:
             self.row["target"] = schedule.target(recipe.chunking, recipe.model.target, step - 1)
-        self.row["images_per_second"] = (step - self.last_logged) * batch / (now - self.last_log)
+        self.row["images_per_second"] = (step - self.last_logged) * batch / max(_TICK, now - self.last_log)
         self.row["seconds"] = self.spent + now - self.began
         self.last_log, self.last_logged = now, step
         if run.accelerator.is_main_process:
-            metrics.append(self.folder / "metrics.jsonl", self.row)
+            metrics.append(self.folder / metrics.METRICS, self.row)
         if recipe.training.trackers:
             run.accelerator.log({key: value for key, value in self.row.items() if key != "step"}, step=step)
         self.line.log(step, self.row)
+        if recipe.chunking is not None:
+            self.guard.look_at_router(step, self.row, self.row["target"])
 
-    def _agree(self, step: int) -> tuple[bool, bool]:
-        """Return whether to stop, and whether a checkpoint is due by time. All processes get the same answer.
+    def _agree(self, step: int) -> tuple[Signals | None, bool]:
+        """Return the signal that asks to stop, and whether a checkpoint is due by time; the same on all processes.
 
-        Several processes ask each other only every `_POLL` steps; between those both answers are False.
+        Several processes ask each other only every `_POLL` steps; between those nothing is asked for and nothing due.
         """
         minutes = self.run.recipe.training.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self.last_save > 60.0 * minutes
-        mine = (self.stop.requested, due)
-        accelerator = self.run.accelerator
+        accelerator, mine = self.run.accelerator, self.stop.signal
         if accelerator.num_processes == 1:
-            return mine
+            return mine, due
         if step % _POLL:
-            return False, False
-        flags = accelerator.reduce(torch.tensor(mine, dtype=torch.int32, device=accelerator.device), "sum")
-        stopping, timed = (flags > 0).tolist()
-        return stopping, timed
+            return None, False
+        flags = torch.tensor([mine == SIGINT, mine is not None, due], dtype=torch.int32)
+        flags = accelerator.reduce(flags.to(accelerator.device), "sum")
+        interrupted, asked, timed = (flags > 0).tolist()
+        return (SIGINT if interrupted else SIGTERM) if asked else None, timed
 
     def _save(self, step: int) -> None:
         """Write a checkpoint, on the main process."""
         run, recipe = self.run, self.run.recipe
-        self._check_finite(step)
+        self._check(step)
+
+        def write(folder: Path) -> None:
+            run.trainee.save(folder)
+            for name in metrics.LOGS:
+                metrics.copy(self.folder / name, folder)
+
         if run.accelerator.is_main_process:
             contents = {
                 "images": step * recipe.training.batch_size,
@@ -230,14 +247,15 @@ class Loop:
                 "versions": {"torch": torch.__version__},
             }
             root, keep = self.folder / "checkpoints", recipe.training.keep_checkpoints
-            checkpoints.save(root, step, run.trainee.save, contents, keep)
+            checkpoints.save(root, step, write, contents, keep)
         run.accelerator.wait_for_everyone()
+        self.guard.saved()
         self.last_save = time.monotonic()
 
     def _draw(self, step: int) -> None:
         """Draw previews, on the main process."""
         run = self.run
-        self._check_finite(step)
+        self._check(step)
         if run.accelerator.is_main_process and self.preview is not None:
             self.preview(run.trainee.ema.model, run.recipe, self.folder, step)
         run.accelerator.wait_for_everyone()

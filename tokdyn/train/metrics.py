@@ -1,95 +1,26 @@
-"""Average the training metrics between two log lines, and store the averages as lines of JSON in metrics.jsonl.
+"""Write and read the logs of a run, whose rows are lines of JSON: metrics.jsonl and events.jsonl.
 
-Sums are kept on the device, so that a training step need not wait for it; only a log line does.
+A checkpoint holds a copy of each, so that a resumed run has neither a gap nor a row twice, whatever happened to them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor
-
-from tokdyn.errors import CheckpointError
-from tokdyn.train.checkpoints import write_text
+from tokdyn.train.checkpoints import refused, write_text
 
 Row = dict[str, Any]
-"""One line of metrics.jsonl: values by name, with the step under "step"."""
-
-
-class Window:
-    """Running sums of each metric over the steps since the last log line, as fp32 tensors on the device.
-
-    Args:
-        device: The device that the sums stay on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._first_nonfinite = torch.full((), -1.0, device=device)
-        self.steps = 0
-
-    def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add the metrics of one step to the sums, without waiting for the device.
-
-        If a metric is NaN or infinite, the step is remembered, unless an earlier one is.
-
-        Args:
-            step: Optimizer steps taken, this one included.
-            metrics: Scalars by name.
-        """
-        self.steps += 1
-        for name, value in metrics.items():
-            scalar = torch.as_tensor(value, dtype=torch.float32, device=self._device)
-            self._sums[name] = self._sums.get(name, torch.zeros_like(scalar)) + scalar
-            bad = ~torch.isfinite(scalar) & (self._first_nonfinite < 0)
-            self._first_nonfinite = torch.where(bad, float(step), self._first_nonfinite)
-
-    def means(self, accelerator: Accelerator) -> Row:
-        """Return the mean of each metric over the steps and all processes, without resetting the sums.
-
-        Waits for the device, and every process has to call it. A step without a metric counts as 0 in its mean.
-        """
-        if not self._sums:
-            return {}
-        stacked: Tensor = accelerator.reduce(torch.stack(list(self._sums.values())), "mean")
-        return dict(zip(self._sums, (stacked / self.steps).tolist(), strict=True))
-
-    def first_nonfinite(self, accelerator: Accelerator) -> int | None:
-        """Return the first step, on any process, that had a NaN or infinite metric; None if there is none.
-
-        All steps since this object was made count: `clear` does not forget them, and checkpoints do not hold them.
-        Waits for the device, and every process has to call it.
-        """
-        steps = [int(step) for step in accelerator.gather(self._first_nonfinite.reshape(1)).tolist() if step >= 0]
-        return min(steps, default=None)
-
-    def clear(self) -> None:
-        """Reset the sums, after a log line."""
-        self._sums = {}
-        self.steps = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the sums and the number of steps as tensors, for a checkpoint."""
-        return {"steps": torch.tensor(self.steps), **{f"sum/{name}": value for name, value in self._sums.items()}}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the sums and the number of steps from what `tensors` returned."""
-        self.steps = int(tensors["steps"])
-        self._sums = {
-            name.removeprefix("sum/"): value.to(self._device)
-            for name, value in tensors.items()
-            if name.startswith("sum/")
-        }
+"""One line of a log: values by name, with the step under "step"."""
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+LOGS = (METRICS, EVENTS)
+"""Names of the logs in the folder of a run."""
 
 
 def append(path: Path, row: Row) -> None:
-    """Append a row to a metrics file as one line of JSON.
+    """Append a row to a log as one line of JSON.
 
     Raises:
         CheckpointError: The system refused to write.
@@ -98,26 +29,61 @@ def append(path: Path, row: Row) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise CheckpointError(
-            f"{path} could not be written ({error.strerror or error}); free some space, then continue with --resume."
-        ) from error
+        raise refused(path, error) from error
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a metrics file, without lines that a crash left incomplete; [] if there is no file."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Return the rows of a log, without lines that are damaged; [] if there is no file."""
+    return _read(path)[0]
+
+
+def restore(path: Path, kept: Path | None, step: int) -> str | None:
+    """Let a log end at the step that a run resumes at, which writes the later rows again.
+
+    Args:
+        path: The log, which may be damaged or missing.
+        kept: The copy of it in the checkpoint; None, or a path without a file, if there is none.
+        step: Rows of later steps are removed.
+
+    Returns:
+        A sentence if the log was damaged; None if it was not.
+
+    Raises:
+        CheckpointError: The system refused to write.
+    """
+    found, damaged = _read(path)
+    rows = list({(row["step"], row.get("event")): row for row in found if row["step"] <= step}.values())
+    if kept is not None and kept.is_file():
+        rows = _read(kept)[0]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.is_file() or text:
+        write_text(path, text)
+    earlier = "".join(json.dumps(row) + "\n" for row in found if row["step"] <= step)
+    if not damaged and earlier == text:
+        return None
+    lines = f"{damaged} damaged line{'' if damaged == 1 else 's'}" if damaged else "rows missing or changed"
+    return f"{path} had {lines}, and holds {len(rows)} rows up to step {step} again."
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Copy the undamaged rows of a log into the folder of a checkpoint, if there is a log."""
+    rows = read(path)
+    if rows:
+        (folder / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _read(path: Path) -> tuple[list[Row], int]:
+    """Return the rows of a log, and the number of lines that are none."""
+    rows: list[Row] = []
+    damaged = 0
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def remove_after(path: Path, step: int) -> None:
-    """Remove the rows of steps after `step` from a metrics file: a run that resumes there writes them again."""
-    if path.is_file():
-        rows = [row for row in read(path) if row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step):
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged

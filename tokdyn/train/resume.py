@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokdyn.errors import CheckpointError
@@ -24,8 +25,15 @@ HARMLESS = (
     "training.keep_checkpoints",
     "training.sample_every",
     "training.trackers",
+    "training.spike",
+    "training.on_bad_loss",
+    "training.loss_limit",
+    "chunking.on_collapse",
 )
-"""Settings that do not change what is computed. The data and the base may be moved: their contents are compared."""
+"""Settings that do not change what is computed, unless a loss is bad, and that is what they are for.
+
+The data and the base may be moved: their contents are compared.
+"""
 
 ROUNDING = (
     "training.accumulation",
@@ -37,6 +45,28 @@ ROUNDING = (
 
 LENGTH = ("training.images", "training.steps", "compute_match")
 """Settings of the length of the run, which may change if the learning rate does not decay over it."""
+
+
+_STATE = {"seconds": (int, float), "recipe": (dict,), "data": (dict,), "base": (dict, type(None))}
+"""What the state.json of a checkpoint must hold, and of which types."""
+
+
+def check_complete(folder: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose state.json lacks what a run is resumed with.
+
+    Args:
+        folder: The checkpoint's folder.
+        state: The contents of its state.json.
+
+    Raises:
+        CheckpointError: A value is missing or of another type; the message names it.
+    """
+    for key, kinds in _STATE.items():
+        value = state.get(key, ())
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise CheckpointError(f"The checkpoint {folder} is damaged: its state.json has no usable {key!r}.")
+    if not 0.0 <= state["seconds"] < float("inf"):
+        raise CheckpointError(f"The checkpoint {folder} is damaged: its state.json says seconds={state['seconds']}.")
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

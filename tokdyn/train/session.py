@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from accelerate import Accelerator
 from rich.console import Console
 
 from tokdyn.errors import CheckpointError
 from tokdyn.files import require_folder
 from tokdyn.host import settle_memory
+from tokdyn.ownership import holds_nothing, owning
 from tokdyn.recipe import Recipe, dump
 from tokdyn.train import checkpoints, metrics
+from tokdyn.train.failures import explained
 from tokdyn.train.loop import Loop, Preview, Result
 from tokdyn.train.progress import ProgressLine
-from tokdyn.train.resume import check_resumable, flatten
+from tokdyn.train.resume import check_complete, check_resumable, flatten
 from tokdyn.train.setup import open_accelerator, set_up
 from tokdyn.train.signals import StopRequest
 
@@ -24,7 +29,8 @@ def train(
 ) -> Result:
     """Train a model as a recipe says, or resume its run.
 
-    The first Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and returns; a second one interrupts at once.
+    The first Ctrl-C, SIGTERM or SIGHUP finishes the step, writes a checkpoint and returns; a second one interrupts at
+    once. The folder of the run has one owner at a time.
 
     Args:
         recipe: The recipe. A run is resumed with the recipe that started it, apart from the settings that
@@ -41,23 +47,52 @@ def train(
     Raises:
         CheckpointError: Without `resume`, the folder is not empty; with it, the folder holds no run, the run cannot
             continue with this recipe, or all its checkpoints are damaged; or a checkpoint could not be written.
-        TokdynError: The recipe or the data are wrong, or the loss is no longer finite.
+        OutputError: The folder is in use by another process, cannot be written to, or has vanished.
+        TokdynError: The recipe or the data are wrong, the loss is not finite or too large, the router has collapsed, or
+            a process that loads data or trains along has ended.
     """
     settle_memory()
     folder = Path(recipe.folder)
-    checkpoint = None
+    require_folder(folder)
     if resume:
-        checkpoint = _newest_or_none(folder)
-    else:
-        _check_unused(folder)
-    accelerator = open_accelerator(recipe)
+        _require_run(folder)
+    accelerator = None
+    try:
+        accelerator = open_accelerator(recipe)
+        owner: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
+        if accelerator.is_main_process:
+            owner = owning(folder)
+        with owner as check_folder:
+            return _train(recipe, resume, console, preview, accelerator, check_folder)
+    except RuntimeError as error:
+        told = explained(error, accelerator, folder)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _train(
+    recipe: Recipe,
+    resume: bool,
+    console: Console | None,
+    preview: Preview | None,
+    accelerator: Accelerator,
+    check_folder: Callable[[], None],
+) -> Result:
+    """Train in a folder that this process, or the main one of several, owns."""
+    folder, main = Path(recipe.folder), accelerator.is_main_process
+    if main:
+        if not resume and not holds_nothing(folder):
+            raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
+        checkpoints.clear(folder)
+    checkpoint = checkpoints.newest(folder / "checkpoints", check_complete) if resume else None
     run = set_up(recipe, accelerator, fresh=checkpoint is None)
     start, spent, notes = 0, 0.0, []
     if checkpoint is not None:
         differing = check_resumable(checkpoint.state, recipe, run.dataset.identity(), str(folder), run.base)
         run.trainee.restore(checkpoint.folder)
         start, spent = checkpoint.step, float(checkpoint.state["seconds"])
-        notes = [*checkpoint.skipped, f"Resumed {folder} at step {start}."]
+        notes = [" ".join([f"Resumed {folder} at step {start}{_why(checkpoint.skipped)}", *checkpoint.skipped])]
         if differing:
             notes.append(f"Changed since the run was started, which may change its rounding: {', '.join(differing)}.")
     elif resume:
@@ -69,10 +104,12 @@ def train(
             "No previews will be drawn: training.sample_every is set, but train was given no preview function."
         )
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+    if main:
+        check_folder()
         checkpoints.write_text(folder / "recipe.yaml", dump(recipe))
-        metrics.remove_after(folder / "metrics.jsonl", start)
+        for name in metrics.LOGS:
+            kept = None if checkpoint is None else checkpoint.folder / name
+            notes += filter(None, [metrics.restore(folder / name, kept, start)])
         if run.upcycled is not None:
             if start == 0:
                 notes += [f"{name:<12} {value}" for name, value in run.upcycled.lines()]
@@ -84,25 +121,23 @@ def train(
             key: value for key, value in flatten(recipe.model_dump()).items() if isinstance(value, int | float | str)
         }
         accelerator.init_trackers("tokdyn", config=config)
-    with StopRequest() as stop, ProgressLine(run.steps, start, accelerator.is_main_process, console) as line:
+    with StopRequest() as stop, ProgressLine(run.steps, start, main, console) as line:
         for note in notes:
             line.note(note)
-        result = Loop(run, folder, spent, line, stop, preview).go(start)
+        result = Loop(run, folder, spent, line, stop, preview, check_folder).go(start)
     if recipe.training.trackers:
         accelerator.end_training()
     return result
 
 
-def _check_unused(folder: Path) -> None:
-    """Raise an error unless the folder is empty or does not exist, and can be written to."""
-    require_folder(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
+def _why(skipped: tuple[str, ...]) -> str:
+    """Return how the sentence about a resumed run ends."""
+    if not skipped:
+        return "."
+    return f", because {'a newer checkpoint is' if len(skipped) == 1 else f'{len(skipped)} newer ones are'} damaged:"
 
 
-def _newest_or_none(folder: Path) -> checkpoints.Checkpoint | None:
-    """Return the newest undamaged checkpoint of a run, or None if it was stopped before its first one."""
-    checkpoint = checkpoints.newest(folder / "checkpoints")
-    if checkpoint is None and not (folder / "recipe.yaml").is_file():
+def _require_run(folder: Path) -> None:
+    """Raise an error unless a folder holds a run, which may have been stopped before its first checkpoint."""
+    if not checkpoints.steps_of(folder / "checkpoints") and not (folder / "recipe.yaml").is_file():
         raise CheckpointError(f"There is no run to resume in {folder}; start it without --resume.")
-    return checkpoint

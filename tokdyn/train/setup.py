@@ -20,9 +20,9 @@ from tokdyn.recipe.explain import nearest
 from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import schedule
 from tokdyn.train.ema import Ema
-from tokdyn.train.metrics import Window
 from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
+from tokdyn.train.window import Window
 from tokdyn.upcycling.comparison import UpcycleReport, report
 from tokdyn.upcycling.distillation import Distillation
 from tokdyn.upcycling.phases import always_frozen, freeze
@@ -219,7 +219,8 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
     if recipe.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = open_optimizer(model, recipe.optimizer)
-    trainee = Trainee(model, ema, optimizer, Window(accelerator.device), model_info(recipe, dataset, identity))
+    window = Window(accelerator.device, recipe.training.loss_limit)
+    trainee = Trainee(model, ema, optimizer, window, model_info(recipe, dataset, identity))
     compile_parts(model, recipe.training.compile)
     wrapped, stepper = accelerator.prepare(called, optimizer)
     return Run(recipe, accelerator, dataset, stream, trainee, wrapped, stepper, steps, identity, upcycled)

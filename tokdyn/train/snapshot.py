@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,12 +16,13 @@ from tokdyn.attach import attachment_of, base_class, load, save
 from tokdyn.checkpoints.optimizer import load_optimizer, optimizer_tensors
 from tokdyn.errors import CheckpointError
 from tokdyn.train.ema import Ema
-from tokdyn.train.metrics import Window
+from tokdyn.train.window import Window
 
 METHODS = "methods"
 """Name of the folder beside a model's weights that holds the methods attached to it."""
 _OPTIMIZER = "optimizer/"
 _WINDOW = "window/"
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 @dataclass
@@ -80,15 +81,34 @@ def load_weights(model: Any, folder: Path) -> None:
     """Copy the weights that `save_model` wrote to a folder into an existing model, in place.
 
     Raises:
-        CheckpointError: The weights cannot be read, or are those of a model with another configuration.
+        CheckpointError: The weights cannot be read, or their names, shapes or types are not those of the model.
     """
     try:
         saved = base_class(model).from_pretrained(folder)  # type: ignore[attr-defined]
+        _check_stored(folder, saved.state_dict())
         if attachment_of(model) is not None:
             load(saved, folder / METHODS)
         model.load_state_dict(saved.state_dict())
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The weights in {folder} do not belong to this recipe's model: {error}") from error
+
+
+def _check_stored(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Compare names and types of stored weights with those of the model that diffusers has built of them.
+
+    diffusers compares the shapes, but leaves at random what is missing, and converts other types.
+
+    Raises:
+        ValueError: They differ.
+    """
+    stored: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            stored |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    wrong = sorted(stored.keys() ^ expected.keys())
+    wrong += [name for name in expected if stored.get(name) != _TYPES.get(expected[name].dtype) and name not in wrong]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is missing, unknown or of another type.")
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from tokdyn.attach import attached, disabled, losses, save
 from tokdyn.checkpoints.optimizer import load_optimizer, optimizer_tensors
 from tokdyn.errors import CheckpointError, InputError, TokdynError
 from tokdyn.files import replacing, user_path
+from tokdyn.ownership import holds_nothing, owning
 from tokdyn.progress import progress
 from tokdyn.section import Count, Positive, Section
 from tokdyn.seeds import Stream, generator, seed_everything
@@ -99,10 +100,13 @@ def distil(
     Raises:
         InputError: There are no calls, no method has parameters, or the whole transformer is to be trained without a
             teacher.
-        CheckpointError: The folder is in use, or holds no run that can be continued.
+        OutputError: The folder is in use by another process.
+        CheckpointError: The folder is not empty, or holds no run that can be continued.
         TokdynError: The loss or its gradient is no longer finite.
     """
     settings, out = settings or DistilSettings(), user_path(folder)
+    if not resume:
+        require_unused(out)
     parts = attached(student).parts
     if not calls:
         raise InputError("calls is empty; record some with tokdyn.recording.")
@@ -119,30 +123,27 @@ def distil(
         parameter.requires_grad_(parameter in trained_set)
     mode = student.training
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)  # every step sets the rate
-    if resume:
-        rows = _restore(out, student, optimizer, settings)
-    else:
-        require_unused(out)
-        rows = []
-    if facts is not None:
-        with replacing(out / "settings.json") as half:
-            half.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    student.train()
-    try:
-        with progress("distilling", settings.steps - len(rows)) as advance:
-            for step in range(len(rows), settings.steps):
-                rows.append(_step(student, teacher, calls, optimizer, trained, settings, step))
-                advance(1)
-                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
-                    _checkpoint(out, student, optimizer, settings, rows)
-    finally:
-        student.train(mode)
-        for parameter, required in required_grad.items():
-            parameter.requires_grad_(required)
-    save(student, out / METHODS)
-    if settings.trained == "all":
-        student.save_pretrained(out / TRANSFORMER)  # type: ignore[operator]
-    return DistilResult(out, tuple(rows))
+    with owning(out):
+        rows = _restore(out, student, optimizer, settings) if resume else []
+        if facts is not None:
+            with replacing(out / "settings.json") as half:
+                half.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        student.train()
+        try:
+            with progress("distilling", settings.steps - len(rows)) as advance:
+                for step in range(len(rows), settings.steps):
+                    rows.append(_step(student, teacher, calls, optimizer, trained, settings, step))
+                    advance(1)
+                    if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+                        _checkpoint(out, student, optimizer, settings, rows)
+        finally:
+            student.train(mode)
+            for parameter, required in required_grad.items():
+                parameter.requires_grad_(required)
+        save(student, out / METHODS)
+        if settings.trained == "all":
+            student.save_pretrained(out / TRANSFORMER)  # type: ignore[operator]
+        return DistilResult(out, tuple(rows))
 
 
 def _step(
@@ -197,7 +198,7 @@ def require_unused(folder: Path) -> None:
     Raises:
         CheckpointError: It is a file or a folder that is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and holds_nothing(folder)):
         raise CheckpointError(f"{folder} is not empty; continue the run in it with resume, or choose another folder.")
 
 
@@ -249,7 +250,10 @@ def _restore(
             f"{folder / METRICS} has {len(rows)} rows for {step} steps, so the run cannot be continued; start it "
             "again in another folder."
         )
-    model.load_state_dict({n.removeprefix("model/"): v for n, v in tensors.items() if n.startswith("model/")})
+    try:
+        model.load_state_dict({n.removeprefix("model/"): v for n, v in tensors.items() if n.startswith("model/")})
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / STATE} does not belong to this model: {error}") from error
     load_optimizer(
         model, optimizer, {n.removeprefix("optimizer/"): v for n, v in tensors.items() if n.startswith("optimizer/")}
     )
