@@ -25,7 +25,7 @@ READERS = {
     "tokdyn/train/snapshot.py": "training",
     "tokdyn/bases/opening.py": "training",
     "tokdyn/recipe/from_base.py": "training",
-    "tokdyn/upcycling/pipelines.py": "distillation",
+    "tokdyn/upcycling/state.py": "distillation",
     "tokdyn/data/shards.py": "latents",
     "tokdyn/evaluate/statistics.py": "statistics",
     "tokdyn/recipe/files.py": "settings",
