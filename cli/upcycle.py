@@ -9,7 +9,7 @@ import typer
 
 from .arguments import split
 from .frame import command
-from .output import Json, as_json, pairs, shell
+from .output import Json, as_json, columns, pairs, shell
 from .settings import flags, read
 from .train import carry_out, sampling
 
@@ -20,6 +20,12 @@ def _settings() -> type:
     return Recipe
 
 
+def _pipeline_settings() -> type:
+    from tokdyn.upcycling.pipeline_settings import PipelineConfig
+
+    return PipelineConfig
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
@@ -27,11 +33,13 @@ def register(app: typer.Typer) -> None:
         app,
         "upcycle",
         settings=_settings,
+        of_pipelines=_pipeline_settings,
         main=("out", "data.path", "training.steps"),
         examples=[
             "tokdyn upcycle --recipe shapes/upcycle out=runs/upcycled",
             "tokdyn upcycle --base runs/dit --method dc data.path=train.zip training.steps=2000 training.batch_size=64",
             "tokdyn upcycle --base DiT-XL/2 --method dc --method dydit --method cache data.path=latents --dry-run",
+            "tokdyn upcycle --base black-forest-labs/FLUX.1-dev --method dc trained=lora rank=16 prompts=prompts.txt",
             "tokdyn upcycle out=runs/upcycled --resume",
         ],
     )
@@ -67,7 +75,7 @@ def register(app: typer.Typer) -> None:
 
         If the base is a text-to-image pipeline of diffusers, Chunking is attached to its transformer, which is trained
         on images that it draws itself to predict with fewer tokens what it predicts with all of them. The settings are
-        then those of a pipeline: prompts=FILE, steps, lr, trained=all; see docs/upcycling.md.
+        then those of a pipeline: prompts=FILE, steps, lr, trained=lora; see docs/upcycling.md.
         """
         from tokdyn.bases.names import check_name, check_weights, names_pipeline
         from tokdyn.errors import RecipeError
@@ -126,14 +134,21 @@ def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json
     from tokdyn.upcycling.pipeline_settings import PipelineConfig
 
     config = read([*args, f"base={base}"], PipelineConfig)
-    from tokdyn.upcycling.command import upcycle_pipeline
+    from tokdyn.upcycling.command import PAGE, upcycle_pipeline
+    from tokdyn.upcycling.page import budget_columns
+    from tokdyn.upcycling.pipelines import METHODS
 
     result = upcycle_pipeline(config, methods, resume, lambda text: typer.echo(text, err=True))
-    following = shell("tokdyn", "sample", base, f"methods={result.folder}", "prompts=prompts.txt")
+    if not result.report:
+        return ""  # the first of several processes prints
+    file = result.folder / METHODS
+    following = shell("tokdyn", "sample", base, f"methods={file}", "prompts=prompts.txt")
     if json:
         as_json({"folder": result.folder, **result.report})
         return following
     error = result.report["error"]
+    columns(budget_columns(result.report["budgets"]))
+    typer.echo("")
     pairs(
         [
             (
@@ -143,5 +158,5 @@ def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json
             ("blocks", f"{result.report['share_of_block_flops']:.1%} of their FLOPs (a multiply-add is 2)"),
         ]
     )
-    typer.echo(f"\n{result.folder} holds methods for tokdyn.load, and upcycle.html with images before and after.")
+    typer.echo(f"\n{file} is for tokdyn.load, and {result.folder / PAGE} shows images before and after.")
     return following

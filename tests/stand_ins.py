@@ -25,6 +25,7 @@ TRAINING = (
 )  # fmt: skip
 PIPELINE = "black-forest-labs/"
 PICTURE = ("steps=4", "height=16", "width=16")  # of a pipeline
+UPCYCLED = ("steps=2", "sampling_steps=2", *PICTURE[1:])
 QUICK = {
     "sample": ("steps=4", "count=4"),
     "calibrate": ("steps=4", "count=2"),
@@ -54,7 +55,9 @@ def quick(words: Sequence[str]) -> list[str]:
     """Return the words of a command after `tokdyn`, with settings that make it quick."""
     command, given = " ".join(words[:2]), {word.lstrip("-").partition("=")[0] for word in words}
     more: tuple[str, ...] = ()
-    if words[0] in ("train", "upcycle"):
+    if words[0] == "upcycle" and any(word.startswith(PIPELINE) for word in words):
+        more = UPCYCLED
+    elif words[0] in ("train", "upcycle"):
         if "--resume" not in words and list(words) != ["train", "photos/"]:
             more = (*TRAINING, *(TINY if words[0] == "train" else ("training.steps=4",)))
             if words[1].startswith("imagenet/"):  # which has a length of its own

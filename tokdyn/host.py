@@ -115,6 +115,17 @@ def memory() -> int | None:
         return None
 
 
+def free_memory(device: torch.device) -> float:
+    """Return the free memory of a device in bytes, or infinity if it cannot be read."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        return float(lines["MemAvailable"].split()[0]) * 1024.0
+    return float("inf")  # unknown
+
+
 def processor() -> str:
     """Return the processor's model name on Linux; elsewhere, or if Linux does not give it, what Python reports."""
     info = Path("/proc/cpuinfo")

@@ -58,6 +58,7 @@ STACKS: dict[str, list[Method]] = {
 }
 SHALLOW = {**SIZES, "depth": 1}
 RECIPES = ("shapes/dit-base", "cifar10/dcdit-learned", "imagenet/dc-dit-v1-xl-n16-256", "upcycle/dc-dydit")
+LORA = DistilSettings(steps=2, trained="lora", rank=2, tail_drops=(0.0, 0.5))
 LAYOUTS = {"diffusers": DiT, "tokdyn": DCDiT, "official": DCDiT, "facebook": DiT}
 
 
@@ -194,14 +195,24 @@ def write_distillation(folder: Path) -> None:
     student = tokdyn.wrap(base(), [Chunking(target=2)])
     torch.manual_seed(0)
     distil(student, calls(), folder / "run", DistilSettings(steps=2), facts={"methods": ["dc"]})
+    torch.manual_seed(0)
+    distil(tokdyn.wrap(base(), [Chunking(target=2)]), calls(), folder / "lora", LORA)
 
 
 def read_distillation(folder: Path) -> dict[str, Any]:
     model = DiT.from_pretrained(folder / "base").eval()
-    student = tokdyn.load(model, folder / "run" / "methods")
+    parts = folder / "run" / "methods"
+    student = tokdyn.load(model, parts if parts.is_dir() else parts.with_suffix(".safetensors"))
     found = {"student": predictions(student)}
     distil(student, calls(), folder / "run", DistilSettings(steps=3), resume=True)
-    return {**found, "resumed": predictions(student)}
+    found["resumed"] = predictions(student)
+    if (folder / "lora").is_dir():
+        model = DiT.from_pretrained(folder / "base").eval()
+        student = tokdyn.load(model, folder / "lora" / "methods.safetensors")
+        found["lora"] = predictions(student)
+        distil(student, calls(), folder / "lora", LORA.model_copy(update={"steps": 3}), resume=True)
+        found["lora resumed"] = predictions(student)
+    return found
 
 
 def calls() -> list[dict[str, Tensor]]:

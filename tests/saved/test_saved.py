@@ -25,7 +25,7 @@ READERS = {
     "tokdyn/train/snapshot.py": "training",
     "tokdyn/bases/opening.py": "training",
     "tokdyn/recipe/from_base.py": "training",
-    "tokdyn/upcycling/pipelines.py": "distillation",
+    "tokdyn/upcycling/state.py": "distillation",
     "tokdyn/data/shards.py": "latents",
     "tokdyn/data/digests.py": None,  # a cache that may be deleted
     "tokdyn/evaluate/statistics.py": "statistics",

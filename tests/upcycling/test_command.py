@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tokdyn.cli.main import app
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from tokdyn.errors import CheckpointError, InputError
 from tokdyn.host import describe, open_device
 from tokdyn.upcycling.command import PipelineResult, upcycle_pipeline
 from tokdyn.upcycling.pipeline_settings import PipelineConfig
+from tokdyn.upcycling.pipelines import METHODS
 
 PROMPTS = ("a red square", "a blue square")
 QUICK = ["steps=30", "lr=3e-3", "sampling_steps=3", "guidance=2", "seed=5", "height=16", "width=16", "target=2"]
@@ -55,6 +57,13 @@ def finished(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish
     words = ["upcycle", "--base", pipeline, *QUICK, f"prompts={folder / 'prompts.txt'}", "device=cpu"]
     shown, notes = run(*words, "--method", "dc", f"out={folder / 'out'}", "--json")
     return Finished(words, folder / "out", json.loads(shown), notes)
+
+
+def stored_methods(folder: Path) -> list[dict[str, Any]]:
+    """Read the settings of the methods that a run has written."""
+    with safe_open(folder / METHODS, "pt") as file:
+        settings: list[dict[str, Any]] = json.loads(file.metadata()["tokdyn"])["methods"]
+    return settings
 
 
 def opened(folder: Path) -> Any:
@@ -107,7 +116,7 @@ def test_the_summary_counts_parameters_and_flops(finished: Finished, pipeline: P
     """Against the files of base and methods, and against a call of the model with and without Chunking."""
     summary = finished.report["before_the_first_step"]
     model = opened(pipeline).transformer
-    stored = load_file(finished.out / "methods" / "tokdyn.safetensors")
+    stored = load_file(finished.out / METHODS)
     new = sum(value.numel() for value in stored.values() if value.is_floating_point())
     assert f"{sum(parameter.numel() for parameter in model.parameters()):,} " in summary["kept as is"]
     assert f"{new:,} " in summary["new"]
@@ -137,7 +146,7 @@ def test_the_picture_holds_the_images_before_and_after(finished: Finished, pipel
     for upcycled in (False, True):
         pipe = opened(pipeline)
         if upcycled:
-            tokdyn.load(pipe.transformer, finished.out / "methods")
+            tokdyn.load(pipe.transformer, finished.out / METHODS)
             pipe.transformer.eval()
         for number in range(2):
             image = drawn(pipe, number).repeat(6, axis=0).repeat(6, axis=1)  # enlarged to 96 pixels
@@ -224,7 +233,7 @@ def test_the_original_is_released_where_it_does_not_teach(pipeline: Path, tmp_pa
     assert told.dtypes == [torch.bfloat16]
     assert not (tmp_path / "out" / "transformer").exists()
     assert not result.report["before_the_first_step"]["frozen"].startswith("none")
-    (method,) = json.loads((tmp_path / "out" / "methods" / "tokdyn_config.json").read_text())["methods"]
+    (method,) = stored_methods(tmp_path / "out")
     assert method["method"] == "DynamicWidth"
 
 
@@ -235,10 +244,10 @@ def test_runs_repeat_whatever_was_drawn_before(pipeline: Path, tmp_path: Path) -
         torch.manual_seed(number)
         config = PipelineConfig(base=str(pipeline), out=tmp_path / str(number), device="cpu", **SMALL)
         result = upcycle_pipeline(config, ["dc", "dydit"])
-        written.append((result.folder / "methods" / "tokdyn.safetensors").read_bytes())
+        written.append((result.folder / METHODS).read_bytes())
     assert written[0] == written[1]
     assert "Chunking, DynamicWidth" in result.report["before_the_first_step"]["new"]
-    methods = json.loads((result.folder / "methods" / "tokdyn_config.json").read_text())["methods"]
+    methods = stored_methods(result.folder)
     assert [each["method"] for each in methods] == ["Chunking", "DynamicWidth"]
     assert methods[0]["target"] == 2.0
 
@@ -275,5 +284,63 @@ def test_a_result_cannot_be_changed(tmp_path: Path) -> None:
 def test_a_pipeline_with_two_transformers_is_refused_by_their_names(experts: Path, tmp_path: Path) -> None:
     config = PipelineConfig(base=str(experts), out=tmp_path / "out", device="cpu", steps=1)
     with pytest.raises(InputError, match="transformer and transformer_2"):
+        upcycle_pipeline(config, ["dc"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_makes_a_pipeline_with_a_budget(pipeline: Path, tmp_path: Path) -> None:
+    """One file holds what was trained; drawn at a smaller budget, the images differ and cost less."""
+    out = tmp_path / "out"
+    words = [
+        "upcycle",
+        "--base",
+        pipeline,
+        "--method",
+        "dc",
+        *QUICK,
+        "device=cpu",
+        f"out={out}",
+        "prompts=a red square",
+    ]
+    more = ["trained=lora", "rank=4", "tail_drops=0,0.5", "calls=2", "--gradient-checkpointing"]
+    shown, notes = run(*words, *more)
+    assert "LoRA" in notes
+    assert "MiB" in next(line for line in notes.splitlines() if line.startswith("memory"))
+    report = json.loads((out / "upcycle.json").read_text())
+    assert [each["tail_drop"] for each in report["budgets"]] == [0.0, 0.5]
+    for each in report["budgets"]:
+        assert each["error"] < each["error_before"]
+        assert f"{each['error']:.4f}" in shown
+    full, lean = report["budgets"]
+    assert lean["gflops_per_image"] < full["gflops_per_image"]
+    assert report["memory"]["worked_out"]["step"] > 0
+    assert not (out / "methods").exists()
+    drawing = ["prompts=a red square", "steps=3", "height=16", "width=16", "device=cpu", f"methods={out / METHODS}"]
+    for drop in ("0", "0.5"):
+        run("sample", pipeline, *drawing, f"tail_drop={drop}", f"out={tmp_path / drop}")
+    images = [next((tmp_path / drop).glob("*.png")).read_bytes() for drop in ("0", "0.5")]
+    assert images[0] != images[1]
+    refused = run("sample", pipeline, "prompts=a red square", "tail_drop=0.5", f"out={tmp_path / 'no'}", code=2)[1]
+    assert "methods=" in refused
+
+
+def test_images_are_drawn_while_it_trains_and_a_resumed_run_gets_the_same(pipeline: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SMALL, "steps": 4, "steps_per_image": 2, "calls": 2, "checkpoint_every": 1}
+    config = PipelineConfig(base=str(pipeline), device="cpu", trained="lora", **settings)
+    found = []
+    for name, lengths in (("whole", (4,)), ("half", (3, 4))):
+        for steps in lengths:
+            changes = {"out": tmp_path / name, "steps": steps}
+            result = upcycle_pipeline(config.model_copy(update=changes), ["dc"], resume=steps != lengths[0])
+        found.append((result.folder / METHODS).read_bytes())
+    assert found[0] == found[1]
+
+
+def test_memory_that_is_not_there_is_refused_before_the_first_step(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokdyn.upcycling.command.free_memory", lambda device: 1000.0)
+    config = PipelineConfig(base=str(pipeline), out=tmp_path / "out", device="cpu", trained="lora", **SMALL)
+    with pytest.raises(InputError, match="gradient_checkpointing=true"):
         upcycle_pipeline(config, ["dc"])
     assert not (tmp_path / "out").exists()

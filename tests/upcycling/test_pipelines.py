@@ -69,7 +69,7 @@ def test_the_error_falls_and_the_pipeline_draws(name: str, trained: str, tmp_pat
     assert all(torch.equal(value, original[key]) for key, value in pipe.transformer.state_dict().items())
     if trained == "all":
         pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / "run" / "transformer").eval()
-    tokdyn.load(pipe.transformer, tmp_path / "run" / "methods")
+    tokdyn.load(pipe.transformer, tmp_path / "run" / "methods.safetensors")
     pipe.transformer.eval()
     assert torch.isfinite(images(pipe, name)).all()
     assert tokdyn.stats(pipe.transformer).calls[0].kept[0] < tokdyn.stats(pipe.transformer).calls[0].cells
@@ -207,7 +207,7 @@ def test_a_folder_that_does_not_fit_is_rejected(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(TokdynError, match=r"step \d+; .*lr"):
         distil(new_student(), [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=50, lr=1e18, clip=1e18))
-    assert not (tmp_path / "run" / "methods").exists()
+    assert not (tmp_path / "run" / "methods.safetensors").exists()
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path) -> None:

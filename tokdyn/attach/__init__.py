@@ -38,9 +38,19 @@ from tokdyn.attach.handlers.base import (
     handles,
 )
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
+from tokdyn.attach.lora import add_lora, linear_layers, lora_rank, lora_tensors, require_peft
 from tokdyn.attach.measuring import beside_dense, metered, trajectory_apart, untraced
 from tokdyn.attach.offload import home
-from tokdyn.attach.sidecar import CONFIG, WEIGHTS, load, save
+from tokdyn.attach.sidecar import (
+    CONFIG,
+    WEIGHTS,
+    is_one_file,
+    load,
+    load_trained_tensors,
+    read_settings,
+    save,
+    trained_tensors,
+)
 from tokdyn.attach.sites import Site, argument_names, blocks_of, find_sites
 from tokdyn.attach.view import TokenView
 from tokdyn.provenance import different, fingerprint, other_sampler
@@ -65,6 +75,7 @@ __all__ = [
     "Support",
     "TokenView",
     "accept_methods",
+    "add_lora",
     "agree",
     "argument_names",
     "attached",
@@ -81,13 +92,20 @@ __all__ = [
     "handles",
     "home",
     "inner_model",
+    "is_one_file",
     "is_swapped",
     "keeping",
+    "linear_layers",
     "load",
+    "load_trained_tensors",
+    "lora_rank",
+    "lora_tensors",
     "losses",
     "metered",
     "other_sampler",
     "parts",
+    "read_settings",
+    "require_peft",
     "reset",
     "restore_class",
     "save",
@@ -95,6 +113,7 @@ __all__ = [
     "support",
     "swap_class",
     "traces",
+    "trained_tensors",
     "trajectory",
     "trajectory_apart",
     "unsupported",

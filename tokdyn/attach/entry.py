@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.clock import Level, with_level
-from tokdyn.attach import class_swap, containers, recompute
+from tokdyn.attach import class_swap, containers, lora, recompute
 from tokdyn.attach.attachment import Attachment, Prepared, sizes_of
 from tokdyn.attach.checks import check, check_arguments, check_sublayers, reads_images
 from tokdyn.attach.engine import call_module
@@ -108,6 +108,7 @@ def unwrap(model: Model) -> Model:
     attached(model)
     modules = list(model.modules())
     containers.check_top(model, modules)
+    lora.remove_lora(model)
     del model.tokdyn
     for module in modules:
         class_swap.detach(module)
@@ -118,11 +119,12 @@ def unwrap(model: Model) -> Model:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Disable the methods of a wrapped model while the context is open: it computes bit for bit as if unwrapped."""
     attachment = attached(model)
-    before, attachment.enabled = attachment.enabled, False
-    try:
-        yield
-    finally:
-        attachment.enabled = before
+    with lora.without_lora(model):
+        before, attachment.enabled = attachment.enabled, False
+        try:
+            yield
+        finally:
+            attachment.enabled = before
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -275,13 +277,13 @@ def _reset_stateful_cache(model: nn.Module, original: Any, *args: Any, **kwargs:
 
 def _save_pretrained(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Write the model without the trained parts of its methods, which `tokdyn.save` writes."""
-    with containers.without_attachment(model):
+    with containers.without_attachment(model), lora.set_aside(model):
         return original(model, *args, **kwargs)
 
 
 def _enable_layerwise_casting(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> None:
     """Enable layerwise casting, in place, for the model's own weights only: routers and gates keep their dtype."""
-    with containers.without_attachment(model):
+    with containers.without_attachment(model), lora.set_aside(model):
         original(model, *args, **kwargs)
 
 
@@ -291,10 +293,7 @@ def _cache_context(model: nn.Module, original: Any, name: str, *args: Any, **kwa
     trajectory = attached(model).trajectory
     before, trajectory.branch = trajectory.branch, name
     try:
-        if original is None:
+        with nullcontext() if original is None else original(model, name, *args, **kwargs):
             yield
-        else:
-            with original(model, name, *args, **kwargs):
-                yield
     finally:
         trajectory.branch = before

@@ -10,9 +10,7 @@ from tokdyn.pipelines.controls import (
     disabled,
     is_wrapped,
     keeping,
-    load,
     reset,
-    save,
     set_tail_drop,
     stats,
     unwrap,
@@ -20,6 +18,7 @@ from tokdyn.pipelines.controls import (
 )
 from tokdyn.pipelines.counting import flops
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
+from tokdyn.pipelines.saving import load, save
 
 __all__ = [
     "agree",

@@ -15,12 +15,11 @@ from tokdyn import attach, cost
 from tokdyn.adapters.clock import Level
 from tokdyn.attach import attachment_of, home, inner_model, is_swapped, restore_class, swap_class, trajectory_apart
 from tokdyn.cost import TrajectoryStats
-from tokdyn.errors import CheckpointError, InputError
-from tokdyn.files import user_path
+from tokdyn.errors import InputError
 from tokdyn.methods import Method, find_method
 from tokdyn.pipelines.denoisers import denoisers, is_pipeline
 from tokdyn.pipelines.telling import Teller, listening
-from tokdyn.presets import choose, is_file
+from tokdyn.presets import choose
 from tokdyn.progress import tell
 from tokdyn.trace.timing import Stopwatch
 
@@ -82,7 +81,7 @@ def wrap(
             )
     if not is_swapped(target):  # `from_pipe` makes pipelines that share a model
         chosen = {name: each for name, each in chosen.items() if not _has(models[name], each)}
-    return _attached(target, [partial(attach.wrap, models[name], each, level) for name, each in chosen.items()])
+    return wrap_denoisers(target, [partial(attach.wrap, models[name], each, level) for name, each in chosen.items()])
 
 
 def _listed(methods: Method | Sequence[Method]) -> Sequence[Method]:
@@ -119,7 +118,9 @@ def unwrap(target: Target) -> Target:
     Raises:
         InputError: it is not wrapped, or other code has changed the class of one of its modules since.
     """
-    models = _found(target) if is_pipeline(target) and is_swapped(target) else _wrapped(target)  # or were replaced
+    models = (
+        _found(target) if is_pipeline(target) and is_swapped(target) else wrapped_denoisers(target)
+    )  # or were replaced
     for model in models.values():
         attach.unwrap(model)
     if is_pipeline(target):
@@ -141,7 +142,7 @@ def disabled(target: Any) -> Iterator[None]:
         InputError: it is not wrapped.
     """
     with ExitStack() as stack:
-        for model in _wrapped(target).values():
+        for model in wrapped_denoisers(target).values():
             stack.enter_context(attach.disabled(model))
         yield
 
@@ -157,7 +158,7 @@ def reset(target: Any) -> None:
     Raises:
         InputError: it is not wrapped.
     """
-    for model in _wrapped(target).values():
+    for model in wrapped_denoisers(target).values():
         attach.reset(model)
 
 
@@ -179,7 +180,7 @@ def beside_dense(target: Any) -> Iterator[None]:
         InputError: it is not wrapped. A call raises one if a cache of diffusers is enabled.
     """
     with ExitStack() as stack:
-        for model in _wrapped(target).values():
+        for model in wrapped_denoisers(target).values():
             stack.enter_context(attach.beside_dense(model))
         yield
 
@@ -207,7 +208,7 @@ def keeping(target: Any, mask: Tensor) -> Iterator[None]:
             one if the mask does not fit its tokens or its batch, or if the call is being compiled.
     """
     with ExitStack() as stack:
-        for model in _wrapped(target).values():
+        for model in wrapped_denoisers(target).values():
             stack.enter_context(attach.keeping(model, mask))
         yield
 
@@ -227,7 +228,7 @@ def set_tail_drop(target: Any, value: float | Tensor | Mapping[str, float] | Non
         InputError: the model is not wrapped or has no Chunking, or the value is not one of these. A tensor of another
             length than the batch raises an InputError in the call.
     """
-    for model in _wrapped(target).values():
+    for model in wrapped_denoisers(target).values():
         attach.set_tail_drop(model, value)
 
 
@@ -247,7 +248,7 @@ def agree(target: Any, group: Any) -> None:
     Raises:
         InputError: it is not wrapped or has no FeatureCache, or there is no such group.
     """
-    for model in _wrapped(target).values():
+    for model in wrapped_denoisers(target).values():
         attach.agree(model, group)
 
 
@@ -268,7 +269,7 @@ def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
     Raises:
         InputError: it is not wrapped.
     """
-    found = [cost.stats(model, guided) for model in _wrapped(target).values()]
+    found = [cost.stats(model, guided) for model in wrapped_denoisers(target).values()]
     if len(found) == 1:
         return found[0]
     calls = sorted((call for each in found for call in each.calls), key=lambda call: call.step)
@@ -276,70 +277,7 @@ def stats(target: Any, guided: bool | None = None) -> TrajectoryStats:
     return TrajectoryStats(type(target).__name__, tuple(calls), found[0].pipeline_seconds, short)
 
 
-def save(target: Any, folder: str | Path) -> Path:
-    """Write the methods of a wrapped model or pipeline and their trained parts, without the models' own weights.
-
-    Args:
-        target: a wrapped model, or a container such as DistributedDataParallel around one; or a wrapped pipeline, each
-            of whose denoisers gets a folder of its own, with its name.
-        folder: created if it does not exist; files of an earlier call are replaced.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InputError: it is not wrapped, or the weights of the methods are offloaded.
-        OutputError: the folder cannot be written to.
-    """
-    where = user_path(folder)
-    if not is_pipeline(target):
-        return attach.save(target, where)
-    wrapped = _wrapped(target)
-    for name, model in wrapped.items():
-        attach.save(model, where / name)
-    for earlier in {where, *(where / name for name in denoisers(target))} - {where / name for name in wrapped}:
-        for file in (attach.CONFIG, attach.WEIGHTS):  # of a call with other denoisers, or with a model
-            (earlier / file).unlink(missing_ok=True)
-    return where
-
-
-def load(target: Target, folder: str | Path, level: Level | None = None) -> Target:
-    """Wrap a model or pipeline, in place, with the methods that `save` wrote.
-
-    Args:
-        target: a model that is not wrapped, of the class that the methods were saved from, or a pipeline around it.
-        folder: the folder that `save` returned; for a pipeline with one denoiser, also one that was saved from a model.
-            Or a preset file of `tokdyn calibrate`.
-        level: as in `wrap`, in place of the one that was saved; needed if that is a function, which no file holds.
-
-    Returns:
-        The same object, wrapped.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, was written for another model class or other sizes, names a
-            method that is not registered here, or needs a level.
-        CompositionError, UnsupportedModelError, InputError: as in `wrap`.
-    """
-    where = user_path(folder)
-    if is_file(where):
-        return wrap(target, where, level)
-    if not is_pipeline(target):
-        attach.load(target, where, level)  # type: ignore[type-var]
-        return target
-    models = denoisers(target)
-    if len(models) == 1 and (where / attach.CONFIG).is_file():
-        folders = dict.fromkeys(models, where)
-    else:
-        folders = {name: where / name for name in models if (where / name / attach.CONFIG).is_file()}
-    if not folders:
-        raise CheckpointError(
-            f"{where} holds no methods for the denoisers of this {type(target).__name__} ({', '.join(models)}); give a "
-            "folder that tokdyn.save has written."
-        )
-    return _attached(target, [partial(attach.load, models[name], each, level) for name, each in folders.items()])
-
-
-def _attached(pipe: Target, actions: Iterable[Callable[[], nn.Module]]) -> Target:
+def wrap_denoisers(pipe: Target, actions: Iterable[Callable[[], nn.Module]]) -> Target:
     """Wrap denoisers by actions that return them, all or none, and let the pipeline tell them the trajectory."""
     done: list[nn.Module] = []
     try:
@@ -353,7 +291,7 @@ def _attached(pipe: Target, actions: Iterable[Callable[[], nn.Module]]) -> Targe
     return pipe
 
 
-def _wrapped(target: Any) -> dict[str, Any]:
+def wrapped_denoisers(target: Any) -> dict[str, Any]:
     """Return the wrapped denoisers of a pipeline by name, or a model itself, which the function that gets it checks.
 
     Raises:

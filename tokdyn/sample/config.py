@@ -64,8 +64,8 @@ class SampleConfig(BaseModel):
         uncond_tail_drop: Tail drop of the unconditional branch (Lite-CFG): a share or points. None takes that of the
             conditional branch.
         clip: Clamp predicted images to [-1, 1] at each step; None does so for pixels and not for latents.
-        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a preset
-            file of `tokdyn calibrate`, in place of those that the model was trained with.
+        methods: Folder or file with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a
+            preset file of `tokdyn calibrate`, in place of those that the model was trained with.
         vae: Autoencoder that decodes latents, a path or a hub id; None takes the one that encoded the training data.
         maps: Also draw which tokens were kept along the trajectory (maps.png), and the kept tokens and the time against
             the noise level (trajectory.png).
@@ -153,8 +153,9 @@ class PipelineSampleConfig(Drawing):
     Attributes:
         model: Folder or hub id of the pipeline.
         out: Folder to write to; null means samples/NAME. A repeated command draws only what is missing there.
-        methods: Folder with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a preset
-            file of `tokdyn calibrate`.
+        methods: Folder or file with methods to attach, from `tokdyn calibrate`, `tokdyn upcycle` or `tokdyn.save`, or a
+            preset file of `tokdyn calibrate`.
+        tail_drop: Share of the kept tokens that Chunking drops; null leaves it as the methods say.
         precision: Precision of the pipeline's weights.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
     """
@@ -162,5 +163,12 @@ class PipelineSampleConfig(Drawing):
     model: str
     out: UserPath | None = None
     methods: UserPath | None = None
+    tail_drop: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+
+    @model_validator(mode="after")
+    def _tail_drop_has_an_effect(self) -> Self:
+        if self.tail_drop is not None and self.methods is None:
+            raise ValueError("tail_drop has no effect without methods, since all tokens are kept; add methods=FOLDER")
+        return self

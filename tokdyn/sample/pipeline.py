@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokdyn import __version__
-from tokdyn.attach import CONFIG, WEIGHTS
+from tokdyn.attach import CONFIG, WEIGHTS, is_one_file, read_settings
 from tokdyn.errors import InputError, OutputError, RecipeError
 from tokdyn.files import json_object, replacing, require_folder
 from tokdyn.host import describe, open_device, settle_memory
-from tokdyn.pipelines import load, stats
+from tokdyn.pipelines import load, set_tail_drop, stats
 from tokdyn.pipelines.drawing import call_arguments, draw
 from tokdyn.pipelines.opening import open_pipeline
 from tokdyn.presets import is_file, read
@@ -104,6 +104,8 @@ def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
         pipe = open_pipeline(config.model, device, config.precision)
         if config.methods is not None:
             load(pipe, config.methods)
+        if config.tail_drop is not None:
+            set_tail_drop(pipe, config.tail_drop)
         calls = call_arguments(pipe, config)
         with progress("pictures", len(missing)) as advance:
             for place in missing:
@@ -128,9 +130,12 @@ def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """Return what decides about the methods in a folder, or in one for each denoiser: their settings and weights."""
+    """Return what decides about the methods in a file, a folder, or one for each denoiser: settings and weights."""
     if is_file(folder):
         return {"preset": read(folder).model_dump(mode="json", exclude_defaults=True)}
+    if is_one_file(folder):
+        settings, file = read_settings(folder)
+        return {"": {"methods": settings.get("methods"), "weights": hashlib.sha256(file.read_bytes()).hexdigest()}}
     found = {}
     for path in sorted([*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}")]):
         weights = path.with_name(WEIGHTS)

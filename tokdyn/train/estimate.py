@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from tokdyn.cost import flops_per_image
 from tokdyn.data import open_data
-from tokdyn.host import settle_memory
+from tokdyn.host import free_memory, settle_memory
 from tokdyn.models import DiT
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe
@@ -138,7 +137,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
     most = _STEP_FLOPS.get(device.type, _STEP_FLOPS_ELSEWHERE)
     count = max(1, min(micro_batch, int(most / (3.0 * mean))))
     seconds = activations = None
-    if time_steps and fixed < _free_memory(device):
+    if time_steps and fixed < free_memory(device):
         x = (
             torch.randn(count, *shape)
             if dataset is None
@@ -205,17 +204,6 @@ def _comparison_flops(recipe: Recipe, steps: int, base: DiT | None, full: float)
         share * (teacher * bool(phase.teacher or phase.output) + 3.0 * full * bool(phase.complete))
         for phase, share in recipe.upcycle.shares(steps)
     )
-
-
-def _free_memory(device: torch.device) -> float:
-    """Return the free memory of a device in bytes, or infinity if it cannot be read."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        return float(lines["MemAvailable"].split()[0]) * 1024.0
-    return float("inf")  # unknown, so let the steps run
 
 
 def _measure(

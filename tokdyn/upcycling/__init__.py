@@ -16,8 +16,9 @@ from tokdyn.lazy import loading
 if TYPE_CHECKING:
     from tokdyn.upcycling.comparison import UpcycleReport, report
     from tokdyn.upcycling.conversion import to_dc, upcycle
+    from tokdyn.upcycling.distil_settings import DistilSettings
     from tokdyn.upcycling.distillation import Distillation
-    from tokdyn.upcycling.pipelines import DistilResult, DistilSettings, distil
+    from tokdyn.upcycling.pipelines import DistilResult, distil
 
 __all__ = ["DistilResult", "DistilSettings", "Distillation", "UpcycleReport", "distil", "report", "to_dc", "upcycle"]
 
@@ -27,6 +28,7 @@ __getattr__ = loading(
         **dict.fromkeys(("UpcycleReport", "report"), ".comparison"),
         **dict.fromkeys(("to_dc", "upcycle"), ".conversion"),
         "Distillation": ".distillation",
-        **dict.fromkeys(("DistilResult", "DistilSettings", "distil"), ".pipelines"),
+        "DistilSettings": ".distil_settings",
+        **dict.fromkeys(("DistilResult", "distil"), ".pipelines"),
     },
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -99,19 +100,23 @@ def upcycle(base: nn.Module | str | Path, method: str | Sequence[str] = "dc", **
         raise InputError(
             f"{next(iter(dc_only))} is a setting of dc, which is not among the methods; add dc, or remove the setting."
         )
-    attached: list[Method] = []
-    if "dc" not in names:
-        student: Any = copy.deepcopy(model)
-    elif isinstance(model, DiT):
-        student = to_dc(model, **dc_only)
-    elif isinstance(model, DCDiT):
+    if "dc" in names and isinstance(model, DiT):
+        student: Any = to_dc(model, **dc_only)
+        names.remove("dc")
+    elif "dc" in names and isinstance(model, DCDiT):
         raise InputError("The base is a DC-DiT already; continue its training, or attach methods with tokdyn.wrap.")
     else:
         student = copy.deepcopy(model)
-        attached.append(Chunking(**dc_only))
-    if "dydit" in names:
-        attached.append(DynamicWidth(**width_settings))
+    attached = attached_methods(names, dc_only, width_settings)
     return accept_methods(wrap(student.train(), attached)) if attached else student
+
+
+def attached_methods(
+    names: Sequence[str], chunking: Mapping[str, Any], width: Mapping[str, Any] = MappingProxyType({})
+) -> list[Method]:
+    """Return the methods that upcycling attaches to a model and trains, with settings for each."""
+    built: list[Method] = [Chunking(**chunking)] if "dc" in names else []
+    return [*built, DynamicWidth(**width)] if "dydit" in names else built
 
 
 def build_student(settings: UpcycleSettings, base: DiT, chunked: bool, **overrides: Any) -> nn.Module:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from tokdyn.files import UserPath
 from tokdyn.prompts import Drawing, Number, Prompts
-from tokdyn.section import Section
+from tokdyn.upcycling.distil_settings import DistilSettings
 
-if TYPE_CHECKING:
-    from tokdyn.upcycling.pipelines import DistilSettings
+TAIL_DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+"""The tail drops that DC-DiT is trained with (arXiv 2603.06351)."""
 
 
-class PipelineConfig(Section):
-    """Settings of `tokdyn upcycle` for a pipeline of diffusers.
+class PipelineConfig(DistilSettings):
+    """Settings of `tokdyn upcycle` for a pipeline of diffusers, beside those of `DistilSettings`.
 
     Attributes:
-        base: Folder or hub id of the pipeline.
+        base: Folder or hub id of the pipeline; its weights may be quantised, unless trained=all.
         out: Output folder; null means upcycled/NAME, where NAME is that of the pipeline.
         prompts: A prompt, a .txt file with one prompt per line, or a .yaml or .json file with a list of texts and of
             arguments, such as {prompt: make it night, image: street.png}.
@@ -27,14 +27,12 @@ class PipelineConfig(Section):
         guidance: Guidance scale; null means the default of the pipeline.
         height: Height of the images in pixels; null means the default of the pipeline.
         width: Width of the images in pixels.
-        steps: Optimizer steps.
-        calls: Recorded calls per optimizer step.
-        lr: Learning rate.
-        warmup_steps: Steps over which the learning rate rises linearly.
-        trained: `methods` trains only the parts of the methods; `all` also trains the transformer, with a copy of the
-            original as its teacher.
+        frames: Frames of a video; null means the default of the pipeline.
+        steps_per_image: Steps that train on the calls of an image before the next one is drawn; null draws an image for
+            every prompt before the first step, and keeps the calls of all.
+        tail_drops: Tail drops (shares of the kept tokens to drop) of which every call draws one, so that one model
+            works at all these budgets; null means 0 to 0.6 in steps of 0.1, with --method dc.
         seed: Seed of images and training.
-        checkpoint_every: Steps between checkpoints.
         precision: Precision of the pipeline's weights.
         device: `auto` (a GPU if there is one), or a torch device such as `cpu` or `cuda:1`.
     """
@@ -47,13 +45,9 @@ class PipelineConfig(Section):
     guidance: Annotated[float, Field(ge=0.0)] | None = None
     height: Number | None = None
     width: Number | None = None
-    steps: PositiveInt = 1000
-    calls: PositiveInt = 1
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    trained: Literal["methods", "all"] = "methods"
+    frames: Number | None = None
+    steps_per_image: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    checkpoint_every: PositiveInt = 100
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
 
@@ -65,16 +59,18 @@ class PipelineConfig(Section):
             raise ValueError("trained=all needs precision=fp32: small steps are lost in bf16 weights")
         return self
 
-    @property
-    def distillation(self) -> DistilSettings:
-        """The settings of the training."""
-        from tokdyn.upcycling.pipelines import DistilSettings
+    def distillation(self, chunking: bool) -> DistilSettings:
+        """Return the settings of the training.
 
-        names = set(DistilSettings.model_fields) & set(type(self).model_fields)
-        return DistilSettings(**{name: getattr(self, name) for name in names})
+        Args:
+            chunking: Whether Chunking is among the methods, whose tokens can be dropped.
+        """
+        settings = {name: getattr(self, name) for name in DistilSettings.model_fields}
+        drops = TAIL_DROPS if chunking and self.tail_drops is None else self.tail_drops
+        return DistilSettings(**{**settings, "tail_drops": drops})
 
     @property
     def drawing(self) -> Drawing:
         """What the pipeline draws."""
-        names = ("prompts", "guidance", "height", "width", "seed")
+        names = ("prompts", "guidance", "height", "width", "frames", "seed")
         return Drawing(steps=self.sampling_steps, **{name: getattr(self, name) for name in names})
