@@ -28,7 +28,7 @@ LAYERS = [
     ["adapters"],
     ["trace"],
     ["provenance"],
-    ["watching"],
+    ["lora", "watching"],
     ["attach"],
     ["recorder"],
     ["checkpoints"],

@@ -174,7 +174,7 @@ def test_replaced_images_are_rejected(tmp_path: Path, tiny: Tiny, monkeypatch: p
     state = folder / "checkpoints" / "step_0000003" / "state.json"
     contents = json.loads(state.read_text())
     del contents["data"]["content"]
-    state.write_text(json.dumps(contents))
+    state.write_text(json.dumps(checkpoints.sealed(contents)))
     assert train(tiny(folder, *settings, "training.steps=4"), resume=True).finished
 
 

@@ -18,7 +18,7 @@ from tokdyn.bases.names import names_pipeline
 from tokdyn.errors import CheckpointError, InputError, OutputError
 from tokdyn.upcycling import DistilSettings
 from tokdyn.upcycling.command import upcycle_pipeline
-from tokdyn.upcycling.pipeline_settings import PipelineConfig
+from tokdyn.upcycling.pipeline_settings import TAIL_DROPS, PipelineConfig
 
 SIZE = {"height": 16, "width": 16}
 
@@ -118,6 +118,7 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
 
 
 def test_the_training_has_the_defaults_of_distil_and_takes_every_setting() -> None:
-    assert PipelineConfig(base="x").distillation == DistilSettings()
+    assert PipelineConfig(base="x").distillation(chunking=False) == DistilSettings()
+    assert PipelineConfig(base="x").distillation(chunking=True) == DistilSettings(tail_drops=TAIL_DROPS)
     changed = {"steps": 7, "calls": 3, "lr": 0.5, "warmup_steps": 4, "trained": "all", "seed": 9, "checkpoint_every": 2}
-    assert PipelineConfig(base="x", **changed).distillation == DistilSettings(**changed)
+    assert PipelineConfig(base="x", **changed).distillation(chunking=False) == DistilSettings(**changed)

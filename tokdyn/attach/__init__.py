@@ -38,7 +38,6 @@ from tokdyn.attach.handlers.base import (
     handles,
 )
 from tokdyn.attach.handlers.feature_cache import CachedBlocks
-from tokdyn.attach.lora import add_lora, linear_layers, lora_rank, lora_tensors, require_peft
 from tokdyn.attach.measuring import beside_dense, metered, trajectory_apart, untraced
 from tokdyn.attach.offload import home
 from tokdyn.attach.sidecar import (
@@ -53,6 +52,7 @@ from tokdyn.attach.sidecar import (
 )
 from tokdyn.attach.sites import Site, argument_names, blocks_of, find_sites
 from tokdyn.attach.view import TokenView
+from tokdyn.lora import add_lora, linear_layers, lora_rank, lora_tensors, require_peft
 from tokdyn.provenance import different, fingerprint, other_sampler
 
 __all__ = [

@@ -7,7 +7,7 @@ Nothing in the context changes its meaning while a block runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from tokdyn.attach.inferred import Guard
 from tokdyn.attach.offload import Residency
 from tokdyn.attach.sites import Site
 from tokdyn.attach.view import FollowedArguments, TokenView
-from tokdyn.division import BatchPart, current
 from tokdyn.errors import InputError
 from tokdyn.lazy import Lazy
 from tokdyn.tokens import Grid, ImageTokens, beside, cells, total
@@ -88,7 +87,6 @@ class CallContext:
         residency: which offloaded weights are on the computing device.
         counted: returns the FLOPs counted so far, while `tokdyn.flops` counts; else None.
         losses: auxiliary losses so far, by the name of the method.
-        part: the part of a training step's batch that this call computes; None outside of a training run.
         view: the view of the next block, which changes when brackets open and close; None before the first block.
     """
 
@@ -103,7 +101,6 @@ class CallContext:
     residency: Residency
     counted: Callable[[], int] | None
     losses: dict[str, Tensor]
-    part: BatchPart | None = field(default_factory=current)
     view: TokenView | None = None
 
     @property

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tokdyn import lora
 from tokdyn.adapters import adapter_for
 from tokdyn.adapters.base import ModelAdapter
 from tokdyn.adapters.clock import Level, with_level
-from tokdyn.attach import class_swap, containers, lora, recompute
+from tokdyn.attach import class_swap, containers, recompute
 from tokdyn.attach.attachment import Attachment, Prepared, sizes_of
 from tokdyn.attach.checks import check, check_arguments, check_sublayers, reads_images
 from tokdyn.attach.engine import call_module

@@ -19,10 +19,10 @@ from tokdyn.adapters.clock import Level, told_level
 from tokdyn.attach.attachment import Attachment
 from tokdyn.attach.containers import inner_model
 from tokdyn.attach.entry import attached, unwrap, wrap
-from tokdyn.attach.lora import add_lora, layers_of, load_lora, lora_rank, lora_tensors, require_peft
 from tokdyn.attach.offload import weights_are_offloaded
 from tokdyn.errors import CheckpointError, InputError
 from tokdyn.files import json_object, replacing, user_path
+from tokdyn.lora import add_lora, layers_of, load_lora, lora_rank, lora_tensors, require_peft
 from tokdyn.methods import Method
 from tokdyn.methods.registry import from_settings, to_settings
 from tokdyn.reading import one_line, shown

@@ -64,21 +64,23 @@ class Router(nn.Module, ABC):
     def calibrate(self, logits: Tensor, target: float) -> None:
         """Shift the bias in place so that 1/target of these logits would be above 0.
 
+        NaN and infinite logits, as a damaged image in a batch has, are left out.
+
         Args:
             logits: logits of any shape, computed with the current bias.
             target: N, cells per kept token.
 
         Raises:
-            InputError: a logit is NaN or infinite, and would make the bias so.
+            InputError: no more than half of the logits are finite.
         """
-        if not bool(torch.isfinite(logits).all()):
+        finite = logits[torch.isfinite(logits)].float()
+        if 2 * finite.numel() <= logits.numel():
             raise InputError(
-                "the router cannot be calibrated on this batch, for which it computes NaN or infinity; give "
-                "finite inputs, and "
-                "weights that are finite."
+                "the router cannot be calibrated on this batch, for which it computes NaN or infinity; give finite "
+                "inputs, and weights that are finite."
             )
-        kept = max(1, round(logits.numel() / target))
-        ranked = logits.flatten().float().sort(descending=True).values
+        kept = max(1, round(finite.numel() / target))
+        ranked = finite.sort(descending=True).values
         threshold = ranked[kept - 1 : kept + 1].mean()  # between the last kept and the first dropped
         self.bias.sub_(threshold.to(self.bias))
 

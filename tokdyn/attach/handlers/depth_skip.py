@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.drawing import gate_noise, over_batch
 from tokdyn.attach.handlers.base import Gate, Plan, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import DepthSkip, Sizes, SkipGates
+from tokdyn.methods.drawing import gate_noise, over_batch
 from tokdyn.ops.skipping import gate
 from tokdyn.trace.calls import per_sample
 
@@ -83,10 +83,10 @@ class LearnedGate(Gate):
         drawn: Tensor | None = context.slots[self.slot]
         if drawn is None:
             logits = self._logits(context, view).expand(view.batch, -1)
-            noise = gate_noise(context, view.samples, logits.shape[1:], logits.device, self.slot)
+            noise = gate_noise(context.training, view.samples, logits.shape[1:], logits.device, self.slot)
             drawn = gate(logits, training=True, noise=noise)
             cost = drawn.new_tensor(self.sizes.weights) / sum(self.sizes.weights)
-            share = over_batch(context, "DepthSkip", (drawn * cost).sum(dim=1)).mean()
+            share = over_batch("DepthSkip", (drawn * cost).sum(dim=1)).mean()
             context.add_loss("DepthSkip", self.method.loss_weight * 2.0 * (share - self.method.target) ** 2)
             context.slots[self.slot] = drawn
         return drawn[:, block]

@@ -19,7 +19,6 @@ from tokdyn.adapters.counting import text_stream
 from tokdyn.adapters.tokens import call_by_name
 from tokdyn.adapters.width import Kind
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.drawing import gate_noise, over_batch
 from tokdyn.attach.handlers.base import BlockCall, Bracket, Frame, Inner, Kernel, Plan, Sublayer, handles
 from tokdyn.attach.sites import Site, attach_layers
 from tokdyn.attach.view import TokenView
@@ -36,6 +35,7 @@ from tokdyn.attach.width.rows import (
 )
 from tokdyn.attach.width.slices import Slices, select_channels
 from tokdyn.methods import DynamicWidth, WidthGates
+from tokdyn.methods.drawing import gate_noise, over_batch
 from tokdyn.ops.skipping import gate
 from tokdyn.ops.width import flops_loss, flops_share
 
@@ -123,8 +123,9 @@ class DynamicBlocks(Bracket, Kernel):
         The first head or group of each block has no gate and is always 1.
         """
         logits = logits.expand(view.batch, *logits.shape[1:])
-        noise = gate_noise(context, view.samples, logits.shape[1:], logits.device, self.slot, KINDS.index(kind))
-        drawn = gate(logits, context.training, self.method.temperature, noise)
+        training, purpose = context.training, KINDS.index(kind)
+        noise = gate_noise(training, view.samples, logits.shape[1:], logits.device, self.slot, purpose)
+        drawn = gate(logits, training, self.method.temperature, noise)
         return torch.cat([torch.ones_like(drawn[..., :1]), drawn], dim=2)
 
     def _decide(self, context: CallContext, view: TokenView, device: torch.device) -> list[list[On | None]]:
@@ -172,8 +173,8 @@ class DynamicBlocks(Bracket, Kernel):
         rows = None if samples == widths.samples else torch.tensor(widths.places(samples), device=device)
         for kind, mask in widths.masks.items():
             given[kind] = mask[:, site.block] if rows is None else mask[:, site.block].index_select(0, rows)
-        if (context := frame.context).training and self.module.tokens is not None:
-            given["noise"] = gate_noise(context, samples, (frame.block.tokens,), device, self.slot, 2 + site.block)
+        if frame.context.training and self.module.tokens is not None:
+            given["noise"] = gate_noise(True, samples, (frame.block.tokens,), device, self.slot, 2 + site.block)
         layout = self.layouts[site.block]
         attach_layers(frame.sites, module, site, layout)
         out = inner(named)
@@ -234,14 +235,14 @@ class DynamicBlocks(Bracket, Kernel):
             return x, view
         context.slots[self.slot] = None
         if context.training and widths.masks is not None:
-            loss = flops_loss(self._share(context, widths, x.device), self.module.target(self.method))
+            loss = flops_loss(self._share(widths, x.device), self.module.target(self.method))
             context.add_loss("DynamicWidth", self.method.loss_weight * loss)
             note_reach(context.trace, self.method, self.module, self.layouts, widths.spent)
             if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:  # else it is recomputed
                 self.module.calls += 1
         return x, view
 
-    def _share(self, context: CallContext, widths: Widths, device: torch.device) -> Tensor:
+    def _share(self, widths: Widths, device: torch.device) -> Tensor:
         """Compute the FLOPs (B,) that the blocks which ran spent, as a share of their FLOPs without gates."""
         depth, batch = len(self.layouts), len(widths.samples)
         spent = [[[0.0] * depth for _ in range(batch)] for _ in range(2)]
@@ -261,7 +262,7 @@ class DynamicBlocks(Bracket, Kernel):
             rows = torch.tensor(widths.places(samples), device=device)
             tokens[block] = tokens[block].index_copy(0, rows, share.to(tokens[block]))
         share = flops_share(heads, channels, torch.stack(tokens, dim=1), attention, mlp)
-        return over_batch(context, "DynamicWidth", share)
+        return over_batch("DynamicWidth", share)
 
 
 @dataclass(eq=False)

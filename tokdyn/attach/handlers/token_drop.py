@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tokdyn.attach.context import CallContext
-from tokdyn.attach.drawing import uniform
 from tokdyn.attach.handlers.base import BlockCall, Frame, Plan, Selector, handles
 from tokdyn.attach.view import TokenView
 from tokdyn.methods import TokenDrop
+from tokdyn.methods.drawing import uniform
 from tokdyn.ops.dropping import kept_count, mix, put_back, subset, take
 from tokdyn.ops.keeping import check_eager, fit_mask
 
@@ -64,7 +64,7 @@ class DroppedSpan(Selector):
             context.trace.fall_short("TokenDrop", (rate,), (0,), (x.shape[1],))
             return x, view
         if context.training:
-            noise = uniform(context, view.samples, x.shape[1], x.device, self.slot)
+            noise = uniform(view.samples, x.shape[1], x.device, self.slot)
         else:
             noise = self._hash(context, view, x)
         lengths = tuple(kept_count(size, rate) for size in view.sizes)

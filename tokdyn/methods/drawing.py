@@ -1,4 +1,4 @@
-"""What handlers draw and average in training, so that no image depends on the others that are computed with it.
+"""What methods draw and average in training, so that no image depends on the others that are computed with it.
 
 In a training run numbers are drawn from the keys of the images, and means are those of the step's whole batch
 (`tokdyn.division`). In other training loops torch's generator draws, and means are those of the call.
@@ -12,18 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokdyn.attach.context import CallContext
+from tokdyn.division import current
 from tokdyn.ops.skipping import logistic
 
 
-def uniform(
-    context: CallContext, samples: Sequence[int], count: int, device: torch.device, slot: int, *purpose: int
-) -> Tensor:
+def uniform(samples: Sequence[int], count: int, device: torch.device, slot: int, *purpose: int) -> Tensor:
     """Draw uniform numbers in [0, 1) for each of some samples.
 
     Args:
-        context: the call of the model.
-        samples: b positions in its batch.
+        samples: b positions in the batch of the call.
         count: numbers for each of them; a larger count only appends to a smaller one.
         device: of the result.
         slot: slot of the handler that draws.
@@ -32,30 +29,30 @@ def uniform(
     Returns:
         (b, count) fp32.
     """
-    if context.part is None:
+    if (part := current()) is None:
         return torch.rand(len(samples), count, device=device)
-    return context.part.uniform(samples, count, slot, *purpose).to(device)
+    return part.uniform(samples, count, slot, *purpose).to(device)
 
 
 def gate_noise(
-    context: CallContext, samples: Sequence[int], shape: Sequence[int], device: torch.device, slot: int, *purpose: int
+    training: bool, samples: Sequence[int], shape: Sequence[int], device: torch.device, slot: int, *purpose: int
 ) -> Tensor | None:
     """Draw the noise (b, *shape) of gates, differences of two Gumbel variables; None except in training.
 
     The other arguments are those of `uniform`.
     """
-    if not context.training:
+    if not training:
         return None
-    drawn = uniform(context, samples, math.prod(shape), device, slot, *purpose)
+    drawn = uniform(samples, math.prod(shape), device, slot, *purpose)
     return logistic(drawn).view(-1, *shape)
 
 
-def over_batch(context: CallContext, name: str, values: Tensor) -> Tensor:
+def over_batch(name: str, values: Tensor) -> Tensor:
     """Shift values (B,) of all samples so that their mean is that of a training step's whole batch.
 
     Args:
-        context: the call of the model.
         name: of the loss that the mean is for.
         values: (B,), whose gradients stay as they are.
     """
-    return values if context.part is None else context.part.over_batch(name, values)
+    part = current()
+    return values if part is None else part.over_batch(name, values)
