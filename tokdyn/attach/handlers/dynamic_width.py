@@ -261,8 +261,7 @@ class DynamicBlocks(Bracket, Kernel):
         for block, samples, share in widths.shares:
             rows = torch.tensor(widths.places(samples), device=device)
             tokens[block] = tokens[block].index_copy(0, rows, share.to(tokens[block]))
-        share = flops_share(heads, channels, torch.stack(tokens, dim=1), attention, mlp)
-        return over_batch("DynamicWidth", share)
+        return over_batch("DynamicWidth", flops_share(heads, channels, torch.stack(tokens, dim=1), attention, mlp))
 
 
 @dataclass(eq=False)
