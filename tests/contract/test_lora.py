@@ -17,7 +17,8 @@ from tests.contract.ecosystem import predict
 from tests.contract.models import TINY
 from tests.contract.test_integration_lora import adapted
 from tokdyn import Chunking, TokenMerge
-from tokdyn.attach import add_lora, attached, linear_layers, lora_tensors
+from tokdyn.adapters import adapter_for
+from tokdyn.attach import add_lora, linear_layers, lora_tensors
 from tokdyn.errors import CheckpointError, InputError
 
 FLUX = "FluxTransformer2DModel"
@@ -34,9 +35,11 @@ def with_lora(name: str, rank: int = 2, model: Any = None) -> Any:
     """A model with Chunking whose LoRA and residual projection have an effect."""
     torch.manual_seed(1)
     student = tokdyn.wrap(TINY[name].build() if model is None else model, [Chunking(target=2)])
-    add_lora(student, linear_layers(student, attached(student).blocks(student)), rank)
+    blocks = [block for each in adapter_for(student).blocks for block in student.get_submodule(each.path).children()]
+    add_lora(student, linear_layers(student, blocks), rank)
+    parts = nn.ModuleList(part for _, part in tokdyn.parts(student) if part is not None)
     with torch.no_grad():
-        for parameter in (*lora_tensors(student).values(), *attached(student).parts.parameters()):
+        for parameter in (*lora_tensors(student).values(), *parts.parameters()):
             parameter.add_(0.1 * torch.randn_like(parameter))
     return student.eval()
 
