@@ -96,6 +96,12 @@ class Drawn:
     shown: tuple[Tensor, ...]
 
 
+def _steps_of(model: nn.Module, calls: Sequence[Call]) -> int:
+    """Count the sampling steps that calls belong to, by their noise levels."""
+    replay = Replay(model)
+    return len({replay.levels(call, 1)[0] for call in calls})
+
+
 @dataclass
 class Tuner(ABC):
     """One or several denoisers with their knobs, which are turned until a FLOPs target is met. Call `prepare` first.
@@ -125,8 +131,7 @@ class Tuner(ABC):
 
     def _calibrate(self, name: str, model: nn.Module, calls: list[Call]) -> None:
         """Calibrate the methods of a denoiser on the calls that it got."""
-        replay = Replay(model)
-        if "cache" in self.knobs and len({replay.levels(call, 1)[0] for call in calls}) > 1:
+        if "cache" in self.knobs and _steps_of(model, calls) > 1:
             found = calibrate_cache(model, calls, FeatureCache())
             fewest = share_of(found.steps, found.method.model_copy(update={"threshold": math.inf})).computed
             if fewest < 1.0:
