@@ -117,6 +117,21 @@ def test_lost_tests_are_noticed_and_finished_files_are_not_run_again(checkout: P
     assert "| TransformerTemporalModel | 2 (1) |" in results
     assert "2. it counts the blocks that run" in results
 
+    (checkout / "store" / "models.transformers.test_steady.json").unlink()  # as on a machine that ran the other file
+    peer(checkout, "--known", "--results", str(checkout / "results.md"))
+    assert (checkout / "results.md").read_text() == results
+
+
+@pytest.mark.slow
+def test_what_wraps_nothing_is_run_once_and_what_passes_wrapped_is_not_run_plain(checkout: Path) -> None:
+    runs = checkout / "runs.txt"
+    note = f"\n    open({str(runs)!r}, 'a').write('%s ')\n"
+    text = MODEL + "def test_without_a_model():" + note % "alone" + "def test_with_one(model):" + note % "with"
+    (checkout / FOLDER / "test_steady.py").write_text(text)
+    done = peer(checkout, f"{FOLDER}/test_steady.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert runs.read_text().split() == ["alone", "with", "with", "with"]  # an empty list, never acting, acting
+
 
 @pytest.mark.parametrize("words", [(), ("tests/no_such_file.py",)], ids=["no checkout", "no file"])
 def test_wrong_arguments_are_refused(tmp_path: Path, checkout: Path, words: tuple[str, ...]) -> None:

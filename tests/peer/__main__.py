@@ -33,7 +33,9 @@ def main() -> int:
     parser.add_argument("--store", type=Path, default=STORE, help="where results are kept; default: %(default)s")
     parser.add_argument("--expected", type=Path, default=EXPECTED, help="losses that have a reason")
     parser.add_argument("--out", type=Path, help="write the report to OUT.md and OUT.json")
-    parser.add_argument("--results", type=Path, help="write the table, with the reasons, to this file")
+    parser.add_argument(
+        "--results", type=Path, help="write the table, with the reasons, to this file, and to JSON beside it"
+    )
     parser.add_argument("--known", action="store_true", help="run nothing, and leave out files that have not been run")
     args = parser.parse_args()
     if args.checkout is None:
@@ -53,8 +55,8 @@ def run(args: argparse.Namespace, checkout: Path, files: list[str]) -> int:
         os.environ.setdefault(name, value)
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", MPLBACKEND="Agg")
     sys.dont_write_bytecode = True  # a checkout stays as it is
-    from examining import Examination, Findings, Store  # imports torch
-    from listing import WRAPPED, expected, idle, markdown, unexpected, write
+    from examining import WRAPPED, Examination, Findings, Store  # imports torch
+    from listing import expected, idle, markdown, unexpected, write
     from results import write_page
     from running import in_parallel
 
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace, checkout: Path, files: list[str]) -> int:
     if args.out is not None:
         write(args.out, done, entries)
     if args.results is not None:
-        write_page(args.results, done, entries, sorted({*files} - {each.file for each in done}))
+        write_page(args.results, done, entries, chosen(checkout, list(FILES)))
     for pattern in idle(done, entries):
         print(f"{args.expected} lists {pattern}, but no such test is lost.")
     bad = unexpected(done, entries)

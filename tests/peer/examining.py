@@ -12,6 +12,7 @@ from running import OVER, Job, Results, Task
 from wrapping import ACTING, SETTINGS, versions
 
 ROOT = Path(__file__).parents[2]
+WRAPPED = tuple(SETTINGS)[1:]
 ROUNDS = 6
 """How often tests go on after one that ended the process."""
 
@@ -25,7 +26,7 @@ class Loss:
         lost: the first line of the error of each test that passes plain and fails in the setting, twice.
         refused: likewise of tests whose inputs a method that acts refuses in words, and that pass when only methods act
             which keep all tokens.
-        unsteady: tests that do not fail, or do not pass plain, when they are tried again.
+        unsteady: tests that fail in the setting, but not when they are tried again.
         wrapped: the classes that were wrapped, with the methods that fit them.
         unwrapped: classes that were not wrapped, because their structure could not be inferred or wrapping is refused.
     """
@@ -45,8 +46,10 @@ class Findings:
     Attributes:
         file: relative to the checkout.
         made_of: digest of what the plain results depend on.
-        passed: the tests that pass plain.
-        failed: number of tests that fail plain.
+        passed: the tests that pass, plain or, where that was enough, in the first setting.
+        failed: the tests that fail plain.
+        unfinished: the tests that were not reached within the time limit.
+        touched: the tests in which a model was wrapped. The others are the same in every setting.
         uncollected: why no test of the file could be run; None if one could.
         losses: by setting.
     """
@@ -54,7 +57,9 @@ class Findings:
     file: str
     made_of: str = ""
     passed: list[str] = field(default_factory=list)
-    failed: int = 0
+    failed: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
     uncollected: str | None = None
     losses: dict[str, Loss] = field(default_factory=dict)
 
@@ -100,7 +105,10 @@ def digests(checkout: Path, file: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Examination:
-    """Runs the tests of one file without wrapping and in every setting.
+    """Runs the tests of one file in every setting, and those that fail there without wrapping.
+
+    A test is lost if it fails in a setting and passes plain, so one that passes in the setting need not run plain. Nor
+    need a test run in the other settings in which the first one, which fits most models, wrapped nothing.
 
     Attributes:
         checkout: folder of diffusers.
@@ -121,46 +129,44 @@ class Examination:
     def run(self) -> Task[Findings]:
         """Yield the jobs that are left to do, and return what was found."""
         findings, (plain, wrapped) = self.store.recall(self.file), digests(self.checkout, self.file)
-        if not findings.made_of or (findings.made_of != plain and not self.keep):
-            results = yield from self._complete("plain", None)
-            passed = [test for test in results.collected if results.outcomes.get(test) == "passed"]
-            failed = list(results.outcomes.values()).count("failed")
-            findings = Findings(self.file, plain, passed, failed, results.uncollected)
-            self._note(findings)
-        for setting in list(SETTINGS)[1:]:
+        if findings.made_of != plain and not (findings.made_of and self.keep):
+            findings = Findings(self.file, plain)
+        for setting in WRAPPED:
             known = findings.losses.get(setting)
             if known is None or (known.made_of != wrapped and not self.keep):
-                findings.losses[setting] = yield from self._compare(findings.passed, setting, wrapped)
-                self._note(findings)
+                findings.losses[setting] = yield from self._examine(findings, setting, wrapped)
+                self.store.keep(findings)
+                self.say(findings)
         return findings
 
-    def _note(self, findings: Findings) -> None:
-        self.store.keep(findings)
-        self.say(findings)
-
-    def _compare(self, passed: list[str], setting: str, made_of: str) -> Task[Loss]:
-        """Run the tests that pass plain in a setting; run those that fail a second time, plain and in the setting."""
-        loss, lost, refused = Loss(made_of), tuple(passed), set[str]()
-        while lost:
-            results = yield from self._complete(setting, lost, loss.unwrapped)
+    def _examine(self, findings: Findings, setting: str, made_of: str) -> Task[Loss]:
+        """Run tests in a setting; run those that fail there plain, and once more in the setting."""
+        loss, first = Loss(made_of), setting == WRAPPED[0]
+        tests = None if first else tuple(test for test in findings.touched if test not in findings.failed)
+        while tests != ():
+            results = yield from self._complete(setting, tests, loss.unwrapped)
+            if tests is None:
+                findings.uncollected = results.uncollected
+                findings.passed, findings.touched, findings.unfinished = [], [], []
+            if first:
+                findings.passed += [test for test, outcome in results.outcomes.items() if outcome == "passed"]
+                findings.touched += [test for test in sorted(results.touched) if test not in findings.touched]
             loss.wrapped |= results.wrapped
-            refused |= results.refused
-            lost = tuple(test for test in lost if results.outcomes.get(test) != "passed")
+            loss.unwrapped += sorted(results.refused - set(loss.unwrapped))
+            tests = tuple(
+                test
+                for test in results.collected
+                if results.outcomes.get(test) not in ("passed", "skipped") and test not in findings.failed
+            )
             unwrapped = sorted(results.inferred - set(loss.unwrapped))
             if not unwrapped:
                 break
             loss.unwrapped += unwrapped
-        loss.unwrapped = sorted({*loss.unwrapped, *refused})
+        loss.unwrapped.sort()
         for name in loss.unwrapped:
             loss.wrapped.pop(name, None)
-        if lost:
-            plain = yield from self._complete("plain", lost)
-            again = yield from self._complete(setting, lost, loss.unwrapped)
-            for test in lost:
-                if plain.outcomes.get(test) == "passed" != again.outcomes.get(test):
-                    loss.lost[test] = again.errors.get(test, again.outcomes.get(test, "did not run"))
-                else:
-                    loss.unsteady.append(test)
+        if tests:
+            yield from self._compare(findings, setting, loss, tests)
         words = [test for test, error in loss.lost.items() if error.startswith("tokdyn.errors.")]
         if words and setting == ACTING:
             again = yield from self._complete(setting, tuple(words), loss.unwrapped, whole=True)
@@ -171,13 +177,28 @@ class Examination:
                     loss.lost[test] = again.errors.get(test, loss.lost[test])
         return loss
 
+    def _compare(self, findings: Findings, setting: str, loss: Loss, tests: tuple[str, ...]) -> Task[None]:
+        """Run tests that failed in a setting plain, and those that pass there once more in the setting."""
+        plain = yield from self._complete("plain", tests)
+        passed = tuple(test for test in tests if plain.outcomes.get(test) == "passed")
+        findings.passed += [test for test in passed if test not in findings.passed]
+        findings.failed += [test for test in tests if plain.outcomes.get(test) == "failed"]
+        findings.unfinished += [test for test in tests if test not in plain.outcomes]
+        if passed:
+            again = yield from self._complete(setting, passed, loss.unwrapped)
+            for test in passed:
+                if again.outcomes.get(test) == "passed":
+                    loss.unsteady.append(test)
+                else:
+                    loss.lost[test] = again.errors.get(test, again.outcomes.get(test, "did not run"))
+
     def _complete(
         self, setting: str, tests: tuple[str, ...] | None, unwrapped: Sequence[str] = (), whole: bool = False
     ) -> Task[Results]:
-        """Run tests, going on after one that ends the process; plain tests beyond the time limit are left out."""
+        """Run tests, going on after one that ends the process, and beyond the time limit if the tests are given."""
         limit = self.limit if setting == "plain" else 60 + 2 * self.limit
         log = self.store.log(self.file, setting)
-        found = Results()
+        found, once = Results(), setting == "plain" or tests is None
         for _ in range(ROUNDS):
             results, ending = yield Job(self.checkout, self.file, setting, tests, tuple(unwrapped), whole, limit, log)
             found.collected = found.collected or results.collected
@@ -187,9 +208,10 @@ class Examination:
             found.wrapped |= results.wrapped
             found.inferred |= results.inferred
             found.refused |= results.refused
+            found.touched |= results.touched
             if results.begun is not None:
                 found.outcomes[results.begun], found.errors[results.begun] = "failed", ending
             tests = tuple(test for test in found.collected if test not in found.outcomes)
-            if not tests or results.begun is None or (setting == "plain" and ending == OVER):
+            if not tests or results.begun is None or (once and ending == OVER):
                 break
         return found

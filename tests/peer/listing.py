@@ -10,11 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from examining import Findings
+from examining import WRAPPED, Findings
 from wrapping import ACTING, SETTINGS, versions
 
-WRAPPED = tuple(SETTINGS)[1:]
-COLUMNS = ("file", "passed plain", *(f"lost, {setting}" for setting in WRAPPED), "refused", "wrapped", "not wrapped")
+COLUMNS = ("file", "passed", *(f"lost, {setting}" for setting in WRAPPED), "refused", "wrapped", "not wrapped")
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,7 @@ def data(findings: Sequence[Findings], entries: Sequence[Expected]) -> dict[str,
                 "file": each.file,
                 "passed": len(each.passed),
                 "failed": each.failed,
+                "unfinished": each.unfinished,
                 "uncollected": each.uncollected,
                 "lost": {setting: each.losses[setting].lost for setting in WRAPPED},
                 "refused": each.losses[ACTING].refused,

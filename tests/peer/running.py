@@ -60,6 +60,7 @@ class Results:
         outcomes: "passed", "failed" or "skipped" by test.
         errors: the first line of the error of each test that failed.
         wrapped: the classes that were wrapped, with the methods that fit them.
+        touched: the tests in which a model was wrapped.
         inferred: classes without an adapter whose structure could not be inferred, which a call has said.
         refused: classes that could not be wrapped at all.
         begun: the test that was running when the process ended; None if it ended by itself.
@@ -70,6 +71,7 @@ class Results:
     outcomes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     wrapped: dict[str, list[str]] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)
     inferred: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
     begun: str | None = None
@@ -195,6 +197,8 @@ def read(job: Job) -> Results:
             found.begun = None
             found.outcomes[record["ended"]] = record["outcome"]
             found.refused.update(record["refused"])
+            if record["wrapped"]:
+                found.touched.add(record["ended"])
             for name, methods in record["wrapped"].items():
                 found.wrapped[name] = sorted({*found.wrapped.get(name, []), *methods})
             if record["error"] is not None:
