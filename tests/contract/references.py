@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests.contract.kit import Tiny, ids, latents, of_diffusers
 from tests.contract.stacks import KNOWN
+from tokdyn.adapters import adapter_for
 
 ROWS, COLUMNS = 4, 5
 """The grid of the image tokens that Flux, Flux 2 and Qwen generate here."""
@@ -286,3 +287,21 @@ BESIDE = {
     "Fibo 2": (0, 16),
 }
 """How many reference tokens come before and after the generated ones."""
+
+DENSE = {"Sana Video"}
+"""Models whose blocks need all tokens."""
+
+
+def tokens_of_blocks(model: nn.Module, call: dict[str, Any], sublayer: str | None = None) -> list[Tensor]:
+    """The tokens that every block, or its attention, is called with."""
+    seen: list[Tensor] = []
+    for blocks in adapter_for(model).blocks[:1]:
+        for block in model.get_submodule(blocks.path):  # type: ignore[attr-defined]
+            module = block if sublayer is None else getattr(block, sublayer)
+            name = blocks.tokens if sublayer is None else "hidden_states"
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: seen.append(kwargs[name] if name in kwargs else args[0]),
+                with_kwargs=True,
+            )
+    model(**call)
+    return seen

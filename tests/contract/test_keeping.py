@@ -9,9 +9,8 @@ import tokdyn
 from tests.contract.coverage_arranged import ARRANGED
 from tests.contract.models import TINY, one_of, sample
 from tests.contract.pipelines import build, images
-from tests.contract.references import BESIDE, CALLS
+from tests.contract.references import BESIDE, CALLS, tokens_of_blocks
 from tests.contract.test_merge import NAME, inputs_of_attention
-from tests.contract.test_references import tokens_of_blocks
 from tokdyn import Chunking, FeatureCache, InputError, TokenDrop, TokenMerge
 
 SIDE = torch.zeros(4, 4, dtype=torch.bool)
