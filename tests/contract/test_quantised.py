@@ -86,7 +86,7 @@ def test_the_laws_hold_whichever_comes_first(name: str, way: str, stack: str, tm
 )
 def test_results_are_those_of_the_rounded_weights(name: str, way: str, stack: str) -> None:
     """Sums are added in another order, which changes fp32 by 1e-6 or so; no decision may change by it."""
-    atol = 1e-2 if way == "bitsandbytes-4" else 2e-5  # its kernel computes in bf16 where the processor can
+    atol = 3e-2 if way == "bitsandbytes-4" else 2e-5  # its kernel computes in bf16 where the processor can
     model = WAYS[way](build(name))
     twin = rounded(name, model)
     torch.testing.assert_close(trajectory(model, name), trajectory(twin, name), rtol=0, atol=atol)
