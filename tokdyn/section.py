@@ -37,7 +37,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """Immutable settings that refuse unknown keys, NaN, infinite and immense numbers, and what only looks like a number.
+    """Immutable settings that refuse unknown keys, NaN, infinite and immense numbers, and what only looks like one.
 
     pydantic reads true as 1 and the text "0010" as 10; here both are mistakes. So is text that no file can hold.
     Sections of recipes and methods are such settings.

@@ -75,23 +75,23 @@ def no_traceback(content: bytes) -> None:
 def every_setting() -> list[tuple[dict[str, Any], tuple[Any, ...], Any]]:
     """Each setting of the recipes once: a recipe, the keys that lead to it, and what it is there."""
     found = {}
-    for settings in RECIPES:
-        for path, value in leaves(settings):
-            found.setdefault((*(key for key in path if isinstance(key, str)), type(value)), (settings, path, value))
+    for each in RECIPES:
+        for path, value in leaves(each):
+            found.setdefault((*(key for key in path if isinstance(key, str)), type(value)), (each, path, value))
     return list(found.values())
 
 
 def test_every_setting_refuses_what_cannot_be_meant() -> None:
-    for number, (settings, path, value) in enumerate(every_setting()):
+    for number, (each, path, value) in enumerate(every_setting()):
         bad = values(path, value)
-        no_nonsense((f"{path}={bad[number % len(bad)]!r}", replaced(settings, path, bad[number % len(bad)])))
+        no_nonsense((f"{path}={bad[number % len(bad)]!r}", replaced(each, path, bad[number % len(bad)])))
 
 
 @pytest.mark.slow
 def test_every_setting_refuses_all_that_cannot_be_meant() -> None:
-    for settings, path, value in every_setting():
+    for each, path, value in every_setting():
         for bad in values(path, value):
-            no_nonsense((f"{path}={bad!r}", replaced(settings, path, bad)))
+            no_nonsense((f"{path}={bad!r}", replaced(each, path, bad)))
 
 
 @pytest.mark.parametrize(

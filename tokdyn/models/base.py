@@ -66,7 +66,7 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         c = self.config
         for name, kind in ARGUMENTS["dcdit"].items():
-            number = {int: Integral, float: Real, float | None: Real}.get(kind)
+            number: Any = {int: Integral, float: Real, float | None: Real}.get(kind)
             value = c.get(name)
             if number is None or name not in c or (value is None and kind is not int and kind is not float):
                 continue
