@@ -87,11 +87,11 @@ peer: $(STAMP)
 	$(BIN)/python tests/peer $(if $(filter file,$(origin TESTS)),,$(TESTS) $(FILES)) --jobs $(or $(PEER_JOBS),1) \
 		$(if $(KNOWN),--known) $(if $(LIST),--results tests/peer/results.md) --out runs/peer/report
 
-# What fails is kept in runs/fuzz. With ENGINE=atheris (pip install '.[fuzz]') the lines that a file reaches guide it.
+# What fails is kept in runs/fuzz. With ENGINE=atheris (pip install '.[fuzz]') the branches that a file reaches guide it.
 SECONDS ?= 180
 fuzz: $(STAMP)
 	$(BIN)/python tests/hostile --seconds $(SECONDS) $(if $(READERS),--readers $(READERS)) \
-		$(if $(ENGINE),--engine $(ENGINE))
+		$(if $(ENGINE),--engine $(ENGINE)) $(if $(SEED),--seed $(SEED))
 
 # pip-audit lives in an environment of its own, so that it audits what tokdyn needs and not itself.
 AUDIT := $(VENV)-audit

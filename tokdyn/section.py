@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from types import UnionType
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from tokdyn.limits import STEPS, Limit
+from tokdyn.reading import shown
 
 
 def at_most(limit: Limit) -> AfterValidator:
@@ -22,17 +24,23 @@ def at_most(limit: Limit) -> AfterValidator:
     return AfterValidator(check)
 
 
+LARGEST = 1e12
+"""The largest size of a setting that is no whole number."""
+SMALLEST = 1e-30
+"""The smallest positive number that a setting may be by which something is divided."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0), at_most(STEPS)]
 Positive = Annotated[int, Field(ge=1), at_most(STEPS)]
+Divisor = Annotated[float, Field(ge=SMALLEST)]
 Weight = Annotated[float, Field(ge=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """Immutable settings that refuse unknown keys, NaN and infinite numbers, and what only looks like a number.
+    """Immutable settings that refuse unknown keys, NaN, infinite and immense numbers, and what only looks like one.
 
     pydantic reads true as 1 and the text "0010" as 10; here both are mistakes. So is text that no file can hold.
+    Sections of recipes and methods are such settings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -46,7 +54,7 @@ class Section(BaseModel):
 
 
 def require_plain(value: Any, annotation: Any) -> None:
-    """Raise a ValueError if a value is, or holds, a boolean or a text where a type has only numbers.
+    """Raise a ValueError if a value is, or holds, a boolean or a text where a type has only numbers, or an immense one.
 
     Args:
         value: a value before its validation.
@@ -63,10 +71,20 @@ def _require(value: Any, leaves: set[Any], read: bool) -> None:
     elif isinstance(value, bool):
         if not read and bool not in leaves and leaves & {int, float}:
             raise ValueError(f"expected a number, got {str(value).lower()}")
+    elif isinstance(value, int | float):
+        if not read and float in leaves and (wrong := immense(value)):
+            raise ValueError(wrong)
     elif isinstance(value, str):
         if not read and leaves <= {int, float, type(None)}:
-            raise ValueError(f"expected a number, got the text {value[:80]!r}")
+            raise ValueError(f"expected a number without quotes, got the text {value[:80]!r}")
         require_text(value)
+
+
+def immense(value: float) -> str | None:
+    """Return what is wrong with a finite number that is far too large; None if it is not, or not finite."""
+    if LARGEST < abs(value) < math.inf:
+        return f"expected a number of at most {LARGEST:g} in size, got {shown(value)}"
+    return None
 
 
 def require_text(value: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,21 @@ def test_cache_gives_the_same_numbers_with_and_without_the_images(kit: Any, sett
     assert sorted(path.name for path in kit.folder.iterdir()) == ["kept.safetensors", "ours.npz", "theirs"]
 
 
-def test_cache_is_read_instead_of_the_images(kit: Any, settings: dict[str, Any]) -> None:
+def test_cache_is_read_instead_of_the_images(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     run(settings)
-    for path in settings["reference"].rglob("*.png"):  # names and sizes stay, so only reading an image would notice
-        path.write_bytes(b"?" * path.stat().st_size)
+    monkeypatch.setattr("tokdyn.evaluate.images.decode", None)  # so decoding an image fails; ours are arrays
+    assert run(settings).reference_images == 40
+
+
+def test_changed_images_of_equal_size_are_refused(settings: dict[str, Any]) -> None:
+    run(settings)
+    first = min(settings["reference"].rglob("*.png"))
+    content, times = first.read_bytes(), first.stat()
+    first.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DataError, match=r"kept\.safetensors .*theirs"):
+        run(settings)
+    first.write_bytes(content)
     assert run(settings).reference_images == 40
 
 

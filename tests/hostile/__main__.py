@@ -2,27 +2,17 @@
 
 python tests/hostile --seconds 180
 python tests/hostile --seconds 600 --readers checkpoints zips
-python tests/hostile --engine atheris --readers recipes     (pip install '.[fuzz]')
+python tests/hostile --engine atheris --seconds 600         (pip install '.[fuzz]')
 python tests/hostile --write
 """
 
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-
-
-def instrumented() -> AbstractContextManager[object]:
-    """Return a context in which imports tell atheris which lines are reached, if it is asked for."""
-    if "atheris" not in sys.argv:
-        return nullcontext()
-    import atheris
-
-    context: AbstractContextManager[object] = atheris.instrument_imports(include=["tokdyn", "yaml", "zipfile", "PIL"])
-    return context
 
 
 def main() -> None:
@@ -30,21 +20,22 @@ def main() -> None:
     package = ModuleType("tests")  # a package in site-packages may have this name, too
     package.__path__ = [str(Path(__file__).parents[1])]
     sys.modules["tests"] = package
-    with instrumented():
-        from tests.hostile import fuzz, making
-        from tests.hostile.readers import READERS, warm
+    from tests.hostile import fuzz, making
+    from tests.hostile.readers import READERS, warm
 
-        warm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the corpus, and do nothing else")
     parser.add_argument("--seconds", type=int, default=180)
     parser.add_argument("--readers", nargs="+", choices=sorted(READERS), default=sorted(READERS))
     parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis")
+    parser.add_argument("--seed", type=int, help="equal seeds spoil the same files; by default another one every time")
     words = parser.parse_args()
     if words.write:
         making.main()
     else:
-        fuzz.run(words.readers, words.seconds, words.engine)
+        warm()
+        seed = secrets.randbits(31) if words.seed is None else words.seed
+        fuzz.run(words.readers, words.seconds, words.engine, seed)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 A file that a reader does not stand is shrunk and written to runs/fuzz/READER; put it into tests/hostile/making.py once
 the reader is mended. With hypothesis, what was found is tried again first (runs/fuzz/examples). atheris is guided by
-the lines of code that a file reaches, and takes one reader at a time.
+the branches that a file reaches, and begins where it ended (runs/fuzz/corpus).
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 import resource
 import sys
 import tempfile
@@ -15,9 +16,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import hypothesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+from tests.hostile import guided
 from tests.hostile.mutations import spoiled
 from tests.hostile.readers import attempt
 from tests.hostile.sound import seeds
@@ -32,13 +35,12 @@ def suffixes(reader: str) -> list[str]:
     return sorted(seeds(reader))
 
 
-def once(reader: str, suffix: str, content: bytes) -> None:
+def once(reader: str, suffix: str, content: bytes, patience: int = 1) -> None:
     """Let a reader read a file in a folder of its own; keep the file if it fails."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            attempt(
-                reader, f"moments{suffix}" if b"mu.npy" in content else f"file{suffix}", content, Path(folder).resolve()
-            )
+            name = f"moments{suffix}" if b"mu.npy" in content else f"file{suffix}"
+            attempt(reader, name, content, Path(folder).resolve(), patience)
     except BaseException as error:
         if not isinstance(error, KeyboardInterrupt):
             place = FOUND / reader / f"{hashlib.sha256(content).hexdigest()[:12]}{suffix}"
@@ -47,9 +49,10 @@ def once(reader: str, suffix: str, content: bytes) -> None:
         raise
 
 
-def with_hypothesis(reader: str, suffix: str, count: int) -> None:
+def with_hypothesis(reader: str, suffix: str, count: int, seed: int) -> None:
     """Spoil `count` files of one ending."""
 
+    @hypothesis.seed(seed)
     @settings(
         max_examples=count,
         deadline=None,
@@ -65,35 +68,20 @@ def with_hypothesis(reader: str, suffix: str, count: int) -> None:
     run()
 
 
-def with_atheris(reader: str, seconds: int) -> None:
-    """Let libFuzzer spoil files of a reader, guided by the lines that they reach."""
-    import atheris
-
-    suffix, *others = suffixes(reader)
-    corpus = FOUND / "corpus" / reader
-    corpus.mkdir(parents=True, exist_ok=True)
-    for content in (each for some in (suffix, *others) for each in seeds(reader)[some]):
-        (corpus / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
-
-    def run(data: bytes) -> None:
-        once(reader, [suffix, *others][len(data) % (1 + len(others))], data)
-
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-timeout=30", "-rss_limit_mb=6000", str(corpus)], run)
-    atheris.Fuzz()
-
-
-def run(readers: Sequence[str], seconds: int, engine: str) -> None:
-    """Spoil files of some readers for some seconds."""
+def run(readers: Sequence[str], seconds: int, engine: str, seed: int) -> None:
+    """Spoil files of some readers for some seconds. Equal seeds spoil the same files, as far as the time goes."""
+    print(f"seed {seed}", file=sys.stderr)
     if engine == "atheris":
-        with_atheris(readers[0], seconds)
+        targets = [(reader, suffix) for reader in readers for suffix in suffixes(reader)]
+        guided.fuzz(targets, seconds, seed, FOUND, lambda reader, suffix: seeds(reader)[suffix], once)
         return
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + _MEMORY, resource.RLIM_INFINITY))
-    began, counts = time.monotonic(), dict.fromkeys(readers, 0)
+    began, counts, draws = time.monotonic(), dict.fromkeys(readers, 0), random.Random(seed)
     while time.monotonic() - began < seconds:
         for reader in readers:
             for suffix in suffixes(reader):
-                with_hypothesis(reader, suffix, _ROUND)
+                with_hypothesis(reader, suffix, _ROUND, draws.getrandbits(32))
                 counts[reader] += _ROUND
                 if time.monotonic() - began >= seconds:
                     break

@@ -18,12 +18,26 @@ TOKENS = (
 """What is written into files."""
 NONSENSE: dict[type, tuple[Any, ...]] = {
     int: (float("nan"), float("inf"), -float("inf"), True, False, "12", "abc", "", [1, [2]], {"a": 1}, 1e30, -1e30,
-        0.5, 10**60),
-    float: (float("nan"), float("inf"), -float("inf"), True, False, "0.1", "abc", "", [[0.1]], {"a": 1}),
+        0.5, 10**60, -7, 10**13),
+    float: (float("nan"), float("inf"), -float("inf"), True, False, "0.1", "abc", "", [[0.1]], {"a": 1}, 1e300, -1e300,
+        1e13),
     bool: ("maybe", 2, 0.5, [True], {"a": True}, float("nan"), ""),
     str: (3.5, True, ["a"], {"a": "b"}, "a\0b", "\ud800"),
+    list: (3, True, "abc", {"a": 1}, [[[1]]], float("nan")),
+    type(None): ([1, [2]], {"a": [1]}, "a\0b", ["\ud800"]),
 }  # fmt: skip
 """Values that no setting of the type takes, by the type that the setting has."""
+TAKEN = {("size", "12"), ("seed", -7), ("seed", 10**13), ("memory_limit", 10**13)}
+"""Values of NONSENSE that settings of these names take."""
+
+
+def values(path: Sequence[Any], value: Any) -> list[Any]:
+    """List the values that a setting does not take, given its keys and what it is."""
+    return [
+        bad
+        for bad in NONSENSE[type(value)]
+        if not any((path[-1], type(bad), bad) == (name, type(each), each) for name, each in TAKEN)
+    ]
 
 
 def leaves(settings: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
@@ -61,7 +75,7 @@ def nonsense(draw: st.DrawFn, recipes: Sequence[dict[str, Any]]) -> tuple[str, d
     if isinstance(path[-1], str) and draw(st.integers(0, 4)) == 0:
         name = draw(st.sampled_from([f"{path[-1]}x", path[-1][1:] or "x", path[-1].upper() + "_", "", "a.b"]))
         return f"{where} renamed {name!r}", renamed(settings, path, name)
-    bad = draw(st.sampled_from(NONSENSE[type(value)]).filter(lambda each: (path[-1], each) != ("size", "12")))
+    bad = draw(st.sampled_from(values(path, value)))
     return f"{where}={bad!r}", replaced(settings, path, bad)
 
 

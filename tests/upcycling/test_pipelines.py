@@ -168,6 +168,30 @@ def test_a_resumed_run_equals_one_that_never_stopped(trained: str, tmp_path: Pat
     assert sum(name.startswith("model/") for name in stored) == len(module.state_dict())
 
 
+@pytest.mark.parametrize("damage", ["first tensor", "last tensor", "setting", "row", "nothing"])
+def test_a_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
+    calls, run, settings = [FLUX.inputs(1)], tmp_path / "run", DistilSettings(steps=1)
+    distil(new_student(), calls, run, settings)
+    state, metrics = run / "state.safetensors", run / "metrics.jsonl"
+    content = bytearray(state.read_bytes())
+    if damage == "setting":
+        content = bytearray(bytes(content).replace(b'\\"lr\\":0.001', b'\\"lr\\":0.002'))
+        assert content != state.read_bytes()
+    elif damage == "row":
+        text = metrics.read_text()
+        metrics.write_text(text.replace(next(each for each in text if each in "12345678"), "9", 1))
+        assert metrics.read_text() != text
+    elif damage != "nothing":
+        content[-1 if damage == "last tensor" else 8 + int.from_bytes(content[:8], "little")] ^= 1
+    state.write_bytes(bytes(content))
+    if damage == "nothing":
+        distil(new_student(), calls, run, settings.model_copy(update={"steps": 2}), resume=True)
+        return
+    changed = settings.model_copy(update={"lr": 0.002} if damage == "setting" else {})
+    with pytest.raises(CheckpointError, match=r"state\.safetensors or metrics\.jsonl"):
+        distil(new_student(), calls, run, changed, resume=True)
+
+
 def test_the_chance_of_a_step_is_its_own_and_that_of_a_call_too(tmp_path: Path) -> None:
     """What layers draw in training follows the seed, the step and the place of the call, also after resuming."""
 

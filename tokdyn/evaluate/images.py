@@ -89,7 +89,7 @@ class ImageSet(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Return a hash of the names and sizes of the files and, in archives, of their checksums.
+        """Return a hash of the names, sizes and CRC-32 of the files.
 
         It does not depend on the path, so that it is the same on another machine.
         """
@@ -136,7 +136,8 @@ class ImageFiles:
     def fingerprint(self) -> str:
         """See `ImageSet`."""
         if self.path.is_dir():
-            return _hash_lines([f"{name} {(self.path / name).stat().st_size}" for name in self.names])
+            sums = self.source.digests(self.names)
+            return _hash_lines([f"{name} {size} {crc}" for name, (size, crc) in zip(self.names, sums, strict=True)])
         return _hash_lines([*_archive_lines(self.path), *self.names])
 
 

@@ -32,7 +32,7 @@ class Origin(BaseModel):
         images: Number of images.
         image_size: (rows, columns) of the extractor's inputs, or None if they differed.
         source: Name of the folder or file of images.
-        fingerprint: Hash of the names and sizes of the images in `source`, with the choice made from them.
+        fingerprint: Hash of the names, sizes and CRC-32 of the images in `source`, with the choice made from them.
         published_moments: Whether mean and covariance were stored beside the images, not computed from them.
         values: Class score and accuracy of the images, by name.
     """

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from tokdyn.errors import InputError
 from tokdyn.reading import one_line, shown
+from tokdyn.section import Section
 
 Phase = Literal["train", "sample"]
 Span = tuple[int, int]
@@ -138,14 +139,12 @@ class Sizes:
         return len(self.weights)
 
 
-class Method(BaseModel):
+class Method(Section):
     """The base class of methods: an immutable configuration with checked settings and no knowledge of any model.
 
     The same object is built from Python, YAML, JSON and the command line. Unknown or wrong settings raise an
     InputError. docs/methods/adding.md shows how to write a method.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other names, in lower case, that files and the command line may use for the method."""
@@ -186,6 +185,8 @@ def _sentence(method: type[BaseModel], error: ValidationError) -> str:
     if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
         return f"{method.__name__}: {cause}"
     setting = one_line(first["loc"][0] if first["loc"] else "settings", 80)
+    if cause is not None:
+        return f"{method.__name__}: {setting}: {cause}."
     if first["type"] == "extra_forbidden":
         known = ", ".join(method.model_fields)
         return f"{method.__name__} has no setting {setting!r}; known are {known}."

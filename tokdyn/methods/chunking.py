@@ -20,6 +20,7 @@ from tokdyn.methods.registry import register_method
 from tokdyn.methods.routers import RouterName, build_router
 from tokdyn.ops import dechunk_packed, exact, pack, ratio_loss, select, tail_drop
 from tokdyn.ops.schedules import Curve, check_curve
+from tokdyn.section import Divisor
 from tokdyn.tokens import Grid, Packing, Routing
 
 
@@ -48,7 +49,7 @@ class Chunking(Method):
 
     target: float = Field(default=4.0, ge=1.0)
     router: RouterName = "spatial_predictability"
-    sigma: float | None = Field(default=1.0, gt=0.0)
+    sigma: Divisor | None = 1.0
     tail_drop: Curve = 0.0
     ragged: bool = False
     force_ends: bool = False

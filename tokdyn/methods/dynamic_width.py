@@ -17,6 +17,7 @@ from tokdyn.methods.base import Method, Pruning, Sizes, Stage, Traits
 from tokdyn.methods.layers import Linear
 from tokdyn.methods.registry import register_method
 from tokdyn.ops import timestep_frequencies
+from tokdyn.section import Count, Divisor
 
 
 @register_method
@@ -52,8 +53,8 @@ class DynamicWidth(Method):
     tokens: bool = True
     token_input: Literal["mlp", "stream"] = "mlp"
     embedding: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=5.0, gt=0.0)
-    warmup: int = Field(default=0, ge=0)
+    temperature: Divisor = 5.0
+    warmup: Count = 0
     loss_weight: float = Field(default=1.0, ge=0.0)
 
     @model_validator(mode="after")

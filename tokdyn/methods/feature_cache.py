@@ -65,7 +65,7 @@ class FeatureCache(Method):
 
     aliases: ClassVar[tuple[str, ...]] = ALIASES["FeatureCache"]
 
-    threshold: float = 0.1
+    threshold: float = Field(default=0.1, allow_inf_nan=True)
     rule: Literal["teacache", "magcache", "easycache", "seacache"] = "teacache"
     indicator: Literal["input", "first_block", "time", "projected_time"] = "input"
     coefficients: tuple[float, ...] = (1.0, 0.0)

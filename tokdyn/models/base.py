@@ -21,6 +21,7 @@ from tokdyn.ops import sincos_position
 from tokdyn.ops.dispatch import synchronises
 from tokdyn.ops.precision import autocast_is_slow
 from tokdyn.reading import shown
+from tokdyn.section import immense
 from tokdyn.tokens import Grid, Routing
 
 
@@ -65,9 +66,14 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         c = self.config
         for name, kind in ARGUMENTS["dcdit"].items():
-            number = {int: Integral, float: Real}.get(kind)
-            if number is not None and name in c and not (isinstance(c[name], number) and abs(c[name]) < math.inf):
-                raise InputError(f"{name} is {shown(c[name])}; give a {'whole ' * (kind is int)}number.")
+            number: Any = {int: Integral, float: Real, float | None: Real}.get(kind)
+            value = c.get(name)
+            if number is None or name not in c or (value is None and kind is not int and kind is not float):
+                continue
+            if not (isinstance(value, number) and abs(value) < math.inf):
+                raise InputError(f"{name} is {shown(value)}; give a {'whole ' * (kind is int)}number.")
+            if kind is not int and (wrong := immense(value)):
+                raise InputError(f"{name}: {wrong}.")
         for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             if c[name] < 1:
                 raise InputError(f"{name} is {c[name]}; give a number of at least 1.")
@@ -140,8 +146,10 @@ class Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _check_input(self, x: Any) -> None:
         """Raise an InputError unless x is a tensor of floating-point numbers that the weights can be multiplied by."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
+            kind = type(x).__name__
+            if isinstance(x, Tensor):
+                kind = str(x.dtype if x.layout == torch.strided else x.layout)
             raise InputError(
                 f"the input is {kind}; give a tensor of floating-point numbers (B, {self.config.in_channels}, "
                 "rows, columns)."
@@ -242,11 +250,14 @@ def _per_sample(name: str, value: Tensor | float, x: Tensor) -> Tensor:
         x: (B, ...), the input of the model.
 
     Raises:
-        InputError: the value has another number of elements.
+        InputError: the value is no number, or has another number of elements.
     """
     if isinstance(value, (int, float)):
         return torch.full((len(x),), value, device=x.device)
-    values = torch.as_tensor(value, device=x.device).reshape(-1)
+    try:
+        values = torch.as_tensor(value, device=x.device).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {shown(value)}; give a number, or one for each sample.") from error
     if len(values) not in (1, len(x)):
         raise InputError(f"{name} has {len(values)} entries, expected 1 or {len(x)}, one per sample.")
     return values.expand(len(x))

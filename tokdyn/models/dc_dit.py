@@ -19,6 +19,7 @@ from tokdyn.models.blocks import CellEmbedder
 from tokdyn.models.scaffold import RMSNorm, Scaffold
 from tokdyn.models.sizes import dc_dit_settings, renamed_settings
 from tokdyn.ops.precision import product_dtype
+from tokdyn.section import SMALLEST
 from tokdyn.tokens import Grid, Routing
 
 
@@ -94,7 +95,7 @@ class DCDiT(Transformer):
             raise InputError("encoder_depth, decoder_depth and scaffold_width must be at least 1.")
         if not target > 1.0:
             raise InputError(f"target is {target}; give more than 1 cell per kept token, or use a DiT to keep all.")
-        if sigma is not None and not sigma > 0.0:
+        if sigma is not None and not sigma >= SMALLEST:
             raise InputError(f"sigma is {sigma}; give more than 0 cells, or None for no smoothing.")
         if not position_scale > 0.0:
             raise InputError(f"position_scale is {position_scale}; give a number above 0.")

@@ -170,12 +170,29 @@ def build_model(
         chunked = recipe.model.kind == "dcdit"
         with torch.device(device):
             student = build_student(recipe.upcycle, base, chunked, **recipe.model.overrides)
+            _require_cells(student, recipe, shape)
             return student.to(device)
     if torch.device(device).type != "meta":
         _require_memory(recipe, shape)
     family: Any = {"dit": DiT, "dcdit": DCDiT}[recipe.model.kind]
     with torch.device(device):
-        return family.named(recipe.model.name, **model_arguments(recipe, shape, num_classes))
+        model = family.named(recipe.model.name, **model_arguments(recipe, shape, num_classes))
+    _require_cells(model, recipe, shape)
+    return model
+
+
+def _require_cells(model: Any, recipe: Recipe, shape: Shape) -> None:
+    """Raise a RecipeError if the router should keep less than one of an image's cells."""
+    if not isinstance(model, DCDiT):
+        return
+    cells = math.prod(shape[1:]) // model.config.patch_size**2
+    points = () if recipe.chunking is None else recipe.chunking.curriculum
+    for name, target in [("model.target", model.config.target), *(("chunking.curriculum", each) for _, each in points)]:
+        if target > cells:
+            raise RecipeError(
+                f"{name} asks the router to keep one of {target:,.10g} cells, and an image has {cells:,}; choose a "
+                f"number between 1 and {cells:,}."
+            )
 
 
 def _require_memory(recipe: Recipe, shape: Shape) -> None:

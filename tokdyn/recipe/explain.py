@@ -86,6 +86,8 @@ def _sentence(model: type[BaseModel], error: Any) -> str:
             if inside:
                 return f"'{key}' is not a setting (did you mean {' or '.join(inside)}?)"
             return f"'{key}' is not a setting{nearest(str(path[-1]), valid_keys(model, path[:-1]))}"
+        case "int_parsing_size":
+            return f"'{key}': the number is too large, got {shown(value)}"
         case "missing":
             return f"'{key}' is required; set {key}=VALUE"
         case "value_error":

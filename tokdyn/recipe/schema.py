@@ -5,15 +5,16 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tokdyn.data import DataConfig
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.settings import Sampler
 from tokdyn.files import user_path
 from tokdyn.limits import BATCH, WORKERS
+from tokdyn.models.sizes import dit_settings
 from tokdyn.recipe.model_settings import BASE, ModelSettings
-from tokdyn.section import Count, Fraction, Positive, Section, Seed, at_most
+from tokdyn.section import Count, Divisor, Fraction, Positive, Section, Seed, at_most
 from tokdyn.upcycling.settings import UpcycleSettings
 
 
@@ -35,7 +36,7 @@ class OptimizerSettings(Section):
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: Divisor = 1e-8
     warmup_steps: Count = 0
     decay: Literal["none", "linear", "cosine"] = "none"
     final_lr: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -161,6 +162,12 @@ class PreviewSettings(Section):
     maps: bool = True
 
 
+def _named(baseline: str) -> str:
+    """Return the name of a DiT; raise an InputError, which is a ValueError, if there is none of this name."""
+    dit_settings(baseline)
+    return baseline
+
+
 class ComputeMatch(Section):
     """The length of a run that takes as many FLOPs as the training of a baseline (arXiv 2603.06351).
 
@@ -170,7 +177,7 @@ class ComputeMatch(Section):
         kept: Kept share of the model before tail drop; null assumes 1/N.
     """
 
-    baseline: str
+    baseline: Annotated[str, AfterValidator(_named)]
     steps: Positive
     kept: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,21 @@ def write_state(
     settings: DistilSettings,
     rows: Sequence[dict[str, float]],
 ) -> None:
-    """Write the metrics, then the state; a run that stops in between resumes with as many rows as the state names."""
+    """Write the metrics, then the state; a run that stops in between resumes with as many rows as the state names.
+
+    The state has a SHA-256 of its tensors, its settings and these rows.
+    """
+    lines = [json.dumps(row) for row in rows]
     with replacing(folder / METRICS) as half:
-        half.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        half.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     held: dict[str, Tensor] = student.state_dict() if settings.trained == "all" else trained_tensors(student)
     tensors = {f"model/{name}": value for name, value in held.items()}
     owner = _owner(student, settings)
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(owner, optimizer).items()}
     with replacing(folder / STATE) as half:
         content = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(content, half, {"step": str(len(rows)), "settings": settings.model_dump_json()})
+        facts = {"step": str(len(rows)), "settings": settings.model_dump_json()}
+        save_file(content, half, {**facts, "digest": _digest(content, facts, lines)})
 
 
 def read_state(
@@ -65,7 +71,8 @@ def read_state(
             metadata = file.metadata()
         tensors = load_file(folder / STATE)
         stored, step = type(settings).model_validate_json(metadata["settings"]), int(metadata["step"])
-        rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no run that can be continued ({error}).") from error
     changed = [
@@ -80,6 +87,12 @@ def read_state(
             f"{folder / METRICS} has {len(rows)} rows for {step} steps, so the run cannot be continued; start it "
             "again in another folder."
         )
+    digest = metadata.pop("digest", None)  # that of an earlier version has none
+    if digest is not None and digest != _digest(tensors, metadata, lines[:step]):
+        raise CheckpointError(
+            f"{folder / STATE} or {METRICS} beside it was damaged or changed after it was written, so the run cannot "
+            "be continued; put back a copy of both, or start it again in another folder."
+        )
     held = _named("model/", tensors)
     try:
         if settings.trained == "all":
@@ -91,6 +104,15 @@ def read_state(
         raise CheckpointError(f"{folder / STATE} was written for another model or other methods ({why}).") from error
     load_optimizer(_owner(student, settings), optimizer, _named("optimizer/", tensors))
     return rows[:step]
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str], lines: Sequence[str]) -> str:
+    """Return the SHA-256 of tensors, of the facts about them, and of lines of metrics."""
+    found = hashlib.sha256(json.dumps([sorted(facts.items()), list(lines)]).encode())
+    for name, value in sorted(tensors.items()):
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _owner(student: nn.Module, settings: DistilSettings) -> Any:
