@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from tokdyn.train.sharding import Sharding, asked_sharding
 
 Rows = Callable[[Path], list[dict[str, Any]]]
 Contents = Callable[[Path], dict[str, Tensor]]
-WORKER = Path(__file__).parent / "division_worker.py"
+HERE = Path(__file__).parent
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
@@ -49,7 +50,8 @@ def recipe_of(family: str, out: Path, base: Path | None = None, **training: Any)
 def train_together(folder: Path, count: int, *runs: tuple[Recipe, bool]) -> None:
     """Train, or resume, in `count` processes that talk through gloo."""
     (folder / "runs.json").write_text(json.dumps([(run.model_dump(mode="json"), resume) for run, resume in runs]))
-    processes.launch(WORKER, str(folder / "runs.json"), timeout=400, count=count)
+    words = [sys.executable, str(HERE / "forked_worker.py"), str(folder / "runs.json"), str(count)]
+    subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900, check=True)
 
 
 def whole(folder: Path) -> dict[str, Tensor]:
@@ -310,11 +312,29 @@ def test_resuming_on_two_one_and_four_processes_equals_one(
 def test_a_shard_that_cannot_be_written_ends_all_processes(tmp_path: Path) -> None:
     recipe = recipe_of("DC-DiT", tmp_path / "run", steps=4, sharding="full")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
-    processes.launch(WORKER.with_name("shard_fault_worker.py"), str(tmp_path / "recipe.json"), timeout=300)
+    processes.launch(HERE / "shard_fault_worker.py", str(tmp_path / "recipe.json"), "disk", timeout=300)
     for rank in range(2):
         said = (tmp_path / f"said_{rank}.txt").read_text()
         assert "step_0000004 could not be written (File too large)" in said
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "processes that do not share a disk",
+    injected="a folder of its own for each of two gloo processes with sharded weights",
+    happened="all processes end in one sentence each at the first checkpoint, of which nothing is left",
+)
+def test_shards_in_folders_that_are_not_shared_are_no_checkpoint(tmp_path: Path) -> None:
+    recipe = recipe_of("DiT", Path("run"), steps=4, sharding="full")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    processes.launch(HERE / "shard_fault_worker.py", str(tmp_path / "recipe.json"), "folder", timeout=300)
+    said = [(tmp_path / f"said_{rank}.txt").read_text() for rank in range(2)]
+    assert "Shards of other processes are not in" in said[0]
+    assert "Another process" in said[1]
+    assert list((tmp_path / "0" / "run" / "checkpoints").iterdir()) == []
 
 
 def launch_by_accelerate(folder: Path, version: int) -> subprocess.CompletedProcess[str]:
@@ -329,7 +349,7 @@ def launch_by_accelerate(folder: Path, version: int) -> subprocess.CompletedProc
     }  # fmt: skip
     (folder / "fsdp.yaml").write_text(json.dumps(config))
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml"), "-m"]
-    words += ["tokdyn.cli.main", "train", str(WORKER.with_name("tiny.yaml")), f"out={folder / 'run'}"]
+    words += ["tokdyn.cli.main", "train", str(HERE / "tiny.yaml"), f"out={folder / 'run'}"]
     return subprocess.run(words, text=True, capture_output=True, timeout=300)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.errors import CheckpointError
+from tokdyn.limits import TENSORS
 from tokdyn.reading import one_line
 
 NAMES = "shard-*.safetensors"
@@ -43,15 +44,19 @@ def write(folder: Path, tensors: dict[str, Any]) -> None:
 
 
 def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return the shape and the type of every tensor in a folder of shards, after checking that no row is missing.
+    """Return the shape and the type of every tensor in a folder of shards; {} if there is no folder.
 
     Raises:
         CheckpointError: The shards cannot be read, or do not make whole tensors.
     """
+    if not folder.is_dir():
+        return {}
     import torch.distributed.checkpoint as dcp
 
     try:
         metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        if excess := TENSORS.excess(len(metadata)):
+            raise ValueError(f"they are {excess}")
         found = {str(name): (tuple(each.size), each.properties.dtype, each.chunks) for name, each in metadata.items()}  # type: ignore[union-attr]
         broken = [name for name, (shape, _, chunks) in found.items() if not _whole(shape, chunks)]
     except Exception as error:  # a damaged header can raise anything
@@ -109,14 +114,18 @@ def whole(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and the type of every tensor; those of the whole one if it is sharded."""
+    return {name: (tuple(each.shape), each.dtype) for name, each in tensors.items()}
+
+
 def check(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Check names, shapes and types of the tensors in a folder of shards, and that they are complete.
 
     Raises:
         CheckpointError: They are not those of `tensors`.
     """
-    found = stored(folder)
-    expected = {name: (tuple(each.shape), each.dtype) for name, each in tensors.items()}
+    found, expected = stored(folder), shapes(tensors)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise CheckpointError(

@@ -115,6 +115,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             _remove(target)
         half.rename(target)
         _sync(target.parent)
+    except CheckpointError:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(half, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error

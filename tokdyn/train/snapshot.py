@@ -94,8 +94,11 @@ class Trainee:
             prefix = f"{part}/"
             sharded = {key: each for key, each in _with_prefix(tensors, prefix).items() if isinstance(each, DTensor)}
             shards.write(folder / part, sharded)
-            if main:
-                shards.check(folder / part, sharded)  # fails where a process wrote into a folder of its own machine
+            if main and shards.shapes(sharded) != shards.stored(folder / part):
+                raise CheckpointError(
+                    f"Shards of other processes are not in {folder / part}; choose an out=FOLDER that all of them see, "
+                    "on a disk that their machines share."
+                )
         return {key: each for key, each in tensors.items() if not isinstance(each, DTensor)}
 
     def restore(self, folder: Path) -> None:
@@ -108,7 +111,7 @@ class Trainee:
             tensors = load_file(folder / "state.safetensors")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / 'state.safetensors'} cannot be read: {error}.") from error
-        if (folder / "optimizer").is_dir():
+        if any((folder / "model").glob(shards.NAMES)):
             moments = self._restore_shards(folder, tensors)
         else:
             self._restore_whole(folder)
