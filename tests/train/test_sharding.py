@@ -182,24 +182,30 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], N
     save_file(tensors, path, {**header, "DCP_SHARDING_INFO": json.dumps(info)})
 
 
+def _halve(info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["norm.weight"] = tensors["norm.weight"].half()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a missing file": lambda path: path.unlink(),
     "no file of shards": lambda path: path.write_bytes(b"no tensors"),
     "rows at another place": lambda path: _rewrite(path, lambda info, _: info["norm.weight"].update(saved_offsets=[3])),
     "offsets of another kind": lambda path: _rewrite(path, lambda info, _: info.update({"norm.weight": ["x"]})),
     "no offsets": lambda path: _rewrite(path, lambda info, _: info.clear()),
-    "a missing tensor": lambda path: _rewrite(path, lambda _, tensors: tensors.pop("norm.weight") and None),
-    "another type": lambda path: _rewrite(path, lambda _, tensors: tensors.update(t=tensors.pop("norm.weight").half())),
+    "a missing tensor": lambda path: _rewrite(path, lambda _, tensors: tensors.__delitem__("norm.weight")),
+    "another name": lambda path: _rewrite(path, lambda _, tensors: tensors.update(t=tensors.pop("norm.weight"))),
+    "another type": lambda path: _rewrite(path, _halve),
 }
 
 
+@pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_shards_are_refused_in_a_sentence(damage: str, sharded: Path, tmp_path: Path) -> None:
+def test_damaged_shards_are_refused_in_a_sentence(damage: str, which: int, sharded: Path, tmp_path: Path) -> None:
     """Also where no hash would tell, because the file comes from a stranger."""
     folder = tmp_path / "model"
     shutil.copytree(checkpoints.folder_of(sharded / "checkpoints", 4) / "model", folder)
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shards.stored(folder).items()}
-    DAMAGES[damage](sorted(folder.glob("*.safetensors"))[0])
+    DAMAGES[damage](sorted(folder.glob("*.safetensors"))[which])
     with pytest.raises(CheckpointError, match=str(folder)) as refused:
         shards.read(folder, tensors)
     assert "\n" not in str(refused.value)

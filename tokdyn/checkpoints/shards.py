@@ -54,18 +54,18 @@ def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     import torch.distributed.checkpoint as dcp
 
     try:
-        metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        if excess := TENSORS.excess(len(metadata)):
+        metadata: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+        tensors = metadata.state_dict_metadata
+        if excess := TENSORS.excess(len(tensors)):
             raise ValueError(f"they are {excess}")
-        found = {str(name): (tuple(each.size), each.properties.dtype, each.chunks) for name, each in metadata.items()}  # type: ignore[union-attr]
-        broken = [name for name, (shape, _, chunks) in found.items() if not _whole(shape, chunks)]
+        found = {name: (tuple(each.size), each.properties.dtype) for name, each in tensors.items()}
+        broken = [name for name, (shape, _) in found.items() if not _whole(shape, tensors[name].chunks)]
+        broken += [key.fqn for key, each in metadata.storage_data.items() if each.dtype != found[key.fqn][1]]
     except Exception as error:  # a damaged header can raise anything
         raise CheckpointError(f"The shards in {folder} cannot be read: {one_line(error)}.") from error
     if broken:
-        raise CheckpointError(
-            f"The shards in {folder} do not hold all rows of {broken[0]}, or hold some of them twice."
-        )
-    return {name: (shape, dtype) for name, (shape, dtype, _) in found.items()}
+        raise CheckpointError(f"The shards in {folder} do not hold all rows of {broken[0]} once, and in one type.")
+    return found
 
 
 def _whole(shape: tuple[int, ...], chunks: Sequence[Any]) -> bool:
