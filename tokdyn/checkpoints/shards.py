@@ -33,11 +33,12 @@ def write(folder: Path, tensors: dict[str, Any]) -> None:
     Raises:
         OSError, RuntimeError: One of the processes could not write, or has ended.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
         first: BaseException = next(iter(error.failures.values()))[0]
         raise (first if isinstance(first, OSError | RuntimeError) else OSError(one_line(first))) from error
@@ -51,10 +52,10 @@ def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """
     if not folder.is_dir():
         return {}
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     try:
-        metadata: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
+        metadata: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
         tensors = metadata.state_dict_metadata
         if excess := TENSORS.excess(len(tensors)):
             raise ValueError(f"they are {excess}")
@@ -90,15 +91,15 @@ def read(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: The shards cannot be read, or their names, shapes or types are not those of the tensors.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     check(folder, tensors)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            reader = dcp.HuggingFaceStorageReader(str(folder))
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"The shards in {folder} cannot be read: {one_line(error)}.") from error
 
