@@ -1,7 +1,7 @@
-"""Train several runs one after the other in forks that talk through gloo: forked_worker.py FILE COUNT.
+"""Train runs one after the other in forks that talk through gloo: forked_worker.py FILE.
 
-The file is a JSON list of [recipe, whether to resume]. The forks take the imports from their parent, which are most of
-what starting costs.
+The file is a JSON list of [number of processes, list of [recipe, whether to resume]]. The forks take the imports from
+their parent, which are most of what starting costs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,9 +20,8 @@ from tokdyn.recipe import resolve
 from tokdyn.train import train
 
 
-def main() -> None:
-    """Start the forks, and end with exit code 0 if all of them do."""
-    runs, count = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+def train_in(count: int, runs: list[tuple[dict[str, Any], bool]]) -> None:
+    """Start the forks, and end with another exit code than 0 if one of them does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -35,8 +35,11 @@ def main() -> None:
                 assert train(resolve(settings), resume=resume, console=Console(file=io.StringIO())).finished
             os._exit(0)
         children.append(child)
-    sys.exit(max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(codes):
+        sys.exit(f"{count} processes ended with {codes}")
 
 
 if __name__ == "__main__":
-    main()
+    for number, trained in json.loads(Path(sys.argv[1]).read_text()):
+        train_in(number, trained)

@@ -47,11 +47,12 @@ def recipe_of(family: str, out: Path, base: Path | None = None, **training: Any)
     return resolve(sections)
 
 
-def train_together(folder: Path, count: int, *runs: tuple[Recipe, bool]) -> None:
-    """Train, or resume, in `count` processes that talk through gloo."""
-    (folder / "runs.json").write_text(json.dumps([(run.model_dump(mode="json"), resume) for run, resume in runs]))
-    words = [sys.executable, str(HERE / "forked_worker.py"), str(folder / "runs.json"), str(count)]
-    subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900, check=True)
+def train_together(folder: Path, *parts: tuple[int, list[tuple[Recipe, bool]]]) -> None:
+    """Train, or resume, in a number of processes that talk through gloo, then in another number, and so on."""
+    dumped = [(count, [(run.model_dump(mode="json"), resume) for run, resume in runs]) for count, runs in parts]
+    (folder / "runs.json").write_text(json.dumps(dumped))
+    words = [sys.executable, str(HERE / "forked_worker.py"), str(folder / "runs.json")]
+    subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1800, check=True)
 
 
 def whole(folder: Path) -> dict[str, Tensor]:
@@ -99,7 +100,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     run = recipe_of("DC-DiT", folder / "run", steps=4, sharding="full", checkpoint_every=2)
     bad = recipe_of("DiT", folder / "bad", steps=3, sharding="full", on_bad_loss="roll_back", loss_limit=1e-3)
-    train_together(folder, 2, (run, False), (bad, False))
+    train_together(folder, (2, [(run, False), (bad, False)]))
     return folder / "run"
 
 
@@ -294,8 +295,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("counts", "names"),
-    [((2, 1, 4), ("DC-DiT", "upcycled, width")), ((2, 4, 1), tuple(FAMILIES))],
-    ids=["2-1-4 some", "2-4-1 all"],
+    [((2, 1, 4), ("DC-DiT",)), ((2, 4, 1), tuple(FAMILIES))],
+    ids=["2-1-4", "2-4-1 all"],
 )
 def test_resuming_on_another_number_of_processes_equals_one(
     counts: tuple[int, ...], names: tuple[str, ...], base: Path, tmp_path: Path, rows: Rows, contents: Contents
@@ -303,9 +304,11 @@ def test_resuming_on_another_number_of_processes_equals_one(
     """Over 20 steps, also where the second part accumulates micro-batches and the third recomputes activations."""
     parts = {name: tmp_path / "parts" / str(number) for number, name in enumerate(names)}
     settings: tuple[dict[str, Any], ...] = ({}, {"accumulation": 2}, {"gradient_checkpointing": True})
+    launched = []
     for count, steps, changed in zip(counts, (8, 14, 20), settings, strict=True):
-        runs = [(name, out, {"steps": steps, "sharding": "full", **changed}) for name, out in parts.items()]
-        train_together(tmp_path, count, *((recipe_of(name, out, base, **each), steps > 8) for name, out, each in runs))
+        training = {"steps": steps, "sharding": "full", **changed}
+        launched.append((count, [(recipe_of(name, out, base, **training), steps > 8) for name, out in parts.items()]))
+    train_together(tmp_path, *launched)
     for name, out in parts.items():
         expected = tmp_path / "whole" / out.name
         train(recipe_of(name, expected, base, steps=20))
