@@ -1,4 +1,4 @@
-"""Starting a script in two processes that talk through gloo."""
+"""Starting a script in several processes that talk through gloo."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 
-def launch(script: Path, *words: str, timeout: float = 120) -> None:
-    """Two processes on this machine; both have to end well in time (seconds)."""
+def launch(script: Path, *words: str, timeout: float = 120, count: int = 2) -> None:
+    """`count` processes on this machine; all have to end well in time (seconds)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -18,8 +18,8 @@ def launch(script: Path, *words: str, timeout: float = 120) -> None:
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "ACCELERATE_USE_CPU": "true",
     }
     processes = [
@@ -27,6 +27,6 @@ def launch(script: Path, *words: str, timeout: float = 120) -> None:
             [sys.executable, str(script), *words],
             env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
-    assert [process.wait(timeout=timeout) for process in processes] == [0, 0]
+    assert [process.wait(timeout=timeout) for process in processes] == [0] * count

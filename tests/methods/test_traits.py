@@ -94,6 +94,7 @@ ANSWERS = [
             "reads": "count",
             "needs_sizes": True,
             "diverges": True,
+            "masks_in_training": True,
             "short": "the first head and the first group of channels of every block are always on, and so is all that "
             "has no gates; raise target, or give more of heads, channels and tokens gates",
         },

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed
+import torch
 from torch import nn
 
 from tokdyn.adapters.splitting import context_parallel
@@ -105,7 +105,7 @@ def check_sharding(model: nn.Module, attachment: Attachment) -> None:
         )
     if not _sharded(model, attachment):
         return
-    diverging = _diverging(attachment)
+    diverging = _diverging(attachment, model.training and torch.is_grad_enabled())
     if diverging is not None:
         raise InputError(
             f"{diverging} may run other blocks in one process than in another, but the blocks of this "
@@ -147,13 +147,14 @@ def check_top(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _diverging(attachment: Attachment) -> str | None:
+def _diverging(attachment: Attachment, training: bool) -> str | None:
     """Return the name of a method by which two processes may run other blocks, or a block another number of times."""
     drop = attachment.settings.tail_drop
     several = drop is not None and (isinstance(drop, dict) or len(set(drop)) > 1)
     agreed = attachment.settings.agreement is not None
     for placed in attachment.blueprint.placed:
         diverges = placed.traits.diverges and not (agreed and placed.traits.compares)
+        diverges = diverges and not (training and placed.traits.masks_in_training)
         if diverges or (several and "tail_drop" in placed.traits.controls):
             return placed.name
     return None

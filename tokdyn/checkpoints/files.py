@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tokdyn.checkpoints import shards
 from tokdyn.checkpoints.eight_bits import from_eight_bits
 from tokdyn.checkpoints.formats import PICKLED
 from tokdyn.checkpoints.pickles import Record, load_pickled, require_honest
@@ -52,8 +53,9 @@ def open_file(path: str | Path, ema: bool = True) -> Raw:
     """Read a checkpoint file or folder, without recognising its format.
 
     Args:
-        path: a .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file; a folder that holds one of them; a
-            folder of a diffusers pipeline, of which `transformer` is read; or a folder with `ema` and `model` inside.
+        path: a .safetensors, .safetensors.index.json, .pt, .pth, .bin or .ckpt file; a folder that holds one of them,
+            or shards that several processes wrote; a folder of a diffusers pipeline, of which `transformer` is read; or
+            a folder with `ema` and `model` inside.
         ema: take the averaged weights if a checkpoint holds averaged and plain ones.
 
     Raises:
@@ -65,8 +67,14 @@ def open_file(path: str | Path, ema: bool = True) -> Raw:
         raise CheckpointError(f"{path} does not exist; give the path of a checkpoint file or folder.")
     if path.is_dir():
         path = _weights_in(path, ema)
-    _require_regular(path)
-    config = json_object(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
+    for file in sorted(path.glob(shards.NAMES)) if path.is_dir() else [path]:
+        _require_regular(file)
+    config_file = (path if path.is_dir() else path.parent) / "config.json"
+    config = json_object(config_file) if config_file.is_file() else {}
+    if path.is_dir():
+        tensors = shards.whole(path)
+        _require_plain(tensors, str(path))
+        return Raw(tensors, config, origin=str(path))
     if path.name.endswith(".index.json"):
         return Raw(_sharded(path), config, origin=str(path))
     if path.suffix == ".safetensors":
@@ -122,13 +130,19 @@ def weight_files(path: str | Path, ema: bool = True) -> list[Path]:
     """List the files that `open_file` reads tensors from, with the same arguments: one file, or the shards."""
     path = user_path(path)
     file = _weights_in(path, ema) if path.is_dir() else path
+    if file.is_dir():
+        return sorted(file.glob(shards.NAMES))
     if not file.name.endswith(".index.json"):
         return [file]
     return _shards(file)
 
 
 def _weights_in(folder: Path, ema: bool) -> Path:
-    """Return the path of the file with the weights in a folder; raise a CheckpointError unless there is exactly one."""
+    """Return the path of the one file with the weights in a folder, or that of the folder if it holds shards.
+
+    Raises:
+        CheckpointError: There is no such file, or more than one.
+    """
     if (folder / "model_index.json").is_file() and (folder / "transformer").is_dir():
         folder = folder / "transformer"
     found = [p for p in sorted(folder.iterdir()) if p.name.endswith(".safetensors.index.json")]
@@ -137,6 +151,8 @@ def _weights_in(folder: Path, ema: bool) -> Path:
     inner = [folder / name for name in (("ema", "model") if ema else ("model", "ema")) if (folder / name).is_dir()]
     if inner and not (folder / "config.json").is_file():
         return _weights_in(inner[0], ema)
+    if found and all(path.match(shards.NAMES) for path in found):
+        return folder
     if len(found) == 1:
         return found[0]
     if found:
@@ -207,12 +223,12 @@ def _shards(index: Path) -> list[Path]:
     Raises:
         CheckpointError: the index is malformed, or names a shard that does not lie beside it.
     """
-    shards = []
+    paths = []
     for name in sorted(set(_weight_map(index).values())):
         if Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names the shard {name!r}, which is not in its folder; put it there.")
-        shards.append(index.parent / name)
-    return shards
+        paths.append(index.parent / name)
+    return paths
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

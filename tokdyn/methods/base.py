@@ -81,6 +81,8 @@ class Traits:
             modulation of the blocks ("projected_time"); None if neither.
         diverges: in two processes with different samples the method may run different blocks, or a different number of
             groups of samples.
+        masks_in_training: in training the method computes everything and multiplies it by masks, so it diverges in
+            sampling only.
         controls: the functions of `tokdyn.attach.controls` that act on the method.
         idle: why the method has no effect with these settings, a clause for a message; None if it has one.
         idle_in: returns the same for a trajectory of so many steps; None if the number does not matter.
@@ -108,6 +110,7 @@ class Traits:
     compares: bool = False
     embedding: Literal["time", "projected_time"] | None = None
     diverges: bool = False
+    masks_in_training: bool = False
     controls: frozenset[Literal["tail_drop", "drop_rate", "calibrate_router", "keep"]] = frozenset()
     idle: str | None = None
     idle_in: Callable[[int], str | None] | None = None

@@ -86,6 +86,7 @@ class DynamicWidth(Method):
             reads="count" if self.tokens else "nothing",
             needs_sizes=True,
             diverges=True,
+            masks_in_training=True,
             prunes=None if self.target == 1.0 else Pruning(self.heads, self.channels, self.tokens, stream),
             aligned="mlp" if self.tokens and self.token_input == "stream" else None,
             short="the first head and the first group of channels of every block are always on, and so is all that has "

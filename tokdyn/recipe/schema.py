@@ -99,6 +99,9 @@ class TrainingSettings(Section):
             the initial weights.
         label_dropout: Share of the labels that are replaced by the null class, as guidance needs it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        sharding: What several processes hold of weights, gradients and moments: replicas of all (none), or their own
+            shards, by FSDP2 (full). auto takes shards if accelerate's configuration asks for them, and else replicas.
+            It changes results by rounding only.
         compile: Parts to compile with torch.compile: false (none), the convolutional scaffold of a DC-DiT, the
             transformer blocks, or all of these.
         workers: Number of processes that load data; 0 loads them in the main process.
@@ -125,6 +128,7 @@ class TrainingSettings(Section):
     ema_warmup: bool = True
     label_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     gradient_checkpointing: bool = False
+    sharding: Literal["auto", "none", "full"] = "auto"
     compile: Literal[False, "scaffold", "blocks", "all"] = False
     workers: Annotated[Count, at_most(WORKERS)] = 0
     log_every: Positive = 50

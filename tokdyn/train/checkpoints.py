@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: The system refused to write; an older file is untouched.
     """
-    half = path.with_name(f"{_HALF}{path.name}")
+    half = _half_of(path)
     try:
         with half.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -104,7 +104,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         CheckpointError: The system refused to write. The temporary folder is removed, and an older folder is untouched.
     """
-    half = target.with_name(f"{_HALF}{target.name}")
+    half = _half_of(target)
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
@@ -115,6 +115,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             _remove(target)
         half.rename(target)
         _sync(target.parent)
+    except CheckpointError:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(half, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -122,6 +125,29 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             f"{target} could not be written ({reason}); earlier checkpoints are untouched. Free some space, then "
             "continue with --resume."
         ) from error
+
+
+def write_part(root: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Write the part of this process into the checkpoint that the main process is writing with `save`.
+
+    Args:
+        root: The `checkpoints` folder.
+        step: Optimizer steps taken.
+        write: Called with the path of the folder, which exists when the main process has called its own `write`.
+
+    Raises:
+        CheckpointError: The system refused to write.
+    """
+    target = folder_of(root, step)
+    try:
+        write(_half_of(target))
+    except (OSError, SafetensorError) as error:
+        raise refused(target, error) from error
+
+
+def _half_of(target: Path) -> Path:
+    """Return the path of the file or folder that is written until `target` is complete."""
+    return target.with_name(f"{_HALF}{target.name}")
 
 
 def _remove(folder: Path) -> None:

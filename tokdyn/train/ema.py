@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokdyn.train.schedule import ema_decay
+from tokdyn.train.sharding import local
 
 
 class Ema:
@@ -30,6 +31,10 @@ class Ema:
         self.model: Any = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
         self.warmup = warmup
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Average the weights of a model from now on: of the same one, after both have been sharded."""
         followed = dict(model.named_parameters())
         copies = dict(self.model.named_parameters())
         averaged = [name for name, parameter in followed.items() if parameter.requires_grad]
@@ -45,6 +50,7 @@ class Ema:
             step: Updates made before this one.
         """
         weight = 1.0 - ema_decay(self.decay, self.warmup, step)
-        torch._foreach_lerp_(self._averages, self._weights, weight)
+        averages, weights = ([local(each) for each in group] for group in (self._averages, self._weights))
+        torch._foreach_lerp_(averages, weights, weight)
         for target, source in self._buffers:
             target.copy_(source)

@@ -22,6 +22,7 @@ from tokdyn.train.guard import Guard
 from tokdyn.train.metrics import Row
 from tokdyn.train.progress import ProgressLine
 from tokdyn.train.setup import Run
+from tokdyn.train.sharding import clip_gradients
 from tokdyn.train.signals import StopRequest
 from tokdyn.train.snapshot import save_model
 from tokdyn.train.step import RatioTerm, micro_step
@@ -151,7 +152,8 @@ class Loop:
         collected: list[dict[str, Tensor]] = []
         for batch in self.division.micro_batches(step, batches, chunking):
             drop += batch.tail_drop / training.accumulation
-            with computing(batch.part), nullcontext() if batch.last else run.accelerator.no_sync(run.wrapped):
+            alone = not batch.last and not run.sharded  # shards are summed at once: whole gradients do not fit
+            with computing(batch.part), run.accelerator.no_sync(run.wrapped) if alone else nullcontext():
                 out = micro_step(
                     run.wrapped, recipe.objective, batch.draws, training.precision, chunking, batch.phase_batch
                 )
@@ -160,7 +162,7 @@ class Loop:
         if recipe.upcycle is not None:
             drop_frozen_gradients(trainee.model, recipe.upcycle.phase(step)[0])
         parameters = [parameter for group in trainee.optimizer.param_groups for parameter in group["params"]]
-        norm = run.accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip or float("inf"))
+        norm = clip_gradients(parameters, recipe.optimizer.clip or float("inf"))
         means: dict[str, Tensor | float] = {
             name: sum((entry[name] for entry in collected), torch.zeros((), device=device)) / training.accumulation
             for name in collected[0]
@@ -228,8 +230,9 @@ class Loop:
         return (SIGINT if interrupted else SIGTERM) if asked else None, timed
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint, on the main process."""
+        """Write a checkpoint: on the main process, or on all if the weights are sharded."""
         run, recipe = self.run, self.run.recipe
+        root = self.folder / "checkpoints"
         self._check(step)
 
         def write(folder: Path) -> None:
@@ -246,8 +249,9 @@ class Loop:
                 "base": run.base,
                 "versions": {"torch": torch.__version__},
             }
-            root, keep = self.folder / "checkpoints", recipe.training.keep_checkpoints
-            checkpoints.save(root, step, write, contents, keep)
+            checkpoints.save(root, step, write, contents, recipe.training.keep_checkpoints)
+        elif run.sharded:
+            checkpoints.write_part(root, step, lambda folder: run.trainee.save(folder, main=False))
         run.accelerator.wait_for_everyone()
         self.guard.saved()
         self.last_save = time.monotonic()
@@ -256,17 +260,20 @@ class Loop:
         """Draw previews, on the main process."""
         run = self.run
         self._check(step)
-        if run.accelerator.is_main_process and self.preview is not None:
-            self.preview(run.trainee.ema.model, run.recipe, self.folder, step)
+        main = run.accelerator.is_main_process
+        average = None if self.preview is None else run.trainee.average(keep=main)
+        if main and self.preview is not None:
+            self.preview(average, run.recipe, self.folder, step)
         run.accelerator.wait_for_everyone()
 
     def _finish(self, step: int) -> None:
         """Write the averaged model into the folder `model`, from which `tokdyn sample` loads it."""
         run = self.run
+        average = run.trainee.average(keep=run.accelerator.is_main_process)
         if run.accelerator.is_main_process:
 
             def write(folder: Path) -> None:
-                save_model(run.trainee.ema.model, folder, run.trainee.info)
+                save_model(average, folder, run.trainee.info)
                 (folder / "recipe.yaml").write_text(dump(run.recipe), encoding="utf-8")
 
             checkpoints.write_folder(self.folder / "model", write)

@@ -38,6 +38,7 @@ The data and the base may be moved: their contents are compared.
 ROUNDING = (
     "training.accumulation",
     "training.gradient_checkpointing",
+    "training.sharding",
     "training.compile",
     "optimizer.implementation",
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 
@@ -86,6 +87,7 @@ def _train(
             raise CheckpointError(f"{folder} is not empty; continue it with --resume or choose another out=FOLDER.")
         checkpoints.clear(folder)
     checkpoint = checkpoints.newest(folder / "checkpoints", check_complete) if resume else None
+    _check_agreed(accelerator, folder, None if checkpoint is None else checkpoint.step)
     run = set_up(recipe, accelerator, fresh=checkpoint is None)
     start, spent, notes = 0, 0.0, []
     if checkpoint is not None:
@@ -128,6 +130,21 @@ def _train(
     if recipe.training.trackers:
         accelerator.end_training()
     return result
+
+
+def _check_agreed(accelerator: Accelerator, folder: Path, step: int | None) -> None:
+    """Check that all processes resume at the same step.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    own = torch.tensor([-1 if step is None else step], device=accelerator.device)
+    steps = sorted(set(accelerator.gather(own).tolist()))
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"The processes see different checkpoints in {folder} (of steps {', '.join(map(str, steps))}; -1 is none); "
+            "choose an out=FOLDER that all of them see, on a disk that their machines share."
+        )
 
 
 def _why(skipped: tuple[str, ...]) -> str:

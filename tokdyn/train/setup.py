@@ -20,6 +20,7 @@ from tokdyn.recipe.explain import nearest
 from tokdyn.seeds import Stream, seed_everything
 from tokdyn.train import schedule
 from tokdyn.train.ema import Ema
+from tokdyn.train.sharding import asked_sharding, sharding_of, skeleton_of
 from tokdyn.train.snapshot import Trainee
 from tokdyn.train.step import autocast
 from tokdyn.train.window import Window
@@ -42,8 +43,8 @@ class Run:
         stream: The micro-batches of this process; micro-batch m of a step has the index `step * accumulation + m`.
         trainee: Model, averaged weights, optimizer and sums of metrics.
         wrapped: The module that a training step calls: the model, or the `Distillation` of an upcycled model, with its
-            data-parallel wrapper if there are several processes.
-        stepper: The optimizer, wrapped by accelerate.
+            data-parallel wrapper if there are several processes with replicas.
+        stepper: The optimizer, wrapped by accelerate unless weights are sharded.
         steps: Optimizer steps of the whole run.
         base: Name ("base") and SHA-256 ("sha256") of the base of an upcycled model; None for other models.
         upcycled: What an upcycled model copied from its base; None for other models.
@@ -61,6 +62,11 @@ class Run:
     upcycled: UpcycleReport | None = None
 
     @property
+    def sharded(self) -> bool:
+        """Whether the processes share the weights; if not, each has all of them."""
+        return self.trainee.skeleton is not None
+
+    @property
     def micro_batch(self) -> int:
         """Images per micro-batch on one device."""
         return self.stream.batch_size
@@ -74,9 +80,10 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     """Choose the device, and connect to the other processes if there are any.
 
     Raises:
-        RecipeError: A tracker is not installed, or the launcher asks for a kind of parallelism other than data
-            parallelism.
+        RecipeError: A tracker is not installed, or the launcher asks for a kind of parallelism other than replicas and
+            FSDP2, or for what training does not do.
     """
+    sharding = asked_sharding(recipe)
     known = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     missing = [name for name in recipe.training.trackers if name not in known]
     if missing:
@@ -92,10 +99,12 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
         # the parts of an upcycled model that have gradients differ from phase to phase
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if recipe.upcycle else None,
     )
-    if accelerator.distributed_type not in _DISTRIBUTED:
+    sharded = sharding is not None and accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type not in _DISTRIBUTED and not sharded:
         raise RecipeError(
-            f"Training runs on one device or as data-parallel replicas, not as {accelerator.distributed_type.value}; "
-            "launch it with `torchrun --nproc_per_node N -m tokdyn.cli.main train RECIPE`."
+            "Training runs on one device, as data-parallel replicas or sharded by FSDP2, not as "
+            f"{accelerator.distributed_type.value}; launch it with `torchrun --nproc_per_node N -m tokdyn.cli.main "
+            "train RECIPE`."
         )
     return accelerator
 
@@ -218,9 +227,15 @@ def set_up(recipe: Recipe, accelerator: Accelerator, fresh: bool = True) -> Run:
     ema = Ema(model, recipe.training.ema, recipe.training.ema_warmup)
     if recipe.training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    sharding, skeleton = sharding_of(recipe, accelerator), None
+    if sharding is not None:
+        skeleton = skeleton_of(ema.model)
+        for each in (model, ema.model):
+            sharding.shard(each, accelerator)
+        ema.follow(model)
     optimizer = open_optimizer(model, recipe.optimizer)
     window = Window(accelerator.device, recipe.training.loss_limit)
-    trainee = Trainee(model, ema, optimizer, window, model_info(recipe, dataset, identity))
+    trainee = Trainee(model, ema, optimizer, window, model_info(recipe, dataset, identity), skeleton)
     compile_parts(model, recipe.training.compile)
-    wrapped, stepper = accelerator.prepare(called, optimizer)
+    wrapped, stepper = (called, optimizer) if sharding else accelerator.prepare(called, optimizer)
     return Run(recipe, accelerator, dataset, stream, trainee, wrapped, stepper, steps, identity, upcycled)

@@ -17,6 +17,8 @@ from torch import nn
 from tokdyn.errors import InputError
 from tokdyn.host import open_device
 
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -89,8 +91,15 @@ def together(device: str) -> Iterator[torch.device]:
         The device of this process.
 
     Raises:
-        InputError: the machine has no such device.
+        InputError: the machine has no such device, or the launcher asks for sharded weights.
     """
+    for variable in _SHARDING:
+        if os.environ.get(variable, "false").lower() == "true":
+            raise InputError(
+                f"the launcher asks for sharded weights ({variable}), but the weights of a pipeline are whole in every "
+                "process that trains its methods; launch it with torchrun, or leave that out of accelerate's "
+                "configuration."
+            )
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1
     opened = open_device(device)
     if started and opened.type == "cuda":
