@@ -1,4 +1,4 @@
-"""What GPUs hold and send follows from what a step takes; torch's own collectives carry the bytes that are worked out."""
+"""What GPUs hold and send follows from what a step takes; torch's own collectives carry the bytes worked out."""
 
 from __future__ import annotations
 
