@@ -160,7 +160,7 @@ def test_planted_leaks_are_found(tmp_path: Path, tiny: Tiny) -> None:
 @pytest.mark.slow
 @pytest.mark.fault(
     "memory grows with every step",
-    injected="none: a run of 2,000 steps; a leak of one number a step is planted beside it",
+    injected="2,000 steps of training; another test plants a leak of one number a step, which is found",
     happened="tensors and objects that live, and the memory of the process, are at the end what they were after 200",
 )
 def test_two_thousand_steps_are_flat(tmp_path: Path, tiny: Tiny) -> None:
@@ -172,7 +172,7 @@ def test_two_thousand_steps_are_flat(tmp_path: Path, tiny: Tiny) -> None:
 @pytest.mark.slow
 @pytest.mark.fault(
     "memory grows with every image or wrap",
-    injected="none: 1,000 images, and 300 times wrapping, calling and unwrapping; leaks are planted beside them",
+    injected="1,000 images, and 300 times wrapping, calling and unwrapping; another test plants leaks, which are found",
     happened="tensors and objects that live, and the memory of the process, are at the end what they were at first",
 )
 @pytest.mark.parametrize(("what", "times"), [("sampling", 1000), ("wrapping", 300)])

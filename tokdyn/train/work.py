@@ -121,9 +121,9 @@ def _rehearsed(recipe: Recipe, model: Any, micro_batch: int, shape: Shape, kept:
         for parameter in twin.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        images = [torch.empty(micro_batch, *shape) for _ in range(3)]
+        x_t, noise, x0 = images = [torch.empty(micro_batch, *shape) for _ in range(3)]
         labels = torch.empty(micro_batch, dtype=torch.int64)
-        noised = Noised(images[0], torch.empty(micro_batch, dtype=kind), *images[1:], torch.empty(micro_batch))
+        noised = Noised(x_t, torch.empty(micro_batch, dtype=kind), noise, x0, torch.empty(micro_batch))
     chunking = None
     if kept is not None and recipe.chunking is not None:
         grid = tuple(size // model.config.patch_size for size in shape[1:])

@@ -239,7 +239,7 @@ def _transformer(
         raise CheckpointError(f"transformer/config.json of {config.base} has {unknown[0]}, which {kind} does not take.")
     try:
         with torch.device("meta"):
-            model: nn.Module = builder(**settings)
+            model: Any = builder(**settings)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"transformer/config.json of {config.base} makes no {kind}: {error}") from error
     nn.Module.to(model, dtype)  # without advice to load weights in another way
@@ -255,9 +255,10 @@ def _others(base: str, index: Mapping[str, Any], dtype: torch.dtype) -> tuple[in
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, entry in index.items():
         library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        builder: Any = getattr(libraries.get(str(library)), str(kind), None)
-        if name == "transformer" or not (isinstance(builder, type) and issubclass(builder, nn.Module)):
+        found = getattr(libraries.get(str(library)), str(kind), None)
+        if name == "transformer" or not (isinstance(found, type) and issubclass(found, nn.Module)):
             continue
+        builder: Any = found
         try:
             settings = _object(base, f"{name}/config.json")
             with torch.device("meta"):
