@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
+    from tokdyn.scaling.settings import ScalingSettings
+
 Settings = TypeVar("Settings", bound="BaseModel")
 
 _BRIEF = 90  # characters of a meaning that --help shows, if it has a comma before
@@ -64,6 +66,31 @@ def read(args: Sequence[str], model: type[Settings], words: Sequence[str] = ()) 
         return model(**parse_overrides(Words((), values).overrides()), **texts)
     except ValidationError as error:
         raise explain(model, error, "settings") from error
+
+
+def take_cluster(given: Words, dry_run: bool) -> tuple[Words, ScalingSettings | None]:
+    """Take the settings of the GPUs that --dry-run works a training out for.
+
+    Args:
+        given: the words of the command.
+        dry_run: whether --dry-run was given.
+
+    Returns:
+        The other words, and the settings; None without any.
+
+    Raises:
+        RecipeError: there are such settings without --dry-run, or they are wrong.
+    """
+    from tokdyn.errors import RecipeError
+    from tokdyn.scaling.settings import ScalingSettings
+
+    own = {key: text for key, text in given.settings.items() if key in ScalingSettings.model_fields}
+    if own and not dry_run:
+        raise RecipeError(f"{next(iter(own))} is a setting of --dry-run; add --dry-run, or remove it.")
+    if not own:
+        return given, None
+    others = {key: text for key, text in given.settings.items() if key not in own}
+    return Words(given.positional, others), read(Words((), own).overrides(), ScalingSettings)
 
 
 def is_of_pipeline(args: Sequence[str]) -> bool:

@@ -12,11 +12,12 @@ from .arguments import split
 from .frame import command
 from .output import Json, as_json, pairs, paragraph, shell
 from .pages import command_line
-from .settings import flags
+from .settings import flags, take_cluster
 
 if TYPE_CHECKING:
     from tokdyn.recipe import Recipe
     from tokdyn.recipe.proposal import Proposal
+    from tokdyn.scaling.settings import ScalingSettings
 
 MAIN = (
     "name", "out", "seed", "model.kind", "model.name", "data.kind", "data.path", "data.size", "optimizer.lr",
@@ -44,6 +45,7 @@ def register(app: typer.Typer) -> None:
             "tokdyn train photos/",
             "tokdyn train demo out=runs/mine optimizer.lr=3e-4 model.depth=6",
             "tokdyn train demo --dry-run --json",
+            "tokdyn train imagenet/dc-dit-xl-256 --dry-run gpus=64 gpu=h200",
             "tokdyn train photos.zip training.steps=1000 --yes",
             "tokdyn train runs/mine --resume",
         ],
@@ -53,7 +55,11 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
         dry_run: Annotated[
             bool,
-            typer.Option("--dry-run", help="Print parameters, FLOPs, memory and estimated time, and stop."),
+            typer.Option(
+                "--dry-run",
+                help="Print parameters, FLOPs, memory and estimated time, and stop; with gpus=64 (gpu=h200, "
+                "utilisation=0.4, sharding=full) what each of them holds and sends, too.",
+            ),
         ] = False,
         yes: Annotated[bool, typer.Option("--yes", help="Train on images as proposed.")] = False,
         json: Json = False,
@@ -67,7 +73,7 @@ def register(app: typer.Typer) -> None:
         from tokdyn.errors import RecipeError
         from tokdyn.recipe.proposal import holds_images, propose
 
-        given = split(ctx.args, frozenset(flags(recipe.Recipe)))
+        given, cluster = take_cluster(split(ctx.args, frozenset(flags(recipe.Recipe))), dry_run)
         (name,) = given.take(["RECIPE"])
         settings = given.overrides()
         if holds_images(name):
@@ -83,7 +89,7 @@ def register(app: typer.Typer) -> None:
             raise RecipeError(f"--yes is for a folder or a zip of images, and {name} is a recipe; remove --yes.")
         else:
             resolved = recipe.load(name, settings)
-        finished = carry_out(resolved, resume, dry_run, json)
+        finished = carry_out(resolved, resume, dry_run, json, cluster)
         if dry_run:
             return shell("tokdyn", "train", name, *settings)
         return sampling(resolved) if finished else None
@@ -112,8 +118,10 @@ def sampling(recipe: Recipe) -> str:
     return shell("tokdyn", "sample", recipe.folder, "steps=25", with_methods)
 
 
-def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> bool:
+def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool, cluster: ScalingSettings | None = None) -> bool:
     """Train a model, and exit with the code of the run unless it is 0; or with `dry_run` print an estimate.
+
+    The estimate is that on the GPUs of `cluster`, if it is given, and otherwise that on this machine.
 
     If the run finishes, the methods that its recipe attaches after training are attached and saved too.
 
@@ -123,9 +131,10 @@ def carry_out(recipe: Recipe, resume: bool, dry_run: bool, json: bool) -> bool:
     if dry_run:
         from tokdyn.train import dry_run as estimate_run
 
-        estimate = estimate_run(recipe)
+        estimate = estimate_run(recipe, time_steps=cluster is None, cluster=cluster)
         if json:
-            as_json({**asdict(estimate), "seconds": estimate.seconds})
+            plan = estimate.scaling and estimate.scaling.as_dict()
+            as_json({**asdict(estimate), "seconds": estimate.seconds, "scaling": plan})
         else:
             pairs(estimate.lines())
         return False

@@ -10,7 +10,7 @@ import typer
 from .arguments import split
 from .frame import command
 from .output import Json, as_json, columns, pairs, shell
-from .settings import flags, read
+from .settings import flags, read, take_cluster
 from .train import carry_out, sampling
 
 
@@ -64,7 +64,8 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option(
                 "--dry-run",
-                help="Print the tensors to copy, parameters, FLOPs, memory and estimated time, and do not train.",
+                help="Print the tensors to copy, parameters, FLOPs, memory and estimated time, and do not train. Of a "
+                "pipeline, only configurations are read; gpus=64 (gpu=h200, utilisation=0.4) says on what.",
             ),
         ] = False,
         json: Json = False,
@@ -84,16 +85,15 @@ def register(app: typer.Typer) -> None:
         from tokdyn.recipe.from_base import upcycling_recipe
 
         if names_pipeline(base):
-            if dry_run or recipe is not None:
-                raise RecipeError(
-                    f"{base} is a pipeline, which is trained without a recipe; remove "
-                    f"{'--dry-run' if dry_run else '--recipe'}."
-                )
+            if recipe is not None:
+                raise RecipeError(f"{base} is a pipeline, which is trained without a recipe; remove --recipe.")
+            if dry_run:
+                return _estimate(str(base), ctx.args, method or ["dc"], json)
             return _pipeline(str(base), ctx.args, method or ["dc"], resume, json)
         if base is not None:
             check_name(base)
             check_weights(base)
-        given = split(ctx.args, frozenset(flags(Recipe)))
+        given, cluster = take_cluster(split(ctx.args, frozenset(flags(Recipe))), dry_run)
         given.take()
         if resume and base is None and recipe is None and not method and "out" in given.settings:
             if not (user_path(given.settings["out"]) / "recipe.yaml").is_file():
@@ -101,7 +101,7 @@ def register(app: typer.Typer) -> None:
             resolved = load(given.settings["out"], given.overrides())  # the recipe that the run was started with
         else:
             resolved = upcycling_recipe(base, recipe, given.overrides(), method or ())
-        finished = carry_out(resolved, resume, dry_run, json)
+        finished = carry_out(resolved, resume, dry_run, json, cluster)
         if not dry_run and not finished:
             return None
         if not dry_run:
@@ -127,6 +127,25 @@ def _page(folder: Path) -> None:
         typer.echo(f"No page was written: {error}", err=True)
     else:
         typer.echo(f"Report: {page}", err=True)
+
+
+def _estimate(base: str, args: list[str], methods: list[str], json: bool) -> str:
+    """Print what training the transformer of a pipeline takes, and return the command that trains it."""
+    from tokdyn.upcycling.pipeline_settings import PipelineConfig
+
+    given, cluster = take_cluster(split(args, frozenset(flags(PipelineConfig))), dry_run=True)
+    given.take()
+    config = read([*given.overrides(), f"base={base}"], PipelineConfig)
+    from tokdyn.scaling import ScalingSettings
+    from tokdyn.upcycling.dry_run import dry_run
+
+    estimate = dry_run(config, methods, cluster or ScalingSettings(gpus=1))
+    if json:
+        as_json(estimate.as_dict())
+    else:
+        pairs(estimate.lines())
+    words = [f"--base={base}", *(f"--method={each}" for each in methods)]
+    return shell("tokdyn", "upcycle", *words, *given.overrides())
 
 
 def _pipeline(base: str, args: list[str], methods: list[str], resume: bool, json: bool) -> str:

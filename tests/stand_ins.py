@@ -55,6 +55,8 @@ def quick(words: Sequence[str]) -> list[str]:
     """Return the words of a command after `tokdyn`, with settings that make it quick."""
     command, given = " ".join(words[:2]), {word.lstrip("-").partition("=")[0] for word in words}
     more: tuple[str, ...] = ()
+    if "gpus" in given:  # which is worked out in seconds for any model
+        return list(words)
     if words[0] == "upcycle" and any(word.startswith(PIPELINE) for word in words):
         more = UPCYCLED
     elif words[0] in ("train", "upcycle"):

@@ -34,6 +34,7 @@ LAYERS = [
     ["checkpoints"],
     ["bases"],
     ["cost"],
+    ["scaling"],
     ["pipelines"],
     ["testing"],
     ["diffusion"],

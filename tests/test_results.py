@@ -16,6 +16,7 @@ from benchmarks import (
     markdown,
     preset_times,
     sampling,
+    scaling,
     stacking,
     tuning,
     upcycling,
@@ -120,6 +121,18 @@ def test_times_of_presets_on_the_page_are_the_measured_ones():
     for name, rows in result["models"].items():
         (entry,) = (entry for family in families() for entry in family.models if entry.name == name)
         assert {row["preset"] for row in rows} == set(entry.settings)
+
+
+def test_tables_of_many_gpus_are_those_that_are_worked_out():
+    result = committed("scaling")
+    assert scaling.page(result) in page("scaling")
+    assert {row["gpus"] for row in result["rows"]} == set(scaling.GPUS)
+    assert {row["model"] for row in result["rows"]} == {*scaling.RECIPES, scaling.FLUX}
+
+
+@pytest.mark.slow
+def test_what_is_worked_out_for_many_gpus_has_not_changed():
+    assert json.loads(json.dumps(scaling.measure())) == committed("scaling")
 
 
 def test_table_of_caching_rules_is_the_measured_one():

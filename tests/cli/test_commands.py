@@ -151,6 +151,21 @@ def test_models_are_listed() -> None:
     assert re.search(r"DC-DiT-XL +dc-dit +noise +689,589,513 +(yes|no)\n", shown)
 
 
+def test_a_dry_run_works_out_what_many_gpus_take(tmp_path: Path) -> None:
+    words = ["train", "demo", *TINY, "training.batch_size=8", f"out={tmp_path / 'run'}"]
+    found = json.loads(run(*words, "--dry-run", "gpus=8", "gpu=a100", "sharding=full", "--json").stdout)
+    plan = found["scaling"]
+    assert (plan["gpus"], plan["gpu"], plan["sharding"], plan["micro_batch"]) == (8, "A100 SXM 80GB", "full", 1)
+    assert plan["memory_total"] == sum(plan["memory"].values())
+    assert 0 < plan["per_second"] < plan["per_second_overlapped"]
+    assert found["seconds"] is None  # nothing is timed
+    assert "gpus" in run(*words, "gpus=8", code=2).stderr
+    assert "gpus" in run(*words, "--dry-run", "gpu=a100", code=2).stderr
+    assert "b100" in run(*words, "--dry-run", "gpus=8", "gpu=b100", code=2).stderr
+    assert "batch_size" in run(*words, "--dry-run", "gpus=7", code=2).stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     words = ["train", "demo", *TINY, f"out={tmp_path / 'run'}", "--dry-run"]
     plan = json.loads(run(*words, "--json").stdout)

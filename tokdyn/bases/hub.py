@@ -26,23 +26,28 @@ _ENDINGS = (*PICKLED, ".safetensors", ".index.json")
 _WEIGHTS = tuple(f"*{ending}" for ending in _ENDINGS)
 
 
-def pipeline_index(repo: str) -> tuple[Path | None, str]:
-    """Return the model_index.json of a pipeline, from the cache or else from the hub; or None and why there is none."""
+def pipeline_index(repo: str, file: str = INDEX) -> tuple[Path | None, str]:
+    """Return the model_index.json of a pipeline, from the cache or else from the hub; or None and why there is none.
+
+    Args:
+        repo: OWNER/REPO.
+        file: another small file to return, such as transformer/config.json.
+    """
     unreachable = "it cannot be reached"
     try:
-        cached = try_to_load_from_cache(repo, INDEX)
+        cached = try_to_load_from_cache(repo, file)
         if isinstance(cached, str):
             return Path(cached), ""
         if not reachable():
             return None, unreachable
-        return Path(hf_hub_download(repo, INDEX)), ""
+        return Path(hf_hub_download(repo, file)), ""
     except GatedRepoError:
         return None, "access to it has to be granted (accept its licence there, then run hf auth login)"
     except RepositoryNotFoundError:
         return None, "there is no such repository, or it is private"
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        return None, f"it holds no {INDEX}" if missing else unreachable
+        return None, f"it holds no {file}" if missing else unreachable
 
 
 def fetch_from_hub(name: str, local: bool = False) -> Path:

@@ -91,6 +91,11 @@ def _dense_attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[
     return 2 * outer * length * key[-2] * (width + value[-1])
 
 
+def _dense_attention_backward(_: tuple[int, ...], *inputs: tuple[int, ...], **__: Any) -> int:
+    """Count the four products of the gradients of dense attention; those that a kernel computes anew are left out."""
+    return 2 * _dense_attention(*inputs[:3])
+
+
 def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *_: Any, **__: Any) -> int:
     """Count the two products of attention of packed rows (T, H, d), from the lengths of the samples.
 
@@ -165,6 +170,7 @@ def operator_formulas() -> dict[Any, Callable[..., int]]:
     quantised = [(getattr(torch.ops, space), name) for space, names in _QUANTISED.items() for name in names]
     return {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _dense_attention_backward,
         torch.ops.torch_attn._varlen_attn: _ragged_attention,
         torch.ops.aten._fft_r2c: _transform,
         torch.ops.aten._fft_c2r: _inverse_transform,

@@ -88,9 +88,15 @@ def cpu_forms() -> Mapping[Callable[..., Any], Callable[..., Any]]:
 def synchronises(x: Tensor) -> bool:
     """Whether reading a value of this tensor, as `.item()` does, would make the host wait for queued work.
 
-    True on every accelerator. Also true while a graph is compiled, since there are no values to read then.
+    True on every accelerator. Also true while a graph is compiled, and for tensors without values, since there is
+    nothing to read then.
     """
-    return x.device.type != "cpu" or torch.compiler.is_compiling()
+    return x.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(x)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has a shape and no values (torch's fake tensors), as in a step that is only rehearsed."""
+    return type(x) is not Tensor and hasattr(x, "fake_mode")
 
 
 def may_replace(x: Any) -> bool:

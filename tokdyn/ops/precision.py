@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokdyn.ops import torch_private
+from tokdyn.ops.dispatch import is_fake
 
 _CPU: Mapping[str, Any] = torch_private.cpu_capabilities() if torch_private.cpu_capabilities else {}
 CPU_HALVES = {
@@ -61,7 +62,10 @@ def halves_multiply_slowly(x: Tensor) -> bool:
 
 
 def autocast_is_slow(x: Tensor) -> bool:
-    """Whether autocast is on and asks for a type that the CPU, where x is, has no instructions for."""
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    """Whether autocast is on and asks for a type that the CPU, where x is, has no instructions for.
+
+    A tensor without values is computed by no processor, and stands for one on an accelerator.
+    """
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or is_fake(x):
         return False
     return not cpu_multiplies(torch.get_autocast_dtype("cpu"))

@@ -16,9 +16,12 @@ from tokdyn.models import DiT
 from tokdyn.progress import duration
 from tokdyn.recipe import Recipe
 from tokdyn.recipe.build import Shape, build_model, open_base, stated_shape, total_steps
+from tokdyn.scaling.plan import Plan, worked_out
+from tokdyn.scaling.settings import ScalingSettings
 from tokdyn.seeds import image_keys
 from tokdyn.train.setup import compile_parts, micro_batch_size, open_optimizer
 from tokdyn.train.step import RatioTerm, draw, micro_step
+from tokdyn.train.work import kept_shares, require_scratch, work_of
 from tokdyn.upcycling.comparison import UpcycleReport, report
 from tokdyn.upcycling.distillation import Distillation
 from tokdyn.upcycling.phases import PhaseBatch, always_frozen, freeze
@@ -52,6 +55,7 @@ class Estimate:
         device: The device that steps were timed on.
         note: What is missing from the estimate, and why; empty if nothing is.
         upcycled: What an upcycled model copies from its base; None for other models.
+        scaling: What each of many GPUs holds and sends; None if it was not asked for.
     """
 
     parameters: int
@@ -70,6 +74,7 @@ class Estimate:
     device: str
     note: str
     upcycled: UpcycleReport | None = None
+    scaling: Plan | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -91,8 +96,12 @@ class Estimate:
             ("training", f"{self.flops_training / 1e9:,.2f} GFLOP per image, mean over {self._mean_over}"),
             *([] if self.upcycled is None else self.upcycled.lines()[:4]),
             ("length", f"{self.steps:,} steps, {self.images:,} images{epochs}"),
-            ("memory, fixed", f"{self.memory_fixed / 2**30:,.2f} GiB: weights, gradients, moments, average"),
         ]
+        if self.scaling is None:
+            fixed = f"{self.memory_fixed / 2**30:,.2f} GiB: weights, gradients, moments, average"
+            lines.append(("memory, fixed", fixed))
+        else:
+            lines += self.scaling.lines()
         if self.memory_activations is not None:
             lines.append(("memory, activations", f"{self.memory_activations / 2**30:,.2f} GiB per micro-batch"))
         if self.seconds is not None and self.seconds_per_step is not None:
@@ -103,7 +112,7 @@ class Estimate:
         return lines
 
 
-def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
+def dry_run(recipe: Recipe, time_steps: bool = True, cluster: ScalingSettings | None = None) -> Estimate:
     """Estimate a run: open its data, build its model, and time a few training steps on a small batch.
 
     No files are written. Steps are not timed if the weights and the optimizer need more memory than is free; the
@@ -112,10 +121,13 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
     Args:
         recipe: The recipe. If it has no data.path, random images of the shape that it states are used.
         time_steps: Whether to time training steps.
+        cluster: GPUs to work the run out for as well, which takes no memory; None for none.
 
     Raises:
         TokdynError: The recipe, the data or the model are wrong.
     """
+    if cluster is not None:
+        require_scratch(recipe)
     dataset = None if recipe.data.path is None and recipe.data.kind != "shapes" else open_data(recipe.data)
     shape = stated_shape(recipe.data) if dataset is None else dataset.shape
     classes = None if dataset is None else dataset.num_classes
@@ -148,6 +160,10 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
     elif time_steps:
         notes.append(f"not timed: weights and optimizer need {fixed / 2**30:.1f} GiB, more than {device} has free")
     images = steps * recipe.training.batch_size
+    plan = None
+    if cluster is not None:
+        sharding = "full" if getattr(recipe.training, "sharding", None) == "full" else "none"
+        plan = worked_out(work_of(recipe, cluster.gpus, shape, classes, steps), cluster, sharding)
     return Estimate(
         parameters=total,
         trainable=trainable,
@@ -165,17 +181,8 @@ def dry_run(recipe: Recipe, time_steps: bool = True) -> Estimate:
         device=str(device),
         note="; ".join(notes),
         upcycled=None if base is None else report(base, model),
+        scaling=plan,
     )
-
-
-def _kept_shares(recipe: Recipe) -> list[float]:
-    """Return the kept share under each tail drop that training draws.
-
-    Before tail drop it is assumed to be compute_match.kept, or 1/N if the recipe has no such setting.
-    """
-    assumed = recipe.compute_match.kept if recipe.compute_match else None
-    kept = assumed or 1.0 / recipe.model.target
-    return [kept * (1.0 - drop) for drop in (recipe.chunking.tail_drops if recipe.chunking else (0.0,))]
 
 
 def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
@@ -183,7 +190,7 @@ def _flops(recipe: Recipe, model: Any) -> tuple[float, float, float]:
     if recipe.chunking is None:
         flops = flops_per_image(model)
         return flops, flops, 1.0
-    shares = _kept_shares(recipe)
+    shares = kept_shares(recipe)
     costs = [flops_per_image(model, kept) for kept in shares]
     return flops_per_image(model), sum(costs) / len(costs), sum(shares) / len(shares)
 

@@ -7,22 +7,20 @@ recorded calls are counted as they are.
 
 from __future__ import annotations
 
-import copy
 import gc
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tokdyn.attach import Meter, attached
+from tokdyn.scaling.rehearsal import Living, held, twin_of, without_values
 from tokdyn.upcycling.distil_settings import DistilSettings
-from tokdyn.upcycling.students import is_plain, losses_of, prepare, target_of, training
+from tokdyn.upcycling.students import losses_of, prepare, target_of, training
 
 _FLOAT = 4  # bytes; what is trained, its gradients and AdamW's moments are fp32
 _MOMENTS = 2
@@ -85,8 +83,9 @@ def memory_of(
     gradients = _FLOAT * elements * (1 if processes == 1 else 2)  # they are summed in a copy
     update = gradients + _FLOAT * elements  # AdamW computes the roots of all moments at once
     modules = [student, *([] if teacher is None else [teacher]), *others]
-    weights = [each for module in modules if isinstance(module, nn.Module) for each in _held(module)]
-    step = max(_passes(student, teacher, settings, trained, largest), update)
+    weights = [each for module in modules if isinstance(module, nn.Module) for each in held(module)]
+    drop = None if settings.tail_drops is None else min(settings.tail_drops)
+    step = max(rehearse(student, teacher, settings, trained, largest, drop), update)
     gc.collect()  # the copy is made of cycles
     return Memory(size_of(weights), _MOMENTS * _FLOAT * elements, size_of(calls) + drawn, step)
 
@@ -99,11 +98,6 @@ def size_of(values: Any) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def _held(module: nn.Module) -> list[Tensor]:
-    """Return the parameters and buffers of a module."""
-    return [*module.parameters(), *module.buffers()]
-
-
 def _inside(value: Tensor) -> list[Tensor]:
     """Return the tensors that a tensor consists of: itself, or those inside of a quantised one."""
     if not hasattr(value, "__tensor_flatten__"):
@@ -111,97 +105,47 @@ def _inside(value: Tensor) -> list[Tensor]:
     return [part for name in value.__tensor_flatten__()[0] for part in _inside(getattr(value, name))]
 
 
-def _passes(
+def rehearse(
     student: nn.Module,
     teacher: nn.Module | None,
     settings: DistilSettings,
     trained: Sequence[nn.Parameter],
     call: Mapping[str, Any],
+    drop: float | None,
+    counter: AbstractContextManager[Any] | None = None,
 ) -> int:
-    """Return the most bytes that live at a time during the passes of a step, beside weights and arguments."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    """Rehearse the passes of a step without values.
+
+    Args:
+        student: The wrapped transformer, prepared to be trained.
+        teacher: The original model, if it is a module of its own.
+        settings: How the student is trained.
+        trained: What is trained.
+        call: The call, whose floating-point tensors are not computed with; methods read noise levels and grids of them.
+        drop: Tail drop; None leaves it as the methods say.
+        counter: Counts during the passes, such as torch's FlopCounterMode. Gradients are then there from the start, and
+            are not counted as memory.
+
+    Returns:
+        The most bytes that live at a time, beside weights and arguments.
+    """
+    fake = without_values()
     copies: dict[int, Any] = {}
-    twin, twin_teacher = _twin(student, fake, copies), None if teacher is None else _twin(teacher, fake, copies)
+    twin, twin_teacher = twin_of(student, fake, copies), None if teacher is None else twin_of(teacher, fake, copies)
     # tensors of integers, such as masks and lengths, keep their values, which models read
     arguments = tree_map_only(Tensor, lambda each: fake.from_tensor(each) if each.is_floating_point() else each, call)
-    drop = None if settings.tail_drops is None else min(settings.tail_drops)
     attachment = attached(twin)
-    known = [*_held(twin), *([] if twin_teacher is None else _held(twin_teacher)), arguments]
-    with training(twin, settings, [copies[id(each)] for each in trained]), _Living(known) as living:
+    learning = [copies[id(each)] for each in trained]
+    if counter is not None:
+        with fake:
+            for parameter in learning:
+                parameter.grad = torch.empty_like(parameter)
+    known = [*held(twin), *([] if twin_teacher is None else held(twin_teacher)), arguments]
+    known += [each.grad for each in learning]
+    with training(twin, settings, learning), counter or nullcontext(), Living(known) as living:
         target = target_of(twin, twin_teacher, arguments)
-        attachment.meter = Meter(lambda: 0, call)  # methods read noise levels and grids from these
+        attachment.meter = Meter(lambda: 0, call)
         terms = losses_of(twin, target, arguments, drop)
         torch.autograd.backward(sum(terms.values(), torch.zeros_like(terms["output"])))
     most: int = living.most
     return most
-
-
-def _twin(model: nn.Module, fake: FakeTensorMode, copies: dict[int, Any]) -> nn.Module:
-    """Copy a model with tensors that have no values.
-
-    Quantised layers become plain ones, whose activations are the same.
-
-    Args:
-        model: The model.
-        fake: Makes the tensors.
-        copies: Receives the tensors of the copy by the ids of the originals.
-    """
-    dtype = next((each.dtype for each in model.parameters() if is_plain(each)), torch.float32)
-    for each in _held(model):
-        parameter = isinstance(each, nn.Parameter)
-        if id(each) in copies or not (parameter or is_plain(each)):
-            continue  # counters keep their values
-        with fake:
-            empty = torch.empty(each.shape, dtype=each.dtype if is_plain(each) else dtype, device=each.device)
-        copies[id(each)] = nn.Parameter(empty, each.requires_grad and is_plain(each)) if parameter else empty
-    twin = copy.deepcopy(model, dict(copies))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not is_plain(module.weight):
-            sizes, device = (module.in_features, module.out_features, module.bias is not None), module.weight.device
-            with fake:
-                plain = nn.Linear(*sizes, device=device, dtype=dtype).requires_grad_(False)
-            parent, _, child = name.rpartition(".")
-            twin.get_submodule(parent)._modules[child] = plain
-    return twin
-
-
-class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that live at the same time, of the results of all operations.
-
-    Args:
-        known: Tensors, in nested lists and dictionaries, whose storages are not counted.
-
-    Attributes:
-        most: The most bytes so far.
-    """
-
-    def __init__(self, known: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.most: int = 0
-        self._now = 0
-        self._sizes: dict[int, int] = {}
-        for each in tree_leaves(known):
-            if isinstance(each, Tensor):
-                self._note(each.untyped_storage(), 0)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note the storages of its results; those that were there before do not count."""
-        for each in tree_leaves((args, kwargs)):
-            if isinstance(each, Tensor):
-                self._note(each.untyped_storage(), 0)
-        out = function(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, Tensor):
-                self._note(each.untyped_storage(), each.untyped_storage().nbytes())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = size
-            self._now += size
-            self.most = max(self.most, self._now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)

@@ -22,6 +22,7 @@ from tokdyn.attach import (
 )
 from tokdyn.errors import InputError
 from tokdyn.recorder import evaluating
+from tokdyn.scaling.rehearsal import is_plain
 from tokdyn.seeds import Stream, seed_everything
 from tokdyn.upcycling.distil_settings import DistilSettings
 from tokdyn.upcycling.distillation import normalised_mse
@@ -64,11 +65,6 @@ def prepare(student: nn.Module, settings: DistilSettings, teacher: nn.Module | N
             raise InputError(f"rank is {settings.rank}, but the model has LoRA of rank {rank} already; leave it out.")
         parts += lora_tensors(student).values()
     return parts
-
-
-def is_plain(value: Tensor) -> bool:
-    """Return whether a tensor is computed with as it is, and is not quantised."""
-    return type(value) in (Tensor, nn.Parameter) and value.element_size() >= 2 and value.is_floating_point()
 
 
 @contextmanager
