@@ -97,7 +97,7 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files in a folder, a zip or tar shards. In the first two, the first folder of a path is the class, if any."""
+    """Image files in a folder, a zip or tar shards. In the first two, the first folder of a path is the class."""
 
     source: Source
     names: Sequence[str]
