@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.latents import config, shapes, tiny
 from tests.data.server import Server, serving
 from tests.hostile.packing import archive, picture
-from tokdyn.data import BatchStream, DataConfig, Dataset, LatentDataset, open_data, write_features
+from tokdyn.data import BatchStream, DataConfig, Dataset, LatentDataset, open_data
 from tokdyn.data.remote import ahead, cache, store
 from tokdyn.data.remote.addresses import Address, expand
 from tokdyn.data.remote.cache import make_room, open_files
+from tokdyn.data.shards import LatentIndex, ShardEntry, VaeIdentity, shard_name, write_index, write_shard
+from tokdyn.data.vae import LatentScaling
 from tokdyn.errors import DataError, OutputError, TokdynError
 
 LIMIT = 2**30
@@ -40,7 +41,32 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
-    write_features(config(folder, flip=True), tiny(), shapes())
+    scaling = LatentScaling(factor=1.0)
+    draw, entries = torch.Generator().manual_seed(0), []
+    for number, count in enumerate((4, 4, 2)):
+        path = folder / shard_name(number)
+        plain, mirrored = (torch.randn(count, 4, 2, 3, generator=draw) for _ in range(2))
+        write_shard(path, plain, torch.arange(count), mirrored, "f")
+        entries.append(ShardEntry(file=path.name, count=count, size=path.stat().st_size))
+    vae = VaeIdentity(kind="AutoencoderTiny", source=None, subfolder=None, sha256="0")
+    names = ("a", "b", "c", "d")
+    write_index(
+        folder,
+        LatentIndex(
+            fingerprint="f",
+            count=10,
+            shape=(4, 2, 3),
+            dtype="fp32",
+            flipped=True,
+            class_names=names,
+            image_size=(16, 24),
+            posterior="mean",
+            seed=0,
+            scaling=scaling,
+            vae=vae,
+            shards=tuple(entries),
+        ),
+    )
     return folder
 
 
@@ -262,8 +288,8 @@ def test_latents_of_fsspec(protocol: str, latents: Path, tmp_path: Path) -> None
         for file in latents.iterdir():
             fsspec.filesystem("memory").pipe_file(f"{tmp_path}/bucket/{file.name}", file.read_bytes())
     equal(remote(url, tmp_path), LatentDataset(latents), steps=3)
-    with pytest.raises(DataError, match=rf"{protocol}://.*index\.json"):
-        remote(f"{url}/nowhere" if protocol == "memory" else "file:///", tmp_path)
+    with pytest.raises(DataError, match=rf"{protocol}://.*nowhere does not exist"):
+        remote(f"{url}/nowhere", tmp_path)
 
 
 def test_a_transient_error_of_fsspec_is_tried_again(
