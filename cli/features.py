@@ -31,10 +31,11 @@ def register(app: typer.Typer) -> None:
     def features(ctx: typer.Context, json: Json = False) -> str:
         """Encode images once, for training on latents."""
         from tokdyn.data import FeaturesConfig
+        from tokdyn.data.remote.addresses import has_braces, is_address
         from tokdyn.files import require_path, user_path
 
         config = read(ctx.args, FeaturesConfig, ["path"])
-        if config.path is not None:
+        if config.path is not None and not is_address(config.path) and not has_braces(config.path):
             require_path(user_path(config.path))
         from tokdyn.data import write_features
 

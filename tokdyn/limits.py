@@ -74,7 +74,9 @@ TOKENS = Limit("TOKENS", 2**20, "tokens", "the table of positions that a checkpo
 DEPTH = Limit("DEPTH", 1_000, "blocks", "a model, of each kind of blocks")
 PARAMETERS = Limit("PARAMETERS", 10**12, "parameters", "a model of a recipe or of a checkpoint")
 ARRAY_BYTES = Limit("ARRAY_BYTES", 1024 * _MIB, "bytes", "an array of an npz that is read at once, or an image in one")
-ARCHIVE_ENTRIES = Limit("ARCHIVE_ENTRIES", 10_000_000, "entries", "a zip or an npz")
+ARCHIVE_ENTRIES = Limit("ARCHIVE_ENTRIES", 10_000_000, "entries", "a zip, an npz or a set of tar shards")
+SHARDS = Limit("SHARDS", 100_000, "files", "a pattern such as {000..010}.tar, or a set of tar shards")
+TAR_HEADER_BYTES = Limit("TAR_HEADER_BYTES", _MIB, "bytes", "a header of a tar that says more about its next entry")
 IMAGE_BYTES = Limit("IMAGE_BYTES", 512 * _MIB, "bytes", "an image file, in a zip once it is unpacked")
 PIXELS = Limit("PIXELS", 2**27, "pixels", "an image, in its file and as data.size asks for it")
 BATCH = Limit("BATCH", 10**7, "images", "an optimizer step")
@@ -86,6 +88,7 @@ WORKERS = Limit("WORKERS", 256, "processes", "those that load data")
 
 LIMITS = (
     TEXT_BYTES, YAML_BYTES, YAML_NODES, YAML_DEPTH, EXTENDS, JSON_BYTES, JSON_DEPTH, TENSORS, UNPACKED, TOKENS, DEPTH,
-    PARAMETERS, ARRAY_BYTES, ARCHIVE_ENTRIES, IMAGE_BYTES, PIXELS, BATCH, SAMPLES, STEPS, TIMESTEPS, CLASSES, WORKERS,
+    PARAMETERS, ARRAY_BYTES, ARCHIVE_ENTRIES, SHARDS, TAR_HEADER_BYTES, IMAGE_BYTES, PIXELS, BATCH, SAMPLES, STEPS,
+    TIMESTEPS, CLASSES, WORKERS,
 )  # fmt: skip
 """All limits, in the order of docs/limits.md."""

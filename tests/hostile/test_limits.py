@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,15 @@ def zipped(folder: Path) -> DataConfig:
     return DataConfig(kind="images", path=str(folder / "x.zip"), size=8)
 
 
+def tars(folder: Path) -> DataConfig:
+    for name in ("0.tar", "1.tar"):
+        with tarfile.open(folder / name, "w") as file:
+            entry = tarfile.TarInfo(f"a/{'x' * 200}.png")  # which a header of its own says
+            entry.size = len(picture())
+            file.addfile(entry, io.BytesIO(picture()))
+    return DataConfig(kind="images", path=str(folder), size=8)
+
+
 def npz(folder: Path) -> Path:
     (folder / "x.npz").write_bytes(
         archive({"arr_0.npy": array((2, 4, 4, 3), data=bytes(96)), "a.npy": b"", "b.npy": b""})
@@ -88,6 +99,8 @@ CASES: dict[str, tuple[int, Callable[[Path], object]]] = {
     "PARAMETERS": (100, lambda folder: recipe.load(text(folder, SOUND))),
     "ARRAY_BYTES": (20, lambda folder: open_images(npz(folder))),
     "ARCHIVE_ENTRIES": (1, lambda folder: open_images(npz(folder))),
+    "SHARDS": (1, lambda folder: open_data(tars(folder))),
+    "TAR_HEADER_BYTES": (100, lambda folder: open_data(tars(folder))),
     "IMAGE_BYTES": (20, lambda folder: open_data(pictures(folder))),
     "PIXELS": (100, lambda folder: open_data(pictures(folder))),
     "BATCH": (255, lambda folder: recipe.load(text(folder, SOUND + "optimizer: {}\n"), ["training.batch_size=256"])),

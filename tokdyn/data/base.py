@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -52,6 +52,17 @@ class Dataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
         """Return a description of the content as JSON values. Data sets with equal descriptions have equal samples.
 
         It may read all files once, and has further keys in later versions.
+        """
+
+    def read_ahead(
+        self, upcoming: Callable[[], tuple[Sequence[int], Sequence[bool] | None]], share: float = 0.0
+    ) -> None:
+        """Begin to bring samples to this machine that will be read soon, if the data are remote.
+
+        Args:
+            upcoming: returns indices and flips of these samples, as in `fetch`.
+            share: in [0, 1), differs between processes that read the same data: where among the data to begin with all
+                others, once these samples are there.
         """
 
     def batch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from tokdyn.files import UserPath
 from tokdyn.limits import CLASSES, PIXELS, SAMPLES
 from tokdyn.reading import shown
 from tokdyn.section import Positive, Section, at_most
 
+CACHE_LIMIT = 256 * 2**30  # bytes
 _SIDE = re.compile("[0-9]{1,9}")
 
 
@@ -35,7 +37,8 @@ class DataConfig(Section):
     Attributes:
         kind: "shapes" (procedural images), "images" (folder or zip with class folders) or "latents" (written by
             `tokdyn features`).
-        path: folder or zip file; required for images and latents.
+        path: folder, zip file or tar shards (`shards/{000..010}.tar`), or an address such as s3://bucket/latents;
+            required for images and latents.
         size: image size in pixels, one number or (rows, columns), also written "32x48". Required for images; 32 by
             default for shapes; latents have a size of their own, in latent pixels, which a size given here must equal.
         channels: 1 grey, 3 colour, 4 colour and alpha (shapes: four colour channels). Ignored for latents.
@@ -46,6 +49,8 @@ class DataConfig(Section):
         length: samples in one epoch of the procedural shapes.
         in_memory: hold decoded images in memory as bytes; None does so if they take at most `memory_limit` bytes.
         memory_limit: bytes that decoded images may take if `in_memory` is None; 2 GiB by default.
+        cache: folder in which parts of remote data are kept; None takes that of downloads.
+        cache_limit: bytes that it may take, of all data sets together; 256 GiB by default.
     """
 
     kind: Literal["shapes", "images", "latents"] = "shapes"
@@ -59,6 +64,8 @@ class DataConfig(Section):
     length: Annotated[Positive, at_most(SAMPLES)] = 50_000
     in_memory: bool | None = None
     memory_limit: int = Field(default=2 * 1024**3, ge=0, lt=2**63)
+    cache: UserPath | None = None
+    cache_limit: int = Field(default=CACHE_LIMIT, ge=0, lt=2**63)
 
 
 def rows_and_columns(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -6,9 +6,16 @@ from tokdyn.data.base import Dataset
 from tokdyn.data.config import DataConfig, rows_and_columns
 from tokdyn.data.images import ImageDataset
 from tokdyn.data.latents import LatentDataset
+from tokdyn.data.ranges import LocalFile
+from tokdyn.data.remote.addresses import Address, is_address
+from tokdyn.data.remote.cache import open_files
+from tokdyn.data.remote.latents import RemoteLatents
+from tokdyn.data.remote.sources import default_cache, remote_tars
 from tokdyn.data.shapes import ShapesDataset
-from tokdyn.data.sources import open_source
+from tokdyn.data.sources import INDEX, local_tars, open_source
+from tokdyn.data.tars.latents import TarLatents
 from tokdyn.errors import DataError
+from tokdyn.files import user_path
 
 _DEFAULT_SIZE = 32  # pixels, of procedural shapes
 
@@ -40,7 +47,7 @@ def open_data(config: DataConfig) -> Dataset:
     if config.size is None:
         raise DataError("kind=images needs a size in pixels: give data.size=32 or data.size=32x48, for example.")
     return ImageDataset(
-        open_source(config.path),
+        open_source(config.path, config.cache, config.cache_limit),
         rows_and_columns(config.size),
         config.channels,
         config.num_classes,
@@ -50,9 +57,9 @@ def open_data(config: DataConfig) -> Dataset:
     )
 
 
-def _open_latents(config: DataConfig, path: str) -> LatentDataset:
+def _open_latents(config: DataConfig, path: str) -> Dataset:
     """Open latents, and check that they have the size, the classes and the mirrored copies that the config asks for."""
-    latents = LatentDataset(path)
+    latents = _find_latents(config, path)
     if config.size is not None and rows_and_columns(config.size) != latents.shape[1:]:
         rows, columns = latents.shape[1:]
         raise DataError(
@@ -69,4 +76,20 @@ def _open_latents(config: DataConfig, path: str) -> LatentDataset:
     return latents
 
 
-_OR_ZIP = {"images": " or zip of images", "latents": " that `tokdyn features` wrote"}
+def _find_latents(config: DataConfig, path: str) -> Dataset:
+    """Open a folder that `tokdyn features` wrote, or tars of arrays, here or at an address."""
+    if is_address(path):
+        address, cache = Address(path), config.cache or default_cache()
+        if found := remote_tars(address, instead=INDEX):
+            return TarLatents(address, open_files(found, cache, config.cache_limit), config.num_classes)
+        return RemoteLatents(address, cache, config.cache_limit)
+    try:
+        tars = local_tars(user_path(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if tars:
+        return TarLatents(path, [LocalFile(tar) for tar in tars], config.num_classes)
+    return LatentDataset(path)
+
+
+_OR_ZIP = {"images": ", the zip or the tars of images", "latents": " that `tokdyn features` wrote, or of tars"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Literal
 
@@ -16,7 +16,7 @@ from tokdyn.data.base import Dataset, to_signed
 from tokdyn.data.classes import ClassFolders, class_folders
 from tokdyn.data.decode import decode, quiet
 from tokdyn.data.preload import decode_all
-from tokdyn.data.sources import EXTENSIONS, Source
+from tokdyn.data.sources import EXTENSIONS, Labelled, ReadsAhead, Source
 from tokdyn.errors import DataError
 
 _NAMED = 5  # number of files or classes that a message lists
@@ -79,6 +79,8 @@ class ImageDataset(Dataset):
         if self._pixels is not None:
             used, pixels = wanted.tolist(), self._pixels[torch.from_numpy(wanted)]
         else:
+            if isinstance(self.source, ReadsAhead):
+                self.source.bring([self.names[index] for index in wanted.tolist()])
             used, pixels = [], torch.empty(len(wanted), *self.shape, dtype=torch.uint8)
             with quiet():
                 for place, index in enumerate(wanted.tolist()):
@@ -86,6 +88,13 @@ class ImageDataset(Dataset):
                     used.append(index)
                     pixels[place] = torch.from_numpy(image)
         return to_signed(pixels, flips), torch.from_numpy(self.labels[used]), used
+
+    def read_ahead(
+        self, upcoming: Callable[[], tuple[Sequence[int], Sequence[bool] | None]], share: float = 0.0
+    ) -> None:
+        """Begin to read images of a later batch, if they are remote and not in memory; see `Dataset.read_ahead`."""
+        if self._pixels is None and isinstance(self.source, ReadsAhead):
+            self.source.read_ahead(lambda: [self.names[index] for index in upcoming()[0]], share)
 
     def identity(self) -> dict[str, object]:
         """Return a description of the content: names, labels, sizes and CRC-32 of the files, and the shape of images.
@@ -162,7 +171,9 @@ def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple
         extensions = " ".join(sorted(EXTENSIONS))
         raise DataError(f"{source.path} holds no images: give files ending in one of {extensions}, in class folders.")
     at_root = [name for name in names if "/" not in name]
-    if num_classes == 1 or len(at_root) == len(names):
+    if isinstance(source, Labelled):
+        classes = source.classes(num_classes)
+    elif num_classes == 1 or len(at_root) == len(names):
         classes = ClassFolders(("all",), np.zeros(len(names), dtype=np.int64), None)
     elif at_root:
         raise DataError(
@@ -174,12 +185,19 @@ def _classes(source: Source, names: list[str], num_classes: int | None) -> tuple
     count = len(classes.names)
     if num_classes is not None and num_classes != count:
         shown = ", ".join(classes.names[:_NAMED]) + (", ..." if count > _NAMED else "")
+        kind = "class(es)" if isinstance(source, Labelled) else "class folder(s)"
         raise DataError(
-            f"{source.path} holds {count} class folder(s) ({shown}), but num_classes={num_classes} is expected: set "
+            f"{source.path} holds {count} {kind} ({shown}), but num_classes={num_classes} is expected: set "
             f"num_classes={count} (data.num_classes={count} for a recipe), or 1 to put all images into one class."
         )
     nested = {name.split("/", 2)[1] for name in names if name.count("/") >= 2}
-    if num_classes != 1 and count == 1 and len(nested) > 1 and all(name.count("/") >= 2 for name in names):
+    if (
+        not isinstance(source, Labelled)
+        and num_classes != 1
+        and count == 1
+        and len(nested) > 1
+        and all(name.count("/") >= 2 for name in names)
+    ):
         warnings.warn(
             f"All images in {source.path} lie below the one folder {classes.names[0]}, which makes one class. If its "
             f"{len(nested)} folders are the classes, set path={source.path / classes.names[0]}.",

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokdyn.data.base import Dataset
-from tokdyn.data.shards import DamagedShardError, LatentIndex, open_shard, read_index, read_rows
+from tokdyn.data.shards import DamagedShardError, LatentIndex, Rows, open_shard, read_index, read_rows
 from tokdyn.errors import DataError
 from tokdyn.files import user_path
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of a batch that lie in one tensor of one shard.
+
+    Attributes:
+        shard: number of the shard.
+        name: "latents" or "flipped".
+        places: (b,) their places in the batch.
+        rows: (b,) int64, their rows in the tensor.
+    """
+
+    shard: int
+    name: str
+    places: NDArray[np.int64]
+    rows: Tensor
 
 
 class LatentDataset(Dataset):
@@ -35,17 +54,21 @@ class LatentDataset(Dataset):
         Raises:
             DataError: a file is missing, is damaged, or belongs to other latents.
         """
-        self.folder = user_path(folder)
-        self.index: LatentIndex = read_index(self.folder)
+        self.folder: Any = user_path(folder)
+        self._adopt(read_index(self.folder))
+        for number in range(len(self.index.shards)):
+            self._shard(number)
+
+    def _adopt(self, index: LatentIndex) -> None:
+        """Take over what the index says; raise a DataError if it contradicts itself."""
+        self.index = index
         self.shape = self.index.shape
         self.class_names = self.index.class_names
         self.can_flip = self.index.flipped
         self._ends = np.cumsum([shard.count for shard in self.index.shards])
-        self._shards: dict[int, dict[str, Tensor]] = {}
+        self._shards: dict[int, Mapping[str, Rows]] = {}
         if not len(self._ends) or self._ends[-1] != self.index.count:
             raise DataError(f"{self.folder}: the shards do not add up to {self.index.count} samples: write them again.")
-        for number in range(len(self.index.shards)):
-            self._shard(number)
 
     def __len__(self) -> int:
         """Number of samples, mirrored copies not counted."""
@@ -59,22 +82,36 @@ class LatentDataset(Dataset):
             self.require_flip()
         samples = torch.empty(len(wanted), *self.shape)
         labels = torch.empty(len(wanted), dtype=torch.int64)
-        shards = np.searchsorted(self._ends, wanted, side="right")
-        for number, flip in {*zip(shards.tolist(), flipped.tolist(), strict=True)}:
-            places = np.flatnonzero((shards == number) & (flipped == flip))
-            entry = self.index.shards[number]
-            rows = torch.from_numpy(wanted[places] - (self._ends[number] - entry.count))
-            latents, latent_labels = read_rows(
-                self.folder / entry.file, self._shard(number), "flipped" if flip else "latents", rows
-            )
-            samples[places], labels[places] = latents.float(), latent_labels
+        parts = self._parts(wanted, flipped)
+        self._bring(parts)
+        for part in parts:
+            latents, latent_labels = self._read(part)
+            samples[part.places], labels[part.places] = latents.float(), latent_labels
         return samples, labels, wanted.tolist()
 
     def identity(self) -> dict[str, object]:
         """See `Dataset.identity`."""
         return {"kind": "latents", "fingerprint": self.index.fingerprint, "count": self.index.count}
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
+    def _parts(self, wanted: NDArray[np.int64], flipped: NDArray[np.bool_]) -> list[Part]:
+        """Divide samples by the tensors of shards that hold them."""
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        parts = []
+        for number, flip in {*zip(shards.tolist(), flipped.tolist(), strict=True)}:
+            places = np.flatnonzero((shards == number) & (flipped == flip))
+            rows = torch.from_numpy(wanted[places] - (self._ends[number] - self.index.shards[number].count))
+            parts.append(Part(number, "flipped" if flip else "latents", places, rows))
+        return parts
+
+    def _bring(self, parts: Sequence[Part]) -> None:
+        """Bring samples here, if they are remote."""
+
+    def _read(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return latents (b, c, h, w) and labels (b,) of a shard, compared with their checksums."""
+        entry = self.index.shards[part.shard]
+        return read_rows(self.folder / entry.file, self._shard(part.shard), part.name, part.rows)
+
+    def _shard(self, number: int) -> Mapping[str, Rows]:
         """Return the tensors of a shard, which is opened once per process."""
         if number not in self._shards:
             entry, index = self.index.shards[number], self.index

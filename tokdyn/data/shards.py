@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -25,6 +25,17 @@ from tokdyn.reading import one_line, open_regular, read_bytes
 
 INDEX = "index.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of the tensors of a shard, by name."""
+
+
+class Rows(Protocol):
+    """A tensor of a shard, some rows of which can be read."""
+
+    def __getitem__(self, rows: Any, /) -> Tensor:
+        """Return the rows with these indices."""
 
 
 class DamagedShardError(DataError):
@@ -135,12 +146,18 @@ def read_index(folder: Path) -> LatentIndex:
         )
         raise DataError(f"{folder} has no {INDEX}: {advice}.")
     try:
-        return LatentIndex.model_validate_json(read_bytes(path, JSON_BYTES))
-    except (ValidationError, OSError) as error:
-        reason = one_line(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"
+        return parse_index(path, read_bytes(path, JSON_BYTES))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)}): write the latents again.") from error
+
+
+def parse_index(path: object, content: bytes) -> LatentIndex:
+    """Parse the content of `index.json`; raise a DataError with its path if it is damaged or of another version."""
+    try:
+        return LatentIndex.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"
         raise DataError(f"{path} is damaged or of another version ({reason}): write the latents again.") from error
 
 
@@ -204,26 +221,32 @@ def open_shard(
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: run the same `tokdyn features` again to write it.") from error
     except Exception as error:  # a damaged or hostile header can raise anything
-        raise _damaged(path, one_line(error)) from error
+        raise damaged(path, one_line(error)) from error
     if owner != fingerprint:
         raise DataError(f"{path} belongs to other latents: give each run of `tokdyn features` its own folder.")
     count = len(tensors["labels"]) if "labels" in tensors else 0
     shape = tuple(tensors["latents"].shape[1:]) if shape is None and "latents" in tensors else shape or ()
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"labels": ((count,), torch.int64)}
-    for name in ("latents", "flipped") if flipped else ("latents",):
-        expected |= {name: ((count, *shape), DTYPES[dtype]), f"{name}_crc32": ((count,), torch.int64)}
+    expected = expected_layout(count, shape, dtype, flipped)
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if layout != expected:
-        raise _damaged(path, f"it holds {_shown(layout)} instead of {_shown(expected)}")
+        raise damaged(path, f"it holds {shown_layout(layout)} instead of {shown_layout(expected)}")
     return tensors
 
 
-def read_rows(path: Path, tensors: Mapping[str, Tensor], name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+def expected_layout(count: int, shape: tuple[int, ...], dtype: str, flipped: bool) -> Layout:
+    """Return the shape and dtype of each tensor in a shard of `count` latents (c, h, w) of a dtype."""
+    expected: Layout = {"labels": ((count,), torch.int64)}
+    for name in ("latents", "flipped") if flipped else ("latents",):
+        expected |= {name: ((count, *shape), DTYPES[dtype]), f"{name}_crc32": ((count,), torch.int64)}
+    return expected
+
+
+def read_rows(path: object, tensors: Mapping[str, Rows], name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Read samples of a shard and verify their checksums.
 
     Args:
         path: path of the shard, for error messages.
-        tensors: the tensors of the shard, from `open_shard`.
+        tensors: the tensors of the shard, from `open_shard` or a remote one.
         name: "latents" or "flipped".
         rows: (b,) int64 indices of the samples within the shard.
 
@@ -236,7 +259,7 @@ def read_rows(path: Path, tensors: Mapping[str, Tensor], name: str, rows: Tensor
     latents, labels, sums = tensors[name][rows], tensors["labels"][rows], tensors[f"{name}_crc32"][rows].tolist()
     for row, latent, label, expected in zip(rows.tolist(), latents, labels.tolist(), sums, strict=True):
         if checksum(latent, label) != expected:
-            raise _damaged(path, f"sample {row} does not match its checksum")
+            raise damaged(path, f"sample {row} does not match its checksum")
     return latents, labels
 
 
@@ -245,11 +268,11 @@ def checksum(latent: Tensor, label: int) -> int:
     return zlib.crc32(latent.reshape(-1).view(torch.uint8).numpy().data, label & 0xFFFFFFFF)
 
 
-def _damaged(path: Path, reason: str) -> DamagedShardError:
+def damaged(path: object, reason: str) -> DamagedShardError:
     """Return the error for a damaged shard."""
     return DamagedShardError(f"{path} is damaged ({reason}): delete it and run the same `tokdyn features` again.")
 
 
-def _shown(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+def shown_layout(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
     """Return the names, shapes and dtypes of tensors as text for an error message."""
     return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in sorted(layout.items()))

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokdyn.data.classes import ClassFolders
+from tokdyn.data.config import CACHE_LIMIT
 from tokdyn.data.digests import folder_digests
+from tokdyn.data.ranges import LocalFile
+from tokdyn.data.remote.addresses import Address, expand, has_braces, is_address
 from tokdyn.errors import DataError
 from tokdyn.files import user_path
-from tokdyn.limits import ARCHIVE_ENTRIES, IMAGE_BYTES
+from tokdyn.limits import ARCHIVE_ENTRIES, IMAGE_BYTES, SHARDS
 from tokdyn.reading import one_line, open_archive, read_bytes, require_size
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"}
 )
+TAR = ".tar"
+INDEX = "index.json"  # of latents
 
 
 class Source(Protocol):
-    """A folder or zip of image files; `path` is its path."""
+    """A folder, a zip or tar shards of image files; `path` is its path, or as text its pattern or address."""
 
-    path: Path
+    path: Any
 
     def names(self) -> list[str]:
         """Return the paths of the image files, relative to the root and with forward slashes, sorted part by part."""
@@ -36,6 +42,25 @@ class Source(Protocol):
 
     def digests(self, names: Sequence[str]) -> NDArray[np.int64]:
         """Return the size in bytes and the CRC-32 (N, 2) of some files; -1 where they cannot be read."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source whose files may be remote, and come through the cache."""
+
+    def bring(self, names: Sequence[str]) -> None:
+        """Bring files that are read next into the cache, all at the same time."""
+
+    def read_ahead(self, names: Callable[[], Sequence[str]], share: float) -> None:
+        """Begin to bring files of a later batch into the cache; see `Dataset.read_ahead`."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A source that says the classes of its files in another way than by folders."""
+
+    def classes(self, num_classes: int | None) -> ClassFolders:
+        """Return the classes of all files; `num_classes` is the expected number of them."""
 
 
 class FolderSource:
@@ -121,7 +146,7 @@ class ZipSource:
         """Return the archive, opened by this process: after a fork, two processes must not share a file position."""
         if self._archive is None or self._archive[0] != os.getpid():
             try:
-                self._archive = (os.getpid(), open_archive(self.path))
+                self._archive = (os.getpid(), self._archive_file())
             except (zipfile.BadZipFile, OSError) as error:
                 raise DataError(
                     f"{self.path} is not a readable zip file ({one_line(error)}): give a folder of images or an "
@@ -129,24 +154,38 @@ class ZipSource:
                 ) from error
         return self._archive[1]
 
+    def _archive_file(self) -> zipfile.ZipFile:
+        """Open the archive; raise a BadZipFile or an OSError if it cannot be read."""
+        return open_archive(self.path)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_archive": None}
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a folder, a zip, or a folder inside a zip (`pictures.zip/train`).
+def open_source(path: str | Path, cache: Path | None = None, cache_limit: int = CACHE_LIMIT) -> Source:
+    """Open a folder, a zip, a folder inside a zip (`pictures.zip/train`), or tar shards (`{000..010}.tar`).
 
     Args:
-        path: path of the images.
+        path: path of the images, or an address such as s3://bucket/pictures.zip.
+        cache: folder in which parts of remote files are kept; None takes that of `tokdyn.data.remote`.
+        cache_limit: bytes that it may take.
 
     Returns:
         The source of the files.
 
     Raises:
-        DataError: nothing exists at the path, or it is neither a folder nor a zip.
+        DataError: nothing exists at the path, or it is none of these.
     """
+    if is_address(path):
+        from tokdyn.data.remote.sources import open_remote_source
+
+        return open_remote_source(Address(str(path)), cache, cache_limit)
     path = user_path(path)
     try:
+        if tars := local_tars(path):
+            from tokdyn.data.tars.source import TarSource
+
+            return TarSource(path, [LocalFile(tar) for tar in tars])
         if path.is_dir():
             return FolderSource(path)
         archive = next((place for place in (path, *path.parents) if place.is_file()), None)
@@ -159,6 +198,34 @@ def open_source(path: str | Path) -> Source:
     if archive is not None:
         return ZipSource(archive, path.relative_to(archive).as_posix() if archive != path else "")
     raise DataError(f"There is no file or folder {path}: give the path of a folder or zip of images.")
+
+
+def local_tars(path: Path) -> list[Path]:
+    """Return the tars that a path names: one, those of a pattern, or those in a folder that holds nothing else to read.
+
+    Raises:
+        DataError: a tar of a pattern does not exist.
+        OSError: the folder cannot be listed.
+    """
+    if path.is_dir():
+        found = sorted(each for each in path.iterdir() if not _hidden(each.name))
+        tars = [each for each in found if each.suffix.lower() == TAR and each.is_file()]
+        others = any(each.is_dir() or each.suffix.lower() in EXTENSIONS or each.name == INDEX for each in found)
+        if excess := SHARDS.excess(len(tars)):
+            raise DataError(f"{path} has {excess}.")
+        return [] if others else tars
+    if path.suffix.lower() != TAR:
+        return []
+    if path.exists():
+        return [path]
+    if not has_braces(path):
+        return []
+    tars = [Path(each) for each in expand(path)]
+    if gone := [str(tar) for tar in tars if not tar.exists()]:
+        raise DataError(
+            f"{len(gone)} of {len(tars)} files of {path} do not exist, such as {gone[0]}: correct the pattern."
+        )
+    return tars
 
 
 def _hidden(part: str) -> bool:

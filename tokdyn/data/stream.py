@@ -82,8 +82,21 @@ class BatchStream(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the samples (B, C, H, W) and labels (B,) of this rank in a step, which is any non-negative number."""
+        self._read_ahead(step)
+        indices, flips = self._samples(step)
+        return self.dataset.batch(indices, flips)
+
+    def _samples(self, step: int) -> tuple[list[int], list[bool] | None]:
+        """Return indices and flips of this rank's samples in a step, as `Dataset.fetch` takes them."""
         flips = self.flips(step)
-        return self.dataset.batch(self.indices(step).tolist(), None if flips is None else flips.tolist())
+        return self.indices(step).tolist(), None if flips is None else flips.tolist()
+
+    def _read_ahead(self, step: int) -> None:
+        """Let remote data come that this process reads after a step; of several, each begins with another part."""
+        worker = torch.utils.data.get_worker_info()
+        count, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        share = (self.rank * count + number) / (self.world * count)
+        self.dataset.read_ahead(lambda: self._samples(step + count), share)
 
     def epoch(self, step: int) -> float:
         """Return the number of epochs, with a fraction, that all ranks together have seen before a step."""

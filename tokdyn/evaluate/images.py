@@ -17,7 +17,7 @@ from PIL import Image
 
 from tokdyn.data.classes import class_folders
 from tokdyn.data.decode import decode, fit
-from tokdyn.data.sources import Source, open_source
+from tokdyn.data.sources import Labelled, Source, open_source
 from tokdyn.errors import DataError
 from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
 from tokdyn.reading import open_archive
@@ -97,7 +97,7 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files in a folder or zip. If all files are in subfolders, the first folder of a path is the class."""
+    """Image files in a folder, a zip or tar shards. In the first two, the first folder of a path is the class."""
 
     source: Source
     names: Sequence[str]
@@ -135,6 +135,9 @@ class ImageFiles:
 
     def fingerprint(self) -> str:
         """See `ImageSet`."""
+        if isinstance(self.source, Labelled):
+            rows = zip(self.names, self.source.digests(self.names).tolist(), strict=True)
+            return _hash_lines([f"{name} {size} {check}" for name, (size, check) in rows])
         if self.path.is_dir():
             sums = self.source.digests(self.names)
             return _hash_lines([f"{name} {size} {crc}" for name, (size, crc) in zip(self.names, sums, strict=True)])
@@ -227,6 +230,10 @@ def _open_files(path: Path) -> ImageFiles:
     """Open a folder or zip; the images have classes if all of them are in subfolders."""
     source = open_source(path)
     names = source.names()
+    if names and isinstance(source, Labelled):
+        found = source.classes(None)
+        known = len(found.names) > 1 or found.numbers is not None
+        return ImageFiles(source, names, Labels(found.labels, len(found.names), found.numbers) if known else None)
     if not names or not all("/" in name for name in names):
         return ImageFiles(source, names, None)
     classes = class_folders(names)

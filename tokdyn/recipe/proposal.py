@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokdyn.data.classes import class_folders
-from tokdyn.data.sources import EXTENSIONS, Source, open_source
+from tokdyn.data.sources import EXTENSIONS, Labelled, Source, open_source
 from tokdyn.errors import DataError, RecipeError
 from tokdyn.files import unused, user_path
 from tokdyn.recipe import yaml_text
@@ -88,13 +88,13 @@ def propose(name: str, overrides: Sequence[str] = ()) -> Proposal:
     if not sizes:
         raise DataError(f"None of the images in {name} that were tried can be read, such as {broken[0]}.")
     below = {file.split("/", 1)[0] for file in names}
-    if len(below) == 1 and all(file.count("/") >= 2 for file in names):
+    if not isinstance(source, Labelled) and len(below) == 1 and all(file.count("/") >= 2 for file in names):
         top = below.pop()
         place, names = f"{place}/{top}", [file.removeprefix(f"{top}/") for file in names]
     height, width = (round(statistics.median(side)) for side in zip(*sizes, strict=True))
     side = min(_LARGEST, max(_SMALLEST, min(height, width) // _MULTIPLE * _MULTIPLE))
     notes: list[str] = []
-    classes, extra = _classes(names, notes)
+    classes, extra = _classes(source, names, notes)
     if broken:
         extra.append("data.on_error=skip")
         notes.append(f"{broken[0]} cannot be read; unreadable images are left out.")
@@ -143,11 +143,11 @@ def _look(source: Source, names: Sequence[str]) -> tuple[list[tuple[int, int]], 
     return sizes, grey, broken
 
 
-def _classes(names: Sequence[str], notes: list[str]) -> tuple[dict[str, int], list[str]]:
+def _classes(source: Source, names: Sequence[str], notes: list[str]) -> tuple[dict[str, int], list[str]]:
     """Return the number of images of each class, and the settings for them; add a note if folders are ignored."""
     at_root = [name for name in names if "/" not in name]
-    if not at_root:
-        found = class_folders(names)
+    if not at_root or isinstance(source, Labelled):
+        found = source.classes(None) if isinstance(source, Labelled) else class_folders(names)
         counts = Counter(found.labels.tolist())
         return {name: counts[label] for label, name in enumerate(found.names)}, []
     if len(at_root) == len(names):

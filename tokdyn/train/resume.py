@@ -17,6 +17,8 @@ HARMLESS = (
     "upcycle.after",
     "data.in_memory",
     "data.memory_limit",
+    "data.cache",
+    "data.cache_limit",
     "preview",
     "training.workers",
     "training.log_every",

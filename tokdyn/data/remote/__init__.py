@@ -1,0 +1,1 @@
+"""Read files of object storage and web servers in parts, through a cache on the local disk."""

@@ -1,0 +1,1 @@
+"""Read tar files of samples, as WebDataset writes them, in any order."""
