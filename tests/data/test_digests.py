@@ -16,7 +16,7 @@ from tests.data.latents import config, kl
 from tokdyn.data import DataConfig, open_data, write_features
 from tokdyn.data.digests import folder_digests
 from tokdyn.data.images import ImageDataset
-from tokdyn.data.sources import open_source
+from tokdyn.data.opening import open_source
 from tokdyn.errors import DataError
 
 NAMES = [f"{kind}/{number}.bmp" for kind in ("cat", "dog") for number in range(3)]

@@ -190,7 +190,7 @@ def spoilt(name: str, content: bytes) -> bytes:
     header[0] ^= 1
     records = b"99 path=x\n"
     extended = member(b"x", "p", len(records)).tobuf()[-512:] + records.ljust(512, b"\0")
-    huge = b"30 size=99999999999999999999\n"
+    huge = b"29 size=99999999999999999999\n"
     return {
         "cut in a file": content[:520],
         "cut in a header": content[:100],

@@ -6,13 +6,14 @@ from tokdyn.data.base import Dataset
 from tokdyn.data.config import DataConfig, rows_and_columns
 from tokdyn.data.images import ImageDataset
 from tokdyn.data.latents import LatentDataset
+from tokdyn.data.opening import local_tars, open_source
 from tokdyn.data.ranges import LocalFile
 from tokdyn.data.remote.addresses import Address, is_address
 from tokdyn.data.remote.cache import open_files
 from tokdyn.data.remote.latents import RemoteLatents
 from tokdyn.data.remote.sources import default_cache, remote_tars
 from tokdyn.data.shapes import ShapesDataset
-from tokdyn.data.sources import INDEX, local_tars, open_source
+from tokdyn.data.sources import INDEX
 from tokdyn.data.tars.latents import TarLatents
 from tokdyn.errors import DataError
 from tokdyn.files import user_path

@@ -17,7 +17,8 @@ from PIL import Image
 
 from tokdyn.data.classes import class_folders
 from tokdyn.data.decode import decode, fit
-from tokdyn.data.sources import Labelled, Source, open_source
+from tokdyn.data.opening import open_source
+from tokdyn.data.sources import Labelled, Source
 from tokdyn.errors import DataError
 from tokdyn.evaluate.npz import IMAGES, NpzImages, npz_keys, open_npz_images
 from tokdyn.reading import open_archive

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokdyn.data.classes import class_folders
-from tokdyn.data.sources import EXTENSIONS, Labelled, Source, open_source
+from tokdyn.data.opening import open_source
+from tokdyn.data.sources import EXTENSIONS, Labelled, Source
 from tokdyn.errors import DataError, RecipeError
 from tokdyn.files import unused, user_path
 from tokdyn.recipe import yaml_text

@@ -23,7 +23,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tokdyn.data.remote.addresses import Address
-from tokdyn.data.remote.store import Facts, facts, in_parallel, read
+from tokdyn.data.remote.facts import Facts
+from tokdyn.data.remote.store import facts, in_parallel, read
 from tokdyn.errors import DataError
 from tokdyn.files import require_folder
 

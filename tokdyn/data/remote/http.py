@@ -7,7 +7,7 @@ from http.client import HTTPResponse
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from tokdyn.data.remote.store import Facts, FinalError
+from tokdyn.data.remote.facts import Facts, FinalError
 
 _TIMEOUT = 30.0  # seconds without a byte after which a connection is given up
 _LATER = frozenset({408, 425, 429, *range(500, 600)})  # answers that say that a later try may succeed

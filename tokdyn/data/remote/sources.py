@@ -15,6 +15,7 @@ from tokdyn.data.remote.ahead import ReadAhead
 from tokdyn.data.remote.cache import CachedFile, Range, bring, open_files
 from tokdyn.data.remote.store import names
 from tokdyn.data.sources import TAR, Source, ZipSource
+from tokdyn.data.tars.source import TarSource
 from tokdyn.errors import DataError
 from tokdyn.limits import ARCHIVE_ENTRIES, SHARDS
 from tokdyn.reading import one_line, require_size
@@ -29,11 +30,9 @@ def default_cache() -> Path:
 
 
 def open_remote_source(address: Address, cache: Path | None, cache_limit: int) -> Source:
-    """Open remote images; see `tokdyn.data.sources.open_source`."""
+    """Open remote images; see `tokdyn.data.opening.open_source`."""
     folder = cache or default_cache()
     if tars := remote_tars(address):
-        from tokdyn.data.tars.source import TarSource
-
         return TarSource(address, open_files(tars, folder, cache_limit))
     path, dot, inner = str(address.url).partition(".zip")
     if dot and (not inner or inner[0] in "/?"):

@@ -6,10 +6,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from tokdyn.data.remote.addresses import PACKAGES, Address
+from tokdyn.data.remote.facts import Facts, FinalError
 from tokdyn.errors import DataError
 from tokdyn.reading import one_line
 
@@ -19,23 +19,6 @@ _PAUSE = 0.5  # seconds before the second try; doubled before each of the others
 _AT_ONCE = 16  # requests of one process
 _VERSION = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 _jitter = random.SystemRandom()  # Python's own generator belongs to the run
-
-
-class FinalError(Exception):
-    """Raised for what another try does not change. Its text goes on after the address."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a store says of a file.
-
-    Attributes:
-        size: in bytes.
-        version: changes with the content; "" if the store does not say.
-    """
-
-    size: int
-    version: str
 
 
 class Store(Protocol):
