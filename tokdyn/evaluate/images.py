@@ -107,7 +107,7 @@ class ImageFiles:
     @property
     def path(self) -> Path:
         """Path of the folder or zip."""
-        return self.source.path
+        return Path(self.source.path)
 
     def __len__(self) -> int:
         """Number of files."""
