@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from . import output
-from .frame import command, group
+from .frame import command, group, team_of
 from .output import Json, as_json
 from .settings import check_model, check_stacks, is_of_pipeline, read
 
@@ -161,6 +161,7 @@ def speed(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str:
     app,
     "quality",
     words=["[MODEL]"],
+    together=True,
     settings=_quality_settings,
     main=["model", "out", "count", "steps", "guidance", "held_out", "reference", "extractor", "rounds", "device"],
     of_pipelines=_pipeline_settings,
@@ -178,8 +179,8 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str
     compared with the first one. On a pipeline of diffusers, prompts are drawn without methods and with each stack, and
     the page shows the pairs side by side.
     """
-    if is_of_pipeline(ctx.args):
-        return _pipeline(ctx.args, stack, json, timed=False)
+    if is_of_pipeline(ctx.args):  # pairs are timed in turn, so one process draws them
+        return _pipeline(ctx.args, stack, json, timed=False) if team_of(ctx).first else ""
     from tokdyn.bench.settings import QualityConfig
 
     config = read(ctx.args, QualityConfig, ["model"])
@@ -189,7 +190,9 @@ def quality(ctx: typer.Context, stack: Stacks = None, json: Json = False) -> str
     from tokdyn.bench.quality_page import columns, write_page
     from tokdyn.bench.stacks import read_stacks
 
-    result = bench_quality(config, read_stacks(stack or ["{name: plain}"]))
+    result = bench_quality(config, read_stacks(stack or ["{name: plain}"]), team_of(ctx))
+    if not team_of(ctx).first:
+        return ""
     files = write_page(config, result)
     if json:
         typer.echo(files[0].read_text(encoding="utf-8").rstrip())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .frame import command
+from .frame import command, team_of
 from .output import Json, shell, table
 from .settings import read
 
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
         app,
         "eval",
         words=["GENERATED", "[REFERENCE]"],
+        together=True,
         settings=_settings,
         main=["generated", "reference", "metrics", "extractor", "limit", "batch_size", "cache", "out", "device"],
         examples=[
@@ -43,7 +44,7 @@ def register(app: typer.Typer) -> None:
             require_path(path)
         from tokdyn.evaluate import evaluate
 
-        result = evaluate(config)
+        result = evaluate(config, team_of(ctx))
         following = shell("tokdyn", "bench", "quality", "RUN", config.reference and f"reference={config.reference}")
         if json:
             typer.echo(result.to_json())

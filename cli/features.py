@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import typer
 
-from .frame import command
+from .frame import command, team_of
 from .output import Json, as_json, pairs, shell
 from .settings import read
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         app,
         "features",
         words=["PATH"],
+        together=True,
         settings=_settings,
         main=["path", "vae", "out", "size", "flip", "num_classes", "on_error", "dtype", "batch_size", "device"],
         examples=["tokdyn features imagenet/train vae=stabilityai/sd-vae-ft-ema out=latents size=256 --flip"],
@@ -39,7 +40,7 @@ def register(app: typer.Typer) -> None:
             require_path(user_path(config.path))
         from tokdyn.data import write_features
 
-        report = write_features(config)
+        report = write_features(config, team=team_of(ctx))
         sizes = [f"data.path={report.out}", f"data.size={report.shape[1]}x{report.shape[2]}", "data.num_classes=null"]
         following = shell("tokdyn", "train", "imagenet/dc-dit-s-256", *sizes, "--dry-run")
         if json:

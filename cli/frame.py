@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
@@ -19,6 +21,8 @@ from . import pages
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+    from tokdyn.team import Team
 
 HELP = ["-h", "--help"]
 HELP_ALL = "--help-all"
@@ -40,6 +44,8 @@ class Command(TyperCommand):
         of_pipelines: the same for the settings that the command has when it is given a pipeline; None if it takes none.
         shown: keys of the settings that --help explains; --help-all explains all of them.
         examples: command lines that the help shows.
+        together: whether processes that torchrun or accelerate have started share the work of the command; its function
+            gets them from `team_of`.
     """
 
     words: ClassVar[tuple[str, ...]] = ()
@@ -47,6 +53,7 @@ class Command(TyperCommand):
     of_pipelines: ClassVar[Any] = None
     shown: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ()
+    together: ClassVar[bool] = False
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the arguments; with --help-all print the whole help and exit."""
@@ -56,25 +63,44 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> None:
-        """Run the command; a TokdynError or an error of the system exits with code 2, Ctrl-C with 130."""
+        """Run the command; a TokdynError or an error of the system exits with code 2, Ctrl-C with 130.
+
+        Of several processes that share the work, the first one says it for all of them.
+        """
+
+        def say(text: str) -> None:
+            if ctx.obj is None or ctx.obj.speaks:
+                typer.echo(text, err=True)
+
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self._joined(ctx):
                 warnings.showwarning = _print_warning
                 following = super().invoke(ctx)
         except TokdynError as error:
-            typer.echo(f"{ctx.command_path}: {printable(str(error))}", err=True)
+            say(f"{ctx.command_path}: {printable(str(error))}")
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
             if error.errno in (None, errno.EPIPE):  # not an error of the system, or the reader of a pipe has closed it
                 raise
             place = "" if error.filename is None else f"{error.filename}: "
-            typer.echo(f"{ctx.command_path}: {printable(f'{place}{error.strerror}')}.", err=True)
+            say(f"{ctx.command_path}: {printable(f'{place}{error.strerror}')}.")
             raise typer.Exit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as stop:
-            typer.echo("Interrupted.", err=True)
+            say("Interrupted.")
             raise typer.Exit(EXIT_INTERRUPTED) from stop
         if following and not ctx.params.get("json"):
-            typer.echo(f"Next: {following}", err=True)
+            say(f"Next: {following}")
+
+    @contextmanager
+    def _joined(self, ctx: Any) -> Iterator[None]:
+        """Join the other processes, if the command is one that is shared; a context manager."""
+        if not (self.together and "WORLD_SIZE" in os.environ):  # one process says what is wrong before torch is loaded
+            yield
+            return
+        from tokdyn.team import joining
+
+        with joining() as ctx.obj:
+            yield
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the parts of the usage line: positional words, settings, options."""
@@ -137,6 +163,13 @@ class Group(TyperGroup):
         return "\n".join(lines)
 
 
+def team_of(ctx: Any) -> Team:
+    """Return the processes that share the work of a command."""
+    from tokdyn.team import ALONE
+
+    return ctx.obj or ALONE
+
+
 def _summary(command: Any) -> str:
     """Return the first sentence of the help of a command, without its full stop."""
     return str(inspect.cleandoc(command.help or "").partition("\n")[0].rstrip("."))
@@ -162,6 +195,7 @@ def command(
     of_pipelines: Callable[[], type[BaseModel]] | None = None,
     main: Iterable[str] = (),
     examples: Iterable[str] = (),
+    together: bool = False,
 ) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
     """Return a decorator that adds a function to an app as a command.
 
@@ -176,6 +210,7 @@ def command(
         of_pipelines: the same for the settings that the command has when it is given a pipeline.
         main: keys of the settings that --help explains; empty for all of them.
         examples: command lines for the help; --help shows the first three.
+        together: whether processes that torchrun or accelerate have started share its work.
     """
     members = {
         "words": tuple(words),
@@ -183,6 +218,7 @@ def command(
         "of_pipelines": staticmethod(of_pipelines) if of_pipelines else None,
         "shown": tuple(main),
         "examples": tuple(examples),
+        "together": together,
     }
     return app.command(name, cls=type("Command", (Command,), members), context_settings=CONTEXT)
 

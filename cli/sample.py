@@ -9,7 +9,7 @@ import typer
 from tokdyn.progress import in_ms
 
 from .arguments import split
-from .frame import command
+from .frame import command, team_of
 from .output import Json, as_json, shell, table
 from .settings import check_model, flags, is_of_pipeline, read
 
@@ -69,6 +69,7 @@ def register(app: typer.Typer) -> None:
             "device",
         ],
         of_pipelines=_pipeline_settings,
+        together=True,
         examples=[
             "tokdyn sample runs/demo steps=25 guidance=2",
             "tokdyn sample runs/demo tail_drop=0,0.3,0.6 --maps out=budgets",
@@ -88,12 +89,12 @@ def register(app: typer.Typer) -> None:
         from tokdyn.sample import SampleConfig
 
         if is_of_pipeline(ctx.args):
-            return _pipeline(ctx.args, json)
+            return _pipeline(ctx, json)
         config = read(ctx.args, SampleConfig, ["model"])
         check_model(config.model)
         from tokdyn.sample import sample
 
-        result = sample(config)
+        result = sample(config, team_of(ctx))
         if json:
             typer.echo(result.model_dump_json(indent=2))
         else:
@@ -109,15 +110,15 @@ def register(app: typer.Typer) -> None:
         return shell("tokdyn", "tune", config.model, "flops=0.6", f"steps={config.steps}")
 
 
-def _pipeline(args: list[str], json: bool) -> str:
+def _pipeline(ctx: typer.Context, json: bool) -> str:
     """Draw prompts with a pipeline, print times and costs, and return the command to try next."""
     from dataclasses import asdict
 
     from tokdyn.sample.config import PipelineSampleConfig
     from tokdyn.sample.pipeline import sample_pipeline
 
-    config = read(args, PipelineSampleConfig, ["model"])
-    result = sample_pipeline(config)
+    config = read(ctx.args, PipelineSampleConfig, ["model"])
+    result = sample_pipeline(config, team_of(ctx))
     target = ("calibrate", config.model, "method=cache", "cache_steps=0.6") if config.methods is None else (
         "tune", config.model, "flops=0.5"
     )  # fmt: skip

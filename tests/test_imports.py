@@ -19,7 +19,7 @@ LAYERS = [
     ["image_files", "yaml_loading"],
     ["files", "host", "hub", "lazy", "method_names", "progress", "section", "seeds"],
     ["draws", "ownership", "prompts", "tokens"],
-    ["division"],
+    ["division", "team"],
     ["ops"],
     ["methods"],
     ["presets"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tokdyn.host import open_device, product_type, settle_memory
 from tokdyn.progress import progress
 from tokdyn.report.pareto import ParetoPoint, frontier
 from tokdyn.sample import SampleConfig, sample
+from tokdyn.team import ALONE, Team
 
 _BATCH = 100  # images that are compared at once
 _RUN_FOLDERS = frozenset({"model", "ema", "checkpoints"})  # folders inside that of a run
@@ -109,7 +111,7 @@ class QualityResult:
     machine: dict[str, Any]
 
 
-def bench_quality(config: QualityConfig, stacks: Sequence[Stack]) -> QualityResult:
+def bench_quality(config: QualityConfig, stacks: Sequence[Stack], team: Team = ALONE) -> QualityResult:
     """Draw images from the same seeds with every stack, and measure them.
 
     The images are written to `config.out`; `tokdyn.bench.quality_page.write_page` writes the table and the plots.
@@ -117,6 +119,8 @@ def bench_quality(config: QualityConfig, stacks: Sequence[Stack]) -> QualityResu
     Args:
         config: what to measure.
         stacks: one stack or more; the first is the one that the others are compared with.
+        team: processes that call this function with the same arguments, and share all work but that which is timed. The
+            measurements are those of one process, in all of them.
 
     Raises:
         TokdynError: there are no stacks, a stack cannot be opened, or a setting is not possible with it.
@@ -128,28 +132,39 @@ def bench_quality(config: QualityConfig, stacks: Sequence[Stack]) -> QualityResu
     opened = [open_stack(stack, config.model, config.ema) for stack in stacks]
     if config.held_out is not None:
         _check_held_out(opened)
-    places = [config.out / f"{number:02d}" for number in range(len(stacks))]
-    rows = [_draw(config, each, place) for each, place in zip(opened, places, strict=True)]
+    given = [stack.model_dump(mode="json") for stack in stacks]
+    team.agree("stack or other settings", [config.model_dump(mode="json"), given])
+    with team.owning(config.out):
+        return _measured(config, opened, team)
+
+
+def _measured(config: QualityConfig, opened: Sequence[Opened], team: Team) -> QualityResult:
+    """Draw and measure the images of opened stacks."""
+    places = [config.out / f"{number:02d}" for number in range(len(opened))]
+    rows = [_draw(config, each, place, team) for each, place in zip(opened, places, strict=True)]
     if config.held_out is not None:
-        rows = [_add_held_out(config, each, row) for each, row in zip(opened, rows, strict=True)]
-    rows = [_add_fidelity(row, place, places[0]) for row, place in zip(rows, places, strict=True)]
+        rows = [_add_held_out(config, each, row, team) for each, row in zip(opened, rows, strict=True)]
+    rows = [_add_fidelity(row, place, places[0], team) for row, place in zip(rows, places, strict=True)]
     if config.extractor is not None:
-        rows = _add_feature_distances(config, rows, places)
+        rows = _add_feature_distances(config, rows, places, team)
     if config.rounds:
-        rows = _add_times(config, opened, rows)
+        rows = _add_times(config, opened, rows, team)
     rows = [_add_savings(row, rows[0]) for row in rows]
     quality = _ranking_measurement(rows)
     if quality is not None:
         rows = _mark_front(rows, quality)
-    return QualityResult(tuple(rows), quality, tuple(places), timing.machine())
+    return QualityResult(tuple(rows), quality, tuple(places), team.described(timing.machine()))
 
 
-def _draw(config: QualityConfig, opened: Opened, place: Path) -> QualityRow:
+def _draw(config: QualityConfig, opened: Opened, place: Path, team: Team) -> QualityRow:
     """Draw the images of one stack into a folder, and return their cost."""
     stack, methods_folder = opened.stack, None
     attachment = attachment_of(opened.model)
     if attachment is not None and attachment.methods:
-        methods_folder = save(opened.model, place / "methods")
+        methods_folder = place / "methods"
+        with team.after_first():
+            if team.first:
+                save(opened.model, methods_folder)
     settings = SampleConfig(
         model=str(opened.info.path),
         out=place,
@@ -169,7 +184,7 @@ def _draw(config: QualityConfig, opened: Opened, place: Path) -> QualityRow:
         precision=config.precision,
         device=config.device,
     )
-    budget = sample(settings).budgets[0]
+    budget = sample(settings, team).budgets[0]
     return QualityRow(
         name=stack.name,
         model=str(opened.info.path),
@@ -189,7 +204,7 @@ def _check_held_out(opened: Sequence[Opened]) -> None:
             )
 
 
-def _add_held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> QualityRow:
+def _add_held_out(config: QualityConfig, opened: Opened, row: QualityRow, team: Team) -> QualityRow:
     """Add the held-out loss to a row, unless a method reuses results of the step before, such as FeatureCache."""
     attachment = attachment_of(opened.model)
     if attachment is not None and attachment.remembers:
@@ -198,25 +213,25 @@ def _add_held_out(config: QualityConfig, opened: Opened, row: QualityRow) -> Qua
     data = open_data(opened.info.data.model_copy(update={"path": str(config.held_out), "flip": False}))
     opened.model.to(open_device(config.device))
     result = held_out_loss(
-        opened.model, opened.objective, data, images=config.held_out_count, tail_drop=opened.stack.tail_drop
+        opened.model, opened.objective, data, images=config.held_out_count, tail_drop=opened.stack.tail_drop, team=team
     )
     return replace(row, held_out=result.loss, held_out_error=result.spread, by_level=result.by_level)
 
 
-def _add_fidelity(row: QualityRow, place: Path, first: Path) -> QualityRow:
+def _add_fidelity(row: QualityRow, place: Path, first: Path, team: Team) -> QualityRow:
     """Add PSNR and SSIM to the images of the first stack; a row of the first stack itself is returned unchanged."""
     if place == first:
         return row
     images, references = open_images(place), open_images(first)
-    psnrs, ssims = [], []
-    for start in range(0, len(images), _BATCH):
-        part = range(start, min(start + _BATCH, len(images)))
+    parts = [range(start, min(start + _BATCH, len(images))) for start in range(0, len(images), _BATCH)]
+    found = []
+    for part in team.share(parts):
         batch, reference = _pixels(images, part), _pixels(references, part)
-        psnrs.append(psnr(batch, reference))
-        if min(batch.shape[-2:]) >= WINDOW:
-            ssims.append(ssim(batch, reference))
-    similarity = torch.cat(ssims).mean().item() if ssims else None
-    return replace(row, psnr=torch.cat(psnrs).mean().item(), ssim=similarity)
+        similar = ssim(batch, reference).tolist() if min(batch.shape[-2:]) >= WINDOW else []
+        found.append([psnr(batch, reference).tolist(), similar])
+    psnrs, ssims = zip(*team.in_order(team.exchange(found)), strict=True)
+    ratios, similarities = (torch.tensor(list(chain(*each)), dtype=torch.float64) for each in (psnrs, ssims))
+    return replace(row, psnr=ratios.mean().item(), ssim=similarities.mean().item() if len(similarities) else None)
 
 
 def _pixels(images: ImageSet, part: range) -> Tensor:
@@ -228,7 +243,7 @@ def _pixels(images: ImageSet, part: range) -> Tensor:
 
 
 def _add_feature_distances(
-    config: QualityConfig, rows: Sequence[QualityRow], places: Sequence[Path]
+    config: QualityConfig, rows: Sequence[QualityRow], places: Sequence[Path], team: Team
 ) -> list[QualityRow]:
     """Add feature distances to the first stack's images and, if there is a reference, the metrics of `tokdyn eval`."""
     settings: dict[str, Any] = {"extractor": config.extractor, "device": config.device, "reference": config.reference}
@@ -237,24 +252,44 @@ def _add_feature_distances(
     measured, first, extractor = [], None, None
     for row, place in zip(rows, places, strict=True):
         evaluation = EvalConfig(generated=place, **settings)
-        extractor = extractor or open_extractor(evaluation)
-        features = _features(extractor, evaluation, place)
+        if extractor is None:
+            with team.after_first():
+                extractor = open_extractor(evaluation)
+        features = _features(extractor, evaluation, place, team)
         first = features if first is None else first
-        distance = None if first is features else feature_distance(features, first)
-        values = evaluate(evaluation).values if config.reference is not None else None
-        measured.append(replace(row, feature_distance=distance, values=values))
+        distance = None
+        if features is not None and first is not None and features is not first:
+            distance = feature_distance(features, first)
+        values = evaluate(evaluation, team).values if config.reference is not None else None
+        measured.append(replace(row, feature_distance=team.from_first(distance), values=values))
     return measured
 
 
-def _features(extractor: Extractor, config: EvalConfig, place: Path) -> Tensor:
-    """Return the features (N, F) of the images in a folder."""
+def _features(extractor: Extractor, config: EvalConfig, place: Path, team: Team) -> Tensor | None:
+    """Return the features (N, F) of the images in a folder; None outside the first process."""
     images = open_images(place)
-    with progress(f"features of {place.name}", len(images)) as advance:
-        return extract(images, np.arange(len(images)), extractor, config.batch_size, "raise", advance).features
+    title = f"features of {place.name}"
+    extracted = extract(title, images, np.arange(len(images)), extractor, config.batch_size, "raise", team)
+    return None if extracted is None else extracted.features
 
 
-def _add_times(config: QualityConfig, opened: Sequence[Opened], rows: Sequence[QualityRow]) -> list[QualityRow]:
-    """Add times: all stacks draw a batch with the same labels and seeds, in turn."""
+def _add_times(
+    config: QualityConfig, opened: Sequence[Opened], rows: Sequence[QualityRow], team: Team
+) -> list[QualityRow]:
+    """Add times: all stacks draw a batch with the same labels and seeds, in turn, in the first process alone."""
+    times = team.from_first(_times(config, opened) if team.first else None)
+    return [
+        replace(
+            row,
+            milliseconds=time["median_ms"] / config.timed,
+            spread=(time["max_ms"] - time["min_ms"]) / time["median_ms"],
+        )
+        for row, time in zip(rows, times, strict=True)
+    ]
+
+
+def _times(config: QualityConfig, opened: Sequence[Opened]) -> list[dict[str, float]]:
+    """Time each stack, on a batch with the same labels and seeds, in turn."""
     device = open_device(config.device)
     dtype, labels = product_type(config.precision, device), opened[0].labels(config.timed)
     seeds = [config.seed + number for number in range(config.timed)]
@@ -271,15 +306,7 @@ def _add_times(config: QualityConfig, opened: Sequence[Opened], rows: Sequence[Q
         for each in opened:
             each.model.to(device)
         draws = {str(number): partial(draw, each) for number, each in enumerate(opened)}
-        times = timing.in_turn(draws, rounds=config.rounds, warmup=1)
-    return [
-        replace(
-            row,
-            milliseconds=time["median_ms"] / config.timed,
-            spread=(time["max_ms"] - time["min_ms"]) / time["median_ms"],
-        )
-        for row, time in zip(rows, times.values(), strict=True)
-    ]
+        return list(timing.in_turn(draws, rounds=config.rounds, warmup=1).values())
 
 
 def _add_savings(row: QualityRow, first: QualityRow) -> QualityRow:

@@ -34,6 +34,7 @@ from tokdyn.errors import DataError
 from tokdyn.files import require_folder, user_path
 from tokdyn.host import open_device, settle_memory
 from tokdyn.progress import progress
+from tokdyn.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class FeaturesReport:
 
 
 def write_features(
-    config: FeaturesConfig, vae: nn.Module | None = None, dataset: Dataset | None = None
+    config: FeaturesConfig, vae: nn.Module | None = None, dataset: Dataset | None = None, team: Team = ALONE
 ) -> FeaturesReport:
     """Encode a data set into latents that `LatentDataset` reads.
 
@@ -71,18 +72,22 @@ def write_features(
         config: the settings.
         vae: autoencoder to use in place of `config.vae`; it keeps its device and dtype.
         dataset: images to encode in place of `config.data`.
+        team: processes that call this function with the same arguments, each of which writes a share of the shards.
+            The files are those that one process writes.
 
     Returns:
-        What was written.
+        What was written, the same in all processes.
 
     Raises:
         DataError: the images or the autoencoder cannot be used, or the folder holds other latents.
+        OutputError: the folder is in use, or cannot be written to.
     """
     settle_memory()
     folder = user_path(config.out)
     require_folder(folder)
     dataset = open_data(config.data) if dataset is None else dataset
-    vae, source = _autoencoder(config, vae)
+    with team.after_first():
+        vae, source = _autoencoder(config, vae)
     channels = cast(Any, vae).config.get("in_channels")
     if channels is not None and channels != dataset.shape[0]:
         raise DataError(
@@ -93,6 +98,35 @@ def write_features(
     starts = range(0, len(dataset), config.shard_size)
     parts = [range(start, min(start + config.shard_size, len(dataset))) for start in starts]
     paths = [folder / shard_name(number) for number in range(len(parts))]
+    team.agree("autoencoder, images or other settings", [config.model_dump(mode="json"), source.sha256, len(dataset)])
+    with team.owning(folder):
+        told: tuple[str, list[int]] = ("", [])
+        if team.first:
+            told = _begun(folder, paths, config, encoder, source, dataset)
+        fingerprint, complete = team.from_first(told)
+        missing = team.share(sorted(set(range(len(parts))) - set(complete)))
+        with progress(f"Encoding to {folder.name}", sum(len(parts[number]) for number in missing)) as advance:
+            settings = (config.batch_size, config.flip, config.workers)
+            for number, part in encode_parts(encoder, dataset, [parts[each] for each in missing], *settings, advance):
+                write_shard(paths[missing[number]], *part, fingerprint)
+        team.exchange(None)  # all shards are there
+        index = _index(paths, config, encoder, source, dataset, fingerprint)
+        if team.first:
+            write_index(folder, index)
+    return FeaturesReport(
+        folder, index.count, len(dataset) - index.count, index.shape, len(index.shards), len(complete),
+        sum(entry.size for entry in index.shards),
+    )  # fmt: skip
+
+
+def _begun(
+    folder: Path, paths: Sequence[Path], config: FeaturesConfig, encoder: Encoder, source: VaeIdentity, dataset: Dataset
+) -> tuple[str, list[int]]:
+    """Return the fingerprint of the latents, and the numbers of the shards that are complete.
+
+    Raises:
+        DataError: the folder holds other latents.
+    """
     fingerprint = _fingerprint(config, encoder, source, dataset.identity())
     named = {key: value for key, value in dataset.identity().items() if key != "content"}
     earlier = _fingerprint(config, encoder, source, named)  # of versions that looked at the names of files alone
@@ -103,17 +137,21 @@ def write_features(
             f"{folder} holds latents that were made from other images or settings: choose another out, or delete the "
             "folder."
         )
-    complete = {number for number, path in enumerate(paths) if _is_complete(path, config, fingerprint)}
-    with progress(f"Encoding to {folder.name}", len(dataset)) as advance:
-        advance(sum(len(parts[number]) for number in complete))
-        missing = [number for number in range(len(parts)) if number not in complete]
-        missing_parts = [parts[number] for number in missing]
-        settings = (config.batch_size, config.flip, config.workers)
-        for number, part in encode_parts(encoder, dataset, missing_parts, *settings, advance):
-            write_shard(paths[missing[number]], *part, fingerprint)
-    paths = [path for path in paths if path.exists()]  # a part without a readable image has no file
+    return fingerprint, [number for number, path in enumerate(paths) if _is_complete(path, config, fingerprint)]
+
+
+def _index(
+    paths: Sequence[Path],
+    config: FeaturesConfig,
+    encoder: Encoder,
+    source: VaeIdentity,
+    dataset: Dataset,
+    fingerprint: str,
+) -> LatentIndex:
+    """Return the index of the shards that were written; a part without a readable image has no file."""
+    paths = [path for path in paths if path.exists()]
     shards = [open_shard(path, config.dtype, config.flip, fingerprint) for path in paths]
-    index = LatentIndex(
+    return LatentIndex(
         fingerprint=fingerprint,
         count=sum(len(shard["labels"]) for shard in shards),
         shape=cast(tuple[int, int, int], tuple(shards[0]["latents"].shape[1:])),
@@ -130,11 +168,6 @@ def write_features(
             for path, shard in zip(paths, shards, strict=True)
         ),
     )
-    write_index(folder, index)
-    return FeaturesReport(
-        folder, index.count, len(dataset) - index.count, index.shape, len(shards), len(complete),
-        sum(entry.size for entry in index.shards),
-    )  # fmt: skip
 
 
 def _autoencoder(config: FeaturesConfig, vae: nn.Module | None) -> tuple[nn.Module, VaeIdentity]:

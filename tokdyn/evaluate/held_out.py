@@ -21,6 +21,7 @@ from tokdyn.diffusion.objective import Objective
 from tokdyn.errors import InputError
 from tokdyn.ops.schedules import Curve, at
 from tokdyn.progress import progress
+from tokdyn.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def held_out_loss(
     tail_drop: Curve = 0.0,
     bins: int = 10,
     seed: int = 0,
+    team: Team = ALONE,
 ) -> HeldOutLoss:
     """Compute the loss of a model on held-out images, with timesteps and noise that depend on the seed alone.
 
@@ -74,6 +76,8 @@ def held_out_loss(
             Other models ignore it.
         bins: number of bins of noise levels.
         seed: seed of timesteps and noise.
+        team: processes that call this function with the same arguments, each of which computes a share of the batches.
+            The result is that of one process, in all of them.
 
     Raises:
         InputError: there are fewer than two images.
@@ -87,30 +91,38 @@ def held_out_loss(
     indices = [index * len(dataset) // count for index in range(count)]
     device = next(model.parameters()).device
     routes = takes_tail_drop(model)
-    losses, levels, kept, training = [], [], [], model.training
+    parts = [(repeat, start) for repeat in range(repeats) for start in range(0, count, batch_size)]
+    mine = team.share(parts)
+    rows, training = [], model.training
     model.eval()
     try:
-        with torch.inference_mode(), progress("held-out loss", repeats * -(-count // batch_size)) as advance:
-            for repeat in range(repeats):
-                (generator,) = generators(seed + repeat, Purpose.HELD_OUT)
-                order = torch.randperm(count, generator=generator)
-                times = (order + torch.rand(count, generator=generator)) / count
-                for start in range(0, count, batch_size):
-                    part = indices[start : start + batch_size]
-                    x, labels = dataset.batch(part)
-                    noise = _noise(seed + repeat, part, x.shape[1:])
-                    timesteps = _timesteps(objective, times[start : start + batch_size])
-                    noised = objective.mix(x.to(device), noise.to(device), timesteps.to(device))
-                    options = {"tail_drop": _tail_drops(tail_drop, noised.level)} if routes else {}
-                    out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **options)
-                    losses.append(_error(objective, out.sample, noised).cpu())
-                    levels.append(noised.level.cpu())
-                    if getattr(out, "routing", None) is not None:
-                        kept.append((out.routing.kept.float() / out.routing.keep.shape[1]).cpu())
-                    advance(1)
+        with torch.inference_mode(), progress("held-out loss", len(mine)) as advance:
+            for repeat, start in mine:
+                times = _times(count, seed + repeat)
+                part = indices[start : start + batch_size]
+                x, labels = dataset.batch(part)
+                noise = _noise(seed + repeat, part, x.shape[1:])
+                timesteps = _timesteps(objective, times[start : start + batch_size])
+                noised = objective.mix(x.to(device), noise.to(device), timesteps.to(device))
+                options = {"tail_drop": _tail_drops(tail_drop, noised.level)} if routes else {}
+                out = model(noised.x_t, timestep=noised.timestep, class_labels=labels.to(device), **options)
+                columns = [_error(objective, out.sample, noised), noised.level]
+                if getattr(out, "routing", None) is not None:
+                    columns.append(out.routing.kept.float() / out.routing.keep.shape[1])
+                rows.append(torch.stack([column.cpu() for column in columns], dim=1).tolist())
+                advance(1)
     finally:
         model.train(training)
-    return _result(torch.cat(losses), torch.cat(levels), torch.cat(kept) if kept else None, bins, count, repeats)
+    told = team.in_order(team.exchange(rows))
+    losses, levels, *kept = torch.tensor([row for part in told for row in part]).T
+    return _result(losses, levels, kept[0] if kept else None, bins, count, repeats)
+
+
+def _times(count: int, seed: int) -> Tensor:
+    """Draw where in the range of timesteps, from 0 to 1, each of M images is (M,): one in each of M equal parts."""
+    (generator,) = generators(seed, Purpose.HELD_OUT)
+    order = torch.randperm(count, generator=generator)
+    return (order + torch.rand(count, generator=generator)) / count
 
 
 def _tail_drops(curve: Curve, levels: Tensor) -> float | Tensor:

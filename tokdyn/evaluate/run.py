@@ -20,6 +20,7 @@ from tokdyn.evaluate.measure import measure, measure_alone, reliability_warnings
 from tokdyn.evaluate.networks import open_extractor
 from tokdyn.evaluate.plan import Facts, plan
 from tokdyn.evaluate.reference import (
+    ImageReference,
     Reference,
     StatisticsReference,
     check_extractor,
@@ -30,13 +31,13 @@ from tokdyn.evaluate.result import EvalResult, versions
 from tokdyn.evaluate.statistics import Statistics
 from tokdyn.files import require_folder
 from tokdyn.host import describe, settle_memory
-from tokdyn.progress import progress
+from tokdyn.team import ALONE, Team
 
 COMPARING = {"frechet", "kid", "precision_recall"}
 RESULT_FILE = "evaluation.json"
 
 
-def evaluate(config: EvalConfig) -> EvalResult:
+def evaluate(config: EvalConfig, team: Team = ALONE) -> EvalResult:
     """Measure generated images, compared with a reference if there is one.
 
     Unsuitable inputs are refused at the start: the extractor is tried on one image before it runs on all. Images that
@@ -44,10 +45,13 @@ def evaluate(config: EvalConfig) -> EvalResult:
 
     Args:
         config: The settings.
+        team: Processes that call this function with the same settings. Each computes the features of a share of the
+            images, in the batches in which one process computes them; the first gathers the features and computes the
+            metrics, so that they are those of one process.
 
     Returns:
-        The metrics, with everything that is needed to repeat the evaluation. It is also written to
-        `config.out/evaluation.json` if `config.out` is set.
+        The metrics, with everything that is needed to repeat the evaluation, the same in all processes. It is also
+        written to `config.out/evaluation.json` if `config.out` is set.
 
     Raises:
         DataError: Images or statistics are missing, fewer than two images can be read, or the statistics are those of
@@ -63,18 +67,29 @@ def evaluate(config: EvalConfig) -> EvalResult:
         require_folder(config.cache.parent, "cache")
     generated = open_images(config.generated)
     reference = open_reference(config)
-    extractor = open_extractor(config)
+    with team.after_first():
+        extractor = open_extractor(config)
     indices = choose(len(generated), config.limit, config.seed)
     facts = _facts(config, generated, indices, reference, extractor)
     metrics, _ = plan(config, facts)
+    inputs = [facts.generated, facts.reference, facts.moments, facts.features, extractor.info.model_dump(mode="json")]
+    team.agree("input or other settings", [config.model_dump(mode="json"), inputs])
     opened = perf_counter()
 
-    extracted = _extract(config, "Generated", generated, indices, extractor)
+    extracted = extract("Generated images", generated, indices, extractor, config.batch_size, config.on_error, team)
     generated_done = perf_counter()
+    images: Extracted | None = None
+    if isinstance(reference, ImageReference) and (COMPARING & set(metrics) or config.cache is not None):
+        chosen = choose(len(reference.images), config.reference_limit, config.seed)
+        images = extract(
+            "Reference images", reference.images, chosen, extractor, config.batch_size, config.on_error, team
+        )
+    if extracted is None:
+        return EvalResult.model_validate(team.from_first(None))
     statistics: Statistics | None = None
-    unreadable: tuple[str, ...] = ()
     if reference is not None and (COMPARING & set(metrics) or config.cache is not None):
-        statistics, unreadable = _reference_statistics(config, reference, extractor)
+        statistics = _reference_statistics(config, reference, extractor, images)
+    unreadable = () if images is None else images.unreadable
     reference_done = perf_counter()
 
     metrics, left_out = plan(config, _readable(facts, extracted, statistics))
@@ -93,7 +108,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
         notes=(*left_out, *findings.notes),
         config=config,
         versions=versions(),
-        machine=describe(extractor.device),
+        machine=team.described(describe(extractor.device)),
         seconds={
             "opening": opened - started,
             "generated": generated_done - opened,
@@ -104,6 +119,7 @@ def evaluate(config: EvalConfig) -> EvalResult:
     )
     if config.out is not None:
         result.save(config.out / RESULT_FILE)
+    team.from_first(result.model_dump(mode="json"))
     return result
 
 
@@ -153,24 +169,19 @@ def _first_outputs(images: ImageSet, indices: NDArray[np.int64], extractor: Extr
     raise DataError(f"None of the images in {images.path} can be read: {error}")
 
 
-def _extract(
-    config: EvalConfig, title: str, images: ImageSet, indices: NDArray[np.int64], extractor: Extractor
-) -> Extracted:
-    """Run the extractor over the images, with a progress bar of that title."""
-    with progress(f"{title} images", len(indices)) as advance:
-        return extract(images, indices, extractor, config.batch_size, config.on_error, advance)
-
-
 def _reference_statistics(
-    config: EvalConfig, reference: Reference, extractor: Extractor
-) -> tuple[Statistics, tuple[str, ...]]:
-    """Return the statistics of the reference, and the error messages of images that could not be read.
+    config: EvalConfig, reference: Reference, extractor: Extractor, extracted: Extracted | None
+) -> Statistics:
+    """Return the statistics of the reference.
 
-    The extractor runs only if the reference consists of images.
+    Args:
+        config: The settings.
+        reference: The reference.
+        extractor: The network.
+        extracted: What it computed for the images of the reference; None if that consists of statistics.
     """
     if isinstance(reference, StatisticsReference):
-        return reference.statistics, ()
-    indices = choose(len(reference.images), config.reference_limit, config.seed)
-    extracted = _extract(config, "Reference", reference.images, indices, extractor)
+        return reference.statistics
+    assert extracted is not None
     values = measure_alone(config, extractor.info, extracted)
-    return measure_reference(config, reference, extractor.info, extracted, values), extracted.unreadable
+    return measure_reference(config, reference, extractor.info, extracted, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -40,6 +41,26 @@ class StepCost(BaseModel):
     uncond_kept: float | None
     gflops: float | None
     milliseconds: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of a batch that a process has sampled.
+
+    Attributes:
+        images: number of images.
+        costs: cost of each step, mean over the images.
+        records: the records of the steps; empty unless they are drawn.
+    """
+
+    images: int
+    costs: tuple[StepCost, ...]
+    records: tuple[StepRecord, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Time in the model and the scheduler."""
+        return sum(cost.milliseconds for cost in self.costs) * self.images / 1e3
 
 
 def step_costs(model: Any, records: Sequence[StepRecord], images: int) -> tuple[StepCost, ...]:

@@ -29,6 +29,7 @@ from tokdyn.prompts import images_of, title_of
 from tokdyn.report.grids import image_grid, on_cells
 from tokdyn.report.pixels import write_png
 from tokdyn.sample.config import PipelineSampleConfig
+from tokdyn.team import ALONE, Team
 
 RESULT, GRID = "sample.json", "grid.png"
 _MILLISECONDS = 80  # a frame of a video is shown
@@ -76,57 +77,94 @@ class PipelineSamples:
     table: str | None
 
 
-def sample_pipeline(config: PipelineSampleConfig) -> PipelineSamples:
+def sample_pipeline(config: PipelineSampleConfig, team: Team = ALONE) -> PipelineSamples:
     """Draw every prompt that has no picture in the folder yet.
+
+    Args:
+        config: the settings.
+        team: processes that call this function with the same settings, each of which draws a share of the prompts.
 
     Raises:
         TokdynError: the pipeline or the methods cannot be read, a setting does not fit, or the folder holds pictures
-            that were drawn with other settings.
+            that were drawn with other settings, or is in use.
     """
     settle_memory()
-    device = open_device(config.device)
+    open_device(config.device)  # refused before anything is read
     out = config.out or Path("samples") / Path(config.model).name
     require_folder(out)
     facts = config.model_dump(mode="json", exclude={"out", "device", "prompts"})
     facts["methods"] = None if config.methods is None else _content(config.methods)
-    known = _earlier(out, facts)
-    names = [_file_name(place, each) for place, each in enumerate(config.prompts)]
     wanted = [(_text(each), config.seed + place, _images(each)) for place, each in enumerate(config.prompts)]
-    missing = [
-        place
-        for place, which in enumerate(wanted)
-        if (before := known.get(place)) is None
-        or (before.prompt, before.seed, before.images) != which
-        or not (out / before.file).is_file()
-    ]
-    table = None
-    if missing:
+    team.agree("methods, prompts or other settings", [facts, str(config.out), [list(each) for each in wanted]])
+    with team.owning(out):
+        known = _earlier(out, facts) if team.first else {}
+        missing = [
+            place
+            for place, which in enumerate(wanted)
+            if (before := known.get(place)) is None
+            or (before.prompt, before.seed, before.images) != which
+            or not (out / before.file).is_file()
+        ]
+        missing = team.from_first(missing)
+        table = _draw_missing(config, team, out, facts, wanted, missing, known) if missing else None
+        drawn = [asdict(known[place]) for place in range(len(wanted))] if team.first else []
+        titles = tuple(map(title_of, config.prompts))
+        result = PipelineSamples(out, tuple(Drawn(**each) for each in team.from_first(drawn)), titles, table)
+        if team.first:
+            _overview(out, result.drawn, titles)
+    return result
+
+
+def _draw_missing(
+    config: PipelineSampleConfig,
+    team: Team,
+    out: Path,
+    facts: dict[str, Any],
+    wanted: Sequence[tuple[str, int, str | None]],
+    missing: Sequence[int],
+    known: dict[int, Drawn],
+) -> str | None:
+    """Draw the missing pictures, and return the statistics of the last call; None without methods.
+
+    Args:
+        config: the settings.
+        team: the processes; in each round, each of them draws one picture.
+        out: the folder to write to.
+        facts: the settings that decide about pictures, to be written.
+        wanted: text, seed and hash of the images of each prompt.
+        missing: places of the prompts to draw.
+        known: gets what was drawn, by the place of its prompt.
+    """
+    table, device = None, open_device(config.device)
+    with team.after_first():
         pipe = open_pipeline(config.model, device, config.precision)
-        if config.methods is not None:
-            load(pipe, config.methods)
-        if config.tail_drop is not None:
-            set_tail_drop(pipe, config.tail_drop)
-        calls = call_arguments(pipe, config)
-        with progress("pictures", len(missing)) as advance:
-            for place in missing:
+    if config.methods is not None:
+        load(pipe, config.methods)
+    if config.tail_drop is not None:
+        set_tail_drop(pipe, config.tail_drop)
+    calls = call_arguments(pipe, config)
+    with progress("pictures", len(team.share(missing))) as advance:
+        for number, place in enumerate(team.rounds(missing)):
+            drawn = None
+            if place is not None:
                 start = time.perf_counter()
                 pixels = draw(pipe, calls[place], config.seed + place)
                 seconds = time.perf_counter() - start
-                file = _write(out / names[place], pixels)
+                file = _write(out / _file_name(place, config.prompts[place]), pixels)
                 prompt, seed, images = wanted[place]
-                known[place] = Drawn(prompt, seed, file, seconds, images=images)
+                drawn = Drawn(prompt, seed, file, seconds, images=images)
                 if config.methods is not None:
                     found = stats(pipe)
-                    known[place] = replace(
-                        known[place], denoiser_seconds=found.seconds, cached=found.cached, share=found.share
-                    )
+                    drawn = replace(drawn, denoiser_seconds=found.seconds, cached=found.cached, share=found.share)
                     table = str(found)
-                _save(out, facts, known, describe(device))
                 advance(1)
-    drawn = tuple(known[place] for place in range(len(wanted)))
-    titles = tuple(map(title_of, config.prompts))
-    _overview(out, drawn, titles)
-    return PipelineSamples(out, drawn, titles, table)
+            told = team.exchange(None if drawn is None else asdict(drawn))
+            known.update(
+                {at: Drawn(**each) for at, each in zip(missing[number * team.count :], told, strict=False) if each}
+            )
+            if team.first:
+                _save(out, facts, known, describe(device))
+    return table
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tokdyn.files import replacing
 from tokdyn.sample.config import SampleConfig
-from tokdyn.sample.costs import StepCost, mean_kept, merge_costs
+from tokdyn.sample.costs import Batch, StepCost, mean_kept, merge_costs
 
 
 class _Frozen(BaseModel):
@@ -26,7 +26,8 @@ class BudgetResult(_Frozen):
         made: number of images that this job sampled.
         measured: number of images that `kept`, `tflops_per_image` and `steps` are means over. In a resumed folder,
             images of earlier jobs that sample.json lists are included; an image that was sampled twice counts twice.
-        seconds: time that this job spent in the model and the scheduler.
+        seconds: time that this job spent in the model and the scheduler; of several processes that sample at the same
+            time, the slowest counts.
         images_per_second: images that this job sampled per second of that time; None if it sampled none.
         kept: mean kept share over steps, images and branches; None for a model that computes every token.
         tflops_per_image: 1e12 FLOPs of all steps and branches, methods included; a multiply-add is 2 FLOPs. None if
@@ -46,23 +47,26 @@ class BudgetResult(_Frozen):
     steps: tuple[StepCost, ...] = ()
     files: tuple[Path, ...] = ()
 
-    def with_batch(self, costs: Sequence[StepCost], images: int) -> BudgetResult:
-        """Return a copy of this result to which one more batch is added.
+    def with_batches(self, batches: Sequence[Batch]) -> BudgetResult:
+        """Return a copy of this result to which the batches are added that several processes sampled at the same time.
 
         Args:
-            costs: cost of each step of the batch, from `step_costs`.
-            images: number of images in the batch.
+            batches: the batches, one or more; the slowest counts for the time that was spent.
         """
-        steps = merge_costs(self.steps, self.measured, costs, images)
+        steps, measured = self.steps, self.measured
+        for batch in batches:
+            steps = merge_costs(steps, measured, batch.costs, batch.images)
+            measured += batch.images
+        made = self.made + measured - self.measured
         gflops = [cost.gflops for cost in steps if cost.gflops is not None]
-        seconds = self.seconds + sum(cost.milliseconds for cost in costs) * images / 1e3
+        seconds = self.seconds + max(batch.seconds for batch in batches)
         return BudgetResult(
             tail_drop=self.tail_drop,
-            images=self.images + images,
-            made=self.made + images,
-            measured=self.measured + images,
+            images=self.images + made - self.made,
+            made=made,
+            measured=measured,
             seconds=seconds,
-            images_per_second=(self.made + images) / seconds,
+            images_per_second=made / seconds,
             kept=mean_kept(steps),
             tflops_per_image=None if len(gflops) < len(steps) else sum(gflops) / 1e3,
             steps=steps,

@@ -1,8 +1,12 @@
-"""Run a sampling job: sample the images with each tail drop, batch by batch, then draw the maps and overviews."""
+"""Run a sampling job: sample the images with each tail drop, batch by batch, then draw the maps and overviews.
+
+A job can be shared by several processes (`tokdyn.team`). The first one writes what is not one image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from time import perf_counter
 
@@ -19,18 +23,18 @@ from tokdyn.report.maps import MapRecorder, draw_maps
 from tokdyn.report.pixels import Pixels, write_png
 from tokdyn.report.trajectory import Trajectory, draw_trajectory, join_batches
 from tokdyn.sample.config import SampleConfig
-from tokdyn.sample.costs import step_costs
-from tokdyn.sample.drawing import draw
 from tokdyn.sample.identity import RESULT, earlier_budgets, identity
 from tokdyn.sample.job import Job, prepare
 from tokdyn.sample.result import BudgetResult, SampleResult
+from tokdyn.sample.rounds import batches_of, rounds
 from tokdyn.sample.sinks import FolderSink, GridSink, NpzSink, Sink
+from tokdyn.team import ALONE, Team
 
 _MAPS = "maps.png"
 _SIDE_BY_SIDE = 8  # images in the picture that compares budgets
 
 
-def sample(config: SampleConfig) -> SampleResult:
+def sample(config: SampleConfig, team: Team = ALONE) -> SampleResult:
     """Sample images and write them to the folder `config.out`, with the result in sample.json.
 
     By `config.format`, the images are in `grid.png`, `images/` or `samples.npz`; if there are several tail drops, each
@@ -38,69 +42,87 @@ def sample(config: SampleConfig) -> SampleResult:
     `out`. If there are several grids, `budgets.png` in `out` compares them. With format=folder, images that exist are
     kept and only missing ones are sampled.
 
+    Args:
+        config: the settings.
+        team: processes that call this function with the same settings, each of which samples a share of the batches.
+            The files are those that one process writes.
+
+    Returns:
+        The result, the same in all processes.
+
     Raises:
-        TokdynError: the model cannot be read, a setting is not possible with it, or the folder holds other images.
+        TokdynError: the model cannot be read, a setting is not possible with it, or the folder holds other images or is
+            in use.
     """
     began = perf_counter()
     settle_memory()
     job = prepare(config)
-    deciding, budgets = {}, {}
-    if config.format == "folder":
-        deciding = identity(job)
-        budgets = earlier_budgets(job.out, deciding)
+    resumable = config.format == "folder"
+    deciding = identity(job) if resumable or team.count > 1 else {}
+    team.agree("model or other settings", [config.model_dump(mode="json"), deciding])
     result = SampleResult(
         settings=config,
-        identity=deciding,
+        identity=deciding if resumable else {},
         model=job.described(),
         used=job.used(),
         budgets=(),
         files=(),
         seconds=0.0,
-        machine=describe(job.device),
+        machine=team.described(describe(job.device)),
     )
+    with team.owning(job.out):
+        result = _sample_budgets(job, team, result)
+        if team.first:
+            result = result.model_copy(update={"seconds": perf_counter() - began})
+            result.save(job.out / RESULT)
+        found = team.from_first(result.model_dump(mode="json"))
+    return result if team.first else SampleResult.model_validate(found)
+
+
+def _sample_budgets(job: Job, team: Team, result: SampleResult) -> SampleResult:
+    """Sample the missing images of all tail drops, and return the result; outside the first process without costs."""
+    config, resumable = job.config, job.config.format == "folder"
+    budgets = earlier_budgets(job.out, result.identity) if resumable and team.first else {}
 
     def record(budget: BudgetResult) -> None:
         """Keep a result; for a folder of images, also write it to sample.json, so that the job can be resumed."""
         budgets[budget.tail_drop] = budget
-        if config.format == "folder":
+        if resumable and team.first:
             result.model_copy(update={"budgets": tuple(budgets.values())}).save(job.out / RESULT)
 
     sinks = {drop: _sink(job, _folder(job, drop)) for drop in config.tail_drop}
-    for drop, sink in sinks.items():
-        if config.maps and not sink.missing() and not (_folder(job, drop) / _MAPS).is_file():
+    missing: list[list[int]] = team.from_first([sink.missing() for sink in sinks.values()])
+    for drop, numbers in zip(sinks, missing, strict=True):
+        if team.first and config.maps and not numbers and not (_folder(job, drop) / _MAPS).is_file():
             raise RecipeError(
                 f"All images of {_folder(job, drop)} exist already, so there is no trajectory to draw maps of: choose "
                 "another out, or leave maps off."
             )
-    batches = sum(-(-len(sink.missing()) // config.batch_size) for sink in sinks.values())
+    batches = [batches_of(numbers, config.batch_size) for numbers in missing]
     trajectories = []
-    with progress("sampling", batches * config.steps) as advance:
-        for drop, sink in sinks.items():
+    with progress("sampling", sum(len(team.share(each)) for each in batches) * config.steps) as advance:
+        for (drop, sink), numbers, parts in zip(sinks.items(), missing, batches, strict=True):
             start = budgets.get(drop) or BudgetResult(tail_drop=drop)
-            existing = config.count - len(sink.missing())
+            existing = config.count - len(numbers)
             start = start.model_copy(update={"images": existing, "made": 0, "seconds": 0.0, "images_per_second": None})
             record(start)
             try:
-                budget, trajectory = _sample_budget(job, start, sink, advance, record)
+                budget, trajectory = _sample_budget(job, team, start, sink, parts, advance, record)
             except BaseException:
                 sink.discard()
                 raise
             record(budget)
             trajectories += [] if trajectory is None else [trajectory]
-    outcome = {
-        "budgets": tuple(budgets.values()),
-        "files": _draw_overviews(job, trajectories, sinks),
-        "seconds": perf_counter() - began,
-    }
-    result = result.model_copy(update=outcome)
-    result.save(job.out / RESULT)
-    return result
+    files = _draw_overviews(job, trajectories, sinks) if team.first else ()
+    return result.model_copy(update={"budgets": tuple(budgets.values()), "files": files})
 
 
 def _sample_budget(
     job: Job,
+    team: Team,
     budget: BudgetResult,
     sink: Sink,
+    parts: Sequence[Sequence[int]],
     advance: Callable[[int], None],
     record: Callable[[BudgetResult], None],
 ) -> tuple[BudgetResult, Trajectory | None]:
@@ -108,38 +130,41 @@ def _sample_budget(
 
     Args:
         job: the job.
+        team: the processes.
         budget: the result so far, of images that exist already.
         sink: writes the images.
-        advance: moves the progress bar by a number of steps.
-        record: called with the result so far after every batch.
+        parts: the numbers of the missing images of each batch.
+        advance: moves the progress bar by a number of steps of this process.
+        record: called with the result so far after every round of batches.
 
     Returns:
-        The result, and the trajectory to draw; None if no image was missing.
+        The result, and the trajectory to draw; None if no image was missing, and outside the first process.
     """
-    config, missing, drop = job.config, sink.missing(), budget.tail_drop
-    names = job.names
-    sampler = config.sampler(drop, job.clip)
+    config, drop = job.config, budget.tail_drop
     recorder = MapRecorder(config.steps, config.map_images, config.map_steps)
+    mapped = config.maps and team.first and bool(parts)
+    callbacks = chain([_step_callback(recorder if mapped else None, advance)], repeat(_step_callback(None, advance)))
     finals: Pixels | None = None
-    batches: list[list[StepRecord]] = []
-    for start in range(0, len(missing), config.batch_size):
-        indices = missing[start : start + config.batch_size]
-        callback = _step_callback(recorder if config.maps and finals is None else None, advance)
-        pixels, steps = draw(job, sampler, indices, callback)
-        sink.write(indices, pixels)
-        batches.append(steps)
-        finals = pixels[: config.map_images] if finals is None else finals
-        budget = budget.with_batch(step_costs(job.model, steps, len(indices)), len(indices))
+    batches: list[tuple[StepRecord, ...]] = []
+    for made, pixels in rounds(job, team, config.sampler(drop, job.clip), parts, sink, callbacks):
+        batches += [batch.records for batch in made]
+        finals = pixels[: config.map_images] if finals is None and pixels is not None else finals
+        budget = budget.with_batches(made)
         record(budget)
+    if not team.first:
+        return budget, None
     files = [sink.close()]
     path = _folder(job, drop) / _MAPS
-    if config.maps and finals is not None:
-        shown = [names[index] for index in missing[: len(finals)]]
+    if mapped and finals is not None:
+        names = job.names
+        shown = [names[number] for number in parts[0][: len(finals)]]
         title = f"Tokens kept over the trajectory, tail drop {drop:g}"
         draw_maps(recorder.maps(), finals, job.decoder, path, shown, title)
+    trajectory = None
     if config.maps:
         files.append(path)
-    trajectory = join_batches(f"tail drop {drop:g}", batches, len(missing)) if batches else None
+        images = sum(map(len, parts))
+        trajectory = join_batches(f"tail drop {drop:g}", batches, images) if batches else None
     return budget.model_copy(update={"files": tuple(files)}), trajectory
 
 

@@ -16,7 +16,13 @@ from tokdyn.report.pixels import Pixels, write_png
 
 
 class Sink(Protocol):
-    """A writer of the images of one tail drop, which are numbered from 0 and written in ascending order."""
+    """A writer of the images of one tail drop, which are numbered from 0 and written in ascending order.
+
+    Attributes:
+        apart: whether each image has a file of its own, so that several processes can write them, in any order.
+    """
+
+    apart: bool
 
     def missing(self) -> list[int]:
         """Return the indices of the images that are still to be sampled."""
@@ -39,6 +45,8 @@ class GridSink:
         captions: one caption per image.
         columns: images per row; None makes it about square.
     """
+
+    apart = False
 
     def __init__(self, path: Path, captions: Sequence[str], columns: int | None) -> None:
         self._path, self._captions, self._columns = path, captions, columns
@@ -67,6 +75,8 @@ class FolderSink:
         folder: folder to write to.
         subfolders: subfolder of each image; "" is the folder itself.
     """
+
+    apart = True
 
     def __init__(self, folder: Path, subfolders: Sequence[str]) -> None:
         self._folder = folder
@@ -98,6 +108,8 @@ class NpzSink:
         path: path of the npz.
         labels: one label per image.
     """
+
+    apart = False
 
     def __init__(self, path: Path, labels: Sequence[int]) -> None:
         self._path, self._labels = path, labels
