@@ -142,6 +142,21 @@ def test_command_measures_and_refuses_useless_tail_drops(tmp_path: Path) -> None
     assert "DiT" in refused.output
 
 
+def test_images_are_held_out_for_a_model_that_was_trained_on_shapes(tmp_path: Path) -> None:
+    rows = {}
+    kit = Kit(tmp_path)
+    files = {f"{number % 4}/{number}.png": image for number, image in enumerate(kit.draw(8, seed=1, side=16))}
+    test = kit.zip("test", files)
+    for kind in ("shapes", "images"):
+        facts = {**FACTS, "data": DataConfig(kind=kind, size=16, num_classes=4).model_dump(mode="json")}
+        save_model(tiny(0, depth=3, sample_size=16), tmp_path / kind, facts)
+        config = QualityConfig(
+            model=str(tmp_path / kind), out=tmp_path / f"{kind}-out", held_out=test, held_out_count=8, rounds=0, **QUICK
+        )
+        (rows[kind],) = bench_quality(config, read_stacks(["{name: plain}"])).rows
+    assert rows["shapes"].held_out == rows["images"].held_out is not None
+
+
 def test_missing_stacks_and_useless_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="stacks"):
         bench_quality(QualityConfig(out=tmp_path), [])

@@ -210,7 +210,9 @@ def _add_held_out(config: QualityConfig, opened: Opened, row: QualityRow, team: 
     if attachment is not None and attachment.remembers:
         return row
     assert opened.info.data is not None
-    data = open_data(opened.info.data.model_copy(update={"path": str(config.held_out), "flip": False}))
+    trained = opened.info.data
+    kind = "images" if trained.kind == "shapes" else trained.kind  # shapes are drawn, and read from nowhere
+    data = open_data(trained.model_copy(update={"kind": kind, "path": str(config.held_out), "flip": False}))
     opened.model.to(open_device(config.device))
     result = held_out_loss(
         opened.model, opened.objective, data, images=config.held_out_count, tail_drop=opened.stack.tail_drop, team=team

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokdyn.attach import attachment_of, trajectory
 from tokdyn.diffusion.guidance import Branches, image_shape, num_classes
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.randomness import initial_noise, step_generators
@@ -76,9 +77,12 @@ def generate(
     timesteps, levels = scheduler.timesteps.to(device), _levels(objective, scheduler.timesteps)
     guided = [sampler.guided_at(level) for level in levels]
     ledger, timer = KeptLedger(), StepTimer(device)
-    with _evaluating(model), torch.no_grad(), _autocast(device, dtype), weights_cast_once():
+    telling = nullcontext() if attachment_of(model) is None else trajectory(model, len(timesteps))
+    with _evaluating(model), torch.no_grad(), _autocast(device, dtype), weights_cast_once(), telling as here:
         timer.mark()
         for index, timestep in enumerate(timesteps):
+            if here is not None:
+                here.step = index
             batch_timestep = timestep.expand(len(x))
             denoised = network(x.to(parameter.dtype), timestep, guided[index], levels[index])
             prediction = denoised.prediction.to(state_dtype)
