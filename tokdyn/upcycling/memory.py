@@ -81,7 +81,9 @@ def memory_of(
     elements = sum(parameter.numel() for parameter in trained)
     largest = max(calls, key=lambda call: size_of([call]))
     gradients = _FLOAT * elements * (1 if processes == 1 else 2)  # they are summed in a copy
-    update = gradients + _FLOAT * elements  # AdamW computes the roots of all moments at once
+    # AdamW computes the roots of all moments at once on an accelerator, and those of one tensor at a time on a CPU
+    apart = all(parameter.device.type == "cpu" for parameter in trained)
+    update = gradients + _FLOAT * (max(parameter.numel() for parameter in trained) if apart else elements)
     modules = [student, *([] if teacher is None else [teacher]), *others]
     weights = [each for module in modules if isinstance(module, nn.Module) for each in held(module)]
     drop = None if settings.tail_drops is None else min(settings.tail_drops)

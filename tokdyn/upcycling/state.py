@@ -53,9 +53,21 @@ def write_state(
     owner = _owner(student, settings)
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(owner, optimizer).items()}
     with replacing(folder / STATE) as half:
-        content = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        content = _apart(tensors)
         facts = {"step": str(len(rows)), "settings": settings.model_dump_json()}
         save_file(content, half, {**facts, "digest": _digest(content, facts, lines)})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU that share no storage, as safetensors wants them; copies only where they do."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        here = value.detach().cpu().contiguous()
+        storage = here.untyped_storage()
+        found[name] = here.clone() if storage.nbytes() > here.nbytes or storage.data_ptr() in taken else here
+        taken.add(storage.data_ptr())
+    return found
 
 
 def read_state(
