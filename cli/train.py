@@ -44,7 +44,6 @@ def register(app: typer.Typer) -> None:
         examples=[
             "tokdyn train photos/",
             "tokdyn train demo out=runs/mine optimizer.lr=3e-4 model.depth=6",
-            "tokdyn train demo --dry-run --json",
             "tokdyn train imagenet/dc-dit-xl-256 --dry-run gpus=64 gpu=h200",
             "tokdyn train photos.zip training.steps=1000 --yes",
             "tokdyn train runs/mine --resume",
@@ -57,8 +56,7 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option(
                 "--dry-run",
-                help="Print parameters, FLOPs, memory and estimated time, and stop; with gpus=64 (gpu=h200, "
-                "utilisation=0.4, sharding=full) what each of them holds and sends, too.",
+                help="Estimate parameters, FLOPs, memory and time, and stop.",
             ),
         ] = False,
         yes: Annotated[bool, typer.Option("--yes", help="Train on images as proposed.")] = False,

@@ -64,8 +64,7 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option(
                 "--dry-run",
-                help="Print the tensors to copy, parameters, FLOPs, memory and estimated time, and do not train. Of a "
-                "pipeline, only configurations are read; gpus=64 (gpu=h200, utilisation=0.4) says on what.",
+                help="Print the tensors to copy, parameters, FLOPs, memory and estimated time, and do not train.",
             ),
         ] = False,
         json: Json = False,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tokdyn.cli.arguments import split
 from tokdyn.cli.main import app
-from tokdyn.cli.settings import flags, rows
+from tokdyn.cli.settings import flags, rows, take_cluster
 from typer.main import get_command
 
 from tests.hub import put_in_place_of_the_hub
@@ -103,7 +103,7 @@ def test_command_lines_parse(words: list[str]) -> None:
     while hasattr(command, "commands"):
         command = command.commands[rest.pop(0)]
     options = {option: parameter for parameter in command.params for option in parameter.opts} | {"--help": None}
-    words, rest = rest, []
+    words, rest, dry = rest, [], list(words)
     while words:
         word = words.pop(0)
         if word not in options:
@@ -111,6 +111,7 @@ def test_command_lines_parse(words: list[str]) -> None:
         elif options[word] is not None and not options[word].is_flag:
             words.pop(0)  # the value of the option
     given = split(rest, flags(command.settings()) if command.settings else ())
+    given, _ = take_cluster(given, "--dry-run" in dry)
     required = [word for word in command.words if not word.startswith("[")]
     several = any(word.endswith("...") for word in command.words)
     assert len(required) <= len(given.positional) <= (len(given.positional) if several else len(command.words))

@@ -162,7 +162,7 @@ _SUBMODULES = frozenset(
         "recipe",
         "report",
     }
-    | {"sample", "testing", "tokens", "trace", "train", "upcycling"}
+    | {"sample", "scaling", "team", "testing", "tokens", "trace", "train", "upcycling"}
 )
 
 

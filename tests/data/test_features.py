@@ -191,7 +191,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_files(tmp_path):
         [sys.executable, "-c", KILLED.format(**settings)], capture_output=True, text=True, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == [
+    assert [path.name for path in sorted((tmp_path / "cut").glob("[!.]*"))] == [
         "shard_00000.safetensors",
         "shard_00001.safetensors",
     ]

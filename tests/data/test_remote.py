@@ -31,8 +31,8 @@ LIMIT = 2**30
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Short pauses, small blocks, and a cache of the test's own."""
-    monkeypatch.setattr(store, "_PAUSE", 0.001)
-    monkeypatch.setattr(ahead, "_PAUSE", 0.01)
+    monkeypatch.setattr(store, "PAUSE", 0.001)
+    monkeypatch.setattr(ahead, "PAUSE", 0.01)
     monkeypatch.setattr(cache, "BLOCK", 512)
     monkeypatch.setenv("TOKDYN_CACHE", str(tmp_path / "tokdyn"))
     cache._warned.clear()
@@ -178,7 +178,7 @@ def test_a_second_run_reads_from_the_cache_alone(server: Server, latents: Path, 
 def test_a_damaged_cache_is_read_anew(server: Server, latents: Path, tmp_path: Path) -> None:
     """A crash can leave a table that promises blocks that never reached the disk."""
     remote(server.url, tmp_path).batch(range(10))
-    cache._opened.clear()
+    cache.opened_here.clear()
     for path in (tmp_path / "cache").glob("*.cached"):
         with path.open("r+b") as file:
             file.seek(520)
@@ -191,7 +191,7 @@ def test_a_replaced_file_begins_anew_and_a_partial_one_goes_on(server: Server, t
     address = Address(f"{server.url}/blob")
     (file,) = open_files([address], tmp_path / "cache", LIMIT)
     assert file.read_at(4000, 100) == content[4000:4100]
-    cache._opened.clear()
+    cache.opened_here.clear()
     (file,) = open_files([address], tmp_path / "cache", LIMIT)
     server.requests.clear()
     assert list(file.fill())
@@ -229,7 +229,7 @@ def test_a_cache_that_cannot_be_written(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    cache._opened.clear()
+    cache.opened_here.clear()
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.warns(UserWarning, match="No space left"):
         equal(data, LatentDataset(latents), steps=3)

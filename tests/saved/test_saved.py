@@ -27,6 +27,10 @@ READERS = {
     "tokdyn/recipe/from_base.py": "training",
     "tokdyn/upcycling/state.py": "distillation",
     "tokdyn/data/shards.py": "latents",
+    "tokdyn/data/remote/latents.py": "latents",
+    "tokdyn/data/tars/index.py": None,  # an index that is made anew where it does not fit
+    "tokdyn/team.py": None,  # messages between the processes of one job
+    "tokdyn/upcycling/dry_run.py": None,  # files of diffusers
     "tokdyn/data/digests.py": None,  # a cache that may be deleted
     "tokdyn/evaluate/statistics.py": "statistics",
     "tokdyn/recipe/files.py": "settings",

@@ -37,8 +37,8 @@ class DataConfig(Section):
     Attributes:
         kind: "shapes" (procedural images), "images" (folder or zip with class folders) or "latents" (written by
             `tokdyn features`).
-        path: folder, zip file or tar shards (`shards/{000..010}.tar`), or an address such as s3://bucket/latents;
-            required for images and latents.
+        path: folder, zip, tar shards or an address. Tar shards may be a pattern such as `shards/{000..010}.tar`, and
+            addresses begin as s3://bucket/latents does. Required for images and latents.
         size: image size in pixels, one number or (rows, columns), also written "32x48". Required for images; 32 by
             default for shapes; latents have a size of their own, in latent pixels, which a size given here must equal.
         channels: 1 grey, 3 colour, 4 colour and alpha (shapes: four colour channels). Ignored for latents.

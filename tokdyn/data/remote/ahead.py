@@ -13,7 +13,7 @@ from tokdyn.data.remote.cache import CachedFile
 from tokdyn.errors import TokdynError
 
 _WAITING = 4  # later batches that are remembered
-_PAUSE = 0.5  # seconds between two looks at files that other processes bring
+PAUSE = 0.5  # seconds between two looks at files that other processes bring
 
 
 class ReadAhead:
@@ -56,7 +56,7 @@ class ReadAhead:
                     if file.settled():
                         pending.remove(file)
                 if pending:
-                    time.sleep(_PAUSE)
+                    time.sleep(PAUSE)
         except TokdynError:
             return  # whoever needs the data meets the same error, and says it
 

@@ -58,7 +58,7 @@ class _Opened:
             self._file.close()
 
 
-_opened: dict[tuple[int, Path], _Opened] = {}  # by process and path
+opened_here: dict[tuple[int, Path], _Opened] = {}  # by process and path
 
 
 class CachedFile:
@@ -158,16 +158,16 @@ class CachedFile:
     def _open(self) -> _Opened | None:
         """Return the open file of this process; None, with a warning, if the cache cannot be written."""
         key = os.getpid(), self.path
-        opened = _opened.get(key)
+        opened = opened_here.get(key)
         if opened is None:
             try:
                 opened = _Opened(self.path, self.size, self._blocks)
             except OSError as error:
                 _warn(self.path.parent, error)
                 return None
-            _opened[key] = opened
-            for other in list(_opened)[:-_OPENED]:
-                _opened.pop(other, None)
+            opened_here[key] = opened
+            for other in list(opened_here)[:-_OPENED]:
+                opened_here.pop(other, None)
         return opened
 
     def _present(self, opened: _Opened | None, number: int, held: dict[int, bytes] | None) -> bool:

@@ -15,7 +15,7 @@ from tokdyn.reading import one_line
 
 Result = TypeVar("Result")
 _TRIES = 8
-_PAUSE = 0.5  # seconds before the second try; doubled before each of the others, a minute in all
+PAUSE = 0.5  # seconds before the second try; doubled before each of the others, a minute in all
 _AT_ONCE = 16  # requests of one process
 _VERSION = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 _jitter = random.SystemRandom()  # Python's own generator belongs to the run
@@ -135,7 +135,7 @@ def patiently(address: Address, action: Callable[[], Result]) -> Result:
         except Exception as error:  # of whichever client
             reason = error
         if number + 1 < _TRIES:
-            time.sleep(_PAUSE * 2**number * _jitter.uniform(0.5, 1.0))
+            time.sleep(PAUSE * 2**number * _jitter.uniform(0.5, 1.0))
     raise DataError(
         f"{address} cannot be read after {_TRIES} tries ({one_line(reason) or type(reason).__name__}): check the "
         "connection, and run the command again, a training with --resume."
