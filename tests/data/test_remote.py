@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ahead, "PAUSE", 0.01)
     monkeypatch.setattr(cache, "BLOCK", 512)
     monkeypatch.setenv("TOKDYN_CACHE", str(tmp_path / "tokdyn"))
-    cache._warned.clear()
+    cache.said_once.clear()
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_data_come_before_they_are_needed(server: Server, tmp_path: Path) -> Non
     data = remote(server.url, tmp_path)
     BatchStream(data, 2, seed=0, rank=1, world=2)[0]
     waited = time.monotonic() + 20
-    while not all(file.settled() for file in data._files):  # type: ignore[attr-defined]
+    while not all(file.settled() for file in data.files):  # type: ignore[attr-defined]
         assert time.monotonic() < waited
         time.sleep(0.01)
     server.requests.clear()

@@ -259,8 +259,8 @@ def test_limits_of_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_index_is_built_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, read = shards(tmp_path / "s", 2), list[str]()
-    original = index._read
-    monkeypatch.setattr(index, "_read", lambda file: read.append(file.name) or original(file))
+    original = index.read_index
+    monkeypatch.setattr(index, "read_index", lambda file: read.append(file.name) or original(file))
     first = images(folder)
     assert sorted(read) == ["000000.tar", "000001.tar"]
     again = images(folder)

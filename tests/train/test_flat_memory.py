@@ -133,7 +133,7 @@ def test_training_is_flat(tmp_path: Path, tiny: Tiny) -> None:
 @pytest.fixture
 def short_history(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let attachments remember so few calls that their history is full after some images."""
-    monkeypatch.setattr("tokdyn.attach.attachment._REMEMBERED", 12)
+    monkeypatch.setattr("tokdyn.attach.attachment.REMEMBERED", 12)
 
 
 @pytest.mark.usefixtures("short_history")

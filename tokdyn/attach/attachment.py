@@ -31,7 +31,7 @@ from tokdyn.trace.observation import Observation
 from tokdyn.trace.trajectory import Trajectory
 from tokdyn.watching import Watch
 
-_REMEMBERED = 512  # traces of calls that are kept: 250 steps of two guidance branches
+REMEMBERED = 512  # traces of calls that are kept: 250 steps of two guidance branches
 KINDS = ("brackets", "gates", "sublayers", "kernels")
 
 
@@ -129,13 +129,13 @@ class Attachment(nn.Module):
         self.trajectory, self.replays = Trajectory(), Replays()
         self.watch = Watch.over(adapter, self.blueprint.placed, self.parts)
         self.losses: dict[str, Tensor] = {}
-        self.history: list[CallTrace] = [CallTrace()] * _REMEMBERED
+        self.history: list[CallTrace] = [CallTrace()] * REMEMBERED
         self._sites: Sites = {}
         self.train(model.training)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies, without sites (a copy finds those of its own model), losses and history."""
-        return {**self.__dict__, "_sites": {}, "losses": {}, "history": [CallTrace()] * _REMEMBERED}
+        return {**self.__dict__, "_sites": {}, "losses": {}, "history": [CallTrace()] * REMEMBERED}
 
     @property
     def adapter(self) -> ModelAdapter:
@@ -255,7 +255,7 @@ class Attachment(nn.Module):
     def clear(self) -> None:
         """End the trajectory, clear the caches, and forget all statistics."""
         self.end()
-        self.history[:] = [CallTrace()] * _REMEMBERED
+        self.history[:] = [CallTrace()] * REMEMBERED
 
 
 def draw(model: nn.Module, adapter: ModelAdapter, methods: Sequence[Method]) -> Blueprint:

@@ -301,13 +301,13 @@ def _taken(state: os.stat_result) -> int:
     return state.st_size if blocks is None else min(state.st_size, 512 * int(blocks))
 
 
-_warned = threading.Event()
+said_once = threading.Event()
 
 
 def _warn(folder: Path, error: OSError) -> None:
     """Say once in a process that the cache cannot be written; data are then read from afar whenever they are needed."""
-    if not _warned.is_set():
-        _warned.set()
+    if not said_once.is_set():
+        said_once.set()
         warnings.warn(
             f"The cache {folder} cannot be written ({error.strerror or error}); data are read from afar again and "
             "again: make room, or choose another data.cache.",

@@ -96,13 +96,13 @@ class RemoteLatents(LatentDataset):
             raise DataError(f"{index} has {excess}.")
         self._adopt(parse_index(index, index.read_at(0, index.size)))
         addresses = [address / entry.file for entry in self.index.shards]
-        self._files = open_files(addresses, cache, cache_limit)
-        for file, entry in zip(self._files, self.index.shards, strict=True):
+        self.files = open_files(addresses, cache, cache_limit)
+        for file, entry in zip(self.files, self.index.shards, strict=True):
             if file.size != entry.size:
                 raise DamagedShardError(
                     f"{file} has {file.size} bytes instead of the {entry.size} that were written: upload it again."
                 )
-        self._ahead = ReadAhead(self._files)
+        self._ahead = ReadAhead(self.files)
 
     def read_ahead(
         self, upcoming: Callable[[], tuple[Sequence[int], Sequence[bool] | None]], share: float = 0.0
@@ -131,7 +131,7 @@ class RemoteLatents(LatentDataset):
             for tensor in tensors.values():
                 for file, start, length in tensor.ranges(part.rows) if isinstance(tensor, _Stored) else ():
                     file.forget(start, length)
-            file = self._files[part.shard]
+            file = self.files[part.shard]
             file.forget(0, _header_end(tensors[part.name]))
             return super()._read(part)
 
@@ -146,7 +146,7 @@ class RemoteLatents(LatentDataset):
 
     def _header(self, number: int) -> dict[str, _Stored]:
         """Read the header of a shard, and require the tensors of latents in it."""
-        file, entry = self._files[number], self.index.shards[number]
+        file, entry = self.files[number], self.index.shards[number]
         try:
             length = int.from_bytes(file.read_at(0, _LENGTH), "little")
             if length > min(JSON_BYTES.value, file.size - _LENGTH):

@@ -87,15 +87,15 @@ def tar_index(file: RangeFile) -> TarIndex:
             cache.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(cache.with_suffix(".lock"))
             with lock:
-                index = _cached(cache) or _read(file)
+                index = _cached(cache) or read_index(file)
                 with suppress(OutputError), replacing(cache) as half:
                     _save(index, half)
         except OSError:  # without a cache it is read again the next time
-            index = _read(file)
+            index = read_index(file)
     return index
 
 
-def _read(file: RangeFile) -> TarIndex:
+def read_index(file: RangeFile) -> TarIndex:
     """Read a whole tar."""
     names, places, labels = list[str](), list[tuple[int, int, int]](), dict[str, str]()
     try:
