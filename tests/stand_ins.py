@@ -66,7 +66,7 @@ def quick(words: Sequence[str]) -> list[str]:
                 more = (*TINY, "data.num_classes=10")
             more += ("data.length=64",) if words[1] in ("demo", "--recipe") and "data.path" not in given else ()
     elif any(word.startswith(PIPELINE) for word in words):
-        more = (*PICTURE, *(("trials=2", "finalists=1") if words[0] == "tune" else ()))
+        more = (*PICTURE, *(("steps=8", "trials=2", "finalists=1") if words[0] == "tune" else ()))
         more += ("rounds=1",) if command == "bench speed" else ()
     else:
         words = [_smaller(word) for word in words] if command == "bench speed" else words
