@@ -56,6 +56,7 @@ def untimed(value: Any, folder: Path) -> Any:
     return value.replace(str(folder), "FOLDER") if isinstance(value, str) else value
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(both: tuple[Path, Path]) -> None:
     """Byte for byte, but for times."""
     found = []

@@ -127,6 +127,7 @@ def test_two_processes_with_shards_equal_one(sharded: Path, alone: Path, rows: R
         assert_close(whole(folder), whole_of_one(checkpoints.folder_of(alone / "checkpoints", step)))
 
 
+@pytest.mark.slow
 def test_the_average_is_consolidated_at_the_end(sharded: Path, alone: Path, contents: Contents) -> None:
     expected = whole_of_one(checkpoints.folder_of(alone / "checkpoints", 4))
     model = DCDiT.from_pretrained(sharded / "model")
@@ -136,6 +137,7 @@ def test_the_average_is_consolidated_at_the_end(sharded: Path, alone: Path, cont
     assert len(contents(sharded / "model")) == len(model.state_dict())
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_have_saved(copied: Path, alone: Path, rows: Rows) -> None:
     train(recipe_of("DC-DiT", copied, steps=6, checkpoint_every=2, sharding="full"), resume=True)
     assert_same_rows(rows(copied), rows(alone))
@@ -143,6 +145,7 @@ def test_one_process_resumes_what_two_have_saved(copied: Path, alone: Path, rows
     assert_close(whole_of_one(copied / "checkpoints" / last), whole_of_one(alone / "checkpoints" / last))
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_can_be_sampled(sharded: Path) -> None:
     folder = checkpoints.folder_of(sharded / "checkpoints", 2)
     model, objective, info = load_model(folder)
@@ -153,6 +156,7 @@ def test_a_sharded_checkpoint_can_be_sampled(sharded: Path) -> None:
     })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes_with_shards_roll_back_together(sharded: Path) -> None:
     """To the checkpoint of step 0, as often as there are steps, and keep its weights."""
     folder = sharded.with_name("bad")
@@ -164,6 +168,7 @@ def test_processes_with_shards_roll_back_together(sharded: Path) -> None:
     assert all(torch.equal(first[name], last[name]) for name in first if not name.startswith("optimizer/"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_safetensors_and_json_alone(sharded: Path) -> None:
     """torch's own metadata would be a pickle. Every process wrote its rows, and every file is covered by a hash."""
     folder = checkpoints.folder_of(sharded / "checkpoints", 4)
@@ -199,6 +204,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_shards_are_refused_in_a_sentence(damage: str, which: int, sharded: Path, tmp_path: Path) -> None:
@@ -213,6 +219,7 @@ def test_damaged_shards_are_refused_in_a_sentence(damage: str, which: int, shard
     assert not any(value.any() for value in tensors.values())
 
 
+@pytest.mark.slow
 def test_a_changed_shard_is_found_by_its_hash_and_the_checkpoint_before_is_used(copied: Path, console: Any) -> None:
     folder = checkpoints.folder_of(copied / "checkpoints", 4)
     shard = next((folder / "ema").glob("*.safetensors"))

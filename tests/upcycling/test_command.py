@@ -324,6 +324,7 @@ def test_lora_makes_a_pipeline_with_a_budget(pipeline: Path, tmp_path: Path) -> 
     assert "methods=" in refused
 
 
+@pytest.mark.slow
 def test_images_are_drawn_while_it_trains_and_a_resumed_run_gets_the_same(pipeline: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SMALL, "steps": 4, "steps_per_image": 2, "calls": 2, "checkpoint_every": 1}
     config = PipelineConfig(base=str(pipeline), device="cpu", trained="lora", **settings)

@@ -50,6 +50,7 @@ def test_calls_are_those_that_the_pipeline_makes(name: str) -> None:
     assert found["hidden_states"].shape == call["hidden_states"].shape
 
 
+@pytest.mark.slow
 def test_it_is_what_the_real_transformer_takes(tmp_path: Path) -> None:
     """Of blocks, one and two are rehearsed, and weights without values; of the real student all."""
     pipe = opened("Flux")

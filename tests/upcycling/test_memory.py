@@ -64,6 +64,7 @@ def test_it_is_within_a_tenth_of_what_is_allocated(name: str, changes: dict[str,
     assert memory.moments + memory.step == pytest.approx(found, rel=0.1, abs=small)
 
 
+@pytest.mark.slow
 def test_recomputing_needs_less() -> None:
     call = {**TINY["SD3Transformer2DModel"].inputs(4)}
     model = student_of(TINY["SD3Transformer2DModel"].build())
@@ -73,6 +74,7 @@ def test_recomputing_needs_less() -> None:
     assert recomputed.weights == kept.weights
 
 
+@pytest.mark.slow
 def test_the_largest_call_at_the_largest_budget_decides() -> None:
     tiny = TINY["FluxTransformer2DModel"]
     model = student_of(tiny.build())
