@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import running
 from tests.sampling import FACTS, tiny
 from tokdyn.ownership import owning
 from tokdyn.sample import SampleConfig, sample
@@ -32,22 +31,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def started(count: int, *words: str, own: tuple[str, ...] = ()) -> Iterator[list[subprocess.Popen[str]]]:
     """Start `tokdyn sample` in processes that share the work; the last one gets further words of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(count):
-        command = [sys.executable, "-m", "tokdyn.cli.main", "sample", *words, *(own if rank == count - 1 else ())]
-        environment = {**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, **pipes))  # type: ignore[call-overload]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    command = [sys.executable, "-m", "tokdyn.cli.main", "sample", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with running([command] * (count - 1) + [[*command, *own]], lambda rank: pipes) as found:
+        yield found
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from tokdyn.ops.dispatch import plain
 from tokdyn.recipe import Recipe, resolve
@@ -65,20 +63,3 @@ def step(of: Recipe) -> tuple[Any, Callable[[], None]]:
             torch.autograd.backward(micro_step(model, of.objective, draws, of.training.precision, chunking).loss)
 
     return model, run
-
-
-def allocated(action: Callable[[], object]) -> int:
-    """The most bytes that the allocator of the CPU has given out at a time, beside those of before."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    now = most = 0
-    for _, size in events:
-        now += size
-        most = max(most, now)
-    return most

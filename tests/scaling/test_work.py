@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.scaling.steps import allocated, recipe, step, work
+from tests.memory import allocated
+from tests.scaling.steps import recipe, step, work
 from tokdyn.cost.counter import operator_formulas
 from tokdyn.errors import RecipeError
 from tokdyn.ops.precision import CPU_HALVES

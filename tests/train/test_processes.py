@@ -5,12 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.processes import running
 from tests.train.test_signals import TINY, wait_for_rows
 from tokdyn.errors import DataError
 from tokdyn.recipe import Recipe
@@ -83,22 +83,11 @@ def command(folder: Path, *words: str) -> list[str]:
 
 @contextmanager
 def two(folder: Path, *words: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Train in two processes that talk through gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    together |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(2):
-        environment = {**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with said(folder, rank).open("w") as file:
-            processes.append(subprocess.Popen(command(folder, *words), env=environment, stderr=file, text=True))
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    """Train in two processes that talk through gloo, and write what they say into files."""
+    with ExitStack() as files:
+        texts = [files.enter_context(said(folder, rank).open("w")) for rank in range(2)]
+        with running([command(folder, *words)] * 2, lambda rank: {"stderr": texts[rank]}) as found:
+            yield found
 
 
 def said(folder: Path, rank: int) -> Path:

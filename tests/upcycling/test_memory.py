@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from tests.contract.models import TINY
 from tests.contract.quantised import WAYS
+from tests.memory import allocated
 from tests.upcycling.elastic import FAMILIES, opened, recorded, student_of
 from tokdyn import Chunking, wrap
 from tokdyn.upcycling import DistilSettings, distil
@@ -20,23 +18,6 @@ from tokdyn.upcycling.memory import memory_of, size_of
 from tokdyn.upcycling.students import prepare
 
 LORA = DistilSettings(steps=2, trained="lora", rank=4, tail_drops=(0.0,))
-
-
-def allocated(action: Callable[[], object]) -> int:
-    """The most bytes that the allocator of the CPU has given out at a time, beside those of before."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    now = most = 0
-    for _, size in events:
-        now += size
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize(
