@@ -21,6 +21,17 @@ from tokdyn.train.snapshot import save_model
 pytestmark = pytest.mark.slow
 
 
+LEAVING = """
+import os
+from tokdyn.team import joining
+with joining() as team:
+    import torch.distributed.nn  # as libraries do that a job needs
+    assert team.exchange(team.rank) == [0, 1]
+names = {open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")}
+assert not any("gloo" in name for name in names), names
+"""
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "dc"
@@ -79,6 +90,19 @@ def test_processes_with_other_settings_and_a_second_job_are_refused(saved: Path,
     assert "in use" in told[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to see threads")
+def test_nothing_of_the_connection_is_left_after_a_job() -> None:
+    """A thread of gloo that lives as the interpreter ends aborts it now and then."""
+    with running([[sys.executable, "-c", LEAVING]] * 2) as processes:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+
+@pytest.mark.fault(
+    "one of several processes that share a job is killed",
+    injected="SIGKILL to the first or to the second of two processes that sample; one or three go on",
+    happened="the other ends with exit code 2 and one sentence; the images are those of one process",
+    lost="nothing: images that were finished are kept",
+)
 @pytest.mark.parametrize(("victim", "after"), [(0, 1), (1, 3)])
 def test_a_killed_job_is_resumed_by_another_number_of_processes(
     victim: int, after: int, saved: Path, tmp_path: Path

@@ -7,6 +7,7 @@ the place of what its process would have sent: so it ends all of them, wherever 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -237,6 +238,9 @@ def joining() -> Iterator[Team]:
         yield Team()
         return
     own = not dist.is_initialized()
+    # The defaults of its functions are the group of when it is first imported, which then outlives the job: threads of
+    # gloo that are there as the interpreter ends can abort it.
+    importlib.import_module("torch.distributed.nn")
     try:
         if own:
             dist.init_process_group("gloo", timeout=_PATIENCE)
