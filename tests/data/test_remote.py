@@ -235,6 +235,28 @@ def test_a_cache_that_cannot_be_written(
         equal(data, LatentDataset(latents), steps=3)
 
 
+def test_a_full_disk_ends_what_is_brought_ahead(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the cache does not take would be requested for nothing, again and again."""
+    content = blob(server.folder, 40_000)
+    (file,) = open_files([Address(f"{server.url}/blob")], tmp_path / "cache", LIMIT)
+    server.requests.clear()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="No space left"):
+        patched.setattr(os, "pwrite", full)
+        assert list(file.fill()) == [False]
+        assert (len(server.requests), file.settled(), file.missing(0, 40_000)) == (1, True, set())
+        assert file.read_at(100, 1000) == content[100:1100]
+    assert file.read_at(0, 512) == content[:512]  # is written: there is room again
+    assert (file.settled(), file.missing(0, 1024)) == (False, {1})
+    assert all(file.fill())
+    assert file.settled()
+
+
 def _read(url: str, folder: Path, results: object) -> None:
     (file,) = open_files([Address(url)], folder, LIMIT)
     results.put(file.read_at(0, file.size))  # type: ignore[attr-defined]
