@@ -246,9 +246,10 @@ def test_a_full_disk_ends_what_is_brought_ahead(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="No space left"):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
-        assert list(file.fill()) == [False]
+        with pytest.warns(UserWarning, match="No space left"):
+            assert list(file.fill()) == [False]
         assert (len(server.requests), file.settled(), file.missing(0, 40_000)) == (1, True, set())
         assert file.read_at(100, 1000) == content[100:1100]
     assert file.read_at(0, 512) == content[:512]  # is written: there is room again
@@ -339,6 +340,16 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     with pytest.raises(DataError, match=r"s3://bucket/x.*s3fs"):
         remote("s3://bucket/x", tmp_path)
+
+
+@pytest.mark.parametrize("path", ["my latents?sig=abc", "l\u00e4tents?sig=abc"])
+def test_an_address_that_no_request_can_hold_is_not_tried_again(
+    path: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAUSE", 60.0)
+    with pytest.raises(DataError, match="is no address of a file") as refused:
+        remote(f"{server.url}/{path}", tmp_path)
+    assert "abc" not in str(refused.value)
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "simplecache::s3://b/x", "s3://a::memory://x", "reference://x"])
