@@ -376,6 +376,10 @@ def test_zips_of_images(server: Server, tmp_path: Path) -> None:
         found = open_data(DataConfig(path=f"{server.url}/x.zip/top", cache=tmp_path / "cache", **settings))
         assert found.class_names == ("a", "b")
         equal(found, local)
+    (server.folder / "my.zips").mkdir()
+    (server.folder / "my.zips/X.ZIP").write_bytes((server.folder / "x.zip").read_bytes())
+    for path in ("x.zip/top?sig=abc.zip", "my.zips/X.ZIP/top"):
+        equal(open_data(DataConfig(path=f"{server.url}/{path}", cache=tmp_path / "cache", **settings)), local)
     with pytest.raises(DataError, match="does not list folders"):
         open_data(DataConfig(kind="images", path=server.url, size=8))
     (server.folder / "y.zip").write_bytes(b"PK" + bytes(3000))
