@@ -235,6 +235,29 @@ def test_a_cache_that_cannot_be_written(
         equal(data, LatentDataset(latents), steps=3)
 
 
+def test_a_full_disk_ends_what_is_brought_ahead(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the cache does not take would be requested for nothing, again and again."""
+    content = blob(server.folder, 40_000)
+    (file,) = open_files([Address(f"{server.url}/blob")], tmp_path / "cache", LIMIT)
+    server.requests.clear()
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.warns(UserWarning, match="No space left"):
+            assert list(file.fill()) == [False]
+        assert (len(server.requests), file.settled(), file.missing(0, 40_000)) == (1, True, set())
+        assert file.read_at(100, 1000) == content[100:1100]
+    assert file.read_at(0, 512) == content[:512]  # is written: there is room again
+    assert (file.settled(), file.missing(0, 1024)) == (False, {1})
+    assert all(file.fill())
+    assert file.settled()
+
+
 def _read(url: str, folder: Path, results: object) -> None:
     (file,) = open_files([Address(url)], folder, LIMIT)
     results.put(file.read_at(0, file.size))  # type: ignore[attr-defined]
@@ -319,6 +342,16 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         remote("s3://bucket/x", tmp_path)
 
 
+@pytest.mark.parametrize("path", ["my latents?sig=abc", "l\u00e4tents?sig=abc"])
+def test_an_address_that_no_request_can_hold_is_not_tried_again(
+    path: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAUSE", 60.0)
+    with pytest.raises(DataError, match="is no address of a file") as refused:
+        remote(f"{server.url}/{path}", tmp_path)
+    assert "abc" not in str(refused.value)
+
+
 @pytest.mark.parametrize("url", ["ftp://host/x", "simplecache::s3://b/x", "s3://a::memory://x", "reference://x"])
 def test_other_protocols_are_refused(url: str, tmp_path: Path) -> None:
     if "::" in url and not url.startswith("s3"):
@@ -343,6 +376,10 @@ def test_zips_of_images(server: Server, tmp_path: Path) -> None:
         found = open_data(DataConfig(path=f"{server.url}/x.zip/top", cache=tmp_path / "cache", **settings))
         assert found.class_names == ("a", "b")
         equal(found, local)
+    (server.folder / "my.zips").mkdir()
+    (server.folder / "my.zips/X.ZIP").write_bytes((server.folder / "x.zip").read_bytes())
+    for path in ("x.zip/top?sig=abc.zip", "my.zips/X.ZIP/top"):
+        equal(open_data(DataConfig(path=f"{server.url}/{path}", cache=tmp_path / "cache", **settings)), local)
     with pytest.raises(DataError, match="does not list folders"):
         open_data(DataConfig(kind="images", path=server.url, size=8))
     (server.folder / "y.zip").write_bytes(b"PK" + bytes(3000))

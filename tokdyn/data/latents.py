@@ -77,12 +77,9 @@ class LatentDataset(Dataset):
     def fetch(self, indices: Sequence[int], flips: Sequence[bool] | None = None) -> tuple[Tensor, Tensor, list[int]]:
         """Read latents; see `Dataset.fetch`. A mirrored sample is the stored latent of the mirrored image."""
         wanted = self._checked(indices, len(self))
-        flipped = np.zeros(len(wanted), dtype=np.bool_) if flips is None else np.asarray(flips, dtype=np.bool_)
-        if flipped.any():
-            self.require_flip()
+        parts = self._parts(wanted, flips)
         samples = torch.empty(len(wanted), *self.shape)
         labels = torch.empty(len(wanted), dtype=torch.int64)
-        parts = self._parts(wanted, flipped)
         self._bring(parts)
         for part in parts:
             latents, latent_labels = self._read(part)
@@ -93,8 +90,11 @@ class LatentDataset(Dataset):
         """See `Dataset.identity`."""
         return {"kind": "latents", "fingerprint": self.index.fingerprint, "count": self.index.count}
 
-    def _parts(self, wanted: NDArray[np.int64], flipped: NDArray[np.bool_]) -> list[Part]:
-        """Divide samples by the tensors of shards that hold them."""
+    def _parts(self, wanted: NDArray[np.int64], flips: Sequence[bool] | None) -> list[Part]:
+        """Divide samples by the tensors of shards that hold them or their mirrored copies."""
+        flipped = np.zeros(len(wanted), dtype=np.bool_) if flips is None else np.asarray(flips, dtype=np.bool_)
+        if flipped.any():
+            self.require_flip()
         shards = np.searchsorted(self._ends, wanted, side="right")
         parts = []
         for number, flip in {*zip(shards.tolist(), flipped.tolist(), strict=True)}:

@@ -79,7 +79,7 @@ class FolderSource:
             names.extend((below / name).as_posix() for name in files)
             if excess := ARCHIVE_ENTRIES.excess(len(names)):
                 raise DataError(f"{self.path} has {excess}.")
-            children[:] = [name for name in children if not _hidden(name)]
+            children[:] = [name for name in children if not hidden(name)]
         return _images(names)
 
     def _raise(self, error: OSError) -> None:
@@ -158,7 +158,7 @@ class ZipSource:
         return self.__dict__ | {"_archive": None}
 
 
-def _hidden(part: str) -> bool:
+def hidden(part: str) -> bool:
     """Return whether a part of a path is hidden or is the folder of metadata that macOS adds to zips."""
     return part.startswith(".") or part == "__MACOSX"
 
@@ -166,5 +166,5 @@ def _hidden(part: str) -> bool:
 def _images(names: list[str]) -> list[str]:
     """Keep the visible files with the extension of an image, sorted by the parts of their path."""
     paths = [PurePosixPath(name) for name in names if not name.endswith("/")]
-    kept = [path for path in paths if path.suffix.lower() in EXTENSIONS and not any(map(_hidden, path.parts))]
+    kept = [path for path in paths if path.suffix.lower() in EXTENSIONS and not any(map(hidden, path.parts))]
     return [path.as_posix() for path in sorted(kept, key=lambda path: path.parts)]

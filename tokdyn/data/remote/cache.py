@@ -50,6 +50,7 @@ class _Opened:
         self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)  # noqa: SIM115
         self.descriptor = self._file.fileno()
         self.verified = bytearray(blocks)
+        self.full = False  # whether the last blocks could not be written
         os.ftruncate(self.descriptor, size + _ENTRY.size * blocks)
         os.utime(path)
 
@@ -122,6 +123,9 @@ class CachedFile:
                     numbers = range(start, min(start + _RUN, self._blocks))
                     for first, last in _runs(number for number in numbers if not self._present(opened, number, None)):
                         self._fetch(opened, first, last)
+                        if opened.full:
+                            yield False
+                            return
                         yield True
         except (Timeout, OSError):
             yield False
@@ -129,7 +133,7 @@ class CachedFile:
     def settled(self) -> bool:
         """Return whether the cache has the whole file, as far as its table says, or cannot be written at all."""
         opened = self._open()
-        if opened is None:
+        if opened is None or opened.full:
             return True
         table = os.pread(opened.descriptor, _ENTRY.size * self._blocks, self.size)
         return len(table) == _ENTRY.size * self._blocks and all(entry for (entry,) in _ENTRY.iter_unpack(table))
@@ -137,7 +141,7 @@ class CachedFile:
     def missing(self, start: int, length: int) -> set[int]:
         """Return the blocks of a part that are not in the cache; none if the cache cannot be written."""
         opened = self._open()
-        if opened is None or length < 1:
+        if opened is None or opened.full or length < 1:
             return set()
         numbers = range(start // BLOCK, (start + length - 1) // BLOCK + 1)
         return {number for number in numbers if not self._present(opened, number, None)}
@@ -200,18 +204,23 @@ class CachedFile:
         start, stop = first * BLOCK, min((last + 1) * BLOCK, self.size)
         content = memoryview(read(self.address, start, stop, self.version))
         blocks = {number: bytes(content[(number - first) * BLOCK :][:BLOCK]) for number in range(first, last + 1)}
-        for number, block in blocks.items() if opened is not None else ():
-            assert opened is not None
-            try:
+        if opened is not None:
+            opened.full = not self._written(opened, blocks)
+        return blocks
+
+    def _written(self, opened: _Opened, blocks: dict[int, bytes]) -> bool:
+        """Write blocks to the cache, and return whether it took all of them."""
+        try:
+            for number, block in blocks.items():
                 if os.pwrite(opened.descriptor, block, number * BLOCK) < len(block):
-                    break  # the disk is full
+                    return False  # the disk is full
                 entry = _ENTRY.pack(zlib.crc32(block) | _PRESENT)
                 os.pwrite(opened.descriptor, entry, self.size + _ENTRY.size * number)
-            except OSError as error:
-                _warn(self.path.parent, error)
-                break
-            opened.verified[number] = 1
-        return blocks
+                opened.verified[number] = 1
+        except OSError as error:
+            _warn(self.path.parent, error)
+            return False
+        return True
 
 
 def open_files(addresses: Sequence[Address], folder: Path, limit: int) -> list[CachedFile]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from http.client import HTTPResponse
+from http.client import HTTPResponse, InvalidURL
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -57,8 +57,10 @@ def _request(url: str, start: int, stop: int) -> HTTPResponse:
         if error.code in _LATER:
             raise OSError(f"the server answers {error.code} {error.reason}") from error
         raise FinalError(_REASONS.get(error.code, f"cannot be read: the server answers {error.code}")) from error
-    except ValueError as error:  # no URL, such as one with spaces
-        raise FinalError(f"is no address of a file ({error})") from error
+    except (ValueError, InvalidURL) as error:  # its text may hold the signature
+        raise FinalError(
+            "is no address of a file: check host and port, and write spaces and letters beyond ASCII as in %20"
+        ) from error
     return answer
 
 

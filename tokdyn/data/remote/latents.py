@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,8 +110,7 @@ class RemoteLatents(LatentDataset):
 
         def action() -> None:
             indices, flips = upcoming()
-            flipped = np.zeros(len(indices), dtype=np.bool_) if flips is None else np.asarray(flips, dtype=np.bool_)
-            self._bring(self._parts(self._checked(indices, len(self)), flipped))
+            self._bring(self._parts(self._checked(indices, len(self)), flips))
 
         self._ahead.ask(action, share)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokdyn.limits import ARCHIVE_ENTRIES, SHARDS
 from tokdyn.reading import one_line, require_size
 
 _BUFFER = 2**16  # bytes
+_ZIP = re.compile(r"(.+?\.zip)(?:/(.*))?", re.IGNORECASE | re.DOTALL)
 _HEADER = 30 + 1024  # bytes in front of the content of a file in a zip: fixed ones, and extra fields
 
 
@@ -34,11 +36,9 @@ def open_remote_source(address: Address, cache: Path | None, cache_limit: int) -
     folder = cache or default_cache()
     if tars := remote_tars(address):
         return TarSource(address, open_files(tars, folder, cache_limit))
-    path, dot, inner = str(address.url).partition(".zip")
-    if dot and (not inner or inner[0] in "/?"):
-        query = inner if inner.startswith("?") else ""
-        (file,) = open_files([Address(path + dot + query)], folder, cache_limit)
-        return RemoteZip(file, "" if query else inner)
+    if found := _zip_parts(address):
+        (file,) = open_files([found[0]], folder, cache_limit)
+        return RemoteZip(file, found[1])
     raise DataError(
         f"{address} is no zip, and holds no tars: put the images into a zip or into tars of some 1 GB each, because "
         "object storage is slow with many small files."
@@ -55,13 +55,20 @@ def remote_tars(address: Address, instead: str | None = None) -> list[Address]:
     base = address.url.partition("?")[0]
     if base.lower().endswith(TAR):
         return [Address(url) for url in expand(address)] if has_braces(address) else [address]
-    if base.lower().endswith(".zip") or ".zip/" in base or (instead and address.protocol in ("http", "https")):
+    if _zip_parts(address) or (instead and address.protocol in ("http", "https")):
         return []
     found = names(address)
     tars = [address / name for name in found if name.lower().endswith(TAR) and not name.startswith(".")]
     if excess := SHARDS.excess(len(tars)):
         raise DataError(f"{address} has {excess}.")
     return [] if instead in found else tars
+
+
+def _zip_parts(address: Address) -> tuple[Address, str] | None:
+    """Return the address of the zip that an address names, and the folder in it; None if it names no zip."""
+    path, mark, query = address.url.partition("?")
+    found = _ZIP.fullmatch(path)
+    return None if found is None else (Address(found[1] + mark + query), found[2] or "")
 
 
 class RemoteZip(ZipSource):

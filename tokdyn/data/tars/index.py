@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from tokdyn.bases.download import cache_folder
 from tokdyn.data.ranges import RangeFile, RangeReader
 from tokdyn.data.remote.store import in_parallel
-from tokdyn.data.sources import EXTENSIONS
+from tokdyn.data.sources import EXTENSIONS, hidden
 from tokdyn.data.tars.headers import Entry, entries
 from tokdyn.errors import DataError, OutputError
 from tokdyn.files import replacing
@@ -102,7 +102,7 @@ def read_index(file: RangeFile) -> TarIndex:
         with io.BufferedReader(RangeReader(file), _BUFFER) as buffered:
             tar = cast(BinaryIO, buffered)
             for entry in entries(tar, file.size):
-                if _hidden(entry.name):
+                if any(map(hidden, entry.name.split("/"))):
                     continue
                 if _is_sample(entry.name):
                     if excess := ARCHIVE_ENTRIES.excess(len(names) + 1):
@@ -123,11 +123,6 @@ def sample_key(name: str) -> str:
     """Return the path of a file up to the first dot of its name, which the files of a sample share."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
-
-
-def _hidden(name: str) -> bool:
-    """Return whether a part of a path is hidden."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _is_sample(name: str) -> bool:
