@@ -75,6 +75,24 @@ def test_it_is_what_the_real_transformer_takes(tmp_path: Path) -> None:
     assert not (tmp_path / "upcycled").exists()
 
 
+def test_recomputing_saves_as_much_as_in_the_real_transformer(tmp_path: Path) -> None:
+    """FLOPs are counted in passes of their own: torch's counter keeps what is recomputed until cycles are collected."""
+    model = opened("Flux").transformer
+    base, student = configured(tmp_path / "pipe", model), student_of(model)
+    found, expected = [], []
+    for recomputed in (False, True):
+        config = PipelineConfig(
+            base=str(base), trained="lora", rank=4, height=64, width=64, target=2, tail_drops=(0.0,),
+            gradient_checkpointing=recomputed,
+        )  # fmt: skip
+        memory = dry_run(config, ["dc"], ScalingSettings(gpus=1)).plan.memory
+        found.append(memory["activations"] + memory["gradients"])
+        call = example_call(type(model).__name__, model.config, config, torch.float32)
+        expected.append(memory_of(student, config.distillation(True), [call]).step)
+    assert found == [pytest.approx(each, rel=0.1) for each in expected]
+    assert found[1] < 0.8 * found[0]
+
+
 def test_what_cannot_be_worked_out_is_refused(tmp_path: Path) -> None:
     cluster = ScalingSettings(gpus=3)
     with pytest.raises(InputError, match="calls"):

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from tokdyn.attach import attached, set_tail_drop
+from tokdyn.attach import set_tail_drop
 from tokdyn.cost import flops
 from tokdyn.recorder import evaluating
-from tokdyn.upcycling.students import mean_errors
+from tokdyn.upcycling.students import keeping_tail_drop, mean_errors
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,11 @@ def measure_budgets(
         drops: The tail drops; None leaves it to the methods.
         teacher: The original; None is the student with its methods and its LoRA disabled.
     """
-    attachment, costs = attached(student), []
-    before = attachment.settings.tail_drop
-    with evaluating(student):
+    costs = []
+    with evaluating(student), keeping_tail_drop(student):
         for drop in drops:
             if drop is not None:
                 set_tail_drop(student, drop)
             costs.append(flops(student, **calls[0]).per_image / 1e9)
-    attachment.set(tail_drop=before)
     errors = mean_errors(student, calls, drops, teacher)
     return [Budget(*each) for each in zip(drops, costs, errors, strict=True)]

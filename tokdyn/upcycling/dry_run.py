@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +187,13 @@ class _Student:
     def _rehearsed(self, counts: Mapping[str, int], call: Mapping[str, Any]) -> tuple[int, int]:
         """Return FLOPs at the mean tail drop and most bytes alive at the smallest, with a number of blocks."""
         drops = self.settings.tail_drops
-        ends = (None, None) if drops is None else (sum(drops) / len(drops), min(drops))
-        flops, most = 0, 0
-        for place, drop in enumerate(dict.fromkeys(ends)):
-            student, trained = self.built(counts)
-            teacher = self.built(counts)[0] if self.config.trained == "all" else None
-            counter = FlopCounterMode(display=False, custom_mapping=operator_formulas())
-            alive = rehearse(student, teacher, self.settings, trained, call, drop, counter)
-            flops = int(counter.get_total_flops()) if place == 0 else flops
-            most = max(most, alive)
-        return flops, most
+        mean, least = (None, None) if drops is None else (sum(drops) / len(drops), min(drops))
+        student, trained = self.built(counts)
+        teacher = self.built(counts)[0] if self.config.trained == "all" else None
+        passes = partial(rehearse, student, teacher, self.settings, trained, call, accumulating=True)
+        counter = FlopCounterMode(display=False, custom_mapping=operator_formulas())
+        passes(mean, counter=counter)
+        return int(counter.get_total_flops()), passes(least)  # apart, since a counter keeps what is recomputed
 
 
 def size_of_meta(module: nn.Module) -> int:

@@ -114,6 +114,7 @@ def rehearse(
     trained: Sequence[nn.Parameter],
     call: Mapping[str, Any],
     drop: float | None,
+    accumulating: bool = False,
     counter: AbstractContextManager[Any] | None = None,
 ) -> int:
     """Rehearse the passes of a step without values.
@@ -125,8 +126,9 @@ def rehearse(
         trained: What is trained.
         call: The call, whose floating-point tensors are not computed with; methods read noise levels and grids of them.
         drop: Tail drop; None leaves it as the methods say.
-        counter: Counts during the passes, such as torch's FlopCounterMode. Gradients are then there from the start, and
-            are not counted as memory.
+        accumulating: Whether gradients are there from the start, and are not counted as memory.
+        counter: Counts during the passes, such as torch's FlopCounterMode. Its hooks make cycles of recomputed passes,
+            which then live until Python collects them, so the bytes are too many.
 
     Returns:
         The most bytes that live at a time, beside weights and arguments.
@@ -138,7 +140,7 @@ def rehearse(
     arguments = tree_map_only(Tensor, lambda each: fake.from_tensor(each) if each.is_floating_point() else each, call)
     attachment = attached(twin)
     learning = [copies[id(each)] for each in trained]
-    if counter is not None:
+    if accumulating:
         with fake:
             for parameter in learning:
                 parameter.grad = torch.empty_like(parameter)

@@ -71,8 +71,7 @@ def prepare(student: nn.Module, settings: DistilSettings, teacher: nn.Module | N
 def training(student: Any, settings: DistilSettings, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Put a student into training mode with only these parameters trained; afterwards it is as it was."""
     required = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
-    wanted, mode, attachment = set(trained), student.training, attached(student)
-    drop = attachment.settings.tail_drop
+    wanted, mode = set(trained), student.training
     checkpoints = settings.gradient_checkpointing and not student.is_gradient_checkpointing
     for parameter, _ in required:
         parameter.requires_grad_(parameter in wanted)
@@ -80,14 +79,25 @@ def training(student: Any, settings: DistilSettings, trained: Sequence[nn.Parame
         student.enable_gradient_checkpointing()
     student.train()
     try:
-        yield
+        with keeping_tail_drop(student):
+            yield
     finally:
         student.train(mode)
         if checkpoints:
             student.disable_gradient_checkpointing()
-        attachment.set(tail_drop=drop)
         for parameter, requires in required:
             parameter.requires_grad_(requires)
+
+
+@contextmanager
+def keeping_tail_drop(student: nn.Module) -> Iterator[None]:
+    """Give a student back the tail drop that it has now, whatever is set meanwhile."""
+    attachment = attached(student)
+    before = attachment.settings.tail_drop
+    try:
+        yield
+    finally:
+        attachment.set(tail_drop=before)
 
 
 def target_of(student: nn.Module, teacher: nn.Module | None, call: Mapping[str, Any]) -> Tensor:
@@ -126,14 +136,12 @@ def mean_errors(
     teacher: nn.Module | None = None,
 ) -> list[float]:
     """Return the mean error of a student's predictions for calls at each of some tail drops; see `normalised_mse`."""
-    attachment = attached(student)
-    before, sums = attachment.settings.tail_drop, [0.0] * len(drops)
-    with evaluating(student), untraced(attachment):
+    sums = [0.0] * len(drops)
+    with evaluating(student), keeping_tail_drop(student), untraced(attached(student)):
         for call in calls:
             target = target_of(student, teacher, call)
             for place, drop in enumerate(drops):
                 sums[place] += losses_of(student, target, call, drop)["output"].item()
-    attachment.set(tail_drop=before)
     return [each / len(calls) for each in sums]
 
 
