@@ -76,7 +76,7 @@ def test_it_is_what_the_real_transformer_takes(tmp_path: Path) -> None:
 
 
 def test_recomputing_saves_as_much_as_in_the_real_transformer(tmp_path: Path) -> None:
-    """FLOPs are counted in passes of their own: torch's counter keeps what is recomputed until cycles are collected."""
+    """FLOPs are counted in passes of their own: what is recomputed lives on while torch's counter counts."""
     model = opened("Flux").transformer
     base, student = configured(tmp_path / "pipe", model), student_of(model)
     found, expected = [], []
