@@ -127,8 +127,8 @@ def rehearse(
         call: The call, whose floating-point tensors are not computed with; methods read noise levels and grids of them.
         drop: Tail drop; None leaves it as the methods say.
         accumulating: Whether gradients are there from the start, and are not counted as memory.
-        counter: Counts during the passes, such as torch's FlopCounterMode. While that one counts, recomputed passes live
-            on, so the bytes are too many.
+        counter: Counts during the passes, such as torch's FlopCounterMode. While that one counts, recomputed passes
+            live on, so the bytes are too many.
 
     Returns:
         The most bytes that live at a time, beside weights and arguments.
