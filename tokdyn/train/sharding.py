@@ -104,7 +104,7 @@ def asked_sharding(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> S
             f"training.compile is {training.compile!r}, and sharded weights are not compiled; set "
             "training.compile=false, or train replicas with training.sharding=none."
         )
-    return Sharding(_value(environ, "FSDP_RESHARD_AFTER_FORWARD") == "true" if launched else True)
+    return Sharding(_value(environ, "FSDP_RESHARD_AFTER_FORWARD").lower() == "true" if launched else True)
 
 
 def sharding_of(recipe: Recipe, accelerator: Accelerator) -> Sharding | None:
