@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,13 @@ from tokdyn import errors
 from tokdyn.errors import InputError, OutputError, TokdynError
 from tokdyn.ownership import LOCK, owning
 
+USE_FSDP = "ACCELERATE_USE_FSDP"
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+"""Variables by which accelerate asks to divide weights over processes in other ways than FSDP."""
 _PATIENCE = timedelta(hours=12)  # to wait for a process that is alive; one that has ended is noticed at once
 _SHARED = 10.0  # seconds until a file of another machine has to be seen
 _PIECE = 2**26  # elements of a tensor that are sent at once
@@ -233,40 +240,79 @@ def joining() -> Iterator[Team]:
     Raises:
         InputError: there should be other processes, and they cannot be reached.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if not ("RANK" in os.environ and count.isdecimal() and int(count) > 1):
+    if launched() == 1:
         yield Team()
         return
+    with connected("gloo", _PATIENCE) as own:
+        group = None  # that of all processes
+        if not own:
+            with _reaching():
+                group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        team = Team(dist.get_rank(), dist.get_world_size(), cast(dist.ProcessGroup | None, group))
+        try:
+            with ExitStack() as silence:
+                if not team.first:
+                    nowhere = silence.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+                    silence.enter_context(redirect_stdout(nowhere))
+                    silence.enter_context(redirect_stderr(nowhere))
+                yield team
+                team.leave()
+        except BaseException as error:
+            team.tell(error)
+            raise
+
+
+def launched() -> int:
+    """Return how many processes torchrun or accelerate have started; 1 if they have not."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(count)) if "RANK" in os.environ and count.isdecimal() else 1
+
+
+def asks_for(variable: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a variable is set to true, as accelerate reads it."""
+    return environ.get(variable, "false").lower() in ("true", "1")
+
+
+@contextmanager
+def connected(backend: str, timeout: timedelta | None = None) -> Iterator[bool]:
+    """Connect to the other processes, if that is still to be done, and leave them at the end; a context manager.
+
+    Args:
+        backend: that of `torch.distributed`, "gloo" or "nccl".
+        timeout: how long to wait for a process in each exchange; None is the default of the backend.
+
+    Yields:
+        Whether this has connected them, and they were not before.
+
+    Raises:
+        InputError: they cannot be reached.
+    """
     own = not dist.is_initialized()
-    # The defaults of its functions are the group of when it is first imported, which then outlives the job: threads of
-    # gloo that are there as the interpreter ends can abort it.
-    importlib.import_module("torch.distributed.nn")
+    if own:
+        # The defaults of its functions are the group of when it is first imported, which then outlives the job: threads
+        # of gloo that are there as the interpreter ends can abort it.
+        importlib.import_module("torch.distributed.nn")
+        with _reaching():
+            dist.init_process_group(backend, timeout=timeout)
     try:
-        if own:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
-        group = None if own else dist.new_group(backend="gloo", timeout=_PATIENCE)  # None is that of all processes
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"WORLD_SIZE={count} says that there are {count} processes, but they cannot be reached "
-            f"({str(error).splitlines()[0]}): start them with torchrun or accelerate launch, or unset WORLD_SIZE."
-        ) from error
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    team = Team(dist.get_rank(), dist.get_world_size(), cast(dist.ProcessGroup | None, group))
-    try:
-        with ExitStack() as silence:
-            if not team.first:
-                nowhere = silence.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-                silence.enter_context(redirect_stdout(nowhere))
-                silence.enter_context(redirect_stderr(nowhere))
-            yield team
-            team.leave()
-    except BaseException as error:
-        team.tell(error)
-        raise
+        yield own
     finally:
         if own:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Raise an InputError if the other processes cannot be reached in the block; a context manager."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"WORLD_SIZE={launched()} says that there are {launched()} processes, but they cannot be reached "
+            f"({str(error).splitlines()[0]}): start them with torchrun or accelerate launch, or unset WORLD_SIZE."
+        ) from error
 
 
 def _told(error: BaseException, rank: int) -> dict[str, str]:

@@ -243,6 +243,7 @@ def test_recipe_and_launcher_ask_for_shards() -> None:
         asked_sharding(settings(), FSDP2) == asked_sharding(settings(sharding="full"), FSDP2) == Sharding(reshard=True)
     )
     assert asked_sharding(settings(), {**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"}) == Sharding(reshard=False)
+    assert asked_sharding(settings(), {**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "True"}) == Sharding(reshard=True)
     named = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
     mixed = {"ACCELERATE_MIXED_PRECISION": "bf16"}
     assert asked_sharding(settings(gradient_checkpointing=True, precision="bf16"), {**FSDP2, **named, **mixed})

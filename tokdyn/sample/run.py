@@ -91,7 +91,7 @@ def _sample_budgets(job: Job, team: Team, result: SampleResult) -> SampleResult:
             result.model_copy(update={"budgets": tuple(budgets.values())}).save(job.out / RESULT)
 
     sinks = {drop: _sink(job, _folder(job, drop)) for drop in config.tail_drop}
-    missing: list[list[int]] = team.from_first([sink.missing() for sink in sinks.values()])
+    missing: list[list[int]] = team.from_first([sink.missing() for sink in sinks.values()] if team.first else None)
     for drop, numbers in zip(sinks, missing, strict=True):
         if team.first and config.maps and not numbers and not (_folder(job, drop) / _MAPS).is_file():
             raise RecipeError(

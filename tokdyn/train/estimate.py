@@ -162,7 +162,7 @@ def dry_run(recipe: Recipe, time_steps: bool = True, cluster: ScalingSettings | 
     images = steps * recipe.training.batch_size
     plan = None
     if cluster is not None:
-        sharding = "full" if getattr(recipe.training, "sharding", None) == "full" else "none"
+        sharding = "full" if recipe.training.sharding == "full" else "none"
         plan = worked_out(work_of(recipe, cluster.gpus, shape, classes, steps), cluster, sharding)
     return Estimate(
         parameters=total,

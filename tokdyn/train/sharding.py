@@ -23,13 +23,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tokdyn.errors import RecipeError
 from tokdyn.recipe import Recipe
+from tokdyn.team import ENGINES, USE_FSDP, asks_for
 
-_USE_FSDP = "ACCELERATE_USE_FSDP"
-_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-}
 _OPTIONS = {  # variable that accelerate sets: what it means if it is not set, and the values that training honours
     "FSDP_VERSION": ("1", ("2",)),
     "FSDP_AUTO_WRAP_POLICY": ("NO_WRAP", ("TRANSFORMER_BASED_WRAP",)),
@@ -86,21 +81,21 @@ def asked_sharding(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> S
     Raises:
         RecipeError: The launcher asks for what training does not do, or recipe and launcher contradict each other.
     """
-    for variable, engine in _ENGINES.items():
-        if _on(environ, variable):
+    for variable, engine in ENGINES.items():
+        if asks_for(variable, environ):
             raise RecipeError(
                 f"The launcher asks for {engine} ({variable}), and training shards weights with FSDP2 alone; launch it "
                 "with torchrun and training.sharding=full, or with a configuration of accelerate that has "
                 "distributed_type: FSDP and fsdp_version: 2."
             )
     training = recipe.training
-    launched = _on(environ, _USE_FSDP)
+    launched = asks_for(USE_FSDP, environ)
     if not launched and training.sharding != "full":
         return None
     if launched:
         if training.sharding == "none":
             raise RecipeError(
-                f"training.sharding is none, but the launcher asks for FSDP ({_USE_FSDP}); leave training.sharding "
+                f"training.sharding is none, but the launcher asks for FSDP ({USE_FSDP}); leave training.sharding "
                 "out, or launch replicas."
             )
         _check_options(recipe, environ)
@@ -109,17 +104,12 @@ def asked_sharding(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> S
             f"training.compile is {training.compile!r}, and sharded weights are not compiled; set "
             "training.compile=false, or train replicas with training.sharding=none."
         )
-    return Sharding(_value(environ, "FSDP_RESHARD_AFTER_FORWARD") == "true" if launched else True)
+    return Sharding(_value(environ, "FSDP_RESHARD_AFTER_FORWARD").lower() == "true" if launched else True)
 
 
 def sharding_of(recipe: Recipe, accelerator: Accelerator) -> Sharding | None:
     """Return how a run shards its weights: as `asked_sharding`, but None in a process that was launched alone."""
     return None if accelerator.distributed_type == DistributedType.NO else asked_sharding(recipe)
-
-
-def _on(environ: Mapping[str, str], variable: str) -> bool:
-    """Return whether a variable is set to true, as accelerate reads it."""
-    return environ.get(variable, "false").lower() in ("true", "1")
 
 
 def _value(environ: Mapping[str, str], variable: str) -> str:

@@ -16,8 +16,7 @@ from torch import nn
 
 from tokdyn.errors import InputError
 from tokdyn.host import open_device
-
-_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+from tokdyn.team import ENGINES, USE_FSDP, asks_for, connected, launched
 
 
 @dataclass(frozen=True)
@@ -91,25 +90,22 @@ def together(device: str) -> Iterator[torch.device]:
         The device of this process.
 
     Raises:
-        InputError: the machine has no such device, or the launcher asks for sharded weights.
+        InputError: the machine has no such device, the launcher asks for weights that are divided over the processes,
+            or the other processes cannot be reached.
     """
-    for variable in _SHARDING:
-        if os.environ.get(variable, "false").lower() == "true":
+    for variable, engine in {USE_FSDP: "FSDP", **ENGINES}.items():
+        if asks_for(variable):
             raise InputError(
-                f"the launcher asks for sharded weights ({variable}), but the weights of a pipeline are whole in every "
+                f"the launcher asks for {engine} ({variable}), but the weights of a pipeline are whole in every "
                 "process that trains its methods; launch it with torchrun, or leave that out of accelerate's "
                 "configuration."
             )
-    started = int(os.environ.get("WORLD_SIZE", "1")) > 1
     opened = open_device(device)
-    if started and opened.type == "cuda":
+    if launched() == 1:
+        yield opened
+        return
+    if opened.type == "cuda":
         opened = torch.device("cuda", opened.index or int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(opened)
-    own = started and not dist.is_initialized()
-    if own:
-        dist.init_process_group("nccl" if opened.type == "cuda" else "gloo")
-    try:
+    with connected("nccl" if opened.type == "cuda" else "gloo"):
         yield opened
-    finally:
-        if own:
-            dist.destroy_process_group()
