@@ -7,7 +7,6 @@ the place of what its process would have sent: so it ends all of them, wherever 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -293,7 +292,8 @@ def connected(backend: str, timeout: timedelta | None = None) -> Iterator[bool]:
     if own:
         # The defaults of its functions are the group of when it is first imported, which then outlives the job: threads
         # of gloo that are there as the interpreter ends can abort it.
-        importlib.import_module("torch.distributed.nn")
+        import torch.distributed.nn  # noqa: F401
+
         with _reaching():
             dist.init_process_group(backend, timeout=timeout)
     try:

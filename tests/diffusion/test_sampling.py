@@ -10,9 +10,6 @@ import torch
 from diffusers import DDIMScheduler
 from pydantic import ValidationError
 
-import tokdyn
-from tests.sampling import tiny
-from tokdyn import DiT, FeatureCache
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.randomness import initial_noise, step_generators
 from tokdyn.diffusion.sampling import generate
@@ -311,18 +308,6 @@ def test_caches_of_diffusers_are_reset_after_a_trajectory(routed):
     model._reset_stateful_cache = lambda: resets.append(len(model.drops))
     generate(model, Sampler(steps=3), NOISE, [0], [0])
     assert resets == [3]
-
-
-@pytest.mark.parametrize("steps", [2, 3, 5])
-def test_a_wrapped_model_is_told_its_steps(steps):
-    """A latent of so few steps resembles the one before too little to guess that both are of one image."""
-    torch.manual_seed(0)
-    model = tokdyn.wrap(tiny(0, DiT), [FeatureCache(threshold=float("inf"))])
-    for _ in range(2):
-        generate(model, Sampler(steps=steps, guidance=2.0), FLOW, [0, 1], [0, 1])
-        calls = tokdyn.stats(model).calls
-        assert [call.step for call in calls] == list(range(steps))
-        assert [call.reused for call in calls] == [0, *[4] * (steps - 2), 0]  # the last step is computed
 
 
 def test_a_curve_that_drops_nothing_fits_any_model(oracle):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokdyn import DCDiT, DiT
+import tokdyn
+from tests.sampling import tiny
+from tokdyn import DCDiT, DiT, FeatureCache
 from tokdyn.diffusion.objective import Objective
 from tokdyn.diffusion.sampling import generate
 from tokdyn.diffusion.settings import Sampler
@@ -63,3 +65,15 @@ def test_dit_has_no_counts_and_no_tail_drop():
     assert [record.counts for record in made.steps] == [None] * 4
     with pytest.raises(UnsupportedModelError, match=r"DiT.*tail_drop"):
         generate(model, Sampler(steps=4, tail_drop=0.5), Objective(), [0], [0])
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_wrapped_model_is_told_its_steps(steps):
+    """A latent of so few steps resembles the one before too little to guess that both are of one image."""
+    torch.manual_seed(0)
+    model = tokdyn.wrap(tiny(0, DiT), [FeatureCache(threshold=float("inf"))])
+    for _ in range(2):
+        generate(model, Sampler(steps=steps, guidance=2.0), Objective(kind="flow"), [0, 1], [0, 1])
+        calls = tokdyn.stats(model).calls
+        assert [call.step for call in calls] == list(range(steps))
+        assert [call.reused for call in calls] == [0, *[4] * (steps - 2), 0]  # the last step is computed
